@@ -1,0 +1,31 @@
+"""Experiments in efficient fine-tuning, composed with Hydra, trained with TRL, tracked in MLflow.
+
+The Python API is `compose`, `run` and `load`; names are imported when they are first used, because
+importing torch takes seconds.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qlora_exp.config import compose
+    from qlora_exp.run import RunResult, run
+    from qlora_exp.schema import Config
+    from qlora_exp.tracking import load
+
+__version__ = "0.1.0"
+__all__ = ["Config", "RunResult", "compose", "load", "run"]
+
+_HOME = {
+    "Config": "schema",
+    "RunResult": "run",
+    "compose": "config",
+    "load": "tracking",
+    "run": "run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'qlora_exp' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"qlora_exp.{_HOME[name]}"), name)

@@ -1,0 +1,134 @@
+"""Method and variant -> trainable parameters, through PEFT's own registry.
+
+Knows nothing of training; `keep_dtypes` is here because the trainer would change what this module set.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from transformers import PreTrainedModel
+
+from qlora_exp.errors import ConfigError, did_you_mean
+from qlora_exp.schema import Config
+
+PRESETS = ("all-linear", "attention", "mlp", "q_v")
+_QUERY_OR_VALUE = re.compile(r"(q|v|query|value|wq|wv)(_proj|_lin)?")
+
+
+def peft_config(config: Config, skeleton: PreTrainedModel) -> PeftConfig | None:
+    """PEFT's config of the method, with target modules that exist in the model; None if all parameters train.
+
+    Args:
+        config: the run's config.
+        skeleton: the base model; weights are not looked at.
+
+    Raises:
+        ConfigError: PEFT refuses a setting, or target modules match nothing.
+    """
+    method = config.method
+    if method.peft_type is None:
+        return None
+    settings: dict[str, Any] = {**method.settings, **config.lora_variant.settings}
+    if settings.get("target_modules") is not None:
+        settings["target_modules"] = resolve_targets(settings["target_modules"], skeleton)
+    try:
+        return PEFT_TYPE_TO_CONFIG_MAPPING[method.peft_type](task_type=TaskType.CAUSAL_LM, **settings)
+    except (TypeError, ValueError, ImportError) as error:
+        raise ConfigError(f"method={method.name}: PEFT refuses its settings: {error}") from error
+
+
+def resolve_targets(wanted: str | list[str], skeleton: PreTrainedModel) -> str | list[str]:
+    """Names of the modules to adapt, checked against the model's own.
+
+    `attention`, `mlp` and `q_v` become the model's own names (OPT's `out_proj`, `fc1`, ...); `all-linear` and regular
+    expressions stay as they are, since PEFT reads them itself.
+
+    Raises:
+        ConfigError: something matches no module.
+    """
+    names = [name for name, _ in skeleton.named_modules() if name]
+    linear = _linear_layers(skeleton)
+    if isinstance(wanted, list):
+        for target in wanted:
+            if not any(name == target or name.endswith(f".{target}") for name in names):
+                raise ConfigError(_matches_nothing(target, linear))
+        return wanted
+    if wanted == "all-linear":
+        return wanted
+    if wanted in PRESETS:
+        attention = {name.rpartition(".")[2] for name in linear if re.search(r"attn|attention", name)}
+        every = {name.rpartition(".")[2] for name in linear}
+        chosen = {
+            "attention": attention,
+            "mlp": every - attention,
+            "q_v": {name for name in attention if _QUERY_OR_VALUE.fullmatch(name)},
+        }[wanted]
+        if not chosen:
+            raise ConfigError(_matches_nothing(wanted, linear))
+        return sorted(chosen)
+    try:
+        if any(re.fullmatch(wanted, name) for name in names):
+            return wanted
+    except re.error as error:
+        raise ConfigError(f"method.target_modules: '{wanted}' is no regular expression: {error}") from error
+    raise ConfigError(_matches_nothing(wanted, linear))
+
+
+def _linear_layers(model: PreTrainedModel) -> list[str]:
+    """Full names of the linear layers (GPT-2's Conv1D too), the output layer left out."""
+    head = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if module is not head and (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D")
+    ]
+
+
+def _matches_nothing(target: str, linear: Iterable[str]) -> str:
+    leaves = sorted({name.rpartition(".")[2] for name in linear})
+    return (
+        f"method.target_modules: '{target}' matches no module of this model{did_you_mean(target, [*leaves, *PRESETS])} "
+        f"Its linear layers: {', '.join(leaves)}; presets: {', '.join(PRESETS)}"
+    )
+
+
+def attach(model: PreTrainedModel, settings: PeftConfig | None, adapter_dtype: str | None) -> PreTrainedModel | PeftModel:
+    """The model with trainable parameters: all of its own, or an adapter's in `adapter_dtype`.
+
+    Raises:
+        ConfigError: PEFT cannot adapt this model so.
+    """
+    if settings is None:
+        return model.train()
+    try:
+        adapted = get_peft_model(model, settings)
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
+        raise ConfigError(f"PEFT cannot adapt this model with {settings.peft_type}: {error}") from error
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(getattr(torch, adapter_dtype or "float32"))
+    return adapted
+
+
+@contextmanager
+def keep_dtypes(model: torch.nn.Module) -> Iterator[None]:
+    """Undo what happens inside to trainable values.
+
+    TRL 1.16's SFTTrainer rounds the adapters of a quantized base to bfloat16, and only those: a comparison of LoRA
+    with QLoRA would compare precisions too.
+    """
+    values = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if name in values:
+            parameter.data = values[name]
+
+
+def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+    """Trainable and total parameters; a 4-bit weight counts for what it stands for, as PEFT counts."""
+    return PeftModel.get_nb_trainable_parameters(model)

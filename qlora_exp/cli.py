@@ -1,0 +1,174 @@
+"""The commands. Imports nothing heavy until it must: `--help`, `--cfg job` and a wrong config take about a second."""
+
+import argparse
+import gc
+import logging
+import os
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import qlora_exp
+from qlora_exp.errors import UserError
+
+_EPILOG = """\
+examples:
+  qlora-exp train                        QLoRA of the embedded model on the embedded data
+  qlora-exp train --help                 groups, options, examples
+  qlora-exp train method=lora method.r=8 --cfg job
+  qlora-exp keys training                what each key means
+  qlora-exp ui                           compare runs in MLflow's UI
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command; exits with 0, 1 (failed), 2 (wrong usage) or 130 (interrupted)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["train"]:  # Hydra reads the rest by itself
+        sys.exit(_guard(lambda: _train(arguments[1:])))
+    parser = argparse.ArgumentParser(
+        prog="qlora-exp",
+        description="Experiments in efficient fine-tuning: compose, train, measure, track.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=qlora_exp.__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands.add_parser("train", help="run one configuration, or with -m a sweep", add_help=False)
+    keys = commands.add_parser("keys", help="what each key of the config means, its type and default")
+    keys.add_argument("section", nargs="?", help="model, method, training, ...; all if left out")
+    keys.set_defaults(command=lambda options: _keys(options.section))
+    ui = commands.add_parser("ui", help="open MLflow's UI on the right store")
+    ui.add_argument("--uri", help="tracking URI; default: SQLite in ./mlruns")
+    ui.add_argument("--host", default="127.0.0.1")
+    ui.add_argument("--port", type=int, default=5000)
+    ui.set_defaults(command=lambda options: _ui(options.uri, options.host, options.port))
+    options = parser.parse_args(arguments)
+    sys.exit(_guard(lambda: options.command(options)))
+
+
+def _guard(command: Callable[[], None]) -> int:
+    """The exit code of `command`; what the user can mend is shown without a traceback."""
+    from qlora_exp.secrets import redact
+
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {redact(str(error))}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    except Exception as error:  # ours to mend: shown whole, but for secrets
+        if type(error).__name__ in ("Diverged", "OutOfMemoryError"):
+            print(f"error: {type(error).__name__}: {redact(str(error))}", file=sys.stderr)
+        else:
+            print(redact("".join(traceback.format_exception(error))), file=sys.stderr)
+        return 1
+    return 0
+
+
+def _train(overrides: list[str]) -> None:
+    """Hand over to Hydra, which composes and calls `_job`, for a sweep once for each combination."""
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from qlora_exp import config
+
+    config.register()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra lets its errors through, and we explain them
+    sys.argv = ["qlora-exp train", *overrides]
+    try:
+        hydra.main(config_path=str(config.conf_dir()), config_name="config", version_base="1.3")(_job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise config.explain(error) from error
+
+
+def _job(composed: Any) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
+    from qlora_exp import config, secrets
+
+    output_dir = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        checked = config.check(composed)
+    except UserError:
+        _remove_if_empty(output_dir)
+        raise
+    secrets.load_env_file()
+    quiet()
+    from qlora_exp.run import run
+    from qlora_exp.summary import show
+
+    try:
+        show(run(checked, output_dir), checked.tracking.uri)
+    finally:
+        _remove_if_empty(output_dir)
+        gc.collect()  # the next job of a sweep starts without this one's model
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """A refused run leaves nothing behind."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def quiet() -> None:
+    """Keep from the screen what libraries say and the user can do nothing about."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # many short bars; ours cover what is long
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(bitsandbytes|torch|peft|trl|transformers)\b")
+    for name in ("alembic", "mlflow", "httpx", "datasets", "evaluate", "absl", "bitsandbytes", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _keys(section: str | None) -> None:
+    from pydantic import BaseModel
+
+    from qlora_exp import peft_registry
+    from qlora_exp.errors import ConfigError, did_you_mean
+    from qlora_exp.schema import Config, PeftSettings
+
+    fields = Config.model_fields
+    if section is not None and section not in fields:
+        raise ConfigError(f"no section '{section}'{did_you_mean(section, fields)} Known: {', '.join(fields)}")
+    for name, field in fields.items():
+        if section not in (None, name):
+            continue
+        kind = field.annotation
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            print(f"{name} = {field.default!r}")
+            continue
+        print(f"\n{name}: {(kind.__doc__ or '').strip()}")
+        for key, inner in kind.model_fields.items():
+            print(f"  {key} = {inner.default!r}" + (f"\n      {inner.description}" if inner.description else ""))
+        if issubclass(kind, PeftSettings):
+            print(f"  and for LoRA: {', '.join(peft_registry.settings('LORA'))}")
+
+
+def _ui(uri: str | None, host: str, port: int) -> None:
+    if uri and uri.startswith("http"):
+        print(f"MLflow's UI is at {uri}")
+        return
+    from qlora_exp.errors import TrackingError
+    from qlora_exp.secrets import redact
+
+    store = Path.cwd() / "mlruns" / "mlflow.db"
+    if uri is None and not store.is_file():
+        raise TrackingError(f"no runs yet: {store} is not there; run `qlora-exp train` here first")
+    address = uri or f"sqlite:///{store}"
+    print(f"MLflow's UI on {redact(address)}: http://{host}:{port} (Ctrl-C ends it)", flush=True)
+    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"} | dict(os.environ)
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", address, "--workers", "1"]
+    subprocess.run([*command, "--host", host, "--port", str(port)], env=environment, check=True)

@@ -1,0 +1,126 @@
+"""What the device can do, and every choice that follows from it: precision, checkpointing, paging.
+
+The one place for device-specific decisions. `resolve` is pure, so tests decide for devices they do not have;
+only `detect` asks torch.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_exp.errors import ConfigError
+from qlora_exp.schema import Config
+
+# The same optimizer without paging. bitsandbytes has no unpaged 32-bit AdamW that differs from torch's.
+UNPAGED = {
+    "paged_adamw_32bit": "adamw_torch",
+    "paged_adamw_8bit": "adamw_bnb_8bit",
+    "paged_lion_32bit": "lion_32bit",
+    "paged_lion_8bit": "lion_8bit",
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator, or the CPU."""
+
+    type: str
+    name: str
+    bf16: bool
+    """Computes fast in bfloat16."""
+    paging: bool
+    """Has unified memory, so bitsandbytes can page optimizer states."""
+    total_memory: int | None = None
+    """Bytes; None where the host's memory is shared."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What `auto` and the fallbacks became in this run; logged with it, so that comparisons are fair."""
+
+    device: str
+    device_name: str
+    dtype: str
+    compute_dtype: str | None
+    """Of 4-bit matrix products; None for an unquantized base."""
+    adapter_dtype: str | None
+    """None for a full fine-tune."""
+    bf16: bool
+    fp16: bool
+    gradient_checkpointing: bool
+    optim: str
+    optim_fallback: str | None
+    """Why `optim` is not the configured one; None if it is."""
+
+
+def detect(requested: str = "auto") -> Device:
+    """The device to run on.
+
+    Args:
+        requested: `auto`, `cpu`, `cuda` or `mps`.
+
+    Raises:
+        ConfigError: the requested device is not there.
+    """
+    import torch
+
+    if requested in ("auto", "cuda") and torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return Device("cuda", properties.name, torch.cuda.is_bf16_supported(), True, properties.total_memory)
+    if requested in ("auto", "mps") and torch.backends.mps.is_available():
+        return Device("mps", "Apple GPU", bf16=False, paging=False)
+    if requested in ("auto", "cpu"):
+        return Device("cpu", _cpu_name(), bf16=False, paging=False)
+    raise ConfigError(f"device={requested}: torch {torch.__version__} finds no such device here; use device=auto")
+
+
+def resolve(config: Config, device: Device) -> Resolved:
+    """What each `auto` of `config` means on `device`.
+
+    float32 is the fastest and most precise choice on a CPU; on a GPU the frozen base is bfloat16 (float16 on
+    older ones) under autocast, while what trains stays float32, for LoRA and QLoRA alike.
+
+    Raises:
+        ConfigError: the device cannot do what is asked.
+    """
+    training, quantization = config.training, config.quantization
+    if device.type == "mps" and quantization.quantized:
+        raise ConfigError("quantization: bitsandbytes does not run on mps; use quantization=none or device=cpu")
+    if device.type != "cuda" and training.fp16 is True:
+        raise ConfigError(f"training.fp16: needs a CUDA device, not {device.type}; leave it to auto")
+
+    half = "bfloat16" if device.bf16 else "float16"
+    best = half if device.type == "cuda" else "float32"
+    full = config.method.peft_type is None
+    bf16 = training.bf16 if training.bf16 != "auto" else best == "bfloat16" and training.fp16 is not True
+    fp16 = training.fp16 if training.fp16 != "auto" else best == "float16" and not bf16
+    optim = config.optimizer.optim
+    fallback = None
+    if optim in UNPAGED and not device.paging:
+        fallback = f"{device.type} has no paged memory for {optim}"
+        optim = UNPAGED[optim]
+    return Resolved(
+        device=device.type,
+        device_name=device.name,
+        dtype=_auto(config.model.dtype, "float32" if full else best),
+        compute_dtype=_auto(quantization.bnb_4bit_compute_dtype, best) if quantization.load_in_4bit else None,
+        adapter_dtype=None if full else _auto(config.method.adapter_dtype, "float32"),
+        bf16=bf16,
+        fp16=fp16,
+        gradient_checkpointing=_auto(training.gradient_checkpointing, device.type == "cuda"),
+        optim=optim,
+        optim_fallback=fallback,
+    )
+
+
+def _auto(value: Any, chosen: Any) -> Any:
+    return chosen if value == "auto" else value
+
+
+def _cpu_name() -> str:
+    import platform
+
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or a CPU that does not say
+        return platform.processor() or platform.machine()

@@ -1,0 +1,37 @@
+"""What a user can mend: every such error is one of these, and is shown without a traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake or a missing thing outside the program; the message says what, where and what to do."""
+
+
+class ConfigError(UserError):
+    """A config that cannot be run."""
+
+
+class DataError(UserError):
+    """A dataset that cannot be read, or that a run would learn nothing from."""
+
+
+class ModelError(UserError):
+    """A base model that cannot be found, fetched or loaded."""
+
+
+class TrackingError(UserError):
+    """An MLflow store that cannot be reached or written."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The nearest spelling among `known`, if any is near; dotted keys are compared by their last part."""
+    leaves = {name.rpartition(".")[2]: name for name in known}
+    near = difflib.get_close_matches(word.rpartition(".")[2], leaves, n=1, cutoff=0.6)
+    return leaves[near[0]] if near else None
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence about an unknown `word`: a hint with the nearest spelling, or just its full stop."""
+    near = nearest(word, known)
+    return f"; did you mean '{near}'?" if near else "."

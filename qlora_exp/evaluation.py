@@ -1,0 +1,188 @@
+"""What a model is worth on held-out rows: loss and perplexity, generated answers, latency.
+
+Leaves the model as it found it (mode, cache setting), and draws no random numbers, so that measuring does not
+change training.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import evaluate as evaluate_library
+import numpy as np
+import torch
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import GenerationConfig, StoppingCriteria
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from qlora_exp.schema import EvaluationConfig
+
+Score = Callable[[str, dict[str, Any]], float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics, and what they were computed from, one record a row."""
+
+    metrics: dict[str, float]
+    losses: list[dict[str, float]]
+    """Each held-out row: `nll` (sum, nats) and `tokens` (supervised)."""
+    samples: list[dict[str, Any]]
+    """Each generated answer beside its prompt and reference, with its scores."""
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    rows: Dataset,
+    tokens: Dataset,
+    config: EvaluationConfig,
+    *,
+    batch_size: int,
+    score: Score | None = None,
+    label: str = "",
+) -> Evaluation:
+    """Measure `model` on held-out rows.
+
+    Args:
+        model: with TRL's fused LM head (SFTTrainer adds it), which spares the memory of full logits.
+        tokenizer: of the model.
+        rows: held-out rows as text.
+        tokens: the same rows, as `data.cut` gives them.
+        config: what to measure.
+        batch_size: rows in one forward pass of the loss.
+        score: the dataset's own scorer of an answer, 0..1.
+        label: shown in the progress bars.
+    """
+    with _evaluating(model):
+        losses = _row_losses(model, tokenizer, tokens, batch_size, label)
+        supervised = sum(row["tokens"] for row in losses)
+        loss = sum(row["nll"] for row in losses) / supervised
+        metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "supervised_tokens": supervised}
+        samples: list[dict[str, Any]] = []
+        if config.generate_rows:
+            samples, latency = _generate(model, tokenizer, rows, tokens, config, label)
+            for sample, row in zip(samples, rows, strict=False):
+                if score:
+                    sample["task_score"] = score(sample["answer"], row)
+            scores = _scores(samples, config)
+            metrics |= {name: float(np.mean([sample[name] for sample in samples])) for name in scores}
+            metrics |= latency
+    return Evaluation(metrics, losses, samples)
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    training, use_cache = model.training, model.config.use_cache
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+        model.config.use_cache = use_cache
+
+
+def _row_losses(model: Any, tokenizer: Any, tokens: Dataset, batch_size: int, label: str) -> list[dict[str, float]]:
+    collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
+    found = []
+    for start in tqdm(range(0, len(tokens), batch_size), desc=f"{label}loss", unit="batch", leave=False, disable=None):
+        rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in tokens.select(range(start, min(start + batch_size, len(tokens))))]
+        batch = {name: tensor.to(model.device) for name, tensor in collate(rows).items()}
+        # trl 1.16: `log_probs` is (batch, length - 1), zero where `label_mask` is false.
+        outputs = model(**batch, fused_lm_head=True)
+        nll = -outputs.log_probs.float().cpu().double().sum(dim=1)
+        count = outputs.label_mask.sum(dim=1)
+        found += [{"nll": n, "tokens": c} for n, c in zip(nll.tolist(), count.tolist(), strict=True)]
+    return found
+
+
+class _Clock(StoppingCriteria):
+    """Never stops anything: notes when each token was there."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        if input_ids.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _generate(
+    model: Any, tokenizer: Any, rows: Dataset, tokens: Dataset, config: EvaluationConfig, label: str
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Greedy answers to the first prompts, and the seconds that a step of a batch took."""
+    count = min(config.generate_rows, len(tokens))
+    settings = GenerationConfig(
+        max_new_tokens=config.max_new_tokens,
+        do_sample=False,
+        eos_token_id=_stop_tokens(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+    )
+    samples, waits, steps = [], [], []
+    for start in tqdm(range(0, count, config.generation_batch_size), desc=f"{label}answers", unit="batch", leave=False, disable=None):
+        chosen = tokens.select(range(start, min(start + config.generation_batch_size, count)))
+        prompts = [row["input_ids"][: row["prompt_length"]] or [tokenizer.bos_token_id or tokenizer.eos_token_id] for row in chosen]
+        batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
+        clock, begin = _Clock(), time.perf_counter()
+        output = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            generation_config=settings,
+            stopping_criteria=[clock],
+        )
+        waits.append(clock.times[0] - begin)
+        steps += np.diff(clock.times).tolist()
+        answers = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        for prompt, answer, row in zip(prompts, answers, rows.select(range(start, start + len(prompts))), strict=True):
+            samples.append({"prompt": tokenizer.decode(prompt), "reference": row["completion"], "answer": answer.strip()})
+    latency = {"first_token_seconds_p50": float(np.median(waits))}
+    if steps:
+        latency["token_seconds_p50"], latency["token_seconds_p95"] = map(float, np.quantile(steps, [0.5, 0.95]))
+    return samples, latency
+
+
+def _stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends an answer: the tokenizer's EOS and the model's own."""
+    own = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own] if own is not None else [])})
+
+
+def _scores(samples: list[dict[str, Any]], config: EvaluationConfig) -> list[str]:
+    """Add each metric to each sample; the names that were added."""
+    names = ["task_score"] if "task_score" in samples[0] else []
+    for metric in config.metrics:
+        module = evaluate_library.load(str(Path(__file__).parent / "metrics" / f"{metric}.py"))
+        results = module.compute(
+            predictions=[sample["answer"] for sample in samples],
+            references=[sample["reference"] for sample in samples],
+        )
+        for name, values in results.items():
+            names.append(name)
+            for sample, value in zip(samples, values, strict=True):
+                sample[name] = value
+    return names
+
+
+def isolates_packed_rows(model: Any, dtype: torch.dtype) -> bool:
+    """Whether two rows packed into one sequence are computed as they are apart, which packing relies on.
+
+    Tried on the model itself with a few tokens: TRL marks rows by restarting position ids, and not every architecture
+    keeps rows apart by them (OPT does not).
+    """
+    ids = torch.arange(8, 32, device=model.device)[None] % model.config.vocab_size
+    positions = torch.cat([torch.arange(12), torch.arange(12)]).to(model.device)[None]
+    with _evaluating(model):
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 12:]
+        apart = model(input_ids=ids[:, 12:], use_cache=False).logits
+    difference = (packed.float().log_softmax(-1) - apart.float().log_softmax(-1)).abs().max().item()
+    return difference < (1e-3 if dtype == torch.float32 else 5e-2)
+

@@ -1,0 +1,1 @@
+"""Metric modules for `evaluate.load(path)`: the `evaluate` package ships none, and the hub may be out of reach."""

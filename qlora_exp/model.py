@@ -1,0 +1,135 @@
+"""The base model and its tokenizer, quantized as asked, from the hub, a folder, a package or at random.
+
+Knows nothing of adapters or of training, except that a quantized model must keep its gradients right.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qlora_exp import embedded
+from qlora_exp.device import Resolved
+from qlora_exp.errors import ModelError
+from qlora_exp.schema import ModelConfig, QuantizationConfig
+
+Tokenizer = PreTrainedTokenizerBase
+
+
+def locate(config: ModelConfig) -> str:
+    """A hub id or a local folder that transformers can load; embedded and random models are built first."""
+    name = config.model_name_or_path
+    if name.startswith(("embedded:", "random:")):
+        return str(embedded.folder_of(name, dict(config.random_config)))
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise ModelError(f"model.model_name_or_path: no folder {name}")
+    return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+
+
+def load_tokenizer(config: ModelConfig) -> Tokenizer:
+    """The tokenizer, with a pad token and with padding on the right.
+
+    Raises:
+        ModelError: it cannot be found, fetched or read.
+    """
+    tokenizer = _from_pretrained(AutoTokenizer, config)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        # A reserved token where there is one: padding with EOS is masked by position here, never by value.
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if tokenizer.eos_token is None:
+        raise ModelError(f"{config.model_name_or_path}: its tokenizer has no EOS token, so a model could not learn to stop")
+    return tokenizer
+
+
+def skeleton(config: ModelConfig) -> PreTrainedModel:
+    """The model's modules without weights (meta device): names and shapes, before anything large is fetched."""
+    model_config = _from_pretrained(AutoConfig, config)
+    with init_empty_weights():
+        return AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+
+
+def load_model(config: ModelConfig, quantization: QuantizationConfig, resolved: Resolved) -> PreTrainedModel:
+    """The base model on its device, in its dtype, quantized as asked.
+
+    Raises:
+        ModelError: it cannot be found, fetched or read.
+    """
+    arguments: dict[str, Any] = {
+        "dtype": getattr(torch, resolved.dtype),
+        "device_map": config.device_map or {"": resolved.device},
+    }
+    if config.attn_implementation:
+        arguments["attn_implementation"] = config.attn_implementation
+    if quantization.quantized:
+        arguments["quantization_config"] = quantization_config(quantization, resolved)
+    model = _from_pretrained(AutoModelForCausalLM, config, **arguments)
+    model.config.use_cache = False  # set again while generating
+    keep_gradients_right(model)
+    return model
+
+
+def quantization_config(quantization: QuantizationConfig, resolved: Resolved) -> BitsAndBytesConfig:
+    """Transformers' config of a quantized base."""
+    if quantization.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=quantization.llm_int8_threshold)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, resolved.compute_dtype or resolved.dtype),
+    )
+
+
+def keep_gradients_right(model: torch.nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for CPU inference, which silently breaks training after it.
+
+    On CPUs with AVX512-BF16 the first forward in eval mode repacks the weights; later training forwards then take a
+    path without autograd, and the gradient through every base layer is lost (bitsandbytes 0.50.2). tests/test_model.py
+    keeps a gradient test for it.
+    """
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _from_pretrained(kind: Any, config: ModelConfig, **arguments: Any) -> Any:
+    name, path = config.model_name_or_path, locate(config)
+    try:
+        return kind.from_pretrained(
+            path, revision=config.revision, trust_remote_code=config.trust_remote_code, **arguments
+        )
+    except (GatedRepoError, LocalTokenNotFoundError) as error:
+        raise ModelError(_gated(name)) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ModelError(f"{name}: no such model on the hub, nor a local folder (a private one needs HF_TOKEN)") from error
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, EOFError) as error:
+        raise ModelError(f"{path}: a file of the model is damaged ({error}); delete the folder and fetch it again") from error
+    except OSError as error:
+        if "gated" in str(error):
+            raise ModelError(_gated(name)) from error
+        raise ModelError(
+            f"{name}: cannot be loaded. It is not a local folder, and the hub did not give it: check the name"
+            f"{f', the revision {config.revision!r}' if config.revision else ''} and the network.\n{_first_line(error)}"
+        ) from error
+    except (ImportError, ValueError) as error:  # an attention kernel or an architecture that is not to be had here
+        raise ModelError(f"{name}: {_first_line(error)}") from error
+
+
+def _gated(name: str) -> str:
+    return (
+        f"{name} is gated: accept its licence at https://huggingface.co/{name}, then set HF_TOKEN "
+        "in the environment or in a .env file"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,143 @@
+"""PEFT's methods and their settings, read from the installed PEFT's source without importing it.
+
+Importing PEFT takes seconds (it imports torch); a wrong config must fail in one. So the config
+dataclasses are parsed, never executed: names, types and defaults of the fields are PEFT's own, and
+a method that a newer PEFT adds is known here by its name with no new code.
+
+This module knows nothing of our config beyond "a PEFT type and its settings".
+"""
+
+import ast
+import importlib.util
+import re
+import typing
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from qlora_exp.errors import ConfigError, did_you_mean
+
+# Set by PEFT, by the run or by the model, so not settings of an experiment.
+_NOT_SETTINGS = frozenset(
+    {
+        "auto_mapping",
+        "base_model_name_or_path",
+        "inference_mode",
+        "peft_type",
+        "peft_version",
+        "revision",
+        "runtime_config",
+        "task_type",
+    }
+)
+_POSITIVE = frozenset({"r", "lora_alpha", "init_r", "target_r", "num_virtual_tokens"})
+
+
+class _Names(dict[str, Any]):
+    """Names an annotation may use; one that is unknown here (a nested config) is a mapping."""
+
+    def __missing__(self, name: str) -> Any:
+        return dict
+
+
+_ANNOTATION_NAMES = _Names(
+    {name: getattr(typing, name) for name in ("Any", "Literal", "Optional", "Sequence", "Union")}
+    | {kind.__name__: kind for kind in (bool, dict, float, int, list, set, str, tuple)}
+    | {"Dict": dict, "List": list, "Tuple": tuple, "None": None}
+)
+
+
+@cache
+def _sources() -> dict[Path, str]:
+    spec = importlib.util.find_spec("peft")
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError("peft is not installed: pip install peft")
+    root = Path(spec.submodule_search_locations[0])
+    files = [root / "config.py", *sorted((root / "tuners").rglob("*.py"))]
+    return {
+        file: text
+        for file in files
+        if ("config" in file.name or file.name == "lycoris_utils.py")
+        and "class" in (text := file.read_text("utf-8"))
+    }
+
+
+@cache
+def _class(name: str) -> ast.ClassDef | None:
+    for text in _sources().values():
+        if re.search(rf"^class {name}\b", text, re.MULTILINE):
+            for node in ast.parse(text).body:
+                if isinstance(node, ast.ClassDef) and node.name == name:
+                    return node
+    return None
+
+
+@cache
+def methods() -> dict[str, str]:
+    """Each PEFT type (`"LORA"`, `"IA3"`, ...) with the name of its config class."""
+    found = {}
+    for text in _sources().values():
+        class_name = ""
+        for line in text.splitlines():
+            if match := re.match(r"class (\w+)", line):
+                class_name = match[1]
+            elif match := re.search(r"self\.peft_type\s*=\s*PeftType\.(\w+)", line):
+                found[match[1]] = class_name
+    return found
+
+
+def _annotation(node: ast.expr) -> Any:
+    try:
+        return eval(ast.unparse(node), {"__builtins__": {}}, _ANNOTATION_NAMES)
+    except (TypeError, AttributeError):  # an annotation of other names, e.g. torch.dtype
+        return Any
+
+
+@cache
+def settings(peft_type: str) -> dict[str, Any]:
+    """The fields that a config may set for `peft_type`, each with its type, as PEFT declares them.
+
+    Raises:
+        ConfigError: the installed PEFT has no such type.
+    """
+    if peft_type not in methods():
+        raise ConfigError(
+            f"method.peft_type: PEFT has no '{peft_type}'{did_you_mean(peft_type, methods())} "
+            f"Known: {', '.join(sorted(methods()))}"
+        )
+    fields: dict[str, Any] = {}
+    queue = [methods()[peft_type]]
+    while queue:
+        node = _class(queue.pop(0))
+        if node is None:
+            continue
+        queue += [base.id for base in node.bases if isinstance(base, ast.Name)]
+        for item in node.body:
+            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+                fields.setdefault(item.target.id, _annotation(item.annotation))
+    return {name: kind for name, kind in fields.items() if name not in _NOT_SETTINGS}
+
+
+def check(section: str, peft_type: str, given: dict[str, Any]) -> list[str]:
+    """What is wrong with `given` as settings of `peft_type`: one message for each, empty if nothing."""
+    known = settings(peft_type)
+    problems = []
+    for name, value in given.items():
+        if name not in known:
+            problems.append(
+                f"{section}.{name}: PEFT's {methods()[peft_type]} has no such setting{did_you_mean(name, known)}"
+            )
+            continue
+        try:
+            TypeAdapter(known[name], config=ConfigDict(strict=True)).validate_python(value)
+        except ValidationError as error:
+            problems.append(f"{section}.{name}: {error.errors()[0]['msg']}, got {value!r}")
+            continue
+        # Ranges that PEFT checks late (after the model is loaded), or not at all.
+        if name in _POSITIVE and value <= 0:
+            problems.append(f"{section}.{name}: must be positive, got {value}")
+        if name.endswith("dropout") and not 0 <= value < 1:
+            problems.append(f"{section}.{name}: must be at least 0 and below 1, got {value}")
+    return problems

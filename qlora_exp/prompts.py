@@ -1,0 +1,70 @@
+"""How a row becomes text: what the model is given, and what it must answer.
+
+Alpaca's two prompts are those of tatsu-lab/stanford_alpaca. Knows nothing of files or tokens.
+"""
+
+from typing import Any, NamedTuple
+
+from qlora_exp.errors import DataError
+from qlora_exp.schema import DatasetConfig
+
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{prompt}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{prompt}\n\n### Response:\n"
+)
+
+
+class Rendered(NamedTuple):
+    """One row as text."""
+
+    prompt: str
+    completion: str
+    has_special_tokens: bool
+    """The chat template wrote the special tokens, so that the tokenizer must add none."""
+
+
+def render(row: dict[str, Any], config: DatasetConfig, tokenizer: Any) -> Rendered:
+    """The prompt and the completion of `row`.
+
+    Args:
+        row: as `data.load_rows` gives it: `prompt`, `input`, `completion`, and `messages` for whole dialogues.
+        config: names the format.
+        tokenizer: used for its chat template only.
+
+    Raises:
+        DataError: format `chat` with a tokenizer that has no chat template, or one that rewrites earlier turns.
+    """
+    if config.format == "text":
+        return Rendered("", row["completion"], False)
+    if config.format == "alpaca":
+        template = ALPACA_WITH_INPUT if row["input"] else ALPACA_WITHOUT_INPUT
+        return Rendered(template.format(prompt=row["prompt"], input=row["input"]), row["completion"], False)
+    prompt = f"{row['prompt']}\n\n{row['input']}" if row["input"] else row["prompt"]
+    if config.format == "prompt_completion":
+        return Rendered(prompt, row["completion"], False)
+
+    messages = row.get("messages") or [
+        {"role": "user", "content": prompt},
+        {"role": "assistant", "content": row["completion"]},
+    ]
+    if config.system_message:
+        messages = [{"role": "system", "content": config.system_message}, *messages]
+    if not tokenizer.chat_template:
+        raise DataError(
+            "dataset.format=chat: this model's tokenizer has no chat template; use dataset.format=alpaca, "
+            "or an instruction-tuned model"
+        )
+    before = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    if not whole.startswith(before):
+        raise DataError(
+            "dataset.format=chat: this model's chat template renders a dialogue differently once it is answered, "
+            "so that training would not match what the model sees later; use dataset.format=alpaca"
+        )
+    return Rendered(before, whole[len(before) :], True)

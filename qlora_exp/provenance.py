@@ -1,0 +1,91 @@
+"""Where a result comes from: code version, library versions, hardware. Imports nothing heavy."""
+
+import os
+import platform
+import socket
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import qlora_exp
+
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "trl",
+    "datasets",
+    "accelerate",
+    "tokenizers",
+    "mlflow",
+    "hydra-core",
+    "evaluate",
+)
+
+
+def libraries() -> dict[str, str]:
+    """The installed version of each library that can change a result; one that is missing is left out."""
+    found = {"python": platform.python_version(), "qlora_exp": qlora_exp.__version__}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def git() -> dict[str, str]:
+    """`sha` and `dirty` of the checkout the package runs from; empty if it runs from an installed wheel."""
+    package = Path(__file__).resolve().parent
+    if not (package.parent / ".git").exists():
+        return {}
+
+    def ask(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(package.parent), *words], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+
+    try:
+        return {"sha": ask("rev-parse", "HEAD"), "dirty": str(bool(ask("status", "--porcelain"))).lower()}
+    except (OSError, subprocess.SubprocessError):  # no git here, or no commit yet
+        return {}
+
+
+def hardware() -> dict[str, Any]:
+    """The machine: threads that torch uses, cores, memory in MiB."""
+    import torch
+
+    return {
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_mib": psutil.virtual_memory().total // 1024**2,
+        "cuda": torch.version.cuda,
+    }
+
+
+def command() -> str:
+    """The command line of this process."""
+    return " ".join(["qlora-exp" if "qlora" in Path(sys.argv[0]).name else sys.argv[0], *sys.argv[1:]])
+
+
+def process() -> dict[str, str]:
+    """What tells whether this very process still lives: host, pid and start time."""
+    me = psutil.Process()
+    return {"host": socket.gethostname(), "pid": str(me.pid), "started": str(me.create_time())}
+
+
+def is_dead(recorded: dict[str, str]) -> bool:
+    """Whether a recorded `process()` of this host is gone; False for another host, which cannot be known."""
+    if recorded.get("host") != socket.gethostname() or not recorded.get("pid"):
+        return False
+    try:
+        return str(psutil.Process(int(recorded["pid"])).create_time()) != recorded.get("started")
+    except psutil.NoSuchProcess:
+        return True

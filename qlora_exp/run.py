@@ -1,0 +1,197 @@
+"""One run, start to end: the recipe. The only module that knows all the others.
+
+    rows -> tokens and label audit -> base model -> adapter -> evaluation -> training -> evaluation -> saved and tracked
+
+Whatever can be refused is refused before the weights are loaded.
+"""
+
+import json
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+from qlora_exp.schema import Config
+from qlora_exp.secrets import RedactingFormatter
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What came out of a run."""
+
+    run_id: str
+    """MLflow's."""
+    output_dir: Path
+    metrics: dict[str, float]
+    """All final metrics: `before/loss`, `after/rougeL`, `memory/rss_peak_mib`, `trainable_parameters`, ..."""
+
+
+def run(config: Config, output_dir: str | Path) -> RunResult:
+    """Train, measure and track one configuration.
+
+    Args:
+        config: from `compose`.
+        output_dir: where its files go: metrics, log, checkpoints, the trained adapter.
+
+    Raises:
+        UserError: something that the user can mend; the message says what.
+        Diverged: the loss is not a number any more.
+    """
+    # Heavy imports wait until a run is certain.
+    from transformers import set_seed
+
+    from qlora_exp import adapters, data, evaluation, model, provenance, tracking, training
+    from qlora_exp.device import detect, resolve
+    from qlora_exp.errors import ConfigError
+    from qlora_exp.memory import MemoryMonitor, reuse_freed_memory, size_on_disk
+
+    resolved = resolve(config, detect(config.device))
+    output_dir = _writable(output_dir)
+    with _logging_to(output_dir / "run.log"), _terminable(), tracking.start(config, output_dir) as tracker:
+        log.info("run %s in %s on %s", tracker.run_id, output_dir, resolved.device_name)
+        if resolved.optim_fallback:
+            log.info("optimizer %s: %s", resolved.optim, resolved.optim_fallback)
+        tracker.params({f"resolved.{key}": value for key, value in asdict(resolved).items() if value is not None})
+        tracker.tags({f"hardware.{key}": value for key, value in provenance.hardware().items()})
+        reuse_freed_memory()
+        memory = MemoryMonitor(resolved.device)
+        metrics: dict[str, float] = {}
+
+        # Data, refused early.
+        rows = data.load_rows(config.dataset)
+        score = data.scorer(config.dataset)
+        tokenizer = model.load_tokenizer(config.model)
+        train_tokens = data.tokenize(rows.train, config, tokenizer)
+        audit = data.audit(train_tokens, config.training.max_length, tokenizer)
+        heldout, heldout_tokens = data.cut(
+            rows.heldout, data.tokenize(rows.heldout, config, tokenizer), config.training.max_length
+        )
+        tracker.json(asdict(audit) | {"left_out": rows.dropped}, "label_audit.json")
+        metrics |= {f"labels/{key}": value for key, value in asdict(audit).items() if not isinstance(value, str)}
+        tracker.params({"data.fingerprint": rows.fingerprint, "data.heldout_rows": len(heldout)})
+        for part, found in (("training", rows.train), ("evaluation", heldout)):
+            profile = {"rows": len(found)}
+            tracker.dataset(f"{config.dataset.name}-{part}", rows.fingerprint, config.dataset.path, part, profile)
+
+        # Model and adapter, with the seed set before anything is drawn.
+        set_seed(config.seed)
+        peft_config = adapters.peft_config(config, model.skeleton(config.model))
+        with memory.phase("load"):
+            base = model.load_model(config.model, config.quantization, resolved)
+            adapted = adapters.attach(base, peft_config, resolved.adapter_dtype)
+        if config.training.packing and not evaluation.isolates_packed_rows(adapted, base.dtype):
+            raise ConfigError(
+                f"training.packing: {config.model.model_name_or_path} does not keep packed rows apart, so training "
+                "would not be that of the single rows; use training.packing=false"
+            )
+        trainable, total = adapters.count_parameters(adapted)
+        metrics |= {"trainable_parameters": trainable, "total_parameters": total, "trainable_share": trainable / total}
+        tracker.metrics(metrics)
+
+        trainer = training.build(
+            adapted, tokenizer, train_tokens, heldout_tokens, config, resolved, output_dir / "checkpoints", memory
+        )
+
+        def measure(moment: str) -> evaluation.Evaluation:
+            log.info("evaluating %s training", moment)
+            with memory.phase(f"evaluate_{moment}"):
+                found = evaluation.evaluate(
+                    trainer.model,
+                    tokenizer,
+                    heldout,
+                    heldout_tokens,
+                    config.evaluation,
+                    batch_size=config.training.per_device_eval_batch_size,
+                    score=score,
+                    label=f"{moment} training: ",
+                )
+            named = {f"{moment}/{key}": value for key, value in found.metrics.items()}
+            metrics.update(named)
+            tracker.metrics(named, trainer.state.global_step)
+            lines = "".join(json.dumps(line) + "\n" for line in found.losses)
+            tracker.text(lines, f"evaluation/{moment}_losses.jsonl")
+            return found
+
+        before = measure("before") if config.evaluation.before else None
+        set_seed(config.seed)
+        log.info("training %s of %s parameters (%.3g%%)", f"{trainable:,}", f"{total:,}", 100 * trainable / total)
+        metrics |= training.train(trainer, config, tracker.metrics)
+        after = measure("after")
+        if after.samples:
+            columns = {key: [sample[key] for sample in after.samples] for key in ("prompt", "reference")}
+            if before:
+                columns["before"] = [sample["answer"] for sample in before.samples]
+            tracker.table(columns | {"after": [sample["answer"] for sample in after.samples]}, "samples.json")
+            tracker.json({"before": before.samples if before else [], "after": after.samples}, "evaluation/answers.json")
+
+        # What stays.
+        step = trainer.state.global_step
+        saved = output_dir / "model"
+        with memory.phase("save"):
+            if peft_config is not None:
+                peft_config.base_model_name_or_path = config.model.model_name_or_path
+            trainer.save_model(str(saved))
+            tokenizer.save_pretrained(saved)
+        (saved / "training_args.bin").unlink(missing_ok=True)  # a pickle; the config says the same
+        tracker.text((output_dir / tracking.CONFIG_FILE).read_text("utf-8"), f"model/{tracking.CONFIG_FILE}")
+        metrics["model_bytes"] = size_on_disk(saved)
+        if checkpoints := sorted((output_dir / "checkpoints").glob("checkpoint-*")):
+            metrics["checkpoint_bytes"] = size_on_disk(checkpoints[-1])
+        metrics |= {f"memory/{key}": value for key, value in memory.summary().items()}
+        tracker.metrics(metrics, step)
+        keep = config.tracking.log_adapter if peft_config is not None else config.tracking.log_full_model
+        if keep:
+            settings = {**config.method.settings, **config.lora_variant.settings}
+            tracker.model(saved, f"{config.method.name}-model", settings | {"quantization": config.quantization.name}, step)
+        return RunResult(tracker.run_id, output_dir, metrics)
+
+
+def _writable(folder: str | Path) -> Path:
+    from qlora_exp.errors import ConfigError
+
+    path = Path(folder).resolve()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.write_bytes(bytes(1024))
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(f"cannot write to the output folder {path}: {error.strerror}; choose another: hydra.run.dir=FOLDER") from error
+    return path
+
+
+@contextmanager
+def _logging_to(file: Path) -> Iterator[None]:
+    """Everything that is logged inside goes to `file` too, without secrets."""
+    handler = logging.FileHandler(file, encoding="utf-8")
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM (a scheduler, `kill`) ends the run as Ctrl-C does, so that it is recorded as killed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

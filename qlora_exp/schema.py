@@ -1,0 +1,335 @@
+"""What a config may say: every key with its type, default, range and meaning, and the cross-checks.
+
+The only place where a key is declared. A key that mirrors a library's field has that field's name.
+Settings of `method` and `lora_variant` are PEFT's own and are checked by `peft_registry`.
+This module must not import torch or anything that does: a wrong config is refused within a second.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+from qlora_exp import peft_registry
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+NonNegative = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Interval = Literal["no", "steps", "epoch"]
+
+
+class Section(BaseModel):
+    """One section of the config: unknown keys are refused, attribute docstrings document the keys."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+
+class PeftSettings(Section):
+    """A section whose other keys are settings of a PEFT config."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The PEFT settings: every key that this class does not declare."""
+        return dict(self.model_extra or {})
+
+
+class ModelConfig(Section):
+    """Which base model."""
+
+    model_name_or_path: str = "embedded:smollm2-135m"
+    """Hub id, local folder, `embedded:smollm2-135m`, or `random:FAMILY` (opt, llama, qwen2: a tiny random model)."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: Literal["auto"] | Dtype = "auto"
+    """Of the base weights. auto: float32 on a CPU or for a full fine-tune, else bfloat16 (float16 on older GPUs)."""
+    attn_implementation: str | None = None
+    """eager, sdpa, flash_attention_2, ...; null leaves it to transformers."""
+    device_map: str | dict[str, int | str] | None = None
+    """null puts the whole model on `device`; auto spreads it over GPUs."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Never taken from a recorded run."""
+    random_config: dict[str, int | float | bool] = {}
+    """Only for `random:FAMILY`: fields of the family's transformers config."""
+
+
+class MethodConfig(PeftSettings):
+    """Which parameters train. Every other key is a setting of the PEFT config named by `peft_type`."""
+
+    name: str = "full"
+    peft_type: str | None = None
+    """PEFT's own name of the method (LORA, IA3, ...); null trains all parameters."""
+    quantized_base: bool | None = None
+    """true: needs a quantized base; false: refuses one; null: takes either."""
+    adapter_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the trainable adapter weights, whatever the base. auto: float32."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.peft_type is None:
+            problems = [f"{name}: a method without peft_type takes no PEFT settings" for name in self.settings]
+        else:
+            problems = peft_registry.check("method", self.peft_type, self.settings)
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class LoraVariantConfig(PeftSettings):
+    """How LoRA is scaled, split and initialised. Every other key is a setting of PEFT's LoraConfig."""
+
+    name: str = "lora"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if problems := peft_registry.check("lora_variant", "LORA", self.settings):
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class QuantizationConfig(Section):
+    """How the frozen base is stored: fields of transformers' BitsAndBytesConfig."""
+
+    name: str = "none"
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
+    bnb_4bit_use_double_quant: bool = False
+    """Quantize the quantization constants too: about 0.4 bits less for each parameter."""
+    bnb_4bit_compute_dtype: Literal["auto"] | Dtype = "auto"
+    """auto: float32 on a CPU, bfloat16 on a GPU that has it, else float16."""
+    llm_int8_threshold: Annotated[float, Field(ge=0)] = 6.0
+    """int8: activations above it are computed unquantized."""
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the base is stored in 4 or 8 bits."""
+        return self.load_in_4bit or self.load_in_8bit
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit exclude each other")
+        return self
+
+
+class OptimizerConfig(Section):
+    """Fields of transformers' TrainingArguments that choose the optimizer."""
+
+    name: str = "adamw_torch"
+    optim: Literal[
+        "adamw_torch",
+        "adamw_torch_fused",
+        "paged_adamw_32bit",
+        "paged_adamw_8bit",
+        "adamw_bnb_8bit",
+        "sgd",
+        "adafactor",
+        "lion_32bit",
+        "lion_8bit",
+        "paged_lion_32bit",
+        "paged_lion_8bit",
+        "rmsprop",
+        "adagrad",
+    ] = "adamw_torch"
+    """A paged optimizer falls back to the same one without paging where the device has no paging; that is recorded."""
+    optim_args: str | None = None
+    """Extra arguments of the optimizer, as `key=value,key=value`."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+
+
+class DatasetConfig(Section):
+    """Which text, in which prompt format, split how."""
+
+    name: str = "construction_faq"
+    path: str = "embedded:construction_faq"
+    """Hub id, a .jsonl/.json/.csv/.parquet file, `embedded:construction_faq` or `reasoning_gym:TASK`."""
+    subset: str | None = None
+    """Hub datasets: the configuration name."""
+    revision: str | None = None
+    split: str = "train"
+    eval_path: str | None = None
+    """A file with the held-out rows; null splits them off `path`."""
+    eval_split: str | None = None
+    """A split of `path` with the held-out rows; null splits them off `split`."""
+    eval_size: Share | PositiveInt = 0.1
+    """Share or number of rows held out when there is no eval_path or eval_split."""
+    split_seed: int = 42
+    """Seeds the split and the choice of rows, independently of the run's seed."""
+    max_train_rows: PositiveInt | None = None
+    max_eval_rows: PositiveInt | None = None
+    format: Literal["alpaca", "chat", "prompt_completion", "text"] = "alpaca"
+    """alpaca: Alpaca's two prompts, with and without input; chat: the model's chat template; text: all tokens learn."""
+    prompt_column: str = "instruction"
+    input_column: str | None = "input"
+    """Optional context; appended to the prompt in chat and prompt_completion."""
+    completion_column: str = "output"
+    messages_column: str | None = None
+    """chat: a column of whole dialogues; the last assistant turn is the completion."""
+    text_column: str = "text"
+    system_message: str | None = None
+    """chat: null leaves it to the model's template."""
+    drop_matching: str | None = None
+    """Regular expression; rows whose completion matches are left out."""
+    drop_duplicates: bool = True
+    """Keep only the first of rows with the same prompt and input."""
+    reasoning_gym_size: PositiveInt = 500
+    """reasoning_gym: rows generated, held-out ones included."""
+    reasoning_gym_config: dict[str, int | float | str | bool] = {}
+    """reasoning_gym: fields of the task's own config."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.eval_path and self.eval_split:
+            raise ValueError("eval_path and eval_split exclude each other")
+        if self.system_message and self.format != "chat":
+            raise ValueError(f"system_message has no place in format '{self.format}': use format=chat")
+        if self.messages_column and self.format != "chat":
+            raise ValueError("messages_column needs format=chat")
+        return self
+
+
+class TrainingConfig(Section):
+    """Fields of TRL's SFTConfig, with `auto` where the device or method should choose."""
+
+    num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
+    max_steps: int = -1
+    """Positive: overrides num_train_epochs."""
+    per_device_train_batch_size: PositiveInt = 8
+    per_device_eval_batch_size: PositiveInt = 8
+    gradient_accumulation_steps: PositiveInt = 1
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+    ] = "linear"
+    warmup_steps: Annotated[float, Field(ge=0)] = 0
+    """Below 1 it is a share of all steps."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    """0 turns clipping off. The QLoRA paper clips at 0.3."""
+    bf16: Literal["auto"] | bool = "auto"
+    """Autocast to bfloat16. auto: only on a GPU that has it."""
+    fp16: Literal["auto"] | bool = "auto"
+    """Autocast to float16. auto: only on a GPU without bfloat16."""
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    """Recompute activations in the backward pass. auto: on for a GPU, off for a CPU."""
+    max_length: PositiveInt = 1024
+    """Tokens; longer rows are cut, and the label audit counts them."""
+    packing: bool = False
+    """Several rows in one sequence, with isolated attention; refused on a model that cannot isolate them."""
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "random"
+    completion_only_loss: bool = True
+    """Loss on the answer only; false: on the prompt too."""
+    loss_type: Literal["nll", "dft"] = "nll"
+    neftune_noise_alpha: Annotated[float, Field(ge=0)] | None = None
+    logging_steps: PositiveInt = 1
+    eval_strategy: Interval = "no"
+    eval_steps: PositiveInt | None = None
+    save_strategy: Interval = "no"
+    save_steps: PositiveInt = 500
+    save_total_limit: PositiveInt | None = 2
+    load_best_model_at_end: bool = False
+    """Best by held-out loss."""
+    early_stopping_patience: PositiveInt | None = None
+    """Evaluations without a better held-out loss before the run stops."""
+    early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
+    resume_from_checkpoint: str | None = None
+    """A checkpoint folder, or an output folder whose newest checkpoint is taken."""
+    dataloader_num_workers: NonNegative = 0
+    torch_compile: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.max_steps == 0 or self.max_steps < -1:
+            raise ValueError("max_steps must be positive, or -1 to train for num_train_epochs")
+        if self.bf16 is True and self.fp16 is True:
+            raise ValueError("bf16 and fp16 exclude each other")
+        if self.load_best_model_at_end and (self.eval_strategy == "no" or self.save_strategy != self.eval_strategy):
+            raise ValueError("load_best_model_at_end needs eval_strategy and save_strategy to be the same, not 'no'")
+        if self.load_best_model_at_end and self.eval_strategy == "steps" and self.save_steps % (self.eval_steps or 1):
+            raise ValueError("load_best_model_at_end needs save_steps to be a multiple of eval_steps")
+        if self.early_stopping_patience and not self.load_best_model_at_end:
+            raise ValueError("early_stopping_patience needs load_best_model_at_end=true")
+        if self.eval_strategy == "steps" and self.eval_steps is None:
+            raise ValueError("eval_strategy=steps needs eval_steps")
+        path = self.resume_from_checkpoint
+        if path and not Path(path).is_dir():
+            raise ValueError(f"resume_from_checkpoint: no folder {path}")
+        return self
+
+
+class EvaluationConfig(Section):
+    """What is measured on the held-out rows, before and after training."""
+
+    before: bool = True
+    """Measure the untrained model too."""
+    generate_rows: NonNegative = 16
+    """Held-out rows to generate answers for; 0: none."""
+    max_new_tokens: PositiveInt = 64
+    generation_batch_size: PositiveInt = 8
+    metrics: list[Literal["rouge", "exact_match"]] = ["rouge", "exact_match"]
+    """Of generated answers against the references. A dataset with its own scorer adds its score."""
+
+
+class TrackingConfig(Section):
+    """Where MLflow is and what goes there."""
+
+    uri: str | None = None
+    """null: SQLite under ./mlruns; else any MLflow tracking URI."""
+    experiment_name: str = "qlora_exp"
+    run_name: str | None = None
+    """null: made of method, quantization, variant, rank and seed."""
+    tags: dict[str, str] = {}
+    log_adapter: bool = True
+    """Keep the trained adapter in MLflow as a logged model."""
+    log_full_model: bool = False
+    """The same for a full fine-tune, which is as large as the base model."""
+
+
+class Config(Section):
+    """One run."""
+
+    model: ModelConfig = ModelConfig()
+    method: MethodConfig = MethodConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
+    lora_variant: LoraVariantConfig = LoraVariantConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    dataset: DatasetConfig = DatasetConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        method, quantization = self.method, self.quantization
+        if method.quantized_base is True and not quantization.quantized:
+            raise ValueError(
+                f"method={method.name} needs a quantized base: choose quantization=nf4_double, nf4, fp4, fp4_double "
+                "or int8, or method=lora for an unquantized one"
+            )
+        if method.quantized_base is False and quantization.quantized:
+            raise ValueError(
+                f"method={method.name} cannot train a base stored as {quantization.name}: "
+                "choose quantization=none, or method=qlora"
+            )
+        if method.peft_type != "LORA" and self.lora_variant != LoraVariantConfig():
+            raise ValueError(
+                f"lora_variant={self.lora_variant.name} needs a LoRA method, not method={method.name}"
+            )
+        if twice := method.settings.keys() & self.lora_variant.settings.keys():
+            raise ValueError(f"set in both method and lora_variant: {', '.join(sorted(twice))}")
+        if self.device == "mps" and (quantization.quantized or "bnb" in self.optimizer.optim or "8bit" in self.optimizer.optim):
+            raise ValueError("bitsandbytes (quantized bases, 8-bit optimizers) does not run on mps")
+        if not self.model.model_name_or_path.startswith("random:") and self.model.random_config:
+            raise ValueError("model.random_config needs a model_name_or_path of random:FAMILY")
+        if self.device == "cpu" and self.training.fp16 is True:
+            raise ValueError("training.fp16 needs a GPU: use bf16, or leave it to auto")
+        return self
+
