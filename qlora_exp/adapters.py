@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from peft import PeftConfig, PeftModel, PeftType, TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import PreTrainedModel
 
@@ -37,7 +37,7 @@ def peft_config(config: Config, skeleton: PreTrainedModel) -> PeftConfig | None:
     if settings.get("target_modules") is not None:
         settings["target_modules"] = resolve_targets(settings["target_modules"], skeleton)
     try:
-        return PEFT_TYPE_TO_CONFIG_MAPPING[method.peft_type](task_type=TaskType.CAUSAL_LM, **settings)
+        return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.peft_type)](task_type=TaskType.CAUSAL_LM, **settings)
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"method={method.name}: PEFT refuses its settings: {error}") from error
 
@@ -97,7 +97,9 @@ def _matches_nothing(target: str, linear: Iterable[str]) -> str:
     )
 
 
-def attach(model: PreTrainedModel, settings: PeftConfig | None, adapter_dtype: str | None) -> PreTrainedModel | PeftModel:
+def attach(
+    model: PreTrainedModel, settings: PeftConfig | None, adapter_dtype: str | None
+) -> PreTrainedModel | PeftModel:
     """The model with trainable parameters: all of its own, or an adapter's in `adapter_dtype`.
 
     Raises:
@@ -129,6 +131,6 @@ def keep_dtypes(model: torch.nn.Module) -> Iterator[None]:
             parameter.data = values[name]
 
 
-def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
+def count_parameters(model: Any) -> tuple[int, int]:
     """Trainable and total parameters; a 4-bit weight counts for what it stands for, as PEFT counts."""
     return PeftModel.get_nb_trainable_parameters(model)

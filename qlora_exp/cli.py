@@ -66,7 +66,7 @@ def _guard(command: Callable[[], None]) -> int:
     except BrokenPipeError:
         return 1
     except Exception as error:  # ours to mend: shown whole, but for secrets
-        if type(error).__name__ in ("Diverged", "OutOfMemoryError"):
+        if type(error).__name__ in ("DivergedError", "OutOfMemoryError"):
             print(f"error: {type(error).__name__}: {redact(str(error))}", file=sys.stderr)
         else:
             print(redact("".join(traceback.format_exception(error))), file=sys.stderr)
@@ -127,9 +127,20 @@ def quiet() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # many short bars; ours cover what is long
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(bitsandbytes|torch|peft|trl|transformers)\b")
-    for name in ("alembic", "mlflow", "httpx", "datasets", "evaluate", "absl", "bitsandbytes", "transformers"):
+    for name in (
+        "alembic",
+        "mlflow",
+        "httpx",
+        "datasets",
+        "evaluate",
+        "absl",
+        "bitsandbytes",
+        "transformers",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -132,8 +132,6 @@ def explain(error: Exception) -> ConfigError:
         return ConfigError(
             f"{group}: no option '{option}'{did_you_mean(option, known)} Shipped options: {', '.join(known)}"
         )
-    if match := re.search(r"Missing mandatory value: (\S+)", text):
-        return ConfigError(f"{match[1]}: must be given: {match[1]}=VALUE")
     cause = f"\n{error.__cause__}" if error.__cause__ else ""
     return ConfigError(f"{text}{cause}")
 
@@ -150,6 +148,8 @@ def _describe(problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("literal["))
     if problem["type"] == "extra_forbidden":
         return _no_such_key(where)
+    if problem["input"] is None:
+        return f"{where}: must be given: {where}=VALUE"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return message if message.startswith(f"{where}.") or not where else f"{where}: {message}"

@@ -63,7 +63,9 @@ def load_rows(config: DatasetConfig) -> Rows:
         size = config.eval_size
         if len(rows) < 2 or (isinstance(size, int) and size >= len(rows)):
             raise DataError(f"dataset.eval_size={size}: only {len(rows)} rows to split ({_why(dropped)})")
-        parts = rows.train_test_split(test_size=max(1, round(size * len(rows))) if size < 1 else size, seed=config.split_seed)
+        parts = rows.train_test_split(
+            test_size=max(1, round(size * len(rows))) if size < 1 else size, seed=config.split_seed
+        )
         train, heldout = parts["train"], parts["test"]
     train = _first(train, config.max_train_rows)
     heldout = _first(heldout, config.max_eval_rows)
@@ -100,7 +102,7 @@ def _read(config: DatasetConfig, path: str, split: str) -> Dataset:
         raise DataError(f"{path}: {_last_line(error)}") from error
 
 
-def _last_line(error: Exception) -> str:
+def _last_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[-1]
 
 
@@ -112,7 +114,9 @@ def _read_file(file: Path) -> Dataset:
     try:
         return load_dataset(READERS[file.suffix], data_files=str(file), split="train")
     except Exception as error:  # whatever the reader of that format raises for a damaged file
-        raise DataError(f"{file}: cannot be read as {READERS[file.suffix]}: {_last_line(error.__cause__ or error)}") from error
+        raise DataError(
+            f"{file}: cannot be read as {READERS[file.suffix]}: {_last_line(error.__cause__ or error)}"
+        ) from error
 
 
 def _faq_file() -> Path:
@@ -141,7 +145,11 @@ def _generate(task: str, config: DatasetConfig) -> Dataset:
     except (TypeError, AssertionError, ValueError) as error:
         raise DataError(f"dataset.reasoning_gym_config: {error}") from error
     rows = [
-        {"question": entry["question"], "answer": str(entry["answer"]), "entry": json.dumps(entry, default=str)}
+        {
+            "question": entry["question"],
+            "answer": str(entry["answer"]),
+            "entry": json.dumps(entry, default=str),
+        }
         for entry in entries
         if entry["answer"] is not None
     ]
@@ -177,7 +185,9 @@ def _clean(raw: Dataset, config: DatasetConfig) -> tuple[Dataset, dict[str, int]
     dropped = {"empty": 0, "matching drop_matching": 0, "duplicates": 0}
     for index, source in enumerate(raw.select_columns(list(columns.values()))):
         row = _uniform({role: source[column] for role, column in columns.items()})
-        identity = json.dumps([row["prompt"], row["input"], row["messages"], config.format == "text" and row["completion"]])
+        identity = json.dumps(
+            [row["prompt"], row["input"], row["messages"], config.format == "text" and row["completion"]]
+        )
         if not row["completion"].strip() or not (row["prompt"].strip() or config.format == "text"):
             dropped["empty"] += 1
         elif unwanted and unwanted.search(row["completion"]):

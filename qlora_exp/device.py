@@ -93,7 +93,7 @@ def resolve(config: Config, device: Device) -> Resolved:
     full = config.method.peft_type is None
     bf16 = training.bf16 if training.bf16 != "auto" else best == "bfloat16" and training.fp16 is not True
     fp16 = training.fp16 if training.fp16 != "auto" else best == "float16" and not bf16
-    optim = config.optimizer.optim
+    optim: str = config.optimizer.optim
     fallback = None
     if optim in UNPAGED and not device.paging:
         fallback = f"{device.type} has no paged memory for {optim}"

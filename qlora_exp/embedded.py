@@ -147,6 +147,7 @@ def _convert_smollm2(folder: Path) -> None:
 def _create_random(folder: Path, family: str, fields: dict[str, Any]) -> None:
     """A tiny model of `family` with fixed random weights and a byte-level tokenizer, in `folder`."""
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -176,6 +177,6 @@ def _create_random(folder: Path, family: str, fields: dict[str, Any]) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(0)  # the base model is the same one, whatever the run's seed
             model = AutoModelForCausalLM.from_config(config)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, StrictDataclassError) as error:
         raise ConfigError(f"model.random_config: {family} cannot be built with {fields}: {error}") from error
     model.save_pretrained(folder)

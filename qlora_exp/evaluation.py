@@ -92,7 +92,10 @@ def _row_losses(model: Any, tokenizer: Any, tokens: Dataset, batch_size: int, la
     collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
     found = []
     for start in tqdm(range(0, len(tokens), batch_size), desc=f"{label}loss", unit="batch", leave=False, disable=None):
-        rows = [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in tokens.select(range(start, min(start + batch_size, len(tokens))))]
+        rows = [
+            {"input_ids": row["input_ids"], "labels": row["labels"]}
+            for row in tokens.select(range(start, min(start + batch_size, len(tokens))))
+        ]
         batch = {name: tensor.to(model.device) for name, tensor in collate(rows).items()}
         # trl 1.16: `log_probs` is (batch, length - 1), zero where `label_mask` is false.
         outputs = model(**batch, fused_lm_head=True)
@@ -128,9 +131,18 @@ def _generate(
         use_cache=True,
     )
     samples, waits, steps = [], [], []
-    for start in tqdm(range(0, count, config.generation_batch_size), desc=f"{label}answers", unit="batch", leave=False, disable=None):
+    for start in tqdm(
+        range(0, count, config.generation_batch_size),
+        desc=f"{label}answers",
+        unit="batch",
+        leave=False,
+        disable=None,
+    ):
         chosen = tokens.select(range(start, min(start + config.generation_batch_size, count)))
-        prompts = [row["input_ids"][: row["prompt_length"]] or [tokenizer.bos_token_id or tokenizer.eos_token_id] for row in chosen]
+        prompts = [
+            row["input_ids"][: row["prompt_length"]] or [tokenizer.bos_token_id or tokenizer.eos_token_id]
+            for row in chosen
+        ]
         batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
         clock, begin = _Clock(), time.perf_counter()
         output = model.generate(
@@ -143,7 +155,9 @@ def _generate(
         steps += np.diff(clock.times).tolist()
         answers = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for prompt, answer, row in zip(prompts, answers, rows.select(range(start, start + len(prompts))), strict=True):
-            samples.append({"prompt": tokenizer.decode(prompt), "reference": row["completion"], "answer": answer.strip()})
+            samples.append(
+                {"prompt": tokenizer.decode(prompt), "reference": row["completion"], "answer": answer.strip()}
+            )
     latency = {"first_token_seconds_p50": float(np.median(waits))}
     if steps:
         latency["token_seconds_p50"], latency["token_seconds_p95"] = map(float, np.quantile(steps, [0.5, 0.95]))
@@ -185,4 +199,3 @@ def isolates_packed_rows(model: Any, dtype: torch.dtype) -> bool:
         apart = model(input_ids=ids[:, 12:], use_cache=False).logits
     difference = (packed.float().log_softmax(-1) - apart.float().log_softmax(-1)).abs().max().item()
     return difference < (1e-3 if dtype == torch.float32 else 5e-2)
-

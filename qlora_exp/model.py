@@ -9,10 +9,21 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub.errors import GatedRepoError, HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+)
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from qlora_exp import embedded
 from qlora_exp.device import Resolved
@@ -44,7 +55,9 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
         # A reserved token where there is one: padding with EOS is masked by position here, never by value.
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer.eos_token is None:
-        raise ModelError(f"{config.model_name_or_path}: its tokenizer has no EOS token, so a model could not learn to stop")
+        raise ModelError(
+            f"{config.model_name_or_path}: its tokenizer has no EOS token, so a model could not learn to stop"
+        )
     return tokenizer
 
 
@@ -94,10 +107,10 @@ def keep_gradients_right(model: torch.nn.Module) -> None:
     path without autograd, and the gradient through every base layer is lost (bitsandbytes 0.50.2). tests/test_model.py
     keeps a gradient test for it.
     """
-    import bitsandbytes as bnb
+    from bitsandbytes.nn.modules import Linear4bit
 
     for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
+        if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
 
 
@@ -110,9 +123,13 @@ def _from_pretrained(kind: Any, config: ModelConfig, **arguments: Any) -> Any:
     except (GatedRepoError, LocalTokenNotFoundError) as error:
         raise ModelError(_gated(name)) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ModelError(f"{name}: no such model on the hub, nor a local folder (a private one needs HF_TOKEN)") from error
+        raise ModelError(
+            f"{name}: no such model on the hub, nor a local folder (a private one needs HF_TOKEN)"
+        ) from error
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, EOFError) as error:
-        raise ModelError(f"{path}: a file of the model is damaged ({error}); delete the folder and fetch it again") from error
+        raise ModelError(
+            f"{path}: a file of the model is damaged ({error}); delete the folder and fetch it again"
+        ) from error
     except OSError as error:
         if "gated" in str(error):
             raise ModelError(_gated(name)) from error
@@ -120,7 +137,10 @@ def _from_pretrained(kind: Any, config: ModelConfig, **arguments: Any) -> Any:
             f"{name}: cannot be loaded. It is not a local folder, and the hub did not give it: check the name"
             f"{f', the revision {config.revision!r}' if config.revision else ''} and the network.\n{_first_line(error)}"
         ) from error
-    except (ImportError, ValueError) as error:  # an attention kernel or an architecture that is not to be had here
+    except (
+        ImportError,
+        ValueError,
+    ) as error:  # an attention kernel or an architecture that is not to be had here
         raise ModelError(f"{name}: {_first_line(error)}") from error
 
 

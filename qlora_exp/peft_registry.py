@@ -59,8 +59,7 @@ def _sources() -> dict[Path, str]:
     return {
         file: text
         for file in files
-        if ("config" in file.name or file.name == "lycoris_utils.py")
-        and "class" in (text := file.read_text("utf-8"))
+        if ("config" in file.name or file.name == "lycoris_utils.py") and "class" in (text := file.read_text("utf-8"))
     }
 
 

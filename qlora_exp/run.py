@@ -41,7 +41,7 @@ def run(config: Config, output_dir: str | Path) -> RunResult:
 
     Raises:
         UserError: something that the user can mend; the message says what.
-        Diverged: the loss is not a number any more.
+        DivergedError: the loss is not a number any more.
     """
     # Heavy imports wait until a run is certain.
     from transformers import set_seed
@@ -91,11 +91,22 @@ def run(config: Config, output_dir: str | Path) -> RunResult:
                 "would not be that of the single rows; use training.packing=false"
             )
         trainable, total = adapters.count_parameters(adapted)
-        metrics |= {"trainable_parameters": trainable, "total_parameters": total, "trainable_share": trainable / total}
+        metrics |= {
+            "trainable_parameters": trainable,
+            "total_parameters": total,
+            "trainable_share": trainable / total,
+        }
         tracker.metrics(metrics)
 
         trainer = training.build(
-            adapted, tokenizer, train_tokens, heldout_tokens, config, resolved, output_dir / "checkpoints", memory
+            adapted,
+            tokenizer,
+            train_tokens,
+            heldout_tokens,
+            config,
+            resolved,
+            output_dir / "checkpoints",
+            memory,
         )
 
         def measure(moment: str) -> evaluation.Evaluation:
@@ -128,7 +139,10 @@ def run(config: Config, output_dir: str | Path) -> RunResult:
             if before:
                 columns["before"] = [sample["answer"] for sample in before.samples]
             tracker.table(columns | {"after": [sample["answer"] for sample in after.samples]}, "samples.json")
-            tracker.json({"before": before.samples if before else [], "after": after.samples}, "evaluation/answers.json")
+            tracker.json(
+                {"before": before.samples if before else [], "after": after.samples},
+                "evaluation/answers.json",
+            )
 
         # What stays.
         step = trainer.state.global_step
@@ -148,7 +162,12 @@ def run(config: Config, output_dir: str | Path) -> RunResult:
         keep = config.tracking.log_adapter if peft_config is not None else config.tracking.log_full_model
         if keep:
             settings = {**config.method.settings, **config.lora_variant.settings}
-            tracker.model(saved, f"{config.method.name}-model", settings | {"quantization": config.quantization.name}, step)
+            tracker.model(
+                saved,
+                f"{config.method.name}-model",
+                settings | {"quantization": config.quantization.name},
+                step,
+            )
         return RunResult(tracker.run_id, output_dir, metrics)
 
 
@@ -162,7 +181,9 @@ def _writable(folder: str | Path) -> Path:
         probe.write_bytes(bytes(1024))
         probe.unlink()
     except OSError as error:
-        raise ConfigError(f"cannot write to the output folder {path}: {error.strerror}; choose another: hydra.run.dir=FOLDER") from error
+        raise ConfigError(
+            f"cannot write to the output folder {path}: {error.strerror}; choose another: hydra.run.dir=FOLDER"
+        ) from error
     return path
 
 

@@ -22,7 +22,11 @@ class Section(BaseModel):
     """One section of the config: unknown keys are refused, attribute docstrings document the keys."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
 
@@ -157,7 +161,7 @@ class DatasetConfig(Section):
     """A file with the held-out rows; null splits them off `path`."""
     eval_split: str | None = None
     """A split of `path` with the held-out rows; null splits them off `split`."""
-    eval_size: Share | PositiveInt = 0.1
+    eval_size: Share | Annotated[int, Field(gt=0, strict=True)] = 0.1
     """Share or number of rows held out when there is no eval_path or eval_split."""
     split_seed: int = 42
     """Seeds the split and the choice of rows, independently of the run's seed."""
@@ -205,7 +209,13 @@ class TrainingConfig(Section):
     gradient_accumulation_steps: PositiveInt = 1
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     lr_scheduler_type: Literal[
-        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "inverse_sqrt",
     ] = "linear"
     warmup_steps: Annotated[float, Field(ge=0)] = 0
     """Below 1 it is a share of all steps."""
@@ -320,16 +330,15 @@ class Config(Section):
                 "choose quantization=none, or method=qlora"
             )
         if method.peft_type != "LORA" and self.lora_variant != LoraVariantConfig():
-            raise ValueError(
-                f"lora_variant={self.lora_variant.name} needs a LoRA method, not method={method.name}"
-            )
+            raise ValueError(f"lora_variant={self.lora_variant.name} needs a LoRA method, not method={method.name}")
         if twice := method.settings.keys() & self.lora_variant.settings.keys():
             raise ValueError(f"set in both method and lora_variant: {', '.join(sorted(twice))}")
-        if self.device == "mps" and (quantization.quantized or "bnb" in self.optimizer.optim or "8bit" in self.optimizer.optim):
+        if self.device == "mps" and (
+            quantization.quantized or "bnb" in self.optimizer.optim or "8bit" in self.optimizer.optim
+        ):
             raise ValueError("bitsandbytes (quantized bases, 8-bit optimizers) does not run on mps")
         if not self.model.model_name_or_path.startswith("random:") and self.model.random_config:
             raise ValueError("model.random_config needs a model_name_or_path of random:FAMILY")
         if self.device == "cpu" and self.training.fp16 is True:
             raise ValueError("training.fp16 needs a GPU: use bf16, or leave it to auto")
         return self
-

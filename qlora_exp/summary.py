@@ -24,7 +24,9 @@ def show(result: RunResult, tracking_uri: str | None) -> None:
     for key, name, form in _QUALITY:
         if f"after/{key}" in metrics:
             before = metrics.get(f"before/{key}")
-            quality.add_row(name, "-" if before is None else format(before, form), format(metrics[f"after/{key}"], form))
+            quality.add_row(
+                name, "-" if before is None else format(before, form), format(metrics[f"after/{key}"], form)
+            )
 
     cost = Table("", "", title="Cost", title_justify="left", show_header=False)
     cost.add_row(

@@ -22,7 +22,16 @@ import yaml
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, LoggedModelStatus, Metric, Param, RunTag
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LoggedModelOutput,
+    LoggedModelStatus,
+    Metric,
+    Param,
+    RunTag,
+)
 from mlflow.exceptions import MlflowException
 
 from qlora_exp import config as config_module
@@ -155,7 +164,10 @@ class Tracker:
                 self._missed[0]()
             except (MlflowException, OSError) as error:
                 if self._retry_at == 0.0:
-                    log.warning("MLflow does not take a message; the run goes on and keeps it: %s", redact(_short(error)))
+                    log.warning(
+                        "MLflow does not take a message; the run goes on and keeps it: %s",
+                        redact(_short(error)),
+                    )
                 self._retry_at = time.monotonic() + _RETRY_SECONDS
                 return False
             self._missed.pop(0)
@@ -170,7 +182,9 @@ class Tracker:
         self._missed.append(lambda: self._mlflow.set_terminated(self.run_id, status))
         if not self.deliver():
             log.error(
-                "MLflow did not take everything of run %s; metrics and artifacts are in %s", self.run_id, self.output_dir
+                "MLflow did not take everything of run %s; metrics and artifacts are in %s",
+                self.run_id,
+                self.output_dir,
             )
 
 
@@ -205,7 +219,7 @@ def start(config: Config, output_dir: Path) -> Iterator[Tracker]:
         yield tracker
     except BaseException as error:  # every end of a run is recorded; nothing is swallowed
         outcome = _outcome(error)
-        log.error("run %s: %s: %s", outcome, type(error).__name__, _short(error))
+        log.error("run %s: %s: %s", outcome, type(error).__name__, _short(error))  # noqa: TRY400 - the traceback is an artifact
         tracker.tags({"outcome": outcome, "failure": f"{type(error).__name__}: {_short(error)}"})
         tracker.text("".join(traceback.format_exception(error)), "traceback.txt")
         tracker.end("KILLED" if outcome == "killed" else "FAILED")
@@ -219,7 +233,7 @@ def _outcome(error: BaseException) -> str:
         return "killed"
     if isinstance(error, MemoryError) or type(error).__name__ in ("OutOfMemoryError", "AcceleratorError"):
         return "oom"
-    return "nan" if type(error).__name__ == "Diverged" else "error"
+    return "nan" if type(error).__name__ == "DivergedError" else "error"
 
 
 def _experiment(mlflow: MlflowClient, tracking: Any) -> str:
@@ -315,8 +329,16 @@ def _download(source: str, tracking_uri: str | None) -> Path:
         if not source.startswith("models:/"):
             outputs = mlflow.get_run(source).outputs
             if outputs is None or not outputs.model_outputs:
-                raise ModelError(f"run {source} left no model in MLflow (tracking.log_adapter, tracking.log_full_model)")
+                raise ModelError(
+                    f"run {source} left no model in MLflow (tracking.log_adapter, tracking.log_full_model)"
+                )
             source = f"models:/{outputs.model_outputs[-1].model_id}"
-        return Path(download_artifacts(artifact_uri=source, tracking_uri=store_uri(tracking_uri), registry_uri=store_uri(tracking_uri)))
+        return Path(
+            download_artifacts(
+                artifact_uri=source,
+                tracking_uri=store_uri(tracking_uri),
+                registry_uri=store_uri(tracking_uri),
+            )
+        )
     except MlflowException as error:
         raise ModelError(f"{source}: {_short(error)}") from error

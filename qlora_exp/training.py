@@ -1,6 +1,7 @@
 """The wrapper around TRL's SFTTrainer: its arguments from our config, and what it must tell us while it runs.
 
-Measures steps, feeds curves to a `log` function, marks memory phases, stops a run that diverged. Knows nothing of MLflow.
+Measures steps, feeds curves to a `log` function, marks memory phases, stops a run that diverged.
+Knows nothing of MLflow.
 """
 
 import logging
@@ -16,7 +17,8 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from qlora_exp.adapters import keep_dtypes
 from qlora_exp.data import IGNORED
@@ -58,10 +60,16 @@ _SAME = (
 )
 # The trainer's names of what it logs, where ours say more.
 _CURVES = {"eval_loss": "eval/loss", "eval_mean_token_accuracy": "eval/token_accuracy"}
-_SKIPPED = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_entropy", "eval_num_tokens"}
+_SKIPPED = {
+    "eval_runtime",
+    "eval_samples_per_second",
+    "eval_steps_per_second",
+    "eval_entropy",
+    "eval_num_tokens",
+}
 
 
-class Diverged(Exception):
+class DivergedError(Exception):
     """The loss or the gradient is not a number any more."""
 
 
@@ -174,7 +182,7 @@ class Watcher(TrainerCallback):
         """Pass curves on.
 
         Raises:
-            Diverged: a loss or a gradient norm is not finite.
+            DivergedError: a loss or a gradient norm is not finite.
         """
         logs = logs or {}
         if "train_runtime" in logs:  # the trainer's closing summary; ours is `throughput`
@@ -190,7 +198,7 @@ class Watcher(TrainerCallback):
         self._log(curves, state.global_step)
         for name in ("loss", "grad_norm", "eval_loss"):
             if name in logs and not math.isfinite(logs[name]):
-                raise Diverged(f"{name} is {logs[name]} at step {state.global_step}")
+                raise DivergedError(f"{name} is {logs[name]} at step {state.global_step}")
         if self._bar is not None and "loss" in logs:
             self._bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
             if self._bar.disable:  # no terminal: lines instead of a bar
@@ -231,9 +239,7 @@ def build(
     callbacks: list[TrainerCallback] = []
     if config.training.early_stopping_patience:
         callbacks.append(
-            EarlyStoppingCallback(
-                config.training.early_stopping_patience, config.training.early_stopping_threshold
-            )
+            EarlyStoppingCallback(config.training.early_stopping_patience, config.training.early_stopping_threshold)
         )
     with keep_dtypes(model):
         trainer = Trainer(
@@ -253,7 +259,7 @@ def train(trainer: Trainer, config: Config, log: Log) -> dict[str, float]:
     """Train to the end; the throughput, with `train_loss` averaged over the steps.
 
     Raises:
-        Diverged: the loss is not a number any more.
+        DivergedError: the loss is not a number any more.
         ConfigError: there is no checkpoint where one was to be resumed.
     """
     watcher = Watcher(trainer, log)

@@ -1,0 +1,138 @@
+"""`qlora-exp train` against a plain script of the same libraries: ratios from one run, the two alternating.
+
+    nox -s bench                        # about half an hour on 2 cores; keep the machine quiet meanwhile
+
+1. Overhead: the same job (precision, batches, seed), so step time, peak memory and time to the first step compare.
+2. Choices: the same script with TRL's own precision, checkpointing and sampling; time in steps to one held-out loss.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def export(folder: Path) -> str:
+    """Write the default job's rows as prompt and completion; the path of the converted base model."""
+    from qlora_exp import data, model
+    from qlora_exp.config import compose
+    from qlora_exp.prompts import render
+
+    config = compose()
+    rows = data.load_rows(config.dataset)
+    tokenizer = model.load_tokenizer(config.model)
+    for name, part in (("train", rows.train), ("heldout", rows.heldout)):
+        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as lines:
+            for row in part:
+                text = render(row, config.dataset, tokenizer)
+                lines.write(json.dumps({"prompt": text.prompt, "completion": text.completion}) + "\n")
+    return model.locate(config.model)
+
+
+def plain(model: str, data: Path, out: Path, *arguments: str) -> dict:
+    """Run the plain script; what it printed."""
+    command = [
+        sys.executable,
+        str(HERE / "plain.py"),
+        "--model",
+        model,
+        "--data",
+        str(data),
+        "--out",
+        str(out),
+        *arguments,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def ours(folder: Path, *overrides: str) -> dict:
+    """Run `qlora-exp train`; the same figures from what it left on disk."""
+    command = [sys.executable, "-m", "qlora_exp", "train", "device=cpu", f"hydra.run.dir={folder}"]
+    common = [
+        "evaluation=none",
+        "training.save_strategy=no",
+        f"tracking.uri=sqlite:///{folder.parent / 'mlflow.db'}",
+    ]
+    begin = time.time()
+    subprocess.run([*command, *common, *overrides], capture_output=True, text=True, check=True)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [record for record in records if "train/step_seconds" in record]
+    taken = {
+        record["step"]: sum(r["train/step_seconds"] for r in steps if r["step"] <= record["step"]) for record in records
+    }
+    return {
+        "steps": [record["train/step_seconds"] for record in steps],
+        "first_step": steps[0]["timestamp"] / 1000 - begin,
+        "peak_mib": records[-1]["memory/rss_peak_mib"],
+        "losses": [(taken[record["step"]], record["eval/loss"]) for record in records if "eval/loss" in record],
+    }
+
+
+def report(name: str, mine: list[float], theirs: list[float]) -> None:
+    """Print medians and the ratio of each pair."""
+    ratios = [a / b for a, b in zip(mine, theirs, strict=True)]
+    print(
+        f"{name:<34} qlora-exp {statistics.median(mine):9.2f}   plain {statistics.median(theirs):9.2f}   "
+        f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Both comparisons."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--race-steps", type=int, default=16, help="0: leave the second comparison out")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        model = export(folder)
+        ours(folder / "warmup", "training.max_steps=1", "training.eval_strategy=no", "dataset.max_eval_rows=1")
+        mine, theirs = [], []
+        for pair in range(options.pairs):
+            theirs.append(plain(model, folder, folder / f"plain{pair}", "--steps", str(options.steps)))
+            steps = [
+                f"training.max_steps={options.steps}",
+                "training.eval_strategy=no",
+                "dataset.max_eval_rows=1",
+            ]
+            mine.append(ours(folder / f"ours{pair}", *steps))
+        print(f"The same job, {options.pairs} alternating pairs of {options.steps} steps; medians, ratio of each pair:")
+        for name, pick in (
+            ("step, seconds (first left out)", lambda run: statistics.median(run["steps"][1:])),
+            ("peak RSS, MiB", lambda run: run["peak_mib"]),
+            ("command to first step, seconds", lambda run: run["first_step"]),
+        ):
+            report(name, [pick(run) for run in mine], [pick(run) for run in theirs])
+        if options.race_steps:
+            every = max(1, options.race_steps // 4)
+            slow = plain(
+                model,
+                folder,
+                folder / "default",
+                "--steps",
+                str(options.race_steps),
+                "--eval-steps",
+                str(every),
+                "--trl-defaults",
+            )
+            seconds, target = slow["losses"][-1]
+            fast = ours(folder / "race", f"training.max_steps={options.race_steps}", f"training.eval_steps={every}")
+            reached = next((taken for taken, loss in fast["losses"] if loss <= target), None)
+            print(f"Held-out loss {target:.4f}: TRL's defaults took {seconds:.1f} s of training steps; ", end="")
+            print(
+                f"qlora-exp {reached:.1f} s, ratio {reached / seconds:.3f}" if reached else "qlora-exp did not reach it"
+            )
+            print(f"  TRL's defaults {slow['losses']}\n  qlora-exp      {fast['losses']}")
+
+
+if __name__ == "__main__":
+    main()

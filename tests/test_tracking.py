@@ -1,0 +1,207 @@
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+
+from qlora_exp import tracking
+from qlora_exp.config import compose
+from qlora_exp.errors import ModelError, TrackingError
+
+
+@pytest.fixture
+def mlflow(store: str) -> MlflowClient:
+    return tracking.client(store)
+
+
+def start(store: str, tmp_path, *overrides: str):
+    return tracking.start(compose([f"tracking.uri={store}", *overrides]), tmp_path)
+
+
+def test_a_run_that_ends_well_is_finished(store, mlflow, tmp_path):
+    with start(store, tmp_path, "+tracking.tags.team=a") as tracker:
+        tracker.metrics({"loss": 1.0}, 3)
+    run = mlflow.get_run(tracker.run_id)
+    assert (run.info.status, run.data.tags["outcome"], run.data.tags["team"]) == ("FINISHED", "ok", "a")
+    assert run.data.metrics == {"loss": 1.0}
+    assert run.data.params["method.r"] == "16"
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "outcome"),
+    [
+        (ValueError("boom"), "FAILED", "error"),
+        (MemoryError(), "FAILED", "oom"),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), "FAILED", "oom"),
+        (KeyboardInterrupt(), "KILLED", "killed"),
+        (SystemExit(3), "KILLED", "killed"),
+    ],
+)
+def test_a_run_that_ends_badly_says_how(error: BaseException, status: str, outcome: str, store, mlflow, tmp_path):
+    with pytest.raises(type(error)), start(store, tmp_path) as tracker:
+        tracker.metrics({"loss": 1.0}, 1)
+        raise error
+    run = mlflow.get_run(tracker.run_id)
+    assert (run.info.status, run.data.tags["outcome"]) == (status, outcome)
+    assert type(error).__name__ in run.data.tags["failure"]
+    assert run.data.metrics == {"loss": 1.0}
+    assert "traceback.txt" in [artifact.path for artifact in mlflow.list_artifacts(tracker.run_id)]
+
+
+def test_no_secret_reaches_mlflow_or_the_disk(store, mlflow, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_averysecrettoken")
+    with (
+        pytest.raises(ValueError, match="hf_"),
+        start(store, tmp_path, "+tracking.tags.note=hf_averysecrettoken") as tracker,
+    ):
+        tracker.params({"note": "hf_averysecrettoken", "uri": "https://me:pass@host/x"})
+        raise ValueError("token hf_averysecrettoken refused")
+    data = mlflow.get_run(tracker.run_id).data
+    assert data.params["uri"] == "https://***@host/x"
+    everything = str(data.to_dictionary()) + "".join(file.read_text() for file in tmp_path.rglob("*") if file.is_file())
+    assert "averysecret" not in everything
+
+
+def test_a_run_whose_process_died_is_killed_by_the_next_start(store, mlflow, tmp_path):
+    code = (
+        "import os, signal, sys; from qlora_exp import tracking; from qlora_exp.config import compose\n"
+        f"with tracking.start(compose(['tracking.uri={store}']), __import__('pathlib').Path({str(tmp_path)!r})) as t:\n"
+        "    print(t.run_id, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    died = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout.strip()
+    assert mlflow.get_run(died).info.status == "RUNNING"
+    with start(store, tmp_path) as tracker:
+        assert mlflow.get_run(tracker.run_id).info.status == "RUNNING"
+        assert mlflow.get_run(died).info.status == "KILLED"
+
+
+def create(uri: str) -> str:
+    return tracking.client(uri).create_experiment(f"experiment {os.getpid()}")
+
+
+def test_processes_that_start_together_share_one_database(tmp_path):
+    uri = f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}"
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        assert len(set(pool.map(create, [uri] * 3))) == 3
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:////proc/nowhere/mlflow.db", "nonsense://x"])
+def test_a_store_that_does_not_answer_is_explained_at_once(uri: str, tmp_path):
+    begin = time.monotonic()
+    with pytest.raises(TrackingError, match="does not answer or cannot be written"), start(uri, tmp_path):
+        pass
+    assert time.monotonic() - begin < 30
+
+
+def test_a_deleted_experiment_is_explained(store, mlflow, tmp_path):
+    mlflow.delete_experiment(mlflow.create_experiment("gone"))
+    with (
+        pytest.raises(TrackingError, match="was deleted"),
+        start(store, tmp_path, "tracking.experiment_name=gone"),
+    ):
+        pass
+
+
+class Unsteady:
+    """A client whose server is away for a while."""
+
+    def __init__(self, mlflow: MlflowClient) -> None:
+        self.away = False
+        self._mlflow = mlflow
+
+    def __getattr__(self, name: str):
+        def call(*args, **kwargs):
+            if self.away:
+                raise MlflowException("connection refused")
+            return getattr(self._mlflow, name)(*args, **kwargs)
+
+        return call
+
+
+def test_a_server_that_goes_away_loses_nothing(store, mlflow, tmp_path, monkeypatch):
+    unsteady = Unsteady(mlflow)
+    monkeypatch.setattr(tracking, "client", lambda uri: unsteady)
+    with start(store, tmp_path) as tracker:
+        tracker.metrics({"loss": 1.0}, 1)
+        unsteady.away = True
+        tracker.metrics({"loss": 2.0}, 2)
+        tracker.metrics({"loss": 3.0}, 3)
+        unsteady.away = False
+    history = mlflow.get_metric_history(tracker.run_id, "loss")
+    assert [(metric.step, metric.value) for metric in history] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert mlflow.get_run(tracker.run_id).info.status == "FINISHED"
+
+
+def test_a_server_that_stays_away_leaves_everything_on_disk(store, mlflow, tmp_path, monkeypatch, caplog):
+    unsteady = Unsteady(mlflow)
+    monkeypatch.setattr(tracking, "client", lambda uri: unsteady)
+    with start(store, tmp_path) as tracker:
+        unsteady.away = True
+        tracker.metrics({"loss": 2.0}, 2)
+    assert "did not take everything" in caplog.text
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 2.0
+
+
+@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT"])
+def test_a_killed_command_is_recorded_as_killed(signal_name: str, store, mlflow, tmp_path):
+    command = [sys.executable, "-m", "qlora_exp", "train", "model=tiny_llama", "training.max_steps=100000"]
+    extra = [f"tracking.uri={store}", "evaluation=none", f"hydra.run.dir={tmp_path / 'killed'}", "device=cpu"]
+    process = subprocess.Popen([*command, *extra], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    for _ in range(600):
+        if metrics.is_file() and "train/loss" in metrics.read_text():
+            break
+        time.sleep(0.2)
+    process.send_signal(getattr(signal, signal_name))
+    assert process.wait(60) == 130
+    run_id = (tmp_path / "killed" / "run.log").read_text().split("run ", 1)[1].split()[0]
+    run = mlflow.get_run(run_id)
+    assert (run.info.status, run.data.tags["outcome"]) == ("KILLED", "killed")
+    assert run.data.metrics["train/loss"] > 0
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [["method=lora"], ["method=qlora", "lora_variant=dora"], ["method=full", "tracking.log_full_model=true"]],
+)
+def test_a_logged_model_is_loaded_back_as_it_was_trained(choice: list[str], run, store):
+    result = run(*choice, "training.learning_rate=1e-2")
+    ids = torch.arange(40, 60)[None]
+    answers = []
+    for source in (result.run_id, str(result.output_dir / "model")):
+        model, tokenizer = tracking.load(source, store, device="cpu")
+        assert tokenizer.eos_token == "<|im_end|>"
+        with torch.no_grad():
+            answers.append(model(ids).logits)
+    assert torch.equal(*answers)
+    base, _ = tracking.load(run(*choice, "training.learning_rate=1e-30").run_id, store, device="cpu")
+    with torch.no_grad():
+        assert not torch.equal(base(ids).logits, answers[0])
+
+
+@pytest.mark.parametrize(("source", "message"), [("0" * 32, "not found"), ("models:/nothing/1", "nothing")])
+def test_a_model_that_is_not_there_is_explained(source: str, message: str, store):
+    with pytest.raises(ModelError, match=message):
+        tracking.load(source, store)
+
+
+def test_a_folder_with_a_pickle_is_refused(tmp_path):
+    (tmp_path / "qlora_exp.yaml").write_text("{}")
+    (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ModelError, match=r"no \.safetensors|no qlora_exp"):
+        tracking.load(str(tmp_path))
+
+
+def test_run_names_say_what_the_run_is():
+    assert (
+        tracking.run_name(compose(["lora_variant=dora", "method.r=4"])) == "smollm2-135m-qlora-nf4_double-dora-r4-s42"
+    )
+    assert tracking.run_name(compose(["method=full", "model=opt_125m"])) == "opt-125m-full-s42"

@@ -1,0 +1,185 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_exp.config import compose
+from qlora_exp.device import Device, resolve
+from qlora_exp.errors import ConfigError
+from qlora_exp.training import DivergedError, arguments
+
+CPU = Device("cpu", "CPU", bf16=False, paging=False)
+
+
+def test_trl_decides_nothing_by_itself():
+    config = compose(["training.weight_decay=0.01", "optimizer.adam_beta2=0.95", "training.warmup_steps=0.03"])
+    found = arguments(config, resolve(config, CPU), Path("out"))
+    assert (found.bf16, found.fp16, found.gradient_checkpointing) == (False, False, False)
+    assert (found.weight_decay, found.adam_beta2, found.warmup_steps) == (0.01, 0.95, 0.03)
+    assert found.report_to in ([], ["none"])
+    assert (found.seed, found.data_seed) == (42, 42)
+
+
+@pytest.mark.parametrize(
+    "choice", [["method=lora"], ["method=qlora"], ["method=full"], ["method=qlora", "quantization=int8"]]
+)
+def test_the_same_run_twice_gives_the_same_losses_bit_for_bit(choice: list[str], run, losses):
+    first, again = run(*choice), run(*choice)
+    assert losses(first) == losses(again)
+    assert len(losses(first)) == 3
+    assert first.metrics["after/loss"] == again.metrics["after/loss"]
+
+
+def test_another_seed_gives_other_losses(run, losses):
+    assert losses(run("seed=1")) != losses(run("seed=2"))
+
+
+def test_measuring_before_training_does_not_change_it(run, losses):
+    with_it = run("method=qlora")
+    without = run("method=qlora", "evaluation.before=false", "evaluation.generate_rows=0")
+    assert losses(with_it) == losses(without)
+
+
+def test_evaluating_during_training_does_not_change_it(run, losses):
+    quiet = run("training.eval_strategy=no")
+    assert losses(run("training.eval_strategy=steps", "training.eval_steps=1")) == losses(quiet)
+
+
+def test_accumulation_trains_like_the_whole_batch(run, losses):
+    still = ["method.lora_dropout=0.0", "training.train_sampling_strategy=sequential", "method=lora"]
+    whole = run(*still, "training.per_device_train_batch_size=4")
+    parts = run(*still, "training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=4")
+    assert losses(whole) == pytest.approx(losses(parts), rel=1e-4)
+
+
+def test_packing_trains_like_the_rows_themselves(run, losses):
+    """All rows in one packed sequence against all rows in one batch: the same loss and the same next step."""
+    still = [
+        "method=lora", "method.lora_dropout=0.0", "dataset.max_train_rows=4", "training.max_steps=2",
+        "training.train_sampling_strategy=sequential", "training.warmup_steps=0",
+    ]  # fmt: skip
+    rows = run(*still, "training.per_device_train_batch_size=4", "training.max_length=2000")
+    packed = run(*still, "training.per_device_train_batch_size=1", "training.packing=true", "training.max_length=2000")
+    assert losses(packed) == pytest.approx(losses(rows), rel=1e-4)
+
+
+def test_packing_is_refused_where_rows_would_mix(run):
+    with pytest.raises(ConfigError, match="does not keep packed rows apart"):
+        run("model=tiny_opt", "training.packing=true")
+
+
+def test_checkpointing_changes_nothing_but_memory(run, losses):
+    plain = run("training.gradient_checkpointing=false")
+    assert losses(run("training.gradient_checkpointing=true")) == pytest.approx(losses(plain), rel=1e-4)
+
+
+def test_a_resumed_run_ends_like_an_uninterrupted_one(run, losses):
+    saving = ["training.save_strategy=steps", "training.save_steps=2", "training.max_steps=4"]
+    whole = run(*saving)
+    checkpoints = whole.output_dir / "checkpoints"
+    assert whole.metrics["checkpoint_bytes"] > whole.metrics["model_bytes"]
+    resumed = run(*saving, f"training.resume_from_checkpoint={checkpoints / 'checkpoint-2'}")
+    assert losses(resumed) == losses(whole)[2:]
+    assert resumed.metrics["after/loss"] == whole.metrics["after/loss"]
+
+
+def test_resuming_without_a_checkpoint_is_refused(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="no checkpoint in"):
+        run(f"training.resume_from_checkpoint={tmp_path / 'empty'}")
+
+
+def test_the_best_checkpoint_is_kept_and_hopeless_runs_stop(run):
+    steps = [
+        "training.max_steps=6",
+        "training.eval_strategy=steps",
+        "training.eval_steps=1",
+        "training.save_strategy=steps",
+    ]
+    result = run(
+        "method=full", *steps, "training.save_steps=1", "training.load_best_model_at_end=true",
+        "training.early_stopping_patience=1", "training.early_stopping_threshold=100",
+    )  # fmt: skip
+    assert result.metrics["steps"] == 2
+
+
+def test_a_divergence_stops_the_run(run):
+    with pytest.raises(DivergedError, match="at step"):
+        run("method=full", "training.learning_rate=1e30", "training.max_steps=6", "training.max_grad_norm=0")
+
+
+def test_adapters_of_a_quantized_base_stay_in_float32(run):
+    from safetensors import safe_open
+
+    result = run("method=qlora")
+    with safe_open(result.output_dir / "model" / "adapter_model.safetensors", "pt") as tensors:
+        assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {torch.float32}  # noqa: SIM118
+
+
+def test_throughput_leaves_the_first_step_out(run):
+    metrics = run("training.max_steps=3").metrics
+    assert metrics["tokens_per_second"] > metrics["supervised_tokens_per_second"] > 0
+    assert metrics["samples_per_second"] == pytest.approx(2 / metrics["step_seconds_mean"])
+    assert "tokens_per_second" not in run("training.max_steps=1").metrics
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["adamw_torch_fused", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_bnb_8bit", "sgd"]
+)
+def test_every_optimizer_trains(optimizer: str, run, losses):
+    assert len(losses(run(f"optimizer={optimizer}", "training.max_steps=1", "evaluation=none"))) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "training.learning_rate=1e-2",
+        "training.lr_scheduler_type=constant",
+        "training.weight_decay=0.5",
+        "training.max_grad_norm=0.01",
+        "training.loss_type=dft",
+        "training.neftune_noise_alpha=50",
+        "training.completion_only_loss=false",
+        "training.max_length=200",
+        "training.warmup_steps=2",
+        "training.bf16=true",
+        "optimizer.adam_beta1=0.1",
+        "optimizer.adam_beta2=0.1",
+        "optimizer.adam_epsilon=1.0",
+        "optimizer.optim=sgd",
+        "optimizer.optim_args='foreach=false,lr=0.1'",
+        "method.r=4",
+        "method.lora_alpha=1",
+        "method.lora_dropout=0.5",
+        "method.target_modules=q_v",
+        "lora_variant=rslora",
+        "lora_variant=dora",
+        "quantization=fp4",
+        "quantization=nf4",
+        "quantization.bnb_4bit_compute_dtype=bfloat16",
+        "model.dtype=bfloat16",
+        "method.adapter_dtype=bfloat16",
+        "model=tiny_qwen2",
+        "dataset.format=chat",
+        "dataset.split_seed=1",
+        "dataset.eval_size=0.3",
+    ],
+)
+def test_a_key_changes_the_run(change: str, run, losses):
+    settings = ["training.max_steps=4", "training.learning_rate=5e-3", "evaluation=none"]
+    key = "test_a_key_changes_the_run"
+    if key not in _reference:
+        _reference[key] = losses(run(*settings))
+    changed = run(*settings, change)
+    assert losses(changed) != _reference[key]
+
+
+_reference: dict[str, list[float]] = {}
+
+
+def test_metrics_are_on_disk_step_by_step(run):
+    result = run("training.eval_strategy=steps", "training.eval_steps=2", "training.max_steps=4")
+    records = [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "train/loss" in record] == [1, 2, 3, 4]
+    assert [record["step"] for record in records if "eval/loss" in record] == [2, 4]
