@@ -3,9 +3,11 @@
 Knows nothing of training; `keep_dtypes` is here because the trainer would change what this module set.
 """
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -129,6 +131,19 @@ def keep_dtypes(model: torch.nn.Module) -> Iterator[None]:
     for name, parameter in model.named_parameters():
         if name in values:
             parameter.data = values[name]
+
+
+def make_portable(folder: Path, base_model: str) -> None:
+    """Take out of a saved model what holds on this machine only.
+
+    The trainer's pickled arguments and PEFT's card skeleton go; the adapter names its base as the config does.
+    """
+    for name in ("training_args.bin", "README.md"):
+        (folder / name).unlink(missing_ok=True)
+    file = folder / "adapter_config.json"
+    if file.is_file():
+        values = json.loads(file.read_text("utf-8")) | {"base_model_name_or_path": base_model}
+        file.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def count_parameters(model: Any) -> tuple[int, int]:

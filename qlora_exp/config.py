@@ -139,7 +139,7 @@ def explain(error: Exception) -> ConfigError:
 def _no_such_key(key: str) -> str:
     section = key.rpartition(".")[0]
     siblings = [known for known in known_keys() if known.rpartition(".")[0] == section]
-    if near := nearest(key, siblings) or nearest(key, known_keys()):
+    if near := nearest(key, siblings) or nearest(key, known_keys(), cutoff=0.8):
         return f"{key}: no such key or group; did you mean '{near}'?"
     return f"{key}: no such key or group; `{f'qlora-exp keys {section}'.strip()}` lists them"
 

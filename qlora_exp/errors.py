@@ -24,10 +24,10 @@ class TrackingError(UserError):
     """An MLflow store that cannot be reached or written."""
 
 
-def nearest(word: str, known: Iterable[str]) -> str | None:
+def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The nearest spelling among `known`, if any is near; dotted keys are compared by their last part."""
     leaves = {name.rpartition(".")[2]: name for name in known}
-    near = difflib.get_close_matches(word.rpartition(".")[2], leaves, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(word.rpartition(".")[2], leaves, n=1, cutoff=cutoff)
     return leaves[near[0]] if near else None
 
 

@@ -84,7 +84,7 @@ def load_model(config: ModelConfig, quantization: QuantizationConfig, resolved: 
         arguments["quantization_config"] = quantization_config(quantization, resolved)
     model = _from_pretrained(AutoModelForCausalLM, config, **arguments)
     model.config.use_cache = False  # set again while generating
-    keep_gradients_right(model)
+    guard_quantized_layers(model)
     return model
 
 
@@ -100,18 +100,25 @@ def quantization_config(quantization: QuantizationConfig, resolved: Resolved) ->
     )
 
 
-def keep_gradients_right(model: torch.nn.Module) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for CPU inference, which silently breaks training after it.
+def guard_quantized_layers(model: torch.nn.Module) -> None:
+    """Keep two faults of bitsandbytes 0.50.2 on CPUs out of training; tests/test_model.py shows both.
 
-    On CPUs with AVX512-BF16 the first forward in eval mode repacks the weights; later training forwards then take a
-    path without autograd, and the gradient through every base layer is lost (bitsandbytes 0.50.2). tests/test_model.py
-    keeps a gradient test for it.
+    4 bits: on CPUs with AVX512-BF16 the first forward in eval mode repacks the weights for inference; later training
+    forwards then take a path without autograd, and the gradient through every base layer is silently lost.
+    8 bits: PEFT's DoRA moves the weight to the device it is on, which loses its scales, and the next forward fails.
     """
-    from bitsandbytes.nn.modules import Linear4bit
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+        elif isinstance(module, Linear8bitLt):
+            module.register_forward_pre_hook(_restore_scales)
+
+
+def _restore_scales(module: Any, _arguments: Any) -> None:
+    if module.weight.CB is not None and module.weight.SCB is None:
+        module.weight.SCB = module.state.SCB
 
 
 def _from_pretrained(kind: Any, config: ModelConfig, **arguments: Any) -> Any:

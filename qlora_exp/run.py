@@ -148,11 +148,9 @@ def run(config: Config, output_dir: str | Path) -> RunResult:
         step = trainer.state.global_step
         saved = output_dir / "model"
         with memory.phase("save"):
-            if peft_config is not None:
-                peft_config.base_model_name_or_path = config.model.model_name_or_path
             trainer.save_model(str(saved))
             tokenizer.save_pretrained(saved)
-        (saved / "training_args.bin").unlink(missing_ok=True)  # a pickle; the config says the same
+        adapters.make_portable(saved, config.model.model_name_or_path)
         tracker.text((output_dir / tracking.CONFIG_FILE).read_text("utf-8"), f"model/{tracking.CONFIG_FILE}")
         metrics["model_bytes"] = size_on_disk(saved)
         if checkpoints := sorted((output_dir / "checkpoints").glob("checkpoint-*")):
@@ -194,6 +192,7 @@ def _logging_to(file: Path) -> Iterator[None]:
     handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
+    logging.getLogger("qlora_exp").setLevel(logging.INFO)
     try:
         yield
     finally:

@@ -140,8 +140,6 @@ class OptimizerConfig(Section):
         "adagrad",
     ] = "adamw_torch"
     """A paged optimizer falls back to the same one without paging where the device has no paging; that is recorded."""
-    optim_args: str | None = None
-    """Extra arguments of the optimizer, as `key=value,key=value`."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8

@@ -205,9 +205,13 @@ def start(config: Config, output_dir: Path) -> Iterator[Tracker]:
             **config.tracking.tags,
             **{f"process.{key}": value for key, value in provenance.process().items()},
             "outcome": "running",
-            "mlflow.source.name": redact(provenance.command()),
+            "mlflow.source.name": provenance.command(),
         }
-        run = mlflow.create_run(experiment_id, run_name=config.tracking.run_name or run_name(config), tags=tags)
+        run = mlflow.create_run(
+            experiment_id,
+            run_name=config.tracking.run_name or run_name(config),
+            tags={key: redact(value) for key, value in tags.items()},
+        )
     except MlflowException as error:
         raise TrackingError(f"MLflow at {redact(store_uri(config.tracking.uri))}: {redact(_short(error))}") from error
     tracker = Tracker(mlflow, run.info.run_id, experiment_id, output_dir)
@@ -314,7 +318,6 @@ def load(source: str, tracking_uri: str | None = None, device: str = "auto") -> 
     if (folder / "adapter_config.json").is_file():
         base = model_module.load_model(config.model, config.quantization, resolved)
         model: Any = PeftModel.from_pretrained(base, str(folder))
-        model_module.keep_gradients_right(model)
     else:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, resolved.dtype), device_map={"": resolved.device}
@@ -332,13 +335,16 @@ def _download(source: str, tracking_uri: str | None) -> Path:
                 raise ModelError(
                     f"run {source} left no model in MLflow (tracking.log_adapter, tracking.log_full_model)"
                 )
-            source = f"models:/{outputs.model_outputs[-1].model_id}"
-        return Path(
-            download_artifacts(
-                artifact_uri=source,
-                tracking_uri=store_uri(tracking_uri),
-                registry_uri=store_uri(tracking_uri),
-            )
-        )
+            model_id = outputs.model_outputs[-1].model_id
+        else:
+            model_id = source.removeprefix("models:/")
+            if "/" in model_id:  # a registered one: models:/NAME/VERSION
+                model_id = str(mlflow.get_model_version(*model_id.split("/", 1)).source).removeprefix("models:/")
+            elif "@" in model_id:  # models:/NAME@ALIAS
+                version = mlflow.get_model_version_by_alias(*model_id.split("@", 1))
+                model_id = str(version.source).removeprefix("models:/")
+        # By its own location: MLflow resolves models:/ on its global tracking URI only.
+        location = mlflow.get_logged_model(model_id).artifact_location
+        return Path(download_artifacts(artifact_uri=location, tracking_uri=store_uri(tracking_uri)))
     except MlflowException as error:
         raise ModelError(f"{source}: {_short(error)}") from error

@@ -80,7 +80,6 @@ def arguments(config: Config, resolved: Resolved, output_dir: Path) -> SFTConfig
         output_dir=str(output_dir),
         **{name: getattr(training, name) for name in _SAME},
         optim=resolved.optim,
-        optim_args=config.optimizer.optim_args,
         adam_beta1=config.optimizer.adam_beta1,
         adam_beta2=config.optimizer.adam_beta2,
         adam_epsilon=config.optimizer.adam_epsilon,
@@ -117,8 +116,9 @@ class Trainer(SFTTrainer):
         return super().training_step(model, inputs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Held-out loss, in a memory phase of its own."""
-        with self.memory.phase("evaluation"):
+        """Held-out loss, in a memory phase of its own; the random state (dropout's) is left as it was."""
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with self.memory.phase("evaluation"), torch.random.fork_rng(devices):
             return super().evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:  # transformers 5.23; no public hook before a save

@@ -18,7 +18,8 @@ def test_experiment(name: str, run, jsonl, losses):
     overrides = [
         f"experiment={name}", f"model=tiny_{FAMILY[name.split('_')[0]]}",
         "model.attn_implementation=sdpa", "model.device_map=null",
-        "training.max_steps=2", "training.eval_steps=1", "training.save_steps=1",
+        f"training.eval_strategy={config.training.eval_strategy}", "training.max_steps=2",
+        "training.eval_steps=1", "training.save_steps=1",
         "training.max_length=600", "training.gradient_accumulation_steps=2",
     ]  # fmt: skip
     if config.dataset.path in COLUMNS:

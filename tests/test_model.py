@@ -41,9 +41,21 @@ def test_quantization_settings_reach_the_model():
     assert layer.compute_dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_int8_layers_keep_their_scales_over_steps_and_evaluations(variant: str):
+    config, resolved, base = load("quantization=int8", f"lora_variant={variant}", "method.lora_dropout=0.0")
+    adapted = attach(base, peft_config(config, base), resolved.adapter_dtype)
+    ids = torch.arange(40, 72)[None]
+    first = gradients(adapted, ids)
+    with torch.no_grad():
+        adapted.eval()(input_ids=ids)
+    again = gradients(adapted, ids)
+    assert all(torch.equal(again[name], gradient) for name, gradient in first.items())
+
+
 @pytest.mark.parametrize("quantization", ["nf4_double", "fp4"])
 def test_gradients_stay_right_after_an_evaluation(quantization: str):
-    """The silent bitsandbytes bug: without `keep_gradients_right`, the second pass loses most of the gradient."""
+    """The silent bitsandbytes bug: without `guard_quantized_layers`, the second pass loses most of the gradient."""
     import bitsandbytes as bnb
 
     config, resolved, base = load(f"quantization={quantization}", "method.r=4", "method.lora_dropout=0.0")

@@ -18,7 +18,7 @@ def test_every_key_is_read_somewhere():
         kind = field.annotation
         keys = kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {section: field}
         for key in keys:
-            read = re.search(rf"\.{key}\b|\"{key}\"", source) or re.search(rf"self\.{key}\b", schema)
+            read = re.search(rf"\.{key}\b|\"{key}\"", source) or re.search(rf"\w\.{key}\b", schema)
             if not read:
                 unread.append(f"{section}.{key}")
     assert unread == []

@@ -176,12 +176,18 @@ def test_a_logged_model_is_loaded_back_as_it_was_trained(choice: list[str], run,
     result = run(*choice, "training.learning_rate=1e-2")
     ids = torch.arange(40, 60)[None]
     answers = []
-    for source in (result.run_id, str(result.output_dir / "model")):
+    import mlflow as mlflow_library
+
+    logged = tracking.client(store).get_run(result.run_id).outputs.model_outputs[0].model_id
+    mlflow_library.set_tracking_uri(store)
+    version = mlflow_library.register_model(f"models:/{logged}", f"mine-{result.run_id}")
+    registered = f"models:/{version.name}/{version.version}"
+    for source in (result.run_id, f"models:/{logged}", registered, str(result.output_dir / "model")):
         model, tokenizer = tracking.load(source, store, device="cpu")
         assert tokenizer.eos_token == "<|im_end|>"
         with torch.no_grad():
             answers.append(model(ids).logits)
-    assert torch.equal(*answers)
+    assert all(torch.equal(answer, answers[0]) for answer in answers)
     base, _ = tracking.load(run(*choice, "training.learning_rate=1e-30").run_id, store, device="cpu")
     with torch.no_grad():
         assert not torch.equal(base(ids).logits, answers[0])

@@ -148,7 +148,6 @@ def test_every_optimizer_trains(optimizer: str, run, losses):
         "optimizer.adam_beta2=0.1",
         "optimizer.adam_epsilon=1.0",
         "optimizer.optim=sgd",
-        "optimizer.optim_args='foreach=false,lr=0.1'",
         "method.r=4",
         "method.lora_alpha=1",
         "method.lora_dropout=0.5",
