@@ -1,6 +1,7 @@
 """The commands. Imports nothing heavy until it must: `--help`, `--cfg job` and a wrong config take about a second."""
 
 import argparse
+import errno
 import gc
 import logging
 import os
@@ -66,7 +67,9 @@ def _guard(command: Callable[[], None]) -> int:
     except BrokenPipeError:
         return 1
     except Exception as error:  # ours to mend: shown whole, but for secrets
-        if type(error).__name__ in ("DivergedError", "OutOfMemoryError"):
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            print(f"error: no space left on the disk of {error.filename or Path.cwd()}", file=sys.stderr)
+        elif type(error).__name__ in ("DivergedError", "OutOfMemoryError"):
             print(f"error: {type(error).__name__}: {redact(str(error))}", file=sys.stderr)
         else:
             print(redact("".join(traceback.format_exception(error))), file=sys.stderr)
@@ -94,7 +97,7 @@ def _train(overrides: list[str]) -> None:
 def _job(composed: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from qlora_exp import config, secrets
+    from qlora_exp import config, hub, secrets
 
     output_dir = Path(HydraConfig.get().runtime.output_dir)
     try:
@@ -104,6 +107,7 @@ def _job(composed: Any) -> None:
         raise
     secrets.load_env_file()
     quiet()
+    hub.go_offline_if_unreachable()
     from qlora_exp.run import run
     from qlora_exp.summary import show
 

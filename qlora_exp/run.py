@@ -8,6 +8,7 @@ Whatever can be refused is refused before the weights are loaded.
 import json
 import logging
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,13 +45,17 @@ def run(config: Config, output_dir: str | Path) -> RunResult:
         DivergedError: the loss is not a number any more.
     """
     # Heavy imports wait until a run is certain.
+    import torch
     from transformers import set_seed
+    from transformers.utils import logging as transformers_logging
 
     from qlora_exp import adapters, data, evaluation, model, provenance, tracking, training
     from qlora_exp.device import detect, resolve
     from qlora_exp.errors import ConfigError
     from qlora_exp.memory import MemoryMonitor, reuse_freed_memory, size_on_disk
 
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     resolved = resolve(config, detect(config.device))
     output_dir = _writable(output_dir)
     with _logging_to(output_dir / "run.log"), _terminable(), tracking.start(config, output_dir) as tracker:
@@ -84,6 +89,7 @@ def run(config: Config, output_dir: str | Path) -> RunResult:
         peft_config = adapters.peft_config(config, model.skeleton(config.model))
         with memory.phase("load"):
             base = model.load_model(config.model, config.quantization, resolved)
+            metrics["base_parameters"] = adapters.count_parameters(base)[1]
             adapted = adapters.attach(base, peft_config, resolved.adapter_dtype)
         if config.training.packing and not evaluation.isolates_packed_rows(adapted, base.dtype):
             raise ConfigError(
@@ -153,6 +159,9 @@ def run(config: Config, output_dir: str | Path) -> RunResult:
         adapters.make_portable(saved, config.model.model_name_or_path)
         tracker.text((output_dir / tracking.CONFIG_FILE).read_text("utf-8"), f"model/{tracking.CONFIG_FILE}")
         metrics["model_bytes"] = size_on_disk(saved)
+        if peft_config is not None:  # computed: merging itself would cost the memory of another model
+            width = getattr(torch, resolved.dtype).itemsize
+            metrics["merged_model_bytes_computed"] = metrics["base_parameters"] * width
         if checkpoints := sorted((output_dir / "checkpoints").glob("checkpoint-*")):
             metrics["checkpoint_bytes"] = size_on_disk(checkpoints[-1])
         metrics |= {f"memory/{key}": value for key, value in memory.summary().items()}
