@@ -30,7 +30,9 @@ def tests(session: nox.Session) -> None:
     """Set up, then check style and types and run all tests, one real training of the embedded model among them."""
     install(session, "dev")
     lint(session)
-    session.run(sys.executable, "-m", "pytest", *session.posargs)
+    # Tiny models gain nothing from threads; two workers of one thread each do.
+    command = (sys.executable, "-m", "pytest", *(session.posargs or ("-n", "2")))
+    session.run(*command, env={"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"})
 
 
 @nox.session
@@ -43,7 +45,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Time `qlora-exp train` against a plain script of the same libraries, alternating (about half an hour)."""
+    """Time `qlora-exp train` against a plain script of the same libraries, alternating (about a quarter of an hour)."""
     install(session)
     session.run(sys.executable, "benchmarks/bench.py", *session.posargs)
 

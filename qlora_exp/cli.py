@@ -15,6 +15,7 @@ from typing import Any
 
 import qlora_exp
 from qlora_exp.errors import UserError
+from qlora_exp.secrets import RedactingFormatter, redact
 
 _EPILOG = """\
 examples:
@@ -54,8 +55,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _guard(command: Callable[[], None]) -> int:
     """The exit code of `command`; what the user can mend is shown without a traceback."""
-    from qlora_exp.secrets import redact
-
     try:
         command()
     except UserError as error:
@@ -97,7 +96,7 @@ def _train(overrides: list[str]) -> None:
 def _job(composed: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from qlora_exp import config, hub, secrets
+    from qlora_exp import config
 
     output_dir = Path(HydraConfig.get().runtime.output_dir)
     try:
@@ -105,14 +104,16 @@ def _job(composed: Any) -> None:
     except UserError:
         _remove_if_empty(output_dir)
         raise
-    secrets.load_env_file()
     quiet()
-    hub.go_offline_if_unreachable()
     from qlora_exp.run import run
     from qlora_exp.summary import show
 
     try:
         show(run(checked, output_dir), checked.tracking.uri)
+    except Exception as error:
+        # Hydra keeps the error until the sweep's end, and the frames of its traceback would keep the model.
+        error.add_note("".join(traceback.format_exception(error)))
+        raise error.with_traceback(None) from None
     finally:
         _remove_if_empty(output_dir)
         gc.collect()  # the next job of a sweep starts without this one's model
@@ -126,13 +127,14 @@ def _remove_if_empty(folder: Path) -> None:
 
 def quiet() -> None:
     """Keep from the screen what libraries say and the user can do nothing about."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # many short bars; ours cover what is long
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(RedactingFormatter("%(message)s"))
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(bitsandbytes|torch|peft|trl|transformers)\b")
     for name in (
@@ -174,16 +176,15 @@ def _keys(section: str | None) -> None:
 
 def _ui(uri: str | None, host: str, port: int) -> None:
     if uri and uri.startswith("http"):
-        print(f"MLflow's UI is at {uri}")
+        print(f"MLflow's UI is at {redact(uri)}")
         return
     from qlora_exp.errors import TrackingError
-    from qlora_exp.secrets import redact
 
     store = Path.cwd() / "mlruns" / "mlflow.db"
     if uri is None and not store.is_file():
         raise TrackingError(f"no runs yet: {store} is not there; run `qlora-exp train` here first")
     address = uri or f"sqlite:///{store}"
     print(f"MLflow's UI on {redact(address)}: http://{host}:{port} (Ctrl-C ends it)", flush=True)
-    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"} | dict(os.environ)
+    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | dict(os.environ)
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", address, "--workers", "1"]
     subprocess.run([*command, "--host", host, "--port", str(port)], env=environment, check=True)

@@ -91,16 +91,16 @@ def to_yaml(config: Config) -> str:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """The config as dotted keys (`method.r`) and plain values."""
+    """The config as dotted keys (`method.r`) and plain values; a free mapping or list is one value."""
 
-    def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, dict) and value:
-            for key, inner in value.items():
-                yield from walk(f"{prefix}.{key}" if prefix else key, inner)
-        else:
-            yield prefix, value
+    def walk(prefix: str, section: BaseModel) -> Iterator[tuple[str, Any]]:
+        for name, value in section:
+            if isinstance(value, BaseModel):
+                yield from walk(f"{prefix}{name}.", value)
+            else:
+                yield f"{prefix}{name}", value
 
-    return dict(walk("", config.model_dump(mode="json")))
+    return dict(walk("", config))
 
 
 def known_keys() -> list[str]:

@@ -29,8 +29,6 @@ class Device:
     """Computes fast in bfloat16."""
     paging: bool
     """Has unified memory, so bitsandbytes can page optimizer states."""
-    total_memory: int | None = None
-    """Bytes; None where the host's memory is shared."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +50,12 @@ class Resolved:
     """Why `optim` is not the configured one; None if it is."""
 
 
-def detect(requested: str = "auto") -> Device:
+def detect(requested: str = "auto", quantized: bool = False) -> Device:
     """The device to run on.
 
     Args:
         requested: `auto`, `cpu`, `cuda` or `mps`.
+        quantized: the base is stored by bitsandbytes, which does not run on mps: `auto` takes the CPU there.
 
     Raises:
         ConfigError: the requested device is not there.
@@ -64,9 +63,9 @@ def detect(requested: str = "auto") -> Device:
     import torch
 
     if requested in ("auto", "cuda") and torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        return Device("cuda", properties.name, torch.cuda.is_bf16_supported(), True, properties.total_memory)
-    if requested in ("auto", "mps") and torch.backends.mps.is_available():
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # older GPUs emulate it, slowly
+        return Device("cuda", torch.cuda.get_device_name(0), bf16, paging=True)
+    if (requested == "mps" or (requested == "auto" and not quantized)) and torch.backends.mps.is_available():
         return Device("mps", "Apple GPU", bf16=False, paging=False)
     if requested in ("auto", "cpu"):
         return Device("cpu", _cpu_name(), bf16=False, paging=False)
@@ -110,6 +109,14 @@ def resolve(config: Config, device: Device) -> Resolved:
         optim=optim,
         optim_fallback=fallback,
     )
+
+
+def autocast(resolved: Resolved) -> Any:
+    """The precision that training computes in, as a context for measuring."""
+    import torch
+
+    half = torch.float16 if resolved.fp16 else torch.bfloat16
+    return torch.autocast(resolved.device, half, enabled=resolved.bf16 or resolved.fp16)
 
 
 def _auto(value: Any, chosen: Any) -> Any:

@@ -139,10 +139,7 @@ def _generate(
         disable=None,
     ):
         chosen = tokens.select(range(start, min(start + config.generation_batch_size, count)))
-        prompts = [
-            row["input_ids"][: row["prompt_length"]] or [tokenizer.bos_token_id or tokenizer.eos_token_id]
-            for row in chosen
-        ]
+        prompts = [row["input_ids"][: row["prompt_length"]] or [_first_token(tokenizer)] for row in chosen]
         batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
         clock, begin = _Clock(), time.perf_counter()
         output = model.generate(
@@ -162,6 +159,11 @@ def _generate(
     if steps:
         latency["token_seconds_p50"], latency["token_seconds_p95"] = map(float, np.quantile(steps, [0.5, 0.95]))
     return samples, latency
+
+
+def _first_token(tokenizer: Any) -> int:
+    """What an empty prompt (plain text) starts with."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
 def _stop_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -186,16 +188,21 @@ def _scores(samples: list[dict[str, Any]], config: EvaluationConfig) -> list[str
     return names
 
 
-def isolates_packed_rows(model: Any, dtype: torch.dtype) -> bool:
+def isolates_packed_rows(model: Any) -> bool:
     """Whether two rows packed into one sequence are computed as they are apart, which packing relies on.
 
     Tried on the model itself with a few tokens: TRL marks rows by restarting position ids, and not every architecture
-    keeps rows apart by them (OPT does not).
+    keeps rows apart by them (OPT does not). What packing changes is compared with what plain concatenation changes, so
+    that rounding in half precision does not count.
     """
     ids = torch.arange(8, 32, device=model.device)[None] % model.config.vocab_size
     positions = torch.cat([torch.arange(12), torch.arange(12)]).to(model.device)[None]
     with _evaluating(model):
         packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 12:]
+        joined = model(input_ids=ids, use_cache=False).logits[:, 12:]
         apart = model(input_ids=ids[:, 12:], use_cache=False).logits
-    difference = (packed.float().log_softmax(-1) - apart.float().log_softmax(-1)).abs().max().item()
-    return difference < (1e-3 if dtype == torch.float32 else 5e-2)
+
+    def change(logits: torch.Tensor) -> float:
+        return (logits.float().log_softmax(-1) - apart.float().log_softmax(-1)).abs().mean().item()
+
+    return change(packed) < 0.1 * change(joined)

@@ -7,10 +7,21 @@ cached, or says at once that something is missing.
 import logging
 import os
 import socket
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from qlora_exp.schema import Config
+
 log = logging.getLogger(__name__)
+
+
+def is_needed(config: Config) -> bool:
+    """Whether the model or the data of `config` comes from the hub."""
+    model, dataset = config.model.model_name_or_path, config.dataset.path
+    local_model = model.startswith(("embedded:", "random:")) or Path(model).expanduser().is_dir()
+    local_data = dataset.startswith(("embedded:", "reasoning_gym:")) or Path(dataset).exists()
+    return not (local_model and local_data)
 
 
 def go_offline_if_unreachable(timeout: float = 3.0) -> None:

@@ -17,8 +17,9 @@ _PROC = Path("/proc/self")
 class MemoryMonitor:
     """Peaks in MiB for each phase of a run; phases may nest, and may come again.
 
-    `peaks[phase]` holds `rss` (process, imports included), on CUDA also `allocated`, `reserved` (torch) and
-    `driver` (the whole device, read at the phase's end). A phase's peak is what was reached while it was the innermost.
+    `peaks[phase]` holds `rss` (process, imports included), on CUDA also `allocated`, `reserved` (torch's peaks) and
+    `driver` (all processes on the device, read when a phase ends), summed over devices. A phase's peak is what was
+    reached while it was the innermost.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -55,7 +56,9 @@ class MemoryMonitor:
         if self._cuda:
             import torch
 
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.empty_cache()
+            for device in range(torch.cuda.device_count()):
+                torch.cuda.reset_peak_memory_stats(device)
 
     def _read(self) -> dict[str, float]:
         values = {}
@@ -64,10 +67,11 @@ class MemoryMonitor:
         if self._cuda:
             import torch
 
-            free, total = torch.cuda.mem_get_info()
-            values["allocated"] = torch.cuda.max_memory_allocated() / MIB
-            values["reserved"] = torch.cuda.max_memory_reserved() / MIB
-            values["driver"] = (total - free) / MIB
+            devices = range(torch.cuda.device_count())
+            free_and_total = [torch.cuda.mem_get_info(device) for device in devices]
+            values["allocated"] = sum(torch.cuda.max_memory_allocated(device) for device in devices) / MIB
+            values["reserved"] = sum(torch.cuda.max_memory_reserved(device) for device in devices) / MIB
+            values["driver"] = sum(total - free for free, total in free_and_total) / MIB
         return values
 
     def summary(self) -> dict[str, float]:

@@ -3,6 +3,7 @@
 Knows nothing of adapters or of training, except that a quantized model must keep its gradients right.
 """
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def load_model(config: ModelConfig, quantization: QuantizationConfig, resolved: 
     if quantization.quantized:
         arguments["quantization_config"] = quantization_config(quantization, resolved)
     model = _from_pretrained(AutoModelForCausalLM, config, **arguments)
-    model.config.use_cache = False  # set again while generating
+    model.config.use_cache = False  # training has no use for it; generation asks for it itself
     guard_quantized_layers(model)
     return model
 
@@ -138,6 +139,10 @@ def _from_pretrained(kind: Any, config: ModelConfig, **arguments: Any) -> Any:
             f"{path}: a file of the model is damaged ({error}); delete the folder and fetch it again"
         ) from error
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EACCES):
+            raise
+        if Path(path).is_dir():
+            raise ModelError(f"{path}: not a whole model: {_first_line(error)}") from error
         if "gated" in str(error):
             raise ModelError(_gated(name)) from error
         raise ModelError(

@@ -86,6 +86,7 @@ def is_dead(recorded: dict[str, str]) -> bool:
     if recorded.get("host") != socket.gethostname() or not recorded.get("pid"):
         return False
     try:
-        return str(psutil.Process(int(recorded["pid"])).create_time()) != recorded.get("started")
+        found = psutil.Process(int(recorded["pid"])).create_time()
+        return abs(found - float(recorded["started"])) > 60  # derived from the system clock, which may be set
     except psutil.NoSuchProcess:
         return True

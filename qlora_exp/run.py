@@ -11,13 +11,13 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
 from qlora_exp.schema import Config
-from qlora_exp.secrets import RedactingFormatter
+from qlora_exp.secrets import RedactingFormatter, load_env_file
 
 log = logging.getLogger(__name__)
 
@@ -44,21 +44,31 @@ def run(config: Config, output_dir: str | Path) -> RunResult:
         UserError: something that the user can mend; the message says what.
         DivergedError: the loss is not a number any more.
     """
+    from qlora_exp import hub
+
+    load_env_file()
+    if hub.is_needed(config):
+        hub.go_offline_if_unreachable()  # before huggingface_hub is imported
     # Heavy imports wait until a run is certain.
     import torch
     from transformers import set_seed
     from transformers.utils import logging as transformers_logging
 
     from qlora_exp import adapters, data, evaluation, model, provenance, tracking, training
-    from qlora_exp.device import detect, resolve
+    from qlora_exp.device import autocast, detect, resolve
     from qlora_exp.errors import ConfigError
     from qlora_exp.memory import MemoryMonitor, reuse_freed_memory, size_on_disk
 
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    resolved = resolve(config, detect(config.device))
+    resolved = resolve(config, detect(config.device, quantized=config.quantization.quantized))
     output_dir = _writable(output_dir)
-    with _logging_to(output_dir / "run.log"), _terminable(), tracking.start(config, output_dir) as tracker:
+    with (
+        _logging_to(output_dir / "run.log"),
+        _terminable(),
+        tracking.start(config, output_dir) as tracker,
+        ExitStack() as at_the_end,
+    ):
         log.info("run %s in %s on %s", tracker.run_id, output_dir, resolved.device_name)
         if resolved.optim_fallback:
             log.info("optimizer %s: %s", resolved.optim, resolved.optim_fallback)
@@ -67,6 +77,13 @@ def run(config: Config, output_dir: str | Path) -> RunResult:
         reuse_freed_memory()
         memory = MemoryMonitor(resolved.device)
         metrics: dict[str, float] = {}
+
+        def report_memory() -> None:
+            found = {f"memory/{key}": value for key, value in memory.summary().items()}
+            metrics.update(found)
+            tracker.metrics(found)
+
+        at_the_end.callback(report_memory)  # after a failure too: what ran out of memory is asked first
 
         # Data, refused early.
         rows = data.load_rows(config.dataset)
@@ -79,19 +96,23 @@ def run(config: Config, output_dir: str | Path) -> RunResult:
         )
         tracker.json(asdict(audit) | {"left_out": rows.dropped}, "label_audit.json")
         metrics |= {f"labels/{key}": value for key, value in asdict(audit).items() if not isinstance(value, str)}
-        tracker.params({"data.fingerprint": rows.fingerprint, "data.heldout_rows": len(heldout)})
         for part, found in (("training", rows.train), ("evaluation", heldout)):
-            profile = {"rows": len(found)}
-            tracker.dataset(f"{config.dataset.name}-{part}", rows.fingerprint, config.dataset.path, part, profile)
+            digest = data.fingerprint(found)
+            tracker.params({f"data.{part}_rows": len(found), f"data.{part}_fingerprint": digest})
+            tracker.dataset(f"{config.dataset.name}-{part}", digest, config.dataset.path, part, len(found))
 
         # Model and adapter, with the seed set before anything is drawn.
         set_seed(config.seed)
         peft_config = adapters.peft_config(config, model.skeleton(config.model))
+        if peft_config is not None:
+            tracker.json(peft_config.to_dict(), "peft_config.json")
+            if targets := getattr(peft_config, "target_modules", None):
+                tracker.params({"resolved.target_modules": targets if isinstance(targets, str) else sorted(targets)})
         with memory.phase("load"):
             base = model.load_model(config.model, config.quantization, resolved)
             metrics["base_parameters"] = adapters.count_parameters(base)[1]
             adapted = adapters.attach(base, peft_config, resolved.adapter_dtype)
-        if config.training.packing and not evaluation.isolates_packed_rows(adapted, base.dtype):
+        if config.training.packing and not evaluation.isolates_packed_rows(adapted):
             raise ConfigError(
                 f"training.packing: {config.model.model_name_or_path} does not keep packed rows apart, so training "
                 "would not be that of the single rows; use training.packing=false"
@@ -117,7 +138,7 @@ def run(config: Config, output_dir: str | Path) -> RunResult:
 
         def measure(moment: str) -> evaluation.Evaluation:
             log.info("evaluating %s training", moment)
-            with memory.phase(f"evaluate_{moment}"):
+            with memory.phase(f"evaluate_{moment}"), autocast(resolved):
                 found = evaluation.evaluate(
                     trainer.model,
                     tokenizer,
@@ -162,9 +183,8 @@ def run(config: Config, output_dir: str | Path) -> RunResult:
         if peft_config is not None:  # computed: merging itself would cost the memory of another model
             width = getattr(torch, resolved.dtype).itemsize
             metrics["merged_model_bytes_computed"] = metrics["base_parameters"] * width
-        if checkpoints := sorted((output_dir / "checkpoints").glob("checkpoint-*")):
+        if checkpoints := training.checkpoints(output_dir / "checkpoints"):
             metrics["checkpoint_bytes"] = size_on_disk(checkpoints[-1])
-        metrics |= {f"memory/{key}": value for key, value in memory.summary().items()}
         tracker.metrics(metrics, step)
         keep = config.tracking.log_adapter if peft_config is not None else config.tracking.log_full_model
         if keep:

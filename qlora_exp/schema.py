@@ -7,6 +7,7 @@ This module must not import torch or anything that does: a wrong config is refus
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
@@ -236,6 +237,7 @@ class TrainingConfig(Section):
     loss_type: Literal["nll", "dft"] = "nll"
     neftune_noise_alpha: Annotated[float, Field(ge=0)] | None = None
     logging_steps: PositiveInt = 1
+    logging_first_step: bool = False
     eval_strategy: Interval = "no"
     eval_steps: PositiveInt | None = None
     save_strategy: Interval = "no"
@@ -297,6 +299,15 @@ class TrackingConfig(Section):
     """Keep the trained adapter in MLflow as a logged model."""
     log_full_model: bool = False
     """The same for a full fine-tune, which is as large as the base model."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.uri and urlsplit(self.uri).password:
+            raise ValueError(
+                "uri: a password there would be kept in files; set MLFLOW_TRACKING_USERNAME and "
+                "MLFLOW_TRACKING_PASSWORD (or PGPASSWORD for a database) in the environment or in .env"
+            )
+        return self
 
 
 class Config(Section):

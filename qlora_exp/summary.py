@@ -4,6 +4,7 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from qlora_exp.run import RunResult
+from qlora_exp.secrets import redact
 
 # Metric, its name here, its format.
 _QUALITY = (
@@ -12,7 +13,7 @@ _QUALITY = (
     ("rougeL", "ROUGE-L", ".4f"),
     ("exact_match", "exact match", ".3f"),
     ("task_score", "task score", ".3f"),
-    ("token_seconds_p50", "seconds a generated token, p50", ".4f"),
+    ("token_seconds_p50", "seconds a generation step, p50", ".4f"),
 )
 _PHASES = ("load", "evaluate_before", "first_step", "steady", "evaluation", "evaluate_after", "save")
 
@@ -45,5 +46,5 @@ def show(result: RunResult, tracking_uri: str | None) -> None:
 
     console = Console()
     console.print(Group(quality, cost))
-    ui = "qlora-exp ui" if tracking_uri is None else f"qlora-exp ui --uri {tracking_uri}"
+    ui = "qlora-exp ui" if tracking_uri is None else f"qlora-exp ui --uri {redact(tracking_uri)}"
     console.print(f"files  {result.output_dir}\nrun    {result.run_id}\nopen   {ui}", highlight=False, soft_wrap=True)

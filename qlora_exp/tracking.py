@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nothing is reported anywhere unless the user asks
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # a server that is gone must not hold up training
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
@@ -45,6 +44,8 @@ log = logging.getLogger(__name__)
 CONFIG_FILE = "qlora_exp.yaml"
 PARAM_LIMIT = 6000
 _RETRY_SECONDS = 30.0
+_REFUSED = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
 
 
 def store_uri(uri: str | None) -> str:
@@ -123,32 +124,38 @@ class Tracker:
 
     def table(self, columns: dict[str, list[Any]], name: str) -> None:
         """A table that the MLflow UI shows as one."""
-        self._send(lambda: self._mlflow.log_table(self.run_id, columns, name))
+        clean = {key: [redact(str(value)) for value in values] for key, values in columns.items()}
+        self._send(lambda: self._mlflow.log_table(self.run_id, clean, name))
 
     def file(self, file: Path, folder: str | None = None) -> None:
         """An existing file as an artifact."""
         self._send(lambda: self._mlflow.log_artifact(self.run_id, str(file), folder))
 
-    def dataset(self, name: str, digest: str, source: str, context: str, profile: dict[str, Any]) -> None:
+    def dataset(self, name: str, digest: str, source: str, context: str, rows: int) -> None:
         """A dataset as an input of the run; `digest` is of all rows, where MLflow's own reads the first 10,000."""
-        entity = Dataset(name, digest, "local", json.dumps({"path": redact(source)}), profile=json.dumps(profile))
+        profile = json.dumps({"rows": rows})
+        entity = Dataset(name, digest, "local", json.dumps({"path": redact(source)}), profile=profile)
         entry = DatasetInput(entity, [InputTag("mlflow.data.context", context)])
         self._send(lambda: self._mlflow.log_inputs(self.run_id, datasets=[entry]))
 
     def model(self, folder: Path, name: str, params: dict[str, Any], step: int) -> None:
         """A trained adapter or model as a logged model of the run: `load` brings it back."""
 
+        created: list[str] = []  # a second attempt goes on with the first one's model
+
         def send() -> None:
-            logged = self._mlflow.create_logged_model(
-                self.experiment_id,
-                name=name,
-                source_run_id=self.run_id,
-                model_type="peft-adapter" if (folder / "adapter_config.json").is_file() else "model",
-                params={key: str(value)[:500] for key, value in params.items()},
-            )
-            self._mlflow.log_model_artifacts(logged.model_id, str(folder))
-            self._mlflow.finalize_logged_model(logged.model_id, LoggedModelStatus.READY)
-            self._mlflow.log_outputs(self.run_id, [LoggedModelOutput(logged.model_id, step)])
+            if not created:
+                logged = self._mlflow.create_logged_model(
+                    self.experiment_id,
+                    name=name,
+                    source_run_id=self.run_id,
+                    model_type="peft-adapter" if (folder / "adapter_config.json").is_file() else "model",
+                    params={key: redact(str(value))[:500] for key, value in params.items()},
+                )
+                created.append(logged.model_id)
+            self._mlflow.log_model_artifacts(created[0], str(folder))
+            self._mlflow.finalize_logged_model(created[0], LoggedModelStatus.READY)
+            self._mlflow.log_outputs(self.run_id, [LoggedModelOutput(created[0], step)])
 
         self._send(send)
 
@@ -162,7 +169,11 @@ class Tracker:
         while self._missed:
             try:
                 self._missed[0]()
-            except (MlflowException, OSError) as error:
+            except Exception as error:  # whatever the store or its artifact store raises: training must go on
+                if getattr(error, "error_code", None) in _REFUSED:  # for good; what comes after it must not wait
+                    log.error("MLflow refuses a message, which is left out: %s", redact(_short(error)))  # noqa: TRY400
+                    self._missed.pop(0)
+                    continue
                 if self._retry_at == 0.0:
                     log.warning(
                         "MLflow does not take a message; the run goes on and keeps it: %s",
@@ -225,8 +236,12 @@ def start(config: Config, output_dir: Path) -> Iterator[Tracker]:
         outcome = _outcome(error)
         log.error("run %s: %s: %s", outcome, type(error).__name__, _short(error))  # noqa: TRY400 - the traceback is an artifact
         tracker.tags({"outcome": outcome, "failure": f"{type(error).__name__}: {_short(error)}"})
-        tracker.text("".join(traceback.format_exception(error)), "traceback.txt")
-        tracker.end("KILLED" if outcome == "killed" else "FAILED")
+        try:
+            tracker.text("".join(traceback.format_exception(error)), "traceback.txt")
+        except OSError as full:  # the disk may be what failed
+            log.error("the traceback cannot be kept: %s", full)  # noqa: TRY400
+        finally:
+            tracker.end("KILLED" if outcome == "killed" else "FAILED")
         raise
     tracker.tags({"outcome": "ok"})
     tracker.end("FINISHED")
@@ -235,7 +250,9 @@ def start(config: Config, output_dir: Path) -> Iterator[Tracker]:
 def _outcome(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt | SystemExit | GeneratorExit):
         return "killed"
-    if isinstance(error, MemoryError) or type(error).__name__ in ("OutOfMemoryError", "AcceleratorError"):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return "oom"
+    if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY):
         return "oom"
     return "nan" if type(error).__name__ == "DivergedError" else "error"
 
@@ -304,23 +321,31 @@ def load(source: str, tracking_uri: str | None = None, device: str = "auto") -> 
     from qlora_exp.device import detect, resolve
 
     folder = Path(source) if Path(source).is_dir() else _download(source, tracking_uri)
-    if not (folder / CONFIG_FILE).is_file() or not list(folder.glob("*.safetensors")):
+    adapter = (folder / "adapter_config.json").is_file()
+    weights = folder.glob("adapter_model.safetensors" if adapter else "model*.safetensors")  # never a pickle
+    if not (folder / CONFIG_FILE).is_file() or not list(weights):
         raise ModelError(f"{source}: not a model that a run saved (no {CONFIG_FILE}, or no .safetensors)")
-    recorded = yaml.safe_load((folder / CONFIG_FILE).read_text("utf-8"))
-    recorded["model"]["trust_remote_code"] = False  # a stranger's record must not run a stranger's code
-    recorded["training"]["resume_from_checkpoint"] = None
     try:
+        recorded = yaml.safe_load((folder / CONFIG_FILE).read_text("utf-8"))
+        # A stranger's record must not run a stranger's code: neither the model's nor a kernel of the hub.
+        recorded["model"] |= {"trust_remote_code": False, "attn_implementation": None}
+        recorded["training"]["resume_from_checkpoint"] = None
         config = config_module.from_dict(recorded | {"device": device})
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise ModelError(f"{source}: {CONFIG_FILE} is damaged: {error}") from error
     except ConfigError as error:
         raise ModelError(f"{source}: its config is not one of this version: {error}") from error
-    resolved = resolve(config, detect(device))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if (folder / "adapter_config.json").is_file():
+    resolved = resolve(config, detect(device, quantized=config.quantization.quantized))
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if adapter:
         base = model_module.load_model(config.model, config.quantization, resolved)
         model: Any = PeftModel.from_pretrained(base, str(folder))
     else:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, resolved.dtype), device_map={"": resolved.device}
+            folder,
+            dtype=getattr(torch, resolved.dtype),
+            device_map={"": resolved.device},
+            trust_remote_code=False,
         )
     model.config.use_cache = True
     return model.eval(), tokenizer

@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -49,6 +49,7 @@ _SAME = (
     "loss_type",
     "neftune_noise_alpha",
     "logging_steps",
+    "logging_first_step",
     "eval_strategy",
     "eval_steps",
     "save_strategy",
@@ -99,27 +100,49 @@ def arguments(config: Config, resolved: Resolved, output_dir: Path) -> SFTConfig
     )
 
 
+class _ByLength(LengthGroupedSampler):
+    """Rows of like length together, in an order that seed and epoch decide: a resumed run goes on in the same order.
+
+    Transformers' own draws the order from the global random state, which a resumed run does not share.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate before each epoch."""
+        self.generator = torch.Generator().manual_seed(self.seed + epoch)
+
+
 class Trainer(SFTTrainer):
     """SFTTrainer that counts tokens and tells which memory phase it is in."""
 
     def __init__(self, *args: Any, memory: MemoryMonitor, **kwargs: Any) -> None:
         self.memory = memory
-        self.tokens_seen = 0
-        self.supervised_seen = 0
+        self.seen: Any = torch.zeros(3, dtype=torch.long)  # tokens, supervised tokens, sequences
         super().__init__(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One forward and backward pass, its tokens counted (padding left out)."""
-        mask = inputs.get("attention_mask")
-        self.tokens_seen += int(mask.sum()) if mask is not None else inputs["input_ids"].numel()
-        self.supervised_seen += int((inputs["labels"] != IGNORED).sum())
+        """One forward and backward pass, its tokens counted (padding left out) where they are, without waiting."""
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        tokens = mask.sum() if mask is not None else ids.new_tensor(ids.numel())
+        supervised = (inputs["labels"] != IGNORED).sum()
+        self.seen = self.seen.to(ids.device) + torch.stack([tokens, supervised, ids.new_tensor(len(ids))])
         return super().training_step(model, inputs, *args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out loss, in a memory phase of its own; the random state (dropout's) is left as it was."""
-        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        devices = [torch.cuda.current_device()] if self.args.device.type == "cuda" else []
         with self.memory.phase("evaluation"), torch.random.fork_rng(devices):
             return super().evaluate(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:  # transformers 5.23; no public hook for a sampler
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            return _ByLength(sampler.batch_size, sampler.lengths, self.args.seed)
+        return sampler
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:  # transformers 5.23; no public hook before a save
         with self.memory.phase("save"):
@@ -134,14 +157,13 @@ class Watcher(TrainerCallback):
 
     def __init__(self, trainer: Trainer, log: Log) -> None:
         self.step_seconds: list[float] = []
-        self.step_tokens: list[int] = []
-        self.step_supervised: list[int] = []
-        self.step_samples = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
+        self.step_counts: list[list[int]] = []
+        """Tokens, supervised tokens and sequences of each step."""
         self._trainer = trainer
         self._log = log
         self._bar: tqdm | None = None
         self._first_step: Any = None
-        self._seen = (0, 0)
+        self._seen: Any = trainer.seen
         self._mark = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -152,14 +174,14 @@ class Watcher(TrainerCallback):
         self._restart()
 
     def _restart(self) -> None:
-        self._seen = (self._trainer.tokens_seen, self._trainer.supervised_seen)
+        self._seen = self._trainer.seen
         self._mark = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Note the step's time, loading of its data included."""
+        # `tolist` waits for everything that the GPU still has to do for this step.
+        self.step_counts.append((self._trainer.seen - self._seen.to(self._trainer.seen.device)).tolist())
         self.step_seconds.append(time.perf_counter() - self._mark)
-        self.step_tokens.append(self._trainer.tokens_seen - self._seen[0])
-        self.step_supervised.append(self._trainer.supervised_seen - self._seen[1])
         self._end_first_step()
         if self._bar is not None:
             self._bar.update()
@@ -194,9 +216,10 @@ class Watcher(TrainerCallback):
         }
         if self.step_seconds and "loss" in logs:
             curves["train/step_seconds"] = self.step_seconds[-1]
-            curves["train/tokens_per_second"] = self.step_tokens[-1] / self.step_seconds[-1]
+            curves["train/tokens_per_second"] = self.step_counts[-1][0] / self.step_seconds[-1]
         self._log(curves, state.global_step)
-        for name in ("loss", "grad_norm", "eval_loss"):
+        # Under fp16 a gradient that overflows is skipped, and the scale lowered: no divergence.
+        for name in ("loss", "eval_loss") if args.fp16 else ("loss", "grad_norm", "eval_loss"):
             if name in logs and not math.isfinite(logs[name]):
                 raise DivergedError(f"{name} is {logs[name]} at step {state.global_step}")
         if self._bar is not None and "loss" in logs:
@@ -212,16 +235,17 @@ class Watcher(TrainerCallback):
 
     def throughput(self) -> dict[str, float]:
         """Rates over all steps but the first, which also allocates and warms up; empty after a single step."""
-        seconds, tokens, supervised = self.step_seconds[1:], self.step_tokens[1:], self.step_supervised[1:]
+        seconds = self.step_seconds[1:]
         if not seconds:
             return {}
         total = sum(seconds)
+        tokens, supervised, sequences = (sum(counts) for counts in zip(*self.step_counts[1:], strict=True))
         return {
             "step_seconds_p50": float(np.median(seconds)),
             "step_seconds_mean": total / len(seconds),
-            "tokens_per_second": sum(tokens) / total,
-            "supervised_tokens_per_second": sum(supervised) / total,
-            "samples_per_second": self.step_samples * len(seconds) / total,
+            "tokens_per_second": tokens / total,
+            "supervised_tokens_per_second": supervised / total,
+            "samples_per_second": sequences / total,
         }
 
 
@@ -273,9 +297,20 @@ def train(trainer: Trainer, config: Config, log: Log) -> dict[str, float]:
 
 
 def _checkpoint(path: str | None) -> str | None:
-    if path is None or (Path(path) / "trainer_state.json").is_file():
+    if path is None or _is_whole(Path(path)):
         return path
-    newest = get_last_checkpoint(path)
-    if newest is None:
+    found = [*checkpoints(Path(path)), *checkpoints(Path(path) / "checkpoints")]
+    whole = [folder for folder in found if _is_whole(folder)]
+    if not whole:
         raise ConfigError(f"training.resume_from_checkpoint: no checkpoint in {path}")
-    return newest
+    return str(whole[-1])
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The trainer's checkpoints in `folder`, oldest first."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether its last file was written: one that a kill cut off has no trainer state."""
+    return (checkpoint / "trainer_state.json").is_file()

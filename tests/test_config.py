@@ -85,6 +85,7 @@ def test_the_command_line_wins_over_the_method_and_the_experiment():
         (["dataset.system_message=hi"], "format=chat"),
         (["model=hub"], "model_name_or_path"),
         (["device=mps"], "does not run on mps"),
+        (["tracking.uri=http://me:secret@host"], "MLFLOW_TRACKING_PASSWORD"),
         (["seed=-1"], "seed"),
     ],
 )

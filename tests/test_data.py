@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -108,14 +109,14 @@ def test_a_split_is_disjoint_complete_and_the_same_for_one_seed(size: float, see
     train, heldout = (set(part["prompt"]) for part in (first.train, first.heldout))
     assert not train & heldout
     assert len(train | heldout) == len(ROWS)
-    assert first.fingerprint == again.fingerprint
+    assert data.fingerprint(first.train) == data.fingerprint(again.train)
 
 
 def test_the_fingerprint_sees_every_row(jsonl):
     changed = [*ROWS[:-1], {"prompt": "question 19", "completion": "other"}]
-    first = data.load_rows(own(jsonl(ROWS, "a.jsonl"))).fingerprint
-    assert first != data.load_rows(own(jsonl(changed, "b.jsonl"))).fingerprint
-    assert first != data.load_rows(own(jsonl(ROWS, "a.jsonl"), split_seed=7)).fingerprint
+    assert data.fingerprint(Dataset.from_list(ROWS)) != data.fingerprint(Dataset.from_list(changed))
+    assert data.fingerprint(Dataset.from_list(ROWS)) != data.fingerprint(Dataset.from_list(ROWS[::-1]))
+    assert data.fingerprint(Dataset.from_list(ROWS)) == data.fingerprint(data._read_file(Path(jsonl(ROWS))))
 
 
 def test_row_limits_and_a_heldout_file(jsonl):

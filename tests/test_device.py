@@ -1,12 +1,12 @@
 import pytest
 
 from qlora_exp.config import compose
-from qlora_exp.device import Device, detect, resolve
+from qlora_exp.device import Device, autocast, detect, resolve
 from qlora_exp.errors import ConfigError
 
 CPU = Device("cpu", "some CPU", bf16=False, paging=False)
-AMPERE = Device("cuda", "A100", bf16=True, paging=True, total_memory=80 * 2**30)
-TURING = Device("cuda", "T4", bf16=False, paging=True, total_memory=16 * 2**30)
+AMPERE = Device("cuda", "A100", bf16=True, paging=True)
+TURING = Device("cuda", "T4", bf16=False, paging=True)
 MPS = Device("mps", "Apple GPU", bf16=False, paging=False)
 
 
@@ -67,6 +67,15 @@ def test_what_a_device_cannot_do_is_refused():
         resolve(compose(["training.fp16=true"]), CPU)
 
 
+def test_measuring_uses_the_precision_of_training():
+    import torch
+
+    with autocast(resolve(compose(["training.bf16=true"]), CPU)):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    with autocast(resolve(compose(), CPU)):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
 def test_detects_the_cpu_and_names_it():
     found = detect("cpu")
     assert found.type == "cpu"
@@ -77,6 +86,13 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match="device=cuda"):
         detect("cuda")
+
+
+def test_a_quantized_base_takes_the_cpu_of_a_mac(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert detect("auto", quantized=True).type == "cpu"
+    assert detect("auto").type == "mps"
 
 
 @pytest.mark.gpu

@@ -19,6 +19,7 @@ def test_experiment(name: str, run, jsonl, losses):
         f"experiment={name}", f"model=tiny_{FAMILY[name.split('_')[0]]}",
         "model.attn_implementation=sdpa", "model.device_map=null",
         f"training.eval_strategy={config.training.eval_strategy}", "training.max_steps=2",
+        "training.logging_steps=1",
         "training.eval_steps=1", "training.save_steps=1",
         "training.max_length=600", "training.gradient_accumulation_steps=2",
     ]  # fmt: skip
@@ -27,7 +28,7 @@ def test_experiment(name: str, run, jsonl, losses):
         rows = [{prompt: f"Say {i}.", context: "loud" if i % 2 else "", completion: f"It is {i}."} for i in range(100)]
         overrides.append(f"dataset.path={jsonl(rows)}")
     result = run(*overrides)
-    assert len(losses(result)) >= (1 if config.training.logging_steps > 1 else 2) or config.training.logging_steps > 2
+    assert len(losses(result)) == 2
     assert result.metrics["steps"] == 2
     assert result.metrics["after/perplexity"] > 1
 

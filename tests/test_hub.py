@@ -3,7 +3,8 @@ import socket
 
 import pytest
 
-from qlora_exp.hub import go_offline_if_unreachable
+from qlora_exp.config import compose
+from qlora_exp.hub import go_offline_if_unreachable, is_needed
 
 
 @pytest.fixture(autouse=True)
@@ -11,6 +12,20 @@ def _online(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # so that it is restored
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setattr("qlora_exp.hub.getproxies", dict)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "needed"),
+    [
+        ([], False),
+        (["model=tiny_opt", "dataset=reasoning_gym"], False),
+        (["model.model_name_or_path=.", "dataset.path=."], False),
+        (["model=opt_125m"], True),
+        (["dataset=alpaca"], True),
+    ],
+)
+def test_what_needs_the_hub(overrides: list[str], needed: bool):
+    assert is_needed(compose(overrides)) is needed
 
 
 def test_a_hub_that_answers_is_used(monkeypatch):

@@ -72,16 +72,22 @@ class FakeCuda:
     def __init__(self) -> None:
         self.peak = 0
 
-    def reset_peak_memory_stats(self) -> None:
+    def device_count(self) -> int:
+        return 1
+
+    def empty_cache(self) -> None:
+        pass
+
+    def reset_peak_memory_stats(self, device: int) -> None:
         self.peak = 0
 
-    def max_memory_allocated(self) -> int:
+    def max_memory_allocated(self, device: int) -> int:
         return self.peak
 
-    def max_memory_reserved(self) -> int:
+    def max_memory_reserved(self, device: int) -> int:
         return 2 * self.peak
 
-    def mem_get_info(self) -> tuple[int, int]:
+    def mem_get_info(self, device: int) -> tuple[int, int]:
         return 100 * MIB, 400 * MIB
 
 

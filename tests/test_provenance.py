@@ -15,6 +15,7 @@ def test_this_process_lives_and_others_are_told_apart():
     me = provenance.process()
     assert not provenance.is_dead(me)
     assert provenance.is_dead(me | {"started": "0.0"})
+    assert not provenance.is_dead(me | {"started": str(float(me["started"]) + 1)})
     assert provenance.is_dead(me | {"pid": str(2**22 + os.getpid())})
     assert not provenance.is_dead(me | {"host": "elsewhere", "started": "0.0"})
 

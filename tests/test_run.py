@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 
@@ -48,10 +49,10 @@ def test_what_a_run_leaves_in_mlflow(run, store, config):
     assert len(mlflow.get_metric_history(result.run_id, "train/loss")) == 3
 
     files = {artifact.path for artifact in mlflow.list_artifacts(result.run_id)}
-    assert {"qlora_exp.yaml", "label_audit.json", "samples.json", "run.log", "evaluation"} <= files
+    assert {"qlora_exp.yaml", "peft_config.json", "label_audit.json", "samples.json", "run.log", "evaluation"} <= files
     inputs = {entry.tags[0].value: entry.dataset for entry in found.inputs.dataset_inputs}
     assert inputs.keys() == {"training", "evaluation"}
-    assert inputs["training"].digest == found.data.params["data.fingerprint"]
+    assert inputs["training"].digest == found.data.params["data.training_fingerprint"]
     assert len(found.outputs.model_outputs) == 1
 
 
@@ -108,13 +109,53 @@ def test_an_output_folder_that_cannot_be_is_refused(config, store, tmp_path):
         run(config(f"tracking.uri={store}"), tmp_path / "file" / "run")
 
 
-def test_a_full_disk_is_refused(config, store):
-    from qlora_exp.run import run
+def test_a_disk_that_fills_up_fails_the_run_with_its_memory_and_its_reason(run, store, tmp_path, monkeypatch):
+    from qlora_exp.tracking import Tracker
 
-    if not os.path.exists("/dev/full"):
-        pytest.skip("no /dev/full")
-    with pytest.raises(ConfigError, match="cannot write"):
-        run(config(f"tracking.uri={store}"), "/proc/run")
+    write = Tracker.text
+
+    def full(self, text: str, name: str) -> None:
+        if name.startswith("evaluation/after") or name == "traceback.txt":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, text, name)
+
+    monkeypatch.setattr(Tracker, "text", full)
+    with pytest.raises(OSError, match="No space left"):
+        run()
+    run_id = (tmp_path / "run0" / "run.log").read_text().split("run ", 1)[1].split()[0]
+    found = tracking.client(store).get_run(run_id)
+    assert (found.info.status, found.data.tags["outcome"]) == ("FAILED", "error")
+    assert "No space left" in found.data.tags["failure"]
+    assert found.data.metrics["memory/steady/rss_peak_mib"] > 0
+
+
+def test_a_failed_job_does_not_keep_its_model(config, store, tmp_path, monkeypatch):
+    import gc
+    import weakref
+
+    from qlora_exp import cli, evaluation
+
+    kept = []
+
+    def fail(model, *_, **__):
+        kept.append(weakref.ref(model))
+        raise RuntimeError("CUDA out of memory")
+
+    class Runtime:
+        output_dir = str(tmp_path / "job")
+
+    monkeypatch.setattr(evaluation, "evaluate", fail)
+    monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.get", lambda: type("H", (), {"runtime": Runtime}))
+    checked = config(f"tracking.uri={store}")
+    monkeypatch.setattr("qlora_exp.config.check", lambda _: checked)
+    error = None
+    try:
+        cli._job(None)
+    except RuntimeError as caught:
+        error = caught  # as Hydra does
+    gc.collect()
+    assert "in fail" in str(error.__notes__)  # what is shown is still the whole traceback
+    assert kept[0]() is None
 
 
 @pytest.mark.gpu

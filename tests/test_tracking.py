@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from qlora_exp import tracking
-from qlora_exp.config import compose
+from qlora_exp.config import compose, from_dict
 from qlora_exp.errors import ModelError, TrackingError
 
 
@@ -41,6 +41,7 @@ def test_a_run_that_ends_well_is_finished(store, mlflow, tmp_path):
         (ValueError("boom"), "FAILED", "error"),
         (MemoryError(), "FAILED", "oom"),
         (torch.cuda.OutOfMemoryError("CUDA out of memory"), "FAILED", "oom"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "FAILED", "oom"),
         (KeyboardInterrupt(), "KILLED", "killed"),
         (SystemExit(3), "KILLED", "killed"),
     ],
@@ -108,6 +109,18 @@ def test_a_deleted_experiment_is_explained(store, mlflow, tmp_path):
         start(store, tmp_path, "tracking.experiment_name=gone"),
     ):
         pass
+
+
+def test_a_message_that_mlflow_refuses_does_not_hold_up_the_others(store, mlflow, tmp_path, caplog):
+    values = compose([f"tracking.uri={store}"]).model_dump(mode="json")
+    values["method"]["rank_pattern"] = {"layers.0.*q_proj": 4}
+    with tracking.start(from_dict(values), tmp_path) as tracker:
+        tracker.params({"what(is)this": 1})
+        tracker.metrics({"loss": 1.0}, 1)
+    found = mlflow.get_run(tracker.run_id)
+    assert (found.info.status, found.data.metrics["loss"]) == ("FINISHED", 1.0)
+    assert "layers.0.*q_proj" in found.data.params["method.rank_pattern"]
+    assert "MLflow refuses a message" in caplog.text
 
 
 class Unsteady:

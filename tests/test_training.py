@@ -84,6 +84,17 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(run, losses):
     assert resumed.metrics["after/loss"] == whole.metrics["after/loss"]
 
 
+@pytest.mark.parametrize("order", ["random", "group_by_length"])
+def test_an_output_folder_is_resumed_from_its_newest_whole_checkpoint(order: str, run, losses):
+    """In the second epoch, too."""
+    saving = ["training.save_strategy=steps", "training.save_steps=2", "training.save_total_limit=9"]
+    saving.append(f"training.train_sampling_strategy={order}")
+    whole = run(*saving, "training.max_steps=12")
+    (whole.output_dir / "checkpoints" / "checkpoint-12" / "trainer_state.json").unlink()  # as a kill would leave it
+    resumed = run(*saving, "training.max_steps=12", f"training.resume_from_checkpoint={whole.output_dir}")
+    assert losses(resumed) == losses(whole)[10:]
+
+
 def test_resuming_without_a_checkpoint_is_refused(run, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="no checkpoint in"):
