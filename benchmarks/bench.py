@@ -73,7 +73,7 @@ def ours(folder: Path, *overrides: str) -> dict:
     return {
         "steps": [record["train/step_seconds"] for record in steps],
         "first_step": steps[0]["timestamp"] / 1000 - begin,
-        "peak_mib": records[-1]["memory/rss_peak_mib"],
+        "peak_mib": next(r["memory/rss_peak_mib"] for r in records if "memory/rss_peak_mib" in r),
         "losses": [(taken[record["step"]], record["eval/loss"]) for record in records if "eval/loss" in record],
     }
 

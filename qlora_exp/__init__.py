@@ -1,6 +1,6 @@
 """Experiments in efficient fine-tuning, composed with Hydra, trained with TRL, tracked in MLflow.
 
-The Python API is `compose`, `run` and `load`; names are imported when they are first used, because
+The Python API is `compose`, `train` and `load`; names are imported when they are first used, because
 importing torch takes seconds.
 """
 
@@ -10,27 +10,29 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qlora_exp.config import compose
-    from qlora_exp.run import RunResult, run
+    from qlora_exp.loading import load
+    from qlora_exp.run import RunResult
+    from qlora_exp.run import run as train
     from qlora_exp.schema import Config
-    from qlora_exp.tracking import load
 
 __version__ = "0.1.0"
-__all__ = ["Config", "RunResult", "compose", "load", "run"]
+__all__ = ["Config", "RunResult", "compose", "load", "train"]
 
 # Nothing is reported to anyone unless the user asks for it.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 _HOME = {
-    "Config": "schema",
-    "RunResult": "run",
-    "compose": "config",
-    "load": "tracking",
-    "run": "run",
+    "Config": ("schema", "Config"),
+    "RunResult": ("run", "RunResult"),
+    "compose": ("config", "compose"),
+    "load": ("loading", "load"),
+    "train": ("run", "run"),
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'qlora_exp' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"qlora_exp.{_HOME[name]}"), name)
+    module, attribute = _HOME[name]
+    return getattr(importlib.import_module(f"qlora_exp.{module}"), attribute)

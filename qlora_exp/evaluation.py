@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import evaluate as evaluate_library
 import numpy as np
 import torch
 from datasets import Dataset
@@ -174,6 +173,8 @@ def _stop_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 def _scores(samples: list[dict[str, Any]], config: EvaluationConfig) -> list[str]:
     """Add each metric to each sample; the names that were added."""
+    import evaluate as evaluate_library  # it imports scipy and more, for answers only
+
     names = ["task_score"] if "task_score" in samples[0] else []
     for metric in config.metrics:
         module = evaluate_library.load(str(Path(__file__).parent / "metrics" / f"{metric}.py"))

@@ -104,14 +104,15 @@ def reuse_freed_memory() -> bool:
     """Make glibc keep freed blocks for the next tensor, instead of returning each to the kernel; whether it did.
 
     A training step on a CPU allocates and frees the same large tensors over and over; by default each is mapped anew
-    and its pages are zeroed anew. `nox -s bench` shows what it saves. Source: mallopt(3).
+    and its pages are zeroed anew. Larger limits save more time still, and cost memory by fragmentation.
+    `nox -s bench` shows both. Source: mallopt(3).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # not glibc
         return False
     m_trim_threshold, m_mmap_threshold = -1, -3
-    return bool(mallopt(m_mmap_threshold, 2**31 - 1) and mallopt(m_trim_threshold, -1))
+    return bool(mallopt(m_mmap_threshold, 64 * MIB) and mallopt(m_trim_threshold, 256 * MIB))
 
 
 def release_freed_memory() -> None:

@@ -7,10 +7,11 @@ Whatever can be refused is refused before the weights are loaded.
 
 import json
 import logging
+import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,12 +79,12 @@ def run(config: Config, output_dir: str | Path) -> RunResult:
         memory = MemoryMonitor(resolved.device)
         metrics: dict[str, float] = {}
 
-        def report_memory() -> None:
-            found = {f"memory/{key}": value for key, value in memory.summary().items()}
-            metrics.update(found)
-            tracker.metrics(found)
+        def note(values: Mapping[str, float], step: int = 0) -> None:
+            metrics.update(values)
+            tracker.metrics(values, step)
 
-        at_the_end.callback(report_memory)  # after a failure too: what ran out of memory is asked first
+        # After a failure too: of what ran out of memory it is asked first.
+        at_the_end.callback(lambda: note({f"memory/{key}": value for key, value in memory.summary().items()}))
 
         # Data, refused early.
         rows = data.load_rows(config.dataset)
@@ -95,7 +96,7 @@ def run(config: Config, output_dir: str | Path) -> RunResult:
             rows.heldout, data.tokenize(rows.heldout, config, tokenizer), config.training.max_length
         )
         tracker.json(asdict(audit) | {"left_out": rows.dropped}, "label_audit.json")
-        metrics |= {f"labels/{key}": value for key, value in asdict(audit).items() if not isinstance(value, str)}
+        note({f"labels/{key}": value for key, value in asdict(audit).items() if not isinstance(value, str)})
         for part, found in (("training", rows.train), ("evaluation", heldout)):
             digest = data.fingerprint(found)
             tracker.params({f"data.{part}_rows": len(found), f"data.{part}_fingerprint": digest})
@@ -110,7 +111,7 @@ def run(config: Config, output_dir: str | Path) -> RunResult:
                 tracker.params({"resolved.target_modules": targets if isinstance(targets, str) else sorted(targets)})
         with memory.phase("load"):
             base = model.load_model(config.model, config.quantization, resolved)
-            metrics["base_parameters"] = adapters.count_parameters(base)[1]
+            base_parameters = adapters.count_parameters(base)[1]
             adapted = adapters.attach(base, peft_config, resolved.adapter_dtype)
         if config.training.packing and not evaluation.isolates_packed_rows(adapted):
             raise ConfigError(
@@ -118,12 +119,7 @@ def run(config: Config, output_dir: str | Path) -> RunResult:
                 "would not be that of the single rows; use training.packing=false"
             )
         trainable, total = adapters.count_parameters(adapted)
-        metrics |= {
-            "trainable_parameters": trainable,
-            "total_parameters": total,
-            "trainable_share": trainable / total,
-        }
-        tracker.metrics(metrics)
+        note({"trainable_parameters": trainable, "total_parameters": total, "trainable_share": trainable / total})
 
         trainer = training.build(
             adapted,
@@ -149,9 +145,7 @@ def run(config: Config, output_dir: str | Path) -> RunResult:
                     score=score,
                     label=f"{moment} training: ",
                 )
-            named = {f"{moment}/{key}": value for key, value in found.metrics.items()}
-            metrics.update(named)
-            tracker.metrics(named, trainer.state.global_step)
+            note({f"{moment}/{key}": value for key, value in found.metrics.items()}, trainer.state.global_step)
             lines = "".join(json.dumps(line) + "\n" for line in found.losses)
             tracker.text(lines, f"evaluation/{moment}_losses.jsonl")
             return found
@@ -159,42 +153,36 @@ def run(config: Config, output_dir: str | Path) -> RunResult:
         before = measure("before") if config.evaluation.before else None
         set_seed(config.seed)
         log.info("training %s of %s parameters (%.3g%%)", f"{trainable:,}", f"{total:,}", 100 * trainable / total)
-        metrics |= training.train(trainer, config, tracker.metrics)
+        trained = training.train(trainer, config, tracker.metrics)
+        step = trainer.state.global_step
+        note(trained, step)
         after = measure("after")
         if after.samples:
             columns = {key: [sample[key] for sample in after.samples] for key in ("prompt", "reference")}
             if before:
                 columns["before"] = [sample["answer"] for sample in before.samples]
             tracker.table(columns | {"after": [sample["answer"] for sample in after.samples]}, "samples.json")
-            tracker.json(
-                {"before": before.samples if before else [], "after": after.samples},
-                "evaluation/answers.json",
-            )
+            answers = {"before": before.samples if before else [], "after": after.samples}
+            tracker.json(answers, "evaluation/answers.json")
 
         # What stays.
-        step = trainer.state.global_step
         saved = output_dir / "model"
         with memory.phase("save"):
             trainer.save_model(str(saved))
             tokenizer.save_pretrained(saved)
         adapters.make_portable(saved, config.model.model_name_or_path)
-        tracker.text((output_dir / tracking.CONFIG_FILE).read_text("utf-8"), f"model/{tracking.CONFIG_FILE}")
-        metrics["model_bytes"] = size_on_disk(saved)
+        shutil.copy(output_dir / tracking.CONFIG_FILE, saved)
+        sizes = {"model_bytes": size_on_disk(saved)}
         if peft_config is not None:  # computed: merging itself would cost the memory of another model
-            width = getattr(torch, resolved.dtype).itemsize
-            metrics["merged_model_bytes_computed"] = metrics["base_parameters"] * width
+            sizes["merged_model_bytes_computed"] = base_parameters * getattr(torch, resolved.dtype).itemsize
         if checkpoints := training.checkpoints(output_dir / "checkpoints"):
-            metrics["checkpoint_bytes"] = size_on_disk(checkpoints[-1])
-        tracker.metrics(metrics, step)
+            sizes["checkpoint_bytes"] = size_on_disk(checkpoints[-1])
+        note(sizes, step)
         keep = config.tracking.log_adapter if peft_config is not None else config.tracking.log_full_model
         if keep:
             settings = {**config.method.settings, **config.lora_variant.settings}
-            tracker.model(
-                saved,
-                f"{config.method.name}-model",
-                settings | {"quantization": config.quantization.name},
-                step,
-            )
+            settings["quantization"] = config.quantization.name
+            tracker.model(saved, f"{config.method.name}-model", settings, step)
         return RunResult(tracker.run_id, output_dir, metrics)
 
 

@@ -9,7 +9,7 @@ import logging
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,8 @@ from typing import Any
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # a server that is gone must not hold up training
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
-import yaml
 from filelock import FileLock
 from mlflow import MlflowClient
-from mlflow.artifacts import download_artifacts
 from mlflow.entities import (
     Dataset,
     DatasetInput,
@@ -35,7 +33,7 @@ from mlflow.exceptions import MlflowException
 
 from qlora_exp import config as config_module
 from qlora_exp import provenance
-from qlora_exp.errors import ConfigError, ModelError, TrackingError
+from qlora_exp.errors import TrackingError
 from qlora_exp.schema import Config
 from qlora_exp.secrets import redact
 
@@ -103,7 +101,7 @@ class Tracker:
         entries = [RunTag(key, redact(str(value))) for key, value in values.items()]
         self._send(lambda: self._mlflow.log_batch(self.run_id, tags=entries))
 
-    def metrics(self, values: dict[str, float], step: int = 0) -> None:
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Metrics of one step: to disk first, then to MLflow."""
         now = int(time.time() * 1000)
         with (self.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as lines:
@@ -297,79 +295,3 @@ def run_name(config: Config) -> str:
     if "r" in config.method.settings:
         parts.append(f"r{config.method.settings['r']}")
     return "-".join([*parts, f"s{config.seed}"])
-
-
-def load(source: str, tracking_uri: str | None = None, device: str = "auto") -> tuple[Any, Any]:
-    """A trained model, ready to generate: the base as it was trained on (quantized or not) with its adapter.
-
-    Args:
-        source: an MLflow run id, a `models:/...` URI, or a folder that a run saved.
-        tracking_uri: the MLflow store; None is the one in `mlruns/`.
-        device: where to put it: auto, cpu, cuda.
-
-    Returns:
-        The model, in eval mode, and its tokenizer.
-
-    Raises:
-        ModelError: there is no such model, or it is not one that a run saved.
-    """
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from qlora_exp import model as model_module
-    from qlora_exp.device import detect, resolve
-
-    folder = Path(source) if Path(source).is_dir() else _download(source, tracking_uri)
-    adapter = (folder / "adapter_config.json").is_file()
-    weights = folder.glob("adapter_model.safetensors" if adapter else "model*.safetensors")  # never a pickle
-    if not (folder / CONFIG_FILE).is_file() or not list(weights):
-        raise ModelError(f"{source}: not a model that a run saved (no {CONFIG_FILE}, or no .safetensors)")
-    try:
-        recorded = yaml.safe_load((folder / CONFIG_FILE).read_text("utf-8"))
-        # A stranger's record must not run a stranger's code: neither the model's nor a kernel of the hub.
-        recorded["model"] |= {"trust_remote_code": False, "attn_implementation": None}
-        recorded["training"]["resume_from_checkpoint"] = None
-        config = config_module.from_dict(recorded | {"device": device})
-    except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise ModelError(f"{source}: {CONFIG_FILE} is damaged: {error}") from error
-    except ConfigError as error:
-        raise ModelError(f"{source}: its config is not one of this version: {error}") from error
-    resolved = resolve(config, detect(device, quantized=config.quantization.quantized))
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    if adapter:
-        base = model_module.load_model(config.model, config.quantization, resolved)
-        model: Any = PeftModel.from_pretrained(base, str(folder))
-    else:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, resolved.dtype),
-            device_map={"": resolved.device},
-            trust_remote_code=False,
-        )
-    model.config.use_cache = True
-    return model.eval(), tokenizer
-
-
-def _download(source: str, tracking_uri: str | None) -> Path:
-    mlflow = client(tracking_uri)
-    try:
-        if not source.startswith("models:/"):
-            outputs = mlflow.get_run(source).outputs
-            if outputs is None or not outputs.model_outputs:
-                raise ModelError(
-                    f"run {source} left no model in MLflow (tracking.log_adapter, tracking.log_full_model)"
-                )
-            model_id = outputs.model_outputs[-1].model_id
-        else:
-            model_id = source.removeprefix("models:/")
-            if "/" in model_id:  # a registered one: models:/NAME/VERSION
-                model_id = str(mlflow.get_model_version(*model_id.split("/", 1)).source).removeprefix("models:/")
-            elif "@" in model_id:  # models:/NAME@ALIAS
-                version = mlflow.get_model_version_by_alias(*model_id.split("@", 1))
-                model_id = str(version.source).removeprefix("models:/")
-        # By its own location: MLflow resolves models:/ on its global tracking URI only.
-        location = mlflow.get_logged_model(model_id).artifact_location
-        return Path(download_artifacts(artifact_uri=location, tracking_uri=store_uri(tracking_uri)))
-    except MlflowException as error:
-        raise ModelError(f"{source}: {_short(error)}") from error

@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 
 from qlora_exp import tracking
 from qlora_exp.config import compose, from_dict
-from qlora_exp.errors import ModelError, TrackingError
+from qlora_exp.errors import TrackingError
 
 
 @pytest.fixture
@@ -179,44 +179,6 @@ def test_a_killed_command_is_recorded_as_killed(signal_name: str, store, mlflow,
     run = mlflow.get_run(run_id)
     assert (run.info.status, run.data.tags["outcome"]) == ("KILLED", "killed")
     assert run.data.metrics["train/loss"] > 0
-
-
-@pytest.mark.parametrize(
-    "choice",
-    [["method=lora"], ["method=qlora", "lora_variant=dora"], ["method=full", "tracking.log_full_model=true"]],
-)
-def test_a_logged_model_is_loaded_back_as_it_was_trained(choice: list[str], run, store):
-    result = run(*choice, "training.learning_rate=1e-2")
-    ids = torch.arange(40, 60)[None]
-    answers = []
-    import mlflow as mlflow_library
-
-    logged = tracking.client(store).get_run(result.run_id).outputs.model_outputs[0].model_id
-    mlflow_library.set_tracking_uri(store)
-    version = mlflow_library.register_model(f"models:/{logged}", f"mine-{result.run_id}")
-    registered = f"models:/{version.name}/{version.version}"
-    for source in (result.run_id, f"models:/{logged}", registered, str(result.output_dir / "model")):
-        model, tokenizer = tracking.load(source, store, device="cpu")
-        assert tokenizer.eos_token == "<|im_end|>"
-        with torch.no_grad():
-            answers.append(model(ids).logits)
-    assert all(torch.equal(answer, answers[0]) for answer in answers)
-    base, _ = tracking.load(run(*choice, "training.learning_rate=1e-30").run_id, store, device="cpu")
-    with torch.no_grad():
-        assert not torch.equal(base(ids).logits, answers[0])
-
-
-@pytest.mark.parametrize(("source", "message"), [("0" * 32, "not found"), ("models:/nothing/1", "nothing")])
-def test_a_model_that_is_not_there_is_explained(source: str, message: str, store):
-    with pytest.raises(ModelError, match=message):
-        tracking.load(source, store)
-
-
-def test_a_folder_with_a_pickle_is_refused(tmp_path):
-    (tmp_path / "qlora_exp.yaml").write_text("{}")
-    (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
-    with pytest.raises(ModelError, match=r"no \.safetensors|no qlora_exp"):
-        tracking.load(str(tmp_path))
 
 
 def test_run_names_say_what_the_run_is():
