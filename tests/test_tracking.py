@@ -167,7 +167,13 @@ def test_a_server_that_stays_away_leaves_everything_on_disk(store, mlflow, tmp_p
 def test_a_killed_command_is_recorded_as_killed(signal_name: str, store, mlflow, tmp_path):
     command = [sys.executable, "-m", "qlora_exp", "train", "model=tiny_llama", "training.max_steps=100000"]
     extra = [f"tracking.uri={store}", "evaluation=none", f"hydra.run.dir={tmp_path / 'killed'}", "device=cpu"]
-    process = subprocess.Popen([*command, *extra], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*command, *extra],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        # A shell's background job ignores SIGINT, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     metrics = tmp_path / "killed" / "metrics.jsonl"
     for _ in range(600):
         if metrics.is_file() and "train/loss" in metrics.read_text():
