@@ -59,7 +59,7 @@ def ours(folder: Path, *overrides: str) -> dict:
     """Run `qlora-exp train`; the same figures from what it left on disk."""
     command = [sys.executable, "-m", "qlora_exp", "train", "device=cpu", f"hydra.run.dir={folder}"]
     common = [
-        "evaluation=none",
+        "evaluation=loss_only",
         "training.save_strategy=no",
         f"tracking.uri=sqlite:///{folder.parent / 'mlflow.db'}",
     ]

@@ -5,7 +5,6 @@ import errno
 import gc
 import logging
 import os
-import subprocess
 import sys
 import traceback
 import warnings
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import qlora_exp
-from qlora_exp.errors import UserError
+from qlora_exp.errors import ConfigError, UserError
 from qlora_exp.secrets import RedactingFormatter, redact
 
 _EPILOG = """\
@@ -25,6 +24,10 @@ examples:
   qlora-exp keys training                what each key means
   qlora-exp ui                           compare runs in MLflow's UI
 """
+
+
+# Flags with which Hydra runs nothing and composes no run.
+_SHOWS_SOMETHING_ELSE = {"--help", "-h", "--hydra-help", "--version", "--shell-completion", "-sc", "--info", "-i"}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -84,6 +87,8 @@ def _train(overrides: list[str]) -> None:
 
     from qlora_exp import config
 
+    if not _SHOWS_SOMETHING_ELSE & set(overrides):
+        config.check_all(overrides)
     config.register()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra lets its errors through, and we explain them
     sys.argv = ["qlora-exp train", *overrides]
@@ -91,6 +96,12 @@ def _train(overrides: list[str]) -> None:
         hydra.main(config_path=str(config.conf_dir()), config_name="config", version_base="1.3")(_job)()
     except (HydraException, OmegaConfBaseException) as error:
         raise config.explain(error) from error
+    except OSError as error:
+        if hasattr(error, "__notes__"):  # the job's own
+            raise
+        raise ConfigError(
+            f"cannot write to the output folder: {error}; choose another: hydra.run.dir=FOLDER"
+        ) from error
 
 
 def _job(composed: Any) -> None:
@@ -105,6 +116,7 @@ def _job(composed: Any) -> None:
         _remove_if_empty(output_dir)
         raise
     quiet()
+    logging.getLogger(__name__).info("starting: loading the libraries takes a few seconds")
     from qlora_exp.run import run
     from qlora_exp.summary import show
 
@@ -154,7 +166,7 @@ def _keys(section: str | None) -> None:
     from pydantic import BaseModel
 
     from qlora_exp import peft_registry
-    from qlora_exp.errors import ConfigError, did_you_mean
+    from qlora_exp.errors import did_you_mean
     from qlora_exp.schema import Config, PeftSettings
 
     fields = Config.model_fields
@@ -187,4 +199,5 @@ def _ui(uri: str | None, host: str, port: int) -> None:
     print(f"MLflow's UI on {redact(address)}: http://{host}:{port} (Ctrl-C ends it)", flush=True)
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | dict(os.environ)
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", address, "--workers", "1"]
-    subprocess.run([*command, "--host", host, "--port", str(port)], env=environment, check=True)
+    # In place of this process, so that whatever ends it ends the server.
+    os.execve(sys.executable, [*command, "--host", host, "--port", str(port)], environment)

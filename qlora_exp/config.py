@@ -5,6 +5,7 @@ Knows where the shipped `conf/` folder is. Must stay light: `--help` and `--cfg 
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import islice, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -59,6 +61,38 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
             return check(hydra_compose("config", overrides=[*search, *overrides]))
     except (HydraException, OmegaConfBaseException) as error:
         raise explain(error) from error
+
+
+def check_all(arguments: Sequence[str]) -> None:
+    """Check what a command line would run, before anything runs; of a sweep the first 64 combinations.
+
+    Args:
+        arguments: overrides and Hydra's flags, as after `qlora-exp train`.
+
+    Raises:
+        ConfigError: of the first combination that is wrong, with every problem found in it.
+    """
+    config_dir = next((later for flag, later in pairwise(arguments) if flag in ("--config-dir", "-cd")), None)
+    config_dir = next((word.split("=", 1)[1] for word in arguments if word.startswith("--config-dir=")), config_dir)
+    sweep = {"-m", "--multirun"} & set(arguments)
+    words = [word for word in arguments if "=" in word and not word.startswith("-")]
+    choices = [[word] for word in words]
+    if sweep:
+        try:
+            parsed = OverridesParser.create().parse_overrides(words)
+        except HydraException as error:
+            raise explain(error) from error
+        choices = [
+            [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
+            if one.is_sweep_override()
+            else [str(one.input_line)]
+            for one in parsed
+        ]
+    for overrides in islice(product(*choices), 64):
+        try:
+            compose(overrides, config_dir)
+        except ConfigError as error:
+            raise ConfigError(f"{error}\nin: {' '.join(overrides)}" if sweep else str(error)) from error
 
 
 def check(composed: DictConfig) -> Config:
@@ -137,6 +171,8 @@ def explain(error: Exception) -> ConfigError:
 
 
 def _no_such_key(key: str) -> str:
+    if key.rpartition(".")[2] in ("output_dir", "out", "output"):
+        return f"{key}: no such key or group; the output folder is hydra.run.dir=FOLDER"
     section = key.rpartition(".")[0]
     siblings = [known for known in known_keys() if known.rpartition(".")[0] == section]
     if near := nearest(key, siblings) or nearest(key, known_keys(), cutoff=0.8):
@@ -148,7 +184,7 @@ def _describe(problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("literal["))
     if problem["type"] == "extra_forbidden":
         return _no_such_key(where)
-    if problem["input"] is None:
+    if problem["input"] is None or problem["type"] == "string_too_short":
         return f"{where}: must be given: {where}=VALUE"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":

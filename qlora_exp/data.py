@@ -18,11 +18,10 @@ from tqdm import tqdm
 
 from qlora_exp.errors import DataError, did_you_mean
 from qlora_exp.prompts import render
-from qlora_exp.schema import Config, DatasetConfig
+from qlora_exp.schema import FILE_FORMATS, Config, DatasetConfig
 
 FAQ = "embedded:construction_faq"
 GYM = "reasoning_gym:"
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 IGNORED = -100
 
 
@@ -87,7 +86,7 @@ def _read(config: DatasetConfig, path: str, split: str) -> Dataset:
         return _generate(path.removeprefix(GYM), config)
     if path.startswith("embedded:"):
         raise DataError(f"dataset.path: no '{path}'{did_you_mean(path, [FAQ])}")
-    if Path(path).suffix in READERS or Path(path).exists():
+    if Path(path).suffix in FILE_FORMATS or Path(path).exists():
         return _read_file(Path(path))
     try:
         return load_dataset(path, config.subset, split=split, revision=config.revision)
@@ -101,19 +100,21 @@ def _read(config: DatasetConfig, path: str, split: str) -> Dataset:
 
 
 def _last_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[-1]
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 def _read_file(file: Path) -> Dataset:
     if not file.is_file():
         raise DataError(f"dataset.path: no file {file}")
-    if file.suffix not in READERS:
-        raise DataError(f"{file}: not one of {', '.join(READERS)}")
+    if file.suffix not in FILE_FORMATS:
+        raise DataError(f"{file}: not one of {', '.join(FILE_FORMATS)}")
+    if not file.stat().st_size:
+        raise DataError(f"{file}: the file is empty")
     try:
-        return load_dataset(READERS[file.suffix], data_files=str(file), split="train")
+        return load_dataset(FILE_FORMATS[file.suffix], data_files=str(file), split="train")
     except Exception as error:  # whatever the reader of that format raises for a damaged file
         raise DataError(
-            f"{file}: cannot be read as {READERS[file.suffix]}: {_last_line(error.__cause__ or error)}"
+            f"{file}: cannot be read as {FILE_FORMATS[file.suffix]}: {_last_line(error.__cause__ or error)}"
         ) from error
 
 
@@ -206,6 +207,11 @@ def _uniform(row: dict[str, Any]) -> dict[str, Any]:
     """`prompt`, `input`, `completion` as text; `messages` up to the last assistant turn, or None."""
     messages = row.get("messages")
     if messages:
+        if missing := {"role", "content"} - messages[0].keys():
+            raise DataError(
+                f"dataset.messages_column: a message needs role and content; the first has {', '.join(messages[0])}"
+                f" and no {' or '.join(sorted(missing))}"
+            )
         answers = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
         messages = messages[: answers[-1] + 1] if answers else []
         turns = [{"role": message["role"], "content": message["content"]} for message in messages]

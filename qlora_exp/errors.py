@@ -24,10 +24,26 @@ class TrackingError(UserError):
     """An MLflow store that cannot be reached or written."""
 
 
+# What people type for what the libraries call otherwise.
+_ALIASES = {
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "batch_size": "per_device_train_batch_size",
+    "max_seq_length": "max_length",
+}
+
+
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The nearest spelling among `known`, if any is near; dotted keys are compared by their last part."""
     leaves = {name.rpartition(".")[2]: name for name in known}
-    near = difflib.get_close_matches(word.rpartition(".")[2], leaves, n=1, cutoff=cutoff)
+    leaf = word.rpartition(".")[2]
+    if _ALIASES.get(leaf) in leaves:
+        return leaves[_ALIASES[leaf]]
+    near = difflib.get_close_matches(leaf, leaves, n=1, cutoff=cutoff)
     return leaves[near[0]] if near else None
 
 

@@ -20,7 +20,7 @@ def is_needed(config: Config) -> bool:
     """Whether the model or the data of `config` comes from the hub."""
     model, dataset = config.model.model_name_or_path, config.dataset.path
     local_model = model.startswith(("embedded:", "random:")) or Path(model).expanduser().is_dir()
-    local_data = dataset.startswith(("embedded:", "reasoning_gym:")) or Path(dataset).exists()
+    local_data = dataset.startswith(("embedded:", "reasoning_gym:")) or Path(dataset) in config.dataset.files
     return not (local_model and local_data)
 
 

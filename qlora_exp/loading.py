@@ -35,6 +35,7 @@ def load(source: str, tracking_uri: str | None = None, device: str = "auto") -> 
         ModelError: there is no such model, or it is not one that a run saved.
     """
     folder = Path(source) if Path(source).is_dir() else _download(source, tracking_uri)
+    folder = folder / "model" if (folder / "model").is_dir() else folder  # a run's output folder
     adapter = (folder / "adapter_config.json").is_file()
     weights = folder.glob("adapter_model.safetensors" if adapter else "model*.safetensors")  # never a pickle
     if not (folder / tracking.CONFIG_FILE).is_file() or not list(weights):
@@ -66,6 +67,9 @@ def load(source: str, tracking_uri: str | None = None, device: str = "auto") -> 
 
 
 def _download(source: str, tracking_uri: str | None) -> Path:
+    store = tracking.store_uri(tracking_uri)
+    if tracking_uri is None and not Path(store.removeprefix("sqlite:///")).is_file():
+        raise ModelError(f"{source}: not a folder, and there is no MLflow store at {store}; give tracking_uri")
     mlflow = tracking.client(tracking_uri)
     try:
         if not source.startswith("models:/"):

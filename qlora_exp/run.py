@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
+from qlora_exp.errors import ConfigError, DataError
 from qlora_exp.schema import Config
 from qlora_exp.secrets import RedactingFormatter, load_env_file
 
@@ -47,6 +48,9 @@ def run(config: Config, output_dir: str | Path) -> RunResult:
     """
     from qlora_exp import hub
 
+    for file in config.dataset.files:
+        if not file.is_file():
+            raise DataError(f"dataset.path: no file {file} in {Path.cwd()}")
     load_env_file()
     if hub.is_needed(config):
         hub.go_offline_if_unreachable()  # before huggingface_hub is imported
@@ -57,7 +61,6 @@ def run(config: Config, output_dir: str | Path) -> RunResult:
 
     from qlora_exp import adapters, data, evaluation, model, provenance, tracking, training
     from qlora_exp.device import autocast, detect, resolve
-    from qlora_exp.errors import ConfigError
     from qlora_exp.memory import MemoryMonitor, reuse_freed_memory, size_on_disk
 
     if not sys.stderr.isatty():
@@ -96,6 +99,13 @@ def run(config: Config, output_dir: str | Path) -> RunResult:
             rows.heldout, data.tokenize(rows.heldout, config, tokenizer), config.training.max_length
         )
         tracker.json(asdict(audit) | {"left_out": rows.dropped}, "label_audit.json")
+        log.info(
+            "labels: %.0f%% of %s tokens carry loss; %.0f%% of rows are cut, EOS is learned in %.0f%%",
+            100 * audit.supervised_share,
+            f"{audit.tokens:,}",
+            100 * audit.truncated_rows_share,
+            100 * audit.eos_learned_share,
+        )
         note({f"labels/{key}": value for key, value in asdict(audit).items() if not isinstance(value, str)})
         for part, found in (("training", rows.train), ("evaluation", heldout)):
             digest = data.fingerprint(found)
@@ -187,8 +197,6 @@ def run(config: Config, output_dir: str | Path) -> RunResult:
 
 
 def _writable(folder: str | Path) -> Path:
-    from qlora_exp.errors import ConfigError
-
     path = Path(folder).resolve()
     try:
         path.mkdir(parents=True, exist_ok=True)

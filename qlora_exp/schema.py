@@ -16,6 +16,8 @@ from qlora_exp import peft_registry
 Dtype = Literal["float32", "bfloat16", "float16"]
 NonNegative = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+"""Suffixes of dataset files, with the names of their readers in `datasets`."""
 Interval = Literal["no", "steps", "epoch"]
 
 
@@ -186,6 +188,12 @@ class DatasetConfig(Section):
     reasoning_gym_config: dict[str, int | float | str | bool] = {}
     """reasoning_gym: fields of the task's own config."""
 
+    @property
+    def files(self) -> list[Path]:
+        """Those of `path` and `eval_path` that are local files, whether they are there or not."""
+        given = [Path(path) for path in (self.path, self.eval_path) if path]
+        return [path for path in given if path.suffix in FILE_FORMATS or path.exists()]
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.eval_path and self.eval_split:
@@ -289,11 +297,11 @@ class EvaluationConfig(Section):
 class TrackingConfig(Section):
     """Where MLflow is and what goes there."""
 
-    uri: str | None = None
+    uri: Annotated[str, Field(min_length=1)] | None = None
     """null: SQLite under ./mlruns; else any MLflow tracking URI."""
     experiment_name: str = "qlora_exp"
     run_name: str | None = None
-    """null: made of method, quantization, variant, rank and seed."""
+    """null: made of model, dataset, method, quantization, variant, rank and seed."""
     tags: dict[str, str] = {}
     log_adapter: bool = True
     """Keep the trained adapter in MLflow as a logged model."""

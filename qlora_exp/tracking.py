@@ -232,7 +232,6 @@ def start(config: Config, output_dir: Path) -> Iterator[Tracker]:
         yield tracker
     except BaseException as error:  # every end of a run is recorded; nothing is swallowed
         outcome = _outcome(error)
-        log.error("run %s: %s: %s", outcome, type(error).__name__, _short(error))  # noqa: TRY400 - the traceback is an artifact
         tracker.tags({"outcome": outcome, "failure": f"{type(error).__name__}: {_short(error)}"})
         try:
             tracker.text("".join(traceback.format_exception(error)), "traceback.txt")
@@ -286,8 +285,9 @@ def _reap(mlflow: MlflowClient, experiment_id: str) -> None:
 
 
 def run_name(config: Config) -> str:
-    """A name that says what the run is: model, method, quantization, variant, rank, seed."""
-    parts = [config.model.model_name_or_path.rstrip("/").split("/")[-1].split(":")[-1], config.method.name]
+    """A name that says what the run is: model, dataset, method, quantization, variant, rank, seed."""
+    model = config.model.model_name_or_path.rstrip("/").split("/")[-1].split(":")[-1]
+    parts = [model, config.dataset.name, config.method.name]
     if config.quantization.quantized:
         parts.append(config.quantization.name)
     if config.lora_variant.name != "lora":

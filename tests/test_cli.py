@@ -44,7 +44,15 @@ def test_help_lists_groups_and_experiments():
     ("overrides", "message"),
     [
         (["methd=lora"], "did you mean 'method'"),
-        (["training.lr=1"], "`qlora-exp keys training` lists them"),
+        (["training.lr=1"], "did you mean 'training.learning_rate'"),
+        (["training.zzz=1"], "`qlora-exp keys training` lists them"),
+        (["method.rank=1"], "did you mean 'r'"),
+        (["output_dir=x"], "hydra.run.dir=FOLDER"),
+        (["hydra.run.dir=/proc/nope"], "cannot write to the output folder"),
+        (["method.r=0", "--cfg", "job"], "must be positive"),
+        (["-m", "method.r=4,8", "seed=1,x"], "in: method.r=4 seed=x"),
+        (["tracking=server"], "tracking.uri: must be given"),
+        (["dataset=own", "dataset.path=gone.jsonl"], "no file gone.jsonl"),
         (["+foo=1"], "foo: no such key"),
         (["method=lorra"], "did you mean 'lora'"),
         (["experiment=smollm2_faq_qlor"], "did you mean 'smollm2_faq_qlora'"),
@@ -68,7 +76,7 @@ def test_a_sweep_runs_every_combination_and_reports(store, tmp_path):
 
     result = command(
         "train", "-m", *QUICK, f"tracking.uri={store}", "tracking.experiment_name=sweep", "method=lora",
-        "method.r=2,4", "seed=1,2", "evaluation=none", cwd=tmp_path,
+        "method.r=2,4", "seed=1,2", "evaluation=loss_only", cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     mlflow = client(store)
@@ -108,7 +116,7 @@ def test_ui_opens_the_store_in_mlruns(tmp_path, monkeypatch, capsys):
     (tmp_path / "mlruns").mkdir()
     (tmp_path / "mlruns" / "mlflow.db").write_text("")
     started = []
-    monkeypatch.setattr("subprocess.run", lambda words, **_: started.append(words))
+    monkeypatch.setattr("os.execve", lambda program, words, environment: started.append(words))
     cli._ui(None, "127.0.0.1", 5001)
     assert f"sqlite:///{tmp_path / 'mlruns' / 'mlflow.db'}" in started[0]
     assert "http://127.0.0.1:5001" in capsys.readouterr().out

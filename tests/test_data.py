@@ -78,6 +78,18 @@ def test_a_source_that_cannot_be_read_is_explained(changes: dict, message: str, 
         data.load_rows(own(**({"path": jsonl(ROWS)} | changes)))
 
 
+def test_an_empty_file_is_explained(tmp_path):
+    (tmp_path / "rows.csv").write_text("")
+    with pytest.raises(DataError, match="the file is empty"):
+        data.load_rows(own(str(tmp_path / "rows.csv")))
+
+
+def test_dialogues_of_another_shape_are_explained(jsonl):
+    path = jsonl([{"chat": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}] * 4)
+    with pytest.raises(DataError, match="needs role and content; the first has from, value"):
+        data.load_rows(DatasetConfig(path=path, format="chat", messages_column="chat"))
+
+
 def test_a_damaged_file_is_explained(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion"')
     with pytest.raises(DataError, match="cannot be read as json"):

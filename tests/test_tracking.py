@@ -166,7 +166,7 @@ def test_a_server_that_stays_away_leaves_everything_on_disk(store, mlflow, tmp_p
 @pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT"])
 def test_a_killed_command_is_recorded_as_killed(signal_name: str, store, mlflow, tmp_path):
     command = [sys.executable, "-m", "qlora_exp", "train", "model=tiny_llama", "training.max_steps=100000"]
-    extra = [f"tracking.uri={store}", "evaluation=none", f"hydra.run.dir={tmp_path / 'killed'}", "device=cpu"]
+    extra = [f"tracking.uri={store}", "evaluation=loss_only", f"hydra.run.dir={tmp_path / 'killed'}", "device=cpu"]
     process = subprocess.Popen(
         [*command, *extra],
         stdout=subprocess.DEVNULL,
@@ -188,7 +188,7 @@ def test_a_killed_command_is_recorded_as_killed(signal_name: str, store, mlflow,
 
 
 def test_run_names_say_what_the_run_is():
-    assert (
-        tracking.run_name(compose(["lora_variant=dora", "method.r=4"])) == "smollm2-135m-qlora-nf4_double-dora-r4-s42"
-    )
-    assert tracking.run_name(compose(["method=full", "model=opt_125m"])) == "opt-125m-full-s42"
+    name = tracking.run_name(compose(["lora_variant=dora", "method.r=4"]))
+    assert name == "smollm2-135m-construction_faq-qlora-nf4_double-dora-r4-s42"
+    name = tracking.run_name(compose(["method=full", "model=opt_125m"]))
+    assert name == "opt-125m-construction_faq-full-s42"

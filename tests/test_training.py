@@ -139,7 +139,7 @@ def test_throughput_leaves_the_first_step_out(run):
     "optimizer", ["adamw_torch_fused", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_bnb_8bit", "sgd"]
 )
 def test_every_optimizer_trains(optimizer: str, run, losses):
-    assert len(losses(run(f"optimizer={optimizer}", "training.max_steps=1", "evaluation=none"))) == 1
+    assert len(losses(run(f"optimizer={optimizer}", "training.max_steps=1", "evaluation=loss_only"))) == 1
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_every_optimizer_trains(optimizer: str, run, losses):
     ],
 )
 def test_a_key_changes_the_run(change: str, run, losses):
-    settings = ["training.max_steps=4", "training.learning_rate=5e-3", "evaluation=none"]
+    settings = ["training.max_steps=4", "training.learning_rate=5e-3", "evaluation=loss_only"]
     key = "test_a_key_changes_the_run"
     if key not in _reference:
         _reference[key] = losses(run(*settings))
