@@ -14,6 +14,7 @@ from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ValueType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -82,11 +83,13 @@ def check_all(arguments: Sequence[str]) -> None:
             parsed = OverridesParser.create().parse_overrides(words)
         except HydraException as error:
             raise explain(error) from error
+        # What only the launcher can expand (glob) or draw (interval) is checked job by job.
         choices = [
             [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
             if one.is_sweep_override()
             else [str(one.input_line)]
             for one in parsed
+            if one.value_type != ValueType.GLOB_CHOICE_SWEEP and not one.is_interval_sweep()
         ]
     for overrides in islice(product(*choices), 64):
         try:

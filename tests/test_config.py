@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_exp import config as config_module
-from qlora_exp.config import compose, conf_dir, flatten, from_dict, options, to_yaml
+from qlora_exp.config import check_all, compose, conf_dir, flatten, from_dict, options, to_yaml
 from qlora_exp.errors import ConfigError
 
 GROUPS = [
@@ -93,6 +93,24 @@ def test_a_wrong_config_is_refused_with_what_and_where(overrides: list[str], mes
     with pytest.raises(ConfigError) as error:
         compose(overrides)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["experiment=glob(smollm2_*)"],
+        ["method.r=range(2,8,2)", "seed=choice(1,2)"],
+        ["training.learning_rate=interval(1e-5,1e-3)"],
+        ["method.target_modules=[q_proj],[q_proj,v_proj]", "+tracking.tags.note='a b','c,d'"],
+    ],
+)
+def test_every_kind_of_sweep_passes_the_check_before_it_starts(words: list[str]):
+    check_all(["-m", *words])
+
+
+def test_a_sweep_is_refused_for_any_of_its_combinations():
+    with pytest.raises(ConfigError, match=r"in: method.r=4 seed=-1"):
+        check_all(["-m", "method.r=4,8", "seed=1,-1"])
 
 
 def test_every_problem_is_reported_at_once():
