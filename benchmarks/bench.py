@@ -91,9 +91,9 @@ def report(name: str, mine: list[float], theirs: list[float]) -> None:
 def main() -> None:
     """Both comparisons."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--pairs", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--race-steps", type=int, default=12, help="0: leave the second comparison out")
+    parser.add_argument("--race-steps", type=int, default=20, help="0: leave the second comparison out")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -117,7 +117,7 @@ def main() -> None:
         ):
             report(name, [pick(run) for run in mine], [pick(run) for run in theirs])
         if options.race_steps:
-            every = max(1, options.race_steps // 4)
+            every = max(1, options.race_steps // 10)
             slow = plain(
                 model,
                 folder,

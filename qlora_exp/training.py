@@ -17,6 +17,7 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from trl.trainer import utils as trl_utils
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -114,6 +115,15 @@ class _ByLength(LengthGroupedSampler):
     def set_epoch(self, epoch: int) -> None:
         """Called by accelerate before each epoch."""
         self.generator = torch.Generator().manual_seed(self.seed + epoch)
+
+
+def score_supervised_tokens_only() -> None:
+    """Make TRL's LM head skip tokens without loss on a CPU too, as it does on a GPU: the same loss, sooner.
+
+    Elsewhere TRL scores every token, because the varying number of supervised ones would make a compiling backend
+    compile anew at each batch; eager CPU kernels do not mind. Checked on TRL 1.16, which has no public switch for it.
+    """
+    trl_utils._use_triton = lambda device: device.type in ("cuda", "xpu", "cpu")  # type: ignore[attr-defined]
 
 
 class Trainer(SFTTrainer):
@@ -260,6 +270,7 @@ def build(
     memory: MemoryMonitor,
 ) -> Trainer:
     """A trainer for a model that already has its trainable parameters; their dtypes stay as they are."""
+    score_supervised_tokens_only()
     callbacks: list[TrainerCallback] = []
     if config.training.early_stopping_patience:
         callbacks.append(

@@ -1,9 +1,12 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from trl.trainer import utils as trl_utils
 
+from qlora_exp import training
 from qlora_exp.config import compose
 from qlora_exp.device import Device, resolve
 from qlora_exp.errors import ConfigError
@@ -51,6 +54,26 @@ def test_accumulation_trains_like_the_whole_batch(run, losses):
     whole = run(*still, "training.per_device_train_batch_size=4")
     parts = run(*still, "training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=4")
     assert losses(whole) == pytest.approx(losses(parts), rel=1e-4)
+
+
+def test_only_tokens_with_loss_are_scored_and_the_loss_is_that_of_scoring_all(run, losses, monkeypatch):
+    kernel, scored = trl_utils._ChunkedLogProbFunction.apply, []
+
+    def spy(hidden, *args):
+        scored.append(len(hidden))
+        return kernel(hidden, *args)
+
+    monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", SimpleNamespace(apply=spy))
+    monkeypatch.setattr(trl_utils, "_use_triton", trl_utils._use_triton)  # put back afterwards
+    still = ["method=full", "dataset.max_train_rows=2", "evaluation=loss_only"]
+    few = run(*still)
+    few_scored, scored[:] = scored[:], []
+    assert few_scored[:3] == 3 * [few.metrics["labels/supervised_tokens"]]  # then the evaluation
+    monkeypatch.setattr(training, "score_supervised_tokens_only", lambda: None)
+    monkeypatch.setattr(trl_utils, "_use_triton", lambda device: False)
+    every = run(*still)
+    assert min(scored[:3]) > few_scored[0]
+    assert losses(few) == pytest.approx(losses(every), rel=1e-5)
 
 
 def test_packing_trains_like_the_rows_themselves(run, losses):
