@@ -57,6 +57,8 @@ def plain(model: str, data: Path, out: Path, *arguments: str) -> dict:
 
 def ours(folder: Path, *overrides: str) -> dict:
     """Run `qlora-exp train`; the same figures from what it left on disk."""
+    from qlora_exp.journal import metrics
+
     command = [sys.executable, "-m", "qlora_exp", "train", "device=cpu", f"hydra.run.dir={folder}"]
     common = [
         "evaluation=loss_only",
@@ -65,7 +67,7 @@ def ours(folder: Path, *overrides: str) -> dict:
     ]
     begin = time.time()
     subprocess.run([*command, *common, *overrides], capture_output=True, text=True, check=True)
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    records = metrics(folder)
     steps = [record for record in records if "train/step_seconds" in record]
     taken = {
         record["step"]: sum(r["train/step_seconds"] for r in steps if r["step"] <= record["step"]) for record in records

@@ -5,7 +5,7 @@ Knows where the shipped `conf/` folder is. Must stay light: `--help` and `--cfg 
 
 import re
 from collections.abc import Iterator, Sequence
-from itertools import islice, pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,6 @@ import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ValueType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -64,38 +62,18 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
         raise explain(error) from error
 
 
-def check_all(arguments: Sequence[str]) -> None:
-    """Check what a command line would run, before anything runs; of a sweep the first 64 combinations.
+def check_command(arguments: Sequence[str]) -> None:
+    """Check what a command line would run, before anything runs.
 
     Args:
         arguments: overrides and Hydra's flags, as after `qlora-exp train`.
 
     Raises:
-        ConfigError: of the first combination that is wrong, with every problem found in it.
+        ConfigError: with every problem that was found.
     """
     config_dir = next((later for flag, later in pairwise(arguments) if flag in ("--config-dir", "-cd")), None)
     config_dir = next((word.split("=", 1)[1] for word in arguments if word.startswith("--config-dir=")), config_dir)
-    sweep = {"-m", "--multirun"} & set(arguments)
-    words = [word for word in arguments if "=" in word and not word.startswith("-")]
-    choices = [[word] for word in words]
-    if sweep:
-        try:
-            parsed = OverridesParser.create().parse_overrides(words)
-        except HydraException as error:
-            raise explain(error) from error
-        # What only the launcher can expand (glob) or draw (interval) is checked job by job.
-        choices = [
-            [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
-            if one.is_sweep_override()
-            else [str(one.input_line)]
-            for one in parsed
-            if one.value_type != ValueType.GLOB_CHOICE_SWEEP and not one.is_interval_sweep()
-        ]
-    for overrides in islice(product(*choices), 64):
-        try:
-            compose(overrides, config_dir)
-        except ConfigError as error:
-            raise ConfigError(f"{error}\nin: {' '.join(overrides)}" if sweep else str(error)) from error
+    compose([word for word in arguments if "=" in word and not word.startswith("-")], config_dir)
 
 
 def check(composed: DictConfig) -> Config:
@@ -125,6 +103,12 @@ def from_dict(values: Any) -> Config:
 def to_yaml(config: Config) -> str:
     """The whole config as YAML, which `from_dict(yaml.safe_load(...))` reads back to an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def what_counts(values: dict[str, Any]) -> dict[str, Any]:
+    """Of a config as plain nested values, what can change a run's result: all but how it is tracked and swept."""
+    rest = {key: value for key, value in values.items() if key not in ("tracking", "sweep", "search")}
+    return rest | {"training": {**rest["training"], "resume_from_checkpoint": None}}
 
 
 def flatten(config: Config) -> dict[str, Any]:

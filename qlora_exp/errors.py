@@ -24,6 +24,18 @@ class TrackingError(UserError):
     """An MLflow store that cannot be reached or written."""
 
 
+class SweepError(UserError):
+    """Some jobs of a sweep did not end well; each has its own reason."""
+
+
+class PrunedError(Exception):
+    """A search has seen enough of a job that does worse than others did at that step."""
+
+
+class TimeLimitError(Exception):
+    """A job took longer than it was given."""
+
+
 # What people type for what the libraries call otherwise.
 _ALIASES = {
     "rank": "r",

@@ -6,8 +6,10 @@ cached, or says at once that something is missing.
 
 import logging
 import os
+import re
 import socket
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -41,3 +43,24 @@ def go_offline_if_unreachable(timeout: float = 3.0) -> None:
     except OSError as error:
         log.warning("the hub at %s cannot be reached (%s): only cached files are used", endpoint.hostname, error)
         os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def commit(repo_id: str, revision: str | None, repo_type: Literal["model", "dataset"]) -> str:
+    """The commit that `revision` (None: the default branch) of a repository is now; the cached one without a network.
+
+    Where neither the hub nor the cache tells it, it is the revision's name: the run itself will say what is missing.
+    """
+    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    go_offline_if_unreachable()
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.file_download import repo_folder_name
+
+    name = revision or constants.DEFAULT_REVISION
+    try:
+        return str(HfApi().repo_info(repo_id, repo_type=repo_type, revision=name, timeout=10).sha)
+    except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError, ValueError) as error:
+        log.debug("%s: the hub does not tell its commit: %s", repo_id, error)
+    ref = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type=repo_type) / "refs" / name
+    return ref.read_text("utf-8").strip() if ref.is_file() else name

@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_exp import tracking
+from qlora_exp import store, tracking
 from qlora_exp.config import from_dict
 from qlora_exp.device import detect, resolve
 from qlora_exp.errors import ConfigError, ModelError
@@ -67,10 +67,10 @@ def load(source: str, tracking_uri: str | None = None, device: str = "auto") -> 
 
 
 def _download(source: str, tracking_uri: str | None) -> Path:
-    store = tracking.store_uri(tracking_uri)
-    if tracking_uri is None and not Path(store.removeprefix("sqlite:///")).is_file():
-        raise ModelError(f"{source}: not a folder, and there is no MLflow store at {store}; give tracking_uri")
-    mlflow = tracking.client(tracking_uri)
+    address = store.store_uri(tracking_uri)
+    if tracking_uri is None and not Path(address.removeprefix("sqlite:///")).is_file():
+        raise ModelError(f"{source}: not a folder, and there is no MLflow store at {address}; give tracking_uri")
+    mlflow = store.client(tracking_uri)
     try:
         if not source.startswith("models:/"):
             outputs = mlflow.get_run(source).outputs
@@ -88,6 +88,6 @@ def _download(source: str, tracking_uri: str | None) -> Path:
                 model_id = str(version.source).removeprefix("models:/")
         # By its own location: MLflow resolves models:/ on its global tracking URI only.
         location = mlflow.get_logged_model(model_id).artifact_location
-        return Path(download_artifacts(artifact_uri=location, tracking_uri=tracking.store_uri(tracking_uri)))
+        return Path(download_artifacts(artifact_uri=location, tracking_uri=store.store_uri(tracking_uri)))
     except MlflowException as error:
         raise ModelError(f"{source}: {error}") from error

@@ -1,5 +1,6 @@
 """Where a result comes from: code version, library versions, hardware. Imports nothing heavy."""
 
+import functools
 import os
 import platform
 import socket
@@ -28,6 +29,7 @@ LIBRARIES = (
 )
 
 
+@functools.cache
 def libraries() -> dict[str, str]:
     """The installed version of each library that can change a result; one that is missing is left out."""
     found = {"python": platform.python_version(), "qlora_exp": qlora_exp.__version__}

@@ -8,18 +8,18 @@ Whatever can be refused is refused before the weights are loaded.
 import json
 import logging
 import shutil
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
+from types import MappingProxyType
+from typing import Any
 
 from qlora_exp.errors import ConfigError, DataError
 from qlora_exp.schema import Config
 from qlora_exp.secrets import RedactingFormatter, load_env_file
+from qlora_exp.signals import heeded
 
 log = logging.getLogger(__name__)
 
@@ -28,23 +28,34 @@ log = logging.getLogger(__name__)
 class RunResult:
     """What came out of a run."""
 
-    run_id: str
-    """MLflow's."""
+    run_id: str | None
+    """MLflow's; None if its server was away the whole time, and `qlora-exp sync` has to tell it."""
     output_dir: Path
     metrics: dict[str, float]
     """All final metrics: `before/loss`, `after/rougeL`, `memory/rss_peak_mib`, `trainable_parameters`, ..."""
 
 
-def run(config: Config, output_dir: str | Path) -> RunResult:
+def run(
+    config: Config,
+    output_dir: str | Path,
+    tags: Mapping[str, str] = MappingProxyType({}),
+    must_reach: bool = True,
+    pruning: Mapping[str, Any] | None = None,
+) -> RunResult:
     """Train, measure and track one configuration.
 
     Args:
         config: from `compose`.
-        output_dir: where its files go: metrics, log, checkpoints, the trained adapter.
+        output_dir: where its files go: journal, log, checkpoints, the trained adapter. A run that was cut off there
+            goes on from its newest checkpoint.
+        tags: of the MLflow run, beside the config's.
+        must_reach: refuse to begin while MLflow does not answer; false tells it later.
+        pruning: how to ask a search whether to go on (`search.judge`).
 
     Raises:
         UserError: something that the user can mend; the message says what.
         DivergedError: the loss is not a number any more.
+        PrunedError: the search that the run belongs to has seen enough.
     """
     from qlora_exp import hub
 
@@ -54,23 +65,28 @@ def run(config: Config, output_dir: str | Path) -> RunResult:
     load_env_file()
     if hub.is_needed(config):
         hub.go_offline_if_unreachable()  # before huggingface_hub is imported
-    # Heavy imports wait until a run is certain.
+    # The rows come first, then the device: what is wrong there is found before the slower imports, and leaves no run.
+    from qlora_exp import data
+
+    rows = data.load_rows(config.dataset)
+    score = data.scorer(config.dataset)
+    from qlora_exp.device import autocast, detect, resolve
+
+    resolved = resolve(config, detect(config.device, quantized=config.quantization.quantized))
     import torch
     from transformers import set_seed
     from transformers.utils import logging as transformers_logging
 
-    from qlora_exp import adapters, data, evaluation, model, provenance, tracking, training
-    from qlora_exp.device import autocast, detect, resolve
+    from qlora_exp import adapters, evaluation, model, provenance, tracking, training
     from qlora_exp.memory import MemoryMonitor, reuse_freed_memory, size_on_disk
 
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
-    resolved = resolve(config, detect(config.device, quantized=config.quantization.quantized))
     output_dir = _writable(output_dir)
     with (
-        _logging_to(output_dir / "run.log"),
-        _terminable(),
-        tracking.start(config, output_dir) as tracker,
+        _logging_to(output_dir / tracking.LOG_FILE),
+        heeded(),
+        tracking.start(config, output_dir, tags, must_reach) as tracker,
         ExitStack() as at_the_end,
     ):
         log.info("run %s in %s on %s", tracker.run_id, output_dir, resolved.device_name)
@@ -89,9 +105,7 @@ def run(config: Config, output_dir: str | Path) -> RunResult:
         # After a failure too: of what ran out of memory it is asked first.
         at_the_end.callback(lambda: note({f"memory/{key}": value for key, value in memory.summary().items()}))
 
-        # Data, refused early.
-        rows = data.load_rows(config.dataset)
-        score = data.scorer(config.dataset)
+        # Tokens, refused early.
         tokenizer = model.load_tokenizer(config.model)
         train_tokens = data.tokenize(rows.train, config, tokenizer)
         audit = data.audit(train_tokens, config.training.max_length, tokenizer)
@@ -163,7 +177,15 @@ def run(config: Config, output_dir: str | Path) -> RunResult:
         before = measure("before") if config.evaluation.before else None
         set_seed(config.seed)
         log.info("training %s of %s parameters (%.3g%%)", f"{trainable:,}", f"{total:,}", 100 * trainable / total)
-        trained = training.train(trainer, config, tracker.metrics)
+        checkpoint = training.checkpoint_to_resume(config.training.resume_from_checkpoint, output_dir, tracker.resumed)
+        if checkpoint:
+            log.info("going on from %s", checkpoint)
+        judge = None
+        if pruning is not None:
+            from qlora_exp import search
+
+            judge = search.judge(pruning)
+        trained = training.train(trainer, tracker.metrics, checkpoint, judge)
         step = trainer.state.global_step
         note(trained, step)
         after = measure("after")
@@ -192,7 +214,7 @@ def run(config: Config, output_dir: str | Path) -> RunResult:
         if keep:
             settings = {**config.method.settings, **config.lora_variant.settings}
             settings["quantization"] = config.quantization.name
-            tracker.model(saved, f"{config.method.name}-model", settings, step)
+            tracker.model(saved.name, f"{config.method.name}-model", settings, step)
         return RunResult(tracker.run_id, output_dir, metrics)
 
 
@@ -223,20 +245,3 @@ def _logging_to(file: Path) -> Iterator[None]:
     finally:
         root.removeHandler(handler)
         handler.close()
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM (a scheduler, `kill`) ends the run as Ctrl-C does, so that it is recorded as killed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(_signal: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -318,6 +318,47 @@ class TrackingConfig(Section):
         return self
 
 
+class SweepConfig(Section):
+    """How a sweep (`-m`) goes about its jobs. Changes no job's result."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
+    """Of its folder and its MLflow run; null: made of the swept keys. The same name again goes on with that sweep."""
+    n_jobs: PositiveInt = 1
+    """Jobs at once on this machine; they share the cores."""
+    timeout_minutes: Annotated[float, Field(gt=0)] | None = None
+    """Of each job."""
+    fail_fast: bool = False
+    """Start no further job once one has failed."""
+    rerun: Literal["none", "failed", "all"] = "none"
+    """Which ended jobs to run again, from the start. Those that were cut off always go on."""
+    dry_run: bool = False
+    """List the jobs and what would happen to each; run nothing."""
+
+
+class SearchConfig(Section):
+    """How Optuna searches (`hydra/sweeper=optuna`). Changes no job's result."""
+
+    n_trials: PositiveInt = 20
+    """Trials of the whole search; a search that was cut off goes on to this number."""
+    metrics: Annotated[list[str], Field(min_length=1)] = ["after/loss"]
+    """What is optimized, by the names that runs log; several give a Pareto front."""
+    directions: list[Literal["minimize", "maximize"]] | None = None
+    """One for each metric; null minimizes all."""
+    sampler: Literal["tpe", "random"] = "tpe"
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the sampler."""
+    prune: bool = False
+    """Stop a job whose held-out loss during training is worse than the median of earlier trials."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.directions and len(self.directions) != len(self.metrics):
+            raise ValueError("directions: give one for each of metrics, or null")
+        if self.prune and len(self.metrics) > 1:
+            raise ValueError("prune needs a single metric")
+        return self
+
+
 class Config(Section):
     """One run."""
 
@@ -330,6 +371,8 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
+    sweep: SweepConfig = SweepConfig()
+    search: SearchConfig = SearchConfig()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
@@ -356,6 +399,8 @@ class Config(Section):
             raise ValueError("bitsandbytes (quantized bases, 8-bit optimizers) does not run on mps")
         if not self.model.model_name_or_path.startswith("random:") and self.model.random_config:
             raise ValueError("model.random_config needs a model_name_or_path of random:FAMILY")
+        if self.search.prune and self.training.eval_strategy == "no":
+            raise ValueError("search.prune needs a held-out loss during training: training.eval_strategy=steps")
         if self.device == "cpu" and self.training.fp16 is True:
             raise ValueError("training.fp16 needs a GPU: use bf16, or leave it to auto")
         return self

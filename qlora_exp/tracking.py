@@ -1,120 +1,91 @@
-"""MLflow: what a run leaves there, and how its status stays true when something fails.
+"""What a run leaves in MLflow, and how its status stays true when something fails.
 
-Uses the client with explicit run ids, never MLflow's global active run, so that nothing else in the process
-can end or overwrite a run. Metrics reach `metrics.jsonl` in the output folder before they reach MLflow.
+Everything is in the run's journal on disk before it reaches MLflow: a store that is away loses nothing.
 """
 
 import json
 import logging
-import os
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # a server that is gone must not hold up training
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-
-from filelock import FileLock
+import yaml
+from filelock import Timeout
 from mlflow import MlflowClient
-from mlflow.entities import (
-    Dataset,
-    DatasetInput,
-    InputTag,
-    LoggedModelOutput,
-    LoggedModelStatus,
-    Metric,
-    Param,
-    RunTag,
-)
 from mlflow.exceptions import MlflowException
 
 from qlora_exp import config as config_module
-from qlora_exp import provenance
-from qlora_exp.errors import TrackingError
+from qlora_exp import identity, provenance
+from qlora_exp.errors import ConfigError, TrackingError
+from qlora_exp.journal import Journal, is_held, last_message
 from qlora_exp.schema import Config
 from qlora_exp.secrets import redact
+from qlora_exp.store import client, is_refused, short, store_uri, tell
 
 log = logging.getLogger(__name__)
 
 CONFIG_FILE = "qlora_exp.yaml"
+LOG_FILE = "run.log"
+CURVES = ("train/", "eval/")
+"""Prefixes of metrics that have a value at many steps."""
 PARAM_LIMIT = 6000
 _RETRY_SECONDS = 30.0
-_REFUSED = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
 
 
-def store_uri(uri: str | None) -> str:
-    """The tracking URI: as given, or SQLite in `mlruns/` of the working directory."""
-    return uri or f"sqlite:///{Path.cwd() / 'mlruns' / 'mlflow.db'}"
-
-
-def client(uri: str | None = None) -> MlflowClient:
-    """A client of a store that answers; an SQLite store is created first, by one process at a time.
-
-    Raises:
-        TrackingError: the store cannot be reached or created.
-    """
-    address = store_uri(uri)
-    try:
-        if address.startswith("sqlite:///"):
-            # Several processes that create the database together would break it for good.
-            file = Path(address.removeprefix("sqlite:///"))
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{file}.lock"):
-                found = MlflowClient(address, registry_uri=address)
-                found.search_experiments(max_results=1)
-        else:
-            found = MlflowClient(address, registry_uri=address)
-            found.search_experiments(max_results=1)
-    except (MlflowException, OSError) as error:
-        raise TrackingError(
-            f"tracking.uri: MLflow at {redact(address)} does not answer or cannot be written: {redact(_short(error))}"
-        ) from error
-    return found
-
-
-def _short(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-
-
 class Tracker:
-    """One MLflow run. A store that stops answering loses nothing: what it missed is sent again, in order."""
+    """One MLflow run. Every message is in the journal before it is sent; the store gets what it missed later."""
 
-    def __init__(self, mlflow: MlflowClient, run_id: str, experiment_id: str, output_dir: Path) -> None:
-        self.run_id = run_id
-        self.experiment_id = experiment_id
-        self.output_dir = output_dir
-        self._mlflow = mlflow
-        self._missed: list[Callable[[], Any]] = []
+    def __init__(self, journal: Journal, uri: str | None, resumed: bool = False) -> None:
+        self.output_dir = journal.folder
+        self.resumed = resumed
+        """Whether an earlier process began this run."""
+        self._journal = journal
+        self._uri = uri
+        self._mlflow: MlflowClient | None = None
         self._retry_at = 0.0
+        self._known: dict[tuple[int, str], float] = {}
+        self._summary: dict[str, float] = {}
+        if resumed:
+            for message in journal.messages():
+                if message["op"] == "metrics":
+                    self._known |= {(message["step"], key): value for key, value in message["values"].items()}
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's; None until a store that was away at the start is back."""
+        return self._journal.state.get("run_id")
 
     def params(self, values: dict[str, Any]) -> None:
         """Parameters; a value beyond MLflow's 6000 characters is cut here, and is whole in the artifacts."""
-        entries = [Param(key, redact(str(value))[:PARAM_LIMIT]) for key, value in values.items()]
-        self._send(lambda: self._mlflow.log_batch(self.run_id, params=entries))
+        self._send(op="params", values={key: redact(str(value))[:PARAM_LIMIT] for key, value in values.items()})
 
     def tags(self, values: dict[str, Any]) -> None:
         """Tags."""
-        entries = [RunTag(key, redact(str(value))) for key, value in values.items()]
-        self._send(lambda: self._mlflow.log_batch(self.run_id, tags=entries))
+        self._send(op="tags", values={key: redact(str(value)) for key, value in values.items()})
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Metrics of one step: to disk first, then to MLflow."""
-        now = int(time.time() * 1000)
-        with (self.output_dir / "metrics.jsonl").open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps({"step": step, "timestamp": now, **values}) + "\n")
-        entries = [Metric(key, value, now, step) for key, value in values.items()]
-        self._send(lambda: self._mlflow.log_batch(self.run_id, metrics=entries))
+        """Metrics of one step. A resumed run repeats no point of a curve, and no value that it already told."""
+        new = {
+            key: value
+            for key, value in values.items()
+            if (step, key) not in self._known or (not key.startswith(CURVES) and self._known[step, key] != value)
+        }
+        self._summary |= {key: value for key, value in values.items() if not key.startswith(CURVES)}
+        if new:
+            self._send(op="metrics", step=step, timestamp=_now(), values=new)
 
     def text(self, text: str, name: str) -> None:
         """A text artifact, kept in the output folder too."""
         file = self.output_dir / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(redact(text), encoding="utf-8")
-        self.file(file, str(Path(name).parent) if Path(name).parent.name else None)
+        self.file(name)
 
     def json(self, value: Any, name: str) -> None:
         """A JSON artifact, kept in the output folder too."""
@@ -122,108 +93,162 @@ class Tracker:
 
     def table(self, columns: dict[str, list[Any]], name: str) -> None:
         """A table that the MLflow UI shows as one."""
-        clean = {key: [redact(str(value)) for value in values] for key, values in columns.items()}
-        self._send(lambda: self._mlflow.log_table(self.run_id, clean, name))
+        rows = zip(*columns.values(), strict=True)
+        self.json({"columns": list(columns), "data": [[str(value) for value in row] for row in rows]}, name)
+        self.tags({"mlflow.loggedArtifacts": json.dumps([{"path": name, "type": "table"}])})
 
-    def file(self, file: Path, folder: str | None = None) -> None:
-        """An existing file as an artifact."""
-        self._send(lambda: self._mlflow.log_artifact(self.run_id, str(file), folder))
+    def file(self, name: str) -> None:
+        """A file of the output folder as an artifact, by its path there."""
+        self._send(op="file", path=name)
 
     def dataset(self, name: str, digest: str, source: str, context: str, rows: int) -> None:
         """A dataset as an input of the run; `digest` is of all rows, where MLflow's own reads the first 10,000."""
-        profile = json.dumps({"rows": rows})
-        entity = Dataset(name, digest, "local", json.dumps({"path": redact(source)}), profile=profile)
-        entry = DatasetInput(entity, [InputTag("mlflow.data.context", context)])
-        self._send(lambda: self._mlflow.log_inputs(self.run_id, datasets=[entry]))
+        self._send(op="dataset", name=name, digest=digest, source=redact(source), context=context, rows=rows)
 
-    def model(self, folder: Path, name: str, params: dict[str, Any], step: int) -> None:
-        """A trained adapter or model as a logged model of the run: `load` brings it back."""
+    def model(self, folder: str, name: str, params: dict[str, Any], step: int) -> None:
+        """A trained adapter or model, in a folder of the output folder, as a logged model: `load` brings it back."""
+        clean = {key: redact(str(value))[:500] for key, value in params.items()}
+        self._send(op="model", folder=folder, name=name, params=clean, step=step)
 
-        created: list[str] = []  # a second attempt goes on with the first one's model
-
-        def send() -> None:
-            if not created:
-                logged = self._mlflow.create_logged_model(
-                    self.experiment_id,
-                    name=name,
-                    source_run_id=self.run_id,
-                    model_type="peft-adapter" if (folder / "adapter_config.json").is_file() else "model",
-                    params={key: redact(str(value))[:500] for key, value in params.items()},
-                )
-                created.append(logged.model_id)
-            self._mlflow.log_model_artifacts(created[0], str(folder))
-            self._mlflow.finalize_logged_model(created[0], LoggedModelStatus.READY)
-            self._mlflow.log_outputs(self.run_id, [LoggedModelOutput(created[0], step)])
-
-        self._send(send)
-
-    def _send(self, call: Callable[[], Any]) -> None:
-        self._missed.append(call)
+    def _send(self, **message: Any) -> None:
+        self._journal.append(message)
         if time.monotonic() >= self._retry_at:
             self.deliver()
 
-    def deliver(self) -> bool:
-        """Send what MLflow has not got yet, in order; whether it has everything now."""
-        while self._missed:
+    def connect(self) -> MlflowClient:
+        """The store's client.
+
+        Raises:
+            TrackingError: it does not answer.
+        """
+        if self._mlflow is None:
+            self._mlflow = client(self._uri)
+        return self._mlflow
+
+    def deliver(self, strict: bool = False) -> bool:
+        """Send what MLflow has not got yet, in order; whether it has everything now.
+
+        Args:
+            strict: raise what the store raises, instead of keeping the messages for later.
+        """
+        for message, offset in self._journal.undelivered():
             try:
-                self._missed[0]()
+                tell(self.connect(), self._journal, message)
             except Exception as error:  # whatever the store or its artifact store raises: training must go on
-                if getattr(error, "error_code", None) in _REFUSED:  # for good; what comes after it must not wait
-                    log.error("MLflow refuses a message, which is left out: %s", redact(_short(error)))  # noqa: TRY400
-                    self._missed.pop(0)
-                    continue
-                if self._retry_at == 0.0:
-                    log.warning(
-                        "MLflow does not take a message; the run goes on and keeps it: %s",
-                        redact(_short(error)),
-                    )
-                self._retry_at = time.monotonic() + _RETRY_SECONDS
-                return False
-            self._missed.pop(0)
+                if strict:
+                    raise
+                if is_refused(error, message):  # for good; what comes after it must not wait
+                    log.error("MLflow refuses a message, which is left out: %s", redact(short(error)))  # noqa: TRY400
+                else:
+                    if self._retry_at == 0.0:
+                        log.warning(
+                            "MLflow does not take a message; the run goes on and keeps it: %s", redact(short(error))
+                        )
+                    self._retry_at = time.monotonic() + _RETRY_SECONDS
+                    return False
+            self._journal.note(offset=offset)
         self._retry_at = 0.0
         return True
 
-    def end(self, status: str) -> None:
-        """Give the run its final status (FINISHED, FAILED or KILLED), after everything else was delivered."""
-        log_file = self.output_dir / "run.log"
-        if log_file.is_file():
-            self.file(log_file)
-        self._missed.append(lambda: self._mlflow.set_terminated(self.run_id, status))
-        if not self.deliver():
+    def close(self) -> None:
+        """Let another process have the folder."""
+        self._journal.close()
+
+    def end(self, status: str, outcome: str, failure: str | None = None, **facts: Any) -> None:
+        """Give the run its final status (FINISHED, FAILED or KILLED), after everything else was told.
+
+        Args:
+            status: MLflow's.
+            outcome: ok, pruned, oom, nan, killed, timeout, error.
+            failure: one line that says why.
+            facts: kept in the journal's last message, for those who list runs without MLflow.
+        """
+        why = {} if failure is None else {"failure": redact(failure)}
+        last = {"status": status, "outcome": outcome, "timestamp": _now(), **why, **facts, "metrics": self._summary}
+        self._retry_at = 0.0
+        try:
+            if (self.output_dir / LOG_FILE).is_file():
+                self.file(LOG_FILE)
+            self.tags({"outcome": outcome, **why})
+            self._send(op="end", **last)
+        except OSError as full:  # how a run ended is told even where the disk takes no more
+            log.error("the journal cannot be written: %s", full)  # noqa: TRY400
+            for message in ({"op": "tags", "values": {"outcome": outcome, **why}}, {"op": "end", **last}):
+                tell(self.connect(), self._journal, message)
+        if self._retry_at:
             log.error(
-                "MLflow did not take everything of run %s; metrics and artifacts are in %s",
-                self.run_id,
+                "MLflow did not take everything of this run; it is kept in %s, and `qlora-exp sync` sends it later",
                 self.output_dir,
             )
 
 
+def _now() -> int:
+    return int(time.time() * 1000)
+
+
+def open_run(
+    folder: Path, uri: str | None, experiment: str, run_name: str, tags: Mapping[str, str], must_reach: bool = True
+) -> Tracker:
+    """The tracker of a run that lives in `folder`: a new one, or the one that an earlier process left unfinished.
+
+    Args:
+        folder: where its journal is.
+        uri: the MLflow store.
+        experiment: MLflow's experiment.
+        run_name: what people call it.
+        tags: of the run, those of this process added.
+        must_reach: refuse to begin where the store does not answer; false lets the run begin and tells the store later.
+
+    Raises:
+        TrackingError: the store cannot be reached, or another process holds the folder.
+    """
+    try:
+        journal = Journal(folder)
+    except Timeout as error:
+        raise TrackingError(f"{folder}: another process is running there") from error
+    resumed = journal.file.is_file() and journal.file.stat().st_size > 0
+    tracker = Tracker(journal, uri, resumed)
+    alive = {f"process.{key}": value for key, value in provenance.process().items()}
+    alive |= {"process.folder": str(folder), "outcome": "running", "mlflow.source.name": redact(provenance.command())}
+    try:
+        if must_reach:
+            _reap(tracker.connect(), experiment)
+        if resumed:
+            journal.append({"op": "resume", "tags": alive})
+        else:
+            named = {key: redact(value) for key, value in tags.items()} | alive | {"attempt": uuid.uuid4().hex}
+            begin = {"experiment": experiment, "uri": store_uri(uri), "run_name": run_name, "timestamp": _now()}
+            journal.append({"op": "start", **begin, "tags": named})
+        tracker.deliver(strict=must_reach)
+    except (MlflowException, TrackingError) as error:
+        if not resumed:  # nothing began
+            journal.file.unlink(missing_ok=True)
+        tracker.close()
+        if isinstance(error, TrackingError):
+            raise
+        raise TrackingError(f"MLflow at {redact(store_uri(uri))}: {redact(short(error))}") from error
+    return tracker
+
+
 @contextmanager
-def start(config: Config, output_dir: Path) -> Iterator[Tracker]:
+def start(
+    config: Config, output_dir: Path, tags: Mapping[str, str] = MappingProxyType({}), must_reach: bool = True
+) -> Iterator[Tracker]:
     """An MLflow run around the work inside, FINISHED only if that ends well.
 
     An exception makes it FAILED with the traceback as an artifact; Ctrl-C, SIGTERM and exits make it KILLED.
+    A run that was cut off in the same folder goes on.
 
     Raises:
+        ConfigError: the folder holds another run, or one that ended.
         TrackingError: the store cannot be reached.
     """
-    mlflow = client(config.tracking.uri)
-    try:
-        experiment_id = _experiment(mlflow, config.tracking)
-        _reap(mlflow, experiment_id)
-        tags = {
-            **config.tracking.tags,
-            **{f"process.{key}": value for key, value in provenance.process().items()},
-            "outcome": "running",
-            "mlflow.source.name": provenance.command(),
-        }
-        run = mlflow.create_run(
-            experiment_id,
-            run_name=config.tracking.run_name or run_name(config),
-            tags={key: redact(value) for key, value in tags.items()},
-        )
-    except MlflowException as error:
-        raise TrackingError(f"MLflow at {redact(store_uri(config.tracking.uri))}: {redact(_short(error))}") from error
-    tracker = Tracker(mlflow, run.info.run_id, experiment_id, output_dir)
+    _check_folder(config, output_dir)
+    parts = {f"identity.{part}": digest for part, digest in identity.parts(config).items()}
+    every = {**config.tracking.tags, **tags, **parts, "run_key": identity.run_key(config)}
+    name = config.tracking.run_name or every.pop("mlflow.runName", None) or run_name(config)
+    tracker = open_run(output_dir, config.tracking.uri, config.tracking.experiment_name, name, every, must_reach)
+    begin = time.monotonic()
     try:
         tracker.params(config_module.flatten(config))
         tracker.text(config_module.to_yaml(config), CONFIG_FILE)
@@ -232,16 +257,63 @@ def start(config: Config, output_dir: Path) -> Iterator[Tracker]:
         yield tracker
     except BaseException as error:  # every end of a run is recorded; nothing is swallowed
         outcome = _outcome(error)
-        tracker.tags({"outcome": outcome, "failure": f"{type(error).__name__}: {_short(error)}"})
         try:
-            tracker.text("".join(traceback.format_exception(error)), "traceback.txt")
+            if outcome != "pruned":
+                tracker.text("".join(traceback.format_exception(error)), "traceback.txt")
         except OSError as full:  # the disk may be what failed
             log.error("the traceback cannot be kept: %s", full)  # noqa: TRY400
         finally:
-            tracker.end("KILLED" if outcome == "killed" else "FAILED")
+            status = {"killed": "KILLED", "pruned": "FINISHED"}.get(outcome, "FAILED")
+            tracker.end(status, outcome, f"{type(error).__name__}: {short(error)}", seconds=time.monotonic() - begin)
+            tracker.close()
         raise
-    tracker.tags({"outcome": "ok"})
-    tracker.end("FINISHED")
+    tracker.end("FINISHED", "ok", seconds=time.monotonic() - begin)
+    tracker.close()
+
+
+def _check_folder(config: Config, folder: Path) -> None:
+    """Refuse a folder that holds another run, or one that needs no more work."""
+    last = last_message(folder)
+    if last is None:
+        return
+    if is_over(last):
+        raise ConfigError(f"{folder}: holds a run that ended ({last['outcome']}); choose another: hydra.run.dir=FOLDER")
+    recorded = yaml.safe_load((folder / CONFIG_FILE).read_text("utf-8")) if (folder / CONFIG_FILE).is_file() else {}
+    if recorded and config_module.what_counts(recorded) != config_module.what_counts(config.model_dump(mode="json")):
+        raise ConfigError(f"{folder}: holds an unfinished run of another config; choose another: hydra.run.dir=FOLDER")
+
+
+def is_over(last: dict[str, Any]) -> bool:
+    """Whether the run with this last message ended by itself; a killed one goes on where it was."""
+    return last["op"] == "end" and last["outcome"] != "killed"
+
+
+def finish(folder: Path, outcome: str, failure: str, uri: str | None = None) -> bool:
+    """Send what the run in `folder` left undelivered; if its process died without a word, end it with `outcome`.
+
+    Returns:
+        Whether MLflow has everything now; False too while a living process holds the folder.
+    """
+    if is_held(folder):
+        return False
+    journal = Journal(folder)
+    begin = next(journal.messages(), None)
+    if begin is None:
+        journal.close()
+        return True
+    tracker = Tracker(journal, uri or begin["uri"])
+    last = last_message(folder)
+    if last is not None and last["op"] != "end":
+        tracker.end("KILLED" if outcome == "killed" else "FAILED", outcome, failure)
+    delivered = tracker.deliver()
+    tracker.close()
+    return delivered
+
+
+def record_failure(config: Config, folder: Path, tags: Mapping[str, str], error: Exception) -> None:
+    """Leave a FAILED run for a job that could not even begin."""
+    with suppress(type(error)), start(config, folder, tags, must_reach=False):
+        raise error
 
 
 def _outcome(error: BaseException) -> str:
@@ -251,35 +323,23 @@ def _outcome(error: BaseException) -> str:
         return "oom"
     if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY):
         return "oom"
-    return "nan" if type(error).__name__ == "DivergedError" else "error"
+    named = {"DivergedError": "nan", "TimeLimitError": "timeout", "PrunedError": "pruned"}
+    return named.get(type(error).__name__, "error")
 
 
-def _experiment(mlflow: MlflowClient, tracking: Any) -> str:
-    name = tracking.experiment_name
-    found = mlflow.get_experiment_by_name(name)
-    if found is not None:
-        if found.lifecycle_stage != "active":
-            raise TrackingError(
-                f"tracking.experiment_name: '{name}' was deleted in MLflow; restore it there or choose another name"
-            )
-        return found.experiment_id
-    uri = store_uri(tracking.uri)
-    location = None
-    if uri.startswith("sqlite:///"):
-        location = (Path(uri.removeprefix("sqlite:///")).parent / "artifacts").as_uri()
-    try:
-        return mlflow.create_experiment(name, artifact_location=location)
-    except MlflowException:  # another process created it just now
-        if found := mlflow.get_experiment_by_name(name):
-            return found.experiment_id
-        raise
-
-
-def _reap(mlflow: MlflowClient, experiment_id: str) -> None:
+def _reap(mlflow: MlflowClient, experiment: str) -> None:
     """Runs whose process on this host is gone without a word (kill -9, power) are KILLED, not RUNNING for ever."""
-    for run in mlflow.search_runs([experiment_id], "attributes.status = 'RUNNING'"):
-        recorded = {key: run.data.tags.get(f"process.{key}", "") for key in ("host", "pid", "started")}
-        if provenance.is_dead(recorded):
+    found = mlflow.get_experiment_by_name(experiment)
+    if found is None:
+        return
+    for run in mlflow.search_runs([found.experiment_id], "attributes.status = 'RUNNING'"):
+        tags = run.data.tags
+        if not provenance.is_dead({key: tags.get(f"process.{key}", "") for key in ("host", "pid", "started")}):
+            continue
+        folder = Path(tags.get("process.folder", ""))
+        if last_message(folder) is not None:
+            finish(folder, "killed", "its process is gone")
+        else:
             mlflow.set_tag(run.info.run_id, "outcome", "killed")
             mlflow.set_terminated(run.info.run_id, "KILLED")
 

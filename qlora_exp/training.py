@@ -165,12 +165,13 @@ class Trainer(SFTTrainer):
 class Watcher(TrainerCallback):
     """Step times, curves, the progress bar, and the first bad number."""
 
-    def __init__(self, trainer: Trainer, log: Log) -> None:
+    def __init__(self, trainer: Trainer, log: Log, judge: Callable[[float, int], None] | None = None) -> None:
         self.step_seconds: list[float] = []
         self.step_counts: list[list[int]] = []
         """Tokens, supervised tokens and sequences of each step."""
         self._trainer = trainer
         self._log = log
+        self._judge = judge
         self._bar: tqdm | None = None
         self._first_step: Any = None
         self._seen: Any = trainer.seen
@@ -232,6 +233,8 @@ class Watcher(TrainerCallback):
         for name in ("loss", "eval_loss") if args.fp16 else ("loss", "grad_norm", "eval_loss"):
             if name in logs and not math.isfinite(logs[name]):
                 raise DivergedError(f"{name} is {logs[name]} at step {state.global_step}")
+        if self._judge is not None and "eval_loss" in logs:
+            self._judge(logs["eval_loss"], state.global_step)
         if self._bar is not None and "loss" in logs:
             self._bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
             if self._bar.disable:  # no terminal: lines instead of a bar
@@ -290,31 +293,46 @@ def build(
     return trainer
 
 
-def train(trainer: Trainer, config: Config, log: Log) -> dict[str, float]:
-    """Train to the end; the throughput, with `train_loss` averaged over the steps.
+def train(
+    trainer: Trainer, log: Log, checkpoint: Path | None = None, judge: Callable[[float, int], None] | None = None
+) -> dict[str, float]:
+    """Train to the end, from `checkpoint` if given; the throughput, with `train_loss` averaged over the steps.
+
+    `judge` is called with each held-out loss and its step, and may raise.
 
     Raises:
         DivergedError: the loss is not a number any more.
-        ConfigError: there is no checkpoint where one was to be resumed.
     """
-    watcher = Watcher(trainer, log)
+    watcher = Watcher(trainer, log, judge)
     trainer.add_callback(watcher)
     try:
         with trainer.memory.phase("steady"):
-            result = trainer.train(resume_from_checkpoint=_checkpoint(config.training.resume_from_checkpoint))
+            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         watcher.close()
     return {"train_loss": result.training_loss, "steps": trainer.state.global_step, **watcher.throughput()}
 
 
-def _checkpoint(path: str | None) -> str | None:
-    if path is None or _is_whole(Path(path)):
-        return path
-    found = [*checkpoints(Path(path)), *checkpoints(Path(path) / "checkpoints")]
+def checkpoint_to_resume(configured: str | None, output_dir: Path, resumed: bool) -> Path | None:
+    """The checkpoint to go on from: of a cut-off run its own newest, else the configured one; None: from the start.
+
+    Args:
+        configured: a checkpoint, or an output folder whose newest one is taken.
+        output_dir: the run's own.
+        resumed: the run was begun before.
+
+    Raises:
+        ConfigError: there is no checkpoint where the config says.
+    """
+    own = [folder for folder in checkpoints(output_dir / "checkpoints") if _is_whole(folder)] if resumed else []
+    if own or configured is None:
+        return own[-1] if own else None
+    path = Path(configured)
+    found = [path] if _is_whole(path) else [*checkpoints(path), *checkpoints(path / "checkpoints")]
     whole = [folder for folder in found if _is_whole(folder)]
     if not whole:
-        raise ConfigError(f"training.resume_from_checkpoint: no checkpoint in {path}")
-    return str(whole[-1])
+        raise ConfigError(f"training.resume_from_checkpoint: no checkpoint in {configured}")
+    return whole[-1]
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from qlora_exp.cli import quiet
+from qlora_exp.journal import metrics
 
 quiet()
 
@@ -107,8 +108,7 @@ def losses() -> Callable[[Any], list[float]]:
     """The training losses that a run left on disk, step by step."""
 
     def read(result: Any) -> list[float]:
-        lines = (result.output_dir / "metrics.jsonl").read_text().splitlines()
-        return [record["train/loss"] for record in map(json.loads, lines) if "train/loss" in record]
+        return [record["train/loss"] for record in metrics(result.output_dir) if "train/loss" in record]
 
     return read
 

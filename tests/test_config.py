@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_exp import config as config_module
-from qlora_exp.config import check_all, compose, conf_dir, flatten, from_dict, options, to_yaml
+from qlora_exp.config import check_command, compose, conf_dir, flatten, from_dict, options, to_yaml
 from qlora_exp.errors import ConfigError
 
 GROUPS = [
@@ -95,22 +95,12 @@ def test_a_wrong_config_is_refused_with_what_and_where(overrides: list[str], mes
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["experiment=glob(smollm2_*)"],
-        ["method.r=range(2,8,2)", "seed=choice(1,2)"],
-        ["training.learning_rate=interval(1e-5,1e-3)"],
-        ["method.target_modules=[q_proj],[q_proj,v_proj]", "+tracking.tags.note='a b','c,d'"],
-    ],
-)
-def test_every_kind_of_sweep_passes_the_check_before_it_starts(words: list[str]):
-    check_all(["-m", *words])
-
-
-def test_a_sweep_is_refused_for_any_of_its_combinations():
-    with pytest.raises(ConfigError, match=r"in: method.r=4 seed=-1"):
-        check_all(["-m", "method.r=4,8", "seed=1,-1"])
+@pytest.mark.parametrize("flags", [["--config-dir", "own"], ["--config-dir=own"], ["-cd", "own"]])
+def test_a_command_is_checked_with_the_users_own_options(flags: list[str], tmp_path):
+    (tmp_path / "own" / "training").mkdir(parents=True)
+    (tmp_path / "own" / "training" / "mine.yaml").write_text("max_steps: 0\n")
+    with pytest.raises(ConfigError, match="max_steps must be positive"):
+        check_command([*flags, "training=mine"])
 
 
 def test_every_problem_is_reported_at_once():

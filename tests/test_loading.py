@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from qlora_exp import tracking
 from qlora_exp.errors import ModelError
 from qlora_exp.loading import load
+from qlora_exp.store import client
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,7 @@ def test_a_logged_model_is_loaded_back_as_it_was_trained(choice: list[str], run,
     answers = []
     import mlflow as mlflow_library
 
-    logged = tracking.client(store).get_run(result.run_id).outputs.model_outputs[0].model_id
+    logged = client(store).get_run(result.run_id).outputs.model_outputs[0].model_id
     mlflow_library.set_tracking_uri(store)
     version = mlflow_library.register_model(f"models:/{logged}", f"mine-{result.run_id}")
     registered = f"models:/{version.name}/{version.version}"

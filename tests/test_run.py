@@ -1,13 +1,16 @@
 import errno
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import yaml
+from conftest import QUICK
 
-from qlora_exp import tracking
 from qlora_exp.config import flatten, from_dict
 from qlora_exp.errors import ConfigError, DataError, UserError
+from qlora_exp.store import client
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen2"])
@@ -28,7 +31,7 @@ def test_every_quantization_trains_with_every_variant(quantization: str, variant
 
 def test_what_a_run_leaves_in_mlflow(run, store, config):
     result = run("training.eval_strategy=steps", "training.eval_steps=2", "dataset=reasoning_gym")
-    mlflow = tracking.client(store)
+    mlflow = client(store)
     found = mlflow.get_run(result.run_id)
     assert found.info.status == "FINISHED"
     assert found.data.tags["outcome"] == "ok"
@@ -78,8 +81,6 @@ def test_samples_stand_side_by_side(run):
     [
         (["training.max_length=10"], DataError),
         (["method.target_modules=[nope]"], ConfigError),
-        (["dataset.drop_matching=."], DataError),
-        (["dataset=reasoning_gym", "dataset.path=reasoning_gym:nope"], DataError),
         (["model.model_name_or_path=./gone"], UserError),
     ],
 )
@@ -90,7 +91,49 @@ def test_mistakes_are_recorded_and_refused_before_weights_are_loaded(
     with pytest.raises(error):
         run(*overrides)
     run_id = (tmp_path / "run0" / "run.log").read_text().split("run ", 1)[1].split()[0]
-    assert tracking.client(store).get_run(run_id).info.status == "FAILED"
+    assert client(store).get_run(run_id).info.status == "FAILED"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error"),
+    [
+        (["dataset.drop_matching=."], DataError),
+        (["dataset=reasoning_gym", "dataset.path=reasoning_gym:nope"], DataError),
+        (["device=mps"], ConfigError),
+    ],
+)
+def test_wrong_data_and_devices_are_refused_before_there_is_a_run(overrides, error, run, tmp_path):
+    with pytest.raises(error):
+        run(*overrides)
+    assert not (tmp_path / "run0").exists()
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint_as_if_nothing_had_happened(run, losses, config, store, tmp_path):
+    from qlora_exp.run import run as start
+
+    saving = ["training.max_steps=6", "training.save_strategy=steps", "training.save_steps=2", "method=qlora"]
+    whole = run(*saving)
+    words = [sys.executable, "-m", "qlora_exp", "train", *QUICK, *saving, f"tracking.uri={store}"]
+    killed = f"""
+import os, signal
+from qlora_exp import training
+mark = training.Watcher.on_step_end
+def on_step_end(self, args, state, control, **kwargs):
+    mark(self, args, state, control, **kwargs)
+    if state.global_step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+training.Watcher.on_step_end = on_step_end
+import qlora_exp
+qlora_exp.train(qlora_exp.compose({words[4:]!r}), {str(tmp_path / "killed")!r})
+"""
+    assert subprocess.run([sys.executable, "-c", killed], check=False, capture_output=True).returncode == -9
+    resumed = start(config(*saving, f"tracking.uri={store}"), tmp_path / "killed")
+    assert losses(resumed) == losses(whole)
+    assert resumed.metrics["after/loss"] == whole.metrics["after/loss"]
+    found = client(store)
+    points = found.get_metric_history(resumed.run_id, "train/loss")
+    assert [point.step for point in points] == [1, 2, 3, 4, 5, 6]
+    assert found.get_run(resumed.run_id).info.status == "FINISHED"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
@@ -109,52 +152,32 @@ def test_an_output_folder_that_cannot_be_is_refused(config, store, tmp_path):
 
 
 def test_a_disk_that_fills_up_fails_the_run_with_its_memory_and_its_reason(run, store, tmp_path, monkeypatch):
+    from qlora_exp.journal import Journal
     from qlora_exp.tracking import Tracker
 
-    write = Tracker.text
+    write, append, is_full = Tracker.text, Journal.append, []
 
-    def full(self, text: str, name: str) -> None:
-        if name.startswith("evaluation/after") or name == "traceback.txt":
+    def text(self, text: str, name: str) -> None:
+        if name.startswith("evaluation/after"):
+            is_full.append(True)
+        if is_full:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(self, text, name)
 
-    monkeypatch.setattr(Tracker, "text", full)
+    def journal(self, message) -> None:
+        if len(is_full) and message["op"] != "metrics":  # a little space is left
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, message)
+
+    monkeypatch.setattr(Tracker, "text", text)
+    monkeypatch.setattr(Journal, "append", journal)
     with pytest.raises(OSError, match="No space left"):
         run()
     run_id = (tmp_path / "run0" / "run.log").read_text().split("run ", 1)[1].split()[0]
-    found = tracking.client(store).get_run(run_id)
+    found = client(store).get_run(run_id)
     assert (found.info.status, found.data.tags["outcome"]) == ("FAILED", "error")
     assert "No space left" in found.data.tags["failure"]
     assert found.data.metrics["memory/steady/rss_peak_mib"] > 0
-
-
-def test_a_failed_job_does_not_keep_its_model(config, store, tmp_path, monkeypatch):
-    import gc
-    import weakref
-
-    from qlora_exp import cli, evaluation
-
-    kept = []
-
-    def fail(model, *_, **__):
-        kept.append(weakref.ref(model))
-        raise RuntimeError("CUDA out of memory")
-
-    class Runtime:
-        output_dir = str(tmp_path / "job")
-
-    monkeypatch.setattr(evaluation, "evaluate", fail)
-    monkeypatch.setattr("hydra.core.hydra_config.HydraConfig.get", lambda: type("H", (), {"runtime": Runtime}))
-    checked = config(f"tracking.uri={store}")
-    monkeypatch.setattr("qlora_exp.config.check", lambda _: checked)
-    error = None
-    try:
-        cli._job(None)
-    except RuntimeError as caught:
-        error = caught  # as Hydra does
-    gc.collect()
-    assert "in fail" in str(error.__notes__)  # what is shown is still the whole traceback
-    assert kept[0]() is None
 
 
 @pytest.mark.gpu

@@ -11,7 +11,8 @@ PACKAGE = Path(qlora_exp.__file__).parent
 
 
 def test_every_key_is_read_somewhere():
-    source = "".join(file.read_text("utf-8") for file in PACKAGE.rglob("*.py") if file.name != "schema.py")
+    files = [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "hydra_plugins").glob("*.py")]
+    source = "".join(file.read_text("utf-8") for file in files if file.name != "schema.py")
     schema = (PACKAGE / "schema.py").read_text("utf-8")
     unread = []
     for section, field in Config.model_fields.items():

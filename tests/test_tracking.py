@@ -1,4 +1,3 @@
-import json
 import multiprocessing
 import os
 import signal
@@ -13,16 +12,19 @@ from mlflow.exceptions import MlflowException
 
 from qlora_exp import tracking
 from qlora_exp.config import compose, from_dict
-from qlora_exp.errors import TrackingError
+from qlora_exp.errors import ConfigError, TrackingError
+from qlora_exp.journal import Journal, metrics
+from qlora_exp.store import client, finished_runs
 
 
 @pytest.fixture
 def mlflow(store: str) -> MlflowClient:
-    return tracking.client(store)
+    return client(store)
 
 
-def start(store: str, tmp_path, *overrides: str):
-    return tracking.start(compose([f"tracking.uri={store}", *overrides]), tmp_path)
+def start(store: str, folder, *overrides: str, **kwargs):
+    folder.mkdir(exist_ok=True)
+    return tracking.start(compose([f"tracking.uri={store}", *overrides]), folder, **kwargs)
 
 
 def test_a_run_that_ends_well_is_finished(store, mlflow, tmp_path):
@@ -32,7 +34,7 @@ def test_a_run_that_ends_well_is_finished(store, mlflow, tmp_path):
     assert (run.info.status, run.data.tags["outcome"], run.data.tags["team"]) == ("FINISHED", "ok", "a")
     assert run.data.metrics == {"loss": 1.0}
     assert run.data.params["method.r"] == "16"
-    assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 3
+    assert [(one["step"], one["loss"]) for one in metrics(tmp_path)] == [(3, 1.0)]
 
 
 @pytest.mark.parametrize(
@@ -79,13 +81,13 @@ def test_a_run_whose_process_died_is_killed_by_the_next_start(store, mlflow, tmp
     )
     died = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout.strip()
     assert mlflow.get_run(died).info.status == "RUNNING"
-    with start(store, tmp_path) as tracker:
+    with start(store, tmp_path / "next") as tracker:
         assert mlflow.get_run(tracker.run_id).info.status == "RUNNING"
         assert mlflow.get_run(died).info.status == "KILLED"
 
 
 def create(uri: str) -> str:
-    return tracking.client(uri).create_experiment(f"experiment {os.getpid()}")
+    return client(uri).create_experiment(f"experiment {os.getpid()}")
 
 
 def test_processes_that_start_together_share_one_database(tmp_path):
@@ -160,7 +162,106 @@ def test_a_server_that_stays_away_leaves_everything_on_disk(store, mlflow, tmp_p
         unsteady.away = True
         tracker.metrics({"loss": 2.0}, 2)
     assert "did not take everything" in caplog.text
-    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 2.0
+    assert metrics(tmp_path)[-1]["loss"] == 2.0
+    assert mlflow.get_run(tracker.run_id).info.status == "RUNNING"
+    assert tracking.finish(tmp_path, "killed", "not used: the run ended by itself", store) is False  # still away
+    unsteady.away = False
+    assert tracking.finish(tmp_path, "killed", "not used: the run ended by itself", store) is True
+    run = mlflow.get_run(tracker.run_id)
+    assert (run.info.status, run.data.metrics, run.data.tags["outcome"]) == ("FINISHED", {"loss": 2.0}, "ok")
+
+
+def test_a_run_that_begins_while_the_server_is_away_is_told_later(store, mlflow, tmp_path, monkeypatch):
+    unsteady = Unsteady(mlflow)
+    unsteady.away = True
+    monkeypatch.setattr(tracking, "client", lambda uri: unsteady)
+    with pytest.raises(TrackingError, match="connection refused"), start(store, tmp_path):
+        pass
+    with start(store, tmp_path, must_reach=False) as tracker:
+        assert tracker.run_id is None
+        tracker.metrics({"loss": 2.0}, 1)
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "adapter_config.json").write_text("{}")
+        tracker.model("model", "lora-model", {"r": 4}, 1)
+        tracker.table({"a": [1, 2]}, "table.json")
+        unsteady.away = False
+    run = mlflow.get_run(tracker.run_id)
+    assert (run.info.status, run.data.metrics) == ("FINISHED", {"loss": 2.0})
+    assert len(run.outputs.model_outputs) == 1
+
+
+def test_telling_everything_again_changes_nothing(store, mlflow, tmp_path):
+    """As after a kill between telling and noting that it was told."""
+    with start(store, tmp_path) as tracker:
+        tracker.metrics({"loss": 2.0, "other": 1.0}, 1)
+        tracker.dataset("rows", "abc", "here", "training", 3)
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "config.json").write_text("{}")
+        tracker.model("model", "m", {}, 1)
+    before = mlflow.get_run(tracker.run_id).to_dictionary()
+    journal = Journal(tmp_path)
+    journal.state.pop("run_id")
+    journal.note(offset=0)
+    journal.close()
+    assert tracking.finish(tmp_path, "killed", "not used") is True
+    assert mlflow.get_run(tracker.run_id).to_dictionary() == before
+    assert len(mlflow.get_metric_history(tracker.run_id, "loss")) == 1
+    assert (
+        len(
+            mlflow.search_runs(
+                ["0", *[one.experiment_id for one in mlflow.search_experiments()]],
+                f"tags.attempt = '{before['data']['tags']['attempt']}'",
+            )
+        )
+        == 1
+    )
+
+
+def test_a_run_that_was_cut_off_goes_on_as_the_same_run(store, mlflow, tmp_path):
+    with pytest.raises(KeyboardInterrupt), start(store, tmp_path) as first:
+        first.metrics({"train/loss": 3.0}, 1)
+        first.metrics({"train/loss": 2.0}, 2)
+        raise KeyboardInterrupt
+    with start(store, tmp_path) as second:
+        assert second.resumed
+        assert mlflow.get_run(second.run_id).info.status == "RUNNING"
+        second.metrics({"train/loss": 2.5}, 2)  # computed again
+        second.metrics({"train/loss": 1.0}, 3)
+        second.metrics({"memory/rss_peak_mib": 7.0})
+    assert second.run_id == first.run_id
+    history = mlflow.get_metric_history(second.run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(1, 3.0), (2, 2.0), (3, 1.0)]
+    run = mlflow.get_run(second.run_id)
+    assert (run.info.status, run.data.tags["outcome"]) == ("FINISHED", "ok")
+
+
+def test_a_folder_keeps_to_its_run(store, tmp_path):
+    with pytest.raises(KeyboardInterrupt), start(store, tmp_path):
+        raise KeyboardInterrupt
+    with pytest.raises(ConfigError, match="unfinished run of another config"), start(store, tmp_path, "seed=1"):
+        pass
+    with (
+        start(store, tmp_path) as tracker,
+        pytest.raises(TrackingError, match="another process"),
+        start(store, tmp_path),
+    ):
+        pass
+    assert tracker.resumed
+    with pytest.raises(ConfigError, match=r"holds a run that ended \(ok\)"), start(store, tmp_path):
+        pass
+
+
+def test_finished_runs_are_found_by_their_key(store, mlflow, tmp_path):
+    name = "tracking.experiment_name=finished"
+    with start(store, tmp_path / "a", name) as tracker:
+        pass
+    with pytest.raises(ValueError, match="x"), start(store, tmp_path / "b", name, "seed=1"):
+        raise ValueError("x")
+    key = mlflow.get_run(tracker.run_id).data.tags["run_key"]
+    assert finished_runs(store, "finished") == {key: tracker.run_id}
+    assert finished_runs(store, "no such experiment") == {}
+    assert finished_runs(f"sqlite:///{tmp_path / 'none.db'}", "finished") == {}
+    assert not (tmp_path / "none.db").exists()
 
 
 @pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT"])
@@ -174,9 +275,8 @@ def test_a_killed_command_is_recorded_as_killed(signal_name: str, store, mlflow,
         # A shell's background job ignores SIGINT, and its children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    metrics = tmp_path / "killed" / "metrics.jsonl"
     for _ in range(600):
-        if metrics.is_file() and "train/loss" in metrics.read_text():
+        if any("train/loss" in one for one in metrics(tmp_path / "killed")):
             break
         time.sleep(0.2)
     process.send_signal(getattr(signal, signal_name))

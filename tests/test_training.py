@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +9,7 @@ from qlora_exp import training
 from qlora_exp.config import compose
 from qlora_exp.device import Device, resolve
 from qlora_exp.errors import ConfigError
+from qlora_exp.journal import metrics
 from qlora_exp.training import DivergedError, arguments
 
 CPU = Device("cpu", "CPU", bf16=False, paging=False)
@@ -213,6 +213,6 @@ _reference: dict[str, list[float]] = {}
 
 def test_metrics_are_on_disk_step_by_step(run):
     result = run("training.eval_strategy=steps", "training.eval_steps=2", "training.max_steps=4")
-    records = [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
+    records = metrics(result.output_dir)
     assert [record["step"] for record in records if "train/loss" in record] == [1, 2, 3, 4]
     assert [record["step"] for record in records if "eval/loss" in record] == [2, 4]

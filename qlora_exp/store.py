@@ -1,0 +1,176 @@
+"""MLflow's side: connecting to a store, and telling it one message of a run's journal.
+
+Uses the client with explicit run ids, never MLflow's global active run, so that nothing else in the process can end or
+overwrite a run. Telling a message twice changes nothing, so that a kill between telling and noting loses nothing.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # a server that is gone must not hold up training
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+
+from filelock import FileLock
+from mlflow import MlflowClient
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LoggedModelOutput,
+    LoggedModelStatus,
+    Metric,
+    Param,
+    RunTag,
+)
+from mlflow.exceptions import MlflowException
+
+from qlora_exp.errors import TrackingError
+from qlora_exp.journal import Journal
+from qlora_exp.secrets import redact
+
+_REFUSED = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")
+
+
+def store_uri(uri: str | None) -> str:
+    """The tracking URI: as given, or SQLite in `mlruns/` of the working directory."""
+    return uri or f"sqlite:///{Path.cwd() / 'mlruns' / 'mlflow.db'}"
+
+
+def client(uri: str | None = None) -> MlflowClient:
+    """A client of a store that answers; an SQLite store is created first, by one process at a time.
+
+    Raises:
+        TrackingError: the store cannot be reached or created.
+    """
+    address = store_uri(uri)
+    try:
+        if address.startswith("sqlite:///"):
+            # Several processes that create the database together would break it for good.
+            file = Path(address.removeprefix("sqlite:///"))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{file}.lock"):
+                found = MlflowClient(address, registry_uri=address)
+                found.search_experiments(max_results=1)
+        else:
+            found = MlflowClient(address, registry_uri=address)
+            found.search_experiments(max_results=1)
+    except (MlflowException, OSError) as error:
+        raise TrackingError(
+            f"tracking.uri: MLflow at {redact(address)} does not answer or cannot be written: {redact(short(error))}"
+        ) from error
+    return found
+
+
+def short(error: BaseException) -> str:
+    """The first line of what an error says."""
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+
+
+def is_refused(error: Exception, message: dict[str, Any]) -> bool:
+    """Whether sending again could never help; a run that could not even begin waits for its store."""
+    if message["op"] == "start":
+        return False
+    return isinstance(error, FileNotFoundError) or getattr(error, "error_code", None) in _REFUSED
+
+
+def tell(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> None:
+    """Tell MLflow one message; telling it twice (a kill in between) changes nothing."""
+    run_id = journal.state.get("run_id", "")
+    match message:
+        case {"op": "start"}:
+            journal.note(**_create(mlflow, journal, message))
+        case {"op": "resume", "tags": tags}:
+            mlflow.update_run(run_id, status="RUNNING")
+            mlflow.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+        case {"op": "params", "values": values}:
+            mlflow.log_batch(run_id, params=[Param(key, value) for key, value in values.items()])
+        case {"op": "tags", "values": values}:
+            mlflow.log_batch(run_id, tags=[RunTag(key, value) for key, value in values.items()])
+        case {"op": "metrics", "values": values, "step": step, "timestamp": timestamp}:
+            mlflow.log_batch(run_id, metrics=[Metric(key, value, timestamp, step) for key, value in values.items()])
+        case {"op": "file", "path": path}:
+            folder = str(Path(path).parent) if Path(path).parent.name else None
+            mlflow.log_artifact(run_id, str(journal.folder / path), folder)
+        case {"op": "dataset", "name": name, "digest": digest, "source": source, "context": context, "rows": rows}:
+            profile = json.dumps({"rows": rows})
+            entity = Dataset(name, digest, "local", json.dumps({"path": source}), profile=profile)
+            mlflow.log_inputs(run_id, datasets=[DatasetInput(entity, [InputTag("mlflow.data.context", context)])])
+        case {"op": "model"}:
+            _log_model(mlflow, journal, message)
+        case {"op": "end", "status": status, "timestamp": timestamp}:
+            mlflow.set_terminated(run_id, status, timestamp)
+
+
+def _create(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> dict[str, str]:
+    """The run's id and its experiment's; a creation that was cut off is looked for before it is made again."""
+    experiment_id = _experiment(mlflow, message["experiment"], message["uri"])
+    tags = message["tags"]
+    if journal.state.get("creating"):
+        found = mlflow.search_runs([experiment_id], f"tags.`attempt` = '{tags['attempt']}'")
+        if found:
+            return {"run_id": found[0].info.run_id, "experiment_id": experiment_id}
+    journal.note(creating=True)
+    run = mlflow.create_run(experiment_id, message["timestamp"], tags, message["run_name"])
+    return {"run_id": run.info.run_id, "experiment_id": experiment_id}
+
+
+def _log_model(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> None:
+    run_id, experiment_id = journal.state["run_id"], journal.state["experiment_id"]
+    folder = journal.folder / message["folder"]
+    begun = mlflow.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
+    model_id = next((model.model_id for model in begun if model.name == message["name"]), None)
+    if model_id is None:
+        model_id = mlflow.create_logged_model(
+            experiment_id,
+            name=message["name"],
+            source_run_id=run_id,
+            model_type="peft-adapter" if (folder / "adapter_config.json").is_file() else "model",
+            params=message["params"],
+        ).model_id
+    mlflow.log_model_artifacts(model_id, str(folder))
+    mlflow.finalize_logged_model(model_id, LoggedModelStatus.READY)
+    mlflow.log_outputs(run_id, [LoggedModelOutput(model_id, message["step"])])
+
+
+def _experiment(mlflow: MlflowClient, name: str, uri: str) -> str:
+    found = mlflow.get_experiment_by_name(name)
+    if found is not None:
+        if found.lifecycle_stage != "active":
+            raise TrackingError(
+                f"tracking.experiment_name: '{name}' was deleted in MLflow; restore it there or choose another name"
+            )
+        return found.experiment_id
+    location = None
+    if uri.startswith("sqlite:///"):
+        location = (Path(uri.removeprefix("sqlite:///")).parent / "artifacts").as_uri()
+    try:
+        return mlflow.create_experiment(name, artifact_location=location)
+    except MlflowException:  # another process created it just now
+        if found := mlflow.get_experiment_by_name(name):
+            return found.experiment_id
+        raise
+
+
+def finished_runs(uri: str | None, experiment: str) -> dict[str, str]:
+    """Run ids of the finished runs of an experiment, by run key; a store that is not there yet is not made."""
+    address = store_uri(uri)
+    if address.startswith("sqlite:///") and not Path(address.removeprefix("sqlite:///")).is_file():
+        return {}
+    mlflow = client(uri)
+    found = mlflow.get_experiment_by_name(experiment)
+    keys: dict[str, str] = {}
+    token = None
+    while found is not None:
+        page = mlflow.search_runs(
+            [found.experiment_id],
+            "attributes.status = 'FINISHED' and tags.outcome = 'ok' and tags.run_key LIKE '%'",
+            max_results=1000,
+            page_token=token,
+        )
+        keys |= {run.data.tags["run_key"]: run.info.run_id for run in page}
+        token = page.token
+        if not token:
+            break
+    return keys

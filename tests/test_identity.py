@@ -1,0 +1,64 @@
+import pytest
+
+from qlora_exp import identity
+from qlora_exp.config import compose
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    """Files change within a test; within a process of the tool they do not."""
+    identity.model.cache_clear()
+    identity.data.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "change", ["seed=1", "method.r=4", "quantization=fp4", "training.max_steps=7", "model=tiny_llama"]
+)
+def test_what_changes_a_result_changes_the_key(change: str):
+    assert identity.run_key(compose([change])) != identity.run_key(compose())
+
+
+@pytest.mark.parametrize(
+    "change", ["tracking.experiment_name=other", "+tracking.tags.a=b", "sweep.n_jobs=2", "sweep.name=x"]
+)
+def test_where_and_how_it_is_run_does_not(change: str):
+    assert identity.run_key(compose([change])) == identity.run_key(compose())
+
+
+def test_other_rows_are_another_run(tmp_path, jsonl):
+    words = ["dataset=own", f"dataset.path={tmp_path / 'rows.jsonl'}"]
+    jsonl([{"prompt": "a", "completion": "b"}])
+    first = identity.parts(compose(words))
+    identity.data.cache_clear()
+    jsonl([{"prompt": "a", "completion": "c"}])
+    second = identity.parts(compose(words))
+    assert {part for part in first if first[part] != second[part]} == {"data"}
+
+
+@pytest.mark.parametrize("size", [1000, 70 * 1024**2])
+def test_other_weights_are_another_run(size: int, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    weights = folder / "model.safetensors"
+    words = [f"model.model_name_or_path={folder}"]
+    weights.write_bytes(bytes(size))
+    first = identity.parts(compose(words))
+    identity.model.cache_clear()
+    with weights.open("rb+") as file:
+        file.seek(size - 1)
+        file.write(b"1")
+    second = identity.parts(compose(words))
+    assert {part for part in first if first[part] != second[part]} == {"model"}
+
+
+def test_a_hub_model_is_known_by_its_commit(monkeypatch):
+    monkeypatch.setattr("qlora_exp.hub.commit", lambda repo, revision, kind: f"{kind} {repo} {revision}")
+    found = identity.parts(compose(["model=opt_125m", "dataset=dolly_15k"]))
+    assert found["model"] == "model facebook/opt-125m None"
+    assert found["data"] == "dataset databricks/databricks-dolly-15k None"
+
+
+def test_another_library_version_is_another_run(monkeypatch):
+    before = identity.run_key(compose())
+    monkeypatch.setattr("qlora_exp.provenance.libraries", lambda: {"torch": "0"})
+    assert identity.run_key(compose()) != before
