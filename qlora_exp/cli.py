@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import gc
 import logging
 import os
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import qlora_exp
-from qlora_exp.errors import ConfigError, UserError
+from qlora_exp.errors import ConfigError, TrackingError, UserError
 from qlora_exp.secrets import RedactingFormatter, redact
 
 _EPILOG = """\
@@ -23,6 +22,7 @@ examples:
   qlora-exp train method=lora method.r=8 --cfg job
   qlora-exp keys training                what each key means
   qlora-exp ui                           compare runs in MLflow's UI
+  qlora-exp sync                         send MLflow what it missed while its server was away
 """
 
 
@@ -52,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     ui.add_argument("--host", default="127.0.0.1")
     ui.add_argument("--port", type=int, default=5000)
     ui.set_defaults(command=lambda options: _ui(options.uri, options.host, options.port))
+    sync = commands.add_parser("sync", help="send to MLflow what runs could not, while its server was away")
+    sync.add_argument("folders", nargs="*", type=Path, default=[Path("outputs"), Path("multirun")])
+    sync.add_argument("--uri", help="tracking URI; default: that of each run")
+    sync.set_defaults(command=lambda options: _sync(options.folders, options.uri))
     options = parser.parse_args(arguments)
     sys.exit(_guard(lambda: options.command(options)))
 
@@ -87,8 +91,9 @@ def _train(overrides: list[str]) -> None:
 
     from qlora_exp import config
 
-    if not _SHOWS_SOMETHING_ELSE & set(overrides):
-        config.check_all(overrides)
+    overrides = ["sweep.dry_run=true" if word == "--dry-run" else word for word in overrides]
+    if not (_SHOWS_SOMETHING_ELSE | {"-m", "--multirun"}) & set(overrides):
+        config.check_command(overrides)  # a sweep checks all its jobs by itself
     config.register()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra lets its errors through, and we explain them
     sys.argv = ["qlora-exp train", *overrides]
@@ -107,7 +112,7 @@ def _train(overrides: list[str]) -> None:
 def _job(composed: Any) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from qlora_exp import config
+    from qlora_exp import config, jobs
 
     output_dir = Path(HydraConfig.get().runtime.output_dir)
     try:
@@ -116,19 +121,24 @@ def _job(composed: Any) -> None:
         _remove_if_empty(output_dir)
         raise
     quiet()
+    if (output_dir / jobs.JOB_FILE).is_file():
+        jobs.run_job(checked, output_dir)
+        return
+    if checked.sweep.dry_run:
+        print("nothing is wrong with this run; add -m for a sweep, or --cfg job to see the whole config")
+        _remove_if_empty(output_dir)
+        return
     logging.getLogger(__name__).info("starting: loading the libraries takes a few seconds")
     from qlora_exp.run import run
     from qlora_exp.summary import show
 
     try:
         show(run(checked, output_dir), checked.tracking.uri)
-    except Exception as error:
-        # Hydra keeps the error until the sweep's end, and the frames of its traceback would keep the model.
-        error.add_note("".join(traceback.format_exception(error)))
-        raise error.with_traceback(None) from None
+    except OSError as error:
+        error.add_note("raised by the job")  # not by Hydra before it
+        raise
     finally:
         _remove_if_empty(output_dir)
-        gc.collect()  # the next job of a sweep starts without this one's model
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -186,12 +196,25 @@ def _keys(section: str | None) -> None:
             print(f"  and for LoRA: {', '.join(peft_registry.settings('LORA'))}")
 
 
+def _sync(folders: Sequence[Path], uri: str | None) -> None:
+    from qlora_exp import journal
+
+    waiting = [file.parent for folder in folders for file in sorted(folder.rglob(journal.FILE))]
+    waiting = [folder for folder in waiting if not journal.is_settled(folder) and not journal.is_held(folder)]
+    if waiting:
+        quiet()
+        from qlora_exp import tracking
+
+        late = [folder for folder in waiting if not tracking.finish(folder, "killed", "its process is gone", uri)]
+        if late:
+            raise TrackingError(f"MLflow did not take everything of {', '.join(map(str, late))}; try again later")
+    print(f"{len(waiting)} runs sent; MLflow has everything of all runs under {', '.join(map(str, folders))}")
+
+
 def _ui(uri: str | None, host: str, port: int) -> None:
     if uri and uri.startswith("http"):
         print(f"MLflow's UI is at {redact(uri)}")
         return
-    from qlora_exp.errors import TrackingError
-
     store = Path.cwd() / "mlruns" / "mlflow.db"
     if uri is None and not store.is_file():
         raise TrackingError(f"no runs yet: {store} is not there; run `qlora-exp train` here first")

@@ -1,0 +1,240 @@
+"""What Hydra finds by itself: the sweeper and the launcher behind `qlora-exp train -m`.
+
+Only the bridge: what a sweep is stands in `qlora_exp/sweep.py`, how jobs are run in `qlora_exp/launcher.py`. Hydra
+imports this module for every command, so it must stay light.
+"""
+
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from qlora_exp import config, jobs, sweep
+from qlora_exp.cli import quiet
+from qlora_exp.errors import ConfigError
+from qlora_exp.schema import Config, SweepConfig
+
+
+class _Sweeper(Sweeper):
+    """What both sweepers share: from overrides to jobs, and from jobs to the launcher."""
+
+    def __init__(self, params: Mapping[str, str] | None = None) -> None:
+        self.params = dict(params or {})
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Hydra's, before `sweep`."""
+        self.hydra_context, self.config = hydra_context, config
+        self.compose = Composer(hydra_context.config_loader, config)
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def parse(self, arguments: Sequence[str]) -> list[Override]:
+        """A named sweep's overrides, and those of the command line after them."""
+        words = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
+        overrides = OverridesParser.create(config_loader=self.hydra_context.config_loader).parse_overrides(words)
+        return list({override.key_or_group: override for override in overrides}.values())
+
+    def folder(self, overrides: Sequence[Override], settings: SweepConfig) -> Path:
+        """The sweep's own."""
+        swept = [override.key_or_group for override in overrides if override.is_sweep_override()]
+        name = settings.name or jobs.default_name(swept, [str(override.input_line) for override in overrides])
+        return Path(self.config.hydra.sweep.dir, name).resolve()
+
+    def check(self, words: Sequence[str]) -> Config:
+        """The config of one job.
+
+        Raises:
+            ConfigError: with the overrides that it is of.
+        """
+        try:
+            return config.check(self.compose(words))
+        except ConfigError as error:
+            raise ConfigError(f"{error}\nin: {' '.join(words)}") from error
+
+    def begin(self, folder: Path, settings: SweepConfig) -> sweep.Sweep:
+        """The sweep, whose jobs go to the launcher."""
+        quiet()
+
+        def launch(waiting: Sequence[jobs.Job]) -> list[Any]:
+            where = f"hydra.sweep.dir='{folder}'"
+            every = [[*job.overrides, where, f"hydra.sweep.subdir='{job.folder.name}'"] for job in waiting]
+            return [done.return_value for done in self.launcher.launch(every, initial_job_idx=0)]
+
+        return sweep.Sweep(folder, settings, launch)
+
+
+class GridSweeper(_Sweeper):
+    """Every combination, but only those that are not done yet."""
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Hydra's: everything."""
+        overrides = self.parse(arguments)
+        combinations = BasicSweeper.split_arguments(overrides, None)[0]
+        keys = {override.get_key_element() for override in overrides if override.is_sweep_override()}
+        values = [dict(word.split("=", 1) for word in combination) for combination in combinations]
+        swept = [{key.lstrip("+"): value for key, value in one.items() if key in keys} for one in values]
+        configs = [self.check(combination) for combination in combinations]
+        settings = configs[0].sweep
+        folder = self.folder(overrides, settings)
+        with self.begin(folder, settings) as running:
+            running.run(jobs.jobs(configs, swept, combinations, folder))
+
+
+class OptunaSweeper(_Sweeper):
+    """What Optuna proposes, in the space that sweeps, ranges and intervals span; seeds are repeats of each trial."""
+
+    def sweep(self, arguments: list[str]) -> None:
+        """Hydra's: everything."""
+        try:
+            from qlora_exp import search
+        except ImportError as error:
+            raise ConfigError("hydra/sweeper=optuna needs its package: pip install 'qlora-exp[optuna]'") from error
+        overrides = self.parse(arguments)
+        open_ = [one for one in overrides if one.is_sweep_override() and one.key_or_group != "seed"]
+        fixed = [one for one in overrides if one not in open_]
+        if not open_:
+            raise ConfigError("hydra/sweeper=optuna: no key to search, such as method.r=4,8,16 or interval(1e-5,1e-3)")
+        repeats = BasicSweeper.split_arguments(fixed, None)[0]
+        space = {one.get_key_element(): search.distribution(one.value()) for one in open_}
+
+        def jobs_of(values: Mapping[str, Any]) -> list[jobs.Job]:
+            chosen = [f"{key}={value}" for key, value in values.items()]
+            words = [[*repeat, *chosen] for repeat in repeats]
+            shown = {key.lstrip("+"): _short(value) for key, value in values.items()}
+            swept = [shown | ({"seed": _seed(repeat)} if len(repeats) > 1 else {}) for repeat in repeats]
+            return jobs.jobs([self.check(one) for one in words], swept, words, folder)
+
+        first = self.check([*repeats[0], *(f"{key}={search.example(one)}" for key, one in space.items())])
+        folder = self.folder(overrides, first.sweep)
+        if first.sweep.dry_run:
+            print(
+                f"would search {', '.join(space)} in {first.search.n_trials} trials of {len(repeats)} jobs in {folder}"
+            )
+            return
+        with self.begin(folder, first.sweep) as running:
+            best = search.search(running, space, jobs_of, first.search, first.sweep.n_jobs)
+        for trial in best:
+            print(f"best: {' '.join(f'{key}={value}' for key, value in trial.params.items())}: {trial.values}")
+
+
+def _short(value: Any) -> str:
+    return format(value, ".6g") if isinstance(value, float) else str(value)
+
+
+def _seed(words: Sequence[str]) -> str:
+    return next(word.removeprefix("seed=") for word in words if word.startswith("seed="))
+
+
+class Composer:
+    """Composes the jobs of a sweep: what Hydra does for each from its files is done once for each choice of options.
+
+    Hydra applies `key=value` to what the chosen options gave, after everything else; so may we (hydra 1.3).
+    """
+
+    def __init__(self, loader: Any, master: DictConfig) -> None:
+        self._loader, self._master = loader, master
+        self._chosen: dict[tuple[str, ...], bytes] = {}
+        self._parser = OverridesParser.create()
+        self._parsed: dict[str, Override] = {}
+
+    def __call__(self, words: Sequence[str]) -> DictConfig:
+        """The config of one job, without the `hydra` node."""
+        parsed = [self._parse(word) for word in words]
+        values = [one for one in parsed if self._is_value(one)]
+        options = tuple(str(one.input_line) for one in parsed if one not in values)
+        if options not in self._chosen:
+            found = self._loader.load_sweep_config(self._master, list(options))
+            rest = OmegaConf.masked_copy(found, [key for key in found if key != "hydra"])
+            OmegaConf.set_struct(rest, True)
+            self._chosen[options] = pickle.dumps(rest)
+        config: DictConfig = pickle.loads(self._chosen[options])
+        ConfigLoaderImpl._apply_overrides_to_config(values, config)
+        return config
+
+    def _parse(self, word: str) -> Override:
+        if word not in self._parsed:
+            self._parsed[word] = self._parser.parse_override(word)
+        return self._parsed[word]
+
+    def _is_value(self, override: Override) -> bool:
+        if override.is_delete() or override.is_hydra_override() or override.package:
+            return False
+        return not self._loader.repository.group_exists(override.key_or_group)
+
+
+class LocalLauncher(Launcher):
+    """Jobs on this machine, each in a process of its own."""
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Hydra's, before `launch`."""
+        self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Hydra's: run these jobs; a job's return value is how its process died, None if it did not."""
+        import cloudpickle
+
+        from qlora_exp import launcher
+
+        tasks = []
+        for number, overrides in enumerate(job_overrides, initial_job_idx):
+            where = dict(word.split("=", 1) for word in overrides[-2:])  # as `GridSweeper` adds them
+            folder = Path(where["hydra.sweep.dir"].strip("'")) / where["hydra.sweep.subdir"].strip("'")
+            job = _HydraJob(self.hydra_context, self.task_function, self.config, list(overrides), number)
+            tasks.append(launcher.Task(cloudpickle.dumps(job), folder))
+        settings = self.config.sweep
+        endings = launcher.run_all(
+            tasks,
+            settings.n_jobs,
+            settings.timeout_minutes and 60 * settings.timeout_minutes,
+            lambda: settings.fail_fast and jobs.stopped(tasks[0].folder.parent),
+        )
+        return [_returned(ending) for ending in endings]
+
+
+class _HydraJob:
+    """What every launcher of Hydra does in a job's process."""
+
+    def __init__(
+        self,
+        hydra_context: HydraContext,
+        task_function: TaskFunction,
+        config: DictConfig,
+        overrides: list[str],
+        number: int,
+    ) -> None:
+        self.hydra_context, self.task_function = hydra_context, task_function
+        self.config, self.overrides, self.number = config, overrides, number
+        self.singletons = Singleton.get_state()
+
+    def __call__(self) -> None:
+        setup_globals()
+        Singleton.set_state(self.singletons)
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, self.overrides)
+        with open_dict(config):
+            config.hydra.job.id = config.hydra.job.num = self.number
+        run_job(
+            hydra_context=self.hydra_context,
+            task_function=self.task_function,
+            config=config,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+        )
+
+
+def _returned(value: Any) -> JobReturn:
+    done = JobReturn(status=JobStatus.COMPLETED)
+    done.return_value = value
+    return done

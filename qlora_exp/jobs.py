@@ -1,0 +1,151 @@
+"""The jobs of a sweep: each in a folder named by its run key, whose journal says how far it came.
+
+That is all a sweep remembers. Knows nothing of how jobs are chosen, composed or launched.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from qlora_exp import identity
+from qlora_exp.errors import PrunedError
+from qlora_exp.journal import FILE, is_held, last_message, read
+from qlora_exp.schema import Config
+
+log = logging.getLogger(__name__)
+
+JOB_FILE = "job.json"
+"""What the sweep tells a job beside its config: tags, whether a failure stops the others, how to prune it."""
+_STOP_FILE = "stop"
+GOOD = ("ok", "pruned")
+"""Outcomes that are no failure."""
+
+State = Literal["new", "running", "cut off", "ok", "pruned", "oom", "nan", "timeout", "error"]
+Action = Literal["run", "resume", "rerun", "skip"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One job of a sweep."""
+
+    swept: Mapping[str, str]
+    """The keys that differ between the jobs, with this one's values."""
+    overrides: Sequence[str]
+    """What composes it."""
+    config: Config
+    key: str
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """The swept values, as people read them."""
+        return " ".join(f"{key}={value}" for key, value in self.swept.items()) or self.config.method.name
+
+
+def jobs(
+    configs: Sequence[Config], swept: Sequence[Mapping[str, str]], overrides: Sequence[Sequence[str]], folder: Path
+) -> list[Job]:
+    """The jobs of a sweep in `folder`; of two that would be the same run only the first."""
+    found: dict[str, Job] = {}
+    for config, values, words in zip(configs, swept, overrides, strict=True):
+        key = identity.run_key(config)
+        label = re.sub(r"[^\w.-]+", "-", "_".join(f"{name.split('.')[-1]}-{value}" for name, value in values.items()))
+        found.setdefault(key, Job(values, words, config, key, folder / f"{label[:100]}_{key}".lstrip("_")))
+    return list(found.values())
+
+
+def default_name(swept: Sequence[str], overrides: Sequence[str]) -> str:
+    """A sweep's name, made of the keys that it sweeps and a digest of the whole of it."""
+    keys = [key.split(".")[-1] for key in swept]
+    counting = [word for word in overrides if not word.lstrip("+~").startswith(("sweep.", "hydra", "tracking."))]
+    return "_".join([*keys, hashlib.sha256(json.dumps(sorted(counting)).encode()).hexdigest()[:6]])
+
+
+def state(folder: Path) -> tuple[State, dict[str, Any]]:
+    """How far the job in `folder` came, and the last message of its journal."""
+    last = last_message(folder) or {}
+    if is_held(folder):
+        return "running", last
+    if not last:
+        return "new", last
+    if last["op"] != "end" or last["outcome"] == "killed":
+        return "cut off", last
+    return last["outcome"], last
+
+
+def decide(job: Job, rerun: str) -> tuple[Action, str]:
+    """What to do with a job, and why."""
+    found, last = state(job.folder)
+    if found == "new":
+        return "run", _why_new(job)
+    if found == "running":
+        return "skip", "another process is running it"
+    if found == "cut off":
+        from_step = max((step for step in _checkpoints(job.folder)), default=0)
+        return "resume", f"was cut off; from step {from_step}" if from_step else "was cut off before a checkpoint"
+    if found in GOOD:
+        done = "done" if found == "ok" else found
+        return ("rerun", f"{done} before") if rerun == "all" else ("skip", f"{done} in {last['seconds']:.0f} s")
+    why = f"{found}: {last.get('failure', '')}"
+    return ("rerun", why) if rerun != "none" else ("skip", f"{why} (sweep.rerun=failed runs it again)")
+
+
+def _why_new(job: Job) -> str:
+    """Whether the same values were run before, and what has changed since."""
+    label = job.folder.name.removesuffix(job.key)
+    now = identity.parts(job.config)
+    for folder in job.folder.parent.glob(f"{label}{'[0-9a-f]' * len(job.key)}"):
+        begin = next((message for message, _ in read(folder / FILE)), {})
+        before = {part: begin.get("tags", {}).get(f"identity.{part}") for part in now}
+        if changed := [part for part in now if before[part] not in (None, now[part])]:
+            return f"new: not the same {', '.join(changed)} as the one before"
+    return "new"
+
+
+def _checkpoints(folder: Path) -> list[int]:
+    whole = (folder / "checkpoints").glob("checkpoint-*/trainer_state.json")
+    return [int(file.parent.name.rpartition("-")[2]) for file in whole]
+
+
+def run_job(config: Config, folder: Path) -> None:
+    """One job, in whichever process it was launched; its end is in its journal, and nothing is raised but an exit."""
+    given = json.loads((folder / JOB_FILE).read_text("utf-8"))
+    if given["fail_fast"] and stopped(folder.parent):
+        return
+    from qlora_exp import tracking
+    from qlora_exp.run import run
+    from qlora_exp.summary import show
+
+    log.info("job %s", folder.name)
+    try:
+        show(run(config, folder, given["tags"], must_reach=False, pruning=given["pruning"]), config.tracking.uri)
+    except PrunedError as error:
+        log.info("pruned: %s", error)
+    except KeyboardInterrupt:  # recorded as killed
+        raise SystemExit(130) from None
+    except Exception as error:
+        if last_message(folder) is None:  # it did not come as far as its run
+            tracking.record_failure(config, folder, given["tags"], error)
+        log.error("error: %s: %s", type(error).__name__, error)  # noqa: TRY400
+        if given["fail_fast"]:
+            stop(folder.parent)
+
+
+def stop(folder: Path) -> None:
+    """Let no further job of the sweep in `folder` start."""
+    (folder / _STOP_FILE).touch()
+
+
+def let_start(folder: Path) -> None:
+    """Let jobs of the sweep in `folder` start again."""
+    (folder / _STOP_FILE).unlink(missing_ok=True)
+
+
+def stopped(folder: Path) -> bool:
+    """Whether no further job of the sweep in `folder` is to start."""
+    return (folder / _STOP_FILE).exists()

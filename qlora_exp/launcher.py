@@ -1,0 +1,187 @@
+"""Jobs in processes of their own, forked from one that has loaded the libraries: fresh memory without the imports.
+
+The process they are forked from (multiprocessing's fork server) only imports: it runs no kernel and never touches a
+GPU, so that forking it is safe. Knows nothing of what a job does.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any, cast
+
+from qlora_exp.signals import OUT_OF_TIME
+from qlora_exp.sweep import Ending
+
+GRACE_SECONDS = 30.0
+"""What a job gets to write down how it ended, before it is killed."""
+ORPHAN_SECONDS = 10.0
+"""The same for a job whose sweep was killed."""
+OUTPUT_FILE = "output.log"
+# What jobs import sooner or later; what is not there is imported by the job itself.
+_PRELOAD = (
+    "torch",
+    "transformers.models.llama.modeling_llama",
+    "datasets",
+    "evaluate",
+    "rouge_score.rouge_scorer",
+    "mlflow.store.tracking.sqlalchemy_store",
+    "qlora_exp.data",
+    "qlora_exp.tracking",
+    "qlora_exp.summary",
+)
+# bitsandbytes, which PEFT and TRL import, asks a GPU for its capability at import, and after that no fork may use it.
+_PRELOAD_WITHOUT_GPU = ("qlora_exp.model", "qlora_exp.adapters", "qlora_exp.training", "qlora_exp.evaluation")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something to call in a process of its own."""
+
+    call: bytes
+    """A pickled function without arguments (cloudpickle's)."""
+    folder: Path
+
+
+@dataclass
+class _Running:
+    process: ForkServerProcess
+    index: int
+    slot: int
+    deadline: float
+    warned: bool = False
+
+
+def run_all(
+    tasks: Sequence[Task], n_jobs: int = 1, timeout: float | None = None, stopped: Callable[[], bool] = lambda: False
+) -> list[Ending | None]:
+    """Call every task, at most `n_jobs` at a time; what one does to its process does not touch the others.
+
+    Args:
+        tasks: in order.
+        n_jobs: at once. With more than one, each writes its output into `output.log` of its folder, and sees one GPU.
+        timeout: seconds for each.
+        stopped: asked before each start; true starts no more.
+
+    Returns:
+        For each task how its process ended, None if it returned or was not started.
+    """
+    context, gpus = _context(n_jobs), visible_gpus()
+    endings: list[Ending | None] = [None] * len(tasks)
+    waiting = deque(range(len(tasks)))
+    running: dict[int, _Running] = {}
+    oom_kills = _oom_kills()
+    try:
+        while waiting or running:
+            while waiting and len(running) < n_jobs and not stopped():
+                index = waiting.popleft()
+                output = tasks[index].folder / OUTPUT_FILE if n_jobs > 1 else None
+                slot = min(set(range(n_jobs)) - {one.slot for one in running.values()})
+                gpu = gpus[slot % len(gpus)] if n_jobs > 1 and gpus else None
+                process = context.Process(target=_call, args=(tasks[index].call, output, gpu))
+                process.start()
+                deadline = time.monotonic() + timeout if timeout else float("inf")
+                running[process.sentinel] = _Running(process, index, slot, deadline)
+            if not running:
+                break
+            patience = min(one.deadline for one in running.values()) - time.monotonic()
+            for sentinel in wait(list(running), None if patience == float("inf") else max(0.0, patience)):
+                done = running.pop(cast(int, sentinel))
+                done.process.join()
+                endings[done.index] = _ending(done, oom_kills)
+                oom_kills = _oom_kills()
+            for late in running.values():
+                if late.deadline <= time.monotonic():
+                    _hurry(late)
+    finally:  # Ctrl-C, SIGTERM: the jobs write down that they were killed
+        _end(list(running.values()))
+    return endings
+
+
+def _hurry(late: _Running) -> None:
+    if late.warned or late.process.pid is None:
+        late.process.kill()
+    else:
+        os.kill(late.process.pid, OUT_OF_TIME)
+    late.warned, late.deadline = True, time.monotonic() + GRACE_SECONDS
+
+
+def _end(running: Sequence[_Running]) -> None:
+    for one in running:
+        one.process.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    for one in running:
+        one.process.join(max(0.0, deadline - time.monotonic()))
+        if one.process.exitcode is None:
+            one.process.kill()
+            one.process.join()
+
+
+def _ending(done: _Running, oom_kills: int) -> Ending | None:
+    code = done.process.exitcode
+    if done.warned:
+        return Ending("timeout", "the time limit of the job is over")
+    if not code:
+        return None
+    if code == -signal.SIGKILL and _oom_kills() > oom_kills:
+        return Ending("oom", "the kernel killed the process for want of memory")
+    name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    return Ending("killed" if code in (-signal.SIGKILL, -signal.SIGTERM) else "error", f"the process died: {name}")
+
+
+def _oom_kills() -> int:
+    """Processes that the kernel has killed for want of memory since it started; 0 where it does not tell."""
+    try:
+        lines = Path("/proc/vmstat").read_text("ascii").splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
+
+
+def _context(n_jobs: int) -> Any:
+    if n_jobs > 1:  # inherited by the fork server, in which OpenMP reads them
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_jobs)))
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*_PRELOAD, *(() if visible_gpus() else _PRELOAD_WITHOUT_GPU)])
+    return context
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, by what names them in `CUDA_VISIBLE_DEVICES`; found without touching one."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name for name in named.split(",") if name.strip() not in ("", "-1")]
+    return [str(number) for number, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
+
+
+def _call(pickled: bytes, output: Path | None, gpu: str | None) -> None:
+    """In the job's process."""
+    import cloudpickle
+
+    if gpu is not None:  # before CUDA begins
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    if output is not None:
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, sys.stdout.fileno())
+        os.dup2(file, sys.stderr.fileno())
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_follow, args=(parent.sentinel,), daemon=True).start()
+    cloudpickle.loads(pickled)()
+
+
+def _follow(sentinel: int) -> None:
+    """A job does not outlive its sweep, even one that was killed: a second one would run beside it."""
+    wait([sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(ORPHAN_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)

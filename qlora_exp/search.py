@@ -1,0 +1,149 @@
+"""Optuna over the jobs of a sweep: it proposes values, every seed runs with them, it is told what came of it.
+
+The study is a file in the sweep's folder, so that a search that was cut off goes on. Seeds are repeats: a trial's value
+is the mean over them. Needs the extra `optuna`.
+"""
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from hydra.core.override_parser.types import Override
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, TrialState
+
+from qlora_exp.errors import ConfigError, PrunedError, did_you_mean
+from qlora_exp.jobs import Job, state
+from qlora_exp.journal import write_atomically
+from qlora_exp.schema import SearchConfig
+from qlora_exp.sweep import Sweep
+
+STUDY_FILE = "optuna.log"
+BEST_FILE = "best.json"
+
+
+def search(
+    sweep: Sweep,
+    space: Mapping[str, BaseDistribution],
+    jobs_of: Callable[[Mapping[str, Any]], list[Job]],
+    settings: SearchConfig,
+    at_once: int = 1,
+) -> list[FrozenTrial]:
+    """Run trials until there are `settings.n_trials`, those of earlier processes included; the best ones.
+
+    Args:
+        sweep: runs the jobs.
+        space: the keys that are searched.
+        jobs_of: the jobs of a trial's values, one for each seed.
+        settings: `search` of the config.
+        at_once: trials proposed together.
+
+    Raises:
+        ConfigError: a metric that jobs do not have, or a study that searched for something else.
+    """
+    study = _study(sweep.folder, settings)
+    unfinished = [trial for trial in study.trials if trial.state == TrialState.RUNNING]  # of a process that was killed
+    while unfinished or len(study.trials) < settings.n_trials:
+        batch = unfinished[:at_once]
+        unfinished = unfinished[at_once:]
+        while len(batch) < at_once and len(study.trials) < settings.n_trials:
+            number = study.ask(dict(space)).number
+            batch.append(study.trials[number])
+        jobs = {trial.number: jobs_of(trial.params) for trial in batch}
+        prunable = settings.prune and all(len(repeats) == 1 for repeats in jobs.values())
+        pruning = {jobs[trial.number][0].key: _told(sweep.folder, trial) for trial in batch} if prunable else {}
+        sweep.run([job for repeats in jobs.values() for job in repeats], pruning)
+        for trial in batch:
+            values = [_values(job, settings.metrics) for job in jobs[trial.number]]
+            ended = [state(job.folder)[0] for job in jobs[trial.number]]
+            if "pruned" in ended:
+                study.tell(trial.number, state=TrialState.PRUNED)
+            elif None in values:
+                study.tell(trial.number, state=TrialState.FAIL)
+            else:
+                means = [statistics.fmean(one) for one in zip(*filter(None, values), strict=True)]
+                study.tell(trial.number, means)
+    best = study.best_trials
+    found = [
+        {"trial": one.number, "params": one.params, **dict(zip(settings.metrics, one.values, strict=True))}
+        for one in best
+    ]
+    write_atomically(sweep.folder / BEST_FILE, json.dumps(found, indent=1))
+    return best
+
+
+def distribution(value: Any) -> BaseDistribution:
+    """What Optuna draws from, for one of Hydra's sweeps: `a,b`, `range(1,9)`, `tag(log,interval(a,b))`."""
+    log = "log" in value.tags
+    if hasattr(value, "list"):
+        return CategoricalDistribution([_plain(one) for one in value.list])
+    if hasattr(value, "stop"):  # Hydra's stop is not included
+        return CategoricalDistribution(list(value.range()))
+    if isinstance(value.start, int) and isinstance(value.end, int):
+        return IntDistribution(value.start, value.end, log=log)
+    return FloatDistribution(value.start, value.end, log=log)
+
+
+def _plain(value: Any) -> Any:
+    """A choice as Optuna can keep it."""
+    return value if isinstance(value, bool | int | float) else Override._get_value_element_as_str(value)
+
+
+def example(space: Any) -> Any:
+    """One value that may be drawn, to check a config with."""
+    return space.choices[0] if isinstance(space, CategoricalDistribution) else space.low
+
+
+def _study(folder: Path, settings: SearchConfig) -> optuna.Study:
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    folder.mkdir(parents=True, exist_ok=True)
+    directions = settings.directions or ["minimize"] * len(settings.metrics)
+    storage = JournalStorage(JournalFileBackend(str(folder / STUDY_FILE)))
+    known = {study.study_name: study for study in optuna.get_all_study_summaries(storage)}
+    name = ",".join(settings.metrics)
+    if known and name not in known:
+        raise ConfigError(f"search.metrics: the study in {folder} is of {', '.join(known)}; give sweep.name=ANOTHER")
+    study = optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
+    drawn = settings.seed + len(study.trials)  # a search that goes on does not draw the same again
+    study.sampler = (
+        optuna.samplers.TPESampler(seed=drawn) if settings.sampler == "tpe" else optuna.samplers.RandomSampler(drawn)
+    )
+    return study
+
+
+def _values(job: Job, names: Sequence[str]) -> list[float] | None:
+    """The job's metrics; None if it did not end well."""
+    found, last = state(job.folder)
+    if found != "ok":
+        return None
+    metrics = last["metrics"]
+    if missing := [name for name in names if name not in metrics]:
+        raise ConfigError(f"search.metrics: jobs have no '{missing[0]}'{did_you_mean(missing[0], metrics)}")
+    return [metrics[name] for name in names]
+
+
+def _told(folder: Path, trial: FrozenTrial) -> dict[str, Any]:
+    return {"file": str(folder / STUDY_FILE), "trial": trial.number}
+
+
+def judge(told: Mapping[str, Any]) -> Callable[[float, int], None]:
+    """In a job: what to call with each held-out loss and its step.
+
+    The function raises PrunedError once the loss is worse than the median of earlier trials at that step.
+    """
+    storage = JournalStorage(JournalFileBackend(told["file"]))
+    name = optuna.get_all_study_names(storage)[0]
+    study = optuna.load_study(study_name=name, storage=storage, pruner=optuna.pruners.MedianPruner(n_startup_trials=3))
+    trial = optuna.trial.Trial(study, study.trials[told["trial"]]._trial_id)  # optuna 5 has no public way to reopen one
+
+    def report(loss: float, step: int) -> None:
+        trial.report(loss, step)
+        if trial.should_prune():
+            raise PrunedError(f"held-out loss {loss:.4f} at step {step} is worse than the median of earlier trials")
+
+    return report

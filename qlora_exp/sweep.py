@@ -1,0 +1,227 @@
+"""A sweep under way: an MLflow run whose children are the jobs, and what became of each.
+
+Knows nothing of Hydra, nor of how jobs are launched.
+"""
+
+import csv
+import io
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from rich.console import Console
+from rich.table import Table
+
+from qlora_exp.errors import SweepError
+from qlora_exp.jobs import GOOD, JOB_FILE, Action, Job, decide, let_start, state
+from qlora_exp.journal import is_held, write_atomically
+from qlora_exp.schema import SweepConfig
+from qlora_exp.signals import heeded
+
+log = logging.getLogger(__name__)
+
+_ORPHAN_SECONDS = 15.0
+"""How long to wait for jobs of an earlier sweep that was killed: they are ending too."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a job's process ended that did not live to record it."""
+
+    outcome: str
+    """killed, oom, timeout, error."""
+    failure: str
+
+
+Launch = Callable[[Sequence[Job]], Sequence[Ending | None]]
+"""Runs jobs and returns when all have ended, however, with the `Ending` of those whose process died."""
+
+
+class Sweep:
+    """Runs jobs that are not done yet; as a context it ends with the table of all jobs.
+
+    Raises:
+        SweepError: at the end, if not every job ended well.
+        TrackingError: MLflow cannot be reached.
+    """
+
+    def __init__(self, folder: Path, settings: SweepConfig, launch: Launch) -> None:
+        self.folder = folder
+        self._settings = settings
+        self._launch = launch
+        self._jobs: dict[str, Job] = {}
+        self._elsewhere: dict[str, str] = {}
+        self._parent: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if self._parent is not None:
+            if error is None:
+                self._record()
+                self._parent.end("FINISHED", "ok")
+            else:
+                self._parent.end("KILLED", "killed", "the sweep was interrupted")
+            self._parent.close()
+        if error is None and not self._settings.dry_run:
+            rows = self.rows()
+            show_rows(rows, self.folder)
+            if failed := [row for row in rows if row["outcome"] not in GOOD]:
+                raise SweepError(
+                    f"{len(failed)} of {len(rows)} jobs did not end well; the others are kept: "
+                    "run the same command again"
+                )
+
+    def run(self, jobs: Sequence[Job], pruning: Mapping[str, Any] | None = None) -> None:
+        """Run those of `jobs` that are left to do; returns when they have ended, however.
+
+        Args:
+            jobs: any of the sweep's.
+            pruning: for a job's key how it asks whether to go on (`search.judge`).
+        """
+        deadline = time.monotonic() + _ORPHAN_SECONDS
+        while any(is_held(job.folder) for job in jobs) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        self._jobs |= {job.key: job for job in jobs}
+        plan = {job.key: decide(job, self._settings.rerun) for job in jobs}
+        if (new := [job for job in jobs if plan[job.key][1] == "new"]) and self._settings.rerun != "all":
+            self._elsewhere |= _finished(new)
+            plan |= {
+                job.key: ("skip", f"done as MLflow run {self._elsewhere[job.key]}")
+                for job in new
+                if job.key in self._elsewhere
+            }
+        waiting = [job for job in jobs if plan[job.key][0] != "skip"]
+        show_plan(jobs, plan, self.folder)
+        if not waiting or self._settings.dry_run:
+            return
+        if self._parent is None:
+            self._open(jobs[0])
+        for job in waiting:
+            if plan[job.key][0] == "rerun":
+                _put_aside(job.folder)
+            job.folder.mkdir(parents=True, exist_ok=True)
+            tags = {"mlflow.parentRunId": str(self._parent.run_id), "mlflow.runName": job.name}
+            tags |= {"sweep": self.folder.name, **{f"sweep.{key}": value for key, value in job.swept.items()}}
+            told = {"tags": tags, "fail_fast": self._settings.fail_fast, "pruning": (pruning or {}).get(job.key)}
+            write_atomically(job.folder / JOB_FILE, json.dumps(told))
+        with heeded():
+            endings = self._endings(waiting)
+        from qlora_exp import tracking
+
+        for job, ending in zip(waiting, endings, strict=True):
+            if ending is not None or state(job.folder)[0] == "cut off":
+                died = ending or Ending("killed", "its process is gone")
+                tracking.finish(job.folder, died.outcome, died.failure)
+
+    def _open(self, job: Job) -> None:
+        """The MLflow run that the jobs are children of; a sweep's own folder has its journal."""
+        from qlora_exp import tracking
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        let_start(self.folder)
+        settings = job.config.tracking
+        tags = {"sweep": self.folder.name, "sweep.keys": ", ".join(job.swept)}
+        name = self.folder.name
+        self._parent = tracking.open_run(self.folder, settings.uri, settings.experiment_name, name, tags)
+
+    def _endings(self, waiting: Sequence[Job]) -> Sequence[Ending | None]:
+        try:
+            return self._launch(waiting)
+        except Exception as error:  # a launcher that lost a job may give up the others; what each did is on disk
+            log.error("the launcher gave up: %s: %s", type(error).__name__, error)  # noqa: TRY400
+            return [None] * len(waiting)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What became of each job."""
+        return [row(job, self._elsewhere.get(job.key)) for job in self._jobs.values()]
+
+    def _record(self) -> None:
+        """The jobs as tables: in MLflow, and as files with every metric."""
+        rows = self.rows()
+        for name in _write_comparison(list(self._jobs.values()), self.folder):
+            self._parent.file(name)
+        failed = sum(row["outcome"] not in GOOD for row in rows)
+        self._parent.metrics({"jobs": len(rows), "jobs_failed": failed})
+        columns = dict.fromkeys(name for row in rows for name in row)
+        self._parent.table({name: [row.get(name, "") for row in rows] for name in columns}, "jobs.json")
+
+
+def _write_comparison(todo: Sequence[Job], folder: Path) -> tuple[str, str]:
+    """Every job with every metric as `comparison_TIMESTAMP.csv` and `.json` in `folder`; their names."""
+    rows: list[dict[str, Any]] = []
+    for job in todo:
+        found, last = state(job.folder)
+        rows.append({**job.swept, "key": job.key, "outcome": last.get("outcome", found), **last.get("metrics", {})})
+    name = f"comparison_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    table = io.StringIO()
+    writer = csv.DictWriter(table, dict.fromkeys(column for row in rows for column in row))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(folder / f"{name}.csv", table.getvalue())
+    write_atomically(folder / f"{name}.json", json.dumps(rows, indent=1))
+    return f"{name}.csv", f"{name}.json"
+
+
+def _finished(new: Sequence[Job]) -> dict[str, str]:
+    """MLflow's finished runs of these jobs, by key: they may have run in another folder or on another machine."""
+    from qlora_exp import store
+
+    settings = new[0].config.tracking
+    known = store.finished_runs(settings.uri, settings.experiment_name)
+    return {job.key: known[job.key] for job in new if job.key in known}
+
+
+def _put_aside(folder: Path) -> None:
+    """Keep an ended attempt under another name."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(aside)
+
+
+def row(job: Job, elsewhere: str | None = None) -> dict[str, Any]:
+    """What became of a job, for tables."""
+    found, last = state(job.folder)
+    outcome = "ok" if elsewhere else last.get("outcome", "not started" if found == "new" else found)
+    metrics = last.get("metrics", {})
+    shown = (
+        ("loss", metrics.get("after/loss"), ".4f"),
+        ("ROUGE-L", metrics.get("after/rougeL"), ".3f"),
+        ("peak MiB", metrics.get("memory/allocated_peak_mib", metrics.get("memory/rss_peak_mib")), ".0f"),
+        ("tokens/s", metrics.get("tokens_per_second"), ".0f"),
+        ("seconds", last.get("seconds"), ".0f"),
+    )
+    values = {name: format(value, form) for name, value, form in shown if value is not None}
+    if note := last.get("failure") or (f"MLflow run {elsewhere}" if elsewhere else ""):
+        values["note"] = note
+    return {**job.swept, "outcome": outcome, **values, "key": job.key}
+
+
+def show_plan(todo: Sequence[Job], plan: Mapping[str, tuple[Action, str]], folder: Path) -> None:
+    """Print what will happen to each job, and why."""
+    table = Table("", "job", "what", "why", title=f"{folder.name}: {len(todo)} jobs", title_justify="left")
+    for number, job in enumerate(todo):
+        table.add_row(str(number), job.name, *plan[job.key])
+    _print(table)
+
+
+def show_rows(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Print what became of each job."""
+    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if name != "key"]
+    table = Table(*columns, title=folder.name, title_justify="left")
+    for row in rows:
+        table.add_row(*(str(row.get(name, "")) for name in columns))
+    _print(table)
+
+
+def _print(table: Table) -> None:
+    console = Console(markup=False)
+    if not console.is_terminal:  # a log file has no width
+        console.width = 200
+    console.print(table)

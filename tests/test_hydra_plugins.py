@@ -1,0 +1,86 @@
+import subprocess
+import sys
+
+import pytest
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+
+from hydra_plugins.qlora_exp_plugins import Composer
+from qlora_exp.config import conf_dir, register
+
+
+def dry_run(*words: str, **kwargs) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "qlora_exp", "train", "-m", "--dry-run", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("words", "jobs"),
+    [
+        (["method.r=4,8", "seed=1,2,3"], ["method.r=4 seed=1", "method.r=8 seed=3"]),
+        (["experiment=glob(smollm2_*)"], ["experiment=smollm2_faq_full", "experiment=smollm2_faq_qlora"]),
+        (["method.r=range(2,8,2)", "seed=choice(1,2)"], ["method.r=2 seed=1", "method.r=6 seed=2"]),
+        (
+            ["method.target_modules=[q_proj],[q_proj,v_proj]", "+tracking.tags.note='a b'"],
+            ["method.target_modules=[q_proj]", "method.target_modules=[q_proj,v_proj]"],
+        ),
+        (["sweep=rank_scaling"], ["lora_variant=rslora method.r=128"]),
+        (["sweep=rank_scaling", "method.r=2,4"], ["lora_variant=lora method.r=2", "lora_variant=rslora method.r=4"]),
+    ],
+)
+def test_every_kind_of_sweep_is_expanded(words: list[str], jobs: list[str], tmp_path):
+    result = dry_run(*words, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for job in jobs:
+        assert job in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["method.r=4,8", "seed=1,-1"], "seed=-1"),
+        (["training.learning_rate=interval(1e-5,1e-3)"], "does not support sweep type"),
+        (["sweep=rank_scalin"], "did you mean 'rank_scaling'"),
+        (["sweep.name=a/b"], "sweep.name"),
+        (["sweep.n_jobs=0"], "sweep.n_jobs"),
+    ],
+)
+def test_a_wrong_sweep_is_refused_before_any_job(words: list[str], message: str, tmp_path):
+    result = dry_run(*words, cwd=tmp_path)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_named_sweep_needs_no_flag(tmp_path):
+    command = [sys.executable, "-m", "qlora_exp", "train", "sweep=quant_types", "--dry-run"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("new") == 5
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["method.r=4", "method=lora", "seed=1"],
+        ["quantization=fp4", "lora_variant=dora", "method.lora_alpha=8"],
+        ["experiment=opt125m_dolly_lora", "training.max_steps=5", "+tracking.tags.a=b"],
+        ["method.target_modules=[q_proj,v_proj]", "~tracking.tags", "training.learning_rate=1e-3"],
+        ["sweep=rank_scaling", "hydra.verbose=true", "model=tiny_opt"],
+    ],
+)
+def test_jobs_are_composed_as_hydra_would(words: list[str]):
+    register()
+    with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        loader = GlobalHydra.instance().config_loader()
+        master = loader.load_configuration("config", [], run_mode=RunMode.MULTIRUN)
+        expected = loader.load_sweep_config(master, words)
+        compose = Composer(loader, master)
+        for _ in range(2):  # the second time from what the first one kept
+            assert compose(words) == OmegaConf.masked_copy(expected, [key for key in expected if key != "hydra"])
+    with pytest.raises(Exception, match="max_step"), initialize_config_dir(str(conf_dir()), version_base="1.3"):
+        compose(["training.max_step=1"])

@@ -1,0 +1,162 @@
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from qlora_exp import jobs as jobs_module
+from qlora_exp import tracking
+from qlora_exp.errors import SweepError
+from qlora_exp.jobs import Job
+from qlora_exp.store import client
+from qlora_exp.sweep import Ending, Sweep
+
+
+@pytest.fixture
+def jobs(config, store, tmp_path, request):
+    """Make the jobs of a sweep over one key, in an MLflow experiment of the test's own."""
+
+    def make(key: str, values: list[str], *overrides: str) -> list[Job]:
+        words = [f"tracking.uri={store}", f"tracking.experiment_name={request.node.originalname}", "method=lora"]
+        words += ["evaluation=loss_only", *overrides]
+        swept = [{key: value} for value in values]
+        choices = [[*words, f"{key}={value}"] for value in values]
+        return jobs_module.jobs([config(*choice) for choice in choices], swept, choices, tmp_path / "multirun" / "test")
+
+    return make
+
+
+@pytest.fixture
+def mlflow(store, request):
+    """Runs of the test's experiment: the sweep's, and those of its jobs."""
+
+    def read():
+        found = client(store)
+        runs = found.search_runs([found.get_experiment_by_name(request.node.originalname).experiment_id])
+        return [run for run in runs if "sweep.keys" in run.data.tags], [r for r in runs if "run_key" in r.data.tags]
+
+    return read
+
+
+def in_process(waiting):
+    """A launcher without processes."""
+    for job in waiting:
+        jobs_module.run_job(job.config, job.folder)
+    return [None] * len(waiting)
+
+
+def execute(jobs: list[Job], launch=in_process):
+    with Sweep(jobs[0].folder.parent, jobs[0].config.sweep, launch) as running:
+        running.run(jobs)
+
+
+def never(waiting):
+    pytest.fail(f"launched {waiting}")
+
+
+def test_done_jobs_are_skipped_and_new_ones_run(jobs, mlflow, capsys):
+    execute(jobs("seed", ["1", "2"]))
+    execute(jobs("seed", ["1", "2"]), never)
+    assert capsys.readouterr().out.count("done in") == 2
+    launched = []
+    execute(jobs("seed", ["1", "2", "3"]), lambda waiting: launched.extend(waiting) or in_process(waiting))
+    assert [job.swept for job in launched] == [{"seed": "3"}]
+    parents, children = mlflow()
+    assert len(parents) == 1
+    assert {child.data.tags["mlflow.parentRunId"] for child in children} == {parents[0].info.run_id}
+    assert sorted(child.info.run_name for child in children) == ["seed=1", "seed=2", "seed=3"]
+    assert {child.data.tags["sweep.seed"] for child in children} == {"1", "2", "3"}
+    assert parents[0].data.metrics == {"jobs": 3, "jobs_failed": 0}
+    assert {run.info.status for run in (*parents, *children)} == {"FINISHED"}
+
+
+def test_what_was_done_in_another_folder_is_not_done_again(jobs, tmp_path, capsys):
+    execute(jobs("seed", ["1"]))
+    (tmp_path / "multirun").rename(tmp_path / "elsewhere")
+    execute(jobs("seed", ["1"]), never)
+    assert "done as MLflow run" in capsys.readouterr().out
+
+
+def test_failed_jobs_are_kept_and_run_again_only_if_asked(jobs, mlflow, capsys):
+    words = "training.max_length", ["5", "512"]
+    with pytest.raises(SweepError, match="1 of 2 jobs"):
+        execute(jobs(*words))
+    assert "no token of the" in capsys.readouterr().out
+    with pytest.raises(SweepError, match="1 of 2 jobs"):
+        execute(jobs(*words), never)
+    assert "sweep.rerun=failed" in capsys.readouterr().out
+    launched = []
+    with pytest.raises(SweepError):
+        execute(jobs(*words, "sweep.rerun=failed"), lambda waiting: launched.extend(waiting) or in_process(waiting))
+    assert [job.swept["training.max_length"] for job in launched] == ["5"]
+    assert launched[0].folder.with_name(f"{launched[0].folder.name}.1").is_dir()
+    _, children = mlflow()
+    assert sorted(child.data.tags["outcome"] for child in children) == ["error", "error", "ok"]
+
+
+def test_a_job_that_cannot_begin_is_a_failed_run(jobs, mlflow, tmp_path, jsonl):
+    rows = jsonl([{"question": "a", "completion": "b"}])
+    own = ["dataset=own", "dataset.prompt_column=prompt", "dataset.completion_column=completion"]
+    with pytest.raises(SweepError):
+        execute(jobs("seed", ["1"], *own, f"dataset.path={rows}"))
+    _, (child,) = mlflow()
+    assert (child.info.status, child.data.tags["outcome"]) == ("FAILED", "error")
+    assert "no column 'prompt'" in child.data.tags["failure"]
+
+
+def test_after_a_failure_nothing_starts_if_asked(jobs):
+    with pytest.raises(SweepError, match="2 of 2 jobs"):
+        execute(jobs("training.max_length", ["5", "512"], "sweep.fail_fast=true"))
+    with pytest.raises(SweepError, match="1 of 2 jobs"):
+        execute(jobs("training.max_length", ["5", "512"]))  # the second was never begun
+
+
+def test_a_dry_run_leaves_nothing(jobs, tmp_path, capsys):
+    execute(jobs("seed", ["1"], "sweep.dry_run=true"), never)
+    assert "new" in capsys.readouterr().out
+    assert not (tmp_path / "multirun").exists()
+
+
+def test_a_process_that_dies_is_recorded_as_it_died(jobs, mlflow):
+    def dies(waiting):
+        for job in waiting:
+            with tracking.start(job.config, job.folder, must_reach=False) as tracker:
+                tracker.metrics({"train/loss": 1.0}, 1)
+                tracker.end = lambda *_, **__: None  # as a kill: nothing more is written
+        return [Ending("oom", "the kernel killed it"), None]
+
+    with pytest.raises(SweepError):
+        execute(jobs("seed", ["1", "2"]), dies)
+    _, children = mlflow()
+    found = {run.data.params["seed"]: (run.info.status, run.data.tags["outcome"]) for run in children}
+    assert found == {"1": ("FAILED", "oom"), "2": ("KILLED", "killed")}
+
+
+def test_the_table_of_a_sweep_is_kept(jobs, mlflow, store):
+    execute(jobs("seed", ["1"]))
+    (parent,), _ = mlflow()
+    path = client(store).download_artifacts(parent.info.run_id, "jobs.json")
+    table = json.loads(Path(path).read_text())
+    row = dict(zip(table["columns"], table["data"][0], strict=True))
+    assert (row["seed"], row["outcome"]) == ("1", "ok")
+    assert float(row["loss"]) > 0
+
+
+def test_every_metric_of_every_job_is_written_for_spreadsheets(jobs, tmp_path):
+    execute(jobs("seed", ["1", "2"]))
+    (table,) = (tmp_path / "multirun" / "test").glob("comparison_*.csv")
+    with table.open(encoding="utf-8") as lines:
+        rows = list(csv.DictReader(lines))
+    assert [(row["seed"], row["outcome"]) for row in rows] == [("1", "ok"), ("2", "ok")]
+    assert all(float(row["after/loss"]) > 0 and float(row["memory/rss_peak_mib"]) > 100 for row in rows)
+    assert json.loads(table.with_suffix(".json").read_text())[0]["after/loss"] == float(rows[0]["after/loss"])
+
+
+def test_a_launcher_that_gives_up_loses_no_result(jobs, capsys):
+    def gives_up(waiting):
+        in_process(waiting[:1])
+        raise RuntimeError("a worker was lost")
+
+    with pytest.raises(SweepError, match="1 of 2"):
+        execute(jobs("seed", ["1", "2"]), gives_up)
+    assert "not started" in capsys.readouterr().out
