@@ -1,0 +1,187 @@
+"""Kill jobs, sweeps and the MLflow server at random, again and again; then count what was lost.
+
+    nox -s faults                       # about a quarter of an hour on 2 cores
+
+Of every kill (-9) one in five hits the whole sweep, the others one of its jobs; the sweep is started again until all
+its jobs are done. Expected: no finished job run twice, one MLflow run for each job, every step's loss there once, the
+final losses as they are without kills, nothing RUNNING.
+"""
+
+import argparse
+import random
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import Counter
+from pathlib import Path
+
+import psutil
+from mlflow import MlflowClient
+
+from qlora_exp.jobs import state
+
+STEPS = 60
+JOBS = 6
+
+
+def command(folder: Path, uri: str, seeds: list[int]) -> list[str]:
+    """A sweep over seeds of a tiny model, with a checkpoint every ten steps."""
+    return [
+        sys.executable, "-m", "qlora_exp", "train", "-m", "model=tiny_llama", "device=cpu", "method=lora",
+        f"training.max_steps={STEPS}", "training.save_strategy=steps", "training.save_steps=10",
+        "training.per_device_train_batch_size=2", "training.eval_strategy=no", "evaluation=loss_only",
+        "dataset.max_train_rows=64", "dataset.max_eval_rows=4", "sweep.n_jobs=2", "sweep.rerun=failed",
+        f"tracking.uri={uri}", f"hydra.sweep.dir={folder}", f"seed={','.join(map(str, seeds))}",
+    ]  # fmt: skip
+
+
+def job_processes(parent: psutil.Process) -> list[psutil.Process]:
+    """Those of a sweep's processes that run a job: children of its fork server."""
+    try:
+        return [job for child in parent.children() for job in child.children()]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def kill_at_random(folder: Path, uri: str, kills: int, chance: random.Random) -> tuple[Counter, dict[int, float], int]:
+    """Run sweeps and kill; what was hit, the final losses by seed, and the finished jobs that were lost on the way."""
+    hit: Counter = Counter()
+    done: dict[str, str] = {}
+    lost = 0
+    losses: dict[int, float] = {}
+    begin = 0
+    while hit.total() < kills or losses.keys() != set(range(begin)):
+        if losses.keys() == set(range(begin)):
+            begin += JOBS
+        words = command(folder, uri, list(range(begin - JOBS, begin)))
+        with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            parent = psutil.Process(process.pid)
+            while process.poll() is None:
+                time.sleep(chance.uniform(0.5, 6.0))
+                jobs = job_processes(parent)
+                if not jobs or hit.total() >= kills:
+                    continue
+                victim = process if chance.random() < 0.2 else chance.choice(jobs)
+                hit["sweep" if victim is process else "job"] += 1
+                victim.kill()
+        for job in folder.glob("*/seed-*"):
+            found, last = state(job)
+            if found == "ok":
+                losses[int(job.name.split("_")[0].removeprefix("seed-"))] = last["metrics"]["after/loss"]
+                lost += done.get(job.name, last["timestamp"]) != last["timestamp"]
+                done[job.name] = last["timestamp"]
+            elif job.name in done:
+                lost += 1
+        print(f"{hit.total()} kills {dict(hit)}, {len(done)} jobs done, {lost} lost", flush=True)
+    return hit, losses, lost
+
+
+def check(uri: str, folder: Path) -> dict[str, int]:
+    """What MLflow holds, against what it should."""
+    mlflow = MlflowClient(uri)
+    runs = [run for one in mlflow.search_experiments() for run in mlflow.search_runs([one.experiment_id])]
+    jobs = [run for run in runs if "run_key" in run.data.tags]
+    keys = Counter(run.data.tags["run_key"] for run in jobs)
+    missing = repeated = 0
+    for run in jobs:
+        steps = Counter(point.step for point in mlflow.get_metric_history(run.info.run_id, "train/loss"))
+        missing += sum(step not in steps for step in range(1, STEPS + 1))
+        repeated += sum(count - 1 for count in steps.values())
+    return {
+        "jobs": len({folder.name for folder in folder.glob("*/seed-*") if "." not in folder.name}),
+        "MLflow runs of jobs": len(jobs),
+        "duplicated runs": sum(count - 1 for count in keys.values()),
+        "runs left RUNNING": sum(run.info.status == "RUNNING" for run in runs),
+        "runs not FINISHED": sum(run.info.status != "FINISHED" for run in jobs),
+        "steps missing": missing,
+        "steps told twice": repeated,
+    }
+
+
+class Server:
+    """An MLflow server that is killed and started again."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.uri = f"http://127.0.0.1:{port}"
+        self._words = [
+            sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder / 'server.db'}",
+            "--artifacts-destination", str(folder / "artifacts"), "--workers", "1", "--port", str(port),
+        ]  # fmt: skip
+
+    def start(self) -> None:
+        """Start, and wait until it answers."""
+        environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        self._process = psutil.Popen(
+            self._words, env={**psutil.Process().environ(), **environment}, stdout=-3, stderr=-3
+        )
+        for _ in range(300):
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=2).close()
+            except OSError:
+                time.sleep(0.2)
+            else:
+                return
+        raise TimeoutError("the MLflow server does not start")
+
+    def kill(self) -> None:
+        """Kill -9, its workers too."""
+        for process in [*self._process.children(recursive=True), self._process]:
+            process.kill()
+        self._process.wait()
+
+
+def outages(folder: Path, count: int, chance: random.Random) -> str:
+    """Sweeps whose server goes away and comes back `count` times; its URI."""
+    server = Server(folder, 5077)
+    server.start()
+    begin = 0
+    while count > 0:
+        begin += JOBS
+        words = command(folder / "outages", server.uri, list(range(1000 + begin - JOBS, 1000 + begin)))
+        with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            parent = psutil.Process(process.pid)
+            while process.poll() is None:
+                time.sleep(chance.uniform(1.0, 4.0))
+                if job_processes(parent) and count > 0:
+                    count -= 1
+                    server.kill()
+                    time.sleep(chance.uniform(1.0, 8.0))
+                    server.start()
+        print(f"{count} outages to go", flush=True)
+    subprocess.run([sys.executable, "-m", "qlora_exp", "sync", str(folder / "outages")], check=True)
+    found = check(server.uri, folder / "outages")
+    server.kill()
+    print(f"Server outages: {found}", flush=True)
+    return server.uri
+
+
+def main() -> None:
+    """Both campaigns."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--outages", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    chance = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        uri = f"sqlite:///{folder / 'mlflow.db'}"
+        if options.kills:
+            hit, losses, lost = kill_at_random(folder / "killed", uri, options.kills, chance)
+            found = check(uri, folder / "killed")
+            calm = command(folder / "calm", f"sqlite:///{folder / 'calm.db'}", sorted(losses))
+            subprocess.run(calm, capture_output=True, check=True)
+            same = sum(
+                state(job)[1]["metrics"]["after/loss"] == losses[int(job.name.split("_")[0].removeprefix("seed-"))]
+                for job in (folder / "calm").glob("*/seed-*")
+            )
+            print(f"Kills: {dict(hit)}; finished jobs lost {lost}; {found}")
+            print(f"Final loss as without kills, bit for bit: {same} of {len(losses)}", flush=True)
+        if options.outages:
+            outages(folder, options.outages, chance)
+
+
+if __name__ == "__main__":
+    main()

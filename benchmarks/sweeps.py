@@ -1,0 +1,101 @@
+"""What a sweep costs beyond its training: against separate processes and against Hydra's basic launcher.
+
+    nox -s sweeps                       # about ten minutes on 2 cores; keep the machine quiet meanwhile
+
+1. Makespan of 8 short jobs on a tiny model: `qlora-exp train -m`, the same through Hydra's basic sweeper and launcher
+   (one process for all jobs), and 8 plain scripts one after the other.
+2. Memory of the sweep's own process after 5 and after 50 jobs.
+3. The time to see that 500 jobs are done.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+from bench import export
+
+from qlora_exp.config import compose
+from qlora_exp.identity import run_key
+from qlora_exp.model import locate
+
+QUICK = [
+    "model=tiny_llama", "device=cpu", "method=qlora", "training.max_steps=5", "training.per_device_train_batch_size=4",
+    "training.eval_strategy=no", "evaluation=loss_only", "dataset.max_train_rows=32", "dataset.max_eval_rows=4",
+]  # fmt: skip
+
+
+def sweep(folder: Path, jobs: int, *more: str) -> tuple[float, list[int]]:
+    """Seconds that a sweep took, and its own process's memory in bytes, seen at each finished job."""
+    where = [f"hydra.sweep.dir={folder}", f"tracking.uri=sqlite:///{folder.parent / folder.name}.db"]
+    words = [sys.executable, "-m", "qlora_exp", "train", "-m", *QUICK, *where, f"seed=range(0,{jobs})", *more]
+    begin, memory = time.perf_counter(), [0] * (jobs + 1)
+    with (folder.parent / f"{folder.name}.out").open("wb") as out:
+        process = psutil.Popen(words, stdout=out, stderr=out)
+        while process.poll() is None:
+            done = len(list(folder.glob("*/*/qlora_exp.yaml")))
+            memory[min(done, jobs)] = max(memory[min(done, jobs)], process.memory_info().rss)
+            time.sleep(0.2)
+    if process.returncode:
+        raise RuntimeError((folder.parent / f"{folder.name}.out").read_text())
+    return time.perf_counter() - begin, memory
+
+
+def scripts(folder: Path, jobs: int) -> float:
+    """Seconds that the plain script took, `jobs` times."""
+    export(folder)
+    model = locate(compose(["model=tiny_llama"]).model)
+    words = [sys.executable, str(Path(__file__).parent / "plain.py"), "--model", model, "--data", str(folder)]
+    begin = time.perf_counter()
+    for number in range(jobs):
+        subprocess.run(
+            [*words, "--steps", "5", "--out", str(folder / f"plain{number}")], check=True, capture_output=True
+        )
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    """All three."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--jobs", type=int, default=8)
+    parser.add_argument("--many", type=int, default=50)
+    parser.add_argument("--done", type=int, default=500)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        ours, _ = sweep(folder / "ours", options.jobs)
+        basic, _ = sweep(folder / "basic", options.jobs, "hydra/sweeper=basic", "hydra/launcher=basic")
+        again, _ = sweep(folder / "ours2", options.jobs)
+        separate = scripts(folder, options.jobs)
+        mean = (ours + again) / 2
+        print(f"{options.jobs} jobs, seconds: qlora-exp {ours:.1f}, {again:.1f}; basic launcher {basic:.1f}; ", end="")
+        print(
+            f"plain scripts {separate:.1f}; ours is {mean / separate:.2f} of the scripts, {mean / basic:.2f} of basic"
+        )
+        _, memory = sweep(folder / "many", options.many)
+        few, many = (max(memory[: count + 1]) / 2**20 for count in (5, options.many))
+        print(f"the sweep's own process: {few:.0f} MiB up to 5 jobs, {many:.0f} MiB up to {options.many}", flush=True)
+        print(f"deciding that {options.done} jobs are done: {decide(folder, options.done):.2f} s, start included")
+
+
+def decide(folder: Path, jobs: int) -> float:
+    """Seconds of a command whose jobs are all done: folders made from one real job's, with the keys of the others."""
+    sweep(folder / "done", 1, "sweep.name=done")
+    (real,) = (folder / "done" / "done").glob("seed-*")
+    first = compose([*QUICK, "seed=0"])
+    for seed in range(1, jobs):
+        key = run_key(first.model_copy(update={"seed": seed}))
+        (real.parent / f"seed-{seed}_{key}").mkdir()
+        for file in real.glob("journal.*"):
+            shutil.copy(file, real.parent / f"seed-{seed}_{key}")
+    begin = time.perf_counter()
+    _, _ = sweep(folder / "done", jobs, "sweep.name=done")
+    return time.perf_counter() - begin
+
+
+if __name__ == "__main__":
+    main()
