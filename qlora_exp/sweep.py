@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_exp.errors import SweepError
-from qlora_exp.jobs import GOOD, JOB_FILE, Action, Job, decide, let_start, state
+from qlora_exp.jobs import GOOD, JOB_FILE, Action, Job, decide, let_start, state, stopped
 from qlora_exp.journal import is_held, write_atomically
 from qlora_exp.schema import SweepConfig
 from qlora_exp.signals import heeded
@@ -111,13 +111,9 @@ class Sweep:
             told = {"tags": tags, "fail_fast": self._settings.fail_fast, "pruning": (pruning or {}).get(job.key)}
             write_atomically(job.folder / JOB_FILE, json.dumps(told))
         with heeded():
-            endings = self._endings(waiting)
-        from qlora_exp import tracking
-
-        for job, ending in zip(waiting, endings, strict=True):
-            if ending is not None or state(job.folder)[0] == "cut off":
-                died = ending or Ending("killed", "its process is gone")
-                tracking.finish(job.folder, died.outcome, died.failure)
+            left = self._launch_some(waiting)
+            while left and len(left) < len(waiting) and not stopped(self.folder):  # a launcher that gave up
+                waiting, left = left, self._launch_some(left)
 
     def _open(self, job: Job) -> None:
         """The MLflow run that the jobs are children of; a sweep's own folder has its journal."""
@@ -130,12 +126,20 @@ class Sweep:
         name = self.folder.name
         self._parent = tracking.open_run(self.folder, settings.uri, settings.experiment_name, name, tags)
 
-    def _endings(self, waiting: Sequence[Job]) -> Sequence[Ending | None]:
+    def _launch_some(self, waiting: Sequence[Job]) -> list[Job]:
+        """Launch jobs and record those that died; the jobs that were not even started."""
+        from qlora_exp import tracking
+
         try:
-            return self._launch(waiting)
+            endings = self._launch(waiting)
         except Exception as error:  # a launcher that lost a job may give up the others; what each did is on disk
             log.error("the launcher gave up: %s: %s", type(error).__name__, error)  # noqa: TRY400
-            return [None] * len(waiting)
+            endings = [None] * len(waiting)
+        for job, ending in zip(waiting, endings, strict=True):
+            if ending is not None or state(job.folder)[0] == "cut off":
+                died = ending or Ending("killed", "its process is gone")
+                tracking.finish(job.folder, died.outcome, died.failure)
+        return [job for job in waiting if state(job.folder)[0] == "new"]
 
     def rows(self) -> list[dict[str, Any]]:
         """What became of each job."""

@@ -55,6 +55,7 @@ class Tracker:
             for message in journal.messages():
                 if message["op"] == "metrics":
                     self._known |= {(message["step"], key): value for key, value in message["values"].items()}
+                    self._summary |= _without_curves(message["values"])
 
     @property
     def run_id(self) -> str | None:
@@ -76,7 +77,7 @@ class Tracker:
             for key, value in values.items()
             if (step, key) not in self._known or (not key.startswith(CURVES) and self._known[step, key] != value)
         }
-        self._summary |= {key: value for key, value in values.items() if not key.startswith(CURVES)}
+        self._summary |= _without_curves(values)
         if new:
             self._send(op="metrics", step=step, timestamp=_now(), values=new)
 
@@ -135,7 +136,7 @@ class Tracker:
             try:
                 tell(self.connect(), self._journal, message)
             except Exception as error:  # whatever the store or its artifact store raises: training must go on
-                if strict:
+                if strict and not is_refused(error, message):
                     raise
                 if is_refused(error, message):  # for good; what comes after it must not wait
                     log.error("MLflow refuses a message, which is left out: %s", redact(short(error)))  # noqa: TRY400
@@ -180,6 +181,10 @@ class Tracker:
                 "MLflow did not take everything of this run; it is kept in %s, and `qlora-exp sync` sends it later",
                 self.output_dir,
             )
+
+
+def _without_curves(values: Mapping[str, float]) -> dict[str, float]:
+    return {key: value for key, value in values.items() if not key.startswith(CURVES)}
 
 
 def _now() -> int:
@@ -301,7 +306,7 @@ def finish(folder: Path, outcome: str, failure: str, uri: str | None = None) -> 
     if begin is None:
         journal.close()
         return True
-    tracker = Tracker(journal, uri or begin["uri"])
+    tracker = Tracker(journal, uri or begin["uri"], resumed=True)
     last = last_message(folder)
     if last is not None and last["op"] != "end":
         tracker.end("KILLED" if outcome == "killed" else "FAILED", outcome, failure)

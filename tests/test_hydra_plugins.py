@@ -2,6 +2,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import QUICK
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
@@ -9,6 +10,7 @@ from omegaconf import OmegaConf
 
 from hydra_plugins.qlora_exp_plugins import Composer
 from qlora_exp.config import conf_dir, register
+from qlora_exp.store import client
 
 
 def dry_run(*words: str, **kwargs) -> subprocess.CompletedProcess:
@@ -84,3 +86,23 @@ def test_jobs_are_composed_as_hydra_would(words: list[str]):
             assert compose(words) == OmegaConf.masked_copy(expected, [key for key in expected if key != "hydra"])
     with pytest.raises(Exception, match="max_step"), initialize_config_dir(str(conf_dir()), version_base="1.3"):
         compose(["training.max_step=1"])
+
+
+@pytest.mark.parametrize("launcher", ["local", "joblib", "submitit_local"])
+def test_every_launcher_runs_a_sweep_and_knows_it_again(launcher: str, store, tmp_path):
+    words = [sys.executable, "-m", "qlora_exp", "train", "-m", f"hydra/launcher={launcher}", *QUICK]
+    words += ["evaluation=loss_only", "method=lora", "training.max_length=5,300", f"tracking.uri={store}"]
+    words += [f"tracking.experiment_name={launcher}"]
+    for attempt in ("begun", "known"):
+        result = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert result.returncode == 1, result.stderr  # one of the two must fail
+        assert "1 of 2 jobs did not end well" in result.stderr
+        assert "Traceback" not in result.stderr, attempt
+    assert "sweep.rerun=failed" in result.stdout
+    assert "done in" in result.stdout
+    mlflow = client(store)
+    runs = mlflow.search_runs([mlflow.get_experiment_by_name(launcher).experiment_id])
+    (parent,) = [run for run in runs if "sweep.keys" in run.data.tags]
+    children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert sorted(run.data.tags["outcome"] for run in children) == ["error", "ok"]
+    assert len(runs) == 3

@@ -8,6 +8,7 @@ from qlora_exp import jobs as jobs_module
 from qlora_exp import tracking
 from qlora_exp.errors import SweepError
 from qlora_exp.jobs import Job
+from qlora_exp.journal import last_message
 from qlora_exp.store import client
 from qlora_exp.sweep import Ending, Sweep
 
@@ -121,14 +122,17 @@ def test_a_process_that_dies_is_recorded_as_it_died(jobs, mlflow):
     def dies(waiting):
         for job in waiting:
             with tracking.start(job.config, job.folder, must_reach=False) as tracker:
-                tracker.metrics({"train/loss": 1.0}, 1)
+                tracker.metrics({"train/loss": 1.0, "before/loss": 5.0}, 1)
                 tracker.end = lambda *_, **__: None  # as a kill: nothing more is written
         return [Ending("oom", "the kernel killed it"), None]
 
+    died = jobs("seed", ["1", "2"])
     with pytest.raises(SweepError):
-        execute(jobs("seed", ["1", "2"]), dies)
+        execute(died, dies)
     _, children = mlflow()
     found = {run.data.params["seed"]: (run.info.status, run.data.tags["outcome"]) for run in children}
+    last = last_message(died[0].folder)
+    assert (last["outcome"], last["metrics"]) == ("oom", {"before/loss": 5.0})  # what it had told is not lost
     assert found == {"1": ("FAILED", "oom"), "2": ("KILLED", "killed")}
 
 
@@ -152,11 +156,17 @@ def test_every_metric_of_every_job_is_written_for_spreadsheets(jobs, tmp_path):
     assert json.loads(table.with_suffix(".json").read_text())[0]["after/loss"] == float(rows[0]["after/loss"])
 
 
-def test_a_launcher_that_gives_up_loses_no_result(jobs, capsys):
+def test_what_a_launcher_gave_up_is_launched_again(jobs, mlflow):
     def gives_up(waiting):
         in_process(waiting[:1])
         raise RuntimeError("a worker was lost")
 
-    with pytest.raises(SweepError, match="1 of 2"):
-        execute(jobs("seed", ["1", "2"]), gives_up)
+    execute(jobs("seed", ["1", "2", "3"]), gives_up)
+    _, children = mlflow()
+    assert [child.info.status for child in children] == ["FINISHED"] * 3
+
+
+def test_a_launcher_that_starts_nothing_is_not_asked_for_ever(jobs, capsys):
+    with pytest.raises(SweepError, match="2 of 2"):
+        execute(jobs("seed", ["1", "2"]), lambda waiting: [None] * len(waiting))
     assert "not started" in capsys.readouterr().out
