@@ -65,6 +65,13 @@ def faults(session: nox.Session) -> None:
 
 
 @nox.session
+def slurm(session: nox.Session) -> None:
+    """Sweeps on a real SLURM cluster of one node (as root, with Debian's SLURM packages: tests/slurm/cluster.sh)."""
+    install(session, "dev", "slurm")
+    session.run(sys.executable, "-m", "pytest", "-p", "no:randomly", "tests/slurm/slurm_checks.py", *session.posargs)
+
+
+@nox.session
 def constraints(session: nox.Session) -> None:
     """Write constraints.txt anew from what is installed here."""
     install(session, "dev", "optuna", "joblib", "slurm")
