@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 from tqdm import tqdm
 
+from qlora_exp.cache import built
 from qlora_exp.errors import DataError, did_you_mean
 from qlora_exp.prompts import render
 from qlora_exp.schema import FILE_FORMATS, Config, DatasetConfig
@@ -23,6 +24,7 @@ from qlora_exp.schema import FILE_FORMATS, Config, DatasetConfig
 FAQ = "embedded:construction_faq"
 GYM = "reasoning_gym:"
 IGNORED = -100
+_LAYOUT = 1  # raise it when rows tokenized by older code must not be used any more
 
 
 @dataclass(frozen=True)
@@ -229,7 +231,18 @@ def tokenize(rows: Dataset, config: Config, tokenizer: Any) -> Dataset:
     """`input_ids` and `labels` of each row, uncut; labels are -100 where no loss is taken.
 
     Prompt and completion are tokenized apart, so that training sees exactly the tokens that generation continues.
+    Done once for the same rows, format and tokenizer: other runs find the result in the cache.
     """
+    made_of = [fingerprint(rows), config.dataset.model_dump(mode="json"), config.training.completion_only_loss]
+    made_of += [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map]
+    name = hashlib.sha256(json.dumps([_LAYOUT, *made_of], default=str).encode()).hexdigest()[:16]
+    folder = built(f"tokens-{name}", lambda part: _tokenize(rows, config, tokenizer).save_to_disk(str(part)))
+    found = load_from_disk(str(folder))
+    assert isinstance(found, Dataset)
+    return found
+
+
+def _tokenize(rows: Dataset, config: Config, tokenizer: Any) -> Dataset:
     eos = tokenizer.eos_token_id
 
     def encode(row: dict[str, Any]) -> dict[str, list[int]]:

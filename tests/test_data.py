@@ -195,3 +195,17 @@ def test_cutting_keeps_text_and_tokens_together(tokenizer):
     text, tokens = data.cut(Dataset.from_list(rows), tokenized(rows, tokenizer), 300)
     assert text["completion"][:] == ["kept"]
     assert len(tokens) == 1
+
+
+def test_rows_are_tokenized_once_for_all_runs(config, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_EXP_CACHE", str(tmp_path / "cache"))
+    rows = data.load_rows(config().dataset).train
+    first = data.tokenize(rows, config(), tokenizer)
+    monkeypatch.setattr(data, "_tokenize", lambda *_: pytest.fail("tokenized again"))
+    again = data.tokenize(rows, config("seed=1", "method.r=4", "training.max_length=77"), tokenizer)
+    assert again.to_list() == first.to_list()
+    for change in ("dataset.format=prompt_completion", "training.completion_only_loss=false"):
+        with pytest.raises(pytest.fail.Exception, match="tokenized again"):
+            data.tokenize(rows, config(change), tokenizer)
+    with pytest.raises(pytest.fail.Exception, match="tokenized again"):
+        data.tokenize(rows.select(range(3)), config(), tokenizer)
