@@ -21,7 +21,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from qlora_exp import config, jobs, sweep
+from qlora_exp import config, jobs, launcher, sweep
 from qlora_exp.cli import quiet
 from qlora_exp.errors import ConfigError
 from qlora_exp.schema import Config, SweepConfig
@@ -73,6 +73,8 @@ class _Sweeper(Sweeper):
             every = [[*job.overrides, where, f"hydra.sweep.subdir='{job.folder.name}'"] for job in waiting]
             return [done.return_value for done in self.launcher.launch(every, initial_job_idx=0)]
 
+        if isinstance(self.launcher, LocalLauncher):
+            return sweep.Sweep(folder, settings, launch, lambda: launcher.warm(settings.n_jobs))
         return sweep.Sweep(folder, settings, launch)
 
 
@@ -185,8 +187,6 @@ class LocalLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Hydra's: run these jobs; a job's return value is how its process died, None if it did not."""
         import cloudpickle
-
-        from qlora_exp import launcher
 
         tasks = []
         for number, overrides in enumerate(job_overrides, initial_job_idx):

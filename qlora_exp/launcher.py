@@ -4,6 +4,7 @@ The process they are forked from (multiprocessing's fork server) only imports: i
 GPU, so that forking it is safe. Knows nothing of what a job does.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -74,7 +76,7 @@ def run_all(
     Returns:
         For each task how its process ended, None if it returned or was not started.
     """
-    context, gpus = _context(n_jobs), visible_gpus()
+    context, gpus = warm(n_jobs), visible_gpus()
     endings: list[Ending | None] = [None] * len(tasks)
     waiting = deque(range(len(tasks)))
     running: dict[int, _Running] = {}
@@ -146,12 +148,14 @@ def _oom_kills() -> int:
     return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 
 
-def _context(n_jobs: int) -> Any:
+def warm(n_jobs: int) -> Any:
+    """Start loading the libraries in the fork server, without waiting; the context whose processes it forks."""
     if n_jobs > 1:  # inherited by the fork server, in which OpenMP reads them
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_jobs)))
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*_PRELOAD, *(() if visible_gpus() else _PRELOAD_WITHOUT_GPU)])
+    forkserver.ensure_running()
     return context
 
 
@@ -167,6 +171,7 @@ def _call(pickled: bytes, output: Path | None, gpu: str | None) -> None:
     """In the job's process."""
     import cloudpickle
 
+    gc.freeze()  # what the imports made is shared with the fork server and never garbage: not to be looked at again
     if gpu is not None:  # before CUDA begins
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     if output is not None:

@@ -49,8 +49,12 @@ class Sweep:
         TrackingError: MLflow cannot be reached.
     """
 
-    def __init__(self, folder: Path, settings: SweepConfig, launch: Launch) -> None:
+    def __init__(
+        self, folder: Path, settings: SweepConfig, launch: Launch, warm: Callable[[], object] = lambda: None
+    ) -> None:
+        """Runs jobs in `folder` by `launch`; `warm` is called once it is certain that there are jobs to launch."""
         self.folder = folder
+        self._warm = warm
         self._settings = settings
         self._launch = launch
         self._jobs: dict[str, Job] = {}
@@ -100,6 +104,7 @@ class Sweep:
         show_plan(jobs, plan, self.folder)
         if not waiting or self._settings.dry_run:
             return
+        self._warm()
         if self._parent is None:
             self._open(jobs[0])
         for job in waiting:
