@@ -164,6 +164,7 @@ def quiet() -> None:
         "mlflow",
         "httpx",
         "datasets",
+        "urllib3",
         "evaluate",
         "absl",
         "bitsandbytes",
