@@ -69,6 +69,8 @@ class Sweep:
             if error is None:
                 self._record()
                 self._parent.end("FINISHED", "ok")
+            elif isinstance(error, Exception):
+                self._parent.end("FAILED", "error", f"{type(error).__name__}: {error}")
             else:
                 self._parent.end("KILLED", "killed", "the sweep was interrupted")
             self._parent.close()
