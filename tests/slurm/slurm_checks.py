@@ -55,7 +55,7 @@ def test_jobs_end_as_they_do_on_this_machine(store, tmp_path):
 
 
 @pytest.mark.parametrize("how", ["scancel", "kill -9"])
-def test_a_job_that_is_cut_off_goes_on(how: str, store, tmp_path):
+def test_a_job_that_is_cut_off_is_recorded_and_would_go_on(how: str, store, tmp_path):
     name = how.replace(" ", "")
     words = sweep(
         store, name, "seed=1,2", "training.max_steps=4000", "training.save_strategy=steps", "training.save_steps=10"
