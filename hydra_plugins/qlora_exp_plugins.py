@@ -190,8 +190,9 @@ class LocalLauncher(Launcher):
 
         tasks = []
         for number, overrides in enumerate(job_overrides, initial_job_idx):
-            where = dict(word.split("=", 1) for word in overrides[-2:])  # as `GridSweeper` adds them
-            folder = Path(where["hydra.sweep.dir"].strip("'")) / where["hydra.sweep.subdir"].strip("'")
+            where = dict(word.split("=", 1) for word in overrides if word.startswith("hydra.sweep."))
+            parent = where.get("hydra.sweep.dir", str(self.config.hydra.sweep.dir)).strip("'")
+            folder = Path(parent, where.get("hydra.sweep.subdir", str(number)).strip("'"))
             job = _HydraJob(self.hydra_context, self.task_function, self.config, list(overrides), number)
             tasks.append(launcher.Task(cloudpickle.dumps(job), folder))
         settings = self.config.sweep

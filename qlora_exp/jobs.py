@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qlora_exp import identity
+from qlora_exp.checkpoints import checkpoints, is_whole, step
 from qlora_exp.errors import PrunedError
 from qlora_exp.journal import FILE, is_held, last_message, read
 from qlora_exp.schema import Config
@@ -86,7 +87,8 @@ def decide(job: Job, rerun: str) -> tuple[Action, str]:
     if found == "running":
         return "skip", "another process is running it"
     if found == "cut off":
-        from_step = max((step for step in _checkpoints(job.folder)), default=0)
+        whole = [step(one) for one in checkpoints(job.folder / "checkpoints") if is_whole(one)]
+        from_step = max(whole, default=0)
         return "resume", f"was cut off; from step {from_step}" if from_step else "was cut off before a checkpoint"
     if found in GOOD:
         done = "done" if found == "ok" else found
@@ -107,11 +109,6 @@ def _why_new(job: Job) -> str:
     return "new"
 
 
-def _checkpoints(folder: Path) -> list[int]:
-    whole = (folder / "checkpoints").glob("checkpoint-*/trainer_state.json")
-    return [int(file.parent.name.rpartition("-")[2]) for file in whole]
-
-
 def run_job(config: Config, folder: Path) -> None:
     """One job, in whichever process it was launched; its end is in its journal, and nothing is raised but an exit."""
     given = json.loads((folder / JOB_FILE).read_text("utf-8"))
@@ -128,7 +125,7 @@ def run_job(config: Config, folder: Path) -> None:
         log.info("pruned: %s", error)
     except KeyboardInterrupt:  # recorded as killed
         raise SystemExit(130) from None
-    except Exception as error:
+    except Exception as error:  # a job's failure is a result: it is recorded, and the other jobs go on
         if last_message(folder) is None:  # it did not come as far as its run
             tracking.record_failure(config, folder, given["tags"], error)
         log.error("error: %s: %s", type(error).__name__, error)  # noqa: TRY400

@@ -175,6 +175,7 @@ def _call(pickled: bytes, output: Path | None, gpu: str | None) -> None:
     if gpu is not None:  # before CUDA begins
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
         file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, sys.stdout.fileno())
         os.dup2(file, sys.stderr.fileno())

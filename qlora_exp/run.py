@@ -16,6 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from qlora_exp.checkpoints import checkpoints
 from qlora_exp.errors import ConfigError, DataError
 from qlora_exp.schema import Config
 from qlora_exp.secrets import RedactingFormatter, load_env_file
@@ -207,8 +208,8 @@ def run(
         sizes = {"model_bytes": size_on_disk(saved)}
         if peft_config is not None:  # computed: merging itself would cost the memory of another model
             sizes["merged_model_bytes_computed"] = base_parameters * getattr(torch, resolved.dtype).itemsize
-        if checkpoints := training.checkpoints(output_dir / "checkpoints"):
-            sizes["checkpoint_bytes"] = size_on_disk(checkpoints[-1])
+        if kept := checkpoints(output_dir / "checkpoints"):
+            sizes["checkpoint_bytes"] = size_on_disk(kept[-1])
         note(sizes, step)
         keep = config.tracking.log_adapter if peft_config is not None else config.tracking.log_full_model
         if keep:

@@ -22,7 +22,7 @@ from mlflow.exceptions import MlflowException
 from qlora_exp import config as config_module
 from qlora_exp import identity, provenance
 from qlora_exp.errors import ConfigError, TrackingError
-from qlora_exp.journal import Journal, is_held, last_message
+from qlora_exp.journal import Journal, last_message
 from qlora_exp.schema import Config
 from qlora_exp.secrets import redact
 from qlora_exp.store import client, is_refused, short, store_uri, tell
@@ -299,9 +299,10 @@ def finish(folder: Path, outcome: str, failure: str, uri: str | None = None) -> 
     Returns:
         Whether MLflow has everything now; False too while a living process holds the folder.
     """
-    if is_held(folder):
+    try:
+        journal = Journal(folder)
+    except Timeout:
         return False
-    journal = Journal(folder)
     begin = next(journal.messages(), None)
     if begin is None:
         journal.close()

@@ -22,6 +22,7 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from qlora_exp.adapters import keep_dtypes
+from qlora_exp.checkpoints import checkpoints, is_whole
 from qlora_exp.data import IGNORED
 from qlora_exp.device import Resolved
 from qlora_exp.errors import ConfigError
@@ -324,22 +325,12 @@ def checkpoint_to_resume(configured: str | None, output_dir: Path, resumed: bool
     Raises:
         ConfigError: there is no checkpoint where the config says.
     """
-    own = [folder for folder in checkpoints(output_dir / "checkpoints") if _is_whole(folder)] if resumed else []
+    own = [folder for folder in checkpoints(output_dir / "checkpoints") if is_whole(folder)] if resumed else []
     if own or configured is None:
         return own[-1] if own else None
     path = Path(configured)
-    found = [path] if _is_whole(path) else [*checkpoints(path), *checkpoints(path / "checkpoints")]
-    whole = [folder for folder in found if _is_whole(folder)]
+    found = [path] if is_whole(path) else [*checkpoints(path), *checkpoints(path / "checkpoints")]
+    whole = [folder for folder in found if is_whole(folder)]
     if not whole:
         raise ConfigError(f"training.resume_from_checkpoint: no checkpoint in {configured}")
     return whole[-1]
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The trainer's checkpoints in `folder`, oldest first."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether its last file was written: one that a kill cut off has no trainer state."""
-    return (checkpoint / "trainer_state.json").is_file()
