@@ -42,10 +42,11 @@ class _Sweeper(Sweeper):
         )
 
     def parse(self, arguments: Sequence[str]) -> list[Override]:
-        """A named sweep's overrides, and those of the command line after them."""
+        """A named sweep's overrides, and those of the command line after them; what is swept comes last."""
         words = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
         overrides = OverridesParser.create(config_loader=self.hydra_context.config_loader).parse_overrides(words)
-        return list({override.key_or_group: override for override in overrides}.values())
+        last = {override.key_or_group: override for override in overrides}
+        return sorted(last.values(), key=Override.is_sweep_override)
 
     def folder(self, overrides: Sequence[Override], settings: SweepConfig) -> Path:
         """The sweep's own."""
@@ -53,16 +54,16 @@ class _Sweeper(Sweeper):
         name = settings.name or jobs.default_name(swept, [str(override.input_line) for override in overrides])
         return Path(self.config.hydra.sweep.dir, name).resolve()
 
-    def check(self, words: Sequence[str]) -> Config:
-        """The config of one job.
+    def check(self, fixed: Sequence[str], chosen: Sequence[str]) -> Config:
+        """The config of one job: of the overrides that all share, then its own.
 
         Raises:
             ConfigError: with the overrides that it is of.
         """
         try:
-            return config.check(self.compose(words))
+            return config.check(self.compose(fixed, chosen))
         except ConfigError as error:
-            raise ConfigError(f"{error}\nin: {' '.join(words)}") from error
+            raise ConfigError(f"{error}\nin: {' '.join([*fixed, *chosen])}") from error
 
     def begin(self, folder: Path, settings: SweepConfig) -> sweep.Sweep:
         """The sweep, whose jobs go to the launcher."""
@@ -85,10 +86,10 @@ class GridSweeper(_Sweeper):
         """Hydra's: everything."""
         overrides = self.parse(arguments)
         combinations = BasicSweeper.split_arguments(overrides, None)[0]
-        keys = {override.get_key_element() for override in overrides if override.is_sweep_override()}
-        values = [dict(word.split("=", 1) for word in combination) for combination in combinations]
-        swept = [{key.lstrip("+"): value for key, value in one.items() if key in keys} for one in values]
-        configs = [self.check(combination) for combination in combinations]
+        shared = sum(not override.is_sweep_override() for override in overrides)
+        values = [[word.split("=", 1) for word in combination[shared:]] for combination in combinations]
+        swept = [{key.lstrip("+"): value for key, value in one} for one in values]
+        configs = [self.check(combination[:shared], combination[shared:]) for combination in combinations]
         settings = configs[0].sweep
         folder = self.folder(overrides, settings)
         with self.begin(folder, settings) as running:
@@ -117,9 +118,9 @@ class OptunaSweeper(_Sweeper):
             words = [[*repeat, *chosen] for repeat in repeats]
             shown = {key.lstrip("+"): _short(value) for key, value in values.items()}
             swept = [shown | ({"seed": _seed(repeat)} if len(repeats) > 1 else {}) for repeat in repeats]
-            return jobs.jobs([self.check(one) for one in words], swept, words, folder)
+            return jobs.jobs([self.check(repeat, chosen) for repeat in repeats], swept, words, folder)
 
-        first = self.check([*repeats[0], *(f"{key}={search.example(one)}" for key, one in space.items())])
+        first = self.check(repeats[0], [f"{key}={search.example(one)}" for key, one in space.items()])
         folder = self.folder(overrides, first.sweep)
         if first.sweep.dry_run:
             print(
@@ -141,35 +142,32 @@ def _seed(words: Sequence[str]) -> str:
 
 
 class Composer:
-    """Composes the jobs of a sweep: what Hydra does for each from its files is done once for each choice of options.
+    """Composes the jobs of a sweep: what Hydra does for each is done once for what they share.
 
-    Hydra applies `key=value` to what the chosen options gave, after everything else; so may we (hydra 1.3).
+    Hydra applies `key=value`, in order, to what the chosen options gave, after everything else; so may we (hydra 1.3).
     """
 
     def __init__(self, loader: Any, master: DictConfig) -> None:
         self._loader, self._master = loader, master
-        self._chosen: dict[tuple[str, ...], bytes] = {}
         self._parser = OverridesParser.create()
-        self._parsed: dict[str, Override] = {}
+        self._begun: dict[tuple[str, ...], bytes] = {}
 
-    def __call__(self, words: Sequence[str]) -> DictConfig:
-        """The config of one job, without the `hydra` node."""
-        parsed = [self._parse(word) for word in words]
-        values = [one for one in parsed if self._is_value(one)]
-        options = tuple(str(one.input_line) for one in parsed if one not in values)
-        if options not in self._chosen:
-            found = self._loader.load_sweep_config(self._master, list(options))
-            rest = OmegaConf.masked_copy(found, [key for key in found if key != "hydra"])
-            OmegaConf.set_struct(rest, True)
-            self._chosen[options] = pickle.dumps(rest)
-        config: DictConfig = pickle.loads(self._chosen[options])
+    def __call__(self, fixed: Sequence[str], chosen: Sequence[str]) -> DictConfig:
+        """The config of one job, without the `hydra` node: of overrides that others share, then its own."""
+        own = [self._parser.parse_override(word) for word in chosen]
+        values = [one for one in own if self._is_value(one)]
+        shared = (*fixed, *(str(one.input_line) for one in own if one not in values))
+        if shared not in self._begun:
+            self._begun[shared] = pickle.dumps(self._begin(shared))
+        config: DictConfig = pickle.loads(self._begun[shared])
         ConfigLoaderImpl._apply_overrides_to_config(values, config)
         return config
 
-    def _parse(self, word: str) -> Override:
-        if word not in self._parsed:
-            self._parsed[word] = self._parser.parse_override(word)
-        return self._parsed[word]
+    def _begin(self, words: Sequence[str]) -> DictConfig:
+        found = self._loader.load_sweep_config(self._master, list(words))
+        rest = OmegaConf.masked_copy(found, [key for key in found if key != "hydra"])
+        OmegaConf.set_struct(rest, True)
+        return rest
 
     def _is_value(self, override: Override) -> bool:
         if override.is_delete() or override.is_hydra_override() or override.package:

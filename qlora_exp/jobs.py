@@ -28,6 +28,8 @@ GOOD = ("ok", "pruned")
 
 State = Literal["new", "running", "cut off", "ok", "pruned", "oom", "nan", "timeout", "error"]
 Action = Literal["run", "resume", "rerun", "skip"]
+RUNNING: tuple[Action, str] = ("skip", "another process is running it")
+"""What is decided of a job that is under way."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def decide(job: Job, rerun: str) -> tuple[Action, str]:
     if found == "new":
         return "run", _why_new(job)
     if found == "running":
-        return "skip", "another process is running it"
+        return RUNNING
     if found == "cut off":
         whole = [step(one) for one in checkpoints(job.folder / "checkpoints") if is_whole(one)]
         from_step = max(whole, default=0)

@@ -119,6 +119,11 @@ def settings(peft_type: str) -> dict[str, Any]:
     return {name: kind for name, kind in fields.items() if name not in _NOT_SETTINGS}
 
 
+@cache
+def _validator(peft_type: str, name: str) -> TypeAdapter[Any]:
+    return TypeAdapter(settings(peft_type)[name], config=ConfigDict(strict=True))
+
+
 def check(section: str, peft_type: str, given: dict[str, Any]) -> list[str]:
     """What is wrong with `given` as settings of `peft_type`: one message for each, empty if nothing."""
     known = settings(peft_type)
@@ -130,7 +135,7 @@ def check(section: str, peft_type: str, given: dict[str, Any]) -> list[str]:
             )
             continue
         try:
-            TypeAdapter(known[name], config=ConfigDict(strict=True)).validate_python(value)
+            _validator(peft_type, name).validate_python(value)
         except ValidationError as error:
             problems.append(f"{section}.{name}: {error.errors()[0]['msg']}, got {value!r}")
             continue

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_exp.errors import SweepError
-from qlora_exp.jobs import GOOD, JOB_FILE, Action, Job, decide, let_start, state, stopped
-from qlora_exp.journal import is_held, write_atomically
+from qlora_exp.jobs import GOOD, JOB_FILE, RUNNING, Action, Job, decide, let_start, state, stopped
+from qlora_exp.journal import write_atomically
 from qlora_exp.schema import SweepConfig
 from qlora_exp.signals import heeded
 
@@ -90,11 +90,12 @@ class Sweep:
             jobs: any of the sweep's.
             pruning: for a job's key how it asks whether to go on (`search.judge`).
         """
-        deadline = time.monotonic() + _ORPHAN_SECONDS
-        while any(is_held(job.folder) for job in jobs) and time.monotonic() < deadline:
-            time.sleep(0.2)
         self._jobs |= {job.key: job for job in jobs}
         plan = {job.key: decide(job, self._settings.rerun) for job in jobs}
+        deadline = time.monotonic() + _ORPHAN_SECONDS
+        while (held := [job for job in jobs if plan[job.key] == RUNNING]) and time.monotonic() < deadline:
+            time.sleep(0.2)
+            plan |= {job.key: decide(job, self._settings.rerun) for job in held}
         if (new := [job for job in jobs if plan[job.key][1] == "new"]) and self._settings.rerun != "all":
             self._elsewhere |= _finished(new)
             plan |= {

@@ -82,10 +82,11 @@ def test_jobs_are_composed_as_hydra_would(words: list[str]):
         master = loader.load_configuration("config", [], run_mode=RunMode.MULTIRUN)
         expected = loader.load_sweep_config(master, words)
         compose = Composer(loader, master)
-        for _ in range(2):  # the second time from what the first one kept
-            assert compose(words) == OmegaConf.masked_copy(expected, [key for key in expected if key != "hydra"])
+        for shared in (len(words) - 1, 1, 0, 0):  # the last time from what the one before kept
+            composed = compose(words[:shared], words[shared:])
+            assert composed == OmegaConf.masked_copy(expected, [key for key in expected if key != "hydra"])
     with pytest.raises(Exception, match="max_step"), initialize_config_dir(str(conf_dir()), version_base="1.3"):
-        compose(["training.max_step=1"])
+        compose([], ["training.max_step=1"])
 
 
 @pytest.mark.parametrize("launcher", ["local", "joblib", "submitit_local"])
