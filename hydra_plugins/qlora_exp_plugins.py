@@ -4,6 +4,7 @@ Only the bridge: what a sweep is stands in `qlora_exp/sweep.py`, how jobs are ru
 imports this module for every command, so it must stay light.
 """
 
+import gc
 import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -68,6 +69,7 @@ class _Sweeper(Sweeper):
     def begin(self, folder: Path, settings: SweepConfig) -> sweep.Sweep:
         """The sweep, whose jobs go to the launcher."""
         quiet()
+        gc.enable()
 
         def launch(waiting: Sequence[jobs.Job]) -> list[Any]:
             where = f"hydra.sweep.dir='{folder}'"

@@ -1,7 +1,6 @@
 """Jobs in processes of their own, forked from one that has loaded the libraries: fresh memory without the imports.
 
-The process they are forked from (multiprocessing's fork server) only imports: it runs no kernel and never touches a
-GPU, so that forking it is safe. Knows nothing of what a job does.
+The process they are forked from (multiprocessing's fork server) only imports `preload`. Knows nothing of what jobs do.
 """
 
 import gc
@@ -28,20 +27,7 @@ GRACE_SECONDS = 30.0
 ORPHAN_SECONDS = 10.0
 """The same for a job whose sweep was killed."""
 OUTPUT_FILE = "output.log"
-# What jobs import sooner or later; what is not there is imported by the job itself.
-_PRELOAD = (
-    "torch",
-    "transformers.models.llama.modeling_llama",
-    "datasets",
-    "evaluate",
-    "rouge_score.rouge_scorer",
-    "mlflow.store.tracking.sqlalchemy_store",
-    "qlora_exp.data",
-    "qlora_exp.tracking",
-    "qlora_exp.summary",
-)
-# bitsandbytes, which PEFT and TRL import, asks a GPU for its capability at import, and after that no fork may use it.
-_PRELOAD_WITHOUT_GPU = ("qlora_exp.model", "qlora_exp.adapters", "qlora_exp.training", "qlora_exp.evaluation")
+_PRELOAD = ["qlora_exp.preload"]
 
 
 @dataclass(frozen=True)
@@ -154,7 +140,7 @@ def warm(n_jobs: int) -> Any:
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_jobs)))
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([*_PRELOAD, *(() if visible_gpus() else _PRELOAD_WITHOUT_GPU)])
+    context.set_forkserver_preload(_PRELOAD)
     forkserver.ensure_running()
     return context
 
@@ -172,6 +158,7 @@ def _call(pickled: bytes, output: Path | None, gpu: str | None) -> None:
     import cloudpickle
 
     gc.freeze()  # what the imports made is shared with the fork server and never garbage: not to be looked at again
+    gc.enable()
     if gpu is not None:  # before CUDA begins
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     if output is not None:

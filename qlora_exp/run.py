@@ -5,6 +5,7 @@
 Whatever can be refused is refused before the weights are loaded.
 """
 
+import gc
 import json
 import logging
 import shutil
@@ -81,6 +82,7 @@ def run(
     from qlora_exp import adapters, evaluation, model, provenance, tracking, training
     from qlora_exp.memory import MemoryMonitor, reuse_freed_memory, size_on_disk
 
+    gc.enable()  # the command line starts without
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     output_dir = _writable(output_dir)

@@ -52,7 +52,7 @@ class Sweep:
     def __init__(
         self, folder: Path, settings: SweepConfig, launch: Launch, warm: Callable[[], object] = lambda: None
     ) -> None:
-        """Runs jobs in `folder` by `launch`; `warm` is called once it is certain that there are jobs to launch."""
+        """Runs jobs in `folder` by `launch`; `warm` is called as soon as there may be jobs to launch."""
         self.folder = folder
         self._warm = warm
         self._settings = settings
@@ -96,6 +96,8 @@ class Sweep:
         while (held := [job for job in jobs if plan[job.key] == RUNNING]) and time.monotonic() < deadline:
             time.sleep(0.2)
             plan |= {job.key: decide(job, self._settings.rerun) for job in held}
+        if not self._settings.dry_run and any(action != "skip" for action, _ in plan.values()):
+            self._warm()
         if (new := [job for job in jobs if plan[job.key][1] == "new"]) and self._settings.rerun != "all":
             self._elsewhere |= _finished(new)
             plan |= {
@@ -107,7 +109,6 @@ class Sweep:
         show_plan(jobs, plan, self.folder)
         if not waiting or self._settings.dry_run:
             return
-        self._warm()
         if self._parent is None:
             self._open(jobs[0])
         for job in waiting:

@@ -1,5 +1,6 @@
 """Shared by all tests: no network, no files outside temporary folders, tiny models, one MLflow store."""
 
+import gc
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of two processes slow each other tenfold
@@ -111,6 +112,13 @@ def losses() -> Callable[[Any], list[float]]:
         return [record["train/loss"] for record in metrics(result.output_dir) if "train/loss" in record]
 
     return read
+
+
+@pytest.fixture(autouse=True)
+def _garbage_is_collected() -> Iterator[None]:
+    """The command line turns it off until it has something to run."""
+    yield
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

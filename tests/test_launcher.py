@@ -15,8 +15,7 @@ from qlora_exp.signals import heeded
 @pytest.fixture(autouse=True)
 def _light(monkeypatch):
     """These jobs need no libraries."""
-    monkeypatch.setattr(launcher, "_PRELOAD", ("cloudpickle",))
-    monkeypatch.setattr(launcher, "_PRELOAD_WITHOUT_GPU", ())
+    monkeypatch.setattr(launcher, "_PRELOAD", ["cloudpickle"])
     monkeypatch.setattr(launcher, "GRACE_SECONDS", 3.0)
 
 
