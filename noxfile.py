@@ -66,15 +66,22 @@ def faults(session: nox.Session) -> None:
 
 @nox.session
 def slurm(session: nox.Session) -> None:
-    """Sweeps on a real SLURM cluster of one node (as root, with Debian's SLURM packages: tests/slurm/cluster.sh)."""
+    """Sweeps on a real SLURM cluster of one node (as root, with Debian's SLURM packages: tests/clusters/cluster.sh)."""
     install(session, "dev", "slurm")
-    session.run(sys.executable, "-m", "pytest", "-p", "no:randomly", "tests/slurm/slurm_checks.py", *session.posargs)
+    session.run(sys.executable, "-m", "pytest", "-p", "no:randomly", "tests/clusters/slurm_checks.py", *session.posargs)
+
+
+@nox.session
+def ray(session: nox.Session) -> None:
+    """Sweeps on Ray's own cluster on this machine (about five minutes)."""
+    install(session, "dev", "ray")
+    session.run(sys.executable, "-m", "pytest", "-p", "no:randomly", "tests/clusters/ray_checks.py", *session.posargs)
 
 
 @nox.session
 def constraints(session: nox.Session) -> None:
     """Write constraints.txt anew from what is installed here."""
-    install(session, "dev", "optuna", "joblib", "slurm")
+    install(session, "dev", "optuna", "joblib", "slurm", "ray")
     frozen = session.run(sys.executable, "-m", "pip", "freeze", "--exclude-editable", silent=True)
     lines = [line.split("+")[0] for line in str(frozen).splitlines() if "==" in line]  # torch's +cpu, +cu130 fit all
     with open("constraints.txt", "w", encoding="utf-8") as file:

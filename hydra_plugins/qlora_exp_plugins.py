@@ -6,7 +6,9 @@ imports this module for every command, so it must stay light.
 
 import gc
 import pickle
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +78,8 @@ class _Sweeper(Sweeper):
             every = [[*job.overrides, where, f"hydra.sweep.subdir='{job.folder.name}'"] for job in waiting]
             return [done.return_value for done in self.launcher.launch(every, initial_job_idx=0)]
 
-        if isinstance(self.launcher, LocalLauncher):
-            return sweep.Sweep(folder, settings, launch, lambda: launcher.warm(settings.n_jobs))
-        return sweep.Sweep(folder, settings, launch)
+        local = isinstance(self.launcher, LocalLauncher)
+        return sweep.Sweep(folder, settings, launch, local, lambda: local and launcher.warm(settings.n_jobs))
 
 
 class GridSweeper(_Sweeper):
@@ -177,8 +178,8 @@ class Composer:
         return not self._loader.repository.group_exists(override.key_or_group)
 
 
-class LocalLauncher(Launcher):
-    """Jobs on this machine, each in a process of its own."""
+class _Launcher(Launcher):
+    """What our launchers share: what Hydra asks of one, as tasks for processes."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Hydra's, before `launch`."""
@@ -195,14 +196,44 @@ class LocalLauncher(Launcher):
             folder = Path(parent, where.get("hydra.sweep.subdir", str(number)).strip("'"))
             job = _HydraJob(self.hydra_context, self.task_function, self.config, list(overrides), number)
             tasks.append(launcher.Task(cloudpickle.dumps(job), folder))
+        return [_returned(ending) for ending in self.run_all(tasks)]
+
+    @abstractmethod
+    def run_all(self, tasks: Sequence[launcher.Task]) -> Sequence[sweep.Ending | None]:
+        """Each in a process of its own."""
+
+
+class LocalLauncher(_Launcher):
+    """Jobs on this machine."""
+
+    def run_all(self, tasks: Sequence[launcher.Task]) -> Sequence[sweep.Ending | None]:
+        """Each in a process of its own."""
         settings = self.config.sweep
-        endings = launcher.run_all(
+        return launcher.run_all(
             tasks,
             settings.n_jobs,
             settings.timeout_minutes and 60 * settings.timeout_minutes,
             lambda: settings.fail_fast and jobs.stopped(tasks[0].folder.parent),
         )
-        return [_returned(ending) for ending in endings]
+
+
+class RayLauncher(_Launcher):
+    """Jobs on a Ray cluster."""
+
+    def __init__(self, init: Mapping[str, Any], remote: Mapping[str, Any]) -> None:
+        self.init, self.remote = init, remote
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Hydra's, before `launch`."""
+        if find_spec("ray") is None:
+            raise ConfigError("hydra/launcher=ray needs its package: pip install 'qlora-exp[ray]'")
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+
+    def run_all(self, tasks: Sequence[launcher.Task]) -> Sequence[sweep.Ending | None]:
+        """Each in a worker of its own."""
+        from qlora_exp import ray_launcher
+
+        return ray_launcher.run_all(tasks, self.config.sweep.n_jobs, self.init, self.remote)
 
 
 class _HydraJob:

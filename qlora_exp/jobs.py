@@ -17,11 +17,12 @@ from qlora_exp.checkpoints import checkpoints, is_whole, step
 from qlora_exp.errors import PrunedError
 from qlora_exp.journal import FILE, is_held, last_message, read
 from qlora_exp.schema import Config
+from qlora_exp.signals import heeded, time_limit
 
 log = logging.getLogger(__name__)
 
 JOB_FILE = "job.json"
-"""What the sweep tells a job beside its config: tags, whether a failure stops the others, how to prune it."""
+"""What the sweep tells a job beside its config: tags, whether a failure stops the others, its time, how to prune it."""
 _STOP_FILE = "stop"
 GOOD = ("ok", "pruned")
 """Outcomes that are no failure."""
@@ -122,7 +123,9 @@ def run_job(config: Config, folder: Path) -> None:
 
     log.info("job %s", folder.name)
     try:
-        show(run(config, folder, given["tags"], must_reach=False, pruning=given["pruning"]), config.tracking.uri)
+        with heeded(), time_limit(given["time_limit"]):
+            result = run(config, folder, given["tags"], must_reach=False, pruning=given["pruning"])
+        show(result, config.tracking.uri)
     except PrunedError as error:
         log.info("pruned: %s", error)
     except KeyboardInterrupt:  # recorded as killed

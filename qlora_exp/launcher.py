@@ -7,7 +7,6 @@ import gc
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 import time
 from collections import deque
@@ -19,11 +18,9 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, cast
 
-from qlora_exp.signals import OUT_OF_TIME
+from qlora_exp.signals import GRACE_SECONDS, OUT_OF_TIME
 from qlora_exp.sweep import Ending
 
-GRACE_SECONDS = 30.0
-"""What a job gets to write down how it ended, before it is killed."""
 ORPHAN_SECONDS = 10.0
 """The same for a job whose sweep was killed."""
 OUTPUT_FILE = "output.log"
@@ -162,14 +159,19 @@ def _call(pickled: bytes, output: Path | None, gpu: str | None) -> None:
     if gpu is not None:  # before CUDA begins
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, sys.stdout.fileno())
-        os.dup2(file, sys.stderr.fileno())
+        write_into(output)
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_follow, args=(parent.sentinel,), daemon=True).start()
     cloudpickle.loads(pickled)()
+
+
+def write_into(output: Path) -> None:
+    """From now on this process, and what it starts, prints into `output`, after what is there."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
 
 
 def _follow(sentinel: int) -> None:

@@ -18,7 +18,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from qlora_exp.errors import ConfigError, PrunedError, did_you_mean
-from qlora_exp.jobs import Job, state
+from qlora_exp.jobs import Job
 from qlora_exp.journal import write_atomically
 from qlora_exp.schema import SearchConfig
 from qlora_exp.sweep import Sweep
@@ -59,15 +59,15 @@ def search(
         pruning = {jobs[trial.number][0].key: _told(sweep.folder, trial) for trial in batch} if prunable else {}
         sweep.run([job for repeats in jobs.values() for job in repeats], pruning)
         for trial in batch:
-            values = [_values(job, settings.metrics) for job in jobs[trial.number]]
-            ended = [state(job.folder)[0] for job in jobs[trial.number]]
-            if "pruned" in ended:
+            ended = [sweep.ended(job) for job in jobs[trial.number]]
+            outcomes = {one["outcome"] for one in ended}
+            if "pruned" in outcomes:
                 study.tell(trial.number, state=TrialState.PRUNED)
-            elif None in values:
-                study.tell(trial.number, state=TrialState.FAIL)
+            elif outcomes == {"ok"}:
+                values = [_values(one["metrics"], settings.metrics) for one in ended]
+                study.tell(trial.number, [statistics.fmean(one) for one in zip(*values, strict=True)])
             else:
-                means = [statistics.fmean(one) for one in zip(*filter(None, values), strict=True)]
-                study.tell(trial.number, means)
+                study.tell(trial.number, state=TrialState.FAIL)
     best = study.best_trials
     found = [
         {"trial": one.number, "params": one.params, **dict(zip(settings.metrics, one.values, strict=True))}
@@ -116,12 +116,7 @@ def _study(folder: Path, settings: SearchConfig) -> optuna.Study:
     return study
 
 
-def _values(job: Job, names: Sequence[str]) -> list[float] | None:
-    """The job's metrics; None if it did not end well."""
-    found, last = state(job.folder)
-    if found != "ok":
-        return None
-    metrics = last["metrics"]
+def _values(metrics: Mapping[str, float], names: Sequence[str]) -> list[float]:
     if missing := [name for name in names if name not in metrics]:
         raise ConfigError(f"search.metrics: jobs have no '{missing[0]}'{did_you_mean(missing[0], metrics)}")
     return [metrics[name] for name in names]

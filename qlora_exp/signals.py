@@ -1,5 +1,7 @@
 """What the signals of a scheduler or of `kill` mean here: the run ends as with Ctrl-C, or as one out of time."""
 
+import faulthandler
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -9,6 +11,8 @@ from types import FrameType
 from qlora_exp.errors import TimeLimitError
 
 OUT_OF_TIME = signal.SIGUSR1
+GRACE_SECONDS = 30.0
+"""What a job gets to write down how it ended, before it is killed."""
 
 
 @contextmanager
@@ -30,3 +34,23 @@ def heeded() -> Iterator[None]:
     finally:
         for number, act in before.items():
             signal.signal(number, act)
+
+
+@contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """After `seconds` inside, this process gets `OUT_OF_TIME`; if it is still inside `GRACE_SECONDS` later, it ends.
+
+    Then with the tracebacks of all threads on stderr, and however it hangs: that needs no lock of Python's.
+    """
+    if seconds is None:
+        yield
+        return
+    timer = threading.Timer(seconds, os.kill, (os.getpid(), OUT_OF_TIME))
+    timer.daemon = True
+    timer.start()
+    faulthandler.dump_traceback_later(seconds + GRACE_SECONDS, exit=True)
+    try:
+        yield
+    finally:
+        timer.cancel()
+        faulthandler.cancel_dump_traceback_later()

@@ -153,14 +153,17 @@ def _experiment(mlflow: MlflowClient, name: str, uri: str) -> str:
         raise
 
 
-def finished_runs(uri: str | None, experiment: str) -> dict[str, str]:
-    """Run ids of the finished runs of an experiment, by run key; a store that is not there yet is not made."""
+def finished_runs(uri: str | None, experiment: str) -> dict[str, dict[str, Any]]:
+    """The finished runs of an experiment by run key: `run_id`, `outcome`, `metrics`, `seconds`.
+
+    A store that is not there yet is not made.
+    """
     address = store_uri(uri)
     if address.startswith("sqlite:///") and not Path(address.removeprefix("sqlite:///")).is_file():
         return {}
     mlflow = client(uri)
     found = mlflow.get_experiment_by_name(experiment)
-    keys: dict[str, str] = {}
+    keys: dict[str, dict[str, Any]] = {}
     token = None
     while found is not None:
         page = mlflow.search_runs(
@@ -169,7 +172,10 @@ def finished_runs(uri: str | None, experiment: str) -> dict[str, str]:
             max_results=1000,
             page_token=token,
         )
-        keys |= {run.data.tags["run_key"]: run.info.run_id for run in page}
+        for run in page:
+            seconds = (run.info.end_time - run.info.start_time) / 1000
+            values = {"outcome": "ok", "metrics": run.data.metrics, "seconds": seconds}
+            keys[run.data.tags["run_key"]] = {"run_id": run.info.run_id, **values}
         token = page.token
         if not token:
             break

@@ -50,15 +50,29 @@ class Sweep:
     """
 
     def __init__(
-        self, folder: Path, settings: SweepConfig, launch: Launch, warm: Callable[[], object] = lambda: None
+        self,
+        folder: Path,
+        settings: SweepConfig,
+        launch: Launch,
+        watches_time: bool = True,
+        warm: Callable[[], object] = lambda: None,
     ) -> None:
-        """Runs jobs in `folder` by `launch`; `warm` is called as soon as there may be jobs to launch."""
+        """What runs jobs.
+
+        Args:
+            folder: of the sweep.
+            settings: `sweep` of the config.
+            launch: how.
+            watches_time: whether that heeds `sweep.timeout_minutes`; else each job does.
+            warm: called as soon as there may be jobs to launch.
+        """
         self.folder = folder
         self._warm = warm
+        self._limit = None if watches_time or not settings.timeout_minutes else 60 * settings.timeout_minutes
         self._settings = settings
         self._launch = launch
         self._jobs: dict[str, Job] = {}
-        self._elsewhere: dict[str, str] = {}
+        self._elsewhere: dict[str, dict[str, Any]] = {}
         self._parent: Any = None
 
     def __enter__(self) -> Self:
@@ -101,7 +115,7 @@ class Sweep:
         if (new := [job for job in jobs if plan[job.key][1] == "new"]) and self._settings.rerun != "all":
             self._elsewhere |= _finished(new)
             plan |= {
-                job.key: ("skip", f"done as MLflow run {self._elsewhere[job.key]}")
+                job.key: ("skip", f"done as MLflow run {self._elsewhere[job.key]['run_id']}")
                 for job in new
                 if job.key in self._elsewhere
             }
@@ -117,7 +131,8 @@ class Sweep:
             job.folder.mkdir(parents=True, exist_ok=True)
             tags = {"mlflow.parentRunId": str(self._parent.run_id), "mlflow.runName": job.name}
             tags |= {"sweep": self.folder.name, **{f"sweep.{key}": value for key, value in job.swept.items()}}
-            told = {"tags": tags, "fail_fast": self._settings.fail_fast, "pruning": (pruning or {}).get(job.key)}
+            told = {"tags": tags, "fail_fast": self._settings.fail_fast, "time_limit": self._limit}
+            told["pruning"] = (pruning or {}).get(job.key)
             write_atomically(job.folder / JOB_FILE, json.dumps(told))
         with heeded():
             left = self._launch_some(waiting)
@@ -150,38 +165,44 @@ class Sweep:
                 tracking.finish(job.folder, died.outcome, died.failure)
         return [job for job in waiting if state(job.folder)[0] == "new"]
 
+    def ended(self, job: Job) -> dict[str, Any]:
+        """How a job ended, by its journal or, if it ran elsewhere, by MLflow: `outcome`, `metrics`, `seconds`."""
+        if job.key in self._elsewhere:
+            return self._elsewhere[job.key]
+        found, last = state(job.folder)
+        return {"outcome": "not started" if found == "new" else found, **last}
+
     def rows(self) -> list[dict[str, Any]]:
         """What became of each job."""
-        return [row(job, self._elsewhere.get(job.key)) for job in self._jobs.values()]
+        return [row(job, self.ended(job)) for job in self._jobs.values()]
 
     def _record(self) -> None:
         """The jobs as tables: in MLflow, and as files with every metric."""
         rows = self.rows()
-        for name in _write_comparison(list(self._jobs.values()), self.folder):
+        for name in self._write_comparison():
             self._parent.file(name)
         failed = sum(row["outcome"] not in GOOD for row in rows)
         self._parent.metrics({"jobs": len(rows), "jobs_failed": failed})
         columns = dict.fromkeys(name for row in rows for name in row)
         self._parent.table({name: [row.get(name, "") for row in rows] for name in columns}, "jobs.json")
 
+    def _write_comparison(self) -> tuple[str, str]:
+        """Every job with every metric as `comparison_TIMESTAMP.csv` and `.json`; their names."""
+        rows: list[dict[str, Any]] = []
+        for job in self._jobs.values():
+            last = self.ended(job)
+            rows.append({**job.swept, "key": job.key, "outcome": last["outcome"], **last.get("metrics", {})})
+        name = f"comparison_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+        table = io.StringIO()
+        writer = csv.DictWriter(table, dict.fromkeys(column for row in rows for column in row))
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self.folder / f"{name}.csv", table.getvalue())
+        write_atomically(self.folder / f"{name}.json", json.dumps(rows, indent=1))
+        return f"{name}.csv", f"{name}.json"
 
-def _write_comparison(todo: Sequence[Job], folder: Path) -> tuple[str, str]:
-    """Every job with every metric as `comparison_TIMESTAMP.csv` and `.json` in `folder`; their names."""
-    rows: list[dict[str, Any]] = []
-    for job in todo:
-        found, last = state(job.folder)
-        rows.append({**job.swept, "key": job.key, "outcome": last.get("outcome", found), **last.get("metrics", {})})
-    name = f"comparison_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-    table = io.StringIO()
-    writer = csv.DictWriter(table, dict.fromkeys(column for row in rows for column in row))
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(folder / f"{name}.csv", table.getvalue())
-    write_atomically(folder / f"{name}.json", json.dumps(rows, indent=1))
-    return f"{name}.csv", f"{name}.json"
 
-
-def _finished(new: Sequence[Job]) -> dict[str, str]:
+def _finished(new: Sequence[Job]) -> dict[str, dict[str, Any]]:
     """MLflow's finished runs of these jobs, by key: they may have run in another folder or on another machine."""
     from qlora_exp import store
 
@@ -198,10 +219,8 @@ def _put_aside(folder: Path) -> None:
     folder.rename(aside)
 
 
-def row(job: Job, elsewhere: str | None = None) -> dict[str, Any]:
-    """What became of a job, for tables."""
-    found, last = state(job.folder)
-    outcome = "ok" if elsewhere else last.get("outcome", "not started" if found == "new" else found)
+def row(job: Job, last: Mapping[str, Any]) -> dict[str, Any]:
+    """What became of a job (`Sweep.ended`), for tables."""
     metrics = last.get("metrics", {})
     shown = (
         ("loss", metrics.get("after/loss"), ".4f"),
@@ -211,9 +230,9 @@ def row(job: Job, elsewhere: str | None = None) -> dict[str, Any]:
         ("seconds", last.get("seconds"), ".0f"),
     )
     values = {name: format(value, form) for name, value, form in shown if value is not None}
-    if note := last.get("failure") or (f"MLflow run {elsewhere}" if elsewhere else ""):
+    if note := last.get("failure") or (f"MLflow run {last['run_id']}" if "run_id" in last else ""):
         values["note"] = note
-    return {**job.swept, "outcome": outcome, **values, "key": job.key}
+    return {**job.swept, "outcome": last["outcome"], **values, "key": job.key}
 
 
 def show_plan(todo: Sequence[Job], plan: Mapping[str, tuple[Action, str]], folder: Path) -> None:

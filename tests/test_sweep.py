@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -73,9 +74,14 @@ def test_done_jobs_are_skipped_and_new_ones_run(jobs, mlflow, capsys):
 
 def test_what_was_done_in_another_folder_is_not_done_again(jobs, tmp_path, capsys):
     execute(jobs("seed", ["1"]))
+    before = capsys.readouterr().out
     (tmp_path / "multirun").rename(tmp_path / "elsewhere")
     execute(jobs("seed", ["1"]), never)
-    assert "done as MLflow run" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "done as MLflow run" in shown
+    loss = re.search(r"\b\d\.\d{4}\b", before)
+    assert loss
+    assert loss[0] in shown
 
 
 def test_failed_jobs_are_kept_and_run_again_only_if_asked(jobs, mlflow, capsys):

@@ -254,11 +254,14 @@ def test_a_folder_keeps_to_its_run(store, tmp_path):
 def test_finished_runs_are_found_by_their_key(store, mlflow, tmp_path):
     name = "tracking.experiment_name=finished"
     with start(store, tmp_path / "a", name) as tracker:
-        pass
+        tracker.metrics({"after/loss": 2.5}, 3)
     with pytest.raises(ValueError, match="x"), start(store, tmp_path / "b", name, "seed=1"):
         raise ValueError("x")
     key = mlflow.get_run(tracker.run_id).data.tags["run_key"]
-    assert finished_runs(store, "finished") == {key: tracker.run_id}
+    (found,) = finished_runs(store, "finished").items()
+    assert found[0] == key
+    assert 0 <= found[1].pop("seconds") < 60
+    assert found[1] == {"run_id": tracker.run_id, "outcome": "ok", "metrics": {"after/loss": 2.5}}
     assert finished_runs(store, "no such experiment") == {}
     assert finished_runs(f"sqlite:///{tmp_path / 'none.db'}", "finished") == {}
     assert not (tmp_path / "none.db").exists()

@@ -1,0 +1,83 @@
+"""Jobs on a Ray cluster, the one that runs or one on this machine, each in a worker of its own.
+
+All nodes must see the sweep's folder and have this package installed. Needs the extra `ray`. Knows nothing of what a
+job does.
+"""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anyone unless the user asks for it
+
+import ray
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
+
+from qlora_exp.launcher import OUTPUT_FILE, Task, write_into
+from qlora_exp.signals import GRACE_SECONDS, heeded
+from qlora_exp.sweep import Ending
+
+log = logging.getLogger(__name__)
+
+
+def run_all(
+    tasks: Sequence[Task], n_jobs: int, init: Mapping[str, Any], remote: Mapping[str, Any]
+) -> list[Ending | None]:
+    """Call every task where Ray finds room for it; what one does to its process does not touch the others.
+
+    Args:
+        tasks: in order.
+        n_jobs: at once on each node; each gets that share of the largest node's cores, and a GPU where there are any.
+        init: for `ray.init`; `{"address": "auto"}` is the cluster that runs.
+        remote: for `ray.remote`, before what follows from `n_jobs`.
+
+    Returns:
+        For each task how its process ended, None if it returned.
+    """
+    ray.init(**{"include_dashboard": False, "log_to_driver": False, "logging_level": logging.WARNING} | dict(init))
+    try:
+        # Ray would run a killed job three times more, and reuse a worker with all that a job left in its memory.
+        options = _share(n_jobs) | dict(remote) | {"max_retries": 0, "max_calls": 1}
+        log.info("Ray: %s for each job", ", ".join(f"{key}={value}" for key, value in options.items()))
+        call = ray.remote(**options)(_call)
+        with heeded():  # ray.init has put its own handler there
+            begun = [call.remote(task.call, task.folder / OUTPUT_FILE, Path.cwd()) for task in tasks]
+            try:
+                return [_ending(one) for one in begun]
+            except BaseException:  # Ctrl-C, SIGTERM: the jobs write down that they were killed
+                for one in begun:
+                    ray.cancel(one)
+                ray.wait(begun, num_returns=len(begun), timeout=GRACE_SECONDS)
+                raise
+    finally:
+        ray.shutdown()
+
+
+def _share(n_jobs: int) -> dict[str, Any]:
+    """What `ray.remote` takes for one of `n_jobs` on a node."""
+    cores = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
+    return {"num_cpus": max(1, cores // n_jobs), "num_gpus": int(ray.cluster_resources().get("GPU", 0) > 0)}
+
+
+def _call(pickled: bytes, output: Path, folder: Path) -> None:
+    """In the job's process."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch; Ray itself sets OMP_NUM_THREADS
+    import cloudpickle
+
+    write_into(output)
+    os.chdir(folder)
+    cloudpickle.loads(pickled)()
+
+
+def _ending(begun: Any) -> Ending | None:
+    try:
+        ray.get(begun)
+    except OutOfMemoryError as error:
+        return Ending("oom", str(error).splitlines()[0])
+    except RayTaskError as error:
+        return Ending("error", f"{type(error.cause).__name__}: {error.cause}")
+    except RayError as error:
+        return Ending("killed", f"the process died: {type(error).__name__}")
+    return None

@@ -1,0 +1,100 @@
+"""A sweep on Ray's own cluster on this machine. Only `nox -s ray` runs this."""
+
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+from sweeps import command, runs, steps_told
+
+RAY = ["hydra/launcher=ray", "sweep.n_jobs=2"]
+SAVING = ["seed=1,2", "training.max_steps=200", "training.save_strategy=steps", "training.save_steps=10"]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_behind():
+    yield
+    deadline = time.monotonic() + 30
+    while (left := [one for one in psutil.process_iter(["name"]) if "raylet" in (one.info["name"] or "")]) and (
+        time.monotonic() < deadline
+    ):
+        time.sleep(0.5)
+    assert not left
+
+
+def begin(words: Sequence[str], folder: Path) -> subprocess.Popen:
+    """Started, and come as far as the first job's first checkpoint."""
+    process = subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not list(folder.glob("multirun/*/seed-1*/checkpoints/checkpoint-*/trainer_state.json")):
+        time.sleep(0.2)
+        assert process.poll() is None, process.communicate()[0]
+    return process
+
+
+def goes_on(words: Sequence[str], store: str, experiment: str, folder: Path) -> str:
+    """Started again it runs to its end, every step is there once and every job one run; what it printed."""
+    again = subprocess.run(words, capture_output=True, text=True, check=False, cwd=folder, timeout=500)
+    assert again.returncode == 0, again.stderr
+    for job in folder.glob("multirun/*/seed-*"):
+        assert steps_told(job) == list(range(1, 201))
+    parents, children = runs(store, experiment)
+    assert [run.data.tags["outcome"] for run in children] == ["ok", "ok"]
+    assert "RUNNING" not in {run.info.status for run in parents}
+    return again.stdout
+
+
+def test_jobs_end_as_they_do_on_this_machine(store, tmp_path):
+    words = command(store, "ray", *RAY, "training.max_length=5,300,400")
+    for _ in range(2):
+        result = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=400)
+        assert result.returncode == 1
+        assert "1 of 3 jobs did not end well" in result.stderr
+        assert "Traceback" not in result.stderr
+    assert result.stdout.count("done in") == 2
+    (parent,), children = runs(store, "ray")
+    assert sorted(run.data.tags["outcome"] for run in children) == ["error", "ok", "ok"]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    assert parent.info.status == "FINISHED"
+    for log in tmp_path.glob("multirun/*/max_length-300*/output.log"):
+        assert "run " in log.read_text("utf-8")
+
+
+def test_a_killed_job_runs_once_and_goes_on_when_asked(store, tmp_path):
+    words = command(store, "killed", *RAY, *SAVING)
+    with begin(words, tmp_path) as process:
+        workers = [one for one in psutil.Process(process.pid).children(True) if one.name().startswith("ray::_call")]
+        assert len(workers) == 2
+        workers[0].kill()
+        assert process.wait(300) == 1
+    _, children = runs(store, "killed")
+    assert sorted(run.data.tags["outcome"] for run in children) == ["killed", "ok"]
+    assert "was cut off" in goes_on(words, store, "killed", tmp_path)
+
+
+def test_a_killed_sweep_goes_on(store, tmp_path):
+    words = command(store, "sweep", *RAY, *SAVING)
+    with begin(words, tmp_path) as process:
+        process.kill()
+    assert "was cut off; from step" in goes_on(words, store, "sweep", tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_sweep_says_so_in_mlflow_and_goes_on(number: signal.Signals, store, tmp_path):
+    words = command(store, number.name, *RAY, *SAVING)
+    with begin(words, tmp_path) as process:
+        process.send_signal(number)
+        assert process.wait(120) == 130
+    parents, children = runs(store, number.name)
+    assert {run.info.status for run in (*parents, *children)} == {"KILLED"}
+    assert "was cut off; from step" in goes_on(words, store, number.name, tmp_path)
+
+
+def test_a_job_has_so_much_time(store, tmp_path):
+    words = command(store, "late", *RAY, "seed=1", "training.max_steps=100000", "sweep.timeout_minutes=0.3")
+    result = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=200)
+    assert result.returncode == 1
+    _, (child,) = runs(store, "late")
+    assert child.data.tags["outcome"] == "timeout"
