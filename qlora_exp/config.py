@@ -160,6 +160,8 @@ def explain(error: Exception) -> ConfigError:
 def _no_such_key(key: str) -> str:
     if key.rpartition(".")[2] in ("output_dir", "out", "output"):
         return f"{key}: no such key or group; the output folder is hydra.run.dir=FOLDER"
+    if key.startswith("hydra."):
+        return f"{key}: no such key of Hydra's (--cfg hydra shows them); +{key}=VALUE adds one that a plugin takes"
     section = key.rpartition(".")[0]
     siblings = [known for known in known_keys() if known.rpartition(".")[0] == section]
     if near := nearest(key, siblings) or nearest(key, known_keys(), cutoff=0.8):

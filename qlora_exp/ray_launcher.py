@@ -15,11 +15,10 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to 
 import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
+from qlora_exp.errors import ConfigError
 from qlora_exp.launcher import OUTPUT_FILE, Task, write_into
 from qlora_exp.signals import GRACE_SECONDS, heeded
 from qlora_exp.sweep import Ending
-
-log = logging.getLogger(__name__)
 
 
 def run_all(
@@ -30,17 +29,20 @@ def run_all(
     Args:
         tasks: in order.
         n_jobs: at once on each node; each gets that share of the largest node's cores, and a GPU where there are any.
-        init: for `ray.init`; `{"address": "auto"}` is the cluster that runs.
-        remote: for `ray.remote`, before what follows from `n_jobs`.
+        init: for `ray.init`.
+        remote: for `ray.remote`; null is what follows from `n_jobs`.
 
     Returns:
         For each task how its process ended, None if it returned.
+
+    Raises:
+        ConfigError: this machine does not have what a job asks for; of a cluster that runs it is waited for.
     """
     ray.init(**{"include_dashboard": False, "log_to_driver": False, "logging_level": logging.WARNING} | dict(init))
     try:
         # Ray would run a killed job three times more, and reuse a worker with all that a job left in its memory.
-        options = _share(n_jobs) | dict(remote) | {"max_retries": 0, "max_calls": 1}
-        log.info("Ray: %s for each job", ", ".join(f"{key}={value}" for key, value in options.items()))
+        options = _wanted(n_jobs, remote, init.get("address") or os.environ.get("RAY_ADDRESS"))
+        options |= {"max_retries": 0, "max_calls": 1}
         call = ray.remote(**options)(_call)
         with heeded():  # ray.init has put its own handler there
             begun = [call.remote(task.call, task.folder / OUTPUT_FILE, Path.cwd()) for task in tasks]
@@ -55,10 +57,18 @@ def run_all(
         ray.shutdown()
 
 
-def _share(n_jobs: int) -> dict[str, Any]:
+def _wanted(n_jobs: int, remote: Mapping[str, Any], cluster: str | None) -> dict[str, Any]:
     """What `ray.remote` takes for one of `n_jobs` on a node."""
-    cores = max(int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"])
-    return {"num_cpus": max(1, cores // n_jobs), "num_gpus": int(ray.cluster_resources().get("GPU", 0) > 0)}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cores, gpus = (max(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
+    share = {"num_cpus": max(1, int(cores) // n_jobs), "num_gpus": int(gpus > 0)}
+    wanted = share | {key: value for key, value in remote.items() if value is not None}
+    if not cluster and (wanted["num_cpus"] > cores or wanted["num_gpus"] > gpus):  # Ray would wait for ever
+        raise ConfigError(
+            f"hydra.launcher.remote: a job asks for {wanted['num_cpus']} CPUs and {wanted['num_gpus']} GPUs; "
+            f"this machine has {cores:.0f} and {gpus:.0f}"
+        )
+    return wanted
 
 
 def _call(pickled: bytes, output: Path, folder: Path) -> None:

@@ -59,6 +59,7 @@ def test_the_command_line_wins_over_the_method_and_the_experiment():
         (["training.learning_rat=1"], "did you mean 'training.learning_rate'"),
         (["+training.max_step=1"], "did you mean 'training.max_steps'"),
         (["+sed=1"], "did you mean 'seed'"),
+        (["hydra.launcher.tasks=1"], "+hydra.launcher.tasks=VALUE adds one"),
         (["method.lora_alpa=1"], "did you mean 'lora_alpha'"),
         (["lora_variant.use_dorra=true"], "did you mean 'use_dora'"),
         (["quantization=nf5"], "Shipped options: fp4"),

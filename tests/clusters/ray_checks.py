@@ -98,3 +98,20 @@ def test_a_job_has_so_much_time(store, tmp_path):
     assert result.returncode == 1
     _, (child,) = runs(store, "late")
     assert child.data.tags["outcome"] == "timeout"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ("hydra.launcher.remote.num_cpus=999", "a job asks for 999 CPUs and 0 GPUs; this machine has"),
+        ("hydra.launcher.init.address=auto", "Could not find any running Ray instance"),
+        ("+hydra.launcher.remote.num_cpu=1", "Invalid option keyword num_cpu"),
+    ],
+)
+def test_what_ray_cannot_do_is_said_at_once(wrong: str, message: str, store, tmp_path):
+    words = command(store, "wrong", *RAY, "seed=1,2", wrong)
+    result = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=100)
+    assert result.returncode == 1
+    assert message in result.stdout
+    assert "Traceback" not in result.stderr
+    assert result.stdout.count("not started") == 2
