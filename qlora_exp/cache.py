@@ -35,7 +35,8 @@ def built(name: str, build: Callable[[Path], None]) -> Path:
         cache_dir().mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not _intact(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+                for leftover in (folder, *cache_dir().glob(f"{name}.*/")):  # also of builds that were killed
+                    shutil.rmtree(leftover, ignore_errors=True)
                 scratch = Path(tempfile.mkdtemp(prefix=f"{name}.", dir=cache_dir()))
                 try:
                     build(scratch)

@@ -34,6 +34,14 @@ def test_what_fails_half_way_leaves_nothing():
     assert [path.name for path in cache_dir().iterdir()] == ["name.lock"]
 
 
+def test_what_a_killed_build_left_is_cleared_away():
+    (cache_dir() / "name.abc").mkdir(parents=True)
+    (cache_dir() / "name.abc" / "half").touch()
+    (cache_dir() / "names").mkdir()
+    built("name", lambda folder: (folder / "file").touch())
+    assert sorted(path.name for path in cache_dir().iterdir()) == ["name", "name.lock", "names"]
+
+
 def test_an_unwritable_cache_is_explained(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("QLORA_EXP_CACHE", str(tmp_path / "file" / "cache"))
