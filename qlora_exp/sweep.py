@@ -207,8 +207,7 @@ def _finished(new: Sequence[Job]) -> dict[str, dict[str, Any]]:
     from qlora_exp import store
 
     settings = new[0].config.tracking
-    known = store.finished_runs(settings.uri, settings.experiment_name)
-    return {job.key: known[job.key] for job in new if job.key in known}
+    return store.finished_runs(settings.uri, settings.experiment_name, [job.key for job in new])
 
 
 def _put_aside(folder: Path) -> None:

@@ -258,12 +258,12 @@ def test_finished_runs_are_found_by_their_key(store, mlflow, tmp_path):
     with pytest.raises(ValueError, match="x"), start(store, tmp_path / "b", name, "seed=1"):
         raise ValueError("x")
     key = mlflow.get_run(tracker.run_id).data.tags["run_key"]
-    (found,) = finished_runs(store, "finished").items()
-    assert found[0] == key
-    assert 0 <= found[1].pop("seconds") < 60
-    assert found[1] == {"run_id": tracker.run_id, "outcome": "ok", "metrics": {"after/loss": 2.5}}
-    assert finished_runs(store, "no such experiment") == {}
-    assert finished_runs(f"sqlite:///{tmp_path / 'none.db'}", "finished") == {}
+    found = finished_runs(store, "finished", [key, "0123456789abcdef"])
+    assert list(found) == [key]
+    assert 0 <= found[key].pop("seconds") < 60
+    assert found[key] == {"run_id": tracker.run_id, "outcome": "ok", "metrics": {"after/loss": 2.5}}
+    assert finished_runs(store, "no such experiment", [key]) == {}
+    assert finished_runs(f"sqlite:///{tmp_path / 'none.db'}", "finished", [key]) == {}
     assert not (tmp_path / "none.db").exists()
 
 
