@@ -132,8 +132,8 @@ class Server:
         self._process.wait()
 
 
-def outages(folder: Path, count: int, chance: random.Random) -> str:
-    """Sweeps whose server goes away and comes back `count` times; its URI."""
+def outages(folder: Path, count: int, chance: random.Random) -> dict[str, int]:
+    """Sweeps whose server goes away and comes back `count` times; what MLflow holds in the end."""
     server = Server(folder, 5077)
     server.start()
     begin = 0
@@ -154,7 +154,13 @@ def outages(folder: Path, count: int, chance: random.Random) -> str:
     found = check(server.uri, folder / "outages")
     server.kill()
     print(f"Server outages: {found}", flush=True)
-    return server.uri
+    return found
+
+
+def wrong(found: dict[str, int]) -> bool:
+    """Whether anything was lost or doubled."""
+    numbers = list(found.values())
+    return numbers[0] != numbers[1] or any(numbers[2:])
 
 
 def main() -> None:
@@ -179,8 +185,10 @@ def main() -> None:
             )
             print(f"Kills: {dict(hit)}; finished jobs lost {lost}; {found}")
             print(f"Final loss as without kills, bit for bit: {same} of {len(losses)}", flush=True)
-        if options.outages:
-            outages(folder, options.outages, chance)
+            if lost or wrong(found) or same != len(losses):
+                sys.exit("something was lost")
+        if options.outages and wrong(outages(folder, options.outages, chance)):
+            sys.exit("something was lost")
 
 
 if __name__ == "__main__":

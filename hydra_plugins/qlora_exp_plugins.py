@@ -7,7 +7,7 @@ imports this module for every command, so it must stay light.
 import gc
 import pickle
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,9 @@ from qlora_exp import config, jobs, launcher, sweep
 from qlora_exp.cli import quiet
 from qlora_exp.errors import ConfigError
 from qlora_exp.schema import Config, SweepConfig
+
+Stopped = Callable[[], bool]
+Died = Callable[[], object]
 
 
 class _Sweeper(Sweeper):
@@ -51,11 +54,14 @@ class _Sweeper(Sweeper):
         last = {override.key_or_group: override for override in overrides}
         return sorted(last.values(), key=Override.is_sweep_override)
 
-    def folder(self, overrides: Sequence[Override], settings: SweepConfig) -> Path:
+    def folder(self, overrides: Sequence[Override], settings: SweepConfig, kind: str = "") -> Path:
         """The sweep's own."""
-        swept = [override.key_or_group for override in overrides if override.is_sweep_override()]
+        swept = [kind] * bool(kind) + [one.key_or_group for one in overrides if one.is_sweep_override()]
         name = settings.name or jobs.default_name(swept, [str(override.input_line) for override in overrides])
-        return Path(self.config.hydra.sweep.dir, name).resolve()
+        folder = Path(self.config.hydra.sweep.dir, name).resolve()
+        if "\\" in str(folder) or "${" in str(folder):
+            raise ConfigError(f"hydra.sweep.dir: Hydra takes no folder with a backslash or ${{ in it: {folder}")
+        return folder
 
     def check(self, fixed: Sequence[str], chosen: Sequence[str]) -> Config:
         """The config of one job: of the overrides that all share, then its own.
@@ -74,12 +80,17 @@ class _Sweeper(Sweeper):
         gc.enable()
 
         def launch(waiting: Sequence[jobs.Job]) -> list[Any]:
-            where = f"hydra.sweep.dir='{folder}'"
-            every = [[*job.overrides, where, f"hydra.sweep.subdir='{job.folder.name}'"] for job in waiting]
+            where = f"hydra.sweep.dir={_quoted(str(folder))}"
+            every = [[*job.overrides, where, f"hydra.sweep.subdir={_quoted(job.folder.name)}"] for job in waiting]
             return [done.return_value for done in self.launcher.launch(every, initial_job_idx=0)]
 
         local = isinstance(self.launcher, LocalLauncher)
-        return sweep.Sweep(folder, settings, launch, local, lambda: local and launcher.warm(settings.n_jobs))
+        return sweep.Sweep(folder, settings, launch, lambda: local and launcher.warm(settings.n_jobs))
+
+
+def _quoted(text: str) -> str:
+    """As a value of Hydra's override grammar."""
+    return "'" + text.replace("'", r"\'") + "'"
 
 
 class GridSweeper(_Sweeper):
@@ -124,14 +135,16 @@ class OptunaSweeper(_Sweeper):
             return jobs.jobs([self.check(repeat, chosen) for repeat in repeats], swept, words, folder)
 
         first = self.check(repeats[0], [f"{key}={search.example(one)}" for key, one in space.items()])
-        folder = self.folder(overrides, first.sweep)
+        if first.search.prune and len(repeats) > 1:
+            raise ConfigError("search.prune judges single jobs: leave one seed, or leave out search.prune")
+        folder = self.folder(overrides, first.sweep, "search")
         if first.sweep.dry_run:
             print(
                 f"would search {', '.join(space)} in {first.search.n_trials} trials of {len(repeats)} jobs in {folder}"
             )
             return
         with self.begin(folder, first.sweep) as running:
-            best = search.search(running, space, jobs_of, first.search, first.sweep.n_jobs)
+            best = search.search(running, space, jobs_of, first.search, first.sweep)
         for trial in best:
             print(f"best: {' '.join(f'{key}={value}' for key, value in trial.params.items())}: {trial.values}")
 
@@ -181,59 +194,75 @@ class Composer:
 class _Launcher(Launcher):
     """What our launchers share: what Hydra asks of one, as tasks for processes."""
 
+    package = ""
+    """That it needs, and the extra of ours which has it."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Hydra's, before `launch`."""
+        package, _, extra = self.package.partition(" ")
+        if package and find_spec(package) is None:
+            raise ConfigError(f"this hydra/launcher needs a package: pip install 'qlora-exp[{extra}]'")
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Hydra's: run these jobs; a job's return value is how its process died, None if it did not."""
         import cloudpickle
 
-        tasks = []
+        parser, tasks = OverridesParser.create(), []
         for number, overrides in enumerate(job_overrides, initial_job_idx):
-            where = dict(word.split("=", 1) for word in overrides if word.startswith("hydra.sweep."))
-            parent = where.get("hydra.sweep.dir", str(self.config.hydra.sweep.dir)).strip("'")
-            folder = Path(parent, where.get("hydra.sweep.subdir", str(number)).strip("'"))
+            words = [word for word in overrides if word.startswith("hydra.sweep.")]
+            where = {one.key_or_group: str(one.value()) for one in map(parser.parse_override, words)}
+            parent = where.get("hydra.sweep.dir", str(self.config.hydra.sweep.dir))
+            folder = Path(parent, where.get("hydra.sweep.subdir", str(number)))
             job = _HydraJob(self.hydra_context, self.task_function, self.config, list(overrides), number)
             tasks.append(launcher.Task(cloudpickle.dumps(job), folder))
-        return [_returned(ending) for ending in self.run_all(tasks)]
+        parent_folder = tasks[0].folder.parent
+        fail_fast = self.config.sweep.fail_fast
+        endings = self.run_all(
+            tasks,
+            stopped=lambda: fail_fast and jobs.stopped(parent_folder),
+            died=lambda: fail_fast and jobs.stop(parent_folder),
+        )
+        return [_returned(ending) for ending in endings]
 
     @abstractmethod
-    def run_all(self, tasks: Sequence[launcher.Task]) -> Sequence[sweep.Ending | None]:
+    def run_all(self, tasks: Sequence[launcher.Task], stopped: Stopped, died: Died) -> Sequence[sweep.Ending | None]:
         """Each in a process of its own."""
 
 
 class LocalLauncher(_Launcher):
     """Jobs on this machine."""
 
-    def run_all(self, tasks: Sequence[launcher.Task]) -> Sequence[sweep.Ending | None]:
+    def run_all(self, tasks: Sequence[launcher.Task], stopped: Stopped, died: Died) -> Sequence[sweep.Ending | None]:
         """Each in a process of its own."""
-        settings = self.config.sweep
-        return launcher.run_all(
-            tasks,
-            settings.n_jobs,
-            settings.timeout_minutes and 60 * settings.timeout_minutes,
-            lambda: settings.fail_fast and jobs.stopped(tasks[0].folder.parent),
-        )
+        return launcher.run_all(tasks, self.config.sweep.n_jobs, stopped, died)
 
 
 class RayLauncher(_Launcher):
     """Jobs on a Ray cluster."""
 
-    def __init__(self, init: Mapping[str, Any], remote: Mapping[str, Any]) -> None:
-        self.init, self.remote = init, remote
+    package = "ray ray"
 
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Hydra's, before `launch`."""
-        if find_spec("ray") is None:
-            raise ConfigError("hydra/launcher=ray needs its package: pip install 'qlora-exp[ray]'")
-        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
-
-    def run_all(self, tasks: Sequence[launcher.Task]) -> Sequence[sweep.Ending | None]:
+    def run_all(self, tasks: Sequence[launcher.Task], stopped: Stopped, died: Died) -> Sequence[sweep.Ending | None]:
         """Each in a worker of its own."""
         from qlora_exp import ray_launcher
 
-        return ray_launcher.run_all(tasks, self.config.sweep.n_jobs, self.init, self.remote)
+        return ray_launcher.run_all(tasks, self.config.sweep.n_jobs, **self.settings, died=died)
+
+
+class SubmititLauncher(_Launcher):
+    """Jobs on a SLURM cluster."""
+
+    package = "submitit slurm"
+
+    def run_all(self, tasks: Sequence[launcher.Task], stopped: Stopped, died: Died) -> Sequence[sweep.Ending | None]:
+        """Each a job of the cluster's."""
+        from qlora_exp import submitit_launcher
+
+        return submitit_launcher.run_all(tasks, **self.settings, died=died)
 
 
 class _HydraJob:
@@ -257,13 +286,13 @@ class _HydraJob:
         config = self.hydra_context.config_loader.load_sweep_config(self.config, self.overrides)
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = self.number
-        run_job(
+        _ = run_job(
             hydra_context=self.hydra_context,
             task_function=self.task_function,
             config=config,
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
-        )
+        ).return_value  # raises what the job raised
 
 
 def _returned(value: Any) -> JobReturn:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import qlora_exp
-from qlora_exp.errors import ConfigError, TrackingError, UserError
+from qlora_exp.errors import ConfigError, TimeLimitError, TrackingError, UserError
 from qlora_exp.secrets import RedactingFormatter, redact
 
 _EPILOG = """\
@@ -74,6 +74,9 @@ def _guard(command: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except TimeLimitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except BrokenPipeError:
         return 1
     except Exception as error:  # ours to mend: shown whole, but for secrets
@@ -205,7 +208,7 @@ def _sync(folders: Sequence[Path], uri: str | None) -> None:
     from qlora_exp import journal
 
     waiting = [file.parent for folder in folders for file in sorted(folder.rglob(journal.FILE))]
-    waiting = [folder for folder in waiting if not journal.is_settled(folder) and not journal.is_held(folder)]
+    waiting = [folder for folder in waiting if not journal.is_settled(folder, uri) and not journal.is_held(folder)]
     if waiting:
         quiet()
         from qlora_exp import tracking

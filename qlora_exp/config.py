@@ -105,10 +105,13 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+APART = ("tracking", "sweep", "search")
+"""Sections that change no run's result."""
+
+
 def what_counts(values: dict[str, Any]) -> dict[str, Any]:
     """Of a config as plain nested values, what can change a run's result: all but how it is tracked and swept."""
-    rest = {key: value for key, value in values.items() if key not in ("tracking", "sweep", "search")}
-    return rest | {"training": {**rest["training"], "resume_from_checkpoint": None}}
+    return {key: value for key, value in values.items() if key not in APART}
 
 
 def flatten(config: Config) -> dict[str, Any]:

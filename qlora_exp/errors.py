@@ -36,8 +36,8 @@ class PrunedError(Exception):
     """A search has seen enough of a job that does worse than others did at that step."""
 
 
-class TimeLimitError(Exception):
-    """A job took longer than it was given."""
+class TimeLimitError(BaseException):
+    """A job took longer than it was given; no handler of `Exception`, wherever it strikes, may swallow that."""
 
 
 # What people type for what the libraries call otherwise.

@@ -6,6 +6,7 @@ Two runs with the same key would do the same work. Reads files and asks the hub 
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,12 @@ _SAMPLED_ABOVE = 64 * 1024**2
 
 def run_key(config: Config) -> str:
     """16 hexadecimal digits: of `parts`, whole."""
-    return _digest(parts(config))
+    return key_of(parts(config))
+
+
+def key_of(found: Mapping[str, str]) -> str:
+    """The run key of `parts`."""
+    return _digest(found)
 
 
 def parts(config: Config) -> dict[str, str]:
@@ -45,7 +51,7 @@ def model(name_or_path: str, revision: str | None) -> str:
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         return _digest(
-            {str(file.relative_to(folder)): _file(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+            {str(file.relative_to(folder)): _weights(file) for file in sorted(folder.rglob("*")) if file.is_file()}
         )
     if name_or_path.startswith((".", "/", "~")):
         return "missing"
@@ -77,11 +83,16 @@ def _package(name: str) -> str:
 
 
 def _file(file: Path) -> str:
-    """A digest of the content; of a large file its size and 16 MiB spread over it, as training changes all of one."""
-    size = file.stat().st_size
     with file.open("rb") as content:
-        if size <= _SAMPLED_ABOVE:
-            return hashlib.file_digest(content, "sha256").hexdigest()
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _weights(file: Path) -> str:
+    """Of a large file its size and 16 MiB spread over it: training changes all of one."""
+    size = file.stat().st_size
+    if size <= _SAMPLED_ABOVE:
+        return _file(file)
+    with file.open("rb") as content:
         digest = hashlib.sha256(str(size).encode())
         for index in range(16):
             content.seek(index * (size - 1024**2) // 15)

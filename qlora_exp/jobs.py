@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from qlora_exp import identity
 from qlora_exp.checkpoints import checkpoints, is_whole, step
-from qlora_exp.errors import PrunedError
+from qlora_exp.errors import ConfigError, PrunedError, TimeLimitError
 from qlora_exp.journal import FILE, is_held, last_message, read
 from qlora_exp.schema import Config
 from qlora_exp.signals import heeded, time_limit
@@ -22,8 +22,9 @@ from qlora_exp.signals import heeded, time_limit
 log = logging.getLogger(__name__)
 
 JOB_FILE = "job.json"
-"""What the sweep tells a job beside its config: tags, whether a failure stops the others, its time, how to prune it."""
+"""What the sweep tells a job beside its config: tags, identity, whether a failure stops the others, its time, ..."""
 _STOP_FILE = "stop"
+_LATE_FILE = "out_of_time"
 GOOD = ("ok", "pruned")
 """Outcomes that are no failure."""
 
@@ -42,6 +43,8 @@ class Job:
     overrides: Sequence[str]
     """What composes it."""
     config: Config
+    parts: Mapping[str, str]
+    """What it depends on (`identity.parts`), as it was when the sweep was planned."""
     key: str
     folder: Path
 
@@ -57,16 +60,18 @@ def jobs(
     """The jobs of a sweep in `folder`; of two that would be the same run only the first."""
     found: dict[str, Job] = {}
     for config, values, words in zip(configs, swept, overrides, strict=True):
-        key = identity.run_key(config)
+        parts = identity.parts(config)
+        key = identity.key_of(parts)
         label = re.sub(r"[^\w.-]+", "-", "_".join(f"{name.split('.')[-1]}-{value}" for name, value in values.items()))
-        found.setdefault(key, Job(values, words, config, key, folder / f"{label[:100]}_{key}".lstrip("_")))
+        found.setdefault(key, Job(values, words, config, parts, key, folder / f"{label[:100]}_{key}".lstrip("_")))
     return list(found.values())
 
 
 def default_name(swept: Sequence[str], overrides: Sequence[str]) -> str:
     """A sweep's name, made of the keys that it sweeps and a digest of the whole of it."""
     keys = [key.split(".")[-1] for key in swept]
-    counting = [word for word in overrides if not word.lstrip("+~").startswith(("sweep.", "hydra", "tracking."))]
+    apart = ("sweep.", "search.", "hydra", "tracking.")
+    counting = [word for word in overrides if not word.lstrip("+~").startswith(apart)]
     return "_".join([*keys, hashlib.sha256(json.dumps(sorted(counting)).encode()).hexdigest()[:6]])
 
 
@@ -103,7 +108,7 @@ def decide(job: Job, rerun: str) -> tuple[Action, str]:
 def _why_new(job: Job) -> str:
     """Whether the same values were run before, and what has changed since."""
     label = job.folder.name.removesuffix(job.key)
-    now = identity.parts(job.config)
+    now = job.parts
     for folder in job.folder.parent.glob(f"{label}{'[0-9a-f]' * len(job.key)}"):
         begin = next((message for message, _ in read(folder / FILE)), {})
         before = {part: begin.get("tags", {}).get(f"identity.{part}") for part in now}
@@ -123,19 +128,31 @@ def run_job(config: Config, folder: Path) -> None:
 
     log.info("job %s", folder.name)
     try:
-        with heeded(), time_limit(given["time_limit"]):
+        _check_unchanged(config, given["parts"])
+        with heeded(), time_limit(given["time_limit"], folder / _LATE_FILE):
             result = run(config, folder, given["tags"], must_reach=False, pruning=given["pruning"])
         show(result, config.tracking.uri)
     except PrunedError as error:
         log.info("pruned: %s", error)
     except KeyboardInterrupt:  # recorded as killed
         raise SystemExit(130) from None
-    except Exception as error:  # a job's failure is a result: it is recorded, and the other jobs go on
+    except (Exception, TimeLimitError) as error:  # a job's failure is a result: recorded, and the other jobs go on
         if last_message(folder) is None:  # it did not come as far as its run
             tracking.record_failure(config, folder, given["tags"], error)
         log.error("error: %s: %s", type(error).__name__, error)  # noqa: TRY400
         if given["fail_fast"]:
             stop(folder.parent)
+
+
+def _check_unchanged(config: Config, planned: Mapping[str, str]) -> None:
+    """Refuse a job that would not do the work that its key stands for, e.g. because the data were edited meanwhile."""
+    if changed := [part for part, digest in identity.parts(config).items() if digest != planned[part]]:
+        raise ConfigError(f"not the same {', '.join(changed)} any more as when the sweep began; start it again")
+
+
+def was_late(folder: Path) -> bool:
+    """Whether the job in `folder` was told that its time was over."""
+    return (folder / _LATE_FILE).exists()
 
 
 def stop(folder: Path) -> None:

@@ -37,12 +37,17 @@ class Journal:
         self.folder = folder
         self.file = folder / FILE
         self._lock = FileLock(folder / "journal.lock")
-        self._lock.acquire(timeout=0)
+        self._lock.acquire(timeout=1)  # `is_held` has it for a moment
         _cut_torn_line(self.file)
-        self.state: dict[str, Any] = {"offset": 0}
-        """What MLflow has: `offset` in bytes, and what delivering found out, such as `run_id`."""
-        if (folder / _STATE).is_file():
-            self.state = json.loads((folder / _STATE).read_text("utf-8"))
+        self._uri = ""
+        self.state: dict[str, Any] = {}
+        """What the store in use has: `offset` in bytes, and what delivering found out, such as `run_id`."""
+
+    def use(self, uri: str) -> None:
+        """Deliver to this store; each has its own `state`."""
+        self._uri, self.state = uri, {"offset": 0} | _states(self.folder).get(uri, {})
+        size = self.file.stat().st_size if self.file.is_file() else 0
+        self.state["offset"] = min(self.state["offset"], size)  # the power may have taken what was sent already
 
     def close(self) -> None:
         """Let another process hold it."""
@@ -75,7 +80,12 @@ class Journal:
     def note(self, **facts: Any) -> None:
         """Keep what MLflow has got (`offset`), or what it answered."""
         self.state |= facts
-        write_atomically(self.folder / _STATE, json.dumps(self.state))
+        write_atomically(self.folder / _STATE, json.dumps(_states(self.folder) | {self._uri: self.state}))
+
+    def forget(self) -> None:
+        """That the store in use has got anything: it has lost the run."""
+        self.state = {"offset": 0}
+        self.note()
 
 
 def read(file: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
@@ -114,13 +124,20 @@ def last_message(folder: Path) -> dict[str, Any] | None:
             block *= 8
 
 
-def is_settled(folder: Path) -> bool:
-    """Whether the run in `folder` has ended and MLflow has everything of it."""
+def is_settled(folder: Path, uri: str | None = None) -> bool:
+    """Whether the run in `folder` has ended and MLflow, at `uri` or where it was begun, has everything of it."""
     last = last_message(folder)
-    state = folder / _STATE
-    if last is None or last["op"] != "end" or not state.is_file():
+    if last is None or last["op"] != "end":
         return last is None
-    return json.loads(state.read_text("utf-8"))["offset"] == (folder / FILE).stat().st_size
+    begin, _ = next(read(folder / FILE))
+    has = _states(folder).get(uri or begin["uri"], {"offset": 0})
+    return bool(has["offset"] == (folder / FILE).stat().st_size)
+
+
+def _states(folder: Path) -> dict[str, dict[str, Any]]:
+    """What each store has, by its URI."""
+    file = folder / _STATE
+    return json.loads(file.read_text("utf-8")) if file.is_file() else {}
 
 
 def is_held(folder: Path) -> bool:

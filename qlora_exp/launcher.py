@@ -18,11 +18,12 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, cast
 
-from qlora_exp.signals import GRACE_SECONDS, OUT_OF_TIME
+from qlora_exp.signals import GRACE_SECONDS
 from qlora_exp.sweep import Ending
 
 ORPHAN_SECONDS = 10.0
-"""The same for a job whose sweep was killed."""
+"""What a job gets to write down how it ended, when its sweep was killed."""
+_NOBODY_KNOWS = 255  # what multiprocessing says of a process whose fork server is gone
 OUTPUT_FILE = "output.log"
 _PRELOAD = ["qlora_exp.preload"]
 
@@ -41,20 +42,21 @@ class _Running:
     process: ForkServerProcess
     index: int
     slot: int
-    deadline: float
-    warned: bool = False
 
 
 def run_all(
-    tasks: Sequence[Task], n_jobs: int = 1, timeout: float | None = None, stopped: Callable[[], bool] = lambda: False
+    tasks: Sequence[Task],
+    n_jobs: int = 1,
+    stopped: Callable[[], bool] = lambda: False,
+    died: Callable[[], object] = lambda: None,
 ) -> list[Ending | None]:
     """Call every task, at most `n_jobs` at a time; what one does to its process does not touch the others.
 
     Args:
         tasks: in order.
         n_jobs: at once. With more than one, each writes its output into `output.log` of its folder, and sees one GPU.
-        timeout: seconds for each.
         stopped: asked before each start; true starts no more.
+        died: called when a process has died.
 
     Returns:
         For each task how its process ended, None if it returned or was not started.
@@ -73,30 +75,19 @@ def run_all(
                 gpu = gpus[slot % len(gpus)] if n_jobs > 1 and gpus else None
                 process = context.Process(target=_call, args=(tasks[index].call, output, gpu))
                 process.start()
-                deadline = time.monotonic() + timeout if timeout else float("inf")
-                running[process.sentinel] = _Running(process, index, slot, deadline)
+                running[process.sentinel] = _Running(process, index, slot)
             if not running:
                 break
-            patience = min(one.deadline for one in running.values()) - time.monotonic()
-            for sentinel in wait(list(running), None if patience == float("inf") else max(0.0, patience)):
+            for sentinel in wait(list(running)):
                 done = running.pop(cast(int, sentinel))
                 done.process.join()
-                endings[done.index] = _ending(done, oom_kills)
-                oom_kills = _oom_kills()
-            for late in running.values():
-                if late.deadline <= time.monotonic():
-                    _hurry(late)
+                ending = endings[done.index] = _ending(done.process.exitcode, oom_kills)
+                if ending:
+                    oom_kills += ending.outcome == "oom"  # the kernel kills one process at a time
+                    died()
     finally:  # Ctrl-C, SIGTERM: the jobs write down that they were killed
         _end(list(running.values()))
     return endings
-
-
-def _hurry(late: _Running) -> None:
-    if late.warned or late.process.pid is None:
-        late.process.kill()
-    else:
-        os.kill(late.process.pid, OUT_OF_TIME)
-    late.warned, late.deadline = True, time.monotonic() + GRACE_SECONDS
 
 
 def _end(running: Sequence[_Running]) -> None:
@@ -110,16 +101,14 @@ def _end(running: Sequence[_Running]) -> None:
             one.process.join()
 
 
-def _ending(done: _Running, oom_kills: int) -> Ending | None:
-    code = done.process.exitcode
-    if done.warned:
-        return Ending("timeout", "the time limit of the job is over")
+def _ending(code: int | None, oom_kills: int) -> Ending | None:
     if not code:
         return None
     if code == -signal.SIGKILL and _oom_kills() > oom_kills:
         return Ending("oom", "the kernel killed the process for want of memory")
     name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return Ending("killed" if code in (-signal.SIGKILL, -signal.SIGTERM) else "error", f"the process died: {name}")
+    killed = code in (-signal.SIGKILL, -signal.SIGTERM, _NOBODY_KNOWS)
+    return Ending("killed" if killed else "error", f"the process died: {name}")
 
 
 def _oom_kills() -> int:

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import importlib
 
+from qlora_exp import identity
 from qlora_exp.launcher import visible_gpus
 
 _ALWAYS = (
@@ -21,9 +22,13 @@ _ALWAYS = (
     "qlora_exp.summary",
 )
 # bitsandbytes, which PEFT and TRL import, asks a GPU for its capability at import, and after that no fork may use it.
-_WITHOUT_GPU = ("qlora_exp.model", "qlora_exp.adapters", "qlora_exp.training", "qlora_exp.evaluation")
+_WITHOUT_GPU = ("qlora_exp.model", "qlora_exp.adapters", "qlora_exp.training", "qlora_exp.evaluation", "qlora_exp.run")
+
+_CODE_IS_LOADED = not visible_gpus()
 
 gc.disable()  # a fifth of the imports' time, for nothing; a job turns it on
-for _name in (*_ALWAYS, *(() if visible_gpus() else _WITHOUT_GPU)):
+for _name in (*_ALWAYS, *(_WITHOUT_GPU if _CODE_IS_LOADED else ())):
     with contextlib.suppress(ImportError):  # a job that needs it says so
         importlib.import_module(_name)
+if _CODE_IS_LOADED:  # jobs run this code, whatever becomes of the files meanwhile, and are to say so
+    identity.code()

@@ -78,14 +78,29 @@ def command() -> str:
 
 
 def process() -> dict[str, str]:
-    """What tells whether this very process still lives: host, pid and start time."""
+    """What tells whether this very process still lives: host, boot and pid namespace (Linux), pid and start time."""
     me = psutil.Process()
-    return {"host": socket.gethostname(), "pid": str(me.pid), "started": str(me.create_time())}
+    where = {"host": socket.gethostname(), "boot": _boot(), "namespace": _namespace()}
+    return where | {"pid": str(me.pid), "started": str(me.create_time())}
+
+
+def _boot() -> str:
+    file = Path("/proc/sys/kernel/random/boot_id")
+    return file.read_text("ascii").strip() if file.is_file() else ""
+
+
+def _namespace() -> str:
+    link = Path("/proc/self/ns/pid")
+    return os.readlink(link) if link.is_symlink() else ""
 
 
 def is_dead(recorded: dict[str, str]) -> bool:
-    """Whether a recorded `process()` of this host is gone; False for another host, which cannot be known."""
+    """Whether a recorded `process()` of this host is gone; False for another host or container: that is not known."""
     if recorded.get("host") != socket.gethostname() or not recorded.get("pid"):
+        return False
+    if recorded.get("boot") != _boot():
+        return True
+    if recorded.get("namespace") != _namespace():
         return False
     try:
         found = psutil.Process(int(recorded["pid"])).create_time()

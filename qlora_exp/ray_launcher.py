@@ -6,7 +6,7 @@ job does.
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,11 @@ from qlora_exp.sweep import Ending
 
 
 def run_all(
-    tasks: Sequence[Task], n_jobs: int, init: Mapping[str, Any], remote: Mapping[str, Any]
+    tasks: Sequence[Task],
+    n_jobs: int,
+    init: Mapping[str, Any],
+    remote: Mapping[str, Any],
+    died: Callable[[], object] = lambda: None,
 ) -> list[Ending | None]:
     """Call every task where Ray finds room for it; what one does to its process does not touch the others.
 
@@ -31,6 +35,7 @@ def run_all(
         n_jobs: at once on each node; each gets that share of the largest node's cores, and a GPU where there are any.
         init: for `ray.init`.
         remote: for `ray.remote`; null is what follows from `n_jobs`.
+        died: called when a process has died.
 
     Returns:
         For each task how its process ended, None if it returned.
@@ -46,8 +51,14 @@ def run_all(
         call = ray.remote(**options)(_call)
         with heeded():  # ray.init has put its own handler there
             begun = [call.remote(task.call, task.folder / OUTPUT_FILE, Path.cwd()) for task in tasks]
+            endings: dict[Any, Ending | None] = {}
             try:
-                return [_ending(one) for one in begun]
+                while len(endings) < len(begun):
+                    done, _ = ray.wait([one for one in begun if one not in endings])
+                    endings |= {one: _ending(one) for one in done}
+                    if any(endings[one] for one in done):
+                        died()
+                return [endings[one] for one in begun]
             except BaseException:  # Ctrl-C, SIGTERM: the jobs write down that they were killed
                 for one in begun:
                     ray.cancel(one)

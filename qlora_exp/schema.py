@@ -321,7 +321,7 @@ class TrackingConfig(Section):
 class SweepConfig(Section):
     """How a sweep (`-m`) goes about its jobs. Changes no job's result."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] | None = None
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] | None = None
     """Of its folder and its MLflow run; null: made of the swept keys. The same name again goes on with that sweep."""
     n_jobs: PositiveInt = 1
     """Jobs at once on this machine; they share the cores."""
@@ -354,8 +354,8 @@ class SearchConfig(Section):
     def _check(self) -> Self:
         if self.directions and len(self.directions) != len(self.metrics):
             raise ValueError("directions: give one for each of metrics, or null")
-        if self.prune and len(self.metrics) > 1:
-            raise ValueError("prune needs a single metric")
+        if self.prune and (self.metrics != ["after/loss"] or self.directions == ["maximize"]):
+            raise ValueError("prune judges by the held-out loss: it needs metrics=[after/loss], minimized")
         return self
 
 

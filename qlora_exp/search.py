@@ -11,16 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from filelock import FileLock, Timeout
 from hydra.core.override_parser.types import Override
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+    distribution_to_json,
+)
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from qlora_exp.errors import ConfigError, PrunedError, did_you_mean
-from qlora_exp.jobs import Job
+from qlora_exp.jobs import GOOD, Job
 from qlora_exp.journal import write_atomically
-from qlora_exp.schema import SearchConfig
+from qlora_exp.schema import SearchConfig, SweepConfig
 from qlora_exp.sweep import Sweep
 
 STUDY_FILE = "optuna.log"
@@ -32,7 +39,7 @@ def search(
     space: Mapping[str, BaseDistribution],
     jobs_of: Callable[[Mapping[str, Any]], list[Job]],
     settings: SearchConfig,
-    at_once: int = 1,
+    how: SweepConfig,
 ) -> list[FrozenTrial]:
     """Run trials until there are `settings.n_trials`, those of earlier processes included; the best ones.
 
@@ -41,17 +48,40 @@ def search(
         space: the keys that are searched.
         jobs_of: the jobs of a trial's values, one for each seed.
         settings: `search` of the config.
-        at_once: trials proposed together.
+        how: `sweep` of the config: how many trials are proposed together, and whether failed ones are run again.
 
     Raises:
-        ConfigError: a metric that jobs do not have, or a study that searched for something else.
+        ConfigError: a metric that jobs do not have, a study that searched for something else, or one under way.
     """
-    study = _study(sweep.folder, settings)
-    unfinished = [trial for trial in study.trials if trial.state == TrialState.RUNNING]  # of a process that was killed
-    while unfinished or len(study.trials) < settings.n_trials:
-        batch = unfinished[:at_once]
-        unfinished = unfinished[at_once:]
-        while len(batch) < at_once and len(study.trials) < settings.n_trials:
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(sweep.folder / f"{STUDY_FILE}.running")
+    try:
+        with lock.acquire(timeout=1):
+            return _search(sweep, space, jobs_of, settings, how)
+    except Timeout as error:
+        raise ConfigError(f"{sweep.folder}: another process is searching there") from error
+
+
+def _search(
+    sweep: Sweep,
+    space: Mapping[str, BaseDistribution],
+    jobs_of: Callable[[Mapping[str, Any]], list[Job]],
+    settings: SearchConfig,
+    how: SweepConfig,
+) -> list[FrozenTrial]:
+    study = _study(sweep.folder, settings, space)
+    unfinished = _left_over(study, space, again=how.rerun == "failed")
+    for trial in study.trials:
+        if trial.state.is_finished() and trial.params:
+            sweep.know(jobs_of(trial.params))
+
+    def proposed() -> int:
+        return sum(trial.state != TrialState.FAIL or how.rerun != "failed" for trial in study.trials)
+
+    while unfinished or proposed() < settings.n_trials:
+        batch = unfinished[: how.n_jobs]
+        unfinished = unfinished[how.n_jobs :]
+        while len(batch) < how.n_jobs and proposed() < settings.n_trials:
             number = study.ask(dict(space)).number
             batch.append(study.trials[number])
         jobs = {trial.number: jobs_of(trial.params) for trial in batch}
@@ -66,8 +96,10 @@ def search(
             elif outcomes == {"ok"}:
                 values = [_values(one["metrics"], settings.metrics) for one in ended]
                 study.tell(trial.number, [statistics.fmean(one) for one in zip(*values, strict=True)])
-            else:
+            elif outcomes <= {*GOOD, "oom", "nan", "timeout", "error"}:
                 study.tell(trial.number, state=TrialState.FAIL)
+        if any(sweep.ended(job)["outcome"] == "not started" for repeats in jobs.values() for job in repeats):
+            break  # the launcher cannot, or was told not to; what is not told goes on when the search is started again
     best = study.best_trials
     found = [
         {"trial": one.number, "params": one.params, **dict(zip(settings.metrics, one.values, strict=True))}
@@ -99,9 +131,22 @@ def example(space: Any) -> Any:
     return space.choices[0] if isinstance(space, CategoricalDistribution) else space.low
 
 
-def _study(folder: Path, settings: SearchConfig) -> optuna.Study:
+def _left_over(study: optuna.Study, space: Mapping[str, BaseDistribution], again: bool) -> list[FrozenTrial]:
+    """The trials that an earlier process left unfinished, and if `again` those that failed, proposed anew."""
+    for trial in study.trials:
+        if trial.state == TrialState.RUNNING and trial.params.keys() != space.keys():  # killed before it had all values
+            study.tell(trial.number, state=TrialState.FAIL)
+    known = [trial.params for trial in study.trials if trial.state != TrialState.FAIL]
+    for trial in study.trials if again else ():
+        if trial.params.keys() == space.keys() and trial.params not in known:
+            known.append(trial.params)
+            study.enqueue_trial(trial.params)
+            study.ask(dict(space))
+    return [trial for trial in study.trials if trial.state == TrialState.RUNNING]
+
+
+def _study(folder: Path, settings: SearchConfig, space: Mapping[str, BaseDistribution]) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    folder.mkdir(parents=True, exist_ok=True)
     directions = settings.directions or ["minimize"] * len(settings.metrics)
     storage = JournalStorage(JournalFileBackend(str(folder / STUDY_FILE)))
     known = {study.study_name: study for study in optuna.get_all_study_summaries(storage)}
@@ -109,6 +154,12 @@ def _study(folder: Path, settings: SearchConfig) -> optuna.Study:
     if known and name not in known:
         raise ConfigError(f"search.metrics: the study in {folder} is of {', '.join(known)}; give sweep.name=ANOTHER")
     study = optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
+    searched = {key: distribution_to_json(one) for key, one in space.items()}
+    searched["search.directions"] = ",".join(directions)
+    before = study.user_attrs.get("space", searched)
+    if changed := sorted(key for key in before.keys() | searched.keys() if before.get(key) != searched.get(key)):
+        raise ConfigError(f"{', '.join(changed)}: not what the study in {folder} searched; give sweep.name=ANOTHER")
+    study.set_user_attr("space", searched)
     drawn = settings.seed + len(study.trials)  # a search that goes on does not draw the same again
     study.sampler = (
         optuna.samplers.TPESampler(seed=drawn) if settings.sampler == "tpe" else optuna.samplers.RandomSampler(drawn)

@@ -6,13 +6,14 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 from qlora_exp.errors import TimeLimitError
 
 OUT_OF_TIME = signal.SIGUSR1
 GRACE_SECONDS = 30.0
-"""What a job gets to write down how it ended, before it is killed."""
+"""What a process gets to write down how it ended, before it is killed."""
 
 
 @contextmanager
@@ -37,15 +38,22 @@ def heeded() -> Iterator[None]:
 
 
 @contextmanager
-def time_limit(seconds: float | None) -> Iterator[None]:
+def time_limit(seconds: float | None, note: Path) -> Iterator[None]:
     """After `seconds` inside, this process gets `OUT_OF_TIME`; if it is still inside `GRACE_SECONDS` later, it ends.
 
-    Then with the tracebacks of all threads on stderr, and however it hangs: that needs no lock of Python's.
+    Then with the tracebacks of all threads on stderr, and however it hangs: that needs no lock of Python's. The file
+    `note` says to others that the time was over.
     """
+    note.unlink(missing_ok=True)
     if seconds is None:
         yield
         return
-    timer = threading.Timer(seconds, os.kill, (os.getpid(), OUT_OF_TIME))
+
+    def tell() -> None:
+        note.touch()
+        os.kill(os.getpid(), OUT_OF_TIME)
+
+    timer = threading.Timer(seconds, tell)
     timer.daemon = True
     timer.start()
     faulthandler.dump_traceback_later(seconds + GRACE_SECONDS, exit=True)

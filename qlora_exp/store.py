@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # a server that is gone must not hold up training
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # a server that is gone must not hold up training
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 from filelock import FileLock
@@ -31,7 +31,7 @@ from qlora_exp.errors import TrackingError
 from qlora_exp.journal import Journal
 from qlora_exp.secrets import redact
 
-_REFUSED = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")
+_REFUSED = "INVALID_PARAMETER_VALUE"
 
 
 def store_uri(uri: str | None) -> str:
@@ -73,7 +73,19 @@ def is_refused(error: Exception, message: dict[str, Any]) -> bool:
     """Whether sending again could never help; a run that could not even begin waits for its store."""
     if message["op"] == "start":
         return False
-    return isinstance(error, FileNotFoundError) or getattr(error, "error_code", None) in _REFUSED
+    return isinstance(error, FileNotFoundError) or getattr(error, "error_code", None) == _REFUSED
+
+
+def has_lost(error: Exception, mlflow: MlflowClient | None, run_id: str | None) -> bool:
+    """Whether a store raised `error` because it does not know a run any more that was created there."""
+    missing = "RESOURCE_DOES_NOT_EXIST"
+    if mlflow is None or run_id is None or getattr(error, "error_code", None) != missing:
+        return False
+    try:
+        mlflow.get_run(run_id)
+    except MlflowException as of_run:
+        return bool(of_run.error_code == missing)
+    return False
 
 
 def tell(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> None:
@@ -93,8 +105,12 @@ def tell(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> Non
             mlflow.log_batch(run_id, metrics=[Metric(key, value, timestamp, step) for key, value in values.items()])
         case {"op": "file", "path": path}:
             folder = str(Path(path).parent) if Path(path).parent.name else None
-            mlflow.log_artifact(run_id, str(journal.folder / path), folder)
+            mlflow.log_artifact(run_id, str(_inside(journal.folder, path)), folder)
         case {"op": "dataset", "name": name, "digest": digest, "source": source, "context": context, "rows": rows}:
+            inputs = mlflow.get_run(run_id).inputs
+            known = [one.dataset for one in inputs.dataset_inputs] if inputs else []
+            if (name, digest) in [(one.name, one.digest) for one in known]:
+                return
             profile = json.dumps({"rows": rows})
             entity = Dataset(name, digest, "local", json.dumps({"path": source}), profile=profile)
             mlflow.log_inputs(run_id, datasets=[DatasetInput(entity, [InputTag("mlflow.data.context", context)])])
@@ -119,7 +135,7 @@ def _create(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> 
 
 def _log_model(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> None:
     run_id, experiment_id = journal.state["run_id"], journal.state["experiment_id"]
-    folder = journal.folder / message["folder"]
+    folder = _inside(journal.folder, message["folder"])
     begun = mlflow.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
     model_id = next((model.model_id for model in begun if model.name == message["name"]), None)
     if model_id is None:
@@ -132,7 +148,17 @@ def _log_model(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) 
         ).model_id
     mlflow.log_model_artifacts(model_id, str(folder))
     mlflow.finalize_logged_model(model_id, LoggedModelStatus.READY)
-    mlflow.log_outputs(run_id, [LoggedModelOutput(model_id, message["step"])])
+    outputs = mlflow.get_run(run_id).outputs
+    if not outputs or model_id not in [one.model_id for one in outputs.model_outputs]:
+        mlflow.log_outputs(run_id, [LoggedModelOutput(model_id, message["step"])])
+
+
+def _inside(folder: Path, path: str) -> Path:
+    """A file of the run; a journal that somebody else wrote cannot send other files of this machine."""
+    found = (folder / path).resolve()
+    if not found.is_relative_to(folder.resolve()):
+        raise FileNotFoundError(f"{path} is not in {folder}")
+    return found
 
 
 def _experiment(mlflow: MlflowClient, name: str, uri: str) -> str:

@@ -16,9 +16,9 @@ from typing import Any, Self
 from rich.console import Console
 from rich.table import Table
 
-from qlora_exp.errors import SweepError
-from qlora_exp.jobs import GOOD, JOB_FILE, RUNNING, Action, Job, decide, let_start, state, stopped
-from qlora_exp.journal import write_atomically
+from qlora_exp.errors import SweepError, TrackingError
+from qlora_exp.jobs import GOOD, JOB_FILE, RUNNING, Action, Job, decide, let_start, state, stopped, was_late
+from qlora_exp.journal import is_held, is_settled, write_atomically
 from qlora_exp.schema import SweepConfig
 from qlora_exp.signals import heeded
 
@@ -54,7 +54,6 @@ class Sweep:
         folder: Path,
         settings: SweepConfig,
         launch: Launch,
-        watches_time: bool = True,
         warm: Callable[[], object] = lambda: None,
     ) -> None:
         """What runs jobs.
@@ -63,12 +62,10 @@ class Sweep:
             folder: of the sweep.
             settings: `sweep` of the config.
             launch: how.
-            watches_time: whether that heeds `sweep.timeout_minutes`; else each job does.
             warm: called as soon as there may be jobs to launch.
         """
         self.folder = folder
         self._warm = warm
-        self._limit = None if watches_time or not settings.timeout_minutes else 60 * settings.timeout_minutes
         self._settings = settings
         self._launch = launch
         self._jobs: dict[str, Job] = {}
@@ -79,6 +76,8 @@ class Sweep:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if not self._settings.dry_run:
+            self._settle(complete=error is None)
         if self._parent is not None:
             if error is None:
                 self._record()
@@ -97,6 +96,10 @@ class Sweep:
                     "run the same command again"
                 )
 
+    def know(self, jobs: Sequence[Job]) -> None:
+        """That these are the sweep's too: its tables and its verdict are of them all."""
+        self._jobs |= {job.key: job for job in jobs}
+
     def run(self, jobs: Sequence[Job], pruning: Mapping[str, Any] | None = None) -> None:
         """Run those of `jobs` that are left to do; returns when they have ended, however.
 
@@ -104,7 +107,7 @@ class Sweep:
             jobs: any of the sweep's.
             pruning: for a job's key how it asks whether to go on (`search.judge`).
         """
-        self._jobs |= {job.key: job for job in jobs}
+        self.know(jobs)
         plan = {job.key: decide(job, self._settings.rerun) for job in jobs}
         deadline = time.monotonic() + _ORPHAN_SECONDS
         while (held := [job for job in jobs if plan[job.key] == RUNNING]) and time.monotonic() < deadline:
@@ -112,7 +115,7 @@ class Sweep:
             plan |= {job.key: decide(job, self._settings.rerun) for job in held}
         if not self._settings.dry_run and any(action != "skip" for action, _ in plan.values()):
             self._warm()
-        if (new := [job for job in jobs if plan[job.key][1] == "new"]) and self._settings.rerun != "all":
+        if (new := [job for job in jobs if plan[job.key][0] == "run"]) and self._settings.rerun != "all":
             self._elsewhere |= _finished(new)
             plan |= {
                 job.key: ("skip", f"done as MLflow run {self._elsewhere[job.key]['run_id']}")
@@ -131,8 +134,9 @@ class Sweep:
             job.folder.mkdir(parents=True, exist_ok=True)
             tags = {"mlflow.parentRunId": str(self._parent.run_id), "mlflow.runName": job.name}
             tags |= {"sweep": self.folder.name, **{f"sweep.{key}": value for key, value in job.swept.items()}}
-            told = {"tags": tags, "fail_fast": self._settings.fail_fast, "time_limit": self._limit}
-            told["pruning"] = (pruning or {}).get(job.key)
+            minutes = self._settings.timeout_minutes
+            told = {"tags": tags, "parts": job.parts, "fail_fast": self._settings.fail_fast}
+            told |= {"time_limit": minutes and 60 * minutes, "pruning": (pruning or {}).get(job.key)}
             write_atomically(job.folder / JOB_FILE, json.dumps(told))
         with heeded():
             left = self._launch_some(waiting)
@@ -154,16 +158,35 @@ class Sweep:
         """Launch jobs and record those that died; the jobs that were not even started."""
         from qlora_exp import tracking
 
+        endings: Sequence[Ending | None] = [None] * len(waiting)
         try:
             endings = self._launch(waiting)
         except Exception as error:  # a launcher that lost a job may give up the others; what each did is on disk
             log.error("the launcher gave up: %s: %s", type(error).__name__, error)  # noqa: TRY400
-            endings = [None] * len(waiting)
-        for job, ending in zip(waiting, endings, strict=True):
-            if ending is not None or state(job.folder)[0] == "cut off":
-                died = ending or Ending("killed", "its process is gone")
-                tracking.finish(job.folder, died.outcome, died.failure)
+        finally:  # also of a sweep that is interrupted
+            for job, ending in zip(waiting, endings, strict=True):
+                if ending is not None or state(job.folder)[0] == "cut off":
+                    died = ending or Ending("killed", "its process is gone")
+                    if was_late(job.folder):
+                        died = Ending("timeout", "the time limit of the job is over")
+                    tags = json.loads((job.folder / JOB_FILE).read_text("utf-8"))["tags"]
+                    tracking.record_death(job.config, job.folder, tags, died.outcome, died.failure)
         return [job for job in waiting if state(job.folder)[0] == "new"]
+
+    def _settle(self, complete: bool) -> None:
+        """Tell MLflow what it missed of the jobs, and if they are `complete` also of a sweep that was killed itself."""
+        jobs = list(self._jobs.values())
+        late = [job.folder for job in jobs if not is_settled(job.folder) and not is_held(job.folder)]
+        try:
+            if complete and jobs and self._parent is None and not is_settled(self.folder):
+                self._open(jobs[0])
+            if late:
+                from qlora_exp import tracking
+
+                for folder in late:
+                    tracking.finish(folder, "killed", "its process is gone")
+        except TrackingError as error:
+            log.warning("%s; `qlora-exp sync` tells it later", error)
 
     def ended(self, job: Job) -> dict[str, Any]:
         """How a job ended, by its journal or, if it ran elsewhere, by MLflow: `outcome`, `metrics`, `seconds`."""

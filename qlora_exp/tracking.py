@@ -22,10 +22,10 @@ from mlflow.exceptions import MlflowException
 from qlora_exp import config as config_module
 from qlora_exp import identity, provenance
 from qlora_exp.errors import ConfigError, TrackingError
-from qlora_exp.journal import Journal, last_message
+from qlora_exp.journal import FILE, Journal, last_message, read
 from qlora_exp.schema import Config
 from qlora_exp.secrets import redact
-from qlora_exp.store import client, is_refused, short, store_uri, tell
+from qlora_exp.store import client, has_lost, is_refused, short, store_uri, tell
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ CURVES = ("train/", "eval/")
 """Prefixes of metrics that have a value at many steps."""
 PARAM_LIMIT = 6000
 _RETRY_SECONDS = 30.0
+_LONGEST_RETRY_SECONDS = 600.0
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
 
 
@@ -46,9 +47,11 @@ class Tracker:
         self.resumed = resumed
         """Whether an earlier process began this run."""
         self._journal = journal
+        self._journal.use(store_uri(uri))
         self._uri = uri
         self._mlflow: MlflowClient | None = None
         self._retry_at = 0.0
+        self._patience = _RETRY_SECONDS
         self._known: dict[tuple[int, str], float] = {}
         self._summary: dict[str, float] = {}
         if resumed:
@@ -136,6 +139,10 @@ class Tracker:
             try:
                 tell(self.connect(), self._journal, message)
             except Exception as error:  # whatever the store or its artifact store raises: training must go on
+                if has_lost(error, self._mlflow, self.run_id):
+                    log.warning("MLflow has lost this run: it is told all of it again")
+                    self._journal.forget()
+                    return self.deliver(strict)
                 if strict and not is_refused(error, message):
                     raise
                 if is_refused(error, message):  # for good; what comes after it must not wait
@@ -145,10 +152,11 @@ class Tracker:
                         log.warning(
                             "MLflow does not take a message; the run goes on and keeps it: %s", redact(short(error))
                         )
-                    self._retry_at = time.monotonic() + _RETRY_SECONDS
+                    self._retry_at = time.monotonic() + self._patience
+                    self._patience = min(2 * self._patience, _LONGEST_RETRY_SECONDS)  # one that hangs takes its time
                     return False
             self._journal.note(offset=offset)
-        self._retry_at = 0.0
+        self._retry_at, self._patience = 0.0, _RETRY_SECONDS
         return True
 
     def close(self) -> None:
@@ -217,21 +225,21 @@ def open_run(
     alive |= {"process.folder": str(folder), "outcome": "running", "mlflow.source.name": redact(provenance.command())}
     try:
         if must_reach:
-            _reap(tracker.connect(), experiment)
+            _reap(tracker.connect(), experiment, uri)
         if resumed:
-            journal.append({"op": "resume", "tags": alive})
+            journal.append({"op": "resume", "tags": alive | {"failure": ""}})
         else:
             named = {key: redact(value) for key, value in tags.items()} | alive | {"attempt": uuid.uuid4().hex}
             begin = {"experiment": experiment, "uri": store_uri(uri), "run_name": run_name, "timestamp": _now()}
             journal.append({"op": "start", **begin, "tags": named})
         tracker.deliver(strict=must_reach)
-    except (MlflowException, TrackingError) as error:
+    except BaseException as error:
         if not resumed:  # nothing began
             journal.file.unlink(missing_ok=True)
         tracker.close()
-        if isinstance(error, TrackingError):
-            raise
-        raise TrackingError(f"MLflow at {redact(store_uri(uri))}: {redact(short(error))}") from error
+        if isinstance(error, MlflowException):
+            raise TrackingError(f"MLflow at {redact(store_uri(uri))}: {redact(short(error))}") from error
+        raise
     return tracker
 
 
@@ -248,17 +256,10 @@ def start(
         ConfigError: the folder holds another run, or one that ended.
         TrackingError: the store cannot be reached.
     """
-    _check_folder(config, output_dir)
-    parts = {f"identity.{part}": digest for part, digest in identity.parts(config).items()}
-    every = {**config.tracking.tags, **tags, **parts, "run_key": identity.run_key(config)}
-    name = config.tracking.run_name or every.pop("mlflow.runName", None) or run_name(config)
-    tracker = open_run(output_dir, config.tracking.uri, config.tracking.experiment_name, name, every, must_reach)
+    tracker = _begin(config, output_dir, tags, must_reach)
     begin = time.monotonic()
     try:
-        tracker.params(config_module.flatten(config))
-        tracker.text(config_module.to_yaml(config), CONFIG_FILE)
-        tracker.tags({f"version.{name}": found for name, found in provenance.libraries().items()})
-        tracker.tags({f"git.{name}": found for name, found in provenance.git().items()})
+        _describe(tracker, config)
         yield tracker
     except BaseException as error:  # every end of a run is recorded; nothing is swallowed
         outcome = _outcome(error)
@@ -274,6 +275,22 @@ def start(
         raise
     tracker.end("FINISHED", "ok", seconds=time.monotonic() - begin)
     tracker.close()
+
+
+def _begin(config: Config, output_dir: Path, tags: Mapping[str, str], must_reach: bool) -> Tracker:
+    _check_folder(config, output_dir)
+    parts = {f"identity.{part}": digest for part, digest in identity.parts(config).items()}
+    every = {**config.tracking.tags, **tags, **parts, "run_key": identity.run_key(config)}
+    name = config.tracking.run_name or every.pop("mlflow.runName", None) or run_name(config)
+    return open_run(output_dir, config.tracking.uri, config.tracking.experiment_name, name, every, must_reach)
+
+
+def _describe(tracker: Tracker, config: Config) -> None:
+    values = config_module.flatten(config)
+    tracker.params({key: value for key, value in values.items() if key.split(".")[0] not in config_module.APART})
+    tracker.text(config_module.to_yaml(config), CONFIG_FILE)
+    tracker.tags({f"version.{name}": found for name, found in provenance.libraries().items()})
+    tracker.tags({f"git.{name}": found for name, found in provenance.git().items()})
 
 
 def _check_folder(config: Config, folder: Path) -> None:
@@ -316,7 +333,16 @@ def finish(folder: Path, outcome: str, failure: str, uri: str | None = None) -> 
     return delivered
 
 
-def record_failure(config: Config, folder: Path, tags: Mapping[str, str], error: Exception) -> None:
+def record_death(config: Config, folder: Path, tags: Mapping[str, str], outcome: str, failure: str) -> None:
+    """How the process of a job ended that did not live to say so itself, however far it came."""
+    if last_message(folder) is None:
+        tracker = _begin(config, folder, tags, must_reach=False)
+        _describe(tracker, config)
+        tracker.close()
+    finish(folder, outcome, failure)
+
+
+def record_failure(config: Config, folder: Path, tags: Mapping[str, str], error: BaseException) -> None:
     """Leave a FAILED run for a job that could not even begin."""
     with suppress(type(error)), start(config, folder, tags, must_reach=False):
         raise error
@@ -333,21 +359,26 @@ def _outcome(error: BaseException) -> str:
     return named.get(type(error).__name__, "error")
 
 
-def _reap(mlflow: MlflowClient, experiment: str) -> None:
+def _reap(mlflow: MlflowClient, experiment: str, uri: str | None) -> None:
     """Runs whose process on this host is gone without a word (kill -9, power) are KILLED, not RUNNING for ever."""
     found = mlflow.get_experiment_by_name(experiment)
     if found is None:
         return
+    recorded = provenance.process()
     for run in mlflow.search_runs([found.experiment_id], "attributes.status = 'RUNNING'"):
         tags = run.data.tags
-        if not provenance.is_dead({key: tags.get(f"process.{key}", "") for key in ("host", "pid", "started")}):
+        if not provenance.is_dead({key: tags.get(f"process.{key}", "") for key in recorded}):
             continue
         folder = Path(tags.get("process.folder", ""))
-        if last_message(folder) is not None:
-            finish(folder, "killed", "its process is gone")
-        else:
-            mlflow.set_tag(run.info.run_id, "outcome", "killed")
-            mlflow.set_terminated(run.info.run_id, "KILLED")
+        try:  # the tag is only what somebody wrote into the store: the journal there must be this run's
+            begin: dict[str, Any] = next((message for message, _ in read(folder / FILE)), {"tags": {}})
+            if "attempt" in tags and begin["tags"].get("attempt") == tags["attempt"]:
+                finish(folder, "killed", "its process is gone", uri)
+                continue
+        except OSError:  # another user's
+            continue
+        mlflow.set_tag(run.info.run_id, "outcome", "killed")
+        mlflow.set_terminated(run.info.run_id, "KILLED")
 
 
 def run_name(config: Config) -> str:

@@ -12,7 +12,15 @@ def _forget():
 
 
 @pytest.mark.parametrize(
-    "change", ["seed=1", "method.r=4", "quantization=fp4", "training.max_steps=7", "model=tiny_llama"]
+    "change",
+    [
+        "seed=1",
+        "method.r=4",
+        "quantization=fp4",
+        "training.max_steps=7",
+        "model=tiny_llama",
+        "training.resume_from_checkpoint=.",
+    ],
 )
 def test_what_changes_a_result_changes_the_key(change: str):
     assert identity.run_key(compose([change])) != identity.run_key(compose())
@@ -33,6 +41,18 @@ def test_other_rows_are_another_run(tmp_path, jsonl):
     jsonl([{"prompt": "a", "completion": "c"}])
     second = identity.parts(compose(words))
     assert {part for part in first if first[part] != second[part]} == {"data"}
+
+
+def test_one_row_of_a_large_file_is_another_run(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    words = ["dataset=own", f"dataset.path={rows}"]
+    rows.write_bytes(bytes(80 * 1024**2))
+    first = identity.parts(compose(words))
+    identity.data.cache_clear()
+    with rows.open("rb+") as file:
+        file.seek(3 * 1024**2)
+        file.write(b"1")
+    assert identity.parts(compose(words))["data"] != first["data"]
 
 
 @pytest.mark.parametrize("size", [1000, 70 * 1024**2])

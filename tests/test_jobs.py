@@ -58,11 +58,11 @@ def test_the_journal_says_what_is_left_to_do(messages, expected: str, action: st
 
 def test_a_resumed_job_says_from_which_step(jobs):
     (job,) = jobs("seed", ["1"])
-    for step, whole in ((2, True), (10, True), (12, False)):
+    for step, whole in ((2, True), (10, True), (12, False), ("10.bak", True)):
         folder = job.folder / "checkpoints" / f"checkpoint-{step}"
         folder.mkdir(parents=True)
         if whole:
-            (folder / "trainer_state.json").touch()
+            (folder / "trainer_state.json").write_text("{}")
     journal = Journal(job.folder)
     journal.append({"op": "start"})
     journal.close()

@@ -36,12 +36,37 @@ def test_what_was_delivered_is_not_given_again(tmp_path):
     journal = Journal(tmp_path)
     for number in range(3):
         journal.append({"op": "metrics", "number": number})
+    journal.use("sqlite:///a")
     first = next(journal.undelivered())
     journal.note(offset=first[1], run_id="abc")
     journal.close()
     again = Journal(tmp_path)
+    again.use("sqlite:///a")
     assert [message["number"] for message, _ in again.undelivered()] == [1, 2]
     assert again.state["run_id"] == "abc"
+    again.use("sqlite:///b")  # another store has nothing
+    assert [message["number"] for message, _ in again.undelivered()] == [0, 1, 2]
+    assert "run_id" not in again.state
+    again.note(run_id="def")
+    again.use("sqlite:///a")
+    assert again.state["run_id"] == "abc"
+    again.forget()
+    assert len(list(again.undelivered())) == 3
+    again.close()
+
+
+def test_messages_that_the_power_took_after_they_were_sent_do_not_confuse(tmp_path):
+    journal = Journal(tmp_path)
+    journal.use("sqlite:///a")
+    journal.append({"op": "metrics", "number": 0})
+    journal.append({"op": "metrics", "number": 1})
+    journal.note(offset=journal.file.stat().st_size)
+    journal.close()
+    journal.file.write_bytes(journal.file.read_bytes().splitlines(keepends=True)[0])
+    again = Journal(tmp_path)
+    again.use("sqlite:///a")
+    again.append({"op": "metrics", "number": 2})
+    assert [message["number"] for message, _ in again.undelivered()] == [2]
     again.close()
 
 

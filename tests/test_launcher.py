@@ -1,5 +1,6 @@
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import pytest
 
 from qlora_exp import launcher
 from qlora_exp.launcher import Task, run_all
-from qlora_exp.signals import heeded
 
 
 @pytest.fixture(autouse=True)
@@ -43,25 +43,6 @@ def test_what_happens_to_one_job_does_not_touch_the_others(tmp_path):
     assert [ending and ending.outcome for ending in endings] == [None, "killed", "error", None, "error", None]
     assert "SIGSEGV" in endings[2].failure
     assert "exit code 3" in endings[4].failure
-
-
-def test_a_job_that_hangs_is_asked_and_then_killed(tmp_path):
-    def listens() -> None:
-        with heeded():
-            try:
-                time.sleep(60)
-            finally:
-                (tmp_path / "wrote it down").touch()
-
-    def is_deaf() -> None:
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        time.sleep(60)
-
-    begin = time.monotonic()
-    endings = run_all([task(tmp_path, listens), task(tmp_path, is_deaf)], n_jobs=2, timeout=3)
-    assert [ending.outcome for ending in endings] == ["timeout", "timeout"]
-    assert (tmp_path / "wrote it down").exists()
-    assert time.monotonic() - begin < 30
 
 
 def test_no_more_than_n_jobs_run_at_once(tmp_path):
@@ -115,8 +96,45 @@ def test_memory_of_a_job_is_gone_with_it(tmp_path):
 
 def test_a_kill_for_want_of_memory_is_told_from_another(tmp_path, monkeypatch):
     counts = iter([0, 1, 1])
-    monkeypatch.setattr(launcher, "_oom_kills", lambda: next(counts))
-    assert run_all([task(tmp_path, crash(signal.SIGKILL))])[0].outcome == "oom"
+    monkeypatch.setattr(launcher, "_oom_kills", lambda: next(counts, 1))
+    endings = run_all([task(tmp_path, crash(signal.SIGKILL)), task(tmp_path, crash(signal.SIGKILL))])
+    assert [one.outcome for one in endings] == ["oom", "killed"]
+
+
+def test_two_kills_for_want_of_memory_at_once_are_both_that(tmp_path, monkeypatch):
+    monkeypatch.setattr(launcher, "_oom_kills", lambda: len(list(tmp_path.glob("died*"))))
+    both = tmp_path / "both"
+
+    def crash_together(name: str):
+        def call() -> None:
+            (tmp_path / f"ready{name}").touch()
+            while not both.exists():
+                time.sleep(0.01)
+            (tmp_path / f"died{name}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        return call
+
+    def when_both_are_there() -> None:
+        while len(list(tmp_path.glob("ready*"))) < 2:
+            time.sleep(0.01)
+        both.touch()
+
+    threading.Thread(target=when_both_are_there).start()
+    folders = [tmp_path / name for name in "ab"]
+    endings = run_all([task(folder, crash_together(folder.name)) for folder in folders], n_jobs=2)
+    assert [one.outcome for one in endings] == ["oom", "oom"]
+
+
+def test_who_asks_is_told_of_each_death(tmp_path):
+    deaths = []
+    run_all(
+        [task(tmp_path, crash(signal.SIGSEGV)), task(tmp_path, (tmp_path / "second").touch)],
+        stopped=lambda: bool(deaths),
+        died=lambda: deaths.append(1),
+    )
+    assert deaths == [1]
+    assert not (tmp_path / "second").exists()
 
 
 @pytest.mark.parametrize(("named", "found"), [("0,3", ["0", "3"]), ("", []), ("-1", []), ("GPU-abc", ["GPU-abc"])])

@@ -18,6 +18,8 @@ def test_this_process_lives_and_others_are_told_apart():
     assert not provenance.is_dead(me | {"started": str(float(me["started"]) + 1)})
     assert provenance.is_dead(me | {"pid": str(2**22 + os.getpid())})
     assert not provenance.is_dead(me | {"host": "elsewhere", "started": "0.0"})
+    assert not provenance.is_dead(me | {"namespace": "another container", "started": "0.0"})
+    assert provenance.is_dead(me | {"boot": "before the machine was started again"})
 
 
 def test_git_says_commit_and_state_or_nothing(monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from conftest import QUICK
 
-from qlora_exp.config import flatten, from_dict
+from qlora_exp.config import APART, flatten, from_dict
 from qlora_exp.errors import ConfigError, DataError, UserError
 from qlora_exp.store import client
 
@@ -37,7 +37,8 @@ def test_what_a_run_leaves_in_mlflow(run, store, config):
     assert found.data.tags["outcome"] == "ok"
     assert {"version.torch", "hardware.cores", "process.pid", "mlflow.source.name"} <= found.data.tags.keys()
 
-    expected = flatten(from_dict(yaml.safe_load((result.output_dir / "qlora_exp.yaml").read_text())))
+    config = flatten(from_dict(yaml.safe_load((result.output_dir / "qlora_exp.yaml").read_text())))
+    expected = {key: value for key, value in config.items() if key.split(".")[0] not in APART}
     assert expected.keys() <= found.data.params.keys()
     assert found.data.params["resolved.optim"] == "adamw_torch"
     assert found.data.params["resolved.optim_fallback"]

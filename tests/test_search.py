@@ -2,6 +2,7 @@ import json
 
 import optuna
 import pytest
+from filelock import FileLock
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
@@ -33,6 +34,9 @@ def test_a_sweep_is_the_space_of_a_search(text: str, expected):
     assert search.example(expected) in (4, "lora", "[q_proj]", True, 2, 0.1, 1e-5, 1)
 
 
+IN_ORDER = SweepConfig()
+
+
 @pytest.fixture
 def study(config, store, tmp_path):
     """Search over `training.warmup_steps` with a made-up loss in place of training; what was run, in order."""
@@ -44,11 +48,22 @@ def study(config, store, tmp_path):
         ran.append(dict(job.swept))
         journal = Journal(job.folder)
         metrics = {"after/loss": abs(values[0] - 600) + values[1], "memory/rss_peak_mib": float(values[0])}
-        journal.append({"op": "start", "uri": store, "tags": {}})
-        journal.append({"op": "end", "outcome": "ok", "seconds": 1.0, "metrics": metrics})
+        begin = {"uri": store, "experiment": "search", "run_name": "made up", "timestamp": 1}
+        journal.append({"op": "start", **begin, "tags": {"attempt": job.key}})
+        end = {"status": "FINISHED", "timestamp": 2, "outcome": "ok", "seconds": 1.0}
+        journal.append({"op": "end", **end, "metrics": metrics})
         journal.close()
 
-    def start(*, seeds=(0,), fails=lambda number: False, stop_after=10**6, at_once=1, **settings):
+    def start(
+        *,
+        seeds=(0,),
+        fails=lambda number: False,
+        stop_after=10**6,
+        how=IN_ORDER,
+        space=space,
+        outcome="oom",
+        **settings,
+    ):
         folder = tmp_path / "search"
 
         def launch(waiting):
@@ -58,7 +73,7 @@ def study(config, store, tmp_path):
                     raise KeyboardInterrupt
                 if fails(len(ran)):
                     ran.append(dict(job.swept))
-                    endings.append(Ending("oom", "made up"))
+                    endings.append(outcome and Ending(outcome, "made up"))
                 else:
                     ends(job)
                     endings.append(None)
@@ -70,18 +85,14 @@ def study(config, store, tmp_path):
             base = ["method=lora", f"tracking.uri={store}", "tracking.experiment_name=search"]
             return jobs.jobs([config(*base, *word) for word in words], swept, words, folder)
 
-        with Sweep(folder, SweepConfig(), launch) as running:
-            return search.search(running, space, jobs_of, SearchConfig(**settings), at_once)
+        with Sweep(folder, how, launch) as running:
+            return search.search(running, space, jobs_of, SearchConfig(**settings), how)
 
     start.ran = ran
-    start.trials = lambda: (
-        optuna.load_study(
-            study_name=None,
-            storage=optuna.storages.JournalStorage(
-                optuna.storages.journal.JournalFileBackend(str(tmp_path / "search" / search.STUDY_FILE))
-            ),
-        ).trials
+    start.storage = lambda: optuna.storages.JournalStorage(
+        optuna.storages.journal.JournalFileBackend(str(tmp_path / "search" / search.STUDY_FILE))
     )
+    start.trials = lambda: optuna.load_study(study_name=None, storage=start.storage()).trials
     return start
 
 
@@ -123,8 +134,11 @@ def test_a_search_that_was_cut_off_goes_on(study):
 
 
 def test_trials_side_by_side(study):
-    study(n_trials=5, at_once=2)
-    assert len(study.trials()) == 5
+    study(n_trials=5, how=SweepConfig(n_jobs=2))
+    trials = study.trials()
+    assert len(trials) == 5
+    assert trials[1].datetime_start < trials[0].datetime_complete
+    assert trials[2].datetime_start > trials[1].datetime_complete
 
 
 def test_a_failed_job_is_a_failed_trial_and_the_search_goes_on(study):
@@ -133,6 +147,68 @@ def test_a_failed_job_is_a_failed_trial_and_the_search_goes_on(study):
     states = [trial.state for trial in study.trials()]
     assert states.count(TrialState.FAIL) == 1
     assert states.count(TrialState.COMPLETE) == 3
+    study.ran.clear()
+    with pytest.raises(Exception, match="1 of 4 jobs did not end well"):
+        study(n_trials=4)
+    assert study.ran == []
+    study(n_trials=4, how=SweepConfig(rerun="failed"))
+    assert len(study.ran) == 1
+    assert [trial.state for trial in study.trials()].count(TrialState.COMPLETE) == 4
+    study(n_trials=4, how=SweepConfig(rerun="failed"))
+    assert len(study.ran) == 1
+
+
+def test_a_killed_job_goes_on_when_the_search_is_started_again(study):
+    with pytest.raises(Exception, match="1 of 3 jobs did not end well"):
+        study(n_trials=3, fails=lambda number: number == 1, outcome="killed")
+    assert [trial.state for trial in study.trials()].count(TrialState.RUNNING) == 1
+    study(n_trials=3)
+    assert len(study.ran) == 4
+    assert {trial.state for trial in study.trials()} == {TrialState.COMPLETE}
+
+
+def test_a_launcher_that_cannot_start_uses_up_no_trials(study):
+    with pytest.raises(Exception, match="1 of 1 jobs did not end well"):
+        study(n_trials=5, fails=lambda number: True, outcome=None)
+    study.ran.clear()
+    study(n_trials=5)
+    assert len(study.ran) == 5
+    assert {trial.state for trial in study.trials()} == {TrialState.COMPLETE}
+
+
+def test_what_a_search_found_before_is_in_its_table_again(study, tmp_path, capsys):
+    study(n_trials=2)
+    study(n_trials=3)
+    newest = max((tmp_path / "search").glob("comparison_*.json"))
+    assert len(json.loads(newest.read_text())) == 3
+    assert capsys.readouterr().out.count("│ ok ") == 2 + 3
+
+
+def test_one_process_searches_at_a_time(study, tmp_path):
+    (tmp_path / "search").mkdir()
+    with (
+        FileLock(tmp_path / "search" / f"{search.STUDY_FILE}.running"),
+        pytest.raises(ConfigError, match="another process is searching"),
+    ):
+        study(n_trials=2)
+    assert study.ran == []
+
+
+def test_a_trial_that_a_kill_left_without_values_is_none(study):
+    study(n_trials=1)
+    storage = study.storage()
+    optuna.load_study(study_name=None, storage=storage).ask()
+    study(n_trials=3)
+    assert [trial.state for trial in study.trials()].count(TrialState.FAIL) == 1
+    assert len(study.ran) == 2
+
+
+def test_a_study_keeps_to_its_space_and_directions(study):
+    study(n_trials=1)
+    with pytest.raises(ConfigError, match=r"method\.r, training\.warmup_steps: not what the study"):
+        study(n_trials=2, space={"method.r": CategoricalDistribution([2, 8])})
+    with pytest.raises(ConfigError, match=r"search\.directions: not what the study"):
+        study(n_trials=2, directions=["maximize"])
 
 
 def test_a_metric_that_jobs_do_not_have_is_named(study):
@@ -168,7 +244,10 @@ def test_a_job_that_does_worse_than_earlier_trials_is_pruned(tmp_path):
 def test_settings_that_contradict_each_other_are_refused(config):
     with pytest.raises(ConfigError, match="one for each of metrics"):
         config("search.directions=[minimize,maximize]")
-    with pytest.raises(ConfigError, match="single metric"):
-        config("search.prune=true", "search.metrics=[after/loss,memory/rss_peak_mib]")
+    for metrics in (["after/loss", "memory/rss_peak_mib"], ["after/rougeL"]):
+        with pytest.raises(ConfigError, match="judges by the held-out loss"):
+            config("search.prune=true", f"search.metrics=[{','.join(metrics)}]")
+    with pytest.raises(ConfigError, match="minimized"):
+        config("search.prune=true", "search.directions=[maximize]")
     with pytest.raises(ConfigError, match="training.eval_strategy=steps"):
         config("search.prune=true")

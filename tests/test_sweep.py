@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from qlora_exp import identity, tracking
 from qlora_exp import jobs as jobs_module
-from qlora_exp import tracking
 from qlora_exp.errors import SweepError
 from qlora_exp.jobs import Job
 from qlora_exp.journal import last_message
@@ -176,3 +176,91 @@ def test_a_launcher_that_starts_nothing_is_not_asked_for_ever(jobs, capsys):
     with pytest.raises(SweepError, match="2 of 2"):
         execute(jobs("seed", ["1", "2"]), lambda waiting: [None] * len(waiting))
     assert "not started" in capsys.readouterr().out
+
+
+def test_a_job_that_dies_before_it_is_a_run_becomes_one_and_is_not_started_twice(jobs, mlflow):
+    launched = []
+
+    def launch(waiting):
+        launched.extend(job.swept["seed"] for job in waiting)
+        endings = [Ending("oom", "made up")]
+        return endings + in_process(waiting[1:])
+
+    with pytest.raises(SweepError, match="1 of 2 jobs"):
+        execute(jobs("seed", ["1", "2"]), launch)
+    assert launched == ["1", "2"]
+    _, children = mlflow()
+    assert sorted(child.data.tags["outcome"] for child in children) == ["ok", "oom"]
+    assert {child.info.status for child in children} == {"FAILED", "FINISHED"}
+    assert {child.data.tags["sweep.seed"] for child in children} == {"1", "2"}
+
+
+def cut_off(job: Job) -> None:
+    """As a kill leaves a job."""
+    tags = json.loads((job.folder / jobs_module.JOB_FILE).read_text())["tags"]
+    tracking._begin(job.config, job.folder, tags, must_reach=False).close()
+
+
+def test_a_job_killed_for_its_time_is_out_of_time(jobs, mlflow):
+    def launch(waiting):
+        cut_off(waiting[0])
+        (waiting[0].folder / "out_of_time").touch()
+        return [Ending("error", "the process died: exit code 1")]
+
+    with pytest.raises(SweepError):
+        execute(jobs("seed", ["1"], "sweep.timeout_minutes=1"), launch)
+    _, (child,) = mlflow()
+    assert child.data.tags["outcome"] == "timeout"
+
+
+def test_an_interrupted_sweep_records_the_jobs_that_it_had_to_kill(jobs, mlflow):
+    def launch(waiting):
+        cut_off(waiting[0])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        execute(jobs("seed", ["1", "2"]), launch)
+    parents, children = mlflow()
+    assert [run.info.status for run in (*parents, *children)] == ["KILLED", "KILLED"]
+
+
+def test_a_sweep_killed_after_its_last_job_is_finished_by_the_next_start(jobs, mlflow):
+    todo = jobs("seed", ["1"])
+    with pytest.raises(ZeroDivisionError), Sweep(todo[0].folder.parent, todo[0].config.sweep, in_process) as running:
+        running.run(todo)
+        running._parent.close()  # as a kill: the journal has no end
+        running._parent = None
+        raise ZeroDivisionError
+    ((parent,), _) = mlflow()
+    assert parent.info.status == "RUNNING"
+    execute(todo, never)
+    ((parent,), _) = mlflow()
+    assert parent.info.status == "FINISHED"
+    assert parent.data.metrics["jobs"] == 1
+
+
+def test_what_mlflow_missed_of_a_job_is_told_when_the_sweep_is_started_again(jobs, mlflow):
+    todo = jobs("seed", ["1"])
+    execute(todo)
+    states = json.loads((todo[0].folder / "delivered.json").read_text())
+    (uri,) = states
+    lines = (todo[0].folder / "journal.jsonl").read_bytes().splitlines(keepends=True)
+    _, (child,) = mlflow()
+    client(uri).update_run(child.info.run_id, status="RUNNING")
+    states[uri]["offset"] = sum(map(len, lines[:-1]))
+    (todo[0].folder / "delivered.json").write_text(json.dumps(states))
+    execute(todo, never)
+    _, (child,) = mlflow()
+    assert child.info.status == "FINISHED"
+
+
+def test_a_job_whose_data_were_edited_meanwhile_is_refused(jobs, mlflow, jsonl):
+    rows = jsonl([{"prompt": f"{number}+1=", "completion": str(number + 1)} for number in range(30)])
+    own = ["dataset=own", f"dataset.path={rows}"]
+    todo = jobs("seed", ["1"], *own)
+    Path(rows).write_text(Path(rows).read_text().replace("7+1=", "7 + 1="))
+    identity.data.cache_clear()
+    with pytest.raises(SweepError):
+        execute(todo)
+    _, (child,) = mlflow()
+    assert "not the same data any more" in child.data.tags["failure"]

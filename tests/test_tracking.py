@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 from qlora_exp import tracking
 from qlora_exp.config import compose, from_dict
 from qlora_exp.errors import ConfigError, TrackingError
-from qlora_exp.journal import Journal, metrics
+from qlora_exp.journal import Journal, is_settled, metrics
 from qlora_exp.store import client, finished_runs
 
 
@@ -200,6 +200,7 @@ def test_telling_everything_again_changes_nothing(store, mlflow, tmp_path):
         tracker.model("model", "m", {}, 1)
     before = mlflow.get_run(tracker.run_id).to_dictionary()
     journal = Journal(tmp_path)
+    journal.use(store)
     journal.state.pop("run_id")
     journal.note(offset=0)
     journal.close()
@@ -249,6 +250,67 @@ def test_a_folder_keeps_to_its_run(store, tmp_path):
     assert tracker.resumed
     with pytest.raises(ConfigError, match=r"holds a run that ended \(ok\)"), start(store, tmp_path):
         pass
+
+
+def test_another_store_gets_everything(store, mlflow, tmp_path):
+    with start(store, tmp_path / "run") as tracker:
+        tracker.metrics({"loss": 2.0}, 1)
+    other = f"sqlite:///{tmp_path / 'other.db'}"
+    assert not is_settled(tmp_path / "run", other)
+    assert tracking.finish(tmp_path / "run", "killed", "not used", other) is True
+    assert is_settled(tmp_path / "run", other)
+    assert is_settled(tmp_path / "run")
+    there = client(other)
+    (copy,) = there.search_runs([there.get_experiment_by_name("qlora_exp").experiment_id])
+    assert (copy.info.status, copy.data.metrics) == ("FINISHED", {"loss": 2.0})
+    assert mlflow.get_run(tracker.run_id).data.metrics == {"loss": 2.0}
+
+
+def test_a_store_that_has_lost_the_run_is_told_it_again(tmp_path):
+    uri = f"sqlite:///{tmp_path / 'lost.db'}"
+    with start(uri, tmp_path / "run") as tracker:
+        tracker.metrics({"loss": 2.0}, 1)
+        (tmp_path / "lost.db").rename(tmp_path / "away.db")
+        tracker._mlflow = client(f"sqlite:///{tmp_path / 'new.db'}")
+        tracker.metrics({"loss": 1.0}, 2)
+    there = client(f"sqlite:///{tmp_path / 'new.db'}")
+    (again,) = there.search_runs([there.get_experiment_by_name("qlora_exp").experiment_id])
+    assert [one.value for one in there.get_metric_history(again.info.run_id, "loss")] == [2.0, 1.0]
+    assert again.info.status == "FINISHED"
+
+
+def test_a_run_that_goes_on_has_not_failed_any_more(store, mlflow, tmp_path):
+    with pytest.raises(KeyboardInterrupt), start(store, tmp_path) as tracker:
+        raise KeyboardInterrupt
+    assert "KeyboardInterrupt" in mlflow.get_run(tracker.run_id).data.tags["failure"]
+    with start(store, tmp_path):
+        pass
+    tags = mlflow.get_run(tracker.run_id).data.tags
+    assert (tags["outcome"], tags["failure"]) == ("ok", "")
+
+
+def test_a_journal_that_somebody_else_wrote_sends_no_file_of_this_machine(store, mlflow, tmp_path):
+    (tmp_path / "secret").write_text("mine")
+    with start(store, tmp_path / "run") as tracker:
+        tracker.file("../secret")
+        tracker.model("..", "m", {}, 1)
+        tracker.metrics({"loss": 2.0}, 1)
+    run = mlflow.get_run(tracker.run_id)
+    assert run.data.metrics == {"loss": 2.0}
+    assert "secret" not in [one.path for one in mlflow.list_artifacts(tracker.run_id)]
+    assert not run.outputs.model_outputs
+
+
+def test_a_dead_run_that_names_somebody_elses_folder_moves_nothing_there(store, mlflow, tmp_path):
+    with pytest.raises(KeyboardInterrupt), start(store, tmp_path / "theirs") as theirs:
+        raise KeyboardInterrupt
+    before = (tmp_path / "theirs" / "journal.jsonl").read_bytes()
+    tags = dict(mlflow.get_run(theirs.run_id).data.tags) | {"process.started": "1.0", "attempt": "another"}
+    made_up = mlflow.create_run(mlflow.get_run(theirs.run_id).info.experiment_id, tags=tags).info.run_id
+    with start(store, tmp_path / "mine"):
+        pass
+    assert mlflow.get_run(made_up).info.status == "KILLED"
+    assert (tmp_path / "theirs" / "journal.jsonl").read_bytes() == before
 
 
 def test_finished_runs_are_found_by_their_key(store, mlflow, tmp_path):

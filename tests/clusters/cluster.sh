@@ -3,10 +3,13 @@
 # Needs root and Debian's slurmctld slurmd slurmdbd slurm-client munge mariadb-server. `nox -s slurm` uses it.
 set -euo pipefail
 folder=$(realpath -m "${2:?folder}")
-export SLURM_CONF=/etc/slurm/slurm.conf  # slurmdbd looks for its own file beside it
+export SLURM_CONF=$folder/etc/slurm.conf  # slurmdbd looks for its own file beside it
 
 start() {
-    mkdir -p "$folder"/{log,state,spool,mysql} /run/munge /run/mysqld /etc/slurm
+    if pgrep -x 'slurmctld|slurmd|munged' >/dev/null; then
+        echo "SLURM runs here already: this is for a machine without" && exit 1
+    fi
+    mkdir -p "$folder"/{etc,log,state,spool,mysql} /run/munge /run/mysqld
     chown munge: /run/munge && chown mysql: /run/mysqld "$folder/mysql" && chmod 755 "$folder"
     [ -s /etc/munge/munge.key ] || runuser -u munge -- mungekey --create
     runuser -u munge -- munged --force
@@ -17,7 +20,7 @@ start() {
     for _ in $(seq 60); do mariadb -S /run/mysqld/slurm.sock -e 'select 1' >/dev/null 2>&1 && break; sleep 0.5; done
     mariadb -S /run/mysqld/slurm.sock -e "create database slurm_acct_db; create user slurm@localhost identified by 'slurm';
         grant all on slurm_acct_db.* to slurm@localhost;"
-    cat >/etc/slurm/slurmdbd.conf <<EOF
+    cat >"$folder/etc/slurmdbd.conf" <<EOF
 AuthType=auth/munge
 DbdHost=localhost
 SlurmUser=root
@@ -29,7 +32,7 @@ StorageLoc=slurm_acct_db
 LogFile=$folder/log/slurmdbd.log
 PidFile=$folder/slurmdbd.pid
 EOF
-    chmod 600 /etc/slurm/slurmdbd.conf
+    chmod 600 "$folder/etc/slurmdbd.conf"
     cat >"$SLURM_CONF" <<EOF
 ClusterName=one
 SlurmctldHost=$(hostname -s)(127.0.0.1)
@@ -68,7 +71,7 @@ stop() {
     for name in slurmd slurmctld slurmdbd mariadb; do
         [ -s "$folder/$name.pid" ] && kill "$(cat "$folder/$name.pid")" 2>/dev/null || true
     done
-    pkill munged || true
+    pkill -F /run/munge/munged.pid munged || true
 }
 
 "$1"
