@@ -111,7 +111,7 @@ def test_a_sweep_works_in_a_folder_with_a_quote(store, tmp_path):
     words += [f"tracking.uri={store}"]
     result = subprocess.run(words, capture_output=True, text=True, check=False, cwd=folder)
     assert result.returncode == 0, result.stderr
-    assert len(list(folder.glob("multirun/*/seed-1_*/model"))) == 1
+    assert len(list(folder.glob("multirun/*/*/model"))) == 1
 
 
 @pytest.mark.parametrize(

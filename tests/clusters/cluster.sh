@@ -68,6 +68,7 @@ EOF
 }
 
 stop() {
+    scancel --user root && sleep 2  # of this cluster only
     for name in slurmd slurmctld slurmdbd mariadb; do
         [ -s "$folder/$name.pid" ] && kill "$(cat "$folder/$name.pid")" 2>/dev/null || true
     done

@@ -1,5 +1,6 @@
 """A sweep on a real SLURM cluster: one node on this machine, by `cluster.sh`. Only `nox -s slurm` runs this."""
 
+import contextlib
 import os
 import subprocess
 import tempfile
@@ -7,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from sweeps import command, runs, steps_told
 
@@ -41,6 +43,16 @@ def test_jobs_end_as_they_do_on_this_machine(store, tmp_path):
     assert parent.info.status == "FINISHED"
 
 
+def job_process(number: int) -> psutil.Process:
+    """Of a job of the array that runs."""
+    for one in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            ours = "submitit.core._submit" in one.cmdline() and one.name().startswith("python")
+            if ours and one.environ().get("SLURM_ARRAY_TASK_ID") == str(number):
+                return one
+    raise LookupError(number)
+
+
 @pytest.mark.parametrize("how", ["scancel", "kill -9"])
 def test_a_job_that_is_cut_off_is_recorded_and_goes_on(how: str, store, tmp_path):
     name = how.replace(" ", "")
@@ -54,11 +66,12 @@ def test_a_job_that_is_cut_off_is_recorded_and_goes_on(how: str, store, tmp_path
             time.sleep(0.2)
             assert process.poll() is None
             begun = list(tmp_path.glob("multirun/*/seed-1*/checkpoints/checkpoint-*/trainer_state.json"))
-        (victim,) = [file.name.split("_submission")[0] for file in tmp_path.glob("multirun/*/.submitit/*/*_0_submit*")]
+        victim = job_process(0)
         if how == "scancel":
-            subprocess.run(["scancel", victim], check=True)
+            environment = victim.environ()
+            subprocess.run(["scancel", f"{environment['SLURM_ARRAY_JOB_ID']}_0"], check=True)
         else:
-            subprocess.run(["pkill", "-9", "-f", f"submitit.core._submit .*/{victim}$"], check=True)
+            victim.kill()
         assert process.wait(300) == 1
     parents, children = runs(store, name)
     assert sorted(run.data.tags["outcome"] for run in children) == ["killed", "ok"]  # the other one was left alone
