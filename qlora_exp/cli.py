@@ -23,6 +23,7 @@ examples:
   qlora-exp train --help                 groups, options, examples
   qlora-exp train method=lora method.r=8 --cfg job
   qlora-exp keys training                what each key means
+  qlora-exp compare                      a table of the newest sweep
   qlora-exp ui                           compare runs in MLflow's UI
   qlora-exp sync                         send MLflow what it missed while its server was away
 """
@@ -60,6 +61,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     sync.add_argument("folders", nargs="*", type=Path, default=[Path("outputs"), Path("multirun")])
     sync.add_argument("--uri", help="tracking URI; default: that of each run")
     sync.set_defaults(command=lambda options: _sync(options.folders, options.uri))
+    compare = commands.add_parser("compare", help="a table of runs: what differs, costs, quality, what is chance")
+    compare.add_argument(
+        "chosen", nargs="*", metavar="SWEEP|RUN", help="sweeps, run ids or run keys; default: the newest sweep"
+    )
+    compare.add_argument("--experiment", help="MLflow's; without names of runs: all that are in it")
+    compare.add_argument("--filter", help="MLflow's own, such as \"params.`method.name` = 'lora'\"")
+    compare.add_argument("--baseline", help="part of a row's name, such as method.name=lora; default: the first row")
+    compare.add_argument("--metric", default="loss", help="loss, perplexity, rougeL, exact_match, task_score")
+    compare.add_argument("--preset", default="all", help="which columns: all, seed1")
+    compare.add_argument("--out", type=Path, help="folder for comparison_TIME.csv, .json, .md")
+    compare.add_argument("--uri", help="tracking URI; default: SQLite in ./mlruns")
+    compare.set_defaults(command=_compare)
     options = parser.parse_args(arguments)
     sys.exit(_guard(lambda: options.command(options)))
 
@@ -202,6 +215,23 @@ def _keys(section: str | None) -> None:
             print(f"  {key} = {inner.default!r}" + (f"\n      {inner.description}" if inner.description else ""))
         if issubclass(kind, PeftSettings):
             print(f"  and for LoRA: {', '.join(peft_registry.settings('LORA'))}")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    quiet()
+    from qlora_exp import compare, records, report
+
+    for name, given, known in (
+        ("metric", options.metric, compare.LOWER_IS_BETTER),
+        ("preset", options.preset, report.PRESETS),
+    ):
+        if given not in known:
+            raise ConfigError(f"--{name} {given}: choose one of {', '.join(known)}")
+    runs = records.find(options.uri, options.chosen, options.experiment, options.filter)
+    found = compare.compare(runs, options.metric, options.baseline)
+    report.show(found, options.preset)
+    for file in report.write(found, options.out, options.preset) if options.out else ():
+        print(f"file  {file}")
 
 
 def _sync(folders: Sequence[Path], uri: str | None) -> None:

@@ -1,0 +1,269 @@
+"""Runs side by side: what differs, what each cost and gained, and which differences are more than chance.
+
+Seeds of one configuration are one row. Knows records only: how they are shown is `report`'s.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from qlora_exp import stats
+from qlora_exp.config import APART
+from qlora_exp.errors import ConfigError
+from qlora_exp.records import Record
+
+LOWER_IS_BETTER = {"loss": True, "perplexity": True, "rougeL": False, "exact_match": False, "task_score": False}
+"""What quality is measured by, after training on held-out rows."""
+ALPHA = 1 - stats.LEVEL
+
+# Looked for in this order when runs were not made by one sweep.
+_TELLING = (
+    "model.model_name_or_path", "dataset.name", "method.name", "quantization.name", "lora_variant.name",
+    "optimizer.name", "method.r", "method.lora_alpha", "training.learning_rate", "training.max_steps",
+)  # fmt: skip
+_CONDITIONS = {
+    "tokens seen": lambda one: one.metrics.get("train/num_tokens"),
+    "steps": lambda one: one.metrics.get("steps"),
+    "effective batch": lambda one: _product(
+        one, "training.per_device_train_batch_size", "training.gradient_accumulation_steps"
+    ),
+    "base dtype": lambda one: one.params.get("resolved.dtype"),
+    "adapter dtype": lambda one: one.params.get("resolved.adapter_dtype"),
+    "loss": lambda one: one.params.get("training.loss_type"),
+    "training rows": lambda one: one.params.get("data.training_fingerprint"),
+    "held-out rows": lambda one: one.params.get("data.evaluation_fingerprint"),
+    "device": lambda one: one.params.get("resolved.device_name"),
+    "cores": lambda one: one.tags.get("hardware.threads"),
+    "code": lambda one: one.tags.get("identity.code"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration: its runs differ by the seed only."""
+
+    label: dict[str, str]
+    """The keys that differ between configurations, with this one's values."""
+    records: list[Record]
+    """Those that ended well."""
+    failed: list[Record]
+
+    @property
+    def name(self) -> str:
+        """As people read it."""
+        return " ".join(f"{key}={value}" for key, value in self.label.items()) or "all"
+
+    def mean(self, metric: str) -> stats.Estimate | None:
+        """Over the seeds; None if not every run has it."""
+        values = [one.metrics[metric] for one in self.records if metric in one.metrics]
+        return stats.mean(values) if values and len(values) == len(self.records) else None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a configuration compares with the baseline."""
+
+    difference: stats.Difference
+    p: float
+    """Adjusted for the number of comparisons (Holm)."""
+    text: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that there is to show."""
+
+    rows: list[Row]
+    baseline: Row
+    metric: str
+    verdicts: dict[str, Verdict]
+    """By the row's name; not of the baseline."""
+    ties: dict[str, str]
+    """By the row's name: letters; rows that share one were not told apart."""
+    warnings: list[str] = field(default_factory=list)
+
+
+def compare(records: Sequence[Record], metric: str = "loss", baseline: str | None = None) -> Comparison:
+    """Compare runs by `metric`, a key of `LOWER_IS_BETTER`.
+
+    Args:
+        records: of whatever outcome; those that failed are listed and not compared.
+        metric: what decides.
+        baseline: what the others are compared with: a part of a row's name, such as `method.name=lora`; None is the
+            first row.
+
+    Raises:
+        ConfigError: no row, or several, are called so, or no run ended well.
+    """
+    rows = _rows(records)
+    if not (ended := [row for row in rows if row.records]):
+        outcomes = ", ".join(sorted({one.outcome for one in records}))
+        raise ConfigError(f"none of these {len(records)} runs ended well ({outcomes}): there is nothing to compare")
+    if not any(row.mean(f"after/{metric}") for row in ended):
+        known = ", ".join(name for name in LOWER_IS_BETTER if any(row.mean(f"after/{name}") for row in ended))
+        raise ConfigError(f"--metric {metric}: these runs did not measure it; they have: {known}")
+    chosen = _baseline(ended, baseline)
+    others = [row for row in ended if row is not chosen]
+    found = {row.name: _difference(row, chosen, metric) for row in others}
+    adjusted = dict(zip(found, stats.holm([one.p for one in found.values()]), strict=True))
+    verdicts = {
+        name: Verdict(one, adjusted[name], _said(one, adjusted[name], LOWER_IS_BETTER[metric]))
+        for name, one in found.items()
+    }
+    return Comparison(rows, chosen, metric, verdicts, _ties(ended, metric), _unfair(ended))
+
+
+def _rows(records: Sequence[Record]) -> list[Row]:
+    """Configurations, in the order of their first runs."""
+    groups: dict[tuple[tuple[str, str], ...], list[Record]] = {}
+    for record in records:
+        groups.setdefault(tuple(sorted(_config(record).items())), []).append(record)
+    labels = _labels([group[0] for group in groups.values()])
+    return [
+        Row(label, [one for one in group if one.outcome == "ok"], [one for one in group if one.outcome != "ok"])
+        for label, group in zip(labels, groups.values(), strict=True)
+    ]
+
+
+def _config(record: Record) -> dict[str, str]:
+    """What makes two runs the same but for the seed."""
+    apart = (*APART, "resolved", "data", "seed", "device")
+    return {key: value for key, value in record.params.items() if key.split(".")[0] not in apart}
+
+
+def _labels(firsts: Sequence[Record]) -> list[dict[str, str]]:
+    """For each configuration the few keys that tell it from the others: the swept ones, or as many as it takes."""
+    swept = [{key[6:]: value for key, value in one.tags.items() if key.startswith("sweep.")} for one in firsts]
+    for one in swept:
+        one.pop("seed", None)
+    if all(one.keys() == swept[0].keys() for one in swept) and _tell_apart(swept):
+        return [{key: one[key] for key in one if len({other[key] for other in swept}) > 1} for one in swept]
+    configs = [_config(one) for one in firsts]
+    every = dict.fromkeys([*_TELLING, *(key for config in configs for key in config)])
+    differing = [key for key in every if len({config.get(key) for config in configs}) > 1]
+    chosen: list[str] = []
+    for key in differing:
+        with_it = [{name: config.get(name, "") for name in [*chosen, key]} for config in configs]
+        if _count(with_it) > _count([{name: config.get(name, "") for name in chosen} for config in configs]):
+            chosen.append(key)
+    return [{key: config.get(key, "") for key in chosen} for config in configs]
+
+
+def _tell_apart(labels: Sequence[Mapping[str, str]]) -> bool:
+    return _count(labels) == len(labels)
+
+
+def _count(labels: Sequence[Mapping[str, str]]) -> int:
+    return len({tuple(label.items()) for label in labels})
+
+
+def _baseline(rows: Sequence[Row], called: str | None) -> Row:
+    if called is None:
+        return rows[0]
+    words = called.split()
+    found = [row for row in rows if all(f" {word} " in f" {row.name} " for word in words)]
+    if len(found) != 1:
+        names = "\n  ".join(row.name for row in found or rows)
+        several = "several rows are" if found else "no row is"
+        raise ConfigError(f"--baseline '{called}': {several} called so:\n  {names}")
+    return found[0]
+
+
+def _items(row: Row, metric: str) -> tuple[dict[str, stats.Items], str]:
+    """By seed what was measured on each item, (1, items, 2), and a name of the items; empty if that was not kept."""
+    found: dict[str, stats.Items] = {}
+    for one in row.records:
+        if metric in ("loss", "perplexity"):
+            pairs = [(line["nll"], line["tokens"]) for line in one.losses]
+        else:
+            pairs = [(answer[metric], 1.0) for answer in one.answers if metric in answer]
+        if pairs:
+            found[one.params["seed"]] = np.array([pairs], float)
+    rows = {one.params.get("data.evaluation_fingerprint", one.run_id) for one in row.records}
+    return found, rows.pop() if len(rows) == 1 else ""
+
+
+def _difference(ours: Row, theirs: Row, metric: str) -> stats.Difference:
+    """Paired by seed where both have the same ones, and by item where both were scored on the same rows."""
+    mine, rows = _items(ours, metric)
+    other, other_rows = _items(theirs, metric)
+    common = sorted(mine.keys() & other.keys())
+    if common and rows and rows == other_rows:
+        pairs = [(mine[seed], other[seed]) for seed in common]
+        if all(a.shape == b.shape and np.array_equal(a[..., 1], b[..., 1]) for a, b in pairs):
+            return stats.difference_of_items(*(np.concatenate(side) for side in zip(*pairs, strict=True)))
+    values = [{one.params["seed"]: one.metrics[_judged_by(metric)] for one in row.records} for row in (ours, theirs)]
+    common = sorted(values[0].keys() & values[1].keys())
+    if common:
+        return stats.difference_of_seeds([values[0][seed] for seed in common], [values[1][seed] for seed in common])
+    one, two = (float(np.mean(list(each.values()))) for each in values)
+    return stats.difference_of_seeds([one], [two])
+
+
+def _judged_by(metric: str) -> str:
+    """Perplexity is judged by its logarithm, whose mean over tokens has a variance that can be estimated."""
+    return "after/loss" if metric == "perplexity" else f"after/{metric}"
+
+
+def _said(found: stats.Difference, p: float, lower_is_better: bool) -> str:
+    interval = "" if math.isnan(found.low) else f" [{found.low:+.4f}, {found.high:+.4f}]"
+    alone = "; one seed: another may say otherwise" if found.seeds == 1 else ""
+    if p < ALPHA:
+        better = (found.value < 0) == lower_is_better
+        return f"{'better' if better else 'worse'} {found.value:+.4f}{interval}{alone}"
+    if found.seeds == 1:
+        return f"tie {found.value:+.4f}{interval}{alone}"
+    more = stats.seeds_to_settle(found)
+    if more is None:
+        settle = "more held-out rows would have to settle it"
+    elif more == 0:
+        settle = "settled but for the number of comparisons"
+    else:
+        settle = f"{more} more seeds would settle it"
+    return f"tie {found.value:+.4f}{interval}; {settle}"
+
+
+def _ties(rows: Sequence[Row], metric: str) -> dict[str, str]:
+    """Groups that were not told apart, every pair tested (Holm)."""
+    measured = [row for row in rows if row.mean(f"after/{metric}")]
+    pairs = [(one, two) for one in range(len(measured)) for two in range(one)]
+    adjusted = stats.holm([_difference(measured[one], measured[two], metric).p for one, two in pairs])
+    differ = [[False] * len(measured) for _ in measured]
+    for (one, two), p in zip(pairs, adjusted, strict=True):
+        differ[one][two] = differ[two][one] = p < ALPHA
+    means = [row.mean(f"after/{metric}") for row in measured]
+    sign = 1 if LOWER_IS_BETTER[metric] else -1
+    order = sorted(range(len(measured)), key=lambda index: sign * means[index].value)  # type: ignore[union-attr]
+    letters = stats.groups_of_ties(order, differ)
+    return {row.name: letter for row, letter in zip(measured, letters, strict=True)}
+
+
+def _unfair(rows: Sequence[Row]) -> list[str]:
+    """By name what differs between the rows, or within one, beyond the keys that they are labelled with."""
+    records = [one for row in rows for one in row.records]
+    found = []
+    for name, read in _CONDITIONS.items():
+        if len(values := dict.fromkeys(str(read(one)) for one in records)) > 1:
+            found.append(f"{name}: {_listed(values)}")
+    for key in dict.fromkeys(key for one in records for key in one.tags if key.startswith("version.")):
+        if len(values := dict.fromkeys(one.tags.get(key, "none") for one in records)) > 1:
+            found.append(f"{key.removeprefix('version.')} version: {_listed(values)}")
+    labels = {key for row in rows for key in row.label}
+    for key in dict.fromkeys(key for one in records for key in _config(one)):
+        if key in labels or f"{key.rpartition('.')[0]}" in labels:
+            continue
+        if len(values := dict.fromkeys(one.params.get(key, "none") for one in records)) > 1:
+            found.append(f"{key}: {_listed(values)}")
+    return found
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    shown = [value if len(value) <= 40 else f"{value[:37]}..." for value in values]
+    return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "")
+
+
+def _product(record: Record, *keys: str) -> float:
+    return math.prod(float(record.params.get(key, "1")) for key in keys)

@@ -1,0 +1,143 @@
+"""Runs as MLflow recorded them, read back to be compared. Changes nothing there; imports nothing of training."""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from qlora_exp.errors import TrackingError
+from qlora_exp.store import client, short
+
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+
+_PAGE = 200
+_RUN_ID = re.compile(r"[0-9a-f]{32}")
+_RUN_KEY = re.compile(r"[0-9a-f]{16}")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run."""
+
+    run: Run
+    mlflow: MlflowClient
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's."""
+        return str(self.run.info.run_id)
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return str(self.run.info.run_name)
+
+    @property
+    def params(self) -> dict[str, str]:
+        """The config, flat, and what became of `auto`."""
+        return self.run.data.params
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """All of them."""
+        return self.run.data.tags
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The last value of each."""
+        return self.run.data.metrics
+
+    @property
+    def outcome(self) -> str:
+        """ok, or how it failed."""
+        return self.tags.get("outcome", self.run.info.status.lower())
+
+    @cached_property
+    def losses(self) -> list[dict[str, float]]:
+        """After training, of each held-out row: `nll` (sum, nats) and `tokens`; empty if they were not kept."""
+        text = self._artifact("evaluation/after_losses.jsonl")
+        return [json.loads(line) for line in text.splitlines()]
+
+    @cached_property
+    def answers(self) -> list[dict[str, Any]]:
+        """After training, each generated answer with its scores; empty if none were generated."""
+        text = self._artifact("evaluation/answers.json")
+        return json.loads(text)["after"] if text else []
+
+    def _artifact(self, path: str) -> str:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                return Path(self.mlflow.download_artifacts(self.run_id, path, folder)).read_text("utf-8")
+            except (MlflowException, OSError):  # an older or a failed run does not have it
+                return ""
+
+
+def find(
+    uri: str | None, chosen: Sequence[str] = (), experiment: str | None = None, where: str | None = None
+) -> list[Record]:
+    """Runs of one configuration each, oldest first; of one that was run again only the newest.
+
+    Args:
+        uri: MLflow's tracking URI; None is SQLite in ./mlruns.
+        chosen: names of sweeps, run ids (of a sweep: its jobs) or run keys; none is the newest sweep, or all runs if
+            `experiment` or `where` is given.
+        experiment: look only there.
+        where: MLflow's own filter, such as `params.method.name = 'lora'`, beside `chosen`.
+
+    Raises:
+        TrackingError: the store does not answer, or has no such runs.
+    """
+    mlflow = client(uri)
+    try:
+        every = [mlflow.get_experiment_by_name(experiment)] if experiment else mlflow.search_experiments()
+        if every == [None]:
+            known = ", ".join(one.name for one in mlflow.search_experiments())
+            raise TrackingError(f"MLflow has no experiment '{experiment}'; it has: {known}")
+        ids = [one.experiment_id for one in every if one is not None]
+        filters = [_filter(mlflow, ids, word) for word in chosen]
+        if not filters:
+            filters = [""] if experiment or where else [_newest_sweep(mlflow, ids)]
+        runs = [run for one in filters for run in _search(mlflow, ids, one, where)]
+    except MlflowException as error:
+        raise TrackingError(f"MLflow: {short(error)}") from error
+    newest = {run.data.tags["run_key"]: run for run in sorted(runs, key=lambda run: run.info.start_time)}
+    if not newest:
+        raise TrackingError(f"MLflow has no runs of {', '.join([*chosen, where or '']).strip(', ') or 'this tool'} yet")
+    return [Record(run, mlflow) for run in newest.values()]
+
+
+def _search(mlflow: MlflowClient, ids: list[str], found: str, where: str | None) -> Iterator[Run]:
+    """Runs of ours, page by page."""
+    token = None
+    words = " and ".join(part for part in (found, where, "tags.run_key LIKE '%'") if part)
+    while True:
+        page = mlflow.search_runs(ids, words, max_results=_PAGE, page_token=token)
+        yield from page
+        if not (token := page.token):
+            return
+
+
+def _filter(mlflow: MlflowClient, ids: list[str], word: str) -> str:
+    """MLflow's filter for one of `chosen`."""
+    if _RUN_ID.fullmatch(word):
+        is_sweep = "sweep.keys" in mlflow.get_run(word).data.tags
+        return f"tags.`mlflow.parentRunId` = '{word}'" if is_sweep else f"attributes.run_id = '{word}'"
+    if _RUN_KEY.fullmatch(word):
+        return f"tags.run_key = '{word}'"
+    if not re.fullmatch(r"\w[\w.-]*", word):
+        raise TrackingError(f"'{word}' is no name of a sweep, run id or run key")
+    return f"tags.sweep = '{word}'"
+
+
+def _newest_sweep(mlflow: MlflowClient, ids: list[str]) -> str:
+    newest = mlflow.search_runs(ids, "tags.`sweep.keys` LIKE '%'", max_results=1)
+    return f"tags.`mlflow.parentRunId` = '{newest[0].info.run_id}'" if newest else ""

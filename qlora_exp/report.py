@@ -1,0 +1,177 @@
+"""A comparison as a table: on the terminal, and as CSV, JSON and Markdown files. Decides nothing."""
+
+import csv
+import io
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from qlora_exp.compare import Comparison, Row
+from qlora_exp.journal import write_atomically
+
+_MEMORY = ("allocated", "rss")
+# Heading, metric, format; of a metric that every run lacks there is no column.
+_COLUMNS = (
+    ("trainable", "trainable_parameters", ",.0f"),
+    ("share", "trainable_share", ".2%"),
+    ("tokens/s", "tokens_per_second", ",.0f"),
+    ("loss", "after/loss", ".4f"),
+    ("perplexity", "after/perplexity", ".2f"),
+    ("ROUGE-L", "after/rougeL", ".3f"),
+    ("exact match", "after/exact_match", ".3f"),
+    ("task score", "after/task_score", ".3f"),
+    ("saved MB", "model_bytes", ",.1f"),
+)
+_PHASES = ("load", "first_step", "steady", "evaluation")
+PRESETS = {
+    "all": None,
+    # The table that the project's benchmark has: cost and quality of each method.
+    "seed1": ("trainable", "share", "peak MiB", "time", "perplexity", "ROUGE-L"),
+}
+"""Which columns, by name; None is all of them."""
+
+
+def table(found: Comparison, preset: str = "all") -> tuple[list[str], list[list[str]]]:
+    """Headings and rows, as text; rows that failed come last."""
+    chosen = PRESETS[preset]
+    columns = [(name, read) for name, read in _columns(found) if chosen is None or name in chosen]
+    labels = list(found.rows[0].label)
+    headings = [*labels, "seeds", *(name for name, _ in columns), f"{found.metric} against the baseline", "ties"]
+    rows = []
+    for row in sorted(found.rows, key=lambda row: not row.records):
+        verdict = found.verdicts.get(row.name)
+        said = "baseline" if row is found.baseline else verdict.text if verdict else _failures(row)
+        seeds = str(len(row.records)) + (f" (+{len(row.failed)} failed)" if row.failed else "")
+        ties = found.ties.get(row.name, "")
+        rows.append([*row.label.values(), seeds, *(read(row) for _, read in columns), said, ties])
+    return headings, rows
+
+
+def _columns(found: Comparison) -> list[tuple[str, Callable[[Row], str]]]:
+    measured = [row for row in found.rows if row.records]
+    kind = next((one for one in _MEMORY if any(row.mean(f"memory/{one}_peak_mib") for row in measured)), "rss")
+    memory = [("peak MiB", f"memory/{kind}_peak_mib", ",.0f")]
+    memory += [(f"{phase.replace('_', ' ')} MiB", f"memory/{phase}/{kind}_peak_mib", ",.0f") for phase in _PHASES]
+    every = [*_COLUMNS[:2], *memory, *_COLUMNS[2:]]
+    shown = [one for one in every if any(row.mean(one[1]) for row in measured)]
+    columns = [(name, _reader(metric, form)) for name, metric, form in shown]
+    base = _seconds(found.baseline)
+    if base:
+        place = next((index for index, (name, _) in enumerate(columns) if name == "tokens/s"), len(columns))
+        columns.insert(place, ("time", lambda row: f"{seconds / base:.2f}x" if (seconds := _seconds(row)) else ""))
+    return columns
+
+
+def _reader(metric: str, form: str) -> Callable[[Row], str]:
+    scale = 1e-6 if metric == "model_bytes" else 1.0
+
+    def read(row: Row) -> str:
+        if not (found := row.mean(metric)):
+            return ""
+        text = format(found.value * scale, form)
+        if math.isnan(found.low) or found.low == found.high or not metric.startswith("after/"):
+            return text
+        return f"{text} ±{format((found.high - found.value) * scale, form)}"
+
+    return read
+
+
+def _seconds(row: Row) -> float | None:
+    """Of all training steps."""
+    step, steps = row.mean("step_seconds_mean"), row.mean("steps")
+    return step.value * steps.value if step and steps else None
+
+
+def _failures(row: Row) -> str:
+    return ", ".join(sorted({f"{one.outcome}: {one.tags.get('failure', '')}".strip(": ") for one in row.failed}))
+
+
+def show(found: Comparison, preset: str = "all") -> None:
+    """Print the table, and what is not equal beside it."""
+    headings, rows = table(found, preset)
+    shown = Table(*headings)
+    for row in rows:
+        shown.add_row(*row)
+    console = Console(markup=False)
+    if not console.is_terminal:  # a file has no width
+        console.width = 250
+    console.print(shown)
+    for line in _notes(found):
+        console.print(line, soft_wrap=True, highlight=False)
+
+
+def _notes(found: Comparison) -> list[str]:
+    intervals = any(len(row.records) > 1 for row in found.rows)
+    lines = [
+        f"Differences of {found.metric} from {found.baseline.name}, on the same held-out items and seeds; "
+        "intervals of 95 %, p-values adjusted for their number (Holm). Rows that share a letter were not told apart."
+    ]
+    if intervals:
+        lines.append("± is the interval of the mean over seeds (Student).")
+    if found.warnings:
+        lines.append("Not equal beside what is compared:")
+        lines += [f"  {one}" for one in found.warnings]
+    return lines
+
+
+def write(found: Comparison, folder: Path, preset: str = "all") -> list[Path]:
+    """`comparison_TIMESTAMP.csv`, `.json` (every metric of every run) and `.md` in `folder`; the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    headings, rows = table(found, preset)
+    text = io.StringIO()
+    csv.writer(text).writerows([headings, *rows])
+    lines = [headings, ["---"] * len(headings), *rows]
+    markdown = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    name = f"comparison_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    contents = {
+        "csv": text.getvalue(),
+        "json": json.dumps(_everything(found), indent=1),
+        "md": "\n\n".join([markdown, *_notes(found)]) + "\n",
+    }
+    files = []
+    for kind, content in contents.items():
+        files.append(folder / f"{name}.{kind}")
+        write_atomically(files[-1], content)
+    return files
+
+
+def _everything(found: Comparison) -> dict[str, Any]:
+    rows = []
+    for row in found.rows:
+        verdict = found.verdicts.get(row.name)
+        told = verdict and {
+            "difference": _number(verdict.difference.value),
+            "low": _number(verdict.difference.low),
+            "high": _number(verdict.difference.high),
+            "p": verdict.p,
+            "verdict": verdict.text,
+        }
+        rows.append(
+            {
+                "label": row.label,
+                "baseline": row is found.baseline,
+                "against_baseline": told,
+                "ties": found.ties.get(row.name),
+                "runs": [
+                    {
+                        "run_id": one.run_id,
+                        "name": one.name,
+                        "outcome": one.outcome,
+                        "seed": one.params.get("seed"),
+                        "metrics": one.metrics,
+                    }
+                    for one in (*row.records, *row.failed)
+                ],
+            }
+        )
+    return {"metric": found.metric, "not_equal": found.warnings, "rows": rows}
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value

@@ -1,0 +1,68 @@
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+from test_compare import ROWS, past, shifted
+
+from qlora_exp import report
+from qlora_exp.compare import compare
+from qlora_exp.records import find
+
+__all__ = ["past"]
+COST = {
+    "trainable_parameters": 100.0, "trainable_share": 0.01, "tokens_per_second": 50.0, "step_seconds_mean": 2.0,
+    "steps": 10.0, "memory/rss_peak_mib": 900.0, "memory/steady/rss_peak_mib": 800.0, "model_bytes": 2e6,
+}  # fmt: skip
+
+
+@pytest.fixture
+def found(past):
+    for r, by, seconds in ((4, 0.0, 2.0), (8, -0.2, 3.0)):
+        for seed in (1, 2):
+            past(shifted(by + seed / 100), seed=seed, method__r=r, metrics=COST | {"step_seconds_mean": seconds})
+    past(method__r=16, outcome="oom", tags={"failure": "a | b"})
+    return compare(find(past.uri, experiment=past.experiment))
+
+
+def test_the_table_has_what_was_measured_and_nothing_else(found):
+    headings, rows = report.table(found)
+    table = [dict(zip(headings, row, strict=True)) for row in rows]
+    assert [row["method.r"] for row in table] == ["4", "8", "16"]
+    assert [row["time"] for row in table] == ["1.00x", "1.50x", ""]
+    assert table[0]["share"] == "1.00%"
+    assert table[0]["saved MB"] == "2.0"
+    assert table[0]["loss against the baseline"] == "baseline"
+    assert table[2]["loss against the baseline"] == "oom: a | b"
+    assert table[2]["seeds"] == "0 (+1 failed)"
+    assert table[1]["loss"].startswith(f"{sum(ROWS) / 8 - 0.185:.4f} ±")
+    assert not {"ROUGE-L", "task score", "load MiB"} & set(headings)
+
+
+def test_a_preset_chooses_columns(found):
+    headings, _ = report.table(found, "seed1")
+    assert headings[2:-2] == ["trainable", "share", "peak MiB", "time"]
+
+
+def test_the_files_say_the_same(found, tmp_path):
+    files = {file.suffix: file for file in report.write(found, tmp_path / "new")}
+    headings, rows = report.table(found)
+    with files[".csv"].open(newline="") as lines:
+        assert list(csv.reader(lines)) == [headings, *rows]
+    told = json.loads(files[".json"].read_text())
+    assert [len(row["runs"]) for row in told["rows"]] == [2, 2, 1]
+    assert told["rows"][0]["baseline"] is True
+    assert told["rows"][1]["against_baseline"]["difference"] == pytest.approx(-0.2)
+    assert r"oom: a \| b" in files[".md"].read_text()
+
+
+def test_the_command_shows_the_table(found, past, tmp_path):
+    words = [sys.executable, "-m", "qlora_exp", "compare", "--experiment", past.experiment, "--uri", past.uri]
+    result = subprocess.run([*words, "--out", str(tmp_path)], capture_output=True, text=True, check=True)
+    assert "better -0.2000" in result.stdout
+    assert len(list(tmp_path.glob("comparison_*"))) == 3
+    for wrong, message in (("--metric=x", "choose one of loss"), ("--baseline=x", "no row is called so")):
+        result = subprocess.run([*words, wrong], capture_output=True, text=True, check=False)
+        assert (result.returncode, "Traceback" in result.stderr) == (1, False)
+        assert message in result.stderr
