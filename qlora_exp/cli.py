@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     compare.add_argument("--baseline", help="part of a row's name, such as method.name=lora; default: the first row")
     compare.add_argument("--metric", default="loss", help="loss, perplexity, rougeL, exact_match, task_score")
     compare.add_argument("--preset", default="all", help="which columns: all, seed1")
-    compare.add_argument("--out", type=Path, help="folder for comparison_TIME.csv, .json, .md")
+    compare.add_argument("--out", type=Path, help="folder for comparison_TIME.csv, .json, .md, .html")
+    compare.add_argument("--log", action="store_true", help="keep the report with the sweep's MLflow run")
     compare.add_argument("--uri", help="tracking URI; default: SQLite in ./mlruns")
     compare.set_defaults(command=_compare)
     options = parser.parse_args(arguments)
@@ -232,6 +233,10 @@ def _compare(options: argparse.Namespace) -> None:
     report.show(found, options.preset)
     for file in report.write(found, options.out, options.preset) if options.out else ():
         print(f"file  {file}")
+    if options.log:
+        if (parent := report.log(found, options.preset)) is None:
+            raise ConfigError("--log: these runs are not of one sweep")
+        print(f"report in MLflow's run {parent}")
 
 
 def _sync(folders: Sequence[Path], uri: str | None) -> None:

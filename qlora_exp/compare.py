@@ -56,6 +56,11 @@ class Row:
         """As people read it."""
         return " ".join(f"{key}={value}" for key, value in self.label.items()) or "all"
 
+    @property
+    def short(self) -> str:
+        """The same for pictures."""
+        return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in self.label.items()) or "all"
+
     def mean(self, metric: str) -> stats.Estimate | None:
         """Over the seeds; None if not every run has it."""
         values = [one.metrics[metric] for one in self.records if metric in one.metrics]

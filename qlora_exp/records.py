@@ -73,6 +73,11 @@ class Record:
         text = self._artifact("evaluation/answers.json")
         return json.loads(text)["after"] if text else []
 
+    def curve(self, metric: str) -> list[tuple[int, float]]:
+        """Every value of a metric with its step, in order."""
+        points = self.mlflow.get_metric_history(self.run_id, metric)
+        return sorted({point.step: float(point.value) for point in points}.items())
+
     def _artifact(self, path: str) -> str:
         with tempfile.TemporaryDirectory() as folder:
             try:

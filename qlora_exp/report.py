@@ -1,9 +1,11 @@
 """A comparison as a table: on the terminal, and as CSV, JSON and Markdown files. Decides nothing."""
 
 import csv
+import html
 import io
 import json
 import math
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +30,16 @@ _COLUMNS = (
     ("task score", "after/task_score", ".3f"),
     ("saved MB", "model_bytes", ",.1f"),
 )
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
+body {{ font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 90em; padding: 0 1em; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }}
+th, td {{ border-bottom: 1px solid #ccc; padding: .3em .6em; text-align: left; }}
+svg {{ max-width: 100%; height: auto; }}
+</style></head><body><h1>{title}</h1>
+{body}
+</body></html>
+"""
 _PHASES = ("load", "first_step", "steady", "evaluation")
 PRESETS = {
     "all": None,
@@ -120,25 +132,63 @@ def _notes(found: Comparison) -> list[str]:
     return lines
 
 
-def write(found: Comparison, folder: Path, preset: str = "all") -> list[Path]:
-    """`comparison_TIMESTAMP.csv`, `.json` (every metric of every run) and `.md` in `folder`; the files."""
+def log(found: Comparison, preset: str = "all") -> str | None:
+    """Keep the report with the MLflow run of the sweep that all these runs are of; its id, None if they are not."""
+    records = [one for row in found.rows for one in (*row.records, *row.failed)]
+    parents = {one.tags.get("mlflow.parentRunId") for one in records}
+    if len(parents) != 1 or (parent := parents.pop()) is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        write(found, Path(folder), preset, "comparison")
+        records[0].mlflow.log_artifacts(parent, folder, "report")
+    return parent
+
+
+def write(found: Comparison, folder: Path, preset: str = "all", name: str | None = None) -> list[Path]:
+    """A table as `.csv`, `.md` and `.html` with pictures, and every metric of every run as `.json`; the files.
+
+    Args:
+        found: the comparison.
+        folder: made if it is not there.
+        preset: which columns.
+        name: of the files; None is `comparison_TIMESTAMP`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     headings, rows = table(found, preset)
     text = io.StringIO()
     csv.writer(text).writerows([headings, *rows])
     lines = [headings, ["---"] * len(headings), *rows]
     markdown = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-    name = f"comparison_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
+    name = name or f"comparison_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     contents = {
         "csv": text.getvalue(),
         "json": json.dumps(_everything(found), indent=1),
         "md": "\n\n".join([markdown, *_notes(found)]) + "\n",
     }
+    contents["html"] = _page(found, headings, rows)
     files = []
     for kind, content in contents.items():
         files.append(folder / f"{name}.{kind}")
         write_atomically(files[-1], content)
     return files
+
+
+def _page(found: Comparison, headings: list[str], rows: list[list[str]]) -> str:
+    """One HTML file that needs no other, and no network."""
+    from qlora_exp.plots import PLOTS  # matplotlib takes a second
+
+    def line(cells: list[str], tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    body = [f"<table>{line(headings, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"]
+    body += [f"<p>{html.escape(note)}</p>" for note in _notes(found)]
+    for title, draw in PLOTS.items():
+        if figure := draw(found):
+            picture = io.StringIO()
+            figure.savefig(picture, format="svg")
+            svg = picture.getvalue()
+            body.append(f"<h2>{title}</h2>{svg[svg.index('<svg') :]}")
+    return _PAGE.format(title=html.escape(f"Comparison by {found.metric}"), body="\n".join(body))
 
 
 def _everything(found: Comparison) -> dict[str, Any]:

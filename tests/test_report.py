@@ -61,7 +61,7 @@ def test_the_command_shows_the_table(found, past, tmp_path):
     words = [sys.executable, "-m", "qlora_exp", "compare", "--experiment", past.experiment, "--uri", past.uri]
     result = subprocess.run([*words, "--out", str(tmp_path)], capture_output=True, text=True, check=True)
     assert "better -0.2000" in result.stdout
-    assert len(list(tmp_path.glob("comparison_*"))) == 3
+    assert len(list(tmp_path.glob("comparison_*"))) == 4
     for wrong, message in (("--metric=x", "choose one of loss"), ("--baseline=x", "no row is called so")):
         result = subprocess.run([*words, wrong], capture_output=True, text=True, check=False)
         assert (result.returncode, "Traceback" in result.stderr) == (1, False)
