@@ -74,6 +74,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     compare.add_argument("--log", action="store_true", help="keep the report with the sweep's MLflow run")
     compare.add_argument("--uri", help="tracking URI; default: SQLite in ./mlruns")
     compare.set_defaults(command=_compare)
+    again = commands.add_parser("reproduce", help="run a recorded run again, and say whether the same came out")
+    again.add_argument("run", metavar="RUN", help="run id or run key")
+    again.add_argument(
+        "changes", nargs="*", metavar="KEY=VALUE", help="what is otherwise here, such as dataset.path=FILE"
+    )
+    again.add_argument("--check-only", action="store_true", help="say what differs from then; run nothing")
+    again.add_argument("--out", type=Path, help="output folder; default: outputs/reproduced/RUN_ID")
+    again.add_argument("--uri", help="tracking URI; default: SQLite in ./mlruns")
+    again.set_defaults(command=_reproduce)
     options = parser.parse_args(arguments)
     sys.exit(_guard(lambda: options.command(options)))
 
@@ -237,6 +246,28 @@ def _compare(options: argparse.Namespace) -> None:
         if (parent := report.log(found, options.preset)) is None:
             raise ConfigError("--log: these runs are not of one sweep")
         print(f"report in MLflow's run {parent}")
+
+
+def _reproduce(options: argparse.Namespace) -> None:
+    quiet()
+    from qlora_exp import records, reproduce
+
+    record = reproduce.one_record(options.uri, options.run)
+    config = reproduce.recorded_config(record, reproduce.given(options.changes), options.uri)
+    print(f"run {record.run_id} {record.name}")
+    for line in (causes := reproduce.differences(record, config)):
+        print(f"differs  {line}")
+    if not causes:
+        print("nothing that was recorded differs: config, data, base model, code, libraries, threads")
+    if options.check_only:
+        return
+    folder = options.out or Path("outputs", "reproduced", record.run_id)
+    run_id = reproduce.start(record, config, folder)
+    (again,) = records.find(options.uri, [run_id])
+    verdict = reproduce.judge(record, again, options.uri, config)
+    print(f"{verdict.grade}: {verdict.why}")
+    if verdict.grade == reproduce.DRIFTED:
+        raise TrackingError(f"run {run_id} is not what run {record.run_id} was")
 
 
 def _sync(folders: Sequence[Path], uri: str | None) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from qlora_exp import stats
-from qlora_exp.config import APART
 from qlora_exp.errors import ConfigError
 from qlora_exp.records import Record
 
@@ -125,18 +124,12 @@ def _rows(records: Sequence[Record]) -> list[Row]:
     """Configurations, in the order of their first runs."""
     groups: dict[tuple[tuple[str, str], ...], list[Record]] = {}
     for record in records:
-        groups.setdefault(tuple(sorted(_config(record).items())), []).append(record)
+        groups.setdefault(tuple(sorted(record.config.items())), []).append(record)
     labels = _labels([group[0] for group in groups.values()])
     return [
         Row(label, [one for one in group if one.outcome == "ok"], [one for one in group if one.outcome != "ok"])
         for label, group in zip(labels, groups.values(), strict=True)
     ]
-
-
-def _config(record: Record) -> dict[str, str]:
-    """What makes two runs the same but for the seed."""
-    apart = (*APART, "resolved", "data", "seed", "device")
-    return {key: value for key, value in record.params.items() if key.split(".")[0] not in apart}
 
 
 def _labels(firsts: Sequence[Record]) -> list[dict[str, str]]:
@@ -146,7 +139,7 @@ def _labels(firsts: Sequence[Record]) -> list[dict[str, str]]:
         one.pop("seed", None)
     if all(one.keys() == swept[0].keys() for one in swept) and _tell_apart(swept):
         return [{key: one[key] for key in one if len({other[key] for other in swept}) > 1} for one in swept]
-    configs = [_config(one) for one in firsts]
+    configs = [one.config for one in firsts]
     every = dict.fromkeys([*_TELLING, *(key for config in configs for key in config)])
     differing = [key for key in every if len({config.get(key) for config in configs}) > 1]
     chosen: list[str] = []
@@ -257,7 +250,7 @@ def _unfair(rows: Sequence[Row]) -> list[str]:
         if len(values := dict.fromkeys(one.tags.get(key, "none") for one in records)) > 1:
             found.append(f"{key.removeprefix('version.')} version: {_listed(values)}")
     labels = {key for row in rows for key in row.label}
-    for key in dict.fromkeys(key for one in records for key in _config(one)):
+    for key in dict.fromkeys(key for one in records for key in one.config):
         if key in labels or f"{key.rpartition('.')[0]}" in labels:
             continue
         if len(values := dict.fromkeys(one.params.get(key, "none") for one in records)) > 1:

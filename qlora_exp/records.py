@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qlora_exp.config import APART
 from qlora_exp.errors import TrackingError
 from qlora_exp.store import client, short
 
@@ -61,16 +62,22 @@ class Record:
         """ok, or how it failed."""
         return self.tags.get("outcome", self.run.info.status.lower())
 
+    @property
+    def config(self) -> dict[str, str]:
+        """Of the params, what makes two runs the same but for the seed."""
+        apart = (*APART, "resolved", "data", "seed", "device")
+        return {key: value for key, value in self.params.items() if key.split(".")[0] not in apart}
+
     @cached_property
     def losses(self) -> list[dict[str, float]]:
         """After training, of each held-out row: `nll` (sum, nats) and `tokens`; empty if they were not kept."""
-        text = self._artifact("evaluation/after_losses.jsonl")
+        text = self.text("evaluation/after_losses.jsonl")
         return [json.loads(line) for line in text.splitlines()]
 
     @cached_property
     def answers(self) -> list[dict[str, Any]]:
         """After training, each generated answer with its scores; empty if none were generated."""
-        text = self._artifact("evaluation/answers.json")
+        text = self.text("evaluation/answers.json")
         return json.loads(text)["after"] if text else []
 
     def curve(self, metric: str) -> list[tuple[int, float]]:
@@ -78,7 +85,8 @@ class Record:
         points = self.mlflow.get_metric_history(self.run_id, metric)
         return sorted({point.step: float(point.value) for point in points}.items())
 
-    def _artifact(self, path: str) -> str:
+    def text(self, path: str) -> str:
+        """An artifact; empty if there is none."""
         with tempfile.TemporaryDirectory() as folder:
             try:
                 return Path(self.mlflow.download_artifacts(self.run_id, path, folder)).read_text("utf-8")

@@ -53,7 +53,7 @@ def mean(values: Sequence[float]) -> Estimate:
     array = np.asarray(values, float)
     half = math.nan
     if len(array) > 1:
-        half = _quantile(len(array) - 1) * float(array.std(ddof=1)) / math.sqrt(len(array))
+        half = quantile(len(array) - 1) * float(array.std(ddof=1)) / math.sqrt(len(array))
     value = float(array.mean())
     return Estimate(value, value - half, value + half, len(array))
 
@@ -95,7 +95,7 @@ def _judged(each: Items, of_items: float, count: int) -> Difference:
     if variance == 0:  # not one seed or item differs from another
         return Difference(value, value, value, float(value == 0), seeds, count, of_seeds, of_items)
     error = math.sqrt(variance)
-    half = _quantile(freedom) * error
+    half = quantile(freedom) * error
     p = float(2 * student.sf(abs(value) / error, freedom))
     return Difference(value, value - half, value + half, p, seeds, count, of_seeds, of_items)
 
@@ -115,7 +115,8 @@ def _combined(of_seeds: float, seeds: int, of_items: float, items: int) -> tuple
     return variance, variance**2 / sum(part**2 / freedom for part, freedom in parts)
 
 
-def _quantile(freedom: float) -> float:
+def quantile(freedom: float) -> float:
+    """Of Student's t: half the width of an interval of `LEVEL`, in standard errors."""
     return float(student.ppf((1 + LEVEL) / 2, freedom))
 
 
@@ -138,7 +139,7 @@ def seeds_to_settle(found: Difference) -> int | None:
         return None
     for seeds in range(found.seeds, MANY_SEEDS):
         variance, freedom = _combined(found.variance_of_seeds, seeds, found.variance_of_items, found.items)
-        if variance == 0 or abs(found.value) > _quantile(freedom) * math.sqrt(variance):
+        if variance == 0 or abs(found.value) > quantile(freedom) * math.sqrt(variance):
             return seeds - found.seeds
     return None
 

@@ -1,0 +1,205 @@
+"""A past run again, from what MLflow recorded of it, and whether the same came out.
+
+A record is somebody else's word: it is read as plain data, checked like any config, and may neither run code nor choose
+files of this machine. Never imports training internals.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from qlora_exp import config as config_module
+from qlora_exp import hub, identity, provenance, stats
+from qlora_exp.errors import ConfigError, TrackingError
+from qlora_exp.records import Record, find
+from qlora_exp.schema import Config
+
+BIT_IDENTICAL = "bit-identical"
+WITHIN_NOISE = "within the noise over seeds"
+DRIFTED = "drifted"
+_NOT_FILES = ("embedded:", "random:", "reasoning_gym:")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a run compares with the one that it repeats."""
+
+    grade: str
+    """`BIT_IDENTICAL`, `WITHIN_NOISE` or `DRIFTED`."""
+    why: str
+
+
+def one_record(uri: str | None, word: str) -> Record:
+    """The run with this id, key or name of a sweep with one job.
+
+    Raises:
+        TrackingError: there is none, or several.
+    """
+    found = find(uri, [word])
+    if len(found) > 1:
+        names = "\n  ".join(f"{one.run_id} {one.name}" for one in found)
+        raise TrackingError(f"'{word}' is several runs; give the id of one:\n  {names}")
+    return found[0]
+
+
+def recorded_config(record: Record, changes: Mapping[str, Any], uri: str | None) -> Config:
+    """The config of a recorded run, as far as a record may decide it.
+
+    Args:
+        record: of the run.
+        changes: dotted keys with the values of whoever asks, which win.
+        uri: where the new run is tracked.
+
+    Raises:
+        ConfigError: it is no valid config, or asks for what only the user may allow.
+    """
+    values = _plain(record.text("qlora_exp.yaml"), f"qlora_exp.yaml of run {record.run_id}")
+    if not isinstance(values, dict):
+        raise ConfigError(f"run {record.run_id} has no qlora_exp.yaml: it was not made by qlora-exp, or did not begin")
+    values["tracking"] = {"uri": uri, "experiment_name": values.get("tracking", {}).get("experiment_name", "qlora_exp")}
+    values["sweep"], values["search"] = {}, {}
+    for key, value in changes.items():
+        section, _, name = key.rpartition(".")
+        place = values.setdefault(section, {}) if section else values
+        place[name] = value
+    config = config_module.from_dict(values)
+    _refuse(config, changes)
+    return config
+
+
+def _refuse(config: Config, changes: Mapping[str, Any]) -> None:
+    """Whatever of a record could run its author's code or read this machine's files, unless the user says it too."""
+    if config.model.trust_remote_code and "model.trust_remote_code" not in changes:
+        raise ConfigError(
+            "the record asks to run code from the model's repository; if you trust it: model.trust_remote_code=true"
+        )
+    paths = {
+        "model.model_name_or_path": config.model.model_name_or_path,
+        "dataset.path": config.dataset.path,
+        "dataset.eval_path": config.dataset.eval_path,
+        "training.resume_from_checkpoint": config.training.resume_from_checkpoint,
+    }
+    for key, path in paths.items():
+        if not path or key in changes or path.startswith(_NOT_FILES):
+            continue
+        local = Path(path).expanduser()
+        looks_local = local.exists() or path.startswith(("/", "~", ".")) or ".." in local.parts
+        if looks_local and not local.resolve().is_relative_to(Path.cwd()):
+            raise ConfigError(
+                f"the record names {path}, outside of this folder; to use it, or where it is here: {key}=PATH"
+            )
+
+
+def differences(record: Record, config: Config) -> list[str]:
+    """What is not as it was, likeliest cause first; empty if nothing that was recorded differs."""
+    now, found = identity.parts(config), []
+    if record.tags.get("identity.config") != now["config"]:
+        found.append(f"config: {_changed_keys(record, config)}")
+    for part in ("data", "model"):
+        if (before := record.tags.get(f"identity.{part}")) != now[part]:
+            found.append(f"{part}: {before} then, {now[part]} now")
+    if record.tags.get("identity.code") != now["code"]:
+        then, here = record.tags.get("git.sha", "no commit")[:12], provenance.git().get("sha", "no commit")[:12]
+        found.append(f"code of qlora_exp: commit {then} then, {here} now")
+    here_now = provenance.libraries()
+    for key, before in sorted(record.tags.items()):
+        name = key.removeprefix("version.")
+        if key.startswith("version.") and here_now.get(name, "none") != before:
+            found.append(f"{name}: {before} then, {here_now.get(name, 'none')} now")
+    for key, value in provenance.hardware().items():
+        if key in ("threads", "cuda", "platform") and (before := record.tags.get(f"hardware.{key}")) != str(value):
+            found.append(f"{key}: {before} then, {value} now")
+    return found
+
+
+def _changed_keys(record: Record, config: Config) -> str:
+    now = {key: str(value) for key, value in config_module.flatten(config).items()}
+    changed = [key for key, value in now.items() if key in record.params and record.params[key] != value]
+    return ", ".join(f"{key} {record.params[key]} then, {now[key]} now" for key in changed) or "defaults have changed"
+
+
+def judge(record: Record, again: Record, uri: str | None, config: Config) -> Verdict:
+    """Grade `again` against the run that it repeats.
+
+    The noise is Student's interval for one more seed, from the other seeds of the same config that MLflow has.
+    """
+    unequal = _unequal(record, again)
+    if not unequal:
+        steps = len(record.curve("train/loss"))
+        return Verdict(BIT_IDENTICAL, f"all {steps} training losses and all measures of quality are the same")
+    before, now = record.metrics["after/loss"], again.metrics.get("after/loss", float("nan"))
+    causes = [*_data(record, again), *differences(record, config)]
+    cause = f"first cause that differs: {causes[0]}" if causes else "nothing that was recorded differs"
+    said = f"held-out loss {before:.6f} then, {now:.6f} now; first difference: {unequal}; {cause}"
+    others = _seeds(record, uri)
+    if len(others) < 2:
+        return Verdict(DRIFTED, f"{said}; MLflow has no other seeds of it to say how large noise is")
+    spread = float(np.std(others, ddof=1)) * (1 + 1 / len(others)) ** 0.5
+    allowed = stats.quantile(len(others) - 1) * spread
+    grade = WITHIN_NOISE if abs(now - before) <= allowed else DRIFTED
+    return Verdict(grade, f"{said}; over {len(others)} seeds it varies by ±{allowed:.6f}")
+
+
+def _unequal(record: Record, again: Record) -> str:
+    """The first thing that is not the same to the last bit; empty if there is none."""
+    for metric in ("train/loss", "eval/loss"):
+        for before, now in zip(record.curve(metric), again.curve(metric), strict=False):
+            if before != now:
+                return f"{metric} at step {before[0]}"
+        if len(record.curve(metric)) != len(again.curve(metric)):
+            return f"the number of steps of {metric}"
+    timed = ("seconds", "per_second")
+    for name, value in record.metrics.items():
+        quality = name.startswith(("before/", "after/")) and not any(word in name for word in timed)
+        if quality and again.metrics.get(name) != value:
+            return name
+    return ""
+
+
+def _data(record: Record, again: Record) -> list[str]:
+    keys = ("data.training_fingerprint", "data.evaluation_fingerprint")
+    changed = [key for key in keys if record.params.get(key) != again.params.get(key)]
+    return [f"{key}: {record.params.get(key)} then, {again.params.get(key)} now" for key in changed]
+
+
+def _seeds(record: Record, uri: str | None) -> list[float]:
+    """Held-out losses of the runs that differ from this one by nothing but the seed."""
+    experiment = record.mlflow.get_experiment(record.run.info.experiment_id).name
+    model, method = (record.params.get(key) for key in ("model.model_name_or_path", "method.name"))
+    where = f"params.`model.model_name_or_path` = '{model}' and params.`method.name` = '{method}'"
+    same = [one for one in find(uri, (), experiment, where) if one.config == record.config and one.outcome == "ok"]
+    by_seed = {one.params.get("seed"): one.metrics["after/loss"] for one in same if "after/loss" in one.metrics}
+    return list(by_seed.values())
+
+
+def given(words: Sequence[str]) -> dict[str, Any]:
+    """`key=value` words with YAML values.
+
+    Raises:
+        ConfigError: a word is not of that form.
+    """
+    if wrong := [word for word in words if "=" not in word]:
+        raise ConfigError(f"'{wrong[0]}' is no key=value")
+    return {key: _plain(value, key) for key, value in (word.split("=", 1) for word in words)}
+
+
+def _plain(text: str, what: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{what} is no plain YAML: {' '.join(str(error).split())}") from error
+
+
+def start(record: Record, config: Config, folder: Path) -> str:
+    """Run `config` anew; the new run's id."""
+    if hub.is_needed(config):
+        hub.go_offline_if_unreachable()
+    from qlora_exp.run import run
+
+    result = run(config, folder, {"reproduces": record.run_id, "mlflow.runName": f"{record.name} again"})
+    assert result.run_id is not None  # it is reached at the start, or there is no run
+    return result.run_id
