@@ -99,6 +99,9 @@ class GridSweeper(_Sweeper):
     def sweep(self, arguments: list[str]) -> None:
         """Hydra's: everything."""
         overrides = self.parse(arguments)
+        for one in overrides:
+            if one.key_or_group.startswith("search.") or (one.is_sweep_override() and one.is_interval_sweep()):
+                raise ConfigError(f"{one.input_line}: that is for a search; add hydra/sweeper=optuna")
         combinations = BasicSweeper.split_arguments(overrides, None)[0]
         shared = sum(not override.is_sweep_override() for override in overrides)
         values = [[word.split("=", 1) for word in combination[shared:]] for combination in combinations]
@@ -139,14 +142,15 @@ class OptunaSweeper(_Sweeper):
             raise ConfigError("search.prune judges single jobs: leave one seed, or leave out search.prune")
         folder = self.folder(overrides, first.sweep, "search")
         if first.sweep.dry_run:
-            print(
-                f"would search {', '.join(space)} in {first.search.n_trials} trials of {len(repeats)} jobs in {folder}"
-            )
+            print(f"would search {', '.join(space)} in {folder}: {search.progress(folder, first.search.n_trials)}")
             return
         with self.begin(folder, first.sweep) as running:
             best = search.search(running, space, jobs_of, first.search, first.sweep)
         for trial in best:
-            print(f"best: {' '.join(f'{key}={value}' for key, value in trial.params.items())}: {trial.values}")
+            values = zip(first.search.metrics, trial.values, strict=True)
+            means = ", ".join(f"{metric} {value:.6g}" for metric, value in values)
+            chosen = " ".join(f"{key}={_short(value)}" for key, value in trial.params.items())
+            print(f"best: {chosen} ({means}; trial {trial.number + 1})")
 
 
 def _short(value: Any) -> str:

@@ -58,9 +58,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     ui.add_argument("--port", type=int, default=5000)
     ui.set_defaults(command=lambda options: _ui(options.uri, options.host, options.port))
     sync = commands.add_parser("sync", help="send to MLflow what runs could not, while its server was away")
-    sync.add_argument("folders", nargs="*", type=Path, default=[Path("outputs"), Path("multirun")])
+    sync.add_argument("folders", nargs="*", type=Path, help="default: outputs and multirun, those that are there")
     sync.add_argument("--uri", help="tracking URI; default: that of each run")
-    sync.set_defaults(command=lambda options: _sync(options.folders, options.uri))
+    usual = [folder for folder in (Path("outputs"), Path("multirun")) if folder.is_dir()]
+    sync.set_defaults(command=lambda options: _sync(options.folders or usual or [Path("outputs")], options.uri))
     compare = commands.add_parser("compare", help="a table of runs: what differs, costs, quality, what is chance")
     compare.add_argument(
         "chosen", nargs="*", metavar="SWEEP|RUN", help="sweeps, run ids or run keys; default: the newest sweep"
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     compare.add_argument("--experiment", help="MLflow's; without names of runs: all that are in it")
     compare.add_argument("--filter", help="MLflow's own, such as \"params.`method.name` = 'lora'\"")
     compare.add_argument("--baseline", help="part of a row's name, such as method.name=lora; default: the first row")
-    compare.add_argument("--metric", default="loss", help="loss, perplexity, rougeL, exact_match, task_score")
+    compare.add_argument("--metric", default="loss", help="loss, rougeL, exact_match, task_score")
     compare.add_argument("--preset", default="all", help="which columns: all, seed1")
     compare.add_argument("--out", type=Path, help="folder for comparison_TIME.csv, .json, .md, .html")
     compare.add_argument("--log", action="store_true", help="keep the report with the sweep's MLflow run")
@@ -273,6 +274,8 @@ def _reproduce(options: argparse.Namespace) -> None:
 def _sync(folders: Sequence[Path], uri: str | None) -> None:
     from qlora_exp import journal
 
+    if missing := [folder for folder in folders if not folder.is_dir()]:
+        raise ConfigError(f"no folder {', '.join(map(str, missing))} in {Path.cwd()}")
     waiting = [file.parent for folder in folders for file in sorted(folder.rglob(journal.FILE))]
     waiting = [folder for folder in waiting if not journal.is_settled(folder, uri) and not journal.is_held(folder)]
     if waiting:

@@ -14,9 +14,11 @@ from qlora_exp import stats
 from qlora_exp.errors import ConfigError
 from qlora_exp.records import Record
 
-LOWER_IS_BETTER = {"loss": True, "perplexity": True, "rougeL": False, "exact_match": False, "task_score": False}
-"""What quality is measured by, after training on held-out rows."""
+LOWER_IS_BETTER = {"loss": True, "rougeL": False, "exact_match": False, "task_score": False}
+"""What quality is judged by, after training on held-out rows; perplexity goes with the loss, its logarithm."""
 ALPHA = 1 - stats.LEVEL
+_ALIKE = 0.02
+"""Other seeds draw other rows: means of a row that differ by less are not called different."""
 
 # Looked for in this order when runs were not made by one sweep.
 _TELLING = (
@@ -24,8 +26,6 @@ _TELLING = (
     "optimizer.name", "method.r", "method.lora_alpha", "training.learning_rate", "training.max_steps",
 )  # fmt: skip
 _CONDITIONS = {
-    "tokens seen": lambda one: one.metrics.get("train/num_tokens"),
-    "steps": lambda one: one.metrics.get("steps"),
     "effective batch": lambda one: _product(
         one, "training.per_device_train_batch_size", "training.gradient_accumulation_steps"
     ),
@@ -162,7 +162,7 @@ def _baseline(rows: Sequence[Row], called: str | None) -> Row:
     if called is None:
         return rows[0]
     words = called.split()
-    found = [row for row in rows if all(f" {word} " in f" {row.name} " for word in words)]
+    found = [row for row in rows if all(word in (*row.name.split(), *row.short.split()) for word in words)]
     if len(found) != 1:
         names = "\n  ".join(row.name for row in found or rows)
         several = "several rows are" if found else "no row is"
@@ -174,7 +174,7 @@ def _items(row: Row, metric: str) -> tuple[dict[str, stats.Items], str]:
     """By seed what was measured on each item, (1, items, 2), and a name of the items; empty if that was not kept."""
     found: dict[str, stats.Items] = {}
     for one in row.records:
-        if metric in ("loss", "perplexity"):
+        if metric == "loss":
             pairs = [(line["nll"], line["tokens"]) for line in one.losses]
         else:
             pairs = [(answer[metric], 1.0) for answer in one.answers if metric in answer]
@@ -193,17 +193,12 @@ def _difference(ours: Row, theirs: Row, metric: str) -> stats.Difference:
         pairs = [(mine[seed], other[seed]) for seed in common]
         if all(a.shape == b.shape and np.array_equal(a[..., 1], b[..., 1]) for a, b in pairs):
             return stats.difference_of_items(*(np.concatenate(side) for side in zip(*pairs, strict=True)))
-    values = [{one.params["seed"]: one.metrics[_judged_by(metric)] for one in row.records} for row in (ours, theirs)]
+    values = [{one.params["seed"]: one.metrics[f"after/{metric}"] for one in row.records} for row in (ours, theirs)]
     common = sorted(values[0].keys() & values[1].keys())
     if common:
         return stats.difference_of_seeds([values[0][seed] for seed in common], [values[1][seed] for seed in common])
     one, two = (float(np.mean(list(each.values()))) for each in values)
     return stats.difference_of_seeds([one], [two])
-
-
-def _judged_by(metric: str) -> str:
-    """Perplexity is judged by its logarithm, whose mean over tokens has a variance that can be estimated."""
-    return "after/loss" if metric == "perplexity" else f"after/{metric}"
 
 
 def _said(found: stats.Difference, p: float, lower_is_better: bool) -> str:
@@ -243,6 +238,10 @@ def _unfair(rows: Sequence[Row]) -> list[str]:
     """By name what differs between the rows, or within one, beyond the keys that they are labelled with."""
     records = [one for row in rows for one in row.records]
     found = []
+    for name, metric in (("tokens seen", "train/num_tokens"), ("steps", "steps")):
+        means = {row.short: mean.value for row in rows if (mean := row.mean(metric))}
+        if means and max(means.values()) > (1 + _ALIKE) * min(means.values()):
+            found.append(f"{name}: {_listed({f'{value:,.0f} ({who})': None for who, value in means.items()})}")
     for name, read in _CONDITIONS.items():
         if len(values := dict.fromkeys(str(read(one)) for one in records)) > 1:
             found.append(f"{name}: {_listed(values)}")

@@ -62,7 +62,7 @@ def jobs(
     for config, values, words in zip(configs, swept, overrides, strict=True):
         parts = identity.parts(config)
         key = identity.key_of(parts)
-        label = re.sub(r"[^\w.-]+", "-", "_".join(f"{name.split('.')[-1]}-{value}" for name, value in values.items()))
+        label = re.sub(r"[^\w.+-]+", "-", "_".join(f"{name.split('.')[-1]}-{value}" for name, value in values.items()))
         found.setdefault(key, Job(values, words, config, parts, key, folder / f"{label[:100]}_{key}".lstrip("_")))
     return list(found.values())
 
@@ -126,7 +126,6 @@ def run_job(config: Config, folder: Path) -> None:
     from qlora_exp.run import run
     from qlora_exp.summary import show
 
-    log.info("job %s", folder.name)
     try:
         _check_unchanged(config, given["parts"])
         with heeded(), time_limit(given["time_limit"], folder / _LATE_FILE):

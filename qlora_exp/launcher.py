@@ -4,6 +4,7 @@ The process they are forked from (multiprocessing's fork server) only imports `p
 """
 
 import gc
+import logging
 import multiprocessing
 import os
 import signal
@@ -25,6 +26,7 @@ ORPHAN_SECONDS = 10.0
 """What a job gets to write down how it ended, when its sweep was killed."""
 _NOBODY_KNOWS = 255  # what multiprocessing says of a process whose fork server is gone
 OUTPUT_FILE = "output.log"
+log = logging.getLogger(__name__)
 _PRELOAD = ["qlora_exp.preload"]
 
 
@@ -73,6 +75,7 @@ def run_all(
                 output = tasks[index].folder / OUTPUT_FILE if n_jobs > 1 else None
                 slot = min(set(range(n_jobs)) - {one.slot for one in running.values()})
                 gpu = gpus[slot % len(gpus)] if n_jobs > 1 and gpus else None
+                log.info("job %d of %d: %s", index + 1, len(tasks), output or tasks[index].folder.name)
                 process = context.Process(target=_call, args=(tasks[index].call, output, gpu))
                 process.start()
                 running[process.sentinel] = _Running(process, index, slot)
@@ -82,6 +85,8 @@ def run_all(
                 done = running.pop(cast(int, sentinel))
                 done.process.join()
                 ending = endings[done.index] = _ending(done.process.exitcode, oom_kills)
+                if n_jobs > 1:
+                    log.info("job %d of %d has ended", done.index + 1, len(tasks))
                 if ending:
                     oom_kills += ending.outcome == "oom"  # the kernel kills one process at a time
                     died()

@@ -8,6 +8,7 @@ import gc
 import importlib
 
 from qlora_exp import identity
+from qlora_exp.cli import quiet
 from qlora_exp.launcher import visible_gpus
 
 _ALWAYS = (
@@ -26,6 +27,7 @@ _WITHOUT_GPU = ("qlora_exp.model", "qlora_exp.adapters", "qlora_exp.training", "
 
 _CODE_IS_LOADED = not visible_gpus()
 
+quiet()
 gc.disable()  # a fifth of the imports' time, for nothing; a job turns it on
 for _name in (*_ALWAYS, *(_WITHOUT_GPU if _CODE_IS_LOADED else ())):
     with contextlib.suppress(ImportError):  # a job that needs it says so

@@ -12,7 +12,7 @@ from typing import Any
 
 from qlora_exp.config import APART
 from qlora_exp.errors import TrackingError
-from qlora_exp.store import client, short
+from qlora_exp.store import client, short, store_uri
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
@@ -109,6 +109,10 @@ def find(
     Raises:
         TrackingError: the store does not answer, or has no such runs.
     """
+    file = Path(store_uri(uri).removeprefix("sqlite:///"))
+    if store_uri(uri).startswith("sqlite:///") and not file.is_file():
+        raise TrackingError(f"no runs yet: {file} is not there; start this where you train, or give --uri")
+    chosen = [Path(word).name if Path(word).is_dir() else word for word in chosen]  # a sweep's folder has its name
     mlflow = client(uri)
     try:
         every = [mlflow.get_experiment_by_name(experiment)] if experiment else mlflow.search_experiments()
@@ -123,6 +127,10 @@ def find(
     except MlflowException as error:
         raise TrackingError(f"MLflow: {short(error)}") from error
     newest = {run.data.tags["run_key"]: run for run in sorted(runs, key=lambda run: run.info.start_time)}
+    if not newest and chosen:
+        sweeps = mlflow.search_runs(ids, "tags.`sweep.keys` LIKE '%'", max_results=_PAGE)
+        known = ", ".join(dict.fromkeys(run.data.tags["sweep"] for run in sweeps))
+        raise TrackingError(f"MLflow has no runs of {', '.join(chosen)}; sweeps that it has: {known or 'none'}")
     if not newest:
         raise TrackingError(f"MLflow has no runs of {', '.join([*chosen, where or '']).strip(', ') or 'this tool'} yet")
     return [Record(run, mlflow) for run in newest.values()]

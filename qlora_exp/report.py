@@ -41,10 +41,13 @@ svg {{ max-width: 100%; height: auto; }}
 </body></html>
 """
 _PHASES = ("load", "first_step", "steady", "evaluation")
+_NARROWER = ("seed1", "short", "shortest")
 PRESETS = {
     "all": None,
     # The table that the project's benchmark has: cost and quality of each method.
     "seed1": ("trainable", "share", "peak MiB", "time", "perplexity", "ROUGE-L"),
+    "short": ("peak MiB", "time", "loss", "ROUGE-L", "task score"),
+    "shortest": ("loss", "ROUGE-L", "task score"),
 }
 """Which columns, by name; None is all of them."""
 
@@ -106,16 +109,33 @@ def _failures(row: Row) -> str:
 
 def show(found: Comparison, preset: str = "all") -> None:
     """Print the table, and what is not equal beside it."""
-    headings, rows = table(found, preset)
-    shown = Table(*headings)
-    for row in rows:
-        shown.add_row(*row)
     console = Console(markup=False)
     if not console.is_terminal:  # a file has no width
         console.width = 250
+    for columns in (preset, *_NARROWER):
+        headings, rows = table(found, columns)
+        shown = Table(*headings[:-2], headings[-1])
+        for row in rows:
+            shown.add_row(*row[:-2], row[-1])
+        if console.measure(shown).minimum <= console.width and _width(headings, rows) <= console.width:
+            break
     console.print(shown)
+    if columns != preset:
+        console.print("(a wider terminal, or --out, shows more columns)")
+    console.print(f"{found.metric} against the baseline, {found.baseline.name}:")
+    for one in found.rows:
+        if one is not found.baseline:
+            verdict = found.verdicts.get(one.name)
+            said = verdict.text if verdict else _failures(one)
+            console.print(f"  {one.name}: {said}", soft_wrap=True, highlight=False)
     for line in _notes(found):
         console.print(line, soft_wrap=True, highlight=False)
+
+
+def _width(headings: list[str], rows: list[list[str]]) -> int:
+    """Of the table without the verdicts, if no cell is broken."""
+    columns = list(zip(headings, *rows, strict=True))
+    return sum(max(map(len, column)) + 3 for column in (*columns[:-2], columns[-1])) + 1
 
 
 def _notes(found: Comparison) -> list[str]:
@@ -156,7 +176,10 @@ def write(found: Comparison, folder: Path, preset: str = "all", name: str | None
     folder.mkdir(parents=True, exist_ok=True)
     headings, rows = table(found, preset)
     text = io.StringIO()
-    csv.writer(text).writerows([headings, *rows])
+    numbers = [_numbers(row, found) for row in found.rows]
+    writer = csv.DictWriter(text, dict.fromkeys(key for line in numbers for key in line))
+    writer.writeheader()
+    writer.writerows(numbers)
     lines = [headings, ["---"] * len(headings), *rows]
     markdown = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
     name = name or f"comparison_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
@@ -189,6 +212,22 @@ def _page(found: Comparison, headings: list[str], rows: list[list[str]]) -> str:
             svg = picture.getvalue()
             body.append(f"<h2>{title}</h2>{svg[svg.index('<svg') :]}")
     return _PAGE.format(title=html.escape(f"Comparison by {found.metric}"), body="\n".join(body))
+
+
+def _numbers(row: Row, found: Comparison) -> dict[str, Any]:
+    """A row to compute with: means and intervals over seeds, the difference from the baseline."""
+    line: dict[str, Any] = {**row.label, "seeds": len(row.records), "failed": len(row.failed)}
+    metrics = dict.fromkeys(key for one in row.records for key in one.metrics)
+    for metric in (key for key in metrics if not key.startswith(("train/", "eval/"))):
+        if mean := row.mean(metric):
+            line[metric] = mean.value
+            if metric.startswith("after/") and not math.isnan(mean.low):
+                line |= {f"{metric} low": mean.low, f"{metric} high": mean.high}
+    if verdict := found.verdicts.get(row.name):
+        one = verdict.difference
+        line |= {"difference": one.value, "difference low": one.low, "difference high": one.high, "p": verdict.p}
+        line["verdict"] = verdict.text
+    return line | {"ties": found.ties.get(row.name, "")}
 
 
 def _everything(found: Comparison) -> dict[str, Any]:

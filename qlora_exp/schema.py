@@ -401,6 +401,8 @@ class Config(Section):
             raise ValueError("model.random_config needs a model_name_or_path of random:FAMILY")
         if self.search.prune and self.training.eval_strategy == "no":
             raise ValueError("search.prune needs a held-out loss during training: training.eval_strategy=steps")
+        if self.search.prune and 0 < self.training.max_steps <= (self.training.eval_steps or 0):
+            raise ValueError("search.prune needs a held-out loss before the end: training.eval_steps < max_steps")
         if self.device == "cpu" and self.training.fp16 is True:
             raise ValueError("training.fp16 needs a GPU: use bf16, or leave it to auto")
         return self

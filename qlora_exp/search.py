@@ -4,7 +4,10 @@ The study is a file in the sweep's folder, so that a search that was cut off goe
 is the mean over them. Needs the extra `optuna`.
 """
 
+import itertools
 import json
+import logging
+import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +33,10 @@ from qlora_exp.journal import write_atomically
 from qlora_exp.schema import SearchConfig, SweepConfig
 from qlora_exp.sweep import Sweep
 
+log = logging.getLogger(__name__)
 STUDY_FILE = "optuna.log"
+STARTUP_TRIALS = 10
+"""How many trials TPE draws at random before it learns from them."""
 BEST_FILE = "best.json"
 
 
@@ -82,8 +88,11 @@ def _search(
         batch = unfinished[: how.n_jobs]
         unfinished = unfinished[how.n_jobs :]
         while len(batch) < how.n_jobs and proposed() < settings.n_trials:
+            if new := _unseen(study, space):
+                study.enqueue_trial(new)
             number = study.ask(dict(space)).number
             batch.append(study.trials[number])
+        log.info("trials %s of %d", ", ".join(str(trial.number + 1) for trial in batch), settings.n_trials)
         jobs = {trial.number: jobs_of(trial.params) for trial in batch}
         prunable = settings.prune and all(len(repeats) == 1 for repeats in jobs.values())
         pruning = {jobs[trial.number][0].key: _told(sweep.folder, trial) for trial in batch} if prunable else {}
@@ -100,7 +109,7 @@ def _search(
                 study.tell(trial.number, state=TrialState.FAIL)
         if any(sweep.ended(job)["outcome"] == "not started" for repeats in jobs.values() for job in repeats):
             break  # the launcher cannot, or was told not to; what is not told goes on when the search is started again
-    best = study.best_trials
+    best = list({str(trial.params): trial for trial in study.best_trials}.values())
     found = [
         {"trial": one.number, "params": one.params, **dict(zip(settings.metrics, one.values, strict=True))}
         for one in best
@@ -109,8 +118,25 @@ def _search(
     return best
 
 
+def progress(folder: Path, n_trials: int) -> str:
+    """How far the search in `folder` came."""
+    done = 0
+    if (folder / STUDY_FILE).is_file():
+        storage = JournalStorage(JournalFileBackend(str(folder / STUDY_FILE)))
+        studies = [optuna.load_study(study_name=name, storage=storage) for name in optuna.get_all_study_names(storage)]
+        done = sum(trial.state.is_finished() for study in studies for trial in study.trials)
+    return f"{done} trials are done, {max(0, n_trials - done)} to run"
+
+
 def distribution(value: Any) -> BaseDistribution:
     """What Optuna draws from, for one of Hydra's sweeps: `a,b`, `range(1,9)`, `tag(log,interval(a,b))`."""
+    try:
+        return _distribution(value)
+    except ValueError as error:  # Optuna's, e.g. of bounds in the wrong order
+        raise ConfigError(f"search space {value}: {error}") from error
+
+
+def _distribution(value: Any) -> BaseDistribution:
     log = "log" in value.tags
     if hasattr(value, "list"):
         return CategoricalDistribution([_plain(one) for one in value.list])
@@ -129,6 +155,17 @@ def _plain(value: Any) -> Any:
 def example(space: Any) -> Any:
     """One value that may be drawn, to check a config with."""
     return space.choices[0] if isinstance(space, CategoricalDistribution) else space.low
+
+
+def _unseen(study: optuna.Study, space: Mapping[str, BaseDistribution]) -> dict[str, Any] | None:
+    """Of a space of choices only, while TPE still draws at random: values that were not tried yet, if any are left."""
+    choices = [one.choices for one in space.values() if isinstance(one, CategoricalDistribution)]
+    if len(study.trials) >= STARTUP_TRIALS or len(choices) < len(space):
+        return None
+    tried = [trial.params for trial in study.trials]
+    every = (dict(zip(space, values, strict=True)) for values in itertools.product(*choices))
+    left = [values for values in itertools.islice(every, 10_000) if values not in tried]
+    return random.Random(len(tried)).choice(left) if left else None
 
 
 def _left_over(study: optuna.Study, space: Mapping[str, BaseDistribution], again: bool) -> list[FrozenTrial]:
@@ -152,7 +189,12 @@ def _study(folder: Path, settings: SearchConfig, space: Mapping[str, BaseDistrib
     known = {study.study_name: study for study in optuna.get_all_study_summaries(storage)}
     name = ",".join(settings.metrics)
     if known and name not in known:
-        raise ConfigError(f"search.metrics: the study in {folder} is of {', '.join(known)}; give sweep.name=ANOTHER")
+        other = optuna.load_study(study_name=next(iter(known)), storage=storage)
+        if any(trial.state == TrialState.COMPLETE for trial in other.trials):
+            raise ConfigError(
+                f"search.metrics: the study in {folder} is of {other.study_name}; give sweep.name=ANOTHER"
+            )
+        optuna.delete_study(study_name=other.study_name, storage=storage)  # it found nothing, e.g. of a misspelled one
     study = optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
     searched = {key: distribution_to_json(one) for key, one in space.items()}
     searched["search.directions"] = ",".join(directions)
@@ -161,9 +203,8 @@ def _study(folder: Path, settings: SearchConfig, space: Mapping[str, BaseDistrib
         raise ConfigError(f"{', '.join(changed)}: not what the study in {folder} searched; give sweep.name=ANOTHER")
     study.set_user_attr("space", searched)
     drawn = settings.seed + len(study.trials)  # a search that goes on does not draw the same again
-    study.sampler = (
-        optuna.samplers.TPESampler(seed=drawn) if settings.sampler == "tpe" else optuna.samplers.RandomSampler(drawn)
-    )
+    tpe = optuna.samplers.TPESampler(seed=drawn, n_startup_trials=STARTUP_TRIALS)
+    study.sampler = tpe if settings.sampler == "tpe" else optuna.samplers.RandomSampler(drawn)
     return study
 
 

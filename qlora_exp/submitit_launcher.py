@@ -4,6 +4,7 @@ All nodes must see the sweep's folder and have this package installed. Needs the
 job does.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from submitit.helpers import DelayedSubmission
 from qlora_exp.launcher import Task
 from qlora_exp.sweep import Ending
 
+log = logging.getLogger(__name__)
 FOLDER = ".submitit"
 """Of submitit's own files, in the sweep's folder."""
 
@@ -42,6 +44,8 @@ def run_all(
     executor = submitit.AutoExecutor(folder=where, cluster=cluster, **limits)
     executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
     begun = executor.map_array(_Call(), [task.call for task in tasks])
+    for job, task in zip(begun, tasks, strict=True):
+        log.info("job %s: %s; its output: %s", job.job_id, task.folder.name, job.paths.stdout)
     try:
         endings = []
         for job in begun:

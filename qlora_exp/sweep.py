@@ -90,11 +90,12 @@ class Sweep:
         if error is None and not self._settings.dry_run:
             rows = self.rows()
             show_rows(rows, self.folder)
-            if failed := [row for row in rows if row["outcome"] not in GOOD]:
-                raise SweepError(
-                    f"{len(failed)} of {len(rows)} jobs did not end well; the others are kept: "
-                    "run the same command again"
-                )
+            print(f"files  {self.folder}\ntable  qlora-exp compare {self.folder.name}")
+            if advice := _advice([row["outcome"] for row in rows]):
+                raise SweepError(advice)
+        if isinstance(error, KeyboardInterrupt) and self._jobs:
+            done = sum(self.ended(job)["outcome"] in GOOD for job in self._jobs.values())
+            print(f"{done} of {len(self._jobs)} jobs are done; the same command goes on with the others")
 
     def know(self, jobs: Sequence[Job]) -> None:
         """That these are the sweep's too: its tables and its verdict are of them all."""
@@ -225,6 +226,15 @@ class Sweep:
         return f"{name}.csv", f"{name}.json"
 
 
+def _advice(outcomes: Sequence[str]) -> str:
+    """What to do about jobs that did not end well; empty if all did."""
+    later = sum(one in ("killed", "cut off", "not started", "running") for one in outcomes)
+    failed = len(outcomes) - later - sum(one in GOOD for one in outcomes)
+    parts = [f"{failed} failed: sweep.rerun=failed runs them again"] * bool(failed)
+    parts += [f"{later} did not come to an end: the same command goes on with them"] * bool(later)
+    return f"{failed + later} of {len(outcomes)} jobs did not end well; {'; '.join(parts)}" if parts else ""
+
+
 def _finished(new: Sequence[Job]) -> dict[str, dict[str, Any]]:
     """MLflow's finished runs of these jobs, by key: they may have run in another folder or on another machine."""
     from qlora_exp import store
@@ -267,7 +277,8 @@ def show_plan(todo: Sequence[Job], plan: Mapping[str, tuple[Action, str]], folde
 
 def show_rows(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Print what became of each job."""
-    columns = [name for name in dict.fromkeys(name for row in rows for name in row) if name != "key"]
+    found = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
+    columns = sorted((name for name in found if name != "key"), key="note".__eq__)  # the longest text last
     table = Table(*columns, title=folder.name, title_justify="left")
     for row in rows:
         table.add_row(*(str(row.get(name, "")) for name in columns))

@@ -183,6 +183,8 @@ class Watcher(TrainerCallback):
         self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=None)
         self._first_step = self._trainer.memory.phase("first_step")
         self._first_step.__enter__()
+        # TRL 1.16 counts from zero again after a resume.
+        self._trainer._total_train_tokens = max((line.get("num_tokens", 0) for line in state.log_history), default=0)
         self._restart()
 
     def _restart(self) -> None:

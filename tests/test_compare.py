@@ -107,7 +107,7 @@ def test_what_else_differs_is_named(past):
     found = compare(find(past.uri, experiment=past.experiment))
     assert [row.name for row in found.rows] == ["method.r=4", "method.r=8"]
     for expected in (
-        "tokens seen: 100.0, 200.0",
+        "tokens seen: 100 (r=4), 200 (r=8)",
         "torch version: 1, 2",
         "adapter dtype: None, bfloat16",
         "training.learning_rate: none, 0.001",
@@ -133,6 +133,7 @@ def test_the_baseline_is_chosen_by_a_part_of_its_name(past):
             past(shifted(r / 100), method__name=name, method__r=r)
     records = find(past.uri, experiment=past.experiment)
     assert compare(records, baseline="method.r=8 method.name=dora").baseline.name == "method.name=dora method.r=8"
+    assert compare(records, baseline="name=dora r=8").baseline.short == "name=dora r=8"
     with pytest.raises(ConfigError, match="several rows are called so"):
         compare(records, baseline="method.r=8")
     with pytest.raises(ConfigError, match="no row is called so"):

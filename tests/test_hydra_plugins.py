@@ -47,11 +47,15 @@ def test_every_kind_of_sweep_is_expanded(words: list[str], jobs: list[str], tmp_
     ("words", "message"),
     [
         (["method.r=4,8", "seed=1,-1"], "seed=-1"),
-        (["training.learning_rate=interval(1e-5,1e-3)"], "does not support sweep type"),
+        (["training.learning_rate=interval(1e-5,1e-3)"], "add hydra/sweeper=optuna"),
         (["sweep=rank_scalin"], "did you mean 'rank_scaling'"),
         (["sweep.name=a/b"], "sweep.name"),
         (["sweep.n_jobs=0"], "sweep.n_jobs"),
         (["sweep.name=.."], "sweep.name"),
+        (["method.r=4,8", "search.n_trials=3"], "add hydra/sweeper=optuna"),
+        (["hydra/sweeper=optuna", "training.learning_rate=interval(1e-2,1e-4)"], "search space"),
+        (["hydra/sweeper=optuna", "training.learning_rate=tag(log,interval(0,1e-2))"], "search space"),
+        (["hydra/sweeper=optuna", "method.r=4,8", "seed=1,2", "search.prune=true"], "leave one seed"),
         (["hydra.sweep.dir='a\\b'", "seed=1"], "no folder with a backslash"),
     ],
 )

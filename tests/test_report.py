@@ -47,9 +47,12 @@ def test_a_preset_chooses_columns(found):
 
 def test_the_files_say_the_same(found, tmp_path):
     files = {file.suffix: file for file in report.write(found, tmp_path / "new")}
-    headings, rows = report.table(found)
     with files[".csv"].open(newline="") as lines:
-        assert list(csv.reader(lines)) == [headings, *rows]
+        first, second, failed = csv.DictReader(lines)
+    assert (float(first["trainable_parameters"]), first["difference"]) == (100.0, "")
+    assert float(second["difference"]) == pytest.approx(-0.2)
+    assert float(second["after/loss low"]) < float(second["after/loss"]) < float(second["after/loss high"])
+    assert (failed["failed"], failed["after/loss"]) == ("1", "")
     told = json.loads(files[".json"].read_text())
     assert [len(row["runs"]) for row in told["rows"]] == [2, 2, 1]
     assert told["rows"][0]["baseline"] is True

@@ -10,6 +10,7 @@ from conftest import QUICK
 
 from qlora_exp.config import APART, flatten, from_dict
 from qlora_exp.errors import ConfigError, DataError, UserError
+from qlora_exp.journal import metrics
 from qlora_exp.store import client
 
 
@@ -131,6 +132,11 @@ qlora_exp.train(qlora_exp.compose({words[4:]!r}), {str(tmp_path / "killed")!r})
     resumed = start(config(*saving, f"tracking.uri={store}"), tmp_path / "killed")
     assert losses(resumed) == losses(whole)
     assert resumed.metrics["after/loss"] == whole.metrics["after/loss"]
+    tokens = [
+        [one["train/num_tokens"] for one in metrics(each.output_dir) if "train/num_tokens" in one]
+        for each in (resumed, whole)
+    ]
+    assert tokens[0] == tokens[1]
     found = client(store)
     points = found.get_metric_history(resumed.run_id, "train/loss")
     assert [point.step for point in points] == [1, 2, 3, 4, 5, 6]

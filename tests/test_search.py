@@ -176,6 +176,18 @@ def test_a_launcher_that_cannot_start_uses_up_no_trials(study):
     assert {trial.state for trial in study.trials()} == {TrialState.COMPLETE}
 
 
+def test_of_a_few_choices_each_is_tried_before_one_is_again(study):
+    study(n_trials=4, space={"method.r": CategoricalDistribution([2, 4, 8, 16])})
+    assert sorted(trial.params["method.r"] for trial in study.trials()) == [2, 4, 8, 16]
+
+
+def test_a_study_that_found_nothing_gives_way(study):
+    with pytest.raises(ConfigError, match="did you mean"):
+        study(n_trials=1, metrics=["after/los"])
+    study(n_trials=1)
+    assert len(study.trials()) == 1
+
+
 def test_what_a_search_found_before_is_in_its_table_again(study, tmp_path, capsys):
     study(n_trials=2)
     study(n_trials=3)

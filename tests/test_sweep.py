@@ -11,7 +11,7 @@ from qlora_exp.errors import SweepError
 from qlora_exp.jobs import Job
 from qlora_exp.journal import last_message
 from qlora_exp.store import client
-from qlora_exp.sweep import Ending, Sweep
+from qlora_exp.sweep import Ending, Sweep, _advice
 
 
 @pytest.fixture
@@ -264,3 +264,17 @@ def test_a_job_whose_data_were_edited_meanwhile_is_refused(jobs, mlflow, jsonl):
         execute(todo)
     _, (child,) = mlflow()
     assert "not the same data any more" in child.data.tags["failure"]
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "expected"),
+    [
+        (["ok", "pruned"], ""),
+        (["ok", "oom"], "1 of 2 jobs did not end well; 1 failed: sweep.rerun=failed runs them again"),
+        (["killed", "not started"], "2 of 2 jobs did not end well; 2 did not come to an end: the same command"),
+        (["nan", "running", "ok"], "2 of 3 jobs did not end well; 1 failed: sweep.rerun=failed runs them again; 1 did"),
+    ],
+)
+def test_what_to_do_about_a_sweep_is_said(outcomes: list[str], expected: str):
+    assert _advice(outcomes).startswith(expected)
+    assert bool(_advice(outcomes)) is bool(expected)
