@@ -198,17 +198,16 @@ class Composer:
 class _Launcher(Launcher):
     """What our launchers share: what Hydra asks of one, as tasks for processes."""
 
-    package = ""
-    """That it needs, and the extra of ours which has it."""
+    package, extra = "", ""
+    """What it needs, and the extra of ours that has it."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Hydra's, before `launch`."""
-        package, _, extra = self.package.partition(" ")
-        if package and find_spec(package) is None:
-            raise ConfigError(f"this hydra/launcher needs a package: pip install 'qlora-exp[{extra}]'")
+        if self.package and find_spec(self.package) is None:
+            raise ConfigError(f"this hydra/launcher needs a package: pip install 'qlora-exp[{self.extra}]'")
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
@@ -248,7 +247,7 @@ class LocalLauncher(_Launcher):
 class RayLauncher(_Launcher):
     """Jobs on a Ray cluster."""
 
-    package = "ray ray"
+    package, extra = "ray", "ray"
 
     def run_all(self, tasks: Sequence[launcher.Task], stopped: Stopped, died: Died) -> Sequence[sweep.Ending | None]:
         """Each in a worker of its own."""
@@ -260,7 +259,7 @@ class RayLauncher(_Launcher):
 class SubmititLauncher(_Launcher):
     """Jobs on a SLURM cluster."""
 
-    package = "submitit slurm"
+    package, extra = "submitit", "slurm"
 
     def run_all(self, tasks: Sequence[launcher.Task], stopped: Stopped, died: Died) -> Sequence[sweep.Ending | None]:
         """Each a job of the cluster's."""

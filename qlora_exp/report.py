@@ -1,4 +1,4 @@
-"""A comparison as a table: on the terminal, and as CSV, JSON and Markdown files. Decides nothing."""
+"""A comparison as a table: on the terminal, as CSV, JSON, Markdown and HTML files, in MLflow. Decides nothing."""
 
 import csv
 import html
@@ -117,7 +117,7 @@ def show(found: Comparison, preset: str = "all") -> None:
         shown = Table(*headings[:-2], headings[-1])
         for row in rows:
             shown.add_row(*row[:-2], row[-1])
-        if console.measure(shown).minimum <= console.width and _width(headings, rows) <= console.width:
+        if _width(headings, rows) <= console.width:
             break
     console.print(shown)
     if columns != preset:
@@ -187,8 +187,8 @@ def write(found: Comparison, folder: Path, preset: str = "all", name: str | None
         "csv": text.getvalue(),
         "json": json.dumps(_everything(found), indent=1),
         "md": "\n\n".join([markdown, *_notes(found)]) + "\n",
+        "html": _page(found, headings, rows),
     }
-    contents["html"] = _page(found, headings, rows)
     files = []
     for kind, content in contents.items():
         files.append(folder / f"{name}.{kind}")

@@ -60,21 +60,11 @@ def search(
         ConfigError: a metric that jobs do not have, a study that searched for something else, or one under way.
     """
     sweep.folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(sweep.folder / f"{STUDY_FILE}.running")
+    lock = FileLock(sweep.folder / f"{STUDY_FILE}.running")  # let go when this returns, or the process ends
     try:
-        with lock.acquire(timeout=1):
-            return _search(sweep, space, jobs_of, settings, how)
+        lock.acquire(timeout=1)
     except Timeout as error:
         raise ConfigError(f"{sweep.folder}: another process is searching there") from error
-
-
-def _search(
-    sweep: Sweep,
-    space: Mapping[str, BaseDistribution],
-    jobs_of: Callable[[Mapping[str, Any]], list[Job]],
-    settings: SearchConfig,
-    how: SweepConfig,
-) -> list[FrozenTrial]:
     study = _study(sweep.folder, settings, space)
     unfinished = _left_over(study, space, again=how.rerun == "failed")
     for trial in study.trials:
@@ -94,8 +84,7 @@ def _search(
             batch.append(study.trials[number])
         log.info("trials %s of %d", ", ".join(str(trial.number + 1) for trial in batch), settings.n_trials)
         jobs = {trial.number: jobs_of(trial.params) for trial in batch}
-        prunable = settings.prune and all(len(repeats) == 1 for repeats in jobs.values())
-        pruning = {jobs[trial.number][0].key: _told(sweep.folder, trial) for trial in batch} if prunable else {}
+        pruning = {jobs[trial.number][0].key: _told(sweep.folder, trial) for trial in batch} if settings.prune else {}
         sweep.run([job for repeats in jobs.values() for job in repeats], pruning)
         for trial in batch:
             ended = [sweep.ended(job) for job in jobs[trial.number]]

@@ -233,8 +233,8 @@ def open_run(
             begin = {"experiment": experiment, "uri": store_uri(uri), "run_name": run_name, "timestamp": _now()}
             journal.append({"op": "start", **begin, "tags": named})
         tracker.deliver(strict=must_reach)
-    except BaseException as error:
-        if not resumed:  # nothing began
+    except BaseException as error:  # the folder is let go, whatever it was; an interrupted start keeps its journal
+        if not resumed and isinstance(error, MlflowException | TrackingError):  # nothing began
             journal.file.unlink(missing_ok=True)
         tracker.close()
         if isinstance(error, MlflowException):
