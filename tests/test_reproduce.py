@@ -22,9 +22,10 @@ def again(store: str, first: str, folder, **changes):
 
 
 @pytest.fixture
-def first(run):
-    """A finished run's id."""
-    return run("method=lora", "evaluation=loss_only", "training.max_steps=3").run_id
+def first(run, request):
+    """The id of a finished run, alone in its experiment: whatever ran before, no other seeds of it are there."""
+    alone = f"tracking.experiment_name={request.node.name}"
+    return run("method=lora", "evaluation=loss_only", "training.max_steps=3", alone).run_id
 
 
 def test_the_same_is_bit_identical(first: str, store, tmp_path):
@@ -45,6 +46,7 @@ def test_a_changed_setting_is_the_cause_of_a_drift(first: str, store, tmp_path):
 
 def test_a_difference_within_what_seeds_do_is_noise(run, store, tmp_path):
     words = ["method=lora", "evaluation=loss_only", "training.max_steps=3", "training.learning_rate=0.01"]
+    words.append("tracking.experiment_name=noise")
     seeds = [run(*words, f"seed={seed}").run_id for seed in (1, 2, 3)]
     found = again(store, seeds[0], tmp_path / "again", training__learning_rate=0.01001)
     assert found.grade == WITHIN_NOISE
