@@ -289,14 +289,18 @@ def _sync(folders: Sequence[Path], uri: str | None) -> None:
 
 
 def _ui(uri: str | None, host: str, port: int) -> None:
-    if uri and uri.startswith("http"):
-        print(f"MLflow's UI is at {redact(uri)}")
-        return
     store = Path.cwd() / "mlruns" / "mlflow.db"
     if uri is None and not store.is_file():
         raise TrackingError(f"no runs yet: {store} is not there; run `qlora-exp train` here first")
+    quiet()
+    from qlora_exp import records
+
     address = uri or f"sqlite:///{store}"
-    print(f"MLflow's UI on {redact(address)}: http://{host}:{port} (Ctrl-C ends it)", flush=True)
+    if address.startswith("http"):
+        print(f"MLflow's UI: {redact(records.page(uri, address))}")
+        return
+    page = records.page(uri, f"http://{host}:{port}")
+    print(f"MLflow's UI on {redact(address)}, in a few seconds (Ctrl-C ends it):\n{page}", flush=True)
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | dict(os.environ)
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", address, "--workers", "1"]
     # In place of this process, so that whatever ends it ends the server.

@@ -1,6 +1,7 @@
 """Where a result comes from: code version, library versions, hardware. Imports nothing heavy."""
 
 import functools
+import getpass
 import os
 import platform
 import socket
@@ -75,6 +76,14 @@ def hardware() -> dict[str, Any]:
 def command() -> str:
     """The command line of this process."""
     return " ".join(["qlora-exp" if "qlora" in Path(sys.argv[0]).name else sys.argv[0], *sys.argv[1:]])
+
+
+def user() -> str:
+    """Who runs this process; empty where the system has no name for them."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container's number without a name; KeyError before Python 3.13
+        return ""
 
 
 def process() -> dict[str, str]:

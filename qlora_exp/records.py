@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from qlora_exp import views
 from qlora_exp.config import APART
 from qlora_exp.errors import TrackingError
 from qlora_exp.store import client, short, store_uri
@@ -66,7 +67,8 @@ class Record:
     def config(self) -> dict[str, str]:
         """Of the params, what makes two runs the same but for the seed."""
         apart = (*APART, "resolved", "data", "seed", "device")
-        return {key: value for key, value in self.params.items() if key.split(".")[0] not in apart}
+        given = {key: value for key, value in self.params.items() if value != "None"}
+        return {key: value for key, value in given.items() if key.split(".")[0] not in apart}
 
     @cached_property
     def losses(self) -> list[dict[str, float]]:
@@ -109,11 +111,8 @@ def find(
     Raises:
         TrackingError: the store does not answer, or has no such runs.
     """
-    file = Path(store_uri(uri).removeprefix("sqlite:///"))
-    if store_uri(uri).startswith("sqlite:///") and not file.is_file():
-        raise TrackingError(f"no runs yet: {file} is not there; start this where you train, or give --uri")
+    mlflow = _reader(uri)
     chosen = [Path(word).name if Path(word).is_dir() else word for word in chosen]  # a sweep's folder has its name
-    mlflow = client(uri)
     try:
         every = [mlflow.get_experiment_by_name(experiment)] if experiment else mlflow.search_experiments()
         if every == [None]:
@@ -134,6 +133,32 @@ def find(
     if not newest:
         raise TrackingError(f"MLflow has no runs of {', '.join([*chosen, where or '']).strip(', ') or 'this tool'} yet")
     return [Record(run, mlflow) for run in newest.values()]
+
+
+def page(uri: str | None, server: str) -> str:
+    """Where the MLflow server at `server` shows the newest runs, of a store that may have none yet.
+
+    Raises:
+        TrackingError: the store is not there or does not answer.
+    """
+    mlflow = _reader(uri)
+    try:
+        experiments = {one.experiment_id: one for one in mlflow.search_experiments()}
+        newest = mlflow.search_runs(list(experiments), max_results=1)
+    except MlflowException as error:
+        raise TrackingError(f"MLflow: {short(error)}") from error
+    if not newest:
+        return server
+    tags = experiments[newest[0].info.experiment_id].tags
+    return views.address(server, newest[0].info.experiment_id, list(tags), "sweep" in newest[0].data.tags)
+
+
+def _reader(uri: str | None) -> MlflowClient:
+    """The client of a store that is there; one that is not is not made."""
+    file = Path(store_uri(uri).removeprefix("sqlite:///"))
+    if store_uri(uri).startswith("sqlite:///") and not file.is_file():
+        raise TrackingError(f"no runs yet: {file} is not there; start this where you train, or give --uri")
+    return client(uri)
 
 
 def _search(mlflow: MlflowClient, ids: list[str], found: str, where: str | None) -> Iterator[Run]:

@@ -180,13 +180,11 @@ def write(found: Comparison, folder: Path, preset: str = "all", name: str | None
     writer = csv.DictWriter(text, dict.fromkeys(key for line in numbers for key in line))
     writer.writeheader()
     writer.writerows(numbers)
-    lines = [headings, ["---"] * len(headings), *rows]
-    markdown = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
     name = name or f"comparison_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     contents = {
         "csv": text.getvalue(),
         "json": json.dumps(_everything(found), indent=1),
-        "md": "\n\n".join([markdown, *_notes(found)]) + "\n",
+        "md": markdown(found, preset),
         "html": _page(found, headings, rows),
     }
     files = []
@@ -194,6 +192,14 @@ def write(found: Comparison, folder: Path, preset: str = "all", name: str | None
         files.append(folder / f"{name}.{kind}")
         write_atomically(files[-1], content)
     return files
+
+
+def markdown(found: Comparison, preset: str = "all") -> str:
+    """The table and what is not equal beside it, as Markdown."""
+    headings, rows = table(found, preset)
+    lines = [headings, ["---"] * len(headings), *rows]
+    text = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return "\n\n".join([text, *_notes(found)]) + "\n"
 
 
 def _page(found: Comparison, headings: list[str], rows: list[list[str]]) -> str:

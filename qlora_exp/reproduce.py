@@ -118,8 +118,10 @@ def differences(record: Record, config: Config) -> list[str]:
 
 def _changed_keys(record: Record, config: Config) -> str:
     now = {key: str(value) for key, value in config_module.flatten(config).items()}
-    changed = [key for key, value in now.items() if key in record.params and record.params[key] != value]
-    return ", ".join(f"{key} {record.params[key]} then, {now[key]} now" for key in changed) or "defaults have changed"
+    now = {key: value for key, value in now.items() if key.split(".")[0] not in config_module.APART}
+    then = {key: record.params.get(key, "None") for key in now}  # what is not set is not recorded
+    changed = [key for key, value in now.items() if then[key] != value]
+    return ", ".join(f"{key} {then[key]} then, {now[key]} now" for key in changed) or "defaults have changed"
 
 
 def judge(record: Record, again: Record, uri: str | None, config: Config) -> Verdict:

@@ -79,7 +79,7 @@ def run(
     from transformers import set_seed
     from transformers.utils import logging as transformers_logging
 
-    from qlora_exp import adapters, evaluation, model, provenance, tracking, training
+    from qlora_exp import adapters, evaluation, model, provenance, summary, tracking, training
     from qlora_exp.memory import MemoryMonitor, reuse_freed_memory, size_on_disk
 
     gc.enable()  # the command line starts without
@@ -101,12 +101,14 @@ def run(
         memory = MemoryMonitor(resolved.device)
         metrics: dict[str, float] = {}
 
-        def note(values: Mapping[str, float], step: int = 0) -> None:
+        def note(values: Mapping[str, float]) -> None:
             metrics.update(values)
-            tracker.metrics(values, step)
+            tracker.metrics(values)
 
-        # After a failure too: of what ran out of memory it is asked first.
-        at_the_end.callback(lambda: note({f"memory/{key}": value for key, value in memory.summary().items()}))
+        def note_memory() -> None:
+            note({f"memory/{key}": value for key, value in memory.summary().items()})
+
+        at_the_end.callback(note_memory)  # after a failure too: of what ran out of memory it is asked first
 
         # Tokens, refused early.
         tokenizer = model.load_tokenizer(config.model)
@@ -172,7 +174,7 @@ def run(
                     score=score,
                     label=f"{moment} training: ",
                 )
-            note({f"{moment}/{key}": value for key, value in found.metrics.items()}, trainer.state.global_step)
+            note({f"{moment}/{key}": value for key, value in found.metrics.items()})
             lines = "".join(json.dumps(line) + "\n" for line in found.losses)
             tracker.text(lines, f"evaluation/{moment}_losses.jsonl")
             return found
@@ -188,9 +190,7 @@ def run(
             from qlora_exp import search
 
             judge = search.judge(pruning)
-        trained = training.train(trainer, tracker.metrics, checkpoint, judge)
-        step = trainer.state.global_step
-        note(trained, step)
+        note(training.train(trainer, tracker.metrics, checkpoint, judge))
         after = measure("after")
         if after.samples:
             columns = {key: [sample[key] for sample in after.samples] for key in ("prompt", "reference")}
@@ -212,12 +212,17 @@ def run(
             sizes["merged_model_bytes_computed"] = base_parameters * getattr(torch, resolved.dtype).itemsize
         if kept := checkpoints(output_dir / "checkpoints"):
             sizes["checkpoint_bytes"] = size_on_disk(kept[-1])
-        note(sizes, step)
+        note(sizes)
         keep = config.tracking.log_adapter if peft_config is not None else config.tracking.log_full_model
         if keep:
             settings = {**config.method.settings, **config.lora_variant.settings}
-            settings["quantization"] = config.quantization.name
-            tracker.model(saved.name, f"{config.method.name}-model", settings, step)
+            settings |= {
+                "model_name_or_path": config.model.model_name_or_path,
+                "quantization": config.quantization.name,
+            }
+            tracker.model(saved.name, tracking.run_name(config), settings, trainer.state.global_step)
+        note_memory()
+        tracker.describe(summary.markdown(metrics))
         return RunResult(tracker.run_id, output_dir, metrics)
 
 

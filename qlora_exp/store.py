@@ -27,6 +27,7 @@ from mlflow.entities import (
 )
 from mlflow.exceptions import MlflowException
 
+from qlora_exp import views
 from qlora_exp.errors import TrackingError
 from qlora_exp.journal import Journal
 from qlora_exp.secrets import redact
@@ -114,6 +115,8 @@ def tell(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> Non
             profile = json.dumps({"rows": rows})
             entity = Dataset(name, digest, "local", json.dumps({"path": source}), profile=profile)
             mlflow.log_inputs(run_id, datasets=[DatasetInput(entity, [InputTag("mlflow.data.context", context)])])
+        case {"op": "view", "key": key, "value": value}:
+            mlflow.set_experiment_tag(journal.state["experiment_id"], key, value)
         case {"op": "model"}:
             _log_model(mlflow, journal, message)
         case {"op": "end", "status": status, "timestamp": timestamp}:
@@ -148,9 +151,24 @@ def _log_model(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) 
         ).model_id
     mlflow.log_model_artifacts(model_id, str(folder))
     mlflow.finalize_logged_model(model_id, LoggedModelStatus.READY)
+    mlflow.log_batch(run_id, metrics=_metrics_of_model(journal, model_id))
     outputs = mlflow.get_run(run_id).outputs
     if not outputs or model_id not in [one.model_id for one in outputs.model_outputs]:
         mlflow.log_outputs(run_id, [LoggedModelOutput(model_id, message["step"])])
+
+
+def _metrics_of_model(journal: Journal, model_id: str) -> list[Metric]:
+    """The measures after training, as they were told of the run, now of the model and the held-out rows too."""
+    heldout: dict[str, Any] = {}
+    found = []
+    for message in journal.messages():
+        if message["op"] == "dataset" and message["context"] == "evaluation":
+            heldout = {"dataset_name": message["name"], "dataset_digest": message["digest"]}
+        elif message["op"] == "metrics":
+            when = message["timestamp"], message["step"]
+            of_model = {key: value for key, value in message["values"].items() if key.startswith("after/")}
+            found += [Metric(key, value, *when, model_id, **heldout) for key, value in of_model.items()]
+    return found
 
 
 def _inside(folder: Path, path: str) -> Path:
@@ -163,21 +181,23 @@ def _inside(folder: Path, path: str) -> Path:
 
 def _experiment(mlflow: MlflowClient, name: str, uri: str) -> str:
     found = mlflow.get_experiment_by_name(name)
-    if found is not None:
-        if found.lifecycle_stage != "active":
-            raise TrackingError(
-                f"tracking.experiment_name: '{name}' was deleted in MLflow; restore it there or choose another name"
-            )
-        return found.experiment_id
-    location = None
-    if uri.startswith("sqlite:///"):
-        location = (Path(uri.removeprefix("sqlite:///")).parent / "artifacts").as_uri()
-    try:
-        return mlflow.create_experiment(name, artifact_location=location)
-    except MlflowException:  # another process created it just now
-        if found := mlflow.get_experiment_by_name(name):
-            return found.experiment_id
-        raise
+    if found is None:
+        location = None
+        if uri.startswith("sqlite:///"):
+            location = (Path(uri.removeprefix("sqlite:///")).parent / "artifacts").as_uri()
+        try:
+            found = mlflow.get_experiment(mlflow.create_experiment(name, artifact_location=location))
+        except MlflowException:  # another process created it just now
+            if (found := mlflow.get_experiment_by_name(name)) is None:
+                raise
+    if found.lifecycle_stage != "active":
+        raise TrackingError(
+            f"tracking.experiment_name: '{name}' was deleted in MLflow; restore it there or choose another name"
+        )
+    key, view = views.all_runs()
+    if found.tags.get(key) != view:
+        mlflow.set_experiment_tag(found.experiment_id, key, view)
+    return str(found.experiment_id)
 
 
 def finished_runs(uri: str | None, experiment: str, run_keys: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -1,10 +1,15 @@
-"""The few lines a run ends with on the terminal."""
+"""What a run comes to, in a few lines: on the terminal at its end, and above everything else in MLflow."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
 from rich.table import Table
 
-from qlora_exp.run import RunResult
 from qlora_exp.secrets import redact
+
+if TYPE_CHECKING:
+    from qlora_exp.run import RunResult
 
 # Metric, its name here, its format.
 _QUALITY = (
@@ -18,32 +23,50 @@ _QUALITY = (
 _PHASES = ("load", "evaluate_before", "first_step", "steady", "evaluation", "evaluate_after", "save")
 
 
-def show(result: RunResult, tracking_uri: str | None) -> None:
-    """Print quality before and after, cost, and where to look."""
-    metrics = result.metrics
-    quality = Table("", "before", "after", title="Quality on held-out rows", title_justify="left")
+def _quality(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    """Measure, before training, after it."""
+    rows = []
     for key, name, form in _QUALITY:
         if f"after/{key}" in metrics:
             before = metrics.get(f"before/{key}")
-            quality.add_row(
-                name, "-" if before is None else format(before, form), format(metrics[f"after/{key}"], form)
-            )
+            rows.append((name, "-" if before is None else format(before, form), format(metrics[f"after/{key}"], form)))
+    return rows
 
-    cost = Table("", "", title="Cost", title_justify="left", show_header=False)
-    cost.add_row(
-        "trainable parameters",
-        f"{metrics['trainable_parameters']:,} of {metrics['total_parameters']:,} ({metrics['trainable_share']:.3%})",
-    )
+
+def _cost(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    rows = [
+        (
+            "trainable parameters",
+            f"{metrics['trainable_parameters']:,.0f} of {metrics['total_parameters']:,.0f} "
+            f"({metrics['trainable_share']:.3%})",
+        )
+    ]
     if "tokens_per_second" in metrics:
-        cost.add_row("tokens/s", f"{metrics['tokens_per_second']:.0f} ({metrics['step_seconds_p50']:.2f} s a step)")
+        rows.append(("tokens/s", f"{metrics['tokens_per_second']:.0f} ({metrics['step_seconds_p50']:.2f} s a step)"))
     source = "allocated" if "memory/allocated_peak_mib" in metrics else "rss"
     for phase in _PHASES:
         if (key := f"memory/{phase}/{source}_peak_mib") in metrics:
-            cost.add_row(f"peak memory, {phase} ({source})", f"{metrics[key]:,.0f} MiB")
+            rows.append((f"peak memory, {phase} ({source})", f"{metrics[key]:,.0f} MiB"))
     if (key := f"memory/baseline/{source}_mib") in metrics:
-        cost.add_row("memory before loading (imports)", f"{metrics[key]:,.0f} MiB")
-    cost.add_row("saved model", f"{metrics['model_bytes'] / 1e6:,.1f} MB")
+        rows.append(("memory before loading (imports)", f"{metrics[key]:,.0f} MiB"))
+    return [*rows, ("saved model", f"{metrics['model_bytes'] / 1e6:,.1f} MB")]
 
+
+def markdown(metrics: Mapping[str, float]) -> str:
+    """Quality and cost as two Markdown tables."""
+    quality = "\n".join(f"| {' | '.join(row)} |" for row in _quality(metrics))
+    cost = "\n".join(f"| {' | '.join(row)} |" for row in _cost(metrics))
+    return f"| on held-out rows | before | after |\n|---|---|---|\n{quality}\n\n| cost | |\n|---|---|\n{cost}\n"
+
+
+def show(result: "RunResult", tracking_uri: str | None) -> None:
+    """Print quality before and after, cost, and where to look."""
+    quality = Table("", "before", "after", title="Quality on held-out rows", title_justify="left")
+    for line in _quality(result.metrics):
+        quality.add_row(*line)
+    cost = Table("", "", title="Cost", title_justify="left", show_header=False)
+    for row in _cost(result.metrics):
+        cost.add_row(*row)
     console = Console()
     console.print(Group(quality, cost))
     ui = "qlora-exp ui" if tracking_uri is None else f"qlora-exp ui --uri {redact(tracking_uri)}"

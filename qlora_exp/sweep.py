@@ -3,8 +3,6 @@
 Knows nothing of Hydra, nor of how jobs are launched.
 """
 
-import csv
-import io
 import json
 import logging
 import time
@@ -16,7 +14,8 @@ from typing import Any, Self
 from rich.console import Console
 from rich.table import Table
 
-from qlora_exp.errors import SweepError, TrackingError
+from qlora_exp import views
+from qlora_exp.errors import SweepError, TrackingError, UserError
 from qlora_exp.jobs import GOOD, JOB_FILE, RUNNING, Action, Job, decide, let_start, state, stopped, was_late
 from qlora_exp.journal import is_held, is_settled, write_atomically
 from qlora_exp.schema import SweepConfig
@@ -154,6 +153,7 @@ class Sweep:
         tags = {"sweep": self.folder.name, "sweep.keys": ", ".join(job.swept)}
         name = self.folder.name
         self._parent = tracking.open_run(self.folder, settings.uri, settings.experiment_name, name, tags)
+        self._parent.view(*views.newest_sweep(name, list(job.swept)))
 
     def _launch_some(self, waiting: Sequence[Job]) -> list[Job]:
         """Launch jobs and record those that died; the jobs that were not even started."""
@@ -201,29 +201,27 @@ class Sweep:
         return [row(job, self.ended(job)) for job in self._jobs.values()]
 
     def _record(self) -> None:
-        """The jobs as tables: in MLflow, and as files with every metric."""
+        """What became of the jobs, for MLflow."""
         rows = self.rows()
-        for name in self._write_comparison():
-            self._parent.file(name)
         failed = sum(row["outcome"] not in GOOD for row in rows)
         self._parent.metrics({"jobs": len(rows), "jobs_failed": failed})
         columns = dict.fromkeys(name for row in rows for name in row)
         self._parent.table({name: [row.get(name, "") for row in rows] for name in columns}, "jobs.json")
+        self._compare()
 
-    def _write_comparison(self) -> tuple[str, str]:
-        """Every job with every metric as `comparison_TIMESTAMP.csv` and `.json`; their names."""
-        rows: list[dict[str, Any]] = []
-        for job in self._jobs.values():
-            last = self.ended(job)
-            rows.append({**job.swept, "key": job.key, "outcome": last["outcome"], **last.get("metrics", {})})
-        name = f"comparison_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
-        table = io.StringIO()
-        writer = csv.DictWriter(table, dict.fromkeys(column for row in rows for column in row))
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(self.folder / f"{name}.csv", table.getvalue())
-        write_atomically(self.folder / f"{name}.json", json.dumps(rows, indent=1))
-        return f"{name}.csv", f"{name}.json"
+    def _compare(self) -> None:
+        """The jobs compared, as files in the sweep's folder and with its run in MLflow."""
+        from qlora_exp import compare, records, report
+
+        uri = next(iter(self._jobs.values())).config.tracking.uri
+        try:
+            found = compare.compare(records.find(uri, list(self._jobs)))
+        except UserError as error:  # MLflow is away, or no job ended well
+            log.warning("no comparison: %s", error)
+            return
+        for file in report.write(found, self.folder):
+            self._parent.file(file.name)
+        self._parent.describe(report.markdown(found, "short"))
 
 
 def _advice(outcomes: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ Everything is in the run's journal on disk before it reaches MLflow: a store tha
 
 import json
 import logging
+import re
 import time
 import traceback
 import uuid
@@ -74,7 +75,10 @@ class Tracker:
         self._send(op="tags", values={key: redact(str(value)) for key, value in values.items()})
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Metrics of one step. A resumed run repeats no point of a curve, and no value that it already told."""
+        """Metrics of one step; what is measured once is of step 0, which MLflow draws as bars.
+
+        A resumed run repeats no point of a curve, and no value that it already told.
+        """
         new = {
             key: value
             for key, value in values.items()
@@ -110,9 +114,21 @@ class Tracker:
         self._send(op="dataset", name=name, digest=digest, source=redact(source), context=context, rows=rows)
 
     def model(self, folder: str, name: str, params: dict[str, Any], step: int) -> None:
-        """A trained adapter or model, in a folder of the output folder, as a logged model: `load` brings it back."""
+        """A trained adapter or model, in a folder of the output folder, as a logged model: `load` brings it back.
+
+        It gets the metrics that were told before under `after/`, as measured on the dataset `evaluation`.
+        """
         clean = {key: redact(str(value))[:500] for key, value in params.items()}
-        self._send(op="model", folder=folder, name=name, params=clean, step=step)
+        # MLflow allows these in names of runs, not of models.
+        self._send(op="model", folder=folder, name=re.sub(r"[/:.%\"']", "-", name), params=clean, step=step)
+
+    def describe(self, markdown: str) -> None:
+        """What MLflow shows above everything else of the run; what is beyond its 8000 characters is cut."""
+        self.tags({"mlflow.note.content": markdown[:8000]})
+
+    def view(self, key: str, value: str) -> None:
+        """A saved view of the experiment's runs (`views`)."""
+        self._send(op="view", key=key, value=value)
 
     def _send(self, **message: Any) -> None:
         self._journal.append(message)
@@ -223,6 +239,7 @@ def open_run(
     tracker = Tracker(journal, uri, resumed)
     alive = {f"process.{key}": value for key, value in provenance.process().items()}
     alive |= {"process.folder": str(folder), "outcome": "running", "mlflow.source.name": redact(provenance.command())}
+    alive |= {"mlflow.source.type": "LOCAL", "mlflow.user": provenance.user()}
     try:
         if must_reach:
             _reap(tracker.connect(), experiment, uri)
@@ -287,7 +304,8 @@ def _begin(config: Config, output_dir: Path, tags: Mapping[str, str], must_reach
 
 def _describe(tracker: Tracker, config: Config) -> None:
     values = config_module.flatten(config)
-    tracker.params({key: value for key, value in values.items() if key.split(".")[0] not in config_module.APART})
+    counts = {key: value for key, value in values.items() if key.split(".")[0] not in config_module.APART}
+    tracker.params({key: value for key, value in counts.items() if value is not None})  # what is not set is not shown
     tracker.text(config_module.to_yaml(config), CONFIG_FILE)
     tracker.tags({f"version.{name}": found for name, found in provenance.libraries().items()})
     tracker.tags({f"git.{name}": found for name, found in provenance.git().items()})

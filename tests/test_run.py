@@ -39,7 +39,7 @@ def test_what_a_run_leaves_in_mlflow(run, store, config):
     assert {"version.torch", "hardware.cores", "process.pid", "mlflow.source.name"} <= found.data.tags.keys()
 
     config = flatten(from_dict(yaml.safe_load((result.output_dir / "qlora_exp.yaml").read_text())))
-    expected = {key: value for key, value in config.items() if key.split(".")[0] not in APART}
+    expected = {key: value for key, value in config.items() if key.split(".")[0] not in APART and value is not None}
     assert expected.keys() <= found.data.params.keys()
     assert found.data.params["resolved.optim"] == "adamw_torch"
     assert found.data.params["resolved.optim_fallback"]
@@ -58,7 +58,17 @@ def test_what_a_run_leaves_in_mlflow(run, store, config):
     inputs = {entry.tags[0].value: entry.dataset for entry in found.inputs.dataset_inputs}
     assert inputs.keys() == {"training", "evaluation"}
     assert inputs["training"].digest == found.data.params["data.training_fingerprint"]
-    assert len(found.outputs.model_outputs) == 1
+    assert "| held-out loss |" in found.data.tags["mlflow.note.content"]
+
+    (output,) = found.outputs.model_outputs
+    model = mlflow.get_logged_model(output.model_id)
+    assert model.name == "llama-reasoning_gym-qlora-nf4_double-r16-s42"
+    measured = {one.key: (one.value, one.dataset_digest) for one in model.metrics}
+    assert measured["after/loss"] == (metrics["after/loss"], found.data.params["data.evaluation_fingerprint"])
+    assert len(mlflow.get_metric_history(result.run_id, "after/loss")) == 1
+
+    tags = mlflow.get_experiment(found.info.experiment_id).tags
+    assert json.loads(tags["mlflow.sharedViewState.qlora_exp_all_runs"])["name"] == "All runs"
 
 
 def test_sources_that_no_longer_hold_are_not_in_a_saved_model(run):

@@ -152,14 +152,38 @@ def test_the_table_of_a_sweep_is_kept(jobs, mlflow, store):
     assert float(row["loss"]) > 0
 
 
-def test_every_metric_of_every_job_is_written_for_spreadsheets(jobs, tmp_path):
-    execute(jobs("seed", ["1", "2"]))
-    (table,) = (tmp_path / "multirun" / "test").glob("comparison_*.csv")
-    with table.open(encoding="utf-8") as lines:
+def test_a_sweep_ends_with_its_comparison_in_its_folder_and_in_mlflow(jobs, mlflow, store, tmp_path):
+    execute(jobs("method.r", ["4", "8"]))
+    files = {file.suffix: file for file in (tmp_path / "multirun" / "test").glob("comparison_*")}
+    assert files.keys() == {".csv", ".json", ".md", ".html"}
+    with files[".csv"].open(encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines))
-    assert [(row["seed"], row["outcome"]) for row in rows] == [("1", "ok"), ("2", "ok")]
+    assert [(row["method.r"], row["seeds"]) for row in rows] == [("4", "1"), ("8", "1")]
     assert all(float(row["after/loss"]) > 0 and float(row["memory/rss_peak_mib"]) > 100 for row in rows)
-    assert json.loads(table.with_suffix(".json").read_text())[0]["after/loss"] == float(rows[0]["after/loss"])
+    runs = [run for row in json.loads(files[".json"].read_text())["rows"] for run in row["runs"]]
+    assert [run["metrics"]["after/loss"] for run in runs] == [float(row["after/loss"]) for row in rows]
+    (parent,), _ = mlflow()
+    kept = {one.path for one in client(store).list_artifacts(parent.info.run_id)}
+    assert {file.name for file in files.values()} <= kept
+    assert "| method.r |" in parent.data.tags["mlflow.note.content"]
+
+
+def test_a_sweep_of_failures_ends_without_a_comparison(jobs, mlflow, caplog):
+    with pytest.raises(SweepError):
+        execute(jobs("training.max_grad_norm", ["1", "2"]), lambda waiting: [Ending("killed", "gone")] * len(waiting))
+    assert "no comparison: none of these 2 runs ended well" in caplog.text
+    (parent,), _ = mlflow()
+    assert parent.info.status == "FINISHED"
+
+
+def test_the_newest_sweep_has_a_view_in_mlflow(jobs, store, request):
+    execute(jobs("seed", ["1"]))
+    experiment = client(store).get_experiment_by_name(request.node.name)
+    view = json.loads(experiment.tags["mlflow.sharedViewState.qlora_exp_newest_sweep"])
+    state = json.loads(view["state"])
+    assert view["name"] == "Sweep test"
+    assert state["searchFilter"].startswith("tags.sweep = 'test'")
+    assert "tags.`sweep.seed`" in state["selectedColumns"]
 
 
 def test_what_a_launcher_gave_up_is_launched_again(jobs, mlflow):

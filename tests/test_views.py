@@ -1,0 +1,39 @@
+import json
+
+from qlora_exp import views
+
+ALL, SWEEP = "mlflow.sharedViewState.qlora_exp_all_runs", "mlflow.sharedViewState.qlora_exp_newest_sweep"
+
+
+def state(view: tuple[str, str]) -> dict:
+    return json.loads(json.loads(view[1])["state"])
+
+
+def test_a_sweeps_view_shows_what_is_swept_before_what_came_out():
+    key, _ = view = views.newest_sweep("night", ["method.r", "seed"])
+    found = state(view)
+    assert key == SWEEP
+    assert found["selectedColumns"][:3] == ["tags.`sweep.method.r`", "tags.`sweep.seed`", "metrics.`after/loss`"]
+    assert found["columnOrder"][1:] == found["selectedColumns"]
+    assert (found["orderByKey"], found["orderByAsc"]) == ("metrics.`after/loss`", True)
+
+
+def test_the_view_of_all_runs_has_none_of_the_sweeps_own():
+    key, _ = view = views.all_runs()
+    assert key == ALL
+    assert state(view)["searchFilter"] == "tags.run_key LIKE '%'"
+
+
+def test_views_fit_into_a_tag():
+    every = [f"method.a_rather_long_key_of_peft_{number}" for number in range(50)]
+    assert all(len(view[1]) < 20_000 for view in (views.all_runs(), views.newest_sweep("n" * 100, every)))
+
+
+def test_the_page_is_that_of_the_newest_runs():
+    base = "http://h:5000/#/experiments/3/runs?workflowType=machine_learning"
+    both = [ALL, SWEEP, "other"]
+    sweep, runs = "&viewStateShareKey=qlora_exp_newest_sweep", "&viewStateShareKey=qlora_exp_all_runs"
+    assert views.address("http://h:5000/", "3", both, newest_is_sweep=True) == base + sweep
+    assert views.address("http://h:5000", "3", both, newest_is_sweep=False) == base + runs
+    assert views.address("http://h:5000", "3", [ALL], newest_is_sweep=True) == base + runs
+    assert views.address("http://h:5000", "3", [], newest_is_sweep=True) == base
