@@ -79,9 +79,16 @@ def ray(session: nox.Session) -> None:
 
 
 @nox.session
+def ui(session: nox.Session) -> None:
+    """MLflow's page of a sweep in a real browser (Debian's `chromium`; two minutes)."""
+    install(session, "dev", "browser")
+    session.run(sys.executable, "-m", "pytest", "-p", "no:randomly", "tests/browser/ui_checks.py", *session.posargs)
+
+
+@nox.session
 def constraints(session: nox.Session) -> None:
     """Write constraints.txt anew from what is installed here."""
-    install(session, "dev", "optuna", "joblib", "slurm", "ray")
+    install(session, "dev", "optuna", "joblib", "slurm", "ray", "browser")
     frozen = session.run(sys.executable, "-m", "pip", "freeze", "--exclude-editable", silent=True)
     lines = [line.split("+")[0] for line in str(frozen).splitlines() if "==" in line]  # torch's +cpu, +cu130 fit all
     with open("constraints.txt", "w", encoding="utf-8") as file:

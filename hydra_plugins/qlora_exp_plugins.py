@@ -25,8 +25,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from qlora_exp import config, jobs, launcher, sweep
-from qlora_exp.cli import quiet
 from qlora_exp.errors import ConfigError
+from qlora_exp.quiet import quiet
 from qlora_exp.schema import Config, SweepConfig
 
 Stopped = Callable[[], bool]

@@ -8,14 +8,15 @@ import logging
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import qlora_exp
-from qlora_exp.errors import ConfigError, TimeLimitError, TrackingError, UserError
-from qlora_exp.secrets import RedactingFormatter, redact
+from qlora_exp import commands
+from qlora_exp.errors import ConfigError, TimeLimitError, UserError
+from qlora_exp.quiet import quiet
+from qlora_exp.secrets import redact
 
 _EPILOG = """\
 examples:
@@ -47,24 +48,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=qlora_exp.__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    commands.add_parser("train", help="run one configuration, or with -m a sweep", add_help=False)
-    keys = commands.add_parser("keys", help="what each key of the config means, its type and default")
+    known = parser.add_subparsers(required=True, metavar="COMMAND")
+    known.add_parser("train", help="run one configuration, or with -m a sweep", add_help=False)
+    keys = known.add_parser("keys", help="what each key of the config means, its type and default")
     keys.add_argument("section", nargs="?", help="model, method, training, ...; all if left out")
-    keys.set_defaults(command=lambda options: _keys(options.section))
-    ui = commands.add_parser("ui", help="open MLflow's UI on the right store")
+    keys.set_defaults(command=lambda options: commands.keys(options.section))
+    ui = known.add_parser("ui", help="open MLflow's UI on the right store")
     ui.add_argument("--uri", help="tracking URI; default: SQLite in ./mlruns")
     ui.add_argument("--host", default="127.0.0.1")
     ui.add_argument("--port", type=int, default=5000)
-    ui.set_defaults(command=lambda options: _ui(options.uri, options.host, options.port))
-    sync = commands.add_parser("sync", help="send to MLflow what runs could not, while its server was away")
+    ui.set_defaults(command=lambda options: commands.ui(options.uri, options.host, options.port))
+    sync = known.add_parser("sync", help="send to MLflow what runs could not, while its server was away")
     sync.add_argument("folders", nargs="*", type=Path, help="default: outputs and multirun, those that are there")
     sync.add_argument("--uri", help="tracking URI; default: that of each run")
     usual = [folder for folder in (Path("outputs"), Path("multirun")) if folder.is_dir()]
-    sync.set_defaults(command=lambda options: _sync(options.folders or usual or [Path("outputs")], options.uri))
-    compare = commands.add_parser("compare", help="a table of runs: what differs, costs, quality, what is chance")
+    sync.set_defaults(command=lambda options: commands.sync(options.folders or usual or [Path("outputs")], options.uri))
+    compare = known.add_parser("compare", help="a table of runs: what differs, costs, quality, what is chance")
     compare.add_argument(
-        "chosen", nargs="*", metavar="SWEEP|RUN", help="sweeps, run ids or run keys; default: the newest sweep"
+        "chosen", nargs="*", metavar="SWEEP|RUN", help="sweeps, runs (id, key, name); default: the newest sweep"
     )
     compare.add_argument("--experiment", help="MLflow's; without names of runs: all that are in it")
     compare.add_argument("--filter", help="MLflow's own, such as \"params.`method.name` = 'lora'\"")
@@ -74,16 +75,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     compare.add_argument("--out", type=Path, help="folder for comparison_TIME.csv, .json, .md, .html")
     compare.add_argument("--log", action="store_true", help="keep the report with the sweep's MLflow run")
     compare.add_argument("--uri", help="tracking URI; default: SQLite in ./mlruns")
-    compare.set_defaults(command=_compare)
-    again = commands.add_parser("reproduce", help="run a recorded run again, and say whether the same came out")
-    again.add_argument("run", metavar="RUN", help="run id or run key")
+    compare.set_defaults(command=commands.compare)
+    again = known.add_parser("reproduce", help="run a recorded run again, and say whether the same came out")
+    again.add_argument("run", metavar="RUN", help="run id, run key, name of a run, or a bundle")
     again.add_argument(
         "changes", nargs="*", metavar="KEY=VALUE", help="what is otherwise here, such as dataset.path=FILE"
     )
     again.add_argument("--check-only", action="store_true", help="say what differs from then; run nothing")
     again.add_argument("--out", type=Path, help="output folder; default: outputs/reproduced/RUN_ID")
     again.add_argument("--uri", help="tracking URI; default: SQLite in ./mlruns")
-    again.set_defaults(command=_reproduce)
+    again.set_defaults(command=commands.reproduce)
+    share = known.add_parser("bundle", help="a recorded run as one folder or zip, for `reproduce` without the store")
+    share.add_argument("run", metavar="RUN", help="run id, run key or name of a run")
+    share.add_argument("--out", type=Path, help="a folder, or a file that ends in .zip; default: RUN_ID.zip")
+    share.add_argument("--uri", help="tracking URI; default: SQLite in ./mlruns")
+    share.set_defaults(command=commands.bundle)
     options = parser.parse_args(arguments)
     sys.exit(_guard(lambda: options.command(options)))
 
@@ -176,132 +182,3 @@ def _remove_if_empty(folder: Path) -> None:
     """A refused run leaves nothing behind."""
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
-
-
-def quiet() -> None:
-    """Keep from the screen what libraries say and the user can do nothing about."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # many short bars; ours cover what is long
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for handler in logging.getLogger().handlers:
-        handler.setFormatter(RedactingFormatter("%(message)s"))
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"(bitsandbytes|torch|peft|trl|transformers)\b")
-    for name in (
-        "alembic",
-        "mlflow",
-        "httpx",
-        "datasets",
-        "urllib3",
-        "evaluate",
-        "absl",
-        "bitsandbytes",
-        "transformers",
-    ):
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _keys(section: str | None) -> None:
-    from pydantic import BaseModel
-
-    from qlora_exp import peft_registry
-    from qlora_exp.errors import did_you_mean
-    from qlora_exp.schema import Config, PeftSettings
-
-    fields = Config.model_fields
-    if section is not None and section not in fields:
-        raise ConfigError(f"no section '{section}'{did_you_mean(section, fields)} Known: {', '.join(fields)}")
-    for name, field in fields.items():
-        if section not in (None, name):
-            continue
-        kind = field.annotation
-        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
-            print(f"{name} = {field.default!r}")
-            continue
-        print(f"\n{name}: {(kind.__doc__ or '').strip()}")
-        for key, inner in kind.model_fields.items():
-            print(f"  {key} = {inner.default!r}" + (f"\n      {inner.description}" if inner.description else ""))
-        if issubclass(kind, PeftSettings):
-            print(f"  and for LoRA: {', '.join(peft_registry.settings('LORA'))}")
-
-
-def _compare(options: argparse.Namespace) -> None:
-    quiet()
-    from qlora_exp import compare, records, report
-
-    for name, given, known in (
-        ("metric", options.metric, compare.LOWER_IS_BETTER),
-        ("preset", options.preset, report.PRESETS),
-    ):
-        if given not in known:
-            raise ConfigError(f"--{name} {given}: choose one of {', '.join(known)}")
-    runs = records.find(options.uri, options.chosen, options.experiment, options.filter)
-    found = compare.compare(runs, options.metric, options.baseline)
-    report.show(found, options.preset)
-    for file in report.write(found, options.out, options.preset) if options.out else ():
-        print(f"file  {file}")
-    if options.log:
-        if (parent := report.log(found, options.preset)) is None:
-            raise ConfigError("--log: these runs are not of one sweep")
-        print(f"report in MLflow's run {parent}")
-
-
-def _reproduce(options: argparse.Namespace) -> None:
-    quiet()
-    from qlora_exp import records, reproduce
-
-    record = reproduce.one_record(options.uri, options.run)
-    config = reproduce.recorded_config(record, reproduce.given(options.changes), options.uri)
-    print(f"run {record.run_id} {record.name}")
-    for line in (causes := reproduce.differences(record, config)):
-        print(f"differs  {line}")
-    if not causes:
-        print("nothing that was recorded differs: config, data, base model, code, libraries, threads")
-    if options.check_only:
-        return
-    folder = options.out or Path("outputs", "reproduced", record.run_id)
-    run_id = reproduce.start(record, config, folder)
-    (again,) = records.find(options.uri, [run_id])
-    verdict = reproduce.judge(record, again, options.uri, config)
-    print(f"{verdict.grade}: {verdict.why}")
-    if verdict.grade == reproduce.DRIFTED:
-        raise TrackingError(f"run {run_id} is not what run {record.run_id} was")
-
-
-def _sync(folders: Sequence[Path], uri: str | None) -> None:
-    from qlora_exp import journal
-
-    if missing := [folder for folder in folders if not folder.is_dir()]:
-        raise ConfigError(f"no folder {', '.join(map(str, missing))} in {Path.cwd()}")
-    waiting = [file.parent for folder in folders for file in sorted(folder.rglob(journal.FILE))]
-    waiting = [folder for folder in waiting if not journal.is_settled(folder, uri) and not journal.is_held(folder)]
-    if waiting:
-        quiet()
-        from qlora_exp import tracking
-
-        late = [folder for folder in waiting if not tracking.finish(folder, "killed", "its process is gone", uri)]
-        if late:
-            raise TrackingError(f"MLflow did not take everything of {', '.join(map(str, late))}; try again later")
-    print(f"{len(waiting)} runs sent; MLflow has everything of all runs under {', '.join(map(str, folders))}")
-
-
-def _ui(uri: str | None, host: str, port: int) -> None:
-    store = Path.cwd() / "mlruns" / "mlflow.db"
-    if uri is None and not store.is_file():
-        raise TrackingError(f"no runs yet: {store} is not there; run `qlora-exp train` here first")
-    quiet()
-    from qlora_exp import records
-
-    address = uri or f"sqlite:///{store}"
-    if address.startswith("http"):
-        print(f"MLflow's UI: {redact(records.page(uri, address))}")
-        return
-    page = records.page(uri, f"http://{host}:{port}")
-    print(f"MLflow's UI on {redact(address)}, in a few seconds (Ctrl-C ends it):\n{page}", flush=True)
-    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | dict(os.environ)
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", address, "--workers", "1"]
-    # In place of this process, so that whatever ends it ends the server.
-    os.execve(sys.executable, [*command, "--host", host, "--port", str(port)], environment)

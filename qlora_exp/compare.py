@@ -88,6 +88,9 @@ class Comparison:
     ties: dict[str, str]
     """By the row's name: letters; rows that share one were not told apart."""
     warnings: list[str] = field(default_factory=list)
+    """By name what is not equal and makes the comparison unfair: tokens, batch, dtypes, data, versions, hardware."""
+    settings: list[str] = field(default_factory=list)
+    """Keys of the config, with their values, that differ beside those that name the rows."""
 
 
 def compare(records: Sequence[Record], metric: str = "loss", baseline: str | None = None) -> Comparison:
@@ -117,7 +120,7 @@ def compare(records: Sequence[Record], metric: str = "loss", baseline: str | Non
         name: Verdict(one, adjusted[name], _said(one, adjusted[name], LOWER_IS_BETTER[metric]))
         for name, one in found.items()
     }
-    return Comparison(rows, chosen, metric, verdicts, _ties(ended, metric), _unfair(ended))
+    return Comparison(rows, chosen, metric, verdicts, _ties(ended, metric), _unfair(ended), _settings(ended))
 
 
 def _rows(records: Sequence[Record]) -> list[Row]:
@@ -235,7 +238,7 @@ def _ties(rows: Sequence[Row], metric: str) -> dict[str, str]:
 
 
 def _unfair(rows: Sequence[Row]) -> list[str]:
-    """By name what differs between the rows, or within one, beyond the keys that they are labelled with."""
+    """By name what differs between the runs that should not."""
     records = [one for row in rows for one in row.records]
     found = []
     for name, metric in (("tokens seen", "train/num_tokens"), ("steps", "steps")):
@@ -243,11 +246,19 @@ def _unfair(rows: Sequence[Row]) -> list[str]:
         if means and max(means.values()) > (1 + _ALIKE) * min(means.values()):
             found.append(f"{name}: {_listed({f'{value:,.0f} ({who})': None for who, value in means.items()})}")
     for name, read in _CONDITIONS.items():
-        if len(values := dict.fromkeys(str(read(one)) for one in records)) > 1:
+        values = dict.fromkeys(str(value) for one in records if (value := read(one)) is not None)
+        if len(values) > 1:
             found.append(f"{name}: {_listed(values)}")
     for key in dict.fromkeys(key for one in records for key in one.tags if key.startswith("version.")):
         if len(values := dict.fromkeys(one.tags.get(key, "none") for one in records)) > 1:
             found.append(f"{key.removeprefix('version.')} version: {_listed(values)}")
+    return found
+
+
+def _settings(rows: Sequence[Row]) -> list[str]:
+    """By key what differs between the rows beyond the keys that they are labelled with."""
+    records = [one for row in rows for one in row.records]
+    found = []
     labels = {key for row in rows for key in row.label}
     for key in dict.fromkeys(key for one in records for key in one.config):
         if key in labels or f"{key.rpartition('.')[0]}" in labels:

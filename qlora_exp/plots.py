@@ -19,7 +19,18 @@ MARKERS = "osD^vP*X"
 LINES = ("-", "--", "-.", ":")
 NAMED = 12
 """So many rows can be told apart by colour and marker; of more only the best and the baseline are named."""
-PHASES = ("load", "first_step", "steady", "evaluation", "evaluate_after", "save")
+HATCHES = ("", "//", "\\\\", "..", "xx", "++", "oo", "**")
+PHASES = {
+    "imports": "memory/baseline/{}_mib",
+    "load": "memory/load/{}_peak_mib",
+    "evaluation before": "memory/evaluate_before/{}_peak_mib",
+    "first step": "memory/first_step/{}_peak_mib",
+    "steady steps": "memory/steady/{}_peak_mib",
+    "evaluation in training": "memory/evaluation/{}_peak_mib",
+    "evaluation after": "memory/evaluate_after/{}_peak_mib",
+    "save": "memory/save/{}_peak_mib",
+}
+"""By name, in the order of a run."""
 
 mpl.rcParams.update({"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
 
@@ -129,21 +140,27 @@ def curves(found: Comparison) -> Figure | None:
 
 
 def memory_by_phase(found: Comparison) -> Figure | None:
-    """The peak of each phase of each row; phases follow one another, so that they do not add up."""
-    kind = _memory_key(found).removesuffix("_peak_mib").removeprefix("memory/")
-    rows = _measured(found)[::-1]
-    phases = [phase for phase in PHASES if all(row.mean(f"memory/{phase}/{kind}_peak_mib") for row in rows)]
+    """How much each phase raises the peak of all before it: stacked, that is the peak of the run.
+
+    Peaks themselves follow one another and do not add up; a phase that stays below an earlier one adds nothing.
+    """
+    key = _memory_key(found)
+    kind = key.removesuffix("_peak_mib").removeprefix("memory/")
+    rows = [row for row in _measured(found)[::-1] if row.mean(key)]
+    known = [(name, path.format(kind)) for name, path in PHASES.items()]
+    phases = [(name, path) for name, path in known if all(row.mean(path) for row in rows)]
     if not rows or not phases:
         return None
-    figure, axes = _rows_figure(rows, 0.22, found.baseline)
-    for index, phase in enumerate(phases):
-        peaks = [row.mean(f"memory/{phase}/{kind}_peak_mib") for row in rows]
-        values = [peak.value if peak else math.nan for peak in peaks]
-        label = phase.replace("_", " ")
-        axes.plot(values, range(len(rows)), MARKERS[index], color=COLOURS[index], label=label, linestyle="none")
-    axes.grid(axis="y", linewidth=0.3)
-    axes.set_xlim(left=0)
-    axes.set_xlabel("peak memory in each phase, MiB")
+    figure, axes = _rows_figure(rows, 0.25, found.baseline)
+    left = np.zeros(len(rows))
+    for index, (name, path) in enumerate(phases):
+        peaks = np.array([peak.value if (peak := row.mean(path)) else 0.0 for row in rows])
+        added = np.maximum(peaks - left, 0)
+        if added.any():
+            style = {"color": COLOURS[index], "hatch": HATCHES[index], "edgecolor": "white", "linewidth": 0.5}
+            axes.barh(range(len(rows)), added, left=left, height=0.75, label=name, **style)
+        left += added
+    axes.set_xlabel("peak memory, MiB: what each phase adds to it")
     _legend(axes)
     return figure
 

@@ -8,8 +8,8 @@ import gc
 import importlib
 
 from qlora_exp import identity
-from qlora_exp.cli import quiet
 from qlora_exp.launcher import visible_gpus
+from qlora_exp.quiet import quiet
 
 _ALWAYS = (
     "torch",

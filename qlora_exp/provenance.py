@@ -7,7 +7,7 @@ import platform
 import socket
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,12 @@ def libraries() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def environment() -> dict[str, str]:
+    """Every installed package with its version."""
+    found = {one.name: one.version for one in distributions()}
+    return dict(sorted(found.items(), key=lambda pair: pair[0].lower()))
 
 
 def git() -> dict[str, str]:

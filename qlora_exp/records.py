@@ -4,11 +4,12 @@ import json
 import os
 import re
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from qlora_exp import views
 from qlora_exp.config import APART
@@ -27,41 +28,36 @@ _RUN_KEY = re.compile(r"[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
-class Record:
+class Record(ABC):
     """One run."""
 
-    run: Run
-    mlflow: MlflowClient
+    run_id: str
+    """MLflow's."""
+    name: str
+    """What people call it."""
+    params: dict[str, str]
+    """The config, flat, without what is not set; and what became of `auto`."""
+    tags: dict[str, str]
+    """All of them."""
+    metrics: dict[str, float]
+    """The last value of each."""
 
-    @property
-    def run_id(self) -> str:
-        """MLflow's."""
-        return str(self.run.info.run_id)
+    @abstractmethod
+    def curve(self, metric: str) -> list[tuple[int, float]]:
+        """Every value of a metric with its step, in order."""
 
-    @property
-    def name(self) -> str:
-        """What people call it."""
-        return str(self.run.info.run_name)
+    @abstractmethod
+    def text(self, path: str) -> str:
+        """An artifact; empty if there is none."""
 
-    @property
-    def params(self) -> dict[str, str]:
-        """The config, flat, and what became of `auto`."""
-        return self.run.data.params
-
-    @property
-    def tags(self) -> dict[str, str]:
-        """All of them."""
-        return self.run.data.tags
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """The last value of each."""
-        return self.run.data.metrics
+    @abstractmethod
+    def seed_losses(self) -> list[float]:
+        """Held-out losses of the runs, this one too, that differ from it by nothing but the seed."""
 
     @property
     def outcome(self) -> str:
         """ok, or how it failed."""
-        return self.tags.get("outcome", self.run.info.status.lower())
+        return self.tags.get("outcome", "unknown")
 
     @property
     def config(self) -> dict[str, str]:
@@ -82,6 +78,21 @@ class Record:
         text = self.text("evaluation/answers.json")
         return json.loads(text)["after"] if text else []
 
+
+@dataclass(frozen=True)
+class MlflowRecord(Record):
+    """One run in a store."""
+
+    experiment_id: str
+    mlflow: MlflowClient
+
+    @classmethod
+    def of(cls, run: Run, mlflow: MlflowClient) -> Self:
+        """Of MLflow's own run."""
+        info, data = run.info, run.data
+        tags = {"outcome": info.status.lower()} | data.tags
+        return cls(info.run_id, str(info.run_name), data.params, tags, data.metrics, info.experiment_id, mlflow)
+
     def curve(self, metric: str) -> list[tuple[int, float]]:
         """Every value of a metric with its step, in order."""
         points = self.mlflow.get_metric_history(self.run_id, metric)
@@ -95,16 +106,25 @@ class Record:
             except (MlflowException, OSError):  # an older or a failed run does not have it
                 return ""
 
+    def seed_losses(self) -> list[float]:
+        """Held-out losses of the runs, this one too, that differ from it by nothing but the seed."""
+        model, method = (self.params.get(key) for key in ("model.model_name_or_path", "method.name"))
+        where = f"params.`model.model_name_or_path` = '{model}' and params.`method.name` = '{method}'"
+        found = [MlflowRecord.of(run, self.mlflow) for run in _search(self.mlflow, [self.experiment_id], where, None)]
+        same = [one for one in found if one.config == self.config and one.outcome == "ok"]
+        by_seed = {one.params.get("seed"): one.metrics["after/loss"] for one in same if "after/loss" in one.metrics}
+        return list(by_seed.values())
+
 
 def find(
     uri: str | None, chosen: Sequence[str] = (), experiment: str | None = None, where: str | None = None
-) -> list[Record]:
+) -> list[MlflowRecord]:
     """Runs of one configuration each, oldest first; of one that was run again only the newest.
 
     Args:
         uri: MLflow's tracking URI; None is SQLite in ./mlruns.
-        chosen: names of sweeps, run ids (of a sweep: its jobs) or run keys; none is the newest sweep, or all runs if
-            `experiment` or `where` is given.
+        chosen: names of sweeps or runs, run ids (of a sweep: its jobs) or run keys; none is the newest sweep, or all
+            runs if `experiment` or `where` is given.
         experiment: look only there.
         where: MLflow's own filter, such as `params.method.name = 'lora'`, beside `chosen`.
 
@@ -132,7 +152,7 @@ def find(
         raise TrackingError(f"MLflow has no runs of {', '.join(chosen)}; sweeps that it has: {known or 'none'}")
     if not newest:
         raise TrackingError(f"MLflow has no runs of {', '.join([*chosen, where or '']).strip(', ') or 'this tool'} yet")
-    return [Record(run, mlflow) for run in newest.values()]
+    return [MlflowRecord.of(run, mlflow) for run in newest.values()]
 
 
 def page(uri: str | None, server: str) -> str:
@@ -179,9 +199,10 @@ def _filter(mlflow: MlflowClient, ids: list[str], word: str) -> str:
         return f"tags.`mlflow.parentRunId` = '{word}'" if is_sweep else f"attributes.run_id = '{word}'"
     if _RUN_KEY.fullmatch(word):
         return f"tags.run_key = '{word}'"
-    if not re.fullmatch(r"\w[\w.-]*", word):
-        raise TrackingError(f"'{word}' is no name of a sweep, run id or run key")
-    return f"tags.sweep = '{word}'"
+    if "'" in word:
+        raise TrackingError(f"{word}: MLflow cannot look for a name with a quote; give the run's id")
+    of_sweep = f"tags.sweep = '{word}'"
+    return of_sweep if mlflow.search_runs(ids, of_sweep, max_results=1) else f"attributes.run_name = '{word}'"
 
 
 def _newest_sweep(mlflow: MlflowClient, ids: list[str]) -> str:

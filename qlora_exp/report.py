@@ -16,6 +16,7 @@ from rich.table import Table
 
 from qlora_exp.compare import Comparison, Row
 from qlora_exp.journal import write_atomically
+from qlora_exp.store import client
 
 _MEMORY = ("allocated", "rss")
 # Heading, metric, format; of a metric that every run lacks there is no column.
@@ -147,20 +148,29 @@ def _notes(found: Comparison) -> list[str]:
     if intervals:
         lines.append("± is the interval of the mean over seeds (Student).")
     if found.warnings:
-        lines.append("Not equal beside what is compared:")
+        lines.append("Not equal, so that the comparison may be unfair:")
         lines += [f"  {one}" for one in found.warnings]
+    if found.settings:
+        lines.append("Settings that differ too:")
+        lines += [f"  {one}" for one in found.settings]
     return lines
 
 
-def log(found: Comparison, preset: str = "all") -> str | None:
-    """Keep the report with the MLflow run of the sweep that all these runs are of; its id, None if they are not."""
+def log(found: Comparison, uri: str | None, preset: str = "all") -> str | None:
+    """Keep the report with the MLflow run of the sweep that all these runs are of; its id, None if they are not.
+
+    Args:
+        found: the comparison.
+        uri: MLflow's tracking URI, where the runs are.
+        preset: which columns.
+    """
     records = [one for row in found.rows for one in (*row.records, *row.failed)]
     parents = {one.tags.get("mlflow.parentRunId") for one in records}
     if len(parents) != 1 or (parent := parents.pop()) is None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         write(found, Path(folder), preset, "comparison")
-        records[0].mlflow.log_artifacts(parent, folder, "report")
+        client(uri).log_artifacts(parent, folder, "report")
     return parent
 
 
@@ -259,14 +269,15 @@ def _everything(found: Comparison) -> dict[str, Any]:
                         "name": one.name,
                         "outcome": one.outcome,
                         "seed": one.params.get("seed"),
-                        "metrics": one.metrics,
+                        "metrics": {key: _number(value) for key, value in one.metrics.items()},
                     }
                     for one in (*row.records, *row.failed)
                 ],
             }
         )
-    return {"metric": found.metric, "not_equal": found.warnings, "rows": rows}
+    return {"metric": found.metric, "not_equal": found.warnings, "settings": found.settings, "rows": rows}
 
 
 def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value
+    """As JSON knows numbers."""
+    return value if math.isfinite(value) else None

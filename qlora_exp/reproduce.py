@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from qlora_exp import bundle, hub, identity, provenance, stats
 from qlora_exp import config as config_module
-from qlora_exp import hub, identity, provenance, stats
 from qlora_exp.errors import ConfigError, TrackingError
 from qlora_exp.records import Record, find
 from qlora_exp.schema import Config
@@ -34,11 +34,14 @@ class Verdict:
 
 
 def one_record(uri: str | None, word: str) -> Record:
-    """The run with this id, key or name of a sweep with one job.
+    """The run in this bundle, or with this id, key or name.
 
     Raises:
+        ConfigError: the bundle is none.
         TrackingError: there is none, or several.
     """
+    if word.endswith(".zip") or bundle.is_bundle(Path(word)):
+        return bundle.read(Path(word))
     found = find(uri, [word])
     if len(found) > 1:
         names = "\n  ".join(f"{one.run_id} {one.name}" for one in found)
@@ -110,10 +113,23 @@ def differences(record: Record, config: Config) -> list[str]:
         name = key.removeprefix("version.")
         if key.startswith("version.") and here_now.get(name, "none") != before:
             found.append(f"{name}: {before} then, {here_now.get(name, 'none')} now")
+    if others := _other_packages(record):
+        found.append(f"other packages: {', '.join(others)}")
     for key, value in provenance.hardware().items():
         if key in ("threads", "cuda", "platform") and (before := record.tags.get(f"hardware.{key}")) != str(value):
             found.append(f"{key}: {before} then, {value} now")
     return found
+
+
+def _other_packages(record: Record) -> list[str]:
+    """Those that have another version now or are gone, beside `provenance.LIBRARIES`; new ones changed nothing."""
+    lines = (line.partition("==") for line in record.text("environment.txt").splitlines())
+    now = provenance.environment()
+    return [
+        f"{name} {before} then, {now.get(name, 'none')} now"
+        for name, _, before in lines
+        if name not in provenance.LIBRARIES and now.get(name) != before
+    ]
 
 
 def _changed_keys(record: Record, config: Config) -> str:
@@ -124,10 +140,10 @@ def _changed_keys(record: Record, config: Config) -> str:
     return ", ".join(f"{key} {then[key]} then, {now[key]} now" for key in changed) or "defaults have changed"
 
 
-def judge(record: Record, again: Record, uri: str | None, config: Config) -> Verdict:
+def judge(record: Record, again: Record, config: Config) -> Verdict:
     """Grade `again` against the run that it repeats.
 
-    The noise is Student's interval for one more seed, from the other seeds of the same config that MLflow has.
+    The noise is Student's interval for one more seed, from the seeds of the same config that were recorded.
     """
     unequal = _unequal(record, again)
     if not unequal:
@@ -137,9 +153,9 @@ def judge(record: Record, again: Record, uri: str | None, config: Config) -> Ver
     causes = [*_data(record, again), *differences(record, config)]
     cause = f"first cause that differs: {causes[0]}" if causes else "nothing that was recorded differs"
     said = f"held-out loss {before:.6f} then, {now:.6f} now; first difference: {unequal}; {cause}"
-    others = _seeds(record, uri)
+    others = record.seed_losses()
     if len(others) < 2:
-        return Verdict(DRIFTED, f"{said}; MLflow has no other seeds of it to say how large noise is")
+        return Verdict(DRIFTED, f"{said}; no other seeds of it were recorded to say how large noise is")
     spread = float(np.std(others, ddof=1)) * (1 + 1 / len(others)) ** 0.5
     allowed = stats.quantile(len(others) - 1) * spread
     grade = WITHIN_NOISE if abs(now - before) <= allowed else DRIFTED
@@ -166,16 +182,6 @@ def _data(record: Record, again: Record) -> list[str]:
     keys = ("data.training_fingerprint", "data.evaluation_fingerprint")
     changed = [key for key in keys if record.params.get(key) != again.params.get(key)]
     return [f"{key}: {record.params.get(key)} then, {again.params.get(key)} now" for key in changed]
-
-
-def _seeds(record: Record, uri: str | None) -> list[float]:
-    """Held-out losses of the runs that differ from this one by nothing but the seed."""
-    experiment = record.mlflow.get_experiment(record.run.info.experiment_id).name
-    model, method = (record.params.get(key) for key in ("model.model_name_or_path", "method.name"))
-    where = f"params.`model.model_name_or_path` = '{model}' and params.`method.name` = '{method}'"
-    same = [one for one in find(uri, (), experiment, where) if one.config == record.config and one.outcome == "ok"]
-    by_seed = {one.params.get("seed"): one.metrics["after/loss"] for one in same if "after/loss" in one.metrics}
-    return list(by_seed.values())
 
 
 def given(words: Sequence[str]) -> dict[str, Any]:

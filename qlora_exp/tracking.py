@@ -31,6 +31,8 @@ from qlora_exp.store import client, has_lost, is_refused, short, store_uri, tell
 log = logging.getLogger(__name__)
 
 CONFIG_FILE = "qlora_exp.yaml"
+LOCK_FILE = "environment.txt"
+"""Every installed package, as pip's constraints."""
 LOG_FILE = "run.log"
 CURVES = ("train/", "eval/")
 """Prefixes of metrics that have a value at many steps."""
@@ -307,6 +309,8 @@ def _describe(tracker: Tracker, config: Config) -> None:
     counts = {key: value for key, value in values.items() if key.split(".")[0] not in config_module.APART}
     tracker.params({key: value for key, value in counts.items() if value is not None})  # what is not set is not shown
     tracker.text(config_module.to_yaml(config), CONFIG_FILE)
+    packages = provenance.environment().items()
+    tracker.text("".join(f"{name}=={version}\n" for name, version in packages), LOCK_FILE)
     tracker.tags({f"version.{name}": found for name, found in provenance.libraries().items()})
     tracker.tags({f"git.{name}": found for name, found in provenance.git().items()})
 

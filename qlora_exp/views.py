@@ -14,12 +14,13 @@ ALL_RUNS, NEWEST_SWEEP = "qlora_exp_all_runs", "qlora_exp_newest_sweep"
 """The views' keys."""
 
 _COST_AND_QUALITY = (
-    "metrics.`after/loss`", "metrics.`after/perplexity`", "metrics.`after/rougeL`", "metrics.`after/task_score`",
+    "metrics.`after/loss`", "metrics.`after/rougeL`", "metrics.`after/task_score`",
     "metrics.`memory/allocated_peak_mib`", "metrics.`memory/rss_peak_mib`", "metrics.`tokens_per_second`",
     "metrics.`trainable_share`", "tags.`outcome`", "attributes.`Models`", "attributes.`Dataset`",
 )  # fmt: skip
 _CONFIG = ("method.name", "quantization.name", "lora_variant.name", "method.r", "method.lora_alpha", "seed")
 _RUN_NAME = "attributes.`Run Name`"
+_WIDTHS = {_RUN_NAME: 300, "attributes.`Models`": 200, "attributes.`Dataset`": 200}
 
 
 def all_runs() -> tuple[str, str]:
@@ -43,7 +44,8 @@ def newest_sweep(name: str, swept: Sequence[str]) -> tuple[str, str]:
 def _view(key: str, title: str, where: str, first: Sequence[str], order_by: str, ascending: bool) -> tuple[str, str]:
     columns = [*first, *_COST_AND_QUALITY]
     state: dict[str, Any] = {"searchFilter": where, "orderByKey": order_by, "orderByAsc": ascending}
-    state |= {"selectedColumns": columns, "columnOrder": [_RUN_NAME, *columns], "columnWidths": {_RUN_NAME: 300}}
+    widths = {column: 40 + 6 * len(column.partition(".")[2]) for column in columns}  # pixels: the heading is readable
+    state |= {"selectedColumns": columns, "columnOrder": [_RUN_NAME, *columns], "columnWidths": widths | _WIDTHS}
     # Times are for MLflow's own order of views; ours need none.
     return f"{_TAG}{key}", json.dumps({"name": title, "createdAt": 0, "updatedAt": 0, "state": json.dumps(state)})
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from qlora_exp.cli import quiet
 from qlora_exp.journal import metrics
+from qlora_exp.quiet import quiet
 
 quiet()
 

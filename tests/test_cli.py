@@ -4,8 +4,6 @@ import sys
 import pytest
 import yaml
 
-from qlora_exp import cli
-
 
 def command(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
     return subprocess.run(
@@ -95,28 +93,6 @@ def test_a_failure_is_shown_without_a_traceback_and_ends_with_1(store, tmp_path)
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("section", [None, "method", "training"])
-def test_keys_says_what_keys_mean(section: str | None, capsys):
-    cli._keys(section)
-    text = capsys.readouterr().out
-    assert ("gradient_checkpointing = 'auto'" in text) == (section != "method")
-    assert ("use_dora" in text) == (section != "training")
-
-
 def test_wrong_usage_ends_with_2():
     assert command("trian").returncode == 2
     assert "did you mean 'training'" in command("keys", "traning").stderr
-
-
-def test_ui_without_runs_says_what_to_do(tmp_path):
-    assert "run `qlora-exp train` here first" in command("ui", cwd=tmp_path).stderr
-
-
-def test_ui_opens_the_store_in_mlruns(tmp_path, monkeypatch, capsys):
-    (tmp_path / "mlruns").mkdir()
-    (tmp_path / "mlruns" / "mlflow.db").write_text("")
-    started = []
-    monkeypatch.setattr("os.execve", lambda program, words, environment: started.append(words))
-    cli._ui(None, "127.0.0.1", 5001)
-    assert f"sqlite:///{tmp_path / 'mlruns' / 'mlflow.db'}" in started[0]
-    assert "http://127.0.0.1:5001" in capsys.readouterr().out

@@ -24,7 +24,9 @@ def grid(past):
                 run = past(
                     shifted(-r / 100 + seed / 50), seed=seed, quantization__name=kind, method__r=r,
                     method__lora_alpha=alpha,
-                    metrics={"memory/rss_peak_mib": 900.0 + number, "memory/steady/rss_peak_mib": 800.0 + number},
+                    metrics={"memory/rss_peak_mib": 900.0 + number, "memory/steady/rss_peak_mib": 900.0 + number,
+                             "memory/baseline/rss_mib": 200.0, "memory/load/rss_peak_mib": 500.0,
+                             "memory/save/rss_peak_mib": 300.0},
                 )  # fmt: skip
                 for step in range(3):
                     past.mlflow.log_metric(run, "eval/loss", 4.0 - step, step=step)
@@ -55,7 +57,9 @@ def test_every_picture_shows_what_was_measured(grid):
     assert [one.get_title() for one in maps] == ["name=nf4", "name=fp4"]
     assert len(drawn["Over rank"].axes[0].get_legend().get_texts()) == 4
     assert "held-out loss" in drawn["Loss curves"].axes[0].get_ylabel()
-    assert drawn["Memory by phase"].axes[0].get_xlim()[0] == 0
+    (memory,) = drawn["Memory by phase"].axes
+    assert [text.get_text() for text in memory.get_legend().get_texts()] == ["imports", "load", "steady steps"]
+    assert [bar.get_width() for bars in memory.containers for bar in bars[:1]] == [200.0, 300.0, 407.0]
 
 
 def test_nothing_is_drawn_of_nothing(past):
@@ -79,8 +83,8 @@ def test_the_page_needs_no_network_and_runs_nothing(past, tmp_path):
 
 def test_the_report_is_kept_with_its_sweep(grid, past):
     parent = past.mlflow.create_run(past.mlflow.get_experiment_by_name(past.experiment).experiment_id).info.run_id
-    assert report.log(grid()) is None
+    assert report.log(grid(), None) is None
     past(shifted(0.0), tags={"sweep": past.experiment, "mlflow.parentRunId": parent})
-    assert report.log(compare(find(past.uri, [past.experiment]))) == parent
+    assert report.log(compare(find(past.uri, [past.experiment])), past.uri) == parent
     kept = {one.path for one in past.mlflow.list_artifacts(parent, "report")}
     assert kept == {f"report/comparison.{kind}" for kind in ("csv", "json", "md", "html")}

@@ -18,7 +18,7 @@ def again(store: str, first: str, folder, **changes):
     given = {key.replace("__", "."): value for key, value in changes.items()}
     config = recorded_config(record, given, store)
     second = one_record(store, reproduce.start(record, config, folder))
-    return judge(record, second, store, config)
+    return judge(record, second, config)
 
 
 @pytest.fixture

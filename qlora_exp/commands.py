@@ -1,0 +1,133 @@
+"""What the commands beside `train` do: each takes its options, prints, and raises what the user can mend.
+
+Imports nothing heavy until a command must.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from qlora_exp.errors import ConfigError, TrackingError
+from qlora_exp.quiet import quiet
+from qlora_exp.secrets import redact
+
+
+def keys(section: str | None) -> None:
+    """What each key of the config means, of one section or of all."""
+    from pydantic import BaseModel
+
+    from qlora_exp import peft_registry
+    from qlora_exp.errors import did_you_mean
+    from qlora_exp.schema import Config, PeftSettings
+
+    fields = Config.model_fields
+    if section is not None and section not in fields:
+        raise ConfigError(f"no section '{section}'{did_you_mean(section, fields)} Known: {', '.join(fields)}")
+    for name, field in fields.items():
+        if section not in (None, name):
+            continue
+        kind = field.annotation
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            print(f"{name} = {field.default!r}")
+            continue
+        print(f"\n{name}: {(kind.__doc__ or '').strip()}")
+        for key, inner in kind.model_fields.items():
+            print(f"  {key} = {inner.default!r}" + (f"\n      {inner.description}" if inner.description else ""))
+        if issubclass(kind, PeftSettings):
+            print(f"  and for LoRA: {', '.join(peft_registry.settings('LORA'))}")
+
+
+def compare(options: argparse.Namespace) -> None:
+    """A table of runs, and its files."""
+    quiet()
+    from qlora_exp import compare, records, report
+
+    for name, given, known in (
+        ("metric", options.metric, compare.LOWER_IS_BETTER),
+        ("preset", options.preset, report.PRESETS),
+    ):
+        if given not in known:
+            raise ConfigError(f"--{name} {given}: choose one of {', '.join(known)}")
+    runs = records.find(options.uri, options.chosen, options.experiment, options.filter)
+    found = compare.compare(runs, options.metric, options.baseline)
+    report.show(found, options.preset)
+    for file in report.write(found, options.out, options.preset) if options.out else ():
+        print(f"file  {file}")
+    if options.log:
+        if (parent := report.log(found, options.uri, options.preset)) is None:
+            raise ConfigError("--log: these runs are not of one sweep")
+        print(f"report in MLflow's run {parent}")
+
+
+def reproduce(options: argparse.Namespace) -> None:
+    """A recorded run again, with a verdict; a drift is an error."""
+    quiet()
+    from qlora_exp import records, reproduce
+
+    record = reproduce.one_record(options.uri, options.run)
+    config = reproduce.recorded_config(record, reproduce.given(options.changes), options.uri)
+    print(f"run {record.run_id} {record.name}")
+    for line in (causes := reproduce.differences(record, config)):
+        print(f"differs  {line}")
+    if not causes:
+        print("nothing that was recorded differs: config, data, base model, code, libraries, threads")
+    if options.check_only:
+        return
+    folder = options.out or Path("outputs", "reproduced", record.run_id)
+    run_id = reproduce.start(record, config, folder)
+    (again,) = records.find(options.uri, [run_id])
+    verdict = reproduce.judge(record, again, config)
+    print(f"{verdict.grade}: {verdict.why}")
+    if verdict.grade == reproduce.DRIFTED:
+        raise TrackingError(f"run {run_id} is not what run {record.run_id} was")
+
+
+def bundle(options: argparse.Namespace) -> None:
+    """A recorded run as a folder or zip."""
+    quiet()
+    from qlora_exp import bundle, reproduce
+
+    record = reproduce.one_record(options.uri, options.run)
+    target = options.out or Path(f"{record.run_id}.zip")
+    bundle.write(record, target)
+    print(f"{target}: run {record.run_id} {record.name}\nrun it again anywhere: qlora-exp reproduce {target}")
+
+
+def sync(folders: Sequence[Path], uri: str | None) -> None:
+    """Send MLflow what the runs in these folders could not."""
+    from qlora_exp import journal
+
+    if missing := [folder for folder in folders if not folder.is_dir()]:
+        raise ConfigError(f"no folder {', '.join(map(str, missing))} in {Path.cwd()}")
+    waiting = [file.parent for folder in folders for file in sorted(folder.rglob(journal.FILE))]
+    waiting = [folder for folder in waiting if not journal.is_settled(folder, uri) and not journal.is_held(folder)]
+    if waiting:
+        quiet()
+        from qlora_exp import tracking
+
+        late = [folder for folder in waiting if not tracking.finish(folder, "killed", "its process is gone", uri)]
+        if late:
+            raise TrackingError(f"MLflow did not take everything of {', '.join(map(str, late))}; try again later")
+    print(f"{len(waiting)} runs sent; MLflow has everything of all runs under {', '.join(map(str, folders))}")
+
+
+def ui(uri: str | None, host: str, port: int) -> None:
+    """MLflow's server in place of this process, or the address of one that is there."""
+    store = Path.cwd() / "mlruns" / "mlflow.db"
+    if uri is None and not store.is_file():
+        raise TrackingError(f"no runs yet: {store} is not there; run `qlora-exp train` here first")
+    quiet()
+    from qlora_exp import records
+
+    address = uri or f"sqlite:///{store}"
+    if address.startswith("http"):
+        print(f"MLflow's UI: {redact(records.page(uri, address))}")
+        return
+    page = records.page(uri, f"http://{host}:{port}")
+    print(f"MLflow's UI on {redact(address)}, in a few seconds (Ctrl-C ends it):\n{page}", flush=True)
+    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | dict(os.environ)
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", address, "--workers", "1"]
+    # In place of this process, so that whatever ends it ends the server.
+    os.execve(sys.executable, [*command, "--host", host, "--port", str(port)], environment)

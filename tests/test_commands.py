@@ -1,0 +1,26 @@
+import pytest
+from test_cli import command
+
+from qlora_exp import commands
+
+
+@pytest.mark.parametrize("section", [None, "method", "training"])
+def test_keys_says_what_keys_mean(section: str | None, capsys):
+    commands.keys(section)
+    text = capsys.readouterr().out
+    assert ("gradient_checkpointing = 'auto'" in text) == (section != "method")
+    assert ("use_dora" in text) == (section != "training")
+
+
+def test_ui_without_runs_says_what_to_do(tmp_path):
+    assert "run `qlora-exp train` here first" in command("ui", cwd=tmp_path).stderr
+
+
+def test_ui_opens_the_store_in_mlruns(tmp_path, monkeypatch, capsys):
+    (tmp_path / "mlruns").mkdir()
+    (tmp_path / "mlruns" / "mlflow.db").write_text("")
+    started = []
+    monkeypatch.setattr("os.execve", lambda program, words, environment: started.append(words))
+    commands.ui(None, "127.0.0.1", 5001)
+    assert f"sqlite:///{tmp_path / 'mlruns' / 'mlflow.db'}" in started[0]
+    assert "http://127.0.0.1:5001" in capsys.readouterr().out
