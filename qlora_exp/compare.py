@@ -6,6 +6,7 @@ Seeds of one configuration are one row. Knows records only: how they are shown i
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from qlora_exp.records import Record
 LOWER_IS_BETTER = {"loss": True, "rougeL": False, "exact_match": False, "task_score": False}
 """What quality is judged by, after training on held-out rows; perplexity goes with the loss, its logarithm."""
 ALPHA = 1 - stats.LEVEL
+TIED = 100
+"""Of more rows, pairs are not tested one by one: it would take long, and nobody could read the letters."""
 _ALIKE = 0.02
 """Other seeds draw other rows: means of a row that differ by less are not called different."""
 
@@ -40,7 +43,7 @@ _CONDITIONS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """One configuration: its runs differ by the seed only."""
 
@@ -173,6 +176,7 @@ def _baseline(rows: Sequence[Row], called: str | None) -> Row:
     return found[0]
 
 
+@lru_cache(maxsize=2 * TIED)
 def _items(row: Row, metric: str) -> tuple[dict[str, stats.Items], str]:
     """By seed what was measured on each item, (1, items, 2), and a name of the items; empty if that was not kept."""
     found: dict[str, stats.Items] = {}
@@ -223,8 +227,10 @@ def _said(found: stats.Difference, p: float, lower_is_better: bool) -> str:
 
 
 def _ties(rows: Sequence[Row], metric: str) -> dict[str, str]:
-    """Groups that were not told apart, every pair tested (Holm)."""
+    """Groups that were not told apart, every pair tested (Holm); none where the rows are too many."""
     measured = [row for row in rows if row.mean(f"after/{metric}")]
+    if len(measured) > TIED:
+        return {}
     pairs = [(one, two) for one in range(len(measured)) for two in range(one)]
     adjusted = stats.holm([_difference(measured[one], measured[two], metric).p for one, two in pairs])
     differ = [[False] * len(measured) for _ in measured]

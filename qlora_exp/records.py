@@ -19,6 +19,7 @@ from qlora_exp.store import client, short, store_uri
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
 from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
@@ -84,6 +85,7 @@ class MlflowRecord(Record):
     """One run in a store."""
 
     experiment_id: str
+    artifact_uri: str
     mlflow: MlflowClient
 
     @classmethod
@@ -91,7 +93,7 @@ class MlflowRecord(Record):
         """Of MLflow's own run."""
         info, data = run.info, run.data
         tags = {"outcome": info.status.lower()} | data.tags
-        return cls(info.run_id, str(info.run_name), data.params, tags, data.metrics, info.experiment_id, mlflow)
+        return cls(info.run_id, str(info.run_name), data.params, tags, data.metrics, info.experiment_id, info.artifact_uri, mlflow)
 
     def curve(self, metric: str) -> list[tuple[int, float]]:
         """Every value of a metric with its step, in order."""
@@ -102,7 +104,8 @@ class MlflowRecord(Record):
         """An artifact; empty if there is none."""
         with tempfile.TemporaryDirectory() as folder:
             try:
-                return Path(self.mlflow.download_artifacts(self.run_id, path, folder)).read_text("utf-8")
+                where = {"artifact_uri": f"{self.artifact_uri}/{path}", "tracking_uri": self.mlflow.tracking_uri}
+                return Path(download_artifacts(**where, dst_path=folder)).read_text("utf-8")
             except (MlflowException, OSError):  # an older or a failed run does not have it
                 return ""
 
