@@ -1,38 +1,56 @@
 """A recorded run as one folder or zip, to share without the store: config, lock, fingerprints, metrics, samples.
 
 A bundle is somebody else's word: of its files only those named here are read, as text, none larger than a limit.
+What it says of its author's machine is what can change a result, and no path.
 """
 
+import json
+import shutil
+import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qlora_exp.config import APART
 from qlora_exp.errors import ConfigError
+from qlora_exp.journal import CONFIG_FILE, LOCK_FILE
 from qlora_exp.records import Record
+from qlora_exp.secrets import redact
 
 RUN_FILE = "run.json"
-CURVES = ("train/loss", "train/grad_norm", "train/learning_rate", "eval/loss")
-_CONFIG = "qlora_exp.yaml"
+METRICS = ("train/loss", "train/grad_norm", "train/learning_rate", "eval/loss")
+"""Those of which every step is kept."""
 _FILES = (
-    _CONFIG, "environment.txt", "label_audit.json", "peft_config.json", "samples.json",
+    CONFIG_FILE, LOCK_FILE, "label_audit.json", "peft_config.json", "samples.json",
     "evaluation/before_losses.jsonl", "evaluation/after_losses.jsonl", "evaluation/answers.json",
 )  # fmt: skip
 _LIMIT = 64 * 2**20
-# Of the author's machine and account, and of no use to others.
-_PRIVATE = ("mlflow.", "process.", "hardware.host", "attempt")
+# Whose keys begin so is shared; other tags are of the author's machine, account or sweep.
+_TAGS = (
+    "identity.",
+    "version.",
+    "git.",
+    "run_key",
+    "outcome",
+    "hardware.threads",
+    "hardware.cuda",
+    "hardware.platform",
+)
 
 
 class _Run(BaseModel):
     """What `run.json` says."""
 
-    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="strings")
+    model_config = ConfigDict(ser_json_inf_nan="strings")
 
-    run_id: str
+    format: Literal[1] = 1
+    run_id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     name: str
     params: dict[str, str]
     tags: dict[str, str]
@@ -50,7 +68,7 @@ class BundledRecord(Record):
     """The text of one of its files, empty if it is not there."""
 
     def curve(self, metric: str) -> list[tuple[int, float]]:
-        """Every value of a metric of `CURVES` with its step, in order."""
+        """Every value of a metric of `METRICS` with its step, in order."""
         return self.told.curves.get(metric, [])
 
     def text(self, path: str) -> str:
@@ -66,42 +84,56 @@ def write(record: Record, target: Path) -> None:
     """Make a bundle of a run; where `target` ends in .zip it is one file, else a folder.
 
     Raises:
-        ConfigError: the target is there already, or the run has no config.
+        ConfigError: the target is there already or cannot be written, or the run has no config.
     """
     if target.exists():
         raise ConfigError(f"{target} is there already; choose another: --out PATH")
+    config = {key: value for key, value in record.yaml().items() if key not in APART}
     files = {name: text for name in _FILES if (text := record.text(name))}
-    if _CONFIG not in files:
-        raise ConfigError(f"run {record.run_id} has no {_CONFIG}: it was not made by qlora-exp, or did not begin")
-    config = yaml.safe_load(files[_CONFIG])
-    files[_CONFIG] = yaml.safe_dump({key: value for key, value in config.items() if key not in APART}, sort_keys=False)
+    if audit := files.get("label_audit.json"):  # without the training row that it shows
+        files["label_audit.json"] = json.dumps(json.loads(audit) | {"sample": None}, indent=1)
+    files[CONFIG_FILE] = yaml.safe_dump(_without_folders(config), sort_keys=False)
     told = _Run(
         run_id=record.run_id,
         name=record.name,
-        params=record.params,
-        tags={key: value for key, value in record.tags.items() if not key.startswith(_PRIVATE)},
+        params=_without_folders(record.params),
+        tags={key: value for key, value in record.tags.items() if key.startswith(_TAGS)},
         metrics=record.metrics,
-        curves={metric: curve for metric in CURVES if (curve := record.curve(metric))},
+        curves={metric: curve for metric in METRICS if (curve := record.curve(metric))},
         seed_losses=record.seed_losses(),
     )
     files[RUN_FILE] = told.model_dump_json(indent=1)
-    # Under another name until it is whole.
-    part = target.with_name(f"{target.name}.part")
-    if target.suffix == ".zip":
+    try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
+        with tempfile.TemporaryDirectory(dir=target.parent) as part:  # nothing is there until it is whole
+            whole = Path(part, "bundle")
             for name, text in files.items():
-                archive.writestr(name, text)
-    else:
-        for name, text in files.items():
-            (part / name).parent.mkdir(parents=True, exist_ok=True)
-            (part / name).write_text(text, encoding="utf-8")
-    part.rename(target)
+                (whole / name).parent.mkdir(parents=True, exist_ok=True)
+                (whole / name).write_text(redact(text), encoding="utf-8")
+            if target.suffix == ".zip":
+                whole = Path(shutil.make_archive(str(whole), "zip", whole))
+            whole.rename(target)
+    except OSError as error:
+        raise ConfigError(f"cannot write {target}: {error.strerror or error}; choose another: --out PATH") from error
 
 
-def is_bundle(path: Path) -> bool:
-    """Whether there is a file that may be a bundle, or a folder that looks like one."""
-    return path.is_file() or (path / RUN_FILE).is_file()
+def _without_folders(value: Any) -> Any:
+    """Paths as the names of their files: where they are on this machine helps nobody else."""
+    if isinstance(value, dict):
+        return {key: _without_folders(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_folders(one) for one in value]
+    if isinstance(value, str) and value.startswith(("/", "~")) and "\n" not in value:
+        return Path(value).name
+    return value
+
+
+def is_bundle(word: str) -> bool:
+    """Whether this names a file that may be a bundle, or a folder that looks like one."""
+    try:
+        return word.endswith(".zip") or Path(word).is_file() or Path(word, RUN_FILE).is_file()
+    except OSError:  # too long for a path
+        return False
 
 
 def read(path: Path) -> BundledRecord:
@@ -110,7 +142,7 @@ def read(path: Path) -> BundledRecord:
     Raises:
         ConfigError: it is none, or is damaged or too large.
     """
-    if not is_bundle(path):
+    if not path.exists():
         raise ConfigError(f"{path}: no bundle is there")
 
     def one(name: str) -> str:
@@ -118,13 +150,15 @@ def read(path: Path) -> BundledRecord:
             return ""
         try:
             return (_of_zip if path.is_file() else _of_folder)(path, name)
-        except (OSError, zipfile.BadZipFile, UnicodeDecodeError, RuntimeError, NotImplementedError) as error:
+        except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             raise ConfigError(f"{path}: no bundle that can be read: {name}: {error}") from error
 
     try:
         told = _Run.model_validate_json(one(RUN_FILE))
     except ValidationError as error:
-        raise ConfigError(f"{path}: no bundle of qlora-exp: {RUN_FILE}: {str(error).splitlines()[0]}") from error
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ConfigError(f"{path}: no bundle of qlora-exp: {RUN_FILE}: {where} {first['msg']}") from error
     return BundledRecord(told.run_id, told.name, told.params, told.tags, told.metrics, told, one)
 
 

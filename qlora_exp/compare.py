@@ -115,8 +115,9 @@ def compare(records: Sequence[Record], metric: str = "loss", baseline: str | Non
     if not any(row.mean(f"after/{metric}") for row in ended):
         known = ", ".join(name for name in LOWER_IS_BETTER if any(row.mean(f"after/{name}") for row in ended))
         raise ConfigError(f"--metric {metric}: these runs did not measure it; they have: {known}")
-    chosen = _baseline(ended, baseline)
-    others = [row for row in ended if row is not chosen]
+    measured = [row for row in ended if row.mean(f"after/{metric}")]
+    chosen = _baseline(measured, baseline)
+    others = [row for row in measured if row is not chosen]
     found = {row.name: _difference(row, chosen, metric) for row in others}
     adjusted = dict(zip(found, stats.holm([one.p for one in found.values()]), strict=True))
     verdicts = {
@@ -127,13 +128,18 @@ def compare(records: Sequence[Record], metric: str = "loss", baseline: str | Non
 
 
 def _rows(records: Sequence[Record]) -> list[Row]:
-    """Configurations, in the order of their first runs."""
-    groups: dict[tuple[tuple[str, str], ...], list[Record]] = {}
+    """Configurations, in the order of their first runs; a seed that ran again is not another one."""
+    groups: dict[tuple[tuple[str, str], ...], dict[tuple[str, bool], Record]] = {}
     for record in records:
-        groups.setdefault(tuple(sorted(record.config.items())), []).append(record)
-    labels = _labels([group[0] for group in groups.values()])
+        seed_and_end = record.params.get("seed", ""), record.outcome == "ok"
+        groups.setdefault(tuple(sorted(record.config.items())), {})[seed_and_end] = record  # the newest counts
+    labels = _labels([next(iter(group.values())) for group in groups.values()])
     return [
-        Row(label, [one for one in group if one.outcome == "ok"], [one for one in group if one.outcome != "ok"])
+        Row(
+            label,
+            [one for (_, ok), one in group.items() if ok],
+            [one for (seed, ok), one in group.items() if not ok and (seed, True) not in group],
+        )
         for label, group in zip(labels, groups.values(), strict=True)
     ]
 
@@ -267,9 +273,9 @@ def _settings(rows: Sequence[Row]) -> list[str]:
     found = []
     labels = {key for row in rows for key in row.label}
     for key in dict.fromkeys(key for one in records for key in one.config):
-        if key in labels or f"{key.rpartition('.')[0]}" in labels:
+        if key in labels or key.rpartition(".")[0] in labels:
             continue
-        if len(values := dict.fromkeys(one.params.get(key, "none") for one in records)) > 1:
+        if len(values := dict.fromkeys(one.config.get(key, "none") for one in records)) > 1:
             found.append(f"{key}: {_listed(values)}")
     return found
 

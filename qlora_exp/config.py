@@ -181,4 +181,4 @@ def _describe(problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return message if message.startswith(f"{where}.") or not where else f"{where}: {message}"
-    return f"{where}: {message}, got {problem['input']!r}"
+    return f"{where}: {message}, got {problem['input']!r:.200}"

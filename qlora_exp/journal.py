@@ -13,6 +13,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 FILE = "journal.jsonl"
+CONFIG_FILE = "qlora_exp.yaml"
+LOCK_FILE = "environment.txt"
+"""Every installed package, as pip's constraints."""
 _STATE = "delivered.json"
 
 
@@ -124,6 +127,11 @@ def last_message(folder: Path) -> dict[str, Any] | None:
             block *= 8
 
 
+def is_over(last: dict[str, Any]) -> bool:
+    """Whether the run with this last message ended by itself; a killed one goes on where it was."""
+    return bool(last["op"] == "end" and last["outcome"] != "killed")
+
+
 def is_settled(folder: Path, uri: str | None = None) -> bool:
     """Whether the run in `folder` has ended and MLflow, at `uri` or where it was begun, has everything of it."""
     last = last_message(folder)
@@ -138,6 +146,11 @@ def _states(folder: Path) -> dict[str, dict[str, Any]]:
     """What each store has, by its URI."""
     file = folder / _STATE
     return json.loads(file.read_text("utf-8")) if file.is_file() else {}
+
+
+def run_id(folder: Path, uri: str) -> str | None:
+    """MLflow's id of the run in `folder` at `uri`; None if that store was not told yet."""
+    return _states(folder).get(uri, {}).get("run_id")
 
 
 def is_held(folder: Path) -> bool:

@@ -13,10 +13,11 @@ from mlflow.exceptions import MlflowException
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_exp import store, tracking
+from qlora_exp import store
 from qlora_exp.config import from_dict
 from qlora_exp.device import detect, resolve
 from qlora_exp.errors import ConfigError, ModelError
+from qlora_exp.journal import CONFIG_FILE
 from qlora_exp.model import load_model
 
 
@@ -38,16 +39,16 @@ def load(source: str, tracking_uri: str | None = None, device: str = "auto") -> 
     folder = folder / "model" if (folder / "model").is_dir() else folder  # a run's output folder
     adapter = (folder / "adapter_config.json").is_file()
     weights = folder.glob("adapter_model.safetensors" if adapter else "model*.safetensors")  # never a pickle
-    if not (folder / tracking.CONFIG_FILE).is_file() or not list(weights):
-        raise ModelError(f"{source}: not a model that a run saved (no {tracking.CONFIG_FILE}, or no .safetensors)")
+    if not (folder / CONFIG_FILE).is_file() or not list(weights):
+        raise ModelError(f"{source}: not a model that a run saved (no {CONFIG_FILE}, or no .safetensors)")
     try:
-        recorded = yaml.safe_load((folder / tracking.CONFIG_FILE).read_text("utf-8"))
+        recorded = yaml.safe_load((folder / CONFIG_FILE).read_text("utf-8"))
         # A stranger's record must not run a stranger's code: neither the model's nor a kernel of the hub.
         recorded["model"] |= {"trust_remote_code": False, "attn_implementation": None}
         recorded["training"]["resume_from_checkpoint"] = None
         config = from_dict(recorded | {"device": device})
     except (yaml.YAMLError, KeyError, TypeError) as error:
-        raise ModelError(f"{source}: {tracking.CONFIG_FILE} is damaged: {error}") from error
+        raise ModelError(f"{source}: {CONFIG_FILE} is damaged: {error}") from error
     except ConfigError as error:
         raise ModelError(f"{source}: its config is not one of this version: {error}") from error
     resolved = resolve(config, detect(device, quantized=config.quantization.quantized))

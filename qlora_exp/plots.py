@@ -33,6 +33,7 @@ PHASES = {
 """By name, in the order of a run."""
 
 mpl.rcParams.update({"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+mpl.rcParams["text.parse_math"] = False  # a regular expression in a label is no formula
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def memory_by_phase(found: Comparison) -> Figure | None:
     kind = key.removesuffix("_peak_mib").removeprefix("memory/")
     rows = [row for row in _measured(found)[::-1] if row.mean(key)]
     known = [(name, path.format(kind)) for name, path in PHASES.items()]
-    phases = [(name, path) for name, path in known if all(row.mean(path) for row in rows)]
+    phases = [(name, path) for name, path in known if any(row.mean(path) for row in rows)]
     if not rows or not phases:
         return None
     figure, axes = _rows_figure(rows, 0.25, found.baseline)
@@ -170,15 +171,11 @@ def rank_and_alpha(found: Comparison) -> Figure | None:
     maps: dict[str, dict[tuple[float, float], float]] = {}
     for row in _measured(found):
         value = row.mean(f"after/{found.metric}")
-        if value and {"method.r", "method.lora_alpha"} <= row.label.keys():
-            rest = " ".join(
-                f"{k.rpartition('.')[2]}={v}"
-                for k, v in row.label.items()
-                if k not in ("method.r", "method.lora_alpha")
-            )
+        if value and row.label.get("method.r") and row.label.get("method.lora_alpha"):
+            rest = _rest(row, "method.r", "method.lora_alpha")
             place = float(row.label["method.r"]), float(row.label["method.lora_alpha"])
             maps.setdefault(rest, {})[place] = value.value
-    if not maps:
+    if not maps or len(maps) > NAMED:
         return None
     ranks = sorted({r for one in maps.values() for r, _ in one})
     alphas = sorted({alpha for one in maps.values() for _, alpha in one})
@@ -207,7 +204,7 @@ def over_rank(found: Comparison) -> Figure | None:
     lines: dict[str, list[tuple[float, float, float, float]]] = {}
     for row in _measured(found):
         value = row.mean(f"after/{found.metric}")
-        if value and "method.r" in row.label:
+        if value and row.label.get("method.r"):
             rest = _rest(row, "method.r")
             lines.setdefault(rest, []).append((float(row.label["method.r"]), value.value, value.low, value.high))
     lines = {rest: sorted(line) for rest, line in lines.items() if len(line) > 1}

@@ -43,8 +43,15 @@ def libraries() -> dict[str, str]:
 
 
 def environment() -> dict[str, str]:
-    """Every installed package with its version."""
-    found = {one.name: one.version for one in distributions()}
+    """Every installed package with its version; of one that is found twice, the one that Python imports."""
+    found: dict[str, str] = {}
+    for one in distributions():
+        try:
+            metadata: Any = one.metadata
+            if metadata and (name := metadata.get("Name")):
+                found.setdefault(str(name), one.version)
+        except OSError:  # an interrupted pip leaves folders without metadata
+            continue
     return dict(sorted(found.items(), key=lambda pair: pair[0].lower()))
 
 

@@ -1,4 +1,7 @@
-"""Runs as MLflow recorded them, read back to be compared. Changes nothing there; imports nothing of training."""
+"""Past runs, read back to be compared or repeated: what any record says, and those in an MLflow store.
+
+Changes nothing there; imports nothing of training.
+"""
 
 import json
 import os
@@ -6,14 +9,18 @@ import re
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
+import yaml
+
 from qlora_exp import views
 from qlora_exp.config import APART
-from qlora_exp.errors import TrackingError
+from qlora_exp.errors import ConfigError, TrackingError
+from qlora_exp.journal import CONFIG_FILE
 from qlora_exp.store import client, short, store_uri
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -26,6 +33,27 @@ from mlflow.exceptions import MlflowException
 _PAGE = 200
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _RUN_KEY = re.compile(r"[0-9a-f]{16}")
+
+
+class _Plain(yaml.SafeLoader):
+    """YAML without aliases, with which a few lines can be gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias")
+        return super().compose_node(parent, index)
+
+
+def plain_yaml(text: str, what: str) -> Any:
+    """What somebody else's YAML says: numbers, texts, lists, mappings.
+
+    Raises:
+        ConfigError: it is no YAML, or more than that.
+    """
+    try:
+        return yaml.load(text, _Plain)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no such date, too long a number
+        raise ConfigError(f"{what} is no plain YAML: {' '.join(str(error).split())[:300]}") from error
 
 
 @dataclass(frozen=True)
@@ -54,6 +82,19 @@ class Record(ABC):
     @abstractmethod
     def seed_losses(self) -> list[float]:
         """Held-out losses of the runs, this one too, that differ from it by nothing but the seed."""
+
+    def yaml(self) -> dict[str, Any]:
+        """The whole config that it was started with.
+
+        Raises:
+            ConfigError: it has none, or one that is no plain YAML.
+        """
+        if not (text := self.text(CONFIG_FILE)):
+            raise ConfigError(f"run {self.run_id} has no {CONFIG_FILE}: it was not made by qlora-exp, or did not begin")
+        found = plain_yaml(text, f"{CONFIG_FILE} of run {self.run_id}")
+        if not isinstance(found, dict):
+            raise ConfigError(f"{CONFIG_FILE} of run {self.run_id} is no mapping")
+        return found
 
     @property
     def outcome(self) -> str:
@@ -93,11 +134,21 @@ class MlflowRecord(Record):
         """Of MLflow's own run."""
         info, data = run.info, run.data
         tags = {"outcome": info.status.lower()} | data.tags
-        return cls(info.run_id, str(info.run_name), data.params, tags, data.metrics, info.experiment_id, info.artifact_uri, mlflow)
+        return cls(
+            info.run_id,
+            str(info.run_name),
+            data.params,
+            tags,
+            data.metrics,
+            info.experiment_id,
+            info.artifact_uri,
+            mlflow,
+        )
 
     def curve(self, metric: str) -> list[tuple[int, float]]:
         """Every value of a metric with its step, in order."""
-        points = self.mlflow.get_metric_history(self.run_id, metric)
+        with explained():
+            points = self.mlflow.get_metric_history(self.run_id, metric)
         return sorted({point.step: float(point.value) for point in points}.items())
 
     def text(self, path: str) -> str:
@@ -106,14 +157,20 @@ class MlflowRecord(Record):
             try:
                 where = {"artifact_uri": f"{self.artifact_uri}/{path}", "tracking_uri": self.mlflow.tracking_uri}
                 return Path(download_artifacts(**where, dst_path=folder)).read_text("utf-8")
-            except (MlflowException, OSError):  # an older or a failed run does not have it
-                return ""
+            except (MlflowException, OSError) as error:
+                with explained():
+                    known = self.mlflow.list_artifacts(self.run_id, path.rpartition("/")[0] or None)
+                if path in [one.path for one in known]:
+                    raise TrackingError(f"MLflow does not give {path} of run {self.run_id}: {short(error)}") from error
+                return ""  # an older or a failed run does not have it
 
     def seed_losses(self) -> list[float]:
         """Held-out losses of the runs, this one too, that differ from it by nothing but the seed."""
-        model, method = (self.params.get(key) for key in ("model.model_name_or_path", "method.name"))
-        where = f"params.`model.model_name_or_path` = '{model}' and params.`method.name` = '{method}'"
-        found = [MlflowRecord.of(run, self.mlflow) for run in _search(self.mlflow, [self.experiment_id], where, None)]
+        known = ((key, self.params.get(key, "")) for key in ("model.model_name_or_path", "method.name"))
+        where = " and ".join(f"params.`{key}` = '{value}'" for key, value in known if "'" not in value)
+        with explained():
+            runs = list(_search(self.mlflow, [self.experiment_id], where, None))
+        found = [MlflowRecord.of(run, self.mlflow) for run in runs]
         same = [one for one in found if one.config == self.config and one.outcome == "ok"]
         by_seed = {one.params.get("seed"): one.metrics["after/loss"] for one in same if "after/loss" in one.metrics}
         return list(by_seed.values())
@@ -122,7 +179,7 @@ class MlflowRecord(Record):
 def find(
     uri: str | None, chosen: Sequence[str] = (), experiment: str | None = None, where: str | None = None
 ) -> list[MlflowRecord]:
-    """Runs of one configuration each, oldest first; of one that was run again only the newest.
+    """Runs of one key each, oldest first; of one that ran again only the newest that ended well, if any did.
 
     Args:
         uri: MLflow's tracking URI; None is SQLite in ./mlruns.
@@ -135,27 +192,50 @@ def find(
         TrackingError: the store does not answer, or has no such runs.
     """
     mlflow = _reader(uri)
-    chosen = [Path(word).name if Path(word).is_dir() else word for word in chosen]  # a sweep's folder has its name
+    with explained():
+        return [MlflowRecord.of(run, mlflow) for run in _find(mlflow, chosen, experiment, where)]
+
+
+def by_ids(uri: str | None, run_ids: Sequence[str]) -> list[MlflowRecord]:
+    """The runs with these ids, in this order.
+
+    Raises:
+        TrackingError: the store does not answer, or has lost one.
+    """
+    mlflow = _reader(uri)
+    with explained():
+        return [MlflowRecord.of(mlflow.get_run(one), mlflow) for one in run_ids]
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """MLflow's errors as `TrackingError`."""
     try:
-        every = [mlflow.get_experiment_by_name(experiment)] if experiment else mlflow.search_experiments()
-        if every == [None]:
-            known = ", ".join(one.name for one in mlflow.search_experiments())
-            raise TrackingError(f"MLflow has no experiment '{experiment}'; it has: {known}")
-        ids = [one.experiment_id for one in every if one is not None]
-        filters = [_filter(mlflow, ids, word) for word in chosen]
-        if not filters:
-            filters = [""] if experiment or where else [_newest_sweep(mlflow, ids)]
-        runs = [run for one in filters for run in _search(mlflow, ids, one, where)]
+        yield
     except MlflowException as error:
         raise TrackingError(f"MLflow: {short(error)}") from error
-    newest = {run.data.tags["run_key"]: run for run in sorted(runs, key=lambda run: run.info.start_time)}
+
+
+def _find(mlflow: MlflowClient, chosen: Sequence[str], experiment: str | None, where: str | None) -> list[Run]:
+    chosen = [Path(word).name if Path(word).is_dir() else word for word in chosen]  # a sweep's folder has its name
+    every = [mlflow.get_experiment_by_name(experiment)] if experiment else mlflow.search_experiments()
+    if every == [None]:
+        known = ", ".join(one.name for one in mlflow.search_experiments())
+        raise TrackingError(f"MLflow has no experiment '{experiment}'; it has: {known}")
+    ids = [one.experiment_id for one in every if one is not None]
+    filters = [_filter(mlflow, ids, word) for word in chosen]
+    if not filters:
+        filters = [""] if experiment or where else [_newest_sweep(mlflow, ids)]
+    runs = [run for one in filters for run in _search(mlflow, ids, one, where)]
+    ended_well_last = sorted(runs, key=lambda run: (run.data.tags.get("outcome") == "ok", run.info.start_time))
+    newest = {run.data.tags["run_key"]: run for run in ended_well_last}
     if not newest and chosen:
         sweeps = mlflow.search_runs(ids, "tags.`sweep.keys` LIKE '%'", max_results=_PAGE)
         known = ", ".join(dict.fromkeys(run.data.tags["sweep"] for run in sweeps))
         raise TrackingError(f"MLflow has no runs of {', '.join(chosen)}; sweeps that it has: {known or 'none'}")
     if not newest:
         raise TrackingError(f"MLflow has no runs of {', '.join([*chosen, where or '']).strip(', ') or 'this tool'} yet")
-    return [MlflowRecord.of(run, mlflow) for run in newest.values()]
+    return sorted(newest.values(), key=lambda run: run.info.start_time)
 
 
 def page(uri: str | None, server: str) -> str:
@@ -165,11 +245,9 @@ def page(uri: str | None, server: str) -> str:
         TrackingError: the store is not there or does not answer.
     """
     mlflow = _reader(uri)
-    try:
+    with explained():
         experiments = {one.experiment_id: one for one in mlflow.search_experiments()}
         newest = mlflow.search_runs(list(experiments), max_results=1)
-    except MlflowException as error:
-        raise TrackingError(f"MLflow: {short(error)}") from error
     if not newest:
         return server
     tags = experiments[newest[0].info.experiment_id].tags

@@ -17,6 +17,7 @@ from rich.table import Table
 from qlora_exp.compare import Comparison, Row
 from qlora_exp.journal import write_atomically
 from qlora_exp.store import client
+from qlora_exp.summary import markdown_table
 
 _MEMORY = ("allocated", "rss")
 # Heading, metric, format; of a metric that every run lacks there is no column.
@@ -63,7 +64,7 @@ def table(found: Comparison, preset: str = "all") -> tuple[list[str], list[list[
     for row in sorted(found.rows, key=lambda row: not row.records):
         verdict = found.verdicts.get(row.name)
         said = "baseline" if row is found.baseline else verdict.text if verdict else _failures(row)
-        seeds = str(len(row.records)) + (f" (+{len(row.failed)} failed)" if row.failed else "")
+        seeds = str(len(row.records)) + "".join(f" (+{count} {name})" for name, count in _not_ended(row).items())
         ties = found.ties.get(row.name, "")
         rows.append([*row.label.values(), seeds, *(read(row) for _, read in columns), said, ties])
     return headings, rows
@@ -106,6 +107,13 @@ def _seconds(row: Row) -> float | None:
 
 def _failures(row: Row) -> str:
     return ", ".join(sorted({f"{one.outcome}: {one.tags.get('failure', '')}".strip(": ") for one in row.failed}))
+
+
+def _not_ended(row: Row) -> dict[str, int]:
+    """How many runs of a row failed, and how many a search has stopped."""
+    pruned = sum(one.outcome == "pruned" for one in row.failed)
+    counts = {"failed": len(row.failed) - pruned, "pruned": pruned}
+    return {name: count for name, count in counts.items() if count}
 
 
 def show(found: Comparison, preset: str = "all") -> None:
@@ -207,9 +215,7 @@ def write(found: Comparison, folder: Path, preset: str = "all", name: str | None
 def markdown(found: Comparison, preset: str = "all") -> str:
     """The table and what is not equal beside it, as Markdown."""
     headings, rows = table(found, preset)
-    lines = [headings, ["---"] * len(headings), *rows]
-    text = "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
-    return "\n\n".join([text, *_notes(found)]) + "\n"
+    return "\n\n".join([markdown_table(headings, rows), *_notes(found)]) + "\n"
 
 
 def _page(found: Comparison, headings: list[str], rows: list[list[str]]) -> str:
@@ -232,7 +238,7 @@ def _page(found: Comparison, headings: list[str], rows: list[list[str]]) -> str:
 
 def _numbers(row: Row, found: Comparison) -> dict[str, Any]:
     """A row to compute with: means and intervals over seeds, the difference from the baseline."""
-    line: dict[str, Any] = {**row.label, "seeds": len(row.records), "failed": len(row.failed)}
+    line: dict[str, Any] = {**row.label, "seeds": len(row.records), "failed": 0, **_not_ended(row)}
     metrics = dict.fromkeys(key for one in row.records for key in one.metrics)
     for metric in (key for key in metrics if not key.startswith(("train/", "eval/"))):
         if mean := row.mean(metric):
@@ -254,7 +260,7 @@ def _everything(found: Comparison) -> dict[str, Any]:
             "difference": _number(verdict.difference.value),
             "low": _number(verdict.difference.low),
             "high": _number(verdict.difference.high),
-            "p": verdict.p,
+            "p": _number(verdict.p),
             "verdict": verdict.text,
         }
         rows.append(

@@ -4,23 +4,25 @@ A record is somebody else's word: it is read as plain data, checked like any con
 files of this machine. Never imports training internals.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from qlora_exp import bundle, hub, identity, provenance, stats
 from qlora_exp import config as config_module
 from qlora_exp.errors import ConfigError, TrackingError
-from qlora_exp.records import Record, find
+from qlora_exp.journal import LOCK_FILE, is_over, last_message
+from qlora_exp.records import Record, find, plain_yaml
 from qlora_exp.schema import Config
 
 BIT_IDENTICAL = "bit-identical"
 WITHIN_NOISE = "within the noise over seeds"
 DRIFTED = "drifted"
+_SEEDS = 3
+"""From fewer, Student's interval is so wide (12.7 standard deviations from two) that anything is within it."""
 _NOT_FILES = ("embedded:", "random:", "reasoning_gym:")
 
 
@@ -40,7 +42,7 @@ def one_record(uri: str | None, word: str) -> Record:
         ConfigError: the bundle is none.
         TrackingError: there is none, or several.
     """
-    if word.endswith(".zip") or bundle.is_bundle(Path(word)):
+    if bundle.is_bundle(word):
         return bundle.read(Path(word))
     found = find(uri, [word])
     if len(found) > 1:
@@ -60,14 +62,17 @@ def recorded_config(record: Record, changes: Mapping[str, Any], uri: str | None)
     Raises:
         ConfigError: it is no valid config, or asks for what only the user may allow.
     """
-    values = _plain(record.text("qlora_exp.yaml"), f"qlora_exp.yaml of run {record.run_id}")
-    if not isinstance(values, dict):
-        raise ConfigError(f"run {record.run_id} has no qlora_exp.yaml: it was not made by qlora-exp, or did not begin")
-    values["tracking"] = {"uri": uri, "experiment_name": values.get("tracking", {}).get("experiment_name", "qlora_exp")}
-    values["sweep"], values["search"] = {}, {}
+    if "after/loss" not in record.metrics:
+        raise ConfigError(f"run {record.run_id} has no held-out loss ({record.outcome}): nothing to compare with")
+    values = record.yaml()
+    told = values.get("tracking")
+    name = told.get("experiment_name", "qlora_exp") if isinstance(told, dict) else "qlora_exp"
+    values |= {"tracking": {"uri": uri, "experiment_name": name}, "sweep": {}, "search": {}}
     for key, value in changes.items():
         section, _, name = key.rpartition(".")
         place = values.setdefault(section, {}) if section else values
+        if not isinstance(place, dict):
+            raise ConfigError(f"{section} of run {record.run_id} is no mapping but {place!r:.40}")
         place[name] = value
     config = config_module.from_dict(values)
     _refuse(config, changes)
@@ -80,13 +85,19 @@ def _refuse(config: Config, changes: Mapping[str, Any]) -> None:
         raise ConfigError(
             "the record asks to run code from the model's repository; if you trust it: model.trust_remote_code=true"
         )
-    paths = {
+    if "/" in (kernel := config.model.attn_implementation or "") and "model.attn_implementation" not in changes:
+        raise ConfigError(
+            f"the record asks for a kernel of the hub; if you trust it: model.attn_implementation={kernel}"
+        )
+    paths: dict[str, Any] = {
         "model.model_name_or_path": config.model.model_name_or_path,
         "dataset.path": config.dataset.path,
         "dataset.eval_path": config.dataset.eval_path,
         "training.resume_from_checkpoint": config.training.resume_from_checkpoint,
     }
-    for key, path in paths.items():
+    for section, part in (("method", config.method), ("lora_variant", config.lora_variant)):
+        paths |= {f"{section}.{key}": value for key, value in part.settings.items()}
+    for key, path in ((key, path) for key, found in paths.items() for path in _texts(found)):
         if not path or key in changes or path.startswith(_NOT_FILES):
             continue
         local = Path(path).expanduser()
@@ -95,6 +106,16 @@ def _refuse(config: Config, changes: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"the record names {path}, outside of this folder; to use it, or where it is here: {key}=PATH"
             )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a setting."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from (text for one in (*value, *value.values()) for text in _texts(one))
+    elif isinstance(value, list | tuple):
+        yield from (text for one in value for text in _texts(one))
 
 
 def differences(record: Record, config: Config) -> list[str]:
@@ -123,12 +144,12 @@ def differences(record: Record, config: Config) -> list[str]:
 
 def _other_packages(record: Record) -> list[str]:
     """Those that have another version now or are gone, beside `provenance.LIBRARIES`; new ones changed nothing."""
-    lines = (line.partition("==") for line in record.text("environment.txt").splitlines())
+    lines = (line.partition("==") for line in record.text(LOCK_FILE).splitlines())
     now = provenance.environment()
     return [
         f"{name} {before} then, {now.get(name, 'none')} now"
         for name, _, before in lines
-        if name not in provenance.LIBRARIES and now.get(name) != before
+        if name not in (*provenance.LIBRARIES, "qlora-exp") and now.get(name) != before
     ]
 
 
@@ -137,7 +158,7 @@ def _changed_keys(record: Record, config: Config) -> str:
     now = {key: value for key, value in now.items() if key.split(".")[0] not in config_module.APART}
     then = {key: record.params.get(key, "None") for key in now}  # what is not set is not recorded
     changed = [key for key, value in now.items() if then[key] != value]
-    return ", ".join(f"{key} {then[key]} then, {now[key]} now" for key in changed) or "defaults have changed"
+    return ", ".join(f"{key} {then[key]} then, {now[key]} now" for key in changed) or "where files are, or defaults"
 
 
 def judge(record: Record, again: Record, config: Config) -> Verdict:
@@ -154,8 +175,9 @@ def judge(record: Record, again: Record, config: Config) -> Verdict:
     cause = f"first cause that differs: {causes[0]}" if causes else "nothing that was recorded differs"
     said = f"held-out loss {before:.6f} then, {now:.6f} now; first difference: {unequal}; {cause}"
     others = record.seed_losses()
-    if len(others) < 2:
-        return Verdict(DRIFTED, f"{said}; no other seeds of it were recorded to say how large noise is")
+    if len(others) < _SEEDS:
+        few = "no other seeds of it were recorded" if len(others) < 2 else f"only {len(others)} seeds were recorded"
+        return Verdict(DRIFTED, f"{said}; {few}: {_SEEDS} can say how large noise is")
     spread = float(np.std(others, ddof=1)) * (1 + 1 / len(others)) ** 0.5
     allowed = stats.quantile(len(others) - 1) * spread
     grade = WITHIN_NOISE if abs(now - before) <= allowed else DRIFTED
@@ -192,18 +214,17 @@ def given(words: Sequence[str]) -> dict[str, Any]:
     """
     if wrong := [word for word in words if "=" not in word]:
         raise ConfigError(f"'{wrong[0]}' is no key=value")
-    return {key: _plain(value, key) for key, value in (word.split("=", 1) for word in words)}
-
-
-def _plain(text: str, what: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{what} is no plain YAML: {' '.join(str(error).split())}") from error
+    return {key: plain_yaml(value, key) for key, value in (word.split("=", 1) for word in words)}
 
 
 def start(record: Record, config: Config, folder: Path) -> str:
-    """Run `config` anew; the new run's id."""
+    """Run `config` anew; the new run's id.
+
+    Raises:
+        ConfigError: the folder has something in it that is not an unfinished run of this config.
+    """
+    if (last := last_message(folder)) is not None and is_over(last):
+        raise ConfigError(f"{folder}: holds a run that ended ({last['outcome']}); choose another: --out FOLDER")
     if hub.is_needed(config):
         hub.go_offline_if_unreachable()
     from qlora_exp.run import run

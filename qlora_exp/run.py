@@ -19,6 +19,7 @@ from typing import Any
 
 from qlora_exp.checkpoints import checkpoints
 from qlora_exp.errors import ConfigError, DataError
+from qlora_exp.journal import CONFIG_FILE
 from qlora_exp.schema import Config
 from qlora_exp.secrets import RedactingFormatter, load_env_file
 from qlora_exp.signals import heeded
@@ -206,7 +207,7 @@ def run(
             trainer.save_model(str(saved))
             tokenizer.save_pretrained(saved)
         adapters.make_portable(saved, config.model.model_name_or_path)
-        shutil.copy(output_dir / tracking.CONFIG_FILE, saved)
+        shutil.copy(output_dir / CONFIG_FILE, saved)
         sizes = {"model_bytes": size_on_disk(saved)}
         if peft_config is not None:  # computed: merging itself would cost the memory of another model
             sizes["merged_model_bytes_computed"] = base_parameters * getattr(torch, resolved.dtype).itemsize

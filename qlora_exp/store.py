@@ -116,7 +116,9 @@ def tell(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> Non
             entity = Dataset(name, digest, "local", json.dumps({"path": source}), profile=profile)
             mlflow.log_inputs(run_id, datasets=[DatasetInput(entity, [InputTag("mlflow.data.context", context)])])
         case {"op": "view", "key": key, "value": value}:
-            mlflow.set_experiment_tag(journal.state["experiment_id"], key, value)
+            experiment = mlflow.get_experiment(journal.state["experiment_id"])
+            if not views.is_older(value, experiment.tags.get(key)):
+                mlflow.set_experiment_tag(experiment.experiment_id, key, value)
         case {"op": "model"}:
             _log_model(mlflow, journal, message)
         case {"op": "end", "status": status, "timestamp": timestamp}:

@@ -1,6 +1,7 @@
 """What a run comes to, in a few lines: on the terminal at its end, and above everything else in MLflow."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
@@ -54,9 +55,19 @@ def _cost(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
 
 def markdown(metrics: Mapping[str, float]) -> str:
     """Quality and cost as two Markdown tables."""
-    quality = "\n".join(f"| {' | '.join(row)} |" for row in _quality(metrics))
-    cost = "\n".join(f"| {' | '.join(row)} |" for row in _cost(metrics))
-    return f"| on held-out rows | before | after |\n|---|---|---|\n{quality}\n\n| cost | |\n|---|---|\n{cost}\n"
+    quality = markdown_table(["on held-out rows", "before", "after"], _quality(metrics))
+    return f"{quality}\n\n{markdown_table(['cost', ''], _cost(metrics))}\n"
+
+
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells are shown as they are: nothing in them is Markdown or HTML."""
+    lines = [headings, ["---"] * len(headings), *([_plain(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _plain(cell: str) -> str:
+    one_line = " ".join(cell.split())
+    return re.sub(r"([\\|<`])", r"\\\1", one_line)
 
 
 def show(result: "RunResult", tracking_uri: str | None) -> None:

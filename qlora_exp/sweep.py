@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_exp import views
-from qlora_exp.errors import SweepError, TrackingError, UserError
+from qlora_exp.errors import SweepError, TrackingError
 from qlora_exp.jobs import GOOD, JOB_FILE, RUNNING, Action, Job, decide, let_start, state, stopped, was_late
-from qlora_exp.journal import is_held, is_settled, write_atomically
+from qlora_exp.journal import is_held, is_settled, run_id, write_atomically
 from qlora_exp.schema import SweepConfig
 from qlora_exp.signals import heeded
 
@@ -77,24 +77,35 @@ class Sweep:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if not self._settings.dry_run:
             self._settle(complete=error is None)
+        ended_well = error is None and not self._settings.dry_run
+        if ended_well:
+            show_rows(self.rows(), self.folder)
         if self._parent is not None:
-            if error is None:
-                self._record()
-                self._parent.end("FINISHED", "ok")
-            elif isinstance(error, Exception):
-                self._parent.end("FAILED", "error", f"{type(error).__name__}: {error}")
-            else:
-                self._parent.end("KILLED", "killed", "the sweep was interrupted")
-            self._parent.close()
-        if error is None and not self._settings.dry_run:
-            rows = self.rows()
-            show_rows(rows, self.folder)
-            print(f"files  {self.folder}\ntable  qlora-exp compare {self.folder.name}")
-            if advice := _advice([row["outcome"] for row in rows]):
+            self._end(error)
+        if ended_well:
+            if self.folder.is_dir():  # else all was done elsewhere
+                print(f"files  {self.folder}\ntable  qlora-exp compare {self.folder.name}")
+            if advice := _advice([row["outcome"] for row in self.rows()]):
                 raise SweepError(advice)
         if isinstance(error, KeyboardInterrupt) and self._jobs:
             done = sum(self.ended(job)["outcome"] in GOOD for job in self._jobs.values())
             print(f"{done} of {len(self._jobs)} jobs are done; the same command goes on with the others")
+
+    def _end(self, error: BaseException | None) -> None:
+        """What MLflow is told at the end of the sweep."""
+        try:
+            if error is None:
+                try:
+                    self._record()
+                    self._compare()
+                finally:
+                    self._parent.end("FINISHED", "ok")
+            elif isinstance(error, Exception):
+                self._parent.end("FAILED", "error", f"{type(error).__name__}: {error}")
+            else:
+                self._parent.end("KILLED", "killed", "the sweep was interrupted")
+        finally:
+            self._parent.close()
 
     def know(self, jobs: Sequence[Job]) -> None:
         """That these are the sweep's too: its tables and its verdict are of them all."""
@@ -153,7 +164,7 @@ class Sweep:
         tags = {"sweep": self.folder.name, "sweep.keys": ", ".join(job.swept)}
         name = self.folder.name
         self._parent = tracking.open_run(self.folder, settings.uri, settings.experiment_name, name, tags)
-        self._parent.view(*views.newest_sweep(name, list(job.swept)))
+        self._parent.view(*views.newest_sweep(name, list(job.swept), int(1000 * time.time())))
 
     def _launch_some(self, waiting: Sequence[Job]) -> list[Job]:
         """Launch jobs and record those that died; the jobs that were not even started."""
@@ -207,21 +218,22 @@ class Sweep:
         self._parent.metrics({"jobs": len(rows), "jobs_failed": failed})
         columns = dict.fromkeys(name for row in rows for name in row)
         self._parent.table({name: [row.get(name, "") for row in rows] for name in columns}, "jobs.json")
-        self._compare()
 
     def _compare(self) -> None:
         """The jobs compared, as files in the sweep's folder and with its run in MLflow."""
         from qlora_exp import compare, records, report
+        from qlora_exp.store import store_uri
 
         uri = next(iter(self._jobs.values())).config.tracking.uri
+        ids = [self._elsewhere[key]["run_id"] if key in self._elsewhere else run_id(job.folder, store_uri(uri))
+               for key, job in self._jobs.items()]  # fmt: skip
         try:
-            found = compare.compare(records.find(uri, list(self._jobs)))
-        except UserError as error:  # MLflow is away, or no job ended well
+            found = compare.compare(records.by_ids(uri, [one for one in ids if one is not None]))
+            for file in report.write(found, self.folder):
+                self._parent.file(file.name)
+            self._parent.describe(report.markdown(found, "short"))
+        except Exception as error:  # the jobs are done, whatever this comes to; `qlora-exp compare` can be asked again
             log.warning("no comparison: %s", error)
-            return
-        for file in report.write(found, self.folder):
-            self._parent.file(file.name)
-        self._parent.describe(report.markdown(found, "short"))
 
 
 def _advice(outcomes: Sequence[str]) -> str:

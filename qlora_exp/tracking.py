@@ -23,16 +23,13 @@ from mlflow.exceptions import MlflowException
 from qlora_exp import config as config_module
 from qlora_exp import identity, provenance
 from qlora_exp.errors import ConfigError, TrackingError
-from qlora_exp.journal import FILE, Journal, last_message, read
+from qlora_exp.journal import CONFIG_FILE, FILE, LOCK_FILE, Journal, is_over, last_message, read
 from qlora_exp.schema import Config
 from qlora_exp.secrets import redact
 from qlora_exp.store import client, has_lost, is_refused, short, store_uri, tell
 
 log = logging.getLogger(__name__)
 
-CONFIG_FILE = "qlora_exp.yaml"
-LOCK_FILE = "environment.txt"
-"""Every installed package, as pip's constraints."""
 LOG_FILE = "run.log"
 CURVES = ("train/", "eval/")
 """Prefixes of metrics that have a value at many steps."""
@@ -325,11 +322,6 @@ def _check_folder(config: Config, folder: Path) -> None:
     recorded = yaml.safe_load((folder / CONFIG_FILE).read_text("utf-8")) if (folder / CONFIG_FILE).is_file() else {}
     if recorded and config_module.what_counts(recorded) != config_module.what_counts(config.model_dump(mode="json")):
         raise ConfigError(f"{folder}: holds an unfinished run of another config; choose another: hydra.run.dir=FOLDER")
-
-
-def is_over(last: dict[str, Any]) -> bool:
-    """Whether the run with this last message ended by itself; a killed one goes on where it was."""
-    return last["op"] == "end" and last["outcome"] != "killed"
 
 
 def finish(folder: Path, outcome: str, failure: str, uri: str | None = None) -> bool:

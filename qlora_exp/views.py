@@ -29,25 +29,35 @@ def all_runs() -> tuple[str, str]:
     return _view(ALL_RUNS, "All runs", "tags.run_key LIKE '%'", columns, "attributes.start_time", ascending=False)
 
 
-def newest_sweep(name: str, swept: Sequence[str]) -> tuple[str, str]:
+def newest_sweep(name: str, swept: Sequence[str], now: int) -> tuple[str, str]:
     """The tag of a view of a sweep's jobs with what is swept, the lowest held-out loss first.
 
     Args:
         name: the sweep's.
         swept: its keys.
+        now: milliseconds since 1970.
     """
     where = f"tags.sweep = '{name}' and tags.run_key LIKE '%'"
     columns = [f"tags.`sweep.{key}`" for key in swept]
-    return _view(NEWEST_SWEEP, f"Sweep {name}", where, columns, "metrics.`after/loss`", ascending=True)
+    return _view(NEWEST_SWEEP, f"Sweep {name}", where, columns, "metrics.`after/loss`", ascending=True, now=now)
 
 
-def _view(key: str, title: str, where: str, first: Sequence[str], order_by: str, ascending: bool) -> tuple[str, str]:
+def _view(
+    key: str, title: str, where: str, first: Sequence[str], order_by: str, ascending: bool, now: int = 0
+) -> tuple[str, str]:
     columns = [*first, *_COST_AND_QUALITY]
     state: dict[str, Any] = {"searchFilter": where, "orderByKey": order_by, "orderByAsc": ascending}
     widths = {column: 40 + 6 * len(column.partition(".")[2]) for column in columns}  # pixels: the heading is readable
     state |= {"selectedColumns": columns, "columnOrder": [_RUN_NAME, *columns], "columnWidths": widths | _WIDTHS}
-    # Times are for MLflow's own order of views; ours need none.
-    return f"{_TAG}{key}", json.dumps({"name": title, "createdAt": 0, "updatedAt": 0, "state": json.dumps(state)})
+    return f"{_TAG}{key}", json.dumps({"name": title, "createdAt": now, "updatedAt": now, "state": json.dumps(state)})
+
+
+def is_older(view: str, other: str | None) -> bool:
+    """Whether a tag's value was made before another, which a journal that is delivered late must not undo."""
+    try:
+        return other is not None and bool(json.loads(view)["createdAt"] < json.loads(other)["createdAt"])
+    except (ValueError, KeyError, TypeError):  # somebody else's
+        return False
 
 
 def address(server: str, experiment_id: str, tags: Sequence[str], newest_is_sweep: bool) -> str:

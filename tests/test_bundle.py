@@ -5,19 +5,19 @@ import zipfile
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qlora_exp import bundle
 from qlora_exp.bundle import BundledRecord
-from qlora_exp.errors import ConfigError
+from qlora_exp.errors import ConfigError, DataError
 from qlora_exp.records import find
 from qlora_exp.reproduce import BIT_IDENTICAL, judge, one_record, recorded_config, start
 
 
 @pytest.fixture(scope="module")
 def record(store, tmp_path_factory):
-    """A run in the store, with another seed beside it."""
+    """A run in the store, with two more seeds beside it."""
     from conftest import QUICK
 
     from qlora_exp.config import compose
@@ -25,8 +25,9 @@ def record(store, tmp_path_factory):
 
     words = [*QUICK, f"tracking.uri={store}", "tracking.experiment_name=bundles", "method=lora"]
     folder = tmp_path_factory.mktemp("bundled")
-    run(compose([*words, "seed=2"]), folder / "two")
-    result = run(compose([*words, "seed=1"]), folder / "one")
+    for seed in (2, 3):
+        run(compose([*words, f"seed={seed}"]), folder / str(seed))
+    result = run(compose([*words, "seed=1"]), folder / "1")
     return one_record(store, result.run_id)
 
 
@@ -44,7 +45,7 @@ def test_a_bundle_says_what_the_store_says(made, record):
     assert found.losses
     assert found.curve("train/loss") == record.curve("train/loss")
     assert sorted(found.seed_losses()) == sorted(record.seed_losses())
-    assert len(found.seed_losses()) == 2
+    assert len(found.seed_losses()) == 3
     assert "torch==" in found.text("environment.txt")
     assert {key for key in record.tags if key.startswith(("identity.", "version."))} <= found.tags.keys()
 
@@ -53,9 +54,26 @@ def test_a_bundle_says_nothing_of_its_authors_machine(made, record, tmp_path, st
     found = bundle.read(made)
     assert not [key for key in found.tags if key.startswith(("process.", "mlflow.", "hardware.host"))]
     assert yaml.safe_load(found.text("qlora_exp.yaml")).keys().isdisjoint({"tracking", "sweep", "search"})
-    everything = json.dumps(found.told.model_dump(mode="json")) + found.text("qlora_exp.yaml")
-    assert record.tags["process.folder"] not in everything
-    assert store not in everything
+    files = [found.text(name) for name in (*bundle._FILES, "run.json")]
+    assert not [text for text in files if record.tags["process.folder"] in text or store in text]
+
+
+def test_a_bundle_says_neither_where_files_are_nor_what_is_in_them(run, store, jsonl, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_averysecrettoken")
+    rows = [{"prompt": f"question {n}?", "completion": f"TRAINING {n} hf_averysecrettoken"} for n in range(20)]
+    path = jsonl(rows)
+    heldout = jsonl([{"prompt": f"other {n}?", "completion": f"answer {n}"} for n in range(4)], "heldout.jsonl")
+    words = ["dataset=own", f"dataset.path={path}", f"dataset.eval_path={heldout}", "method=lora"]
+    result = run(*words, "evaluation=loss_only", "+tracking.tags.team=ours")
+    bundle.write(one_record(store, result.run_id), tmp_path / "it.zip")
+    found = bundle.read(tmp_path / "it.zip")
+    everything = "".join(found.text(name) for name in (*bundle._FILES, "run.json"))
+    assert "rows.jsonl" in everything
+    for hidden in (str(tmp_path), "TRAINING", "secrettoken", "ours"):
+        assert hidden not in everything
+    (tmp_path / "rows.jsonl").unlink()
+    with pytest.raises(DataError, match="no file rows.jsonl"):
+        start(found, recorded_config(found, {}, store), tmp_path / "again")
 
 
 def test_a_run_is_reproduced_from_its_bundle_without_its_store(made, tmp_path):
@@ -73,13 +91,20 @@ def test_a_drift_is_judged_by_the_seeds_in_the_bundle(made, tmp_path):
     uri = f"sqlite:///{tmp_path / 'mine.db'}"
     config = recorded_config(found, {"training.learning_rate": 0.05}, uri)
     verdict = judge(found, one_record(uri, start(found, config, tmp_path / "again")), config)
-    assert "over 2 seeds it varies by" in verdict.why
+    assert "over 3 seeds it varies by" in verdict.why
     assert "training.learning_rate 0.0002 then, 0.05 now" in verdict.why
 
 
 def test_nothing_is_overwritten(made, record):
     with pytest.raises(ConfigError, match="is there already"):
         bundle.write(record, made)
+
+
+@pytest.mark.parametrize("place", ["/proc/it.zip", "file/it.zip", "file/it"])
+def test_a_place_that_cannot_be_written_is_explained(place: str, record, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot write"):
+        bundle.write(record, tmp_path / place)
 
 
 def test_the_command_makes_what_reproduce_takes(record, store, tmp_path):
@@ -114,28 +139,76 @@ def test_what_is_no_bundle_is_refused_with_a_message(content: str, made, tmp_pat
 
 @pytest.mark.parametrize("made", ["shared"], indirect=True)
 @pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("run_id", "/tmp/elsewhere", "run_id String should match"),
+        ("run_id", "../" * 8 + "f" * 8, "run_id String should match"),
+        ("format", 2, "format Input should be 1"),
+        ("metrics", {"after/loss": "high"}, "metrics.after/loss"),
+    ],
+)
+def test_what_a_bundle_may_not_say_is_named(key: str, value, message: str, made, tmp_path):
+    told = json.loads(bundle.read(made).text("run.json")) | {key: value}
+    with pytest.raises(ConfigError, match=message):
+        bundle.read(damaged(made, tmp_path, "run.json", json.dumps(told)))
+
+
+@pytest.mark.parametrize("made", ["shared"], indirect=True)
+def test_a_run_without_a_result_is_not_reproduced(made, tmp_path):
+    told = json.loads(bundle.read(made).text("run.json")) | {"metrics": {}}
+    with pytest.raises(ConfigError, match="no held-out loss"):
+        recorded_config(bundle.read(damaged(made, tmp_path, "run.json", json.dumps(told))), {}, None)
+
+
+@pytest.mark.parametrize("made", ["shared"], indirect=True)
+@pytest.mark.parametrize(
     ("changed", "message"),
     [
         ("!!python/object/apply:os.system ['touch pwned']", "no plain YAML"),
-        ("just text", "has no qlora_exp.yaml"),
+        ("just text", "is no mapping"),
+        ("seed: 2020-99-99", "no plain YAML"),
+        ("seed: " + "9" * 5000, "no plain YAML"),
+        ("[" * 5000, "no plain YAML"),
+        ("a: &x [1]\nb: [*x, *x]", "no plain YAML: an alias"),
+        ("tracking: 5", None),
+        ("model: {attn_implementation: someone/kernel}", "a kernel of the hub"),
+        (
+            "method: {peft_type: PROMPT_TUNING, tokenizer_name_or_path: /etc/secret}",
+            "method.tokenizer_name_or_path=PATH",
+        ),
+        ("method: {rank_pattern: {/etc/secret: 4}}", "method.rank_pattern=PATH"),
         ("model: {trust_remote_code: true}", "model.trust_remote_code=true"),
         ("_target_: os.system", "_target_"),
         ("dataset: {path: /etc/passwd}", "dataset.path=PATH"),
         ("dataset: {path: ../../secrets.jsonl}", "outside of this folder"),
     ],
 )
-def test_a_malicious_config_is_refused(changed: str, message: str, made, tmp_path):
+def test_a_malicious_config_is_refused(changed: str, message: str | None, made, tmp_path):
     config = yaml.safe_load((made / "qlora_exp.yaml").read_text())
     try:
-        new = yaml.safe_load(changed)
+        new = yaml.safe_load(changed) if "*" not in changed else None
         for section, values in new.items():
             config[section] = config.get(section, {}) | values if isinstance(values, dict) else values
+        if "peft_type" in changed:
+            config["method"] = {"name": "x"} | new["method"]
         changed = yaml.safe_dump(config)
-    except (yaml.YAMLError, AttributeError):
+    except (yaml.YAMLError, AttributeError, ValueError, RecursionError):
         pass  # as it is
+    found = bundle.read(damaged(made, tmp_path, "qlora_exp.yaml", changed))
+    if message is None:
+        assert recorded_config(found, {}, None).tracking.uri is None
+        return
     with pytest.raises(ConfigError, match=message):
-        recorded_config(bundle.read(damaged(made, tmp_path, "qlora_exp.yaml", changed)), {}, None)
+        recorded_config(found, {}, None)
     assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("made", ["shared"], indirect=True)
+def test_a_section_that_is_none_takes_no_changes(made, tmp_path):
+    config = yaml.safe_load((made / "qlora_exp.yaml").read_text()) | {"dataset": "hi"}
+    found = bundle.read(damaged(made, tmp_path, "qlora_exp.yaml", yaml.safe_dump(config)))
+    with pytest.raises(ConfigError, match="dataset of run .* is no mapping"):
+        recorded_config(found, {"dataset.path": "x"}, None)
 
 
 @pytest.mark.parametrize("made", ["shared"], indirect=True)
@@ -160,17 +233,26 @@ def test_a_zip_can_neither_write_files_nor_fill_the_memory(made, tmp_path, monke
         found.text("environment.txt")
 
 
-@given(st.binary(max_size=300))
-def test_any_file_is_a_bundle_or_refused(tmp_path_factory, content: bytes):
-    file = tmp_path_factory.mktemp("any") / "file.zip"
-    file.write_bytes(content)
-    with pytest.raises(ConfigError):
-        bundle.read(file)
+@pytest.mark.parametrize("made", ["shared.zip"], indirect=True)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300)
+@given(data=st.data())
+def test_a_damaged_zip_is_read_or_refused(data, made):
+    content = bytearray(made.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
+    file = made.with_name("damaged.zip")
+    file.write_bytes(content[: data.draw(st.integers(0, len(content)))] if data.draw(st.booleans()) else content)
+    try:
+        found = bundle.read(file)
+        for name in bundle._FILES:
+            found.text(name)
+    except ConfigError:
+        pass  # refused with a message; anything else fails here
 
 
 @given(st.dictionaries(st.text(max_size=5), st.floats(), max_size=5))
 def test_every_number_survives(tmp_path_factory, metrics: dict[str, float]):
-    told = bundle._Run(run_id="a", name="b", params={}, tags={}, metrics=metrics, curves={}, seed_losses=[])
+    told = bundle._Run(run_id="a" * 32, name="b", params={}, tags={}, metrics=metrics, curves={}, seed_losses=[])
     folder = tmp_path_factory.mktemp("any")
     (folder / "run.json").write_text(told.model_dump_json(), encoding="utf-8")
     found = bundle.read(folder)

@@ -2,6 +2,7 @@ import hashlib
 import json
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from qlora_exp.compare import compare
 from qlora_exp.errors import ConfigError, TrackingError
@@ -114,6 +115,40 @@ def test_what_else_differs_is_named(past):
     ):
         assert expected in found.warnings
     assert found.settings == ["training.learning_rate: none, 0.001"]
+
+
+def test_a_seed_that_ran_again_is_not_another_seed(past):
+    past(shifted(0.0), seed=1)
+    newest = past(shifted(0.2), seed=1)
+    past(outcome="error", seed=1)
+    past(outcome="error", seed=2)
+    (row,) = compare(find(past.uri, experiment=past.experiment)).rows
+    assert [one.run_id for one in row.records] == [newest]
+    assert [one.params["seed"] for one in row.failed] == ["2"]
+
+
+def test_what_was_not_measured_is_not_compared(past):
+    for r in (4, 8, 16):
+        scores = {"after/rougeL": 0.1 * r} if r > 4 else {}
+        past(shifted(0.0), method__r=r, metrics=scores)
+    found = compare(find(past.uri, experiment=past.experiment), "rougeL")
+    assert found.baseline.name == "method.r=8"
+    assert list(found.verdicts) == ["method.r=16"]
+
+
+def test_a_store_that_gives_no_file_is_not_one_without(past, monkeypatch):
+    """Or a server's failure would change what the statistics say."""
+    past(shifted(0.0))
+    past(shifted(-0.3), method__r=8)
+    records = find(past.uri, experiment=past.experiment)
+
+    def fails(**_):
+        raise MlflowException("503")
+
+    monkeypatch.setattr("qlora_exp.records.download_artifacts", fails)
+    with pytest.raises(TrackingError, match="does not give evaluation/after_losses.jsonl"):
+        compare(records)
+    assert records[0].text("evaluation/answers.json") == ""
 
 
 def test_failed_runs_are_listed_and_not_compared(past):

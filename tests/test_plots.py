@@ -1,3 +1,4 @@
+import io
 import re
 
 import pytest
@@ -60,6 +61,28 @@ def test_every_picture_shows_what_was_measured(grid):
     (memory,) = drawn["Memory by phase"].axes
     assert [text.get_text() for text in memory.get_legend().get_texts()] == ["imports", "load", "steady steps"]
     assert [bar.get_width() for bars in memory.containers for bar in bars[:1]] == [200.0, 300.0, 407.0]
+
+
+def test_a_phase_that_only_some_have_is_drawn(past):
+    past(shifted(0.0), metrics={"memory/rss_peak_mib": 500.0, "memory/steady/rss_peak_mib": 500.0})
+    peaks = {"memory/rss_peak_mib": 900.0, "memory/steady/rss_peak_mib": 500.0, "memory/evaluation/rss_peak_mib": 900.0}
+    past(shifted(0.1), method__r=8, metrics=peaks)
+    (axes,) = plots.memory_by_phase(compare(find(past.uri, experiment=past.experiment))).axes
+    ends = [max(bars[row].get_x() + bars[row].get_width() for bars in axes.containers) for row in range(2)]
+    assert sorted(ends) == [500.0, 900.0]
+
+
+def test_what_is_no_number_or_too_much_is_not_drawn(past):
+    past(shifted(0.0), method__name="full", method__r="None", method__lora_alpha="None")
+    for number in range(plots.NAMED + 1):
+        settings = {"method__r": 4 + number % 2, "method__lora_alpha": 8, "dataset__drop_matching": f"$[a-{number}]^$"}
+        past(shifted(0.1), **settings)
+    found = compare(find(past.uri, experiment=past.experiment))
+    assert plots.rank_and_alpha(found) is None
+    assert plots.over_rank(found) is None
+    for draw in plots.PLOTS.values():
+        if figure := draw(found):
+            figure.savefig(io.BytesIO(), format="svg")
 
 
 def test_nothing_is_drawn_of_nothing(past):

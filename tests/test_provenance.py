@@ -31,3 +31,16 @@ def test_git_says_commit_and_state_or_nothing(monkeypatch):
 
 def test_hardware_is_described():
     assert provenance.hardware()["memory_mib"] > 0
+
+
+def test_what_an_interrupted_pip_left_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "~orch-2.0.dist-info").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for version in ("1.0", "2.0"):  # the second comes before the first
+        folder = tmp_path / version / "twice-1.dist-info"
+        folder.mkdir(parents=True)
+        (folder / "METADATA").write_text(f"Name: twice\nVersion: {version}\n")
+        monkeypatch.syspath_prepend(str(folder.parent))
+    found = provenance.environment()
+    assert found["twice"] == "2.0"
+    assert found["torch"]

@@ -23,19 +23,20 @@ def found(past):
         for seed in (1, 2):
             past(shifted(by + seed / 100), seed=seed, method__r=r, metrics=COST | {"step_seconds_mean": seconds})
     past(method__r=16, outcome="oom", tags={"failure": "a | b"})
+    past(method__r=32, outcome="pruned")
     return compare(find(past.uri, experiment=past.experiment))
 
 
 def test_the_table_has_what_was_measured_and_nothing_else(found):
     headings, rows = report.table(found)
     table = [dict(zip(headings, row, strict=True)) for row in rows]
-    assert [row["method.r"] for row in table] == ["4", "8", "16"]
-    assert [row["time"] for row in table] == ["1.00x", "1.50x", ""]
+    assert [row["method.r"] for row in table] == ["4", "8", "16", "32"]
+    assert [row["time"] for row in table] == ["1.00x", "1.50x", "", ""]
     assert table[0]["share"] == "1.00%"
     assert table[0]["saved MB"] == "2.0"
     assert table[0]["loss against the baseline"] == "baseline"
     assert table[2]["loss against the baseline"] == "oom: a | b"
-    assert table[2]["seeds"] == "0 (+1 failed)"
+    assert [row["seeds"] for row in table[2:]] == ["0 (+1 failed)", "0 (+1 pruned)"]
     assert table[1]["loss"].startswith(f"{sum(ROWS) / 8 - 0.185:.4f} ±")
     assert not {"ROUGE-L", "task score", "load MiB"} & set(headings)
 
@@ -48,13 +49,14 @@ def test_a_preset_chooses_columns(found):
 def test_the_files_say_the_same(found, tmp_path):
     files = {file.suffix: file for file in report.write(found, tmp_path / "new")}
     with files[".csv"].open(newline="") as lines:
-        first, second, failed = csv.DictReader(lines)
+        first, second, failed, pruned = csv.DictReader(lines)
     assert (float(first["trainable_parameters"]), first["difference"]) == (100.0, "")
     assert float(second["difference"]) == pytest.approx(-0.2)
     assert float(second["after/loss low"]) < float(second["after/loss"]) < float(second["after/loss high"])
     assert (failed["failed"], failed["after/loss"]) == ("1", "")
+    assert (pruned["failed"], pruned["pruned"]) == ("0", "1")
     told = json.loads(files[".json"].read_text())
-    assert [len(row["runs"]) for row in told["rows"]] == [2, 2, 1]
+    assert [len(row["runs"]) for row in told["rows"]] == [2, 2, 1, 1]
     assert told["rows"][0]["baseline"] is True
     assert told["rows"][1]["against_baseline"]["difference"] == pytest.approx(-0.2)
     assert r"oom: a \| b" in files[".md"].read_text()

@@ -44,6 +44,14 @@ def test_a_changed_setting_is_the_cause_of_a_drift(first: str, store, tmp_path):
     assert "no other seeds" in found.why
 
 
+def test_two_seeds_are_too_few_to_call_anything_noise(run, store, tmp_path):
+    words = ["method=lora", "evaluation=loss_only", "training.max_steps=3", "tracking.experiment_name=two"]
+    seeds = [run(*words, f"seed={seed}").run_id for seed in (1, 2)]
+    found = again(store, seeds[0], tmp_path / "again", training__learning_rate=0.00021)
+    assert found.grade == DRIFTED
+    assert "only 2 seeds were recorded" in found.why
+
+
 def test_a_difference_within_what_seeds_do_is_noise(run, store, tmp_path):
     words = ["method=lora", "evaluation=loss_only", "training.max_steps=3", "training.learning_rate=0.01"]
     words.append("tracking.experiment_name=noise")
@@ -58,6 +66,7 @@ def recorded(mlflow, text: str) -> str:
     experiment = mlflow.get_experiment_by_name("others")
     experiment_id = experiment.experiment_id if experiment else mlflow.create_experiment("others")
     run_id = mlflow.create_run(experiment_id, tags={"run_key": "e" * 16, "outcome": "ok"}).info.run_id
+    mlflow.log_metric(run_id, "after/loss", 4.0)
     if text:
         mlflow.log_text(run_id, text, "qlora_exp.yaml")
     return run_id

@@ -176,6 +176,44 @@ def test_a_sweep_of_failures_ends_without_a_comparison(jobs, mlflow, caplog):
     assert parent.info.status == "FINISHED"
 
 
+def test_a_comparison_that_breaks_takes_nothing_with_it(jobs, mlflow, monkeypatch, caplog, capsys):
+    def breaks(*_):
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr("qlora_exp.report.write", breaks)
+    execute(jobs("seed", ["1"]))
+    assert "no comparison: no picture" in caplog.text
+    assert "files  " in capsys.readouterr().out
+    (parent,), _ = mlflow()
+    assert (parent.info.status, parent.data.metrics["jobs"]) == ("FINISHED", 1)
+
+
+def test_a_sweep_compares_its_own_runs(jobs, mlflow, store, tmp_path):
+    """A later run of the same key, such as a repetition that failed, is none of them."""
+    execute(jobs("method.r", ["4"]))
+    _, (child,) = mlflow()
+    other = client(store).create_experiment(str(tmp_path))
+    client(store).create_run(other, tags={"run_key": child.data.tags["run_key"], "outcome": "error"})
+    execute(jobs("method.r", ["4", "8"]))
+    newest = max((tmp_path / "multirun" / "test").glob("comparison_*.json"))
+    told = [run for row in json.loads(newest.read_text())["rows"] for run in row["runs"]]
+    assert [run["outcome"] for run in told] == ["ok", "ok"]
+    assert child.info.run_id in [run["run_id"] for run in told]
+
+
+def test_an_old_sweep_that_is_told_late_does_not_hide_the_newest(jobs, store, request, tmp_path):
+    execute(jobs("seed", ["1"]))
+    mlflow = client(store)
+    experiment = mlflow.get_experiment_by_name(request.node.name)
+    key = "mlflow.sharedViewState.qlora_exp_newest_sweep"
+    newer = json.dumps(json.loads(experiment.tags[key]) | {"createdAt": 10**15})
+    mlflow.set_experiment_tag(experiment.experiment_id, key, newer)
+    folder = tmp_path / "multirun" / "test"
+    (folder / "delivered.json").unlink()
+    assert tracking.finish(folder, "killed", "not used")
+    assert mlflow.get_experiment(experiment.experiment_id).tags[key] == newer
+
+
 def test_the_newest_sweep_has_a_view_in_mlflow(jobs, store, request):
     execute(jobs("seed", ["1"]))
     experiment = client(store).get_experiment_by_name(request.node.name)

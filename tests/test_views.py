@@ -10,7 +10,7 @@ def state(view: tuple[str, str]) -> dict:
 
 
 def test_a_sweeps_view_shows_what_is_swept_before_what_came_out():
-    key, _ = view = views.newest_sweep("night", ["method.r", "seed"])
+    key, _ = view = views.newest_sweep("night", ["method.r", "seed"], 5)
     found = state(view)
     assert key == SWEEP
     assert found["selectedColumns"][:3] == ["tags.`sweep.method.r`", "tags.`sweep.seed`", "metrics.`after/loss`"]
@@ -24,9 +24,16 @@ def test_the_view_of_all_runs_has_none_of_the_sweeps_own():
     assert state(view)["searchFilter"] == "tags.run_key LIKE '%'"
 
 
+def test_an_older_view_is_known_as_one():
+    monday, tuesday = (views.newest_sweep("day", [], now)[1] for now in (1, 2))
+    assert views.is_older(monday, tuesday)
+    assert not views.is_older(tuesday, monday)
+    assert not any(views.is_older(monday, other) for other in (None, monday, "", "[]", "{}", "null"))
+
+
 def test_views_fit_into_a_tag():
     every = [f"method.a_rather_long_key_of_peft_{number}" for number in range(50)]
-    assert all(len(view[1]) < 20_000 for view in (views.all_runs(), views.newest_sweep("n" * 100, every)))
+    assert all(len(view[1]) < 20_000 for view in (views.all_runs(), views.newest_sweep("n" * 100, every, 5)))
 
 
 def test_the_page_is_that_of_the_newest_runs():
