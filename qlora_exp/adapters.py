@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 from qlora_exp.errors import ConfigError, did_you_mean
 from qlora_exp.schema import Config
 
+_UNKNOWN_STEPS = 10**9
+"""AdaLoRA must be told how many steps there are before anybody knows: `ranks` sets it."""
 PRESETS = ("all-linear", "attention", "mlp", "q_v")
 _QUERY_OR_VALUE = re.compile(r"(q|v|query|value|wq|wv)(_proj|_lin)?")
 
@@ -36,6 +38,8 @@ def peft_config(config: Config, skeleton: PreTrainedModel) -> PeftConfig | None:
     if method.peft_type is None:
         return None
     settings: dict[str, Any] = {**method.settings, **config.lora_variant.settings}
+    if method.peft_type == "ADALORA":
+        settings.setdefault("total_step", _UNKNOWN_STEPS)
     if settings.get("target_modules") is not None:
         settings["target_modules"] = resolve_targets(settings["target_modules"], skeleton)
     try:
@@ -113,10 +117,45 @@ def attach(
         adapted = get_peft_model(model, settings)
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         raise ConfigError(f"PEFT cannot adapt this model with {settings.peft_type}: {error}") from error
+    if settings.peft_type == PeftType.ADAPTION_PROMPT:
+        # PEFT 0.21 keeps the base's `forward` as it is now; TRL will put another in its place.
+        base: Any = adapted.base_model
+        base.forward = lambda *args, **kwargs: base.model(*args, **kwargs)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(getattr(torch, adapter_dtype or "float32"))
     return adapted
+
+
+class Ranks:
+    """AdaLoRA's allocation of ranks, which no trainer calls by itself: without it the ranks stay as they begin."""
+
+    def __init__(self, model: PeftModel) -> None:
+        self._model: Any = model.base_model
+        self.settings: Any = model.peft_config[model.active_adapter]
+
+    def begin(self, steps: int) -> None:
+        """Fit the schedule to a training of `steps` steps.
+
+        Raises:
+            ConfigError: it is too short for the schedule.
+        """
+        if self.settings.tinit + self.settings.tfinal >= steps:
+            raise ConfigError(
+                f"method.tinit={self.settings.tinit} and method.tfinal={self.settings.tfinal} steps without a change "
+                f"of ranks leave none of {steps} training steps"
+            )
+        self.settings.total_step = steps
+
+    def step(self, number: int) -> None:
+        """After the optimizer's step `number`, from 0, while there are gradients."""
+        self._model.update_and_allocate(number)
+
+
+def ranks(model: Any) -> Ranks | None:
+    """Of a model that AdaLoRA adapts; None of any other."""
+    peft_type = getattr(model, "peft_type", None)
+    return Ranks(model) if isinstance(model, PeftModel) and peft_type == PeftType.ADALORA else None
 
 
 @contextmanager

@@ -35,6 +35,15 @@ _NOT_SETTINGS = frozenset(
 _POSITIVE = frozenset({"r", "lora_alpha", "init_r", "target_r", "num_virtual_tokens"})
 
 
+_NEEDS_MORE = {
+    "CPT": "needs the token types of an example in context, which rows here do not have",
+    "MULTITASK_PROMPT_TUNING": "needs the task of each row, and rows here are of one task",
+    "POLY": "needs the task of each row, and rows here are of one task",
+    "XLORA": "mixes LoRA adapters that are trained already, and a run here trains one",
+}
+"""Methods that a supervised fine-tune of one model on one task cannot use, and why."""
+
+
 class _Names(dict[str, Any]):
     """Names an annotation may use; one that is unknown here (a nested config) is a mapping."""
 
@@ -127,7 +136,7 @@ def _validator(peft_type: str, name: str) -> TypeAdapter[Any]:
 def check(section: str, peft_type: str, given: dict[str, Any]) -> list[str]:
     """What is wrong with `given` as settings of `peft_type`: one message for each, empty if nothing."""
     known = settings(peft_type)
-    problems = []
+    problems = [f"{section}.peft_type: {peft_type} {_NEEDS_MORE[peft_type]}"] if peft_type in _NEEDS_MORE else []
     for name, value in given.items():
         if name not in known:
             problems.append(

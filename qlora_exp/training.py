@@ -21,7 +21,7 @@ from trl.trainer import utils as trl_utils
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from qlora_exp.adapters import keep_dtypes
+from qlora_exp.adapters import Ranks, keep_dtypes, ranks
 from qlora_exp.checkpoints import checkpoints, is_whole
 from qlora_exp.data import IGNORED
 from qlora_exp.device import Resolved
@@ -163,6 +163,19 @@ class Trainer(SFTTrainer):
         """TRL's card names paths of this machine; MLflow holds what a run was."""
 
 
+class _Allocation(TrainerCallback):
+    """AdaLoRA's ranks, after each optimizer step."""
+
+    def __init__(self, found: Ranks) -> None:
+        self._ranks = found
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._ranks.begin(state.max_steps)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._ranks.step(state.global_step)
+
+
 class Watcher(TrainerCallback):
     """Step times, curves, the progress bar, and the first bad number."""
 
@@ -282,6 +295,8 @@ def build(
         callbacks.append(
             EarlyStoppingCallback(config.training.early_stopping_patience, config.training.early_stopping_threshold)
         )
+    if (found := ranks(model)) is not None:
+        callbacks.append(_Allocation(found))
     with keep_dtypes(model):
         trainer = Trainer(
             memory=memory,

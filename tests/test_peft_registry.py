@@ -5,6 +5,7 @@ import pytest
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from qlora_exp import peft_registry
+from qlora_exp.config import compose, options
 from qlora_exp.errors import ConfigError
 
 KNOWN = sorted(str(name.value) for name in PEFT_TYPE_TO_CONFIG_MAPPING)
@@ -39,6 +40,18 @@ def test_pefts_own_defaults_are_accepted(name: str):
 )
 def test_wrong_settings_are_named(given: dict, problem: str):
     assert problem in peft_registry.check("method", "LORA", given)[0]
+
+
+@pytest.mark.parametrize("peft_type", sorted(peft_registry._NEEDS_MORE))
+def test_a_method_that_needs_more_than_rows_is_refused(peft_type: str):
+    assert peft_type in peft_registry.methods()
+    assert f"method.peft_type: {peft_type} " in peft_registry.check("method", peft_type, {})[0]
+
+
+def test_every_method_of_peft_has_a_file_or_a_reason():
+    """Or is as new as the installed PEFT: then it works by name."""
+    files = {compose([f"method={name}"]).method.peft_type for name in options("method")}
+    assert set(peft_registry.methods()) == (files - {None}) | peft_registry._NEEDS_MORE.keys()
 
 
 def test_unknown_method():
