@@ -49,7 +49,7 @@ class _Run(BaseModel):
 
     model_config = ConfigDict(ser_json_inf_nan="strings")
 
-    format: Literal[1] = 1
+    format: Literal[1]
     run_id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
     name: str
     params: dict[str, str]
@@ -88,12 +88,15 @@ def write(record: Record, target: Path) -> None:
     """
     if target.exists():
         raise ConfigError(f"{target} is there already; choose another: --out PATH")
+    if target.suffix not in ("", ".zip") or not target.parent.is_dir():
+        raise ConfigError(f"cannot write {target}: a bundle is a .zip or a folder, in a folder that is there")
     config = {key: value for key, value in record.yaml().items() if key not in APART}
     files = {name: text for name in _FILES if (text := record.text(name))}
     if audit := files.get("label_audit.json"):  # without the training row that it shows
         files["label_audit.json"] = json.dumps(json.loads(audit) | {"sample": None}, indent=1)
     files[CONFIG_FILE] = yaml.safe_dump(_without_folders(config), sort_keys=False)
     told = _Run(
+        format=1,
         run_id=record.run_id,
         name=record.name,
         params=_without_folders(record.params),
@@ -104,7 +107,6 @@ def write(record: Record, target: Path) -> None:
     )
     files[RUN_FILE] = told.model_dump_json(indent=1)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as part:  # nothing is there until it is whole
             whole = Path(part, "bundle")
             for name, text in files.items():
@@ -129,9 +131,9 @@ def _without_folders(value: Any) -> Any:
 
 
 def is_bundle(word: str) -> bool:
-    """Whether this names a file that may be a bundle, or a folder that looks like one."""
+    """Whether this is a path, and not the id, key or name of a run."""
     try:
-        return word.endswith(".zip") or Path(word).is_file() or Path(word, RUN_FILE).is_file()
+        return word.endswith(".zip") or Path(word).exists()
     except OSError:  # too long for a path
         return False
 
@@ -151,14 +153,17 @@ def read(path: Path) -> BundledRecord:
         try:
             return (_of_zip if path.is_file() else _of_folder)(path, name)
         except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-            raise ConfigError(f"{path}: no bundle that can be read: {name}: {error}") from error
+            what = "" if isinstance(error, zipfile.BadZipFile) else f"{name}: "
+            raise ConfigError(f"{path}: no bundle that can be read: {what}{error}") from error
 
     try:
-        told = _Run.model_validate_json(one(RUN_FILE))
+        if not (text := one(RUN_FILE)):
+            raise ConfigError(f"{path}: no bundle of qlora-exp: it has no {RUN_FILE}")
+        told = _Run.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{path}: no bundle of qlora-exp: {RUN_FILE}: {where} {first['msg']}") from error
+        wrong = " ".join([*[".".join(map(str, first["loc"]))] * bool(first["loc"]), first["msg"]])
+        raise ConfigError(f"{path}: no bundle of qlora-exp: {RUN_FILE}: {wrong}") from error
     return BundledRecord(told.run_id, told.name, told.params, told.tags, told.metrics, told, one)
 
 

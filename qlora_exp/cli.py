@@ -68,10 +68,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "chosen", nargs="*", metavar="SWEEP|RUN", help="sweeps, runs (id, key, name); default: the newest sweep"
     )
     compare.add_argument("--experiment", help="MLflow's; without names of runs: all that are in it")
-    compare.add_argument("--filter", help="MLflow's own, such as \"params.`method.name` = 'lora'\"")
+    compare.add_argument(
+        "--filter", help="MLflow's own, of all runs unless a sweep is named: \"params.`method.name` = 'lora'\""
+    )
     compare.add_argument("--baseline", help="part of a row's name, such as method.name=lora; default: the first row")
     compare.add_argument("--metric", default="loss", help="loss, rougeL, exact_match, task_score")
-    compare.add_argument("--preset", default="all", help="which columns: all, seed1")
+    compare.add_argument("--preset", default="all", help="which columns: all, seed1, short, shortest")
     compare.add_argument("--out", type=Path, help="folder for comparison_TIME.csv, .json, .md, .html")
     compare.add_argument("--log", action="store_true", help="keep the report with the sweep's MLflow run")
     compare.add_argument("--uri", help="tracking URI; default: SQLite in ./mlruns")
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     again = known.add_parser("reproduce", help="run a recorded run again, and say whether the same came out")
     again.add_argument("run", metavar="RUN", help="run id, run key, name of a run, or a bundle")
     again.add_argument(
-        "changes", nargs="*", metavar="KEY=VALUE", help="what is otherwise here, such as dataset.path=FILE"
+        "changes", nargs="*", default=[], metavar="KEY=VALUE", help="what is otherwise here, such as dataset.path=FILE"
     )
     again.add_argument("--check-only", action="store_true", help="say what differs from then; run nothing")
     again.add_argument("--out", type=Path, help="output folder; default: outputs/reproduced/RUN_ID")

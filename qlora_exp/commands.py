@@ -4,7 +4,9 @@ Imports nothing heavy until a command must.
 """
 
 import argparse
+import logging
 import os
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,11 +77,13 @@ def reproduce(options: argparse.Namespace) -> None:
         print("nothing that was recorded differs: config, data, base model, code, libraries, threads")
     if options.check_only:
         return
-    folder = options.out or Path("outputs", "reproduced", record.run_id)
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    quiet()  # that too
+    folder = options.out or reproduce.free_folder(record)
     run_id = reproduce.start(record, config, folder)
     (again,) = records.find(options.uri, [run_id])
     verdict = reproduce.judge(record, again, config)
-    print(f"{verdict.grade}: {verdict.why}")
+    print(f"files  {folder}\nrun    {run_id}\n{verdict.grade}: {verdict.why}")
     if verdict.grade == reproduce.DRIFTED:
         raise TrackingError(f"run {run_id} is not what run {record.run_id} was")
 
@@ -92,7 +96,13 @@ def bundle(options: argparse.Namespace) -> None:
     record = reproduce.one_record(options.uri, options.run)
     target = options.out or Path(f"{record.run_id}.zip")
     bundle.write(record, target)
-    print(f"{target}: run {record.run_id} {record.name}\nrun it again anywhere: qlora-exp reproduce {target}")
+    print(f"{target}: run {record.run_id} {record.name}")
+    again = f"qlora-exp reproduce {target}"
+    print(
+        f"run it again anywhere: {again}"
+        if record.outcome == "ok"
+        else f"it ended {record.outcome}: {again} --check-only"
+    )
 
 
 def sync(folders: Sequence[Path], uri: str | None) -> None:
@@ -118,6 +128,13 @@ def ui(uri: str | None, host: str, port: int) -> None:
     store = Path.cwd() / "mlruns" / "mlflow.db"
     if uri is None and not store.is_file():
         raise TrackingError(f"no runs yet: {store} is not there; run `qlora-exp train` here first")
+    if not (uri or "").startswith("http"):
+        try:
+            with socket.socket() as free:
+                free.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                free.bind((host, port))
+        except (OSError, OverflowError) as error:
+            raise ConfigError(f"cannot serve at {host}:{port}: {error}; choose another: --port NUMBER") from error
     quiet()
     from qlora_exp import records
 

@@ -20,14 +20,18 @@ LOWER_IS_BETTER = {"loss": True, "rougeL": False, "exact_match": False, "task_sc
 ALPHA = 1 - stats.LEVEL
 TIED = 100
 """Of more rows, pairs are not tested one by one: it would take long, and nobody could read the letters."""
-_ALIKE = 0.02
-"""Other seeds draw other rows: means of a row that differ by less are not called different."""
 
 # Looked for in this order when runs were not made by one sweep.
 _TELLING = (
     "model.model_name_or_path", "dataset.name", "method.name", "quantization.name", "lora_variant.name",
     "optimizer.name", "method.r", "method.lora_alpha", "training.learning_rate", "training.max_steps",
 )  # fmt: skip
+# With how much they may differ: other seeds draw other rows.
+_MEASURED_CONDITIONS = {
+    "tokens seen": ("train/num_tokens", 0.02),
+    "steps": ("steps", 0.02),
+    "MiB before loading": ("memory/baseline/rss_mib", 0.05),
+}
 _CONDITIONS = {
     "effective batch": lambda one: _product(
         one, "training.per_device_train_batch_size", "training.gradient_accumulation_steps"
@@ -90,6 +94,8 @@ class Comparison:
     """By the row's name; not of the baseline."""
     ties: dict[str, str]
     """By the row's name: letters; rows that share one were not told apart."""
+    about: dict[str, str] = field(default_factory=dict)
+    """What these runs are of: sweeps, models, datasets, devices."""
     warnings: list[str] = field(default_factory=list)
     """By name what is not equal and makes the comparison unfair: tokens, batch, dtypes, data, versions, hardware."""
     settings: list[str] = field(default_factory=list)
@@ -116,7 +122,7 @@ def compare(records: Sequence[Record], metric: str = "loss", baseline: str | Non
         known = ", ".join(name for name in LOWER_IS_BETTER if any(row.mean(f"after/{name}") for row in ended))
         raise ConfigError(f"--metric {metric}: these runs did not measure it; they have: {known}")
     measured = [row for row in ended if row.mean(f"after/{metric}")]
-    chosen = _baseline(measured, baseline)
+    chosen = _baseline(measured, baseline, rows)
     others = [row for row in measured if row is not chosen]
     found = {row.name: _difference(row, chosen, metric) for row in others}
     adjusted = dict(zip(found, stats.holm([one.p for one in found.values()]), strict=True))
@@ -124,7 +130,8 @@ def compare(records: Sequence[Record], metric: str = "loss", baseline: str | Non
         name: Verdict(one, adjusted[name], _said(one, adjusted[name], LOWER_IS_BETTER[metric]))
         for name, one in found.items()
     }
-    return Comparison(rows, chosen, metric, verdicts, _ties(ended, metric), _unfair(ended), _settings(ended))
+    conditions = _about(records), _unfair(ended), _settings(ended)
+    return Comparison(rows, chosen, metric, verdicts, _ties(ended, metric), *conditions)
 
 
 def _rows(records: Sequence[Record]) -> list[Row]:
@@ -170,16 +177,19 @@ def _count(labels: Sequence[Mapping[str, str]]) -> int:
     return len({tuple(label.items()) for label in labels})
 
 
-def _baseline(rows: Sequence[Row], called: str | None) -> Row:
+def _baseline(rows: Sequence[Row], called: str | None, every: Sequence[Row]) -> Row:
     if called is None:
         return rows[0]
     words = called.split()
-    found = [row for row in rows if all(word in (*row.name.split(), *row.short.split()) for word in words)]
-    if len(found) != 1:
-        names = "\n  ".join(row.name for row in found or rows)
-        several = "several rows are" if found else "no row is"
-        raise ConfigError(f"--baseline '{called}': {several} called so:\n  {names}")
-    return found[0]
+    named = [row for row in every if all(word in f"{row.name} {row.short}" for word in words)]
+    exact = [row for row in named if all(word in (*row.name.split(), *row.short.split()) for word in words)]
+    found = exact or named  # r=1 is one row, though r=16 begins so
+    if len(found) == 1 and found[0] in rows:
+        return found[0]
+    if len(found) == 1:
+        raise ConfigError(f"--baseline '{called}': {found[0].name} has no run that ended well and measured it")
+    names = "\n  ".join(row.name for row in found or rows)
+    raise ConfigError(f"--baseline '{called}': {'several rows are' if found else 'no row is'} called so:\n  {names}")
 
 
 @lru_cache(maxsize=2 * TIED)
@@ -249,14 +259,28 @@ def _ties(rows: Sequence[Row], metric: str) -> dict[str, str]:
     return {row.name: letter for row, letter in zip(measured, letters, strict=True)}
 
 
+def _about(records: Sequence[Record]) -> dict[str, str]:
+    told = {
+        "sweep": [one.tags.get("sweep") for one in records],
+        "model": [one.params.get("model.model_name_or_path") for one in records],
+        "dataset": [one.params.get("dataset.name") for one in records],
+        "device": [one.params.get("resolved.device_name") for one in records],
+    }
+    return {name: _listed(known) for name, values in told.items() if (known := dict.fromkeys(filter(None, values)))}
+
+
 def _unfair(rows: Sequence[Row]) -> list[str]:
     """By name what differs between the runs that should not."""
     records = [one for row in rows for one in row.records]
     found = []
-    for name, metric in (("tokens seen", "train/num_tokens"), ("steps", "steps")):
+    for name, (metric, alike) in _MEASURED_CONDITIONS.items():
         means = {row.short: mean.value for row in rows if (mean := row.mean(metric))}
-        if means and max(means.values()) > (1 + _ALIKE) * min(means.values()):
-            found.append(f"{name}: {_listed({f'{value:,.0f} ({who})': None for who, value in means.items()})}")
+        if means and max(means.values()) > (1 + alike) * min(means.values()):
+            rows_of: dict[str, list[str]] = {}
+            for who, value in means.items():
+                rows_of.setdefault(f"{value:,.0f}", []).append(who)
+            told = (f"{value} ({who[0] if len(who) == 1 else f'{len(who)} rows'})" for value, who in rows_of.items())
+            found.append(f"{name}: {_listed(dict.fromkeys(told))}")
     for name, read in _CONDITIONS.items():
         values = dict.fromkeys(str(value) for one in records if (value := read(one)) is not None)
         if len(values) > 1:
@@ -281,7 +305,7 @@ def _settings(rows: Sequence[Row]) -> list[str]:
 
 
 def _listed(values: Mapping[str, Any]) -> str:
-    shown = [value if len(value) <= 40 else f"{value[:37]}..." for value in values]
+    shown = [value if len(value) <= 80 else f"{value[:77]}..." for value in values]
     return ", ".join(shown[:4]) + (f" and {len(shown) - 4} more" if len(shown) > 4 else "")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from qlora_exp.compare import LOWER_IS_BETTER, Comparison, Row
 
@@ -34,6 +35,7 @@ PHASES = {
 
 mpl.rcParams.update({"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
 mpl.rcParams["text.parse_math"] = False  # a regular expression in a label is no formula
+mpl.rcParams["axes.formatter.useoffset"] = False  # a loss is read as it is
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ def curves(found: Comparison) -> Figure | None:
                 zorder=2 if shown else 1,
                 label=row.short if shown else None,
             )
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("step")
         axes.set_ylabel(name)
         _legend(axes)

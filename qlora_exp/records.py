@@ -179,7 +179,9 @@ class MlflowRecord(Record):
 def find(
     uri: str | None, chosen: Sequence[str] = (), experiment: str | None = None, where: str | None = None
 ) -> list[MlflowRecord]:
-    """Runs of one key each, oldest first; of one that ran again only the newest that ended well, if any did.
+    """Runs of one key each, as they were chosen, oldest first; of one that ran again the newest that ended well.
+
+    Repetitions (`reproduce`) are left out, unless chosen by id or name, or by `where` with their tag `reproduces`.
 
     Args:
         uri: MLflow's tracking URI; None is SQLite in ./mlruns.
@@ -226,16 +228,26 @@ def _find(mlflow: MlflowClient, chosen: Sequence[str], experiment: str | None, w
     filters = [_filter(mlflow, ids, word) for word in chosen]
     if not filters:
         filters = [""] if experiment or where else [_newest_sweep(mlflow, ids)]
-    runs = [run for one in filters for run in _search(mlflow, ids, one, where)]
-    ended_well_last = sorted(runs, key=lambda run: (run.data.tags.get("outcome") == "ok", run.info.start_time))
-    newest = {run.data.tags["run_key"]: run for run in ended_well_last}
+    found = [_search(mlflow, ids, one, where) for one in filters]
+    # A repetition is for `reproduce` to judge: in a table it would stand for the run that it repeats.
+    runs = [
+        run
+        for one, part in zip(filters, found, strict=True)
+        for run in sorted(part, key=lambda run: run.info.start_time)
+        if "reproduces" not in run.data.tags or one.startswith("attributes.") or "reproduces" in (where or "")
+    ]
+    newest = {
+        run.data.tags["run_key"]: run for run in sorted(runs, key=lambda run: run.data.tags.get("outcome") == "ok")
+    }
+    if not newest and chosen and where:
+        raise TrackingError(f"--filter {where}: matches no run of {', '.join(chosen)}")
     if not newest and chosen:
         sweeps = mlflow.search_runs(ids, "tags.`sweep.keys` LIKE '%'", max_results=_PAGE)
         known = ", ".join(dict.fromkeys(run.data.tags["sweep"] for run in sweeps))
         raise TrackingError(f"MLflow has no runs of {', '.join(chosen)}; sweeps that it has: {known or 'none'}")
     if not newest:
         raise TrackingError(f"MLflow has no runs of {', '.join([*chosen, where or '']).strip(', ') or 'this tool'} yet")
-    return sorted(newest.values(), key=lambda run: run.info.start_time)
+    return [run for run in runs if newest[run.data.tags["run_key"]] is run]
 
 
 def page(uri: str | None, server: str) -> str:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_exp.compare import Comparison, Row
+from qlora_exp.errors import ConfigError
 from qlora_exp.journal import write_atomically
 from qlora_exp.store import client
 from qlora_exp.summary import markdown_table
@@ -149,7 +150,9 @@ def _width(headings: list[str], rows: list[list[str]]) -> int:
 
 def _notes(found: Comparison) -> list[str]:
     intervals = any(len(row.records) > 1 for row in found.rows)
-    lines = [
+    lines = [f"{len([one for row in found.rows for one in (*row.records, *row.failed)])} runs"]
+    lines[0] += "".join(f"; {name} {value}" for name, value in found.about.items())
+    lines += [
         f"Differences of {found.metric} from {found.baseline.name}, on the same held-out items and seeds; "
         "intervals of 95 %, p-values adjusted for their number (Holm). Rows that share a letter were not told apart."
     ]
@@ -191,7 +194,10 @@ def write(found: Comparison, folder: Path, preset: str = "all", name: str | None
         preset: which columns.
         name: of the files; None is `comparison_TIMESTAMP`.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
     headings, rows = table(found, preset)
     text = io.StringIO()
     numbers = [_numbers(row, found) for row in found.rows]
@@ -225,7 +231,8 @@ def _page(found: Comparison, headings: list[str], rows: list[list[str]]) -> str:
     def line(cells: list[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-    body = [f"<table>{line(headings, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"]
+    cells = f"{line(headings, 'th')}{''.join(line(row, 'td') for row in rows)}"
+    body = [f"<div style='overflow-x: auto'><table>{cells}</table></div>"]
     body += [f"<p>{html.escape(note)}</p>" for note in _notes(found)]
     for title, draw in PLOTS.items():
         if figure := draw(found):
@@ -233,7 +240,9 @@ def _page(found: Comparison, headings: list[str], rows: list[list[str]]) -> str:
             figure.savefig(picture, format="svg")
             svg = picture.getvalue()
             body.append(f"<h2>{title}</h2>{svg[svg.index('<svg') :]}")
-    return _PAGE.format(title=html.escape(f"Comparison by {found.metric}"), body="\n".join(body))
+    return _PAGE.format(
+        title=html.escape(f"{found.about.get('sweep', 'Comparison')} by {found.metric}"), body="\n".join(body)
+    )
 
 
 def _numbers(row: Row, found: Comparison) -> dict[str, Any]:
@@ -281,7 +290,13 @@ def _everything(found: Comparison) -> dict[str, Any]:
                 ],
             }
         )
-    return {"metric": found.metric, "not_equal": found.warnings, "settings": found.settings, "rows": rows}
+    return {
+        "metric": found.metric,
+        "about": found.about,
+        "not_equal": found.warnings,
+        "settings": found.settings,
+        "rows": rows,
+    }
 
 
 def _number(value: float) -> float | None:

@@ -62,8 +62,6 @@ def recorded_config(record: Record, changes: Mapping[str, Any], uri: str | None)
     Raises:
         ConfigError: it is no valid config, or asks for what only the user may allow.
     """
-    if "after/loss" not in record.metrics:
-        raise ConfigError(f"run {record.run_id} has no held-out loss ({record.outcome}): nothing to compare with")
     values = record.yaml()
     told = values.get("tracking")
     name = told.get("experiment_name", "qlora_exp") if isinstance(told, dict) else "qlora_exp"
@@ -217,12 +215,25 @@ def given(words: Sequence[str]) -> dict[str, Any]:
     return {key: plain_yaml(value, key) for key, value in (word.split("=", 1) for word in words)}
 
 
+def free_folder(record: Record) -> Path:
+    """Where a repetition may write: a new folder, or that of one that was cut off and goes on."""
+    folder = Path("outputs", "reproduced", record.run_id)
+    number = 1
+    while (last := last_message(folder)) is not None and is_over(last):
+        number += 1
+        folder = folder.with_name(f"{record.run_id}.{number}")
+    return folder
+
+
 def start(record: Record, config: Config, folder: Path) -> str:
     """Run `config` anew; the new run's id.
 
     Raises:
-        ConfigError: the folder has something in it that is not an unfinished run of this config.
+        ConfigError: the folder has something in it that is not an unfinished run of this config, or the record has no
+            result to compare with.
     """
+    if "after/loss" not in record.metrics:
+        raise ConfigError(f"run {record.run_id} has no held-out loss ({record.outcome}): nothing to compare with")
     if (last := last_message(folder)) is not None and is_over(last):
         raise ConfigError(f"{folder}: holds a run that ended ({last['outcome']}); choose another: --out FOLDER")
     if hub.is_needed(config):

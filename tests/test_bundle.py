@@ -100,7 +100,7 @@ def test_nothing_is_overwritten(made, record):
         bundle.write(record, made)
 
 
-@pytest.mark.parametrize("place", ["/proc/it.zip", "file/it.zip", "file/it"])
+@pytest.mark.parametrize("place", ["/proc/it.zip", "file/it.zip", "file/it", "nowhere/it", "it.tar.gz"])
 def test_a_place_that_cannot_be_written_is_explained(place: str, record, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write"):
@@ -156,8 +156,10 @@ def test_what_a_bundle_may_not_say_is_named(key: str, value, message: str, made,
 @pytest.mark.parametrize("made", ["shared"], indirect=True)
 def test_a_run_without_a_result_is_not_reproduced(made, tmp_path):
     told = json.loads(bundle.read(made).text("run.json")) | {"metrics": {}}
+    found = bundle.read(damaged(made, tmp_path, "run.json", json.dumps(told)))
+    config = recorded_config(found, {}, None)  # it can be checked
     with pytest.raises(ConfigError, match="no held-out loss"):
-        recorded_config(bundle.read(damaged(made, tmp_path, "run.json", json.dumps(told))), {}, None)
+        start(found, config, tmp_path / "again")
 
 
 @pytest.mark.parametrize("made", ["shared"], indirect=True)
@@ -252,7 +254,9 @@ def test_a_damaged_zip_is_read_or_refused(data, made):
 
 @given(st.dictionaries(st.text(max_size=5), st.floats(), max_size=5))
 def test_every_number_survives(tmp_path_factory, metrics: dict[str, float]):
-    told = bundle._Run(run_id="a" * 32, name="b", params={}, tags={}, metrics=metrics, curves={}, seed_losses=[])
+    told = bundle._Run(
+        format=1, run_id="a" * 32, name="b", params={}, tags={}, metrics=metrics, curves={}, seed_losses=[]
+    )
     folder = tmp_path_factory.mktemp("any")
     (folder / "run.json").write_text(told.model_dump_json(), encoding="utf-8")
     found = bundle.read(folder)

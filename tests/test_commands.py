@@ -1,7 +1,10 @@
+import socket
+
 import pytest
 from test_cli import command
 
 from qlora_exp import commands
+from qlora_exp.errors import ConfigError
 
 
 @pytest.mark.parametrize("section", [None, "method", "training"])
@@ -10,6 +13,17 @@ def test_keys_says_what_keys_mean(section: str | None, capsys):
     text = capsys.readouterr().out
     assert ("gradient_checkpointing = 'auto'" in text) == (section != "method")
     assert ("use_dora" in text) == (section != "training")
+
+
+@pytest.mark.parametrize("port", ["taken", 99999999])
+def test_a_port_that_cannot_be_had_is_explained_at_once(port, tmp_path, monkeypatch):
+    (tmp_path / "mlruns").mkdir()
+    (tmp_path / "mlruns" / "mlflow.db").write_text("")
+    monkeypatch.setattr("os.execve", lambda *_: pytest.fail("started"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        number = taken.getsockname()[1] if port == "taken" else port
+        with pytest.raises(ConfigError, match="choose another: --port"):
+            commands.ui(None, "127.0.0.1", number)
 
 
 def test_ui_without_runs_says_what_to_do(tmp_path):

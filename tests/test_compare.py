@@ -97,19 +97,21 @@ def test_other_held_out_rows_are_not_paired_and_are_named(past):
 
 def test_what_else_differs_is_named(past):
     tags = {"version.torch": "1", "sweep.method.r": "4"}
-    past(shifted(0.0), metrics={"train/num_tokens": 100.0}, tags=tags, resolved__adapter_dtype="float32")
+    measured = {"train/num_tokens": 100.0, "memory/baseline/rss_mib": 500.0}
+    past(shifted(0.0), metrics=measured, tags=tags, resolved__adapter_dtype="float32")
     past(
         shifted(0.1),
         method__r=8,
         training__learning_rate=1e-3,
         resolved__adapter_dtype="bfloat16",
-        metrics={"train/num_tokens": 200.0},
+        metrics={"train/num_tokens": 200.0, "memory/baseline/rss_mib": 600.0},
         tags={"version.torch": "2", "sweep.method.r": "8"},
     )
     found = compare(find(past.uri, experiment=past.experiment))
     assert [row.name for row in found.rows] == ["method.r=4", "method.r=8"]
     for expected in (
         "tokens seen: 100 (r=4), 200 (r=8)",
+        "MiB before loading: 500 (r=4), 600 (r=8)",
         "torch version: 1, 2",
         "adapter dtype: float32, bfloat16",
     ):

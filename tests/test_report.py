@@ -67,7 +67,15 @@ def test_the_command_shows_the_table(found, past, tmp_path):
     result = subprocess.run([*words, "--out", str(tmp_path)], capture_output=True, text=True, check=True)
     assert "better -0.2000" in result.stdout
     assert len(list(tmp_path.glob("comparison_*"))) == 4
-    for wrong, message in (("--metric=x", "choose one of loss"), ("--baseline=x", "no row is called so")):
+    mistakes = {
+        "--metric=x": "choose one of loss",
+        "--baseline=x": "no row is called so",
+        "--baseline=method.r": "several rows are called so",
+        "--baseline=r=16": "method.r=16 has no run that ended well",
+        f"--out={tmp_path / 'file'}": "cannot write to",
+    }
+    (tmp_path / "file").write_text("")
+    for wrong, message in mistakes.items():
         result = subprocess.run([*words, wrong], capture_output=True, text=True, check=False)
         assert (result.returncode, "Traceback" in result.stderr) == (1, False)
         assert message in result.stderr

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -34,6 +35,22 @@ def test_the_same_is_bit_identical(first: str, store, tmp_path):
     assert "all 3 training losses" in found.why
     (copy,) = find(store, where=f"tags.reproduces = '{first}'")
     assert copy.name.endswith("again")
+
+
+def test_a_repetition_stands_for_no_run_but_itself(first: str, store, tmp_path):
+    record = one_record(store, first)
+    copy = reproduce.start(record, recorded_config(record, {}, store), tmp_path / "again")
+    assert [one.run_id for one in find(store, [record.tags["run_key"]])] == [first]
+    assert [one.run_id for one in find(store, [copy, first])] == [
+        first
+    ]  # of one key the newest that was asked for last
+
+
+def test_a_repetition_has_a_folder_of_its_own(first: str, store, tmp_path):
+    record = one_record(store, first)
+    assert reproduce.free_folder(record) == Path("outputs", "reproduced", first)
+    reproduce.start(record, recorded_config(record, {}, store), reproduce.free_folder(record))
+    assert reproduce.free_folder(record) == Path("outputs", "reproduced", f"{first}.2")
 
 
 def test_a_changed_setting_is_the_cause_of_a_drift(first: str, store, tmp_path):
