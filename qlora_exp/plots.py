@@ -110,7 +110,7 @@ def ranked(found: Comparison) -> Figure | None:
             )
     axes.grid(axis="y", linewidth=0.3)
     axes.set_xlabel(
-        _named(found.metric) + ("; rows that share a letter: no difference found" if len(rows) <= 30 else "")
+        _named(found.metric) + ("\nrows that share a letter: no difference found" if len(rows) <= 30 else "")
     )
     return figure
 
