@@ -95,7 +95,7 @@ def decide(folder: Path, jobs: int) -> tuple[float, float]:
     for seed in range(1, jobs):
         key = run_key(first.model_copy(update={"seed": seed}))
         (real.parent / f"seed-{seed}_{key}").mkdir()
-        for file in real.glob("journal.*"):
+        for file in (*real.glob("journal.*"), real / "delivered.json"):
             shutil.copy(file, real.parent / f"seed-{seed}_{key}")
     return one, sweep(folder / "done", jobs, "sweep.name=done")[0]
 

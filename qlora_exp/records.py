@@ -101,7 +101,7 @@ class Record(ABC):
         """ok, or how it failed."""
         return self.tags.get("outcome", "unknown")
 
-    @property
+    @cached_property
     def config(self) -> dict[str, str]:
         """Of the params, what makes two runs the same but for the seed."""
         apart = (*APART, "resolved", "data", "seed", "device")
