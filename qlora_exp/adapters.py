@@ -1,6 +1,7 @@
 """Method and variant -> trainable parameters, through PEFT's own registry.
 
-Knows nothing of training; `keep_dtypes` is here because the trainer would change what this module set.
+Knows nothing of training; `keep_dtypes` and `Ranks` are here for the trainer, which would change what this module set
+and does not do what AdaLoRA needs.
 """
 
 import json
@@ -39,7 +40,7 @@ def peft_config(config: Config, skeleton: PreTrainedModel) -> PeftConfig | None:
         return None
     settings: dict[str, Any] = {**method.settings, **config.lora_variant.settings}
     if method.peft_type == "ADALORA":
-        settings.setdefault("total_step", _UNKNOWN_STEPS)
+        settings["total_step"] = _UNKNOWN_STEPS
     if settings.get("target_modules") is not None:
         settings["target_modules"] = resolve_targets(settings["target_modules"], skeleton)
     try:

@@ -65,6 +65,7 @@ def compare(options: argparse.Namespace) -> None:
 
 def reproduce(options: argparse.Namespace) -> None:
     """A recorded run again, with a verdict; a drift is an error."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
     quiet()
     from qlora_exp import records, reproduce
 
@@ -77,8 +78,6 @@ def reproduce(options: argparse.Namespace) -> None:
         print("nothing that was recorded differs: config, data, base model, code, libraries, threads")
     if options.check_only:
         return
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
-    quiet()  # that too
     folder = options.out or reproduce.free_folder(record)
     run_id = reproduce.start(record, config, folder)
     (again,) = records.find(options.uri, [run_id])

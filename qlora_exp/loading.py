@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from mlflow.artifacts import download_artifacts
 from mlflow.exceptions import MlflowException
 from peft import PeftModel
@@ -19,6 +18,7 @@ from qlora_exp.device import detect, resolve
 from qlora_exp.errors import ConfigError, ModelError
 from qlora_exp.journal import CONFIG_FILE
 from qlora_exp.model import load_model
+from qlora_exp.records import plain_yaml
 
 
 def load(source: str, tracking_uri: str | None = None, device: str = "auto") -> tuple[Any, Any]:
@@ -42,13 +42,14 @@ def load(source: str, tracking_uri: str | None = None, device: str = "auto") -> 
     if not (folder / CONFIG_FILE).is_file() or not list(weights):
         raise ModelError(f"{source}: not a model that a run saved (no {CONFIG_FILE}, or no .safetensors)")
     try:
-        recorded = yaml.safe_load((folder / CONFIG_FILE).read_text("utf-8"))
+        recorded = plain_yaml((folder / CONFIG_FILE).read_text("utf-8"), CONFIG_FILE)
         # A stranger's record must not run a stranger's code: neither the model's nor a kernel of the hub.
         recorded["model"] |= {"trust_remote_code": False, "attn_implementation": None}
         recorded["training"]["resume_from_checkpoint"] = None
-        config = from_dict(recorded | {"device": device})
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+    except (ConfigError, KeyError, TypeError) as error:
         raise ModelError(f"{source}: {CONFIG_FILE} is damaged: {error}") from error
+    try:
+        config = from_dict(recorded | {"device": device})
     except ConfigError as error:
         raise ModelError(f"{source}: its config is not one of this version: {error}") from error
     resolved = resolve(config, detect(device, quantized=config.quantization.quantized))

@@ -30,6 +30,7 @@ _NOT_SETTINGS = frozenset(
         "revision",
         "runtime_config",
         "task_type",
+        "total_step",
     }
 )
 _POSITIVE = frozenset({"r", "lora_alpha", "init_r", "target_r", "num_virtual_tokens"})

@@ -1,4 +1,4 @@
-"""A past run again, from what MLflow recorded of it, and whether the same came out.
+"""A past run again, from what MLflow or a bundle says of it, and whether the same came out.
 
 A record is somebody else's word: it is read as plain data, checked like any config, and may neither run code nor choose
 files of this machine. Never imports training internals.

@@ -61,6 +61,7 @@ def test_a_record_cannot_ask_for_foreign_code(run, monkeypatch):
 
 def test_a_damaged_record_is_explained(run):
     result = run("method=lora")
-    (result.output_dir / "model" / "qlora_exp.yaml").write_text("!!python/object/apply:os.system ['touch pwned']")
-    with pytest.raises(ModelError, match="damaged"):
-        load(str(result.output_dir / "model"), device="cpu")
+    for text in ("!!python/object/apply:os.system ['touch pwned']", "a: &x [1]\nb: [*x, *x]", "just text", "model: 3"):
+        (result.output_dir / "model" / "qlora_exp.yaml").write_text(text)
+        with pytest.raises(ModelError, match="damaged"):
+            load(str(result.output_dir / "model"), device="cpu")
