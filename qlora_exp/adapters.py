@@ -1,7 +1,6 @@
 """Method and variant -> trainable parameters, through PEFT's own registry.
 
-Knows nothing of training; `keep_dtypes` and `Ranks` are here for the trainer, which would change what this module set
-and does not do what AdaLoRA needs.
+Knows nothing of training; `keep_dtypes` is here because the trainer would change what this module set.
 """
 
 import json
@@ -20,7 +19,7 @@ from qlora_exp.errors import ConfigError, did_you_mean
 from qlora_exp.schema import Config
 
 _UNKNOWN_STEPS = 10**9
-"""AdaLoRA must be told how many steps there are before anybody knows: `ranks` sets it."""
+"""AdaLoRA must be told how many steps there are before anybody knows: `fit_schedule` does."""
 PRESETS = ("all-linear", "attention", "mlp", "q_v")
 _QUERY_OR_VALUE = re.compile(r"(q|v|query|value|wq|wv)(_proj|_lin)?")
 
@@ -128,35 +127,29 @@ def attach(
     return adapted
 
 
-class Ranks:
-    """AdaLoRA's allocation of ranks, which no trainer calls by itself: without it the ranks stay as they begin."""
+def allocates(model: Any) -> bool:
+    """Whether a method moves its budget while it learns (AdaLoRA, AdaMSS).
 
-    def __init__(self, model: PeftModel) -> None:
-        self._model: Any = model.base_model
-        self.settings: Any = model.peft_config[model.active_adapter]
-
-    def begin(self, steps: int) -> None:
-        """Fit the schedule to a training of `steps` steps.
-
-        Raises:
-            ConfigError: it is too short for the schedule.
-        """
-        if self.settings.tinit + self.settings.tfinal >= steps:
-            raise ConfigError(
-                f"method.tinit={self.settings.tinit} and method.tfinal={self.settings.tfinal} steps without a change "
-                f"of ranks leave none of {steps} training steps"
-            )
-        self.settings.total_step = steps
-
-    def step(self, number: int) -> None:
-        """After the optimizer's step `number`, from 0, while there are gradients."""
-        self._model.update_and_allocate(number)
+    PEFT then wants `update_and_allocate` of its tuner called after each optimizer step, which TRL does not do.
+    """
+    return isinstance(model, PeftModel) and hasattr(type(model.base_model), "update_and_allocate")
 
 
-def ranks(model: Any) -> Ranks | None:
-    """Of a model that AdaLoRA adapts; None of any other."""
-    peft_type = getattr(model, "peft_type", None)
-    return Ranks(model) if isinstance(model, PeftModel) and peft_type == PeftType.ADALORA else None
+def fit_schedule(model: Any, steps: int) -> None:
+    """Tell AdaLoRA how many steps a training has; of other methods nothing.
+
+    Raises:
+        ConfigError: they are too few for its schedule.
+    """
+    settings = model.peft_config[model.active_adapter]
+    if settings.peft_type != PeftType.ADALORA:
+        return
+    if settings.tinit + settings.tfinal >= steps:
+        raise ConfigError(
+            f"method.tinit={settings.tinit} and method.tfinal={settings.tfinal} steps without a change "
+            f"of ranks leave none of {steps} training steps"
+        )
+    settings.total_step = steps
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from trl.trainer import utils as trl_utils
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from qlora_exp.adapters import Ranks, keep_dtypes, ranks
+from qlora_exp.adapters import allocates, fit_schedule, keep_dtypes
 from qlora_exp.checkpoints import checkpoints, is_whole
 from qlora_exp.data import IGNORED
 from qlora_exp.device import Resolved
@@ -164,16 +164,16 @@ class Trainer(SFTTrainer):
 
 
 class _Allocation(TrainerCallback):
-    """AdaLoRA's ranks, after each optimizer step."""
+    """What a method moves while it learns, after each optimizer step, while there are gradients."""
 
-    def __init__(self, found: Ranks) -> None:
-        self._ranks = found
+    def __init__(self, model: Any) -> None:
+        self._model = model
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._ranks.begin(state.max_steps)
+        fit_schedule(self._model, state.max_steps)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._ranks.step(state.global_step)
+        self._model.base_model.update_and_allocate(state.global_step)
 
 
 class Watcher(TrainerCallback):
@@ -295,8 +295,8 @@ def build(
         callbacks.append(
             EarlyStoppingCallback(config.training.early_stopping_patience, config.training.early_stopping_threshold)
         )
-    if (found := ranks(model)) is not None:
-        callbacks.append(_Allocation(found))
+    if allocates(model):
+        callbacks.append(_Allocation(model))
     with keep_dtypes(model):
         trainer = Trainer(
             memory=memory,

@@ -5,11 +5,11 @@ import json
 import bitsandbytes as bnb
 import pytest
 import torch
-from peft import PeftModel
+from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftModel, PeftType
 from torch.nn.functional import cosine_similarity, cross_entropy
 
 from qlora_exp import data
-from qlora_exp.adapters import attach, peft_config, ranks
+from qlora_exp.adapters import allocates, attach, fit_schedule, peft_config
 from qlora_exp.config import compose, options
 from qlora_exp.device import Device, resolve
 from qlora_exp.errors import ConfigError
@@ -58,16 +58,16 @@ def logits(model, ids: torch.Tensor) -> torch.Tensor:
 def test_only_what_a_method_adds_learns_and_all_of_it_is_saved(name: str, tmp_path):
     config, model = base(name, "none")
     adapted = attach(model, peft_config(config, model), "float32")
-    if found := ranks(adapted):
-        found.begin(3)
+    if allocates(adapted):
+        fit_schedule(adapted, 3)
     before = {key: parameter.detach().clone() for key, parameter in adapted.named_parameters()}
     learned = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(learned, lr=0.01)
     for step in range(3):
         gradients(adapted)
         optimizer.step()
-        if found:
-            found.step(step)
+        if allocates(adapted):
+            adapted.base_model.update_and_allocate(step)
     changed = {key for key, parameter in adapted.named_parameters() if not torch.equal(parameter, before[key])}
     assert changed
     assert changed <= {key for key, parameter in adapted.named_parameters() if parameter.requires_grad}
@@ -149,6 +149,15 @@ def test_adalora_really_moves_ranks_to_where_they_count(run):
     assert settings["total_step"] == 6
     assert sum(ranks) == 3 * len(ranks)  # the budget
     assert len(set(ranks)) > 1
+
+
+@pytest.mark.parametrize("name", ["adalora", "adamss"])
+def test_a_method_that_moves_its_budget_is_told_of_every_step(name: str, run, monkeypatch):
+    told = []
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(name.upper())]
+    monkeypatch.setattr(tuner, "update_and_allocate", lambda self, step: told.append(step))
+    run(f"method={name}", "evaluation=loss_only", "training.max_steps=3")
+    assert told == [0, 1, 2]
 
 
 def test_an_adalora_schedule_that_leaves_no_step_is_refused(run):
