@@ -15,12 +15,14 @@ from peft import PeftConfig, PeftModel, PeftType, TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import PreTrainedModel
 
+import qlora_exp.bottleneck  # noqa: F401 - registers its method with PEFT
 from qlora_exp.errors import ConfigError, did_you_mean
 from qlora_exp.schema import Config
 
 _UNKNOWN_STEPS = 10**9
 """AdaLoRA must be told how many steps there are before anybody knows: `fit_schedule` does."""
-PRESETS = ("all-linear", "attention", "mlp", "q_v")
+PRESETS = ("all-linear", "attention", "mlp", "q_v", "outputs")
+_OUTPUT = re.compile(r"(o|out|c|down)_proj|wo|w2|fc2|fc_out|dense|dense_4h_to_h")
 _QUERY_OR_VALUE = re.compile(r"(q|v|query|value|wq|wv)(_proj|_lin)?")
 
 
@@ -40,8 +42,13 @@ def peft_config(config: Config, skeleton: PreTrainedModel) -> PeftConfig | None:
     settings: dict[str, Any] = {**method.settings, **config.lora_variant.settings}
     if method.peft_type == "ADALORA":
         settings["total_step"] = _UNKNOWN_STEPS
+    if config.lora_start == "loftq":
+        settings["init_lora_weights"] = True  # PEFT's own LoftQ would quantize the base itself
     if settings.get("target_modules") is not None:
         settings["target_modules"] = resolve_targets(settings["target_modules"], skeleton)
+    if settings.get("target_modules") == "all-linear" and config.lora_start in ("corda", "lora_ga"):
+        # PEFT looks for their layers before it knows what this name stands for.
+        settings["target_modules"] = sorted({name.rpartition(".")[2] for name in _linear_layers(skeleton)})
     try:
         return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.peft_type)](task_type=TaskType.CAUSAL_LM, **settings)
     except (TypeError, ValueError, ImportError) as error:
@@ -51,8 +58,8 @@ def peft_config(config: Config, skeleton: PreTrainedModel) -> PeftConfig | None:
 def resolve_targets(wanted: str | list[str], skeleton: PreTrainedModel) -> str | list[str]:
     """Names of the modules to adapt, checked against the model's own.
 
-    `attention`, `mlp` and `q_v` become the model's own names (OPT's `out_proj`, `fc1`, ...); `all-linear` and regular
-    expressions stay as they are, since PEFT reads them itself.
+    `attention`, `mlp`, `q_v` and `outputs` (what both kinds of blocks end in) become the model's own names (OPT's
+    `out_proj`, `fc1`, ...); `all-linear` and regular expressions stay as they are, since PEFT reads them itself.
 
     Raises:
         ConfigError: something matches no module.
@@ -73,6 +80,7 @@ def resolve_targets(wanted: str | list[str], skeleton: PreTrainedModel) -> str |
             "attention": attention,
             "mlp": every - attention,
             "q_v": {name for name in attention if _QUERY_OR_VALUE.fullmatch(name)},
+            "outputs": {name for name in every if _OUTPUT.fullmatch(name)},
         }[wanted]
         if not chosen:
             raise ConfigError(_matches_nothing(wanted, linear))
@@ -125,6 +133,17 @@ def attach(
         if parameter.requires_grad:
             parameter.data = parameter.data.to(getattr(torch, adapter_dtype or "float32"))
     return adapted
+
+
+def penalty(model: Any) -> torch.Tensor | float:
+    """What KaSA and MonteCLoRA add to the loss while they learn; 0 for all others.
+
+    PEFT 0.21 leaves adding it to whoever trains, and has no public name for it.
+    """
+    if not isinstance(model, PeftModel) or model.active_peft_config.peft_type != PeftType.LORA:
+        return 0.0
+    tuner: Any = model.base_model
+    return tuner._get_kasa_loss() + tuner._get_monteclora_loss()
 
 
 def allocates(model: Any) -> bool:

@@ -12,6 +12,7 @@ from mlflow.exceptions import MlflowException
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import qlora_exp.bottleneck  # noqa: F401 - registers its method with PEFT
 from qlora_exp import store
 from qlora_exp.config import from_dict
 from qlora_exp.device import detect, resolve

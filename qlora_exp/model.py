@@ -89,6 +89,11 @@ def load_model(config: ModelConfig, quantization: QuantizationConfig, resolved: 
     return model
 
 
+def load_unquantized(config: ModelConfig) -> PreTrainedModel:
+    """The base in the dtype of its files, on the CPU: what its weights were before they were quantized."""
+    return _from_pretrained(AutoModelForCausalLM, config, dtype="auto")
+
+
 def quantization_config(quantization: QuantizationConfig, resolved: Resolved) -> BitsAndBytesConfig:
     """Transformers' config of a quantized base."""
     if quantization.load_in_8bit:

@@ -1,4 +1,4 @@
-"""PEFT's methods and their settings, read from the installed PEFT's source without importing it.
+"""PEFT's methods and their settings, read from the installed PEFT's source (and `bottleneck`) without importing it.
 
 Importing PEFT takes seconds (it imports torch); a wrong config must fail in one. So the config
 dataclasses are parsed, never executed: names, types and defaults of the fields are PEFT's own, and
@@ -13,9 +13,9 @@ import re
 import typing
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from qlora_exp.errors import ConfigError, did_you_mean
 
@@ -25,6 +25,9 @@ _NOT_SETTINGS = frozenset(
         "auto_mapping",
         "base_model_name_or_path",
         "inference_mode",
+        "loftq_config",
+        "megatron_config",
+        "megatron_core",
         "peft_type",
         "peft_version",
         "revision",
@@ -33,7 +36,14 @@ _NOT_SETTINGS = frozenset(
         "total_step",
     }
 )
-_POSITIVE = frozenset({"r", "lora_alpha", "init_r", "target_r", "num_virtual_tokens"})
+_READS_FILES = ("cache_file", "covariance_file")
+_MOVES_BASE = r"pissa(_niter_\d+)?|olora|corda|lora_ga"
+_ON_PLAIN_BASE = rf"{_MOVES_BASE}|mica|orthogonal"
+_PLAIN_BASE_ONLY = ("kasa_config", "monteclora_config", "velora_config")
+_STARTS = rf"{_ON_PLAIN_BASE}|gaussian|eva|loftq"
+# What PEFT's own annotation of a field leaves out or spells as prose.
+_CORRECTED = {"init_lora_weights": bool | Annotated[str, Field(pattern=rf"^({_STARTS})$")]}
+_POSITIVE = frozenset({"bottleneck_size", "r", "lora_alpha", "init_r", "target_r", "num_virtual_tokens"})
 
 
 _NEEDS_MORE = {
@@ -65,12 +75,9 @@ def _sources() -> dict[Path, str]:
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError("peft is not installed: pip install peft")
     root = Path(spec.submodule_search_locations[0])
-    files = [root / "config.py", *sorted((root / "tuners").rglob("*.py"))]
-    return {
-        file: text
-        for file in files
-        if ("config" in file.name or file.name == "lycoris_utils.py") and "class" in (text := file.read_text("utf-8"))
-    }
+    files = [file for file in sorted((root / "tuners").rglob("*.py")) if "config" in file.name]
+    files += [root / "config.py", root / "tuners" / "lycoris_utils.py", Path(__file__).with_name("bottleneck.py")]
+    return {file: text for file in files if "class" in (text := file.read_text("utf-8"))}
 
 
 @cache
@@ -126,7 +133,22 @@ def settings(peft_type: str) -> dict[str, Any]:
         for item in node.body:
             if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
                 fields.setdefault(item.target.id, _annotation(item.annotation))
-    return {name: kind for name, kind in fields.items() if name not in _NOT_SETTINGS}
+    return {name: _CORRECTED.get(name, kind) for name, kind in fields.items() if name not in _NOT_SETTINGS}
+
+
+def moves_base(start: str | None) -> bool:
+    """Whether LoRA starting so (`init_lora_weights`) takes a part of the base's weights into the adapter."""
+    return start is not None and re.fullmatch(_MOVES_BASE, start) is not None
+
+
+def needs_plain_base(settings: dict[str, Any]) -> str | None:
+    """Which of LoRA's settings PEFT cannot follow on a quantized base; None if it can follow all.
+
+    Starts that factor weights fail there, VeLoRA too; MonteCLoRA would silently be plain LoRA.
+    """
+    if re.fullmatch(_ON_PLAIN_BASE, str(settings.get("init_lora_weights"))):
+        return "init_lora_weights"
+    return next((name for name in _PLAIN_BASE_ONLY if settings.get(name) is not None), None)
 
 
 @cache
@@ -147,8 +169,11 @@ def check(section: str, peft_type: str, given: dict[str, Any]) -> list[str]:
         try:
             _validator(peft_type, name).validate_python(value)
         except ValidationError as error:
-            problems.append(f"{section}.{name}: {error.errors()[0]['msg']}, got {value!r}")
+            reasons = dict.fromkeys(found["msg"] for found in error.errors()[:3])
+            problems.append(f"{section}.{name}: {'; or '.join(reasons)}; got {value!r}")
             continue
+        if isinstance(value, dict) and (files := sorted(value.keys() & set(_READS_FILES))):
+            problems.append(f"{section}.{name}.{files[0]}: a run starts from its own rows, not from files")
         # Ranges that PEFT checks late (after the model is loaded), or not at all.
         if name in _POSITIVE and value <= 0:
             problems.append(f"{section}.{name}: must be positive, got {value}")

@@ -24,6 +24,7 @@ HATCHES = ("", "//", "\\\\", "..", "xx", "++", "oo", "**")
 PHASES = {
     "imports": "memory/baseline/{}_mib",
     "load": "memory/load/{}_peak_mib",
+    "initialize": "memory/initialize/{}_peak_mib",
     "evaluation before": "memory/evaluate_before/{}_peak_mib",
     "first step": "memory/first_step/{}_peak_mib",
     "steady steps": "memory/steady/{}_peak_mib",

@@ -80,7 +80,7 @@ def run(
     from transformers import set_seed
     from transformers.utils import logging as transformers_logging
 
-    from qlora_exp import adapters, evaluation, model, provenance, summary, tracking, training
+    from qlora_exp import adapters, evaluation, initialization, model, provenance, summary, tracking, training
     from qlora_exp.memory import MemoryMonitor, reuse_freed_memory, size_on_disk
 
     gc.enable()  # the command line starts without
@@ -141,16 +141,25 @@ def run(
                 tracker.params({"resolved.target_modules": targets if isinstance(targets, str) else sorted(targets)})
         with memory.phase("load"):
             base = model.load_model(config.model, config.quantization, resolved)
-            base_parameters = adapters.count_parameters(base)[1]
+        base_parameters = adapters.count_parameters(base)[1]
+        start, first_adapter = config.lora_start, output_dir / "first_adapter"
+        with memory.phase("initialize" if start else "load"):
+            found = initialization.batches(
+                train_tokens,
+                config.lora_variant.init_rows,
+                1 if start == "corda" else config.training.per_device_train_batch_size,  # PEFT's CorDA takes one row
+                config.training.max_length,
+                tokenizer.pad_token_id,
+            )
+            initialization.prepare(start, base, peft_config, found)
             adapted = adapters.attach(base, peft_config, resolved.adapter_dtype)
+            initialization.finish(start, adapted, found, lambda: model.load_unquantized(config.model))
+            initialization.remember(start, adapted, first_adapter)
         if config.training.packing and not evaluation.isolates_packed_rows(adapted):
             raise ConfigError(
                 f"training.packing: {config.model.model_name_or_path} does not keep packed rows apart, so training "
                 "would not be that of the single rows; use training.packing=false"
             )
-        trainable, total = adapters.count_parameters(adapted)
-        note({"trainable_parameters": trainable, "total_parameters": total, "trainable_share": trainable / total})
-
         trainer = training.build(
             adapted,
             tokenizer,
@@ -161,6 +170,8 @@ def run(
             output_dir / "checkpoints",
             memory,
         )
+        trainable, total = adapters.count_parameters(adapted)
+        note({"trainable_parameters": trainable, "total_parameters": total, "trainable_share": trainable / total})
 
         def measure(moment: str) -> evaluation.Evaluation:
             log.info("evaluating %s training", moment)
@@ -205,6 +216,9 @@ def run(
         saved = output_dir / "model"
         with memory.phase("save"):
             trainer.save_model(str(saved))
+            if first_adapter.is_dir():
+                initialization.save_difference(trainer.model, saved, first_adapter)
+                shutil.rmtree(first_adapter)
             tokenizer.save_pretrained(saved)
         adapters.make_portable(saved, config.model.model_name_or_path)
         shutil.copy(output_dir / CONFIG_FILE, saved)

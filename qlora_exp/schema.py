@@ -89,6 +89,8 @@ class LoraVariantConfig(PeftSettings):
     """How LoRA is scaled, split and initialised. Every other key is a setting of PEFT's LoraConfig."""
 
     name: str = "lora"
+    init_rows: PositiveInt = 64
+    """Training rows that EVA, CorDA and LoRA-GA look at to start."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -146,6 +148,18 @@ class OptimizerConfig(Section):
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    lora_optimizer: Literal["loraplus", "lorafa", "riemannian"] | None = None
+    """What PEFT makes of `optim` for LoRA. lorafa is an AdamW of its own."""
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] = 16.0
+    """loraplus: the learning rate of LoRA's B is this times that of A."""
+    riemannian_reg: Annotated[float, Field(gt=0)] = 0.01
+    """riemannian: damping of the preconditioner."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.lora_optimizer == "lorafa" and self.optim != "adamw_torch":
+            raise ValueError("lora_optimizer=lorafa is an AdamW of its own: leave optim=adamw_torch")
+        return self
 
 
 class DatasetConfig(Section):
@@ -376,6 +390,33 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
+    @property
+    def lora_start(self) -> str | None:
+        """How LoRA starts (`init_lora_weights`), if not as PEFT's default."""
+        start = {**self.method.settings, **self.lora_variant.settings}.get("init_lora_weights")
+        return start if isinstance(start, str) else None
+
+    def _check_lora(self) -> None:
+        settings = {**self.method.settings, **self.lora_variant.settings}
+        start, quantized = self.lora_start, self.quantization.quantized
+        if quantized and (name := peft_registry.needs_plain_base(settings)):
+            raise ValueError(
+                f"{name}={settings[name]} needs the base's own weights, which a base stored as "
+                f"{self.quantization.name} does not have any more: choose quantization=none, or another lora_variant "
+                "(loftq, eva, dora, rslora, lora)"
+            )
+        if start == "loftq" and not quantized:
+            raise ValueError("init_lora_weights=loftq makes up for a quantized base: choose quantization=nf4_double")
+        if peft_registry.moves_base(start) and settings.get("use_dora"):
+            raise ValueError(f"init_lora_weights={start}: its difference from the start is saved; DoRA's has no rank")
+        if settings.get("use_qalora"):
+            raise ValueError("use_qalora: PEFT has QA-LoRA for GPTQ layers only, which are no quantization here")
+        optimizer = self.optimizer
+        if optimizer.lora_optimizer and self.method.peft_type != "LORA":
+            raise ValueError(f"optimizer={optimizer.name} needs a LoRA method, not method={self.method.name}")
+        if optimizer.lora_optimizer == "lorafa" and (settings.get("use_dora") or start == "mica"):
+            raise ValueError("lora_optimizer=lorafa trains LoRA's B only: use lora_variant=lora, rslora or loftq")
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         method, quantization = self.method, self.quantization
@@ -391,6 +432,7 @@ class Config(Section):
             )
         if method.peft_type != "LORA" and self.lora_variant != LoraVariantConfig():
             raise ValueError(f"lora_variant={self.lora_variant.name} needs a LoRA method, not method={method.name}")
+        self._check_lora()
         if twice := method.settings.keys() & self.lora_variant.settings.keys():
             raise ValueError(f"set in both method and lora_variant: {', '.join(sorted(twice))}")
         if self.device == "mps" and (

@@ -21,12 +21,13 @@ from trl.trainer import utils as trl_utils
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from qlora_exp.adapters import allocates, fit_schedule, keep_dtypes
+from qlora_exp.adapters import allocates, fit_schedule, keep_dtypes, penalty
 from qlora_exp.checkpoints import checkpoints, is_whole
 from qlora_exp.data import IGNORED
 from qlora_exp.device import Resolved
 from qlora_exp.errors import ConfigError
 from qlora_exp.memory import MemoryMonitor
+from qlora_exp.optimizers import lora_optimizer
 from qlora_exp.schema import Config
 
 log = logging.getLogger(__name__)
@@ -142,6 +143,14 @@ class Trainer(SFTTrainer):
         supervised = (inputs["labels"] != IGNORED).sum()
         self.seen = self.seen.to(ids.device) + torch.stack([tokens, supervised, ids.new_tensor(len(ids))])
         return super().training_step(model, inputs, *args, **kwargs)
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any) -> Any:
+        """TRL's loss and, while it trains, what the adapter adds to it."""
+        found = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
+        if not model.training:
+            return found
+        added = penalty(model) / self.args.gradient_accumulation_steps
+        return (found[0] + added, found[1]) if return_outputs else found + added
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Held-out loss, in a memory phase of its own; the random state (dropout's) is left as it was."""
@@ -297,11 +306,13 @@ def build(
         )
     if allocates(model):
         callbacks.append(_Allocation(model))
+    settings = arguments(config, resolved, output_dir)
     with keep_dtypes(model):
         trainer = Trainer(
             memory=memory,
             model=model,
-            args=arguments(config, resolved, output_dir),
+            args=settings,
+            optimizers=(lora_optimizer(model, config.optimizer, settings), None),
             train_dataset=train_tokens.select_columns(["input_ids", "labels"]),
             eval_dataset=heldout_tokens.select_columns(["input_ids", "labels"]),
             processing_class=tokenizer,

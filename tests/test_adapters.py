@@ -6,7 +6,7 @@ import torch
 from qlora_exp import adapters
 from qlora_exp.config import compose
 from qlora_exp.errors import ConfigError
-from qlora_exp.model import skeleton
+from qlora_exp.model import load_unquantized, skeleton
 from qlora_exp.schema import ModelConfig
 
 ATTENTION = {
@@ -26,11 +26,7 @@ def bare(family: str = "llama"):
 
 
 def real(family: str = "llama"):
-    from transformers import AutoModelForCausalLM
-
-    from qlora_exp.embedded import folder_of
-
-    return AutoModelForCausalLM.from_pretrained(folder_of(f"random:{family}"))
+    return load_unquantized(ModelConfig(model_name_or_path=f"random:{family}"))
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen2"])
@@ -117,7 +113,7 @@ def test_dtypes_and_values_are_kept_whatever_happens_inside():
 
 
 def test_what_peft_refuses_is_explained():
-    config = compose(["method=lora", "method.init_lora_weights=loftq", "method.use_dora=true"])
+    config = compose(["method=lora", "method.layers_to_transform=[0]", "method.target_modules=all-linear"])
     with pytest.raises(ConfigError, match="PEFT refuses"):
         adapters.peft_config(config, bare())
 

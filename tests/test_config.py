@@ -36,8 +36,9 @@ def test_composing_imports_no_torch():
 @pytest.mark.parametrize("choice", [f"{group}={option}" for group in GROUPS for option in options(group)])
 def test_every_option_of_every_group_composes(choice: str):
     option = choice.split("=")[1]
-    method = ["method=lora"] if choice in ("quantization=none", "method=lora") else []
-    assert compose([*method, choice, *GIVEN.get(option, [])])
+    plain = choice in ("quantization=none", "method=lora") or choice.startswith("lora_variant=")
+    quantized = ["quantization=nf4"] if choice == "lora_variant=loftq" else []
+    assert compose([*(["method=lora"] if plain else []), *quantized, choice, *GIVEN.get(option, [])])
 
 
 def test_method_chooses_its_quantization_and_optimizer():

@@ -30,11 +30,14 @@ def words(name: str) -> list[str]:
 
 # One of each kind: what is put before the rows, into the layers, beside them, in place of weights.
 WHOLE_RUNS = ["adaption_prompt", "cartridge", "ia3", "osf", "p_tuning", "shadow", "trainable_tokens", "waveft"]
+VARIANTS = [f"lora_variant={name}" for name in options("lora_variant")]
 
 
-@pytest.mark.parametrize("name", WHOLE_RUNS)
+@pytest.mark.parametrize("name", [*WHOLE_RUNS, *VARIANTS])
 def test_what_a_run_saves_is_what_it_measured(name: str, run):
-    result = run(*words(name), "evaluation=loss_only", "evaluation.before=true")
+    given = ["method=lora", name, "lora_variant.init_rows=4"] if name in VARIANTS else words(name)
+    given += ["quantization=nf4"] if "loftq" in name else []
+    result = run(*given, "evaluation=loss_only", "evaluation.before=true")
     assert result.metrics["after/loss"] != result.metrics["before/loss"]
     assert 0 < result.metrics["trainable_share"] < 1
     line = (result.output_dir / "evaluation" / "after_losses.jsonl").read_text().splitlines()[0]

@@ -1,0 +1,133 @@
+"""Bottleneck adapters (Houlsby et al. 2019, https://arxiv.org/abs/1902.00751) as a method of PEFT, which has none.
+
+Importing this module registers them with PEFT under the type `BOTTLENECK`, for training and for loading. Settings have
+the names of LLM-Adapters' PEFT (https://arxiv.org/abs/2304.01933). Knows nothing of the rest of this package.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from peft import PeftConfig, PeftType
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import register_peft_method
+from torch import nn
+
+_ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
+
+
+@dataclass
+class BottleneckConfig(PeftConfig):
+    """PEFT's config of bottleneck adapters.
+
+    Args:
+        bottleneck_size: features between down- and up-projection.
+        non_linearity: between them.
+        adapter_dropout: of what comes out of the non-linearity.
+        target_modules: layers whose output goes through an adapter; Houlsby's are the last ones of each attention and
+            each MLP block, before the residual.
+        modules_to_save: other modules to train and to save.
+    """
+
+    bottleneck_size: int = field(default=64)
+    non_linearity: Literal["relu", "gelu", "silu", "tanh"] = field(default="gelu")
+    adapter_dropout: float = field(default=0.0)
+    target_modules: list[str] | str | None = field(default=None)
+    exclude_modules: list[str] | str | None = field(default=None)
+    modules_to_save: list[str] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.BOTTLENECK  # type: ignore[attr-defined]
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+
+
+class BottleneckLayer(nn.Module, BaseTunerLayer):
+    """A layer y = f(x) that becomes y + up(dropout(activation(down(y)))).
+
+    It starts near the identity: weights from a normal distribution of standard deviation 0.01 cut at two, as the paper
+    has it, and no bias.
+    """
+
+    adapter_layer_names = ("bottleneck_down", "bottleneck_up")
+
+    def __init__(self, base_layer: nn.Linear, adapter_name: str, config: BottleneckConfig) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.bottleneck_down = nn.ModuleDict()
+        self.bottleneck_up = nn.ModuleDict()
+        self.between = nn.ModuleDict()
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: BottleneckConfig) -> None:
+        """Add an adapter."""
+        features: Any = self.get_base_layer().out_features
+        down, up = nn.Linear(features, config.bottleneck_size), nn.Linear(config.bottleneck_size, features)
+        for layer in (down, up):
+            nn.init.trunc_normal_(layer.weight, std=0.01, a=-0.02, b=0.02)
+            nn.init.zeros_(layer.bias)
+        self.bottleneck_down[adapter_name], self.bottleneck_up[adapter_name] = down, up
+        activation = _ACTIVATIONS[config.non_linearity]()
+        self.between[adapter_name] = nn.Sequential(activation, nn.Dropout(config.adapter_dropout))
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The base layer's output, adapted: (..., out_features), in its dtype."""
+        result = self.base_layer(x, *args, **kwargs)
+        for name in () if self.disable_adapters else self.active_adapters:
+            if name in self.bottleneck_down:
+                down, up = self.bottleneck_down[name], self.bottleneck_up[name]
+                added = up(self.between[name](down(result.to(down.weight.dtype))))
+                result = result + added.to(result.dtype)
+        return result
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raises ValueError: what is not linear has no place in a weight."""
+        raise ValueError("bottleneck adapters have a non-linearity, so they cannot be merged into the base's weights")
+
+
+class BottleneckModel(BaseTuner):
+    """PEFT's tuner of bottleneck adapters."""
+
+    prefix = "bottleneck_"
+    tuner_layer_cls = BottleneckLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - as PEFT declares it
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, BottleneckLayer):
+            target.update_layer(adapter_name, peft_config)
+            return
+        if not hasattr(target, "out_features"):
+            raise ValueError(
+                f"{current_key}: a bottleneck adapter follows a linear layer, not a {type(target).__name__}"
+            )
+        layer = BottleneckLayer(target, adapter_name, peft_config)  # type: ignore[arg-type]
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+
+def _register() -> None:
+    """PEFT takes methods of others, but only under a name that its enumeration has, and that is not open."""
+    member: Any = str.__new__(PeftType, "BOTTLENECK")
+    member._name_ = member._value_ = "BOTTLENECK"
+    setattr(PeftType, "BOTTLENECK", member)  # noqa: B010
+    PeftType._member_map_["BOTTLENECK"] = PeftType._value2member_map_["BOTTLENECK"] = member
+    PeftType._member_names_.append("BOTTLENECK")
+    register_peft_method(name="bottleneck", config_cls=BottleneckConfig, model_cls=BottleneckModel)
+
+
+if "BOTTLENECK" not in PeftType.__members__:
+    _register()

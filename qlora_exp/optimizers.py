@@ -1,0 +1,35 @@
+"""PEFT's optimizers for LoRA, built on the optimizer that the config names.
+
+Knows nothing of trainers beyond the arguments that choose an optimizer.
+"""
+
+from typing import Any
+
+import torch
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
+from transformers import Trainer, TrainingArguments
+
+from qlora_exp.schema import OptimizerConfig
+
+
+def lora_optimizer(model: Any, config: OptimizerConfig, arguments: TrainingArguments) -> torch.optim.Optimizer | None:
+    """The optimizer that `lora_optimizer` names; None leaves it to the trainer.
+
+    LoRA+: https://arxiv.org/abs/2402.12354, LoRA-FA: https://arxiv.org/abs/2308.03303 (freezes every A), Riemannian
+    preconditioning: https://arxiv.org/abs/2402.02347.
+    """
+    if config.lora_optimizer is None:
+        return None
+    kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    decay = arguments.weight_decay
+    if config.lora_optimizer == "loraplus":
+        return create_loraplus_optimizer(
+            model, kind, loraplus_lr_ratio=config.loraplus_lr_ratio, loraplus_weight_decay=decay, **settings
+        )
+    if config.lora_optimizer == "riemannian":
+        return create_riemannian_optimizer(model, kind, reg=config.riemannian_reg, weight_decay=decay, **settings)
+    lora = model.peft_config[model.active_adapter]
+    optimizer = create_lorafa_optimizer(model, lora.r, lora.lora_alpha, settings["lr"], decay)
+    for group in optimizer.param_groups:  # PEFT 0.21 takes neither
+        group.update(betas=settings["betas"], eps=settings["eps"])
+    return optimizer
