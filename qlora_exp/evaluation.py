@@ -7,7 +7,7 @@ change training.
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ class Evaluation:
     metrics: dict[str, float]
     losses: list[dict[str, float]]
     """Each held-out row: `nll` (sum, nats) and `tokens` (supervised)."""
+    unrelated: list[dict[str, float]]
+    """The same of each row of unrelated text."""
     samples: list[dict[str, Any]]
     """Each generated answer beside its prompt and reference, with its scores."""
 
@@ -43,8 +45,10 @@ def evaluate(
     config: EvaluationConfig,
     *,
     batch_size: int,
+    unrelated: Dataset | None = None,
     score: Score | None = None,
     label: str = "",
+    generating: AbstractContextManager[Any] | None = None,
 ) -> Evaluation:
     """Measure `model` on held-out rows.
 
@@ -55,24 +59,33 @@ def evaluate(
         tokens: the same rows, as `data.cut` gives them.
         config: what to measure.
         batch_size: rows in one forward pass of the loss.
+        unrelated: tokens of text that training is not about.
         score: the dataset's own scorer of an answer, 0..1.
         label: shown in the progress bars.
+        generating: entered while answers are generated.
     """
     with _evaluating(model):
         losses = _row_losses(model, tokenizer, tokens, batch_size, label)
-        supervised = sum(row["tokens"] for row in losses)
-        loss = sum(row["nll"] for row in losses) / supervised
+        supervised, loss = sum(row["tokens"] for row in losses), _mean_loss(losses)
         metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "supervised_tokens": supervised}
+        elsewhere = _row_losses(model, tokenizer, unrelated, 1, label) if unrelated is not None else []
+        if elsewhere:
+            metrics["unrelated_loss"] = _mean_loss(elsewhere)
         samples: list[dict[str, Any]] = []
         if config.generate_rows:
-            samples, latency = _generate(model, tokenizer, rows, tokens, config, label)
+            with generating or nullcontext():
+                samples, latency = _generate(model, tokenizer, rows, tokens, config, label)
             for sample, row in zip(samples, rows, strict=False):
                 if score:
                     sample["task_score"] = score(sample["answer"], row)
             scores = _scores(samples, config)
             metrics |= {name: float(np.mean([sample[name] for sample in samples])) for name in scores}
             metrics |= latency
-    return Evaluation(metrics, losses, samples)
+    return Evaluation(metrics, losses, elsewhere, samples)
+
+
+def _mean_loss(losses: list[dict[str, float]]) -> float:
+    return sum(row["nll"] for row in losses) / sum(row["tokens"] for row in losses)
 
 
 @contextmanager
@@ -129,7 +142,7 @@ def _generate(
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
     )
-    samples, waits, steps = [], [], []
+    samples, waits, steps, generated, seconds = [], [], [], 0, 0.0
     for start in tqdm(
         range(0, count, config.generation_batch_size),
         desc=f"{label}answers",
@@ -147,14 +160,17 @@ def _generate(
             generation_config=settings,
             stopping_criteria=[clock],
         )
+        seconds += time.perf_counter() - begin
         waits.append(clock.times[0] - begin)
         steps += np.diff(clock.times).tolist()
-        answers = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        new = output[:, batch["input_ids"].shape[1] :]
+        generated += int((new != tokenizer.pad_token_id).sum())
+        answers = tokenizer.batch_decode(new, skip_special_tokens=True)
         for prompt, answer, row in zip(prompts, answers, rows.select(range(start, start + len(prompts))), strict=True):
             samples.append(
                 {"prompt": tokenizer.decode(prompt), "reference": row["completion"], "answer": answer.strip()}
             )
-    latency = {"first_token_seconds_p50": float(np.median(waits))}
+    latency = {"first_token_seconds_p50": float(np.median(waits)), "generated_tokens_per_second": generated / seconds}
     if steps:
         latency["token_seconds_p50"], latency["token_seconds_p95"] = map(float, np.quantile(steps, [0.5, 0.95]))
     return samples, latency

@@ -20,9 +20,11 @@ log = logging.getLogger(__name__)
 
 def is_needed(config: Config) -> bool:
     """Whether the model or the data of `config` comes from the hub."""
-    model, dataset = config.model.model_name_or_path, config.dataset.path
+    model = config.model.model_name_or_path
     local_model = model.startswith(("embedded:", "random:")) or Path(model).expanduser().is_dir()
-    local_data = dataset.startswith(("embedded:", "reasoning_gym:")) or Path(dataset) in config.dataset.files
+    local_data = all(
+        one.path.startswith(("embedded:", "reasoning_gym:")) or Path(one.path) in one.files for one in config.datasets
+    )
     return not (local_model and local_data)
 
 

@@ -6,6 +6,7 @@ Two runs with the same key would do the same work. Reads files and asks the hub 
 import functools
 import hashlib
 import json
+import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,9 +34,7 @@ def parts(config: Config) -> dict[str, str]:
     return {
         "config": _digest(what_counts(config.model_dump(mode="json"))),
         "model": model(config.model.model_name_or_path, config.model.revision),
-        "data": "+".join(
-            data(path, config.dataset.revision) for path in (config.dataset.path, config.dataset.eval_path) if path
-        ),
+        "data": "+".join(data(path, one.revision) for one in config.datasets for path in one.paths),
         "code": code(),
         "libraries": _digest(provenance.libraries()),
     }
@@ -61,6 +60,8 @@ def model(name_or_path: str, revision: str | None) -> str:
 @functools.cache
 def data(path: str, revision: str | None) -> str:
     """The version of a dataset: its file's digest, its commit on the hub, or that of the package that makes it."""
+    if path == "embedded:python_docs":
+        return platform.python_version()
     if path.startswith("embedded:"):
         return _package("zaragoza-construction-faq")
     if path.startswith("reasoning_gym:"):

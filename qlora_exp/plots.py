@@ -26,10 +26,12 @@ PHASES = {
     "load": "memory/load/{}_peak_mib",
     "initialize": "memory/initialize/{}_peak_mib",
     "evaluation before": "memory/evaluate_before/{}_peak_mib",
+    "generation before": "memory/generate_before/{}_peak_mib",
     "first step": "memory/first_step/{}_peak_mib",
     "steady steps": "memory/steady/{}_peak_mib",
     "evaluation in training": "memory/evaluation/{}_peak_mib",
     "evaluation after": "memory/evaluate_after/{}_peak_mib",
+    "generation after": "memory/generate_after/{}_peak_mib",
     "save": "memory/save/{}_peak_mib",
 }
 """By name, in the order of a run."""

@@ -31,6 +31,11 @@ _COLUMNS = (
     ("ROUGE-L", "after/rougeL", ".3f"),
     ("exact match", "after/exact_match", ".3f"),
     ("task score", "after/task_score", ".3f"),
+    ("forgotten", "forgetting", "+.4f"),
+    ("gen. tokens/s", "after/generated_tokens_per_second", ",.1f"),
+    ("MFU", "mfu", ".1%"),
+    ("tokens/GB/s", "tokens_per_gb_second", ",.1f"),
+    ("J", "energy_joules", ",.0f"),
     ("saved MB", "model_bytes", ",.1f"),
 )
 _PAGE = """<!doctype html>

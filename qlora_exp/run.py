@@ -73,14 +73,24 @@ def run(
 
     rows = data.load_rows(config.dataset)
     score = data.scorer(config.dataset)
-    from qlora_exp.device import autocast, detect, resolve
+    from qlora_exp.device import autocast, computes_in, detect, resolve
 
     resolved = resolve(config, detect(config.device, quantized=config.quantization.quantized))
     import torch
     from transformers import set_seed
     from transformers.utils import logging as transformers_logging
 
-    from qlora_exp import adapters, evaluation, initialization, model, provenance, summary, tracking, training
+    from qlora_exp import (
+        adapters,
+        efficiency,
+        evaluation,
+        initialization,
+        model,
+        provenance,
+        summary,
+        tracking,
+        training,
+    )
     from qlora_exp.memory import MemoryMonitor, reuse_freed_memory, size_on_disk
 
     gc.enable()  # the command line starts without
@@ -99,6 +109,7 @@ def run(
         tracker.params({f"resolved.{key}": value for key, value in asdict(resolved).items() if value is not None})
         tracker.tags({f"hardware.{key}": value for key, value in provenance.hardware().items()})
         reuse_freed_memory()
+        peak_flops = efficiency.peak_flops(resolved.device, computes_in(resolved))
         memory = MemoryMonitor(resolved.device)
         metrics: dict[str, float] = {}
 
@@ -127,10 +138,15 @@ def run(
             100 * audit.eos_learned_share,
         )
         note({f"labels/{key}": value for key, value in asdict(audit).items() if not isinstance(value, str)})
-        for part, found in (("training", rows.train), ("evaluation", heldout)):
+        parts = [("training", config.dataset, rows.train), ("evaluation", config.dataset, heldout)]
+        unrelated_tokens = None
+        if config.unrelated.paths:
+            unrelated, unrelated_tokens = data.unrelated(config, tokenizer)
+            parts.append(("unrelated", config.unrelated, unrelated))
+        for part, source, found in parts:
             digest = data.fingerprint(found)
             tracker.params({f"data.{part}_rows": len(found), f"data.{part}_fingerprint": digest})
-            tracker.dataset(f"{config.dataset.name}-{part}", digest, config.dataset.path, part, len(found))
+            tracker.dataset(f"{source.name}-{part}", digest, source.path, part, len(found))
 
         # Model and adapter, with the seed set before anything is drawn.
         set_seed(config.seed)
@@ -183,12 +199,15 @@ def run(
                     heldout_tokens,
                     config.evaluation,
                     batch_size=config.training.per_device_eval_batch_size,
+                    unrelated=unrelated_tokens,
                     score=score,
                     label=f"{moment} training: ",
+                    generating=memory.phase(f"generate_{moment}"),
                 )
             note({f"{moment}/{key}": value for key, value in found.metrics.items()})
-            lines = "".join(json.dumps(line) + "\n" for line in found.losses)
-            tracker.text(lines, f"evaluation/{moment}_losses.jsonl")
+            for name, losses in (("losses", found.losses), ("unrelated_losses", found.unrelated)):
+                if losses:
+                    tracker.text("".join(json.dumps(row) + "\n" for row in losses), f"evaluation/{moment}_{name}.jsonl")
             return found
 
         before = measure("before") if config.evaluation.before else None
@@ -202,8 +221,12 @@ def run(
             from qlora_exp import search
 
             judge = search.judge(pruning)
-        note(training.train(trainer, tracker.metrics, checkpoint, judge))
+        with efficiency.EnergyMeter() as energy:
+            note(training.train(trainer, tracker.metrics, checkpoint, judge))
+        note(efficiency.of_training(metrics, memory.peaks, peak_flops, energy.joules))
         after = measure("after")
+        if before and unrelated_tokens is not None:
+            note({"forgetting": after.metrics["unrelated_loss"] - before.metrics["unrelated_loss"]})
         if after.samples:
             columns = {key: [sample[key] for sample in after.samples] for key in ("prompt", "reference")}
             if before:

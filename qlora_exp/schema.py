@@ -203,9 +203,14 @@ class DatasetConfig(Section):
     """reasoning_gym: fields of the task's own config."""
 
     @property
+    def paths(self) -> list[str]:
+        """Where rows come from."""
+        return [path for path in (self.path, self.eval_path) if path and path != "none"]
+
+    @property
     def files(self) -> list[Path]:
-        """Those of `path` and `eval_path` that are local files, whether they are there or not."""
-        given = [Path(path) for path in (self.path, self.eval_path) if path]
+        """Those of `paths` that are local files, whether they are there or not."""
+        given = [Path(path) for path in self.paths]
         return [path for path in given if path.suffix in FILE_FORMATS or path.exists()]
 
     @model_validator(mode="after")
@@ -217,6 +222,18 @@ class DatasetConfig(Section):
         if self.messages_column and self.format != "chat":
             raise ValueError("messages_column needs format=chat")
         return self
+
+
+class UnrelatedConfig(DatasetConfig):
+    """Text that the run is not about: its loss after training less that before is what the run made the model forget.
+
+    The rows that are held out of it are used; keys are those of a dataset.
+    """
+
+    name: str = "none"
+    path: str = "none"
+    """As a dataset's, or `embedded:python_docs`; `none`: forgetting is not measured."""
+    format: Literal["alpaca", "chat", "prompt_completion", "text"] = "text"
 
 
 class TrainingConfig(Section):
@@ -384,11 +401,17 @@ class Config(Section):
     dataset: DatasetConfig = DatasetConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    unrelated: UnrelatedConfig = UnrelatedConfig()
     tracking: TrackingConfig = TrackingConfig()
     sweep: SweepConfig = SweepConfig()
     search: SearchConfig = SearchConfig()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+
+    @property
+    def datasets(self) -> list[DatasetConfig]:
+        """Every dataset that the run reads."""
+        return [one for one in (self.dataset, self.unrelated) if one.paths]
 
     @property
     def lora_start(self) -> str | None:

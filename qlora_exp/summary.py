@@ -19,9 +19,11 @@ _QUALITY = (
     ("rougeL", "ROUGE-L", ".4f"),
     ("exact_match", "exact match", ".3f"),
     ("task_score", "task score", ".3f"),
+    ("unrelated_loss", "loss on unrelated text", ".4f"),
     ("token_seconds_p50", "seconds a generation step, p50", ".4f"),
+    ("generated_tokens_per_second", "generated tokens/s", ".1f"),
 )
-_PHASES = ("load", "evaluate_before", "first_step", "steady", "evaluation", "evaluate_after", "save")
+_PHASES = ("load", "initialize", "first_step", "steady", "evaluation", "evaluate_after", "generate_after", "save")
 
 
 def _quality(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
@@ -44,6 +46,13 @@ def _cost(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     ]
     if "tokens_per_second" in metrics:
         rows.append(("tokens/s", f"{metrics['tokens_per_second']:.0f} ({metrics['step_seconds_p50']:.2f} s a step)"))
+    if "mfu" in metrics:
+        done, peak = (metrics[f"{which}_per_second"] / 1e9 for which in ("flops", "peak_flops"))
+        rows.append(("arithmetic", f"{done:,.0f} of {peak:,.0f} GFLOP/s ({metrics['mfu']:.1%})"))
+    if "tokens_per_gb_second" in metrics:
+        rows.append(("tokens per GB and second", f"{metrics['tokens_per_gb_second']:.1f}"))
+    if "energy_joules" in metrics:
+        rows.append(("energy", f"{metrics['energy_joules']:,.0f} J"))
     source = "allocated" if "memory/allocated_peak_mib" in metrics else "rss"
     for phase in _PHASES:
         if (key := f"memory/{phase}/{source}_peak_mib") in metrics:

@@ -25,6 +25,7 @@ from qlora_exp.adapters import allocates, fit_schedule, keep_dtypes, penalty
 from qlora_exp.checkpoints import checkpoints, is_whole
 from qlora_exp.data import IGNORED
 from qlora_exp.device import Resolved
+from qlora_exp.efficiency import FlopCounter
 from qlora_exp.errors import ConfigError
 from qlora_exp.memory import MemoryMonitor
 from qlora_exp.optimizers import lora_optimizer
@@ -134,6 +135,8 @@ class Trainer(SFTTrainer):
     def __init__(self, *args: Any, memory: MemoryMonitor, **kwargs: Any) -> None:
         self.memory = memory
         self.seen: Any = torch.zeros(3, dtype=torch.long)  # tokens, supervised tokens, sequences
+        self.flops_per_token: float | None = None
+        """Counted on the first batch; None before it, and for a compiled model."""
         super().__init__(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -142,7 +145,12 @@ class Trainer(SFTTrainer):
         tokens = mask.sum() if mask is not None else ids.new_tensor(ids.numel())
         supervised = (inputs["labels"] != IGNORED).sum()
         self.seen = self.seen.to(ids.device) + torch.stack([tokens, supervised, ids.new_tensor(len(ids))])
-        return super().training_step(model, inputs, *args, **kwargs)
+        if self.flops_per_token is not None or self.args.torch_compile:
+            return super().training_step(model, inputs, *args, **kwargs)
+        with FlopCounter() as counter:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        self.flops_per_token = counter.flops / int(tokens)
+        return loss
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any) -> Any:
         """TRL's loss and, while it trains, what the adapter adds to it."""
@@ -278,12 +286,15 @@ class Watcher(TrainerCallback):
             return {}
         total = sum(seconds)
         tokens, supervised, sequences = (sum(counts) for counts in zip(*self.step_counts[1:], strict=True))
+        per_token = self._trainer.flops_per_token
+        arithmetic = {} if per_token is None else {"flops_per_second": per_token * tokens / total}
         return {
             "step_seconds_p50": float(np.median(seconds)),
             "step_seconds_mean": total / len(seconds),
             "tokens_per_second": tokens / total,
             "supervised_tokens_per_second": supervised / total,
             "samples_per_second": sequences / total,
+            **arithmetic,
         }
 
 

@@ -27,6 +27,7 @@ QUICK = [
     "training.max_steps=3",
     "training.per_device_train_batch_size=2",
     "training.eval_strategy=no",
+    "unrelated=none",
     "evaluation.generate_rows=2",
     "evaluation.max_new_tokens=4",
 ]

@@ -209,3 +209,21 @@ def test_rows_are_tokenized_once_for_all_runs(config, tokenizer, tmp_path, monke
             data.tokenize(rows, config(change), tokenizer)
     with pytest.raises(pytest.fail.Exception, match="tokenized again"):
         data.tokenize(rows.select(range(3)), config(), tokenizer)
+
+
+def test_unrelated_text_is_the_same_every_time_and_all_of_it_counts(config, tokenizer):
+    checked = config("unrelated=python_docs", "training.max_length=100000")
+    rows, tokens = data.unrelated(checked, tokenizer)
+    assert rows["completion"] == data.unrelated(checked, tokenizer)[0]["completion"]
+    assert len(rows) == 8
+    assert all(len(text) >= 1000 for text in rows["completion"])
+    assert all(label != data.IGNORED for labels in tokens["labels"] for label in labels)
+    assert (
+        len(data.unrelated(config("unrelated=python_docs", "training.max_length=50"), tokenizer)[1][0]["labels"]) == 50
+    )
+
+
+def test_unrelated_text_may_be_a_file_of_ones_own(config, tokenizer, jsonl):
+    path = jsonl([{"text": f"passage {number}"} for number in range(6)])
+    rows, _ = data.unrelated(config(f"unrelated.path={path}", "unrelated.eval_size=3"), tokenizer)
+    assert len(rows) == 3

@@ -73,9 +73,9 @@ def test_other_weights_are_another_run(size: int, tmp_path):
 
 def test_a_hub_model_is_known_by_its_commit(monkeypatch):
     monkeypatch.setattr("qlora_exp.hub.commit", lambda repo, revision, kind: f"{kind} {repo} {revision}")
-    found = identity.parts(compose(["model=opt_125m", "dataset=dolly_15k"]))
+    found = identity.parts(compose(["model=opt_125m", "dataset=dolly_15k", "unrelated=wikitext"]))
     assert found["model"] == "model facebook/opt-125m None"
-    assert found["data"] == "dataset databricks/databricks-dolly-15k None"
+    assert found["data"] == "dataset databricks/databricks-dolly-15k None+dataset Salesforce/wikitext None"
 
 
 def test_another_library_version_is_another_run(monkeypatch):

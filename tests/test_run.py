@@ -203,3 +203,25 @@ def test_trains_on_the_gpu(method: str, run):
     metrics = run("device=cuda", f"method={method}", "training.learning_rate=1e-2", "training.max_steps=6").metrics
     assert metrics["after/loss"] < metrics["before/loss"]
     assert metrics["memory/steady/allocated_peak_mib"] > 0
+
+
+def test_what_a_run_makes_the_model_forget_is_measured(run):
+    result = run("method=full", "unrelated=python_docs", "unrelated.max_eval_rows=2", "training.learning_rate=0.01")
+    metrics = result.metrics
+    assert metrics["forgetting"] == metrics["after/unrelated_loss"] - metrics["before/unrelated_loss"] != 0
+    lines = (result.output_dir / "evaluation" / "after_unrelated_losses.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == 2
+    assert sum(row["nll"] for row in rows) / sum(row["tokens"] for row in rows) == metrics["after/unrelated_loss"]
+
+
+def test_generation_has_a_peak_of_its_own(run):
+    metrics = run("method=lora").metrics
+    assert metrics["memory/generate_after/rss_peak_mib"] > 0
+    assert metrics["after/generated_tokens_per_second"] > 0
+
+
+def test_arithmetic_is_set_against_the_device(run):
+    metrics = run("method=lora", "evaluation=loss_only").metrics
+    assert metrics["mfu"] == metrics["flops_per_second"] / metrics["peak_flops_per_second"]
+    assert "forgetting" not in metrics

@@ -1,0 +1,160 @@
+"""What a training makes of its device: arithmetic done, what the device could do, energy.
+
+Knows nothing of runs. What a machine does not tell is absent, never zero.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+_POWERCAP = Path("/sys/class/powercap")
+
+
+def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(q.shape, k.shape, v.shape)
+
+
+def _attention_backward(gradient: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(gradient.shape, q.shape, k.shape, v.shape)
+
+
+def _product_4bit(a: Any, _packed: Any, shape: Any, *_: Any, **__: Any) -> int:
+    return 2 * a.numel() * shape[0]
+
+
+def _product_8bit(a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return 2 * a.numel() * b.shape[0]
+
+
+_FORMULAS: dict[str, Callable[..., int]] = {
+    # What torch 2.13's own registry leaves out.
+    "aten._scaled_dot_product_flash_attention_for_cpu": _attention,
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
+    "bitsandbytes.gemm_4bit": _product_4bit,
+    "bitsandbytes.int8_linear_matmul": _product_8bit,
+    "bitsandbytes.int8_scaled_mm": _product_8bit,
+    "bitsandbytes.int8_mixed_scaled_mm": lambda a, _ca, cb, *_, **__: _product_8bit(a, cb),
+}
+
+
+class FlopCounter(TorchDispatchMode):
+    """Counts floating-point operations of matrix products and attention done inside, a multiply-add as two.
+
+    Recomputation under gradient checkpointing counts: it is done. Element-wise work does not.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation, and count it."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        packet = func._overloadpacket
+        if formula := _FORMULAS.get(str(packet)):
+            self.flops += formula(*args, **kwargs)
+        elif formula := flop_registry.get(packet):
+            self.flops += formula(*args, **kwargs, out_val=out)
+        return out
+
+
+def peak_flops(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s that a large matrix product reaches now, on this device, in this dtype, with these threads.
+
+    Takes some 0.1 s; on a GPU 100 MB while it runs. Vendors' peaks are higher, and no program reaches them.
+    """
+    n = 4096 if device == "cuda" else 1024
+    a, b = (torch.ones(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(5):
+        begin = time.perf_counter()
+        float((a @ b)[0, 0])  # waits for a GPU
+        best = max(best, 2 * n**3 / (time.perf_counter() - begin))
+    return best
+
+
+class EnergyMeter:
+    """Joules used by processor packages (RAPL, where it may be read) and NVIDIA GPUs (NVML) between start and end.
+
+    The whole machine's, so of a run only where nothing else runs. Sources: the kernel's power capping framework,
+    `energy_uj` and `max_energy_range_uj`; NVML's `nvmlDeviceGetTotalEnergyConsumption` (mJ; Volta and later).
+    """
+
+    def __init__(self, powercap: Path = _POWERCAP) -> None:
+        self._packages = [zone for zone in sorted(powercap.glob("*-rapl:*")) if zone.name.count(":") == 1]
+        self.joules: float | None = None
+        """None where the machine does not tell."""
+
+    def __enter__(self) -> Self:
+        self._start = self._read()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        end = self._read()
+        if self._start and end.keys() == self._start.keys():
+            used = [now - then for (then, _), (now, _) in zip(self._start.values(), end.values(), strict=True)]
+            ranges = [whole for _, whole in end.values()]
+            self.joules = sum(value % whole if whole else value for value, whole in zip(used, ranges, strict=True))
+
+    def _read(self) -> dict[str, tuple[float, float]]:
+        """Joules so far of each counter, and after how many it starts again (0: never)."""
+        found = {}
+        for zone in self._packages:
+            try:
+                counts = [float((zone / name).read_text()) / 1e6 for name in ("energy_uj", "max_energy_range_uj")]
+            except OSError:  # root's alone on most machines
+                continue
+            found[zone.name] = (counts[0], counts[1])
+        return found | _gpu_joules()
+
+
+def _gpu_joules() -> dict[str, tuple[float, float]]:
+    try:
+        import pynvml
+    except ImportError:
+        return {}
+    try:
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return {
+            f"gpu{index}": (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3, 0.0)
+            for index, handle in enumerate(handles)
+        }
+    except pynvml.NVMLError:  # no driver, or a GPU that does not count
+        return {}
+
+
+def of_training(
+    metrics: Mapping[str, float], peaks: Mapping[str, Mapping[str, float]], peak: float, joules: float | None
+) -> dict[str, float]:
+    """Rates set against what they took.
+
+    Args:
+        metrics: `tokens_per_second` and `flops_per_second`, as far as they are known.
+        peaks: MiB by memory phase and source.
+        peak: what `peak_flops` found.
+        joules: used by the whole training; None: not known.
+
+    Returns:
+        `mfu`: the share of `peak` that the counted arithmetic took, recomputation included. `tokens_per_gb_second`:
+        over the peak of steady steps, on a GPU of what torch allocated there, else of the process (imports included).
+        `energy_joules`.
+    """
+    found = {"peak_flops_per_second": peak}
+    if "flops_per_second" in metrics:
+        found["mfu"] = metrics["flops_per_second"] / peak
+    steady = peaks.get("steady", {})
+    if "tokens_per_second" in metrics and (held := steady.get("allocated", steady.get("rss"))):
+        found["tokens_per_gb_second"] = metrics["tokens_per_second"] / (held * 1024**2 / 1e9)
+    if joules is not None:
+        found["energy_joules"] = joules
+    return found
