@@ -65,6 +65,13 @@ def faults(session: nox.Session) -> None:
 
 
 @nox.session
+def compatibility(session: nox.Session) -> None:
+    """Try every method on every kind of base and write what works (about ten minutes)."""
+    install(session)
+    session.run(sys.executable, "benchmarks/compatibility.py", *session.posargs)
+
+
+@nox.session
 def slurm(session: nox.Session) -> None:
     """Sweeps on a real SLURM cluster of one node (as root, with Debian's SLURM packages: tests/clusters/cluster.sh)."""
     install(session, "dev", "slurm")

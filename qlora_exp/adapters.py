@@ -48,7 +48,7 @@ def peft_config(config: Config, skeleton: PreTrainedModel) -> PeftConfig | None:
         settings["target_modules"] = resolve_targets(settings["target_modules"], skeleton)
     if settings.get("target_modules") == "all-linear" and config.lora_start in ("corda", "lora_ga"):
         # PEFT looks for their layers before it knows what this name stands for.
-        settings["target_modules"] = sorted({name.rpartition(".")[2] for name in _linear_layers(skeleton)})
+        settings["target_modules"] = sorted({name.rpartition(".")[2] for name in linear_layers(skeleton)})
     try:
         return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.peft_type)](task_type=TaskType.CAUSAL_LM, **settings)
     except (TypeError, ValueError, ImportError) as error:
@@ -65,7 +65,7 @@ def resolve_targets(wanted: str | list[str], skeleton: PreTrainedModel) -> str |
         ConfigError: something matches no module.
     """
     names = [name for name, _ in skeleton.named_modules() if name]
-    linear = _linear_layers(skeleton)
+    linear = linear_layers(skeleton)
     if isinstance(wanted, list):
         for target in wanted:
             if not any(name == target or name.endswith(f".{target}") for name in names):
@@ -93,7 +93,7 @@ def resolve_targets(wanted: str | list[str], skeleton: PreTrainedModel) -> str |
     raise ConfigError(_matches_nothing(wanted, linear))
 
 
-def _linear_layers(model: PreTrainedModel) -> list[str]:
+def linear_layers(model: PreTrainedModel) -> list[str]:
     """Full names of the linear layers (GPT-2's Conv1D too), the output layer left out."""
     head = model.get_output_embeddings()
     return [

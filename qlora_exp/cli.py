@@ -26,6 +26,8 @@ examples:
   qlora-exp keys training                what each key means
   qlora-exp compare                      a table of the newest sweep
   qlora-exp ui                           compare runs in MLflow's UI
+  qlora-exp probe method=loha            does it work with the versions installed here?
+  qlora-exp quantize-error               what NF4, FP4, INT4 and INT8 lose on a model's weights
   qlora-exp sync                         send MLflow what it missed while its server was away
 """
 
@@ -92,6 +94,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     share.add_argument("--out", type=Path, help="a folder, or a file that ends in .zip; default: RUN_ID.zip")
     share.add_argument("--uri", help="tracking URI; default: SQLite in ./mlruns")
     share.set_defaults(command=commands.bundle)
+    probe = known.add_parser("probe", help="try whether a method works with the versions that are installed here")
+    probe.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="method=NAME and more, as for train")
+    probe.add_argument("--base", nargs="+", default=["plain"], choices=["plain", "4bit", "8bit"], help="default: plain")
+    probe.set_defaults(command=commands.probe)
+    lab = known.add_parser("quantize-error", help="what 4 and 8 bits lose: on weights, on normal samples, in loss")
+    lab.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="model=NAME, unrelated=NAME, as for train")
+    lab.add_argument("--blocksize", type=int, default=64, help="weights that share a scale; default: 64")
+    lab.add_argument("--out", type=Path, default=Path("outputs/quantize_error"), help="folder for table and picture")
+    lab.set_defaults(command=commands.quantize_error)
     options = parser.parse_args(arguments)
     sys.exit(_guard(lambda: options.command(options)))
 

@@ -147,3 +147,39 @@ def ui(uri: str | None, host: str, port: int) -> None:
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", address, "--workers", "1"]
     # In place of this process, so that whatever ends it ends the server.
     os.execve(sys.executable, [*command, "--host", host, "--port", str(port)], environment)
+
+
+def probe(options: argparse.Namespace) -> None:
+    """Whether a method works here, tried on a tiny model."""
+    quiet()
+    from transformers.utils import logging as transformers_logging
+
+    from qlora_exp import compatibility, config, probe
+    from qlora_exp.summary import print_table
+
+    with compatibility.ignored():
+        name = config.compose([*options.overrides, "quantization=none", "method.quantized_base=null"]).method.name
+    transformers_logging.disable_progress_bar()
+    found = [probe.verdicts(options.overrides, base) for base in options.base]
+    rows = [[aspect, *(verdicts.get(aspect, "-") for verdicts in found)] for aspect in compatibility.ASPECTS]
+    print_table(f"method={name} on a tiny model", ["", *options.base], rows)
+
+
+def quantize_error(options: argparse.Namespace) -> None:
+    """What storing a model's weights in few bits loses."""
+    quiet()
+    from qlora_exp import quantization_lab
+    from qlora_exp.config import compose
+    from qlora_exp.summary import print_table
+
+    config = compose(["method=lora", *options.overrides])
+    if not config.unrelated.paths:
+        raise ConfigError("quantize-error takes the model's loss on unrelated text: choose one, unrelated=python_docs")
+    if options.blocksize not in quantization_lab.BLOCKSIZES:
+        known = ", ".join(map(str, quantization_lab.BLOCKSIZES))
+        raise ConfigError(f"--blocksize {options.blocksize}: bitsandbytes has {known}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    title = f"{config.model.model_name_or_path}, blocks of {options.blocksize}"
+    headings, rows = quantization_lab.study(config, options.blocksize, options.out)
+    print_table(title, headings, rows)
+    print("\n".join(f"file  {file}" for file in sorted(options.out.glob("quantize_error.*"))))

@@ -105,7 +105,9 @@ def resolve(config: Config, device: Device) -> Resolved:
         adapter_dtype=None if full else _auto(config.method.adapter_dtype, "float32"),
         bf16=bf16,
         fp16=fp16,
-        gradient_checkpointing=_auto(training.gradient_checkpointing, device.type == "cuda"),
+        gradient_checkpointing=_auto(
+            training.gradient_checkpointing, device.type == "cuda" and not config.refusal("gradient_checkpointing")
+        ),
         optim=optim,
         optim_fallback=fallback,
     )

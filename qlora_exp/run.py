@@ -213,7 +213,7 @@ def run(
         before = measure("before") if config.evaluation.before else None
         set_seed(config.seed)
         log.info("training %s of %s parameters (%.3g%%)", f"{trainable:,}", f"{total:,}", 100 * trainable / total)
-        checkpoint = training.checkpoint_to_resume(config.training.resume_from_checkpoint, output_dir, tracker.resumed)
+        checkpoint = training.checkpoint_to_resume(config, output_dir, tracker.resumed)
         if checkpoint:
             log.info("going on from %s", checkpoint)
         judge = None

@@ -1,4 +1,4 @@
-"""What a config may say: every key with its type, default, range and meaning, and the cross-checks.
+"""What a config may say: every key with its type, default, range and meaning; what goes together: `crosschecks`.
 
 The only place where a key is declared. A key that mirrors a library's field has that field's name.
 Settings of `method` and `lora_variant` are PEFT's own and are checked by `peft_registry`.
@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
-from qlora_exp import peft_registry
+from qlora_exp import compatibility, crosschecks, peft_registry
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -70,7 +70,7 @@ class MethodConfig(PeftSettings):
     peft_type: str | None = None
     """PEFT's own name of the method (LORA, IA3, ...); null trains all parameters."""
     quantized_base: bool | None = None
-    """true: needs a quantized base; false: refuses one; null: takes either."""
+    """true: needs a quantized base; false: refuses one; null: takes those that it was seen to work on."""
     adapter_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the trainable adapter weights, whatever the base. auto: float32."""
 
@@ -265,7 +265,7 @@ class TrainingConfig(Section):
     fp16: Literal["auto"] | bool = "auto"
     """Autocast to float16. auto: only on a GPU without bfloat16."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
-    """Recompute activations in the backward pass. auto: on for a GPU, off for a CPU."""
+    """Recompute activations in the backward pass. auto: on for a GPU (if the method can), off for a CPU."""
     max_length: PositiveInt = 1024
     """Tokens; longer rows are cut, and the label audit counts them."""
     packing: bool = False
@@ -419,55 +419,14 @@ class Config(Section):
         start = {**self.method.settings, **self.lora_variant.settings}.get("init_lora_weights")
         return start if isinstance(start, str) else None
 
-    def _check_lora(self) -> None:
-        settings = {**self.method.settings, **self.lora_variant.settings}
-        start, quantized = self.lora_start, self.quantization.quantized
-        if quantized and (name := peft_registry.needs_plain_base(settings)):
-            raise ValueError(
-                f"{name}={settings[name]} needs the base's own weights, which a base stored as "
-                f"{self.quantization.name} does not have any more: choose quantization=none, or another lora_variant "
-                "(loftq, eva, dora, rslora, lora)"
-            )
-        if start == "loftq" and not quantized:
-            raise ValueError("init_lora_weights=loftq makes up for a quantized base: choose quantization=nf4_double")
-        if peft_registry.moves_base(start) and settings.get("use_dora"):
-            raise ValueError(f"init_lora_weights={start}: its difference from the start is saved; DoRA's has no rank")
-        if settings.get("use_qalora"):
-            raise ValueError("use_qalora: PEFT has QA-LoRA for GPTQ layers only, which are no quantization here")
-        optimizer = self.optimizer
-        if optimizer.lora_optimizer and self.method.peft_type != "LORA":
-            raise ValueError(f"optimizer={optimizer.name} needs a LoRA method, not method={self.method.name}")
-        if optimizer.lora_optimizer == "lorafa" and (settings.get("use_dora") or start == "mica"):
-            raise ValueError("lora_optimizer=lorafa trains LoRA's B only: use lora_variant=lora, rslora or loftq")
+    def refusal(self, aspect: str) -> str | None:
+        """Why `aspect` of training is known to fail with this method on this base; None if it is not."""
+        base = "4bit" if self.quantization.load_in_4bit else "8bit" if self.quantization.load_in_8bit else "plain"
+        kind = compatibility.kind_of(self.method.peft_type, self.lora_variant.name)
+        return compatibility.refusal(kind, base, aspect)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        method, quantization = self.method, self.quantization
-        if method.quantized_base is True and not quantization.quantized:
-            raise ValueError(
-                f"method={method.name} needs a quantized base: choose quantization=nf4_double, nf4, fp4, fp4_double "
-                "or int8, or method=lora for an unquantized one"
-            )
-        if method.quantized_base is False and quantization.quantized:
-            raise ValueError(
-                f"method={method.name} cannot train a base stored as {quantization.name}: "
-                "choose quantization=none, or method=qlora"
-            )
-        if method.peft_type != "LORA" and self.lora_variant != LoraVariantConfig():
-            raise ValueError(f"lora_variant={self.lora_variant.name} needs a LoRA method, not method={method.name}")
-        self._check_lora()
-        if twice := method.settings.keys() & self.lora_variant.settings.keys():
-            raise ValueError(f"set in both method and lora_variant: {', '.join(sorted(twice))}")
-        if self.device == "mps" and (
-            quantization.quantized or "bnb" in self.optimizer.optim or "8bit" in self.optimizer.optim
-        ):
-            raise ValueError("bitsandbytes (quantized bases, 8-bit optimizers) does not run on mps")
-        if not self.model.model_name_or_path.startswith("random:") and self.model.random_config:
-            raise ValueError("model.random_config needs a model_name_or_path of random:FAMILY")
-        if self.search.prune and self.training.eval_strategy == "no":
-            raise ValueError("search.prune needs a held-out loss during training: training.eval_strategy=steps")
-        if self.search.prune and 0 < self.training.max_steps <= (self.training.eval_steps or 0):
-            raise ValueError("search.prune needs a held-out loss before the end: training.eval_steps < max_steps")
-        if self.device == "cpu" and self.training.fp16 is True:
-            raise ValueError("training.fp16 needs a GPU: use bf16, or leave it to auto")
+        if problems := [*crosschecks.problems(self)]:
+            raise ValueError("\n".join(problems))
         return self

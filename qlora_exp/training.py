@@ -353,17 +353,23 @@ def train(
     return {"train_loss": result.training_loss, "steps": trainer.state.global_step, **watcher.throughput()}
 
 
-def checkpoint_to_resume(configured: str | None, output_dir: Path, resumed: bool) -> Path | None:
+def checkpoint_to_resume(config: Config, output_dir: Path, resumed: bool) -> Path | None:
     """The checkpoint to go on from: of a cut-off run its own newest, else the configured one; None: from the start.
 
+    A run whose method cannot be resumed starts over.
+
     Args:
-        configured: a checkpoint, or an output folder whose newest one is taken.
+        config: `training.resume_from_checkpoint` is a checkpoint, or an output folder whose newest one is taken.
         output_dir: the run's own.
         resumed: the run was begun before.
 
     Raises:
         ConfigError: there is no checkpoint where the config says.
     """
+    if resumed and (why := config.refusal("resume")):
+        log.info("from the start: method=%s cannot be resumed (%s)", config.method.name, why)
+        return None
+    configured = config.training.resume_from_checkpoint
     own = [folder for folder in checkpoints(output_dir / "checkpoints") if is_whole(folder)] if resumed else []
     if own or configured is None:
         return own[-1] if own else None

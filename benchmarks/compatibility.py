@@ -1,0 +1,114 @@
+"""Try every method and variant of LoRA on every kind of base; write the verdicts and the table that the docs show.
+
+    nox -s compatibility                   # all of them (about ten minutes)
+    nox -s compatibility -- lora ia3       # these only; verdicts of others stay
+
+Prints what changed against the verdicts that were kept.
+"""
+
+import json
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+
+from qlora_exp.compatibility import ASPECTS, BASES, FILE, WORKS, kinds, name_of
+from qlora_exp.quiet import quiet
+
+TABLE = Path(__file__).parent.parent / "docs" / "compatibility.md"
+LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
+HEADINGS = {
+    "gradient_checkpointing": "gradient checkpointing",
+    "packing": "packing",
+    "load_best_model_at_end": "best model at end",
+    "resume": "resume",
+    "merge": "merge",
+}
+INTRODUCTION = """\
+# What works together
+
+Every method and variant of LoRA that has a file in `conf/`, tried on a tiny model by `nox -s compatibility`
+({libraries}). Do not edit: that command writes this page and `qlora_exp/compatibility.json`, by
+which a run that would fail is refused before it starts. `tests/test_probe.py` tries again. Nothing here was run on a
+GPU.
+
+**works**: trained for a few steps under the trainer, only what the method adds has changed; on a quantized base its
+gradients are those on an unquantized base of the same values (cosine above 0.999); saved and loaded again it gives the
+same logits. 4-bit was tried as NF4 with double quantization: FP4 and single quantization take the same path.
+
+- gradient checkpointing: the same losses as without.
+- packing: rows in one sequence are computed as they are apart (the model must isolate them too).
+- best model at end: a checkpoint that is put back is the model that was measured there.
+- resume: the same losses as uninterrupted. A run that cannot be resumed starts over.
+- merge: without the adapter, its weights in the base's, the logits are the same. Into a quantized base that can be so
+  only within its rounding, so the column is that of an unquantized one.
+
+"""
+
+
+def judge(words: tuple[str, ...], base: str) -> dict[str, str]:
+    """In a process of its own."""
+    quiet()
+    from transformers.utils import logging
+
+    from qlora_exp import probe
+
+    logging.disable_progress_bar()
+    return probe.verdicts(words, base)
+
+
+def table(verdicts: dict[str, dict[str, dict[str, str]]], libraries: dict[str, str]) -> str:
+    """The page."""
+    lines = [["method", *BASES, *HEADINGS.values()], ["---"] * (1 + len(BASES) + len(HEADINGS))]
+    reasons = []
+    for kind, words in kinds().items():
+        found = verdicts.get(kind, {})
+        trains = {base: found.get(base, {}).get("trains", "unknown") for base in BASES}
+        cells = [_cell(verdict) for verdict in trains.values()]
+        reasons += [(name_of(words), base, verdict) for base, verdict in trains.items() if _cell(verdict) == "refused"]
+        able = [base for base in BASES if trains[base] == WORKS]
+        for aspect in HEADINGS:
+            bases = [base for base in able if aspect != "merge" or base == "plain"]
+            failing = [base for base in bases if found[base].get(aspect) != WORKS]
+            cells.append(
+                "-"
+                if not bases
+                else "works"
+                if not failing
+                else "refused"
+                if failing == bases
+                else "not " + ", ".join(failing)
+            )
+            reasons += [(name_of(words), f"{base}, {HEADINGS[aspect]}", found[base][aspect]) for base in failing]
+        lines.append([name_of(words), *cells])
+    text = INTRODUCTION.format(libraries=", ".join(f"{name} {number}" for name, number in libraries.items()))
+    text += "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    text += "\n\n## Why refused\n\n| method | where | what happened |\n| --- | --- | --- |\n"
+    return text + "".join(f"| {name} | {where} | {why.replace('|', '/')} |\n" for name, where, why in reasons)
+
+
+def _cell(verdict: str) -> str:
+    return verdict if verdict in (WORKS, "unknown") else "refused"
+
+
+def main() -> None:
+    """Try, write, tell."""
+    wanted = {kind: words for kind, words in kinds().items() if not sys.argv[1:] or name_of(words) in sys.argv[1:]}
+    kept = json.loads(FILE.read_text("utf-8"))["verdicts"] if FILE.is_file() else {}
+    jobs = [(kind, words, base) for kind, words in wanted.items() for base in BASES]
+    found = {kind: dict(bases) for kind, bases in kept.items() if kind in kinds()}
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        results = pool.map(judge, *zip(*((words, base) for _, words, base in jobs), strict=True))
+        for (kind, _, base), verdicts in zip(jobs, results, strict=True):
+            before = kept.get(kind, {}).get(base)
+            print(kind, base, verdicts if verdicts != before else "as before", flush=True)
+            found.setdefault(kind, {})[base] = verdicts
+    libraries = {name: version(name).split("+")[0] for name in LIBRARIES}
+    FILE.write_text(json.dumps({"libraries": libraries, "verdicts": found}, indent=1, sort_keys=True) + "\n", "utf-8")
+    TABLE.write_text(table(found, libraries), "utf-8")
+    print(f"wrote {FILE} and {TABLE}; {len(ASPECTS)} aspects of {len(jobs)} combinations")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""What in a config does not go together, across its sections. Must not import torch.
+
+Single keys and sections check themselves in `schema`.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from qlora_exp import peft_registry
+
+if TYPE_CHECKING:
+    from qlora_exp.schema import Config
+
+
+def problems(config: "Config") -> Iterator[str]:
+    """Each with what to do about it."""
+    yield from _method_and_base(config)
+    yield from _lora(config)
+    yield from _trainer(config)
+    yield from _device(config)
+    if not config.model.model_name_or_path.startswith("random:") and config.model.random_config:
+        yield "model.random_config needs a model_name_or_path of random:FAMILY"
+    if config.search.prune and config.training.eval_strategy == "no":
+        yield "search.prune needs a held-out loss during training: training.eval_strategy=steps"
+    elif config.search.prune and 0 < config.training.max_steps <= (config.training.eval_steps or 0):
+        yield "search.prune needs a held-out loss before the end: training.eval_steps < max_steps"
+
+
+def _method_and_base(config: "Config") -> Iterator[str]:
+    method, quantization = config.method, config.quantization
+    if method.quantized_base is True and not quantization.quantized:
+        yield (
+            f"method={method.name} needs a quantized base: choose quantization=nf4_double, nf4, fp4, fp4_double or "
+            "int8, or method=lora for an unquantized one"
+        )
+    why = config.refusal("trains")
+    if quantization.quantized and (why or method.quantized_base is False):
+        yield (
+            f"method={method.name} cannot train a base stored as {quantization.name}{f' ({why})' if why else ''}: "
+            "choose quantization=none, or method=qlora"
+        )
+    elif why:
+        yield f"method={method.name} cannot train: {why}"
+
+
+def _lora(config: "Config") -> Iterator[str]:
+    method, variant, optimizer = config.method, config.lora_variant, config.optimizer
+    settings, start = {**method.settings, **variant.settings}, config.lora_start
+    if method.peft_type != "LORA":
+        if variant != type(variant)():
+            yield f"lora_variant={variant.name} needs a LoRA method, not method={method.name}"
+        if optimizer.lora_optimizer:
+            yield f"optimizer={optimizer.name} needs a LoRA method, not method={method.name}"
+        return
+    if twice := method.settings.keys() & variant.settings.keys():
+        yield f"set in both method and lora_variant: {', '.join(sorted(twice))}"
+    if config.quantization.quantized and (name := peft_registry.needs_plain_base(settings)):
+        yield (
+            f"{name}={settings[name]} needs the base's own weights, which a base stored as {config.quantization.name} "
+            "does not have any more: choose quantization=none, or another lora_variant (loftq, eva, dora, rslora, lora)"
+        )
+    if start == "loftq" and not config.quantization.quantized:
+        yield "init_lora_weights=loftq makes up for a quantized base: choose quantization=nf4_double"
+    if peft_registry.moves_base(start) and settings.get("use_dora"):
+        yield f"init_lora_weights={start}: its difference from the start is saved, and DoRA's magnitudes have none"
+    if settings.get("use_qalora"):
+        yield "use_qalora: PEFT has QA-LoRA for GPTQ layers only, which are no quantization here"
+    if optimizer.lora_optimizer == "lorafa" and (settings.get("use_dora") or start == "mica"):
+        yield "lora_optimizer=lorafa trains LoRA's B only: use lora_variant=lora, rslora or loftq"
+
+
+def _trainer(config: "Config") -> Iterator[str]:
+    training = config.training
+    asked = {
+        "gradient_checkpointing": training.gradient_checkpointing is True,
+        "packing": training.packing,
+        "load_best_model_at_end": training.load_best_model_at_end,
+        "resume": training.resume_from_checkpoint is not None,
+    }
+    for aspect, wanted in asked.items():
+        if wanted and (why := config.refusal(aspect)):
+            key = "resume_from_checkpoint=null" if aspect == "resume" else f"{aspect}=false"
+            yield f"method={config.method.name} does not work with {aspect} ({why}): use training.{key}"
+
+
+def _device(config: "Config") -> Iterator[str]:
+    optim = config.optimizer.optim
+    if config.device == "mps" and (config.quantization.quantized or "bnb" in optim or "8bit" in optim):
+        yield "bitsandbytes (quantized bases, 8-bit optimizers) does not run on mps"
+    if config.device == "cpu" and config.training.fp16 is True:
+        yield "training.fp16 needs a GPU: use bf16, or leave it to auto"
