@@ -7,6 +7,7 @@ Prints what changed against the verdicts that were kept.
 """
 
 import json
+import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
@@ -66,7 +67,11 @@ def table(verdicts: dict[str, dict[str, dict[str, str]]], libraries: dict[str, s
         found = verdicts.get(kind, {})
         trains = {base: found.get(base, {}).get("trains", "unknown") for base in BASES}
         cells = [_cell(verdict) for verdict in trains.values()]
-        reasons += [(name_of(words), base, verdict) for base, verdict in trains.items() if _cell(verdict) == "refused"]
+        reasons += [
+            (name_of(words), base, verdict, "training")
+            for base, verdict in trains.items()
+            if _cell(verdict) == "refused"
+        ]
         able = [base for base in BASES if trains[base] == WORKS]
         for aspect in HEADINGS:
             bases = [base for base in able if aspect != "merge" or base == "plain"]
@@ -80,12 +85,17 @@ def table(verdicts: dict[str, dict[str, dict[str, str]]], libraries: dict[str, s
                 if failing == bases
                 else "not " + ", ".join(failing)
             )
-            reasons += [(name_of(words), f"{base}, {HEADINGS[aspect]}", found[base][aspect]) for base in failing]
+            reasons += [(name_of(words), base, found[base][aspect], HEADINGS[aspect]) for base in failing]
         lines.append([name_of(words), *cells])
-    text = INTRODUCTION.format(libraries=", ".join(f"{name} {number}" for name, number in libraries.items()))
+    text = INTRODUCTION.format(libraries=", ".join(f"{name} {number}" for name, number in sorted(libraries.items())))
     text += "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    text += "\n\n## Why refused\n\n| method | where | what happened |\n| --- | --- | --- |\n"
-    return text + "".join(f"| {name} | {where} | {why.replace('|', '/')} |\n" for name, where, why in reasons)
+    text += "\n\n## Why refused\n\n| method | what | on | what happened |\n| --- | --- | --- | --- |\n"
+    alike: dict[tuple[str, str, str], list[tuple[str, str]]] = {}
+    for name, base, why, what in reasons:  # the same but for numbers
+        alike.setdefault((name, what, re.sub(r"[\d.]+|nf4_double|int8", "", why)), []).append((base, why))
+    for (name, what, _), cases in alike.items():
+        text += f"| {name} | {what} | {', '.join(base for base, _ in cases)} | {cases[0][1].replace('|', '/')} |\n"
+    return text
 
 
 def _cell(verdict: str) -> str:
@@ -94,10 +104,11 @@ def _cell(verdict: str) -> str:
 
 def main() -> None:
     """Try, write, tell."""
-    wanted = {kind: words for kind, words in kinds().items() if not sys.argv[1:] or name_of(words) in sys.argv[1:]}
+    every = kinds()
+    wanted = {kind: words for kind, words in every.items() if not sys.argv[1:] or name_of(words) in sys.argv[1:]}
     kept = json.loads(FILE.read_text("utf-8"))["verdicts"] if FILE.is_file() else {}
     jobs = [(kind, words, base) for kind, words in wanted.items() for base in BASES]
-    found = {kind: dict(bases) for kind, bases in kept.items() if kind in kinds()}
+    found = {kind: dict(bases) for kind, bases in kept.items() if kind in every}
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         results = pool.map(judge, *zip(*((words, base) for _, words, base in jobs), strict=True))
         for (kind, _, base), verdicts in zip(jobs, results, strict=True):

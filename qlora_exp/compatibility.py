@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+import yaml
+
 FILE = Path(__file__).with_suffix(".json")
 WORKS = "works"
 ASPECTS = ("trains", "gradient_checkpointing", "packing", "load_best_model_at_end", "resume", "merge")
@@ -51,14 +53,13 @@ def ignored() -> Iterator[None]:
 
 
 def kinds() -> dict[str, tuple[str, ...]]:
-    """Every kind that has a file in `conf/`, with the overrides that choose it; methods of one PEFT type are one kind."""
-    from qlora_exp.config import compose, options  # which asks this module
+    """Every kind that has a file in `conf/`, with the overrides that choose it; methods of one type are one kind."""
+    from qlora_exp.config import conf_dir, options  # which asks this module
 
     found: dict[str, tuple[str, ...]] = {}
     for method in sorted({*options("method")} - {"qlora"}):
-        with ignored():
-            peft_type = compose([f"method={method}", "quantization=none", "method.quantized_base=null"]).method.peft_type
-        found[peft_type or "FULL"] = (f"method={method}",)
+        settings = yaml.safe_load((conf_dir() / "method" / f"{method}.yaml").read_text("utf-8"))["method"]
+        found[settings.get("peft_type") or "FULL"] = (f"method={method}",)
     for variant in sorted({*options("lora_variant")} - {"lora"}):
         found[f"LORA+{variant}"] = ("method=lora", f"lora_variant={variant}")
     return found

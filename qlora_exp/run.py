@@ -69,10 +69,10 @@ def run(
     if hub.is_needed(config):
         hub.go_offline_if_unreachable()  # before huggingface_hub is imported
     # The rows come first, then the device: what is wrong there is found before the slower imports, and leaves no run.
-    from qlora_exp import data
+    from qlora_exp import data, sources
 
     rows = data.load_rows(config.dataset)
-    score = data.scorer(config.dataset)
+    score = sources.scorer(config.dataset)
     from qlora_exp.device import autocast, computes_in, detect, resolve
 
     resolved = resolve(config, detect(config.device, quantized=config.quantization.quantized))
@@ -130,6 +130,16 @@ def run(
             rows.heldout, data.tokenize(rows.heldout, config, tokenizer), config.training.max_length
         )
         tracker.json(asdict(audit) | {"left_out": rows.dropped}, "label_audit.json")
+        if rows.leaks:
+            near = sum(one.kind == "near" for one in rows.leaks)
+            log.warning(
+                "leaks: %d training rows ask what a held-out row asks, %d more are like one (leaks.json); %d left out",
+                len(rows.leaks) - near,
+                near,
+                rows.dropped["leaks"],
+            )
+            tracker.json([asdict(one) for one in rows.leaks], "leaks.json")
+        note({f"leaks/{kind}": sum(one.kind == kind for one in rows.leaks) for kind in ("exact", "near")})
         log.info(
             "labels: %.0f%% of %s tokens carry loss; %.0f%% of rows are cut, EOS is learned in %.0f%%",
             100 * audit.supervised_share,

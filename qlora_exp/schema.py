@@ -197,6 +197,12 @@ class DatasetConfig(Section):
     """Regular expression; rows whose completion matches are left out."""
     drop_duplicates: bool = True
     """Keep only the first of rows with the same prompt and input."""
+    drop_leaks: Literal["none", "exact", "near"] = "exact"
+    """Training rows to leave out because of a held-out row: exact: with the same prompt; near: with like text too."""
+    leak_threshold: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """Share of five-word sequences in common from which two rows count as near in the leak report."""
+    streaming: bool = False
+    """Hub: fetch rows one by one and stop when there are enough: max_train_rows, and the held-out ones of eval_size."""
     reasoning_gym_size: PositiveInt = 500
     """reasoning_gym: rows generated, held-out ones included."""
     reasoning_gym_config: dict[str, int | float | str | bool] = {}
@@ -221,6 +227,8 @@ class DatasetConfig(Section):
             raise ValueError(f"system_message has no place in format '{self.format}': use format=chat")
         if self.messages_column and self.format != "chat":
             raise ValueError("messages_column needs format=chat")
+        if self.streaming and (self.max_train_rows is None or self.eval_size < 1):
+            raise ValueError("streaming needs to know when to stop: max_train_rows, and an eval_size in rows")
         return self
 
 
@@ -270,9 +278,13 @@ class TrainingConfig(Section):
     """Tokens; longer rows are cut, and the label audit counts them."""
     packing: bool = False
     """Several rows in one sequence, with isolated attention; refused on a model that cannot isolate them."""
+    packing_strategy: Literal["bfd", "bfd_split"] = "bfd"
+    """Best fit, decreasing: rows longer than max_length are cut, or (bfd_split) go on in another sequence."""
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "random"
     completion_only_loss: bool = True
     """Loss on the answer only; false: on the prompt too."""
+    assistant_only_loss: bool = False
+    """Loss on every answer of a dialogue, not on the last alone; the chat template needs no generation marks."""
     loss_type: Literal["nll", "dft"] = "nll"
     neftune_noise_alpha: Annotated[float, Field(ge=0)] | None = None
     logging_steps: PositiveInt = 1

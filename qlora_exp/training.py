@@ -49,6 +49,7 @@ _SAME = (
     "max_grad_norm",
     "max_length",
     "packing",
+    "packing_strategy",
     "train_sampling_strategy",
     "loss_type",
     "neftune_noise_alpha",

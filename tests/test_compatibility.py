@@ -27,7 +27,8 @@ def test_every_method_and_variant_was_tried_on_every_base():
 
 def test_the_page_is_what_the_verdicts_say():
     spec = importlib.util.spec_from_file_location("table", ROOT / "benchmarks" / "compatibility.py")
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert (ROOT / "docs" / "compatibility.md").read_text("utf-8") == module.table(KEPT["verdicts"], KEPT["libraries"])

@@ -2,14 +2,14 @@ import json
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_exp import data
+from qlora_exp import data, sources
 from qlora_exp.config import compose
 from qlora_exp.data import IGNORED
-from qlora_exp.errors import DataError
+from qlora_exp.errors import ConfigError, DataError
 from qlora_exp.schema import DatasetConfig
 
 TEXT = st.text(min_size=1, max_size=60, alphabet=st.characters(blacklist_categories=("Cs",))).filter(str.strip)
@@ -47,7 +47,7 @@ def test_own_files(kind: str, tmp_path):
 
 def test_reasoning_gym_scores_its_own_answers():
     config = compose(["dataset=reasoning_gym", "dataset.reasoning_gym_size=20"]).dataset
-    rows, score = data.load_rows(config), data.scorer(config)
+    rows, score = data.load_rows(config), sources.scorer(config)
     assert all(score(row["completion"], row) == 1.0 for row in rows.heldout)
     assert score("certainly not a number", rows.heldout[0]) < 1.0
 
@@ -107,7 +107,7 @@ def test_empty_repeated_and_unwanted_rows_are_left_out_and_counted(jsonl):
         {"prompt": "q", "completion": "SPAM"},
     ]
     rows = data.load_rows(own(jsonl(ROWS + bad), drop_matching="SPAM"))
-    assert rows.dropped == {"empty": 2, "matching drop_matching": 1, "duplicates": 1}
+    assert rows.dropped == {"empty": 2, "matching drop_matching": 1, "duplicates": 1, "leaks": 0}
     assert len(rows.train) + len(rows.heldout) == len(ROWS)
 
 
@@ -128,7 +128,7 @@ def test_the_fingerprint_sees_every_row(jsonl):
     changed = [*ROWS[:-1], {"prompt": "question 19", "completion": "other"}]
     assert data.fingerprint(Dataset.from_list(ROWS)) != data.fingerprint(Dataset.from_list(changed))
     assert data.fingerprint(Dataset.from_list(ROWS)) != data.fingerprint(Dataset.from_list(ROWS[::-1]))
-    assert data.fingerprint(Dataset.from_list(ROWS)) == data.fingerprint(data._read_file(Path(jsonl(ROWS))))
+    assert data.fingerprint(Dataset.from_list(ROWS)) == data.fingerprint(sources._read_file(Path(jsonl(ROWS))))
 
 
 def test_row_limits_and_a_heldout_file(jsonl):
@@ -227,3 +227,93 @@ def test_unrelated_text_may_be_a_file_of_ones_own(config, tokenizer, jsonl):
     path = jsonl([{"text": f"passage {number}"} for number in range(6)])
     rows, _ = data.unrelated(config(f"unrelated.path={path}", "unrelated.eval_size=3"), tokenizer)
     assert len(rows) == 3
+
+
+LEAKING = [{"prompt": f"question {number}", "completion": f"answer {number}"} for number in range(4)]
+
+
+@pytest.mark.parametrize(("drop", "left"), [("none", 5), ("exact", 4), ("near", 3)])
+def test_training_rows_that_give_a_held_out_row_away_are_left_out(drop: str, left: int, jsonl):
+    text = "one two three four five six seven eight nine ten"
+    train = [*LEAKING[:3], {"prompt": "Question, 3!", "completion": "?"}, {"prompt": "a", "completion": text}]
+    heldout = [LEAKING[3], {"prompt": "b", "completion": text}]
+    path, eval_path = jsonl(train, "train.jsonl"), jsonl(heldout, "heldout.jsonl")
+    rows = data.load_rows(own(path, eval_path=eval_path, drop_leaks=drop))
+    assert len(rows.train) == left
+    assert len(rows.heldout) == 2
+    assert sorted(one.kind for one in rows.leaks) == ["exact", "near"]
+    assert rows.dropped["leaks"] == 5 - left
+
+
+def test_leaks_are_counted_and_told(run, jsonl, caplog):
+    path = jsonl([{"prompt": f"q {number}", "completion": "a"} for number in range(8)], "train.jsonl")
+    eval_path = jsonl([{"prompt": "Q 3", "completion": "b"}], "heldout.jsonl")
+    words = [f"dataset.path={path}", f"dataset.eval_path={eval_path}", "dataset.input_column=null"]
+    words += ["dataset.prompt_column=prompt", "dataset.completion_column=completion", "evaluation=loss_only"]
+    result = run("method=lora", *words)
+    assert result.metrics["leaks/exact"] == 1
+    assert "1 training rows ask what a held-out row asks" in caplog.text
+    assert json.loads((result.output_dir / "leaks.json").read_text())[0]["kind"] == "exact"
+
+
+def test_every_answer_of_a_dialogue_carries_loss(config, tokenizer, jsonl):
+    turns = [("user", "hi"), ("assistant", "hello"), ("user", "2+3?"), ("assistant", "5")]
+    dialogue = {"chat": [{"role": role, "content": content} for role, content in turns]}
+    path = jsonl([dialogue, {"chat": [*dialogue["chat"][:1], {"role": "assistant", "content": "no"}]}])
+    words = [f"dataset.path={path}", "dataset.format=chat", "dataset.messages_column=chat", "dataset.input_column=null"]
+    found = []
+    for every in ("true", "false"):
+        checked = config(*words, f"training.assistant_only_loss={every}", "dataset.eval_size=1")
+        rows = data.load_rows(checked.dataset)
+        whole = rows.train if len(rows.train[0]["messages"]) == 4 else rows.heldout
+        (row,) = data.tokenize(whole, checked, tokenizer)
+        found.append(tokenizer.decode([label for label in row["labels"] if label != data.IGNORED]))
+        assert tokenizer.decode(row["input_ids"][: row["prompt_length"]]).endswith("<|im_start|>assistant\n")
+    assert found == ["hello<|im_end|>\n5<|im_end|>\n", "5<|im_end|>\n"]
+
+
+@pytest.mark.parametrize(
+    "words", [["dataset.format=alpaca"], ["dataset.format=chat", "training.completion_only_loss=false"]]
+)
+def test_loss_on_the_assistant_alone_needs_a_dialogue(words: list[str]):
+    with pytest.raises(ConfigError, match="assistant_only_loss needs"):
+        compose([*words, "training.assistant_only_loss=true"])
+
+
+def test_a_stream_is_read_no_further_than_needed(monkeypatch):
+    read = []
+
+    def rows():
+        for number in range(10**9):
+            read.append(number)
+            yield {"prompt": f"q{number}", "completion": "a"}
+
+    def load(*_arguments, streaming: bool, **_options):
+        assert streaming
+        return IterableDataset.from_generator(rows)
+
+    monkeypatch.setattr(sources, "load_dataset", load)
+    found = data.load_rows(own("org/name", streaming=True, max_train_rows=6, eval_size=2))
+    assert (len(found.train), len(found.heldout)) == (6, 2)
+    assert len(read) <= 13
+
+
+@pytest.mark.parametrize("words", [["dataset.eval_size=10"], ["dataset.max_train_rows=10"]])
+def test_a_stream_must_know_where_to_stop(words: list[str]):
+    with pytest.raises(ConfigError, match="streaming needs to know when to stop"):
+        compose(["dataset=own", "dataset.path=org/name", "dataset.streaming=true", *words])
+
+
+def test_rows_are_on_disk_and_made_once(jsonl):
+    config = own(jsonl([{"prompt": f"q{n}", "completion": "a"} for n in range(9)]))
+    first, second = data.load_rows(config), data.load_rows(config)
+    assert first.train.cache_files == second.train.cache_files != []
+    assert data.fingerprint(first.train) == data.fingerprint(second.train)
+
+
+def test_rows_are_shuffled_and_split_as_datasets_does_it():
+    rows = Dataset.from_list([{"n": number} for number in range(50)])
+    shuffled = data.order(50, 7)
+    assert shuffled == rows.shuffle(seed=7)["n"][:]
+    parts = rows.train_test_split(test_size=5, seed=7)
+    assert (shuffled[:5], shuffled[5:]) == (parts["test"]["n"][:], parts["train"]["n"][:])

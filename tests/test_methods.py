@@ -1,27 +1,18 @@
-"""Every method with a file in conf/method: it learns, all of it is saved, and a quantized base is as its file says."""
+"""Whole runs of methods that each need something of their own; `test_probe` tries every method in small."""
 
 import json
 
-import bitsandbytes as bnb
 import pytest
 import torch
-from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftModel, PeftType
-from torch.nn.functional import cosine_similarity, cross_entropy
+from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
+from torch.nn.functional import cross_entropy
 
 from qlora_exp import data
-from qlora_exp.adapters import allocates, attach, fit_schedule, peft_config
-from qlora_exp.config import compose, options
-from qlora_exp.device import Device, resolve
+from qlora_exp.config import compose
 from qlora_exp.errors import ConfigError
 from qlora_exp.loading import load
-from qlora_exp.model import load_model
 
-CPU = Device("cpu", "CPU", bf16=False, paging=False)
-METHODS = sorted({*options("method")} - {"full", "lora", "qlora"})
 TOKENS = "method.token_indices=[41,42]"  # of the tiny models' tokenizer, and in every row
-ON_QUANTIZED = [name for name in METHODS if compose([f"method={name}"]).method.quantized_base is not False]
-NOT_ON_QUANTIZED = sorted({*METHODS} - {*ON_QUANTIZED})
-IDS = torch.arange(40, 72)[None]
 
 
 def words(name: str) -> list[str]:
@@ -30,7 +21,8 @@ def words(name: str) -> list[str]:
 
 # One of each kind: what is put before the rows, into the layers, beside them, in place of weights.
 WHOLE_RUNS = ["adaption_prompt", "cartridge", "ia3", "osf", "p_tuning", "shadow", "trainable_tokens", "waveft"]
-VARIANTS = [f"lora_variant={name}" for name in options("lora_variant")]
+# Those that start from rows or from the base's weights.
+VARIANTS = [f"lora_variant={name}" for name in ("corda", "eva", "loftq", "lora_ga", "pissa")]
 
 
 @pytest.mark.parametrize("name", [*WHOLE_RUNS, *VARIANTS])

@@ -41,11 +41,13 @@ def test_what_is_kept_of_all_that_trainers_do_is_found_again(kind: str):
 def test_weights_that_should_stay_and_move_are_seen(monkeypatch):
     attach = probe.adapters.attach
 
+    def drift(layer, _inputs) -> None:
+        layer.weight.data.add_(0.01)
+
     def leaky(*arguments):
         adapted = attach(*arguments)
-        next(layer for name, layer in adapted.named_modules() if name.endswith("norm")).register_forward_hook(
-            lambda layer, *_: layer.weight.data.add_(0.01)
-        )
+        norm = next(layer for name, layer in adapted.named_modules() if name.endswith("norm"))
+        norm.register_forward_pre_hook(drift)
         return adapted
 
     monkeypatch.setattr("qlora_exp.adapters.attach", leaky)

@@ -8,44 +8,80 @@ from qlora_exp.schema import DatasetConfig
 
 ROW = {"prompt": "Add 2 and 3.", "input": "", "completion": "5"}
 TEXT = st.text(max_size=40)
+CHAT = DatasetConfig(format="chat", messages_column="messages")
+TURNS = [("user", "hi"), ("assistant", "hello"), ("user", "2+3?"), ("assistant", "5")]
+DIALOGUE = ROW | {"messages": [{"role": role, "content": content} for role, content in TURNS]}
 
 
 def test_alpaca_has_two_prompts():
-    without = render(ROW, DatasetConfig(), None)
-    assert without.prompt.endswith("### Instruction:\nAdd 2 and 3.\n\n### Response:\n")
-    assert "### Input" not in without.prompt
-    assert "### Input:\nin base 10\n" in render(ROW | {"input": "in base 10"}, DatasetConfig(), None).prompt
-    assert without.completion == "5"
+    (prompt, _), completion = render(ROW, DatasetConfig(), None).pieces
+    assert prompt.endswith("### Instruction:\nAdd 2 and 3.\n\n### Response:\n")
+    assert "### Input" not in prompt
+    assert "### Input:\nin base 10\n" in render(ROW | {"input": "in base 10"}, DatasetConfig(), None).pieces[0][0]
+    assert completion == ("5", True)
 
 
 @given(TEXT, TEXT, TEXT)
 def test_braces_in_rows_are_only_text(prompt: str, context: str, completion: str):
     rendered = render({"prompt": prompt, "input": context, "completion": completion}, DatasetConfig(), None)
-    assert prompt in rendered.prompt
-    assert rendered.completion == completion
+    assert prompt in rendered.pieces[0][0]
+    assert rendered.pieces[1] == (completion, True)
 
 
 def test_prompt_completion_is_verbatim():
-    assert render(ROW, DatasetConfig(format="prompt_completion"), None)[:2] == ("Add 2 and 3.", "5")
+    pieces = render(ROW, DatasetConfig(format="prompt_completion"), None).pieces
+    assert pieces == [("Add 2 and 3.", False), ("5", True)]
 
 
 def test_text_has_no_prompt():
-    assert render(ROW, DatasetConfig(format="text"), None)[:2] == ("", "5")
+    assert render(ROW, DatasetConfig(format="text"), None).pieces == [("", False), ("5", True)]
 
 
 def test_chat_uses_the_models_template(tokenizer):
     rendered = render(ROW, DatasetConfig(format="chat", system_message="Be brief."), tokenizer)
-    assert rendered.prompt.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nAdd 2 and 3.")
-    assert rendered.prompt.endswith("<|im_start|>assistant\n")
-    assert rendered.completion == "5<|im_end|>\n"
+    (prompt, _), completion = rendered.pieces
+    assert prompt.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nAdd 2 and 3.")
+    assert prompt.endswith("<|im_start|>assistant\n")
+    assert completion == ("5<|im_end|>\n", True)
 
 
 def test_chat_keeps_earlier_turns_in_the_prompt(tokenizer):
-    turns = [("user", "hi"), ("assistant", "hello"), ("user", "2+3?"), ("assistant", "5")]
-    row = ROW | {"messages": [{"role": role, "content": content} for role, content in turns]}
-    rendered = render(row, DatasetConfig(format="chat", messages_column="messages"), tokenizer)
-    assert "hello" in rendered.prompt
-    assert rendered.completion.startswith("5")
+    (prompt, _), (completion, _) = render(DIALOGUE, CHAT, tokenizer).pieces
+    assert "hello" in prompt
+    assert completion.startswith("5")
+
+
+def test_every_answer_of_a_dialogue_can_be_learned_without_generation_marks(tokenizer):
+    assert "generation %}" not in tokenizer.chat_template
+    rendered = render(DIALOGUE, CHAT, tokenizer, every_answer=True)
+    assert [text for text, learned in rendered.pieces if learned] == ["hello<|im_end|>\n", "5<|im_end|>\n"]
+    given = "".join(text for text, learned in rendered.pieces if not learned)
+    assert "hello" not in given
+    assert given.count("<|im_start|>assistant\n") == 2
+    whole = tokenizer.apply_chat_template(DIALOGUE["messages"], tokenize=False)
+    assert "".join(text for text, _ in rendered.pieces) == whole
+
+
+@given(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4))
+def test_the_pieces_of_a_dialogue_are_the_whole_of_it(tokenizer, turns: list[tuple[str, str]]):
+    messages = [
+        {"role": role, "content": content}
+        for turn in turns
+        for role, content in zip(("user", "assistant"), turn, strict=True)
+    ]
+    pieces = render(ROW | {"messages": messages}, CHAT, tokenizer, every_answer=True).pieces
+    assert "".join(text for text, _ in pieces) == tokenizer.apply_chat_template(messages, tokenize=False)
+    assert [learned for _, learned in pieces] == [False, True] * len(turns)
+
+
+def test_a_template_that_rewrites_earlier_answers_is_refused(tokenizer):
+    class Forgetful(Template):
+        def apply_chat_template(self, messages: list, tokenize: bool, add_generation_prompt: bool = False) -> str:
+            kept = [*("-" for _ in messages[:-1]), *(message["content"] for message in messages[-1:])]
+            return "".join(kept) + ("?" if add_generation_prompt else "")
+
+    with pytest.raises(DataError, match="or training.assistant_only_loss=false"):
+        render(DIALOGUE, CHAT, Forgetful("x"), every_answer=True)
 
 
 class Template:
