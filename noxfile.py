@@ -28,7 +28,7 @@ def train(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Set up, then check style and types and run all tests, one real training of the embedded model among them."""
-    install(session, "dev", "optuna", "joblib", "slurm")
+    install(session, "dev", "lm-eval", "optuna", "joblib", "slurm")
     lint(session)
     # Tiny models gain nothing from threads; two workers of one thread each do.
     command = (sys.executable, "-m", "pytest", *(session.posargs or ("-n", "2")))
@@ -95,7 +95,7 @@ def ui(session: nox.Session) -> None:
 @nox.session
 def constraints(session: nox.Session) -> None:
     """Write constraints.txt anew from what is installed here."""
-    install(session, "dev", "optuna", "joblib", "slurm", "ray", "browser")
+    install(session, "dev", "lm-eval", "optuna", "joblib", "slurm", "ray", "browser")
     frozen = session.run(sys.executable, "-m", "pip", "freeze", "--exclude-editable", silent=True)
     lines = [line.split("+")[0] for line in str(frozen).splitlines() if "==" in line]  # torch's +cpu, +cu130 fit all
     with open("constraints.txt", "w", encoding="utf-8") as file:

@@ -29,6 +29,8 @@ METRICS = ("train/loss", "train/grad_norm", "train/learning_rate", "eval/loss")
 _FILES = (
     CONFIG_FILE, LOCK_FILE, "label_audit.json", "peft_config.json", "samples.json",
     "evaluation/before_losses.jsonl", "evaluation/after_losses.jsonl", "evaluation/answers.json",
+    "evaluation/before_unrelated_losses.jsonl", "evaluation/after_unrelated_losses.jsonl",
+    "evaluation/before_lm_eval.json", "evaluation/after_lm_eval.json",
 )  # fmt: skip
 _LIMIT = 64 * 2**20
 # Whose keys begin so is shared; other tags are of the author's machine, account or sweep.

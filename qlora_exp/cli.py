@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--filter", help="MLflow's own, of all runs unless a sweep is named: \"params.`method.name` = 'lora'\""
     )
     compare.add_argument("--baseline", help="part of a row's name, such as method.name=lora; default: the first row")
-    compare.add_argument("--metric", default="loss", help="loss, rougeL, exact_match, task_score")
+    metrics = "loss, rougeL, exact_match, task_score, unrelated_loss, lm_eval/TASK/METRIC"
+    compare.add_argument("--metric", default="loss", help=metrics)
     compare.add_argument("--preset", default="all", help="which columns: all, seed1, short, shortest")
     compare.add_argument("--out", type=Path, help="folder for comparison_TIME.csv, .json, .md, .html")
     compare.add_argument("--log", action="store_true", help="keep the report with the sweep's MLflow run")

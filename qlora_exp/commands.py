@@ -6,6 +6,7 @@ Imports nothing heavy until a command must.
 import argparse
 import logging
 import os
+import re
 import socket
 import sys
 from collections.abc import Sequence
@@ -46,12 +47,11 @@ def compare(options: argparse.Namespace) -> None:
     quiet()
     from qlora_exp import compare, records, report
 
-    for name, given, known in (
-        ("metric", options.metric, compare.LOWER_IS_BETTER),
-        ("preset", options.preset, report.PRESETS),
-    ):
-        if given not in known:
-            raise ConfigError(f"--{name} {given}: choose one of {', '.join(known)}")
+    if options.metric not in compare.METRICS and not re.fullmatch(r"lm_eval/.+/.+", options.metric):
+        known = ", ".join(compare.METRICS)
+        raise ConfigError(f"--metric {options.metric}: choose one of {known} or lm_eval/TASK/METRIC")
+    if options.preset not in report.PRESETS:
+        raise ConfigError(f"--preset {options.preset}: choose one of {', '.join(report.PRESETS)}")
     runs = records.find(options.uri, options.chosen, options.experiment, options.filter)
     found = compare.compare(runs, options.metric, options.baseline)
     report.show(found, options.preset)

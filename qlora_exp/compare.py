@@ -4,6 +4,7 @@ Seeds of one configuration are one row. Knows records only: how they are shown i
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,8 +16,12 @@ from qlora_exp import stats
 from qlora_exp.errors import ConfigError
 from qlora_exp.records import Record
 
-LOWER_IS_BETTER = {"loss": True, "rougeL": False, "exact_match": False, "task_score": False}
-"""What quality is judged by, after training on held-out rows; perplexity goes with the loss, its logarithm."""
+METRICS = ("loss", "rougeL", "exact_match", "task_score", "unrelated_loss")
+"""What quality is judged by, after training on held-out rows; perplexity goes with the loss, its logarithm.
+
+And `lm_eval/TASK/METRIC` of every task that was scored.
+"""
+_LOWER_IS_BETTER = re.compile(r"(unrelated_)?loss|lm_eval/.*(perplexity|bits_per_byte).*")
 ALPHA = 1 - stats.LEVEL
 TIED = 100
 """Of more rows, pairs are not tested one by one: it would take long, and nobody could read the letters."""
@@ -104,7 +109,7 @@ class Comparison:
 
 
 def compare(records: Sequence[Record], metric: str = "loss", baseline: str | None = None) -> Comparison:
-    """Compare runs by `metric`, a key of `LOWER_IS_BETTER`.
+    """Compare runs by `metric`, one of METRICS or of lm-eval's.
 
     Args:
         records: of whatever outcome; those that failed are listed and not compared.
@@ -120,7 +125,10 @@ def compare(records: Sequence[Record], metric: str = "loss", baseline: str | Non
         outcomes = ", ".join(sorted({one.outcome for one in records}))
         raise ConfigError(f"none of these {len(records)} runs ended well ({outcomes}): there is nothing to compare")
     if not any(row.mean(f"after/{metric}") for row in ended):
-        known = ", ".join(name for name in LOWER_IS_BETTER if any(row.mean(f"after/{name}") for row in ended))
+        scored = sorted(
+            {name[6:] for row in ended for one in row.records for name in one.metrics if "/lm_eval/" in name}
+        )
+        known = ", ".join(name for name in (*METRICS, *scored) if any(row.mean(f"after/{name}") for row in ended))
         raise ConfigError(f"--metric {metric}: these runs did not measure it; they have: {known}")
     measured = [row for row in ended if row.mean(f"after/{metric}")]
     chosen = _baseline(measured, baseline, rows)
@@ -128,7 +136,7 @@ def compare(records: Sequence[Record], metric: str = "loss", baseline: str | Non
     found = {row.name: _difference(row, chosen, metric) for row in others}
     adjusted = dict(zip(found, stats.holm([one.p for one in found.values()]), strict=True))
     verdicts = {
-        name: Verdict(one, adjusted[name], _said(one, adjusted[name], LOWER_IS_BETTER[metric]))
+        name: Verdict(one, adjusted[name], _said(one, adjusted[name], lower_is_better(metric)))
         for name, one in found.items()
     }
     conditions = _about(records), _unfair(ended), _settings(ended)
@@ -193,6 +201,11 @@ def _baseline(rows: Sequence[Row], called: str | None, every: Sequence[Row]) -> 
     raise ConfigError(f"--baseline '{called}': {'several rows are' if found else 'no row is'} called so:\n  {names}")
 
 
+def lower_is_better(metric: str) -> bool:
+    """Of one of METRICS, or of lm-eval's."""
+    return _LOWER_IS_BETTER.fullmatch(metric) is not None
+
+
 @lru_cache(maxsize=2 * TIED)
 def _items(row: Row, metric: str) -> tuple[dict[str, stats.Items], str]:
     """By seed what was measured on each item, (1, items, 2), and a name of the items; empty if that was not kept."""
@@ -200,11 +213,17 @@ def _items(row: Row, metric: str) -> tuple[dict[str, stats.Items], str]:
     for one in row.records:
         if metric == "loss":
             pairs = [(line["nll"], line["tokens"]) for line in one.losses]
+        elif metric == "unrelated_loss":
+            pairs = [(line["nll"], line["tokens"]) for line in one.unrelated_losses]
+        elif metric.startswith("lm_eval/"):
+            _, task, name = metric.split("/", 2)
+            pairs = [(item[name], 1.0) for item in one.lm_eval if item["task"] == task and name in item]
         else:
             pairs = [(answer[metric], 1.0) for answer in one.answers if metric in answer]
         if pairs:
             found[one.params["seed"]] = np.array([pairs], float)
-    rows = {one.params.get("data.evaluation_fingerprint", one.run_id) for one in row.records}
+    kind = "lm_eval" if metric.startswith("lm_eval/") else "unrelated" if metric == "unrelated_loss" else "evaluation"
+    rows = {one.params.get(f"data.{kind}_fingerprint", one.run_id) for one in row.records}
     return found, rows.pop() if len(rows) == 1 else ""
 
 
@@ -254,7 +273,7 @@ def _ties(rows: Sequence[Row], metric: str) -> dict[str, str]:
     for (one, two), p in zip(pairs, adjusted, strict=True):
         differ[one][two] = differ[two][one] = p < ALPHA
     means = [row.mean(f"after/{metric}") for row in measured]
-    sign = 1 if LOWER_IS_BETTER[metric] else -1
+    sign = 1 if lower_is_better(metric) else -1
     order = sorted(range(len(measured)), key=lambda index: sign * means[index].value)  # type: ignore[union-attr]
     letters = stats.groups_of_ties(order, differ)
     return {row.name: letter for row, letter in zip(measured, letters, strict=True)}

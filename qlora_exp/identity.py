@@ -34,7 +34,10 @@ def parts(config: Config) -> dict[str, str]:
     return {
         "config": _digest(what_counts(config.model_dump(mode="json"))),
         "model": model(config.model.model_name_or_path, config.model.revision),
-        "data": "+".join(data(path, one.revision) for one in config.datasets for path in one.paths),
+        "data": "+".join(
+            [data(path, one.revision) for one in config.datasets for path in one.paths]
+            + ([_folder(Path(own))] if (own := config.evaluation.lm_eval_include_path) else [])
+        ),
         "code": code(),
         "libraries": _digest(provenance.libraries()),
     }
@@ -49,9 +52,7 @@ def model(name_or_path: str, revision: str | None) -> str:
         return "code"  # made by the code, from the config
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
-        return _digest(
-            {str(file.relative_to(folder)): _weights(file) for file in sorted(folder.rglob("*")) if file.is_file()}
-        )
+        return _folder(folder)
     if name_or_path.startswith((".", "/", "~")):
         return "missing"
     return hub.commit(name_or_path, revision, "model")
@@ -74,6 +75,12 @@ def code() -> str:
     """The digest of this package's sources: a change that was not committed counts too, one of the README does not."""
     package = Path(__file__).parent
     return _digest({str(file.relative_to(package)): _file(file) for file in sorted(package.rglob("*.py"))})
+
+
+def _folder(folder: Path) -> str:
+    return _digest(
+        {str(file.relative_to(folder)): _weights(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+    )
 
 
 def _package(name: str) -> str:

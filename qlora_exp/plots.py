@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from qlora_exp.compare import LOWER_IS_BETTER, Comparison, Row
+from qlora_exp.compare import Comparison, Row, lower_is_better
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^vP*X"
@@ -58,7 +58,7 @@ def memory_and_quality(found: Comparison) -> Figure | None:
             points.append(_Point(row, memory.value, value.value))
     if len(points) < 2:
         return None
-    sign = 1 if LOWER_IS_BETTER[found.metric] else -1
+    sign = 1 if lower_is_better(found.metric) else -1
     front = pareto([(one.memory, sign * one.value) for one in points])
     figure, axes = _figure(7, 5)
     for index, one in enumerate(points):
@@ -101,7 +101,7 @@ def ranked(found: Comparison) -> Figure | None:
     rows = [(row, value) for row in _measured(found) if (value := row.mean(f"after/{found.metric}"))]
     if not rows:
         return None
-    rows.sort(key=lambda pair: pair[1].value, reverse=LOWER_IS_BETTER[found.metric])  # the best is drawn on top
+    rows.sort(key=lambda pair: pair[1].value, reverse=lower_is_better(found.metric))  # the best is drawn on top
     figure, axes = _rows_figure([row for row, _ in rows], 0.2, found.baseline)
     for place, (row, value) in enumerate(rows):
         half = [[0.0], [0.0]] if math.isnan(value.low) else [[value.value - value.low], [value.high - value.value]]
@@ -268,7 +268,7 @@ def _legend(axes: Any) -> None:
 
 def _named(metric: str) -> str:
     words = {"loss": "held-out loss", "rougeL": "ROUGE-L"}.get(metric, metric.replace("_", " "))
-    return f"{words} ({'lower' if LOWER_IS_BETTER[metric] else 'higher'} is better)"
+    return f"{words} ({'lower' if lower_is_better(metric) else 'higher'} is better)"
 
 
 def _measured(found: Comparison) -> list[Row]:

@@ -120,6 +120,18 @@ class Record(ABC):
         text = self.text("evaluation/answers.json")
         return json.loads(text)["after"] if text else []
 
+    @cached_property
+    def unrelated_losses(self) -> list[dict[str, float]]:
+        """As `losses`, of each row of unrelated text."""
+        text = self.text("evaluation/after_unrelated_losses.jsonl")
+        return [json.loads(line) for line in text.splitlines()]
+
+    @cached_property
+    def lm_eval(self) -> list[dict[str, Any]]:
+        """After training, each item of lm-eval's tasks: `task`, `item` (a digest) and its metrics."""
+        text = self.text("evaluation/after_lm_eval.json")
+        return json.loads(text) if text else []
+
 
 @dataclass(frozen=True)
 class MlflowRecord(Record):

@@ -91,6 +91,7 @@ def _refuse(config: Config, changes: Mapping[str, Any]) -> None:
         "model.model_name_or_path": config.model.model_name_or_path,
         "dataset.path": config.dataset.path,
         "dataset.eval_path": config.dataset.eval_path,
+        "evaluation.lm_eval_include_path": config.evaluation.lm_eval_include_path,
         "unrelated.path": config.unrelated.path,
         "unrelated.eval_path": config.unrelated.eval_path,
         "training.resume_from_checkpoint": config.training.resume_from_checkpoint,

@@ -84,6 +84,7 @@ def run(
         adapters,
         efficiency,
         evaluation,
+        harness,
         initialization,
         model,
         provenance,
@@ -123,6 +124,7 @@ def run(
         at_the_end.callback(note_memory)  # after a failure too: of what ran out of memory it is asked first
 
         # Tokens, refused early.
+        tasks = harness.load_tasks(config.evaluation) if config.evaluation.lm_eval_tasks else None
         tokenizer = model.load_tokenizer(config.model)
         train_tokens = data.tokenize(rows.train, config, tokenizer)
         audit = data.audit(train_tokens, config.training.max_length, tokenizer)
@@ -215,6 +217,14 @@ def run(
                     generating=memory.phase(f"generate_{moment}"),
                 )
             note({f"{moment}/{key}": value for key, value in found.metrics.items()})
+            if tasks:
+                log.info("lm-eval: %s", ", ".join(config.evaluation.lm_eval_tasks))
+                batch_size = config.training.per_device_eval_batch_size
+                with memory.phase(f"lm_eval_{moment}"), autocast(resolved):
+                    scores, items = harness.evaluate(trainer.model, tokenizer, tasks, config.evaluation, batch_size)
+                note({f"{moment}/{key}": value for key, value in scores.items()})
+                tracker.params({"data.lm_eval_fingerprint": harness.fingerprint(items)})
+                tracker.json(items, f"evaluation/{moment}_lm_eval.json")
             for name, losses in (("losses", found.losses), ("unrelated_losses", found.unrelated)):
                 if losses:
                     tracker.text("".join(json.dumps(row) + "\n" for row in losses), f"evaluation/{moment}_{name}.jsonl")

@@ -335,6 +335,14 @@ class EvaluationConfig(Section):
     generation_batch_size: PositiveInt = 8
     metrics: list[Literal["rouge", "exact_match"]] = ["rouge", "exact_match"]
     """Of generated answers against the references. A dataset with its own scorer adds its score."""
+    lm_eval_tasks: list[str] = []
+    """Tasks and groups of lm-eval-harness, such as mmlu, before and after training."""
+    lm_eval_include_path: str | None = None
+    """A folder of task files of your own. They can run code: only those you trust."""
+    lm_eval_num_fewshot: NonNegative | None = None
+    """null: as each task says."""
+    lm_eval_limit: PositiveInt | None = None
+    """Items of each task; null: all."""
 
 
 class TrackingConfig(Section):

@@ -1,0 +1,98 @@
+"""Tasks of lm-eval-harness (https://github.com/EleutherAI/lm-evaluation-harness) on a model in memory.
+
+Its tasks come from the hub, or from YAML files of one's own (`lm_eval_include_path`), which need no network. Knows
+nothing of runs. Draws no random numbers of its own, so that measuring does not change training.
+"""
+
+import hashlib
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+from qlora_exp.errors import ConfigError, DataError
+from qlora_exp.schema import EvaluationConfig
+
+
+def load_tasks(config: EvaluationConfig) -> dict[Any, Any]:
+    """The tasks that the config names, with their data.
+
+    Raises:
+        ConfigError: lm-eval is not installed, or has no such task.
+        DataError: a task's data cannot be had.
+    """
+    try:
+        import lm_eval.evaluator  # noqa: F401
+        from lm_eval.tasks import TaskManager, get_task_dict
+    except ImportError as error:
+        raise ConfigError("evaluation.lm_eval_tasks needs its package: pip install 'qlora-exp[lm-eval]'") from error
+    for name in ("lm_eval", "lm-eval"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    folder = config.lm_eval_include_path
+    if folder and not Path(folder).is_dir():
+        raise ConfigError(f"evaluation.lm_eval_include_path: no folder {folder}")
+    manager = TaskManager(include_path=folder)
+    if unknown := [name for name in config.lm_eval_tasks if name not in manager.all_tasks]:
+        raise ConfigError(
+            f"evaluation.lm_eval_tasks: lm-eval has no {', '.join(unknown)}"
+            + (f" and {folder} neither" if folder else "; tasks of your own: evaluation.lm_eval_include_path=FOLDER")
+        )
+    try:
+        tasks = get_task_dict(list(config.lm_eval_tasks), manager)
+    except (OSError, ValueError) as error:  # `datasets` says no data, no network, no such column
+        raise DataError(f"evaluation.lm_eval_tasks: {str(error).strip().splitlines()[0]}") from error
+    for task in _single(tasks):
+        task.set_fewshot_seed(0)
+        if config.lm_eval_num_fewshot is not None:
+            task.set_config("num_fewshot", config.lm_eval_num_fewshot)
+    return tasks
+
+
+def evaluate(
+    model: Any, tokenizer: Any, tasks: dict[Any, Any], config: EvaluationConfig, batch_size: int
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Score `model` on `tasks`.
+
+    Returns:
+        `lm_eval/TASK/METRIC` of each task and group, and one record for each item: `task`, `item` (a digest of its
+        text) and its metrics.
+    """
+    from lm_eval.evaluator import evaluate as run_tasks
+    from lm_eval.models.huggingface import HFLM
+
+    wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+    found = run_tasks(wrapped, tasks, limit=config.lm_eval_limit, bootstrap_iters=0, log_samples=True)
+    scores = {
+        f"lm_eval/{task}/{_name(metric)}": float(value)
+        for task, values in found["results"].items()
+        for metric, value in values.items()
+        if "," in metric and "_stderr" not in metric and isinstance(value, int | float) and math.isfinite(value)
+    }
+    items = [
+        {
+            "task": task,
+            "item": sample["doc_hash"][:16],
+            **{name: sample[name] for name in sample["metrics"] if isinstance(sample[name], int | float)},
+        }
+        for task, samples in found["samples"].items()
+        for sample in samples
+    ]
+    return scores, items
+
+
+def fingerprint(items: list[dict[str, Any]]) -> str:
+    """A digest of which items were scored, in order."""
+    named = json.dumps([(item["task"], item["item"]) for item in items])
+    return hashlib.sha256(named.encode()).hexdigest()[:16]
+
+
+def _single(tasks: dict[Any, Any]) -> list[Any]:
+    """The tasks themselves, out of groups of groups."""
+    return [one for task in tasks.values() for one in (_single(task) if isinstance(task, dict) else [task])]
+
+
+def _name(metric: str) -> str:
+    """`acc,none` -> `acc`; `exact_match,strict` -> `exact_match/strict`."""
+    name, _, how = metric.partition(",")
+    return name if how == "none" else f"{name}/{how}"

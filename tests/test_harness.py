@@ -1,0 +1,91 @@
+"""lm-eval's tasks on files of one's own: scores, items, and comparisons by item."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qlora_exp import compare, identity, records
+from qlora_exp.config import compose
+from qlora_exp.errors import ConfigError
+from qlora_exp.harness import evaluate, load_tasks
+from qlora_exp.model import load_unquantized
+
+TASK = """\
+task: sums
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {rows}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{question}}}} ="
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+metadata: {{version: 1.0}}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder with a task of ten items."""
+    rows = [{"question": f"{n} + 1", "choices": [str(n + 1), str(n + 2)], "answer": n % 2} for n in range(10)]
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "tasks" / "sums.yaml").write_text(TASK.format(rows=tmp_path / "tasks" / "rows.jsonl"))
+    return tmp_path / "tasks"
+
+
+def words(folder: Path) -> list[str]:
+    return ["evaluation.lm_eval_tasks=[sums]", f"evaluation.lm_eval_include_path={folder}"]
+
+
+def test_a_run_scores_its_tasks_before_and_after_and_keeps_each_item(run, folder):
+    result = run("method=lora", "evaluation=loss_only", "evaluation.before=true", *words(folder))
+    items = json.loads((result.output_dir / "evaluation" / "after_lm_eval.json").read_text())
+    assert len(items) == 10
+    assert sum(item["acc"] for item in items) / 10 == pytest.approx(result.metrics["after/lm_eval/sums/acc"])
+    assert "before/lm_eval/sums/acc" in result.metrics
+
+
+def test_runs_are_compared_by_item(run, folder, store):
+    name = "tracking.experiment_name=harness"
+    for rate in ("1e-4", "1e-1"):
+        run("method=lora", "evaluation=loss_only", name, f"training.learning_rate={rate}", *words(folder))
+    found = compare.compare(records.find(store, [], "harness"), "lm_eval/sums/acc")
+    items, _ = compare._items(found.rows[0], "lm_eval/sums/acc")
+    assert [values.shape for values in items.values()] == [(1, 10, 2)]
+
+
+def test_the_harness_takes_some_of_the_items_if_told_to(folder, tokenizer):
+    config = compose([*words(folder), "evaluation.lm_eval_limit=3", "evaluation.lm_eval_num_fewshot=0"])
+    model = load_unquantized(compose(["model=tiny_llama"]).model)
+    scores, items = evaluate(model, tokenizer, load_tasks(config.evaluation), config.evaluation, 2)
+    assert len(items) == 3
+    assert scores.keys() == {"lm_eval/sums/acc"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["evaluation.lm_eval_tasks=[summs]"], "lm-eval has no summs and"),
+        (["evaluation.lm_eval_include_path=gone"], "no folder gone"),
+    ],
+)
+def test_what_is_not_there_is_refused_before_the_model_is_loaded(changes, message: str, folder, run, monkeypatch):
+    monkeypatch.setattr("qlora_exp.model.load_model", None)
+    with pytest.raises(ConfigError, match=message):
+        run("method=lora", *words(folder), *changes)
+
+
+def test_without_its_package_the_user_is_told(monkeypatch, folder):
+    monkeypatch.setitem(__import__("sys").modules, "lm_eval.evaluator", None)
+    with pytest.raises(ConfigError, match=r"pip install 'qlora-exp\[lm-eval\]'"):
+        load_tasks(compose(words(folder)).evaluation)
+
+
+def test_other_tasks_are_another_run(folder):
+    before = identity.parts(compose(words(folder)))
+    with (folder / "rows.jsonl").open("a") as rows:
+        rows.write('{"question": "1 + 1", "choices": ["2", "3"], "answer": 0}\n')
+    after = identity.parts(compose(words(folder)))
+    assert {part for part in before if before[part] != after[part]} == {"data"}
