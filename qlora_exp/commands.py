@@ -152,32 +152,34 @@ def ui(uri: str | None, host: str, port: int) -> None:
 def probe(options: argparse.Namespace) -> None:
     """Whether a method works here, tried on a tiny model."""
     quiet()
+    from qlora_exp import compatibility, config
+
+    bases = list(dict.fromkeys(options.base or ["plain"]))
+    with compatibility.ignored():  # a wrong name is told before anything slow is imported
+        stored = f"quantization={compatibility.BASES[bases[0]]}"
+        name = config.compose([*options.overrides, stored, "method.quantized_base=null"]).method.name
     from transformers.utils import logging as transformers_logging
 
-    from qlora_exp import compatibility, config, probe
+    from qlora_exp import probe
     from qlora_exp.summary import print_table
 
-    with compatibility.ignored():
-        name = config.compose([*options.overrides, "quantization=none", "method.quantized_base=null"]).method.name
     transformers_logging.disable_progress_bar()
-    found = [probe.verdicts(options.overrides, base) for base in options.base]
+    found = [probe.verdicts(options.overrides, base) for base in bases]
     rows = [[aspect, *(verdicts.get(aspect, "-") for verdicts in found)] for aspect in compatibility.ASPECTS]
-    print_table(f"method={name} on a tiny model", ["", *options.base], rows)
+    print_table(f"method={name} on a tiny model", ["", *bases], rows)
 
 
 def quantize_error(options: argparse.Namespace) -> None:
     """What storing a model's weights in few bits loses."""
     quiet()
-    from qlora_exp import quantization_lab
     from qlora_exp.config import compose
-    from qlora_exp.summary import print_table
 
     config = compose(["method=lora", *options.overrides])
     if not config.unrelated.paths:
         raise ConfigError("quantize-error takes the model's loss on unrelated text: choose one, unrelated=python_docs")
-    if options.blocksize not in quantization_lab.BLOCKSIZES:
-        known = ", ".join(map(str, quantization_lab.BLOCKSIZES))
-        raise ConfigError(f"--blocksize {options.blocksize}: bitsandbytes has {known}")
+    from qlora_exp import quantization_lab
+    from qlora_exp.summary import print_table
+
     options.out.mkdir(parents=True, exist_ok=True)
     title = f"{config.model.model_name_or_path}, blocks of {options.blocksize}"
     headings, rows = quantization_lab.study(config, options.blocksize, options.out)

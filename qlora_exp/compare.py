@@ -4,7 +4,6 @@ Seeds of one configuration are one row. Knows records only: how they are shown i
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,7 +20,6 @@ METRICS = ("loss", "rougeL", "exact_match", "task_score", "unrelated_loss")
 
 And `lm_eval/TASK/METRIC` of every task that was scored.
 """
-_LOWER_IS_BETTER = re.compile(r"(unrelated_)?loss|lm_eval/.*(perplexity|bits_per_byte).*")
 ALPHA = 1 - stats.LEVEL
 TIED = 100
 """Of more rows, pairs are not tested one by one: it would take long, and nobody could read the letters."""
@@ -96,6 +94,8 @@ class Comparison:
     rows: list[Row]
     baseline: Row
     metric: str
+    lower_is_better: bool
+    """Of the metric."""
     verdicts: dict[str, Verdict]
     """By the row's name; not of the baseline."""
     ties: dict[str, str]
@@ -135,12 +135,10 @@ def compare(records: Sequence[Record], metric: str = "loss", baseline: str | Non
     others = [row for row in measured if row is not chosen]
     found = {row.name: _difference(row, chosen, metric) for row in others}
     adjusted = dict(zip(found, stats.holm([one.p for one in found.values()]), strict=True))
-    verdicts = {
-        name: Verdict(one, adjusted[name], _said(one, adjusted[name], lower_is_better(metric)))
-        for name, one in found.items()
-    }
+    lower = _lower_is_better(metric, ended)
+    verdicts = {name: Verdict(one, adjusted[name], _said(one, adjusted[name], lower)) for name, one in found.items()}
     conditions = _about(records), _unfair(ended), _settings(ended)
-    return Comparison(rows, chosen, metric, verdicts, _ties(ended, metric), *conditions)
+    return Comparison(rows, chosen, metric, lower, verdicts, _ties(ended, metric, lower), *conditions)
 
 
 def _rows(records: Sequence[Record]) -> list[Row]:
@@ -201,9 +199,10 @@ def _baseline(rows: Sequence[Row], called: str | None, every: Sequence[Row]) -> 
     raise ConfigError(f"--baseline '{called}': {'several rows are' if found else 'no row is'} called so:\n  {names}")
 
 
-def lower_is_better(metric: str) -> bool:
-    """Of one of METRICS, or of lm-eval's."""
-    return _LOWER_IS_BETTER.fullmatch(metric) is not None
+def _lower_is_better(metric: str, rows: Sequence[Row]) -> bool:
+    """Of lm-eval's, as its task says."""
+    told = {name for row in rows for one in row.records for name in one.lm_eval.get("lower_is_better", ())}
+    return metric in told if metric.startswith("lm_eval/") else metric in ("loss", "unrelated_loss")
 
 
 @lru_cache(maxsize=2 * TIED)
@@ -217,7 +216,8 @@ def _items(row: Row, metric: str) -> tuple[dict[str, stats.Items], str]:
             pairs = [(line["nll"], line["tokens"]) for line in one.unrelated_losses]
         elif metric.startswith("lm_eval/"):
             _, task, name = metric.split("/", 2)
-            pairs = [(item[name], 1.0) for item in one.lm_eval if item["task"] == task and name in item]
+            tasks = {task, *one.lm_eval.get("groups", {}).get(task, ())}
+            pairs = [(item[name], 1.0) for item in one.lm_eval["items"] if item["task"] in tasks and name in item]
         else:
             pairs = [(answer[metric], 1.0) for answer in one.answers if metric in answer]
         if pairs:
@@ -262,7 +262,7 @@ def _said(found: stats.Difference, p: float, lower_is_better: bool) -> str:
     return f"tie {found.value:+.4f}{interval}; {settle}"
 
 
-def _ties(rows: Sequence[Row], metric: str) -> dict[str, str]:
+def _ties(rows: Sequence[Row], metric: str, lower: bool) -> dict[str, str]:
     """Groups that were not told apart, every pair tested (Holm); none where the rows are too many."""
     measured = [row for row in rows if row.mean(f"after/{metric}")]
     if len(measured) > TIED:
@@ -273,7 +273,7 @@ def _ties(rows: Sequence[Row], metric: str) -> dict[str, str]:
     for (one, two), p in zip(pairs, adjusted, strict=True):
         differ[one][two] = differ[two][one] = p < ALPHA
     means = [row.mean(f"after/{metric}") for row in measured]
-    sign = 1 if lower_is_better(metric) else -1
+    sign = 1 if lower else -1
     order = sorted(range(len(measured)), key=lambda index: sign * means[index].value)  # type: ignore[union-attr]
     letters = stats.groups_of_ties(order, differ)
     return {row.name: letter for row, letter in zip(measured, letters, strict=True)}

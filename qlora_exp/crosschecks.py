@@ -61,12 +61,21 @@ def _lora(config: "Config") -> Iterator[str]:
         )
     if start == "loftq" and not config.quantization.quantized:
         yield "init_lora_weights=loftq makes up for a quantized base: choose quantization=nf4_double"
-    if peft_registry.moves_base(start) and settings.get("use_dora"):
-        yield f"init_lora_weights={start}: its difference from the start is saved, and DoRA's magnitudes have none"
+    if peft_registry.moves_base(start):
+        uneven = settings.get("rank_pattern") or settings.get("alpha_pattern")
+        for name, given in (
+            ("use_dora=true", settings.get("use_dora")),
+            ("modules_to_save", settings.get("modules_to_save")),
+            ("trained biases", settings.get("bias", "none") != "none"),
+            ("use_rslora with rank_pattern or alpha_pattern", settings.get("use_rslora") and uneven),
+        ):
+            if given:
+                yield f"init_lora_weights={start} is saved as its difference from the start, with no place for {name}"
     if settings.get("use_qalora"):
         yield "use_qalora: PEFT has QA-LoRA for GPTQ layers only, which are no quantization here"
-    if optimizer.lora_optimizer == "lorafa" and (settings.get("use_dora") or start == "mica"):
-        yield "lora_optimizer=lorafa trains LoRA's B only: use lora_variant=lora, rslora or loftq"
+    more = [name for name in ("use_dora", "kasa_config", "monteclora_config", "lora_bias") if settings.get(name)]
+    if optimizer.lora_optimizer == "lorafa" and (more or start == "mica"):
+        yield f"lora_optimizer=lorafa trains LoRA's B only, not {', '.join(more) or 'mica'}"
 
 
 def _trainer(config: "Config") -> Iterator[str]:

@@ -114,7 +114,8 @@ def _clean(raw: Dataset, config: DatasetConfig) -> tuple[Dataset, dict[str, int]
             f"{config.path}: no column {', '.join(repr(column) for column in missing)}; "
             f"it has {', '.join(raw.column_names)}. Name yours in dataset.prompt_column, dataset.completion_column, ..."
         )
-    made_of = json.dumps([_LAYOUT, raw._fingerprint, config.model_dump(mode="json")])
+    read = [columns, config.format, config.drop_matching, config.drop_duplicates]
+    made_of = json.dumps([_LAYOUT, raw._fingerprint, *read])
     name = f"rows-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"
     folder = built(name, lambda part: _write_clean(raw, config, columns, part))
     return Dataset.from_file(str(folder / _ROWS)), json.loads((folder / _DROPPED).read_text("utf-8"))
@@ -159,7 +160,7 @@ def _uniform(row: dict[str, Any]) -> dict[str, Any]:
             )
         answers = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
         messages = messages[: answers[-1] + 1] if answers else []
-        turns = [{"role": message["role"], "content": message["content"]} for message in messages]
+        turns = [{"role": message["role"], "content": str(message["content"] or "")} for message in messages]
         return {
             "prompt": turns[-2]["content"] if len(turns) > 1 else "",
             "input": "",
@@ -178,7 +179,7 @@ def tokenize(rows: Dataset, config: Config, tokenizer: Any) -> Dataset:
     Done once for the same rows, format and tokenizer: other runs find the result in the cache.
     """
     learned = [config.training.completion_only_loss, config.training.assistant_only_loss]
-    made_of = [fingerprint(rows), config.dataset.model_dump(mode="json"), learned]
+    made_of = [fingerprint(rows), config.dataset.format, config.dataset.system_message, learned]
     made_of += [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map]
     name = hashlib.sha256(json.dumps([_LAYOUT, *made_of], default=str).encode()).hexdigest()[:16]
     folder = built(f"tokens-{name}", lambda part: _tokenize(rows, config, tokenizer, part))
@@ -234,10 +235,9 @@ def cut(rows: Dataset, tokens: Dataset, max_length: int) -> tuple[Dataset, Datas
     return rows.select(keep), shorter
 
 
-def unrelated(config: Config, tokenizer: Any) -> tuple[Dataset, Dataset]:
-    """Rows of text that the run is not about, and their tokens, cut as the held-out rows are."""
+def unrelated(rows: Dataset, config: Config, tokenizer: Any) -> tuple[Dataset, Dataset]:
+    """`rows` of text that the run is not about, and their tokens, cut as the held-out rows are."""
     as_dataset = config.model_copy(update={"dataset": config.unrelated})
-    rows = load_rows(config.unrelated).heldout
     return cut(rows, tokenize(rows, as_dataset, tokenizer), config.training.max_length)
 
 

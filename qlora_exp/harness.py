@@ -42,25 +42,26 @@ def load_tasks(config: EvaluationConfig) -> dict[Any, Any]:
         tasks = get_task_dict(list(config.lm_eval_tasks), manager)
     except (OSError, ValueError) as error:  # `datasets` says no data, no network, no such column
         raise DataError(f"evaluation.lm_eval_tasks: {str(error).strip().splitlines()[0]}") from error
-    for task in _single(tasks):
-        task.set_fewshot_seed(0)
-        if config.lm_eval_num_fewshot is not None:
+    if config.lm_eval_num_fewshot is not None:
+        for task in _single(tasks):
             task.set_config("num_fewshot", config.lm_eval_num_fewshot)
     return tasks
 
 
 def evaluate(
     model: Any, tokenizer: Any, tasks: dict[Any, Any], config: EvaluationConfig, batch_size: int
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Score `model` on `tasks`.
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Score `model` on `tasks`, with the same examples in the prompts at each call.
 
     Returns:
-        `lm_eval/TASK/METRIC` of each task and group, and one record for each item: `task`, `item` (a digest of its
-        text) and its metrics.
+        `lm_eval/TASK/METRIC` of each task and group; and what it came from: `items` (of each its `task`, `item`, which
+        is a digest of its text, and metrics), `groups` (the tasks of each) and `lower_is_better` (names of scores).
     """
     from lm_eval.evaluator import evaluate as run_tasks
     from lm_eval.models.huggingface import HFLM
 
+    for task in _single(tasks):
+        task.set_fewshot_seed(0)
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     found = run_tasks(wrapped, tasks, limit=config.lm_eval_limit, bootstrap_iters=0, log_samples=True)
     scores = {
@@ -69,16 +70,19 @@ def evaluate(
         for metric, value in values.items()
         if "," in metric and "_stderr" not in metric and isinstance(value, int | float) and math.isfinite(value)
     }
-    items = [
-        {
-            "task": task,
-            "item": sample["doc_hash"][:16],
-            **{name: sample[name] for name in sample["metrics"] if isinstance(sample[name], int | float)},
-        }
-        for task, samples in found["samples"].items()
-        for sample in samples
+    items: dict[tuple[str, str], dict[str, Any]] = {}
+    for task, samples in found["samples"].items():
+        for sample in samples:  # one for each way of reading the answer
+            item = items.setdefault((task, sample["doc_hash"]), {"task": task, "item": sample["doc_hash"][:16]})
+            values = {name: sample[name] for name in sample["metrics"] if isinstance(sample[name], int | float)}
+            item |= {_name(f"{name},{sample['filter']}"): value for name, value in values.items()}
+    lower = [
+        name
+        for name in scores
+        if found["higher_is_better"].get(name.split("/")[1], {}).get(name.split("/")[2]) is False
     ]
-    return scores, items
+    groups = {group: subtasks for group, subtasks in found["group_subtasks"].items() if subtasks}
+    return scores, {"items": [*items.values()], "groups": groups, "lower_is_better": lower}
 
 
 def fingerprint(items: list[dict[str, Any]]) -> str:

@@ -25,7 +25,8 @@ def is_needed(config: Config) -> bool:
     local_data = all(
         one.path.startswith(("embedded:", "reasoning_gym:")) or Path(one.path) in one.files for one in config.datasets
     )
-    return not (local_model and local_data)
+    local_tasks = not config.evaluation.lm_eval_tasks or config.evaluation.lm_eval_include_path is not None
+    return not (local_model and local_data and local_tasks)
 
 
 def go_offline_if_unreachable(timeout: float = 3.0) -> None:

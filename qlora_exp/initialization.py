@@ -7,6 +7,7 @@ has. So what is saved of such a run is its difference from that start: a plain L
 it is published.
 """
 
+import shutil
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,6 +20,7 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 from peft.utils.integrations import dequantize_module_weight
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -27,6 +29,10 @@ from qlora_exp.peft_registry import moves_base
 
 Batch = dict[str, torch.Tensor]
 _EVA_PASSES = 100
+_WEIGHTS = "adapter_model.safetensors"
+_QUANTIZED = ("Linear4bit", "Linear8bitLt")
+FROM_ROWS = ("corda", "eva", "lora_ga")
+"""Starts that look at training rows."""
 
 
 def batches(tokens: Dataset, rows: int, batch_size: int, max_length: int, pad_token_id: int) -> list[Batch]:
@@ -48,6 +54,9 @@ def prepare(start: str | None, base: PreTrainedModel, settings: Any, found: Iter
 
     CorDA (https://arxiv.org/abs/2406.05223) looks at covariances of each layer's inputs, LoRA-GA
     (https://arxiv.org/abs/2407.05000) at gradients of the base.
+
+    Raises:
+        ConfigError: PEFT cannot make anything of the rows or of the layers.
     """
 
     def go_through(learn: bool) -> None:
@@ -56,12 +65,15 @@ def prepare(start: str | None, base: PreTrainedModel, settings: Any, found: Iter
             if learn:
                 loss.backward()
 
-    if start == "corda":
-        preprocess_corda(base, settings, run_model=lambda: go_through(False))
-    elif start == "lora_ga":
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Full backward hook is firing")  # it only counts
-            preprocess_loraga(base, settings, train_step=lambda: go_through(True))
+    try:
+        if start == "corda":
+            preprocess_corda(base, settings, run_model=lambda: go_through(False))
+        elif start == "lora_ga":
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Full backward hook is firing")  # it only counts
+                preprocess_loraga(base, settings, train_step=lambda: go_through(True))
+    except ValueError as error:
+        raise ConfigError(f"init_lora_weights={start} cannot start so: {error}") from error
 
 
 def finish(start: str | None, adapted: Any, found: list[Batch], unquantized: Callable[[], PreTrainedModel]) -> None:
@@ -128,21 +140,37 @@ def _make_up_for_quantization(adapted: PeftModel, original: PreTrainedModel) -> 
 
     PEFT 0.21's own `replace_lora_weights_loftq` needs a GPU, and is right for `lora_alpha == r` only.
     """
-    weights, adapter = dict(original.named_parameters()), adapted.active_adapter
+    adapter = adapted.active_adapter
     for name, layer in adapted.get_base_model().named_modules():
-        if isinstance(layer, LoraLayer):
-            kept = dequantize_module_weight(layer.get_base_layer()).float()
-            lost = weights[f"{name}.weight"].to(kept) - kept
-            u, s, v = torch.linalg.svd(lost / layer.scaling[adapter], full_matrices=False)
-            root, r = s.sqrt(), layer.r[adapter]
-            for matrix, values in ((layer.lora_A, root[:r, None] * v[:r]), (layer.lora_B, u[:, :r] * root[:r])):
-                matrix[adapter].load_state_dict({"weight": values})
+        if not isinstance(layer, LoraLayer) or type(layer.get_base_layer()).__name__ not in _QUANTIZED:
+            continue  # an output layer or an embedding has lost nothing
+        source: Any = original.get_submodule(name)
+        weight = source.weight.T if type(source).__name__ == "Conv1D" else source.weight
+        kept = dequantize_module_weight(layer.get_base_layer()).float()
+        lost = (weight.to(kept) - kept) / layer.scaling[adapter]
+        u, s, v = torch.linalg.svd(lost, full_matrices=False)
+        root, r = s.sqrt(), layer.r[adapter]
+        for matrix, values in ((layer.lora_A, root[:r, None] * v[:r]), (layer.lora_B, u[:, :r] * root[:r])):
+            parameter: Any = matrix[adapter].weight
+            parameter.data.copy_(values)
 
 
-def remember(start: str | None, adapted: Any, folder: Path) -> None:
-    """Keep the adapter as it starts in `folder`, if its start moved a part of the base into it."""
-    if moves_base(start):
-        adapted.save_pretrained(str(folder))
+def remember(start: str | None, adapted: Any, folder: Path) -> bool:
+    """Keep the adapter as it starts in `folder`, if its start moved a part of the base into it.
+
+    Returns:
+        Whether a run that was cut off can go on: its base is the same again. On another device a start may be another.
+    """
+    earlier = load_file(folder / _WEIGHTS) if (folder / _WEIGHTS).is_file() else {}
+    shutil.rmtree(folder, ignore_errors=True)  # of a run with another config, even
+    if not moves_base(start):
+        return True
+    adapted.save_pretrained(str(folder))
+    now = load_file(folder / _WEIGHTS)
+    return not earlier or all(
+        name in earlier and earlier[name].shape == one.shape and torch.allclose(earlier[name], one, 1e-3, 1e-5)
+        for name, one in now.items()
+    )
 
 
 def save_difference(adapted: Any, folder: Path, remembered: Path) -> None:

@@ -10,7 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tqdm import tqdm
+
 _WORDS = 5
+_MANY = 10
 _WORD = re.compile(r"\w+")
 
 
@@ -21,9 +24,12 @@ class Leak:
     train: int
     heldout: int
     kind: str
-    """`exact`: the same prompt and input but for case, spaces and punctuation; `near`: overlapping text."""
+    """`exact`: asks the same but for case, spaces and a closing mark; `near`: overlapping text."""
     overlap: float
-    """Share of five-word sequences that the two rows have in common (Jaccard index), 1.0 for an exact one."""
+    """Share of five-word sequences that the two rows have in common (Jaccard index), 1.0 for an exact one.
+
+    What many held-out rows have in common, such as a preamble, does not count.
+    """
 
 
 def find(train: Iterable[Mapping[str, Any]], heldout: Iterable[Mapping[str, Any]], threshold: float) -> list[Leak]:
@@ -38,19 +44,24 @@ def find(train: Iterable[Mapping[str, Any]], heldout: Iterable[Mapping[str, Any]
     """
     questions: dict[bytes, int] = {}
     shingles: dict[int, list[int]] = {}
-    sizes = []
+    sizes: list[int] = []
     for index, row in enumerate(heldout):
         questions.setdefault(_question(row), index)
         own = _shingles(row)
         sizes.append(len(own))
         for shingle in own:
             shingles.setdefault(shingle, []).append(index)
+    many = max(_MANY, len(sizes) // 50)
+    common = {shingle for shingle, rows in shingles.items() if len(rows) > many}
+    for shingle in common:
+        for other in shingles.pop(shingle):
+            sizes[other] -= 1
     found = []
-    for index, row in enumerate(train):
+    for index, row in enumerate(tqdm(train, desc="looking for leaks", unit="row", leave=False, disable=None)):
         if (same := questions.get(_question(row))) is not None:
             found.append(Leak(index, same, "exact", 1.0))
             continue
-        own = _shingles(row)
+        own = _shingles(row) - common
         shared = Counter(other for shingle in own for other in shingles.get(shingle, ()))
         overlaps = {other: count / (len(own) + sizes[other] - count) for other, count in shared.items()}
         if overlaps and (worst := max(overlaps.values())) >= threshold:
@@ -59,11 +70,19 @@ def find(train: Iterable[Mapping[str, Any]], heldout: Iterable[Mapping[str, Any]
 
 
 def _question(row: Mapping[str, Any]) -> bytes:
-    """Of plain text, which has no question, the text."""
-    words = _WORD.findall(f"{row['prompt']}\0{row['input']}".casefold()) or _WORD.findall(row["completion"].casefold())
-    return hashlib.blake2b(" ".join(words).encode(), digest_size=16).digest()
+    """A digest of all that comes before the answer; of plain text, which has no question, of the text."""
+    asked = _texts(row)[:-1]
+    text = "\0".join(asked if any(asked) else [row["completion"]])
+    plain = " ".join(text.casefold().split()).replace(" \0", "\0").rstrip(".?!\0 ")
+    return hashlib.blake2b(plain.encode(), digest_size=16).digest()
+
+
+def _texts(row: Mapping[str, Any]) -> list[str]:
+    """All of it in order, the answer last."""
+    turns = [turn["content"] for turn in row.get("messages") or ()]
+    return turns or [row["prompt"], row["input"], row["completion"]]
 
 
 def _shingles(row: Mapping[str, Any]) -> set[int]:
-    words = _WORD.findall(f"{row['prompt']} {row['input']} {row['completion']}".casefold())
+    words = _WORD.findall(" ".join(_texts(row)).casefold())
     return {hash(tuple(words[start : start + _WORDS])) for start in range(max(1, len(words) - _WORDS + 1))}

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_exp.bottleneck  # noqa: F401 - registers its method with PEFT
-from qlora_exp import store
+from qlora_exp import compatibility, store
 from qlora_exp.config import from_dict
 from qlora_exp.device import detect, resolve
 from qlora_exp.errors import ConfigError, ModelError
@@ -50,7 +50,8 @@ def load(source: str, tracking_uri: str | None = None, device: str = "auto") -> 
     except (ConfigError, KeyError, TypeError) as error:
         raise ModelError(f"{source}: {CONFIG_FILE} is damaged: {error}") from error
     try:
-        config = from_dict(recorded | {"device": device})
+        with compatibility.ignored():  # it was trained: what would be refused now did work then
+            config = from_dict(recorded | {"device": device})
     except ConfigError as error:
         raise ModelError(f"{source}: its config is not one of this version: {error}") from error
     resolved = resolve(config, detect(device, quantized=config.quantization.quantized))

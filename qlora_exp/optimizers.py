@@ -32,4 +32,18 @@ def lora_optimizer(model: Any, config: OptimizerConfig, arguments: TrainingArgum
     optimizer = create_lorafa_optimizer(model, lora.r, lora.lora_alpha, settings["lr"], decay)
     for group in optimizer.param_groups:  # PEFT 0.21 takes neither
         group.update(betas=settings["betas"], eps=settings["eps"])
+    optimizer.register_load_state_dict_post_hook(move_states)
     return optimizer
+
+
+def move_states(optimizer: torch.optim.Optimizer) -> None:
+    """Put LoRA-FA's states, which it keeps by name, where their parameters are; torch does that for others only."""
+    devices = {
+        name[: name.find("lora")] + "lora" if "lora" in name else name: parameter.device
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+    }
+    for name, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(name, str) and isinstance(value, torch.Tensor):
+                state[key] = value.to(devices[name])

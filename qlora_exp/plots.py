@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from qlora_exp.compare import Comparison, Row, lower_is_better
+from qlora_exp.compare import Comparison, Row
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^vP*X"
@@ -58,7 +58,7 @@ def memory_and_quality(found: Comparison) -> Figure | None:
             points.append(_Point(row, memory.value, value.value))
     if len(points) < 2:
         return None
-    sign = 1 if lower_is_better(found.metric) else -1
+    sign = 1 if found.lower_is_better else -1
     front = pareto([(one.memory, sign * one.value) for one in points])
     figure, axes = _figure(7, 5)
     for index, one in enumerate(points):
@@ -79,7 +79,7 @@ def memory_and_quality(found: Comparison) -> Figure | None:
             one = points[index]
             axes.annotate(one.row.short, (one.memory, one.value), (6, 4), textcoords="offset points", fontsize=7)
     axes.set_xlabel("peak memory, MiB")
-    axes.set_ylabel(_named(found.metric))
+    axes.set_ylabel(_named(found))
     _legend(axes)
     return figure
 
@@ -101,7 +101,7 @@ def ranked(found: Comparison) -> Figure | None:
     rows = [(row, value) for row in _measured(found) if (value := row.mean(f"after/{found.metric}"))]
     if not rows:
         return None
-    rows.sort(key=lambda pair: pair[1].value, reverse=lower_is_better(found.metric))  # the best is drawn on top
+    rows.sort(key=lambda pair: pair[1].value, reverse=found.lower_is_better)  # the best is drawn on top
     figure, axes = _rows_figure([row for row, _ in rows], 0.2, found.baseline)
     for place, (row, value) in enumerate(rows):
         half = [[0.0], [0.0]] if math.isnan(value.low) else [[value.value - value.low], [value.high - value.value]]
@@ -112,9 +112,7 @@ def ranked(found: Comparison) -> Figure | None:
                 1.01, place, found.ties.get(row.name, ""), transform=axes.get_yaxis_transform(), va="center", fontsize=8
             )
     axes.grid(axis="y", linewidth=0.3)
-    axes.set_xlabel(
-        _named(found.metric) + ("\nrows that share a letter: no difference found" if len(rows) <= 30 else "")
-    )
+    axes.set_xlabel(_named(found) + ("\nrows that share a letter: no difference found" if len(rows) <= 30 else ""))
     return figure
 
 
@@ -200,8 +198,8 @@ def rank_and_alpha(found: Comparison) -> Figure | None:
         axes.set_yticks(range(len(ranks)), [f"{r:g}" for r in ranks])
         axes.set_xlabel("lora_alpha")
         axes.set_ylabel("r")
-        axes.set_title(rest or _named(found.metric), fontsize=9)
-    figure.suptitle(_named(found.metric), fontsize=9)
+        axes.set_title(rest or _named(found), fontsize=9)
+    figure.suptitle(_named(found), fontsize=9)
     return figure
 
 
@@ -226,7 +224,7 @@ def over_rank(found: Comparison) -> Figure | None:
     axes.set_xticks(ticks := sorted({one[0] for line in lines.values() for one in line}), [f"{r:g}" for r in ticks])
     axes.minorticks_off()
     axes.set_xlabel("r")
-    axes.set_ylabel(_named(found.metric))
+    axes.set_ylabel(_named(found))
     if any(lines):
         _legend(axes)
     return figure
@@ -266,9 +264,9 @@ def _legend(axes: Any) -> None:
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
-def _named(metric: str) -> str:
-    words = {"loss": "held-out loss", "rougeL": "ROUGE-L"}.get(metric, metric.replace("_", " "))
-    return f"{words} ({'lower' if lower_is_better(metric) else 'higher'} is better)"
+def _named(found: Comparison) -> str:
+    words = {"loss": "held-out loss", "rougeL": "ROUGE-L"}.get(found.metric, found.metric.replace("_", " "))
+    return f"{words} ({'lower' if found.lower_is_better else 'higher'} is better)"
 
 
 def _measured(found: Comparison) -> list[Row]:

@@ -22,7 +22,6 @@ from qlora_exp.compatibility import ASPECTS, BASES, WORKS
 from qlora_exp.config import compose
 from qlora_exp.data import IGNORED
 from qlora_exp.device import Device, Resolved, resolve
-from qlora_exp.errors import UserError
 from qlora_exp.memory import MemoryMonitor
 from qlora_exp.peft_registry import moves_base
 from qlora_exp.schema import Config
@@ -56,7 +55,7 @@ def verdicts(words: Sequence[str], base: str, aspects: Sequence[str] = ASPECTS) 
             found[aspect] = WORKS
         except FailedError as error:
             found[aspect] = str(error)
-        except (UserError, RuntimeError, ValueError, TypeError, NotImplementedError, KeyError, AttributeError) as error:
+        except Exception as error:  # whatever a library makes of it is the answer
             found[aspect] = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]:.120}"
     return found
 

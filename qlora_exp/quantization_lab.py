@@ -19,13 +19,11 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from qlora_exp.adapters import linear_layers
-from qlora_exp.data import IGNORED, unrelated
+from qlora_exp.data import IGNORED, load_rows, unrelated
 from qlora_exp.journal import write_atomically
 from qlora_exp.model import load_tokenizer, load_unquantized
 from qlora_exp.schema import Config
 from qlora_exp.summary import markdown_table
-
-BLOCKSIZES = (64, 128, 256, 512, 1024, 2048, 4096)
 
 Stored = tuple[torch.Tensor, int]
 """A matrix as it comes back, and the bytes that it was stored in."""
@@ -110,17 +108,19 @@ def text_loss(model: Any, tokens: Dataset) -> float:
 
 
 @torch.no_grad()
-def of_model(model: Any, loss_of: Callable[[Any], float], blocksize: int = 64) -> dict[str, Loss]:
+def of_model(model: Any, loss_of: Callable[[Any], float], blocksize: int = 64, width: int = 32) -> dict[str, Loss]:
     """Each format on the weights that a quantized base would store in it: the linear layers, without the output layer.
+
+    Needs the memory of the model's weights a second time.
 
     Args:
         model: unquantized; left as it was.
         loss_of: the model's loss on some text. What it is unquantized is under `none`.
         blocksize: values that share a scale.
+        width: bits of a weight in the model's files.
     """
     layers = [model.get_submodule(name) for name in linear_layers(model)]
     originals = [layer.weight.data for layer in layers]
-    width = originals[0].element_size() * 8
     found = {"none": Loss(0.0, width, loss_of(model))}
     for name, store in tqdm(FORMATS.items(), desc="formats", leave=False, disable=None):
         measured = _measure(originals, store, blocksize)
@@ -141,9 +141,11 @@ def study(config: Config, blocksize: int, folder: Path) -> tuple[list[str], list
         Headings and rows, as text: bits for each weight, relative RMSE on weights and on normal samples with its ratio
         to NF4's, what is added to the loss on the text, perplexity.
     """
-    model = load_unquantized(config.model).float().eval()
-    _, tokens = unrelated(config, load_tokenizer(config.model))
-    weights = of_model(model, partial(text_loss, tokens=tokens), blocksize)
+    model = load_unquantized(config.model)
+    width = model.dtype.itemsize * 8
+    model = model.float().eval()
+    _, tokens = unrelated(load_rows(config.unrelated).heldout, config, load_tokenizer(config.model))
+    weights = of_model(model, partial(text_loss, tokens=tokens), blocksize, width)
     samples = of_samples(blocksize)
     draw(model, folder / "quantize_error.svg", blocksize)
     found = {"weights": weights, "normal samples": samples}
@@ -181,12 +183,12 @@ def draw(model: Any, file: Path, blocksize: int = 64) -> None:
     """Each 4-bit type's levels over the histogram of the model's weights, scaled as blocks are."""
     from matplotlib.figure import Figure
 
-    values = []
+    density = torch.zeros(201)
     for name in linear_layers(model):
         weight = model.get_submodule(name).weight.data.float().flatten()
         blocks = weight[: weight.numel() // blocksize * blocksize].view(-1, blocksize)
-        values.append((blocks / blocks.abs().amax(dim=1, keepdim=True).clamp_min(1e-30)).flatten())
-    density = torch.histc(torch.cat(values), bins=201, min=-1, max=1)
+        scaled = blocks / blocks.abs().amax(dim=1, keepdim=True).clamp_min(1e-30)
+        density += torch.histc(scaled, bins=201, min=-1, max=1)
     density /= density.sum() * (2 / 201)
     kinds: Mapping[str, list[float]] = {
         "nf4": levels("nf4"),

@@ -127,10 +127,10 @@ class Record(ABC):
         return [json.loads(line) for line in text.splitlines()]
 
     @cached_property
-    def lm_eval(self) -> list[dict[str, Any]]:
-        """After training, each item of lm-eval's tasks: `task`, `item` (a digest) and its metrics."""
+    def lm_eval(self) -> dict[str, Any]:
+        """What lm-eval's scores after training came from, as `harness.evaluate` gives it; empty without any."""
         text = self.text("evaluation/after_lm_eval.json")
-        return json.loads(text) if text else []
+        return json.loads(text) if text else {}
 
 
 @dataclass(frozen=True)

@@ -83,6 +83,11 @@ def _refuse(config: Config, changes: Mapping[str, Any]) -> None:
         raise ConfigError(
             "the record asks to run code from the model's repository; if you trust it: model.trust_remote_code=true"
         )
+    if (own := config.evaluation.lm_eval_include_path) and "evaluation.lm_eval_include_path" not in changes:
+        raise ConfigError(
+            "the record asks for lm-eval's tasks from a folder, and they can run code; if you trust what is there: "
+            f"evaluation.lm_eval_include_path={own}"
+        )
     if "/" in (kernel := config.model.attn_implementation or "") and "model.attn_implementation" not in changes:
         raise ConfigError(
             f"the record asks for a kernel of the hub; if you trust it: model.attn_implementation={kernel}"
@@ -91,7 +96,6 @@ def _refuse(config: Config, changes: Mapping[str, Any]) -> None:
         "model.model_name_or_path": config.model.model_name_or_path,
         "dataset.path": config.dataset.path,
         "dataset.eval_path": config.dataset.eval_path,
-        "evaluation.lm_eval_include_path": config.evaluation.lm_eval_include_path,
         "unrelated.path": config.unrelated.path,
         "unrelated.eval_path": config.unrelated.eval_path,
         "training.resume_from_checkpoint": config.training.resume_from_checkpoint,

@@ -62,16 +62,19 @@ def run(
     """
     from qlora_exp import hub
 
-    for file in config.dataset.files:
-        if not file.is_file():
-            raise DataError(f"dataset.path: no file {file} in {Path.cwd()}")
+    for section, source in (("dataset", config.dataset), ("unrelated", config.unrelated)):
+        for file in source.files:
+            if not file.is_file():
+                raise DataError(f"{section}.path: no file {file} in {Path.cwd()}")
     load_env_file()
     if hub.is_needed(config):
         hub.go_offline_if_unreachable()  # before huggingface_hub is imported
     # The rows come first, then the device: what is wrong there is found before the slower imports, and leaves no run.
-    from qlora_exp import data, sources
+    from qlora_exp import data, harness, sources
 
     rows = data.load_rows(config.dataset)
+    unrelated = data.load_rows(config.unrelated).heldout if config.unrelated.paths else None
+    tasks = harness.load_tasks(config.evaluation) if config.evaluation.lm_eval_tasks else None
     score = sources.scorer(config.dataset)
     from qlora_exp.device import autocast, computes_in, detect, resolve
 
@@ -84,7 +87,6 @@ def run(
         adapters,
         efficiency,
         evaluation,
-        harness,
         initialization,
         model,
         provenance,
@@ -124,7 +126,6 @@ def run(
         at_the_end.callback(note_memory)  # after a failure too: of what ran out of memory it is asked first
 
         # Tokens, refused early.
-        tasks = harness.load_tasks(config.evaluation) if config.evaluation.lm_eval_tasks else None
         tokenizer = model.load_tokenizer(config.model)
         train_tokens = data.tokenize(rows.train, config, tokenizer)
         audit = data.audit(train_tokens, config.training.max_length, tokenizer)
@@ -152,8 +153,8 @@ def run(
         note({f"labels/{key}": value for key, value in asdict(audit).items() if not isinstance(value, str)})
         parts = [("training", config.dataset, rows.train), ("evaluation", config.dataset, heldout)]
         unrelated_tokens = None
-        if config.unrelated.paths:
-            unrelated, unrelated_tokens = data.unrelated(config, tokenizer)
+        if unrelated is not None:
+            unrelated, unrelated_tokens = data.unrelated(unrelated, config, tokenizer)
             parts.append(("unrelated", config.unrelated, unrelated))
         for part, source, found in parts:
             digest = data.fingerprint(found)
@@ -174,7 +175,7 @@ def run(
         with memory.phase("initialize" if start else "load"):
             found = initialization.batches(
                 train_tokens,
-                config.lora_variant.init_rows,
+                config.lora_variant.init_rows if start in initialization.FROM_ROWS else 0,
                 1 if start == "corda" else config.training.per_device_train_batch_size,  # PEFT's CorDA takes one row
                 config.training.max_length,
                 tokenizer.pad_token_id,
@@ -182,7 +183,7 @@ def run(
             initialization.prepare(start, base, peft_config, found)
             adapted = adapters.attach(base, peft_config, resolved.adapter_dtype)
             initialization.finish(start, adapted, found, lambda: model.load_unquantized(config.model))
-            initialization.remember(start, adapted, first_adapter)
+            same_start = initialization.remember(start, adapted, first_adapter)
         if config.training.packing and not evaluation.isolates_packed_rows(adapted):
             raise ConfigError(
                 f"training.packing: {config.model.model_name_or_path} does not keep packed rows apart, so training "
@@ -221,10 +222,10 @@ def run(
                 log.info("lm-eval: %s", ", ".join(config.evaluation.lm_eval_tasks))
                 batch_size = config.training.per_device_eval_batch_size
                 with memory.phase(f"lm_eval_{moment}"), autocast(resolved):
-                    scores, items = harness.evaluate(trainer.model, tokenizer, tasks, config.evaluation, batch_size)
+                    scores, told = harness.evaluate(trainer.model, tokenizer, tasks, config.evaluation, batch_size)
                 note({f"{moment}/{key}": value for key, value in scores.items()})
-                tracker.params({"data.lm_eval_fingerprint": harness.fingerprint(items)})
-                tracker.json(items, f"evaluation/{moment}_lm_eval.json")
+                tracker.params({"data.lm_eval_fingerprint": harness.fingerprint(told["items"])})
+                tracker.json(told, f"evaluation/{moment}_lm_eval.json")
             for name, losses in (("losses", found.losses), ("unrelated_losses", found.unrelated)):
                 if losses:
                     tracker.text("".join(json.dumps(row) + "\n" for row in losses), f"evaluation/{moment}_{name}.jsonl")
@@ -233,7 +234,7 @@ def run(
         before = measure("before") if config.evaluation.before else None
         set_seed(config.seed)
         log.info("training %s of %s parameters (%.3g%%)", f"{trainable:,}", f"{total:,}", 100 * trainable / total)
-        checkpoint = training.checkpoint_to_resume(config, output_dir, tracker.resumed)
+        checkpoint = training.checkpoint_to_resume(config, output_dir, tracker.resumed, same_start)
         if checkpoint:
             log.info("going on from %s", checkpoint)
         judge = None
@@ -243,7 +244,8 @@ def run(
             judge = search.judge(pruning)
         with efficiency.EnergyMeter() as energy:
             note(training.train(trainer, tracker.metrics, checkpoint, judge))
-        note(efficiency.of_training(metrics, memory.peaks, peak_flops, energy.joules))
+        joules = None if checkpoint else energy.joules  # of a part of the steps only
+        note(efficiency.of_training(metrics, memory.peaks, peak_flops, joules))
         after = measure("after")
         if before and unrelated_tokens is not None:
             note({"forgetting": after.metrics["unrelated_loss"] - before.metrics["unrelated_loss"]})

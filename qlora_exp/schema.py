@@ -196,7 +196,7 @@ class DatasetConfig(Section):
     drop_matching: str | None = None
     """Regular expression; rows whose completion matches are left out."""
     drop_duplicates: bool = True
-    """Keep only the first of rows with the same prompt and input."""
+    """Keep only the first of rows with the same prompt and input; of dialogues, of those that are wholly the same."""
     drop_leaks: Literal["none", "exact", "near"] = "exact"
     """Training rows to leave out because of a held-out row: exact: with the same prompt; near: with like text too."""
     leak_threshold: Annotated[float, Field(gt=0, le=1)] = 0.7

@@ -158,7 +158,7 @@ class Trainer(SFTTrainer):
         found = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
         if not model.training:
             return found
-        added = penalty(model) / self.args.gradient_accumulation_steps
+        added = penalty(self.accelerator.unwrap_model(model)) / self.current_gradient_accumulation_steps
         return (found[0] + added, found[1]) if return_outputs else found + added
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -354,7 +354,7 @@ def train(
     return {"train_loss": result.training_loss, "steps": trainer.state.global_step, **watcher.throughput()}
 
 
-def checkpoint_to_resume(config: Config, output_dir: Path, resumed: bool) -> Path | None:
+def checkpoint_to_resume(config: Config, output_dir: Path, resumed: bool, same_start: bool = True) -> Path | None:
     """The checkpoint to go on from: of a cut-off run its own newest, else the configured one; None: from the start.
 
     A run whose method cannot be resumed starts over.
@@ -363,11 +363,13 @@ def checkpoint_to_resume(config: Config, output_dir: Path, resumed: bool) -> Pat
         config: `training.resume_from_checkpoint` is a checkpoint, or an output folder whose newest one is taken.
         output_dir: the run's own.
         resumed: the run was begun before.
+        same_start: its adapter starts as it did then.
 
     Raises:
         ConfigError: there is no checkpoint where the config says.
     """
-    if resumed and (why := config.refusal("resume")):
+    why = config.refusal("resume") or (None if same_start else "its adapter starts otherwise here")
+    if resumed and why:
         log.info("from the start: method=%s cannot be resumed (%s)", config.method.name, why)
         return None
     configured = config.training.resume_from_checkpoint

@@ -213,19 +213,20 @@ def test_rows_are_tokenized_once_for_all_runs(config, tokenizer, tmp_path, monke
 
 def test_unrelated_text_is_the_same_every_time_and_all_of_it_counts(config, tokenizer):
     checked = config("unrelated=python_docs", "training.max_length=100000")
-    rows, tokens = data.unrelated(checked, tokenizer)
-    assert rows["completion"] == data.unrelated(checked, tokenizer)[0]["completion"]
+    found = data.load_rows(checked.unrelated).heldout
+    rows, tokens = data.unrelated(found, checked, tokenizer)
+    assert rows["completion"][:] == data.load_rows(checked.unrelated).heldout["completion"][:]
     assert len(rows) == 8
     assert all(len(text) >= 1000 for text in rows["completion"])
     assert all(label != data.IGNORED for labels in tokens["labels"] for label in labels)
-    assert (
-        len(data.unrelated(config("unrelated=python_docs", "training.max_length=50"), tokenizer)[1][0]["labels"]) == 50
-    )
+    _, shorter = data.unrelated(found, config("unrelated=python_docs", "training.max_length=50"), tokenizer)
+    assert {len(labels) for labels in shorter["labels"]} == {50}
 
 
 def test_unrelated_text_may_be_a_file_of_ones_own(config, tokenizer, jsonl):
     path = jsonl([{"text": f"passage {number}"} for number in range(6)])
-    rows, _ = data.unrelated(config(f"unrelated.path={path}", "unrelated.eval_size=3"), tokenizer)
+    checked = config(f"unrelated.path={path}", "unrelated.eval_size=3")
+    rows, _ = data.unrelated(data.load_rows(checked.unrelated).heldout, checked, tokenizer)
     assert len(rows) == 3
 
 
@@ -235,7 +236,7 @@ LEAKING = [{"prompt": f"question {number}", "completion": f"answer {number}"} fo
 @pytest.mark.parametrize(("drop", "left"), [("none", 5), ("exact", 4), ("near", 3)])
 def test_training_rows_that_give_a_held_out_row_away_are_left_out(drop: str, left: int, jsonl):
     text = "one two three four five six seven eight nine ten"
-    train = [*LEAKING[:3], {"prompt": "Question, 3!", "completion": "?"}, {"prompt": "a", "completion": text}]
+    train = [*LEAKING[:3], {"prompt": "Question  3!", "completion": "?"}, {"prompt": "a", "completion": text}]
     heldout = [LEAKING[3], {"prompt": "b", "completion": text}]
     path, eval_path = jsonl(train, "train.jsonl"), jsonl(heldout, "heldout.jsonl")
     rows = data.load_rows(own(path, eval_path=eval_path, drop_leaks=drop))
@@ -309,6 +310,9 @@ def test_rows_are_on_disk_and_made_once(jsonl):
     first, second = data.load_rows(config), data.load_rows(config)
     assert first.train.cache_files == second.train.cache_files != []
     assert data.fingerprint(first.train) == data.fingerprint(second.train)
+    other_split = data.load_rows(config.model_copy(update={"split_seed": 1, "name": "other"}))
+    assert other_split.train.cache_files == first.train.cache_files
+    assert data.fingerprint(other_split.train) != data.fingerprint(first.train)
 
 
 def test_rows_are_shuffled_and_split_as_datasets_does_it():

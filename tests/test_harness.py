@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from lm_eval.models.huggingface import HFLM
 
 from qlora_exp import compare, identity, records
 from qlora_exp.config import compose
@@ -41,7 +42,9 @@ def words(folder: Path) -> list[str]:
 
 def test_a_run_scores_its_tasks_before_and_after_and_keeps_each_item(run, folder):
     result = run("method=lora", "evaluation=loss_only", "evaluation.before=true", *words(folder))
-    items = json.loads((result.output_dir / "evaluation" / "after_lm_eval.json").read_text())
+    told = json.loads((result.output_dir / "evaluation" / "after_lm_eval.json").read_text())
+    items = told["items"]
+    assert (told["groups"], told["lower_is_better"]) == ({}, [])
     assert len(items) == 10
     assert sum(item["acc"] for item in items) / 10 == pytest.approx(result.metrics["after/lm_eval/sums/acc"])
     assert "before/lm_eval/sums/acc" in result.metrics
@@ -59,9 +62,49 @@ def test_runs_are_compared_by_item(run, folder, store):
 def test_the_harness_takes_some_of_the_items_if_told_to(folder, tokenizer):
     config = compose([*words(folder), "evaluation.lm_eval_limit=3", "evaluation.lm_eval_num_fewshot=0"])
     model = load_unquantized(compose(["model=tiny_llama"]).model)
-    scores, items = evaluate(model, tokenizer, load_tasks(config.evaluation), config.evaluation, 2)
-    assert len(items) == 3
+    scores, told = evaluate(model, tokenizer, load_tasks(config.evaluation), config.evaluation, 2)
+    assert len(told["items"]) == 3
     assert scores.keys() == {"lm_eval/sums/acc"}
+
+
+def test_examples_in_the_prompt_are_the_same_each_time(folder, tokenizer, monkeypatch):
+    config = compose([*words(folder), "evaluation.lm_eval_num_fewshot=2"]).evaluation
+    tasks, model = load_tasks(config), load_unquantized(compose(["model=tiny_llama"]).model)
+    asked: list[list[str]] = []
+    score = HFLM.loglikelihood
+
+    def listen(self, requests, *arguments, **options):
+        asked.append([request.args[0] for request in requests])
+        return score(self, requests, *arguments, **options)
+
+    monkeypatch.setattr(HFLM, "loglikelihood", listen)
+    for _ in range(2):
+        evaluate(model, tokenizer, tasks, config, 2)
+    assert asked[0] == asked[1]
+    assert asked[0][0].count("=") == 3
+
+
+GROUP = """\
+group: all_sums
+task: [sums, worse]
+aggregate_metric_list: [{metric: acc, aggregation: mean}]
+"""
+
+
+def test_groups_and_what_is_better_low_are_as_lm_eval_says(folder, run, store):
+    text = (folder / "sums.yaml").read_text()
+    (folder / "worse.yaml").write_text(
+        text.replace("task: sums", "task: worse").replace("better: true", "better: false")
+    )
+    (folder / "group.yaml").write_text(GROUP)
+    name = "tracking.experiment_name=groups"
+    run("method=lora", "evaluation=loss_only", name, *words(folder), "evaluation.lm_eval_tasks=[all_sums]")
+    (record,) = records.find(store, [], "groups")
+    found = compare.compare([record], "lm_eval/all_sums/acc")
+    assert next(iter(compare._items(found.rows[0], "lm_eval/all_sums/acc")[0].values())).shape == (1, 20, 2)
+    assert record.lm_eval["lower_is_better"] == ["lm_eval/worse/acc"]
+    assert compare.compare([record], "lm_eval/worse/acc").lower_is_better
+    assert not compare.compare([record], "lm_eval/sums/acc").lower_is_better
 
 
 @pytest.mark.parametrize(

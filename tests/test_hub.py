@@ -22,6 +22,9 @@ def _online(monkeypatch):
         (["model.model_name_or_path=.", "dataset.path=."], False),
         (["model=opt_125m"], True),
         (["dataset=alpaca"], True),
+        (["unrelated=wikitext"], True),
+        (["evaluation.lm_eval_tasks=[mmlu]"], True),
+        (["evaluation.lm_eval_tasks=[own]", "evaluation.lm_eval_include_path=."], False),
     ],
 )
 def test_what_needs_the_hub(overrides: list[str], needed: bool):

@@ -129,6 +129,27 @@ def test_what_is_saved_is_the_difference_from_the_start(begin, tmp_path):
         torch.testing.assert_close(again(IDS).logits, adapted(IDS).logits, rtol=1e-3, atol=1e-4)
 
 
+def test_a_cut_off_run_goes_on_only_from_the_same_start(begin, tmp_path):
+    adapted, _, _ = begin("lora_variant=pissa", "method.r=4")
+    assert initialization.remember("pissa", adapted, tmp_path / "first")
+    assert initialization.remember("pissa", adapted, tmp_path / "first")
+    next(p for p in adapted.parameters() if p.requires_grad).data *= -1
+    assert not initialization.remember("pissa", adapted, tmp_path / "first")
+
+
+def test_what_an_earlier_config_remembered_is_forgotten(begin, tmp_path):
+    initialization.remember("pissa", begin("lora_variant=pissa")[0], tmp_path / "first")
+    assert initialization.remember(None, begin("lora_variant=lora")[0], tmp_path / "first")
+    assert not (tmp_path / "first").exists()
+
+
+def test_loftq_leaves_alone_what_is_not_quantized(begin):
+    adapted, _, _ = begin("lora_variant=loftq", "quantization=nf4", "method.target_modules=[q_proj,lm_head]")
+    found = layers(adapted)
+    assert found["lm_head"].lora_B["default"].weight.abs().max() == 0
+    assert found["model.layers.0.self_attn.q_proj"].lora_B["default"].weight.abs().max() > 0
+
+
 def test_nothing_is_remembered_where_the_base_stays_as_it_is(begin, tmp_path):
     initialization.remember("eva", begin("lora_variant=eva")[0], tmp_path / "first")
     assert not (tmp_path / "first").exists()
@@ -150,7 +171,13 @@ def test_a_run_that_goes_on_starts_from_the_same_base_again(run, losses):
         (["lora_variant=orthogonal", "quantization=int8"], "needs the base's own weights"),
         (["lora_variant=monteclora", "quantization=nf4"], "monteclora_config=.* needs the base's own weights"),
         (["lora_variant=loftq"], "makes up for a quantized base"),
-        (["lora_variant=pissa", "method.use_dora=true"], "DoRA"),
+        (["lora_variant=pissa", "method.use_dora=true"], "no place for use_dora=true"),
+        (["lora_variant=olora", "method.bias=all"], "no place for trained biases"),
+        (["lora_variant=corda", "method.modules_to_save=[lm_head]"], "no place for modules_to_save"),
+        (
+            ["lora_variant=pissa", "method.use_rslora=true", "+method.rank_pattern.q_proj=4"],
+            "no place for use_rslora with",
+        ),
         (["lora_variant=lora", "method.use_qalora=true"], "GPTQ"),
         (["lora_variant=pissa", "lora_variant.init_lora_weights=pisa"], "got 'pisa'"),
         (["lora_variant=corda", "lora_variant.corda_config.cache_file=x"], "not from files"),

@@ -1,5 +1,6 @@
 """Leaks are found whatever their spelling, and nothing else is."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +19,29 @@ def row(prompt: str, completion: str = "", context: str = "") -> dict[str, str]:
 def test_the_same_question_is_exact_whatever_its_case_spaces_and_answer():
     found = leaks.find([row("other"), row("What  is a SLAB?", "x")], [row("What is a slab", "y")], 0.7)
     assert found == [leaks.Leak(1, 0, "exact", 1.0)]
+
+
+@pytest.mark.parametrize("other", ["Calculate -5 + 3.", "Calculate (5 * 3).", "Is x < y?"])
+def test_signs_are_part_of_a_question(other: str):
+    assert not [
+        one for one in leaks.find([row(other)], [row("Calculate 5 - 3."), row("Is x > y?")], 1.0) if one.kind == "exact"
+    ]
+
+
+def test_a_dialogue_asks_with_all_its_turns():
+    def dialogue(first: str) -> dict:
+        turns = [first, "Sure: ...", "Thank you!", "You are welcome."]
+        return row("Thank you!", turns[-1]) | {"messages": [{"role": "-", "content": turn} for turn in turns]}
+
+    assert not leaks.find([dialogue("What is a beam made of?")], [dialogue("How much does a roof cost?")], 1.0)
+    assert leaks.find([dialogue("What is a beam made of?")], [dialogue("what is a beam made of?")], 1.0)
+
+
+def test_a_preamble_that_all_share_is_no_leak_and_costs_nothing():
+    preamble = " ".join(f"word{number}" for number in range(200))
+    train = [row(f"{preamble} train question {number} of its own kind") for number in range(50)]
+    heldout = [row(f"{preamble} held-out question {number} about other things") for number in range(50)]
+    assert leaks.find(train, heldout, 0.3) == []
 
 
 def test_another_input_is_another_question():

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from peft.optimizers.lorafa import LoraFAOptimizer
 
 from qlora_exp import adapters, training
 from qlora_exp.config import compose
 from qlora_exp.device import Device, resolve
 from qlora_exp.errors import ConfigError
 from qlora_exp.model import load_model
-from qlora_exp.optimizers import lora_optimizer
+from qlora_exp.optimizers import lora_optimizer, move_states
 
 CPU = Device("cpu", "CPU", bf16=False, paging=False)
 
@@ -96,3 +97,20 @@ def test_a_run_uses_it_and_goes_on_with_it(name: str, run, losses):
 def test_what_does_not_fit_is_refused(words: list[str], message: str):
     with pytest.raises(ConfigError, match=message):
         compose(["optimizer=loraplus", *words])
+
+
+@pytest.mark.parametrize("words", [["lora_variant=kasa"], ["lora_variant=monteclora"], ["method.lora_bias=true"]])
+def test_lora_fa_takes_what_has_an_a_and_a_b_only(words: list[str]):
+    with pytest.raises(ConfigError, match="trains LoRA's B only"):
+        compose(["method=lora", "optimizer=lorafa", *words])
+
+
+def test_states_that_are_kept_by_name_go_where_their_parameters_are():
+    parameters = [torch.nn.Parameter(torch.zeros(2, 3, device="meta")) for _ in range(2)]
+    optimizer = LoraFAOptimizer(
+        [{"params": parameters, "names": ["x.lora_A.w", "x.lora_B.w"], "scaling_factors": [1, 1]}]
+    )
+    optimizer.state["x.lora"] = {"step": 1, "exp_avg_B": torch.zeros(2, 3)}
+    move_states(optimizer)
+    assert optimizer.state["x.lora"]["exp_avg_B"].device.type == "meta"
+    assert optimizer.state["x.lora"]["step"] == 1

@@ -122,12 +122,12 @@ def test_the_command_prints_a_table_and_writes_it(tmp_path, capsys):
     ("words", "message"),
     [
         (["unrelated=none"], "choose one, unrelated=python_docs"),
-        (["--blocksize", "63"], "bitsandbytes has 64, 128"),
+        (["--blocksize", "63"], "invalid choice: 63"),
         (["model=tiny_lama"], "no option 'tiny_lama'"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(words: list[str], message: str, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["quantize-error", "model=tiny_llama", *words])
-    assert ended.value.code == 1
+    assert ended.value.code in (1, 2)
     assert message in capsys.readouterr().err

@@ -93,6 +93,7 @@ def recorded(mlflow, text: str) -> str:
     ("changes", "message"),
     [
         ({"model": {"trust_remote_code": True}}, "model.trust_remote_code=true"),
+        ({"evaluation": {"lm_eval_include_path": "tasks"}}, "evaluation.lm_eval_include_path=tasks"),
         ({"dataset": {"path": "/etc/passwd"}}, "dataset.path=PATH"),
         ({"dataset": {"path": "../rows.jsonl"}}, "outside of this folder"),
         ({"dataset": {"eval_path": "~/.ssh/id_rsa"}}, "outside of this folder"),
