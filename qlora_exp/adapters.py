@@ -6,7 +6,7 @@ Knows nothing of training; `keep_dtypes` is here because the trainer would chang
 import json
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +133,11 @@ def attach(
         if parameter.requires_grad:
             parameter.data = parameter.data.to(getattr(torch, adapter_dtype or "float32"))
     return adapted
+
+
+def base_alone(model: Any) -> AbstractContextManager[Any]:
+    """Inside, the model without its adapter: with a prefix that has learned nothing yet it is not the base."""
+    return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
 
 
 def penalty(model: Any) -> torch.Tensor | float:

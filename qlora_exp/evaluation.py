@@ -48,6 +48,7 @@ def evaluate(
     unrelated: Dataset | None = None,
     score: Score | None = None,
     label: str = "",
+    on_unrelated: AbstractContextManager[Any] | None = None,
     generating: AbstractContextManager[Any] | None = None,
 ) -> Evaluation:
     """Measure `model` on held-out rows.
@@ -62,14 +63,17 @@ def evaluate(
         unrelated: tokens of text that training is not about.
         score: the dataset's own scorer of an answer, 0..1.
         label: shown in the progress bars.
+        on_unrelated: entered for unrelated text.
         generating: entered while answers are generated.
     """
     with _evaluating(model):
         losses = _row_losses(model, tokenizer, tokens, batch_size, label)
         supervised, loss = sum(row["tokens"] for row in losses), _mean_loss(losses)
         metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "supervised_tokens": supervised}
-        elsewhere = _row_losses(model, tokenizer, unrelated, 1, label) if unrelated is not None else []
-        if elsewhere:
+        elsewhere: list[dict[str, float]] = []
+        if unrelated is not None:
+            with on_unrelated or nullcontext():
+                elsewhere = _row_losses(model, tokenizer, unrelated, 1, label)
             metrics["unrelated_loss"] = _mean_loss(elsewhere)
         samples: list[dict[str, Any]] = []
         if config.generate_rows:

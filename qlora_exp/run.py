@@ -20,6 +20,7 @@ from typing import Any
 from qlora_exp.checkpoints import checkpoints
 from qlora_exp.errors import ConfigError, DataError
 from qlora_exp.journal import CONFIG_FILE
+from qlora_exp.peft_registry import moves_base
 from qlora_exp.schema import Config
 from qlora_exp.secrets import RedactingFormatter, load_env_file
 from qlora_exp.signals import heeded
@@ -215,6 +216,8 @@ def run(
                     unrelated=unrelated_tokens,
                     score=score,
                     label=f"{moment} training: ",
+                    # A start that moved a part of the base says with its adapter what the base says.
+                    on_unrelated=None if moment == "after" or moves_base(start) else adapters.base_alone(trainer.model),
                     generating=memory.phase(f"generate_{moment}"),
                 )
             note({f"{moment}/{key}": value for key, value in found.metrics.items()})
