@@ -32,7 +32,10 @@ def load_tasks(config: EvaluationConfig) -> dict[Any, Any]:
     folder = config.lm_eval_include_path
     if folder and not Path(folder).is_dir():
         raise ConfigError(f"evaluation.lm_eval_include_path: no folder {folder}")
-    manager = TaskManager(include_path=folder)
+    # Those of one's own first: to know all of lm-eval's takes seconds.
+    manager = TaskManager(include_path=folder, include_defaults=folder is None)
+    if folder and not {*config.lm_eval_tasks} <= {*manager.all_tasks}:
+        manager = TaskManager(include_path=folder)
     if unknown := [name for name in config.lm_eval_tasks if name not in manager.all_tasks]:
         raise ConfigError(
             f"evaluation.lm_eval_tasks: lm-eval has no {', '.join(unknown)}"

@@ -12,6 +12,7 @@ from qlora_exp.compatibility import WORKS
 KEPT = json.loads(compatibility.FILE.read_text("utf-8"))["verdicts"]
 KINDS = compatibility.kinds()
 METHODS = [kind for kind in KINDS if "+" not in kind]
+VARIANTS = [f"LORA+{name}" for name in ("dora", "kasa", "monteclora", "olora", "velora")]
 # Of each sort one with all that trainers do: into the layers, before the rows, moving ranks.
 THROUGHOUT = ["LORA", "PREFIX_TUNING", "ADALORA"]
 
@@ -21,10 +22,11 @@ def outcome(verdict: str | None) -> str | None:
     return verdict if verdict in (None, WORKS) else "fails"
 
 
-# On one of the quantized bases each; `nox -s compatibility` tries all.
+# On one of the quantized bases each, variants of LoRA that other tests try left out; `nox -s compatibility` tries all.
 @pytest.mark.parametrize(
     ("kind", "base"),
-    [(kind, "plain") for kind in KINDS] + [(kind, ("4bit", "8bit")[place % 2]) for place, kind in enumerate(METHODS)],
+    [(kind, "plain") for kind in (*METHODS, *VARIANTS)]
+    + [(kind, ("4bit", "8bit")[place % 2]) for place, kind in enumerate(METHODS)],
 )
 def test_what_is_kept_of_training_is_found_again(kind: str, base: str):
     found = probe.verdicts(KINDS[kind], base, ["trains"])
