@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 def problems(config: "Config") -> Iterator[str]:
     """Each with what to do about it."""
-    yield from _method_and_base(config)
-    yield from _lora(config)
+    lora = [*_lora(config)]
+    yield from lora
+    explained = lora and config.method.peft_type == "LORA"
+    yield from _method_and_base(config, None if explained else config.refusal("trains"))
     yield from _trainer(config)
     yield from _device(config)
     if not config.model.model_name_or_path.startswith("random:") and config.model.random_config:
@@ -26,14 +28,14 @@ def problems(config: "Config") -> Iterator[str]:
         yield "search.prune needs a held-out loss before the end: training.eval_steps < max_steps"
 
 
-def _method_and_base(config: "Config") -> Iterator[str]:
+def _method_and_base(config: "Config", why: str | None) -> Iterator[str]:
+    """`why`: what was seen to fail, if nothing better explains it."""
     method, quantization = config.method, config.quantization
     if method.quantized_base is True and not quantization.quantized:
         yield (
             f"method={method.name} needs a quantized base: choose quantization=nf4_double, nf4, fp4, fp4_double or "
             "int8, or method=lora for an unquantized one"
         )
-    why = config.refusal("trains")
     if quantization.quantized and (why or method.quantized_base is False):
         yield (
             f"method={method.name} cannot train a base stored as {quantization.name}{f' ({why})' if why else ''}: "

@@ -49,11 +49,38 @@ def fingerprint(rows: Dataset) -> str:
 
 
 def load_rows(config: DatasetConfig) -> Rows:
-    """Read, clean, split and limit the rows.
+    """Read, clean, split and limit the rows; training rows that give a held-out row away are left out.
 
     Raises:
         DataError: the source or a column is not there, or nothing is left.
     """
+    train, heldout, dropped = _split(config)
+    given_away = leaks.find(train, heldout, config.leak_threshold)
+    dropped["leaks"] = 0
+    if config.drop_leaks != "none":
+        leaking = {one.train for one in given_away if one.kind == "exact" or config.drop_leaks == "near"}
+        dropped["leaks"] = len(leaking)
+        train = _pick(train, [index for index in range(len(train)) if index not in leaking])
+    train = _first(train, config.max_train_rows)
+    if not len(train) or not len(heldout):
+        raise DataError(f"{config.path}: no rows are left for training or for evaluation ({_why(dropped)})")
+    return Rows(train, heldout, dropped, given_away)
+
+
+def load_heldout(config: DatasetConfig) -> Dataset:
+    """The held-out rows alone.
+
+    Raises:
+        DataError: the source or a column is not there, or nothing is left.
+    """
+    _, heldout, dropped = _split(config)
+    if not len(heldout):
+        raise DataError(f"{config.path}: no rows are left ({_why(dropped)})")
+    return heldout
+
+
+def _split(config: DatasetConfig) -> tuple[Dataset, Dataset, dict[str, int]]:
+    """Training rows, held-out rows up to their limit, and how many were left out of both."""
     rows, dropped = _clean(read(config, config.path, config.split), config)
     if config.eval_path or config.eval_split:
         heldout, dropped_heldout = _clean(
@@ -68,17 +95,7 @@ def load_rows(config: DatasetConfig) -> Rows:
         count = max(1, round(size * len(rows))) if size < 1 else int(size)
         shuffled = order(len(rows), config.split_seed)
         heldout, train = _pick(rows, shuffled[:count]), _pick(rows, shuffled[count:])
-    heldout = _first(heldout, config.max_eval_rows)
-    given_away = leaks.find(train, heldout, config.leak_threshold)
-    dropped["leaks"] = 0
-    if config.drop_leaks != "none":
-        leaking = {one.train for one in given_away if one.kind == "exact" or config.drop_leaks == "near"}
-        dropped["leaks"] = len(leaking)
-        train = _pick(train, [index for index in range(len(train)) if index not in leaking])
-    train = _first(train, config.max_train_rows)
-    if not len(train) or not len(heldout):
-        raise DataError(f"{config.path}: no rows are left for training or for evaluation ({_why(dropped)})")
-    return Rows(train, heldout, dropped, given_away)
+    return train, _first(heldout, config.max_eval_rows), dropped
 
 
 def order(count: int, seed: int) -> list[int]:
@@ -209,13 +226,12 @@ def _tokenize(rows: Dataset, config: Config, tokenizer: Any, folder: Path) -> No
         bar.update()
         return {"input_ids": ids, "labels": labels, "prompt_length": prompt_length}
 
-    with tqdm(total=len(rows), desc="tokenizing", unit="row", leave=False, disable=None) as bar, _scratch() as scratch:
+    with (
+        tqdm(total=len(rows), desc="tokenizing", unit="row", leave=False, disable=None) as bar,
+        TemporaryDirectory(prefix="qlora_exp-") as scratch,
+    ):
         options: dict[str, Any] = {"load_from_cache_file": False, "cache_file_name": f"{scratch}/tokens.arrow"}
         rows.map(encode, remove_columns=rows.column_names, **options).save_to_disk(str(folder))
-
-
-def _scratch() -> TemporaryDirectory[str]:
-    return TemporaryDirectory(prefix="qlora_exp-")
 
 
 def cut(rows: Dataset, tokens: Dataset, max_length: int) -> tuple[Dataset, Dataset]:

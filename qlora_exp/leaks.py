@@ -72,9 +72,8 @@ def find(train: Iterable[Mapping[str, Any]], heldout: Iterable[Mapping[str, Any]
 def _question(row: Mapping[str, Any]) -> bytes:
     """A digest of all that comes before the answer; of plain text, which has no question, of the text."""
     asked = _texts(row)[:-1]
-    text = "\0".join(asked if any(asked) else [row["completion"]])
-    plain = " ".join(text.casefold().split()).replace(" \0", "\0").rstrip(".?!\0 ")
-    return hashlib.blake2b(plain.encode(), digest_size=16).digest()
+    plain = [" ".join(text.casefold().split()) for text in (asked if any(asked) else [row["completion"]])]
+    return hashlib.blake2b("\0".join(plain).rstrip(".?!\0 ").encode(), digest_size=16).digest()
 
 
 def _texts(row: Mapping[str, Any]) -> list[str]:

@@ -71,9 +71,9 @@ class _Trial:
 
     def config(self, *more: str) -> Config:
         """Everything but dropout, which draws other numbers where it is asked another number of times."""
-        settings = compose(["device=cpu", "model=tiny_llama", *self.words, *more])
-        dropouts = [f"method.{name}=0.0" for name in settings.method.settings if name.endswith("dropout")]
-        return compose(["device=cpu", "model=tiny_llama", *self.words, *dropouts, "training.learning_rate=1e-2", *more])
+        config = compose(["device=cpu", "model=tiny_llama", *self.words, "training.learning_rate=1e-2", *more])
+        still = {name: 0.0 for name in config.method.settings if name.endswith("dropout")}
+        return config.model_copy(update={"method": config.method.model_copy(update=still)})
 
     def begin(self, *more: str, values_of: Any = None) -> tuple[Config, Resolved, Any]:
         """An adapted model, the same at each call; `values_of`: an unquantized base takes the values of that one's."""
@@ -156,10 +156,8 @@ def _trains(trial: _Trial) -> None:
 def _check_gradients(trial: _Trial) -> None:
     """On a quantized base gradients are those on a base of the same values."""
     quantized = trial.perturbed()
-    plain_trial = _Trial(trial.words, "plain")
-    plain_trial.words = [word for word in trial.words if not word.startswith("quantization=")]
-    plain_trial.words = [word for word in plain_trial.words if word != "lora_variant=loftq"]  # for quantized bases only
-    plain_trial.words += ["quantization=none"]
+    plain_trial = _Trial(trial.words, "plain")  # where a later word wins; LoftQ starts on quantized bases only
+    plain_trial.words = [word for word in plain_trial.words if word != "lora_variant=loftq"]
     config = trial.config()
     values = model.load_model(config.model, config.quantization, resolve(config, _CPU))
     plain = plain_trial.perturbed(values_of=values)

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from qlora_exp.adapters import linear_layers
-from qlora_exp.data import IGNORED, load_rows, unrelated
+from qlora_exp.data import IGNORED, load_heldout, unrelated
 from qlora_exp.journal import write_atomically
 from qlora_exp.model import load_tokenizer, load_unquantized
 from qlora_exp.schema import Config
@@ -144,7 +144,7 @@ def study(config: Config, blocksize: int, folder: Path) -> tuple[list[str], list
     model = load_unquantized(config.model)
     width = model.dtype.itemsize * 8
     model = model.float().eval()
-    _, tokens = unrelated(load_rows(config.unrelated).heldout, config, load_tokenizer(config.model))
+    _, tokens = unrelated(load_heldout(config.unrelated), config, load_tokenizer(config.model))
     weights = of_model(model, partial(text_loss, tokens=tokens), blocksize, width)
     samples = of_samples(blocksize)
     draw(model, folder / "quantize_error.svg", blocksize)

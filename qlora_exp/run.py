@@ -74,7 +74,7 @@ def run(
     from qlora_exp import data, harness, sources
 
     rows = data.load_rows(config.dataset)
-    unrelated = data.load_rows(config.unrelated).heldout if config.unrelated.paths else None
+    unrelated = data.load_heldout(config.unrelated) if config.unrelated.paths else None
     tasks = harness.load_tasks(config.evaluation) if config.evaluation.lm_eval_tasks else None
     score = sources.scorer(config.dataset)
     from qlora_exp.device import autocast, computes_in, detect, resolve

@@ -88,3 +88,10 @@ def test_a_cut_off_run_that_cannot_be_resumed_starts_over(tmp_path):
     folder = tmp_path / "checkpoints" / "checkpoint-1"
     folder.mkdir(parents=True)
     assert checkpoint_to_resume(compose(["method=adalora"]), tmp_path, resumed=True) is None
+
+
+@pytest.mark.parametrize("words", [["lora_variant=pissa", "quantization=nf4"], ["lora_variant=loftq"]])
+def test_one_reason_is_told_once(words: list[str]):
+    with pytest.raises(ConfigError) as error:
+        compose(["method=lora", *words])
+    assert len(str(error.value).splitlines()) == 1

@@ -213,9 +213,9 @@ def test_rows_are_tokenized_once_for_all_runs(config, tokenizer, tmp_path, monke
 
 def test_unrelated_text_is_the_same_every_time_and_all_of_it_counts(config, tokenizer):
     checked = config("unrelated=python_docs", "training.max_length=100000")
-    found = data.load_rows(checked.unrelated).heldout
+    found = data.load_heldout(checked.unrelated)
     rows, tokens = data.unrelated(found, checked, tokenizer)
-    assert rows["completion"][:] == data.load_rows(checked.unrelated).heldout["completion"][:]
+    assert rows["completion"][:] == data.load_heldout(checked.unrelated)["completion"][:]
     assert len(rows) == 8
     assert all(len(text) >= 1000 for text in rows["completion"])
     assert all(label != data.IGNORED for labels in tokens["labels"] for label in labels)
@@ -226,7 +226,7 @@ def test_unrelated_text_is_the_same_every_time_and_all_of_it_counts(config, toke
 def test_unrelated_text_may_be_a_file_of_ones_own(config, tokenizer, jsonl):
     path = jsonl([{"text": f"passage {number}"} for number in range(6)])
     checked = config(f"unrelated.path={path}", "unrelated.eval_size=3")
-    rows, _ = data.unrelated(data.load_rows(checked.unrelated).heldout, checked, tokenizer)
+    rows, _ = data.unrelated(data.load_heldout(checked.unrelated), checked, tokenizer)
     assert len(rows) == 3
 
 
