@@ -28,7 +28,7 @@ def train(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Set up, then check style and types and run all tests, one real training of the embedded model among them."""
-    install(session, "dev", "lm-eval", "optuna", "joblib", "slurm")
+    install(session, "dev", "lm-eval", "quantizers", "optuna", "joblib", "slurm")
     lint(session)
     # Tiny models gain nothing from threads; two workers of one thread each do.
     command = (sys.executable, "-m", "pytest", *(session.posargs or ("-n", "2")))
@@ -66,8 +66,8 @@ def faults(session: nox.Session) -> None:
 
 @nox.session
 def compatibility(session: nox.Session) -> None:
-    """Try every method on every kind of base and write what works (about ten minutes)."""
-    install(session)
+    """Try every method on every kind of base and write what works (about a quarter of an hour)."""
+    install(session, "quantizers")
     session.run(sys.executable, "benchmarks/compatibility.py", *session.posargs)
 
 
@@ -95,7 +95,7 @@ def ui(session: nox.Session) -> None:
 @nox.session
 def constraints(session: nox.Session) -> None:
     """Write constraints.txt anew from what is installed here."""
-    install(session, "dev", "lm-eval", "optuna", "joblib", "slurm", "ray", "browser")
+    install(session, "dev", "lm-eval", "quantizers", "optuna", "joblib", "slurm", "ray", "browser")
     frozen = session.run(sys.executable, "-m", "pip", "freeze", "--exclude-editable", silent=True)
     lines = [line.split("+")[0] for line in str(frozen).splitlines() if "==" in line]  # torch's +cpu, +cu130 fit all
     with open("constraints.txt", "w", encoding="utf-8") as file:

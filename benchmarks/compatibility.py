@@ -1,6 +1,6 @@
 """Try every method and variant of LoRA on every kind of base; write the verdicts and the table that the docs show.
 
-    nox -s compatibility                   # all of them (about ten minutes)
+    nox -s compatibility                   # all of them (about a quarter of an hour)
     nox -s compatibility -- lora ia3       # these only; verdicts of others stay
 
 Prints what changed against the verdicts that were kept.
@@ -18,7 +18,7 @@ from qlora_exp.compatibility import ASPECTS, BASES, FILE, WORKS, kinds, name_of
 from qlora_exp.quiet import quiet
 
 TABLE = Path(__file__).parent.parent / "docs" / "compatibility.md"
-LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes")
+LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "torchao", "optimum-quanto")
 HEADINGS = {
     "gradient_checkpointing": "gradient checkpointing",
     "packing": "packing",
@@ -36,7 +36,8 @@ on a GPU.
 
 **works**: trained for a few steps under the trainer, only what the method adds has changed; on a quantized base its
 gradients are those on an unquantized base of the same values (cosine above 0.999); saved and loaded again it gives the
-same logits. 4-bit was tried as NF4 with double quantization: FP4 and single quantization take the same path.
+same logits. 4bit was tried as NF4 with double quantization (FP4 and single quantization take the same path), torchao as
+int8, quanto as int4.
 
 - gradient checkpointing: the same losses as without.
 - packing: rows in one sequence are computed as they are apart (the model must isolate them too).
@@ -92,7 +93,8 @@ def table(verdicts: dict[str, dict[str, dict[str, str]]], libraries: dict[str, s
     text += "\n\n## Why refused\n\n| method | what | on | what happened |\n| --- | --- | --- | --- |\n"
     alike: dict[tuple[str, str, str], list[tuple[str, str]]] = {}
     for name, base, why, what in reasons:  # the same but for numbers
-        alike.setdefault((name, what, re.sub(r"[\d.]+|nf4_double|int8", "", why)), []).append((base, why))
+        told = re.sub("|".join((r"[\d.]+", *BASES.values())), "", why)
+        alike.setdefault((name, what, told), []).append((base, why))
     for (name, what, _), cases in alike.items():
         text += f"| {name} | {what} | {', '.join(base for base, _ in cases)} | {cases[0][1].replace('|', '/')} |\n"
     return text

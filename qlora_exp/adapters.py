@@ -46,8 +46,9 @@ def peft_config(config: Config, skeleton: PreTrainedModel) -> PeftConfig | None:
         settings["init_lora_weights"] = True  # PEFT's own LoftQ would quantize the base itself
     if settings.get("target_modules") is not None:
         settings["target_modules"] = resolve_targets(settings["target_modules"], skeleton)
-    if settings.get("target_modules") == "all-linear" and config.lora_start in ("corda", "lora_ga"):
-        # PEFT looks for their layers before it knows what this name stands for.
+    unknown = config.lora_start in ("corda", "lora_ga") or config.quantization.quant_method in ("gptq", "awq")
+    if settings.get("target_modules") == "all-linear" and unknown:
+        # PEFT looks for their layers before it knows what this name stands for, or takes theirs for no linear ones.
         settings["target_modules"] = sorted({name.rpartition(".")[2] for name in linear_layers(skeleton)})
     try:
         return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.peft_type)](task_type=TaskType.CAUSAL_LM, **settings)

@@ -16,7 +16,7 @@ FILE = Path(__file__).with_suffix(".json")
 WORKS = "works"
 ASPECTS = ("trains", "gradient_checkpointing", "packing", "load_best_model_at_end", "resume", "merge")
 """`trains`: only what it adds changes, gradients are those of the base's values, saved and loaded it is the same."""
-BASES = {"plain": "none", "4bit": "nf4_double", "8bit": "int8"}
+BASES = {"plain": "none", "4bit": "nf4_double", "8bit": "int8", "torchao": "torchao_int8", "quanto": "quanto_int4"}
 """Kinds of bases, each with the quantization that stands for it."""
 
 _ignored = False

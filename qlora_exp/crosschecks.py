@@ -61,7 +61,9 @@ def _lora(config: "Config") -> Iterator[str]:
             f"{name}={settings[name]} needs the base's own weights, which a base stored as {config.quantization.name} "
             "does not have any more: choose quantization=none, or another lora_variant (loftq, eva, dora, rslora, lora)"
         )
-    if start == "loftq" and not config.quantization.quantized:
+    if start == "loftq" and (stored := config.quantization.quant_method) in ("gptq", "awq"):
+        yield f"init_lora_weights=loftq needs the base's own weights, which {stored} files have lost"
+    elif start == "loftq" and not config.quantization.quantized:
         yield "init_lora_weights=loftq makes up for a quantized base: choose quantization=nf4_double"
     if peft_registry.moves_base(start):
         uneven = settings.get("rank_pattern") or settings.get("alpha_pattern")
@@ -73,8 +75,8 @@ def _lora(config: "Config") -> Iterator[str]:
         ):
             if given:
                 yield f"init_lora_weights={start} is saved as its difference from the start, with no place for {name}"
-    if settings.get("use_qalora"):
-        yield "use_qalora: PEFT has QA-LoRA for GPTQ layers only, which are no quantization here"
+    if settings.get("use_qalora") and config.quantization.quant_method != "gptq":
+        yield "use_qalora: PEFT has QA-LoRA for GPTQ layers only: choose quantization=gptq and a model of such files"
     more = [name for name in ("use_dora", "kasa_config", "monteclora_config", "lora_bias") if settings.get(name)]
     if optimizer.lora_optimizer == "lorafa" and (more or start == "mica"):
         yield f"lora_optimizer=lorafa trains LoRA's B only, not {', '.join(more) or 'mica'}"
@@ -98,7 +100,7 @@ def _trainer(config: "Config") -> Iterator[str]:
 
 def _device(config: "Config") -> Iterator[str]:
     optim = config.optimizer.optim
-    if config.device == "mps" and (config.quantization.quantized or "bnb" in optim or "8bit" in optim):
+    if config.device == "mps" and (config.quantization.bitsandbytes or "bnb" in optim or "8bit" in optim):
         yield "bitsandbytes (quantized bases, 8-bit optimizers) does not run on mps"
     if config.device == "cpu" and config.training.fp16 is True:
         yield "training.fp16 needs a GPU: use bf16, or leave it to auto"

@@ -50,12 +50,12 @@ class Resolved:
     """Why `optim` is not the configured one; None if it is."""
 
 
-def detect(requested: str = "auto", quantized: bool = False) -> Device:
+def detect(requested: str = "auto", bitsandbytes: bool = False) -> Device:
     """The device to run on.
 
     Args:
         requested: `auto`, `cpu`, `cuda` or `mps`.
-        quantized: the base is stored by bitsandbytes, which does not run on mps: `auto` takes the CPU there.
+        bitsandbytes: the base is stored by it, which does not run on mps: `auto` takes the CPU there.
 
     Raises:
         ConfigError: the requested device is not there.
@@ -65,7 +65,7 @@ def detect(requested: str = "auto", quantized: bool = False) -> Device:
     if requested in ("auto", "cuda") and torch.cuda.is_available():
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # older GPUs emulate it, slowly
         return Device("cuda", torch.cuda.get_device_name(0), bf16, paging=True)
-    if (requested == "mps" or (requested == "auto" and not quantized)) and torch.backends.mps.is_available():
+    if (requested == "mps" or (requested == "auto" and not bitsandbytes)) and torch.backends.mps.is_available():
         return Device("mps", "Apple GPU", bf16=False, paging=False)
     if requested in ("auto", "cpu"):
         return Device("cpu", _cpu_name(), bf16=False, paging=False)
@@ -82,8 +82,8 @@ def resolve(config: Config, device: Device) -> Resolved:
         ConfigError: the device cannot do what is asked.
     """
     training, quantization = config.training, config.quantization
-    if device.type == "mps" and quantization.quantized:
-        raise ConfigError("quantization: bitsandbytes does not run on mps; use quantization=none or device=cpu")
+    if device.type == "mps" and quantization.bitsandbytes:
+        raise ConfigError("quantization: bitsandbytes does not run on mps; use quanto_int4, none or device=cpu")
     if device.type != "cuda" and training.fp16 is True:
         raise ConfigError(f"training.fp16: needs a CUDA device, not {device.type}; leave it to auto")
 

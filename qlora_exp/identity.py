@@ -39,7 +39,7 @@ def parts(config: Config) -> dict[str, str]:
             + ([_folder(Path(own))] if (own := config.evaluation.lm_eval_include_path) else [])
         ),
         "code": code(),
-        "libraries": _digest(provenance.libraries()),
+        "libraries": _digest(provenance.libraries(config.quantization.quant_method)),
     }
 
 

@@ -19,18 +19,17 @@ from peft import PeftModel, initialize_lora_eva_weights
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
-from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from qlora_exp.errors import ConfigError
 from qlora_exp.peft_registry import moves_base
+from qlora_exp.quantization import weight_of
 
 Batch = dict[str, torch.Tensor]
 _EVA_PASSES = 100
 _WEIGHTS = "adapter_model.safetensors"
-_QUANTIZED = ("Linear4bit", "Linear8bitLt")
 FROM_ROWS = ("corda", "eva", "lora_ga")
 """Starts that look at training rows."""
 
@@ -142,11 +141,11 @@ def _make_up_for_quantization(adapted: PeftModel, original: PreTrainedModel) -> 
     """
     adapter = adapted.active_adapter
     for name, layer in adapted.get_base_model().named_modules():
-        if not isinstance(layer, LoraLayer) or type(layer.get_base_layer()).__name__ not in _QUANTIZED:
+        kept = weight_of(layer.get_base_layer()) if isinstance(layer, LoraLayer) else None
+        if kept is None:
             continue  # an output layer or an embedding has lost nothing
         source: Any = original.get_submodule(name)
         weight = source.weight.T if type(source).__name__ == "Conv1D" else source.weight
-        kept = dequantize_module_weight(layer.get_base_layer()).float()
         lost = (weight.to(kept) - kept) / layer.scaling[adapter]
         u, s, v = torch.linalg.svd(lost, full_matrices=False)
         root, r = s.sqrt(), layer.r[adapter]

@@ -54,7 +54,7 @@ def load(source: str, tracking_uri: str | None = None, device: str = "auto") -> 
             config = from_dict(recorded | {"device": device})
     except ConfigError as error:
         raise ModelError(f"{source}: its config is not one of this version: {error}") from error
-    resolved = resolve(config, detect(device, quantized=config.quantization.quantized))
+    resolved = resolve(config, detect(device, bitsandbytes=config.quantization.bitsandbytes))
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if adapter:
         base = load_model(config.model, config.quantization, resolved)

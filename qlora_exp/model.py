@@ -1,6 +1,6 @@
 """The base model and its tokenizer, quantized as asked, from the hub, a folder, a package or at random.
 
-Knows nothing of adapters or of training, except that a quantized model must keep its gradients right.
+Knows nothing of adapters or of training.
 """
 
 import errno
@@ -21,7 +21,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -29,6 +28,7 @@ from transformers import (
 from qlora_exp import embedded
 from qlora_exp.device import Resolved
 from qlora_exp.errors import ModelError
+from qlora_exp.quantization import check_files, guard_layers, quantization_config
 from qlora_exp.schema import ModelConfig, QuantizationConfig
 
 Tokenizer = PreTrainedTokenizerBase
@@ -81,50 +81,19 @@ def load_model(config: ModelConfig, quantization: QuantizationConfig, resolved: 
     }
     if config.attn_implementation:
         arguments["attn_implementation"] = config.attn_implementation
-    if quantization.quantized:
-        arguments["quantization_config"] = quantization_config(quantization, resolved)
+    stored = getattr(_from_pretrained(AutoConfig, config), "quantization_config", None)
+    check_files(config.model_name_or_path, quantization, stored)
+    if (how := quantization_config(quantization, resolved)) is not None:
+        arguments["quantization_config"] = how
     model = _from_pretrained(AutoModelForCausalLM, config, **arguments)
     model.config.use_cache = False  # training has no use for it; generation asks for it itself
-    guard_quantized_layers(model)
+    guard_layers(model)
     return model
 
 
 def load_unquantized(config: ModelConfig) -> PreTrainedModel:
     """The base in the dtype of its files, on the CPU: what its weights were before they were quantized."""
     return _from_pretrained(AutoModelForCausalLM, config, dtype="auto")
-
-
-def quantization_config(quantization: QuantizationConfig, resolved: Resolved) -> BitsAndBytesConfig:
-    """Transformers' config of a quantized base."""
-    if quantization.load_in_8bit:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=quantization.llm_int8_threshold)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=getattr(torch, resolved.compute_dtype or resolved.dtype),
-    )
-
-
-def guard_quantized_layers(model: torch.nn.Module) -> None:
-    """Keep two faults of bitsandbytes 0.50.2 on CPUs out of training; tests/test_model.py shows both.
-
-    4 bits: on CPUs with AVX512-BF16 the first forward in eval mode repacks the weights for inference; later training
-    forwards then take a path without autograd, and the gradient through every base layer is silently lost.
-    8 bits: PEFT's DoRA moves the weight to the device it is on, which loses its scales, and the next forward fails.
-    """
-    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-        elif isinstance(module, Linear8bitLt):
-            module.register_forward_pre_hook(_restore_scales)
-
-
-def _restore_scales(module: Any, _arguments: Any) -> None:
-    if module.weight.CB is not None and module.weight.SCB is None:
-        module.weight.SCB = module.state.SCB
 
 
 def _from_pretrained(kind: Any, config: ModelConfig, **arguments: Any) -> Any:

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from peft.utils.integrations import dequantize_module_weight
 from torch.nn.functional import cosine_similarity
 from transformers import set_seed
 
-from qlora_exp import adapters, compatibility, initialization, model, training
+from qlora_exp import adapters, compatibility, initialization, model, quantization, training
 from qlora_exp.checkpoints import checkpoints
 from qlora_exp.compatibility import ASPECTS, BASES, WORKS
 from qlora_exp.config import compose
@@ -64,7 +63,9 @@ class _Trial:
     """One method on one base: builds models, rows and trainers of it."""
 
     def __init__(self, words: Sequence[str], base: str) -> None:
-        self.words = [*words, *_NEEDED.get(words[0], []), "method.quantized_base=null", f"quantization={BASES[base]}"]
+        self.method = words
+        stored = f"quantization={BASES[base]}".split()
+        self.words = [*words, *_NEEDED.get(words[0], []), "method.quantized_base=null", *stored]
         self.quantized = base != "plain"
         ids = [[40 + (7 * row + place) % 60 for place in range(length)] for row, length in enumerate(_LENGTHS)]
         self.rows = Dataset.from_dict({"input_ids": ids, "labels": [[IGNORED, *one[1:]] for one in ids]})
@@ -82,9 +83,9 @@ class _Trial:
         set_seed(1)
         base = model.load_model(config.model, config.quantization, resolved)
         for name, layer in values_of.named_modules() if values_of is not None else ():
-            if type(layer).__name__ in ("Linear4bit", "Linear8bitLt"):
-                base.get_submodule(name).weight.data = dequantize_module_weight(layer).float()
-        settings = adapters.peft_config(config, base)
+            if (weight := quantization.weight_of(layer)) is not None:
+                base.get_submodule(name).weight.data = weight
+        settings = adapters.peft_config(config, model.skeleton(config.model))
         found = initialization.batches(self.rows, 8, 1 if config.lora_start == "corda" else 8, 64, 0)
         initialization.prepare(config.lora_start, base, settings, found)
         adapted = adapters.attach(base, settings, resolved.adapter_dtype)
@@ -133,10 +134,11 @@ def _trains(trial: _Trial) -> None:
     ids = torch.tensor(trial.rows[0]["input_ids"])[None]
     with tempfile.TemporaryDirectory() as folder:
         _, _, adapted = trial.begin()
-        before = {name: parameter.detach().clone() for name, parameter in adapted.named_parameters()}
+        before = {name: quantization.dense(p.detach()).clone() for name, p in adapted.named_parameters()}
         trainer, _ = trial.train(Path(folder))
-        changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
-        allowed = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+        after = dict(trainer.model.named_parameters())
+        changed = {name for name, p in after.items() if not torch.equal(quantization.dense(p.detach()), before[name])}
+        allowed = {name for name, p in after.items() if p.requires_grad}
         if not changed or changed - allowed:
             raise FailedError(
                 f"{len(changed)} of {len(allowed)} trained tensors change, {len(changed - allowed)} others"
@@ -156,8 +158,8 @@ def _trains(trial: _Trial) -> None:
 def _check_gradients(trial: _Trial) -> None:
     """On a quantized base gradients are those on a base of the same values."""
     quantized = trial.perturbed()
-    plain_trial = _Trial(trial.words, "plain")  # where a later word wins; LoftQ starts on quantized bases only
-    plain_trial.words = [word for word in plain_trial.words if word != "lora_variant=loftq"]
+    # LoftQ starts on quantized bases only, QA-LoRA's sums over groups are GPTQ's.
+    plain_trial = _Trial([word for word in trial.method if word != "lora_variant=loftq"], "plain")
     config = trial.config()
     values = model.load_model(config.model, config.quantization, resolve(config, _CPU))
     plain = plain_trial.perturbed(values_of=values)

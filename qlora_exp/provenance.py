@@ -28,13 +28,18 @@ LIBRARIES = (
     "hydra-core",
     "evaluate",
 )
+_QUANTIZERS = {"torchao": "torchao", "quanto": "optimum-quanto", "gptq": "GPTQModel", "awq": "GPTQModel"}
 
 
 @functools.cache
-def libraries() -> dict[str, str]:
-    """The installed version of each library that can change a result; one that is missing is left out."""
+def libraries(quant_method: str = "bitsandbytes") -> dict[str, str]:
+    """The installed version of each library that can change a result; one that is missing is left out.
+
+    Args:
+        quant_method: what stores the base; other quantizers change nothing.
+    """
     found = {"python": platform.python_version(), "qlora_exp": qlora_exp.__version__}
-    for name in LIBRARIES:
+    for name in filter(None, (*LIBRARIES, _QUANTIZERS.get(quant_method))):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -31,5 +31,7 @@ def quiet() -> None:
         "absl",
         "bitsandbytes",
         "transformers",
+        "torchao",
+        "torch.utils._pytree",  # on torchao's account
     ):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -134,7 +134,7 @@ def differences(record: Record, config: Config) -> list[str]:
     if record.tags.get("identity.code") != now["code"]:
         then, here = record.tags.get("git.sha", "no commit")[:12], provenance.git().get("sha", "no commit")[:12]
         found.append(f"code of qlora_exp: commit {then} then, {here} now")
-    here_now = provenance.libraries()
+    here_now = provenance.libraries(config.quantization.quant_method)
     for key, before in sorted(record.tags.items()):
         name = key.removeprefix("version.")
         if key.startswith("version.") and here_now.get(name, "none") != before:

@@ -79,7 +79,7 @@ def run(
     score = sources.scorer(config.dataset)
     from qlora_exp.device import autocast, computes_in, detect, resolve
 
-    resolved = resolve(config, detect(config.device, quantized=config.quantization.quantized))
+    resolved = resolve(config, detect(config.device, bitsandbytes=config.quantization.bitsandbytes))
     import torch
     from transformers import set_seed
     from transformers.utils import logging as transformers_logging

@@ -100,9 +100,13 @@ class LoraVariantConfig(PeftSettings):
 
 
 class QuantizationConfig(Section):
-    """How the frozen base is stored: fields of transformers' BitsAndBytesConfig."""
+    """How the frozen base is stored: fields of transformers' BitsAndBytesConfig, TorchAoConfig and QuantoConfig."""
 
     name: str = "none"
+    quant_method: Literal["bitsandbytes", "torchao", "quanto", "gptq", "awq"] = "bitsandbytes"
+    """What stores it. gptq, awq: the model's own files are quantized so."""
+    weights: Literal["int8", "float8", "int4", "int2"] | None = None
+    """torchao (int8, float8) and quanto: what a weight is stored as."""
     load_in_4bit: bool = False
     load_in_8bit: bool = False
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
@@ -115,13 +119,23 @@ class QuantizationConfig(Section):
 
     @property
     def quantized(self) -> bool:
-        """Whether the base is stored in 4 or 8 bits."""
+        """Whether the base is stored in a few bits."""
+        return self.bitsandbytes or self.quant_method != "bitsandbytes"
+
+    @property
+    def bitsandbytes(self) -> bool:
+        """Whether it is stored by bitsandbytes, which does not run on Apple's GPUs."""
         return self.load_in_4bit or self.load_in_8bit
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.load_in_4bit and self.load_in_8bit:
-            raise ValueError("load_in_4bit and load_in_8bit exclude each other")
+        bnb = self.quant_method == "bitsandbytes"
+        if self.load_in_4bit + self.load_in_8bit + (not bnb) > 1:
+            raise ValueError("load_in_4bit, load_in_8bit and another quant_method exclude each other")
+        possible = {"torchao": ("int8", "float8"), "quanto": ("int8", "float8", "int4", "int2")}.get(self.quant_method)
+        if self.weights not in (possible or (None,)):
+            told = f"one of {', '.join(possible)}" if possible else "null"
+            raise ValueError(f"weights={self.weights}: with quant_method={self.quant_method} it must be {told}")
         return self
 
 
@@ -441,7 +455,9 @@ class Config(Section):
 
     def refusal(self, aspect: str) -> str | None:
         """Why `aspect` of training is known to fail with this method on this base; None if it is not."""
-        base = "4bit" if self.quantization.load_in_4bit else "8bit" if self.quantization.load_in_8bit else "plain"
+        stored = self.quantization
+        other = stored.quant_method if stored.quantized else "plain"
+        base = "4bit" if stored.load_in_4bit else "8bit" if stored.load_in_8bit else other
         kind = compatibility.kind_of(self.method.peft_type, self.lora_variant.name)
         return compatibility.refusal(kind, base, aspect)
 

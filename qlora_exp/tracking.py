@@ -308,7 +308,8 @@ def _describe(tracker: Tracker, config: Config) -> None:
     tracker.text(config_module.to_yaml(config), CONFIG_FILE)
     packages = provenance.environment().items()
     tracker.text("".join(f"{name}=={version}\n" for name, version in packages), LOCK_FILE)
-    tracker.tags({f"version.{name}": found for name, found in provenance.libraries().items()})
+    versions = provenance.libraries(config.quantization.quant_method)
+    tracker.tags({f"version.{name}": found for name, found in versions.items()})
     tracker.tags({f"git.{name}": found for name, found in provenance.git().items()})
 
 

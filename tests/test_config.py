@@ -37,7 +37,8 @@ def test_composing_imports_no_torch():
 def test_every_option_of_every_group_composes(choice: str):
     option = choice.split("=")[1]
     plain = choice in ("quantization=none", "method=lora") or choice.startswith("lora_variant=")
-    quantized = ["quantization=nf4"] if choice == "lora_variant=loftq" else []
+    stored = {"lora_variant=loftq": "nf4", "lora_variant=qalora": "gptq"}
+    quantized = [f"quantization={stored[choice]}"] if choice in stored else []
     assert compose([*(["method=lora"] if plain else []), *quantized, choice, *GIVEN.get(option, [])])
 
 
@@ -63,7 +64,7 @@ def test_the_command_line_wins_over_the_method_and_the_experiment():
         (["hydra.launcher.tasks=1"], "+hydra.launcher.tasks=VALUE adds one"),
         (["method.lora_alpa=1"], "did you mean 'lora_alpha'"),
         (["lora_variant.use_dorra=true"], "did you mean 'use_dora'"),
-        (["quantization=nf5"], "Shipped options: fp4"),
+        (["quantization=nf5"], "Shipped options: awq, fp4"),
         (["experiment=smollm2_faq_lorra"], "did you mean 'smollm2_faq_lora'"),
         (["training.learning_rate=abc"], "training.learning_rate: Input should be a valid number"),
         (["training.max_steps=1.5"], "training.max_steps"),

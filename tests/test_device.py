@@ -91,7 +91,7 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch):
 def test_a_quantized_base_takes_the_cpu_of_a_mac(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
-    assert detect("auto", quantized=True).type == "cpu"
+    assert detect("auto", bitsandbytes=True).type == "cpu"
     assert detect("auto").type == "mps"
 
 

@@ -26,7 +26,7 @@ def outcome(verdict: str | None) -> str | None:
 @pytest.mark.parametrize(
     ("kind", "base"),
     [(kind, "plain") for kind in (*METHODS, *VARIANTS)]
-    + [(kind, ("4bit", "8bit")[place % 2]) for place, kind in enumerate(METHODS)],
+    + [(kind, ("4bit", "8bit", "torchao", "quanto")[place % 4]) for place, kind in enumerate(METHODS)],
 )
 def test_what_is_kept_of_training_is_found_again(kind: str, base: str):
     found = probe.verdicts(KINDS[kind], base, ["trains"])
