@@ -9,6 +9,15 @@ nox.options.sessions = ["tests"]
 
 PIP = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
 CONSTRAINTS = ("--constraint", "constraints.txt")
+GPTQMODEL = (
+    "GPTQModel==7.6.0",
+    "defuser==0.0.28",
+    "device-smi==0.5.7",
+    "logbar==0.4.15",
+    "optimum==2.3.0",
+    "pypcre==0.6.4",
+    "tokenicer==0.0.14",
+)
 
 
 def install(session: nox.Session, *extras: str) -> None:
@@ -83,6 +92,15 @@ def ray(session: nox.Session) -> None:
     """Sweeps on Ray's own cluster on this machine (about five minutes)."""
     install(session, "dev", "ray")
     session.run(sys.executable, "-m", "pytest", "-p", "no:randomly", "tests/clusters/ray_checks.py", *session.posargs)
+
+
+@nox.session
+def gptq(session: nox.Session) -> None:
+    """Bases whose files are GPTQ or AWQ already, through GPTQModel, which is built from its sources (five minutes)."""
+    install(session, "dev", "quantizers")
+    # Without its own dependencies, which would put another NumPy in the place of the one that is tested.
+    session.run(*PIP, "--no-deps", "--no-build-isolation", *GPTQMODEL)
+    session.run(sys.executable, "-m", "pytest", "-p", "no:randomly", "tests/gptq/gptq_checks.py", *session.posargs)
 
 
 @nox.session

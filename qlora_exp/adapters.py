@@ -206,4 +206,7 @@ def make_portable(folder: Path, base_model: str) -> None:
 
 def count_parameters(model: Any) -> tuple[int, int]:
     """Trainable and total parameters; a 4-bit weight counts for what it stands for, as PEFT counts."""
-    return PeftModel.get_nb_trainable_parameters(model)
+    trainable, total = PeftModel.get_nb_trainable_parameters(model)
+    # Weights that GPTQModel's layers keep are no parameters.
+    packed = (layer for layer in model.modules() if hasattr(layer, "qzeros") and hasattr(layer, "in_features"))
+    return trainable, total + sum(layer.in_features * layer.out_features for layer in packed)

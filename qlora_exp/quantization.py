@@ -32,13 +32,10 @@ def quantization_config(quantization: QuantizationConfig, resolved: Resolved) ->
         ModelError: the package that would quantize is missing.
     """
     method = quantization.quant_method
-    module, package = _PACKAGES.get(method, ("torch", ""))
-    if not _installed(module):
-        raise ModelError(f"quantization={quantization.name} needs a package: pip install '{package}'")
+    if not installed(method):
+        raise ModelError(f"quantization={quantization.name} needs a package: pip install '{_PACKAGES[method][1]}'")
     if method == "torchao":
-        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
-
-        return TorchAoConfig(Int8WeightOnlyConfig() if quantization.weights == "int8" else Float8WeightOnlyConfig())
+        return TorchAoConfig(torchao_config(quantization.weights))
     if method == "quanto":
         return QuantoConfig(weights=quantization.weights)
     if method in ("gptq", "awq"):  # the rest is in the model's files
@@ -94,15 +91,23 @@ def check_files(name: str, quantization: QuantizationConfig, stored: Any) -> Non
 
 
 def guard_layers(model: torch.nn.Module) -> None:
-    """Keep two faults of bitsandbytes 0.50.2 on CPUs out of training; tests/test_quantization.py shows both.
+    """Keep out of training what these libraries get wrong; tests/test_quantization.py shows each.
 
+    bitsandbytes 0.50.2 on CPUs:
     4 bits: on CPUs with AVX512-BF16 the first forward in eval mode repacks the weights for inference; later training
     forwards then take a path without autograd, and the gradient through every base layer is silently lost.
     8 bits: PEFT's DoRA moves the weight to the device it is on, which loses its scales, and the next forward fails.
+    8-bit floats (torchao 0.18, Quanto 0.2.7): a row of zeros comes back as NaN.
+
+    Raises:
+        ModelError: a layer has lost its values.
     """
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
-    for module in model.modules():
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, torch.Tensor) and (values := dense(weight)) is not weight and values.isnan().any():
+            raise ModelError(f"{name}: rows of zeros, which 8-bit floats turn into NaN: choose another quantization")
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
         elif isinstance(module, Linear8bitLt):
@@ -133,8 +138,17 @@ def dense(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.dequantize() if type(tensor).__module__.startswith(("torchao", "optimum.quanto")) else tensor
 
 
-def _installed(package: str) -> bool:
+def torchao_config(weights: str | None) -> Any:
+    """torchao's config for weights stored as int8 or float8, a scale for each row."""
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+
+    return Int8WeightOnlyConfig() if weights == "int8" else Float8WeightOnlyConfig()
+
+
+def installed(quant_method: str) -> bool:
+    """Whether what stores a base so is there."""
+    module, _ = _PACKAGES.get(quant_method, ("bitsandbytes", ""))
     try:
-        return find_spec(package) is not None
+        return find_spec(module) is not None
     except ModuleNotFoundError:  # its parent
         return False

@@ -22,7 +22,8 @@ from qlora_exp.adapters import linear_layers
 from qlora_exp.data import IGNORED, load_heldout, unrelated
 from qlora_exp.journal import write_atomically
 from qlora_exp.model import load_tokenizer, load_unquantized
-from qlora_exp.schema import Config
+from qlora_exp.quantization import dense, installed, torchao_config
+from qlora_exp.schema import OTHER_WEIGHTS, Config
 from qlora_exp.summary import markdown_table
 
 Stored = tuple[torch.Tensor, int]
@@ -53,6 +54,31 @@ def _int8(weight: torch.Tensor, blocksize: int) -> Stored:
     return (values.to(weight.dtype) * scales[:, None].to(weight.dtype) / 127), values.nbytes + scales.nbytes
 
 
+def _as_layer(weight: torch.Tensor, _blocksize: int, quant_method: str, weights: str) -> Stored:
+    """As torchao or Quanto stores a layer's weight; they choose what shares a scale."""
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight.data = weight
+    model = torch.nn.Sequential(layer)
+    if quant_method == "torchao":
+        import torchao.quantization
+
+        torchao.quantization.quantize_(model, torchao_config(weights))
+    else:
+        from optimum import quanto
+
+        quanto.quantize(model, weights=quanto.qtypes[f"q{weights}"])
+        quanto.freeze(model)
+    stored: Any = model[0].weight
+    return dense(stored).detach().to(weight.dtype), _nbytes(stored)
+
+
+def _nbytes(tensor: Any) -> int:
+    """Of the common tensors that one of a library's own kinds is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return int(tensor.nbytes)
+    return sum(_nbytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+
+
 FORMATS: dict[str, Store] = {
     **{
         f"{kind}{'_double' if double else ''}": partial(_four_bits, quant_type=kind, double=double)
@@ -61,8 +87,16 @@ FORMATS: dict[str, Store] = {
     },
     "int4_uniform": uniform,
     "int8": _int8,
+    **{
+        f"{by}_{weights}": partial(_as_layer, quant_method=by, weights=weights)
+        for by, kinds in OTHER_WEIGHTS.items()
+        if installed(by)
+        for weights in kinds
+    },
 }
-"""By name, as `conf/quantization` has them: (weight (rows, columns), blocksize) -> as it comes back, bytes."""
+"""By name, as `conf/quantization` has them: (weight (rows, columns), blocksize) -> as it comes back, bytes.
+
+Those of torchao and Quanto where they are installed."""
 
 
 @dataclass(frozen=True)

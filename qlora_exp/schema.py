@@ -19,6 +19,8 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """Suffixes of dataset files, with the names of their readers in `datasets`."""
 Interval = Literal["no", "steps", "epoch"]
+OTHER_WEIGHTS = {"torchao": ("int8", "float8"), "quanto": ("int8", "float8", "int4", "int2")}
+"""What quantizers beside bitsandbytes store a weight as."""
 
 
 class Section(BaseModel):
@@ -132,7 +134,7 @@ class QuantizationConfig(Section):
         bnb = self.quant_method == "bitsandbytes"
         if self.load_in_4bit + self.load_in_8bit + (not bnb) > 1:
             raise ValueError("load_in_4bit, load_in_8bit and another quant_method exclude each other")
-        possible = {"torchao": ("int8", "float8"), "quanto": ("int8", "float8", "int4", "int2")}.get(self.quant_method)
+        possible = OTHER_WEIGHTS.get(self.quant_method)
         if self.weights not in (possible or (None,)):
             told = f"one of {', '.join(possible)}" if possible else "null"
             raise ValueError(f"weights={self.weights}: with quant_method={self.quant_method} it must be {told}")

@@ -1,16 +1,19 @@
 """Bases in a few bits: what they take, that they compute what they stand for, and what is refused."""
 
 import importlib.util
+import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qlora_exp import quantization
 from qlora_exp.adapters import attach, peft_config
 from qlora_exp.config import compose
 from qlora_exp.device import Device, resolve
 from qlora_exp.errors import ConfigError, ModelError
-from qlora_exp.model import load_model
+from qlora_exp.model import load_model, locate
 from qlora_exp.schema import QuantizationConfig
 
 CPU = Device("cpu", "CPU", bf16=False, paging=False)
@@ -141,13 +144,19 @@ def test_a_start_that_needs_what_files_have_lost_is_refused():
         compose(["method=lora", "lora_variant=loftq", "quantization=gptq"])
 
 
+@pytest.mark.parametrize("name", ["torchao_float8", "quanto_float8"])
+def test_rows_of_zeros_are_refused_where_they_would_be_nan(name: str, tmp_path):
+    folder = shutil.copytree(locate(compose(TINY).model), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3] = 0
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = compose(["method=lora", f"quantization={name}", f"model.model_name_or_path={folder}"])
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp\.up_proj: rows of zeros"):
+        load_model(config.model, config.quantization, resolve(config, CPU))
+
+
 @pytest.mark.skipif(importlib.util.find_spec("gptqmodel") is not None, reason="GPTQModel is installed")
 def test_a_base_of_gptq_files_names_the_package_it_needs(tmp_path):
-    import json
-    import shutil
-
-    from qlora_exp.model import locate
-
     folder = shutil.copytree(locate(compose(TINY).model), tmp_path / "model")
     values = json.loads((folder / "config.json").read_text()) | {
         "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}

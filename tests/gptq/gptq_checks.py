@@ -1,0 +1,118 @@
+"""Bases whose files are GPTQ or AWQ already, through GPTQModel on a CPU (`nox -s gptq`).
+
+GPTQ files are made by GPTQModel itself; it makes AWQ files on a GPU only, so that ours are written by hand.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # GPTQModel 7.6 wants two, and takes half of the cores
+
+from qlora_exp import compatibility, load, model, probe, quantization
+from qlora_exp.compatibility import WORKS
+from qlora_exp.config import compose
+from qlora_exp.device import Device, resolve
+from qlora_exp.errors import ModelError
+
+CPU = Device("cpu", "CPU", bf16=False, paging=False)
+GROUP = 32
+ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
+"""Of the values in one 32-bit integer of AWQ's GEMM format."""
+
+
+@pytest.fixture(scope="module")
+def base() -> Path:
+    return Path(model.locate(compose(["model=tiny_llama"]).model))
+
+
+@pytest.fixture(scope="module")
+def gptq(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    folder = tmp_path_factory.mktemp("gptq") / "model"
+    torch.manual_seed(0)
+    rows = [{"input_ids": torch.randint(0, 100, (40,)).tolist(), "attention_mask": [1] * 40} for _ in range(64)]
+    quantizer = GPTQModel.load(str(base), QuantizeConfig(bits=4, group_size=GROUP), device="cpu")
+    quantizer.quantize(rows, batch_size=1)
+    quantizer.save(str(folder))
+    return folder
+
+
+def packed(values: torch.Tensor) -> torch.Tensor:
+    """Integers 0 to 15, (rows, columns), eight in one."""
+    eight = values.view(values.shape[0], -1, 8)[:, :, ORDER].to(torch.int64)
+    together = sum(eight[..., place] << (4 * place) for place in range(8))
+    return torch.where(together >= 2**31, together - 2**32, together).to(torch.int32).contiguous()
+
+
+@pytest.fixture(scope="module")
+def awq(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = shutil.copytree(base, tmp_path_factory.mktemp("awq") / "model")
+    written = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        if "_proj" not in name:
+            written[name] = weight
+            continue
+        groups = weight.T.float().reshape(-1, GROUP, weight.shape[0])
+        low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+        scale = (high - low) / 15
+        zero = (-low / scale).round().clamp(0, 15)
+        module = name.removesuffix("weight")
+        written[f"{module}qweight"] = packed((groups / scale + zero).round().clamp(0, 15).view_as(weight.T))
+        written[f"{module}qzeros"] = packed(zero[:, 0])
+        written[f"{module}scales"] = scale[:, 0].half().contiguous()
+    save_file(written, folder / "model.safetensors", metadata={"format": "pt"})
+    settings = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
+    values = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
+    (folder / "config.json").write_text(json.dumps(values))
+    return folder
+
+
+@pytest.fixture(params=["gptq", "awq"])
+def stored(request: pytest.FixtureRequest) -> tuple[str, Path]:
+    return request.param, request.getfixturevalue(request.param)
+
+
+def test_all_that_a_trainer_does_works_but_merging(stored: tuple[str, Path], monkeypatch: pytest.MonkeyPatch):
+    name, folder = stored
+    monkeypatch.setitem(compatibility.BASES, name, f"{name} model.model_name_or_path={folder}")
+    found = probe.verdicts(["method=lora"], name)
+    assert {aspect for aspect, verdict in found.items() if verdict != WORKS} == {"merge"}, found
+
+
+def test_a_layer_computes_with_the_weights_that_it_is_said_to_stand_for(stored: tuple[str, Path]):
+    name, folder = stored
+    config = compose(["method=lora", f"quantization={name}", f"model.model_name_or_path={folder}"])
+    layer = model.load_model(config.model, config.quantization, resolve(config, CPU)).model.layers[0].mlp.down_proj
+    weight = quantization.weight_of(layer)
+    assert weight is not None
+    assert weight.shape == (64, 128)
+    assert torch.allclose(layer(torch.eye(128)).T, weight, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "words", [["method=qlora"], ["method=lora", "lora_variant=qalora", f"lora_variant.qalora_group_size={GROUP}"]]
+)
+def test_a_run_on_gptq_files_trains_and_is_loaded_again(gptq: Path, run: Callable[..., Any], words: list[str]):
+    result = run(*words, "quantization=gptq", f"model.model_name_or_path={gptq}")
+    adapted, tokenizer = load(str(result.output_dir))
+    assert type(adapted.base_model.model.model.layers[0].mlp.down_proj).__name__ == "GPTQLoraLinear"
+    ids = tokenizer("a question", return_tensors="pt").input_ids
+    assert torch.isfinite(adapted(input_ids=ids).logits).all()
+    plain = run("method=lora", "evaluation=loss_only", "training.max_steps=1")
+    base = [one.metrics["total_parameters"] - one.metrics["trainable_parameters"] for one in (result, plain)]
+    assert base[0] == base[1]  # packed weights count for what they stand for
+
+
+def test_files_that_are_gptq_are_not_taken_for_plain_ones(gptq: Path):
+    config = compose(["method=lora", f"model.model_name_or_path={gptq}"])
+    with pytest.raises(ModelError, match="choose quantization=gptq"):
+        model.load_model(config.model, config.quantization, resolve(config, CPU))
