@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import qlora_exp
-from qlora_exp import commands
+from qlora_exp import commands, compatibility
 from qlora_exp.errors import ConfigError, TimeLimitError, UserError
 from qlora_exp.quiet import quiet
 from qlora_exp.secrets import redact
@@ -97,8 +97,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     share.set_defaults(command=commands.bundle)
     probe = known.add_parser("probe", help="try whether a method works with the versions that are installed here")
     probe.add_argument("overrides", nargs="+", metavar="KEY=VALUE", help="method=NAME and more, as for train")
-    bases = ("plain", "4bit", "8bit")
-    probe.add_argument("--base", action="append", choices=bases, help="default: plain; may be given again")
+    probe.add_argument(
+        "--base", action="append", choices=tuple(compatibility.BASES), help="default: plain; may be given again"
+    )
     probe.set_defaults(command=commands.probe)
     lab = known.add_parser("quantize-error", help="what 4 and 8 bits lose: on weights, on normal samples, in loss")
     lab.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="model=NAME, unrelated=NAME, as for train")

@@ -58,7 +58,12 @@ def test_weights_that_should_stay_and_move_are_seen(monkeypatch):
 
 
 def test_a_gradient_that_is_not_the_bases_is_seen(monkeypatch):
-    monkeypatch.setattr("qlora_exp.probe.dequantize_module_weight", lambda layer: torch.randn(layer.weight.shape[::-1]))
+    weight_of = probe.quantization.weight_of
+
+    def other(layer):
+        return None if (weight := weight_of(layer)) is None else torch.randn_like(weight)
+
+    monkeypatch.setattr(probe.quantization, "weight_of", other)
     found = probe.verdicts(KINDS["LORA"], "8bit", ["trains"])["trains"]
     assert found != WORKS
 

@@ -1,0 +1,107 @@
+"""What torch's CUDA allocator reserves for a sequence of allocations: fragmentation, worked out without a GPU.
+
+Source: c10/cuda/CUDACachingAllocator.cpp of torch 2.13, without expandable segments. Knows nothing of tensors.
+"""
+
+from bisect import bisect_left, insort
+
+MIB = 1024**2
+_ROUND = 512
+_SMALL = MIB
+"""Up to here a block comes from the pool of small ones, and no large block is split to leave less."""
+_SMALL_SEGMENT = 2 * MIB
+_LARGE_SEGMENT = 20 * MIB
+_OWN_SEGMENT = 10 * MIB
+"""From here on a block that fits nowhere gets a segment of its own size."""
+
+
+class Block:
+    """A part of a segment, between its neighbours."""
+
+    __slots__ = ("free", "left", "right", "segment", "size", "small")
+
+    def __init__(self, size: int, segment: int, small: bool) -> None:
+        self.size, self.segment, self.small = size, segment, small
+        self.left: Block | None = None
+        self.right: Block | None = None
+        self.free = True
+
+
+class CachingAllocator:
+    """Blocks are given back to a pool, split when reused for less, joined with free neighbours; best fit first."""
+
+    def __init__(self) -> None:
+        self.allocated = self.reserved = 0
+        self.peak_allocated = self.peak_reserved = 0
+        self._pools: dict[bool, list[tuple[int, int, int, Block]]] = {True: [], False: []}
+        self._segments = 0
+
+    def malloc(self, nbytes: int) -> Block:
+        """A block for `nbytes`, of the smallest free one that holds it, or of a new segment."""
+        size = max(_ROUND, -(-nbytes // _ROUND) * _ROUND)
+        small = size <= _SMALL
+        pool = self._pools[small]
+        place = bisect_left(pool, (size, -1, -1), key=_order)
+        if place < len(pool):
+            block = pool.pop(place)[3]
+        else:
+            self._segments += 1
+            block = Block(_segment_size(size, small), self._segments, small)
+            self.reserved += block.size
+            self.peak_reserved = max(self.peak_reserved, self.reserved)
+        rest = block.size - size
+        if rest >= _ROUND if small else rest > _SMALL:
+            remainder = Block(rest, block.segment, small)
+            remainder.left, remainder.right = block, block.right
+            if block.right:
+                block.right.left = remainder
+            block.right, block.size = remainder, size
+            self._put(remainder)
+        block.free = False
+        self.allocated += block.size
+        self.peak_allocated = max(self.peak_allocated, self.allocated)
+        return block
+
+    def free(self, block: Block) -> None:
+        """Back to the pool, joined with free neighbours."""
+        self.allocated -= block.size
+        block.free = True
+        if (right := block.right) and right.free:
+            self._take(right)
+            block.size += right.size
+            block.right = right.right
+            if block.right:
+                block.right.left = block
+        if (left := block.left) and left.free:
+            self._take(left)
+            left.size += block.size
+            left.right = block.right
+            if left.right:
+                left.right.left = left
+            block = left
+        self._put(block)
+
+    def empty_cache(self) -> None:
+        """Give segments back in which nothing is allocated; start new peaks."""
+        for small, pool in self._pools.items():
+            whole = [entry for entry in pool if entry[3].left is None and entry[3].right is None]
+            self.reserved -= sum(entry[0] for entry in whole)
+            self._pools[small] = [entry for entry in pool if entry[3].left or entry[3].right]
+        self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
+
+    def _put(self, block: Block) -> None:
+        insort(self._pools[block.small], (block.size, block.segment, id(block), block), key=_order)
+
+    def _take(self, block: Block) -> None:
+        pool = self._pools[block.small]
+        pool.pop(bisect_left(pool, (block.size, block.segment, id(block)), key=_order))
+
+
+def _order(entry: tuple[int, ...] | tuple[int, int, int, Block]) -> tuple[int, int, int]:
+    return entry[0], entry[1], entry[2]  # type: ignore[return-value]
+
+
+def _segment_size(size: int, small: bool) -> int:
+    if small:
+        return _SMALL_SEGMENT
+    return _LARGE_SEGMENT if size < _OWN_SEGMENT else -(-size // (2 * MIB)) * 2 * MIB
