@@ -57,12 +57,18 @@ class FlopCounter(TorchDispatchMode):
         """Run the operation, and count it."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        packet = func._overloadpacket
-        if formula := _FORMULAS.get(str(packet)):
-            self.flops += formula(*args, **kwargs)
-        elif formula := flop_registry.get(packet):
-            self.flops += formula(*args, **kwargs, out_val=out)
+        self.flops += flops_of(func, args, kwargs, out)
         return out
+
+
+def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """Floating-point operations of one of torch's operations, if it is a matrix product or attention; else 0."""
+    packet = func._overloadpacket
+    if formula := _FORMULAS.get(str(packet)):
+        return formula(*args, **kwargs)
+    if formula := flop_registry.get(packet):
+        return int(formula(*args, **kwargs, out_val=out))
+    return 0
 
 
 def peak_flops(device: str, dtype: torch.dtype) -> float:

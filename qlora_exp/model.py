@@ -21,6 +21,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -60,6 +61,20 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
             f"{config.model_name_or_path}: its tokenizer has no EOS token, so a model could not learn to stop"
         )
     return tokenizer
+
+
+def model_config(config: ModelConfig) -> PretrainedConfig:
+    """Transformers' config of the model: `model.architecture` if it is given, else from its files.
+
+    Raises:
+        ModelError: it is not known here.
+    """
+    if not config.architecture:
+        return _from_pretrained(AutoConfig, config)
+    try:
+        return AutoConfig.for_model(**config.architecture)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"model.architecture: {error}") from error
 
 
 def skeleton(config: ModelConfig) -> PreTrainedModel:

@@ -61,6 +61,8 @@ class ModelConfig(Section):
     """null puts the whole model on `device`; auto spreads it over GPUs."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Never taken from a recorded run."""
+    architecture: dict[str, Any] = {}
+    """Fields of the model's transformers config, `model_type` among them: for `plan`, where its files are not."""
     random_config: dict[str, int | float | bool] = {}
     """Only for `random:FAMILY`: fields of the family's transformers config."""
 

@@ -1,0 +1,78 @@
+"""Predicted against measured tensor memory of real runs of the embedded model on this CPU.
+
+    python benchmarks/planned_memory.py [NAME ...]
+
+Measured by torch's profiler, which sees every tensor's allocation; rows are as long as `max_length` lets them be.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+
+import torch
+from datasets import Dataset
+
+from qlora_exp import adapters, model, plan, training
+from qlora_exp.config import compose
+from qlora_exp.device import detect, resolve
+from qlora_exp.memory import MIB, MemoryMonitor
+from qlora_exp.quiet import quiet
+from qlora_exp.schema import Config
+
+LENGTH = 128
+METHODS = {
+    "full": ["method=full"],
+    "lora": ["method=lora"],
+    "qlora": ["method=qlora"],
+    "dora": ["method=lora", "lora_variant=dora"],
+}
+
+
+def measured(config: Config) -> float:
+    """MiB of tensors at the fullest moment of two steps."""
+    resolved = resolve(config, detect("cpu"))
+    tokenizer = model.load_tokenizer(config.model)
+    base = model.load_model(config.model, config.quantization, resolved)
+    adapted = adapters.attach(base, adapters.peft_config(config, base), resolved.adapter_dtype)
+    ids = [[40 + (7 * row + place) % 900 for place in range(LENGTH)] for row in range(16)]
+    rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = training.build(adapted, tokenizer, rows, rows, config, resolved, Path(folder), MemoryMonitor())
+        trace = Path(folder) / "trace.json"
+        with torch.profiler.profile(profile_memory=True) as profiler:
+            training.train(trainer, lambda *_: None, None)
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text("utf-8"))["traceEvents"]
+    return max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]") / MIB
+
+
+def main() -> None:
+    """Predict, run, compare."""
+    quiet()
+    errors = []
+    print(f"{'run':28} {'predicted':>9} {'measured':>9} {'error':>7}  MiB")
+    for name, words in METHODS.items():
+        for checkpointing in (False, True):
+            for batch in (2, 4):
+                label = f"{name} batch {batch}{' checkpointing' if checkpointing else ''}"
+                if sys.argv[1:] and name not in sys.argv[1:]:
+                    continue
+                config = compose(
+                    [
+                        *words, "device=cpu", f"training.max_length={LENGTH}", "training.max_steps=2",
+                        f"training.per_device_train_batch_size={batch}", "training.eval_strategy=no",
+                        f"training.gradient_checkpointing={str(checkpointing).lower()}", "training.save_strategy=no",
+                    ]
+                )  # fmt: skip
+                phases = plan.predict(config, resolve(config, detect("cpu"))).phases
+                predicted = max(phases[phase].allocated for phase in ("first_step", "steady")) / MIB
+                found = measured(config)
+                errors.append(abs(predicted / found - 1))
+                print(f"{label:28} {predicted:9.0f} {found:9.0f} {predicted / found - 1:+7.1%}", flush=True)
+    print(f"{len(errors)} runs: median error {median(errors):.1%}, worst {max(errors):.1%}")
+
+
+if __name__ == "__main__":
+    main()

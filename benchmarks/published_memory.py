@@ -1,0 +1,120 @@
+"""Predicted against published GPU memory: PEFT's own comparison of methods on Llama-3.2-3B (one NVIDIA L40S).
+
+    python benchmarks/published_memory.py FILE.csv [RECORD ...]
+
+Their loop is recorded, not ours: bfloat16 base, adapters as PEFT makes them, all logits, torch's AdamW, gradients kept
+until the next step, the cache emptied every ten steps (PEFT, method_comparison/MetaMathQA/run.py). The longest batch is
+not published, so one length is fitted to the row of LoRA r=32, and all others are predicted with it.
+"""
+
+import csv
+import json
+import sys
+from statistics import median
+
+import torch
+from peft import PeftType, TaskType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from qlora_exp import plan
+from qlora_exp.quiet import quiet
+
+GIB = 2**30
+BATCH, USUAL = 4, 230
+"""Rows, and tokens of the longest of a usual batch: 4,198,051 tokens in 20,000 rows, and some padding."""
+ARCHITECTURE = {
+    "vocab_size": 128256,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 131072,
+}
+FITTED = "lora--llama-3.2-3B-rank32"
+
+
+def build(row: dict[str, str], layers: int):
+    """Their model, on the meta device."""
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(
+            LlamaConfig(num_hidden_layers=layers, **ARCHITECTURE), dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
+        if row["peft_type"] == "FULL":
+            return base
+        settings = json.loads(row["settings"])
+        if row["peft_type"] == "ADALORA":
+            settings["total_step"] = 5000
+        if row["peft_type"] == "OFT":
+            settings["oft_block_size"] = 0  # the default when it was measured
+        kind = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(row["peft_type"])]
+        return get_peft_model(base, kind(task_type=TaskType.CAUSAL_LM, **settings))
+
+
+def loss(model, ids, mask):
+    """Transformers' own; what it came with is kept."""
+    outputs = model(input_ids=ids, attention_mask=mask, labels=ids)
+    outputs.loss.outputs = outputs
+    return outputs.loss
+
+
+def steps(row: dict[str, str], length: int) -> tuple[plan.Step, plan.Step]:
+    """A usual step and the longest."""
+    usual, longest = (
+        plan.record(
+            lambda layers: build(row, layers),
+            28,
+            (BATCH, tokens),
+            loss=loss,
+            optimizer=lambda parameters: torch.optim.AdamW(parameters, foreach=True),
+        )
+        for tokens in (USUAL, length)
+    )
+    return usual, longest
+
+
+def reserved(row: dict[str, str], length: int) -> tuple[float, float]:
+    """GiB reserved, and allocated, at the fullest."""
+    usual, longest = steps(row, length)
+    memory = plan.Memory(on_cuda=True)
+    for kind, nbytes in usual.static:
+        memory.take(kind, nbytes)
+    left = ("activations", "logits")  # by `outputs`, which lives until the next one
+    for step, update in ((usual, usual.updates[0]), (longest, longest.updates[1])):
+        memory.phase()
+        memory.forget("gradients")
+        memory.run([event for event in step.passes if event.group[0] != "end"], keep=["gradients", *left])
+        memory.run(update, keep=["optimizer"])
+        for kind in left:
+            memory.forget(kind)
+    phase = memory.phase()
+    return phase.reserved / GIB, phase.allocated / GIB
+
+
+def main() -> None:
+    """Fit, predict, compare."""
+    quiet()
+    with open(sys.argv[1], encoding="utf-8") as file:
+        rows = {row["record"]: row for row in csv.DictReader(file)}
+    wanted = float(rows[FITTED]["reserved_p99_gib"])
+    tried = {length: reserved(rows[FITTED], length)[0] for length in range(540, 640, 4)}
+    length = min(tried, key=lambda tokens: abs(tried[tokens] - wanted))
+    print(f"fitted to {FITTED}: {length} tokens")
+    print(f"{'record':42} {'allocated':>9} {'reserved':>9} {'published':>9} {'error':>7}")
+    errors = []
+    for name, row in rows.items():
+        if sys.argv[2:] and name not in sys.argv[2:]:
+            continue
+        found, allocated = reserved(row, length)
+        published = float(row["reserved_p99_gib"])
+        if name != FITTED:
+            errors.append(abs(found / published - 1))
+        print(f"{name:42} {allocated:9.2f} {found:9.2f} {published:9.2f} {found / published - 1:+7.1%}", flush=True)
+    if errors:
+        print(f"{len(errors)} rows besides the fitted one: median error {median(errors):.1%}, worst {max(errors):.1%}")
+
+
+if __name__ == "__main__":
+    main()
