@@ -8,6 +8,8 @@ Measured by torch's profiler, which sees every tensor's allocation; rows are as 
 import json
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 
@@ -36,7 +38,10 @@ def measured(config: Config) -> float:
     tokenizer = model.load_tokenizer(config.model)
     base = model.load_model(config.model, config.quantization, resolved)
     adapted = adapters.attach(base, adapters.peft_config(config, base), resolved.adapter_dtype)
-    ids = [[40 + (7 * row + place) % 900 for place in range(LENGTH)] for row in range(16)]
+    # Of two lengths in turn, so that each batch has some padding, as most have.
+    ids = [[40 + (7 * row + place) % 900 for place in range(LENGTH - row % 2)] for row in range(16)]
+    before = sum(_nbytes(layer) for layer in {id(layer): layer for layer in adapted.modules()}.values())
+    before -= _tied(base)
     rows = Dataset.from_dict({"input_ids": ids, "labels": ids})
     with tempfile.TemporaryDirectory() as folder:
         trainer = training.build(adapted, tokenizer, rows, rows, config, resolved, Path(folder), MemoryMonitor())
@@ -45,7 +50,26 @@ def measured(config: Config) -> float:
             training.train(trainer, lambda *_: None, None)
         profiler.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text("utf-8"))["traceEvents"]
-    return max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]") / MIB
+    now = most = 0
+    for event in events:
+        if event.get("name") == "[memory]":
+            now += event["args"]["Bytes"]
+            most = max(most, now)
+    return (most + before) / MIB
+
+
+def _tied(base: torch.nn.Module) -> int:
+    """Bytes of the output layer, if it is the embedding too."""
+    head, embedding = base.get_output_embeddings().weight, base.get_input_embeddings().weight
+    return head.nbytes if head is embedding else 0
+
+
+def _nbytes(layer: torch.nn.Module) -> int:
+    """Of a layer's own parameters, and of what a 4-bit one is scaled by."""
+    found = sum(parameter.nbytes for parameter in layer.parameters(recurse=False))
+    if (state := getattr(getattr(layer, "weight", None), "quant_state", None)) is not None:
+        found += state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
+    return found
 
 
 def main() -> None:
@@ -64,11 +88,13 @@ def main() -> None:
                         *words, "device=cpu", f"training.max_length={LENGTH}", "training.max_steps=2",
                         f"training.per_device_train_batch_size={batch}", "training.eval_strategy=no",
                         f"training.gradient_checkpointing={str(checkpointing).lower()}", "training.save_strategy=no",
+                        "training.train_sampling_strategy=sequential",
                     ]
                 )  # fmt: skip
                 phases = plan.predict(config, resolve(config, detect("cpu"))).phases
                 predicted = max(phases[phase].allocated for phase in ("first_step", "steady")) / MIB
-                found = measured(config)
+                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
+                    found = alone.submit(measured, config).result()
                 errors.append(abs(predicted / found - 1))
                 print(f"{label:28} {predicted:9.0f} {found:9.0f} {predicted / found - 1:+7.1%}", flush=True)
     print(f"{len(errors)} runs: median error {median(errors):.1%}, worst {max(errors):.1%}")

@@ -81,7 +81,7 @@ def reserved(row: dict[str, str], length: int) -> tuple[float, float]:
     memory = plan.Memory(on_cuda=True)
     for kind, nbytes in usual.static:
         memory.take(kind, nbytes)
-    left = ("activations", "logits")  # by `outputs`, which lives until the next one
+    left = ("activations", "loss")  # by `outputs`, which lives until the next one
     for step, update in ((usual, usual.updates[0]), (longest, longest.updates[1])):
         memory.phase()
         memory.forget("gradients")

@@ -98,7 +98,7 @@ class CachingAllocator:
 
 
 def _order(entry: tuple[int, ...] | tuple[int, int, int, Block]) -> tuple[int, int, int]:
-    return entry[0], entry[1], entry[2]  # type: ignore[return-value]
+    return entry[0], entry[1], entry[2]
 
 
 def _segment_size(size: int, small: bool) -> int:

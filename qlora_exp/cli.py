@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import qlora_exp
-from qlora_exp import commands, compatibility
+from qlora_exp import commands, compatibility, gpus
 from qlora_exp.errors import ConfigError, TimeLimitError, UserError
 from qlora_exp.quiet import quiet
 from qlora_exp.secrets import redact
@@ -26,6 +26,7 @@ examples:
   qlora-exp keys training                what each key means
   qlora-exp compare                      a table of the newest sweep
   qlora-exp ui                           compare runs in MLflow's UI
+  qlora-exp plan model=llama3_8b         will it fit? memory by phase, without weights or a GPU
   qlora-exp probe method=loha            does it work with the versions installed here?
   qlora-exp quantize-error               what NF4, FP4, INT4 and INT8 lose on a model's weights
   qlora-exp sync                         send MLflow what it missed while its server was away
@@ -107,7 +108,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     lab.add_argument("--blocksize", type=int, default=64, choices=sizes, help="weights that share a scale; default: 64")
     lab.add_argument("--out", type=Path, default=Path("outputs/quantize_error"), help="folder for table and picture")
     lab.set_defaults(command=commands.quantize_error)
-    options = parser.parse_args(arguments)
+    plan = known.add_parser("plan", help="memory by phase and the least time of a step, before anything runs")
+    plan.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for train; lists are tried one by one")
+    plan.add_argument("--gpu", help=f"one of {', '.join(gpus.GPUS)}")
+    plan.add_argument("--vram", type=float, metavar="GIB", help="memory of a GPU that has no name here")
+    plan.add_argument("--price", type=float, metavar="PER_HOUR", help="of the GPU: says what the run would cost")
+    plan.set_defaults(command=commands.plan)
+    options, rest = parser.parse_known_args(arguments)
+    if rest and hasattr(options, "overrides") and all("=" in word and not word.startswith("-") for word in rest):
+        options.overrides += rest  # what comes after an option
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     sys.exit(_guard(lambda: options.command(options)))
 
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora_exp.errors import ConfigError, TrackingError
+from qlora_exp.errors import ConfigError, TrackingError, UserError
 from qlora_exp.quiet import quiet
 from qlora_exp.secrets import redact
 
@@ -185,3 +185,36 @@ def quantize_error(options: argparse.Namespace) -> None:
     headings, rows = quantization_lab.study(config, options.blocksize, options.out)
     print_table(title, headings, rows)
     print("\n".join(f"file  {file}" for file in sorted(options.out.glob("quantize_error.*"))))
+
+
+def plan(options: argparse.Namespace) -> None:
+    """Memory by phase and the least time of a step, of one run or of each of a sweep."""
+    quiet()
+    from qlora_exp import config, gpus
+
+    if options.gpu and options.vram:
+        raise ConfigError("--gpu and --vram: give one of them")
+    if options.vram is not None and not 0 < options.vram < 10_000:
+        raise ConfigError(f"--vram {options.vram:g}: not the memory of a GPU in GiB")
+    gpu = gpus.find(options.gpu) if options.gpu else gpus.Gpu("GPU", options.vram or 0.0)
+    jobs = [(words, config.compose(words)) for words in config.grid(options.overrides)]
+    from transformers.utils import logging as transformers_logging
+
+    from qlora_exp import device, plan_report
+    from qlora_exp.plan import predict
+
+    transformers_logging.disable_progress_bar()
+    planned = []
+    for words, checked in jobs:
+        here = device.Device("cpu", "CPU", bf16=False, paging=False) if checked.device == "cpu" else gpu.device
+        try:
+            found = predict(checked, device.resolve(checked, here))
+            planned.append(plan_report.Planned(words, checked, found))
+        except UserError as error:
+            if len(jobs) == 1:
+                raise
+            planned.append(plan_report.Planned(words, checked, None, str(error)))
+    if len(planned) == 1:
+        plan_report.show_one(planned[0], gpu, options.price)
+    else:
+        plan_report.show_many(planned, gpu, options.price)

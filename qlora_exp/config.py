@@ -12,7 +12,9 @@ from typing import Any
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -74,6 +76,28 @@ def check_command(arguments: Sequence[str]) -> None:
     config_dir = next((later for flag, later in pairwise(arguments) if flag in ("--config-dir", "-cd")), None)
     config_dir = next((word.split("=", 1)[1] for word in arguments if word.startswith("--config-dir=")), config_dir)
     compose([word for word in arguments if "=" in word and not word.startswith("-")], config_dir)
+
+
+def grid(overrides: Sequence[str]) -> list[list[str]]:
+    """Each combination of what overrides list (`method.r=4,8`), of a named sweep's lists too.
+
+    Raises:
+        ConfigError: an override cannot be read.
+    """
+    name = next((word.split("=", 1)[1] for word in reversed(overrides) if word.startswith("sweep=")), None)
+    params: dict[str, str] = {}
+    if name is not None:
+        if name not in options("sweep"):
+            raise ConfigError(f"sweep: no option '{name}'{did_you_mean(name, options('sweep'))}")
+        values = yaml.safe_load((conf_dir() / "sweep" / f"{name}.yaml").read_text("utf-8"))
+        params = values["hydra"]["sweeper"]["params"]
+    given = {word.split("=", 1)[0] for word in overrides}
+    words = [*(f"{key}={value}" for key, value in params.items() if key not in given), *overrides]
+    try:
+        batches = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), None)
+    except HydraException as error:
+        raise explain(error) from error
+    return [[word for word in job if not word.startswith("sweep=")] for batch in batches for job in batch]
 
 
 def check(composed: DictConfig) -> Config:

@@ -58,17 +58,15 @@ class Recording:
 class Recorder(TorchDispatchMode):
     """Records storages as operations make them and as they are freed."""
 
-    def __init__(self, vocab_size: int = 0) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.recording = Recording()
         self.group: Group = ("start", 0)
         self.kind = "activations"
         """Of what is made from now on."""
-        self._vocab_size = vocab_size
         self._known: dict[int, int] = {}
         """Storages that are alive, by address: their number."""
         self._count = 0
-        self._hidden: dict[Any, Callable[..., int]] = {}
 
     def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
         """Storages that were there before."""
@@ -81,8 +79,7 @@ class Recorder(TorchDispatchMode):
         address = storage._cdata
         if address in self._known or not (nbytes := storage.nbytes()):
             return
-        if kind is None:
-            kind = "logits" if self._vocab_size and self._vocab_size in tensor.shape[-2:] else self.kind
+        kind = kind or ("loss" if self.group[0] == "loss" else self.kind)
         number, self._count = self._count, self._count + 1
         self._known[address] = number
         self.recording.events.append(Event(self.group, number, nbytes, kind))
@@ -171,10 +168,10 @@ def layers_marked(recorder: Recorder, layers: list[torch.nn.Module]) -> Iterator
 
     def leave(place: int) -> Callable[..., None]:
         def hook(_module: Any, _arguments: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
             if inside_backward:
                 return
-            if hidden.requires_grad:
+            hidden = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, torch.Tensor)), None)
+            if hidden is not None and hidden.requires_grad:
                 hidden.register_hook(begin(place))
             if place == len(layers) - 1:
                 recorder.group = ("loss", 0)

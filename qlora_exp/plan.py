@@ -14,18 +14,19 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from trl.kernels import chunked_logprob
+from trl.trainer import utils as trl_utils
 from trl.trainer.utils import add_fused_lm_head
 
 from qlora_exp import adapters, quantization
 from qlora_exp.allocator import CachingAllocator
 from qlora_exp.device import Resolved
-from qlora_exp.errors import ConfigError
+from qlora_exp.errors import ConfigError, UserError
 from qlora_exp.fake import LAYERS, Event, IrregularError, Recorder, Work, deepen, layers_marked, materialize
 from qlora_exp.model import model_config
 from qlora_exp.schema import Config
 
-KINDS = ("weights", "quantization", "trainable", "gradients", "optimizer", "activations", "logits", "temporary")
-"""What memory is for; `logits` holds the loss too."""
+KINDS = ("weights", "quantization", "trainable", "gradients", "optimizer", "activations", "loss", "temporary")
+"""What memory is for; `loss` has the logits."""
 _EIGHT_BIT = {"adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1, "paged_lion_8bit": 1}
 _FOUR_BYTES = {"paged_adamw_32bit": 2, "lion_32bit": 1, "paged_lion_32bit": 1}
 """bitsandbytes' optimizers: states for each trained value."""
@@ -75,6 +76,8 @@ class Step:
     """The optimizer's first step, and its second."""
     evaluation: list[Event] = field(default_factory=list)
     work: list[Work] = field(default_factory=list)
+    parameters: tuple[int, int] = (0, 0)
+    """Trained, and all."""
 
 
 def predict(config: Config, resolved: Resolved) -> Prediction:
@@ -92,20 +95,27 @@ def predict(config: Config, resolved: Resolved) -> Prediction:
     def build(layers: int) -> Any:
         return build_model(config, resolved, architecture, layers)
 
-    step = record(
-        build,
-        architecture.num_hidden_layers,
-        (training.per_device_train_batch_size, training.max_length),
-        loss=fused_loss,
-        optimizer=lambda parameters: optimizer(resolved, parameters),
-        computing=lambda: computing(resolved),
-        evaluated=training.per_device_eval_batch_size,
-    )
-    whole = build(architecture.num_hidden_layers)
-    trainable, total = adapters.count_parameters(whole)
     on_cuda = resolved.device == "cuda"
+    try:
+        with _loss_without_values(on_cuda):
+            step = record(
+                build,
+                architecture.num_hidden_layers,
+                (training.per_device_train_batch_size, training.max_length),
+                loss=fused_loss,
+                optimizer=lambda parameters: optimizer(resolved, parameters),
+                computing=lambda: computing(resolved),
+                evaluated=training.per_device_eval_batch_size,
+            )
+    except UserError as error:
+        raise type(error)(f"cannot be planned: {error}") from error
+    except (RuntimeError, ValueError, AttributeError, TypeError) as error:  # of code that wants values, by design
+        raise ConfigError(
+            f"method={config.method.name} cannot be planned: its code looks at values, which a plan has none of "
+            f"({type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]:.120})"
+        ) from error
     phases = play(step, on_cuda, training.gradient_accumulation_steps > 1)
-    return Prediction(phases, step.work, trainable, total)
+    return Prediction(phases, step.work, *step.parameters)
 
 
 def build_model(config: Config, resolved: Resolved, architecture: PretrainedConfig, layers: int) -> Any:
@@ -120,7 +130,9 @@ def build_model(config: Config, resolved: Resolved, architecture: PretrainedConf
         quantization.quantize_meta(base, config.quantization, resolved)
         base.config.use_cache = False
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # as TRL does before PEFT
-        settings = adapters.peft_config(config, base)
+        settings: Any = adapters.peft_config(config, base)
+        if config.lora_start is not None:
+            settings.init_lora_weights = True  # where LoRA starts changes no sizes, and would want weights and rows
         model = adapters.attach(base, settings, resolved.adapter_dtype)
     if resolved.gradient_checkpointing:
         if settings is not None:
@@ -173,7 +185,7 @@ def optimizer(resolved: Resolved, parameters: list[torch.nn.Parameter]) -> Optim
             return torch.optim.Adagrad(groups, foreach=many)
         case name if name in _EIGHT_BIT or name in _FOUR_BYTES:
             return bitsandbytes_states(name, parameters)
-    raise ConfigError(f"optimizer.optim={resolved.optim} cannot be predicted yet: choose adamw_torch")
+    raise ConfigError(f"optimizer.optim={resolved.optim} cannot be planned yet: choose adamw_torch")
 
 
 def record(
@@ -214,7 +226,7 @@ def record(
             step.work += works * (1 + extra if alike else 1)
         break
     whole = build(depth)
-    step.static = [*_static(whole)]
+    step.static, step.parameters = [*_static(whole)], adapters.count_parameters(whole)
     materialize(whole, mode)
     trained = [parameter for parameter in whole.parameters() if parameter.requires_grad]
     step.updates = _updates(optimizer, trained, mode)
@@ -232,7 +244,7 @@ def _passes(
     """A forward pass and, if it trains, a backward pass."""
     materialize(model, mode)
     model.train(train)
-    recorder = Recorder(model.config.vocab_size)
+    recorder = Recorder()
     recorder.ignore([*model.parameters(), *model.buffers()])
     rows, length = shape
     with mode:
@@ -254,8 +266,8 @@ def _passes(
 
 def _layers(model: Any) -> list[torch.nn.Module]:
     """The decoder's layers: the longest list of modules of one kind."""
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return list(max(lists, key=lambda one: (len(one), sum(1 for _ in one.modules()))))
+    lists = [list(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=lambda layers: (len(layers), sum(len([*layer.modules()]) for layer in layers)))
 
 
 def _static(model: Any) -> Iterator[tuple[str, int]]:
@@ -313,14 +325,18 @@ def bitsandbytes_states(name: str, trained: Iterable[torch.Tensor]) -> list[int]
 
 
 @contextmanager
-def gpu_kernels() -> Iterator[None]:
-    """Inside, TRL's loss works in place, as its kernels do on a GPU."""
-    kept = chunked_logprob._forward_tile, chunked_logprob._backward_tile
-    chunked_logprob._forward_tile = chunked_logprob._backward_tile = lambda *_, **__: None
+def _loss_without_values(on_cuda: bool) -> Iterator[None]:
+    """Inside, TRL's loss scores all tokens, and on a GPU its kernels work in place. TRL 1.16 has no switch for it."""
+    utils: Any = trl_utils
+    kernels: Any = chunked_logprob
+    kept = utils._use_triton, kernels._forward_tile, kernels._backward_tile
+    utils._use_triton = lambda _: False
+    if on_cuda:
+        kernels._forward_tile = kernels._backward_tile = lambda *_, **__: None
     try:
         yield
     finally:
-        chunked_logprob._forward_tile, chunked_logprob._backward_tile = kept
+        utils._use_triton, kernels._forward_tile, kernels._backward_tile = kept
 
 
 def play(step: Step, on_cuda: bool, accumulates: bool) -> dict[str, Phase]:

@@ -16,7 +16,7 @@ from transformers import AwqConfig, BitsAndBytesConfig, GPTQConfig, QuantoConfig
 from transformers.utils.quantization_config import AwqBackend
 
 from qlora_exp.device import Resolved
-from qlora_exp.errors import ModelError
+from qlora_exp.errors import ConfigError, ModelError
 from qlora_exp.schema import QuantizationConfig
 
 BLOCK = 64
@@ -66,12 +66,12 @@ def quantize_meta(model: Any, quantization: QuantizationConfig, resolved: Resolv
     """Make a model on the meta device what it would be stored as, for working out what it takes.
 
     Raises:
-        ModelError: this is not known for the quantization.
+        ConfigError: this is not known for the quantization.
     """
     if not quantization.quantized:
         return
     if not quantization.bitsandbytes:
-        raise ModelError(f"quantization={quantization.name} cannot be planned yet: choose nf4_double, nf4, fp4 or int8")
+        raise ConfigError(f"quantization={quantization.name} cannot be planned yet: choose nf4_double or int8")
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 
     settings = quantization_config(quantization, resolved)
@@ -93,7 +93,19 @@ def _empty_values(weight: Any) -> torch.Tensor:
     return torch.empty(weight.shape_of_values, dtype=weight.dtype_of_values)
 
 
-class Params4bit(torch.nn.Parameter):
+class _Packed(torch.nn.Parameter):
+    """A weight as bitsandbytes stores it, without values."""
+
+    shape_of_values: torch.Size
+    dtype_of_values: torch.dtype
+    quant_type: str
+    compress_statistics: bool
+    bnb_quantized: bool
+    CB: torch.Tensor
+    SCB: torch.Tensor
+
+
+class Params4bit(_Packed):
     """A packed weight without values, where bitsandbytes' own would quantize some; PEFT knows it by its name."""
 
     def __new__(cls, weight: torch.Tensor, quantization: QuantizationConfig) -> "Params4bit":
@@ -127,7 +139,7 @@ class Params4bit(torch.nn.Parameter):
         return found
 
 
-class Int8Params(torch.nn.Parameter):
+class Int8Params(_Packed):
     """An int8 weight without values; PEFT knows it by its name."""
 
     def __new__(cls, weight: torch.Tensor) -> "Int8Params":

@@ -1,0 +1,96 @@
+"""A plan as tables: where memory goes, whether it fits, and how long a step takes at least. Plans nothing itself."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qlora_exp.allocator import MIB
+from qlora_exp.gpus import DRIVER_GIB, Gpu
+from qlora_exp.plan import KINDS, Prediction
+from qlora_exp.schema import Config
+from qlora_exp.summary import print_table
+
+GIB = 1024 * MIB
+_LEFT_OUT = "left out: generation, data loading, several GPUs; rows are taken to be as long as training.max_length"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run and what is expected of it."""
+
+    words: Sequence[str]
+    config: Config
+    prediction: Prediction | None
+    why: str = ""
+    """Why there is no prediction."""
+
+
+def step_seconds(config: Config, prediction: Prediction, gpu: Gpu) -> float | None:
+    """The least time of an optimizer step: each operation takes as long as its arithmetic or its traffic would alone.
+
+    Source: the roofline model (Williams et al. 2009). None if the GPU's rates are not known.
+    """
+    if not (gpu.tflops and gpu.gb_per_s):
+        return None
+    one = sum(max(work.flops / (gpu.tflops * 1e12), work.nbytes / (gpu.gb_per_s * 1e9)) for work in prediction.work)
+    return one * config.training.gradient_accumulation_steps
+
+
+def fits(prediction: Prediction, gpu: Gpu) -> bool:
+    """Whether the fullest phase and the driver fit."""
+    return prediction.peak / GIB + DRIVER_GIB <= gpu.memory_gib
+
+
+def show_one(planned: Planned, gpu: Gpu, price: float | None) -> None:
+    """Print phases and kinds, then what they come to."""
+    config, prediction = planned.config, planned.prediction
+    assert prediction is not None
+    phases = prediction.phases.values()
+    rows = [[kind, *(f"{phase.kinds.get(kind, 0) / MIB:,.0f}" for phase in phases)] for kind in KINDS]
+    rows = [row for row in rows if set(row[1:]) != {"0"}]
+    if config.device != "cpu":
+        rows.append(["allocator", *(f"{(phase.reserved - phase.allocated) / MIB:,.0f}" for phase in phases)])
+    rows.append(["all", *(f"{phase.reserved / MIB:,.0f}" for phase in phases)])
+    print_table("MiB at the fullest moment of each phase", ["", *prediction.phases], rows)
+    print(f"trained  {prediction.trainable:,} of {prediction.total:,} parameters")
+    print(f"memory   {prediction.peak / GIB:.2f} GiB{_against(prediction, gpu)}")
+    flops, traffic = (sum(getattr(work, name) for work in prediction.work) for name in ("flops", "nbytes"))
+    print(f"work     {flops / 1e12:,.2f} TFLOP and {traffic / 1e9:,.0f} GB of traffic for a forward and backward pass")
+    if (seconds := step_seconds(config, prediction, gpu)) is not None:
+        print(f"time     at least {_time(config, seconds, price)}")
+    print(_LEFT_OUT)
+
+
+def show_many(planned: Sequence[Planned], gpu: Gpu, price: float | None) -> None:
+    """Print a line for each run."""
+    rows = []
+    for one in planned:
+        if one.prediction is None:
+            rows.append([" ".join(one.words), "-", "-", one.why])
+            continue
+        seconds = step_seconds(one.config, one.prediction, gpu)
+        rows.append(
+            [
+                " ".join(one.words),
+                f"{one.prediction.peak / GIB:.2f}",
+                "" if not gpu.memory_gib else "fits" if fits(one.prediction, gpu) else "does not fit",
+                "" if seconds is None else _time(one.config, seconds, price),
+            ]
+        )
+    print_table(f"{len(rows)} runs", ["run", "GiB", gpu.name, "time, at least"], rows)
+    print(_LEFT_OUT)
+
+
+def _against(prediction: Prediction, gpu: Gpu) -> str:
+    if not gpu.memory_gib:
+        return " (--gpu NAME or --vram GIB says whether it fits)"
+    verdict = "fits" if fits(prediction, gpu) else "does not fit"
+    return f"; {verdict} in {gpu.memory_gib:g} GiB ({gpu.name}) with {DRIVER_GIB} GiB for the driver"
+
+
+def _time(config: Config, seconds: float, price: float | None) -> str:
+    steps = config.training.max_steps
+    told = f"{seconds:.3g} s a step"
+    if steps <= 0:
+        return told
+    told += f", {steps * seconds / 3600:.3g} h for {steps} steps"
+    return told if price is None else f"{told}, {price * steps * seconds / 3600:.3g} at {price:g} an hour"

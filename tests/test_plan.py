@@ -1,0 +1,184 @@
+"""What is predicted agrees with closed forms, with what a real run takes, and moves where it should."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_exp import model as models
+from qlora_exp import plan
+from qlora_exp.cli import main
+from qlora_exp.config import compose, grid
+from qlora_exp.device import Device, resolve
+from qlora_exp.errors import ConfigError, ModelError
+from qlora_exp.gpus import GPUS
+from qlora_exp.plan_report import fits, step_seconds
+
+GPU = Device("cuda", "GPU", bf16=True, paging=True)
+CPU = Device("cpu", "CPU", bf16=False, paging=False)
+HIDDEN, INNER, LAYERS, VOCABULARY = 128, 256, 6, 512
+ARCHITECTURE = (
+    f"+model.architecture={{model_type: llama, vocab_size: {VOCABULARY}, hidden_size: {HIDDEN},"
+    f" intermediate_size: {INNER}, num_hidden_layers: {LAYERS}, num_attention_heads: 4, num_key_value_heads: 4}}"
+)
+LINEAR = LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * INNER)
+REST = 2 * VOCABULARY * HIDDEN + (2 * LAYERS + 1) * HIDDEN
+
+
+def predicted(*words: str, device: Device = GPU) -> plan.Prediction:
+    config = compose(["model=tiny_llama", ARCHITECTURE, "training.max_length=64", *words])
+    return plan.predict(config, resolve(config, device))
+
+
+def test_weights_states_and_gradients_are_those_of_the_closed_forms():
+    full = predicted("method=full", "model.dtype=bfloat16", "optimizer=adamw_torch")
+    assert full.trainable == full.total == LINEAR + REST
+    assert full.phases["load"].kinds["trainable"] == 2 * full.total
+    assert full.phases["steady"].kinds["optimizer"] >= 2 * 2 * full.total
+    eight = predicted("method=full", "optimizer=adamw_bnb_8bit")
+    matrices = LINEAR + 2 * VOCABULARY * HIDDEN
+    states = 2 * (matrices + matrices // 256 * 4 + 4 * (2 * LAYERS + 1) * HIDDEN)
+    assert eight.phases["evaluation"].kinds["optimizer"] == states
+
+
+@pytest.mark.parametrize(("name", "constants"), [("nf4", LINEAR / 16), ("nf4_double", LINEAR / 64 * (1 + 4 / 256))])
+def test_a_4_bit_base_takes_half_a_byte_a_weight_and_its_constants(name: str, constants: float):
+    kinds = predicted("method=qlora", f"quantization={name}").phases["load"].kinds
+    assert kinds["weights"] == pytest.approx(LINEAR / 2 + 2 * REST, rel=1e-3)
+    assert kinds["quantization"] == pytest.approx(constants, rel=0.03)
+
+
+def test_int8_takes_a_byte_a_weight_and_a_scale_a_row():
+    kinds = predicted("method=qlora", "quantization=int8").phases["load"].kinds
+    assert kinds["weights"] == pytest.approx(LINEAR + 2 * REST, rel=1e-3)
+    assert kinds["quantization"] == 4 * LAYERS * (5 * HIDDEN + 2 * INNER)
+
+
+def test_more_rows_longer_rows_and_no_recomputing_take_more():
+    def steady(*words: str) -> int:
+        return predicted("method=lora", *words).phases["steady"].allocated
+
+    base = steady()
+    assert steady("training.per_device_train_batch_size=16") > base
+    assert steady("training.max_length=256") > base
+    assert steady("training.gradient_checkpointing=false") > base
+
+
+def test_accumulated_gradients_stay_while_the_next_rows_are_computed():
+    one, more = (
+        predicted("method=full", "optimizer=adamw_bnb_8bit", f"training.gradient_accumulation_steps={steps}",
+                  "training.per_device_train_batch_size=16").phases["steady"]
+        for steps in (1, 4)
+    )  # fmt: skip
+    assert more.allocated > one.allocated
+
+
+def test_deeper_models_take_what_each_layer_takes():
+    sizes = [
+        predicted("method=lora", f"++model.architecture.num_hidden_layers={layers}").phases["steady"].allocated
+        for layers in (16, 24, 32)
+    ]
+    assert sizes[2] - sizes[1] == sizes[1] - sizes[0] > 0
+
+
+@pytest.mark.parametrize(
+    "words", [["method=lora"], ["method=full"], ["method=lora", "training.gradient_checkpointing=true"]], ids=str
+)
+def test_a_real_run_takes_what_was_predicted(words: list[str], tmp_path: Path):
+    config = compose(["model=tiny_llama", ARCHITECTURE, "training.max_length=64", "device=cpu", *words])
+    resolved = resolve(config, CPU)
+    found = plan.predict(config, resolved).phases["first_step"].allocated
+    torch.manual_seed(0)
+    model = plan.build_model(config, resolved, models.model_config(config.model), LAYERS)
+    ids = torch.arange(4 * 64).view(4, 64) % VOCABULARY
+    mask = torch.ones_like(ids)
+    mask[0, 60:] = 0
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        model.to_empty(device="cpu")
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.02)
+        model.train()
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained)
+        with plan._loss_without_values(on_cuda=False):
+            plan.fused_loss(model, ids, mask).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+    profiler.export_chrome_trace(str(tmp_path / "trace.json"))
+    trace = json.loads((tmp_path / "trace.json").read_text("utf-8"))["traceEvents"]
+    now = most = 0
+    for event in trace:
+        if event.get("name") == "[memory]":
+            now += event["args"]["Bytes"]
+            most = max(most, now)
+    assert found == pytest.approx(most, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("words", "error", "says"),
+    [
+        (["quantization=quanto_int4", "method=lora"], ConfigError, "cannot be planned yet"),
+        (["method=lora", "optimizer.optim=adafactor"], ConfigError, "optim=adafactor cannot be planned yet"),
+        (["method=lora", "++model.architecture.max_position_embeddings=32"], ConfigError, "has 32 positions"),
+        (["method=lora", "++model.architecture.model_type=lama"], ModelError, "model.architecture"),
+        (["method=boft"], ConfigError, "method=boft cannot be planned: its code looks at values"),
+    ],
+)
+def test_what_cannot_be_planned_says_why(words: list[str], error: type[Exception], says: str):
+    with pytest.raises(error, match=says):
+        predicted(*words)
+
+
+def test_a_step_takes_as_long_as_its_arithmetic_or_its_traffic():
+    config = compose(["model=tiny_llama", ARCHITECTURE, "method=lora", "training.gradient_accumulation_steps=2"])
+    prediction = plan.Prediction({}, [plan.Work(165e12, 0.0), plan.Work(0.0, 1008e9)], 1, 1)
+    assert math.isclose(step_seconds(config, prediction, GPUS["rtx4090"]) or 0, 4.0)
+
+
+def test_what_just_fits_leaves_room_for_the_driver():
+    phases = {"steady": plan.Phase({"weights": 23 * 2**30}, 23 * 2**30)}
+    assert fits(plan.Prediction(phases, [], 1, 1), GPUS["rtx4090"])
+    assert not fits(plan.Prediction(phases, [], 1, 1), GPUS["a10"])
+
+
+def test_lists_and_named_sweeps_become_runs():
+    assert grid(["method.r=4,8", "seed=1"]) == [["method.r=4", "seed=1"], ["method.r=8", "seed=1"]]
+    assert len(grid(["sweep=rank_scaling", "method.r=2,4"])) == 4
+    with pytest.raises(ConfigError, match="no option 'rank_scalling'"):
+        grid(["sweep=rank_scalling"])
+
+
+def run(*arguments: str) -> int:
+    with pytest.raises(SystemExit) as end:
+        main(["plan", "model=tiny_llama", ARCHITECTURE, "training.max_length=64", *arguments])
+    return int(end.value.code or 0)
+
+
+def test_the_command_says_whether_it_fits(capsys: pytest.CaptureFixture[str]):
+    assert run("method=lora", "--gpu", "rtx4090", "training.max_steps=10", "--price", "0.5") == 0
+    shown = capsys.readouterr().out
+    assert "fits in 24 GiB (rtx4090)" in shown
+    assert "for 10 steps" in shown
+    assert "steady" in shown
+
+
+def test_a_sweep_is_a_line_for_each_run(capsys: pytest.CaptureFixture[str]):
+    assert run("method=lora,boft", "--vram", "0.7") == 0
+    shown = capsys.readouterr().out
+    assert "2 runs" in shown
+    assert "cannot be" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--gpu", "rtx4091"], "did you mean 'rtx4090'"),
+        (["--vram", "-3"], "--vram -3"),
+        (["--vram", "8", "--gpu", "t4"], "one of them"),
+    ],
+)
+def test_a_gpu_that_cannot_be_is_refused(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]):
+    assert run("method=lora", *arguments) == 1
+    assert says in capsys.readouterr().err
