@@ -18,10 +18,10 @@ _OWN_SEGMENT = 10 * MIB
 class Block:
     """A part of a segment, between its neighbours."""
 
-    __slots__ = ("free", "left", "right", "segment", "size", "small")
+    __slots__ = ("free", "left", "offset", "right", "segment", "size", "small")
 
-    def __init__(self, size: int, segment: int, small: bool) -> None:
-        self.size, self.segment, self.small = size, segment, small
+    def __init__(self, size: int, segment: int, offset: int, small: bool) -> None:
+        self.size, self.segment, self.offset, self.small = size, segment, offset, small
         self.left: Block | None = None
         self.right: Block | None = None
         self.free = True
@@ -46,12 +46,12 @@ class CachingAllocator:
             block = pool.pop(place)[3]
         else:
             self._segments += 1
-            block = Block(_segment_size(size, small), self._segments, small)
+            block = Block(_segment_size(size, small), self._segments, 0, small)
             self.reserved += block.size
             self.peak_reserved = max(self.peak_reserved, self.reserved)
         rest = block.size - size
         if rest >= _ROUND if small else rest > _SMALL:
-            remainder = Block(rest, block.segment, small)
+            remainder = Block(rest, block.segment, block.offset + size, small)
             remainder.left, remainder.right = block, block.right
             if block.right:
                 block.right.left = remainder
@@ -90,11 +90,11 @@ class CachingAllocator:
         self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
 
     def _put(self, block: Block) -> None:
-        insort(self._pools[block.small], (block.size, block.segment, id(block), block), key=_order)
+        insort(self._pools[block.small], (block.size, block.segment, block.offset, block), key=_order)
 
     def _take(self, block: Block) -> None:
         pool = self._pools[block.small]
-        pool.pop(bisect_left(pool, (block.size, block.segment, id(block)), key=_order))
+        pool.pop(bisect_left(pool, (block.size, block.segment, block.offset), key=_order))
 
 
 def _order(entry: tuple[int, ...] | tuple[int, int, int, Block]) -> tuple[int, int, int]:

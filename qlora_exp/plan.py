@@ -58,6 +58,8 @@ class Prediction:
     trainable: int
     total: int
     """Parameters."""
+    in_16_bits: bool = True
+    """Whether matrix products are computed so."""
 
     @property
     def peak(self) -> int:
@@ -115,7 +117,8 @@ def predict(config: Config, resolved: Resolved) -> Prediction:
             f"({type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]:.120})"
         ) from error
     phases = play(step, on_cuda, training.gradient_accumulation_steps > 1)
-    return Prediction(phases, step.work, *step.parameters)
+    in_16_bits = resolved.bf16 or resolved.fp16 or resolved.dtype != "float32"
+    return Prediction(phases, step.work, *step.parameters, in_16_bits)
 
 
 def build_model(config: Config, resolved: Resolved, architecture: PretrainedConfig, layers: int) -> Any:

@@ -27,9 +27,9 @@ class Planned:
 def step_seconds(config: Config, prediction: Prediction, gpu: Gpu) -> float | None:
     """The least time of an optimizer step: each operation takes as long as its arithmetic or its traffic would alone.
 
-    Source: the roofline model (Williams et al. 2009). None if the GPU's rates are not known.
+    Source: the roofline model (Williams et al. 2009). None if the GPU's rates are not known; in float32 they are not.
     """
-    if not (gpu.tflops and gpu.gb_per_s):
+    if not (gpu.tflops and gpu.gb_per_s and prediction.in_16_bits):
         return None
     one = sum(max(work.flops / (gpu.tflops * 1e12), work.nbytes / (gpu.gb_per_s * 1e9)) for work in prediction.work)
     return one * config.training.gradient_accumulation_steps
@@ -63,20 +63,23 @@ def show_one(planned: Planned, gpu: Gpu, price: float | None) -> None:
 def show_many(planned: Sequence[Planned], gpu: Gpu, price: float | None) -> None:
     """Print a line for each run."""
     rows = []
+    common = set.intersection(*(set(one.words) for one in planned))
     for one in planned:
+        name = " ".join(word for word in one.words if word not in common)
         if one.prediction is None:
-            rows.append([" ".join(one.words), "-", "-", one.why])
+            rows.append([name, "-", "-", one.why])
             continue
         seconds = step_seconds(one.config, one.prediction, gpu)
         rows.append(
             [
-                " ".join(one.words),
+                name,
                 f"{one.prediction.peak / GIB:.2f}",
                 "" if not gpu.memory_gib else "fits" if fits(one.prediction, gpu) else "does not fit",
                 "" if seconds is None else _time(one.config, seconds, price),
             ]
         )
-    print_table(f"{len(rows)} runs", ["run", "GiB", gpu.name, "time, at least"], rows)
+    shared = f", all with {' '.join(word for word in planned[0].words if word in common)}" if common else ""
+    print_table(f"{len(rows)} runs{shared}", ["run", "GiB", gpu.name, "time, at least"], rows)
     print(_LEFT_OUT)
 
 

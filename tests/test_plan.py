@@ -137,6 +137,12 @@ def test_a_step_takes_as_long_as_its_arithmetic_or_its_traffic():
     assert math.isclose(step_seconds(config, prediction, GPUS["rtx4090"]) or 0, 4.0)
 
 
+def test_a_step_in_float32_has_no_known_time():
+    config = compose(["model=tiny_llama", ARCHITECTURE, "method=full"])
+    prediction = plan.Prediction({}, [plan.Work(1e12, 0.0)], 1, 1, in_16_bits=False)
+    assert step_seconds(config, prediction, GPUS["rtx4090"]) is None
+
+
 def test_what_just_fits_leaves_room_for_the_driver():
     phases = {"steady": plan.Phase({"weights": 23 * 2**30}, 23 * 2**30)}
     assert fits(plan.Prediction(phases, [], 1, 1), GPUS["rtx4090"])
