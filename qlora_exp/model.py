@@ -64,12 +64,12 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
 
 
 def model_config(config: ModelConfig) -> PretrainedConfig:
-    """Transformers' config of the model: `model.architecture` if it is given, else from its files.
+    """Transformers' config of the model: `model.architecture` if that is of this model, else from its files.
 
     Raises:
         ModelError: it is not known here.
     """
-    if not config.architecture:
+    if config.architecture.get("_name_or_path") != config.model_name_or_path:
         return _from_pretrained(AutoConfig, config)
     try:
         return AutoConfig.for_model(**config.architecture)

@@ -94,20 +94,27 @@ def predict(config: Config, resolved: Resolved) -> Prediction:
     if training.max_length > (most := getattr(architecture, "max_position_embeddings", training.max_length)):
         raise ConfigError(f"training.max_length={training.max_length}: this model has {most} positions")
 
+    if config.optimizer.lora_optimizer == "lorafa":
+        raise ConfigError("optimizer.lora_optimizer=lorafa cannot be planned yet: choose optimizer=adamw_torch")
+
     def build(layers: int) -> Any:
         return build_model(config, resolved, architecture, layers)
 
     on_cuda = resolved.device == "cuda"
     try:
         with _loss_without_values(on_cuda):
+            rows, length = training.per_device_train_batch_size, training.max_length
             step = record(
                 build,
                 architecture.num_hidden_layers,
-                (training.per_device_train_batch_size, training.max_length),
+                (1, rows * length) if training.packing else (rows, length),
                 loss=fused_loss,
                 optimizer=lambda parameters: optimizer(resolved, parameters),
                 computing=lambda: computing(resolved),
-                evaluated=training.per_device_eval_batch_size,
+                evaluated=(training.per_device_eval_batch_size, length),
+                # A row alone has no padding; FlashAttention needs no mask.
+                masked=(training.packing or rows > 1)
+                and not (config.model.attn_implementation or "").startswith("flash"),
             )
     except UserError as error:
         raise type(error)(f"cannot be planned: {error}") from error
@@ -199,7 +206,8 @@ def record(
     loss: Callable[..., torch.Tensor],
     optimizer: Callable[[list[torch.nn.Parameter]], Optimizer],
     computing: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    evaluated: int = 0,
+    evaluated: tuple[int, int] | None = None,
+    masked: bool = True,
 ) -> Step:
     """Run a few layers and the optimizer on fake tensors.
 
@@ -210,13 +218,14 @@ def record(
         loss: of the model, ids and mask.
         optimizer: of the trained parameters.
         computing: context of forward passes.
-        evaluated: rows of an evaluation batch; 0 for none.
+        evaluated: as `shape`, of an evaluation batch; None for none.
+        masked: attention is told what is padding, or where one packed row ends.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     step = Step()
     for few in (LAYERS, depth) if depth > LAYERS else (depth,):
-        recorder = _passes(build(few), mode, shape, loss, computing)
-        rest = _passes(build(few), mode, (evaluated, shape[1]), loss, computing, train=False) if evaluated else None
+        recorder = _passes(build(few), mode, shape, loss, computing, masked)
+        rest = _passes(build(few), mode, evaluated, loss, computing, masked, train=False) if evaluated else None
         try:
             step.passes = deepen(recorder.recording, depth) if few != depth else recorder.recording.events
             if rest is not None:
@@ -242,6 +251,7 @@ def _passes(
     shape: tuple[int, int],
     loss: Callable[..., torch.Tensor],
     computing: Callable[[], AbstractContextManager[Any]],
+    masked: bool = True,
     train: bool = True,
 ) -> Recorder:
     """A forward pass and, if it trains, a backward pass."""
@@ -252,7 +262,7 @@ def _passes(
     rows, length = shape
     with mode:
         ids = torch.zeros(rows, length, dtype=torch.long)
-        mask = torch.ones(rows, length, dtype=torch.long) if rows > 1 else None  # one row has no padding
+        mask = torch.ones(rows, length, dtype=torch.long) if masked else None
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(recorder.is_gradient)

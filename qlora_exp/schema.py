@@ -62,7 +62,8 @@ class ModelConfig(Section):
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Never taken from a recorded run."""
     architecture: dict[str, Any] = {}
-    """Fields of the model's transformers config, `model_type` among them: for `plan`, where its files are not."""
+    """For `plan`, where the model's files are not: fields of its transformers config, `model_type` and `_name_or_path`
+    (whose they are) among them."""
     random_config: dict[str, int | float | bool] = {}
     """Only for `random:FAMILY`: fields of the family's transformers config."""
 

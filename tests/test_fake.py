@@ -15,8 +15,8 @@ from qlora_exp.model import model_config
 
 GPU = Device("cuda", "GPU", bf16=True, paging=True)
 ARCHITECTURE = (
-    "+model.architecture={model_type: llama, vocab_size: 512, hidden_size: 64, intermediate_size: 128,"
-    " num_hidden_layers: 8, num_attention_heads: 4, num_key_value_heads: 2}"
+    "+model.architecture={_name_or_path: random:llama, model_type: llama, vocab_size: 512, hidden_size: 64,"
+    " intermediate_size: 128, num_hidden_layers: 8, num_attention_heads: 4, num_key_value_heads: 2}"
 )
 
 

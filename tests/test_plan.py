@@ -20,8 +20,8 @@ GPU = Device("cuda", "GPU", bf16=True, paging=True)
 CPU = Device("cpu", "CPU", bf16=False, paging=False)
 HIDDEN, INNER, LAYERS, VOCABULARY = 128, 256, 6, 512
 ARCHITECTURE = (
-    f"+model.architecture={{model_type: llama, vocab_size: {VOCABULARY}, hidden_size: {HIDDEN},"
-    f" intermediate_size: {INNER}, num_hidden_layers: {LAYERS}, num_attention_heads: 4, num_key_value_heads: 4}}"
+    f"+model.architecture={{_name_or_path: random:llama, model_type: llama, vocab_size: {VOCABULARY},"
+    f" hidden_size: {HIDDEN}, intermediate_size: {INNER}, num_hidden_layers: {LAYERS}, num_attention_heads: 4, num_key_value_heads: 4}}"
 )
 LINEAR = LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * INNER)
 REST = 2 * VOCABULARY * HIDDEN + (2 * LAYERS + 1) * HIDDEN
@@ -120,6 +120,7 @@ def test_a_real_run_takes_what_was_predicted(words: list[str], tmp_path: Path):
     ("words", "error", "says"),
     [
         (["quantization=quanto_int4", "method=lora"], ConfigError, "cannot be planned yet"),
+        (["method=lora", "optimizer=lorafa"], ConfigError, "lorafa cannot be planned"),
         (["method=lora", "optimizer.optim=adafactor"], ConfigError, "optim=adafactor cannot be planned yet"),
         (["method=lora", "++model.architecture.max_position_embeddings=32"], ConfigError, "has 32 positions"),
         (["method=lora", "++model.architecture.model_type=lama"], ModelError, "model.architecture"),
@@ -129,6 +130,16 @@ def test_a_real_run_takes_what_was_predicted(words: list[str], tmp_path: Path):
 def test_what_cannot_be_planned_says_why(words: list[str], error: type[Exception], says: str):
     with pytest.raises(error, match=says):
         predicted(*words)
+
+
+def test_the_architecture_of_one_model_is_not_taken_for_another():
+    with pytest.raises(ModelError, match="nobody/none"):
+        predicted("method=lora", "model.model_name_or_path=nobody/none")
+
+
+def test_a_packed_batch_is_one_long_row():
+    packed, padded = (predicted("method=lora", f"training.packing={on}").phases["steady"] for on in ("true", "false"))
+    assert packed.allocated > padded.allocated  # its mask has the square of all tokens
 
 
 def test_a_step_takes_as_long_as_its_arithmetic_or_its_traffic():
