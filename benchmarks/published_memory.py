@@ -66,9 +66,9 @@ def steps(row: dict[str, str], length: int) -> tuple[plan.Step, plan.Step]:
         plan.record(
             lambda layers: build(row, layers),
             28,
-            (BATCH, tokens),
+            plan.Batch(BATCH, tokens, masked=True),
             loss=loss,
-            optimizer=lambda parameters: torch.optim.AdamW(parameters, foreach=True),
+            optimizer=lambda model: plan.optimizer("adamw_torch", True, model),
         )
         for tokens in (USUAL, length)
     )

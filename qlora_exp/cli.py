@@ -108,11 +108,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     lab.add_argument("--blocksize", type=int, default=64, choices=sizes, help="weights that share a scale; default: 64")
     lab.add_argument("--out", type=Path, default=Path("outputs/quantize_error"), help="folder for table and picture")
     lab.set_defaults(command=commands.quantize_error)
-    plan = known.add_parser("plan", help="memory by phase and the least time of a step, before anything runs")
+    plan = known.add_parser("plan", help="memory by phase and the time of a step, before anything runs")
     plan.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for train; lists are tried one by one")
     plan.add_argument("--gpu", help=f"one of {', '.join(gpus.GPUS)}")
     plan.add_argument("--vram", type=float, metavar="GIB", help="memory of a GPU that has no name here")
-    plan.add_argument("--price", type=float, metavar="PER_HOUR", help="of the GPU: says what the run would cost")
+    plan.add_argument("--price", type=float, metavar="PER_HOUR", help="of the GPU: says what max_steps cost")
     plan.set_defaults(command=commands.plan)
     options, rest = parser.parse_known_args(arguments)
     if rest and hasattr(options, "overrides") and all("=" in word and not word.startswith("-") for word in rest):

@@ -197,7 +197,11 @@ def plan(options: argparse.Namespace) -> None:
     if options.vram is not None and not 0 < options.vram < 10_000:
         raise ConfigError(f"--vram {options.vram:g}: not the memory of a GPU in GiB")
     gpu = gpus.find(options.gpu) if options.gpu else gpus.Gpu("GPU", options.vram or 0.0)
-    jobs = [(words, config.compose(words)) for words in config.grid(options.overrides)]
+    if options.price is not None and (options.price < 0 or not options.gpu):
+        raise ConfigError("--price: an amount an hour of a GPU that is named: --gpu NAME --price AMOUNT")
+    jobs = config.grid(options.overrides)
+    if len(jobs) == 1:
+        config.compose(jobs[0])  # a mistake is told before anything slow is imported
     from transformers.utils import logging as transformers_logging
 
     from qlora_exp import device, plan_report
@@ -205,15 +209,16 @@ def plan(options: argparse.Namespace) -> None:
 
     transformers_logging.disable_progress_bar()
     planned = []
-    for words, checked in jobs:
-        here = device.Device("cpu", "CPU", bf16=False, paging=False) if checked.device == "cpu" else gpu.device
+    for words in jobs:
         try:
-            found = predict(checked, device.resolve(checked, here))
+            checked = config.compose(words)
+            other = {kind: device.Device(kind, kind, bf16=False, paging=False) for kind in ("cpu", "mps")}
+            found = predict(checked, device.resolve(checked, other.get(checked.device, gpu.device)))
             planned.append(plan_report.Planned(words, checked, found))
         except UserError as error:
             if len(jobs) == 1:
                 raise
-            planned.append(plan_report.Planned(words, checked, None, str(error)))
+            planned.append(plan_report.Planned(words, None, None, str(error)))
     if len(planned) == 1:
         plan_report.show_one(planned[0], gpu, options.price)
     else:

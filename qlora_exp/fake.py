@@ -40,7 +40,7 @@ class Work:
 
     flops: float = 0.0
     nbytes: float = 0.0
-    """Read and written, were nothing kept in caches between operations."""
+    """Read and written, each operand once, with nothing kept in caches between operations."""
 
     def __add__(self, other: "Work") -> "Work":
         return Work(self.flops + other.flops, self.nbytes + other.nbytes)
@@ -115,10 +115,13 @@ class Recorder(TorchDispatchMode):
         for leaf in tree_leaves(found):
             if isinstance(leaf, torch.Tensor):
                 self.add(leaf)
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, found)) if isinstance(leaf, torch.Tensor)]
-        flops = flops_of(func, args, kwargs, found)
-        traffic = 0.0 if func.is_view else sum(leaf.numel() * leaf.element_size() for leaf in tensors)
-        self.recording.work.setdefault(self.group, []).append(Work(flops, traffic))
+        if not (func.is_view or func.namespace == "prim" or str(func.overloadpacket) in _WITHOUT_TRAFFIC):
+            read = (
+                found if func.overloadpacket is torch.ops.aten.embedding else (args, kwargs)
+            )  # of a table only its rows
+            moved = [leaf for leaf in tree_leaves((read, found)) if isinstance(leaf, torch.Tensor)]
+            traffic = sum(leaf.numel() * leaf.element_size() for leaf in moved)
+            self.recording.work.setdefault(self.group, []).append(Work(flops_of(func, args, kwargs, found), traffic))
         return found
 
 
@@ -126,6 +129,10 @@ def _dequantized_4bit(inputs: torch.Tensor, packed: torch.Tensor, *_: Any, **__:
     return packed.numel() * 2 * inputs.element_size()
 
 
+_WITHOUT_TRAFFIC = {
+    f"aten.{name}"
+    for name in ("empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "detach", "lift_fresh")
+}
 _WITHIN: dict[str, Callable[..., int]] = {"bitsandbytes.gemm_4bit": _dequantized_4bit}
 """Bytes that an operation takes for its own use, where that is much."""
 

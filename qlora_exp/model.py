@@ -15,6 +15,7 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalTokenNotFoundError,
     RepositoryNotFoundError,
+    StrictDataclassError,
 )
 from safetensors import SafetensorError
 from transformers import (
@@ -69,12 +70,14 @@ def model_config(config: ModelConfig) -> PretrainedConfig:
     Raises:
         ModelError: it is not known here.
     """
+    if config.architecture and "_name_or_path" not in config.architecture:
+        raise ModelError("model.architecture: says not whose it is; add _name_or_path, as model.model_name_or_path")
     if config.architecture.get("_name_or_path") != config.model_name_or_path:
         return _from_pretrained(AutoConfig, config)
     try:
         return AutoConfig.for_model(**config.architecture)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"model.architecture: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, StrictDataclassError) as error:
+        raise ModelError(f"model.architecture: {_first_line(error)}") from error
 
 
 def skeleton(config: ModelConfig) -> PreTrainedModel:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from peft import PeftType
+from torch._subclasses.fake_tensor import FakeTensorMode, UnsupportedFakeTensorException
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
@@ -20,7 +21,7 @@ from trl.trainer.utils import add_fused_lm_head
 from qlora_exp import adapters, quantization
 from qlora_exp.allocator import CachingAllocator
 from qlora_exp.device import Resolved
-from qlora_exp.errors import ConfigError, UserError
+from qlora_exp.errors import ConfigError, ModelError, UserError
 from qlora_exp.fake import LAYERS, Event, IrregularError, Recorder, Work, deepen, layers_marked, materialize
 from qlora_exp.model import model_config
 from qlora_exp.schema import Config
@@ -58,6 +59,8 @@ class Prediction:
     trainable: int
     total: int
     """Parameters."""
+    paged: int = 0
+    """Bytes of optimizer states that may be on the GPU or not, past its allocator."""
     in_16_bits: bool = True
     """Whether matrix products are computed so."""
 
@@ -80,52 +83,76 @@ class Step:
     work: list[Work] = field(default_factory=list)
     parameters: tuple[int, int] = (0, 0)
     """Trained, and all."""
+    paged: int = 0
+    """Bytes of optimizer states that are paged."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step computes at once."""
+
+    rows: int
+    length: int
+    masked: bool
+    """Attention is told what is padding, or where a packed row ends."""
 
 
 def predict(config: Config, resolved: Resolved) -> Prediction:
     """Memory and work of a run whose longest batch is as long as `max_length` lets it be.
 
     Raises:
-        ConfigError: the method does not apply, or it cannot be predicted with this quantization.
+        ConfigError: the method does not apply, or the run cannot be planned.
         ModelError: the architecture is not known here.
     """
     training = config.training
+    for key, asked in (
+        ("optimizer.lora_optimizer=lorafa", config.optimizer.lora_optimizer == "lorafa"),
+        ("training.torch_compile=true", training.torch_compile),
+        ("device=mps", resolved.device == "mps"),
+    ):
+        if asked:
+            raise ConfigError(f"{key} cannot be planned yet")
+    name = config.model.model_name_or_path
     architecture = model_config(config.model)
+    quantization.check_files(name, config.quantization, getattr(architecture, "quantization_config", None))
+    depth = getattr(architecture, "num_hidden_layers", None)
+    if depth is None:
+        raise ModelError(f"{name}: an architecture ({architecture.model_type}) that cannot be planned yet")
     if training.max_length > (most := getattr(architecture, "max_position_embeddings", training.max_length)):
         raise ConfigError(f"training.max_length={training.max_length}: this model has {most} positions")
-
-    if config.optimizer.lora_optimizer == "lorafa":
-        raise ConfigError("optimizer.lora_optimizer=lorafa cannot be planned yet: choose optimizer=adamw_torch")
 
     def build(layers: int) -> Any:
         return build_model(config, resolved, architecture, layers)
 
+    # A row alone has no padding; FlashAttention needs no mask.
+    unmasked = (config.model.attn_implementation or "").startswith("flash")
+    rows, length = training.per_device_train_batch_size, training.max_length
+    batch = Batch(rows, length, rows > 1 and not unmasked)
+    if training.packing:
+        batch = Batch(1, rows * length, not unmasked)
+    rows = training.per_device_eval_batch_size
     on_cuda = resolved.device == "cuda"
     try:
         with _loss_without_values(on_cuda):
-            rows, length = training.per_device_train_batch_size, training.max_length
             step = record(
                 build,
-                architecture.num_hidden_layers,
-                (1, rows * length) if training.packing else (rows, length),
+                depth,
+                batch,
                 loss=fused_loss,
-                optimizer=lambda parameters: optimizer(resolved, parameters),
+                optimizer=lambda model: optimizer(resolved.optim, on_cuda, model),
                 computing=lambda: computing(resolved),
-                evaluated=(training.per_device_eval_batch_size, length),
-                # A row alone has no padding; FlashAttention needs no mask.
-                masked=(training.packing or rows > 1)
-                and not (config.model.attn_implementation or "").startswith("flash"),
+                evaluated=Batch(rows, length, rows > 1 and not unmasked),
             )
     except UserError as error:
         raise type(error)(f"cannot be planned: {error}") from error
-    except (RuntimeError, ValueError, AttributeError, TypeError) as error:  # of code that wants values, by design
-        raise ConfigError(
-            f"method={config.method.name} cannot be planned: its code looks at values, which a plan has none of "
-            f"({type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]:.120})"
-        ) from error
+    except (RuntimeError, ValueError, AttributeError, TypeError) as error:  # of code that was not made for fake tensors
+        wants_values = isinstance(error, UnsupportedFakeTensorException) or "meta" in str(error).lower()
+        why = "its code looks at values, which a plan has none of: " if wants_values else ""
+        told = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]:.120}"
+        raise ConfigError(f"method={config.method.name} cannot be planned ({why}{told})") from error
     phases = play(step, on_cuda, training.gradient_accumulation_steps > 1)
     in_16_bits = resolved.bf16 or resolved.fp16 or resolved.dtype != "float32"
-    return Prediction(phases, step.work, *step.parameters, in_16_bits)
+    return Prediction(phases, step.work, *step.parameters, step.paged, in_16_bits)
 
 
 def build_model(config: Config, resolved: Resolved, architecture: PretrainedConfig, layers: int) -> Any:
@@ -136,7 +163,12 @@ def build_model(config: Config, resolved: Resolved, architecture: PretrainedConf
     shorter = type(architecture)(**values)
     dtype = getattr(torch, resolved.dtype)
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(shorter, dtype=dtype, attn_implementation=_attention(config))
+        base = AutoModelForCausalLM.from_config(
+            shorter,
+            dtype=dtype,
+            attn_implementation=_attention(config),
+            trust_remote_code=config.model.trust_remote_code,
+        )
         quantization.quantize_meta(base, config.quantization, resolved)
         base.config.use_cache = False
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # as TRL does before PEFT
@@ -162,70 +194,121 @@ def fused_loss(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> torc
     return -found.log_probs.sum()
 
 
-def computing(resolved: Resolved) -> AbstractContextManager[Any]:
-    """The precision that training computes in."""
-    half = torch.float16 if resolved.fp16 else torch.bfloat16
-    return torch.autocast("cpu", half) if resolved.bf16 or resolved.fp16 else nullcontext()
+@contextmanager
+def computing(resolved: Resolved) -> Iterator[None]:
+    """The precision that training computes in: a CPU's autocast, with layer norms in float32 as a GPU's has them."""
+    if not (resolved.bf16 or resolved.fp16):
+        yield
+        return
+    functions: Any = torch.nn.functional
+    kept = functions.layer_norm
+
+    def in_float32(x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            weight, bias = (one if one is None else one.float() for one in (weight, bias))
+            return kept(x.float(), shape, weight, bias, eps)
+
+    if resolved.device == "cuda":
+        functions.layer_norm = in_float32
+    try:
+        with torch.autocast("cpu", torch.float16 if resolved.fp16 else torch.bfloat16):
+            yield
+    finally:
+        functions.layer_norm = kept
 
 
-Optimizer = torch.optim.Optimizer | list[int]
-"""One to run, or the bytes of each tensor that it keeps."""
+@dataclass
+class Kept:
+    """An optimizer to run, or what one keeps that only bitsandbytes makes."""
+
+    run: torch.optim.Optimizer | None = None
+    nbytes: list[int] = field(default_factory=list)
+    """Of each tensor more that stays."""
+    paged: int = 0
+    """Bytes in managed memory."""
 
 
-def optimizer(resolved: Resolved, parameters: list[torch.nn.Parameter]) -> Optimizer:
-    """The run's: torch's own to run, bitsandbytes' by what it keeps.
+def optimizer(name: str, many: bool, model: Any) -> Kept:
+    """The run's.
+
+    Args:
+        name: transformers' name of it.
+        many: all parameters in one operation, as torch chooses on a GPU.
+        model: whose parameters it trains.
 
     Raises:
         ConfigError: what it keeps is not known.
     """
-    many = resolved.device == "cuda"  # torch's choice there: all parameters in one operation
-    kept = [one for one in parameters if one.ndim > 1]
-    groups = [{"params": kept}, {"params": [one for one in parameters if one.ndim <= 1]}]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [{"params": [one for one in parameters if (one.ndim > 1) is decays]} for decays in (True, False)]
     groups = [group for group in groups if group["params"]]
-    match resolved.optim:
+    kept = Kept(nbytes=_importances(model))
+    match name:
         case "adamw_torch":
-            return torch.optim.AdamW(groups, foreach=many)
+            kept.run = torch.optim.AdamW(groups, foreach=many)
         case "adamw_torch_fused":
-            return torch.optim.AdamW(groups, fused=True)
+            kept.run = torch.optim.AdamW(groups, fused=True)
         case "sgd":
-            return torch.optim.SGD(groups, lr=1e-3, foreach=many)
+            kept.run = torch.optim.SGD(groups, lr=1e-3, foreach=many)
         case "rmsprop":
-            return torch.optim.RMSprop(groups, foreach=many)
+            kept.run = torch.optim.RMSprop(groups, foreach=many)
         case "adagrad":
-            return torch.optim.Adagrad(groups, foreach=many)
-        case name if name in _EIGHT_BIT or name in _FOUR_BYTES:
-            return bitsandbytes_states(name, parameters)
-    raise ConfigError(f"optimizer.optim={resolved.optim} cannot be planned yet: choose adamw_torch")
+            kept.run = torch.optim.Adagrad(groups, foreach=many)
+        case _ if name in _EIGHT_BIT or name in _FOUR_BYTES:
+            tables = {id(layer.weight) for layer in model.modules() if isinstance(layer, torch.nn.Embedding)}
+            for one in parameters:
+                sizes = _states(name, one.numel(), id(one) in tables)
+                if name.startswith("paged") and one.numel() >= 100_000:
+                    kept.paged += sum(sizes)
+                else:
+                    kept.nbytes += sizes
+        case _:
+            raise ConfigError(f"optimizer.optim={name} cannot be planned yet: choose adamw_torch")
+    return kept
+
+
+def _states(name: str, count: int, table: bool) -> list[int]:
+    """Bytes of bitsandbytes' states for a tensor: 4 a value, or one and a scale for 256 of them.
+
+    Small tensors and embeddings (transformers sees to that) keep 4 bytes.
+    """
+    sizes = [count, 4 * -(-count // 256)] if name in _EIGHT_BIT and count >= 4096 and not table else [4 * count]
+    return sizes * {**_EIGHT_BIT, **_FOUR_BYTES}[name]
+
+
+def _importances(model: Any) -> list[int]:
+    """What AdaLoRA keeps to move ranks: three values for each of its own."""
+    if getattr(getattr(model, "active_peft_config", None), "peft_type", None) != PeftType.ADALORA:
+        return []
+    return [p.numel() * p.element_size() for name, p in model.named_parameters() if "lora_" in name] * 3
 
 
 def record(
     build: Callable[[int], Any],
     depth: int,
-    shape: tuple[int, int],
+    batch: Batch,
     *,
     loss: Callable[..., torch.Tensor],
-    optimizer: Callable[[list[torch.nn.Parameter]], Optimizer],
+    optimizer: Callable[[Any], Kept],
     computing: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    evaluated: tuple[int, int] | None = None,
-    masked: bool = True,
+    evaluated: Batch | None = None,
 ) -> Step:
     """Run a few layers and the optimizer on fake tensors.
 
     Args:
         build: a model on the meta device with so many layers.
         depth: layers of the real one.
-        shape: rows of a batch, and tokens of each.
+        batch: of training.
         loss: of the model, ids and mask.
-        optimizer: of the trained parameters.
+        optimizer: of a model.
         computing: context of forward passes.
-        evaluated: as `shape`, of an evaluation batch; None for none.
-        masked: attention is told what is padding, or where one packed row ends.
+        evaluated: batch of evaluation; None for none.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     step = Step()
     for few in (LAYERS, depth) if depth > LAYERS else (depth,):
-        recorder = _passes(build(few), mode, shape, loss, computing, masked)
-        rest = _passes(build(few), mode, evaluated, loss, computing, masked, train=False) if evaluated else None
+        recorder = _passes(build(few), mode, batch, loss, computing)
+        rest = _passes(build(few), mode, evaluated, loss, computing, train=False) if evaluated else None
         try:
             step.passes = deepen(recorder.recording, depth) if few != depth else recorder.recording.events
             if rest is not None:
@@ -240,18 +323,17 @@ def record(
     whole = build(depth)
     step.static, step.parameters = [*_static(whole)], adapters.count_parameters(whole)
     materialize(whole, mode)
-    trained = [parameter for parameter in whole.parameters() if parameter.requires_grad]
-    step.updates = _updates(optimizer, trained, mode)
+    kept = optimizer(whole)
+    step.updates, step.paged = _updates(kept, whole, mode), kept.paged
     return step
 
 
 def _passes(
     model: Any,
     mode: FakeTensorMode,
-    shape: tuple[int, int],
+    batch: Batch,
     loss: Callable[..., torch.Tensor],
     computing: Callable[[], AbstractContextManager[Any]],
-    masked: bool = True,
     train: bool = True,
 ) -> Recorder:
     """A forward pass and, if it trains, a backward pass."""
@@ -259,10 +341,9 @@ def _passes(
     model.train(train)
     recorder = Recorder()
     recorder.ignore([*model.parameters(), *model.buffers()])
-    rows, length = shape
     with mode:
-        ids = torch.zeros(rows, length, dtype=torch.long)
-        mask = torch.ones(rows, length, dtype=torch.long) if masked else None
+        ids = torch.zeros(batch.rows, batch.length, dtype=torch.long)
+        mask = torch.ones_like(ids) if batch.masked else None
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(recorder.is_gradient)
@@ -298,43 +379,26 @@ def _static(model: Any) -> Iterator[tuple[str, int]]:
             yield "trainable" if tensor.requires_grad else "weights", tensor.numel() * tensor.element_size()
 
 
-def _updates(
-    make: Callable[[list[torch.nn.Parameter]], Optimizer],
-    trained: list[torch.nn.Parameter],
-    mode: FakeTensorMode,
-) -> list[list[Event]]:
+def _updates(kept: Kept, model: Any, mode: FakeTensorMode) -> list[list[Event]]:
     """What clipping and the optimizer allocate in a first and in a second step."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with mode:
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
     recorder = Recorder()
     recorder.ignore([*trained, *(parameter.grad for parameter in trained if parameter.grad is not None)])
-    found = make(trained)
     steps = []
     for kind in ("optimizer", "temporary"):
         with mode, recorder:
             recorder.kind = "temporary"
             torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
             recorder.kind = kind
-            if isinstance(found, torch.optim.Optimizer):
-                found.step()
+            if kept.run is not None:
+                kept.run.step()
         steps.append(recorder.recording.events)
-        if isinstance(found, list) and kind == "optimizer":
-            steps[0] += [Event(("end", 0), -place, size, kind) for place, size in enumerate(found, start=1)]
         recorder.recording.events = []
+    steps[0] += [Event(("end", 0), -place, size, "optimizer") for place, size in enumerate(kept.nbytes, start=1)]
     return steps
-
-
-def bitsandbytes_states(name: str, trained: Iterable[torch.Tensor]) -> list[int]:
-    """What bitsandbytes' optimizers keep for each state: 4 bytes a value, or one and a scale for 256 of them."""
-    kept = []
-    for tensor in trained:
-        count = tensor.numel()
-        sizes = [4 * count]
-        if name in _EIGHT_BIT and count >= 4096:
-            sizes = [count, 4 * -(-count // 256)]
-        kept += sizes * {**_EIGHT_BIT, **_FOUR_BYTES}[name]
-    return kept
 
 
 @contextmanager
@@ -359,11 +423,9 @@ def play(step: Step, on_cuda: bool, accumulates: bool) -> dict[str, Phase]:
         memory.take(kind, nbytes)
     phases = {"load": memory.phase()}
     for name, update in zip(("first_step", "steady"), step.updates, strict=True):
+        memory.run(step.passes, keep=["gradients"])
         if accumulates:
-            memory.run(step.passes, keep=["gradients"])
-            memory.run(step.passes)
-        else:
-            memory.run(step.passes, keep=["gradients"])
+            memory.run(step.passes, brief=["gradients"])  # added to those that are there
         memory.run(update, keep=["optimizer"])
         memory.forget("gradients")
         phases[name] = memory.phase()
@@ -395,12 +457,16 @@ class Memory:
         if block is not None:
             self._allocator.free(block)
 
-    def run(self, events: Iterable[Event], keep: Collection[str] = ()) -> None:
-        """Play events; what they leave is freed at the end, but for kinds that are kept."""
+    def run(self, events: Iterable[Event], keep: Collection[str] = (), brief: Collection[str] = ()) -> None:
+        """Play events; what they leave is freed at the end, but for kinds that are kept; brief ones go at once."""
         held: dict[int, tuple[str, int, Any]] = {}
         for event in events:
             if event.nbytes > 0:
-                held[event.storage] = event.kind, event.nbytes, self.take(event.kind, event.nbytes)
+                one = event.kind, event.nbytes, self.take(event.kind, event.nbytes)
+                if event.kind in brief:
+                    self._give(*one)
+                else:
+                    held[event.storage] = one
             elif event.storage in held:
                 self._give(*held.pop(event.storage))
         for kind, nbytes, block in held.values():

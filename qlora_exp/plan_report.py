@@ -18,14 +18,14 @@ class Planned:
     """A run and what is expected of it."""
 
     words: Sequence[str]
-    config: Config
+    config: Config | None
     prediction: Prediction | None
     why: str = ""
-    """Why there is no prediction."""
+    """Why there is none."""
 
 
 def step_seconds(config: Config, prediction: Prediction, gpu: Gpu) -> float | None:
-    """The least time of an optimizer step: each operation takes as long as its arithmetic or its traffic would alone.
+    """Of an optimizer step at the makers' rates: each operation takes as long as its arithmetic or its traffic would.
 
     Source: the roofline model (Williams et al. 2009). None if the GPU's rates are not known; in float32 they are not.
     """
@@ -43,6 +43,7 @@ def fits(prediction: Prediction, gpu: Gpu) -> bool:
 def show_one(planned: Planned, gpu: Gpu, price: float | None) -> None:
     """Print phases and kinds, then what they come to."""
     config, prediction = planned.config, planned.prediction
+    assert config is not None
     assert prediction is not None
     phases = prediction.phases.values()
     rows = [[kind, *(f"{phase.kinds.get(kind, 0) / MIB:,.0f}" for phase in phases)] for kind in KINDS]
@@ -53,10 +54,12 @@ def show_one(planned: Planned, gpu: Gpu, price: float | None) -> None:
     print_table("MiB at the fullest moment of each phase", ["", *prediction.phases], rows)
     print(f"trained  {prediction.trainable:,} of {prediction.total:,} parameters")
     print(f"memory   {prediction.peak / GIB:.2f} GiB{_against(prediction, gpu)}")
+    if prediction.paged:
+        print(f"paged    {prediction.paged / GIB:.2f} GiB of optimizer states besides, on the GPU while there is room")
     flops, traffic = (sum(getattr(work, name) for work in prediction.work) for name in ("flops", "nbytes"))
     print(f"work     {flops / 1e12:,.2f} TFLOP and {traffic / 1e9:,.0f} GB of traffic for a forward and backward pass")
     if (seconds := step_seconds(config, prediction, gpu)) is not None:
-        print(f"time     at least {_time(config, seconds, price)}")
+        print(f"time     {_time(config, seconds, price)}, at the maker's rates")
     print(_LEFT_OUT)
 
 
@@ -66,7 +69,7 @@ def show_many(planned: Sequence[Planned], gpu: Gpu, price: float | None) -> None
     common = set.intersection(*(set(one.words) for one in planned))
     for one in planned:
         name = " ".join(word for word in one.words if word not in common)
-        if one.prediction is None:
+        if one.config is None or one.prediction is None:
             rows.append([name, "-", "-", one.why])
             continue
         seconds = step_seconds(one.config, one.prediction, gpu)
@@ -79,7 +82,7 @@ def show_many(planned: Sequence[Planned], gpu: Gpu, price: float | None) -> None
             ]
         )
     shared = f", all with {' '.join(word for word in planned[0].words if word in common)}" if common else ""
-    print_table(f"{len(rows)} runs{shared}", ["run", "GiB", gpu.name, "time, at least"], rows)
+    print_table(f"{len(rows)} runs{shared}", ["run", "GiB", gpu.name, "at the maker's rates"], rows)
     print(_LEFT_OUT)
 
 

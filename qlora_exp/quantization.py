@@ -73,9 +73,10 @@ def quantize_meta(model: Any, quantization: QuantizationConfig, resolved: Resolv
     if not quantization.bitsandbytes:
         raise ConfigError(f"quantization={quantization.name} cannot be planned yet: choose nf4_double or int8")
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.base import get_keys_to_not_convert
 
     settings = quantization_config(quantization, resolved)
-    replace_with_bnb_linear(model, ["lm_head"], settings)
+    replace_with_bnb_linear(model, get_keys_to_not_convert(model), settings)
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.weight = Params4bit(module.weight, quantization)

@@ -26,7 +26,9 @@ def recorded(layers: int, *words: str) -> Recording:
     model = plan.build_model(config, resolved, model_config(config.model), layers)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with plan._loss_without_values(on_cuda=True):
-        return plan._passes(model, mode, (2, 32), plan.fused_loss, lambda: plan.computing(resolved)).recording
+        return plan._passes(
+            model, mode, plan.Batch(2, 32, True), plan.fused_loss, lambda: plan.computing(resolved)
+        ).recording
 
 
 def made(events: list[Event]) -> list[tuple]:
@@ -85,6 +87,17 @@ def test_arithmetic_is_counted():
     work = sum(recorder.recording.work[("start", 0)], start=type(recorder.recording.work[("start", 0)][0])())
     assert work.flops == 2 * 3 * 4 * 5
     assert work.nbytes >= 4 * (3 * 4 + 4 * 5 + 3 * 5)
+
+
+def test_what_moves_no_memory_has_no_traffic():
+    recorder = Recorder()
+    with FakeTensorMode(), recorder:
+        tensor = torch.empty(8, 8)
+        assert tensor.device.type == "cpu"
+        torch.empty_like(tensor).t().reshape(64)[None].detach()
+    assert (
+        sum(work.nbytes for works in recorder.recording.work.values() for work in works) == 2 * 8 * 8 * 4
+    )  # reshape's
 
 
 def test_tied_weights_stay_tied():

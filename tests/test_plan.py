@@ -21,7 +21,8 @@ CPU = Device("cpu", "CPU", bf16=False, paging=False)
 HIDDEN, INNER, LAYERS, VOCABULARY = 128, 256, 6, 512
 ARCHITECTURE = (
     f"+model.architecture={{_name_or_path: random:llama, model_type: llama, vocab_size: {VOCABULARY},"
-    f" hidden_size: {HIDDEN}, intermediate_size: {INNER}, num_hidden_layers: {LAYERS}, num_attention_heads: 4, num_key_value_heads: 4}}"
+    f" hidden_size: {HIDDEN}, intermediate_size: {INNER}, num_hidden_layers: {LAYERS}, num_attention_heads: 4,"
+    " num_key_value_heads: 4}"
 )
 LINEAR = LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * INNER)
 REST = 2 * VOCABULARY * HIDDEN + (2 * LAYERS + 1) * HIDDEN
@@ -38,8 +39,8 @@ def test_weights_states_and_gradients_are_those_of_the_closed_forms():
     assert full.phases["load"].kinds["trainable"] == 2 * full.total
     assert full.phases["steady"].kinds["optimizer"] >= 2 * 2 * full.total
     eight = predicted("method=full", "optimizer=adamw_bnb_8bit")
-    matrices = LINEAR + 2 * VOCABULARY * HIDDEN
-    states = 2 * (matrices + matrices // 256 * 4 + 4 * (2 * LAYERS + 1) * HIDDEN)
+    matrices, table = LINEAR + VOCABULARY * HIDDEN, VOCABULARY * HIDDEN  # transformers keeps 32 bits for embeddings
+    states = 2 * (matrices + matrices // 256 * 4 + 4 * table + 4 * (2 * LAYERS + 1) * HIDDEN)
     assert eight.phases["evaluation"].kinds["optimizer"] == states
 
 
@@ -72,7 +73,9 @@ def test_accumulated_gradients_stay_while_the_next_rows_are_computed():
                   "training.per_device_train_batch_size=16").phases["steady"]
         for steps in (1, 4)
     )  # fmt: skip
-    assert more.allocated > one.allocated
+    gradient = max(VOCABULARY * HIDDEN, HIDDEN * INNER) * 4
+    assert one.allocated < more.allocated <= one.allocated + more.kinds["gradients"]
+    assert more.kinds["gradients"] <= 4 * (LINEAR + REST) + gradient  # each once, and the one that is being added
 
 
 def test_deeper_models_take_what_each_layer_takes():
@@ -124,7 +127,10 @@ def test_a_real_run_takes_what_was_predicted(words: list[str], tmp_path: Path):
         (["method=lora", "optimizer.optim=adafactor"], ConfigError, "optim=adafactor cannot be planned yet"),
         (["method=lora", "++model.architecture.max_position_embeddings=32"], ConfigError, "has 32 positions"),
         (["method=lora", "++model.architecture.model_type=lama"], ModelError, "model.architecture"),
-        (["method=boft"], ConfigError, "method=boft cannot be planned: its code looks at values"),
+        (["method=boft"], ConfigError, "method=boft cannot be planned .its code looks at values"),
+        (["method=lora", "training.torch_compile=true"], ConfigError, "torch_compile=true cannot be planned yet"),
+        (["method=lora", "++model.architecture.num_attention_heads=7"], ModelError, "model.architecture"),
+        (["method=lora", "~model.architecture._name_or_path"], ModelError, "says not whose it is"),
     ],
 )
 def test_what_cannot_be_planned_says_why(words: list[str], error: type[Exception], says: str):
@@ -152,6 +158,14 @@ def test_a_step_in_float32_has_no_known_time():
     config = compose(["model=tiny_llama", ARCHITECTURE, "method=full"])
     prediction = plan.Prediction({}, [plan.Work(1e12, 0.0)], 1, 1, in_16_bits=False)
     assert step_seconds(config, prediction, GPUS["rtx4090"]) is None
+
+
+def test_paged_states_are_told_apart():
+    prediction = predicted("method=full", "optimizer=paged_adamw_32bit")
+    large = [count for count in [HIDDEN * INNER, HIDDEN**2, VOCABULARY * HIDDEN] if count >= 100_000]
+    assert prediction.paged == 8 * sum(large) == 0
+    big = predicted("method=full", "optimizer=paged_adamw_32bit", "++model.architecture.intermediate_size=1024")
+    assert big.paged == 8 * LAYERS * 3 * HIDDEN * 1024
 
 
 def test_what_just_fits_leaves_room_for_the_driver():
@@ -182,10 +196,11 @@ def test_the_command_says_whether_it_fits(capsys: pytest.CaptureFixture[str]):
 
 
 def test_a_sweep_is_a_line_for_each_run(capsys: pytest.CaptureFixture[str]):
-    assert run("method=lora,boft", "--vram", "0.7") == 0
+    assert run("method=lora,boft,qlora", "quantization=none", "--vram", "0.7") == 0
     shown = capsys.readouterr().out
-    assert "2 runs" in shown
+    assert "3 runs" in shown
     assert "cannot be" in shown
+    assert "needs a" in shown  # qlora, of an unquantized base
 
 
 @pytest.mark.parametrize(
@@ -194,6 +209,7 @@ def test_a_sweep_is_a_line_for_each_run(capsys: pytest.CaptureFixture[str]):
         (["--gpu", "rtx4091"], "did you mean 'rtx4090'"),
         (["--vram", "-3"], "--vram -3"),
         (["--vram", "8", "--gpu", "t4"], "one of them"),
+        (["--price", "1"], "--price"),
     ],
 )
 def test_a_gpu_that_cannot_be_is_refused(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]):
