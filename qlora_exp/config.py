@@ -134,12 +134,18 @@ APART = ("tracking", "sweep", "search")
 
 
 def what_counts(values: dict[str, Any]) -> dict[str, Any]:
-    """Of a config as plain nested values, what can change a run's result: all but how it is tracked and swept."""
-    return {key: value for key, value in values.items() if key not in APART}
+    """Of a config as plain nested values, what can change a run's result: not how it is tracked, swept or planned."""
+    counts = {key: value for key, value in values.items() if key not in APART}
+    return counts | {
+        "model": {key: value for key, value in dict(counts.get("model") or {}).items() if key != "architecture"}
+    }
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """The config as dotted keys (`method.r`) and plain values; a free mapping or list is one value."""
+    """The config as dotted keys (`method.r`) and plain values; a free mapping or list is one value.
+
+    `model.architecture`, which only plans read, is left out.
+    """
 
     def walk(prefix: str, section: BaseModel) -> Iterator[tuple[str, Any]]:
         for name, value in section:
@@ -148,7 +154,7 @@ def flatten(config: Config) -> dict[str, Any]:
             else:
                 yield f"{prefix}{name}", value
 
-    return dict(walk("", config))
+    return {key: value for key, value in walk("", config) if key != "model.architecture"}
 
 
 def known_keys() -> list[str]:

@@ -78,7 +78,11 @@ def test_a_hub_model_is_known_by_its_commit(monkeypatch):
     assert found["data"] == "dataset databricks/databricks-dolly-15k None+dataset Salesforce/wikitext None"
 
 
+def test_what_only_plans_read_makes_no_other_run():
+    assert identity.run_key(compose()) == identity.run_key(compose(["model.architecture.num_hidden_layers=3"]))
+
+
 def test_another_library_version_is_another_run(monkeypatch):
     before = identity.run_key(compose())
-    monkeypatch.setattr("qlora_exp.provenance.libraries", lambda: {"torch": "0"})
+    monkeypatch.setattr("qlora_exp.provenance.libraries", lambda *_: {"torch": "0"})
     assert identity.run_key(compose()) != before
