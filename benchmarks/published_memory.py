@@ -17,7 +17,8 @@ from peft import PeftType, TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qlora_exp import plan
+from qlora_exp import steps
+from qlora_exp.footprint import Memory
 from qlora_exp.quiet import quiet
 
 GIB = 2**30
@@ -60,15 +61,15 @@ def loss(model, ids, mask):
     return outputs.loss
 
 
-def steps(row: dict[str, str], length: int) -> tuple[plan.Step, plan.Step]:
+def both(row: dict[str, str], length: int) -> tuple[steps.Step, steps.Step]:
     """A usual step and the longest."""
     usual, longest = (
-        plan.record(
+        steps.record(
             lambda layers: build(row, layers),
             28,
-            plan.Batch(BATCH, tokens, masked=True),
+            steps.Batch(BATCH, tokens, masked=True),
             loss=loss,
-            optimizer=lambda model: plan.optimizer("adamw_torch", True, model),
+            optimizer=lambda model: steps.optimizer("adamw_torch", True, model),
         )
         for tokens in (USUAL, length)
     )
@@ -77,8 +78,8 @@ def steps(row: dict[str, str], length: int) -> tuple[plan.Step, plan.Step]:
 
 def reserved(row: dict[str, str], length: int) -> tuple[float, float]:
     """GiB reserved, and allocated, at the fullest."""
-    usual, longest = steps(row, length)
-    memory = plan.Memory(on_cuda=True)
+    usual, longest = both(row, length)
+    memory = Memory(on_cuda=True)
     for kind, nbytes in usual.static:
         memory.take(kind, nbytes)
     left = ("activations", "loss")  # by `outputs`, which lives until the next one

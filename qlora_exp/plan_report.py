@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qlora_exp.allocator import MIB
+from qlora_exp.footprint import KINDS
 from qlora_exp.gpus import DRIVER_GIB, Gpu
-from qlora_exp.plan import KINDS, Prediction
+from qlora_exp.plan import Prediction
 from qlora_exp.schema import Config
 from qlora_exp.summary import print_table
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qlora_exp import plan
+from qlora_exp import plan, steps
 from qlora_exp.config import compose
 from qlora_exp.device import Device, resolve
 from qlora_exp.fake import LAYERS, Event, IrregularError, Recorder, Recording, deepen, materialize
@@ -26,8 +26,8 @@ def recorded(layers: int, *words: str) -> Recording:
     model = plan.build_model(config, resolved, model_config(config.model), layers)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with plan._loss_without_values(on_cuda=True):
-        return plan._passes(
-            model, mode, plan.Batch(2, 32, True), plan.fused_loss, lambda: plan.computing(resolved)
+        return steps._passes(
+            model, mode, steps.Batch(2, 32, True), plan.fused_loss, lambda: plan.computing(resolved)
         ).recording
 
 

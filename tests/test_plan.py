@@ -13,6 +13,8 @@ from qlora_exp.cli import main
 from qlora_exp.config import compose, grid
 from qlora_exp.device import Device, resolve
 from qlora_exp.errors import ConfigError, ModelError
+from qlora_exp.fake import Work
+from qlora_exp.footprint import Phase
 from qlora_exp.gpus import GPUS
 from qlora_exp.plan_report import step_seconds, verdict
 
@@ -150,13 +152,13 @@ def test_a_packed_batch_is_one_long_row():
 
 def test_a_step_takes_as_long_as_its_arithmetic_or_its_traffic():
     config = compose(["model=tiny_llama", ARCHITECTURE, "method=lora", "training.gradient_accumulation_steps=2"])
-    prediction = plan.Prediction({}, [plan.Work(165e12, 0.0), plan.Work(0.0, 1008e9)], 1, 1)
+    prediction = plan.Prediction({}, [Work(165e12, 0.0), Work(0.0, 1008e9)], 1, 1)
     assert math.isclose(step_seconds(config, prediction, GPUS["rtx4090"]) or 0, 4.0)
 
 
 def test_a_step_in_float32_has_no_known_time():
     config = compose(["model=tiny_llama", ARCHITECTURE, "method=full"])
-    prediction = plan.Prediction({}, [plan.Work(1e12, 0.0)], 1, 1, in_16_bits=False)
+    prediction = plan.Prediction({}, [Work(1e12, 0.0)], 1, 1, in_16_bits=False)
     assert step_seconds(config, prediction, GPUS["rtx4090"]) is None
 
 
@@ -170,7 +172,7 @@ def test_paged_states_are_told_apart():
 
 @pytest.mark.parametrize(("gib", "says"), [(22, "fits"), (23, "may fit"), (24, "may fit"), (25, "does not fit")])
 def test_what_just_fits_may_not(gib: int, says: str):
-    phases = {"steady": plan.Phase({"weights": gib * 2**30}, gib * 2**30)}
+    phases = {"steady": Phase({"weights": gib * 2**30}, gib * 2**30)}
     assert verdict(plan.Prediction(phases, [], 1, 1), GPUS["rtx4090"]) == says
 
 

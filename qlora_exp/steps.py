@@ -1,0 +1,232 @@
+"""What a training step allocates and computes: passes over a few layers, and the optimizer's update, on fake tensors.
+
+Knows nothing of configs: it is told how to build a model, its loss and its optimizer.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftType
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qlora_exp import adapters, quantization
+from qlora_exp.errors import ConfigError
+from qlora_exp.fake import LAYERS, Event, IrregularError, Recorder, Work, deepen, layers_marked, materialize
+
+_EIGHT_BIT = {"adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1, "paged_lion_8bit": 1}
+_FOUR_BYTES = {"paged_adamw_32bit": 2, "lion_32bit": 1, "paged_lion_32bit": 1}
+"""bitsandbytes' optimizers: states for each trained value."""
+
+
+@dataclass
+class Step:
+    """What repeats: bytes and order of a training step and of an evaluation step, and what stays."""
+
+    static: list[tuple[str, int]] = field(default_factory=list)
+    """Kind and bytes of weights, in the order of the model."""
+    passes: list[Event] = field(default_factory=list)
+    updates: list[list[Event]] = field(default_factory=list)
+    """The optimizer's first step, and its second."""
+    evaluation: list[Event] = field(default_factory=list)
+    work: list[Work] = field(default_factory=list)
+    parameters: tuple[int, int] = (0, 0)
+    """Trained, and all."""
+    paged: int = 0
+    """Bytes of optimizer states that are paged."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step computes at once."""
+
+    rows: int
+    length: int
+    masked: bool
+    """Attention is told what is padding, or where a packed row ends."""
+
+
+@dataclass
+class Kept:
+    """An optimizer to run, or what one keeps that only bitsandbytes makes."""
+
+    run: torch.optim.Optimizer | None = None
+    nbytes: list[int] = field(default_factory=list)
+    """Of each tensor more that stays."""
+    paged: int = 0
+    """Bytes in managed memory."""
+
+
+def optimizer(name: str, many: bool, model: Any) -> Kept:
+    """The run's.
+
+    Args:
+        name: transformers' name of it.
+        many: all parameters in one operation, as torch chooses on a GPU.
+        model: whose parameters it trains.
+
+    Raises:
+        ConfigError: what it keeps is not known.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [{"params": [one for one in parameters if (one.ndim > 1) is decays]} for decays in (True, False)]
+    groups = [group for group in groups if group["params"]]
+    kept = Kept(nbytes=_importances(model))
+    match name:
+        case "adamw_torch":
+            kept.run = torch.optim.AdamW(groups, foreach=many)
+        case "adamw_torch_fused":
+            kept.run = torch.optim.AdamW(groups, fused=True)
+        case "sgd":
+            kept.run = torch.optim.SGD(groups, lr=1e-3, foreach=many)
+        case "rmsprop":
+            kept.run = torch.optim.RMSprop(groups, foreach=many)
+        case "adagrad":
+            kept.run = torch.optim.Adagrad(groups, foreach=many)
+        case _ if name in _EIGHT_BIT or name in _FOUR_BYTES:
+            tables = {id(layer.weight) for layer in model.modules() if isinstance(layer, torch.nn.Embedding)}
+            for one in parameters:
+                sizes = _states(name, one.numel(), id(one) in tables)
+                if name.startswith("paged") and one.numel() >= 100_000:
+                    kept.paged += sum(sizes)
+                else:
+                    kept.nbytes += sizes
+        case _:
+            raise ConfigError(f"optimizer.optim={name} cannot be planned yet: choose adamw_torch")
+    return kept
+
+
+def _states(name: str, count: int, table: bool) -> list[int]:
+    """Bytes of bitsandbytes' states for a tensor: 4 a value, or one and a scale for 256 of them.
+
+    Small tensors and embeddings (transformers sees to that) keep 4 bytes.
+    """
+    sizes = [count, 4 * -(-count // 256)] if name in _EIGHT_BIT and count >= 4096 and not table else [4 * count]
+    return sizes * {**_EIGHT_BIT, **_FOUR_BYTES}[name]
+
+
+def _importances(model: Any) -> list[int]:
+    """What AdaLoRA keeps to move ranks: three values for each of its own."""
+    if getattr(getattr(model, "active_peft_config", None), "peft_type", None) != PeftType.ADALORA:
+        return []
+    return [p.numel() * p.element_size() for name, p in model.named_parameters() if "lora_" in name] * 3
+
+
+def record(
+    build: Callable[[int], Any],
+    depth: int,
+    batch: Batch,
+    *,
+    loss: Callable[..., torch.Tensor],
+    optimizer: Callable[[Any], Kept],
+    computing: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    evaluated: Batch | None = None,
+) -> Step:
+    """Run a few layers and the optimizer on fake tensors.
+
+    Args:
+        build: a model on the meta device with so many layers.
+        depth: layers of the real one.
+        batch: of training.
+        loss: of the model, ids and mask.
+        optimizer: of a model.
+        computing: context of forward passes.
+        evaluated: batch of evaluation; None for none.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    step = Step()
+    for few in (LAYERS, depth) if depth > LAYERS else (depth,):
+        recorder = _passes(build(few), mode, batch, loss, computing)
+        rest = _passes(build(few), mode, evaluated, loss, computing, train=False) if evaluated else None
+        try:
+            step.passes = deepen(recorder.recording, depth) if few != depth else recorder.recording.events
+            if rest is not None:
+                step.evaluation = deepen(rest.recording, depth) if few != depth else rest.recording.events
+        except IrregularError:
+            continue  # as deep as it is, which takes longer
+        extra = depth - few
+        for (name, place), works in recorder.recording.work.items():
+            alike = name in ("forward", "backward") and place == few // 2
+            step.work += works * (1 + extra if alike else 1)
+        break
+    whole = build(depth)
+    step.static, step.parameters = [*_static(whole)], adapters.count_parameters(whole)
+    materialize(whole, mode)
+    kept = optimizer(whole)
+    step.updates, step.paged = _updates(kept, whole, mode), kept.paged
+    return step
+
+
+def _passes(
+    model: Any,
+    mode: FakeTensorMode,
+    batch: Batch,
+    loss: Callable[..., torch.Tensor],
+    computing: Callable[[], AbstractContextManager[Any]],
+    train: bool = True,
+) -> Recorder:
+    """A forward pass and, if it trains, a backward pass."""
+    materialize(model, mode)
+    model.train(train)
+    recorder = Recorder()
+    recorder.ignore([*model.parameters(), *model.buffers()])
+    with mode:
+        ids = torch.zeros(batch.rows, batch.length, dtype=torch.long)
+        mask = torch.ones_like(ids) if batch.masked else None
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(recorder.is_gradient)
+    with mode, recorder, layers_marked(recorder, _layers(model)), torch.set_grad_enabled(train):
+        with computing():
+            found = loss(model, ids, mask)
+        if train:
+            recorder.kind = "temporary"
+            found.backward()
+        recorder.group = ("end", 0)
+        del found
+    return recorder
+
+
+def _layers(model: Any) -> list[torch.nn.Module]:
+    """The decoder's layers: the longest list of modules of one kind."""
+    lists = [list(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=lambda layers: (len(layers), sum(len([*layer.modules()]) for layer in layers)))
+
+
+def _static(model: Any) -> Iterator[tuple[str, int]]:
+    """Kind and bytes of what stays: weights, constants of quantization, what trains."""
+    seen: set[int] = set()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        if (sizes := quantization.stored_bytes(tensor)) is not None:
+            yield "weights", sizes[0]
+            for constant in sizes[1:]:
+                yield "quantization", constant
+        else:
+            yield "trainable" if tensor.requires_grad else "weights", tensor.numel() * tensor.element_size()
+
+
+def _updates(kept: Kept, model: Any, mode: FakeTensorMode) -> list[list[Event]]:
+    """What clipping and the optimizer allocate in a first and in a second step."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with mode:
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+    recorder = Recorder()
+    recorder.ignore([*trained, *(parameter.grad for parameter in trained if parameter.grad is not None)])
+    steps = []
+    for kind in ("optimizer", "temporary"):
+        with mode, recorder:
+            recorder.kind = "temporary"
+            torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
+            recorder.kind = kind
+            if kept.run is not None:
+                kept.run.step()
+        steps.append(recorder.recording.events)
+        recorder.recording.events = []
+    steps[0] += [Event(("end", 0), -place, size, "optimizer") for place, size in enumerate(kept.nbytes, start=1)]
+    return steps
