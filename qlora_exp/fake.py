@@ -92,7 +92,7 @@ class Recorder(TorchDispatchMode):
     def is_gradient(self, parameter: torch.Tensor) -> None:
         """Tell what kind of storage a parameter's gradient, which was just made, is."""
         assert parameter.grad is not None
-        number = self._known.get(parameter.grad.untyped_storage()._cdata, -1)
+        number = self._known.get(parameter.grad.untyped_storage()._cdata)
         for place in range(len(self.recording.events) - 1, -1, -1):
             event = self.recording.events[place]
             if event.storage == number and event.nbytes > 0:

@@ -3,8 +3,9 @@
 Knows nothing of configs: it is told how to build a model, its loss and its optimizer.
 """
 
+import gc
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -178,7 +179,8 @@ def _passes(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(recorder.is_gradient)
-    with mode, recorder, layers_marked(recorder, _layers(model)), torch.set_grad_enabled(train):
+    marked = layers_marked(recorder, _layers(model))
+    with mode, recorder, marked, _nothing_collected(), torch.set_grad_enabled(train):
         with computing():
             found = loss(model, ids, mask)
         if train:
@@ -187,6 +189,18 @@ def _passes(
         recorder.group = ("end", 0)
         del found
     return recorder
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Inside, Python collects no cycles: when it does would change what is recorded as freed."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _layers(model: Any) -> list[torch.nn.Module]:
@@ -220,7 +234,7 @@ def _updates(kept: Kept, model: Any, mode: FakeTensorMode) -> list[list[Event]]:
     recorder.ignore([*trained, *(parameter.grad for parameter in trained if parameter.grad is not None)])
     steps = []
     for kind in ("optimizer", "temporary"):
-        with mode, recorder:
+        with mode, recorder, _nothing_collected():
             recorder.kind = "temporary"
             torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
             recorder.kind = kind
