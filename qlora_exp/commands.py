@@ -189,9 +189,10 @@ def quantize_error(options: argparse.Namespace) -> None:
 
 
 def plan(options: argparse.Namespace) -> None:
-    """Memory by phase and the least time of a step, of one run or of each of a sweep."""
+    """Memory by phase and the time of a step, of one run or of each of a sweep."""
     quiet()
     from qlora_exp import config, gpus
+    from qlora_exp.schema import Config
 
     if options.gpu and options.vram:
         raise ConfigError("--gpu and --vram: give one of them")
@@ -201,8 +202,14 @@ def plan(options: argparse.Namespace) -> None:
     if options.price is not None and (options.price < 0 or not options.gpu):
         raise ConfigError("--price: an amount an hour of a GPU that is named: --gpu NAME --price AMOUNT")
     jobs = config.grid(options.overrides)
-    if len(jobs) == 1:
-        config.compose(jobs[0])  # a mistake is told before anything slow is imported
+    composed: list[Config | UserError] = []
+    for words in jobs:  # a mistake is told before anything slow is imported
+        try:
+            composed.append(config.compose(words))
+        except UserError as error:
+            composed.append(error)
+    if isinstance(composed[0], UserError) and len(jobs) == 1:
+        raise composed[0]
     gc.disable()  # a fifth of the imports' time
     from transformers.utils import logging as transformers_logging
 
@@ -213,9 +220,10 @@ def plan(options: argparse.Namespace) -> None:
     gc.freeze()
     transformers_logging.disable_progress_bar()
     planned = []
-    for words in jobs:
+    for words, checked in zip(jobs, composed, strict=True):
         try:
-            checked = config.compose(words)
+            if isinstance(checked, UserError):
+                raise checked
             other = {kind: device.Device(kind, kind, bf16=False, paging=False) for kind in ("cpu", "mps")}
             found = predict(checked, device.resolve(checked, other.get(checked.device, gpu.device)))
             planned.append(plan_report.Planned(words, checked, found))

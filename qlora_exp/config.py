@@ -97,7 +97,7 @@ def grid(overrides: Sequence[str]) -> list[list[str]]:
         batches = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), None)
     except HydraException as error:
         raise explain(error) from error
-    return [[word for word in job if not word.startswith("sweep=")] for batch in batches for job in batch]
+    return [list(job) for batch in batches for job in batch]
 
 
 def check(composed: DictConfig) -> Config:

@@ -42,9 +42,6 @@ class Work:
     nbytes: float = 0.0
     """Read and written, each operand once, with nothing kept in caches between operations."""
 
-    def __add__(self, other: "Work") -> "Work":
-        return Work(self.flops + other.flops, self.nbytes + other.nbytes)
-
 
 @dataclass
 class Recording:
@@ -116,9 +113,8 @@ class Recorder(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor):
                 self.add(leaf)
         if not (func.is_view or func.namespace == "prim" or str(func.overloadpacket) in _WITHOUT_TRAFFIC):
-            read = (
-                found if func.overloadpacket is torch.ops.aten.embedding else (args, kwargs)
-            )  # of a table only its rows
+            # Of a table only its rows are read.
+            read = found if func.overloadpacket is torch.ops.aten.embedding else (args, kwargs)
             moved = [leaf for leaf in tree_leaves((read, found)) if isinstance(leaf, torch.Tensor)]
             traffic = sum(leaf.numel() * leaf.element_size() for leaf in moved)
             self.recording.work.setdefault(self.group, []).append(Work(flops_of(func, args, kwargs, found), traffic))

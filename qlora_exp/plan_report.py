@@ -1,4 +1,4 @@
-"""A plan as tables: where memory goes, whether it fits, and how long a step takes at least. Plans nothing itself."""
+"""A plan as tables: where memory goes, whether it fits, a step's time at makers' rates. Plans nothing itself."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

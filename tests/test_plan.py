@@ -178,7 +178,9 @@ def test_what_just_fits_may_not(gib: int, says: str):
 
 def test_lists_and_named_sweeps_become_runs():
     assert grid(["method.r=4,8", "seed=1"]) == [["method.r=4", "seed=1"], ["method.r=8", "seed=1"]]
-    assert len(grid(["sweep=rank_scaling", "method.r=2,4"])) == 4
+    named = grid(["sweep=rank_scaling", "method.r=2,4"])
+    assert len(named) == 4
+    assert all("sweep=rank_scaling" in words for words in named)  # what the sweep sets besides is theirs too
     with pytest.raises(ConfigError, match="no option 'rank_scalling'"):
         grid(["sweep=rank_scalling"])
 
