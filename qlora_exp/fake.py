@@ -64,6 +64,16 @@ class Recorder(TorchDispatchMode):
         self._known: dict[int, int] = {}
         """Storages that are alive, by address: their number."""
         self._count = 0
+        self._inside = False
+
+    def __enter__(self) -> "Recorder":
+        self._inside = True
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """What is freed later, as the model is, is no part of what was recorded."""
+        self._inside = False
+        super().__exit__(*error)
 
     def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
         """Storages that were there before."""
@@ -83,7 +93,7 @@ class Recorder(TorchDispatchMode):
         weakref.finalize(storage, self._gone, address, number, nbytes)
 
     def _gone(self, address: int, number: int, nbytes: int) -> None:
-        if self._known.pop(address, None) is not None:
+        if self._known.pop(address, None) is not None and self._inside:
             self.recording.events.append(Event(self.group, number, -nbytes))
 
     def is_gradient(self, parameter: torch.Tensor) -> None:

@@ -48,9 +48,13 @@ def libraries(quant_method: str = "bitsandbytes") -> dict[str, str]:
 
 
 def environment() -> dict[str, str]:
-    """Every installed package with its version; of one that is found twice, the one that Python imports."""
+    """Every installed package with its version; of one that is found twice, the one that Python imports.
+
+    Copies that setuptools carries for itself are none: whether they are seen depends on who imported it before.
+    """
     found: dict[str, str] = {}
-    for one in distributions():
+    installed = [folder for folder in sys.path if Path(folder).name != "_vendor"]
+    for one in distributions(path=installed):
         try:
             metadata: Any = one.metadata
             if metadata and (name := metadata.get("Name")):

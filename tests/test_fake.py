@@ -107,3 +107,12 @@ def test_tied_weights_stay_tied():
     materialize(model, FakeTensorMode())
     assert model[0].weight is model[1].weight
     assert model[0].weight.device.type == "cpu"
+
+
+def test_what_is_freed_after_the_recording_is_no_part_of_it():
+    recorder = Recorder()
+    with FakeTensorMode(), recorder:
+        stays, goes = torch.empty(8), torch.empty(4)
+        del goes
+    del stays
+    assert [event.nbytes for event in recorder.recording.events] == [32, 16, -16]

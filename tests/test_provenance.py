@@ -1,4 +1,5 @@
 import os
+import sys
 
 from qlora_exp import provenance
 
@@ -44,3 +45,12 @@ def test_what_an_interrupted_pip_left_is_no_package(tmp_path, monkeypatch):
     found = provenance.environment()
     assert found["twice"] == "2.0"
     assert found["torch"]
+
+
+def test_the_packages_are_the_same_after_setuptools_was_imported(tmp_path, monkeypatch):
+    before = provenance.environment()
+    folder = tmp_path / "setuptools" / "_vendor" / "carried-1.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text("Name: carried\nVersion: 1\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(folder.parent)])  # as importing it does
+    assert provenance.environment() == before
