@@ -69,7 +69,6 @@ def both(row: dict[str, str], length: int) -> tuple[steps.Step, steps.Step]:
             28,
             steps.Batch(BATCH, tokens, masked=True),
             loss=loss,
-            optimizer=lambda model: steps.optimizer("adamw_torch", True, model),
         )
         for tokens in (USUAL, length)
     )
@@ -78,12 +77,13 @@ def both(row: dict[str, str], length: int) -> tuple[steps.Step, steps.Step]:
 
 def reserved(row: dict[str, str], length: int) -> tuple[float, float]:
     """GiB reserved, and allocated, at the fullest."""
+    model = steps.weigh(build(row, 28), lambda whole: steps.optimizer("adamw_torch", True, whole))
     usual, longest = both(row, length)
     memory = Memory(on_cuda=True)
-    for kind, nbytes in usual.static:
+    for kind, nbytes in model.static:
         memory.take(kind, nbytes)
     left = ("activations", "loss")  # by `outputs`, which lives until the next one
-    for step, update in ((usual, usual.updates[0]), (longest, longest.updates[1])):
+    for step, update in ((usual, model.updates[0]), (longest, model.updates[1])):
         memory.phase()
         memory.forget("gradients")
         memory.run([event for event in step.passes if event.group[0] != "end"], keep=["gradients", *left])

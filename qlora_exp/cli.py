@@ -27,6 +27,7 @@ examples:
   qlora-exp compare                      a table of the newest sweep
   qlora-exp ui                           compare runs in MLflow's UI
   qlora-exp plan model=llama3_8b         will it fit? memory by phase, without weights or a GPU
+  qlora-exp advise model=llama3_8b --vram 24  which method, batch and length fit a card
   qlora-exp probe method=loha            does it work with the versions installed here?
   qlora-exp quantize-error               what NF4, FP4, INT4 and INT8 lose on a model's weights
   qlora-exp sync                         send MLflow what it missed while its server was away
@@ -110,10 +111,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     lab.set_defaults(command=commands.quantize_error)
     plan = known.add_parser("plan", help="memory by phase and the time of a step, before anything runs")
     plan.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as for train; lists are tried one by one")
-    plan.add_argument("--gpu", help=f"one of {', '.join(gpus.GPUS)}")
-    plan.add_argument("--vram", type=float, metavar="GIB", help="memory of a GPU that has no name here")
-    plan.add_argument("--price", type=float, metavar="PER_HOUR", help="of the GPU: says what max_steps cost")
     plan.set_defaults(command=commands.plan)
+    advise = known.add_parser("advise", help="which method, batch, length and model fit a card, LoRA or QLoRA and why")
+    advise.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="model=NAME, training.max_length=N, ...")
+    advise.add_argument("--models", action="store_true", help="the largest model for each card instead")
+    advise.set_defaults(command=commands.advise)
+    for planning in (plan, advise):
+        planning.add_argument("--gpu", help=f"one of {', '.join(gpus.GPUS)}")
+        planning.add_argument("--vram", type=float, metavar="GIB", help="memory of a GPU that has no name here")
+    plan.add_argument("--price", type=float, metavar="PER_HOUR", help="of the GPU: says what max_steps cost")
+    advise.set_defaults(price=None)
+    if arguments[:1] in (["plan"], ["advise"]):  # --vram 24, or as Hydra's overrides are written
+        arguments = [f"--{word}" if word.startswith(("vram=", "gpu=", "price=")) else word for word in arguments]
     options, rest = parser.parse_known_args(arguments)
     if rest and hasattr(options, "overrides") and all("=" in word and not word.startswith("-") for word in rest):
         options.overrides += rest  # what comes after an option

@@ -13,7 +13,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from qlora_exp import gpus
 from qlora_exp.errors import ConfigError, TrackingError, UserError
+from qlora_exp.gpus import Gpu
 from qlora_exp.quiet import quiet
 from qlora_exp.secrets import redact
 
@@ -191,16 +193,10 @@ def quantize_error(options: argparse.Namespace) -> None:
 def plan(options: argparse.Namespace) -> None:
     """Memory by phase and the time of a step, of one run or of each of a sweep."""
     quiet()
-    from qlora_exp import config, gpus
+    from qlora_exp import config
     from qlora_exp.schema import Config
 
-    if options.gpu and options.vram:
-        raise ConfigError("--gpu and --vram: give one of them")
-    if options.vram is not None and not 0 < options.vram < 10_000:
-        raise ConfigError(f"--vram {options.vram:g}: not the memory of a GPU in GiB")
-    gpu = gpus.find(options.gpu) if options.gpu else gpus.Gpu("GPU", options.vram or 0.0)
-    if options.price is not None and (options.price < 0 or not options.gpu):
-        raise ConfigError("--price: an amount an hour of a GPU that is named: --gpu NAME --price AMOUNT")
+    gpu = _gpu(options)
     jobs = config.grid(options.overrides)
     composed: list[Config | UserError] = []
     for words in jobs:  # a mistake is told before anything slow is imported
@@ -210,23 +206,16 @@ def plan(options: argparse.Namespace) -> None:
             composed.append(error)
     if isinstance(composed[0], UserError) and len(jobs) == 1:
         raise composed[0]
-    gc.disable()  # a fifth of the imports' time
-    from transformers.utils import logging as transformers_logging
+    _import_planner()
+    from qlora_exp import plan_report
+    from qlora_exp.plan import planner
 
-    from qlora_exp import device, plan_report
-    from qlora_exp.plan import predict
-
-    gc.enable()
-    gc.freeze()
-    transformers_logging.disable_progress_bar()
     planned = []
     for words, checked in zip(jobs, composed, strict=True):
         try:
             if isinstance(checked, UserError):
                 raise checked
-            other = {kind: device.Device(kind, kind, bf16=False, paging=False) for kind in ("cpu", "mps")}
-            found = predict(checked, device.resolve(checked, other.get(checked.device, gpu.device)))
-            planned.append(plan_report.Planned(words, checked, found))
+            planned.append(plan_report.Planned(words, checked, planner(checked, gpu.device).predict()))
         except UserError as error:
             if len(jobs) == 1:
                 raise
@@ -235,3 +224,60 @@ def plan(options: argparse.Namespace) -> None:
         plan_report.show_one(planned[0], gpu, options.price)
     else:
         plan_report.show_many(planned, gpu, options.price)
+
+
+def advise(options: argparse.Namespace) -> None:
+    """Which methods fit a card, how large a batch, how long a row; or which models."""
+    quiet()
+    from rich.console import Console
+
+    from qlora_exp import config
+
+    gpu = _gpu(options)
+    named = any(word.startswith("model") for word in options.overrides)
+    if options.models and named:
+        raise ConfigError("advise --models: finds the models; leave out model=")
+    for words in config.grid(options.overrides):  # a mistake is told before anything slow is imported
+        if config.compose(words).device not in ("auto", "cuda"):
+            raise ConfigError("advise is about GPUs: leave out device=; `qlora-exp plan device=cpu` plans a CPU run")
+    _import_planner()
+    from qlora_exp import advice, plan_report
+
+    cards = advice.cards(gpu)
+    with Console(stderr=True).status("planning") as status:
+
+        def report(what: str) -> None:
+            status.update(f"planning: {what}")
+
+        if options.models:
+            sized = advice.models(options.overrides, gpu, report)
+        else:
+            found, why = advice.options(options.overrides, gpu, cards, report)
+    if options.models:
+        plan_report.show_models(sized, cards)
+    elif gpu.memory_gib:
+        plan_report.show_card(found, why, gpu)
+    else:
+        plan_report.show_cards(found, why, cards)
+
+
+def _gpu(options: argparse.Namespace) -> Gpu:
+    """The one that --gpu or --vram say."""
+    if options.gpu and options.vram:
+        raise ConfigError("--gpu and --vram: give one of them")
+    if options.vram is not None and not 0 < options.vram < 10_000:
+        raise ConfigError(f"--vram {options.vram:g}: not the memory of a GPU in GiB")
+    if options.price is not None and (options.price < 0 or not options.gpu):
+        raise ConfigError("--price: an amount an hour of a GPU that is named: --gpu NAME --price AMOUNT")
+    return gpus.find(options.gpu) if options.gpu else gpus.Gpu("GPU", options.vram or 0.0)
+
+
+def _import_planner() -> None:
+    gc.disable()  # a fifth of the imports' time
+    from transformers.utils import logging as transformers_logging
+
+    import qlora_exp.plan  # noqa: F401
+
+    gc.enable()
+    gc.freeze()
+    transformers_logging.disable_progress_bar()

@@ -7,7 +7,7 @@ from typing import Any
 
 from qlora_exp.allocator import CachingAllocator
 from qlora_exp.fake import Event
-from qlora_exp.steps import Step
+from qlora_exp.steps import Model, Step
 
 KINDS = ("weights", "quantization", "trainable", "gradients", "optimizer", "activations", "loss", "temporary")
 """What memory is for; `loss` has the logits."""
@@ -28,13 +28,13 @@ class Phase:
         return sum(self.kinds.values())
 
 
-def play(step: Step, on_cuda: bool, accumulates: bool) -> dict[str, Phase]:
+def play(model: Model, step: Step, on_cuda: bool, accumulates: bool) -> dict[str, Phase]:
     """The phases of a run through the allocator, its cache emptied before each, as a run does."""
     memory = Memory(on_cuda)
-    for kind, nbytes in step.static:
+    for kind, nbytes in model.static:
         memory.take(kind, nbytes)
     phases = {"load": memory.phase()}
-    for name, update in zip(("first_step", "steady"), step.updates, strict=True):
+    for name, update in zip(("first_step", "steady"), model.updates, strict=True):
         memory.run(step.passes, keep=["gradients"])
         if accumulates:
             memory.run(step.passes, brief=["gradients"])  # added to those that are there

@@ -5,8 +5,9 @@ allocates through a model of torch's allocator. Knows nothing of recorded runs.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,13 +18,13 @@ from trl.trainer import utils as trl_utils
 from trl.trainer.utils import add_fused_lm_head
 
 from qlora_exp import adapters, quantization
-from qlora_exp.device import Resolved
+from qlora_exp.device import Device, Resolved, resolve
 from qlora_exp.errors import ConfigError, ModelError, UserError
 from qlora_exp.fake import Work
 from qlora_exp.footprint import Phase, play
 from qlora_exp.model import model_config
 from qlora_exp.schema import Config
-from qlora_exp.steps import Batch, optimizer, record
+from qlora_exp.steps import Batch, optimizer, record, weigh
 
 
 @dataclass(frozen=True)
@@ -48,62 +49,105 @@ class Prediction:
         return max(phase.reserved for phase in self.phases.values())
 
 
+def planner(config: Config, gpu: Device) -> "Planner":
+    """Of a run on that GPU, or on what `config.device` names. Raises as `Planner` does."""
+    other = {kind: Device(kind, kind, bf16=False, paging=False) for kind in ("cpu", "mps")}
+    return Planner(config, resolve(config, other.get(config.device, gpu)))
+
+
 def predict(config: Config, resolved: Resolved) -> Prediction:
-    """Memory and work of a run whose longest batch is as long as `max_length` lets it be.
+    """Memory and work of a run whose longest batch is as long as `max_length` lets it be. Raises as `Planner` does."""
+    return Planner(config, resolved).predict()
 
-    Raises:
-        ConfigError: the method does not apply, or the run cannot be planned.
-        ModelError: the architecture is not known here.
-    """
-    training = config.training
-    for key, asked in (
-        ("optimizer.lora_optimizer=lorafa", config.optimizer.lora_optimizer == "lorafa"),
-        ("training.torch_compile=true", training.torch_compile),
-        ("device=mps", resolved.device == "mps"),
-    ):
-        if asked:
-            raise ConfigError(f"{key} cannot be planned yet")
-    name = config.model.model_name_or_path
-    architecture = model_config(config.model)
-    quantization.check_files(name, config.quantization, getattr(architecture, "quantization_config", None))
-    depth = getattr(architecture, "num_hidden_layers", None)
-    if depth is None:
-        raise ModelError(f"{name}: an architecture ({architecture.model_type}) that cannot be planned yet")
-    if training.max_length > (most := getattr(architecture, "max_position_embeddings", training.max_length)):
-        raise ConfigError(f"training.max_length={training.max_length}: this model has {most} positions")
 
-    def build(layers: int) -> Any:
-        return build_model(config, resolved, architecture, layers)
+class Planner:
+    """Plans a run, with its own batches or with others."""
 
-    # A row alone has no padding; FlashAttention needs no mask.
-    unmasked = (config.model.attn_implementation or "").startswith("flash")
-    rows, length = training.per_device_train_batch_size, training.max_length
-    batch = Batch(rows, length, rows > 1 and not unmasked)
-    if training.packing:
-        batch = Batch(1, rows * length, not unmasked)
-    rows = training.per_device_eval_batch_size
-    on_cuda = resolved.device == "cuda"
-    try:
-        with _loss_without_values(on_cuda):
+    def __init__(self, config: Config, resolved: Resolved) -> None:
+        """Build what no batch changes.
+
+        Raises:
+            ConfigError: the method does not apply, or the run cannot be planned.
+            ModelError: the architecture is not known here.
+        """
+        for key, asked in (
+            ("optimizer.lora_optimizer=lorafa", config.optimizer.lora_optimizer == "lorafa"),
+            ("training.torch_compile=true", config.training.torch_compile),
+            ("device=mps", resolved.device == "mps"),
+        ):
+            if asked:
+                raise ConfigError(f"{key} cannot be planned yet")
+        name = config.model.model_name_or_path
+        self._config, self._resolved, self._on_cuda = config, resolved, resolved.device == "cuda"
+        self._architecture = model_config(config.model)
+        stored = getattr(self._architecture, "quantization_config", None)
+        quantization.check_files(name, config.quantization, stored)
+        if (depth := getattr(self._architecture, "num_hidden_layers", None)) is None:
+            raise ModelError(f"{name}: an architecture ({self._architecture.model_type}) that cannot be planned yet")
+        self._depth: int = depth
+        self.positions: int | None = getattr(self._architecture, "max_position_embeddings", None)
+        """Tokens of the longest row that the model takes; None if it does not say."""
+        self._check(config.training.max_length)
+        with self._explained():
+            self._model = weigh(self._build(self._depth), partial(optimizer, resolved.optim, self._on_cuda))
+
+    def predict(self, rows: int | None = None, length: int | None = None, evaluation: bool = True) -> Prediction:
+        """Memory and work.
+
+        Args:
+            rows: of a batch; None: as configured.
+            length: tokens of its longest row; None: as `max_length` lets it be.
+            evaluation: plan that too.
+
+        Raises:
+            ConfigError: the length cannot be, or code cannot be planned.
+        """
+        training = self._config.training
+        rows, length = rows or training.per_device_train_batch_size, length or training.max_length
+        self._check(length)
+        batch = self._batch(rows, length)
+        if training.packing:
+            batch = Batch(1, rows * length, not self._unmasked)
+        with self._explained(), _as_it_runs(self._on_cuda):
             step = record(
-                build,
-                depth,
+                self._build,
+                self._depth,
                 batch,
                 loss=fused_loss,
-                optimizer=lambda model: optimizer(resolved.optim, on_cuda, model),
-                computing=lambda: computing(resolved),
-                evaluated=Batch(rows, length, rows > 1 and not unmasked),
+                computing=lambda: computing(self._resolved),
+                evaluated=self._batch(training.per_device_eval_batch_size, length) if evaluation else None,
             )
-    except UserError as error:
-        raise type(error)(f"cannot be planned: {error}") from error
-    except (RuntimeError, ValueError, AttributeError, TypeError) as error:  # of code that was not made for fake tensors
-        wants_values = isinstance(error, UnsupportedFakeTensorException) or "meta" in str(error).lower()
-        why = "its code looks at values, which a plan has none of: " if wants_values else ""
-        told = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]:.120}"
-        raise ConfigError(f"method={config.method.name} cannot be planned ({why}{told})") from error
-    phases = play(step, on_cuda, training.gradient_accumulation_steps > 1)
-    in_16_bits = resolved.bf16 or resolved.fp16 or resolved.dtype != "float32"
-    return Prediction(phases, step.work, *step.parameters, step.paged, in_16_bits)
+        phases = play(self._model, step, self._on_cuda, training.gradient_accumulation_steps > 1)
+        in_16_bits = self._resolved.bf16 or self._resolved.fp16 or self._resolved.dtype != "float32"
+        return Prediction(phases, step.work, *self._model.parameters, self._model.paged, in_16_bits)
+
+    def _build(self, layers: int) -> Any:
+        return build_model(self._config, self._resolved, self._architecture, layers)
+
+    def _check(self, length: int) -> None:
+        if self.positions is not None and length > self.positions:
+            raise ConfigError(f"training.max_length={length}: this model has {self.positions} positions")
+
+    @property
+    def _unmasked(self) -> bool:
+        return (self._config.model.attn_implementation or "").startswith("flash")  # which needs no mask
+
+    def _batch(self, rows: int, length: int) -> Batch:
+        return Batch(rows, length, rows > 1 and not self._unmasked)  # a row alone has no padding
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Inside, what code says that was not made for fake tensors becomes an error that says what cannot be."""
+        try:
+            yield
+        except UserError as error:
+            raise type(error)(f"cannot be planned: {error}") from error
+        except (RuntimeError, ValueError, AttributeError, TypeError) as error:
+            wants_values = isinstance(error, UnsupportedFakeTensorException) or "meta" in str(error).lower()
+            why = "its code looks at values, which a plan has none of: " if wants_values else ""
+            told = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]:.120}"
+            name = self._config.method.name
+            raise ConfigError(f"method={name} cannot be planned ({why}{told})") from error
 
 
 def build_model(config: Config, resolved: Resolved, architecture: PretrainedConfig, layers: int) -> Any:
@@ -145,39 +189,35 @@ def fused_loss(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> torc
     return -found.log_probs.sum()
 
 
-@contextmanager
-def computing(resolved: Resolved) -> Iterator[None]:
-    """The precision that training computes in: a CPU's autocast, with layer norms in float32 as a GPU's has them."""
-    if not (resolved.bf16 or resolved.fp16):
-        yield
-        return
-    functions: Any = torch.nn.functional
-    kept = functions.layer_norm
-
-    def in_float32(x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
-        with torch.autocast("cpu", enabled=False):
-            weight, bias = (one if one is None else one.float() for one in (weight, bias))
-            return kept(x.float(), shape, weight, bias, eps)
-
-    if resolved.device == "cuda":
-        functions.layer_norm = in_float32
-    try:
-        with torch.autocast("cpu", torch.float16 if resolved.fp16 else torch.bfloat16):
-            yield
-    finally:
-        functions.layer_norm = kept
+def computing(resolved: Resolved) -> AbstractContextManager[Any]:
+    """The precision that training computes in: a CPU's autocast."""
+    half = torch.float16 if resolved.fp16 else torch.bfloat16
+    return torch.autocast("cpu", half, enabled=resolved.bf16 or resolved.fp16)
 
 
 @contextmanager
-def _loss_without_values(on_cuda: bool) -> Iterator[None]:
-    """Inside, TRL's loss scores all tokens, and on a GPU its kernels work in place. TRL 1.16 has no switch for it."""
+def _as_it_runs(on_cuda: bool) -> Iterator[None]:
+    """Inside, TRL's loss scores all tokens, and fake tensors on the CPU are computed with as a GPU would.
+
+    There TRL's kernels work in place (TRL 1.16 has no switch for it), and autocast takes layer norms to float32, which
+    on a CPU it does not; also where a checkpointed layer is computed again.
+    """
     utils: Any = trl_utils
     kernels: Any = chunked_logprob
-    kept = utils._use_triton, kernels._forward_tile, kernels._backward_tile
+    functions: Any = torch.nn.functional
+    kept = utils._use_triton, kernels._forward_tile, kernels._backward_tile, functions.layer_norm
+
+    def in_float32(x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
+        if torch.is_autocast_enabled("cpu"):
+            x, weight, bias = (one if one is None else one.float() for one in (x, weight, bias))
+        with torch.autocast("cpu", enabled=False):
+            return kept[-1](x, shape, weight, bias, eps)
+
     utils._use_triton = lambda _: False
     if on_cuda:
         kernels._forward_tile = kernels._backward_tile = lambda *_, **__: None
+        functions.layer_norm = in_float32
     try:
         yield
     finally:
-        utils._use_triton, kernels._forward_tile, kernels._backward_tile = kept
+        utils._use_triton, kernels._forward_tile, kernels._backward_tile, functions.layer_norm = kept

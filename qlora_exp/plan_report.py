@@ -1,18 +1,22 @@
-"""A plan as tables: where memory goes, whether it fits, a step's time at makers' rates. Plans nothing itself."""
+"""Plans and advice as tables: where memory goes, whether it fits, what a step takes. Plans nothing itself."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from qlora_exp.advice import Fit, Option, Sized, choose
 from qlora_exp.allocator import MIB
+from qlora_exp.fit import GIB, WORST_ERROR, room, step_seconds, verdict
 from qlora_exp.footprint import KINDS
 from qlora_exp.gpus import DRIVER_GIB, Gpu
 from qlora_exp.plan import Prediction
 from qlora_exp.schema import Config
 from qlora_exp.summary import print_table
 
-GIB = 1024 * MIB
-WORST_ERROR = 0.051
-"""Of predictions for GPUs against what was measured and published (`benchmarks/published_memory.py`)."""
+_ROOM = f"each fits though the plan be {WORST_ERROR:.1%} too low, with {DRIVER_GIB} GiB for the driver"
+_BASIS = (
+    "most rows: of training.max_length tokens in a batch; longest row: alone in its batch\n"
+    f"{_ROOM}; evaluation is in batches no larger than these"
+)
 _LEFT_OUT = "left out: generation, data loading, several GPUs; rows are taken to be as long as training.max_length"
 
 
@@ -25,23 +29,6 @@ class Planned:
     prediction: Prediction | None
     why: str = ""
     """Why there is none."""
-
-
-def step_seconds(config: Config, prediction: Prediction, gpu: Gpu) -> float | None:
-    """Of an optimizer step at the makers' rates: each operation takes as long as its arithmetic or its traffic would.
-
-    Source: the roofline model (Williams et al. 2009). None if the GPU's rates are not known; in float32 they are not.
-    """
-    if not (gpu.tflops and gpu.gb_per_s and prediction.in_16_bits):
-        return None
-    one = sum(max(work.flops / (gpu.tflops * 1e12), work.nbytes / (gpu.gb_per_s * 1e9)) for work in prediction.work)
-    return one * config.training.gradient_accumulation_steps
-
-
-def verdict(prediction: Prediction, gpu: Gpu) -> str:
-    """Whether the fullest phase and the driver fit, if the prediction is as far off as any was."""
-    most, least = (prediction.peak / GIB * (1 + error) + DRIVER_GIB for error in (WORST_ERROR, -WORST_ERROR))
-    return "fits" if most <= gpu.memory_gib else "may fit" if least <= gpu.memory_gib else "does not fit"
 
 
 def show_one(planned: Planned, gpu: Gpu, price: float | None) -> None:
@@ -90,6 +77,77 @@ def show_many(planned: Sequence[Planned], gpu: Gpu, price: float | None) -> None
     shared = f", all with {' '.join(word for word in planned[0].words if word in common)}" if common else ""
     print_table(f"{len(rows)} runs{shared}", ["run", "GiB", gpu.name, "at the maker's rates"], rows)
     print(_LEFT_OUT)
+
+
+def show_card(options: Sequence[Option], why: Mapping[str, str], gpu: Gpu) -> None:
+    """Print what each option comes to on one card, and which to choose."""
+    rows = []
+    for option in options:
+        planned, fit = option.planned, option.fits[gpu]
+        seconds = step_seconds(option.config, planned, gpu)
+        tokens = option.config.training.per_device_train_batch_size * option.config.training.max_length
+        tokens *= option.config.training.gradient_accumulation_steps
+        rows.append(
+            [
+                option.name,
+                f"{planned.trainable / 1e6:,.1f} M",
+                f"{planned.peak / GIB:.1f}",
+                verdict(planned, gpu),
+                f"{fit.rows:,}" if fit.rows else "-",
+                f"{fit.length:,}" if fit.length else "-",
+                *(["" if seconds is None else f"{tokens / seconds:,.0f}"] if gpu.tflops else []),
+            ]
+        )
+    training = options[0].config.training
+    batch = f"{training.per_device_train_batch_size} rows of {training.max_length} tokens"
+    title = f"{options[0].config.model.model_name_or_path} in {gpu.memory_gib:g} GiB ({gpu.name}), batches of {batch}"
+    headings = ["", "trained", "GiB", "", "most rows", "longest row", "tokens/s at best"]
+    print_table(title, headings if gpu.tflops else headings[:-1], rows)
+    _show_refused(why)
+    if chosen := choose(options, gpu):
+        print(f"choose   {chosen}")
+    print(_BASIS)
+
+
+def show_cards(options: Sequence[Option], why: Mapping[str, str], cards: Sequence[Gpu]) -> None:
+    """Print how far each option goes on cards of every size."""
+    length = options[0].config.training.max_length
+    rows = []
+    for card in cards:
+        chosen = choose(options, card).split(":")[0].split()[:1]
+        rows.append([f"{card.memory_gib:g}", *(_reach(option.fits[card]) for option in options), *(chosen or [""])])
+    title = f"{options[0].config.model.model_name_or_path}: most rows of {length} tokens | longest row alone"
+    print_table(title, ["GiB", *(option.name for option in options), "choose"], rows)
+    _show_refused(why)
+    print(_BASIS)
+
+
+def show_models(models: Sequence[Sized], cards: Sequence[Gpu]) -> None:
+    """Print the largest model for each card and each way to train."""
+    names = dict.fromkeys(name for model in models for name in model.needs)
+    rows = []
+    for card in cards:
+        cells = []
+        for name in names:
+            fitting = [model for model in models if name in model.needs and model.needs[name] <= room(card)]
+            cells.append(_billions(fitting[-1]) if fitting else "-")
+        rows.append([f"{card.memory_gib:g}", *cells])
+    print_table("the largest model for a card", ["GiB", *names], rows)
+    print("of", ", ".join(f"{_billions(model)} {model.name}" for model in models))
+    print(_ROOM)
+
+
+def _billions(model: Sized) -> str:
+    return f"{model.parameters / 1e9:.1f} B"
+
+
+def _reach(fit: Fit) -> str:
+    return f"{fit.rows:,} | {fit.length:,}" if fit.length else "-"
+
+
+def _show_refused(why: Mapping[str, str]) -> None:
+    for name, said in why.items():
+        print(f"{name}: {said}")
 
 
 def _against(prediction: Prediction, gpu: Gpu) -> str:

@@ -97,7 +97,9 @@ def run(
     )
     from qlora_exp.memory import MemoryMonitor, reuse_freed_memory, size_on_disk
 
-    gc.enable()  # the command line starts without
+    if not gc.isenabled():  # the command line starts without, and what it imported is never garbage
+        gc.enable()
+        gc.freeze()
     if not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()
     output_dir = _writable(output_dir)

@@ -22,21 +22,27 @@ _FOUR_BYTES = {"paged_adamw_32bit": 2, "lion_32bit": 1, "paged_lion_32bit": 1}
 """bitsandbytes' optimizers: states for each trained value."""
 
 
+@dataclass(frozen=True)
+class Model:
+    """What no batch changes."""
+
+    static: list[tuple[str, int]]
+    """Kind and bytes of weights, in the order of the model."""
+    updates: list[list[Event]]
+    """The optimizer's first step, and its second."""
+    parameters: tuple[int, int]
+    """Trained, and all."""
+    paged: int
+    """Bytes of optimizer states that are paged."""
+
+
 @dataclass
 class Step:
-    """What repeats: bytes and order of a training step and of an evaluation step, and what stays."""
+    """Bytes and order of what a training step allocates before the optimizer's, and of an evaluation step."""
 
-    static: list[tuple[str, int]] = field(default_factory=list)
-    """Kind and bytes of weights, in the order of the model."""
     passes: list[Event] = field(default_factory=list)
-    updates: list[list[Event]] = field(default_factory=list)
-    """The optimizer's first step, and its second."""
     evaluation: list[Event] = field(default_factory=list)
     work: list[Work] = field(default_factory=list)
-    parameters: tuple[int, int] = (0, 0)
-    """Trained, and all."""
-    paged: int = 0
-    """Bytes of optimizer states that are paged."""
 
 
 @dataclass(frozen=True)
@@ -115,24 +121,31 @@ def _importances(model: Any) -> list[int]:
     return [p.numel() * p.element_size() for name, p in model.named_parameters() if "lora_" in name] * 3
 
 
+def weigh(whole: Any, optimizer: Callable[[Any], Kept]) -> Model:
+    """What a model on the meta device keeps, and its optimizer's steps, on fake tensors."""
+    static, parameters = [*_static(whole)], adapters.count_parameters(whole)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    materialize(whole, mode)
+    kept = optimizer(whole)
+    return Model(static, _updates(kept, whole, mode), parameters, kept.paged)
+
+
 def record(
     build: Callable[[int], Any],
     depth: int,
     batch: Batch,
     *,
     loss: Callable[..., torch.Tensor],
-    optimizer: Callable[[Any], Kept],
     computing: Callable[[], AbstractContextManager[Any]] = nullcontext,
     evaluated: Batch | None = None,
 ) -> Step:
-    """Run a few layers and the optimizer on fake tensors.
+    """Run a few layers on fake tensors.
 
     Args:
         build: a model on the meta device with so many layers.
         depth: layers of the real one.
         batch: of training.
         loss: of the model, ids and mask.
-        optimizer: of a model.
         computing: context of forward passes.
         evaluated: batch of evaluation; None for none.
     """
@@ -152,11 +165,6 @@ def record(
             alike = name in ("forward", "backward") and place == few // 2
             step.work += works * (1 + extra if alike else 1)
         break
-    whole = build(depth)
-    step.static, step.parameters = [*_static(whole)], adapters.count_parameters(whole)
-    materialize(whole, mode)
-    kept = optimizer(whole)
-    step.updates, step.paged = _updates(kept, whole, mode), kept.paged
     return step
 
 

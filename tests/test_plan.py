@@ -14,9 +14,9 @@ from qlora_exp.config import compose, grid
 from qlora_exp.device import Device, resolve
 from qlora_exp.errors import ConfigError, ModelError
 from qlora_exp.fake import Work
+from qlora_exp.fit import step_seconds, verdict
 from qlora_exp.footprint import Phase
 from qlora_exp.gpus import GPUS
-from qlora_exp.plan_report import step_seconds, verdict
 
 GPU = Device("cuda", "GPU", bf16=True, paging=True)
 CPU = Device("cpu", "CPU", bf16=False, paging=False)
@@ -107,7 +107,7 @@ def test_a_real_run_takes_what_was_predicted(words: list[str], tmp_path: Path):
         model.train()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained)
-        with plan._loss_without_values(on_cuda=False):
+        with plan._as_it_runs(on_cuda=False):
             plan.fused_loss(model, ids, mask).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -219,3 +219,8 @@ def test_a_sweep_is_a_line_for_each_run(capsys: pytest.CaptureFixture[str]):
 def test_a_gpu_that_cannot_be_is_refused(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]):
     assert run("method=lora", *arguments) == 1
     assert says in capsys.readouterr().err
+
+
+def test_layer_norms_in_float32_are_recomputed_so():
+    config = compose(["model=opt_125m", "method=lora", "training.max_length=32"])
+    assert plan.planner(config, GPU).predict().peak > 2 * 125_000_000

@@ -35,7 +35,7 @@ def tiny():
 
 @pytest.fixture(scope="module")
 def samples() -> dict[str, lab.Loss]:
-    return lab.of_samples()
+    return lab.of_samples(count=2**18)
 
 
 @pytest.mark.parametrize("name", lab.FORMATS)

@@ -1,0 +1,229 @@
+"""What fits a card: which methods, the largest batch, the longest rows, the largest model. Found by planning many runs.
+
+Nothing here is a formula or a table of experience. Knows nothing of recorded runs.
+"""
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cache
+
+import yaml
+
+from qlora_exp import config as configs
+from qlora_exp.errors import UserError
+from qlora_exp.fit import GIB, room, step_seconds
+from qlora_exp.gpus import Gpu
+from qlora_exp.plan import Planner, Prediction, planner
+from qlora_exp.schema import Config
+
+CARDS = (4, 6, 8, 12, 16, 24, 40, 48, 80)
+"""GiB of those that are sold."""
+LENGTH_STEP = 64
+MOST_ROWS = 1024
+METHODS = {
+    "full, float32": ["method=full", "model.dtype=float32", "training.bf16=false", "training.fp16=false"],
+    "full, bfloat16": ["method=full", "model.dtype=bfloat16"],
+    "LoRA": ["method=lora"],
+    "DoRA": ["method=lora", "lora_variant=dora"],
+    "QLoRA": ["method=qlora"],
+}
+"""What is compared unless methods are named."""
+_FORK = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How far an option goes on a card."""
+
+    rows: int
+    """The largest batch of rows of `max_length`; 0: not one row fits."""
+    length: int
+    """Tokens of the longest row, alone in its batch, in steps of LENGTH_STEP; 0: none fits."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to train, on one kind of GPU."""
+
+    name: str
+    config: Config
+    planned: Prediction
+    """As configured, without evaluation."""
+    fits: dict[Gpu, Fit] = field(default_factory=dict)
+
+
+def cards(gpu: Gpu) -> list[Gpu]:
+    """That GPU, or if its memory is not given, one of each size that is sold."""
+    return [gpu] if gpu.memory_gib else [replace(gpu, memory_gib=size) for size in CARDS]
+
+
+def options(
+    overrides: Sequence[str], gpu: Gpu, cards: Sequence[Gpu], report: Callable[[str], None]
+) -> tuple[list[Option], dict[str, str]]:
+    """The ways to train that are asked for, or METHODS; and of those that cannot be, why.
+
+    Args:
+        overrides: of the runs.
+        gpu: what they are planned for; its memory does not count.
+        cards: how far to look how far each goes.
+        report: told what is done.
+
+    Raises:
+        UserError: none can be.
+    """
+    if any(word.startswith("method=") for word in overrides):
+        jobs = configs.grid(overrides)
+        common = set.intersection(*map(set, jobs))
+        named = {" ".join(word for word in job if word not in common) or overrides[0]: job for job in jobs}
+    else:
+        named = {name: [*words, *overrides] for name, words in METHODS.items()}
+    found, why = _at_once([(name, words, gpu, cards) for name, words in named.items()], report)
+    if not found:
+        raise UserError("\n".join(f"{name}: {said}" for name, said in why.items()))
+    return found, why
+
+
+def _at_once(
+    jobs: Sequence[tuple[str, Sequence[str], Gpu, Sequence[Gpu]]], report: Callable[[str], None]
+) -> tuple[list[Option], dict[str, str]]:
+    """Options, worked out side by side on all cores, and why others could not be."""
+    found, why = [], {}
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context(_FORK)) as pool:
+        waiting = {job[0]: pool.submit(_option, *job) for job in jobs}
+        for number, (name, future) in enumerate(waiting.items(), start=1):
+            try:
+                found.append(future.result())
+            except UserError as error:
+                why[name] = str(error)
+            report(f"{number} of {len(jobs)}")
+    return found, why
+
+
+def _option(name: str, words: Sequence[str], gpu: Gpu, cards: Sequence[Gpu]) -> Option:
+    """An option and how far it goes on each card."""
+    config = configs.compose(words)
+    plans = planner(config, gpu.device)
+    option = Option(name, config, plans.predict(evaluation=False))
+    option.fits.update(_fits(option, plans, cards))
+    return option
+
+
+def _fits(option: Option, plans: Planner, cards: Sequence[Gpu]) -> dict[Gpu, Fit]:
+    training = option.config.training
+    asked, length = training.per_device_train_batch_size, training.max_length
+    most = (plans.positions or 131_072) // LENGTH_STEP
+
+    @cache
+    def of_rows(rows: int) -> int:
+        return option.planned.peak if rows == asked else plans.predict(rows, length, evaluation=False).peak
+
+    @cache
+    def of_length(steps: int) -> int:
+        tokens = LENGTH_STEP * steps
+        return of_rows(1) if tokens == length else plans.predict(1, tokens, evaluation=False).peak
+
+    return {
+        card: Fit(
+            largest(of_rows, room(card), MOST_ROWS, asked),
+            LENGTH_STEP * largest(of_length, room(card), most, length // LENGTH_STEP),
+        )
+        for card in cards
+    }
+
+
+def largest(need: Callable[[int], float], room: float, most: int, known: int) -> int:
+    """The largest of 1 to `most` whose need is within `room`; 0 if none is.
+
+    Needs grow nearly in proportion, or faster: the next guess lies where a line through two needs says.
+
+    Args:
+        need: of a count; asked as seldom as can be.
+        room: for it.
+        most: the largest to look at.
+        known: a count whose need is known already: 1 and it are where the search begins.
+    """
+    if most < 1 or need(1) > room:
+        return 0
+    low, high = 1, most + 1
+    guess = min(max(known, 2), most)
+    while high - low > 1:
+        fits = need(guess) <= room
+        slope = (need(guess) - need(low)) / (guess - low)
+        low, high = (guess, high) if fits else (low, guess)
+        left = room - need(low)
+        if fits and slope > left:  # nor does one more fit
+            break
+        ahead = int(left / slope) if slope > 0 else low
+        guess = min(max(low + ahead, low + 1), high - 1)
+    return low
+
+
+def choose(options: Sequence[Option], gpu: Gpu) -> str:
+    """LoRA or QLoRA, and why; empty if one of them is not among the options."""
+    known = {option.name: option for option in options}
+    if not {"LoRA", "QLoRA"} <= known.keys():
+        return ""
+    lora, qlora = known["LoRA"], known["QLoRA"]
+    gib = {name: known[name].planned.peak / GIB for name in ("LoRA", "QLoRA")}
+    wanted, length = lora.config.training.per_device_train_batch_size, lora.config.training.max_length
+    if lora.fits[gpu].rows:
+        why = "LoRA: it fits, so nothing is lost to 4 bits; "
+        why += f"QLoRA would take {gib['QLoRA']:.1f} GiB, not {gib['LoRA']:.1f}"
+        times = [step_seconds(option.config, option.planned, gpu) for option in (lora, qlora)]
+        if times[0] and times[1]:
+            why += f", and {times[1] / times[0] - 1:+.0%} time at the maker's rates"
+        return why + _fewer(lora.fits[gpu].rows, wanted)
+    if qlora.fits[gpu].rows:
+        why = f"QLoRA: LoRA does not fit with one row of {length} tokens (it takes {gib['LoRA']:.1f} GiB with {wanted})"
+        return why + _fewer(qlora.fits[gpu].rows, wanted)
+    if longest := qlora.fits[gpu].length:
+        return f"QLoRA with rows of at most {longest} tokens: training.max_length={longest}"
+    return "neither: not even QLoRA with one short row; a smaller model (--models), or a larger card"
+
+
+def _fewer(rows: int, wanted: int) -> str:
+    if rows >= wanted:
+        return ""
+    return f"; with {rows} rows at once, not {wanted}: training.gradient_accumulation_steps makes up for it"
+
+
+@dataclass(frozen=True)
+class Sized:
+    """A model, and what each of METHODS takes of it."""
+
+    name: str
+    parameters: int
+    needs: dict[str, int]
+    """Bytes reserved, by METHODS; one that cannot be planned is left out."""
+
+
+def models(overrides: Sequence[str], gpu: Gpu, report: Callable[[str], None]) -> list[Sized]:
+    """Every shipped model whose architecture is known, smallest first; of two alike the first.
+
+    Args:
+        overrides: of the runs.
+        gpu: what they are planned for; its memory does not count.
+        report: told what is done.
+
+    Raises:
+        UserError: nothing can be planned so.
+    """
+    files = {name: configs.conf_dir() / "model" / f"{name}.yaml" for name in configs.options("model")}
+    names = [name for name, file in files.items() if yaml.safe_load(file.read_text("utf-8")).get("architecture")]
+    jobs = [
+        (f"{name}/{method}", [f"model={name}", *words, *overrides], gpu, ())
+        for name in names
+        for method, words in METHODS.items()
+    ]
+    options, why = _at_once(jobs, report)
+    if not options:
+        raise UserError("\n".join(dict.fromkeys(why.values())))
+    planned = {option.name: option.planned for option in options}
+    found: dict[int, Sized] = {}
+    for name in names:
+        of_it = {method: one for method in METHODS if (one := planned.get(f"{name}/{method}"))}
+        parameters = max((one.total - one.trainable for one in of_it.values()), default=0)
+        found.setdefault(parameters, Sized(name, parameters, {method: one.peak for method, one in of_it.items()}))
+    return sorted(found.values(), key=lambda one: one.parameters)
