@@ -13,7 +13,7 @@ import yaml
 
 from qlora_exp import config as configs
 from qlora_exp.errors import UserError
-from qlora_exp.fit import GIB, room, step_seconds
+from qlora_exp.fit import GIB, expected, room, step_seconds
 from qlora_exp.gpus import Gpu
 from qlora_exp.plan import Planner, Prediction, planner
 from qlora_exp.schema import Config
@@ -105,7 +105,7 @@ def _option(name: str, words: Sequence[str], gpu: Gpu, cards: Sequence[Gpu]) -> 
     """An option and how far it goes on each card."""
     config = configs.compose(words)
     plans = planner(config, gpu.device)
-    option = Option(name, config, plans.predict(evaluation=False))
+    option = Option(name, config, plans.predict(evaluated=0))
     option.fits.update(_fits(option, plans, cards))
     return option
 
@@ -117,12 +117,12 @@ def _fits(option: Option, plans: Planner, cards: Sequence[Gpu]) -> dict[Gpu, Fit
 
     @cache
     def of_rows(rows: int) -> int:
-        return option.planned.peak if rows == asked else plans.predict(rows, length, evaluation=False).peak
+        return option.planned.peak if rows == asked else plans.predict(rows, length, evaluated=0).peak
 
     @cache
     def of_length(steps: int) -> int:
         tokens = LENGTH_STEP * steps
-        return of_rows(1) if tokens == length else plans.predict(1, tokens, evaluation=False).peak
+        return of_rows(1) if tokens == length else plans.predict(1, tokens, evaluated=0).peak
 
     return {
         card: Fit(
@@ -166,14 +166,14 @@ def choose(options: Sequence[Option], gpu: Gpu) -> str:
     if not {"LoRA", "QLoRA"} <= known.keys():
         return ""
     lora, qlora = known["LoRA"], known["QLoRA"]
-    gib = {name: known[name].planned.peak / GIB for name in ("LoRA", "QLoRA")}
+    gib = {name: expected(known[name].planned, gpu) / GIB for name in ("LoRA", "QLoRA")}
     wanted, length = lora.config.training.per_device_train_batch_size, lora.config.training.max_length
     if lora.fits[gpu].rows:
         why = "LoRA: it fits, so nothing is lost to 4 bits; "
         why += f"QLoRA would take {gib['QLoRA']:.1f} GiB, not {gib['LoRA']:.1f}"
         times = [step_seconds(option.config, option.planned, gpu) for option in (lora, qlora)]
         if times[0] and times[1]:
-            why += f", and {times[1] / times[0] - 1:+.0%} time at the maker's rates"
+            why += f", and {times[1] / times[0] - 1:+.0%} time at {gpu.rates}"
         return why + _fewer(lora.fits[gpu].rows, wanted)
     if qlora.fits[gpu].rows:
         why = f"QLoRA: LoRA does not fit with one row of {length} tokens (it takes {gib['LoRA']:.1f} GiB with {wanted})"

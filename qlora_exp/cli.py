@@ -116,6 +116,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     advise.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="model=NAME, training.max_length=N, ...")
     advise.add_argument("--models", action="store_true", help="the largest model for each card instead")
     advise.set_defaults(command=commands.advise)
+    calibrate = known.add_parser("calibrate", help="learn from runs how far off plans are, for each kind of device")
+    calibrate.add_argument("--experiment", help="MLflow's; default: all")
+    calibrate.add_argument("--uri", help="tracking URI; default: SQLite in ./mlruns")
+    calibrate.set_defaults(command=commands.calibrate)
     for planning in (plan, advise):
         planning.add_argument("--gpu", help=f"one of {', '.join(gpus.GPUS)}")
         planning.add_argument("--vram", type=float, metavar="GIB", help="memory of a GPU that has no name here")

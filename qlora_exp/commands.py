@@ -13,11 +13,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qlora_exp import gpus
+from qlora_exp import calibration, gpus
 from qlora_exp.errors import ConfigError, TrackingError, UserError
 from qlora_exp.gpus import Gpu
 from qlora_exp.quiet import quiet
 from qlora_exp.secrets import redact
+
+_STORE = Path("mlruns")
 
 
 def keys(section: str | None) -> None:
@@ -196,7 +198,7 @@ def plan(options: argparse.Namespace) -> None:
     from qlora_exp import config
     from qlora_exp.schema import Config
 
-    gpu = _gpu(options)
+    gpu, cpu = _gpu(options), gpus.this_cpu().calibrated(calibration.read(_STORE))
     jobs = config.grid(options.overrides)
     composed: list[Config | UserError] = []
     for words in jobs:  # a mistake is told before anything slow is imported
@@ -215,15 +217,16 @@ def plan(options: argparse.Namespace) -> None:
         try:
             if isinstance(checked, UserError):
                 raise checked
-            planned.append(plan_report.Planned(words, checked, planner(checked, gpu.device).predict()))
+            on = cpu if checked.device == "cpu" else gpu
+            planned.append(plan_report.Planned(words, checked, planner(checked, on.device).predict(), on))
         except UserError as error:
             if len(jobs) == 1:
                 raise
-            planned.append(plan_report.Planned(words, None, None, str(error)))
+            planned.append(plan_report.Planned(words, None, None, gpu, str(error)))
     if len(planned) == 1:
-        plan_report.show_one(planned[0], gpu, options.price)
+        plan_report.show_one(planned[0], options.price)
     else:
-        plan_report.show_many(planned, gpu, options.price)
+        plan_report.show_many(planned, options.price)
 
 
 def advise(options: argparse.Namespace) -> None:
@@ -261,6 +264,34 @@ def advise(options: argparse.Namespace) -> None:
         plan_report.show_cards(found, why, cards)
 
 
+def calibrate(options: argparse.Namespace) -> None:
+    """What runs took against what was planned for them, by kind of device; plans made here use it from now on."""
+    quiet()
+    from qlora_exp import records
+    from qlora_exp.summary import print_table
+
+    runs = records.find(options.uri, [], options.experiment, "metrics.`plan/memory_ratio` > 0")
+    found, few = calibration.fit(runs)
+    rows = [
+        [
+            one.device,
+            str(one.runs),
+            f"{one.offset_mib:,.0f} MiB + {one.slope:.3f} x the plan",
+            f"{one.median_error:.1%}",
+            f"{one.worst_error:.1%}",
+            "-" if one.flops_per_second is None else f"{one.flops_per_second / 1e9:,.0f}",
+            "-" if one.time_error is None else f"{one.time_error:.0%}",
+        ]
+        for one in found.values()
+    ]
+    headings = ["device", "runs", "memory", "median error", "worst", "GFLOP/s", "time error"]
+    if rows:
+        print_table("each run expected as the others say", headings, rows)
+        print(f"file  {calibration.write(found.values(), _STORE)}, which `plan` and `advise` read")
+    for name, count in few.items():
+        print(f"{name}: {count} runs, too few ({calibration.LEAST_RUNS} or more)")
+
+
 def _gpu(options: argparse.Namespace) -> Gpu:
     """The one that --gpu or --vram say."""
     if options.gpu and options.vram:
@@ -269,7 +300,8 @@ def _gpu(options: argparse.Namespace) -> Gpu:
         raise ConfigError(f"--vram {options.vram:g}: not the memory of a GPU in GiB")
     if options.price is not None and (options.price < 0 or not options.gpu):
         raise ConfigError("--price: an amount an hour of a GPU that is named: --gpu NAME --price AMOUNT")
-    return gpus.find(options.gpu) if options.gpu else gpus.Gpu("GPU", options.vram or 0.0)
+    known = gpus.find(options.gpu) if options.gpu else gpus.Gpu("GPU", options.vram or 0.0)
+    return known.calibrated(calibration.read(_STORE))
 
 
 def _import_planner() -> None:

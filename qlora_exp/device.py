@@ -68,7 +68,7 @@ def detect(requested: str = "auto", bitsandbytes: bool = False) -> Device:
     if (requested == "mps" or (requested == "auto" and not bitsandbytes)) and torch.backends.mps.is_available():
         return Device("mps", "Apple GPU", bf16=False, paging=False)
     if requested in ("auto", "cpu"):
-        return Device("cpu", _cpu_name(), bf16=False, paging=False)
+        return Device("cpu", cpu_name(), bf16=False, paging=False)
     raise ConfigError(f"device={requested}: torch {torch.__version__} finds no such device here; use device=auto")
 
 
@@ -132,7 +132,8 @@ def _auto(value: Any, chosen: Any) -> Any:
     return chosen if value == "auto" else value
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """What the system calls it."""
     import platform
 
     try:

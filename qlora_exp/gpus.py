@@ -1,12 +1,18 @@
-"""What is known of GPUs: memory, arithmetic, bandwidth, as their makers publish them.
+"""What is known of GPUs: memory, arithmetic, bandwidth, as their makers publish them; what runs here said of them.
 
 Sources: NVIDIA's data sheets and architecture papers; memory as the driver reports it. None of these was measured here.
 """
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
-from qlora_exp.device import Device
+import psutil
+
+from qlora_exp.calibration import Calibration
+from qlora_exp.device import Device, cpu_name, detect
 from qlora_exp.errors import ConfigError, did_you_mean
+from qlora_exp.schema import Config
 
 DRIVER_GIB = 0.6
 """Taken on each GPU by the driver's context and the libraries' workspaces: an allowance, not a measurement."""
@@ -14,7 +20,7 @@ DRIVER_GIB = 0.6
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind of GPU."""
+    """One kind of GPU, or this machine's CPU."""
 
     name: str
     memory_gib: float
@@ -23,11 +29,30 @@ class Gpu:
     gb_per_s: float = 0.0
     """Of its memory; 0: not known."""
     bf16: bool = True
+    type: str = "cuda"
+    calibration: Calibration | None = None
 
     @property
     def device(self) -> Device:
         """What a run on it would detect."""
-        return Device("cuda", self.name, bf16=self.bf16, paging=True)
+        return Device(self.type, self.name, bf16=self.bf16, paging=self.type == "cuda")
+
+    @property
+    def rates(self) -> str:
+        """Whose rates its times are at."""
+        if self.calibration and self.calibration.flops_per_second:
+            return f"the median rate of {self.calibration.runs} runs on it"
+        return "the maker's rates"
+
+    def calibrated(self, known: Iterable[Calibration]) -> "Gpu":
+        """With what runs on this kind said, if there were any; a driver says `NVIDIA GeForce RTX 4090`."""
+        parts = set(self.name.removeprefix("rtx").split("-"))
+        for one in known:
+            if one.device == self.name or (
+                self.type == "cuda" and parts <= set(re.split(r"[^a-z0-9]+", one.device.lower()))
+            ):
+                return replace(self, calibration=one)
+        return self
 
 
 GPUS = {
@@ -58,3 +83,25 @@ def find(name: str) -> Gpu:
     if name not in GPUS:
         raise ConfigError(f"--gpu {name}: not known{did_you_mean(name, GPUS)} Known: {', '.join(GPUS)}; or give --vram")
     return GPUS[name]
+
+
+def this_cpu() -> Gpu:
+    """This machine's CPU, whose memory is the machine's."""
+    return Gpu(cpu_name(), round(psutil.virtual_memory().total / 2**30, 1), bf16=False, type="cpu")
+
+
+def here(config: Config, vram: float | None) -> Gpu:
+    """What a run will be on: a GPU of `vram` GiB, or what is here. Touches a GPU that is.
+
+    Raises:
+        ConfigError: the device that `config` asks for is not here.
+    """
+    if vram is not None and config.device != "cpu":
+        return Gpu("GPU", vram)
+    found = detect(config.device, bitsandbytes=config.quantization.bitsandbytes)
+    if found.type == "cpu":
+        return this_cpu()
+    import torch
+
+    memory = torch.cuda.get_device_properties(0).total_memory / 2**30 if found.type == "cuda" else 0.0
+    return Gpu(found.name, round(memory, 1), bf16=found.bf16, type=found.type)

@@ -25,7 +25,7 @@ JOB_FILE = "job.json"
 """What the sweep tells a job beside its config: tags, identity, whether a failure stops the others, its time, ..."""
 _STOP_FILE = "stop"
 _LATE_FILE = "out_of_time"
-GOOD = ("ok", "pruned")
+GOOD = ("ok", "pruned", "unfit")
 """Outcomes that are no failure."""
 
 State = Literal["new", "running", "cut off", "ok", "pruned", "oom", "nan", "timeout", "error"]

@@ -28,7 +28,7 @@ class MemoryMonitor:
         self._open: list[str] = []
         self._reset()
         self.baseline = self._read()
-        """MiB before anything was loaded: the interpreter and its imports."""
+        """MiB before the model is loaded: the interpreter, its imports, the rows."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -106,7 +106,19 @@ def load_model(config: ModelConfig, quantization: QuantizationConfig, resolved: 
     model = _from_pretrained(AutoModelForCausalLM, config, **arguments)
     model.config.use_cache = False  # training has no use for it; generation asks for it itself
     guard_layers(model)
+    if how is not None:
+        _leave_file(model)
     return model
+
+
+def _leave_file(model: PreTrainedModel) -> None:
+    """Let the file go that the weights were read from: what is not quantized would keep all of it in memory.
+
+    safetensors maps a file, and on a CPU its tensors lie in the mapping.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and type(tensor) in (torch.nn.Parameter, torch.Tensor):
+            tensor.data = tensor.data.clone()
 
 
 def load_unquantized(config: ModelConfig) -> PreTrainedModel:

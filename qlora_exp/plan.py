@@ -91,20 +91,21 @@ class Planner:
         with self._explained():
             self._model = weigh(self._build(self._depth), partial(optimizer, resolved.optim, self._on_cuda))
 
-    def predict(self, rows: int | None = None, length: int | None = None, evaluation: bool = True) -> Prediction:
+    def predict(self, rows: int | None = None, length: int | None = None, evaluated: int | None = None) -> Prediction:
         """Memory and work.
 
         Args:
             rows: of a batch; None: as configured.
             length: tokens of its longest row; None: as `max_length` lets it be.
-            evaluation: plan that too.
+            evaluated: tokens of the longest row of evaluation; None: as many; 0: it is not planned.
 
         Raises:
             ConfigError: the length cannot be, or code cannot be planned.
         """
         training = self._config.training
         rows, length = rows or training.per_device_train_batch_size, length or training.max_length
-        self._check(length)
+        evaluated = length if evaluated is None else evaluated
+        self._check(max(length, evaluated))
         batch = self._batch(rows, length)
         if training.packing:
             batch = Batch(1, rows * length, not self._unmasked)
@@ -115,7 +116,7 @@ class Planner:
                 batch,
                 loss=fused_loss,
                 computing=lambda: computing(self._resolved),
-                evaluated=self._batch(training.per_device_eval_batch_size, length) if evaluation else None,
+                evaluated=self._batch(training.per_device_eval_batch_size, evaluated) if evaluated else None,
             )
         phases = play(self._model, step, self._on_cuda, training.gradient_accumulation_steps > 1)
         in_16_bits = self._resolved.bf16 or self._resolved.fp16 or self._resolved.dtype != "float32"

@@ -5,18 +5,14 @@ from dataclasses import dataclass
 
 from qlora_exp.advice import Fit, Option, Sized, choose
 from qlora_exp.allocator import MIB
-from qlora_exp.fit import GIB, WORST_ERROR, room, step_seconds, verdict
+from qlora_exp.fit import GIB, WORST_ERROR, expected, room, step_seconds, verdict, worst_error
 from qlora_exp.footprint import KINDS
 from qlora_exp.gpus import DRIVER_GIB, Gpu
 from qlora_exp.plan import Prediction
 from qlora_exp.schema import Config
 from qlora_exp.summary import print_table
 
-_ROOM = f"each fits though the plan be {WORST_ERROR:.1%} too low, with {DRIVER_GIB} GiB for the driver"
-_BASIS = (
-    "most rows: of training.max_length tokens in a batch; longest row: alone in its batch\n"
-    f"{_ROOM}; evaluation is in batches no larger than these"
-)
+_BASIS = "most rows: of training.max_length tokens; longest row: alone in its batch; evaluated in batches no larger"
 _LEFT_OUT = "left out: generation, data loading, several GPUs; rows are taken to be as long as training.max_length"
 
 
@@ -27,36 +23,37 @@ class Planned:
     words: Sequence[str]
     config: Config | None
     prediction: Prediction | None
+    gpu: Gpu
+    """What it was planned for."""
     why: str = ""
     """Why there is none."""
 
 
-def show_one(planned: Planned, gpu: Gpu, price: float | None) -> None:
+def show_one(planned: Planned, price: float | None) -> None:
     """Print phases and kinds, then what they come to."""
-    config, prediction = planned.config, planned.prediction
+    config, prediction, gpu = planned.config, planned.prediction, planned.gpu
     assert config is not None
     assert prediction is not None
     phases = prediction.phases.values()
     rows = [[kind, *(f"{phase.kinds.get(kind, 0) / MIB:,.0f}" for phase in phases)] for kind in KINDS]
     rows = [row for row in rows if set(row[1:]) != {"0"}]
-    if config.device != "cpu":
+    if gpu.type != "cpu":
         rows.append(["allocator", *(f"{(phase.reserved - phase.allocated) / MIB:,.0f}" for phase in phases)])
     rows.append(["all", *(f"{phase.reserved / MIB:,.0f}" for phase in phases)])
     print_table("MiB at the fullest moment of each phase", ["", *prediction.phases], rows)
     print(f"trained  {prediction.trainable:,} of {prediction.total:,} parameters")
-    print(f"memory   {prediction.peak / GIB:.2f} GiB{_against(prediction, gpu)}")
+    print(f"memory   {expected(prediction, gpu) / GIB:.2f} GiB{_against(prediction, gpu)}")
     if prediction.paged:
         print(f"paged    {prediction.paged / GIB:.2f} GiB of optimizer states besides, on the GPU while there is room")
     flops, traffic = (sum(getattr(work, name) for work in prediction.work) for name in ("flops", "nbytes"))
     print(f"work     {flops / 1e12:,.2f} TFLOP and {traffic / 1e9:,.0f} GB of traffic for a forward and backward pass")
     if (seconds := step_seconds(config, prediction, gpu)) is not None:
-        print(f"time     {_time(config, seconds, price)}, at the maker's rates")
-    if config.device != "cpu":
-        print(f"error    {WORST_ERROR:.1%} at worst for 12 published GPU runs, none with autocast or 4 bits")
+        print(f"time     {_time(config, seconds, price)}, at {gpu.rates}{_time_error(gpu)}")
+    print(f"error    {_error(gpu)}")
     print(_LEFT_OUT)
 
 
-def show_many(planned: Sequence[Planned], gpu: Gpu, price: float | None) -> None:
+def show_many(planned: Sequence[Planned], price: float | None) -> None:
     """Print a line for each run."""
     rows = []
     common = set.intersection(*(set(one.words) for one in planned))
@@ -65,22 +62,25 @@ def show_many(planned: Sequence[Planned], gpu: Gpu, price: float | None) -> None
         if one.config is None or one.prediction is None:
             rows.append([name, "-", "-", one.why])
             continue
+        gpu = one.gpu
         seconds = step_seconds(one.config, one.prediction, gpu)
         rows.append(
             [
                 name,
-                f"{one.prediction.peak / GIB:.2f}",
+                f"{expected(one.prediction, gpu) / GIB:.2f}",
                 verdict(one.prediction, gpu) if gpu.memory_gib else "",
                 "" if seconds is None else _time(one.config, seconds, price),
             ]
         )
     shared = f", all with {' '.join(word for word in planned[0].words if word in common)}" if common else ""
-    print_table(f"{len(rows)} runs{shared}", ["run", "GiB", gpu.name, "at the maker's rates"], rows)
+    print_table(f"{len(rows)} runs{shared}", ["run", "GiB", planned[0].gpu.name, f"at {planned[0].gpu.rates}"], rows)
+    print(f"error    {_error(planned[0].gpu)}")
     print(_LEFT_OUT)
 
 
 def show_card(options: Sequence[Option], why: Mapping[str, str], gpu: Gpu) -> None:
     """Print what each option comes to on one card, and which to choose."""
+    timed = bool(gpu.tflops or (gpu.calibration and gpu.calibration.flops_per_second))
     rows = []
     for option in options:
         planned, fit = option.planned, option.fits[gpu]
@@ -91,22 +91,23 @@ def show_card(options: Sequence[Option], why: Mapping[str, str], gpu: Gpu) -> No
             [
                 option.name,
                 f"{planned.trainable / 1e6:,.1f} M",
-                f"{planned.peak / GIB:.1f}",
+                f"{expected(planned, gpu) / GIB:.1f}",
                 verdict(planned, gpu),
                 f"{fit.rows:,}" if fit.rows else "-",
                 f"{fit.length:,}" if fit.length else "-",
-                *(["" if seconds is None else f"{tokens / seconds:,.0f}"] if gpu.tflops else []),
+                *(["" if seconds is None else f"{tokens / seconds:,.0f}"] if timed else []),
             ]
         )
     training = options[0].config.training
     batch = f"{training.per_device_train_batch_size} rows of {training.max_length} tokens"
     title = f"{options[0].config.model.model_name_or_path} in {gpu.memory_gib:g} GiB ({gpu.name}), batches of {batch}"
-    headings = ["", "trained", "GiB", "", "most rows", "longest row", "tokens/s at best"]
-    print_table(title, headings if gpu.tflops else headings[:-1], rows)
+    headings = ["", "trained", "GiB", "", "most rows", "longest row", "tokens/s"]
+    print_table(title, headings if timed else headings[:-1], rows)
     _show_refused(why)
     if chosen := choose(options, gpu):
         print(f"choose   {chosen}")
-    print(_BASIS)
+    print(f"{_BASIS}; tokens/s at {gpu.rates}" if timed else _BASIS)
+    _show_room(gpu)
 
 
 def show_cards(options: Sequence[Option], why: Mapping[str, str], cards: Sequence[Gpu]) -> None:
@@ -120,6 +121,7 @@ def show_cards(options: Sequence[Option], why: Mapping[str, str], cards: Sequenc
     print_table(title, ["GiB", *(option.name for option in options), "choose"], rows)
     _show_refused(why)
     print(_BASIS)
+    _show_room(cards[0])
 
 
 def show_models(models: Sequence[Sized], cards: Sequence[Gpu]) -> None:
@@ -134,7 +136,7 @@ def show_models(models: Sequence[Sized], cards: Sequence[Gpu]) -> None:
         rows.append([f"{card.memory_gib:g}", *cells])
     print_table("the largest model for a card", ["GiB", *names], rows)
     print("of", ", ".join(f"{_billions(model)} {model.name}" for model in models))
-    print(_ROOM)
+    _show_room(cards[0])
 
 
 def _billions(model: Sized) -> str:
@@ -154,6 +156,27 @@ def _against(prediction: Prediction, gpu: Gpu) -> str:
     if not gpu.memory_gib:
         return " (--gpu NAME or --vram GIB says whether it fits)"
     return f"; {verdict(prediction, gpu)} in {gpu.memory_gib:g} GiB ({gpu.name}) with {DRIVER_GIB} GiB for the driver"
+
+
+def _error(gpu: Gpu) -> str:
+    if (known := gpu.calibration) is not None:
+        return (
+            f"median {known.median_error:.1%}, worst {known.worst_error:.1%} of {known.runs} runs on {known.device}, "
+            f"each expected as the others say: {known.offset_mib:,.0f} MiB + {known.slope:.3f} x the plan"
+        )
+    if gpu.type == "cpu":
+        return "not known: the plan is of tensors only (`qlora-exp calibrate` learns from runs what is taken besides)"
+    return f"{WORST_ERROR:.1%} at worst for 12 published GPU runs, none with autocast or 4 bits"
+
+
+def _time_error(gpu: Gpu) -> str:
+    if gpu.calibration and gpu.calibration.time_error is not None:
+        return f" (up to {gpu.calibration.time_error:.0%} off)"
+    return ""
+
+
+def _show_room(gpu: Gpu) -> None:
+    print(f"fits     if what is expected is {worst_error(gpu):.1%} too low, with {DRIVER_GIB} GiB for the driver")
 
 
 def _time(config: Config, seconds: float, price: float | None) -> str:

@@ -37,6 +37,7 @@ _COLUMNS = (
     ("tokens/GB/s", "tokens_per_gb_second", ",.1f"),
     ("J", "energy_joules", ",.0f"),
     ("saved MB", "model_bytes", ",.1f"),
+    ("taken/planned", "plan/memory_ratio", ".2f"),
 )
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>

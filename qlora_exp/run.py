@@ -86,6 +86,7 @@ def run(
 
     from qlora_exp import (
         adapters,
+        calibration,
         efficiency,
         evaluation,
         initialization,
@@ -116,17 +117,11 @@ def run(
         tracker.tags({f"hardware.{key}": value for key, value in provenance.hardware().items()})
         reuse_freed_memory()
         peak_flops = efficiency.peak_flops(resolved.device, computes_in(resolved))
-        memory = MemoryMonitor(resolved.device)
         metrics: dict[str, float] = {}
 
         def note(values: Mapping[str, float]) -> None:
             metrics.update(values)
             tracker.metrics(values)
-
-        def note_memory() -> None:
-            note({f"memory/{key}": value for key, value in memory.summary().items()})
-
-        at_the_end.callback(note_memory)  # after a failure too: of what ran out of memory it is asked first
 
         # Tokens, refused early.
         tokenizer = model.load_tokenizer(config.model)
@@ -163,6 +158,19 @@ def run(
             digest = data.fingerprint(found)
             tracker.params({f"data.{part}_rows": len(found), f"data.{part}_fingerprint": digest})
             tracker.dataset(f"{source.name}-{part}", digest, source.path, part, len(found))
+
+        # What it will take, then what it takes.
+        if config.tracking.plan:
+            most = config.training.max_length
+            longest, evaluated = (max(map(len, tokens["input_ids"])) for tokens in (train_tokens, heldout_tokens))
+            note(calibration.plan_run(config, resolved, min(longest, most), min(evaluated, most)))
+        memory = MemoryMonitor(resolved.device)
+
+        def note_memory() -> None:
+            note({f"memory/{key}": value for key, value in memory.summary().items()})
+            note(calibration.ratio(metrics))
+
+        at_the_end.callback(note_memory)  # after a failure too: of what ran out of memory it is asked first
 
         # Model and adapter, with the seed set before anything is drawn.
         set_seed(config.seed)

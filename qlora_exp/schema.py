@@ -377,6 +377,8 @@ class TrackingConfig(Section):
     """Keep the trained adapter in MLflow as a logged model."""
     log_full_model: bool = False
     """The same for a full fine-tune, which is as large as the base model."""
+    plan: bool = True
+    """Plan the run's memory before it begins (about two seconds), to be logged beside what it takes."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -403,6 +405,10 @@ class SweepConfig(Section):
     """Which ended jobs to run again, from the start. Those that were cut off always go on."""
     dry_run: bool = False
     """List the jobs and what would happen to each; run nothing."""
+    unfit: Literal["run", "skip", "refuse"] = "run"
+    """What becomes of jobs that are planned not to fit their device; refuse runs no job if there is one."""
+    vram: Annotated[float, Field(gt=0)] | None = None
+    """GiB of the GPU that jobs will have, for `unfit`; null: of the device that is here."""
 
 
 class SearchConfig(Section):

@@ -59,6 +59,9 @@ def _cost(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
             rows.append((f"peak memory, {phase} ({source})", f"{metrics[key]:,.0f} MiB"))
     if (key := f"memory/baseline/{source}_mib") in metrics:
         rows.append(("memory before loading (imports)", f"{metrics[key]:,.0f} MiB"))
+    if "plan/memory_ratio" in metrics:
+        planned, times = metrics["plan/peak_mib"], metrics["plan/memory_ratio"]
+        rows.append(("planned memory", f"{planned:,.0f} MiB without imports; x{times:.2f} was taken"))
     return [*rows, ("saved model", f"{metrics['model_bytes'] / 1e6:,.1f} MB")]
 
 

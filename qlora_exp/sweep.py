@@ -69,6 +69,7 @@ class Sweep:
         self._launch = launch
         self._jobs: dict[str, Job] = {}
         self._elsewhere: dict[str, dict[str, Any]] = {}
+        self._unfit: dict[str, str] = {}
         self._parent: Any = None
 
     def __enter__(self) -> Self:
@@ -133,6 +134,7 @@ class Sweep:
                 for job in new
                 if job.key in self._elsewhere
             }
+        plan |= self._screen([job for job in jobs if plan[job.key][0] != "skip"])
         waiting = [job for job in jobs if plan[job.key][0] != "skip"]
         show_plan(jobs, plan, self.folder)
         if not waiting or self._settings.dry_run:
@@ -153,6 +155,25 @@ class Sweep:
             left = self._launch_some(waiting)
             while left and len(left) < len(waiting) and not stopped(self.folder):  # a launcher that gave up
                 waiting, left = left, self._launch_some(left)
+
+    def _screen(self, waiting: Sequence[Job]) -> dict[str, tuple[Action, str]]:
+        """What becomes of those that would not fit their device, if that is asked for.
+
+        Raises:
+            SweepError: they are refused.
+        """
+        if self._settings.unfit == "run" or not waiting:
+            return {}
+        from qlora_exp import screening
+
+        log.info("planning %d jobs", len(waiting))
+        why = screening.unfit([job.config for job in waiting], self._settings.vram)
+        found = {job.key: said for job, said in zip(waiting, why, strict=True) if said}
+        if found and self._settings.unfit == "refuse":
+            told = "\n".join(f"{job.name}: {found[job.key]}" for job in waiting if job.key in found)
+            raise SweepError(f"sweep.unfit=refuse, and so nothing was run:\n{told}")
+        self._unfit |= found
+        return {key: ("skip", said) for key, said in found.items()}
 
     def _open(self, job: Job) -> None:
         """The MLflow run that the jobs are children of; a sweep's own folder has its journal."""
@@ -205,6 +226,8 @@ class Sweep:
         if job.key in self._elsewhere:
             return self._elsewhere[job.key]
         found, last = state(job.folder)
+        if found == "new" and job.key in self._unfit:
+            return {"outcome": "unfit", "failure": self._unfit[job.key]}
         return {"outcome": "not started" if found == "new" else found, **last}
 
     def rows(self) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ QUICK = [
     "unrelated=none",
     "evaluation.generate_rows=2",
     "evaluation.max_new_tokens=4",
+    "tracking.plan=false",
 ]
 """A run of a few seconds."""
 

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -76,3 +78,11 @@ def test_a_gated_model_asks_for_a_token(monkeypatch):
         match=r"gated: accept its licence at https://huggingface.co/meta-llama/x, then set HF_TOKEN",
     ):
         model_module.load_tokenizer(ModelConfig(model_name_or_path="meta-llama/x"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_a_quantized_model_lets_the_file_go_that_it_was_read_from():
+    _, _, model = load("method=qlora")
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if ".safetensors" in line]
+    mapped = [range(*(int(end, 16) for end in line[0].split("-"))) for line in lines]
+    assert not [name for name, tensor in model.named_parameters() if any(tensor.data_ptr() in one for one in mapped)]

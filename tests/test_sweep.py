@@ -340,3 +340,48 @@ def test_a_job_whose_data_were_edited_meanwhile_is_refused(jobs, mlflow, jsonl):
 def test_what_to_do_about_a_sweep_is_said(outcomes: list[str], expected: str):
     assert _advice(outcomes).startswith(expected)
     assert bool(_advice(outcomes)) is bool(expected)
+
+
+def test_jobs_that_do_not_fit_are_skipped_and_no_failure(jobs, mlflow, capsys, monkeypatch):
+    from qlora_exp import screening
+
+    asked = []
+
+    def unfit(configs, vram):
+        asked.append((len(configs), vram))
+        return ["" if one.seed == 1 else "does not fit: 99 GiB" for one in configs]
+
+    monkeypatch.setattr(screening, "unfit", unfit)
+    some = jobs("seed", ["1", "2"], "sweep.unfit=skip", "sweep.vram=8")
+    execute(some)
+    assert asked == [(2, 8.0)]
+    shown = capsys.readouterr().out
+    assert shown.count("does not fit: 99 GiB") == 2  # before and after
+    _, runs = mlflow()
+    assert len(runs) == 1
+    execute(some, never)  # what is done is not planned again, and what does not fit is skipped again
+    assert asked == [(2, 8.0), (1, 8.0)]
+
+
+def test_a_sweep_of_nothing_that_fits_runs_nothing(jobs, monkeypatch):
+    from qlora_exp import screening
+
+    monkeypatch.setattr(screening, "unfit", lambda configs, vram: ["too large"] * len(configs))
+    some = jobs("seed", ["1", "2"], "sweep.unfit=skip")
+    execute(some, never)
+    assert not some[0].folder.parent.exists()
+
+
+def test_jobs_that_do_not_fit_may_be_refused(jobs, monkeypatch):
+    from qlora_exp import screening
+
+    monkeypatch.setattr(screening, "unfit", lambda configs, vram: ["", "does not fit: 99 GiB"])
+    with pytest.raises(SweepError, match="nothing was run:\nseed=2: does not fit: 99 GiB"):
+        execute(jobs("seed", ["1", "2"], "sweep.unfit=refuse"), never)
+
+
+def test_jobs_are_not_planned_unless_asked(jobs, monkeypatch):
+    from qlora_exp import screening
+
+    monkeypatch.setattr(screening, "unfit", never)
+    execute(jobs("seed", ["1"]))

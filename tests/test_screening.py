@@ -1,0 +1,20 @@
+"""Jobs that would not fit are told apart by planning them."""
+
+from qlora_exp.config import compose
+from qlora_exp.screening import unfit
+
+TINY = [
+    "model=tiny_llama",
+    "+model.architecture={_name_or_path: random:llama, model_type: llama, num_hidden_layers: 2}",
+    "training.max_length=64",
+    "method=lora",
+]
+
+
+def test_what_does_not_fit_says_what_it_takes_and_what_cannot_be_planned_is_run():
+    large = "++model.architecture.hidden_size=8192"
+    configs = [compose([*TINY, *words]) for words in ([], [large], ["optimizer=lorafa"])]
+    small, too_large, unknown = unfit(configs, 4.0)
+    assert (small, unknown) == ("", "")
+    assert too_large.startswith("does not fit: ")
+    assert too_large.endswith("GPU has 4")
