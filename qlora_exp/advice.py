@@ -4,6 +4,7 @@ Nothing here is a formula or a table of experience. Knows nothing of recorded ru
 """
 
 import multiprocessing
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -30,7 +31,7 @@ METHODS = {
     "QLoRA": ["method=qlora"],
 }
 """What is compared unless methods are named."""
-_FORK = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+_START = "fork" if sys.platform == "linux" else "spawn"  # elsewhere libraries do not survive a fork
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def _at_once(
 ) -> tuple[list[Option], dict[str, str]]:
     """Options, worked out side by side on all cores, and why others could not be."""
     found, why = [], {}
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context(_FORK)) as pool:
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context(_START)) as pool:
         waiting = {job[0]: pool.submit(_option, *job) for job in jobs}
         for number, (name, future) in enumerate(waiting.items(), start=1):
             try:

@@ -305,6 +305,7 @@ def _gpu(options: argparse.Namespace) -> Gpu:
 
 
 def _import_planner() -> None:
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing is compiled, and its imports take a second
     gc.disable()  # a fifth of the imports' time
     from transformers.utils import logging as transformers_logging
 

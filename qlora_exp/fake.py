@@ -110,7 +110,9 @@ class Recorder(TorchDispatchMode):
         """Run an operation; note what it made and what it cost."""
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:
-            return 1  # a choice that depends on values: as if it were true
+            return (
+                0 if getattr(args[0], "says_any", False) else 1
+            )  # a choice that depends on values: all are so, and none is not
         if (within := _WITHIN.get(str(func.overloadpacket))) is not None:
             workspace = self._count = self._count + 1
             nbytes = within(*args, **kwargs)
@@ -119,6 +121,8 @@ class Recorder(TorchDispatchMode):
                 Event(self.group, -workspace, -nbytes),
             ]
         found = func(*args, **kwargs)
+        if func.overloadpacket is torch.ops.aten.any:
+            found.says_any = True
         for leaf in tree_leaves(found):
             if isinstance(leaf, torch.Tensor):
                 self.add(leaf)
@@ -143,13 +147,19 @@ _WITHIN: dict[str, Callable[..., int]] = {"bitsandbytes.gemm_4bit": _dequantized
 """Bytes that an operation takes for its own use, where that is much."""
 
 
-def materialize(model: torch.nn.Module, mode: FakeTensorMode) -> None:
-    """Put fake CPU tensors in the place of a model's parameters and buffers on the meta device; ties stay."""
+def materialize(model: torch.nn.Module, mode: FakeTensorMode, frozen: bool = True) -> None:
+    """Put fake CPU tensors in the place of a model's parameters and buffers on the meta device; ties stay.
+
+    Args:
+        model: whose.
+        mode: of the fake tensors.
+        frozen: those that do not train too.
+    """
     made: dict[int, Any] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
-                if tensor is None:
+                if tensor is None or not (frozen or tensor.requires_grad):
                     continue
                 if id(tensor) not in made:
                     made[id(tensor)] = _like(tensor, mode)

@@ -71,7 +71,6 @@ class Planner:
             ModelError: the architecture is not known here.
         """
         for key, asked in (
-            ("optimizer.lora_optimizer=lorafa", config.optimizer.lora_optimizer == "lorafa"),
             ("training.torch_compile=true", config.training.torch_compile),
             ("device=mps", resolved.device == "mps"),
         ):
@@ -88,8 +87,10 @@ class Planner:
         self.positions: int | None = getattr(self._architecture, "max_position_embeddings", None)
         """Tokens of the longest row that the model takes; None if it does not say."""
         self._check(config.training.max_length)
+        name = "lorafa" if config.optimizer.lora_optimizer == "lorafa" else resolved.optim
         with self._explained():
-            self._model = weigh(self._build(self._depth), partial(optimizer, resolved.optim, self._on_cuda))
+            whole = build_model(config, resolved, self._architecture, self._depth)
+            self._model = weigh(whole, partial(optimizer, name, self._on_cuda))
 
     def predict(self, rows: int | None = None, length: int | None = None, evaluated: int | None = None) -> Prediction:
         """Memory and work.
@@ -123,7 +124,11 @@ class Planner:
         return Prediction(phases, step.work, *self._model.parameters, self._model.paged, in_16_bits)
 
     def _build(self, layers: int) -> Any:
-        return build_model(self._config, self._resolved, self._architecture, layers)
+        model = build_model(self._config, self._resolved, self._architecture, layers)
+        if self._config.optimizer.lora_optimizer == "lorafa":  # as the optimizer does, which is not there yet
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
+        return model
 
     def _check(self, length: int) -> None:
         if self.positions is not None and length > self.positions:

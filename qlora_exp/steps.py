@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from peft import PeftType
+from peft.optimizers import create_lorafa_optimizer
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.optimization import Adafactor
 
 from qlora_exp import adapters, quantization
-from qlora_exp.errors import ConfigError
 from qlora_exp.fake import LAYERS, Event, IrregularError, Recorder, Work, deepen, layers_marked, materialize
 
 _EIGHT_BIT = {"adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1, "paged_lion_8bit": 1}
@@ -70,12 +71,9 @@ def optimizer(name: str, many: bool, model: Any) -> Kept:
     """The run's.
 
     Args:
-        name: transformers' name of it.
+        name: transformers' name of it, or lorafa.
         many: all parameters in one operation, as torch chooses on a GPU.
         model: whose parameters it trains.
-
-    Raises:
-        ConfigError: what it keeps is not known.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [{"params": [one for one in parameters if (one.ndim > 1) is decays]} for decays in (True, False)]
@@ -92,7 +90,12 @@ def optimizer(name: str, many: bool, model: Any) -> Kept:
             kept.run = torch.optim.RMSprop(groups, foreach=many)
         case "adagrad":
             kept.run = torch.optim.Adagrad(groups, foreach=many)
-        case _ if name in _EIGHT_BIT or name in _FOUR_BYTES:
+        case "adafactor":  # as transformers sets it up
+            kept.run = Adafactor(groups, lr=1e-3, scale_parameter=False, relative_step=False)
+        case "lorafa":
+            lora: Any = model.active_peft_config
+            kept.run = create_lorafa_optimizer(model, lora.r, lora.lora_alpha, lr=1e-3)
+        case _:  # bitsandbytes'
             tables = {id(layer.weight) for layer in model.modules() if isinstance(layer, torch.nn.Embedding)}
             for one in parameters:
                 sizes = _states(name, one.numel(), id(one) in tables)
@@ -100,8 +103,6 @@ def optimizer(name: str, many: bool, model: Any) -> Kept:
                     kept.paged += sum(sizes)
                 else:
                     kept.nbytes += sizes
-        case _:
-            raise ConfigError(f"optimizer.optim={name} cannot be planned yet: choose adamw_torch")
     return kept
 
 
@@ -123,11 +124,11 @@ def _importances(model: Any) -> list[int]:
 
 def weigh(whole: Any, optimizer: Callable[[Any], Kept]) -> Model:
     """What a model on the meta device keeps, and its optimizer's steps, on fake tensors."""
-    static, parameters = [*_static(whole)], adapters.count_parameters(whole)
+    static = [*_static(whole)]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    materialize(whole, mode)
+    materialize(whole, mode, frozen=False)
     kept = optimizer(whole)
-    return Model(static, _updates(kept, whole, mode), parameters, kept.paged)
+    return Model(static, _updates(kept, whole, mode), adapters.count_parameters(whole), kept.paged)
 
 
 def record(
@@ -239,7 +240,7 @@ def _updates(kept: Kept, model: Any, mode: FakeTensorMode) -> list[list[Event]]:
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
     recorder = Recorder()
-    recorder.ignore([*trained, *(parameter.grad for parameter in trained if parameter.grad is not None)])
+    recorder.ignore([*model.parameters(), *(parameter.grad for parameter in trained if parameter.grad is not None)])
     steps = []
     for kind in ("optimizer", "temporary"):
         with mode, recorder, _nothing_collected():

@@ -120,8 +120,6 @@ def test_a_real_run_takes_what_was_predicted(words: list[str], tmp_path: Path):
     ("words", "error", "says"),
     [
         (["quantization=quanto_int4", "method=lora"], ConfigError, "cannot be planned yet"),
-        (["method=lora", "optimizer=lorafa"], ConfigError, "lorafa cannot be planned"),
-        (["method=lora", "optimizer.optim=adafactor"], ConfigError, "optim=adafactor cannot be planned yet"),
         (["method=lora", "++model.architecture.max_position_embeddings=32"], ConfigError, "has 32 positions"),
         (["method=lora", "++model.architecture.model_type=lama"], ModelError, "model.architecture"),
         (["method=boft"], ConfigError, "method=boft cannot be planned .its code looks at values"),
@@ -201,3 +199,21 @@ def test_a_gpu_that_cannot_be_is_refused(arguments: list[str], says: str, capsys
 def test_layer_norms_in_float32_are_recomputed_so():
     config = compose(["model=opt_125m", "method=lora", "training.max_length=32"])
     assert plan.planner(config, GPU).predict().peak > 2 * 125_000_000
+
+
+def test_lorafa_trains_and_keeps_states_of_one_of_two_matrices():
+    both, one = (predicted("method=lora", f"optimizer={name}") for name in ("adamw_torch", "lorafa"))
+    assert one.trainable == LAYERS * 16 * (4 * HIDDEN + 2 * INNER + HIDDEN)  # every B
+    assert one.phases["evaluation"].kinds["optimizer"] == 2 * 4 * one.trainable
+    assert both.trainable == one.trainable + LAYERS * 16 * (6 * HIDDEN + INNER)
+    assert one.peak <= both.peak
+
+
+def test_adafactor_keeps_a_row_and_a_column_of_each_matrix():
+    kinds = predicted("method=full", "optimizer.optim=adafactor", "model.dtype=float32").phases["evaluation"].kinds
+    matrices = LAYERS * (4 * 2 * HIDDEN + 3 * (HIDDEN + INNER)) + 2 * (VOCABULARY + HIDDEN)
+    assert 4 * matrices <= kinds["optimizer"] < 4.5 * (matrices + (2 * LAYERS + 1) * HIDDEN)
+
+
+def test_what_is_asked_of_values_is_denied_if_it_asks_for_any():
+    assert predicted("method=vblora").trainable > 0  # it looks for infinities

@@ -13,7 +13,7 @@ TINY = [
 
 def test_what_does_not_fit_says_what_it_takes_and_what_cannot_be_planned_is_run():
     large = "++model.architecture.hidden_size=8192"
-    configs = [compose([*TINY, *words]) for words in ([], [large], ["optimizer=lorafa"])]
+    configs = [compose([*TINY, *words]) for words in ([], [large], ["method=boft"])]
     small, too_large, unknown = unfit(configs, 4.0)
     assert (small, unknown) == ("", "")
     assert too_large.startswith("does not fit: ")

@@ -1,0 +1,84 @@
+"""Predicted against published GPU memory: LitGPT's resource tables for LoRA of Llama 2 (one A100 of 40 GB).
+
+    python benchmarks/published_litgpt.py
+
+What they ran (LitGPT, tutorials/resource-tables.md and its `finetune/lora.py` of then): bfloat16 weights without
+autocast, LoRA r=8 on queries and values, dropout 0.05, no checkpointing, torch's AdamW, the longest row of 1,304 tokens; the figure is
+torch's `max_memory_allocated` in GB. Nothing is fitted. Transformers' Llama stands for theirs. With 4 bits they used
+bitsandbytes 0.41, which kept the input of each layer for the backward pass, though it has no use for it; that is added.
+"""
+
+from statistics import median
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from qlora_exp import quantization, steps
+from qlora_exp.config import compose
+from qlora_exp.device import Device, resolve
+from qlora_exp.footprint import play
+from qlora_exp.model import model_config
+from qlora_exp.quiet import quiet
+
+TOKENS = 1304
+PUBLISHED = {
+    ("llama2_7b", "none", 1): 21.30,
+    ("llama2_7b", "nf4", 1): 14.14,
+    ("llama2_7b", "nf4_double", 1): 13.84,
+    ("llama2_7b", "none", 2): 29.07,
+    ("llama2_13b", "none", 1): 38.12,
+    ("llama2_13b", "nf4", 1): 23.14,
+    ("llama2_13b", "nf4_double", 1): 22.55,
+}
+"""Model, how it is stored, rows at once: GB."""
+
+
+def loss(model, ids, mask):
+    """In bfloat16, as theirs; all logits."""
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
+
+
+def allocated(name: str, stored: str, rows: int) -> float:
+    """Bytes at the fullest."""
+    words = [f"model={name}", "model.dtype=bfloat16", f"quantization={stored}"]
+    config = compose([*words, "method=lora" if stored == "none" else "method=qlora"])
+    resolved = resolve(config, Device("cuda", "GPU", bf16=True, paging=True))
+    architecture = model_config(config.model)
+
+    def build(layers: int):
+        values = architecture.to_dict() | {"num_hidden_layers": layers}
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(
+                type(architecture)(**values), dtype=torch.bfloat16, attn_implementation="sdpa"
+            )
+            quantization.quantize_meta(base, config.quantization, resolved)
+            model = get_peft_model(base, LoraConfig(r=8, lora_dropout=0.05, target_modules=["q_proj", "v_proj"]))
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.to(torch.bfloat16)
+        return model
+
+    depth = architecture.num_hidden_layers
+    model = steps.weigh(build(depth), lambda whole: steps.optimizer("adamw_torch", True, whole))
+    step = steps.record(build, depth, steps.Batch(rows, TOKENS, masked=False), loss=loss)
+    found = max(phase.allocated for phase in play(model, step, True, True).values())
+    if stored != "none":  # in bfloat16: what goes into attention, its output layer, the MLP, and the MLP's last layer
+        found += 2 * rows * TOKENS * depth * (3 * architecture.hidden_size + architecture.intermediate_size)
+    return found
+
+
+def main() -> None:
+    """Predict, compare."""
+    quiet()
+    errors = []
+    for (name, stored, rows), published in PUBLISHED.items():
+        found = allocated(name, stored, rows) / 1e9
+        errors.append(abs(found / published - 1))
+        print(f"{name:12} {stored:12} {rows}  {found:6.2f} GB, published {published:6.2f}  {found / published - 1:+.1%}")
+    print(f"median error {median(errors):.1%}, worst {max(errors):.1%}")
+
+
+if __name__ == "__main__":
+    main()
