@@ -3,10 +3,10 @@
     python benchmarks/published_litgpt.py
 
 What they ran (LitGPT, tutorials/resource-tables.md and its `finetune/lora.py` of then): bfloat16 weights without
-autocast, LoRA r=8 on queries and values, dropout 0.05, no checkpointing, torch's AdamW, the longest row of 1,304 tokens;
-the figure is torch's `max_memory_allocated` in GB. Nothing is fitted. Transformers' Llama stands for theirs. With 4 bits
-they used bitsandbytes 0.41, which kept the input of each layer for the backward pass, though it has no use for it; that
-is added.
+autocast, LoRA r=8 on queries and values, dropout 0.05, no checkpointing, torch's AdamW, a longest row of 1,304 tokens;
+the figure is torch's `max_memory_allocated` in GB. Nothing is fitted, and transformers' Llama stands for theirs. With 4
+bits they used bitsandbytes 0.41, which kept the input of each layer for the backward pass, though it has no use for it;
+that is added.
 """
 
 from statistics import median
