@@ -1,23 +1,26 @@
 """What fits a card: which methods, the largest batch, the longest rows, the largest model. Found by planning many runs.
 
-Nothing here is a formula or a table of experience. Knows nothing of recorded runs.
+Nothing here is a formula or a table of experience. Knows nothing of recorded runs; imports nothing heavy until it
+plans.
 """
 
-import multiprocessing
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import TYPE_CHECKING
 
 import yaml
 
+from qlora_exp import beside
 from qlora_exp import config as configs
-from qlora_exp.errors import UserError
+from qlora_exp.errors import ConfigError, UserError
 from qlora_exp.fit import GIB, expected, room, step_seconds
 from qlora_exp.gpus import Gpu
-from qlora_exp.plan import Planner, Prediction, planner
 from qlora_exp.schema import Config
+
+if TYPE_CHECKING:
+    from qlora_exp.plan import Planner, Prediction
 
 CARDS = (4, 6, 8, 12, 16, 24, 40, 48, 80)
 """GiB of those that are sold."""
@@ -31,6 +34,8 @@ METHODS = {
     "QLoRA": ["method=qlora"],
 }
 """What is compared unless methods are named."""
+_SET = sorted({word.split("=")[0] for words in METHODS.values() for word in words} | {"quantization"})
+"""Keys that tell METHODS apart."""
 _START = "fork" if sys.platform == "linux" else "spawn"  # elsewhere libraries do not survive a fork
 
 
@@ -50,14 +55,36 @@ class Option:
 
     name: str
     config: Config
-    planned: Prediction
-    """As configured, without evaluation."""
+    planned: "Prediction"
+    """As configured."""
     fits: dict[Gpu, Fit] = field(default_factory=dict)
 
 
 def cards(gpu: Gpu) -> list[Gpu]:
     """That GPU, or if its memory is not given, one of each size that is sold."""
     return [gpu] if gpu.memory_gib else [replace(gpu, memory_gib=size) for size in CARDS]
+
+
+def check(overrides: Sequence[str], models: bool) -> None:
+    """Refuse what cannot be advised on, before anything slow is imported.
+
+    Raises:
+        ConfigError: why.
+    """
+    keys = {word.split("=")[0].lstrip("+~") for word in overrides}
+    if models and keys & {"model", "model.model_name_or_path", "method"}:
+        raise ConfigError("advise --models: finds the models, for each method; leave out model= and method=")
+    jobs = configs.grid(overrides)
+    if "method" not in keys:
+        if told := keys & {*_SET}:
+            raise ConfigError(
+                f"advise compares what differs in {', '.join(told)}; name the methods too: method=lora,qlora"
+            )
+        if len(jobs) > 1:
+            raise ConfigError("advise takes lists with the methods named: method=lora,qlora")
+    for words in jobs:
+        if configs.compose(words).device not in ("auto", "cuda"):
+            raise ConfigError("advise is about GPUs: leave out device=; `qlora-exp plan device=cpu` plans a CPU run")
 
 
 def options(
@@ -76,13 +103,13 @@ def options(
     """
     if any(word.startswith("method=") for word in overrides):
         jobs = configs.grid(overrides)
-        common = set.intersection(*map(set, jobs))
-        named = {" ".join(word for word in job if word not in common) or overrides[0]: job for job in jobs}
+        common = set.intersection(*map(set, jobs)) - {word for word in overrides if word.startswith("method=")}
+        named = {" ".join(word for word in job if word not in common): job for job in jobs}
     else:
         named = {name: [*words, *overrides] for name, words in METHODS.items()}
     found, why = _at_once([(name, words, gpu, cards) for name, words in named.items()], report)
     if not found:
-        raise UserError("\n".join(f"{name}: {said}" for name, said in why.items()))
+        raise UserError("\n".join(dict.fromkeys(why.values())))
     return found, why
 
 
@@ -91,27 +118,29 @@ def _at_once(
 ) -> tuple[list[Option], dict[str, str]]:
     """Options, worked out side by side on all cores, and why others could not be."""
     found, why = [], {}
-    with ProcessPoolExecutor(mp_context=multiprocessing.get_context(_START)) as pool:
-        waiting = {job[0]: pool.submit(_option, *job) for job in jobs}
-        for number, (name, future) in enumerate(waiting.items(), start=1):
+    with beside.workers(len(jobs), _START) as pool:
+        waiting = beside.each(pool, _option, jobs)
+        for number, (job, future) in enumerate(zip(jobs, waiting, strict=True), start=1):
             try:
                 found.append(future.result())
             except UserError as error:
-                why[name] = str(error)
+                why[job[0]] = str(error)
             report(f"{number} of {len(jobs)}")
     return found, why
 
 
 def _option(name: str, words: Sequence[str], gpu: Gpu, cards: Sequence[Gpu]) -> Option:
     """An option and how far it goes on each card."""
+    from qlora_exp.plan import planner
+
     config = configs.compose(words)
     plans = planner(config, gpu.device)
-    option = Option(name, config, plans.predict(evaluated=0))
+    option = Option(name, config, plans.predict())
     option.fits.update(_fits(option, plans, cards))
     return option
 
 
-def _fits(option: Option, plans: Planner, cards: Sequence[Gpu]) -> dict[Gpu, Fit]:
+def _fits(option: Option, plans: "Planner", cards: Sequence[Gpu]) -> dict[Gpu, Fit]:
     training = option.config.training
     asked, length = training.per_device_train_batch_size, training.max_length
     most = (plans.positions or 131_072) // LENGTH_STEP
@@ -135,59 +164,58 @@ def _fits(option: Option, plans: Planner, cards: Sequence[Gpu]) -> dict[Gpu, Fit
 
 
 def largest(need: Callable[[int], float], room: float, most: int, known: int) -> int:
-    """The largest of 1 to `most` whose need is within `room`; 0 if none is.
+    """A count up to `most` whose need is within `room`, while that of one more is not; 0 if none was found.
 
-    Needs grow nearly in proportion, or faster: the next guess lies where a line through two needs says.
+    Needs grow nearly in proportion: the next guess lies where a line through two needs says.
 
     Args:
         need: of a count; asked as seldom as can be.
         room: for it.
         most: the largest to look at.
-        known: a count whose need is known already: 1 and it are where the search begins.
+        known: a count whose need is known already: it and 1 are where the search begins.
     """
-    if most < 1 or need(1) > room:
+    known = max(1, min(known, most))
+    starts = [count for count in {1, known} if most > 0 and need(count) <= room]
+    if not starts:
         return 0
-    low, high = 1, most + 1
-    guess = min(max(known, 2), most)
+    low = max(starts)
+    high = most + 1 if low == known else known
+    slope = (need(known) - need(1)) / (known - 1) if known > 1 else 0.0
     while high - low > 1:
-        fits = need(guess) <= room
-        slope = (need(guess) - need(low)) / (guess - low)
-        low, high = (guess, high) if fits else (low, guess)
-        left = room - need(low)
-        if fits and slope > left:  # nor does one more fit
-            break
-        ahead = int(left / slope) if slope > 0 else low
+        ahead = int((room - need(low)) / slope) if slope > 0 else low
         guess = min(max(low + ahead, low + 1), high - 1)
+        slope = (need(guess) - need(low)) / (guess - low)
+        low, high = (guess, high) if need(guess) <= room else (low, guess)
     return low
 
 
-def choose(options: Sequence[Option], gpu: Gpu) -> str:
-    """LoRA or QLoRA, and why; empty if one of them is not among the options."""
+def choose(options: Sequence[Option], gpu: Gpu) -> tuple[str, str]:
+    """LoRA, QLoRA or neither, and why; nothing if one of them is not among the options."""
     known = {option.name: option for option in options}
     if not {"LoRA", "QLoRA"} <= known.keys():
-        return ""
+        return "", ""
     lora, qlora = known["LoRA"], known["QLoRA"]
-    gib = {name: expected(known[name].planned, gpu) / GIB for name in ("LoRA", "QLoRA")}
+    gib = {name: f"{expected(known[name].planned, gpu) / GIB:.1f}" for name in ("LoRA", "QLoRA")}
     wanted, length = lora.config.training.per_device_train_batch_size, lora.config.training.max_length
-    if lora.fits[gpu].rows:
-        why = "LoRA: it fits, so nothing is lost to 4 bits; "
-        why += f"QLoRA would take {gib['QLoRA']:.1f} GiB, not {gib['LoRA']:.1f}"
+    if rows := lora.fits[gpu].rows:
+        why = f"it fits, so nothing is lost to 4 bits; QLoRA would take {gib['QLoRA']} GiB, not {gib['LoRA']}"
         times = [step_seconds(option.config, option.planned, gpu) for option in (lora, qlora)]
         if times[0] and times[1]:
             why += f", and {times[1] / times[0] - 1:+.0%} time at {gpu.rates}"
-        return why + _fewer(lora.fits[gpu].rows, wanted)
-    if qlora.fits[gpu].rows:
-        why = f"QLoRA: LoRA does not fit with one row of {length} tokens (it takes {gib['LoRA']:.1f} GiB with {wanted})"
-        return why + _fewer(qlora.fits[gpu].rows, wanted)
+        return "LoRA", why + _fewer(rows, wanted)
+    if rows := qlora.fits[gpu].rows:
+        why = f"LoRA does not fit with one row of {length} tokens (it takes {gib['LoRA']} GiB with {wanted})"
+        return "QLoRA", why + _fewer(rows, wanted)
     if longest := qlora.fits[gpu].length:
-        return f"QLoRA with rows of at most {longest} tokens: training.max_length={longest}"
-    return "neither: not even QLoRA with one short row; a smaller model (--models), or a larger card"
+        return "QLoRA", f"with rows of at most {longest} tokens: training.max_length={longest}"
+    return "neither", "not even QLoRA with one short row fits; a smaller model (--models), or a larger card"
 
 
 def _fewer(rows: int, wanted: int) -> str:
     if rows >= wanted:
         return ""
-    return f"; with {rows} rows at once, not {wanted}: training.gradient_accumulation_steps makes up for it"
+    told = "row" if rows == 1 else "rows"
+    return f"; with {rows} {told} at once, not {wanted}: training.gradient_accumulation_steps makes up for it"
 
 
 @dataclass(frozen=True)
@@ -200,8 +228,8 @@ class Sized:
     """Bytes reserved, by METHODS; one that cannot be planned is left out."""
 
 
-def models(overrides: Sequence[str], gpu: Gpu, report: Callable[[str], None]) -> list[Sized]:
-    """Every shipped model whose architecture is known, smallest first; of two alike the first.
+def models(overrides: Sequence[str], gpu: Gpu, report: Callable[[str], None]) -> tuple[list[Sized], dict[str, str]]:
+    """Every shipped model whose architecture is known, smallest first, of two alike the first; why some are not there.
 
     Args:
         overrides: of the runs.
@@ -214,7 +242,7 @@ def models(overrides: Sequence[str], gpu: Gpu, report: Callable[[str], None]) ->
     files = {name: configs.conf_dir() / "model" / f"{name}.yaml" for name in configs.options("model")}
     names = [name for name, file in files.items() if yaml.safe_load(file.read_text("utf-8")).get("architecture")]
     jobs = [
-        (f"{name}/{method}", [f"model={name}", *words, *overrides], gpu, ())
+        (f"{name}, {method}", [f"model={name}", *words, *overrides], gpu, ())
         for name in names
         for method, words in METHODS.items()
     ]
@@ -224,7 +252,7 @@ def models(overrides: Sequence[str], gpu: Gpu, report: Callable[[str], None]) ->
     planned = {option.name: option.planned for option in options}
     found: dict[int, Sized] = {}
     for name in names:
-        of_it = {method: one for method in METHODS if (one := planned.get(f"{name}/{method}"))}
-        parameters = max((one.total - one.trainable for one in of_it.values()), default=0)
-        found.setdefault(parameters, Sized(name, parameters, {method: one.peak for method, one in of_it.items()}))
-    return sorted(found.values(), key=lambda one: one.parameters)
+        if of_it := {method: one for method in METHODS if (one := planned.get(f"{name}, {method}"))}:
+            size = max(one.total - (one.trainable if one.trainable < one.total else 0) for one in of_it.values())
+            found.setdefault(size, Sized(name, size, {method: one.peak for method, one in of_it.items()}))
+    return sorted(found.values(), key=lambda one: one.parameters), why

@@ -9,11 +9,15 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+from pydantic import Field, PositiveInt
+from pydantic.dataclasses import dataclass
+
+from qlora_exp import identity
 from qlora_exp.errors import ConfigError, UserError
 from qlora_exp.journal import write_atomically
 
@@ -29,6 +33,7 @@ LEAST_RUNS = 3
 PHASES = ("first_step", "steady", "evaluation")
 """Those that are compared: what loading takes besides weights is not planned."""
 _MIB = 1024**2
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -36,21 +41,16 @@ class Calibration:
     """What runs on one kind of device took: `offset_mib` + `slope` times what was planned."""
 
     device: str
-    runs: int
-    offset_mib: float
-    slope: float
-    median_error: float
-    """Share by which a run's peak was missed by the line through all other runs."""
-    worst_error: float
-    flops_per_second: float | None = None
+    runs: PositiveInt
+    offset_mib: Share
+    slope: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    median_error: Share
+    """Share of what was expected by which a run took more or less, the fit being that to all runs of other plans."""
+    worst_error: Share
+    flops_per_second: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Of training, the median."""
-    time_error: float | None = None
+    time_error: Share | None = None
     """Share by which the time of a step was missed by the median of all other runs, at worst."""
-
-    def __post_init__(self) -> None:
-        numbers = (self.offset_mib, self.slope, self.median_error, self.worst_error)
-        if not (all(math.isfinite(one) for one in numbers) and self.slope > 0 and self.worst_error >= 0):
-            raise ValueError(f"no fit: {self}")
 
     def expected(self, planned: float) -> float:
         """Bytes that a run will take of which so many were planned."""
@@ -69,12 +69,11 @@ def plan_run(config: "Config", resolved: "Resolved", longest: int, evaluated: in
     from qlora_exp.plan import Planner
 
     try:
-        found = Planner(config, resolved).predict(length=longest, evaluated=evaluated)
+        most = config.training.max_length
+        longest = most if config.training.packing else min(longest, most)
+        found = Planner(config, resolved).predict(length=longest, evaluated=min(evaluated, most))
     except UserError as error:
         log.info("not planned: %s", error)
-        return {}
-    except Exception as error:  # code that was not made for fake tensors may raise anything; the run goes on
-        log.warning("not planned: %s: %s", type(error).__name__, error)
         return {}
     log.info("planned: %s MiB at the fullest, the imports apart", f"{found.peak / _MIB:,.0f}")
     metrics = {f"plan/{name}_mib": phase.reserved / _MIB for name, phase in found.phases.items()}
@@ -103,51 +102,70 @@ def _pairs(metrics: Mapping[str, float]) -> list[tuple[float, float]]:
     return [(planned, took) for planned, took in pairs if planned and took and took > 0]
 
 
-def fit(records: Iterable["Record"]) -> tuple[dict[str, Calibration], dict[str, int]]:
-    """A calibration for each device that enough of these runs ran on, and how many ran on others."""
+def fit(records: Iterable["Record"]) -> tuple[dict[str, Calibration], list[str]]:
+    """A calibration for each device that enough of these runs ran on, and what was left out.
+
+    Runs of another version of this package count no more: it may have planned otherwise, or taken otherwise.
+    """
     groups: dict[str, list[Mapping[str, float]]] = {}
+    older = 0
     for record in records:
-        if record.outcome == "ok" and _pairs(record.metrics):
-            groups.setdefault(record.params.get("resolved.device_name", ""), []).append(record.metrics)
-    enough = {name: runs for name, runs in groups.items() if len(runs) >= LEAST_RUNS}
-    return (
-        {name: _fit(name, runs) for name, runs in enough.items()},
-        {name: len(runs) for name, runs in groups.items() if name not in enough},
-    )
+        if record.outcome != "ok" or not _pairs(record.metrics):
+            continue
+        if record.tags.get("identity.code") != identity.code():
+            older += 1
+            continue
+        groups.setdefault(record.params.get("resolved.device_name", ""), []).append(record.metrics)
+    told = [f"{older} runs of another version of qlora_exp"] * bool(older)
+    told += [
+        f"{name}: {len(runs)} different runs, too few ({LEAST_RUNS} or more)"
+        for name, runs in groups.items()
+        if len(runs) < LEAST_RUNS
+    ]
+    return {name: _fit(name, runs) for name, runs in groups.items() if len(runs) >= LEAST_RUNS}, told
 
 
 def _fit(device: str, runs: Sequence[Mapping[str, float]]) -> Calibration:
     pairs = [_pairs(run) for run in runs]
+    peaks = [(max(planned for planned, _ in own), max(took for _, took in own)) for own in pairs]
     errors = []
-    for place, own in enumerate(pairs):
-        offset, slope = _line([pair for other in (*pairs[:place], *pairs[place + 1 :]) for pair in other])
-        planned, took = (max(one) for one in zip(*own, strict=True))
-        errors.append(abs((offset + slope * planned) / took - 1))
-    offset, slope = _line([pair for own in pairs for pair in own])
+    for planned, took in peaks:  # runs of the same plan know its answer: they are left out with it
+        others = [
+            own for own, (peak, _) in zip(pairs, peaks, strict=True) if not math.isclose(peak, planned, rel_tol=0.01)
+        ]
+        offset, slope = _line(others or pairs)
+        errors.append(abs(took / (offset + slope * planned) - 1))
+    offset, slope = _line(pairs)
     rates = [run["flops_per_second"] for run in runs if run.get("flops_per_second", 0) > 0]
     rate = time_error = None
     if len(rates) >= LEAST_RUNS:
-        others = [median([*rates[:place], *rates[place + 1 :]]) for place in range(len(rates))]
-        rate, time_error = median(rates), max(abs(own / other - 1) for own, other in zip(rates, others, strict=True))
+        medians = [median([*rates[:place], *rates[place + 1 :]]) for place in range(len(rates))]
+        rate, time_error = median(rates), max(abs(other / own - 1) for own, other in zip(rates, medians, strict=True))
     return Calibration(device, len(runs), offset, slope, median(errors), max(errors), rate, time_error)
 
 
-def _line(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Offset and slope with the least squares of relative errors; if that is no growing line, through the origin."""
-    import numpy as np
+def _line(runs: Sequence[Sequence[tuple[float, float]]]) -> tuple[float, float]:
+    """Offset and slope, neither below zero, with the least squares of shares of the plan.
 
-    planned, took = (np.array(one) for one in zip(*pairs, strict=True))
-    if np.ptp(planned) > 0:
-        (offset, slope), *_ = np.linalg.lstsq(np.column_stack([1 / took, planned / took]), np.ones_like(took))
+    Through the origin if the plans are too much alike (of peaks the largest is not twice the smallest) to tell both.
+    """
+    import numpy as np
+    from scipy.optimize import nnls
+
+    planned, took = (np.array(one) for one in zip(*(pair for own in runs for pair in own), strict=True))
+    peaks = [max(plan for plan, _ in own) for own in runs]
+    if max(peaks) >= 2 * min(peaks):
+        (offset, slope), _ = nnls(np.column_stack([1 / planned, np.ones_like(planned)]), took / planned)
         if slope > 0:
             return float(offset), float(slope)
-    return 0.0, float(np.median(took / planned))
+    return 0.0, float(np.mean(took / planned))
 
 
 def write(found: Iterable[Calibration], folder: Path) -> Path:
-    """Keep the fits in `folder`."""
+    """Keep the fits in `folder`, beside those of other devices that are there."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / FILE, json.dumps([asdict(one) for one in found], indent=2) + "\n")
+    every = {one.device: one for one in (*read(folder), *found)}
+    write_atomically(folder / FILE, json.dumps([asdict(one) for one in every.values()], indent=2) + "\n")
     return folder / FILE
 
 
@@ -162,4 +180,7 @@ def read(folder: Path) -> list[Calibration]:
     try:
         return [Calibration(**one) for one in json.loads(file.read_text("utf-8"))]
     except (ValueError, TypeError) as error:
-        raise ConfigError(f"{file}: {error}; `qlora-exp calibrate` makes it anew") from error
+        first = " ".join(str(error).split())
+        raise ConfigError(
+            f"{file} is damaged: delete it, and `qlora-exp calibrate` makes it anew ({first:.200})"
+        ) from error

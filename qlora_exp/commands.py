@@ -234,17 +234,12 @@ def advise(options: argparse.Namespace) -> None:
     quiet()
     from rich.console import Console
 
-    from qlora_exp import config
+    from qlora_exp import advice
 
     gpu = _gpu(options)
-    named = any(word.startswith("model") for word in options.overrides)
-    if options.models and named:
-        raise ConfigError("advise --models: finds the models; leave out model=")
-    for words in config.grid(options.overrides):  # a mistake is told before anything slow is imported
-        if config.compose(words).device not in ("auto", "cuda"):
-            raise ConfigError("advise is about GPUs: leave out device=; `qlora-exp plan device=cpu` plans a CPU run")
+    advice.check(options.overrides, options.models)
     _import_planner()
-    from qlora_exp import advice, plan_report
+    from qlora_exp import plan_report
 
     cards = advice.cards(gpu)
     with Console(stderr=True).status("planning") as status:
@@ -253,15 +248,29 @@ def advise(options: argparse.Namespace) -> None:
             status.update(f"planning: {what}")
 
         if options.models:
-            sized = advice.models(options.overrides, gpu, report)
+            sized, why = advice.models(options.overrides, gpu, report)
         else:
             found, why = advice.options(options.overrides, gpu, cards, report)
     if options.models:
-        plan_report.show_models(sized, cards)
+        plan_report.show_models(sized, why, cards)
     elif gpu.memory_gib:
         plan_report.show_card(found, why, gpu)
     else:
         plan_report.show_cards(found, why, cards)
+
+
+def merge(options: argparse.Namespace) -> None:
+    """An adapter's weights in its base's, as a model of transformers' own kind."""
+    quiet()
+    from qlora_exp import loading, merging
+
+    merged = merging.merge(loading.find(options.source, options.uri, "cpu"), options.out, options.dtype, options.base)
+    print(f"base    {merged.base}; {merged.dtype}")
+    print(
+        f"check   logits differ by {merged.max_logit_difference:.2g} at most (they reach {merged.max_logit:.3g}), KL "
+        f"{merged.mean_kl:.2g} nats a token, the same first choice after {merged.same_first_choice:.1%} of tokens"
+    )
+    print(f"folder  {merged.folder} ({merged.bytes / 1e6:,.1f} MB)")
 
 
 def calibrate(options: argparse.Namespace) -> None:
@@ -271,12 +280,12 @@ def calibrate(options: argparse.Namespace) -> None:
     from qlora_exp.summary import print_table
 
     runs = records.find(options.uri, [], options.experiment, "metrics.`plan/memory_ratio` > 0")
-    found, few = calibration.fit(runs)
+    found, left_out = calibration.fit(runs)
     rows = [
         [
             one.device,
             str(one.runs),
-            f"{one.offset_mib:,.0f} MiB + {one.slope:.3f} x the plan",
+            f"{one.offset_mib:,.0f} + {one.slope:.3f} x plan",
             f"{one.median_error:.1%}",
             f"{one.worst_error:.1%}",
             "-" if one.flops_per_second is None else f"{one.flops_per_second / 1e9:,.0f}",
@@ -284,12 +293,12 @@ def calibrate(options: argparse.Namespace) -> None:
         ]
         for one in found.values()
     ]
-    headings = ["device", "runs", "memory", "median error", "worst", "GFLOP/s", "time error"]
+    headings = ["device", "runs", "MiB", "median", "worst error", "GFLOP/s", "error"]
     if rows:
         print_table("each run expected as the others say", headings, rows)
         print(f"file  {calibration.write(found.values(), _STORE)}, which `plan` and `advise` read")
-    for name, count in few.items():
-        print(f"{name}: {count} runs, too few ({calibration.LEAST_RUNS} or more)")
+    for told in left_out:
+        print(f"left out  {told}")
 
 
 def _gpu(options: argparse.Namespace) -> Gpu:

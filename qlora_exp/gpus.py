@@ -46,13 +46,27 @@ class Gpu:
 
     def calibrated(self, known: Iterable[Calibration]) -> "Gpu":
         """With what runs on this kind said, if there were any; a driver says `NVIDIA GeForce RTX 4090`."""
+        known = [*known]
         parts = set(self.name.removeprefix("rtx").split("-"))
-        for one in known:
-            if one.device == self.name or (
-                self.type == "cuda" and parts <= set(re.split(r"[^a-z0-9]+", one.device.lower()))
-            ):
-                return replace(self, calibration=one)
-        return self
+        named = [one for one in known if one.device == self.name]
+        named += [one for one in known if self.type == "cuda" and _is_called(parts, one.device)]
+        return replace(self, calibration=named[0]) if named else self
+
+
+_EXTRA = {"nvidia", "geforce", "tesla", "rtx", "sxm", "hbm"}
+"""Words of a driver's name that make it no other GPU; `ti`, `laptop`, `pcie`, `mig` do."""
+
+
+def _words(name: str) -> set[str]:
+    """Of a driver's name; `SXM4` and `HBM3` without their numbers."""
+    words = re.split(r"[^a-z0-9]+", name.lower())
+    return {re.sub(r"^(sxm|hbm)\d\w?$", r"\1", word) for word in words}
+
+
+def _is_called(parts: set[str], driver: str) -> bool:
+    """Whether a driver's name has these parts, and no word more that would make it another GPU."""
+    said = _words(driver)
+    return parts <= said and not {word for word in said - parts - _EXTRA if not re.fullmatch(r"\d+gb", word)}
 
 
 GPUS = {

@@ -16,6 +16,8 @@ from qlora_exp import hub, provenance
 from qlora_exp.config import what_counts
 from qlora_exp.schema import Config
 
+BASE_FILE = "base.json"
+"""Beside an adapter: the `version` of the base that it was trained on, as `model` tells it."""
 _SAMPLED_ABOVE = 64 * 1024**2
 
 

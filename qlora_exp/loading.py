@@ -3,6 +3,9 @@
 What was recorded is data: nothing in it can make code run.
 """
 
+import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,30 +16,57 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_exp.bottleneck  # noqa: F401 - registers its method with PEFT
-from qlora_exp import compatibility, store
+from qlora_exp import compatibility, identity, journal, store
 from qlora_exp.config import from_dict
 from qlora_exp.device import detect, resolve
 from qlora_exp.errors import ConfigError, ModelError
 from qlora_exp.journal import CONFIG_FILE
 from qlora_exp.model import load_model
 from qlora_exp.records import plain_yaml
+from qlora_exp.schema import Config
 
 
-def load(source: str, tracking_uri: str | None = None, device: str = "auto") -> tuple[Any, Any]:
-    """A trained model, ready to generate: the base as it was trained on (quantized or not) with its adapter.
+@dataclass(frozen=True)
+class Saved:
+    """What a run saved."""
+
+    source: str
+    """As it was asked for."""
+    folder: Path
+    config: Config
+    adapter: bool
+    """Else it is a whole model."""
+    run_id: str | None
+    """MLflow's; None if that does not know it."""
+
+    def tokenizer(self) -> Any:
+        """Its tokenizer.
+
+        Raises:
+            ModelError: there is none.
+        """
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        except (OSError, ValueError, TypeError) as error:
+            raise ModelError(f"{self.folder}: no whole tokenizer: {str(error).splitlines()[0]:.200}") from error
+
+
+def find(source: str, tracking_uri: str | None = None, device: str = "auto") -> Saved:
+    """What a run saved, with its config as it was recorded, on the base that it was trained on.
 
     Args:
         source: an MLflow run id, a `models:/...` URI, or a folder that a run saved.
         tracking_uri: the MLflow store; None is the one in `mlruns/`.
-        device: where to put it: auto, cpu, cuda.
-
-    Returns:
-        The model, in eval mode, and its tokenizer.
+        device: where it is to be put: auto, cpu, cuda.
 
     Raises:
-        ModelError: there is no such model, or it is not one that a run saved.
+        ModelError: there is no such model, it is not one that a run saved, or its base is another now.
     """
-    folder = Path(source) if Path(source).is_dir() else _download(source, tracking_uri)
+    if Path(source).is_dir():
+        folder, run_id = Path(source), journal.run_id(Path(source), store.store_uri(tracking_uri))
+        run_id = run_id or journal.run_id(folder.parent, store.store_uri(tracking_uri))
+    else:
+        folder, run_id = _download(source, tracking_uri)
     folder = folder / "model" if (folder / "model").is_dir() else folder  # a run's output folder
     adapter = (folder / "adapter_config.json").is_file()
     weights = folder.glob("adapter_model.safetensors" if adapter else "model*.safetensors")  # never a pickle
@@ -54,14 +84,55 @@ def load(source: str, tracking_uri: str | None = None, device: str = "auto") -> 
             config = from_dict(recorded | {"device": device})
     except ConfigError as error:
         raise ModelError(f"{source}: its config is not one of this version: {error}") from error
-    resolved = resolve(config, detect(device, bitsandbytes=config.quantization.bitsandbytes))
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if adapter:
+        config = _on_its_base(config, folder)
+    return Saved(source, folder, config, adapter, run_id)
+
+
+def _on_its_base(config: Config, folder: Path) -> Config:
+    """The config, with the version of the base that the adapter in `folder` was trained on.
+
+    Raises:
+        ModelError: the base is another now.
+    """
+    if not (folder / identity.BASE_FILE).is_file():  # saved by an older version
+        return config
+    try:
+        then = str(json.loads((folder / identity.BASE_FILE).read_text("utf-8"))["version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder / identity.BASE_FILE} is damaged: {error}") from error
+    name = config.model.model_name_or_path
+    if re.fullmatch(r"[0-9a-f]{40}", then):  # a commit on the hub
+        return config.model_copy(update={"model": config.model.model_copy(update={"revision": then})})
+    if (now := identity.model(name, config.model.revision)) != then:
+        raise ModelError(f"{name} is not the base that the adapter was trained on (version {then} then, {now} now)")
+    return config
+
+
+def load(source: str, tracking_uri: str | None = None, device: str = "auto") -> tuple[Any, Any]:
+    """A trained model, ready to generate: the base as it was trained on (quantized or not) with its adapter.
+
+    Args:
+        source: an MLflow run id, a `models:/...` URI, or a folder that a run saved.
+        tracking_uri: the MLflow store; None is the one in `mlruns/`.
+        device: where to put it: auto, cpu, cuda.
+
+    Returns:
+        The model, in eval mode, and its tokenizer.
+
+    Raises:
+        ModelError: there is no such model, it is not one that a run saved, or its base is another now.
+    """
+    saved = find(source, tracking_uri, device)
+    config = saved.config
+    resolved = resolve(config, detect(device, bitsandbytes=config.quantization.bitsandbytes))
+    tokenizer = saved.tokenizer()
+    if saved.adapter:
         base = load_model(config.model, config.quantization, resolved)
-        model: Any = PeftModel.from_pretrained(base, str(folder))
+        model: Any = PeftModel.from_pretrained(base, str(saved.folder))
     else:
         model = AutoModelForCausalLM.from_pretrained(
-            folder,
+            saved.folder,
             dtype=getattr(torch, resolved.dtype),
             device_map={"": resolved.device},
             trust_remote_code=False,
@@ -70,7 +141,7 @@ def load(source: str, tracking_uri: str | None = None, device: str = "auto") -> 
     return model.eval(), tokenizer
 
 
-def _download(source: str, tracking_uri: str | None) -> Path:
+def _download(source: str, tracking_uri: str | None) -> tuple[Path, str | None]:
     address = store.store_uri(tracking_uri)
     if tracking_uri is None and not Path(address.removeprefix("sqlite:///")).is_file():
         raise ModelError(f"{source}: not a folder, and there is no MLflow store at {address}; give tracking_uri")
@@ -91,7 +162,8 @@ def _download(source: str, tracking_uri: str | None) -> Path:
                 version = mlflow.get_model_version_by_alias(*model_id.split("@", 1))
                 model_id = str(version.source).removeprefix("models:/")
         # By its own location: MLflow resolves models:/ on its global tracking URI only.
-        location = mlflow.get_logged_model(model_id).artifact_location
-        return Path(download_artifacts(artifact_uri=location, tracking_uri=store.store_uri(tracking_uri)))
+        logged = mlflow.get_logged_model(model_id)
+        where = {"artifact_uri": logged.artifact_location, "tracking_uri": store.store_uri(tracking_uri)}
+        return Path(download_artifacts(**where)), logged.source_run_id
     except MlflowException as error:
         raise ModelError(f"{source}: {error}") from error

@@ -121,9 +121,9 @@ def _leave_file(model: PreTrainedModel) -> None:
             tensor.data = tensor.data.clone()
 
 
-def load_unquantized(config: ModelConfig) -> PreTrainedModel:
-    """The base in the dtype of its files, on the CPU: what its weights were before they were quantized."""
-    return _from_pretrained(AutoModelForCausalLM, config, dtype="auto")
+def load_unquantized(config: ModelConfig, dtype: str = "auto") -> PreTrainedModel:
+    """The base in a dtype (auto: that of its files), on the CPU: what its weights were before they were quantized."""
+    return _from_pretrained(AutoModelForCausalLM, config, dtype=dtype)
 
 
 def _from_pretrained(kind: Any, config: ModelConfig, **arguments: Any) -> Any:

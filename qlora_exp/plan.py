@@ -51,8 +51,8 @@ class Prediction:
 
 def planner(config: Config, gpu: Device) -> "Planner":
     """Of a run on that GPU, or on what `config.device` names. Raises as `Planner` does."""
-    other = {kind: Device(kind, kind, bf16=False, paging=False) for kind in ("cpu", "mps")}
-    return Planner(config, resolve(config, other.get(config.device, gpu)))
+    other = Device(config.device, config.device, bf16=False, paging=False)
+    return Planner(config, resolve(config, other if config.device in ("cpu", "mps") else gpu))
 
 
 def predict(config: Config, resolved: Resolved) -> Prediction:
@@ -148,7 +148,15 @@ class Planner:
             yield
         except UserError as error:
             raise type(error)(f"cannot be planned: {error}") from error
-        except (RuntimeError, ValueError, AttributeError, TypeError) as error:
+        except (
+            RuntimeError,
+            ValueError,
+            AttributeError,
+            TypeError,
+            ArithmeticError,
+            LookupError,
+            AssertionError,
+        ) as error:
             wants_values = isinstance(error, UnsupportedFakeTensorException) or "meta" in str(error).lower()
             why = "its code looks at values, which a plan has none of: " if wants_values else ""
             told = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]:.120}"

@@ -12,7 +12,10 @@ from qlora_exp.plan import Prediction
 from qlora_exp.schema import Config
 from qlora_exp.summary import print_table
 
-_BASIS = "most rows: of training.max_length tokens; longest row: alone in its batch; evaluated in batches no larger"
+_BASIS = (
+    "most rows: of training.max_length tokens; longest row: alone in its batch; both with\n"
+    "training.per_device_eval_batch_size no larger than the rows that are trained at once"
+)
 _LEFT_OUT = "left out: generation, data loading, several GPUs; rows are taken to be as long as training.max_length"
 
 
@@ -68,13 +71,14 @@ def show_many(planned: Sequence[Planned], price: float | None) -> None:
             [
                 name,
                 f"{expected(one.prediction, gpu) / GIB:.2f}",
-                verdict(one.prediction, gpu) if gpu.memory_gib else "",
+                _verdict(one.prediction, gpu),
                 "" if seconds is None else _time(one.config, seconds, price),
             ]
         )
     shared = f", all with {' '.join(word for word in planned[0].words if word in common)}" if common else ""
-    print_table(f"{len(rows)} runs{shared}", ["run", "GiB", planned[0].gpu.name, f"at {planned[0].gpu.rates}"], rows)
-    print(f"error    {_error(planned[0].gpu)}")
+    print_table(f"{len(rows)} runs{shared}", ["run", "GiB", "", "time"], rows)
+    for gpu in dict.fromkeys(one.gpu for one in planned):
+        print(f"{gpu.name}: times at {gpu.rates}; error {_error(gpu)}")
     print(_LEFT_OUT)
 
 
@@ -104,8 +108,9 @@ def show_card(options: Sequence[Option], why: Mapping[str, str], gpu: Gpu) -> No
     headings = ["", "trained", "GiB", "", "most rows", "longest row", "tokens/s"]
     print_table(title, headings if timed else headings[:-1], rows)
     _show_refused(why)
-    if chosen := choose(options, gpu):
-        print(f"choose   {chosen}")
+    chosen, reason = choose(options, gpu)
+    if chosen:
+        print(f"choose   {chosen}: {reason}")
     print(f"{_BASIS}; tokens/s at {gpu.rates}" if timed else _BASIS)
     _show_room(gpu)
 
@@ -115,8 +120,8 @@ def show_cards(options: Sequence[Option], why: Mapping[str, str], cards: Sequenc
     length = options[0].config.training.max_length
     rows = []
     for card in cards:
-        chosen = choose(options, card).split(":")[0].split()[:1]
-        rows.append([f"{card.memory_gib:g}", *(_reach(option.fits[card]) for option in options), *(chosen or [""])])
+        reaches = [_reach(option.fits[card]) for option in options]
+        rows.append([f"{card.memory_gib:g}", *reaches, choose(options, card)[0]])
     title = f"{options[0].config.model.model_name_or_path}: most rows of {length} tokens | longest row alone"
     print_table(title, ["GiB", *(option.name for option in options), "choose"], rows)
     _show_refused(why)
@@ -124,7 +129,7 @@ def show_cards(options: Sequence[Option], why: Mapping[str, str], cards: Sequenc
     _show_room(cards[0])
 
 
-def show_models(models: Sequence[Sized], cards: Sequence[Gpu]) -> None:
+def show_models(models: Sequence[Sized], why: Mapping[str, str], cards: Sequence[Gpu]) -> None:
     """Print the largest model for each card and each way to train."""
     names = dict.fromkeys(name for model in models for name in model.needs)
     rows = []
@@ -136,6 +141,7 @@ def show_models(models: Sequence[Sized], cards: Sequence[Gpu]) -> None:
         rows.append([f"{card.memory_gib:g}", *cells])
     print_table("the largest model for a card", ["GiB", *names], rows)
     print("of", ", ".join(f"{_billions(model)} {model.name}" for model in models))
+    _show_refused(why)
     _show_room(cards[0])
 
 
@@ -144,17 +150,25 @@ def _billions(model: Sized) -> str:
 
 
 def _reach(fit: Fit) -> str:
-    return f"{fit.rows:,} | {fit.length:,}" if fit.length else "-"
+    return f"{fit.rows:,} | {fit.length:,}" if fit.rows or fit.length else "-"
 
 
 def _show_refused(why: Mapping[str, str]) -> None:
-    for name, said in why.items():
-        print(f"{name}: {said}")
+    for said in dict.fromkeys(why.values()):
+        print(f"{'; '.join(name for name, one in why.items() if one == said)}: {said}")
+
+
+def _verdict(prediction: Prediction, gpu: Gpu) -> str:
+    if not gpu.memory_gib or (gpu.type == "cpu" and gpu.calibration is None):
+        return ""
+    return f"{verdict(prediction, gpu)} in {gpu.memory_gib:g} ({gpu.name})"
 
 
 def _against(prediction: Prediction, gpu: Gpu) -> str:
     if not gpu.memory_gib:
         return " (--gpu NAME or --vram GIB says whether it fits)"
+    if gpu.type == "cpu" and gpu.calibration is None:
+        return f" of tensors, in {gpu.memory_gib:g} GiB ({gpu.name})"
     return f"; {verdict(prediction, gpu)} in {gpu.memory_gib:g} GiB ({gpu.name}) with {DRIVER_GIB} GiB for the driver"
 
 
@@ -166,7 +180,7 @@ def _error(gpu: Gpu) -> str:
         )
     if gpu.type == "cpu":
         return "not known: the plan is of tensors only (`qlora-exp calibrate` learns from runs what is taken besides)"
-    return f"{WORST_ERROR:.1%} at worst for 12 published GPU runs, none with autocast or 4 bits"
+    return f"{WORST_ERROR:.1%} at worst for 19 published GPU runs, none with autocast"
 
 
 def _time_error(gpu: Gpu) -> str:

@@ -248,6 +248,25 @@ def weight_of(layer: Any) -> torch.Tensor | None:
     return dense(weight).float() if isinstance(weight, torch.Tensor) and dense(weight) is not weight else None
 
 
+@torch.no_grad()
+def dequantized(model: Any, dtype: torch.dtype) -> Any:
+    """The model with common linear layers of `dtype` in the place of quantized ones, a layer at a time."""
+    for name, layer in [*model.named_modules()]:
+        if (weight := weight_of(layer)) is None:
+            continue
+        common = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, dtype=dtype)
+        common.weight.data = weight.to(dtype)
+        if layer.bias is not None:
+            common.bias.data = layer.bias.data.to(dtype)
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, common)
+    del model.config.quantization_config
+    for told in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
+        if hasattr(model, told):
+            delattr(model, told)
+    return model.to(dtype)
+
+
 def dense(tensor: torch.Tensor) -> torch.Tensor:
     """The same values as a common tensor, where a library (torchao, Quanto) has a kind of its own; else as it is."""
     return tensor.dequantize() if type(tensor).__module__.startswith(("torchao", "optimum.quanto")) else tensor

@@ -89,6 +89,7 @@ def run(
         calibration,
         efficiency,
         evaluation,
+        identity,
         initialization,
         model,
         provenance,
@@ -161,9 +162,8 @@ def run(
 
         # What it will take, then what it takes.
         if config.tracking.plan:
-            most = config.training.max_length
             longest, evaluated = (max(map(len, tokens["input_ids"])) for tokens in (train_tokens, heldout_tokens))
-            note(calibration.plan_run(config, resolved, min(longest, most), min(evaluated, most)))
+            note(calibration.plan_run(config, resolved, longest, evaluated))
         memory = MemoryMonitor(resolved.device)
 
         def note_memory() -> None:
@@ -280,6 +280,8 @@ def run(
             tokenizer.save_pretrained(saved)
         adapters.make_portable(saved, config.model.model_name_or_path)
         shutil.copy(output_dir / CONFIG_FILE, saved)
+        version = identity.model(config.model.model_name_or_path, config.model.revision)
+        (saved / identity.BASE_FILE).write_text(json.dumps({"version": version}) + "\n", "utf-8")
         sizes = {"model_bytes": size_on_disk(saved)}
         if peft_config is not None:  # computed: merging itself would cost the memory of another model
             sizes["merged_model_bytes_computed"] = base_parameters * getattr(torch, resolved.dtype).itemsize

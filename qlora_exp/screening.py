@@ -5,17 +5,16 @@ Imports nothing heavy in the sweep's own process.
 
 import logging
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
-from qlora_exp import calibration
+from qlora_exp import beside, calibration
 from qlora_exp.errors import UserError
+from qlora_exp.gpus import Gpu, here
 from qlora_exp.quiet import quiet
 from qlora_exp.schema import Config
 
 log = logging.getLogger(__name__)
+_START = "forkserver"  # where there are jobs, it has the libraries loaded
 
 
 def unfit(configs: Sequence[Config], vram: float | None) -> list[str]:
@@ -24,19 +23,26 @@ def unfit(configs: Sequence[Config], vram: float | None) -> list[str]:
     Args:
         configs: of the runs, whose rows are taken to be as long as `training.max_length`.
         vram: GiB of the GPU that they will have; None is the device that is here.
+
+    Raises:
+        ConfigError: the calibration that is kept here is damaged, or a device is not here.
     """
-    with ProcessPoolExecutor(mp_context=get_context("forkserver")) as pool:
-        return list(pool.map(partial(_why, vram=vram, store=Path("mlruns").resolve()), configs))
+    known = calibration.read(Path("mlruns"))
+    kinds = {(one.device, one.quantization.bitsandbytes): one for one in configs}
+    with beside.workers(1, _START) as pool:  # one process asks the GPU, not all
+        asked = beside.each(pool, here, [(one, vram) for one in kinds.values()])
+        gpus = {kind: future.result().calibrated(known) for kind, future in zip(kinds, asked, strict=True)}
+    jobs = [(one, gpus[one.device, one.quantization.bitsandbytes]) for one in configs]
+    with beside.workers(len(jobs), _START) as pool:
+        return [future.result() for future in beside.each(pool, _why, jobs)]
 
 
-def _why(config: Config, vram: float | None, store: Path) -> str:
+def _why(config: Config, gpu: Gpu) -> str:
     quiet()
     from qlora_exp.fit import GIB, expected, verdict
-    from qlora_exp.gpus import here
     from qlora_exp.plan import planner
 
     try:
-        gpu = here(config, vram).calibrated(calibration.read(store))
         prediction = planner(config, gpu.device).predict()
     except UserError as error:
         log.warning("not planned, so it is run: %s", error)

@@ -69,7 +69,8 @@ def search(
     unfinished = _left_over(study, space, again=how.rerun == "failed")
     for trial in study.trials:
         if trial.state.is_finished() and trial.params:
-            sweep.know(jobs_of(trial.params))
+            failed = trial.state == TrialState.FAIL  # without a folder it did not fit, and was not run
+            sweep.know([job for job in jobs_of(trial.params) if job.folder.exists() or not failed])
 
     def proposed() -> int:
         return sum(trial.state != TrialState.FAIL or how.rerun != "failed" for trial in study.trials)

@@ -134,7 +134,8 @@ class Sweep:
                 for job in new
                 if job.key in self._elsewhere
             }
-        plan |= self._screen([job for job in jobs if plan[job.key][0] != "skip"])
+        with heeded():
+            plan |= self._screen([job for job in jobs if plan[job.key][0] != "skip"])
         waiting = [job for job in jobs if plan[job.key][0] != "skip"]
         show_plan(jobs, plan, self.folder)
         if not waiting or self._settings.dry_run:
@@ -226,7 +227,7 @@ class Sweep:
         if job.key in self._elsewhere:
             return self._elsewhere[job.key]
         found, last = state(job.folder)
-        if found == "new" and job.key in self._unfit:
+        if job.key in self._unfit:
             return {"outcome": "unfit", "failure": self._unfit[job.key]}
         return {"outcome": "not started" if found == "new" else found, **last}
 

@@ -56,6 +56,22 @@ def test_a_step_in_float32_has_no_known_time_but_that_of_runs():
 
 
 @pytest.mark.parametrize(
+    "driver",
+    [
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA H100 PCIe",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA A100-SXM4-80GB MIG 1g.10gb",
+        "NVIDIA A10G",
+    ],
+)
+def test_a_gpu_of_another_kind_is_not_taken_for_one(driver: str):
+    one = Calibration(driver, 3, 0.0, 1.0, 0.0, 0.0)
+    assert not [gpu.name for gpu in GPUS.values() if gpu.calibrated([one]).calibration]
+
+
+@pytest.mark.parametrize(
     ("name", "driver"),
     [
         ("rtx4090", "NVIDIA GeForce RTX 4090"),

@@ -1,6 +1,9 @@
 """Jobs that would not fit are told apart by planning them."""
 
+import pytest
+
 from qlora_exp.config import compose
+from qlora_exp.errors import ConfigError
 from qlora_exp.screening import unfit
 
 TINY = [
@@ -18,3 +21,11 @@ def test_what_does_not_fit_says_what_it_takes_and_what_cannot_be_planned_is_run(
     assert (small, unknown) == ("", "")
     assert too_large.startswith("does not fit: ")
     assert too_large.endswith("GPU has 4")
+
+
+def test_a_damaged_calibration_is_told_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mlruns").mkdir()
+    (tmp_path / "mlruns" / "calibration.json").write_text("{")
+    with pytest.raises(ConfigError, match="is damaged"):
+        unfit([compose(TINY)], 4.0)
