@@ -122,7 +122,7 @@ def _at_once(
         waiting = beside.each(pool, _option, jobs)
         for number, (job, future) in enumerate(zip(jobs, waiting, strict=True), start=1):
             try:
-                found.append(future.result())
+                found.append(beside.result(future))
             except UserError as error:
                 why[job[0]] = str(error)
             report(f"{number} of {len(jobs)}")

@@ -5,7 +5,8 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent import futures
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from typing import Any
@@ -28,15 +29,22 @@ def workers(most: int, start: str) -> Iterator[ProcessPoolExecutor]:
         yield pool
     except BaseException:
         for process in [*(pool._processes or {}).values()]:  # Python has no public way before 3.14
-            process.terminate()
+            process.kill()
         pool.shutdown(wait=False, cancel_futures=True)
         raise
     pool.shutdown()
 
 
-def each(pool: ProcessPoolExecutor, function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]) -> list[Any]:
-    """A future for each job, in order."""
+def each(pool: ProcessPoolExecutor, function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]) -> list[Future[Any]]:
+    """A future for each job, in order, for `result`."""
     return [pool.submit(function, *job) for job in jobs]
+
+
+def result(future: Future[Any]) -> Any:
+    """What came of a job. Ctrl-C is heeded within half a second, even one that comes just as the waiting begins."""
+    while not future.done():
+        futures.wait([future], 0.5)
+    return future.result()
 
 
 def _follow() -> None:

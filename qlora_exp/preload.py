@@ -23,7 +23,14 @@ _ALWAYS = (
     "qlora_exp.summary",
 )
 # bitsandbytes, which PEFT and TRL import, asks a GPU for its capability at import, and after that no fork may use it.
-_WITHOUT_GPU = ("qlora_exp.model", "qlora_exp.adapters", "qlora_exp.training", "qlora_exp.evaluation", "qlora_exp.run")
+_WITHOUT_GPU = (
+    "qlora_exp.model",
+    "qlora_exp.adapters",
+    "qlora_exp.training",
+    "qlora_exp.evaluation",
+    "qlora_exp.plan",
+    "qlora_exp.run",
+)
 
 _CODE_IS_LOADED = not visible_gpus()
 

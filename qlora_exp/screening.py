@@ -31,10 +31,10 @@ def unfit(configs: Sequence[Config], vram: float | None) -> list[str]:
     kinds = {(one.device, one.quantization.bitsandbytes): one for one in configs}
     with beside.workers(1, _START) as pool:  # one process asks the GPU, not all
         asked = beside.each(pool, here, [(one, vram) for one in kinds.values()])
-        gpus = {kind: future.result().calibrated(known) for kind, future in zip(kinds, asked, strict=True)}
+        gpus = {kind: beside.result(future).calibrated(known) for kind, future in zip(kinds, asked, strict=True)}
     jobs = [(one, gpus[one.device, one.quantization.bitsandbytes]) for one in configs]
     with beside.workers(len(jobs), _START) as pool:
-        return [future.result() for future in beside.each(pool, _why, jobs)]
+        return [beside.result(future) for future in beside.each(pool, _why, jobs)]
 
 
 def _why(config: Config, gpu: Gpu) -> str:

@@ -145,10 +145,12 @@ def run(*arguments: str) -> int:
 
 
 def test_the_command_says_what_to_choose(capsys, monkeypatch):
+    monkeypatch.setattr(advice, "MOST_ROWS", 8)
     assert run("vram=8") == 0
     shown = capsys.readouterr().out
     assert "choose   LoRA" in shown
     assert "5.7%" in shown
+    monkeypatch.setattr(advice, "CARDS", (4, 24))
     assert run("method=lora") == 0  # for cards of every size
     shown = capsys.readouterr().out
     assert all(f"│ {size} " in shown for size in advice.CARDS)

@@ -9,23 +9,23 @@ import time
 import psutil
 import pytest
 
-from qlora_exp.beside import each, workers
+from qlora_exp.beside import each, result, workers
 
 SLEEP = """
 import os, sys, time
-from qlora_exp.beside import each, workers
+from qlora_exp.beside import each, result, workers
 def slow(): time.sleep(60)
 if __name__ == "__main__":
     with workers(2, "fork") as pool:
         waiting = each(pool, slow, [(), (), (), ()])
         print(*pool._processes, flush=True)
-        [one.result() for one in waiting]
+        [result(one) for one in waiting]
 """
 
 
 def test_jobs_are_done_in_their_order():
     with workers(3, "forkserver") as pool:
-        assert [one.result() for one in each(pool, pow, [(2, 3), (3, 2), (4, 2)])] == [8, 9, 16]
+        assert [result(one) for one in each(pool, pow, [(2, 3), (3, 2), (4, 2)])] == [8, 9, 16]
 
 
 def test_an_error_inside_ends_the_workers():
