@@ -5,6 +5,7 @@ what was measured as a line in what was planned, and keeps the fits in `mlruns/c
 Imports nothing heavy until it must.
 """
 
+import hashlib
 import json
 import logging
 import math
@@ -17,9 +18,11 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
-from qlora_exp import identity
+from qlora_exp import cache, identity
+from qlora_exp.config import what_counts
 from qlora_exp.errors import ConfigError, UserError
 from qlora_exp.journal import write_atomically
+from qlora_exp.provenance import libraries
 
 if TYPE_CHECKING:
     from qlora_exp.device import Resolved
@@ -33,6 +36,7 @@ LEAST_RUNS = 3
 PHASES = ("first_step", "steady", "evaluation")
 """Those that are compared: what loading takes besides weights is not planned."""
 _MIB = 1024**2
+_PLAN = "plan.json"
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -66,18 +70,36 @@ def plan_run(config: "Config", resolved: "Resolved", longest: int, evaluated: in
         longest: tokens of the longest training row.
         evaluated: tokens of the longest held-out row.
     """
-    from qlora_exp.plan import Planner
+    most = config.training.max_length
+    longest, evaluated = most if config.training.packing else min(longest, most), min(evaluated, most)
 
-    try:
-        most = config.training.max_length
-        longest = most if config.training.packing else min(longest, most)
-        found = Planner(config, resolved).predict(length=longest, evaluated=min(evaluated, most))
+    def plan(folder: Path) -> None:
+        from qlora_exp.plan import Planner
+
+        found = Planner(config, resolved).predict(length=longest, evaluated=evaluated)
+        metrics = {f"plan/{name}_mib": phase.reserved / _MIB for name, phase in found.phases.items()}
+        (folder / _PLAN).write_text(json.dumps(metrics | {"plan/peak_mib": found.peak / _MIB}), "utf-8")
+
+    try:  # once for all runs that differ in nothing that counts: seeds, learning rates
+        folder = cache.built(f"plan-{_digest(config, resolved, longest, evaluated)}", plan)
     except UserError as error:
         log.info("not planned: %s", error)
         return {}
-    log.info("planned: %s MiB at the fullest, the imports apart", f"{found.peak / _MIB:,.0f}")
-    metrics = {f"plan/{name}_mib": phase.reserved / _MIB for name, phase in found.phases.items()}
-    return metrics | {"plan/peak_mib": found.peak / _MIB}
+    metrics: dict[str, float] = json.loads((folder / _PLAN).read_text("utf-8"))
+    log.info("planned: %s MiB at the fullest, the imports apart", f"{metrics['plan/peak_mib']:,.0f}")
+    return metrics
+
+
+def _digest(config: "Config", resolved: "Resolved", longest: int, evaluated: int) -> str:
+    """Of what a plan may depend on."""
+    values = what_counts(config.model_dump(mode="json"))
+    for key in ("seed", "dataset", "unrelated", "evaluation"):
+        values.pop(key)
+    for key in ("learning_rate", "max_steps"):
+        values["training"].pop(key)
+    base = identity.model(config.model.model_name_or_path, config.model.revision)
+    every = values, asdict(resolved), longest, evaluated, base, identity.code(), libraries()
+    return hashlib.sha256(json.dumps(every, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def measured(metrics: Mapping[str, float], phase: str) -> float | None:

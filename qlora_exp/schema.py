@@ -378,7 +378,7 @@ class TrackingConfig(Section):
     log_full_model: bool = False
     """The same for a full fine-tune, which is as large as the base model."""
     plan: bool = True
-    """Plan the run's memory before it begins (two to four seconds), to be logged beside what it takes."""
+    """Plan the run's memory before it begins (seconds, once for runs alike), to be logged beside what it takes."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -5,7 +5,7 @@ import random
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_exp import calibration, identity
@@ -23,6 +23,7 @@ def record(took, rates=1e9, device="GPU", outcome="ok", code=None, **planned):
     return SimpleNamespace(outcome=outcome, params={"resolved.device_name": device}, metrics=metrics, tags=tags)
 
 
+@settings(deadline=None)  # the first imports scipy
 @given(
     offset=st.floats(0, 2000),
     slope=st.floats(0.5, 3),
@@ -44,6 +45,7 @@ def test_the_error_is_that_of_runs_that_were_left_out():
     assert fit(runs)[0]["GPU"].worst_error == pytest.approx(1, abs=1e-6)
 
 
+@settings(deadline=None)  # the first imports scipy
 @given(st.lists(st.floats(-30, 30), min_size=4, max_size=8))
 def test_one_plan_with_noise_gives_a_ratio_and_no_line(noise):
     runs = [
@@ -55,6 +57,7 @@ def test_one_plan_with_noise_gives_a_ratio_and_no_line(noise):
     assert found.slope == pytest.approx(1.03, abs=0.002)
 
 
+@settings(deadline=None)  # the first imports scipy
 @given(
     plans=st.lists(st.floats(200, 50_000), min_size=3, max_size=9),
     shares=st.lists(st.floats(0.5, 2), min_size=9, max_size=9),
@@ -180,6 +183,26 @@ def test_a_packed_row_is_as_long_as_can_be(config):
         for on in ("false", "true")
     )
     assert packed["plan/steady_mib"] > 3 * rows["plan/steady_mib"]
+
+
+def test_a_plan_is_made_once_for_runs_that_differ_in_nothing_that_counts(config, monkeypatch):
+    from qlora_exp import plan
+
+    made = []
+    real = plan.Planner
+    monkeypatch.setattr(plan, "Planner", lambda *given: made.append(given) or real(*given))
+
+    def planned(*words: str, longest: int = 77):
+        checked = config("method=lora", *words)
+        return calibration.plan_run(checked, resolve(checked, Device("cpu", "CPU", False, False)), longest, 9)
+
+    first = planned("seed=1")
+    assert planned("seed=2", "training.learning_rate=1e-3") == first
+    before = len(made)
+    assert before <= 1  # none, if another test has made it
+    assert planned("method.r=3") != first
+    assert planned(longest=99) != first
+    assert len(made) <= before + 2
 
 
 def command(*arguments: str) -> int:
