@@ -91,7 +91,7 @@ def main() -> None:
                         "training.train_sampling_strategy=sequential",
                     ]
                 )  # fmt: skip
-                phases = plan.predict(config, resolve(config, detect("cpu"))).phases
+                phases = plan.Planner(config, resolve(config, detect("cpu"))).predict().phases
                 predicted = max(phases[phase].allocated for phase in ("first_step", "steady")) / MIB
                 with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
                     found = alone.submit(measured, config).result()

@@ -6,7 +6,7 @@ plans.
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,8 @@ CARDS = (4, 6, 8, 12, 16, 24, 40, 48, 80)
 """GiB of those that are sold."""
 LENGTH_STEP = 64
 MOST_ROWS = 1024
+MOST_TOKENS = 131_072
+"""Of a row, for models that do not say."""
 METHODS = {
     "full, float32": ["method=full", "model.dtype=float32", "training.bf16=false", "training.fp16=false"],
     "full, bfloat16": ["method=full", "model.dtype=bfloat16"],
@@ -34,7 +36,7 @@ METHODS = {
     "QLoRA": ["method=qlora"],
 }
 """What is compared unless methods are named."""
-_SET = sorted({word.split("=")[0] for words in METHODS.values() for word in words} | {"quantization"})
+_APART = {word.split("=")[0] for words in METHODS.values() for word in words} | {"quantization"}
 """Keys that tell METHODS apart."""
 _START = "fork" if sys.platform == "linux" else "spawn"  # elsewhere libraries do not survive a fork
 
@@ -57,7 +59,7 @@ class Option:
     config: Config
     planned: "Prediction"
     """As configured."""
-    fits: dict[Gpu, Fit] = field(default_factory=dict)
+    fits: dict[Gpu, Fit]
 
 
 def cards(gpu: Gpu) -> list[Gpu]:
@@ -76,10 +78,8 @@ def check(overrides: Sequence[str], models: bool) -> None:
         raise ConfigError("advise --models: finds the models, for each method; leave out model= and method=")
     jobs = configs.grid(overrides)
     if "method" not in keys:
-        if told := keys & {*_SET}:
-            raise ConfigError(
-                f"advise compares what differs in {', '.join(told)}; name the methods too: method=lora,qlora"
-            )
+        if told := ", ".join(sorted(keys & _APART)):
+            raise ConfigError(f"advise compares what differs in {told}; name the methods too: method=lora,qlora")
         if len(jobs) > 1:
             raise ConfigError("advise takes lists with the methods named: method=lora,qlora")
     for words in jobs:
@@ -119,7 +119,7 @@ def _at_once(
     """Options, worked out side by side on all cores, and why others could not be."""
     found, why = [], {}
     with beside.workers(len(jobs), _START) as pool:
-        waiting = beside.each(pool, _option, jobs)
+        waiting = [pool.submit(_option, *job) for job in jobs]
         for number, (job, future) in enumerate(zip(jobs, waiting, strict=True), start=1):
             try:
                 found.append(beside.result(future))
@@ -135,19 +135,17 @@ def _option(name: str, words: Sequence[str], gpu: Gpu, cards: Sequence[Gpu]) -> 
 
     config = configs.compose(words)
     plans = planner(config, gpu.device)
-    option = Option(name, config, plans.predict())
-    option.fits.update(_fits(option, plans, cards))
-    return option
+    planned = plans.predict()
+    return Option(name, config, planned, _fits(config, planned, plans, cards))
 
 
-def _fits(option: Option, plans: "Planner", cards: Sequence[Gpu]) -> dict[Gpu, Fit]:
-    training = option.config.training
-    asked, length = training.per_device_train_batch_size, training.max_length
-    most = (plans.positions or 131_072) // LENGTH_STEP
+def _fits(config: Config, planned: "Prediction", plans: "Planner", cards: Sequence[Gpu]) -> dict[Gpu, Fit]:
+    asked, length = config.training.per_device_train_batch_size, config.training.max_length
+    most = (plans.positions or MOST_TOKENS) // LENGTH_STEP
 
     @cache
     def of_rows(rows: int) -> int:
-        return option.planned.peak if rows == asked else plans.predict(rows, length, evaluated=0).peak
+        return planned.peak if rows == asked else plans.predict(rows, length, evaluated=0).peak
 
     @cache
     def of_length(steps: int) -> int:

@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from concurrent import futures
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -27,17 +27,12 @@ def workers(most: int, start: str) -> Iterator[ProcessPoolExecutor]:
     pool = ProcessPoolExecutor(count, context, _follow)
     try:
         yield pool
-    except BaseException:
+    except BaseException:  # Ctrl-C too: nobody waits any more for what they work on
         for process in [*(pool._processes or {}).values()]:  # Python has no public way before 3.14
             process.kill()
         pool.shutdown(wait=False, cancel_futures=True)
         raise
     pool.shutdown()
-
-
-def each(pool: ProcessPoolExecutor, function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]]) -> list[Future[Any]]:
-    """A future for each job, in order, for `result`."""
-    return [pool.submit(function, *job) for job in jobs]
 
 
 def result(future: Future[Any]) -> Any:

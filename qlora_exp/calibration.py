@@ -19,7 +19,7 @@ from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
 
 from qlora_exp import cache, identity
-from qlora_exp.config import what_counts
+from qlora_exp.config import APART
 from qlora_exp.errors import ConfigError, UserError
 from qlora_exp.journal import write_atomically
 from qlora_exp.provenance import libraries
@@ -32,12 +32,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FILE = "calibration.json"
+FOLDER = Path("mlruns")
+"""Of the fits, beside the runs that are tracked here."""
 LEAST_RUNS = 3
 PHASES = ("first_step", "steady", "evaluation")
 """Those that are compared: what loading takes besides weights is not planned."""
 _MIB = 1024**2
 _PLAN = "plan.json"
-Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -46,14 +49,14 @@ class Calibration:
 
     device: str
     runs: PositiveInt
-    offset_mib: Share
-    slope: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    median_error: Share
+    offset_mib: NotNegative
+    slope: Positive
+    median_error: NotNegative
     """Share of what was expected by which a run took more or less, the fit being that to all runs of other plans."""
-    worst_error: Share
-    flops_per_second: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    worst_error: NotNegative
+    flops_per_second: Positive | None = None
     """Of training, the median."""
-    time_error: Share | None = None
+    time_error: NotNegative | None = None
     """Share by which the time of a step was missed by the median of all other runs, at worst."""
 
     def expected(self, planned: float) -> float:
@@ -92,11 +95,10 @@ def plan_run(config: "Config", resolved: "Resolved", longest: int, evaluated: in
 
 def _digest(config: "Config", resolved: "Resolved", longest: int, evaluated: int) -> str:
     """Of what a plan may depend on."""
-    values = what_counts(config.model_dump(mode="json"))
-    for key in ("seed", "dataset", "unrelated", "evaluation"):
-        values.pop(key)
-    for key in ("learning_rate", "max_steps"):
-        values["training"].pop(key)
+    apart = {*APART, "seed", "dataset", "unrelated", "evaluation"}
+    values = config.model_dump(
+        mode="json", exclude=dict.fromkeys(apart, True) | {"training": {"learning_rate", "max_steps"}}
+    )
     base = identity.model(config.model.model_name_or_path, config.model.revision)
     every = values, asdict(resolved), longest, evaluated, base, identity.code(), libraries()
     return hashlib.sha256(json.dumps(every, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -183,7 +185,7 @@ def _line(runs: Sequence[Sequence[tuple[float, float]]]) -> tuple[float, float]:
     return 0.0, float(np.mean(took / planned))
 
 
-def write(found: Iterable[Calibration], folder: Path) -> Path:
+def write(found: Iterable[Calibration], folder: Path = FOLDER) -> Path:
     """Keep the fits in `folder`, beside those of other devices that are there."""
     folder.mkdir(parents=True, exist_ok=True)
     every = {one.device: one for one in (*read(folder), *found)}
@@ -191,7 +193,7 @@ def write(found: Iterable[Calibration], folder: Path) -> Path:
     return folder / FILE
 
 
-def read(folder: Path) -> list[Calibration]:
+def read(folder: Path = FOLDER) -> list[Calibration]:
     """The fits that are kept in `folder`; none if there are none.
 
     Raises:

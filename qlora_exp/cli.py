@@ -133,7 +133,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         planning.add_argument("--gpu", help=f"one of {', '.join(gpus.GPUS)}")
         planning.add_argument("--vram", type=float, metavar="GIB", help="memory of a GPU that has no name here")
     plan.add_argument("--price", type=float, metavar="PER_HOUR", help="of the GPU: says what max_steps cost")
-    advise.set_defaults(price=None)
     if arguments[:1] in (["plan"], ["advise"]):  # --vram 24, or as Hydra's overrides are written
         arguments = [f"--{word}" if word.startswith(("vram=", "gpu=", "price=")) else word for word in arguments]
     options, rest = parser.parse_known_args(arguments)

@@ -19,8 +19,6 @@ from qlora_exp.gpus import Gpu
 from qlora_exp.quiet import quiet
 from qlora_exp.secrets import redact
 
-_STORE = Path("mlruns")
-
 
 def keys(section: str | None) -> None:
     """What each key of the config means, of one section or of all."""
@@ -198,7 +196,9 @@ def plan(options: argparse.Namespace) -> None:
     from qlora_exp import config
     from qlora_exp.schema import Config
 
-    gpu, cpu = _gpu(options), gpus.this_cpu().calibrated(calibration.read(_STORE))
+    if options.price is not None and (options.price < 0 or not options.gpu):
+        raise ConfigError("--price: an amount an hour of a GPU that is named: --gpu NAME --price AMOUNT")
+    gpu, cpu = _gpu(options), gpus.this_cpu().calibrated(calibration.read())
     jobs = config.grid(options.overrides)
     composed: list[Config | UserError] = []
     for words in jobs:  # a mistake is told before anything slow is imported
@@ -296,21 +296,19 @@ def calibrate(options: argparse.Namespace) -> None:
     headings = ["device", "runs", "MiB", "median", "worst error", "GFLOP/s", "error"]
     if rows:
         print_table("each run expected as the others say", headings, rows)
-        print(f"file  {calibration.write(found.values(), _STORE)}, which `plan` and `advise` read")
+        print(f"file  {calibration.write(found.values())}, which `plan` and `advise` read")
     for told in left_out:
         print(f"left out  {told}")
 
 
 def _gpu(options: argparse.Namespace) -> Gpu:
-    """The one that --gpu or --vram say."""
+    """The one that --gpu or --vram say, with what runs on it said."""
     if options.gpu and options.vram:
         raise ConfigError("--gpu and --vram: give one of them")
     if options.vram is not None and not 0 < options.vram < 10_000:
         raise ConfigError(f"--vram {options.vram:g}: not the memory of a GPU in GiB")
-    if options.price is not None and (options.price < 0 or not options.gpu):
-        raise ConfigError("--price: an amount an hour of a GPU that is named: --gpu NAME --price AMOUNT")
     known = gpus.find(options.gpu) if options.gpu else gpus.Gpu("GPU", options.vram or 0.0)
-    return known.calibrated(calibration.read(_STORE))
+    return known.calibrated(calibration.read())
 
 
 def _import_planner() -> None:

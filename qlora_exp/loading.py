@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_exp.bottleneck  # noqa: F401 - registers its method with PEFT
-from qlora_exp import compatibility, identity, journal, store
+from qlora_exp import compatibility, identity, store
 from qlora_exp.config import from_dict
 from qlora_exp.device import detect, resolve
 from qlora_exp.errors import ConfigError, ModelError
@@ -36,8 +36,6 @@ class Saved:
     config: Config
     adapter: bool
     """Else it is a whole model."""
-    run_id: str | None
-    """MLflow's; None if that does not know it."""
 
     def tokenizer(self) -> Any:
         """Its tokenizer.
@@ -62,11 +60,7 @@ def find(source: str, tracking_uri: str | None = None, device: str = "auto") -> 
     Raises:
         ModelError: there is no such model, it is not one that a run saved, or its base is another now.
     """
-    if Path(source).is_dir():
-        folder, run_id = Path(source), journal.run_id(Path(source), store.store_uri(tracking_uri))
-        run_id = run_id or journal.run_id(folder.parent, store.store_uri(tracking_uri))
-    else:
-        folder, run_id = _download(source, tracking_uri)
+    folder = Path(source) if Path(source).is_dir() else _download(source, tracking_uri)
     folder = folder / "model" if (folder / "model").is_dir() else folder  # a run's output folder
     adapter = (folder / "adapter_config.json").is_file()
     weights = folder.glob("adapter_model.safetensors" if adapter else "model*.safetensors")  # never a pickle
@@ -86,7 +80,7 @@ def find(source: str, tracking_uri: str | None = None, device: str = "auto") -> 
         raise ModelError(f"{source}: its config is not one of this version: {error}") from error
     if adapter:
         config = _on_its_base(config, folder)
-    return Saved(source, folder, config, adapter, run_id)
+    return Saved(source, folder, config, adapter)
 
 
 def _on_its_base(config: Config, folder: Path) -> Config:
@@ -141,7 +135,7 @@ def load(source: str, tracking_uri: str | None = None, device: str = "auto") -> 
     return model.eval(), tokenizer
 
 
-def _download(source: str, tracking_uri: str | None) -> tuple[Path, str | None]:
+def _download(source: str, tracking_uri: str | None) -> Path:
     address = store.store_uri(tracking_uri)
     if tracking_uri is None and not Path(address.removeprefix("sqlite:///")).is_file():
         raise ModelError(f"{source}: not a folder, and there is no MLflow store at {address}; give tracking_uri")
@@ -162,8 +156,7 @@ def _download(source: str, tracking_uri: str | None) -> tuple[Path, str | None]:
                 version = mlflow.get_model_version_by_alias(*model_id.split("@", 1))
                 model_id = str(version.source).removeprefix("models:/")
         # By its own location: MLflow resolves models:/ on its global tracking URI only.
-        logged = mlflow.get_logged_model(model_id)
-        where = {"artifact_uri": logged.artifact_location, "tracking_uri": store.store_uri(tracking_uri)}
-        return Path(download_artifacts(**where)), logged.source_run_id
+        location = mlflow.get_logged_model(model_id).artifact_location
+        return Path(download_artifacts(artifact_uri=location, tracking_uri=store.store_uri(tracking_uri)))
     except MlflowException as error:
         raise ModelError(f"{source}: {error}") from error

@@ -55,11 +55,6 @@ def planner(config: Config, gpu: Device) -> "Planner":
     return Planner(config, resolve(config, other if config.device in ("cpu", "mps") else gpu))
 
 
-def predict(config: Config, resolved: Resolved) -> Prediction:
-    """Memory and work of a run whose longest batch is as long as `max_length` lets it be. Raises as `Planner` does."""
-    return Planner(config, resolved).predict()
-
-
 class Planner:
     """Plans a run, with its own batches or with others."""
 
@@ -87,10 +82,10 @@ class Planner:
         self.positions: int | None = getattr(self._architecture, "max_position_embeddings", None)
         """Tokens of the longest row that the model takes; None if it does not say."""
         self._check(config.training.max_length)
-        name = "lorafa" if config.optimizer.lora_optimizer == "lorafa" else resolved.optim
+        optim = "lorafa" if config.optimizer.lora_optimizer == "lorafa" else resolved.optim
         with self._explained():
             whole = build_model(config, resolved, self._architecture, self._depth)
-            self._model = weigh(whole, partial(optimizer, name, self._on_cuda))
+            self._model = weigh(whole, partial(optimizer, optim, self._on_cuda))
 
     def predict(self, rows: int | None = None, length: int | None = None, evaluated: int | None = None) -> Prediction:
         """Memory and work.

@@ -159,17 +159,18 @@ def _show_refused(why: Mapping[str, str]) -> None:
 
 
 def _verdict(prediction: Prediction, gpu: Gpu) -> str:
+    """Empty where there is nothing to judge by: a CPU's plan is of tensors only, until runs said what else is taken."""
     if not gpu.memory_gib or (gpu.type == "cpu" and gpu.calibration is None):
         return ""
-    return f"{verdict(prediction, gpu)} in {gpu.memory_gib:g} ({gpu.name})"
+    return f"{verdict(prediction, gpu)} in {gpu.memory_gib:g} GiB ({gpu.name})"
 
 
 def _against(prediction: Prediction, gpu: Gpu) -> str:
     if not gpu.memory_gib:
         return " (--gpu NAME or --vram GIB says whether it fits)"
-    if gpu.type == "cpu" and gpu.calibration is None:
+    if not (told := _verdict(prediction, gpu)):
         return f" of tensors, in {gpu.memory_gib:g} GiB ({gpu.name})"
-    return f"; {verdict(prediction, gpu)} in {gpu.memory_gib:g} GiB ({gpu.name}) with {DRIVER_GIB} GiB for the driver"
+    return f"; {told} with {DRIVER_GIB} GiB for the driver"
 
 
 def _error(gpu: Gpu) -> str:

@@ -280,8 +280,9 @@ def run(
             tokenizer.save_pretrained(saved)
         adapters.make_portable(saved, config.model.model_name_or_path)
         shutil.copy(output_dir / CONFIG_FILE, saved)
-        version = identity.model(config.model.model_name_or_path, config.model.revision)
-        (saved / identity.BASE_FILE).write_text(json.dumps({"version": version}) + "\n", "utf-8")
+        if peft_config is not None:
+            version = identity.model(config.model.model_name_or_path, config.model.revision)
+            (saved / identity.BASE_FILE).write_text(json.dumps({"version": version}) + "\n", "utf-8")
         sizes = {"model_bytes": size_on_disk(saved)}
         if peft_config is not None:  # computed: merging itself would cost the memory of another model
             sizes["merged_model_bytes_computed"] = base_parameters * getattr(torch, resolved.dtype).itemsize

@@ -5,7 +5,6 @@ Imports nothing heavy in the sweep's own process.
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 
 from qlora_exp import beside, calibration
 from qlora_exp.errors import UserError
@@ -27,14 +26,14 @@ def unfit(configs: Sequence[Config], vram: float | None) -> list[str]:
     Raises:
         ConfigError: the calibration that is kept here is damaged, or a device is not here.
     """
-    known = calibration.read(Path("mlruns"))
+    known = calibration.read()
     kinds = {(one.device, one.quantization.bitsandbytes): one for one in configs}
     with beside.workers(1, _START) as pool:  # one process asks the GPU, not all
-        asked = beside.each(pool, here, [(one, vram) for one in kinds.values()])
+        asked = [pool.submit(here, one, vram) for one in kinds.values()]
         gpus = {kind: beside.result(future).calibrated(known) for kind, future in zip(kinds, asked, strict=True)}
-    jobs = [(one, gpus[one.device, one.quantization.bitsandbytes]) for one in configs]
-    with beside.workers(len(jobs), _START) as pool:
-        return [beside.result(future) for future in beside.each(pool, _why, jobs)]
+    with beside.workers(len(configs), _START) as pool:
+        waiting = [pool.submit(_why, one, gpus[one.device, one.quantization.bitsandbytes]) for one in configs]
+        return [beside.result(future) for future in waiting]
 
 
 def _why(config: Config, gpu: Gpu) -> str:

@@ -223,12 +223,15 @@ class Sweep:
             log.warning("%s; `qlora-exp sync` tells it later", error)
 
     def ended(self, job: Job) -> dict[str, Any]:
-        """How a job ended, by its journal or, if it ran elsewhere, by MLflow: `outcome`, `metrics`, `seconds`."""
+        """How a job ended, by its journal or, if it ran elsewhere, by MLflow: `outcome`, `metrics`, `seconds`.
+
+        One that did not fit has not run.
+        """
         if job.key in self._elsewhere:
             return self._elsewhere[job.key]
-        found, last = state(job.folder)
         if job.key in self._unfit:
             return {"outcome": "unfit", "failure": self._unfit[job.key]}
+        found, last = state(job.folder)
         return {"outcome": "not started" if found == "new" else found, **last}
 
     def rows(self) -> list[dict[str, Any]]:

@@ -70,6 +70,15 @@ def config() -> Callable[..., Any]:
     return lambda *overrides: compose([*QUICK, *overrides])
 
 
+def exit_code(*words: str) -> int:
+    """Of the command line, called in this process."""
+    from qlora_exp.cli import main
+
+    with pytest.raises(SystemExit) as end:
+        main(list(words))
+    return int(end.value.code or 0)
+
+
 @pytest.fixture(scope="session")
 def _imported() -> None:
     """What a run imports is looked at by no garbage collection: half of a tiny run's time otherwise."""

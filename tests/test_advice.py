@@ -3,12 +3,12 @@
 from dataclasses import replace
 
 import pytest
+from conftest import exit_code
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from qlora_exp import advice
 from qlora_exp.advice import Fit, Option, Sized, choose, largest
-from qlora_exp.cli import main
 from qlora_exp.config import compose
 from qlora_exp.errors import UserError
 from qlora_exp.footprint import Phase
@@ -139,9 +139,7 @@ def test_shipped_models_are_looked_at_smallest_first(monkeypatch):
 
 
 def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as end:
-        main(["advise", *TINY, *arguments])
-    return int(end.value.code or 0)
+    return exit_code("advise", *TINY, *arguments)
 
 
 def test_the_command_says_what_to_choose(capsys, monkeypatch):

@@ -9,28 +9,29 @@ import time
 import psutil
 import pytest
 
-from qlora_exp.beside import each, result, workers
+from qlora_exp.beside import result, workers
 
 SLEEP = """
 import os, sys, time
-from qlora_exp.beside import each, result, workers
+from qlora_exp.beside import result, workers
 def slow(): time.sleep(60)
 if __name__ == "__main__":
     with workers(2, "fork") as pool:
-        waiting = each(pool, slow, [(), (), (), ()])
+        waiting = [pool.submit(slow) for _ in range(4)]
         print(*pool._processes, flush=True)
         [result(one) for one in waiting]
 """
 
 
-def test_jobs_are_done_in_their_order():
+def test_jobs_are_done():
     with workers(3, "forkserver") as pool:
-        assert [result(one) for one in each(pool, pow, [(2, 3), (3, 2), (4, 2)])] == [8, 9, 16]
+        assert [result(pool.submit(pow, *two)) for two in ((2, 3), (3, 2), (4, 2))] == [8, 9, 16]
 
 
 def test_an_error_inside_ends_the_workers():
     with pytest.raises(KeyError), workers(2, "forkserver") as pool:
-        each(pool, time.sleep, [(60,), (60,), (60,)])
+        for _ in range(3):
+            pool.submit(time.sleep, 60)
         raise KeyError
     assert pool._processes is None
 

@@ -5,12 +5,12 @@ import random
 from types import SimpleNamespace
 
 import pytest
+from conftest import exit_code
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_exp import calibration, identity
 from qlora_exp.calibration import Calibration, fit, measured, ratio, read, write
-from qlora_exp.cli import main
 from qlora_exp.device import Device, resolve
 from qlora_exp.errors import ConfigError
 
@@ -205,23 +205,19 @@ def test_a_plan_is_made_once_for_runs_that_differ_in_nothing_that_counts(config,
     assert len(made) <= before + 2
 
 
-def command(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as end:
-        main(list(arguments))
-    return int(end.value.code or 0)
-
-
 def test_the_command_fits_recorded_runs_and_plans_use_it(run, store, capsys, tmp_path):
     options = ["tracking.plan=true", "tracking.experiment_name=calibrate", "evaluation=loss_only"]
     options += ["training.eval_strategy=no"]
     for rows in (1, 4, 16):
         run(*options, f"training.per_device_train_batch_size={rows}")
-    assert command("calibrate", "--uri", store, "--experiment", "calibrate") == 0
+    assert exit_code("calibrate", "--uri", store, "--experiment", "calibrate") == 0
     assert "x plan" in capsys.readouterr().out
     (kept,) = json.loads((tmp_path / "mlruns" / "calibration.json").read_text())
     assert kept["runs"] == 3
     architecture = "+model.architecture={_name_or_path: random:llama, model_type: llama, num_hidden_layers: 2}"
-    assert command("plan", "model=tiny_llama", architecture, "method=lora", "device=cpu", "training.max_length=64") == 0
+    assert (
+        exit_code("plan", "model=tiny_llama", architecture, "method=lora", "device=cpu", "training.max_length=64") == 0
+    )
     shown = capsys.readouterr().out
     assert f"of 3 runs on {kept['device']}" in shown
     assert "at the median rate of 3 runs on it" in shown
@@ -229,5 +225,5 @@ def test_the_command_fits_recorded_runs_and_plans_use_it(run, store, capsys, tmp
 
 def test_without_planned_runs_there_is_nothing_to_fit(run, store, capsys):
     run("tracking.experiment_name=unplanned", "evaluation=loss_only")
-    assert command("calibrate", "--uri", store, "--experiment", "unplanned") == 1
+    assert exit_code("calibrate", "--uri", store, "--experiment", "unplanned") == 1
     assert "error: MLflow has no runs of" in capsys.readouterr().err

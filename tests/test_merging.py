@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 import torch
+from conftest import QUICK, exit_code
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_exp import loading, merging
-from qlora_exp.cli import main
 from qlora_exp.errors import ConfigError, ModelError
 from qlora_exp.merging import merge
 
@@ -20,7 +20,6 @@ SAVED = ("method=lora", "training.learning_rate=1e-2", "tracking.log_adapter=fal
 @pytest.fixture(scope="module")
 def adapters(store, tmp_path_factory):
     """Folders that runs saved, by their overrides; each is trained once."""
-    from conftest import QUICK
 
     from qlora_exp.config import compose
     from qlora_exp.run import run
@@ -185,9 +184,8 @@ def test_a_folder_that_is_there_is_left_alone(adapters, tmp_path):
 
 def test_the_command_merges_a_run(run, store, tmp_path, capsys):
     result = run("method=lora", "evaluation=loss_only")
-    with pytest.raises(SystemExit) as end:
-        main(["merge", result.run_id, "--uri", store, "--out", str(tmp_path / "merged"), "--dtype", "bfloat16"])
-    assert not end.value.code
+    words = ["--uri", store, "--out", str(tmp_path / "merged"), "--dtype", "bfloat16"]
+    assert exit_code("merge", result.run_id, *words) == 0
     shown = capsys.readouterr().out
     assert "bfloat16" in shown
     assert "the same first choice" in shown

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import exit_code
 
 from qlora_exp import model as models
 from qlora_exp import plan
-from qlora_exp.cli import main
 from qlora_exp.config import compose, grid
 from qlora_exp.device import Device, resolve
 from qlora_exp.errors import ConfigError, ModelError
@@ -27,7 +27,7 @@ REST = 2 * VOCABULARY * HIDDEN + (2 * LAYERS + 1) * HIDDEN
 
 def predicted(*words: str, device: Device = GPU) -> plan.Prediction:
     config = compose(["model=tiny_llama", ARCHITECTURE, "training.max_length=64", *words])
-    return plan.predict(config, resolve(config, device))
+    return plan.Planner(config, resolve(config, device)).predict()
 
 
 def test_weights_states_and_gradients_are_those_of_the_closed_forms():
@@ -89,7 +89,7 @@ def test_deeper_models_take_what_each_layer_takes():
 def test_a_real_run_takes_what_was_predicted(words: list[str], tmp_path: Path):
     config = compose(["model=tiny_llama", ARCHITECTURE, "training.max_length=64", "device=cpu", *words])
     resolved = resolve(config, CPU)
-    found = plan.predict(config, resolved).phases["first_step"].allocated
+    found = plan.Planner(config, resolved).predict().phases["first_step"].allocated
     torch.manual_seed(0)
     model = plan.build_model(config, resolved, models.model_config(config.model), LAYERS)
     ids = torch.arange(4 * 64).view(4, 64) % VOCABULARY
@@ -161,9 +161,7 @@ def test_lists_and_named_sweeps_become_runs():
 
 
 def run(*arguments: str) -> int:
-    with pytest.raises(SystemExit) as end:
-        main(["plan", "model=tiny_llama", ARCHITECTURE, "training.max_length=64", *arguments])
-    return int(end.value.code or 0)
+    return exit_code("plan", "model=tiny_llama", ARCHITECTURE, "training.max_length=64", *arguments)
 
 
 def test_the_command_says_whether_it_fits(capsys: pytest.CaptureFixture[str]):
