@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -16,25 +17,64 @@ GRACE_SECONDS = 30.0
 """What a process gets to write down how it ended, before it is killed."""
 
 
+@dataclass
+class _Held:
+    depth: int = 0
+    first: BaseException | None = None
+
+
+_held = _Held()
+
+
 @contextmanager
 def heeded() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt inside, `OUT_OF_TIME` TimeLimitError; does nothing outside the main thread."""
+    """SIGTERM and Ctrl-C raise KeyboardInterrupt inside, `OUT_OF_TIME` TimeLimitError.
+
+    Does nothing outside the main thread, and leaves Ctrl-C alone where somebody else sees to it.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        _come(KeyboardInterrupt())
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
-        raise TimeLimitError("the time limit of the job is over")
+        _come(TimeLimitError("the time limit of the job is over"))
 
-    before = {number: signal.signal(number, act) for number, act in ((signal.SIGTERM, interrupt), (OUT_OF_TIME, stop))}
+    acts = {signal.SIGTERM: interrupt, OUT_OF_TIME: stop}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        acts[signal.SIGINT] = interrupt
+    before = {number: signal.signal(number, act) for number, act in acts.items()}
     try:
         yield
     finally:
-        for number, act in before.items():
-            signal.signal(number, act)
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _come(error: BaseException) -> None:
+    if _held.depth and _held.first is None:
+        _held.first = error
+    else:
+        raise error
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """What is heeded and comes inside is raised at the end; a second one at once.
+
+    For work that must not be torn: an interrupted transaction of MLflow's SQL store leaves its database locked for as
+    long as the exception lives, and so could not even record how the run ended.
+    """
+    _held.depth += 1
+    try:
+        yield
+    finally:
+        _held.depth -= 1
+        if not _held.depth and (first := _held.first):
+            _held.first = None
+            raise first
 
 
 @contextmanager

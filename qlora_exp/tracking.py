@@ -26,6 +26,7 @@ from qlora_exp.errors import ConfigError, TrackingError
 from qlora_exp.journal import CONFIG_FILE, FILE, LOCK_FILE, Journal, is_over, last_message, read
 from qlora_exp.schema import Config
 from qlora_exp.secrets import redact
+from qlora_exp.signals import held
 from qlora_exp.store import client, has_lost, is_refused, short, store_uri, tell
 
 log = logging.getLogger(__name__)
@@ -141,7 +142,8 @@ class Tracker:
             TrackingError: it does not answer.
         """
         if self._mlflow is None:
-            self._mlflow = client(self._uri)
+            with held():
+                self._mlflow = client(self._uri)
         return self._mlflow
 
     def deliver(self, strict: bool = False) -> bool:
@@ -152,7 +154,8 @@ class Tracker:
         """
         for message, offset in self._journal.undelivered():
             try:
-                tell(self.connect(), self._journal, message)
+                with held():
+                    tell(self.connect(), self._journal, message)
             except Exception as error:  # whatever the store or its artifact store raises: training must go on
                 if has_lost(error, self._mlflow, self.run_id):
                     log.warning("MLflow has lost this run: it is told all of it again")

@@ -1,4 +1,6 @@
+import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -6,7 +8,7 @@ import time
 import pytest
 
 from qlora_exp.errors import TimeLimitError
-from qlora_exp.signals import heeded, time_limit
+from qlora_exp.signals import OUT_OF_TIME, heeded, held, time_limit
 
 
 def test_who_is_out_of_time_can_still_write_it_down(tmp_path):
@@ -43,3 +45,41 @@ with signals.time_limit(0.3, pathlib.Path("late")):
     assert pathlib.Path("late").exists()
     assert result.returncode == 1
     assert 'File "<string>", line 7' in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [(signal.SIGTERM, KeyboardInterrupt), (signal.SIGINT, KeyboardInterrupt), (OUT_OF_TIME, TimeLimitError)],
+)
+def test_what_must_not_be_torn_is_finished_first(number, error):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    done = []
+    with pytest.raises(error), heeded():
+        with held(), held():
+            os.kill(os.getpid(), number)
+            done.append("inside")
+        done.append("after")
+    assert done == ["inside"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def test_whoever_says_it_twice_is_heeded_at_once():
+    done = []
+    with pytest.raises(KeyboardInterrupt), heeded(), held():
+        os.kill(os.getpid(), signal.SIGTERM)
+        done.append("once")
+        os.kill(os.getpid(), signal.SIGTERM)
+        done.append("twice")
+    assert done == ["once"]
+    with heeded(), held():
+        pass  # nothing is left over
+
+
+def test_an_ignored_interrupt_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with heeded():
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -14,6 +14,7 @@ from qlora_exp import tracking
 from qlora_exp.config import compose, from_dict
 from qlora_exp.errors import ConfigError, TrackingError
 from qlora_exp.journal import Journal, is_settled, metrics
+from qlora_exp.signals import heeded
 from qlora_exp.store import client, finished_runs
 
 
@@ -350,6 +351,28 @@ def test_a_killed_command_is_recorded_as_killed(signal_name: str, store, mlflow,
     run = mlflow.get_run(run_id)
     assert (run.info.status, run.data.tags["outcome"]) == ("KILLED", "killed")
     assert run.data.metrics["train/loss"] > 0
+
+
+def test_an_interrupt_in_a_transaction_leaves_the_store_free(store, mlflow, tmp_path, monkeypatch):
+    from sqlalchemy.orm import Session
+
+    whole, torn = Session.flush, []
+
+    def interrupted(self, *given):
+        whole(self, *given)
+        if tracker and not torn:
+            torn.append(self)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    tracker = None
+    monkeypatch.setattr(Session, "flush", interrupted)
+    with pytest.raises(KeyboardInterrupt), heeded(), start(store, tmp_path) as tracker:
+        tracker.metrics({"train/loss": 2.5}, 3)
+        pytest.fail("the interrupt came late")
+    run = mlflow.get_run(tracker.run_id)
+    assert torn
+    assert (run.info.status, run.data.tags["outcome"]) == ("KILLED", "killed")
+    assert run.data.metrics["train/loss"] == 2.5
 
 
 def test_run_names_say_what_the_run_is():
