@@ -30,6 +30,8 @@ examples:
   qlora-exp advise model=llama3_8b --vram 24  which method, batch and length fit a card
   qlora-exp probe method=loha            does it work with the versions installed here?
   qlora-exp quantize-error               what NF4, FP4, INT4 and INT8 lose on a model's weights
+  qlora-exp chat RUN                     talk with what a run trained
+  qlora-exp export RUN --to gguf --out X  a GGUF file with a Modelfile; --to nf4, int8, ...
   qlora-exp sync                         send MLflow what it missed while its server was away
 """
 
@@ -117,14 +119,63 @@ def main(argv: Sequence[str] | None = None) -> None:
     advise.add_argument("--models", action="store_true", help="the largest model for each card instead")
     advise.set_defaults(command=commands.advise)
     merge = known.add_parser("merge", help="an adapter's weights in its base's: a model that needs no adapter")
-    merge.add_argument("source", metavar="RUN|MODEL|FOLDER", help="run id, models:/..., or a folder that a run saved")
-    merge.add_argument("--out", type=Path, required=True, help="a folder that is not there yet")
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    merge.add_argument("--dtype", choices=dtypes, default="auto", help="default: that of the base's files")
-    bases = ("auto", "files", "trained")
-    merge.add_argument("--base", choices=bases, default="auto", help="of a quantized run: its files, or as trained on")
-    merge.add_argument("--uri", help="tracking URI; default: SQLite in ./mlruns")
-    merge.set_defaults(command=commands.merge)
+    merge.set_defaults(command=commands.export, to="merged", type="")
+    export = known.add_parser("export", help="a trained model as a GGUF file, or stored in 4 or 8 bits")
+    forms = ("gguf", "merged", "nf4", "nf4_double", "fp4", "fp4_double", "int8")
+    export.add_argument("--to", choices=forms, required=True, help="the form")
+    export.add_argument("--type", default="q8_0", help="of a GGUF file's weights: f32, f16, bf16, q8_0, ..., q4_0")
+    export.set_defaults(command=commands.export)
+    dtypes, bases = ("auto", "float32", "bfloat16", "float16"), ("auto", "files", "trained")
+    for making in (merge, export):
+        making.add_argument("source", metavar="RUN|MODEL|FOLDER", help="run id, models:/..., or a saved folder")
+        making.add_argument("--out", type=Path, required=True, help="a folder that is not there yet")
+        making.add_argument("--dtype", choices=dtypes, default="auto", help="of the merged weights; auto: the base's")
+        making.add_argument("--base", choices=bases, default="auto", help="of a quantized run: as files, as trained")
+        making.add_argument("--uri", help="tracking URI; default: SQLite in ./mlruns")
+    generate = known.add_parser("generate", help="answers of a trained model to a prompt or to a file of them")
+    generate.add_argument("--prompt", help="a question, in words")
+    generate.add_argument("--file", type=Path, help="a prompt a line; .jsonl: {prompt, input} or {messages}, adapter")
+    generate.add_argument("--out", type=Path, help="of a file's prompts: a .jsonl file; default: on the screen")
+    generate.set_defaults(command=commands.generate)
+    chat = known.add_parser("chat", help="talk with a trained model")
+    chat.add_argument("--system", help="a system message, if the format that it was trained with has one")
+    chat.set_defaults(command=commands.chat)
+    for talking in (generate, chat):
+        talking.add_argument("source", metavar="RUN|MODEL|FOLDER", help="run id, models:/..., or a folder")
+        talking.add_argument(
+            "--adapter", action="append", default=[], metavar="NAME=SOURCE", help="one more on the same base"
+        )
+        talking.add_argument("--quantization", help="of the base: nf4_double, int8, none, ...; default: as trained")
+        talking.add_argument("--max-new-tokens", type=int, default=256)
+        talking.add_argument("--temperature", type=float, default=0.0, help="0 (default): the likeliest token, always")
+        talking.add_argument("--top-p", type=float, default=1.0)
+        talking.add_argument("--top-k", type=int, default=0)
+        talking.add_argument("--repetition-penalty", type=float, default=1.0)
+        talking.add_argument("--seed", type=int)
+        talking.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+        talking.add_argument("--uri", help="tracking URI; default: SQLite in ./mlruns")
+    serve = known.add_parser("serve", help="a trained model behind an OpenAI-compatible endpoint")
+    serve.add_argument(
+        "source", metavar="RUN|MODEL|FOLDER", help="run id, models:/..., or a folder; adapters are merged"
+    )
+    servers = ("transformers", "mlflow", "vllm", "llama.cpp")
+    serve.add_argument("--with", dest="server", choices=servers, default="transformers", help="whose server")
+    serve.add_argument("--print", action="store_true", help="the commands of all servers; start none")
+    serve.add_argument("--out", type=Path, help="where an adapter is merged; default: outputs/served/RUN_ID")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    serve.add_argument("--uri", help="tracking URI; default: SQLite in ./mlruns")
+    serve.set_defaults(command=commands.serve)
+    register = known.add_parser("register", help="a run's model in MLflow's registry, with a model card")
+    register.add_argument("run", metavar="RUN", help="run id, run key or name of a run")
+    register.add_argument("--name", required=True, help="of the registered model")
+    register.add_argument("--alias", help="to move to this version, such as champion")
+    register.add_argument("--card", type=Path, metavar="FILE", help="write the model card here too")
+    register.add_argument("--push", metavar="ORG/NAME", help="upload it to the Hugging Face hub too (HF_TOKEN)")
+    register.add_argument("--public", action="store_true", help="of a new repository there; default: private")
+    register.add_argument("--uri", help="tracking URI; default: SQLite in ./mlruns")
+    register.set_defaults(command=commands.register)
     calibrate = known.add_parser("calibrate", help="learn from runs how far off plans are, for each kind of device")
     calibrate.add_argument("--experiment", help="MLflow's; default: all")
     calibrate.add_argument("--uri", help="tracking URI; default: SQLite in ./mlruns")

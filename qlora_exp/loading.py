@@ -10,20 +10,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.exceptions import MlflowException
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import qlora_exp.bottleneck  # noqa: F401 - registers its method with PEFT
-from qlora_exp import compatibility, identity, store
-from qlora_exp.config import from_dict
+from qlora_exp import compatibility, identity, journal, store
+from qlora_exp.config import compose, from_dict
 from qlora_exp.device import detect, resolve
 from qlora_exp.errors import ConfigError, ModelError
-from qlora_exp.journal import CONFIG_FILE
+from qlora_exp.journal import CONFIG_FILE, FILE
 from qlora_exp.model import load_model
+from qlora_exp.quantization import quantization_config
 from qlora_exp.records import plain_yaml
 from qlora_exp.schema import Config
+
+GGUF_FILE = "model.gguf"
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,10 @@ class Saved:
     config: Config
     adapter: bool
     """Else it is a whole model."""
+    run_id: str | None = None
+    """MLflow's, of the run that it is from; None if that is not known."""
+    tracking_uri: str | None = None
+    """Of the store that knows the run; None is the one in `mlruns/`."""
 
     def tokenizer(self) -> Any:
         """Its tokenizer.
@@ -53,18 +62,23 @@ def find(source: str, tracking_uri: str | None = None, device: str = "auto") -> 
     """What a run saved, with its config as it was recorded, on the base that it was trained on.
 
     Args:
-        source: an MLflow run id, a `models:/...` URI, or a folder that a run saved.
+        source: an MLflow run id, a `models:/...` URI, or a folder that a run saved or `export` wrote.
         tracking_uri: the MLflow store; None is the one in `mlruns/`.
         device: where it is to be put: auto, cpu, cuda.
 
     Raises:
         ModelError: there is no such model, it is not one that a run saved, or its base is another now.
     """
-    folder = Path(source) if Path(source).is_dir() else _download(source, tracking_uri)
-    folder = folder / "model" if (folder / "model").is_dir() else folder  # a run's output folder
+    if Path(source).is_dir():
+        folder, run_id = Path(source), None
+        folder = folder / "model" if (folder / "model").is_dir() else folder  # a run's output folder
+        if (folder.parent / FILE).is_file():
+            run_id = journal.run_id(folder.parent, store.store_uri(tracking_uri))
+    else:
+        folder, run_id = _download(source, tracking_uri)
     adapter = (folder / "adapter_config.json").is_file()
-    weights = folder.glob("adapter_model.safetensors" if adapter else "model*.safetensors")  # never a pickle
-    if not (folder / CONFIG_FILE).is_file() or not list(weights):
+    names = ("adapter_model.safetensors",) if adapter else ("model*.safetensors", GGUF_FILE)  # never a pickle
+    if not (folder / CONFIG_FILE).is_file() or not any(list(folder.glob(name)) for name in names):
         raise ModelError(f"{source}: not a model that a run saved (no {CONFIG_FILE}, or no .safetensors)")
     try:
         recorded = plain_yaml((folder / CONFIG_FILE).read_text("utf-8"), CONFIG_FILE)
@@ -80,7 +94,7 @@ def find(source: str, tracking_uri: str | None = None, device: str = "auto") -> 
         raise ModelError(f"{source}: its config is not one of this version: {error}") from error
     if adapter:
         config = _on_its_base(config, folder)
-    return Saved(source, folder, config, adapter)
+    return Saved(source, folder, config, adapter, run_id, tracking_uri)
 
 
 def _on_its_base(config: Config, folder: Path) -> Config:
@@ -103,60 +117,117 @@ def _on_its_base(config: Config, folder: Path) -> Config:
     return config
 
 
-def load(source: str, tracking_uri: str | None = None, device: str = "auto") -> tuple[Any, Any]:
+def load(
+    source: str, tracking_uri: str | None = None, device: str = "auto", quantization: str | None = None
+) -> tuple[Any, Any]:
     """A trained model, ready to generate: the base as it was trained on (quantized or not) with its adapter.
 
     Args:
-        source: an MLflow run id, a `models:/...` URI, or a folder that a run saved.
+        source: an MLflow run id, a `models:/...` URI, or a folder that a run saved or `export` wrote.
         tracking_uri: the MLflow store; None is the one in `mlruns/`.
         device: where to put it: auto, cpu, cuda.
+        quantization: how to store the base instead: an option of that group, such as nf4_double, int8, none.
 
     Returns:
         The model, in eval mode, and its tokenizer.
 
     Raises:
         ModelError: there is no such model, it is not one that a run saved, or its base is another now.
+        ConfigError: there is no such quantization.
     """
     saved = find(source, tracking_uri, device)
-    config = saved.config
-    resolved = resolve(config, detect(device, bitsandbytes=config.quantization.bitsandbytes))
     tokenizer = saved.tokenizer()
+    return load_saved(saved, quantization), tokenizer
+
+
+def load_saved(saved: Saved, quantization: str | None = None, name: str = "default") -> Any:
+    """The model that `load` gives; its adapter goes by `name`."""
+    config = saved.config
+    if quantization is not None:
+        chosen = compose(["method=lora", f"quantization={quantization}"]).quantization
+        config = config.model_copy(update={"quantization": chosen})
+    resolved = resolve(config, detect(config.device, bitsandbytes=config.quantization.bitsandbytes))
     if saved.adapter:
         base = load_model(config.model, config.quantization, resolved)
-        model: Any = PeftModel.from_pretrained(base, str(saved.folder))
+        model = with_adapter(base, saved, name)
     else:
-        model = AutoModelForCausalLM.from_pretrained(
-            saved.folder,
-            dtype=getattr(torch, resolved.dtype),
-            device_map={"": resolved.device},
-            trust_remote_code=False,
-        )
+        how = None if quantization is None else quantization_config(config.quantization, resolved)
+        model = load_whole(saved, resolved.dtype, resolved.device, how)
     model.config.use_cache = True
-    return model.eval(), tokenizer
+    return model.eval()
 
 
-def _download(source: str, tracking_uri: str | None) -> Path:
+def with_adapter(model: Any, saved: Saved, name: str = "default") -> PeftModel:
+    """The base `model` with the adapter that a run saved; a model that has one already gets one more.
+
+    Raises:
+        ModelError: a file is damaged, or it fits another base.
+    """
+    try:
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(saved.folder), adapter_name=name)
+            return model
+        return PeftModel.from_pretrained(model, str(saved.folder), adapter_name=name)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ModelError(f"{saved.folder}: a file of the adapter is damaged ({error})") from error
+    except (RuntimeError, ValueError, TypeError) as error:
+        first = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
+        raise ModelError(f"{saved.folder}: does not fit {model.config._name_or_path}: {first:.300}") from error
+
+
+def load_whole(saved: Saved, dtype: str, device: str = "cpu", quantization: Any = None) -> Any:
+    """A model that is no adapter: what a full fine-tune saved, or what `export` wrote.
+
+    Raises:
+        ModelError: a file is damaged, or not to be stored so.
+    """
+    arguments: dict[str, Any] = {"device_map": {"": device}, "trust_remote_code": False}
+    if quantization is not None:
+        arguments["quantization_config"] = quantization
+    elif (saved.folder / GGUF_FILE).is_file():
+        arguments |= {"gguf_file": GGUF_FILE, "quantization_config": GgufConfig(dequantize=True)}
+    dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+    try:
+        return AutoModelForCausalLM.from_pretrained(saved.folder, dtype=dtype, **arguments)
+    except (SafetensorError, ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ModelError(f"{saved.folder}: cannot be loaded: {str(error).strip().splitlines()[0]:.300}") from error
+
+
+def models_of(mlflow: MlflowClient, run_id: str) -> list[Any]:
+    """What a run logged as its models, oldest first.
+
+    Raises:
+        ModelError: nothing.
+    """
+    outputs = mlflow.get_run(run_id).outputs
+    if outputs is None or not outputs.model_outputs:
+        raise ModelError(f"run {run_id} left no model in MLflow (tracking.log_adapter, tracking.log_full_model)")
+    return list(outputs.model_outputs)
+
+
+def _download(source: str, tracking_uri: str | None) -> tuple[Path, str | None]:
+    """A logged model's folder, and the run that it is from."""
     address = store.store_uri(tracking_uri)
     if tracking_uri is None and not Path(address.removeprefix("sqlite:///")).is_file():
         raise ModelError(f"{source}: not a folder, and there is no MLflow store at {address}; give tracking_uri")
     mlflow = store.client(tracking_uri)
     try:
         if not source.startswith("models:/"):
-            outputs = mlflow.get_run(source).outputs
-            if outputs is None or not outputs.model_outputs:
-                raise ModelError(
-                    f"run {source} left no model in MLflow (tracking.log_adapter, tracking.log_full_model)"
-                )
-            model_id = outputs.model_outputs[-1].model_id
+            model_id = models_of(mlflow, source)[-1].model_id
         else:
             model_id = source.removeprefix("models:/")
+            version = None
             if "/" in model_id:  # a registered one: models:/NAME/VERSION
-                model_id = str(mlflow.get_model_version(*model_id.split("/", 1)).source).removeprefix("models:/")
+                version = mlflow.get_model_version(*model_id.split("/", 1))
             elif "@" in model_id:  # models:/NAME@ALIAS
                 version = mlflow.get_model_version_by_alias(*model_id.split("@", 1))
-                model_id = str(version.source).removeprefix("models:/")
+            if version is not None:
+                model_id = version.model_id or str(version.source).removeprefix("models:/")
         # By its own location: MLflow resolves models:/ on its global tracking URI only.
-        location = mlflow.get_logged_model(model_id).artifact_location
-        return Path(download_artifacts(artifact_uri=location, tracking_uri=store.store_uri(tracking_uri)))
+        logged = mlflow.get_logged_model(model_id)
+        folder = download_artifacts(artifact_uri=logged.artifact_location, tracking_uri=store.store_uri(tracking_uri))
+        return Path(folder), logged.source_run_id
     except MlflowException as error:
         raise ModelError(f"{source}: {error}") from error

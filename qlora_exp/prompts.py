@@ -3,6 +3,7 @@
 Alpaca's two prompts are those of tatsu-lab/stanford_alpaca. Knows nothing of files or tokens.
 """
 
+import json
 from typing import Any, NamedTuple
 
 from qlora_exp.errors import DataError
@@ -76,3 +77,38 @@ def render(row: dict[str, Any], config: DatasetConfig, tokenizer: Any, every_ans
         pieces += [(before[len(told) :], False), (whole[len(before) :], True)]
         told = whole
     return Rendered(pieces, True)
+
+
+def chat_template(config: DatasetConfig, tokenizer: Any) -> str | None:
+    """The Jinja template that renders a dialogue as `render` renders rows, for whatever takes one: servers, GGUF files.
+
+    Args:
+        config: names the format that the run was trained with.
+        tokenizer: of the model; with format `chat` its own template is the answer, a system message of the run added.
+
+    Returns:
+        None if the run was trained on plain text: there is no dialogue to render.
+    """
+    if config.format == "text":
+        return None
+    if config.format == "chat":
+        own: str = tokenizer.get_chat_template()
+        if config.system_message is None:
+            return own
+        told = json.dumps(config.system_message)
+        begin = (
+            "{% if messages[0]['role'] != 'system' %}"
+            f"{{% set messages = [{{'role': 'system', 'content': {told}}}] + messages %}}{{% endif %}}"
+        )
+        return own if own.startswith(begin) else begin + own
+    asked = ALPACA_WITHOUT_INPUT if config.format == "alpaca" else "{prompt}"
+    before, after = (json.dumps(part) for part in asked.split("{prompt}"))
+    first = tokenizer("a")["input_ids"][:1]
+    begin = "{{ bos_token }}" if first and first[0] == tokenizer.bos_token_id else ""
+    refused = json.dumps(f"this model was trained on prompts of format {config.format}, which know user and assistant")
+    return (
+        f"{begin}{{% for message in messages %}}"
+        f"{{% if message['role'] == 'user' %}}{{{{ {before} + message['content'] + {after} }}}}"
+        "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
+        f"{{% else %}}{{{{ raise_exception({refused}) }}}}{{% endif %}}{{% endfor %}}"
+    )

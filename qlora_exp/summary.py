@@ -12,8 +12,7 @@ from qlora_exp.secrets import redact
 if TYPE_CHECKING:
     from qlora_exp.run import RunResult
 
-# Metric, its name here, its format.
-_QUALITY = (
+QUALITY = (
     ("loss", "held-out loss", ".4f"),
     ("perplexity", "perplexity", ".2f"),
     ("rougeL", "ROUGE-L", ".4f"),
@@ -23,20 +22,24 @@ _QUALITY = (
     ("token_seconds_p50", "seconds a generation step, p50", ".4f"),
     ("generated_tokens_per_second", "generated tokens/s", ".1f"),
 )
+"""Metric, its name here, its format."""
+"""Metric, its name here, its format."""
 _PHASES = ("load", "initialize", "first_step", "steady", "evaluation", "evaluate_after", "generate_after", "save")
 
 
 def _quality(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
     """Measure, before training, after it."""
     rows = []
-    for key, name, form in _QUALITY:
+    for key, name, form in QUALITY:
         if f"after/{key}" in metrics:
             before = metrics.get(f"before/{key}")
             rows.append((name, "-" if before is None else format(before, form), format(metrics[f"after/{key}"], form)))
     return rows
 
 
-def _cost(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+def cost(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """What it took, as named values."""
+    """What it took, as named values."""
     rows = [
         (
             "trainable parameters",
@@ -68,7 +71,7 @@ def _cost(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
 def markdown(metrics: Mapping[str, float]) -> str:
     """Quality and cost as two Markdown tables."""
     quality = markdown_table(["on held-out rows", "before", "after"], _quality(metrics))
-    return f"{quality}\n\n{markdown_table(['cost', ''], _cost(metrics))}\n"
+    return f"{quality}\n\n{markdown_table(['cost', ''], cost(metrics))}\n"
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -95,10 +98,10 @@ def show(result: "RunResult", tracking_uri: str | None) -> None:
     quality = Table("", "before", "after", title="Quality on held-out rows", title_justify="left")
     for line in _quality(result.metrics):
         quality.add_row(*line)
-    cost = Table("", "", title="Cost", title_justify="left", show_header=False)
-    for row in _cost(result.metrics):
-        cost.add_row(*row)
+    costs = Table("", "", title="Cost", title_justify="left", show_header=False)
+    for row in cost(result.metrics):
+        costs.add_row(*row)
     console = Console()
-    console.print(Group(quality, cost))
+    console.print(Group(quality, costs))
     ui = "qlora-exp ui" if tracking_uri is None else f"qlora-exp ui --uri {redact(tracking_uri)}"
     console.print(f"files  {result.output_dir}\nrun    {result.run_id}\nopen   {ui}", highlight=False, soft_wrap=True)

@@ -1,0 +1,240 @@
+"""What a run trained, in the form in which it is to be used: written whole or not at all, read back and compared.
+
+Knows the forms; how an adapter gets into its base is `merging`'s, what a GGUF file holds `gguf_file`'s.
+"""
+
+import json
+import logging
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from mlflow.exceptions import MlflowException
+
+from qlora_exp import gguf_file, merging, ollama, prompts, store
+from qlora_exp.config import compose
+from qlora_exp.device import detect, resolve
+from qlora_exp.errors import ConfigError, ModelError, TrackingError
+from qlora_exp.journal import CONFIG_FILE
+from qlora_exp.loading import GGUF_FILE, Saved, load_whole
+from qlora_exp.memory import size_on_disk
+from qlora_exp.merging import Base, Whole
+from qlora_exp.provenance import libraries
+from qlora_exp.quantization import quantization_config
+
+log = logging.getLogger(__name__)
+
+FACTS_FILE = "export.json"
+BITSANDBYTES = ("nf4", "nf4_double", "fp4", "fp4_double", "int8")
+FORMS = ("merged", "gguf", *BITSANDBYTES)
+_ROUNDINGS = 32
+"""How many roundings of the largest logit a model may be off: layers after one another add theirs."""
+_QUESTION = "How long does concrete need before it can carry load?"
+_ANSWER_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was made."""
+
+    folder: str
+    form: str
+    base: str
+    """Which weights the adapter was merged into, and why."""
+    weights: str
+    """What most of them are stored as."""
+    max_logit: float
+    max_logit_difference: float
+    """Of the model as it was read back, from base and adapter apart, on a paragraph of text."""
+    mean_kl: float
+    """Nats a token, of its next tokens from theirs."""
+    same_first_choice: float
+    """Share of tokens after which both find the same next token likeliest."""
+    answer: str
+    """Greedy, to a question in the format that the run was trained with."""
+    same_answer_tokens: int
+    """Of it, from the start: as the merged model's before it was written."""
+    answer_tokens: int
+    bytes: int
+
+
+def export(
+    saved: Saved, out: Path, form: str = "merged", dtype: str = "auto", base: Base = "auto", type_: str = "q8_0"
+) -> Exported:
+    """Write what a run trained as a folder that needs neither PEFT nor this project, and tell the run in MLflow.
+
+    Args:
+        saved: what a run saved, or a whole model that was exported before.
+        out: a folder that is not there yet; it appears whole or not at all.
+        form: one of FORMS.
+        dtype: of the merged weights, before they are quantized: float32, bfloat16, float16; auto: as the base's files.
+        base: which weights an adapter is merged into, as `merging.whole` takes it.
+        type_: of a GGUF file's weights: one of `gguf_file.TYPES`.
+
+    Raises:
+        ConfigError: there is nothing to merge, it cannot be merged or written so, or there is no room for it.
+        ModelError: base and adapter do not belong together, a file is damaged, or what was written says other things.
+    """
+    if out.exists():
+        raise ConfigError(f"--out {out}: is there already; choose another, or delete it")
+    if form == "merged" and not saved.adapter:
+        raise ConfigError(f"{saved.folder}: a full model already, without an adapter to merge")
+    write = _writer(saved, form, type_)  # what cannot be written is refused before anything is loaded
+    whole = merging.whole(saved, dtype, base)
+    template = prompts.chat_template(saved.config.dataset, whole.tokenizer) if _can_chat(saved, whole) else None
+    if template is not None:
+        whole.tokenizer.chat_template = template
+    whole.model.generation_config.max_length = None
+    answer = _answer(whole.model, whole.tokenizer, template)
+    needed = sum(tensor.nbytes for tensor in whole.model.state_dict().values())
+    with _appearing(out, needed) as part:
+        stored, exact = write(whole, part)
+        whole.tokenizer.save_pretrained(part)
+        shutil.copy(saved.folder / CONFIG_FILE, part)
+        dtype, told, expected = whole.dtype, whole.base, whole.expected
+        whole.model = None
+        back = load_whole(replace(saved, folder=part, adapter=False), "auto")
+        again = _answer(back, whole.tokenizer, template)
+        made = Exported(
+            str(out),
+            form,
+            told,
+            stored,
+            expected.abs().max().item(),
+            *_distance(merging.logits(back, whole.ids), expected),
+            whole.tokenizer.decode(again, skip_special_tokens=True),
+            next(
+                (place for place, pair in enumerate(zip(answer, again, strict=False)) if len(set(pair)) > 1), len(again)
+            ),
+            len(again),
+            size_on_disk(part),
+        )
+        _check(made, dtype, exact)
+        facts = asdict(made) | {"source": saved.source, "libraries": libraries()}
+        model = saved.config.model
+        facts |= {"model_name_or_path": model.model_name_or_path, "revision": model.revision}
+        (part / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+    _tell(saved, facts)
+    return made
+
+
+def _can_chat(saved: Saved, whole: Whole) -> bool:
+    return saved.config.dataset.format != "chat" or bool(whole.tokenizer.chat_template)
+
+
+Writer = Callable[[Whole, Path], tuple[str, torch.dtype | None]]
+"""Writes into a folder; what the weights are stored as, and the dtype if nothing but rounding was lost."""
+
+
+def _writer(saved: Saved, form: str, type_: str) -> Writer:
+    if form == "merged":
+        return _write_merged
+    if form == "gguf":
+        gguf_file.check_type(type_)
+        return lambda whole, part: _write_gguf(whole, part, type_, saved)
+    if form in BITSANDBYTES:
+        return lambda whole, part: _write_bitsandbytes(whole, part, form)
+    raise ConfigError(f"--to {form}: choose one of {', '.join(FORMS)}")
+
+
+def _write_merged(whole: Whole, part: Path) -> tuple[str, torch.dtype]:
+    whole.model.save_pretrained(part, max_shard_size="4GB")
+    return whole.dtype, whole.model.dtype
+
+
+def _write_gguf(whole: Whole, part: Path, type_: str, saved: Saved) -> tuple[str, torch.dtype | None]:
+    whole.tokenizer.save_pretrained(part)
+    whole.model.config.save_pretrained(part)
+    name = saved.config.model.model_name_or_path.rpartition("/")[2]
+    exact = gguf_file.write(whole.model, whole.tokenizer, part, part / GGUF_FILE, type_, name)
+    (part / "Modelfile").write_text(ollama.modelfile(whole.tokenizer, GGUF_FILE), "utf-8")
+    return type_, exact
+
+
+def _write_bitsandbytes(whole: Whole, part: Path, form: str) -> tuple[str, None]:
+    quantization = compose(["method=lora", f"quantization={form}"]).quantization
+    resolved = resolve(compose(["method=lora", f"quantization={form}"]), detect("cpu", bitsandbytes=True))
+    how = quantization_config(quantization, replace(resolved, dtype=whole.dtype, compute_dtype=whole.dtype))
+    with tempfile.TemporaryDirectory(prefix=".merged.", dir=part) as plain:
+        whole.model.save_pretrained(plain, max_shard_size="4GB")
+        model = type(whole.model).from_pretrained(plain, dtype=whole.model.dtype, quantization_config=how)
+        model.save_pretrained(part, max_shard_size="4GB")
+    return form, None
+
+
+@torch.no_grad()
+def _answer(model: Any, tokenizer: Any, template: str | None) -> list[int]:
+    text = _QUESTION
+    if template is not None:
+        asked = [{"role": "user", "content": _QUESTION}]
+        text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    batch = tokenizer(text, return_tensors="pt", add_special_tokens=template is None)
+    model.generation_config.max_length = None
+    found = model.generate(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        max_new_tokens=_ANSWER_TOKENS,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    new: list[int] = found[0, batch["input_ids"].shape[1] :].tolist()
+    return new
+
+
+def _distance(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float, float]:
+    """Largest difference, mean KL divergence in nats, share of tokens with the same first choice; (tokens, words)."""
+    apart, together = (torch.log_softmax(one, -1) for one in (expected, found))
+    kl = torch.nn.functional.kl_div(together, apart, log_target=True, reduction="none").sum(-1)
+    same = (found.argmax(-1) == expected.argmax(-1)).float().mean()
+    return (found - expected).abs().max().item(), kl.mean().item(), same.item()
+
+
+def _check(made: Exported, dtype: str, exact: torch.dtype | None) -> None:
+    """Refuse a model that says something else than rounding explains; of quantization only that it is numbers."""
+    if not math.isfinite(made.mean_kl) or not math.isfinite(made.max_logit_difference):
+        raise ModelError(f"as {made.form}, the model's logits are no numbers any more; nothing was written")
+    if exact is None:
+        return
+    rounding = max(torch.finfo(exact).eps, torch.finfo(getattr(torch, dtype)).eps, 1e-6)
+    most = _ROUNDINGS * rounding * made.max_logit
+    if made.max_logit_difference > most:
+        raise ModelError(
+            f"as {made.form}, the model says something else: logits differ by {made.max_logit_difference:.3g}, and "
+            f"rounding to {made.weights} explains {most:.3g}; nothing was written"
+        )
+
+
+@contextmanager
+def _appearing(out: Path, needed: int) -> Iterator[Path]:
+    """A folder to write into that becomes `out` at the end, and is gone if there is an error."""
+    parent = out.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    if (free := shutil.disk_usage(parent).free) < needed:
+        raise ConfigError(f"--out {out}: needs {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} are free")
+    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=parent))
+    try:
+        yield part
+        part.chmod(0o755)
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _tell(saved: Saved, facts: dict[str, Any]) -> None:
+    """The run in MLflow what was made of it; what was made stays if MLflow does not answer."""
+    if saved.run_id is None:
+        return
+    form = facts["form"] if facts["form"] == facts["weights"] else f"{facts['form']}-{facts['weights']}"
+    try:
+        mlflow = store.client(saved.tracking_uri)
+        mlflow.log_dict(saved.run_id, facts, f"exports/{form}.json")
+        mlflow.set_tag(saved.run_id, f"export.{form}", Path(facts["folder"]).name)
+    except (MlflowException, TrackingError, OSError) as error:
+        log.warning("MLflow was not told of %s: %s", facts["folder"], store.short(error))

@@ -1,0 +1,143 @@
+"""What a run trained behind an OpenAI-compatible endpoint: the commands of servers that exist, and a folder for them.
+
+Knows which server wants what; runs none itself.
+"""
+
+import importlib.util
+import json
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_exp import exporting
+from qlora_exp.errors import ConfigError
+from qlora_exp.loading import GGUF_FILE, Saved
+
+SERVERS = ("transformers", "mlflow", "vllm", "llama.cpp")
+
+
+@dataclass(frozen=True)
+class Server:
+    """How to start one, and how to ask it."""
+
+    command: list[str]
+    environment: dict[str, str]
+    url: str
+    """Takes OpenAI's chat completions."""
+    model: str
+    """The model's name there."""
+
+    @property
+    def example(self) -> str:
+        """A shell command that asks it something."""
+        asked = {"model": self.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}
+        return f"curl {self.url} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(asked))}"
+
+
+def check(server: str, saved: Saved) -> None:
+    """That the server is here, and can serve what was saved.
+
+    Raises:
+        ConfigError: it is not, or cannot; what to do instead.
+    """
+    is_gguf = (saved.folder / GGUF_FILE).is_file()
+    if is_gguf != (server == "llama.cpp"):
+        raise ConfigError(
+            "--with llama.cpp: needs a GGUF file: qlora-exp export ... --to gguf, and serve that folder"
+            if server == "llama.cpp"
+            else f"{saved.folder}: a GGUF file is served --with llama.cpp"
+        )
+    missing = {
+        "transformers": not importlib.util.find_spec("openai") and "pip install 'qlora-exp[serve]'",
+        "vllm": not importlib.util.find_spec("vllm") and "pip install vllm, in an environment of its own",
+        "llama.cpp": not shutil.which("llama-server") and "install llama.cpp, so that `llama-server` is found",
+    }
+    if how := missing.get(server):
+        raise ConfigError(f"--with {server} needs it to be installed: {how}; --print shows its command")
+
+
+def folder_of(saved: Saved, out: Path) -> Path:
+    """The folder of a whole model to serve: an adapter is merged into `out` first, unless it was before.
+
+    Raises:
+        ConfigError: `out` holds something else, or the adapter cannot be merged.
+        ModelError: base and adapter do not belong together, or a file is damaged.
+    """
+    if not saved.adapter:
+        return saved.folder
+    facts = out / exporting.FACTS_FILE
+    if facts.is_file():
+        if json.loads(facts.read_text("utf-8")).get("source") == saved.source:
+            return out
+        raise ConfigError(f"--out {out}: holds the model of another run; choose another, or delete it")
+    exporting.export(saved, out)
+    return out
+
+
+def mlflow_model(folder: Path) -> Path:
+    """MLflow's model of the transformers folder, beside it: what `mlflow models serve` takes."""
+    import mlflow.transformers
+
+    made = folder.with_name(f"{folder.name}.mlflow")
+    if not made.is_dir():
+        part = made.with_name(f".{made.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        requirements = ["mlflow", "torch", "transformers", "accelerate"]
+        mlflow.transformers.save_model(
+            str(folder), str(part), task="llm/v1/chat", pip_requirements=requirements, torch_dtype="auto"
+        )
+        part.rename(made)
+    return made
+
+
+def server(name: str, folder: Path, host: str, port: int, device: str = "auto") -> Server:
+    """How the server `name` serves the model in `folder`."""
+    chat = f"http://{host}:{port}/v1/chat/completions"
+    binaries, where = Path(sys.executable).parent, ["--host", host, "--port", str(port)]
+    offline = {"HF_HUB_OFFLINE": "1"}
+    if name == "transformers":
+        command = [str(binaries / "transformers"), "serve", str(folder), "--device", device, *where]
+        return Server(command, offline, chat, str(folder))
+    if name == "mlflow":
+        command = [str(binaries / "mlflow"), "models", "serve", "-m", str(folder), "--env-manager", "local", *where]
+        return Server(command, offline, f"http://{host}:{port}/invocations", folder.name)
+    if name == "vllm":
+        return Server(["vllm", "serve", str(folder), *where], offline, chat, str(folder))
+    return Server(["llama-server", "-m", str(folder / GGUF_FILE), *where], {}, chat, GGUF_FILE)
+
+
+def commands(saved: Saved, out: Path, host: str, port: int) -> list[str]:
+    """What to type for each server that could serve what was saved: a comment, then commands, then a question."""
+    if (saved.folder / GGUF_FILE).is_file():
+        named = [("llama.cpp", server("llama.cpp", saved.folder, host, port))]
+    else:
+        folder = out if saved.adapter else saved.folder
+        named = [(name, server(name, folder, host, port)) for name in ("transformers", "vllm")]
+    if (without := adapter_on_vllm(saved, host, port)) is not None:
+        named.append(("vllm, the adapter beside its base", without))
+    made = [f"qlora-exp merge {saved.source} --out {out}"] if saved.adapter else []
+    return [
+        line
+        for name, one in named
+        for line in (f"# {name}", *([] if one is without else made), shlex.join(one.command), one.example)
+    ]
+
+
+def adapter_on_vllm(saved: Saved, host: str, port: int) -> Server | None:
+    """How vLLM serves a LoRA adapter beside its base, without merging; None for what it does not take so."""
+    config = saved.config
+    settings = {**config.method.settings, **config.lora_variant.settings}
+    if not saved.adapter or config.method.peft_type != "LORA" or settings.get("use_dora"):
+        return None
+    if config.model.model_name_or_path.startswith(("embedded:", "random:")):  # made here, known nowhere else
+        return None
+    name = saved.run_id or "adapter"
+    rank = max([settings.get("r", 8), *settings.get("rank_pattern", {}).values()])
+    command = ["vllm", "serve", config.model.model_name_or_path, "--enable-lora", "--max-lora-rank", str(rank)]
+    command += ["--lora-modules", f"{name}={saved.folder.resolve()}", "--host", host, "--port", str(port)]
+    template = saved.folder / "chat_template.jinja"
+    if template.is_file():
+        command += ["--chat-template", str(template.resolve())]
+    return Server(command, {}, f"http://{host}:{port}/v1/chat/completions", name)
