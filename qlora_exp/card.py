@@ -17,7 +17,7 @@ from qlora_exp.schema import Config
 
 LICENSES = {
     "embedded:smollm2-135m": "apache-2.0",
-    "facebook/opt-125m": "other (OPT-175B licence)",
+    "facebook/opt-125m": "other",
     "Qwen/Qwen2.5-1.5B-Instruct": "apache-2.0",
     "codellama/CodeLlama-34b-hf": "llama2",
     "meta-llama/Llama-2-7b-hf": "llama2",
@@ -57,7 +57,7 @@ def write(record: Record, config: Config, source: str) -> str:
     head = {
         "base_model": _HUB_NAMES.get(model, model),
         "library_name": "transformers" if config.method.peft_type is None else "peft",
-        "license": license_of(model).partition(" ")[0] if license_of(model) != UNKNOWN else "other",
+        "license": license_of(model) if license_of(model) in LICENSES.values() else "other",
         "datasets": [data],
         "tags": ["qlora_exp", config.method.name],
     }

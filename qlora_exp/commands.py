@@ -402,6 +402,35 @@ def register(options: argparse.Namespace) -> None:
         print(f"hub      {registry.push(options.uri, made.uri, options.push, card, not options.public)}")
 
 
+def deployment_gap(options: argparse.Namespace) -> None:
+    """What each form of a trained model loses of its quality, on the same rows."""
+    quiet()
+    from rich.console import Console
+
+    from qlora_exp import deployment, loading, records, reproduce, store
+    from qlora_exp.journal import write_atomically
+    from qlora_exp.summary import print_table
+
+    record = reproduce.one_record(options.uri, options.run)
+    config = reproduce.recorded_config(record, reproduce.given(options.changes), options.uri)
+    saved = loading.find(record.run_id, options.uri, "cpu")
+    forms = deployment.forms_of(config, saved.adapter, options.forms.split(",") if options.forms else ())
+    out = options.out or Path("outputs") / "deployment" / record.run_id
+    out.mkdir(parents=True, exist_ok=True)
+    with Console(stderr=True).status("") as status:
+        found = deployment.study(record.run_id, options.uri, config, forms, out, status.update)
+    print_table(f"{record.name}: each form on the same held-out rows", *deployment.table(found))
+    print(
+        "change: from the model as it was trained, with 95 % of chance over these rows; GGUF: read into common tensors"
+    )
+    told = deployment.told(found, record.run_id)
+    file = out / "deployment_gap.json"
+    write_atomically(file, json.dumps(told, indent=1, ensure_ascii=False))
+    with records.explained():
+        store.client(options.uri).log_artifact(record.run_id, str(file))
+    print(f"file  {file}, kept with run {record.run_id} in MLflow too; each form is in its folder beside it")
+
+
 def calibrate(options: argparse.Namespace) -> None:
     """What runs took against what was planned for them, by kind of device; plans made here use it from now on."""
     quiet()

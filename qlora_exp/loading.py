@@ -224,7 +224,7 @@ def _download(source: str, tracking_uri: str | None) -> tuple[Path, str | None]:
             elif "@" in model_id:  # models:/NAME@ALIAS
                 version = mlflow.get_model_version_by_alias(*model_id.split("@", 1))
             if version is not None:
-                model_id = version.model_id or str(version.source).removeprefix("models:/")
+                model_id = str(version.source).removeprefix("models:/")
         # By its own location: MLflow resolves models:/ on its global tracking URI only.
         logged = mlflow.get_logged_model(model_id)
         folder = download_artifacts(artifact_uri=logged.artifact_location, tracking_uri=store.store_uri(tracking_uri))

@@ -171,6 +171,18 @@ def stored_bytes(parameter: torch.Tensor) -> list[int] | None:
     return None
 
 
+def weights_bytes(model: Any) -> int:
+    """What a model's weights take as they are stored, with the constants that bitsandbytes keeps beside them."""
+    total: int = model.get_memory_footprint()
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        states = [state, state.state2] if state is not None and state.nested else [state] if state is not None else []
+        total += sum(one.absmax.nbytes for one in states)
+        if isinstance(scales := getattr(parameter, "SCB", None), torch.Tensor):
+            total += scales.nbytes
+    return total
+
+
 def check_files(name: str, quantization: QuantizationConfig, stored: Any) -> None:
     """That a model's files are stored as the config says.
 

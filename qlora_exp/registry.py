@@ -5,7 +5,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlflow import MlflowClient
+from mlflow import MlflowClient, get_tracking_uri, set_tracking_uri
 from mlflow.exceptions import MlflowException
 
 from qlora_exp import card, loading, records, reproduce, store
@@ -70,17 +70,21 @@ def register(uri: str | None, run: str, name: str, alias: str | None = None) -> 
 
 
 def _version(mlflow: MlflowClient, name: str, model_id: str, run_id: str) -> str:
-    # By its own location: MLflow resolves models:/ on its global tracking URI only.
-    source = mlflow.get_logged_model(model_id).artifact_location
+    source = f"models:/{model_id}"
     try:
         mlflow.create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
         for known in mlflow.search_model_versions(f"run_id = '{run_id}'"):
-            if known.name == name and known.model_id == model_id:
+            if known.name == name and known.source == source:
                 return str(known.version)
-    return str(mlflow.create_model_version(name, source, run_id, model_id=model_id).version)
+    before = get_tracking_uri()
+    set_tracking_uri(mlflow.tracking_uri)  # on which alone MLflow resolves models:/
+    try:
+        return str(mlflow.create_model_version(name, source, run_id, model_id=model_id).version)
+    finally:
+        set_tracking_uri(before)
 
 
 def push(uri: str | None, source: str, repository: str, text: str, private: bool = True) -> str:

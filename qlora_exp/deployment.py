@@ -1,0 +1,217 @@
+"""What deployment costs: the same held-out rows scored on a model as it was trained and in each form it may be used in.
+
+Each form is made and measured in a process of its own. Knows nothing of how forms are made (`exporting`) or how quality
+is measured (`evaluation`).
+"""
+
+import gc
+import json
+import multiprocessing
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qlora_exp import beside, stats
+from qlora_exp.errors import ConfigError
+from qlora_exp.schema import Config
+
+TRAINED = "trained"
+FORMS: dict[str, dict[str, Any]] = {
+    TRAINED: {},
+    "merged": {"form": "merged"},
+    "merged_trained": {"form": "merged", "base": "trained"},
+    "nf4": {"form": "nf4"},
+    "int8": {"form": "int8"},
+    "gguf_q8_0": {"form": "gguf", "type_": "q8_0"},
+    "gguf_q4_0": {"form": "gguf", "type_": "q4_0"},
+}
+"""By name: what `exporting.export` is asked for; nothing of the model as it was trained."""
+QUALITY = {"loss": True, "rougeL": False, "exact_match": False, "task_score": False}
+"""What is compared, and whether less is better."""
+_START = "forkserver"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One form on the held-out rows."""
+
+    form: str
+    about: str
+    """Which weights it has."""
+    bytes: int
+    """Of all weights, base and adapter, as they are stored."""
+    metrics: dict[str, float]
+    """Of `evaluation.evaluate`; and `memory_mib`, the peak of generation beyond what a process has before it loads."""
+    losses: list[dict[str, float]]
+    samples: list[dict[str, Any]]
+
+    def items(self, metric: str) -> Any:
+        """(1, rows, 2): each row's numerator and weight; None if it was not measured."""
+        if metric == "loss":
+            return np.array([[[row["nll"], row["tokens"]] for row in self.losses]], float)
+        found = [[float(sample[metric]), 1.0] for sample in self.samples if metric in sample]
+        return np.array([found]) if found else None
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How a form differs from the model as it was trained, on the same rows."""
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    p: float
+    """Adjusted for the number of forms (Holm)."""
+
+
+def forms_of(config: Config, adapter: bool, names: Sequence[str] = ()) -> list[str]:
+    """The forms to measure: those that are named, or all that make sense; the model as it was trained is the first.
+
+    Raises:
+        ConfigError: there is no such form, or it makes no sense for this model.
+    """
+    if unknown := [name for name in names if name not in FORMS]:
+        raise ConfigError(f"--forms {unknown[0]}: choose of {', '.join(FORMS)}")
+    senseless = {name for name in ("merged", "merged_trained") if not adapter}
+    if not config.quantization.quantized:
+        senseless.add("merged_trained")
+    if wrong := [name for name in names if name in senseless]:
+        raise ConfigError(f"--forms {wrong[0]}: makes no sense for a {'plain base' if adapter else 'whole model'}")
+    chosen = names or [name for name in FORMS if name not in senseless]
+    return [TRAINED, *(name for name in chosen if name != TRAINED)]
+
+
+def study(
+    source: str, uri: str | None, config: Config, forms: Sequence[str], out: Path, report: Callable[[str], None]
+) -> list[Measured]:
+    """Make each form under `out`, and measure it.
+
+    Args:
+        source: an MLflow run id, a `models:/...` URI, or a folder.
+        uri: the MLflow store.
+        config: of the run: which rows, and how they are measured.
+        forms: of FORMS.
+        out: a folder for what is made; what is there already is measured as it is.
+        report: told what is being done.
+
+    Raises:
+        UserError: a form cannot be made, or the rows are not here.
+    """
+    multiprocessing.get_context(_START).set_forkserver_preload(["qlora_exp.preload"])
+    found = []
+    for form in forms:
+        where = str(out / form)
+        if form != TRAINED and not Path(where).is_dir():
+            report(f"{form}: making it")
+            _alone(_make, source, uri, where, form)
+        report(f"{form}: measuring it")
+        found.append(_alone(_measure, source if form == TRAINED else where, uri, config, form))
+    return found
+
+
+def _alone(work: Callable[..., Any], *given: Any) -> Any:
+    with beside.workers(1, _START) as pool:
+        return beside.result(pool.submit(work, *given))
+
+
+def _make(source: str, uri: str | None, where: str, form: str) -> None:
+    from qlora_exp import exporting, loading
+
+    exporting.export(loading.find(source, uri, "cpu"), Path(where), **FORMS[form])
+
+
+def _measure(source: str, uri: str | None, config: Config, form: str) -> Measured:
+    from trl.trainer.utils import add_fused_lm_head
+
+    from qlora_exp import data, evaluation, exporting, loading, quantization, sources
+    from qlora_exp.device import detect
+    from qlora_exp.memory import MemoryMonitor
+
+    gc.enable()  # the fork server turns it off
+    saved = loading.find(source, uri, config.device)
+    tokenizer = saved.tokenizer()
+    rows = data.load_rows(config.dataset)
+    heldout, tokens = data.cut(rows.heldout, data.tokenize(rows.heldout, config, tokenizer), config.training.max_length)
+    facts = saved.folder / exporting.FACTS_FILE
+    about = json.loads(facts.read_text("utf-8"))["base"] if facts.is_file() else f"{source}, as it was trained"
+    memory = MemoryMonitor(detect(config.device, bitsandbytes=config.quantization.bitsandbytes).type)
+    with memory.phase("load"):
+        model = loading.load_saved(saved)
+    add_fused_lm_head(model.get_base_model() if saved.adapter else model, outputs=("log_probs",))
+    with memory.phase("loss"):
+        measured = evaluation.evaluate(
+            model,
+            tokenizer,
+            heldout,
+            tokens,
+            config.evaluation,
+            batch_size=config.training.per_device_eval_batch_size,
+            score=sources.scorer(config.dataset),
+            label=f"{form}: ",
+            generating=memory.phase("generate"),
+        )
+    metrics = dict(measured.metrics)
+    if "generate" in memory.peaks:
+        of = "allocated" if "allocated" in memory.peaks["generate"] else "rss"
+        metrics["memory_mib"] = memory.peaks["generate"][of] - memory.baseline.get(of, 0.0)
+    if FORMS[form].get("form") == "gguf":  # its weights were read into common tensors: llama.cpp's cost is another
+        metrics = {key: value for key, value in metrics.items() if key in (*QUALITY, "perplexity", "supervised_tokens")}
+    file = saved.folder / loading.GGUF_FILE
+    size = file.stat().st_size if file.is_file() else quantization.weights_bytes(model)
+    return Measured(form, about, size, metrics, measured.losses, measured.samples)
+
+
+def gaps(measured: Sequence[Measured]) -> dict[str, list[Gap]]:
+    """By form, how each measure of quality differs from that of the first; paired by row."""
+    first, *others = measured
+    found: dict[str, list[Gap]] = {one.form: [] for one in others}
+    for metric in QUALITY:
+        theirs = first.items(metric)
+        ours = {one.form: one.items(metric) for one in others}
+        known = {form: items for form, items in ours.items() if items is not None and theirs is not None}
+        differences = {form: stats.difference_of_items(items, theirs) for form, items in known.items()}
+        adjusted = stats.holm([one.p for one in differences.values()])
+        for (form, one), p in zip(differences.items(), adjusted, strict=True):
+            found[form].append(Gap(metric, one.value, one.low, one.high, p))
+    return found
+
+
+def table(measured: Sequence[Measured]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows, as people read them."""
+    known = [metric for metric in QUALITY if all(metric in one.metrics for one in measured)]
+    changes = gaps(measured)
+    headings = ["form", *(word for metric in known for word in (metric, "change")), "MB", "MiB", "s/token", "tokens/s"]
+    rows = []
+    for one in measured:
+        row = [one.form]
+        for metric in known:
+            row.append(f"{one.metrics[metric]:.4f}")
+            gap = next((gap for gap in changes.get(one.form, []) if gap.metric == metric), None)
+            row.append("-" if gap is None else f"{gap.value:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]")
+        row.append(f"{one.bytes / 1e6:,.1f}")
+        for key, shape in (
+            ("memory_mib", ",.0f"),
+            ("token_seconds_p50", ".3f"),
+            ("generated_tokens_per_second", ".1f"),
+        ):
+            row.append(format(one.metrics[key], shape) if key in one.metrics else "-")
+        rows.append(row)
+    return headings, rows
+
+
+def told(measured: Sequence[Measured], source: str) -> dict[str, Any]:
+    """Everything, for files."""
+    changes = gaps(measured)
+    return {
+        "source": source,
+        "forms": [
+            {"form": one.form, "about": one.about, "bytes": one.bytes, "metrics": one.metrics}
+            | {"gaps": [asdict(gap) for gap in changes.get(one.form, [])]}
+            | {"losses": one.losses, "samples": one.samples}
+            for one in measured
+        ],
+    }
