@@ -9,6 +9,7 @@ nox.options.sessions = ["tests"]
 
 PIP = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
 CONSTRAINTS = ("--constraint", "constraints.txt")
+TESTED = ("dev", "lm-eval", "quantizers", "optuna", "joblib", "slurm", "llama-cpp", "serve")
 GPTQMODEL = (
     "GPTQModel==7.6.0",
     "defuser==0.0.28",
@@ -37,7 +38,7 @@ def train(session: nox.Session) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Set up, then check style and types and run all tests, one real training of the embedded model among them."""
-    install(session, "dev", "lm-eval", "quantizers", "optuna", "joblib", "slurm")
+    install(session, *TESTED)
     lint(session)
     # Tiny models gain nothing from threads; two workers of one thread each do.
     command = (sys.executable, "-m", "pytest", *(session.posargs or ("-n", "2")))
@@ -113,7 +114,7 @@ def ui(session: nox.Session) -> None:
 @nox.session
 def constraints(session: nox.Session) -> None:
     """Write constraints.txt anew from what is installed here."""
-    install(session, "dev", "lm-eval", "quantizers", "optuna", "joblib", "slurm", "ray", "browser")
+    install(session, *TESTED, "ray", "browser")
     frozen = session.run(sys.executable, "-m", "pip", "freeze", "--exclude-editable", silent=True)
     lines = [line.split("+")[0] for line in str(frozen).splitlines() if "==" in line]  # torch's +cpu, +cu130 fit all
     with open("constraints.txt", "w", encoding="utf-8") as file:

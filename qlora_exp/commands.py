@@ -419,9 +419,11 @@ def deployment_gap(options: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with Console(stderr=True).status("") as status:
         found = deployment.study(record.run_id, options.uri, config, forms, out, status.update)
-    print_table(f"{record.name}: each form on the same held-out rows", *deployment.table(found))
+    for headings, rows in deployment.tables(found):
+        print_table(f"{record.name}, on the same held-out rows", headings, rows)
     print(
-        "change: from the model as it was trained, with 95 % of chance over these rows; GGUF: read into common tensors"
+        "change: from the model as it was trained, with 95 % of chance over these rows. MB: all weights. MiB: memory "
+        "of generation beyond the imports. GGUF: loss of its weights in transformers, the rest of llama.cpp"
     )
     told = deployment.told(found, record.run_id)
     file = out / "deployment_gap.json"

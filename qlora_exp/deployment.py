@@ -8,7 +8,7 @@ import gc
 import json
 import multiprocessing
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from qlora_exp import beside, stats
 from qlora_exp.errors import ConfigError
-from qlora_exp.schema import Config
+from qlora_exp.schema import Config, EvaluationConfig
 
 TRAINED = "trained"
 FORMS: dict[str, dict[str, Any]] = {
@@ -44,7 +44,10 @@ class Measured:
     bytes: int
     """Of all weights, base and adapter, as they are stored."""
     metrics: dict[str, float]
-    """Of `evaluation.evaluate`; and `memory_mib`, the peak of generation beyond what a process has before it loads."""
+    """Of `evaluation.evaluate`; and `memory_mib`, the peak of generation beyond what a process has before it loads.
+
+    What a GGUF file answers is llama.cpp's own, and is absent where that is not installed.
+    """
     losses: list[dict[str, float]]
     samples: list[dict[str, Any]]
 
@@ -101,6 +104,8 @@ def study(
     Raises:
         UserError: a form cannot be made, or the rows are not here.
     """
+    from qlora_exp import llama_cpp
+
     multiprocessing.get_context(_START).set_forkserver_preload(["qlora_exp.preload"])
     found = []
     for form in forms:
@@ -109,7 +114,11 @@ def study(
             report(f"{form}: making it")
             _alone(_make, source, uri, where, form)
         report(f"{form}: measuring it")
-        found.append(_alone(_measure, source if form == TRAINED else where, uri, config, form))
+        given = (source if form == TRAINED else where, uri, config, form)
+        found.append(_alone(_measure, *given))
+        if FORMS[form].get("form") == "gguf" and config.evaluation.generate_rows and llama_cpp.installed():
+            metrics, samples = _alone(_ask_llama_cpp, *given)
+            found[-1] = replace(found[-1], metrics=found[-1].metrics | metrics, samples=samples)
     return found
 
 
@@ -127,42 +136,71 @@ def _make(source: str, uri: str | None, where: str, form: str) -> None:
 def _measure(source: str, uri: str | None, config: Config, form: str) -> Measured:
     from trl.trainer.utils import add_fused_lm_head
 
-    from qlora_exp import data, evaluation, exporting, loading, quantization, sources
+    from qlora_exp import evaluation, exporting, loading, quantization, sources
     from qlora_exp.device import detect
     from qlora_exp.memory import MemoryMonitor
 
     gc.enable()  # the fork server turns it off
     saved = loading.find(source, uri, config.device)
-    tokenizer = saved.tokenizer()
-    rows = data.load_rows(config.dataset)
-    heldout, tokens = data.cut(rows.heldout, data.tokenize(rows.heldout, config, tokenizer), config.training.max_length)
+    heldout = _heldout(config, saved)
     facts = saved.folder / exporting.FACTS_FILE
     about = json.loads(facts.read_text("utf-8"))["base"] if facts.is_file() else f"{source}, as it was trained"
-    memory = MemoryMonitor(detect(config.device, bitsandbytes=config.quantization.bitsandbytes).type)
-    with memory.phase("load"):
-        model = loading.load_saved(saved)
-    add_fused_lm_head(model.get_base_model() if saved.adapter else model, outputs=("log_probs",))
-    with memory.phase("loss"):
-        measured = evaluation.evaluate(
-            model,
-            tokenizer,
-            heldout,
-            tokens,
-            config.evaluation,
-            batch_size=config.training.per_device_eval_batch_size,
-            score=sources.scorer(config.dataset),
-            label=f"{form}: ",
-            generating=memory.phase("generate"),
-        )
-    metrics = dict(measured.metrics)
-    if "generate" in memory.peaks:
-        of = "allocated" if "allocated" in memory.peaks["generate"] else "rss"
-        metrics["memory_mib"] = memory.peaks["generate"][of] - memory.baseline.get(of, 0.0)
-    if FORMS[form].get("form") == "gguf":  # its weights were read into common tensors: llama.cpp's cost is another
-        metrics = {key: value for key, value in metrics.items() if key in (*QUALITY, "perplexity", "supervised_tokens")}
     file = saved.folder / loading.GGUF_FILE
+    asked = _one_at_a_time(config)
+    if file.is_file():  # read into common tensors here: what it answers, and what that costs, llama.cpp is asked
+        asked = asked.model_copy(update={"generate_rows": 0})
+    memory = MemoryMonitor(detect(config.device, bitsandbytes=config.quantization.bitsandbytes).type)
+    model = loading.load_saved(saved)
+    add_fused_lm_head(model.get_base_model() if saved.adapter else model, outputs=("log_probs",))
+    measured = evaluation.evaluate(
+        model,
+        *heldout,
+        asked,
+        batch_size=config.training.per_device_eval_batch_size,
+        score=sources.scorer(config.dataset),
+        label=f"{form}: ",
+        generating=memory.phase("generate"),
+    )
     size = file.stat().st_size if file.is_file() else quantization.weights_bytes(model)
-    return Measured(form, about, size, metrics, measured.losses, measured.samples)
+    return Measured(form, about, size, measured.metrics | _memory(memory), measured.losses, measured.samples)
+
+
+def _ask_llama_cpp(source: str, uri: str | None, config: Config, form: str) -> tuple[dict[str, float], list[Any]]:
+    import torch
+
+    from qlora_exp import evaluation, llama_cpp, loading, sources
+    from qlora_exp.memory import MemoryMonitor
+
+    gc.enable()
+    saved, asked = loading.find(source, uri, "cpu"), _one_at_a_time(config)
+    heldout, memory = _heldout(config, saved), MemoryMonitor()
+    with memory.phase("generate"):
+        context = config.training.max_length + asked.max_new_tokens
+        server = llama_cpp.load(saved.folder / loading.GGUF_FILE, context, torch.get_num_threads())
+        generate = llama_cpp.generator(server, asked.max_new_tokens)
+        score = sources.scorer(config.dataset)
+        metrics, samples = evaluation.answers(generate, *heldout, asked, score=score, label=f"{form}: ")
+    return metrics | _memory(memory), samples
+
+
+def _heldout(config: Config, saved: Any) -> tuple[Any, Any, Any]:
+    """The tokenizer, and the held-out rows as text and as tokens."""
+    from qlora_exp import data
+
+    tokenizer = saved.tokenizer()
+    rows = data.load_rows(config.dataset).heldout
+    return tokenizer, *data.cut(rows, data.tokenize(rows, config, tokenizer), config.training.max_length)
+
+
+def _one_at_a_time(config: Config) -> EvaluationConfig:
+    """As somebody waits for an answer."""
+    return config.evaluation.model_copy(update={"generation_batch_size": 1})
+
+
+def _memory(memory: Any) -> dict[str, float]:
+    peaks = memory.peaks.get("generate", {})
+    of = "allocated" if "allocated" in peaks else "rss"
+    return {"memory_mib": peaks[of] - memory.baseline.get(of, 0.0)} if of in peaks else {}
 
 
 def gaps(measured: Sequence[Measured]) -> dict[str, list[Gap]]:
@@ -180,27 +218,30 @@ def gaps(measured: Sequence[Measured]) -> dict[str, list[Gap]]:
     return found
 
 
-def table(measured: Sequence[Measured]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows, as people read them."""
-    known = [metric for metric in QUALITY if all(metric in one.metrics for one in measured)]
-    changes = gaps(measured)
-    headings = ["form", *(word for metric in known for word in (metric, "change")), "MB", "MiB", "s/token", "tokens/s"]
-    rows = []
-    for one in measured:
-        row = [one.form]
-        for metric in known:
-            row.append(f"{one.metrics[metric]:.4f}")
-            gap = next((gap for gap in changes.get(one.form, []) if gap.metric == metric), None)
-            row.append("-" if gap is None else f"{gap.value:+.4f} [{gap.low:+.4f}, {gap.high:+.4f}]")
-        row.append(f"{one.bytes / 1e6:,.1f}")
-        for key, shape in (
-            ("memory_mib", ",.0f"),
-            ("token_seconds_p50", ".3f"),
-            ("generated_tokens_per_second", ".1f"),
-        ):
-            row.append(format(one.metrics[key], shape) if key in one.metrics else "-")
-        rows.append(row)
-    return headings, rows
+def tables(measured: Sequence[Measured]) -> list[tuple[list[str], list[list[str]]]]:
+    """Headings and rows, as people read them: loss and cost, then the answers' scores, those that ever differ."""
+    changes = {(form, gap.metric): gap for form, found in gaps(measured).items() for gap in found}
+
+    def quality(one: Measured, metric: str) -> list[str]:
+        gap = changes.get((one.form, metric))
+        value = f"{one.metrics[metric]:.4f}" if metric in one.metrics else "-"
+        return [value, "-" if gap is None else f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"]
+
+    def cost(one: Measured) -> list[str]:
+        found = [f"{one.bytes / 1e6:,.0f}"]
+        for key, shape in (("memory_mib", ",.0f"), ("token_seconds_p50", ".3f")):
+            found.append(format(one.metrics[key], shape) if key in one.metrics else "-")
+        return found
+
+    scores = [name for name in QUALITY if len({one.metrics.get(name) for one in measured}) > 1 and name != "loss"]
+    made = [
+        (
+            ["form", "loss", "change", "MB", "MiB", "s/token"],
+            [[one.form, *quality(one, "loss"), *cost(one)] for one in measured],
+        )
+    ]
+    made += [(["form", name, "change"], [[one.form, *quality(one, name)] for one in measured]) for name in scores]
+    return made
 
 
 def told(measured: Sequence[Measured], source: str) -> dict[str, Any]:

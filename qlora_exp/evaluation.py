@@ -25,6 +25,23 @@ Score = Callable[[str, dict[str, Any]], float]
 
 
 @dataclass(frozen=True)
+class Answers:
+    """To one batch of prompts."""
+
+    texts: list[str]
+    tokens: int
+    """Generated, of all of them."""
+    seconds: float
+    first_token_seconds: float
+    step_seconds: list[float]
+    """Of each token after the first."""
+
+
+Generate = Callable[[list[list[int]]], Answers]
+"""Answers prompts, which are lists of token ids."""
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Metrics, and what they were computed from, one record a row."""
 
@@ -77,14 +94,10 @@ def evaluate(
             metrics["unrelated_loss"] = _mean_loss(elsewhere)
         samples: list[dict[str, Any]] = []
         if config.generate_rows:
+            answering = generator(model, tokenizer, config)
             with generating or nullcontext():
-                samples, latency = _generate(model, tokenizer, rows, tokens, config, label)
-            for sample, row in zip(samples, rows, strict=False):
-                if score:
-                    sample["task_score"] = score(sample["answer"], row)
-            scores = _scores(samples, config)
-            metrics |= {name: float(np.mean([sample[name] for sample in samples])) for name in scores}
-            metrics |= latency
+                samples, latency = _answer(answering, tokenizer, rows, tokens, config, label)
+            metrics |= _scored(samples, rows, config, score) | latency
     return Evaluation(metrics, losses, elsewhere, samples)
 
 
@@ -134,28 +147,17 @@ class _Clock(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def _generate(
-    model: Any, tokenizer: Any, rows: Dataset, tokens: Dataset, config: EvaluationConfig, label: str
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Greedy answers to the first prompts, and the seconds that a step of a batch took."""
-    count = min(config.generate_rows, len(tokens))
+def generator(model: Any, tokenizer: Any, config: EvaluationConfig) -> Generate:
+    """What answers prompts with `model`, greedily, all of them in one batch."""
     settings = GenerationConfig(
         max_new_tokens=config.max_new_tokens,
         do_sample=False,
-        eos_token_id=_stop_tokens(model, tokenizer),
+        eos_token_id=stop_tokens(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
     )
-    samples, waits, steps, generated, seconds = [], [], [], 0, 0.0
-    for start in tqdm(
-        range(0, count, config.generation_batch_size),
-        desc=f"{label}answers",
-        unit="batch",
-        leave=False,
-        disable=None,
-    ):
-        chosen = tokens.select(range(start, min(start + config.generation_batch_size, count)))
-        prompts = [row["input_ids"][: row["prompt_length"]] or [_first_token(tokenizer)] for row in chosen]
+
+    def generate(prompts: list[list[int]]) -> Answers:
         batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
         clock, begin = _Clock(), time.perf_counter()
         output = model.generate(
@@ -164,18 +166,59 @@ def _generate(
             generation_config=settings,
             stopping_criteria=[clock],
         )
-        seconds += time.perf_counter() - begin
-        waits.append(clock.times[0] - begin)
-        steps += np.diff(clock.times).tolist()
+        seconds = time.perf_counter() - begin
         new = output[:, batch["input_ids"].shape[1] :]
-        generated += int((new != tokenizer.pad_token_id).sum())
-        answers = tokenizer.batch_decode(new, skip_special_tokens=True)
-        for prompt, answer, row in zip(prompts, answers, rows.select(range(start, start + len(prompts))), strict=True):
-            samples.append(
-                {"prompt": tokenizer.decode(prompt), "reference": row["completion"], "answer": answer.strip()}
-            )
-    latency = {"first_token_seconds_p50": float(np.median(waits)), "generated_tokens_per_second": generated / seconds}
-    if steps:
+        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        generated = int((new != tokenizer.pad_token_id).sum())
+        return Answers(texts, generated, seconds, clock.times[0] - begin, np.diff(clock.times).tolist())
+
+    return generate
+
+
+def answers(
+    generate: Generate,
+    tokenizer: Any,
+    rows: Dataset,
+    tokens: Dataset,
+    config: EvaluationConfig,
+    *,
+    score: Score | None = None,
+    label: str = "",
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """As `evaluate`, of the answers alone, by whatever generates them."""
+    samples, latency = _answer(generate, tokenizer, rows, tokens, config, label)
+    return _scored(samples, rows, config, score) | latency, samples
+
+
+def _scored(
+    samples: list[dict[str, Any]], rows: Dataset, config: EvaluationConfig, score: Score | None
+) -> dict[str, float]:
+    """Each metric's mean, after it was added to each sample."""
+    if score:
+        for sample, row in zip(samples, rows, strict=False):
+            sample["task_score"] = score(sample["answer"], row)
+    return {name: float(np.mean([sample[name] for sample in samples])) for name in _scores(samples, config)}
+
+
+def _answer(
+    generate: Generate, tokenizer: Any, rows: Dataset, tokens: Dataset, config: EvaluationConfig, label: str
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Answers to the first prompts, and the seconds that a step of a batch took."""
+    count, size = min(config.generate_rows, len(tokens)), config.generation_batch_size
+    samples: list[dict[str, Any]] = []
+    found: list[Answers] = []
+    for start in tqdm(range(0, count, size), desc=f"{label}answers", unit="batch", leave=False, disable=None):
+        chosen = range(start, min(start + size, count))
+        prompts = [row["input_ids"][: row["prompt_length"]] for row in tokens.select(chosen)]
+        prompts = [prompt or [_first_token(tokenizer)] for prompt in prompts]
+        found.append(generate(prompts))
+        for prompt, text, row in zip(prompts, found[-1].texts, rows.select(chosen), strict=True):
+            samples.append({"prompt": tokenizer.decode(prompt), "reference": row["completion"], "answer": text.strip()})
+    latency = {
+        "first_token_seconds_p50": float(np.median([one.first_token_seconds for one in found])),
+        "generated_tokens_per_second": sum(one.tokens for one in found) / sum(one.seconds for one in found),
+    }
+    if steps := [seconds for one in found for seconds in one.step_seconds]:
         latency["token_seconds_p50"], latency["token_seconds_p95"] = map(float, np.quantile(steps, [0.5, 0.95]))
     return samples, latency
 
@@ -185,7 +228,7 @@ def _first_token(tokenizer: Any) -> int:
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
-def _stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
     """Every token that ends an answer: the tokenizer's EOS and the model's own."""
     own = model.generation_config.eos_token_id
     return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own] if own is not None else [])})

@@ -87,7 +87,7 @@ def export(
         raise ConfigError(f"{saved.folder}: a full model already, without an adapter to merge")
     write = _writer(saved, form, type_)  # what cannot be written is refused before anything is loaded
     whole = merging.whole(saved, dtype, base)
-    template = prompts.chat_template(saved.config.dataset, whole.tokenizer) if _can_chat(saved, whole) else None
+    template = prompts.chat_template(saved.config.dataset, whole.tokenizer)
     if template is not None:
         whole.tokenizer.chat_template = template
     whole.model.generation_config.max_length = None
@@ -122,10 +122,6 @@ def export(
         (part / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
     _tell(saved, facts)
     return made
-
-
-def _can_chat(saved: Saved, whole: Whole) -> bool:
-    return saved.config.dataset.format != "chat" or bool(whole.tokenizer.chat_template)
 
 
 Writer = Callable[[Whole, Path], tuple[str, torch.dtype | None]]

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, TextStreamer, set_seed
 
 from qlora_exp import identity, loading
 from qlora_exp.errors import ConfigError, DataError, ModelError, did_you_mean
+from qlora_exp.evaluation import stop_tokens
 from qlora_exp.loading import Saved
 from qlora_exp.prompts import chat_template, render
 
@@ -123,7 +124,7 @@ class Talker:
                 f"the dialogue has {length} tokens, and with {sampling.max_new_tokens} new ones is longer than the "
                 f"{most} that the model can see: begin anew, or ask for a shorter answer"
             )
-        settings = sampling.settings(self._stops(), self.tokenizer.pad_token_id)
+        settings = sampling.settings(stop_tokens(self.model, self.tokenizer), self.tokenizer.pad_token_id)
         if sampling.seed is not None:
             set_seed(sampling.seed)
         with torch.no_grad(), self._with(request.adapter):
@@ -158,12 +159,6 @@ class Talker:
             return self.model.disable_adapter()
         self.model.set_adapter(adapter or next(iter(self.formats)))
         return nullcontext()
-
-    def _stops(self) -> list[int]:
-        own = self.model.generation_config.eos_token_id
-        return sorted(
-            {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own] if own is not None else [])}
-        )
 
 
 class _Teller(TextStreamer):

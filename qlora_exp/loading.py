@@ -15,7 +15,7 @@ from mlflow.artifacts import download_artifacts
 from mlflow.exceptions import MlflowException
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import qlora_exp.bottleneck  # noqa: F401 - registers its method with PEFT
 from qlora_exp import compatibility, identity, journal, store
@@ -186,6 +186,8 @@ def load_whole(saved: Saved, dtype: str, device: str = "cpu", quantization: Any 
         arguments["quantization_config"] = quantization
     elif (saved.folder / GGUF_FILE).is_file():
         arguments |= {"gguf_file": GGUF_FILE, "quantization_config": GgufConfig(dequantize=True)}
+        if (saved.folder / "config.json").is_file():  # transformers reads not all of it in the file
+            arguments["config"] = AutoConfig.from_pretrained(saved.folder, trust_remote_code=False)
     dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         return AutoModelForCausalLM.from_pretrained(saved.folder, dtype=dtype, **arguments)

@@ -89,7 +89,7 @@ def chat_template(config: DatasetConfig, tokenizer: Any) -> str | None:
     Returns:
         None if the run was trained on plain text: there is no dialogue to render.
     """
-    if config.format == "text":
+    if config.format == "text" or (config.format == "chat" and not tokenizer.chat_template):
         return None
     if config.format == "chat":
         own: str = tokenizer.get_chat_template()

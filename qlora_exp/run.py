@@ -92,6 +92,7 @@ def run(
         identity,
         initialization,
         model,
+        prompts,
         provenance,
         summary,
         tracking,
@@ -277,6 +278,8 @@ def run(
             if first_adapter.is_dir():
                 initialization.save_difference(trainer.model, saved, first_adapter)
                 shutil.rmtree(first_adapter)
+            if (template := prompts.chat_template(config.dataset, tokenizer)) is not None:
+                tokenizer.chat_template = template  # whoever asks the model asks as it was trained
             tokenizer.save_pretrained(saved)
         adapters.make_portable(saved, config.model.model_name_or_path)
         shutil.copy(output_dir / CONFIG_FILE, saved)

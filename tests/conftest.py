@@ -103,6 +103,27 @@ def run(store: str, tmp_path: Path, _imported: None) -> Callable[..., Any]:
     return start
 
 
+SAVED = ("method=lora", "training.learning_rate=1e-2", "tracking.log_adapter=false", "evaluation=loss_only")
+
+
+@pytest.fixture(scope="session")
+def adapters(store: str, tmp_path_factory: pytest.TempPathFactory, _imported: None) -> Callable[..., Path]:
+    """Folders that runs saved, by their overrides; each is trained once."""
+    from qlora_exp.config import compose
+    from qlora_exp.run import run
+
+    made: dict[tuple[str, ...], Path] = {}
+
+    def saved(*words: str) -> Path:
+        if words not in made:
+            folder = tmp_path_factory.mktemp("run")
+            run(compose([*QUICK, f"tracking.uri={store}", *SAVED, *words]), folder)
+            made[words] = folder / "model"
+        return made[words]
+
+    return saved
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     """The byte-level tokenizer of the tiny models."""
