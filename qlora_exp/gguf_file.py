@@ -6,6 +6,7 @@ names of tensors and keys, the order of rotary pairs, names of pre-tokenizers. K
 
 import importlib.util
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -137,36 +138,52 @@ def _add_tokenizer(writer: Any, tokenizer: Any, folder: Path, rows: int) -> None
     import gguf
 
     backend = json.loads((folder / "tokenizer.json").read_text("utf-8"))
-    splits = _splits(backend["pre_tokenizer"] or {})
-    if backend["model"]["type"] != "BPE" or splits not in _PRE_TOKENIZERS:
+    bpe, splits = backend["model"], _splits(backend["pre_tokenizer"] or {})
+    pieces = bpe.get("byte_fallback") and splits in (("None",), ("Metaspace",))  # SentencePiece's, as Llama 2 has it
+    if bpe["type"] != "BPE" or not (pieces or splits in _PRE_TOKENIZERS):
         raise ConfigError(
-            f"--to gguf: llama.cpp's name of this tokenizer is not known here ({backend['model']['type']}, split by "
+            f"--to gguf: llama.cpp's name of this tokenizer is not known here ({bpe['type']}, split by "
             f"{splits}). Write --to merged and convert that folder: python convert_hf_to_gguf.py FOLDER --outtype bf16"
         )
     texts = {place: text for text, place in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
-    kinds = [
-        gguf.TokenType.UNUSED
-        if place not in texts
-        else gguf.TokenType.NORMAL
-        if place not in added
-        else gguf.TokenType.CONTROL
-        if added[place].special
-        else gguf.TokenType.USER_DEFINED
-        for place in range(rows)
-    ]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_PRE_TOKENIZERS[splits])
+    kinds = gguf.TokenType
+
+    def kind(place: int) -> Any:
+        if place not in texts:
+            return kinds.UNUSED
+        if place in added:
+            return kinds.CONTROL if added[place].special else kinds.USER_DEFINED
+        return kinds.BYTE if pieces and re.fullmatch("<0x[0-9A-F]{2}>", texts[place]) else kinds.NORMAL
+
     writer.add_token_list([texts.get(place, f"[PAD{place}]") for place in range(rows)])
-    writer.add_token_types(kinds)
-    # llama.cpp reads no tokenizer without merges: one of characters that stand for no byte never applies.
-    writer.add_token_merges(gguf.SpecialVocab(folder, load_merges=True).merges or ["\u2603 \u2603"])
+    writer.add_token_types([kind(place) for place in range(rows)])
+    if pieces:
+        # llama.cpp joins first what has the highest score: what is merged first.
+        pairs = [pair.split(" ", 1) if isinstance(pair, str) else pair for pair in bpe["merges"]]
+        made = {left + right: rank for rank, (left, right) in reversed([*enumerate(pairs)])}
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_scores([-float(made.get(texts.get(place, ""), len(pairs))) for place in range(rows)])
+        writer.add_add_space_prefix(_begins_with_space(backend))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(_PRE_TOKENIZERS[splits])
+        # llama.cpp reads no such tokenizer without merges: one of characters that stand for no byte never applies.
+        writer.add_token_merges(gguf.SpecialVocab(folder, load_merges=True).merges or ["\u2603 \u2603"])
     for role in ("bos", "eos", "unk", "pad"):
         if (place := getattr(tokenizer, f"{role}_token_id")) is not None:
             getattr(writer, f"add_{role}_token_id")(place)
     writer.add_add_bos_token(adds_bos(tokenizer))
     if tokenizer.chat_template:
         writer.add_chat_template(tokenizer.get_chat_template())
+
+
+def _begins_with_space(backend: dict[str, Any]) -> bool:
+    """Whether a space is put before a text."""
+    parts = [one for one in (backend["normalizer"], backend["pre_tokenizer"]) if one]
+    parts += [inner for one in parts for inner in one.get("normalizers", [])]
+    return any(one["type"] == "Prepend" or one.get("prepend_scheme") in ("first", "always") for one in parts)
 
 
 def _splits(pre_tokenizer: dict[str, Any]) -> tuple[str, ...]:

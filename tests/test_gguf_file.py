@@ -3,7 +3,7 @@
 import gguf
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -64,8 +64,33 @@ def make_tokenizer(pre) -> PreTrainedTokenizerFast:
     )
 
 
+def make_pieces() -> PreTrainedTokenizerFast:
+    """As Llama 2's tokenizer was converted: all pairs of pieces that make a piece, those of earlier pieces first."""
+    learned = Tokenizer(models.BPE())
+    learned.pre_tokenizer = pre_tokenizers.Metaspace()
+    learned.train_from_iterator([TEXT, "concrete can carry a load"] * 3, trainers.BpeTrainer(vocab_size=110))
+    pieces = sorted(learned.get_vocab(), key=learned.get_vocab().get)
+    order = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    vocab = {piece: place for place, piece in enumerate(order)}
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in pieces
+        for cut in range(1, len(piece))
+        if piece[:cut] in vocab and piece[cut:] in vocab
+    ]
+    backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    )
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
 def made(folder, model_type: str, pre="gpt-2", type_="f32", **fields):
-    tokenizer = make_tokenizer(SPLITS.get(pre, pre))
+    tokenizer = make_pieces() if pre == "pieces" else make_tokenizer(SPLITS.get(pre, pre))
     config = AutoConfig.for_model(model_type, **(SMALL | fields))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -144,6 +169,19 @@ def test_a_tokenizer_is_named_as_llama_cpp_names_it(pre, tmp_path):
     (tmp_path / "read").mkdir()
     back = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
     assert back.decode(tokenizer(TEXT)["input_ids"]) == TEXT
+
+
+def test_a_tokenizer_of_pieces_has_scores_and_bytes(tmp_path):
+    _, tokenizer = made(tmp_path, "llama", "pieces", vocab_size=420)
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    assert fields["tokenizer.ggml.model"].contents() == "llama"
+    assert fields["tokenizer.ggml.add_bos_token"].contents()
+    assert fields["tokenizer.ggml.add_space_prefix"].contents()
+    kinds = fields["tokenizer.ggml.token_type"].contents()
+    assert (kinds[1], kinds[10], kinds[300], kinds[419]) == (3, 6, 1, 5)  # control, byte, normal, unused
+    scores = fields["tokenizer.ggml.scores"].contents()
+    joined = [place for place in range(259, len(tokenizer)) if len(tokenizer.convert_ids_to_tokens(place)) > 1]
+    assert sorted(joined, key=lambda place: -scores[place]) == joined
 
 
 @pytest.mark.parametrize(

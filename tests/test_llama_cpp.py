@@ -64,6 +64,14 @@ def test_it_splits_text_as_the_tokenizer_does(pre, tmp_path):
         assert found["tokens"] == tokenizer(text)["input_ids"]
 
 
+def test_it_splits_text_as_pieces_like_llama_2(tmp_path):
+    _, tokenizer = made(tmp_path, "llama", "pieces", vocab_size=420)
+    server = load(tmp_path / "model.gguf", 64, 1)
+    for text in (TEXT, "concrete carry  load\n", "a", "</s>how long"):
+        found = post(server, "/tokenize", {"content": text, "add_special": True, "parse_special": True})
+        assert found["tokens"] == tokenizer(text)["input_ids"]
+
+
 def test_an_exported_run_answers_in_its_own_format(adapters, tmp_path):
     exporting.export(loading.find(str(adapters()), device="cpu"), tmp_path / "made", "gguf", type_="f32")
     model, tokenizer = loading.load(str(tmp_path / "made"), device="cpu")
