@@ -319,7 +319,7 @@ def chat(options: argparse.Namespace) -> None:
     adapter: str | None = None
     system: str | None = options.system
     messages: list[dict[str, str]] = []
-    print(f"adapters: {', '.join(talker.formats)}. {_CHAT_HELP}", file=sys.stderr)
+    print(f"adapters: {', '.join(talker.saved)}. {_CHAT_HELP}", file=sys.stderr)
     while True:
         try:
             said = input(f"{adapter or ''}> " if sys.stdin.isatty() else "")
@@ -330,7 +330,7 @@ def chat(options: argparse.Namespace) -> None:
             if word == "/exit":
                 return
             if word == "/adapter":
-                talker.saved(rest.strip())
+                talker.named(rest.strip())
                 adapter, messages = rest.strip(), []
             elif word in ("/reset", "/system"):
                 system, messages = rest.strip() or (None if word == "/system" else system), []

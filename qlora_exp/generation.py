@@ -44,8 +44,10 @@ class Sampling:
         Raises:
             ConfigError: it does not take a value.
         """
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
-            raise ConfigError("sampling: temperature and top_k are not negative, and top_p is above 0 and at most 1")
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.repetition_penalty <= 0:
+            raise ConfigError(
+                "sampling: temperature and top_k are not negative, 0 < top_p <= 1, and repetition_penalty is above 0"
+            )
         sampled = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         try:
             return GenerationConfig(
@@ -72,14 +74,16 @@ class Request:
     """Its name; None is the first."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Talker:
     """A model with its adapters, ready to answer."""
 
     model: Any
     tokenizer: Any
-    formats: dict[str, Saved]
-    """By the adapter's name, the first one is the default: what it was trained on, with its prompt format."""
+    saved: dict[str, Saved]
+    """By the adapter's name, the first one is the default."""
+    templates: dict[str, str | None]
+    """Of each, the prompts that it was trained with, as Jinja; None of one that was trained on plain text."""
 
     def prompt(self, request: Request) -> tuple[str, bool]:
         """The text that the model is given, and whether special tokens are written in it.
@@ -88,14 +92,14 @@ class Talker:
             ConfigError: there is no such adapter.
             DataError: the format has no place for what is asked.
         """
-        saved = self.saved(request.adapter)
-        config, messages = saved.config.dataset, request.messages
+        name = self.named(request.adapter)
+        config, messages = self.saved[name].config.dataset, request.messages
         if request.input and (config.format != "alpaca" or len(messages) > 1):
             raise DataError("an input beside the prompt has a place in Alpaca's format only, in a single question")
         if request.input:
             row = {"prompt": messages[-1]["content"], "input": request.input, "completion": ""}
             return "".join(piece for piece, _ in render(row, config, self.tokenizer).pieces[:-1]), False
-        template = chat_template(config, self.tokenizer)
+        template = self.templates[name]
         if template is None:  # trained on plain text, which it continues
             return "".join(message["content"] for message in messages), False
         try:
@@ -103,7 +107,7 @@ class Talker:
                 messages, chat_template=template, tokenize=False, add_generation_prompt=True
             )
         except Exception as error:  # whatever a template raises, it is about these messages
-            raise DataError(f"the prompt format of {saved.source} refuses this dialogue: {error}") from error
+            raise DataError(f"the prompt format of {self.saved[name].source} refuses this dialogue: {error}") from error
         return text, True
 
     def answer(self, request: Request, sampling: Sampling, told: Callable[[str], None] = lambda _: None) -> str:
@@ -136,28 +140,29 @@ class Talker:
             )
         return str(self.tokenizer.decode(found[0, length:], skip_special_tokens=True)).strip()
 
-    def saved(self, adapter: str | None) -> Saved:
-        """What an adapter is; of the base alone, what the first one is.
+    def named(self, adapter: str | None) -> str:
+        """The adapter whose prompts count: the first one if none is named, and for the base alone.
 
         Raises:
             ConfigError: there is no such adapter.
         """
-        name = next(iter(self.formats)) if adapter in (None, BASE) else adapter
-        if name not in self.formats:
-            known = [*self.formats, BASE] if isinstance(self.model, PeftModel) else [*self.formats]
-            raise ConfigError(f"no adapter '{name}'{did_you_mean(str(name), known)} Known: {', '.join(known)}")
-        return self.formats[str(name)]
+        if adapter is None or adapter == BASE:
+            return next(iter(self.saved))
+        if adapter not in self.saved:
+            known = [*self.saved, BASE] if isinstance(self.model, PeftModel) else [*self.saved]
+            raise ConfigError(f"no adapter '{adapter}'{did_you_mean(adapter, known)} Known: {', '.join(known)}")
+        return adapter
 
     def _with(self, adapter: str | None) -> AbstractContextManager[Any]:
         """Inside, the model answers with this adapter."""
-        self.saved(adapter)
+        name = self.named(adapter)
         if not isinstance(self.model, PeftModel):
             if adapter == BASE:
                 raise ConfigError(f"no adapter '{BASE}': this is a whole model, without a base")
             return nullcontext()
         if adapter == BASE:
             return self.model.disable_adapter()
-        self.model.set_adapter(adapter or next(iter(self.formats)))
+        self.model.set_adapter(name)
         return nullcontext()
 
 
@@ -203,7 +208,8 @@ def open_talker(
     model = loading.load_saved(saved, quantization, first)
     for name, other in others:
         model = loading.with_adapter(model, other, name)
-    return Talker(model.eval(), saved.tokenizer(), found)
+    templates = {name: chat_template(one.config.dataset, one.tokenizer()) for name, one in found.items()}
+    return Talker(model.eval(), saved.tokenizer(), found, templates)
 
 
 def _base(saved: Saved) -> tuple[str, str]:
