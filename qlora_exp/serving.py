@@ -5,6 +5,7 @@ Knows which server wants what; runs none itself.
 
 import importlib.util
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -79,15 +80,17 @@ def folder_of(saved: Saved, out: Path) -> Path:
 def mlflow_model(folder: Path) -> Path:
     """MLflow's model of the transformers folder, beside it: what `mlflow models serve` takes."""
     import mlflow.transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     made = folder.with_name(f"{folder.name}.mlflow")
     if not made.is_dir():
         part = made.with_name(f".{made.name}.part")
         shutil.rmtree(part, ignore_errors=True)
+        # MLflow 3.17 takes no path of a folder with transformers 5, and would look for what to install on the hub.
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+        components = {"model": model, "tokenizer": AutoTokenizer.from_pretrained(folder, trust_remote_code=False)}
         requirements = ["mlflow", "torch", "transformers", "accelerate"]
-        mlflow.transformers.save_model(
-            str(folder), str(part), task="llm/v1/chat", pip_requirements=requirements, torch_dtype="auto"
-        )
+        mlflow.transformers.save_model(components, str(part), task="llm/v1/chat", pip_requirements=requirements)
         part.rename(made)
     return made
 
@@ -102,7 +105,8 @@ def server(name: str, folder: Path, host: str, port: int, device: str = "auto") 
         return Server(command, offline, chat, str(folder))
     if name == "mlflow":
         command = [str(binaries / "mlflow"), "models", "serve", "-m", str(folder), "--env-manager", "local", *where]
-        return Server(command, offline, f"http://{host}:{port}/invocations", folder.name)
+        path = f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}"  # it starts uvicorn by its name
+        return Server(command, offline | {"PATH": path}, f"http://{host}:{port}/invocations", folder.name)
     if name == "vllm":
         return Server(["vllm", "serve", str(folder), *where], offline, chat, str(folder))
     return Server(["llama-server", "-m", str(folder / GGUF_FILE), *where], {}, chat, GGUF_FILE)

@@ -1,7 +1,12 @@
+import copy
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import processors
 
+from qlora_exp import prompts
+from qlora_exp.config import compose
 from qlora_exp.errors import DataError
 from qlora_exp.prompts import render
 from qlora_exp.schema import DatasetConfig
@@ -100,3 +105,48 @@ class Template:
 def test_templates_that_cannot_be_trained_on_are_refused(template: str | None, message: str):
     with pytest.raises(DataError, match=message):
         render(ROW, DatasetConfig(format="chat"), Template(template))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["dataset.format=alpaca"],
+        ["dataset.format=prompt_completion"],
+        ["dataset.format=chat"],
+        ["dataset.format=chat", "dataset.system_message='Be \"brief\".\n{{ x }}'"],
+    ],
+    ids=str,
+)
+def test_a_chat_template_renders_what_was_trained(words, tokenizer):
+    config = compose(["model=tiny_llama", *words]).dataset
+    template = prompts.chat_template(config, tokenizer)
+    row = {"prompt": "Why {{ not }}?", "input": "", "completion": "Because.\n"}
+    asked = [{"role": "user", "content": row["prompt"]}]
+    text = tokenizer.apply_chat_template(asked, chat_template=template, tokenize=False, add_generation_prompt=True)
+    pieces = prompts.render(row, config, tokenizer).pieces
+    assert text == "".join(piece for piece, _ in pieces[:-1])
+    answered = [*asked, {"role": "assistant", "content": row["completion"]}]
+    whole = tokenizer.apply_chat_template(answered, chat_template=template, tokenize=False)
+    end = "" if config.format == "chat" else tokenizer.eos_token
+    assert whole == "".join(piece for piece, _ in pieces) + end
+    again = copy.copy(tokenizer)
+    again.chat_template = template
+    assert prompts.chat_template(config, again) == template
+
+
+def test_a_tokenizer_that_begins_with_bos_has_it_in_its_template(tokenizer):
+    again = copy.deepcopy(tokenizer)
+    first = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    again.backend_tokenizer.post_processor = first
+    template = prompts.chat_template(compose(["model=tiny_llama"]).dataset, again)
+    asked = [{"role": "user", "content": "Why?"}]
+    text = again.apply_chat_template(asked, chat_template=template, tokenize=False)
+    assert again(text, add_special_tokens=False)["input_ids"] == again(text.removeprefix("<|im_start|>"))["input_ids"]
+
+
+def test_plain_text_and_models_that_cannot_chat_have_no_template(tokenizer):
+    config = compose(["model=tiny_llama", "dataset.format=text"]).dataset
+    assert prompts.chat_template(config, tokenizer) is None
+    mute = copy.deepcopy(tokenizer)
+    mute.chat_template = None
+    assert prompts.chat_template(compose(["model=tiny_llama", "dataset.format=chat"]).dataset, mute) is None
