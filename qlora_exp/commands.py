@@ -270,7 +270,9 @@ def advise(options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """What a run trained, in the form in which it is to be used."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
     quiet()
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # GPTQModel's layers would be compiled, one by one
     from qlora_exp import exporting, loading
 
     saved = loading.find(options.source, options.uri, "cpu")

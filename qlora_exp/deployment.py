@@ -5,6 +5,7 @@ is measured (`evaluation`).
 """
 
 import gc
+import importlib.util
 import json
 import multiprocessing
 from collections.abc import Callable, Sequence
@@ -25,6 +26,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "merged_trained": {"form": "merged", "base": "trained"},
     "nf4": {"form": "nf4"},
     "int8": {"form": "int8"},
+    "gptq": {"form": "gptq"},
     "gguf_q8_0": {"form": "gguf", "type_": "q8_0"},
     "gguf_q4_0": {"form": "gguf", "type_": "q4_0"},
 }
@@ -80,11 +82,12 @@ def forms_of(config: Config, adapter: bool, names: Sequence[str] = ()) -> list[s
     if unknown := [name for name in names if name not in FORMS]:
         raise ConfigError(f"--forms {unknown[0]}: choose of {', '.join(FORMS)}")
     senseless = {name for name in ("merged", "merged_trained") if not adapter}
+    missing = set() if importlib.util.find_spec("gptqmodel") else {"gptq"}
     if not config.quantization.quantized:
         senseless.add("merged_trained")
     if wrong := [name for name in names if name in senseless]:
         raise ConfigError(f"--forms {wrong[0]}: makes no sense for a {'plain base' if adapter else 'whole model'}")
-    chosen = names or [name for name in FORMS if name not in senseless]
+    chosen = names or [name for name in FORMS if name not in senseless | missing]
     return [TRAINED, *(name for name in chosen if name != TRAINED)]
 
 

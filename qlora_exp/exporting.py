@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from mlflow.exceptions import MlflowException
 
-from qlora_exp import gguf_file, merging, ollama, prompts, store
+from qlora_exp import calibrated, gguf_file, merging, ollama, prompts, reproduce, store
 from qlora_exp.config import compose
 from qlora_exp.device import detect, resolve
 from qlora_exp.errors import ConfigError, ModelError, TrackingError
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 FACTS_FILE = "export.json"
 BITSANDBYTES = ("nf4", "nf4_double", "fp4", "fp4_double", "int8")
-FORMS = ("merged", "gguf", *BITSANDBYTES)
+FORMS = ("merged", "gguf", *BITSANDBYTES, *calibrated.FORMS)
 _ROUNDINGS = 32
 """How many roundings of the largest logit a model may be off: layers after one another add theirs."""
 _QUESTION = "How long does concrete need before it can carry load?"
@@ -136,6 +136,11 @@ def _writer(saved: Saved, form: str, type_: str) -> Writer:
         return lambda whole, part: _write_gguf(whole, part, type_, saved)
     if form in BITSANDBYTES:
         return lambda whole, part: _write_bitsandbytes(whole, part, form)
+    if form in calibrated.FORMS:
+        calibrated.check(form)
+        reproduce.refuse_what_only_users_may_allow(saved.config, {})  # its rows are read
+        given = calibrated.rows(saved.config, saved.tokenizer())
+        return lambda whole, part: (calibrated.write(whole.model, whole.tokenizer, given, part, form), None)
     raise ConfigError(f"--to {form}: choose one of {', '.join(FORMS)}")
 
 
@@ -227,7 +232,7 @@ def _tell(saved: Saved, facts: dict[str, Any]) -> None:
     """The run in MLflow what was made of it; what was made stays if MLflow does not answer."""
     if saved.run_id is None:
         return
-    form = facts["form"] if facts["form"] == facts["weights"] else f"{facts['form']}-{facts['weights']}"
+    form = facts["form"] if facts["weights"].startswith(facts["form"]) else f"{facts['form']}-{facts['weights']}"
     try:
         mlflow = store.client(saved.tracking_uri)
         mlflow.log_dict(saved.run_id, facts, f"exports/{form}.json")

@@ -188,6 +188,9 @@ def load_whole(saved: Saved, dtype: str, device: str = "cpu", quantization: Any 
         arguments |= {"gguf_file": GGUF_FILE, "quantization_config": GgufConfig(dequantize=True)}
         if (saved.folder / "config.json").is_file():  # transformers reads not all of it in the file
             arguments["config"] = AutoConfig.from_pretrained(saved.folder, trust_remote_code=False)
+    elif (stored := _stored(saved.folder)) in ("gptq", "awq"):
+        chosen = compose(["method=lora", f"quantization={stored}"])
+        arguments["quantization_config"] = quantization_config(chosen.quantization, resolve(chosen, detect(device)))
     dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
         return AutoModelForCausalLM.from_pretrained(saved.folder, dtype=dtype, **arguments)
@@ -195,6 +198,13 @@ def load_whole(saved: Saved, dtype: str, device: str = "cpu", quantization: Any 
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise ModelError(f"{saved.folder}: cannot be loaded: {str(error).strip().splitlines()[0]:.300}") from error
+
+
+def _stored(folder: Path) -> str | None:
+    """How the files of a model are quantized, as its config says."""
+    file = folder / "config.json"
+    values = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    return values.get("quantization_config", {}).get("quant_method")
 
 
 def models_of(mlflow: MlflowClient, run_id: str) -> list[Any]:

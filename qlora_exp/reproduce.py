@@ -73,12 +73,16 @@ def recorded_config(record: Record, changes: Mapping[str, Any], uri: str | None)
             raise ConfigError(f"{section} of run {record.run_id} is no mapping but {place!r:.40}")
         place[name] = value
     config = config_module.from_dict(values)
-    _refuse(config, changes)
+    refuse_what_only_users_may_allow(config, changes)
     return config
 
 
-def _refuse(config: Config, changes: Mapping[str, Any]) -> None:
-    """Whatever of a record could run its author's code or read this machine's files, unless the user says it too."""
+def refuse_what_only_users_may_allow(config: Config, changes: Mapping[str, Any]) -> None:
+    """Whatever of a record could run its author's code or read this machine's files, unless the user says it too.
+
+    Raises:
+        ConfigError: there is such a thing, and it is not among `changes`.
+    """
     if config.model.trust_remote_code and "model.trust_remote_code" not in changes:
         raise ConfigError(
             "the record asks to run code from the model's repository; if you trust it: model.trust_remote_code=true"
