@@ -25,6 +25,7 @@ from qlora_exp.errors import ConfigError, ModelError
 from qlora_exp.journal import CONFIG_FILE, FILE
 from qlora_exp.model import load_model
 from qlora_exp.quantization import quantization_config
+from qlora_exp.quiet import hide_bars
 from qlora_exp.records import plain_yaml
 from qlora_exp.schema import Config
 
@@ -181,6 +182,7 @@ def load_whole(saved: Saved, dtype: str, device: str = "cpu", quantization: Any 
     Raises:
         ModelError: a file is damaged, or not to be stored so.
     """
+    hide_bars()
     arguments: dict[str, Any] = {"device_map": {"": device}, "trust_remote_code": False}
     if quantization is not None:
         arguments["quantization_config"] = quantization

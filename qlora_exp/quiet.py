@@ -1,4 +1,4 @@
-"""Keeps from the screen what libraries say and the user can do nothing about. Imports none of them."""
+"""Keeps from the screen what libraries say and the user can do nothing about. `quiet` imports none of them."""
 
 import logging
 import os
@@ -6,6 +6,14 @@ import sys
 import warnings
 
 from qlora_exp.secrets import RedactingFormatter
+
+
+def hide_bars() -> None:
+    """Of transformers, which is imported by now, where nobody would see them move."""
+    from transformers.utils import logging as transformers_logging
+
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
 
 
 def quiet() -> None:

@@ -9,7 +9,6 @@ import gc
 import json
 import logging
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from qlora_exp.checkpoints import checkpoints
 from qlora_exp.errors import ConfigError, DataError
 from qlora_exp.journal import CONFIG_FILE
 from qlora_exp.peft_registry import moves_base
+from qlora_exp.quiet import hide_bars
 from qlora_exp.schema import Config
 from qlora_exp.secrets import RedactingFormatter, load_env_file
 from qlora_exp.signals import heeded
@@ -82,7 +82,6 @@ def run(
     resolved = resolve(config, detect(config.device, bitsandbytes=config.quantization.bitsandbytes))
     import torch
     from transformers import set_seed
-    from transformers.utils import logging as transformers_logging
 
     from qlora_exp import (
         adapters,
@@ -103,8 +102,7 @@ def run(
     if not gc.isenabled():  # the command line starts without, and what it imported is never garbage
         gc.enable()
         gc.freeze()
-    if not sys.stderr.isatty():
-        transformers_logging.disable_progress_bar()
+    hide_bars()
     output_dir = _writable(output_dir)
     with (
         _logging_to(output_dir / tracking.LOG_FILE),
