@@ -8,9 +8,11 @@ import logging
 import math
 import shutil
 import tempfile
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +92,6 @@ def export(
     template = prompts.chat_template(saved.config.dataset, whole.tokenizer)
     if template is not None:
         whole.tokenizer.chat_template = template
-    whole.model.generation_config.max_length = None
     answer = _answer(whole.model, whole.tokenizer, template)
     needed = sum(tensor.nbytes for tensor in whole.model.state_dict().values())
     with _appearing(out, needed) as part:
@@ -109,9 +110,7 @@ def export(
             expected.abs().max().item(),
             *_distance(merging.logits(back, whole.ids), expected),
             whole.tokenizer.decode(again, skip_special_tokens=True),
-            next(
-                (place for place, pair in enumerate(zip(answer, again, strict=False)) if len(set(pair)) > 1), len(again)
-            ),
+            sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(answer, again, strict=False))),
             len(again),
             size_on_disk(part),
         )
@@ -120,6 +119,8 @@ def export(
         model = saved.config.model
         facts |= {"model_name_or_path": model.model_name_or_path, "revision": model.revision}
         (part / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+        for file in part.iterdir():  # safetensors keeps its files from others
+            file.chmod((part / FACTS_FILE).stat().st_mode)
     _tell(saved, facts)
     return made
 
@@ -219,10 +220,10 @@ def _appearing(out: Path, needed: int) -> Iterator[Path]:
     parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(parent).free) < needed:
         raise ConfigError(f"--out {out}: needs {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} are free")
-    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=parent))
+    part = parent / f".{out.name}.{uuid.uuid4().hex[:8]}"
+    part.mkdir()
     try:
         yield part
-        part.chmod(0o755)
         part.rename(out)
     finally:
         shutil.rmtree(part, ignore_errors=True)

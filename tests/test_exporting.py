@@ -56,6 +56,7 @@ def test_merged_it_says_the_same_without_the_adapter(words, adapters, tmp_path):
         assert torch.allclose(whole(ids).logits, apart(ids).logits, atol=rounding)
         assert not torch.allclose(whole(ids).logits, alone(ids).logits, atol=1e-3)
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token == "<|im_end|>"
+    assert len({one.stat().st_mode for one in (tmp_path / "merged").iterdir()}) == 1  # whoever may read one reads all
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
