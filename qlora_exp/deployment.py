@@ -101,7 +101,7 @@ def study(
         uri: the MLflow store.
         config: of the run: which rows, and how they are measured.
         forms: of FORMS.
-        out: a folder for what is made; what is there already is measured as it is.
+        out: a folder for what is made; what was made of the same source before is measured as it is.
         report: told what is being done.
 
     Raises:
@@ -113,7 +113,7 @@ def study(
     found = []
     for form in forms:
         where = str(out / form)
-        if form != TRAINED and not Path(where).is_dir():
+        if form != TRAINED:
             report(f"{form}: making it")
             _alone(_make, source, uri, where, form)
         report(f"{form}: measuring it")
@@ -133,7 +133,10 @@ def _alone(work: Callable[..., Any], *given: Any) -> Any:
 def _make(source: str, uri: str | None, where: str, form: str) -> None:
     from qlora_exp import exporting, loading
 
-    exporting.export(loading.find(source, uri, "cpu"), Path(where), **FORMS[form])
+    gc.enable()  # the fork server turns it off
+    saved = loading.find(source, uri, "cpu")
+    if not exporting.is_there(saved, Path(where)):
+        exporting.export(saved, Path(where), **FORMS[form])
 
 
 def _measure(source: str, uri: str | None, config: Config, form: str) -> Measured:
@@ -143,7 +146,7 @@ def _measure(source: str, uri: str | None, config: Config, form: str) -> Measure
     from qlora_exp.device import detect
     from qlora_exp.memory import MemoryMonitor
 
-    gc.enable()  # the fork server turns it off
+    gc.enable()
     saved = loading.find(source, uri, config.device)
     heldout = _heldout(config, saved)
     facts = saved.folder / exporting.FACTS_FILE

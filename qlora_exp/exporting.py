@@ -66,6 +66,20 @@ class Exported:
     bytes: int
 
 
+def is_there(saved: Saved, out: Path) -> bool:
+    """Whether `out` holds what was made of `saved` before.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
+    if not out.exists():
+        return False
+    facts = out / FACTS_FILE
+    if facts.is_file() and json.loads(facts.read_text("utf-8")).get("source") == saved.source:
+        return True
+    raise ConfigError(f"--out {out}: is there already, and holds something else; choose another, or delete it")
+
+
 def export(
     saved: Saved, out: Path, form: str = "merged", dtype: str = "auto", base: Base = "auto", type_: str = "q8_0"
 ) -> Exported:

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +43,7 @@ def generate(options: argparse.Namespace) -> None:
     """Answers to one prompt or to a file of them."""
     if (options.prompt is None) == (options.file is None):
         raise ConfigError("generate: give --prompt TEXT or --file FILE")
-    from qlora_exp.journal import write_atomically
+    from tqdm import tqdm
 
     talker, sampling = _talker(options)
     from qlora_exp import generation
@@ -52,14 +53,13 @@ def generate(options: argparse.Namespace) -> None:
         print()
         return
     requests = [*generation.read_requests(options.file)]
-    lines = []
-    for answered in generation.answers(talker, requests, sampling):
-        lines.append(json.dumps(answered, ensure_ascii=False))
-        if options.out is None:
-            print(lines[-1], flush=True)
-    if options.out is not None:
-        write_atomically(options.out, "".join(f"{line}\n" for line in lines))
-        print(f"{len(lines)} answers in {options.out}")
+    part = None if options.out is None else options.out.with_name(f"{options.out.name}.part")
+    with nullcontext(sys.stdout) if part is None else part.open("w", encoding="utf-8") as lines:
+        for answered in tqdm(generation.answers(talker, requests, sampling), total=len(requests), disable=None):
+            print(json.dumps(answered, ensure_ascii=False), file=lines, flush=True)
+    if part is not None:
+        part.rename(options.out)
+        print(f"{len(requests)} answers in {options.out}")
 
 
 _CHAT_HELP = "/adapter NAME switches, /system TEXT begins anew with it, /reset begins anew, /exit or Ctrl-D ends"

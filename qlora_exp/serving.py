@@ -68,12 +68,8 @@ def folder_of(saved: Saved, out: Path) -> Path:
     """
     if not saved.adapter:
         return saved.folder
-    facts = out / exporting.FACTS_FILE
-    if facts.is_file():
-        if json.loads(facts.read_text("utf-8")).get("source") == saved.source:
-            return out
-        raise ConfigError(f"--out {out}: holds the model of another run; choose another, or delete it")
-    exporting.export(saved, out)
+    if not exporting.is_there(saved, out):
+        exporting.export(saved, out)
     return out
 
 

@@ -125,6 +125,20 @@ def adapters(store: str, tmp_path_factory: pytest.TempPathFactory, _imported: No
 
 
 @pytest.fixture(scope="session")
+def _quanto() -> None:
+    """Quanto unpacks its 4 bits in Python: it would compile a kernel for it first, for a minute on a new machine."""
+    from types import SimpleNamespace
+
+    import torch
+    from optimum.quanto.library.extensions.cpp import ext
+
+    def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+        return torch.cat([(packed >> shift) & (2**bits - 1) for shift in range(0, 8, bits)])
+
+    ext._lib = SimpleNamespace(unpack=unpack)
+
+
+@pytest.fixture(scope="session")
 def tokenizer() -> Any:
     """The byte-level tokenizer of the tiny models."""
     from qlora_exp.model import load_tokenizer

@@ -90,4 +90,8 @@ def test_the_command_measures_a_run_in_each_form(store, tmp_path, capsys, monkey
     assert by_form["merged"]["bytes"] > by_form["nf4"]["bytes"] > 0
     assert all(len(one["losses"]) == 4 and len(one["samples"]) == 2 for one in by_form.values())
     assert by_form["gguf_q8_0"]["metrics"]["token_seconds_p50"] > 0
+    other = tmp_path / "gap" / "int8"
+    other.mkdir()
+    assert exit_code("deployment-gap", result.run_id, "--uri", store, "--forms", "int8", "--out", "gap") == 1
+    assert "holds something else" in capsys.readouterr().err
     assert "deployment_gap.json" in [one.path for one in client(store).list_artifacts(result.run_id)]

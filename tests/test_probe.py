@@ -9,6 +9,8 @@ from qlora_exp import compatibility, probe
 from qlora_exp.cli import main
 from qlora_exp.compatibility import WORKS
 
+pytestmark = pytest.mark.usefixtures("_quanto")
+
 KEPT = json.loads(compatibility.FILE.read_text("utf-8"))["verdicts"]
 KINDS = compatibility.kinds()
 METHODS = [kind for kind in KINDS if "+" not in kind]

@@ -16,6 +16,8 @@ from qlora_exp.errors import ConfigError, ModelError
 from qlora_exp.model import load_model, locate
 from qlora_exp.schema import QuantizationConfig
 
+pytestmark = pytest.mark.usefixtures("_quanto")
+
 CPU = Device("cpu", "CPU", bf16=False, paging=False)
 BITS = {
     "nf4": 4,

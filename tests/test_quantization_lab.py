@@ -13,6 +13,8 @@ from qlora_exp.cli import main
 from qlora_exp.config import compose
 from qlora_exp.model import load_unquantized
 
+pytestmark = pytest.mark.usefixtures("_quanto")
+
 BITS = {
     "nf4": 4 + 32 / 64,
     "nf4_double": 4 + 8 / 64 + 32 / (64 * 256),
