@@ -21,7 +21,6 @@ from qlora_exp.schema import Config
 
 log = logging.getLogger(__name__)
 
-FORMS = ("gptq", "awq")
 BITS = 4
 ROWS = 128
 """Of the run's training rows; more change little (Frantar et al. 2022, https://arxiv.org/abs/2210.17323, take 128)."""
@@ -63,7 +62,7 @@ def write(model: Any, tokenizer: Any, given: list[dict[str, list[int]]], folder:
         tokenizer: of the model.
         given: `rows`.
         folder: where to.
-        form: of FORMS.
+        form: gptq or awq.
 
     Raises:
         ConfigError: no group of weights that is known fits the model's layers.

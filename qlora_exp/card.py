@@ -5,7 +5,9 @@ Says only what was recorded; what is not known is said to be so. Knows nothing o
 
 import json
 import math
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,11 +56,13 @@ def write(record: Record, config: Config, source: str) -> str:
         source: what `qlora_exp.load` takes.
     """
     model, data = config.model.model_name_or_path, config.dataset.path
+    # The hub takes names of its own there, and a path of this machine is nobody's business.
+    bases, datasets = ([name] if _is_hub_id(name) else [] for name in (_HUB_NAMES.get(model, model), data))
     head = {
-        "base_model": _HUB_NAMES.get(model, model),
+        **({"base_model": bases[0]} if bases else {}),
         "library_name": "transformers" if config.method.peft_type is None else "peft",
         "license": license_of(model) if license_of(model) in LICENSES.values() else "other",
-        "datasets": [data],
+        **({"datasets": datasets} if datasets else {}),
         "tags": ["qlora_exp", config.method.name],
     }
     parts = [
@@ -81,6 +85,10 @@ def write(record: Record, config: Config, source: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _is_hub_id(name: str) -> bool:
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not Path(name).exists()
+
+
 def _facts(record: Record, config: Config) -> list[list[str]]:
     params, training = record.params, config.training
     trained = f"{record.metrics.get('steps', 0):,.0f} steps of {training.per_device_train_batch_size}"
@@ -98,7 +106,7 @@ def _facts(record: Record, config: Config) -> list[list[str]]:
         ["training", trained + f"optimizer {params.get('resolved.optim', config.optimizer.optim)}, seed {config.seed}"],
         ["device", params.get("resolved.device_name", "?")],
         ["run", record.run_id],
-        ["code", record.tags.get("git.commit", record.tags.get("identity.code", "?"))],
+        ["code", record.tags.get("git.sha", record.tags.get("identity.code", "?"))],
     ]
 
 

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import multiprocessing
 from collections.abc import Callable, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,21 +17,10 @@ from typing import Any
 import numpy as np
 
 from qlora_exp import beside, stats
-from qlora_exp.errors import ConfigError
+from qlora_exp.errors import ConfigError, UserError
+from qlora_exp.forms import DEPLOYED, TRAINED
 from qlora_exp.schema import Config, EvaluationConfig
 
-TRAINED = "trained"
-FORMS: dict[str, dict[str, Any]] = {
-    TRAINED: {},
-    "merged": {"form": "merged"},
-    "merged_trained": {"form": "merged", "base": "trained"},
-    "nf4": {"form": "nf4"},
-    "int8": {"form": "int8"},
-    "gptq": {"form": "gptq"},
-    "gguf_q8_0": {"form": "gguf", "type_": "q8_0"},
-    "gguf_q4_0": {"form": "gguf", "type_": "q4_0"},
-}
-"""By name: what `exporting.export` is asked for; nothing of the model as it was trained."""
 QUALITY = {"loss": True, "rougeL": False, "exact_match": False, "task_score": False}
 """What is compared, and whether less is better."""
 _START = "forkserver"
@@ -79,15 +69,15 @@ def forms_of(config: Config, adapter: bool, names: Sequence[str] = ()) -> list[s
     Raises:
         ConfigError: there is no such form, or it makes no sense for this model.
     """
-    if unknown := [name for name in names if name not in FORMS]:
-        raise ConfigError(f"--forms {unknown[0]}: choose of {', '.join(FORMS)}")
+    if unknown := [name for name in names if name not in DEPLOYED]:
+        raise ConfigError(f"--forms {unknown[0]}: choose of {', '.join(DEPLOYED)}")
     senseless = {name for name in ("merged", "merged_trained") if not adapter}
     missing = set() if importlib.util.find_spec("gptqmodel") else {"gptq"}
     if not config.quantization.quantized:
         senseless.add("merged_trained")
     if wrong := [name for name in names if name in senseless]:
         raise ConfigError(f"--forms {wrong[0]}: makes no sense for a {'plain base' if adapter else 'whole model'}")
-    chosen = names or [name for name in FORMS if name not in senseless | missing]
+    chosen = names or [name for name in DEPLOYED if name not in senseless | missing]
     return [TRAINED, *(name for name in chosen if name != TRAINED)]
 
 
@@ -100,7 +90,7 @@ def study(
         source: an MLflow run id, a `models:/...` URI, or a folder.
         uri: the MLflow store.
         config: of the run: which rows, and how they are measured.
-        forms: of FORMS.
+        forms: of DEPLOYED.
         out: a folder for what is made; what was made of the same source before is measured as it is.
         report: told what is being done.
 
@@ -115,28 +105,31 @@ def study(
         where = str(out / form)
         if form != TRAINED:
             report(f"{form}: making it")
-            _alone(_make, source, uri, where, form)
+            _alone(_make, source, uri, where, form, config)
         report(f"{form}: measuring it")
         given = (source if form == TRAINED else where, uri, config, form)
         found.append(_alone(_measure, *given))
-        if FORMS[form].get("form") == "gguf" and config.evaluation.generate_rows and llama_cpp.installed():
+        if DEPLOYED[form].get("form") == "gguf" and config.evaluation.generate_rows and llama_cpp.installed():
             metrics, samples = _alone(_ask_llama_cpp, *given)
             found[-1] = replace(found[-1], metrics=found[-1].metrics | metrics, samples=samples)
     return found
 
 
 def _alone(work: Callable[..., Any], *given: Any) -> Any:
-    with beside.workers(1, _START) as pool:
-        return beside.result(pool.submit(work, *given))
+    try:
+        with beside.workers(1, _START) as pool:
+            return beside.result(pool.submit(work, *given))
+    except BrokenProcessPool as error:
+        raise UserError("a process that makes or measures a form was killed, most likely for want of memory") from error
 
 
-def _make(source: str, uri: str | None, where: str, form: str) -> None:
+def _make(source: str, uri: str | None, where: str, form: str, config: Config) -> None:
     from qlora_exp import exporting, loading
 
     gc.enable()  # the fork server turns it off
     saved = loading.find(source, uri, "cpu")
-    if not exporting.is_there(saved, Path(where)):
-        exporting.export(saved, Path(where), **FORMS[form])
+    if not exporting.is_there(saved, Path(where), **DEPLOYED[form]):
+        exporting.export(saved, Path(where), **DEPLOYED[form], rows_of=config)
 
 
 def _measure(source: str, uri: str | None, config: Config, form: str) -> Measured:
@@ -186,6 +179,7 @@ def _ask_llama_cpp(source: str, uri: str | None, config: Config, form: str) -> t
         generate = llama_cpp.generator(server, asked.max_new_tokens)
         score = sources.scorer(config.dataset)
         metrics, samples = evaluation.answers(generate, *heldout, asked, score=score, label=f"{form}: ")
+    metrics.pop("token_seconds_p95", None)  # it tells each answer's mean only
     return metrics | _memory(memory), samples
 
 

@@ -6,9 +6,9 @@ Knows the forms; how an adapter gets into its base is `merging`'s, what a GGUF f
 import json
 import logging
 import math
+import os
 import shutil
 import tempfile
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -16,29 +16,33 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from mlflow.exceptions import MlflowException
+from safetensors import SafetensorError
 
-from qlora_exp import calibrated, gguf_file, merging, ollama, prompts, reproduce, store
+from qlora_exp import calibrated, gguf_file, identity, merging, ollama, reproduce, store
 from qlora_exp.config import compose
 from qlora_exp.device import detect, resolve
 from qlora_exp.errors import ConfigError, ModelError, TrackingError
+from qlora_exp.forms import BITSANDBYTES, CALIBRATED, FORMS
 from qlora_exp.journal import CONFIG_FILE
 from qlora_exp.loading import GGUF_FILE, Saved, load_whole
 from qlora_exp.memory import size_on_disk
 from qlora_exp.merging import Base, Whole
 from qlora_exp.provenance import libraries
 from qlora_exp.quantization import quantization_config
+from qlora_exp.schema import Config
+from qlora_exp.signals import heeded
 
 log = logging.getLogger(__name__)
 
 FACTS_FILE = "export.json"
-BITSANDBYTES = ("nf4", "nf4_double", "fp4", "fp4_double", "int8")
-FORMS = ("merged", "gguf", *BITSANDBYTES, *calibrated.FORMS)
 _ROUNDINGS = 32
 """How many roundings of the largest logit a model may be off: layers after one another add theirs."""
-_QUESTION = "How long does concrete need before it can carry load?"
-_ANSWER_TOKENS = 24
+_KL_OF_ROUNDING = 2.0
+"""Nats a token for each unit of rounding (its eps): a sixth of it was seen in bfloat16, three times it without half of
+an adapter."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +65,15 @@ class Exported:
     answer: str
     """Greedy, to a question in the format that the run was trained with."""
     same_answer_tokens: int
-    """Of it, from the start: as the merged model's before it was written."""
+    """Of it, from the start: as that of base and adapter apart."""
     answer_tokens: int
     bytes: int
 
 
-def is_there(saved: Saved, out: Path) -> bool:
-    """Whether `out` holds what was made of `saved` before.
+def is_there(
+    saved: Saved, out: Path, form: str = "merged", dtype: str = "auto", base: Base = "auto", type_: str = "q8_0"
+) -> bool:
+    """Whether `out` holds what `export` would make.
 
     Raises:
         ConfigError: it holds something else.
@@ -75,13 +81,33 @@ def is_there(saved: Saved, out: Path) -> bool:
     if not out.exists():
         return False
     facts = out / FACTS_FILE
-    if facts.is_file() and json.loads(facts.read_text("utf-8")).get("source") == saved.source:
+    if facts.is_file() and _json(facts).get("asked") == _asked(saved, form, dtype, base, type_):
         return True
     raise ConfigError(f"--out {out}: is there already, and holds something else; choose another, or delete it")
 
 
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file} is damaged: {error}") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _asked(saved: Saved, form: str, dtype: str, base: Base, type_: str) -> dict[str, str]:
+    """What tells one export from another: the weights that it is of, and what was asked for."""
+    wanted = {"form": form, "dtype": dtype, "base": base} | ({"type": type_} if form == "gguf" else {})
+    return {"weights": identity.weights(saved.folder), **wanted}
+
+
 def export(
-    saved: Saved, out: Path, form: str = "merged", dtype: str = "auto", base: Base = "auto", type_: str = "q8_0"
+    saved: Saved,
+    out: Path,
+    form: str = "merged",
+    dtype: str = "auto",
+    base: Base = "auto",
+    type_: str = "q8_0",
+    rows_of: Config | None = None,
 ) -> Exported:
     """Write what a run trained as a folder that needs neither PEFT nor this project, and tell the run in MLflow.
 
@@ -91,7 +117,9 @@ def export(
         form: one of FORMS.
         dtype: of the merged weights, before they are quantized: float32, bfloat16, float16; auto: as the base's files.
         base: which weights an adapter is merged into, as `merging.whole` takes it.
-        type_: of a GGUF file's weights: one of `gguf_file.TYPES`.
+        type_: of a GGUF file's weights: one of GGUF_TYPES.
+        rows_of: the config whose training rows GPTQ and AWQ are calibrated on; None is the run's own, if it names no
+            files that only the user may name.
 
     Raises:
         ConfigError: there is nothing to merge, it cannot be merged or written so, or there is no room for it.
@@ -101,35 +129,20 @@ def export(
         raise ConfigError(f"--out {out}: is there already; choose another, or delete it")
     if form == "merged" and not saved.adapter:
         raise ConfigError(f"{saved.folder}: a full model already, without an adapter to merge")
-    write = _writer(saved, form, type_)  # what cannot be written is refused before anything is loaded
+    write = _writer(saved, form, type_, rows_of)  # what cannot be written is refused before anything is loaded
+    asked = _asked(saved, form, dtype, base, type_)
     whole = merging.whole(saved, dtype, base)
-    template = prompts.chat_template(saved.config.dataset, whole.tokenizer)
-    if template is not None:
-        whole.tokenizer.chat_template = template
-    answer = _answer(whole.model, whole.tokenizer, template)
-    needed = sum(tensor.nbytes for tensor in whole.model.state_dict().values())
-    with _appearing(out, needed) as part:
+    size = sum(tensor.nbytes for tensor in whole.model.state_dict().values())
+    # What is quantized is beside what is not for a while, and a file of float32 may be twice its model's.
+    with heeded(), _appearing(out, size if form == "merged" else 2 * size) as part:
         stored, exact = write(whole, part)
         whole.tokenizer.save_pretrained(part)
         shutil.copy(saved.folder / CONFIG_FILE, part)
-        dtype, told, expected = whole.dtype, whole.base, whole.expected
-        whole.model = None
+        dtype, whole.model = whole.dtype, None
         back = load_whole(replace(saved, folder=part, adapter=False), "auto")
-        again = _answer(back, whole.tokenizer, template)
-        made = Exported(
-            str(out),
-            form,
-            told,
-            stored,
-            expected.abs().max().item(),
-            *_distance(merging.logits(back, whole.ids), expected),
-            whole.tokenizer.decode(again, skip_special_tokens=True),
-            sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(answer, again, strict=False))),
-            len(again),
-            size_on_disk(part),
-        )
+        made = _compared(whole, back, str(out), form, stored, size_on_disk(part))
         _check(made, dtype, exact)
-        facts = asdict(made) | {"source": saved.source, "libraries": libraries()}
+        facts = asdict(made) | {"asked": asked, "source": saved.source, "libraries": libraries()}
         model = saved.config.model
         facts |= {"model_name_or_path": model.model_name_or_path, "revision": model.revision}
         (part / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
@@ -139,11 +152,28 @@ def export(
     return made
 
 
+def _compared(whole: Whole, back: Any, folder: str, form: str, stored: str, size: int) -> Exported:
+    """What the model as it was read back says, beside what base and adapter said apart."""
+    again = merging.answer(back, whole.tokenizer)
+    return Exported(
+        folder,
+        form,
+        whole.base,
+        stored,
+        whole.expected.abs().max().item(),
+        *_distance(merging.logits(back, whole.ids), whole.expected),
+        whole.tokenizer.decode(again, skip_special_tokens=True),
+        sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole.answer, again, strict=False))),
+        len(again),
+        size,
+    )
+
+
 Writer = Callable[[Whole, Path], tuple[str, torch.dtype | None]]
 """Writes into a folder; what the weights are stored as, and the dtype if nothing but rounding was lost."""
 
 
-def _writer(saved: Saved, form: str, type_: str) -> Writer:
+def _writer(saved: Saved, form: str, type_: str, rows_of: Config | None) -> Writer:
     if form == "merged":
         return _write_merged
     if form == "gguf":
@@ -151,10 +181,11 @@ def _writer(saved: Saved, form: str, type_: str) -> Writer:
         return lambda whole, part: _write_gguf(whole, part, type_, saved)
     if form in BITSANDBYTES:
         return lambda whole, part: _write_bitsandbytes(whole, part, form)
-    if form in calibrated.FORMS:
+    if form in CALIBRATED:
         calibrated.check(form)
-        reproduce.refuse_what_only_users_may_allow(saved.config, {})  # its rows are read
-        given = calibrated.rows(saved.config, saved.tokenizer())
+        if rows_of is None:
+            reproduce.refuse_what_only_users_may_allow(saved.config, {})
+        given = calibrated.rows(rows_of or saved.config, saved.tokenizer())
         return lambda whole, part: (calibrated.write(whole.model, whole.tokenizer, given, part, form), None)
     raise ConfigError(f"--to {form}: choose one of {', '.join(FORMS)}")
 
@@ -184,26 +215,6 @@ def _write_bitsandbytes(whole: Whole, part: Path, form: str) -> tuple[str, None]
     return form, None
 
 
-@torch.no_grad()
-def _answer(model: Any, tokenizer: Any, template: str | None) -> list[int]:
-    text = _QUESTION
-    if template is not None:
-        asked = [{"role": "user", "content": _QUESTION}]
-        text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    batch = tokenizer(text, return_tensors="pt", add_special_tokens=template is None)
-    model.generation_config.max_length = None
-    found = model.generate(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        max_new_tokens=_ANSWER_TOKENS,
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    new: list[int] = found[0, batch["input_ids"].shape[1] :].tolist()
-    return new
-
-
 def _distance(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float, float]:
     """Largest difference, mean KL divergence in nats, share of tokens with the same first choice; (tokens, words)."""
     apart, together = (torch.log_softmax(one, -1) for one in (expected, found))
@@ -219,26 +230,35 @@ def _check(made: Exported, dtype: str, exact: torch.dtype | None) -> None:
     if exact is None:
         return
     rounding = max(torch.finfo(exact).eps, torch.finfo(getattr(torch, dtype)).eps, 1e-6)
-    most = _ROUNDINGS * rounding * made.max_logit
-    if made.max_logit_difference > most:
+    most, most_kl = _ROUNDINGS * rounding * made.max_logit, _KL_OF_ROUNDING * rounding
+    if made.max_logit_difference > most or made.mean_kl > most_kl:
         raise ModelError(
-            f"as {made.form}, the model says something else: logits differ by {made.max_logit_difference:.3g}, and "
-            f"rounding to {made.weights} explains {most:.3g}; nothing was written"
+            f"as {made.form}, the model says something else: logits differ by {made.max_logit_difference:.3g} and by "
+            f"{made.mean_kl:.3g} nats a token, and rounding to {made.weights} explains {most:.3g} and {most_kl:.3g}; "
+            "nothing was written"
         )
 
 
 @contextmanager
 def _appearing(out: Path, needed: int) -> Iterator[Path]:
-    """A folder to write into that becomes `out` at the end, and is gone if there is an error."""
+    """A folder to write into that becomes `out` at the end, and is gone if there is an error.
+
+    One that was left by a process that was killed goes with the next that writes there.
+    """
     parent = out.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(parent).free) < needed:
         raise ConfigError(f"--out {out}: needs {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} are free")
-    part = parent / f".{out.name}.{uuid.uuid4().hex[:8]}"
+    for old in parent.glob(f".{out.name}.*"):
+        if old.suffix[1:].isdigit() and not psutil.pid_exists(int(old.suffix[1:])):
+            shutil.rmtree(old)
+    part = parent / f".{out.name}.{os.getpid()}"
     part.mkdir()
     try:
         yield part
         part.rename(out)
+    except SafetensorError as error:  # what it makes of a disk that takes no more
+        raise ConfigError(f"--out {out}: cannot be written: {error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

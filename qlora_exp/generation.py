@@ -4,6 +4,7 @@ Several adapters share one base in memory, and each request names its own. Knows
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -117,28 +118,38 @@ class Talker:
             ConfigError: there is no such adapter, or a value of `sampling` is wrong.
             DataError: the format has no place for what is asked, or the dialogue is longer than the model can see.
         """
-        text, has_special_tokens = self.prompt(request)
-        batch = self.tokenizer(text, return_tensors="pt", add_special_tokens=not has_special_tokens).to(
-            self.model.device
-        )
-        length = batch["input_ids"].shape[1]
-        most = getattr(self.model.config, "max_position_embeddings", None)
-        if most and length + sampling.max_new_tokens > most:
-            raise DataError(
-                f"the dialogue has {length} tokens, and with {sampling.max_new_tokens} new ones is longer than the "
-                f"{most} that the model can see: begin anew, or ask for a shorter answer"
-            )
+        ids = self.encoded(request, sampling)
         settings = sampling.settings(stop_tokens(self.model, self.tokenizer), self.tokenizer.pad_token_id)
         if sampling.seed is not None:
             set_seed(sampling.seed)
+        given = torch.tensor([ids], device=self.model.device)
         with torch.no_grad(), self._with(request.adapter):
             found = self.model.generate(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
+                input_ids=given,
+                attention_mask=torch.ones_like(given),
                 generation_config=settings,
                 streamer=_Teller(self.tokenizer, told),
             )
-        return str(self.tokenizer.decode(found[0, length:], skip_special_tokens=True)).strip()
+        return str(self.tokenizer.decode(found[0, len(ids) :], skip_special_tokens=True)).strip()
+
+    def encoded(self, request: Request, sampling: Sampling) -> list[int]:
+        """The tokens that the model is given, at least one.
+
+        Raises:
+            ConfigError: there is no such adapter.
+            DataError: the format has no place for what is asked, or it is empty, or longer than the model can see.
+        """
+        text, has_special_tokens = self.prompt(request)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=not has_special_tokens)["input_ids"]
+        if not ids:
+            raise DataError("an empty prompt: a model that was trained on plain text continues what it is given")
+        most = getattr(self.model.config, "max_position_embeddings", None)
+        if most and len(ids) + sampling.max_new_tokens > most:
+            raise DataError(
+                f"the dialogue has {len(ids)} tokens, and with {sampling.max_new_tokens} new ones is longer than the "
+                f"{most} that the model can see: begin anew, or ask for a shorter answer"
+            )
+        return ids
 
     def named(self, adapter: str | None) -> str:
         """The adapter whose prompts count: the first one if none is named, and for the base alone.
@@ -193,8 +204,10 @@ def open_talker(
         ModelError: one of them is not there, or they do not share a base.
         ConfigError: a name that cannot be one, or no such quantization.
     """
-    if BASE in sources:
-        raise ConfigError(f"an adapter cannot be called '{BASE}': that is the base without one")
+    if wrong := [name for name in sources if not re.fullmatch(r"[\w-]+", name) or name == BASE]:
+        raise ConfigError(
+            f"an adapter cannot be called '{wrong[0]}': letters, digits, _ and - make a name, and '{BASE}' is the base"
+        )
     found = {name: loading.find(source, tracking_uri, device) for name, source in sources.items()}
     (first, saved), *others = found.items()
     for name, other in others:
@@ -224,7 +237,7 @@ def read_requests(file: Path) -> Iterator[Request]:
         DataError: there is no such file, or a line is none of this.
     """
     try:
-        lines = file.read_text("utf-8").splitlines()
+        lines = file.read_text("utf-8").split("\n")  # other signs that end a line may be in a text
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: {error}") from error
     for number, line in enumerate(lines, 1):

@@ -17,10 +17,9 @@ from tqdm import tqdm
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qlora_exp.errors import ConfigError
-from qlora_exp.ollama import adds_bos
+from qlora_exp.forms import GGUF_TYPES
+from qlora_exp.prompts import adds_bos
 
-TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
-"""What the `gguf` library can store weights as; llama.cpp's `llama-quantize` makes others of an f16 or bf16 file."""
 _EXACT = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _FAMILIES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
 """By `model_type`: the library's name of the architecture."""
@@ -43,9 +42,9 @@ def check_type(type_: str) -> None:
     Raises:
         ConfigError: it cannot; what can be done instead.
     """
-    if type_ not in TYPES:
+    if type_ not in GGUF_TYPES:
         raise ConfigError(
-            f"--type {type_}: the gguf library writes {', '.join(TYPES)}. Others are made by llama.cpp of --type bf16: "
+            f"--type {type_}: the gguf library writes {', '.join(GGUF_TYPES)}. Of --type bf16 llama.cpp makes others: "
             f"llama-quantize model.gguf model-{type_}.gguf {type_.upper()}"
         )
     if importlib.util.find_spec("gguf") is None:
@@ -60,7 +59,7 @@ def write(model: Any, tokenizer: Any, folder: Path, file: Path, type_: str, name
         tokenizer: a fast one, with the chat template to keep.
         folder: where the tokenizer was saved.
         file: what to write.
-        type_: of TYPES, of all matrices; those of the vocabulary have 8 bits at least, vectors are float32.
+        type_: of GGUF_TYPES, of all matrices; those of the vocabulary have 8 bits at least, vectors are float32.
         name: the model's.
 
     Returns:
@@ -124,6 +123,10 @@ def _add_architecture(writer: Any, config: Any) -> None:
     writer.add_rope_dimension_count(size)
     writer.add_rope_freq_base(rope["rope_theta"])
     kind = rope.get("rope_type", "default")
+    known = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings"}
+    known |= {"low_freq_factor", "high_freq_factor"} if kind == "llama3" else set()
+    if others := sorted(key for key, value in rope.items() if key not in known and value is not None):
+        raise ConfigError(f"--to gguf: positions with {', '.join(others)} are not known here")
     if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
         writer.add_rope_scaling_factor(rope["factor"])

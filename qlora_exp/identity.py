@@ -79,6 +79,12 @@ def code() -> str:
     return _digest({str(file.relative_to(package)): _file(file) for file in sorted(package.rglob("*.py"))})
 
 
+def weights(folder: Path) -> str:
+    """A digest of the weights of a model or an adapter in `folder`, and of what says how an adapter is applied."""
+    kinds = ("*.safetensors", "*.gguf", "adapter_config.json")
+    return _digest({file.name: _weights(file) for kind in kinds for file in sorted(folder.glob(kind))})
+
+
 def _folder(folder: Path) -> str:
     return _digest(
         {str(file.relative_to(folder)): _weights(file) for file in sorted(folder.rglob("*")) if file.is_file()}

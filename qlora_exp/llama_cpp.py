@@ -40,7 +40,7 @@ def complete(server: Any, prompt: list[int] | str, max_new_tokens: int) -> dict[
 
 
 def generator(server: Any, max_new_tokens: int) -> Generate:
-    """What answers prompts with the model, greedily, one after the other."""
+    """What answers prompts with the model, greedily, one after the other; of the steps of one it tells the mean."""
 
     def generate(prompts: list[list[int]]) -> Answers:
         found = [complete(server, prompt, max_new_tokens) for prompt in prompts]

@@ -24,7 +24,7 @@ from qlora_exp.device import detect, resolve
 from qlora_exp.errors import ConfigError, ModelError
 from qlora_exp.journal import CONFIG_FILE, FILE
 from qlora_exp.model import load_model
-from qlora_exp.quantization import quantization_config
+from qlora_exp.quantization import check_files, quantization_config
 from qlora_exp.quiet import hide_bars
 from qlora_exp.records import plain_yaml
 from qlora_exp.schema import Config
@@ -74,7 +74,10 @@ def find(source: str, tracking_uri: str | None = None, device: str = "auto") -> 
         folder, run_id = Path(source), None
         folder = folder / "model" if (folder / "model").is_dir() else folder  # a run's output folder
         if (folder.parent / FILE).is_file():
-            run_id = journal.run_id(folder.parent, store.store_uri(tracking_uri))
+            try:
+                run_id = journal.run_id(folder.parent, store.store_uri(tracking_uri))
+            except ValueError as error:
+                raise ModelError(f"{folder.parent}: what tells of its run is damaged: {error}") from error
     else:
         folder, run_id = _download(source, tracking_uri)
     adapter = (folder / "adapter_config.json").is_file()
@@ -95,6 +98,8 @@ def find(source: str, tracking_uri: str | None = None, device: str = "auto") -> 
         raise ModelError(f"{source}: its config is not one of this version: {error}") from error
     if adapter:
         config = _on_its_base(config, folder)
+    elif kernels := sorted(_kernels(_model_config(folder))):
+        raise ModelError(f"{source}: its config.json asks for a kernel of the hub, which is code: {', '.join(kernels)}")
     return Saved(source, folder, config, adapter, run_id, tracking_uri)
 
 
@@ -148,6 +153,8 @@ def load_saved(saved: Saved, quantization: str | None = None, name: str = "defau
         chosen = compose(["method=lora", f"quantization={quantization}"]).quantization
         config = config.model_copy(update={"quantization": chosen})
     resolved = resolve(config, detect(config.device, bitsandbytes=config.quantization.bitsandbytes))
+    if quantization is not None and not saved.adapter:
+        check_files(str(saved.folder), config.quantization, _model_config(saved.folder).get("quantization_config"))
     if saved.adapter:
         base = load_model(config.model, config.quantization, resolved)
         model = with_adapter(base, saved, name)
@@ -190,7 +197,7 @@ def load_whole(saved: Saved, dtype: str, device: str = "cpu", quantization: Any 
         arguments |= {"gguf_file": GGUF_FILE, "quantization_config": GgufConfig(dequantize=True)}
         if (saved.folder / "config.json").is_file():  # transformers reads not all of it in the file
             arguments["config"] = AutoConfig.from_pretrained(saved.folder, trust_remote_code=False)
-    elif (stored := _stored(saved.folder)) in ("gptq", "awq"):
+    elif (stored := stored_as(saved.folder)) in ("gptq", "awq"):
         chosen = compose(["method=lora", f"quantization={stored}"])
         arguments["quantization_config"] = quantization_config(chosen.quantization, resolve(chosen, detect(device)))
     dtype = dtype if dtype == "auto" else getattr(torch, dtype)
@@ -202,18 +209,47 @@ def load_whole(saved: Saved, dtype: str, device: str = "cpu", quantization: Any 
         raise ModelError(f"{saved.folder}: cannot be loaded: {str(error).strip().splitlines()[0]:.300}") from error
 
 
-def _stored(folder: Path) -> str | None:
-    """How the files of a model are quantized, as its config says."""
+def _model_config(folder: Path) -> dict[str, Any]:
+    """What a model's own config.json says; nothing if there is none.
+
+    Raises:
+        ModelError: it is damaged.
+    """
     file = folder / "config.json"
-    values = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    return values.get("quantization_config", {}).get("quant_method")
+    try:
+        values = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise ModelError(f"{file} is damaged: {error}") from error
+    if not isinstance(values, dict) or not isinstance(values.get("quantization_config") or {}, dict):
+        raise ModelError(f"{file} is damaged: no object, or a quantization_config that is none")
+    return values
+
+
+def stored_as(folder: Path) -> str | None:
+    """How the files of a whole model are quantized (`quant_method`), None if they are not.
+
+    Raises:
+        ModelError: its config.json is damaged.
+    """
+    method = (_model_config(folder).get("quantization_config") or {}).get("quant_method")
+    return None if method is None else str(method)
+
+
+def _kernels(values: Any) -> set[str]:
+    """Implementations in a config, at any depth, that transformers would fetch from a repository of the hub and run."""
+    if isinstance(values, list):
+        return {found for value in values for found in _kernels(value)}
+    if not isinstance(values, dict):
+        return set()
+    own = {value for key, value in values.items() if key.endswith("implementation") and "/" in str(value)}
+    return {str(value) for value in own} | {found for value in values.values() for found in _kernels(value)}
 
 
 def models_of(mlflow: MlflowClient, run_id: str) -> list[Any]:
     """What a run logged as its models, oldest first.
 
     Raises:
-        ModelError: nothing.
+        ModelError: it logged none.
     """
     outputs = mlflow.get_run(run_id).outputs
     if outputs is None or not outputs.model_outputs:

@@ -9,12 +9,15 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import GenerationConfig
 
 from qlora_exp import compatibility, quantization
 from qlora_exp.device import Device, resolve
 from qlora_exp.errors import ConfigError, ModelError
-from qlora_exp.loading import Saved, load_whole, with_adapter
+from qlora_exp.evaluation import stop_tokens
+from qlora_exp.loading import Saved, load_whole, stored_as, with_adapter
 from qlora_exp.model import load_model, load_unquantized
+from qlora_exp.prompts import chat_template
 from qlora_exp.schema import Config
 
 Base = Literal["auto", "files", "trained"]
@@ -23,6 +26,8 @@ _TEXT = (
     "done: new stone, new lamps, and a narrow path for bicycles. How long does concrete need before it can carry load? "
     "Usually it is said that it takes twenty-eight days, but def f(x): return x + 1 is no answer to that."
 )
+_QUESTION = "How long does concrete need before it can carry load?"
+_ANSWER_TOKENS = 24
 
 
 @dataclass
@@ -37,6 +42,8 @@ class Whole:
     """(1, tokens) of a paragraph."""
     expected: torch.Tensor
     """(tokens, vocabulary), float32: logits there, of base and adapter apart."""
+    answer: list[int]
+    """What these two answer to a question, greedily, in the format that the run was trained with."""
 
     @property
     def dtype(self) -> str:
@@ -58,12 +65,16 @@ def whole(saved: Saved, dtype: str = "auto", base: Base = "auto") -> Whole:
         ModelError: base and adapter do not belong together, or a file is damaged.
     """
     tokenizer = saved.tokenizer()
+    tokenizer.chat_template = chat_template(saved.config.dataset, tokenizer)
     ids = tokenizer(_TEXT, return_tensors="pt").input_ids
     if not saved.adapter:
         if base != "auto":
             raise ConfigError(f"--base {base}: {saved.folder} is a whole model, and is not merged into any")
-        model = load_whole(saved, dtype)
-        return Whole(model, tokenizer, f"{saved.source}, a whole model", ids, logits(model, ids))
+        model, told = load_whole(saved, dtype), f"{saved.source}, a whole model"
+        if (stored := stored_as(saved.folder)) is not None:
+            model = quantization.dequantized(model, model.dtype)
+            told += f", what its weights stored by {stored} stand for"
+        return Whole(model, tokenizer, told, ids, logits(model, ids), answer(model, tokenizer))
     config = saved.config
     kind = compatibility.kind_of(config.method.peft_type, config.lora_variant.name)
     if why := compatibility.refusal(kind, "plain", "merge"):
@@ -73,8 +84,8 @@ def whole(saved: Saved, dtype: str = "auto", base: Base = "auto") -> Whole:
     if len(tokenizer) > rows:
         raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, the base only {rows}: it is for another base")
     adapted = with_adapter(model, saved).eval()
-    expected = logits(adapted, ids)
-    return Whole(_merged(adapted), tokenizer, told, ids, expected)
+    expected, answered = logits(adapted, ids), answer(adapted, tokenizer)
+    return Whole(_merged(adapted), tokenizer, told, ids, expected, answered)
 
 
 def _base(config: Config, dtype: str, base: Base) -> tuple[Any, str]:
@@ -118,6 +129,25 @@ def _merged(adapted: PeftModel) -> Any:
         raise ConfigError(f"cannot be merged: {error}") from error
     whole.config.use_cache = True
     return whole
+
+
+@torch.no_grad()
+def answer(model: Any, tokenizer: Any) -> list[int]:
+    """The first tokens of what the likeliest answer to a question is, in the format of the chat template."""
+    chats = bool(tokenizer.chat_template)
+    asked = [{"role": "user", "content": _QUESTION}]
+    text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) if chats else _QUESTION
+    batch = tokenizer(text, return_tensors="pt", add_special_tokens=not chats)
+    settings = GenerationConfig(
+        max_new_tokens=_ANSWER_TOKENS,
+        do_sample=False,
+        eos_token_id=stop_tokens(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    found = model.generate(**given, generation_config=settings, use_cache=True)
+    new: list[int] = found[0, batch["input_ids"].shape[1] :].tolist()
+    return new
 
 
 @torch.no_grad()

@@ -26,10 +26,15 @@ def export(options: argparse.Namespace) -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     quiet()
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # GPTQModel's layers would be compiled, one by one
-    from qlora_exp import exporting, loading
+    from qlora_exp import exporting, loading, reproduce
 
     saved = loading.find(options.source, options.uri, "cpu")
-    made = exporting.export(saved, options.out, options.to, options.dtype, options.base, options.type)
+    rows_of = None
+    if options.changes:
+        rows_of = reproduce.changed(
+            saved.config.model_dump(mode="json"), reproduce.given(options.changes), "the record"
+        )
+    made = exporting.export(saved, options.out, options.to, options.dtype, options.base, options.type, rows_of)
     print(f"base    {made.base}; {made.weights}")
     print(
         f"check   logits differ by {made.max_logit_difference:.2g} at most (they reach {made.max_logit:.3g}), KL "
@@ -43,6 +48,8 @@ def generate(options: argparse.Namespace) -> None:
     """Answers to one prompt or to a file of them."""
     if (options.prompt is None) == (options.file is None):
         raise ConfigError("generate: give --prompt TEXT or --file FILE")
+    if options.out is not None and not options.out.absolute().parent.is_dir():
+        raise ConfigError(f"--out {options.out}: no folder {options.out.absolute().parent}")
     from tqdm import tqdm
 
     talker, sampling = _talker(options)
@@ -53,6 +60,11 @@ def generate(options: argparse.Namespace) -> None:
         print()
         return
     requests = [*generation.read_requests(options.file)]
+    for number, request in enumerate(requests, 1):  # what cannot be asked is told before hours of answers
+        try:
+            talker.encoded(request, sampling)
+        except UserError as error:
+            raise type(error)(f"{options.file}, request {number}: {error}") from error
     part = None if options.out is None else options.out.with_name(f"{options.out.name}.part")
     with nullcontext(sys.stdout) if part is None else part.open("w", encoding="utf-8") as lines:
         for answered in tqdm(generation.answers(talker, requests, sampling), total=len(requests), disable=None):
@@ -134,7 +146,7 @@ def serve(options: argparse.Namespace) -> None:
     is_free(options.host, options.port)
     folder = serving.folder_of(saved, out)
     if options.server == "mlflow":
-        folder = serving.mlflow_model(folder)
+        folder = serving.mlflow_model(folder, out.with_name(f"{out.name}.mlflow"))
     server = serving.server(options.server, folder, options.host, options.port, options.device)
     print(f"{options.server} serves {folder} at {server.url} in a while (Ctrl-C ends it). Ask it:\n{server.example}")
     sys.stdout.flush()
@@ -145,6 +157,8 @@ def serve(options: argparse.Namespace) -> None:
 def register(options: argparse.Namespace) -> None:
     """A run's model in MLflow's registry, with its card; on the hub too, if asked."""
     quiet()
+    if options.card is not None and not options.card.absolute().parent.is_dir():
+        raise ConfigError(f"--card {options.card}: no folder {options.card.absolute().parent}")
     from qlora_exp import registry
 
     made, card = registry.register(options.uri, options.run, options.name, options.alias)

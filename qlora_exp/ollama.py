@@ -7,6 +7,8 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
+from qlora_exp.prompts import adds_bos
+
 _SYSTEM, _ASKED, _ANSWER = "\x01system\x01", "\x01asked\x01", "\x01answer\x01"
 
 
@@ -17,12 +19,15 @@ def modelfile(tokenizer: Any, file: str) -> str:
         tokenizer: with the chat template of the format that the model was trained with; one without a template gets
             a Modelfile that continues what it is given.
         file: the GGUF file's name.
+
+    Returns:
+        Its text; a template that a Modelfile cannot hold is left out, and Ollama reads the GGUF file's own.
     """
     template, system = _template(tokenizer) if tokenizer.chat_template else ("{{ .Prompt }}{{ .Response }}", None)
-    lines = [f"FROM ./{file}", f'TEMPLATE """{template}"""']
-    if system:
-        lines.append(f'SYSTEM """{system}"""')
-    return "\n".join([*lines, f'PARAMETER stop "{tokenizer.eos_token}"']) + "\n"
+    told = [("TEMPLATE", template), ("SYSTEM", system or ""), ("PARAMETER stop", tokenizer.eos_token)]
+    # What holds three quotes would end there and could go on with directives of its own.
+    written = [f'{name} """{text}"""' for name, text in told if text and '"""' not in text and text[-1] != '"']
+    return "\n".join([f"FROM ./{file}", *written]) + "\n"
 
 
 def _template(tokenizer: Any) -> tuple[str, str | None]:
@@ -54,9 +59,3 @@ def _template(tokenizer: Any) -> tuple[str, str | None]:
 
 def _go(text: str) -> str:
     return text.replace(_SYSTEM, "{{ .System }}").replace(_ASKED, "{{ .Prompt }}")
-
-
-def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer begins every text with its BOS token."""
-    first = tokenizer("a")["input_ids"][:1]
-    return bool(first and first[0] == tokenizer.bos_token_id)

@@ -6,6 +6,7 @@ from typing import Any
 
 import qlora_exp
 from qlora_exp import commands, compatibility, gpus, model_commands
+from qlora_exp.forms import DEPLOYED, FORMS, GGUF_TYPES, SERVERS
 
 _EPILOG = """\
 examples:
@@ -130,13 +131,14 @@ def _about_models(known: Any) -> None:
     merge = known.add_parser(
         "merge", parents=[SOURCE, STORE], help="an adapter's weights in its base's: a model that needs no adapter"
     )
-    merge.set_defaults(command=model_commands.export, to="merged", type="")
+    merge.set_defaults(command=model_commands.export, to="merged", type="", changes=[])
     export = known.add_parser(
         "export", parents=[SOURCE, STORE], help="a trained model as a GGUF file, or stored in 4 or 8 bits"
     )
-    forms = ("gguf", "merged", "nf4", "nf4_double", "fp4", "fp4_double", "int8", "gptq", "awq")
-    export.add_argument("--to", choices=forms, required=True, help="the form")
-    export.add_argument("--type", default="q8_0", help="of a GGUF file's weights: f32, f16, bf16, q8_0, ..., q4_0")
+    export.add_argument("--to", choices=FORMS, required=True, help="the form")
+    export.add_argument("--type", default="q8_0", help=f"of a GGUF file's weights: {', '.join(GGUF_TYPES)}")
+    told = "of the rows that gptq is calibrated on, such as dataset.path=FILE"
+    export.add_argument("changes", nargs="*", default=[], metavar="KEY=VALUE", help=told)
     export.set_defaults(command=model_commands.export)
     dtypes, bases = ("auto", "float32", "bfloat16", "float16"), ("auto", "files", "trained")
     for making in (merge, export):
@@ -168,9 +170,8 @@ def _about_models(known: Any) -> None:
     serve = known.add_parser(
         "serve", parents=[SOURCE, STORE], help="a trained model behind an OpenAI-compatible endpoint"
     )
-    servers = ("transformers", "mlflow", "vllm", "llama.cpp")
-    serve.add_argument("--with", dest="server", choices=servers, default="transformers", help="whose server")
-    serve.add_argument("--print", action="store_true", help="the commands of all servers; start none")
+    serve.add_argument("--with", dest="server", choices=SERVERS, default="transformers", help="whose server")
+    serve.add_argument("--print", action="store_true", help="commands of servers for it; start none")
     serve.add_argument("--out", type=Path, help="where an adapter is merged; default: outputs/served/RUN_ID")
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=8000)
@@ -191,6 +192,6 @@ def _about_models(known: Any) -> None:
     )
     gap.add_argument("run", metavar="RUN", help="run id, run key or name of a run")
     gap.add_argument("changes", nargs="*", default=[], metavar="KEY=VALUE", help="such as dataset.path=FILE")
-    gap.add_argument("--forms", help="of trained,merged,merged_trained,nf4,int8,gptq,gguf_q8_0,...")
+    gap.add_argument("--forms", help=f"of {','.join(DEPLOYED)}; default: all that make sense")
     gap.add_argument("--out", type=Path, help="folder for the forms; default: outputs/deployment/RUN_ID")
     gap.set_defaults(command=model_commands.deployment_gap)

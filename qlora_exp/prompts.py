@@ -95,7 +95,7 @@ def chat_template(config: DatasetConfig, tokenizer: Any) -> str | None:
         own: str = tokenizer.get_chat_template()
         if config.system_message is None:
             return own
-        told = json.dumps(config.system_message)
+        told = json.dumps(config.system_message, ensure_ascii=False)  # llama.cpp knows no \u
         begin = (
             "{% if messages[0]['role'] != 'system' %}"
             f"{{% set messages = [{{'role': 'system', 'content': {told}}}] + messages %}}{{% endif %}}"
@@ -103,8 +103,7 @@ def chat_template(config: DatasetConfig, tokenizer: Any) -> str | None:
         return own if own.startswith(begin) else begin + own
     asked = ALPACA_WITHOUT_INPUT if config.format == "alpaca" else "{prompt}"
     before, after = (json.dumps(part) for part in asked.split("{prompt}"))
-    first = tokenizer("a")["input_ids"][:1]
-    begin = "{{ bos_token }}" if first and first[0] == tokenizer.bos_token_id else ""
+    begin = "{{ bos_token }}" if adds_bos(tokenizer) else ""
     refused = json.dumps(f"this model was trained on prompts of format {config.format}, which know user and assistant")
     return (
         f"{begin}{{% for message in messages %}}"
@@ -112,3 +111,9 @@ def chat_template(config: DatasetConfig, tokenizer: Any) -> str | None:
         "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
         f"{{% else %}}{{{{ raise_exception({refused}) }}}}{{% endif %}}{{% endfor %}}"
     )
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer begins every text with its BOS token."""
+    first = tokenizer("a")["input_ids"][:1]
+    return bool(first and first[0] == tokenizer.bos_token_id)

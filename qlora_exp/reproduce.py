@@ -66,11 +66,25 @@ def recorded_config(record: Record, changes: Mapping[str, Any], uri: str | None)
     told = values.get("tracking")
     name = told.get("experiment_name", "qlora_exp") if isinstance(told, dict) else "qlora_exp"
     values |= {"tracking": {"uri": uri, "experiment_name": name}, "sweep": {}, "search": {}}
+    return changed(values, changes, f"run {record.run_id}")
+
+
+def changed(values: dict[str, Any], changes: Mapping[str, Any], whose: str) -> Config:
+    """A recorded config with the changes of whoever asks, as far as a record may decide it.
+
+    Args:
+        values: the config, nested and plain.
+        changes: dotted keys with their values, which win.
+        whose: the config is, for messages.
+
+    Raises:
+        ConfigError: it is no valid config, or asks for what only the user may allow.
+    """
     for key, value in changes.items():
         section, _, name = key.rpartition(".")
         place = values.setdefault(section, {}) if section else values
         if not isinstance(place, dict):
-            raise ConfigError(f"{section} of run {record.run_id} is no mapping but {place!r:.40}")
+            raise ConfigError(f"{section} of {whose} is no mapping but {place!r:.40}")
         place[name] = value
     config = config_module.from_dict(values)
     refuse_what_only_users_may_allow(config, changes)

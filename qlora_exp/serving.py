@@ -16,8 +16,6 @@ from qlora_exp import exporting
 from qlora_exp.errors import ConfigError
 from qlora_exp.loading import GGUF_FILE, Saved
 
-SERVERS = ("transformers", "mlflow", "vllm", "llama.cpp")
-
 
 @dataclass(frozen=True)
 class Server:
@@ -29,6 +27,12 @@ class Server:
     """Takes OpenAI's chat completions."""
     model: str
     """The model's name there."""
+
+    @property
+    def line(self) -> str:
+        """What to type."""
+        settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*settings, shlex.join(self.command)])
 
     @property
     def example(self) -> str:
@@ -52,7 +56,7 @@ def check(server: str, saved: Saved) -> None:
         )
     missing = {
         "transformers": not importlib.util.find_spec("openai") and "pip install 'qlora-exp[serve]'",
-        "vllm": not importlib.util.find_spec("vllm") and "pip install vllm, in an environment of its own",
+        "vllm": not shutil.which("vllm") and "pip install vllm, in an environment of its own, and put it on the PATH",
         "llama.cpp": not shutil.which("llama-server") and "install llama.cpp, so that `llama-server` is found",
     }
     if how := missing.get(server):
@@ -73,21 +77,18 @@ def folder_of(saved: Saved, out: Path) -> Path:
     return out
 
 
-def mlflow_model(folder: Path) -> Path:
-    """MLflow's model of the transformers folder, beside it: what `mlflow models serve` takes."""
+def mlflow_model(folder: Path, made: Path) -> Path:
+    """Write MLflow's model of the transformers folder, which `mlflow models serve` takes, to `made`, always anew."""
     import mlflow.transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    made = folder.with_name(f"{folder.name}.mlflow")
-    if not made.is_dir():
-        part = made.with_name(f".{made.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        # MLflow 3.17 takes no path of a folder with transformers 5, and would look for what to install on the hub.
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
-        components = {"model": model, "tokenizer": AutoTokenizer.from_pretrained(folder, trust_remote_code=False)}
-        requirements = ["mlflow", "torch", "transformers", "accelerate"]
-        mlflow.transformers.save_model(components, str(part), task="llm/v1/chat", pip_requirements=requirements)
-        part.rename(made)
+    # MLflow 3.17 takes no path of a folder with transformers 5, and asks the hub about a name that could be one there.
+    folder = folder.resolve()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+    components = {"model": model, "tokenizer": AutoTokenizer.from_pretrained(folder, trust_remote_code=False)}
+    requirements = ["mlflow", "torch", "transformers", "accelerate"]
+    shutil.rmtree(made, ignore_errors=True)
+    mlflow.transformers.save_model(components, str(made), task="llm/v1/chat", pip_requirements=requirements)
     return made
 
 
@@ -109,7 +110,7 @@ def server(name: str, folder: Path, host: str, port: int, device: str = "auto") 
 
 
 def commands(saved: Saved, out: Path, host: str, port: int) -> list[str]:
-    """What to type for each server that could serve what was saved: a comment, then commands, then a question."""
+    """What to type for each server that takes a folder or a file: a comment, then commands, then a question."""
     if (saved.folder / GGUF_FILE).is_file():
         named = [("llama.cpp", server("llama.cpp", saved.folder, host, port))]
     else:
@@ -117,11 +118,11 @@ def commands(saved: Saved, out: Path, host: str, port: int) -> list[str]:
         named = [(name, server(name, folder, host, port)) for name in ("transformers", "vllm")]
     if (without := adapter_on_vllm(saved, host, port)) is not None:
         named.append(("vllm, the adapter beside its base", without))
-    made = [f"qlora-exp merge {saved.source} --out {out}"] if saved.adapter else []
+    merging = ["qlora-exp", "merge", saved.source, "--out", str(out)]
+    merging += ["--uri", saved.tracking_uri] if saved.tracking_uri else []
+    made = [shlex.join(merging)] if saved.adapter else []
     return [
-        line
-        for name, one in named
-        for line in (f"# {name}", *([] if one is without else made), shlex.join(one.command), one.example)
+        line for name, one in named for line in (f"# {name}", *([] if one is without else made), one.line, one.example)
     ]
 
 

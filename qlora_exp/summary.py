@@ -23,7 +23,6 @@ QUALITY = (
     ("generated_tokens_per_second", "generated tokens/s", ".1f"),
 )
 """Metric, its name here, its format."""
-"""Metric, its name here, its format."""
 _PHASES = ("load", "initialize", "first_step", "steady", "evaluation", "evaluate_after", "generate_after", "save")
 
 
@@ -38,7 +37,6 @@ def _quality(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
 
 
 def cost(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
-    """What it took, as named values."""
     """What it took, as named values."""
     rows = [
         (

@@ -5,10 +5,11 @@ import pytest
 from qlora_exp import calibrated, exporting, loading
 from qlora_exp.config import compose
 from qlora_exp.errors import ConfigError
+from qlora_exp.forms import CALIBRATED
 from qlora_exp.model import load_tokenizer
 
 
-@pytest.mark.parametrize("form", calibrated.FORMS)
+@pytest.mark.parametrize("form", CALIBRATED)
 def test_what_is_missing_is_named(form, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match="nox -s gptq"):

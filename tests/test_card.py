@@ -43,7 +43,6 @@ def test_it_begins_with_what_the_hub_reads():
         "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "library_name": "peft",
         "license": "apache-2.0",
-        "datasets": ["embedded:construction_faq"],
         "tags": ["qlora_exp", "qlora"],
     }
     assert "r=8" in text

@@ -10,6 +10,7 @@ from qlora_exp import deployment
 from qlora_exp.config import compose
 from qlora_exp.deployment import Measured, forms_of, gaps
 from qlora_exp.errors import ConfigError
+from qlora_exp.forms import DEPLOYED
 
 
 def measured(form: str, losses, scores=(), **metrics) -> Measured:
@@ -50,8 +51,8 @@ def test_only_scores_that_ever_differ_are_shown():
 @pytest.mark.parametrize(
     ("words", "adapter", "forms"),
     [
-        (["method=qlora"], True, [name for name in deployment.FORMS if name != "gptq"]),
-        (["method=lora"], True, [name for name in deployment.FORMS if name not in ("merged_trained", "gptq")]),
+        (["method=qlora"], True, [name for name in DEPLOYED if name != "gptq"]),
+        (["method=lora"], True, [name for name in DEPLOYED if name not in ("merged_trained", "gptq")]),
         (["method=full"], False, ["trained", "nf4", "int8", "gguf_q8_0", "gguf_q4_0"]),
     ],
     ids=str,

@@ -12,9 +12,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_exp import exporting, gguf_file, loading, merging, store
+from qlora_exp import exporting, loading, merging, store
 from qlora_exp.errors import ConfigError, ModelError
 from qlora_exp.exporting import export
+from qlora_exp.forms import GGUF_TYPES
 
 
 def find(folder):
@@ -86,7 +87,7 @@ def test_it_is_stored_in_fewer_bits_and_loaded_so(form, adapters, tmp_path):
     assert tokenizer.pad_token == "<|endoftext|>"
 
 
-@pytest.mark.parametrize("type_", gguf_file.TYPES)
+@pytest.mark.parametrize("type_", GGUF_TYPES)
 def test_a_gguf_file_holds_the_merged_model(type_, adapters, tmp_path):
     made = export(find(adapters()), tmp_path / "gguf", "gguf", type_=type_)
     reader = gguf.GGUFReader(tmp_path / "gguf" / "model.gguf")

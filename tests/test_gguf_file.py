@@ -1,4 +1,4 @@
-"""What llama.cpp gets is the model, read back by transformers; `nox -s llamacpp` asks llama.cpp itself."""
+"""What llama.cpp gets is the model, read back by transformers; test_llama_cpp.py asks llama.cpp itself."""
 
 import gguf
 import pytest

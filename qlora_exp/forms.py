@@ -1,0 +1,23 @@
+"""The forms that a trained model can be taken away in, and who serves them: names only, for what must be light."""
+
+from typing import Any
+
+BITSANDBYTES = ("nf4", "nf4_double", "fp4", "fp4_double", "int8")
+CALIBRATED = ("gptq", "awq")
+FORMS = ("merged", "gguf", *BITSANDBYTES, *CALIBRATED)
+"""What `export` makes."""
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+"""What the `gguf` library can store weights as; llama.cpp's `llama-quantize` makes others of an f16 or bf16 file."""
+SERVERS = ("transformers", "mlflow", "vllm", "llama.cpp")
+TRAINED = "trained"
+DEPLOYED: dict[str, dict[str, Any]] = {
+    TRAINED: {},
+    "merged": {"form": "merged"},
+    "merged_trained": {"form": "merged", "base": "trained"},
+    "nf4": {"form": "nf4"},
+    "int8": {"form": "int8"},
+    "gptq": {"form": "gptq"},
+    "gguf_q8_0": {"form": "gguf", "type_": "q8_0"},
+    "gguf_q4_0": {"form": "gguf", "type_": "q4_0"},
+}
+"""What `deployment-gap` measures, by name: what `exporting.export` is asked for; nothing of the model as trained."""
