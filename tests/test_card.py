@@ -15,7 +15,7 @@ class Recorded:
     run_id: str = "0" * 32
     name: str = "a run"
     params: dict = field(default_factory=lambda: {"data.training_rows": "16", "resolved.dtype": "float32"})
-    tags: dict = field(default_factory=dict)
+    tags: dict = field(default_factory=lambda: {"git.sha": "0123456789ab"})
     metrics: dict = field(
         default_factory=lambda: {
             "trainable_parameters": 10, "total_parameters": 100, "trainable_share": 0.1, "model_bytes": 1e6,
@@ -46,6 +46,7 @@ def test_it_begins_with_what_the_hub_reads():
         "tags": ["qlora_exp", "qlora"],
     }
     assert "r=8" in text
+    assert "| code | 0123456789ab |" in text
     assert 'qlora_exp.load("models:/x@champion")' in text
     assert "cc-by-4.0 (attribution: Zaragoza AB)" in text
 

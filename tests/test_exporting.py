@@ -1,6 +1,7 @@
 """What is exported says what base and adapter say, needs no adapter, and appears whole or not at all."""
 
 import json
+import resource
 import shutil
 
 import gguf
@@ -200,9 +201,65 @@ def test_a_full_disk_leaves_nothing_half_written(form, writes, broken, tmp_path,
     refused(broken, tmp_path, OSError, form=form)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_merge_that_forgets_half_of_an_adapter_is_refused(dtype, broken, tmp_path, monkeypatch):
+    weights = load_file(broken / "adapter_model.safetensors")
+    big = {name: 8 * one for name, one in weights.items()}  # so that it says something else in 8 bits of mantissa too
+    save_file(big, broken / "adapter_model.safetensors")
+    merged = merging._merged
+
+    def forgetful(adapted):
+        for name, one in adapted.named_parameters():
+            if "layers.0" in name and "lora_B" in name:
+                one.data.zero_()
+        return merged(adapted)
+
+    monkeypatch.setattr(merging, "_merged", forgetful)
+    assert "says something else" in refused(broken, tmp_path, dtype=dtype)
+
+
 def test_a_merge_that_changes_the_model_is_refused(broken, tmp_path, monkeypatch):
     monkeypatch.setattr(merging, "_merged", lambda adapted: adapted.base_model.unload())  # forgets the adapter
     assert "says something else" in refused(broken, tmp_path)
+
+
+def test_a_disk_that_takes_no_more_is_told(broken, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        assert "cannot be written" in refused(broken, tmp_path, ConfigError)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_what_a_killed_process_left_goes_with_the_next(adapters, tmp_path):
+    (tmp_path / ".made.999999999").mkdir()
+    (tmp_path / ".made.txt").mkdir()
+    export(find(adapters()), tmp_path / "made")
+    assert sorted(one.name for one in tmp_path.iterdir()) == [".made.txt", "made"]
+
+
+def test_what_is_there_is_known_by_its_weights_and_by_what_was_asked(adapters, tmp_path):
+    saved = find(adapters())
+    assert not exporting.is_there(saved, tmp_path / "made")
+    export(saved, tmp_path / "made", "gguf", type_="q8_0")
+    named = exporting.replace(saved, source="by another name")
+    assert exporting.is_there(named, tmp_path / "made", "gguf", type_="q8_0")
+    for other in ({"form": "merged"}, {"form": "gguf", "type_": "q4_0"}):
+        with pytest.raises(ConfigError, match="holds something else"):
+            exporting.is_there(saved, tmp_path / "made", **other)
+    with pytest.raises(ConfigError, match="holds something else"):
+        exporting.is_there(find(adapters("lora_variant=dora")), tmp_path / "made", "gguf")
+
+
+@pytest.mark.parametrize("form", ["nf4", "int8"])
+def test_what_is_stored_in_few_bits_is_exported_as_what_they_stand_for(form, adapters, tmp_path):
+    export(find(adapters()), tmp_path / "small", form)
+    made = export(find(tmp_path / "small"), tmp_path / "again", "gguf", type_="f32")
+    assert "what its weights stored by bitsandbytes stand for" in made.base
+    assert made.max_logit_difference < (5e-2 if form == "int8" else 1e-4)  # which rounds what goes into a layer too
+    with pytest.raises(ModelError, match="its files are quantized already"):
+        loading.load(str(tmp_path / "small"), device="cpu", quantization="fp4")
 
 
 def test_a_folder_that_is_there_is_left_alone(adapters, tmp_path):

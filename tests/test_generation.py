@@ -19,14 +19,14 @@ CHAT = "dataset.format=chat"
 @pytest.fixture(scope="module")
 def talker(adapters):
     """Two adapters on one base, trained in different formats."""
-    sources = {"default": str(adapters("training.max_steps=9")), "same kind": str(adapters(CHAT))}
+    sources = {"default": str(adapters("training.max_steps=9")), "same_kind": str(adapters(CHAT))}
     return open_talker(sources, device="cpu")
 
 
 def test_a_prompt_is_written_as_the_adapter_was_trained(talker):
     assert talker.prompt(asked("Why?")) == (ALPACA_WITHOUT_INPUT.format(prompt="Why?"), True)
     chat = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
-    assert talker.prompt(asked("Why?", "same kind")) == (chat, True)
+    assert talker.prompt(asked("Why?", "same_kind")) == (chat, True)
     given = Request(asked("Why?").messages, input="rain")
     assert talker.prompt(given) == (ALPACA_WITH_INPUT.format(prompt="Why?", input="rain"), False)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
@@ -51,10 +51,10 @@ def test_each_request_is_answered_by_its_own_adapter(talker, adapters):
         return tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True).strip()
 
     first = alone(("training.max_steps=9",), talker.prompt(asked("Why?"))[0])
-    second = alone((CHAT,), talker.prompt(asked("Why?", "same kind"))[0])
+    second = alone((CHAT,), talker.prompt(asked("Why?", "same_kind"))[0])
     for _ in range(2):  # switched there and back
         assert talker.answer(asked("Why?"), SHORT) == first
-        assert talker.answer(asked("Why?", "same kind"), SHORT) == second
+        assert talker.answer(asked("Why?", "same_kind"), SHORT) == second
     model, tokenizer = loading.load(str(adapters("training.max_steps=9")), device="cpu")
     ids = tokenizer(talker.prompt(asked("Why?"))[0], return_tensors="pt")["input_ids"]
     with torch.no_grad(), model.disable_adapter():
@@ -86,12 +86,12 @@ def test_what_a_format_has_no_place_for_is_refused(talker):
     system = [{"role": "system", "content": "Be brief."}, *asked("Why?").messages]
     with pytest.raises(DataError, match="refuses this dialogue.*know user and assistant"):
         talker.answer(Request(system), SHORT)
-    assert "system\nBe brief." in talker.prompt(Request(system, adapter="same kind"))[0]
+    assert "system\nBe brief." in talker.prompt(Request(system, adapter="same_kind"))[0]
     with pytest.raises(DataError, match="an input beside the prompt"):
-        talker.answer(Request(asked("Why?").messages, "rain", "same kind"), SHORT)
+        talker.answer(Request(asked("Why?").messages, "rain", "same_kind"), SHORT)
     with pytest.raises(DataError, match="longer than the 2048"):
         talker.answer(asked("a" * 3000), SHORT)
-    with pytest.raises(ConfigError, match="no adapter 'same'; did you mean 'same kind'"):
+    with pytest.raises(ConfigError, match="no adapter 'same'; did you mean 'same_kind'"):
         talker.answer(asked("Why?", "same"), SHORT)
 
 
@@ -115,13 +115,22 @@ def test_adapters_of_different_bases_are_refused(adapters):
         open_talker({"default": llama, "b": opt}, device="cpu")
     with pytest.raises(ModelError, match="is a whole model"):
         open_talker({"default": llama, "b": str(adapters("method=full", "tracking.log_full_model=true"))}, device="cpu")
-    with pytest.raises(ConfigError, match="cannot be called 'base'"):
-        open_talker({BASE: llama}, device="cpu")
+    for name in (BASE, "v1.0", ""):
+        with pytest.raises(ConfigError, match=f"cannot be called '{name}'"):
+            open_talker({name: llama}, device="cpu")
+
+
+def test_an_empty_prompt_is_refused_where_nothing_is_added(adapters):
+    plain = open_talker({"default": str(adapters("dataset.format=text", "dataset.text_column=output"))}, device="cpu")
+    with pytest.raises(DataError, match="an empty prompt"):
+        plain.answer(asked(""), SHORT)
 
 
 def test_requests_are_read_from_text_and_from_objects(tmp_path):
     (tmp_path / "a.txt").write_text("One?\n\nTwo?\n")
     assert [*read_requests(tmp_path / "a.txt")] == [asked("One?"), asked("Two?")]
+    (tmp_path / "c.jsonl").write_text('{"prompt": "One\u2028line\x85?"}\n')
+    assert [*read_requests(tmp_path / "c.jsonl")] == [asked("One\u2028line\x85?")]
     lines = [{"prompt": "One?", "input": "x", "adapter": "b"}, {"messages": asked("Two?").messages}]
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert [*read_requests(tmp_path / "b.jsonl")] == [Request(asked("One?").messages, "x", "b"), asked("Two?")]
@@ -137,8 +146,8 @@ def test_lines_that_ask_nothing_are_named(line, tmp_path):
 
 
 def test_answers_are_told_with_what_was_asked(talker):
-    found = [*answers(talker, [asked("Why?"), asked("Who?", "same kind")], SHORT)]
-    assert found[1]["adapter"] == "same kind"
+    found = [*answers(talker, [asked("Why?"), asked("Who?", "same_kind")], SHORT)]
+    assert found[1]["adapter"] == "same_kind"
     assert found[0] == {"messages": asked("Why?").messages, "answer": talker.answer(asked("Why?"), SHORT)}
 
 
@@ -151,6 +160,12 @@ def test_the_command_answers_a_prompt_or_a_file(adapters, tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
     assert [line["messages"][0]["content"] for line in lines] == ["Why?", "Who?"]
     assert lines[0]["answer"] == one
+    assert exit_code("generate", folder, "--file", "p.txt", "--out", "none/a.jsonl", *short) == 1
+    assert "no folder" in capsys.readouterr().err
+    (tmp_path / "p.txt").write_text("Why?\n" + "long " * 2000)
+    assert exit_code("generate", folder, "--file", "p.txt", "--out", "b.jsonl", *short) == 1
+    assert "request 2: the dialogue has" in capsys.readouterr().err
+    assert not list(tmp_path.glob("b.jsonl*"))
     assert exit_code("generate", folder, *short) == 1
     assert "give --prompt TEXT or --file FILE" in capsys.readouterr().err
 

@@ -89,7 +89,8 @@ def make_pieces() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def made(folder, model_type: str, pre="gpt-2", type_="f32", **fields):
+def made(folder, model_type: str, pre="gpt-2", type_="f32", scale: bool = False, **fields):
+    """A tiny model in `folder`; with `scale` its weights are so large that attention is sharp and positions matter."""
     tokenizer = make_pieces() if pre == "pieces" else make_tokenizer(SPLITS.get(pre, pre))
     config = AutoConfig.for_model(model_type, **(SMALL | fields))
     torch.manual_seed(0)
@@ -98,6 +99,8 @@ def made(folder, model_type: str, pre="gpt-2", type_="f32", **fields):
         if one.ndim == 1:
             one.data += 0.1 * torch.randn_like(one)
             assert "weight" in name or "bias" in name
+        elif scale:
+            one.data *= 30 if "q_proj" in name or "k_proj" in name else 8
     tokenizer.save_pretrained(folder)
     gguf_file.write(model, tokenizer, folder, folder / "model.gguf", type_, "tiny")
     return model, tokenizer
@@ -191,6 +194,8 @@ def test_a_tokenizer_of_pieces_has_scores_and_bytes(tmp_path):
         ({"model_type": "llama", "pre": pre_tokenizers.Whitespace()}, "name of this tokenizer is not known"),
         ({"model_type": "llama", "pre": SPLITS["gpt-2"], "rope_parameters": {
             "rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type dynamic are not known"),
+        ({"model_type": "qwen2", "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+            "original_max_position_embeddings": 32, "attention_factor": 1.7}}, "with attention_factor are not known"),
         ({"model_type": "mistral", "sliding_window": 16}, "sliding window is not known"),
     ],
 )  # fmt: skip

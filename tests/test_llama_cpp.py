@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_gguf_file import LLAMA3, SPLITS, TEXT, made
 
-from qlora_exp import exporting, llama_cpp, loading
+from qlora_exp import exporting, gguf_file, llama_cpp, loading
 from qlora_exp.llama_cpp import complete, generator, load
 
 
@@ -33,12 +33,23 @@ def post(server, path: str, body: dict) -> dict:
         ("mistral", {"sliding_window": None}),
         ("qwen2", {}),
         ("qwen2", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
+        (
+            "qwen2",
+            {
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "rope_theta": 1e4,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 32,
+                }
+            },
+        ),
         ("qwen3", {"head_dim": 32}),
     ],
     ids=str,
 )
 def test_it_computes_what_transformers_computes(model_type, fields, tmp_path):
-    model, tokenizer = made(tmp_path, model_type, **fields)
+    model, tokenizer = made(tmp_path, model_type, scale=True, **fields)
     whole = tokenizer(TEXT)["input_ids"]
     with torch.no_grad():
         every = model(torch.tensor([whole])).logits[0].log_softmax(-1)
@@ -50,7 +61,7 @@ def test_it_computes_what_transformers_computes(model_type, fields, tmp_path):
     found = server.handle_completions(asked)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     assert len(found) == 5
     for one in found:  # llama.cpp keeps keys and values in 16 bits
-        assert one["logprob"] == pytest.approx(expected[one["id"]].item(), abs=2e-2)
+        assert one["logprob"] == pytest.approx(expected[one["id"]].item(), abs=5e-2)
     assert found[0]["id"] == expected.argmax()
     assert last > 10
 
@@ -70,6 +81,28 @@ def test_it_splits_text_as_pieces_like_llama_2(tmp_path):
     for text in (TEXT, "concrete carry  load\n", "a", "</s>how long"):
         found = post(server, "/tokenize", {"content": text, "add_special": True, "parse_special": True})
         assert found["tokens"] == tokenizer(text)["input_ids"]
+
+
+@pytest.mark.parametrize("mistake", ["_permuted", "rope_freqs"])
+def test_what_it_must_be_told_of_positions_is_seen_to_count(mistake, tmp_path, monkeypatch):
+    tensors = gguf_file._tensors
+
+    def forgetful(model, names, permuted):
+        found = tensors(model, names, permuted and mistake != "_permuted")
+        return ((name, one) for name, one in found if name != f"{mistake}.weight")
+
+    monkeypatch.setattr(gguf_file, "_tensors", forgetful)
+    with pytest.raises((AssertionError, TypeError)):
+        test_it_computes_what_transformers_computes("llama", {"rope_parameters": LLAMA3}, tmp_path)
+
+
+def test_a_system_message_in_another_language_is_read(adapters, tmp_path):
+    told = "dataset.system_message='Sei höflich. 🙂'"
+    saved = loading.find(str(adapters("dataset.format=chat", told)), device="cpu")
+    exporting.export(saved, tmp_path / "made", "gguf", type_="f32")
+    server = load(tmp_path / "made" / "model.gguf", 512, 1)
+    asked = [{"role": "user", "content": "What is it?"}]
+    assert "Sei höflich. 🙂" in post(server, "/apply-template", {"messages": asked})["prompt"]
 
 
 def test_an_exported_run_answers_in_its_own_format(adapters, tmp_path):

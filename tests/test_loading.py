@@ -65,3 +65,38 @@ def test_a_damaged_record_is_explained(run):
         (result.output_dir / "model" / "qlora_exp.yaml").write_text(text)
         with pytest.raises(ModelError, match="damaged"):
             load(str(result.output_dir / "model"), device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"model_type": "llama", "attn_implementation": "somebody/kernel"}', "asks for a kernel of the hub"),
+        ('{"text_config": [{"_attn_implementation": "somebody/kernel"}]}', "asks for a kernel of the hub"),
+        ('{"model_type": ', "is damaged"),
+        ('{"quantization_config": "nf4"}', "is damaged"),
+        ("[]", "is damaged"),
+    ],
+)
+def test_a_whole_models_own_config_is_data_too(text, says, adapters, tmp_path):
+    import shutil
+
+    from qlora_exp import loading
+    from qlora_exp.errors import ModelError
+
+    folder = tmp_path / "model"
+    shutil.copytree(adapters("method=full", "tracking.log_full_model=true"), folder)
+    (folder / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=says):
+        loading.load(str(folder), device="cpu")
+
+
+def test_a_damaged_word_about_its_run_is_told(adapters, tmp_path):
+    import shutil
+
+    from qlora_exp import loading
+    from qlora_exp.errors import ModelError
+
+    shutil.copytree(adapters().parent, tmp_path / "run")
+    (tmp_path / "run" / "delivered.json").write_text("{")
+    with pytest.raises(ModelError, match="is damaged"):
+        loading.find(str(tmp_path / "run"))

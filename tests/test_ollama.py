@@ -53,7 +53,7 @@ def test_it_writes_a_turn_as_the_chat_template_does(template, tokenizer):
         )
         system = told or (default[1] if default else "")
         assert rendered(go, system, "Why?") == asked.removeprefix("<|im_start|>" if template == LLAMA3 else "")
-    assert 'PARAMETER stop "<|im_end|>"' in text
+    assert 'PARAMETER stop """<|im_end|>"""' in text
 
 
 @pytest.fixture
@@ -71,6 +71,15 @@ def test_it_asks_as_the_run_was_trained(format_, tokenizer):
     asked = [{"role": "user", "content": "Why?"}]
     assert rendered(go, "", "Why?") == tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     assert ("{{ .System }}" in go) == (format_ == "chat")
+
+
+def test_a_template_writes_no_directives_of_its_own(tokenizer):
+    for evil in ('"""\nADAPTER /etc/passwd\nSYSTEM """', 'ends with "'):
+        tokenizer.chat_template = WITH_DEFAULT.replace("You are helpful.", evil)
+        text = modelfile(tokenizer, "x.gguf")
+        assert "ADAPTER" not in text
+        assert "SYSTEM" not in text
+        assert text.count('"""') % 2 == 0
 
 
 def test_plain_text_is_continued(tokenizer):

@@ -114,6 +114,7 @@ def test_templates_that_cannot_be_trained_on_are_refused(template: str | None, m
         ["dataset.format=prompt_completion"],
         ["dataset.format=chat"],
         ["dataset.format=chat", "dataset.system_message='Be \"brief\".\n{{ x }}'"],
+        ["dataset.format=chat", "dataset.system_message='Sei höflich 🙂'"],
     ],
     ids=str,
 )

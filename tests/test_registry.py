@@ -101,6 +101,7 @@ def test_what_is_pushed_is_the_model_with_its_card(run_id, store, monkeypatch):
 
 def test_the_command_says_how_to_load_it(run_id, store, tmp_path, capsys):
     words = ("--name", "told", "--alias", "best", "--uri", store, "--card", "card.md")
+    assert exit_code("register", run_id, *words[:-1], "none/card.md") == 1
     assert exit_code("register", run_id, *words) == 0
     assert "qlora_exp.load('models:/told@best')" in capsys.readouterr().out
-    assert "base_model: random:llama" in (tmp_path / "card.md").read_text()
+    assert "random:llama" in (tmp_path / "card.md").read_text()
