@@ -205,9 +205,9 @@ def _write_gguf(whole: Whole, part: Path, type_: str, saved: Saved) -> tuple[str
 
 
 def _write_bitsandbytes(whole: Whole, part: Path, form: str) -> tuple[str, None]:
-    quantization = compose(["method=lora", f"quantization={form}"]).quantization
-    resolved = resolve(compose(["method=lora", f"quantization={form}"]), detect("cpu", bitsandbytes=True))
-    how = quantization_config(quantization, replace(resolved, dtype=whole.dtype, compute_dtype=whole.dtype))
+    config = compose(["method=lora", f"quantization={form}"])
+    resolved = replace(resolve(config, detect("cpu")), dtype=whole.dtype, compute_dtype=whole.dtype)
+    how = quantization_config(config.quantization, resolved)
     with tempfile.TemporaryDirectory(prefix=".merged.", dir=part) as plain:
         whole.model.save_pretrained(plain, max_shard_size="4GB")
         model = type(whole.model).from_pretrained(plain, dtype=whole.model.dtype, quantization_config=how)

@@ -6,6 +6,9 @@ It runs no kernel and touches no GPU, or forking it would not be safe. Nothing e
 import contextlib
 import gc
 import importlib
+import os
+from collections.abc import Iterator
+from unittest import mock
 
 from qlora_exp import identity
 from qlora_exp.launcher import visible_gpus
@@ -22,8 +25,7 @@ _ALWAYS = (
     "qlora_exp.tracking",
     "qlora_exp.summary",
 )
-# bitsandbytes, which PEFT and TRL import, asks a GPU for its capability at import, and after that no fork may use it.
-_WITHOUT_GPU = (
+_IF_UNTOUCHED = (
     "qlora_exp.model",
     "qlora_exp.adapters",
     "qlora_exp.training",
@@ -32,12 +34,42 @@ _WITHOUT_GPU = (
     "qlora_exp.run",
 )
 
-_CODE_IS_LOADED = not visible_gpus()
+
+def _capabilities() -> list[tuple[int, int]]:
+    """Compute capabilities of the NVIDIA GPUs that are here, as NVML tells them, which begins no CUDA; empty if not."""
+    import pynvml
+    import torch
+
+    try:
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        found = [pynvml.nvmlDeviceGetCudaComputeCapability(handle) for handle in handles]
+        pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return []
+    return found if torch.cuda._device_count_nvml() > 0 else []
+
+
+@contextlib.contextmanager
+def _untouched(capability: tuple[int, int]) -> Iterator[None]:
+    """Inside, who asks about GPUs is answered by NVML: of CUDA, once it has begun, no fork may make use.
+
+    bitsandbytes, which PEFT and TRL import, asks at import whether there is a GPU, and its capability, which it uses
+    for nothing else than to see that it is one.
+    """
+    answers = mock.patch("torch.cuda.get_device_capability", return_value=capability)
+    with mock.patch.dict(os.environ, PYTORCH_NVML_BASED_CUDA_CHECK="1"), answers:
+        yield
+
+
+_GPUS = _capabilities() if visible_gpus() else []
+_CODE_IS_LOADED = bool(_GPUS) or not visible_gpus()
 
 quiet()
 gc.disable()  # a fifth of the imports' time, for nothing; a job turns it on
-for _name in (*_ALWAYS, *(_WITHOUT_GPU if _CODE_IS_LOADED else ())):
-    with contextlib.suppress(ImportError):  # a job that needs it says so
-        importlib.import_module(_name)
+with _untouched(min(_GPUS)) if _GPUS else contextlib.nullcontext():
+    for _name in (*_ALWAYS, *(_IF_UNTOUCHED if _CODE_IS_LOADED else ())):
+        with contextlib.suppress(ImportError):  # a job that needs it says so
+            importlib.import_module(_name)
 if _CODE_IS_LOADED:  # jobs run this code, whatever becomes of the files meanwhile, and are to say so
     identity.code()

@@ -137,7 +137,7 @@ class Trainer(SFTTrainer):
         self.memory = memory
         self.seen: Any = torch.zeros(3, dtype=torch.long)  # tokens, supervised tokens, sequences
         self.flops_per_token: float | None = None
-        """Counted on the first batch; None before it, and for a compiled model."""
+        """Counted on the first batch; None before it, and for a compiled model; NaN if it is not known."""
         super().__init__(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -288,7 +288,10 @@ class Watcher(TrainerCallback):
         total = sum(seconds)
         tokens, supervised, sequences = (sum(counts) for counts in zip(*self.step_counts[1:], strict=True))
         per_token = self._trainer.flops_per_token
-        arithmetic = {} if per_token is None else {"flops_per_second": per_token * tokens / total}
+        if per_token is None or math.isnan(per_token):
+            arithmetic = {}
+        else:
+            arithmetic = {"flops_per_second": per_token * tokens / total}
         return {
             "step_seconds_p50": float(np.median(seconds)),
             "step_seconds_mean": total / len(seconds),

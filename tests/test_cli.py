@@ -67,18 +67,19 @@ def test_mistakes_get_one_clear_message_and_leave_nothing(overrides: list[str], 
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_sweep_runs_every_combination_and_reports(store, tmp_path):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_sweep_runs_every_combination_and_reports(device: str, store, tmp_path):
     from conftest import QUICK
 
     from qlora_exp.tracking import client
 
     result = command(
-        "train", "-m", *QUICK, f"tracking.uri={store}", "tracking.experiment_name=sweep", "method=lora",
-        "method.r=2,4", "seed=1,2", "evaluation=loss_only", cwd=tmp_path,
+        "train", "-m", *QUICK, f"tracking.uri={store}", f"tracking.experiment_name=sweep_{device}", f"device={device}",
+        "method=lora", "method.r=2,4", "seed=1,2", "evaluation=loss_only", cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     mlflow = client(store)
-    runs = mlflow.search_runs([mlflow.get_experiment_by_name("sweep").experiment_id], "params.seed LIKE '%'")
+    runs = mlflow.search_runs([mlflow.get_experiment_by_name(f"sweep_{device}").experiment_id], "params.seed LIKE '%'")
     assert {(run.data.params["method.r"], run.data.params["seed"]) for run in runs} == {
         (r, s) for r in "24" for s in "12"
     }

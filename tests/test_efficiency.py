@@ -7,11 +7,10 @@ import torch
 
 from qlora_exp import efficiency
 from qlora_exp.config import compose
-from qlora_exp.device import Device, resolve
-from qlora_exp.efficiency import EnergyMeter, FlopCounter, of_training, peak_flops
+from qlora_exp.device import detect, resolve
+from qlora_exp.efficiency import EnergyMeter, FlopCounter, flops_of, of_training, peak_flops
 from qlora_exp.model import load_model
 
-CPU = Device("cpu", "CPU", bf16=False, paging=False)
 IDS = torch.arange(40, 72)[None]
 
 
@@ -35,6 +34,36 @@ def test_attention_counts_its_two_products_and_their_gradients():
     assert backward.flops == pytest.approx(2.5 * counter.flops)  # the scores are computed anew
 
 
+def test_a_product_in_another_dtype_than_its_factors_counts():
+    """As TRL's loss computes on a GPU; these forms of the operations are not to be had on a CPU."""
+    a, b, into = torch.empty(5, 7), torch.empty(7, 3), torch.empty(5, 3)
+    assert flops_of(torch.ops.aten.mm.dtype, (a, b, torch.float32), {}, into) == 2 * 5 * 7 * 3
+    assert flops_of(torch.ops.aten.addmm.dtype, (into, a, b, torch.float32), {}, into) == 2 * 5 * 7 * 3
+    many = [one.expand(4, *one.shape) for one in (a, b, into)]
+    assert flops_of(torch.ops.aten.bmm.dtype, (*many[:2], torch.float32), {}, many[2]) == 4 * 2 * 5 * 7 * 3
+    assert flops_of(torch.ops.aten.baddbmm.dtype, (many[2], *many[:2], torch.float32), {}, many[2]) == 840
+
+
+@pytest.mark.parametrize("kernel", ["flash_attention", "efficient_attention", "cudnn_attention"])
+def test_attention_of_grouped_heads_counts_each_query(kernel: str):
+    q, k, v = (torch.empty(2, heads, 8, 4) for heads in (6, 3, 3))
+    packet = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}")
+    assert flops_of(packet.default, (q, k, v), {}, q) == 2 * (2 * 2 * 6 * 8 * 8 * 4)
+    backward = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}_backward")
+    assert flops_of(backward.default, (q, q, k, v), {}, q) == 5 * (2 * 2 * 6 * 8 * 8 * 4)
+
+
+def test_what_cannot_be_counted_ends_no_training(monkeypatch, run, caplog):
+    def fail(*_: object, **__: object) -> int:
+        raise AssertionError("shapes are incompatible")
+
+    monkeypatch.setitem(efficiency._FORMULAS, "aten.mm", fail)
+    metrics = run("method=lora", "evaluation=loss_only").metrics
+    assert "tokens_per_second" in metrics
+    assert not {"flops_per_second", "mfu"} & metrics.keys()
+    assert caplog.text.count("arithmetic is not counted: torch's formula for aten.mm.default") == 1
+
+
 def test_counting_changes_no_number():
     model = base("none")
     plain = model(input_ids=IDS).logits
@@ -42,20 +71,21 @@ def test_counting_changes_no_number():
         assert torch.equal(model(input_ids=IDS).logits, plain)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("quantization", ["nf4_double", "fp4", "int8"])
-def test_a_quantized_base_does_the_same_arithmetic(quantization: str):
+def test_a_quantized_base_does_the_same_arithmetic(quantization: str, device: str):
     counts = []
     for name in ("none", quantization):
-        model = base(name)
+        model = base(name, device)
         with FlopCounter() as counter:
-            model(input_ids=IDS)
+            model(input_ids=IDS.to(device))
         counts.append(counter.flops)
     assert counts[0] == counts[1] > 0
 
 
-def base(quantization: str):
+def base(quantization: str, device: str = "cpu"):
     config = compose(["model=tiny_llama", "method=lora", f"quantization={quantization}"])
-    return load_model(config.model, config.quantization, resolve(config, CPU)).train()
+    return load_model(config.model, config.quantization, resolve(config, detect(device))).train()
 
 
 def test_recomputation_counts(run):
@@ -101,6 +131,15 @@ def test_gpus_are_added(tmp_path, monkeypatch):
     with EnergyMeter(tmp_path) as meter:
         pass
     assert meter.joules == 30
+
+
+@pytest.mark.gpu
+def test_a_gpu_tells_what_it_used(tmp_path):
+    with EnergyMeter(tmp_path) as meter:
+        most = max(peak_flops("cuda", torch.bfloat16) for _ in range(100))
+    assert meter.joules is not None
+    assert meter.joules > 0
+    assert most > 1e12
 
 
 def test_a_machine_that_does_not_tell_gives_nothing(tmp_path, monkeypatch):

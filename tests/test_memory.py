@@ -112,7 +112,7 @@ def test_cuda_for_real():
     monitor = MemoryMonitor("cuda")
     with monitor.phase("step"):
         torch.zeros(64 * MIB // 4, device="cuda")
-    assert 64 <= monitor.peaks["step"]["allocated"] < 80
+    assert 64 <= monitor.peaks["step"]["allocated"] - torch.cuda.memory_allocated() / MIB < 80
 
 
 @pytest.mark.skipif(not reuse_freed_memory(), reason="not glibc")

@@ -15,3 +15,22 @@ def test_everything_is_loaded_but_what_touches_a_gpu_that_is_there(gpus: str, lo
     assert ("qlora_exp.training" in modules) is loaded
     assert ("bitsandbytes" in modules) is loaded
     assert initialized == "False"
+
+
+ON_GPU = """
+import os, sys, torch
+import qlora_exp.preload
+assert "qlora_exp.training" in sys.modules
+if os.fork() == 0:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    x = torch.randn(64, 64, device="cuda")
+    error = (dequantize_4bit(*quantize_4bit(x, quant_type="nf4")) - x).abs().mean()
+    os._exit(0 if 0 < error < 0.2 else 1)
+sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+@pytest.mark.gpu
+def test_what_is_forked_uses_the_gpu():
+    result = subprocess.run([sys.executable, "-c", ON_GPU], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -97,8 +97,9 @@ def test_checkpointing_changes_nothing_but_memory(run, losses):
     assert losses(run("training.gradient_checkpointing=true")) == pytest.approx(losses(plain), rel=1e-4)
 
 
-def test_a_resumed_run_ends_like_an_uninterrupted_one(run, losses):
-    saving = ["training.save_strategy=steps", "training.save_steps=2", "training.max_steps=4"]
+@pytest.mark.parametrize("words", [[], pytest.param(["device=cuda", "method=qlora"], marks=pytest.mark.gpu)])
+def test_a_resumed_run_ends_like_an_uninterrupted_one(words: list[str], run, losses):
+    saving = ["training.save_strategy=steps", "training.save_steps=2", "training.max_steps=4", *words]
     whole = run(*saving)
     checkpoints = whole.output_dir / "checkpoints"
     assert whole.metrics["checkpoint_bytes"] > whole.metrics["model_bytes"]
