@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from qlora_exp import quantization, steps
+from qlora_exp import plan, quantization, steps
 from qlora_exp.config import compose
 from qlora_exp.device import Device, resolve
 from qlora_exp.footprint import play
@@ -63,7 +63,8 @@ def allocated(name: str, stored: str, rows: int) -> float:
 
     depth = architecture.num_hidden_layers
     model = steps.weigh(build(depth), lambda whole: steps.optimizer("adamw_torch", True, whole))
-    step = steps.record(build, depth, steps.Batch(rows, TOKENS, masked=False), loss=loss)
+    with plan.as_it_runs(on_cuda=True):
+        step = steps.record(build, depth, steps.Batch(rows, TOKENS, masked=False), loss=loss)
     found = max(phase.allocated for phase in play(model, step, True, True).values())
     if stored != "none":  # in bfloat16: what goes into attention, its output layer, the MLP, and the MLP's last layer
         found += 2 * rows * TOKENS * depth * (3 * architecture.hidden_size + architecture.intermediate_size)

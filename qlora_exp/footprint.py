@@ -11,6 +11,11 @@ from qlora_exp.steps import Model, Step
 
 KINDS = ("weights", "quantization", "trainable", "gradients", "optimizer", "activations", "loss", "temporary")
 """What memory is for; `loss` has the logits."""
+_WORKSPACE = 32 * 1024**2
+"""Bytes that cuBLAS works in, for each thread that multiplies: backward passes have one of their own.
+
+On Hopper; elsewhere 8 MiB, and what is planned is so much too high. Source: torch's ATen/cuda/CublasHandlePool.cpp.
+"""
 
 
 @dataclass(frozen=True)
@@ -18,12 +23,14 @@ class Phase:
     """The fullest moment of a phase, bytes."""
 
     kinds: dict[str, int]
-    """What was allocated then, by KINDS."""
+    """What tensors took then, by KINDS."""
+    allocated: int
+    """At most, as torch counts it: in the allocator's blocks. On a CPU, which has none, what tensors took."""
     reserved: int
-    """By the allocator, at most; on a CPU, which has none of this kind, what was allocated."""
+    """By the allocator, at most; on a CPU what tensors took."""
 
     @property
-    def allocated(self) -> int:
+    def tensors(self) -> int:
         """All that tensors took."""
         return sum(self.kinds.values())
 
@@ -31,9 +38,13 @@ class Phase:
 def play(model: Model, step: Step, on_cuda: bool, accumulates: bool) -> dict[str, Phase]:
     """The phases of a run through the allocator, its cache emptied before each, as a run does."""
     memory = Memory(on_cuda)
+    if on_cuda:
+        memory.take("temporary", _WORKSPACE)
     for kind, nbytes in model.static:
         memory.take(kind, nbytes)
     phases = {"load": memory.phase()}
+    if on_cuda:
+        memory.take("temporary", _WORKSPACE)
     for name, update in zip(("first_step", "steady"), model.updates, strict=True):
         memory.run(step.passes, keep=["gradients"])
         if accumulates:
@@ -95,7 +106,9 @@ class Memory:
     def phase(self) -> Phase:
         """What was fullest since the last phase; empties the cache."""
         kinds = {kind: self._most[kind] for kind in KINDS if self._most[kind]}
-        reserved = self._allocator.peak_reserved if self._on_cuda else self._most.total()
+        allocated = reserved = self._most.total()
+        if self._on_cuda:
+            allocated, reserved = self._allocator.peak_allocated, self._allocator.peak_reserved
         self._allocator.empty_cache()
         self._most = self._now.copy()
-        return Phase(kinds, reserved)
+        return Phase(kinds, allocated, reserved)

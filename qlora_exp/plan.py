@@ -5,10 +5,11 @@ allocates through a model of torch's allocator. Knows nothing of recorded runs.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import UnsupportedFakeTensorException
@@ -105,7 +106,7 @@ class Planner:
         batch = self._batch(rows, length)
         if training.packing:
             batch = Batch(1, rows * length, not self._unmasked)
-        with self._explained(), _as_it_runs(self._on_cuda):
+        with self._explained(), as_it_runs(self._on_cuda):
             step = record(
                 self._build,
                 self._depth,
@@ -205,28 +206,44 @@ def computing(resolved: Resolved) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def _as_it_runs(on_cuda: bool) -> Iterator[None]:
+def as_it_runs(on_cuda: bool) -> Iterator[None]:
     """Inside, TRL's loss scores all tokens, and fake tensors on the CPU are computed with as a GPU would.
 
-    There TRL's kernels work in place (TRL 1.16 has no switch for it), and autocast takes layer norms to float32, which
-    on a CPU it does not; also where a checkpointed layer is computed again.
+    There TRL's kernels work in place and add up products of 16 bits in float32 (TRL 1.16 has no switch for it), dropout
+    keeps a byte a value, PEFT sees that autocast is on, and autocast takes layer norms to float32, which on a CPU it
+    does not; also where a checkpointed layer is computed again.
     """
-    utils: Any = trl_utils
-    kernels: Any = chunked_logprob
     functions: Any = torch.nn.functional
-    kept = utils._use_triton, kernels._forward_tile, kernels._backward_tile, functions.layer_norm
+    norm, dropout, is_autocast = functions.layer_norm, functions.dropout, torch.is_autocast_enabled
 
     def in_float32(x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
-        if torch.is_autocast_enabled("cpu"):
+        if is_autocast("cpu"):
             x, weight, bias = (one if one is None else one.float() for one in (x, weight, bias))
         with torch.autocast("cpu", enabled=False):
-            return kept[-1](x, shape, weight, bias, eps)
+            return norm(x, shape, weight, bias, eps)
 
-    utils._use_triton = lambda _: False
-    if on_cuda:
-        kernels._forward_tile = kernels._backward_tile = lambda *_, **__: None
-        functions.layer_norm = in_float32
-    try:
+    def fused_dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+        if inplace or not (training and p):
+            return dropout(x, p, training, inplace)
+        return torch.native_dropout(x, p, training)[0]
+
+    def added(sum_: Any, a: Any, b: Any) -> None:
+        if a.dtype == torch.float32:
+            sum_.addmm_(a, b)
+        else:
+            torch.addmm(sum_, a, b, out_dtype=torch.float32, out=sum_)
+
+    on_gpu = (
+        mock.patch.multiple(
+            chunked_logprob,
+            _forward_tile=lambda *_, **__: None,
+            _backward_tile=lambda *_, **__: None,
+            _addmm_fp32=added,
+        ),
+        mock.patch.multiple(functions, layer_norm=in_float32, dropout=fused_dropout),
+        mock.patch("torch.is_autocast_enabled", lambda device="cpu": is_autocast(device)),
+    )
+    with ExitStack() as patched:
+        for patch in (mock.patch.object(trl_utils, "_use_triton", return_value=False), *(on_gpu if on_cuda else ())):
+            patched.enter_context(patch)
         yield
-    finally:
-        utils._use_triton, kernels._forward_tile, kernels._backward_tile, functions.layer_norm = kept

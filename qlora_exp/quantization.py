@@ -79,7 +79,7 @@ def quantize_meta(model: Any, quantization: QuantizationConfig, resolved: Resolv
     replace_with_bnb_linear(model, get_keys_to_not_convert(model), settings)
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
-            module.weight = Params4bit(module.weight, quantization)
+            module.weight = Params4bit(module.weight, getattr(torch, resolved.dtype), quantization)
             module.support_avx512bf16_for_cpu = False
             # DoRA asks for the values in a way that PEFT has for layers with a `W_q` (HQQ's), whatever their weight is.
             module.W_q, module.dequantize = module.weight, partial(_empty_values, module.weight)
@@ -109,11 +109,11 @@ class _Packed(torch.nn.Parameter):
 class Params4bit(_Packed):
     """A packed weight without values, where bitsandbytes' own would quantize some; PEFT knows it by its name."""
 
-    def __new__(cls, weight: torch.Tensor, quantization: QuantizationConfig) -> "Params4bit":
-        """Of the unpacked weight's shape and device."""
+    def __new__(cls, weight: torch.Tensor, dtype: torch.dtype, quantization: QuantizationConfig) -> "Params4bit":
+        """Of the unpacked weight's shape and device, and of its dtype when it was quantized."""
         packed = torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8, device=weight.device)
         parameter = torch.Tensor._make_subclass(cls, packed, False)
-        parameter.shape_of_values, parameter.dtype_of_values = weight.shape, weight.dtype
+        parameter.shape_of_values, parameter.dtype_of_values = weight.shape, dtype
         parameter.quant_type = quantization.bnb_4bit_quant_type
         parameter.compress_statistics = quantization.bnb_4bit_use_double_quant
         parameter.bnb_quantized = True

@@ -25,7 +25,7 @@ def recorded(layers: int, *words: str) -> Recording:
     resolved = resolve(config, GPU)
     model = plan.build_model(config, resolved, model_config(config.model), layers)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with plan._as_it_runs(on_cuda=True):
+    with plan.as_it_runs(on_cuda=True):
         return steps._passes(
             model, mode, steps.Batch(2, 32, True), plan.fused_loss, lambda: plan.computing(resolved)
         ).recording

@@ -16,7 +16,7 @@ GPU = GPUS["rtx4090"]
 
 
 def planned(gib: float, *work: Work) -> Prediction:
-    return Prediction({"steady": Phase({"weights": int(gib * GIB)}, int(gib * GIB))}, list(work), 1, 1)
+    return Prediction({"steady": Phase({"weights": int(gib * GIB)}, int(gib * GIB), int(gib * GIB))}, list(work), 1, 1)
 
 
 @pytest.mark.parametrize(("gib", "says"), [(22, "fits"), (23, "may fit"), (24, "may fit"), (25, "does not fit")])
@@ -31,7 +31,7 @@ def test_runs_on_the_device_move_what_is_expected(gib: float, says: str):
     gpu = replace(GPU, calibration=Calibration("NVIDIA GeForce RTX 4090", 5, 1024.0, 2.0, 0.01, 0.02))
     assert expected(planned(gib), gpu) == pytest.approx((1 + 2 * gib) * GIB)
     assert verdict(planned(gib), gpu) == says
-    just = Prediction({"steady": Phase({}, int(room(gpu)))}, [], 1, 1)
+    just = Prediction({"steady": Phase({}, 0, int(room(gpu)))}, [], 1, 1)
     assert expected(just, gpu) * 1.02 == pytest.approx((24 - 0.6) * GIB)
 
 
