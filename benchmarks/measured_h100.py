@@ -2,7 +2,7 @@
 
     python benchmarks/measured_h100.py
 
-The embedded model (`qlora-exp train`, and two jobs of `-m sweep=seed1_methods`), and six steps of a model of Llama 2 7B's
+The embedded model (`qlora-exp train`, two jobs of `-m sweep=seed1_methods`), and six steps of a model of Llama 2 7B's
 shape with random weights (`evaluation=loss_only training.eval_strategy=no dataset.max_train_rows=64`, and what the
 table says). The plan is of the longest of their rows, and of more tokens than carried loss in them.
 """

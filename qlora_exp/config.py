@@ -106,8 +106,17 @@ def check(composed: DictConfig) -> Config:
     Raises:
         ConfigError: with every problem that was found, one a line.
     """
+    return from_dict(plain(composed))
+
+
+def plain(composed: DictConfig) -> Any:
+    """A composed config as nested dictionaries.
+
+    Raises:
+        ConfigError: a value is missing, or cannot be worked out.
+    """
     try:
-        return from_dict(OmegaConf.to_container(composed, resolve=True, throw_on_missing=True))
+        return OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise explain(error) from error
 

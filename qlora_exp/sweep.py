@@ -79,14 +79,15 @@ class Sweep:
         if not self._settings.dry_run:
             self._settle(complete=error is None)
         ended_well = error is None and not self._settings.dry_run
+        rows = self.rows() if ended_well else []
         if ended_well:
-            show_rows(self.rows(), self.folder)
+            show_rows(rows, self.folder)
         if self._parent is not None:
             self._end(error)
         if ended_well:
             if self.folder.is_dir():  # else all was done elsewhere
                 print(f"files  {self.folder}\ntable  qlora-exp compare {self.folder.name}")
-            if advice := _advice([row["outcome"] for row in self.rows()]):
+            if advice := _advice([row["outcome"] for row in rows]):
                 raise SweepError(advice)
         if isinstance(error, KeyboardInterrupt) and self._jobs:
             done = sum(self.ended(job)["outcome"] in GOOD for job in self._jobs.values())
