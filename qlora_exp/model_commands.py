@@ -135,6 +135,8 @@ def _talker(options: argparse.Namespace) -> "tuple[Talker, Sampling]":
 def serve(options: argparse.Namespace) -> None:
     """A server in place of this process, or the commands of all that could be."""
     quiet()
+    from huggingface_hub.constants import HF_HUB_CACHE
+
     from qlora_exp import loading, serving
 
     saved = loading.find(options.source, options.uri, "cpu")
@@ -150,6 +152,7 @@ def serve(options: argparse.Namespace) -> None:
     server = serving.server(options.server, folder, options.host, options.port, options.device)
     print(f"{options.server} serves {folder} at {server.url} in a while (Ctrl-C ends it). Ask it:\n{server.example}")
     sys.stdout.flush()
+    Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # transformers' `/v1/models` fails where there is none
     # In place of this process, so that whatever ends it ends the server.
     os.execvpe(server.command[0], server.command, dict(os.environ) | server.environment)
 

@@ -49,6 +49,8 @@ def test_a_client_gets_the_answer_of_the_model(server, health, adapters, tmp_pat
         answer = ask(made.url, body | {"model": made.model})
         if server == "mlflow":  # a list of one
             (answer,) = answer
+        else:  # clients ask for it, whatever it lists
+            assert urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=60).status == 200
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(30)
