@@ -105,6 +105,13 @@ def gptq(session: nox.Session) -> None:
 
 
 @nox.session
+def gpu(session: nox.Session) -> None:
+    """What only a CUDA device can show (two minutes)."""
+    install(session, *TESTED)
+    session.run(sys.executable, "-m", "pytest", "-m", "gpu", *session.posargs)
+
+
+@nox.session
 def ui(session: nox.Session) -> None:
     """MLflow's page of a sweep in a real browser (Debian's `chromium`; two minutes)."""
     install(session, "dev", "browser")

@@ -222,7 +222,8 @@ class _Begun:
 def _put(found: Any, override: Override) -> bool:
     """Set one value that is there, to another that is no more than a value; whether that is all there is to do."""
     value, *path = override.value(), *override.key_or_group.split(".")
-    if override.type is not OverrideType.CHANGE or not isinstance(value, bool | int | float | str) or "$" in str(value):
+    is_value = isinstance(value, bool | int | float | str) and "$" not in str(value) and value != "???"
+    if override.type is not OverrideType.CHANGE or not is_value:
         return False
     for name in path[:-1]:
         found = found.get(name)

@@ -19,7 +19,7 @@ def planned(gib: float, *work: Work) -> Prediction:
     return Prediction({"steady": Phase({"weights": int(gib * GIB)}, int(gib * GIB), int(gib * GIB))}, list(work), 1, 1)
 
 
-@pytest.mark.parametrize(("gib", "says"), [(22, "fits"), (23, "may fit"), (24, "may fit"), (25, "does not fit")])
+@pytest.mark.parametrize(("gib", "says"), [(21, "fits"), (22, "may fit"), (25, "may fit"), (26, "does not fit")])
 def test_what_just_fits_may_not(gib: int, says: str):
     assert verdict(planned(gib), GPU) == says
 

@@ -17,10 +17,10 @@ TINY = [
 def test_what_does_not_fit_says_what_it_takes_and_what_cannot_be_planned_is_run():
     large = "++model.architecture.hidden_size=8192"
     configs = [compose([*TINY, *words]) for words in ([], [large], ["method=boft"])]
-    small, too_large, unknown = unfit(configs, 4.0)
+    small, too_large, unknown = unfit(configs, 3.0)
     assert (small, unknown) == ("", "")
     assert too_large.startswith("does not fit: ")
-    assert too_large.endswith("GPU has 4")
+    assert too_large.endswith("GPU has 3")
 
 
 def test_a_damaged_calibration_is_told_before_anything_runs(tmp_path, monkeypatch):
