@@ -83,8 +83,6 @@ def _train(overrides: list[str]) -> None:
     except (HydraException, OmegaConfBaseException) as error:
         raise config.explain(error) from error
     except OSError as error:
-        if hasattr(error, "__notes__"):  # the job's own
-            raise
         raise ConfigError(
             f"cannot write to the output folder: {error}; choose another: hydra.run.dir=FOLDER"
         ) from error
@@ -96,27 +94,34 @@ def _job(composed: Any) -> None:
     from qlora_exp import config, jobs
 
     output_dir = Path(HydraConfig.get().runtime.output_dir)
-    try:
-        checked = config.check(composed)
-    except UserError:
-        _remove_if_empty(output_dir)
-        raise
-    quiet()
     if (output_dir / jobs.JOB_FILE).is_file():
+        checked = config.check(composed)
+        quiet()
         jobs.run_job(checked, output_dir)
-        return
-    if checked.sweep.dry_run:
-        print("nothing is wrong with this run; add -m for a sweep, or --cfg job to see the whole config")
-        _remove_if_empty(output_dir)
-        return
-    logging.getLogger(__name__).info("starting: loading the libraries takes a few seconds")
-    from qlora_exp.run import run
-    from qlora_exp.summary import show
+    elif code := _guard(lambda: _alone(composed, output_dir)):  # Hydra would put a line before each error
+        sys.exit(code)
+
+
+def _alone(composed: Any, output_dir: Path) -> None:
+    """A run that is no job of a sweep."""
+    from qlora_exp import config
 
     try:
+        checked = config.check(composed)
+        quiet()
+        if checked.sweep.dry_run:
+            print("nothing is wrong with this run; add -m for a sweep, or --cfg job to see the whole config")
+            return
+        logging.getLogger(__name__).info("starting: loading the libraries takes a few seconds")
+        from qlora_exp.run import run
+        from qlora_exp.summary import show
+
         show(run(checked, output_dir), checked.tracking.uri)
-    except OSError as error:
-        error.add_note("raised by the job")  # not by Hydra before it
+    except KeyboardInterrupt:
+        from qlora_exp.checkpoints import checkpoints, is_whole
+
+        if any(is_whole(one) for one in checkpoints(output_dir / "checkpoints")):
+            print(f"to go on: the same command with training.resume_from_checkpoint={output_dir}", file=sys.stderr)
         raise
     finally:
         _remove_if_empty(output_dir)

@@ -12,6 +12,8 @@ import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from qlora_exp import calibration, gpus
 from qlora_exp.errors import ConfigError, TrackingError, UserError
@@ -20,29 +22,56 @@ from qlora_exp.quiet import quiet
 from qlora_exp.secrets import redact
 
 
-def keys(section: str | None) -> None:
-    """What each key of the config means, of one section or of all."""
+def keys(chosen: str | None) -> None:
+    """What each key of the config means, of one section, one key or of all; its type, default and value as shipped."""
     from pydantic import BaseModel
 
-    from qlora_exp import peft_registry
+    from qlora_exp import config, peft_registry
     from qlora_exp.errors import did_you_mean
     from qlora_exp.schema import Config, PeftSettings
 
     fields = Config.model_fields
-    if section is not None and section not in fields:
-        raise ConfigError(f"no section '{section}'{did_you_mean(section, fields)} Known: {', '.join(fields)}")
+    known = [*fields, *config.known_keys()]
+    if chosen not in (None, *known):
+        own = [key for key in known if key.endswith(f".{chosen}")]
+        hint = f"; did you mean '{own[0]}'?" if own else did_you_mean(str(chosen), known)
+        raise ConfigError(f"no section or key '{chosen}'{hint} Sections: {', '.join(fields)}")
+    section, _, key = (chosen or "").partition(".")
+    shipped = config.compose([])
     for name, field in fields.items():
-        if section not in (None, name):
+        if section not in ("", name):
             continue
-        kind = field.annotation
+        kind, values = field.annotation, getattr(shipped, name)
         if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
-            print(f"{name} = {field.default!r}")
+            print(_key(name, field, values))
             continue
-        print(f"\n{name}: {(kind.__doc__ or '').strip()}")
-        for key, inner in kind.model_fields.items():
-            print(f"  {key} = {inner.default!r}" + (f"\n      {inner.description}" if inner.description else ""))
-        if issubclass(kind, PeftSettings):
+        if not key:
+            print(f"\n{name}: {(kind.__doc__ or '').strip()}")
+        for one, inner in kind.model_fields.items():
+            if key in ("", one):
+                print(_key(f"  {one}", inner, getattr(values, one)))
+        if issubclass(kind, PeftSettings) and key not in kind.model_fields:
             print(f"  and for LoRA: {', '.join(peft_registry.settings('LORA'))}")
+
+
+def _key(name: str, field: Any, shipped: Any) -> str:
+    also = f"; {shipped!r} in the default run" if shipped != field.default and not isinstance(shipped, dict) else ""
+    means = f"\n      {field.description}" if field.description else ""
+    return f"{name}: {_type(field.annotation)} = {field.default!r}{also}{means}"
+
+
+def _type(kind: Any) -> str:
+    """A type as a user would write its values."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _type(inner[0])
+    if origin is Literal:
+        return " | ".join(map(str, inner))
+    if origin in (Union, UnionType):
+        return " | ".join(dict.fromkeys(map(_type, inner)))
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(map(_type, inner))}]"
+    return "null" if kind is NoneType else getattr(kind, "__name__", str(kind))
 
 
 def compare(options: argparse.Namespace) -> None:

@@ -189,11 +189,12 @@ def explain(error: Exception) -> ConfigError:
     text = str(error)
     if match := re.search(r"Could not override '([^']+)'", text):
         return ConfigError(_no_such_key(match[1].split("@")[0].lstrip("+~")))
-    if match := re.search(r"Could not find '([^']+)/([^'/]+)'", text):
+    if match := re.search(r"Could not find '((?:hydra/)?[^'/]+)/([^']+)'", text):
         group, option = match.groups()
         known = options(group)
+        hub = f"; a model of the hub: model=hub model.model_name_or_path={option}" if group == "model" else ""
         return ConfigError(
-            f"{group}: no option '{option}'{did_you_mean(option, known)} Shipped options: {', '.join(known)}"
+            f"{group}: no option '{option}'{did_you_mean(option, known)} Shipped options: {', '.join(known)}{hub}"
         )
     cause = f"\n{error.__cause__}" if error.__cause__ else ""
     return ConfigError(f"{text}{cause}")

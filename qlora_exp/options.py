@@ -49,9 +49,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _about_runs(known: Any) -> None:
-    keys = known.add_parser("keys", help="what each key of the config means, its type and default")
-    keys.add_argument("section", nargs="?", help="model, method, training, ...; all if left out")
-    keys.set_defaults(command=lambda options: commands.keys(options.section))
+    keys = known.add_parser("keys", help="what each key of the config means: type, default, what the default run sets")
+    what = "model, training, training.max_steps, ...; all if left out"
+    keys.add_argument("chosen", nargs="?", metavar="SECTION|KEY", help=what)
+    keys.set_defaults(command=lambda options: commands.keys(options.chosen))
     ui = known.add_parser("ui", parents=[STORE], help="open MLflow's UI on the right store")
     ui.add_argument("--host", default="127.0.0.1")
     ui.add_argument("--port", type=int, default=5000)

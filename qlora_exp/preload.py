@@ -3,6 +3,10 @@
 It runs no kernel and touches no GPU, or forking it would not be safe. Nothing else may import this module.
 """
 
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the sweep's to heed, also while this is imported
+
 import contextlib
 import gc
 import importlib
@@ -73,3 +77,4 @@ with _untouched(min(_GPUS)) if _GPUS else contextlib.nullcontext():
             importlib.import_module(_name)
 if _CODE_IS_LOADED:  # jobs run this code, whatever becomes of the files meanwhile, and are to say so
     identity.code()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # of the jobs; the fork server itself goes on to ignore it

@@ -26,6 +26,8 @@ from mlflow.entities import (
     RunTag,
 )
 from mlflow.exceptions import MlflowException
+from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine_with_retry
+from sqlalchemy.exc import SQLAlchemyError
 
 from qlora_exp import views
 from qlora_exp.errors import TrackingError
@@ -53,16 +55,31 @@ def client(uri: str | None = None) -> MlflowClient:
             file = Path(address.removeprefix("sqlite:///"))
             file.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{file}.lock"):
+                if not file.exists():
+                    _create_store(file)
                 found = MlflowClient(address, registry_uri=address)
                 found.search_experiments(max_results=1)
         else:
             found = MlflowClient(address, registry_uri=address)
             found.search_experiments(max_results=1)
-    except (MlflowException, OSError) as error:
+    except (MlflowException, OSError, SQLAlchemyError) as error:
         raise TrackingError(
             f"tracking.uri: MLflow at {redact(address)} does not answer or cannot be written: {redact(short(error))}"
         ) from error
     return found
+
+
+def _create_store(file: Path) -> None:
+    """Make an SQLite store under another name first: MLflow takes seconds, and can do nothing with a half-made one."""
+    part = file.with_name(f".{file.name}.part")
+    for left in file.parent.glob(f"{part.name}*"):  # by one that was killed
+        left.unlink()
+    engine = create_sqlalchemy_engine_with_retry(f"sqlite:///{part}")
+    try:
+        _initialize_tables(engine)  # no public name in MLflow 3.17
+    finally:
+        engine.dispose()
+    part.replace(file)
 
 
 def short(error: BaseException) -> str:

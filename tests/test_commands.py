@@ -11,8 +11,16 @@ from qlora_exp.errors import ConfigError
 def test_keys_says_what_keys_mean(section: str | None, capsys):
     commands.keys(section)
     text = capsys.readouterr().out
-    assert ("gradient_checkpointing = 'auto'" in text) == (section != "method")
+    assert ("gradient_checkpointing: auto | bool = 'auto'" in text) == (section != "method")
+    assert ("  max_steps: int = -1; 30 in the default run\n" in text) == (section != "method")
     assert ("use_dora" in text) == (section != "training")
+
+
+def test_keys_finds_one_key(capsys):
+    commands.keys("training.eval_steps")
+    assert capsys.readouterr().out == "  eval_steps: int | null = None; 12 in the default run\n"
+    with pytest.raises(ConfigError, match="did you mean 'training.learning_rate'"):
+        commands.keys("learning_rate")
 
 
 @pytest.mark.parametrize("port", ["taken", 99999999])
