@@ -296,11 +296,10 @@ def _unfair(rows: Sequence[Row]) -> list[str]:
     for name, (metric, alike) in _MEASURED_CONDITIONS.items():
         means = {row.short: mean.value for row in rows if (mean := row.mean(metric))}
         if means and max(means.values()) > (1 + alike) * min(means.values()):
-            rows_of: dict[str, list[str]] = {}
-            for who, value in means.items():
-                rows_of.setdefault(f"{value:,.0f}", []).append(who)
-            told = (f"{value} ({who[0] if len(who) == 1 else f'{len(who)} rows'})" for value, who in rows_of.items())
-            found.append(f"{name}: {_listed(dict.fromkeys(told))}")
+            found.append(f"{name}: {_by_value({who: f'{value:,.0f}' for who, value in means.items()})}")
+    seeds = {row.short: " ".join(sorted(one.params.get("seed", "none") for one in row.records)) for row in rows}
+    if len(set(seeds.values())) > 1:
+        found.append(f"seeds: {_by_value(seeds)}")
     for name, read in _CONDITIONS.items():
         values = dict.fromkeys(str(value) for one in records if (value := read(one)) is not None)
         if len(values) > 1:
@@ -322,6 +321,15 @@ def _settings(rows: Sequence[Row]) -> list[str]:
         if len(values := dict.fromkeys(one.config.get(key, "none") for one in records)) > 1:
             found.append(f"{key}: {_listed(values)}")
     return found
+
+
+def _by_value(values: Mapping[str, str]) -> str:
+    """Each value, with the row that has it, or how many have."""
+    rows_of: dict[str, list[str]] = {}
+    for who, value in values.items():
+        rows_of.setdefault(value, []).append(who)
+    told = (f"{value} ({who[0] if len(who) == 1 else f'{len(who)} rows'})" for value, who in rows_of.items())
+    return _listed(dict.fromkeys(told))
 
 
 def _listed(values: Mapping[str, Any]) -> str:

@@ -159,8 +159,9 @@ def _notes(found: Comparison) -> list[str]:
     lines = [f"{len([one for row in found.rows for one in (*row.records, *row.failed)])} runs"]
     lines[0] += "".join(f"; {name} {value}" for name, value in found.about.items())
     lines += [
-        f"Differences of {found.metric} from {found.baseline.name}, on the same held-out items and seeds; "
-        "intervals of 95 %, p-values adjusted for their number (Holm). Rows that share a letter were not told apart."
+        f"Differences of {found.metric} from {found.baseline.name}, of the same held-out items and seeds where both "
+        "have them; intervals of 95 %, p-values adjusted for their number (Holm). Rows that share a letter were not "
+        "told apart."
     ]
     if intervals:
         lines.append("± is the interval of the mean over seeds (Student).")

@@ -68,6 +68,14 @@ def test_seeds_of_a_configuration_are_one_row(past):
     assert found.ties == {"method.r=4": "b", "method.r=8": "a"}
 
 
+def test_other_seeds_are_told(past):
+    past(ROWS, seed=1, method__r=4)
+    past(shifted(-0.2), seed=2, method__r=8)
+    past(shifted(-0.3), seed=2, method__r=16)
+    found = compare(find(past.uri, experiment=past.experiment))
+    assert "seeds: 1 (r=4), 2 (2 rows)" in found.warnings
+
+
 def test_a_difference_within_chance_is_a_tie_that_says_what_would_settle_it(past):
     for r, by in ((4, [0.0, 0.3, -0.2]), (8, [-0.1, 0.1, -0.15])):
         for seed, one in enumerate(by):
