@@ -121,7 +121,7 @@ def _alone(composed: Any, output_dir: Path) -> None:
         from qlora_exp.checkpoints import checkpoints, is_whole
 
         if any(is_whole(one) for one in checkpoints(output_dir / "checkpoints")):
-            print(f"to go on: the same command with training.resume_from_checkpoint={output_dir}", file=sys.stderr)
+            print(f"to go on: the same command with hydra.run.dir={output_dir}", file=sys.stderr)
         raise
     finally:
         _remove_if_empty(output_dir)

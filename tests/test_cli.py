@@ -3,6 +3,9 @@ import sys
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
+
+from qlora_exp import cli
 
 
 def command(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
@@ -97,3 +100,18 @@ def test_a_failure_is_shown_without_a_traceback_and_ends_with_1(store, tmp_path)
 def test_wrong_usage_ends_with_2():
     assert command("trian").returncode == 2
     assert "did you mean 'training'" in command("keys", "traning").stderr
+
+
+def test_an_interrupted_run_says_how_to_go_on(config, tmp_path, monkeypatch, capsys):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qlora_exp.run.run", interrupted)
+    composed, folder = OmegaConf.create(config().model_dump(mode="json")), tmp_path / "run"
+    for hint in ("", f"to go on: the same command with hydra.run.dir={folder}\n"):
+        with pytest.raises(KeyboardInterrupt):
+            cli._alone(composed, folder)
+        assert capsys.readouterr().err == hint
+        checkpoint = folder / "checkpoints" / "checkpoint-2"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        (checkpoint / "trainer_state.json").write_text("{}")

@@ -1,5 +1,7 @@
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -15,6 +17,19 @@ def test_everything_is_loaded_but_what_touches_a_gpu_that_is_there(gpus: str, lo
     assert ("qlora_exp.training" in modules) is loaded
     assert ("bitsandbytes" in modules) is loaded
     assert initialized == "False"
+
+
+INTERRUPTED = "print('begun', flush=True); import qlora_exp.preload, signal; print(signal.getsignal(signal.SIGINT))"
+
+
+def test_ctrl_c_is_left_to_the_sweep():
+    process = subprocess.Popen([sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(1)  # it loads libraries for seconds
+    process.send_signal(signal.SIGINT)
+    assert "default_int_handler" in process.stdout.read()  # of the jobs
+    assert process.wait() == 0
 
 
 ON_GPU = """
