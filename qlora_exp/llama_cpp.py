@@ -29,7 +29,9 @@ def load(file: Path, context: int, threads: int) -> Any:
     settings.model.path, settings.n_ctx, settings.n_gpu_layers = str(file), context, 0
     settings.cpuparams.n_threads, settings.n_parallel = threads, 1
     settings.warmup, settings.verbosity = False, 0
-    return xllamacpp.Server(settings)
+    server = xllamacpp.Server(settings)
+    complete(server, [0], 1)  # one that is let go before its thread is at work waits for it for ever
+    return server
 
 
 def complete(server: Any, prompt: list[int] | str, max_new_tokens: int) -> dict[str, Any]:
