@@ -1,7 +1,7 @@
 """What the device can do, and every choice that follows from it: precision, checkpointing, paging.
 
 The one place for device-specific decisions. `resolve` is pure, so tests decide for devices they do not have;
-only `detect` asks torch.
+only `detect` asks torch, and `nvml_handles` NVIDIA's driver.
 """
 
 from dataclasses import dataclass
@@ -70,6 +70,17 @@ def detect(requested: str = "auto", bitsandbytes: bool = False) -> Device:
     if requested in ("auto", "cpu"):
         return Device("cpu", cpu_name(), bf16=False, paging=False)
     raise ConfigError(f"device={requested}: torch {torch.__version__} finds no such device here; use device=auto")
+
+
+def nvml_handles() -> list[Any]:
+    """NVML's handle of each NVIDIA GPU that is here, none without a driver; it begins no CUDA."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError:
+        return []
 
 
 def resolve(config: Config, device: Device) -> Resolved:

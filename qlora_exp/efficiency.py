@@ -15,6 +15,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from qlora_exp.device import nvml_handles
+
 log = logging.getLogger(__name__)
 _POWERCAP = Path("/sys/class/powercap")
 
@@ -153,13 +155,11 @@ def _gpu_joules() -> dict[str, tuple[float, float]]:
     import pynvml
 
     try:
-        pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
         return {
             f"gpu{index}": (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3, 0.0)
-            for index, handle in enumerate(handles)
+            for index, handle in enumerate(nvml_handles())
         }
-    except pynvml.NVMLError:  # no driver, or a GPU that does not count
+    except pynvml.NVMLError:  # a GPU that does not count
         return {}
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from unittest import mock
 
 from qlora_exp import identity
+from qlora_exp.device import nvml_handles
 from qlora_exp.launcher import visible_gpus
 from qlora_exp.quiet import quiet
 
@@ -45,13 +46,10 @@ def _capabilities() -> list[tuple[int, int]]:
     import torch
 
     try:
-        pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
-        found = [pynvml.nvmlDeviceGetCudaComputeCapability(handle) for handle in handles]
-        pynvml.nvmlShutdown()
+        found = [pynvml.nvmlDeviceGetCudaComputeCapability(handle) for handle in nvml_handles()]
     except pynvml.NVMLError:
         return []
-    return found if torch.cuda._device_count_nvml() > 0 else []
+    return found if torch.cuda._device_count_nvml() > 0 else []  # else CUDA itself would be asked whether it is there
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
+import pynvml
 import pytest
 
 from qlora_exp.config import compose
-from qlora_exp.device import Device, autocast, detect, resolve
+from qlora_exp.device import Device, autocast, detect, nvml_handles, resolve
 from qlora_exp.errors import ConfigError
 
 CPU = Device("cpu", "some CPU", bf16=False, paging=False)
@@ -98,3 +99,16 @@ def test_a_quantized_base_takes_the_cpu_of_a_mac(monkeypatch):
 @pytest.mark.gpu
 def test_detects_the_gpu():
     assert detect("auto").type == "cuda"
+
+
+def test_gpus_are_found_without_beginning_cuda(monkeypatch):
+    monkeypatch.setattr("pynvml.nvmlInit", lambda: None)
+    monkeypatch.setattr("pynvml.nvmlDeviceGetCount", lambda: 2)
+    monkeypatch.setattr("pynvml.nvmlDeviceGetHandleByIndex", lambda index: f"handle {index}")
+    assert nvml_handles() == ["handle 0", "handle 1"]
+
+    def no_driver() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr("pynvml.nvmlInit", no_driver)
+    assert nvml_handles() == []
