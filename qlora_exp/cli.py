@@ -71,7 +71,9 @@ def _train(overrides: list[str]) -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     from qlora_exp import config
+    from qlora_exp.device import refuse_several_processes
 
+    refuse_several_processes()
     overrides = ["sweep.dry_run=true" if word == "--dry-run" else word for word in overrides]
     if not (_SHOWS_SOMETHING_ELSE | {"-m", "--multirun"}) & set(overrides):
         config.check_command(overrides)  # a sweep checks all its jobs by itself

@@ -18,8 +18,8 @@ class MemoryMonitor:
     """Peaks in MiB for each phase of a run; phases may nest, and may come again.
 
     `peaks[phase]` holds `rss` (process, imports included), on CUDA also `allocated`, `reserved` (torch's peaks) and
-    `driver` (all processes on the device, read when a phase ends), summed over devices. A phase's peak is what was
-    reached while it was the innermost.
+    `driver` (all processes on the device, read when a phase ends), summed over the devices that the process uses. A
+    phase's peak is what was reached while it was the innermost.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -67,7 +67,8 @@ class MemoryMonitor:
         if self._cuda:
             import torch
 
-            devices = range(torch.cuda.device_count())
+            used = [one for one in range(torch.cuda.device_count()) if torch.cuda.max_memory_reserved(one)]
+            devices = {torch.cuda.current_device(), *used}  # asking the driver of another would begin CUDA there
             free_and_total = [torch.cuda.mem_get_info(device) for device in devices]
             values["allocated"] = sum(torch.cuda.max_memory_allocated(device) for device in devices) / MIB
             values["reserved"] = sum(torch.cuda.max_memory_reserved(device) for device in devices) / MIB

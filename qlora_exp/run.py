@@ -62,7 +62,9 @@ def run(
         PrunedError: the search that the run belongs to has seen enough.
     """
     from qlora_exp import hub
+    from qlora_exp.device import autocast, computes_in, detect, places, refuse_several_processes, resolve, take
 
+    refuse_several_processes()
     for section, source in (("dataset", config.dataset), ("unrelated", config.unrelated)):
         for file in source.files:
             if not file.is_file():
@@ -77,9 +79,9 @@ def run(
     unrelated = data.load_heldout(config.unrelated) if config.unrelated.paths else None
     tasks = harness.load_tasks(config.evaluation) if config.evaluation.lm_eval_tasks else None
     score = sources.scorer(config.dataset)
-    from qlora_exp.device import autocast, computes_in, detect, resolve
 
     resolved = resolve(config, detect(config.device, bitsandbytes=config.quantization.bitsandbytes))
+    take(resolved)
     import torch
     from transformers import set_seed
 
@@ -110,7 +112,7 @@ def run(
         tracking.start(config, output_dir, tags, must_reach) as tracker,
         ExitStack() as at_the_end,
     ):
-        log.info("run %s in %s on %s", tracker.run_id, output_dir, resolved.device_name)
+        log.info("run %s in %s on %s", tracker.run_id, output_dir, resolved.place)
         if resolved.optim_fallback:
             log.info("optimizer %s: %s", resolved.optim, resolved.optim_fallback)
         tracker.params({f"resolved.{key}": value for key, value in asdict(resolved).items() if value is not None})
@@ -180,6 +182,10 @@ def run(
                 tracker.params({"resolved.target_modules": targets if isinstance(targets, str) else sorted(targets)})
         with memory.phase("load"):
             base = model.load_model(config.model, config.quantization, resolved)
+        used = places(base)
+        tracker.params({"resolved.places": ", ".join(used)})
+        if len(used) > 1:
+            log.info("model.device_map=%s spreads the model over %s", config.model.device_map, ", ".join(used))
         base_parameters = adapters.count_parameters(base)[1]
         start, first_adapter = config.lora_start, output_dir / "first_adapter"
         with memory.phase("initialize" if start else "load"):

@@ -79,10 +79,22 @@ class DivergedError(Exception):
     """The loss or the gradient is not a number any more."""
 
 
+class _Arguments(SFTConfig):
+    """TRL's arguments in a process that may see several GPUs, of which a run takes one.
+
+    Transformers counts all that it sees, and would wrap the model in `nn.DataParallel`, which TRL refuses.
+    """
+
+    @property
+    def n_gpu(self) -> int:
+        """GPUs to copy the model to; where `model.device_map` spreads it over several, there is one copy too."""
+        return min(1, super().n_gpu)
+
+
 def arguments(config: Config, resolved: Resolved, output_dir: Path) -> SFTConfig:
     """TRL's arguments of the run; every choice it would make by itself is made here."""
     training = config.training
-    return SFTConfig(
+    return _Arguments(
         output_dir=str(output_dir),
         **{name: getattr(training, name) for name in _SAME},
         optim=resolved.optim,

@@ -1,8 +1,10 @@
+from typing import Any
+
 import pynvml
 import pytest
 
 from qlora_exp.config import compose
-from qlora_exp.device import Device, autocast, detect, nvml_handles, resolve
+from qlora_exp.device import Device, autocast, detect, nvml_handles, refuse_several_processes, resolve, take
 from qlora_exp.errors import ConfigError
 
 CPU = Device("cpu", "some CPU", bf16=False, paging=False)
@@ -94,6 +96,59 @@ def test_a_quantized_base_takes_the_cpu_of_a_mac(monkeypatch):
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
     assert detect("auto", bitsandbytes=True).type == "cpu"
     assert detect("auto").type == "mps"
+
+
+def test_of_several_gpus_the_first_is_taken_and_named(monkeypatch):
+    current = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: f"GPU of rank {index}")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", current.append)
+    resolved = resolve(compose(), detect("auto"))
+    assert resolved.place == ("GPU of rank 0 (cuda:0, the first of 2 GPUs; CUDA_VISIBLE_DEVICES chooses another)")
+    assert (resolved.device_index, resolved.visible_gpus) == (0, 2)
+    take(resolved)
+    take(resolve(compose(), CPU))
+    assert current == [0]
+
+
+@pytest.mark.parametrize(
+    ("device_map", "refused"),
+    [({"": 1}, True), ({"": "cuda:1"}, True), ({"": 0}, False), ({"a": 0, "b": 1}, False), ("auto", False)],
+)
+def test_a_device_map_that_names_another_gpu_is_refused(device_map: Any, refused: bool):
+    config = compose()
+    config = config.model_copy(update={"model": config.model.model_copy(update={"device_map": device_map})})
+    resolve(config, CPU)
+    if refused:
+        with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES=1"):
+            resolve(config, AMPERE)
+    else:
+        assert resolve(config, AMPERE).place == "A100 (cuda:0)"
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "process 0 of 2 .* start it without a launcher"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}, "process 1 of 2: refused, as process 0 says"),
+        ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, "process 0 of 1"),
+        ({"LOCAL_RANK": "0"}, "process 0 of 1"),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}, "process 3 of 4"),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, "process 1 of 2"),
+        ({"WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),
+        ({"LOCAL_RANK": "-1"}, None),
+    ],
+)
+def test_one_of_several_processes_is_refused(environment: dict[str, str], says: str | None, monkeypatch):
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    if says is None:
+        refuse_several_processes()
+    else:
+        with pytest.raises(ConfigError, match=says):
+            refuse_several_processes()
 
 
 @pytest.mark.gpu

@@ -73,7 +73,10 @@ class FakeCuda:
         self.peak = 0
 
     def device_count(self) -> int:
-        return 1
+        return 2
+
+    def current_device(self) -> int:
+        return 0
 
     def empty_cache(self) -> None:
         pass
@@ -82,12 +85,13 @@ class FakeCuda:
         self.peak = 0
 
     def max_memory_allocated(self, device: int) -> int:
-        return self.peak
+        return self.peak if device == 0 else 0
 
     def max_memory_reserved(self, device: int) -> int:
-        return 2 * self.peak
+        return 2 * self.peak if device == 0 else 0
 
     def mem_get_info(self, device: int) -> tuple[int, int]:
+        assert device == 0, "CUDA was begun on a GPU that the run does not use"
         return 100 * MIB, 400 * MIB
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import yaml
-from conftest import QUICK
+from conftest import QUICK, exit_code
 
 from qlora_exp.config import APART, flatten, from_dict
 from qlora_exp.errors import ConfigError, DataError, UserError
@@ -43,6 +43,7 @@ def test_what_a_run_leaves_in_mlflow(run, store, config):
     assert expected.keys() <= found.data.params.keys()
     assert found.data.params["resolved.optim"] == "adamw_torch"
     assert found.data.params["resolved.optim_fallback"]
+    assert found.data.params["resolved.places"] == "cpu"
 
     metrics = found.data.metrics
     for name in ("loss", "perplexity", "rougeL", "exact_match", "task_score", "token_seconds_p50"):
@@ -119,6 +120,17 @@ def test_wrong_data_and_devices_are_refused_before_there_is_a_run(overrides, err
     with pytest.raises(error):
         run(*overrides)
     assert not (tmp_path / "run0").exists()
+
+
+@pytest.mark.parametrize("words", [["train"], ["train", "-m", "seed=1,2"]])
+def test_a_launcher_of_several_processes_is_refused_before_anything_is_made(words, run, tmp_path, monkeypatch, capsys):
+    for key, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(key, value)
+    assert exit_code(*words, *QUICK) == 1
+    assert "start it without a launcher" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="without a launcher"):
+        run()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint_as_if_nothing_had_happened(run, losses, config, store, tmp_path):

@@ -13,6 +13,7 @@ from qlora_exp.journal import metrics
 from qlora_exp.training import DivergedError, arguments
 
 CPU = Device("cpu", "CPU", bf16=False, paging=False)
+GPU = Device("cuda", "GPU", bf16=True, paging=True, visible_gpus=2)
 
 
 def test_trl_decides_nothing_by_itself():
@@ -137,6 +138,20 @@ def test_the_best_checkpoint_is_kept_and_hopeless_runs_stop(run):
         "training.early_stopping_patience=1", "training.early_stopping_threshold=100",
     )  # fmt: skip
     assert result.metrics["steps"] == 2
+
+
+def test_of_two_gpus_one_is_trained_on(run, monkeypatch):
+    from transformers import TrainingArguments
+
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _: 2))
+    assert run("evaluation=loss_only").metrics["steps"] == 3
+
+
+def test_the_trainer_counts_one_gpu_of_those_that_are_seen(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    config = compose(["training.bf16=false"])
+    found = arguments(config, resolve(config, GPU), Path("out"))
+    assert (found.n_gpu, found.train_batch_size) == (1, found.per_device_train_batch_size)
 
 
 def test_a_divergence_stops_the_run(run):
