@@ -168,8 +168,10 @@ def run(
         memory = MemoryMonitor(resolved.device)
 
         def note_memory() -> None:
-            note({f"memory/{key}": value for key, value in memory.summary().items()})
-            note(calibration.ratio(metrics))
+            # Where an earlier process did all the training, the peaks over all phases are not this one's.
+            whole = "steady" in memory.peaks or not (tracker.resumed or config.training.resume_from_checkpoint)
+            note({f"memory/{key}": value for key, value in memory.summary().items() if whole or "/" in key})
+            note(calibration.ratio(metrics) if whole else {})
 
         at_the_end.callback(note_memory)  # after a failure too: of what ran out of memory it is asked first
 

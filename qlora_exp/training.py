@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,11 @@ class Trainer(SFTTrainer):
             return _ByLength(sampler.batch_size, sampler.lengths, self.args.seed)
         return sampler
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:  # transformers 5.23; no public hook before a step
+        """Nothing where training is to stop at once: the trainer would look only after another step."""
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:  # transformers 5.23; no public hook before a save
         with self.memory.phase("save"):
             super()._save_checkpoint(*args, **kwargs)
@@ -206,6 +212,17 @@ class _Allocation(TrainerCallback):
         self._model.base_model.update_and_allocate(state.global_step)
 
 
+class _EarlyStopping(EarlyStoppingCallback):
+    """Transformers' own, but a resumed run goes on counting, and trains no more if it had stopped."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_training_stop = True
+
+
 class Watcher(TrainerCallback):
     """Step times, curves, the progress bar, and the first bad number."""
 
@@ -217,17 +234,25 @@ class Watcher(TrainerCallback):
         self._log = log
         self._judge = judge
         self._bar: tqdm | None = None
-        self._first_step: Any = None
+        self._steady, self._first_step = ExitStack(), ExitStack()
         self._seen: Any = trainer.seen
         self._mark = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the clock; the first step, which allocates, is a memory phase of its own."""
-        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=None)
-        self._first_step = self._trainer.memory.phase("first_step")
-        self._first_step.__enter__()
+        """Start the clock; the first step, which allocates, is a memory phase of its own.
+
+        A checkpoint with all the steps in it is the end of a training, of which the trainer itself takes no notice.
+        """
         # TRL 1.16 counts from zero again after a resume.
         self._trainer._total_train_tokens = max((line.get("num_tokens", 0) for line in state.log_history), default=0)
+        if state.global_step >= state.max_steps:
+            control.should_training_stop = True
+        if control.should_training_stop:
+            log.info("training had ended at step %d of %d: no step is left", state.global_step, state.max_steps)
+            return
+        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=None)
+        self._steady.enter_context(self._trainer.memory.phase("steady"))
+        self._first_step.enter_context(self._trainer.memory.phase("first_step"))
         self._restart()
 
     def _restart(self) -> None:
@@ -239,15 +264,10 @@ class Watcher(TrainerCallback):
         # `tolist` waits for everything that the GPU still has to do for this step.
         self.step_counts.append((self._trainer.seen - self._seen.to(self._trainer.seen.device)).tolist())
         self.step_seconds.append(time.perf_counter() - self._mark)
-        self._end_first_step()
+        self._first_step.close()
         if self._bar is not None:
             self._bar.update()
         self._restart()
-
-    def _end_first_step(self) -> None:
-        if self._first_step is not None:
-            self._first_step.__exit__(None, None, None)
-            self._first_step = None
 
     def on_evaluate(self, *_: Any, **__: Any) -> None:
         """Evaluation is not part of the next step's time."""
@@ -288,7 +308,8 @@ class Watcher(TrainerCallback):
 
     def close(self) -> None:
         """Take the progress bar away, also after a failure."""
-        self._end_first_step()
+        self._first_step.close()
+        self._steady.close()
         if self._bar is not None:
             self._bar.close()
 
@@ -329,7 +350,7 @@ def build(
     callbacks: list[TrainerCallback] = []
     if config.training.early_stopping_patience:
         callbacks.append(
-            EarlyStoppingCallback(config.training.early_stopping_patience, config.training.early_stopping_threshold)
+            _EarlyStopping(config.training.early_stopping_patience, config.training.early_stopping_threshold)
         )
     if allocates(model):
         callbacks.append(_Allocation(model))
@@ -354,6 +375,7 @@ def train(
 ) -> dict[str, float]:
     """Train to the end, from `checkpoint` if given; the throughput, with `train_loss` averaged over the steps.
 
+    A checkpoint at which a training had ended is loaded, or the best one before it; what is of steps is then absent.
     `judge` is called with each held-out loss and its step, and may raise.
 
     Raises:
@@ -361,12 +383,14 @@ def train(
     """
     watcher = Watcher(trainer, log, judge)
     trainer.add_callback(watcher)
-    try:
-        with trainer.memory.phase("steady"):
-            result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    finally:
-        watcher.close()
-    return {"train_loss": result.training_loss, "steps": trainer.state.global_step, **watcher.throughput()}
+    with trainer.memory.phase("load"), closing(watcher):  # of the checkpoint; then `watcher` says which it is
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        state = trainer.state
+        measured = any(line["step"] == state.global_step and "eval_loss" in line for line in state.log_history)
+        if trainer.args.eval_strategy == "epoch" and not measured:  # cut off between its last checkpoint and that
+            trainer.evaluate()
+    of_steps = {"train_loss": result.training_loss, **watcher.throughput()} if watcher.step_seconds else {}
+    return {"steps": state.global_step, **of_steps}
 
 
 def checkpoint_to_resume(config: Config, output_dir: Path, resumed: bool, same_start: bool = True) -> Path | None:

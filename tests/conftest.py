@@ -90,15 +90,15 @@ def _imported() -> None:
 
 @pytest.fixture
 def run(store: str, tmp_path: Path, _imported: None) -> Callable[..., Any]:
-    """Run a quick configuration, changed by the given overrides."""
+    """Run a quick configuration, changed by the given overrides; in a new folder, or in one that is named."""
     from qlora_exp.config import compose
     from qlora_exp.run import run
 
     counter = iter(range(100))
 
-    def start(*overrides: str) -> Any:
+    def start(*overrides: str, folder: str | None = None) -> Any:
         checked = compose([*QUICK, f"tracking.uri={store}", *overrides])
-        return run(checked, tmp_path / f"run{next(counter)}")
+        return run(checked, tmp_path / (folder or f"run{next(counter)}"))
 
     return start
 

@@ -120,6 +120,85 @@ def test_an_output_folder_is_resumed_from_its_newest_whole_checkpoint(order: str
     assert losses(resumed) == losses(whole)[10:]
 
 
+CONSTANT = (
+    "training.lr_scheduler_type=constant", "training.learning_rate=5e-3", "training.warmup_steps=0", "method=lora",
+    "evaluation.before=false",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["training.max_steps=4", "training.save_strategy=steps", "training.save_steps=2"],
+        ["training.max_steps=5", "training.save_strategy=steps", "training.save_steps=2", "method=full"],
+        ["training.max_steps=4", "training.save_strategy=steps", "training.lr_scheduler_type=linear"],
+        ["training.max_steps=-1", "training.num_train_epochs=0.5", "training.save_strategy=steps"],
+        ["training.max_steps=-1", "training.num_train_epochs=1", "training.save_strategy=epoch"],
+        ["training.max_steps=4", "training.save_strategy=steps", "training.eval_strategy=epoch"],
+        [
+            "training.max_steps=6", "training.save_strategy=steps", "training.save_steps=1",
+            "training.eval_strategy=steps", "training.eval_steps=1", "training.load_best_model_at_end=true",
+            "training.early_stopping_patience=2", "training.early_stopping_threshold=100",
+        ],
+    ],
+)  # fmt: skip
+def test_a_run_cut_off_after_its_last_checkpoint_is_not_trained_further(words, run, losses, tmp_path, monkeypatch):
+    from qlora_exp import evaluation
+
+    whole = run(*CONSTANT, *words)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(evaluation, "evaluate", interrupt)
+        run(*CONSTANT, *words, folder="cut")
+    trained = [one for one in metrics(tmp_path / "cut") if "step_seconds_mean" in one]
+    monkeypatch.setattr(training.Trainer, "training_step", lambda *_, **__: pytest.fail("a step was trained"))
+    again = run(*CONSTANT, *words, folder="cut")
+    assert losses(again) == losses(whole)
+    held_out = [[(one["step"], one["eval/loss"]) for one in metrics(each.output_dir) if "eval/loss" in one]
+                for each in (again, whole)]  # fmt: skip
+    assert held_out[0] == held_out[1]
+    assert again.metrics["after/loss"] == whole.metrics["after/loss"]
+    assert again.metrics["steps"] == whole.metrics["steps"]
+    of_training = {"train_loss", "tokens_per_second", "memory/steady/rss_peak_mib", "memory/rss_peak_mib"}
+    assert of_training <= whole.metrics.keys()
+    assert not of_training & again.metrics.keys()
+    assert [one for one in metrics(again.output_dir) if "step_seconds_mean" in one] == trained
+
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_an_evaluation_that_was_cut_off_behind_the_last_checkpoint_is_made_up_for(run, tmp_path, monkeypatch):
+    words = [*CONSTANT, "training.save_strategy=steps", "training.eval_strategy=epoch", "training.max_steps=2"]
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(training.Trainer, "evaluate", interrupt)
+        run(*words, folder="cut")
+    run(*words, folder="cut")
+    assert [one["step"] for one in metrics(tmp_path / "cut") if "eval/loss" in one] == [2]
+
+
+def test_a_resumed_run_goes_on_counting_to_its_early_stop(run):
+    words = [
+        "training.max_steps=6", "training.save_strategy=steps", "training.save_steps=1", "training.eval_strategy=steps",
+        "training.eval_steps=1", "training.load_best_model_at_end=true", "training.early_stopping_threshold=100",
+        "training.save_total_limit=9",
+    ]  # fmt: skip
+    whole = run(*words, "training.early_stopping_patience=3")
+    assert whole.metrics["steps"] == 4
+    earlier = whole.output_dir / "checkpoints" / "checkpoint-3"
+    resumed = run(*words, "training.early_stopping_patience=3", f"training.resume_from_checkpoint={earlier}")
+    assert resumed.metrics["steps"] == 4
+    later = run(*words, "training.early_stopping_patience=4", f"training.resume_from_checkpoint={whole.output_dir}")
+    assert later.metrics["steps"] == 5  # the longer patience of a new run
+
+
+def test_a_new_run_goes_on_from_the_last_checkpoint_of_a_shorter_one(run, losses):
+    words = [*CONSTANT, "training.save_strategy=steps", "training.save_steps=2"]
+    whole, short = run(*words, "training.max_steps=4"), run(*words, "training.max_steps=2")
+    longer = run(*words, "training.max_steps=4", f"training.resume_from_checkpoint={short.output_dir}")
+    assert losses(longer) == losses(whole)[2:]
+
+
 def test_resuming_without_a_checkpoint_is_refused(run, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="no checkpoint in"):
