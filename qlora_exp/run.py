@@ -1,6 +1,6 @@
 """One run, start to end: the recipe. The only module that knows all the others.
 
-    rows -> tokens and label audit -> base model -> adapter -> evaluation -> training -> evaluation -> saved and tracked
+    rows -> tokens and label audit -> base model -> adapter -> evaluation -> training -> saved -> evaluation -> tracked
 
 Whatever can be refused is refused before the weights are loaded.
 """
@@ -11,6 +11,7 @@ import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -266,27 +267,17 @@ def run(
             note(training.train(trainer, tracker.metrics, checkpoint, judge))
         joules = None if checkpoint else energy.joules  # of a part of the steps only
         note(efficiency.of_training(metrics, memory.peaks, peak_flops, joules))
-        after = measure("after")
-        if before and unrelated_tokens is not None:
-            note({"forgetting": after.metrics["unrelated_loss"] - before.metrics["unrelated_loss"]})
-        if after.samples:
-            columns = {key: [sample[key] for sample in after.samples] for key in ("prompt", "reference")}
-            if before:
-                columns["before"] = [sample["answer"] for sample in before.samples]
-            tracker.table(columns | {"after": [sample["answer"] for sample in after.samples]}, "samples.json")
-            answers = {"before": before.samples if before else [], "after": after.samples}
-            tracker.json(answers, "evaluation/answers.json")
 
-        # What stays.
+        # What stays, before anything else may fail.
         saved = output_dir / "model"
         with memory.phase("save"):
             trainer.save_model(str(saved))
             if first_adapter.is_dir():
                 initialization.save_difference(trainer.model, saved, first_adapter)
-                shutil.rmtree(first_adapter)
+            asking = copy(tokenizer)  # the run's own goes on as it was measured with before
             if (template := prompts.chat_template(config.dataset, tokenizer)) is not None:
-                tokenizer.chat_template = template  # whoever asks the model asks as it was trained
-            tokenizer.save_pretrained(saved)
+                asking.chat_template = template  # whoever asks the model asks as it was trained
+            asking.save_pretrained(saved)
         adapters.make_portable(saved, config.model.model_name_or_path)
         shutil.copy(output_dir / CONFIG_FILE, saved)
         if peft_config is not None:
@@ -298,14 +289,35 @@ def run(
         if kept := checkpoints(output_dir / "checkpoints"):
             sizes["checkpoint_bytes"] = size_on_disk(kept[-1])
         note(sizes)
-        keep = config.tracking.log_adapter if peft_config is not None else config.tracking.log_full_model
-        if keep:
-            settings = {**config.method.settings, **config.lora_variant.settings}
-            settings |= {
-                "model_name_or_path": config.model.model_name_or_path,
-                "quantization": config.quantization.name,
-            }
-            tracker.model(saved.name, tracking.run_name(config), settings, trainer.state.global_step)
+
+        def log_model() -> None:
+            """With the measures after training, as far as they came."""
+            keep = config.tracking.log_adapter if peft_config is not None else config.tracking.log_full_model
+            if keep:
+                settings = {**config.method.settings, **config.lora_variant.settings}
+                settings |= {
+                    "model_name_or_path": config.model.model_name_or_path,
+                    "quantization": config.quantization.name,
+                }
+                tracker.model(saved.name, tracking.run_name(config), settings, trainer.state.global_step)
+
+        try:
+            after = measure("after")
+            if before and unrelated_tokens is not None:
+                note({"forgetting": after.metrics["unrelated_loss"] - before.metrics["unrelated_loss"]})
+            if after.samples:
+                columns = {key: [sample[key] for sample in after.samples] for key in ("prompt", "reference")}
+                if before:
+                    columns["before"] = [sample["answer"] for sample in before.samples]
+                tracker.table(columns | {"after": [sample["answer"] for sample in after.samples]}, "samples.json")
+                answers = {"before": before.samples if before else [], "after": after.samples}
+                tracker.json(answers, "evaluation/answers.json")
+        except Exception:
+            log.warning("the evaluation after training failed; what was trained is in %s", saved)
+            log_model()
+            raise
+        shutil.rmtree(first_adapter, ignore_errors=True)  # a run that is cut off before here goes on with it
+        log_model()
         note_memory()
         tracker.describe(summary.markdown(metrics))
         return RunResult(tracker.run_id, output_dir, metrics)

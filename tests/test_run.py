@@ -12,6 +12,7 @@ from qlora_exp.config import APART, flatten, from_dict
 from qlora_exp.errors import ConfigError, DataError, UserError
 from qlora_exp.journal import last_message, metrics
 from qlora_exp.store import client
+from qlora_exp.training import DivergedError
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen2"])
@@ -120,6 +121,55 @@ def test_wrong_data_and_devices_are_refused_before_there_is_a_run(overrides, err
     with pytest.raises(error):
         run(*overrides)
     assert not (tmp_path / "run0").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "moment"),
+    [
+        (["method=lora", "lora_variant=pissa"], "evaluate"),
+        (["method=full", "tracking.log_full_model=true"], "evaluate"),
+        (["method=lora", "dataset.format=chat"], "table"),
+    ],
+)
+def test_what_was_trained_outlives_a_failure_after_training(words, moment, run, store, tmp_path, monkeypatch):
+    from qlora_exp import evaluation
+    from qlora_exp.loading import load
+    from qlora_exp.tracking import Tracker
+
+    def fail(*_, **__):
+        raise IndexError("index out of range in self")
+
+    words = [*words, "training.learning_rate=1e-2", "evaluation.before=false"]
+    whole = run(*words)
+    assert not (whole.output_dir / "first_adapter").exists()
+    monkeypatch.setattr(*((evaluation, "evaluate") if moment == "evaluate" else (Tracker, "table")), fail)
+    with pytest.raises(IndexError):
+        run(*words, folder="failed")
+    saved = tmp_path / "failed" / "model"
+    contents = {file.name for file in saved.iterdir()}
+    assert contents == {file.name for file in (whole.output_dir / "model").iterdir()}
+    assert "what was trained is in" in (tmp_path / "failed" / "run.log").read_text()
+    for one, other in zip(
+        *(load(str(folder), store, device="cpu")[0].parameters() for folder in (saved, whole.output_dir / "model")),
+        strict=True,
+    ):
+        assert one.equal(other)
+
+    mlflow = client(store)
+    run_id = (tmp_path / "failed" / "run.log").read_text().split("run ", 1)[1].split()[0]
+    found = mlflow.get_run(run_id)
+    assert found.info.status == "FAILED"
+    assert found.data.metrics["model_bytes"] > 0
+    (output,) = found.outputs.model_outputs
+    assert {metric.key for metric in mlflow.get_logged_model(output.model_id).metrics or []} == {
+        key for key in found.data.metrics if key.startswith("after/")
+    }
+
+
+def test_a_model_that_diverged_is_not_saved(run, tmp_path):
+    with pytest.raises(DivergedError):
+        run("method=full", "training.learning_rate=1e30", "training.max_grad_norm=0", folder="failed")
+    assert not (tmp_path / "failed" / "model").exists()
 
 
 @pytest.mark.parametrize("words", [["train"], ["train", "-m", "seed=1,2"]])
