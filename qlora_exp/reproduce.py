@@ -23,7 +23,8 @@ WITHIN_NOISE = "within the noise over seeds"
 DRIFTED = "drifted"
 _SEEDS = 3
 """From fewer, Student's interval is so wide (12.7 standard deviations from two) that anything is within it."""
-_NOT_FILES = ("embedded:", "random:", "reasoning_gym:")
+_GYM = "reasoning_gym:"
+_NOT_FILES = ("embedded:", "random:", _GYM)
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,11 @@ def refuse_what_only_users_may_allow(config: Config, changes: Mapping[str, Any])
             "the record asks for lm-eval's tasks from a folder, and they can run code; if you trust what is there: "
             f"evaluation.lm_eval_include_path={own}"
         )
+    if (tasks := config.evaluation.lm_eval_tasks) and "evaluation.lm_eval_tasks" not in changes:
+        raise ConfigError(
+            "the record asks for tasks of lm-eval, and some run what a model answers; if you trust them and the model: "
+            f"evaluation.lm_eval_tasks=[{','.join(tasks)}]"
+        )
     if "/" in (kernel := config.model.attn_implementation or "") and "model.attn_implementation" not in changes:
         raise ConfigError(
             f"the record asks for a kernel of the hub; if you trust it: model.attn_implementation={kernel}"
@@ -121,7 +127,14 @@ def refuse_what_only_users_may_allow(config: Config, changes: Mapping[str, Any])
     for section, part in (("method", config.method), ("lora_variant", config.lora_variant)):
         paths |= {f"{section}.{key}": value for key, value in part.settings.items()}
     for key, path in ((key, path) for key, found in paths.items() for path in _texts(found)):
-        if not path or key in changes or path.startswith(_NOT_FILES):
+        if not path or key in changes:
+            continue
+        if path.startswith(_GYM):
+            raise ConfigError(
+                f"the record asks for a task of reasoning-gym, and some run what a model answers; if you want it: "
+                f"{key}={path}"
+            )
+        if path.startswith(_NOT_FILES):
             continue
         local = Path(path).expanduser()
         looks_local = local.exists() or path.startswith(("/", "~", ".")) or ".." in local.parts

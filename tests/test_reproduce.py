@@ -94,6 +94,14 @@ def recorded(mlflow, text: str) -> str:
     [
         ({"model": {"trust_remote_code": True}}, "model.trust_remote_code=true"),
         ({"evaluation": {"lm_eval_include_path": "tasks"}}, "evaluation.lm_eval_include_path=tasks"),
+        ({"evaluation": {"lm_eval_tasks": ["one", "two"]}}, r"evaluation.lm_eval_tasks=\[one,two\]"),
+        (
+            {"dataset": {"path": "reasoning_gym:string_insertion"}},
+            "run what a model answers; .* dataset.path=reasoning_gym:string_insertion",
+        ),
+        ({"dataset": {"eval_path": "reasoning_gym:n_queens"}}, "dataset.eval_path=reasoning_gym:n_queens"),
+        ({"unrelated": {"path": "reasoning_gym:countdown"}}, "unrelated.path=reasoning_gym:countdown"),
+        ({"unrelated": {"eval_path": "reasoning_gym:countdown"}}, "unrelated.eval_path=reasoning_gym:countdown"),
         ({"dataset": {"path": "/etc/passwd"}}, "dataset.path=PATH"),
         ({"dataset": {"path": "../rows.jsonl"}}, "outside of this folder"),
         ({"dataset": {"eval_path": "~/.ssh/id_rsa"}}, "outside of this folder"),
@@ -123,6 +131,13 @@ def test_what_the_user_says_is_allowed(store, tmp_path):
     config = recorded_config(record, {"dataset.path": str(rows)}, store)
     assert config.dataset.path == str(rows)
     assert config.tracking.uri == store
+
+
+def test_a_task_that_the_user_says_too_is_allowed(store):
+    said = {"dataset.path": "reasoning_gym:string_insertion", "evaluation.lm_eval_tasks": ["one"]}
+    words = ["method=lora", "dataset=reasoning_gym", *(f"{key}={value}" for key, value in said.items())]
+    record = one_record(store, recorded(client(store), yaml.safe_dump(compose(words).model_dump(mode="json"))))
+    assert recorded_config(record, said, store).dataset.path == said["dataset.path"]
 
 
 @pytest.mark.parametrize(
