@@ -16,7 +16,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from qlora_exp import calibration, gpus
-from qlora_exp.errors import ConfigError, TrackingError, UserError
+from qlora_exp.errors import ConfigError, JournalError, TrackingError, UserError
 from qlora_exp.gpus import Gpu
 from qlora_exp.quiet import quiet
 from qlora_exp.secrets import redact
@@ -137,21 +137,35 @@ def bundle(options: argparse.Namespace) -> None:
 
 
 def sync(folders: Sequence[Path], uri: str | None) -> None:
-    """Send MLflow what the runs in these folders could not."""
+    """Send MLflow what the runs in these folders could not; one that cannot be read does not hold up the others."""
     from qlora_exp import journal
 
     if missing := [folder for folder in folders if not folder.is_dir()]:
         raise ConfigError(f"no folder {', '.join(map(str, missing))} in {Path.cwd()}")
-    waiting = [file.parent for folder in folders for file in sorted(folder.rglob(journal.FILE))]
-    waiting = [folder for folder in waiting if not journal.is_settled(folder, uri) and not journal.is_held(folder)]
-    if waiting:
-        quiet()
-        from qlora_exp import tracking
+    unread: list[OSError | JournalError] = []
+    late: list[Path] = []
+    sent = 0
+    walk = (entry for root in folders for entry in os.walk(root, onerror=unread.append))
+    for folder in sorted(Path(at) for at, below, files in walk if journal.FILE in (*below, *files)):
+        try:
+            if journal.is_settled(folder, uri) or journal.is_held(folder):
+                continue
+            quiet()
+            from qlora_exp import tracking
 
-        late = [folder for folder in waiting if not tracking.finish(folder, "killed", "its process is gone", uri)]
-        if late:
-            raise TrackingError(f"MLflow did not take everything of {', '.join(map(str, late))}; try again later")
-    print(f"{len(waiting)} runs sent; MLflow has everything of all runs under {', '.join(map(str, folders))}")
+            if tracking.finish(folder, "killed", "its process is gone", uri):
+                sent += 1
+            else:
+                late.append(folder)
+        except (JournalError, OSError) as error:
+            unread.append(error)
+    for one in unread:
+        print(f"warning: not all of it can be read: {one}", file=sys.stderr)
+    problems = [f"{len(unread)} runs or folders could not be read whole (above)"] * bool(unread)
+    problems += [f"MLflow did not take everything of {', '.join(map(str, late))}; try again later"] * bool(late)
+    if problems:
+        raise TrackingError(f"{sent} runs sent; {'; '.join(problems)}")
+    print(f"{sent} runs sent; MLflow has everything of all runs under {', '.join(map(str, folders))}")
 
 
 def ui(uri: str | None, host: str, port: int) -> None:

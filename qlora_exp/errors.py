@@ -28,6 +28,10 @@ class TrackingError(UserError):
     """An MLflow store that cannot be reached or written."""
 
 
+class JournalError(UserError):
+    """A file of an output folder that cannot be read, or a folder that is not the run's any more."""
+
+
 class SweepError(UserError):
     """Some jobs of a sweep did not end well; each has its own reason."""
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from qlora_exp import identity
 from qlora_exp.checkpoints import checkpoints, is_whole, step
-from qlora_exp.errors import ConfigError, PrunedError, TimeLimitError
+from qlora_exp.errors import ConfigError, JournalError, PrunedError, TimeLimitError
 from qlora_exp.journal import FILE, is_held, last_message, read
 from qlora_exp.schema import Config
 from qlora_exp.signals import heeded, time_limit
@@ -28,7 +28,7 @@ _LATE_FILE = "out_of_time"
 GOOD = ("ok", "pruned", "unfit")
 """Outcomes that are no failure."""
 
-State = Literal["new", "running", "cut off", "ok", "pruned", "oom", "nan", "timeout", "error"]
+State = Literal["new", "running", "cut off", "damaged", "ok", "pruned", "oom", "nan", "timeout", "error"]
 Action = Literal["run", "resume", "rerun", "skip"]
 RUNNING: tuple[Action, str] = ("skip", "another process is running it")
 """What is decided of a job that is under way."""
@@ -77,14 +77,20 @@ def default_name(swept: Sequence[str], overrides: Sequence[str]) -> str:
 
 def state(folder: Path) -> tuple[State, dict[str, Any]]:
     """How far the job in `folder` came, and the last message of its journal."""
-    last = last_message(folder) or {}
-    if is_held(folder):
-        return "running", last
-    if not last:
-        return "new", last
-    if last["op"] != "end" or last["outcome"] == "killed":
-        return "cut off", last
-    return last["outcome"], last
+    held = is_held(folder)
+    try:
+        last = last_message(folder) or {}
+        if held:
+            return "running", last
+        if not last:
+            return "new", last
+        if last["op"] == "end" and last["outcome"] != "killed":
+            return last["outcome"], last
+        for _ in read(folder / FILE):  # it can go on only if every message can be read
+            pass
+    except JournalError as error:
+        return ("running", {}) if held else ("damaged", {"failure": str(error)})
+    return "cut off", last
 
 
 def decide(job: Job, rerun: str) -> tuple[Action, str]:
@@ -98,9 +104,12 @@ def decide(job: Job, rerun: str) -> tuple[Action, str]:
         whole = [step(one) for one in checkpoints(job.folder / "checkpoints") if is_whole(one)]
         from_step = max(whole, default=0)
         return "resume", f"was cut off; from step {from_step}" if from_step else "was cut off before a checkpoint"
+    if found == "damaged":  # whatever it came to is lost to the sweep; its files are put aside
+        return "rerun", last["failure"]
     if found in GOOD:
         done = "done" if found == "ok" else found
-        return ("rerun", f"{done} before") if rerun == "all" else ("skip", f"{done} in {last['seconds']:.0f} s")
+        in_time = f"{done} in {last['seconds']:.0f} s" if "seconds" in last else done
+        return ("rerun", f"{done} before") if rerun == "all" else ("skip", in_time)
     why = f"{found}: {last.get('failure', '')}"
     return ("rerun", why) if rerun != "none" else ("skip", f"{why} (sweep.rerun=failed runs it again)")
 
@@ -110,7 +119,10 @@ def _why_new(job: Job) -> str:
     label = job.folder.name.removesuffix(job.key)
     now = job.parts
     for folder in job.folder.parent.glob(f"{label}{'[0-9a-f]' * len(job.key)}"):
-        begin = next((message for message, _ in read(folder / FILE)), {})
+        try:
+            begin = next((message for message, _ in read(folder / FILE)), {})
+        except JournalError as error:
+            return f"new: the one before cannot be read: {error}"
         before = {part: begin.get("tags", {}).get(f"identity.{part}") for part in now}
         if changed := [part for part in now if before[part] not in (None, now[part])]:
             return f"new: not the same {', '.join(changed)} as the one before"
@@ -136,7 +148,7 @@ def run_job(config: Config, folder: Path) -> None:
     except KeyboardInterrupt:  # recorded as killed
         raise SystemExit(130) from None
     except (Exception, TimeLimitError) as error:  # a job's failure is a result: recorded, and the other jobs go on
-        if last_message(folder) is None:  # it did not come as far as its run
+        if not isinstance(error, JournalError) and last_message(folder) is None:  # it did not come as far as its run
             tracking.record_failure(config, folder, given["tags"], error)
         log.error("error: %s: %s", type(error).__name__, error)  # noqa: TRY400
         if given["fail_fast"]:

@@ -21,7 +21,7 @@ import qlora_exp.bottleneck  # noqa: F401 - registers its method with PEFT
 from qlora_exp import compatibility, identity, journal, store
 from qlora_exp.config import compose, from_dict
 from qlora_exp.device import detect, resolve
-from qlora_exp.errors import ConfigError, ModelError
+from qlora_exp.errors import ConfigError, JournalError, ModelError
 from qlora_exp.journal import CONFIG_FILE, FILE
 from qlora_exp.model import load_model
 from qlora_exp.quantization import check_files, quantization_config
@@ -76,7 +76,7 @@ def find(source: str, tracking_uri: str | None = None, device: str = "auto") -> 
         if (folder.parent / FILE).is_file():
             try:
                 run_id = journal.run_id(folder.parent, store.store_uri(tracking_uri))
-            except ValueError as error:
+            except JournalError as error:
                 raise ModelError(f"{folder.parent}: what tells of its run is damaged: {error}") from error
     else:
         folder, run_id = _download(source, tracking_uri)

@@ -126,7 +126,11 @@ def _namespace() -> str:
 
 
 def is_dead(recorded: dict[str, str]) -> bool:
-    """Whether a recorded `process()` of this host is gone; False for another host or container: that is not known."""
+    """Whether a recorded `process()` of this host is gone; False for another host or container: that is not known.
+
+    Raises:
+        ValueError: its number or its start is no number.
+    """
     if recorded.get("host") != socket.gethostname() or not recorded.get("pid"):
         return False
     if recorded.get("boot") != _boot():
@@ -135,6 +139,8 @@ def is_dead(recorded: dict[str, str]) -> bool:
         return False
     try:
         found = psutil.Process(int(recorded["pid"])).create_time()
-        return abs(found - float(recorded["started"])) > 60  # derived from the system clock, which may be set
     except psutil.NoSuchProcess:
         return True
+    except psutil.AccessDenied:  # another user's, where the system hides those
+        return False
+    return not abs(found - float(recorded["started"])) <= 60  # derived from the system clock, which may be set; or NaN

@@ -7,6 +7,7 @@ overwrite a run. Telling a message twice changes nothing, so that a kill between
 import json
 import os
 from collections.abc import Iterable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,8 @@ def _create(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> 
 def _log_model(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> None:
     run_id, experiment_id = journal.state["run_id"], journal.state["experiment_id"]
     folder = _inside(journal.folder, message["folder"])
+    for file in folder.rglob("*"):  # MLflow would follow links
+        _inside(journal.folder, str(file))
     begun = mlflow.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
     model_id = next((model.model_id for model in begun if model.name == message["name"]), None)
     if model_id is None:
@@ -170,17 +173,17 @@ def _log_model(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) 
         ).model_id
     mlflow.log_model_artifacts(model_id, str(folder))
     mlflow.finalize_logged_model(model_id, LoggedModelStatus.READY)
-    mlflow.log_batch(run_id, metrics=_metrics_of_model(journal, model_id))
+    mlflow.log_batch(run_id, metrics=_metrics_of_model(journal, message, model_id))
     outputs = mlflow.get_run(run_id).outputs
     if not outputs or model_id not in [one.model_id for one in outputs.model_outputs]:
         mlflow.log_outputs(run_id, [LoggedModelOutput(model_id, message["step"])])
 
 
-def _metrics_of_model(journal: Journal, model_id: str) -> list[Metric]:
-    """The measures after training, as they were told of the run, now of the model and the held-out rows too."""
+def _metrics_of_model(journal: Journal, model: dict[str, Any], model_id: str) -> list[Metric]:
+    """The measures told of the run before its `model`, now of the model and the held-out rows too."""
     heldout: dict[str, Any] = {}
     found = []
-    for message in journal.messages():
+    for message in takewhile(model.__ne__, journal.messages()):
         if message["op"] == "dataset" and message["context"] == "evaluation":
             heldout = {"dataset_name": message["name"], "dataset_digest": message["digest"]}
         elif message["op"] == "metrics":
@@ -192,7 +195,10 @@ def _metrics_of_model(journal: Journal, model_id: str) -> list[Metric]:
 
 def _inside(folder: Path, path: str) -> Path:
     """A file of the run; a journal that somebody else wrote cannot send other files of this machine."""
-    found = (folder / path).resolve()
+    try:
+        found = (folder / path).resolve()
+    except (ValueError, RuntimeError) as error:  # a name that cannot be, or links in a circle
+        raise FileNotFoundError(f"{path!r} is not in {folder}: {error}") from error
     if not found.is_relative_to(folder.resolve()):
         raise FileNotFoundError(f"{path} is not in {folder}")
     return found

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_exp import views
-from qlora_exp.errors import SweepError, TrackingError
+from qlora_exp.errors import JournalError, SweepError, TrackingError
 from qlora_exp.jobs import GOOD, JOB_FILE, RUNNING, Action, Job, decide, let_start, state, stopped, was_late
 from qlora_exp.journal import is_held, is_settled, run_id, write_atomically
 from qlora_exp.schema import SweepConfig
@@ -204,24 +204,32 @@ class Sweep:
                     died = ending or Ending("killed", "its process is gone")
                     if was_late(job.folder):
                         died = Ending("timeout", "the time limit of the job is over")
-                    tags = json.loads((job.folder / JOB_FILE).read_text("utf-8"))["tags"]
-                    tracking.record_death(job.config, job.folder, tags, died.outcome, died.failure)
-        return [job for job in waiting if state(job.folder)[0] == "new"]
+                    try:
+                        tags = json.loads((job.folder / JOB_FILE).read_text("utf-8"))["tags"]
+                        tracking.record_death(job.config, job.folder, tags, died.outcome, died.failure)
+                    except (JournalError, OSError) as error:  # its folder was deleted or damaged: the others go on
+                        log.error("%s: how it ended cannot be recorded: %s", job.name, error)  # noqa: TRY400
+        return [job for job in waiting if state(job.folder)[0] == "new" and (job.folder / JOB_FILE).is_file()]
 
     def _settle(self, complete: bool) -> None:
         """Tell MLflow what it missed of the jobs, and if they are `complete` also of a sweep that was killed itself."""
         jobs = list(self._jobs.values())
-        late = [job.folder for job in jobs if not is_settled(job.folder) and not is_held(job.folder)]
         try:
             if complete and jobs and self._parent is None and not is_settled(self.folder):
                 self._open(jobs[0])
-            if late:
-                from qlora_exp import tracking
-
-                for folder in late:
-                    tracking.finish(folder, "killed", "its process is gone")
+        except JournalError as error:
+            log.warning("the sweep's own run: %s", error)
         except TrackingError as error:
             log.warning("%s; `qlora-exp sync` tells it later", error)
+            return
+        for job in jobs:
+            try:
+                if not is_settled(job.folder) and not is_held(job.folder):
+                    from qlora_exp import tracking
+
+                    tracking.finish(job.folder, "killed", "its process is gone")
+            except (JournalError, OSError) as error:  # the others are told
+                log.warning("%s: MLflow does not get all of it: %s", job.name, error)
 
     def ended(self, job: Job) -> dict[str, Any]:
         """How a job ended, by its journal or, if it ran elsewhere, by MLflow: `outcome`, `metrics`, `seconds`.
@@ -253,9 +261,9 @@ class Sweep:
         from qlora_exp.store import store_uri
 
         uri = next(iter(self._jobs.values())).config.tracking.uri
-        ids = [self._elsewhere[key]["run_id"] if key in self._elsewhere else run_id(job.folder, store_uri(uri))
-               for key, job in self._jobs.items()]  # fmt: skip
         try:
+            ids = [self._elsewhere[key]["run_id"] if key in self._elsewhere else run_id(job.folder, store_uri(uri))
+                   for key, job in self._jobs.items()]  # fmt: skip
             found = compare.compare(records.by_ids(uri, [one for one in ids if one is not None]))
             for file in report.write(found, self.folder):
                 self._parent.file(file.name)

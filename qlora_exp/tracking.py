@@ -5,7 +5,9 @@ Everything is in the run's journal on disk before it reaches MLflow: a store tha
 
 import json
 import logging
+import os
 import re
+import stat
 import time
 import traceback
 import uuid
@@ -15,15 +17,15 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import yaml
 from filelock import Timeout
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from qlora_exp import config as config_module
 from qlora_exp import identity, provenance
-from qlora_exp.errors import ConfigError, TrackingError
-from qlora_exp.journal import CONFIG_FILE, FILE, LOCK_FILE, Journal, is_over, last_message, read
+from qlora_exp.errors import ConfigError, JournalError, TrackingError
+from qlora_exp.journal import CONFIG_FILE, FILE, LOCK_FILE, Journal, is_held, is_over, last_message, read
+from qlora_exp.records import plain_yaml
 from qlora_exp.schema import Config
 from qlora_exp.secrets import redact
 from qlora_exp.signals import held
@@ -90,6 +92,7 @@ class Tracker:
 
     def text(self, text: str, name: str) -> None:
         """A text artifact, kept in the output folder too."""
+        self._journal.check()  # a folder that was deleted is not made again
         file = self.output_dir / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(redact(text), encoding="utf-8")
@@ -122,6 +125,14 @@ class Tracker:
         # MLflow allows these in names of runs, not of models.
         self._send(op="model", folder=folder, name=re.sub(r"[/:.%\"']", "-", name), params=clean, step=step)
 
+    def check(self) -> None:
+        """That the output folder is still this run's.
+
+        Raises:
+            JournalError: it was deleted or replaced.
+        """
+        self._journal.check()
+
     def describe(self, markdown: str) -> None:
         """What MLflow shows above everything else of the run; what is beyond its 8000 characters is cut."""
         self.tags({"mlflow.note.content": markdown[:8000]})
@@ -151,11 +162,16 @@ class Tracker:
 
         Args:
             strict: raise what the store raises, instead of keeping the messages for later.
+
+        Raises:
+            JournalError: a message cannot be read; those before it are sent.
         """
         for message, offset in self._journal.undelivered():
             try:
                 with held():
                     tell(self.connect(), self._journal, message)
+            except JournalError:
+                raise
             except Exception as error:  # whatever the store or its artifact store raises: training must go on
                 if has_lost(error, self._mlflow, self.run_id):
                     log.warning("MLflow has lost this run: it is told all of it again")
@@ -198,10 +214,14 @@ class Tracker:
                 self.file(LOG_FILE)
             self.tags({"outcome": outcome, **why})
             self._send(op="end", **last)
-        except OSError as full:  # how a run ended is told even where the disk takes no more
-            log.error("the journal cannot be written: %s", full)  # noqa: TRY400
-            for message in ({"op": "tags", "values": {"outcome": outcome, **why}}, {"op": "end", **last}):
-                tell(self.connect(), self._journal, message)
+        except (OSError, JournalError) as lost:  # how a run ended is told even where the disk takes no more
+            if str(lost) not in (failure or ""):
+                log.error("the journal cannot be written: %s", lost)  # noqa: TRY400
+            try:
+                for message in ({"op": "tags", "values": {"outcome": outcome, **why}}, {"op": "end", **last}):
+                    tell(self.connect(), self._journal, message)
+            except (MlflowException, TrackingError) as error:
+                log.error("MLflow does not take how the run ended: %s", redact(short(error)))  # noqa: TRY400
         if self._retry_at:
             log.error(
                 "MLflow did not take everything of this run; it is kept in %s, and `qlora-exp sync` sends it later",
@@ -232,17 +252,18 @@ def open_run(
 
     Raises:
         TrackingError: the store cannot be reached, or another process holds the folder.
+        JournalError: what an earlier process left there cannot be read.
     """
     try:
         journal = Journal(folder)
     except Timeout as error:
         raise TrackingError(f"{folder}: another process is running there") from error
     resumed = journal.file.is_file() and journal.file.stat().st_size > 0
-    tracker = Tracker(journal, uri, resumed)
     alive = {f"process.{key}": value for key, value in provenance.process().items()}
     alive |= {"process.folder": str(folder), "outcome": "running", "mlflow.source.name": redact(provenance.command())}
     alive |= {"mlflow.source.type": "LOCAL", "mlflow.user": provenance.user()}
     try:
+        tracker = Tracker(journal, uri, resumed)
         if must_reach:
             _reap(tracker.connect(), experiment, uri)
         if resumed:
@@ -255,7 +276,7 @@ def open_run(
     except BaseException as error:  # the folder is let go, whatever it was; an interrupted start keeps its journal
         if not resumed and isinstance(error, MlflowException | TrackingError):  # nothing began
             journal.file.unlink(missing_ok=True)
-        tracker.close()
+        journal.close()
         if isinstance(error, MlflowException):
             raise TrackingError(f"MLflow at {redact(store_uri(uri))}: {redact(short(error))}") from error
         raise
@@ -278,14 +299,15 @@ def start(
     tracker = _begin(config, output_dir, tags, must_reach)
     begin = time.monotonic()
     try:
-        _describe(tracker, config)
-        yield tracker
+        with _in_its_folder(tracker):
+            _describe(tracker, config)
+            yield tracker
     except BaseException as error:  # every end of a run is recorded; nothing is swallowed
         outcome = _outcome(error)
         try:
-            if outcome != "pruned":
+            if outcome != "pruned" and not isinstance(error, JournalError):  # that has no folder to keep it in
                 tracker.text("".join(traceback.format_exception(error)), "traceback.txt")
-        except OSError as full:  # the disk may be what failed
+        except (OSError, JournalError) as full:  # the disk may be what failed
             log.error("the traceback cannot be kept: %s", full)  # noqa: TRY400
         finally:
             status = {"killed": "KILLED", "pruned": "FINISHED"}.get(outcome, "FAILED")
@@ -294,6 +316,21 @@ def start(
         raise
     tracker.end("FINISHED", "ok", seconds=time.monotonic() - begin)
     tracker.close()
+
+
+@contextmanager
+def _in_its_folder(tracker: Tracker) -> Iterator[None]:
+    """A run whose output folder goes away has failed, and for that reason, whatever stumbled over it first.
+
+    Raises:
+        JournalError: it went away.
+    """
+    try:
+        yield
+    except Exception:
+        tracker.check()
+        raise
+    tracker.check()
 
 
 def _begin(config: Config, output_dir: Path, tags: Mapping[str, str], must_reach: bool) -> Tracker:
@@ -323,8 +360,13 @@ def _check_folder(config: Config, folder: Path) -> None:
         return
     if is_over(last):
         raise ConfigError(f"{folder}: holds a run that ended ({last['outcome']}); choose another: hydra.run.dir=FOLDER")
-    recorded = yaml.safe_load((folder / CONFIG_FILE).read_text("utf-8")) if (folder / CONFIG_FILE).is_file() else {}
-    if recorded and config_module.what_counts(recorded) != config_module.what_counts(config.model_dump(mode="json")):
+    file = folder / CONFIG_FILE
+    recorded = plain_yaml(file.read_text("utf-8", errors="replace"), str(file)) if file.is_file() else None
+    if recorded is None:  # cut off before it was written
+        return
+    if not isinstance(recorded, dict) or not isinstance(recorded.get("model"), dict):
+        raise ConfigError(f"{file} holds no config; choose another folder: hydra.run.dir=FOLDER")
+    if config_module.what_counts(recorded) != config_module.what_counts(config.model_dump(mode="json")):
         raise ConfigError(f"{folder}: holds an unfinished run of another config; choose another: hydra.run.dir=FOLDER")
 
 
@@ -333,22 +375,30 @@ def finish(folder: Path, outcome: str, failure: str, uri: str | None = None) -> 
 
     Returns:
         Whether MLflow has everything now; False too while a living process holds the folder.
+
+    Raises:
+        JournalError: a message cannot be read; those before it are sent, and the run is not ended.
     """
     try:
         journal = Journal(folder)
     except Timeout:
         return False
-    begin = next(journal.messages(), None)
-    if begin is None:
+    try:
+        begin = next(journal.messages(), None)
+        if begin is None:
+            return True
+        try:
+            tracker = Tracker(journal, uri or begin["uri"], resumed=True)
+        except JournalError:
+            with suppress(JournalError):  # the same
+                Tracker(journal, uri or begin["uri"]).deliver()
+            raise
+        last = last_message(folder)
+        if last is not None and last["op"] != "end":
+            tracker.end("KILLED" if outcome == "killed" else "FAILED", outcome, failure)
+        return tracker.deliver()
+    finally:
         journal.close()
-        return True
-    tracker = Tracker(journal, uri or begin["uri"], resumed=True)
-    last = last_message(folder)
-    if last is not None and last["op"] != "end":
-        tracker.end("KILLED" if outcome == "killed" else "FAILED", outcome, failure)
-    delivered = tracker.deliver()
-    tracker.close()
-    return delivered
 
 
 def record_death(config: Config, folder: Path, tags: Mapping[str, str], outcome: str, failure: str) -> None:
@@ -384,19 +434,39 @@ def _reap(mlflow: MlflowClient, experiment: str, uri: str | None) -> None:
         return
     recorded = provenance.process()
     for run in mlflow.search_runs([found.experiment_id], "attributes.status = 'RUNNING'"):
-        tags = run.data.tags
-        if not provenance.is_dead({key: tags.get(f"process.{key}", "") for key in recorded}):
-            continue
+        tags, run_id, why = run.data.tags, run.info.run_id, "MLflow did not get all of it"
         folder = Path(tags.get("process.folder", ""))
-        try:  # the tag is only what somebody wrote into the store: the journal there must be this run's
-            begin: dict[str, Any] = next((message for message, _ in read(folder / FILE)), {"tags": {}})
-            if "attempt" in tags and begin["tags"].get("attempt") == tags["attempt"]:
-                finish(folder, "killed", "its process is gone", uri)
+        try:
+            if not provenance.is_dead({key: tags.get(f"process.{key}", "") for key in recorded}):
                 continue
-        except OSError:  # another user's
-            continue
-        mlflow.set_tag(run.info.run_id, "outcome", "killed")
-        mlflow.set_terminated(run.info.run_id, "KILLED")
+            _check_stale(folder, tags.get("attempt"))
+            if not finish(folder, "killed", "its process is gone", uri) and is_held(folder):  # it goes on
+                continue
+        except Exception as error:  # tags and folder are what anybody wrote: they must not stop the run that begins
+            why = f"{type(error).__name__}: {short(error)}"
+        try:
+            if mlflow.get_run(run_id).info.status == "RUNNING":
+                log.warning("run %s in %s is gone, and is KILLED as it stands: %s", run_id, folder, redact(why))
+                mlflow.set_tag(run_id, "outcome", "killed")
+                mlflow.set_terminated(run_id, "KILLED")
+        except MlflowException as error:  # it may have been deleted just now
+            log.warning("run %s in %s stays RUNNING: %s", run_id, folder, redact(short(error)))
+
+
+def _check_stale(folder: Path, attempt: str | None) -> None:
+    """That the journal in `folder` is this user's and the attempt's: the tag is what anybody may have written.
+
+    Raises:
+        JournalError: it is not, or cannot be read.
+        OSError: it is not there.
+    """
+    for path in (folder, folder / FILE):
+        found = path.lstat()
+        if stat.S_ISLNK(found.st_mode) or found.st_uid != os.getuid():
+            raise JournalError(f"{path}: a link, or another user's")
+    begin = next((message for message, _ in read(folder / FILE)), None)
+    if begin is None or attempt is None or begin["tags"].get("attempt") != attempt:
+        raise JournalError(f"{folder}: holds another run")
 
 
 def run_name(config: Config) -> str:

@@ -1,10 +1,14 @@
+import errno
+import os
 import socket
+from pathlib import Path
 
 import pytest
 from test_cli import command
 
 from qlora_exp import commands
-from qlora_exp.errors import ConfigError
+from qlora_exp.errors import ConfigError, TrackingError
+from qlora_exp.journal import FILE
 
 
 @pytest.mark.parametrize("section", [None, "method", "training"])
@@ -46,3 +50,42 @@ def test_ui_opens_the_store_in_mlruns(tmp_path, monkeypatch, capsys):
     commands.ui(None, "127.0.0.1", 5001)
     assert f"sqlite:///{tmp_path / 'mlruns' / 'mlflow.db'}" in started[0]
     assert "http://127.0.0.1:5001" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("what", ["line", "first", "delivered.json", "folder", "unreadable", "lock"])
+def test_sync_sends_all_that_it_can_read(what: str, store, tmp_path, monkeypatch, capsys):
+    from test_tracking import damage, start
+
+    from qlora_exp.store import client
+
+    for name in "abc":
+        (tmp_path / "outputs" / name).mkdir(parents=True)
+        with start(store, tmp_path / "outputs" / name) as tracker:
+            tracker.metrics({"loss": 2.0}, 1)
+    bad = tmp_path / "outputs" / "a"
+    if what == "delivered.json":
+        (bad / what).write_text("{")
+    elif what in ("folder", "lock"):
+        (bad / {"folder": FILE, "lock": "journal.lock"}[what]).unlink()
+        (bad / {"folder": FILE, "lock": "journal.lock"}[what]).mkdir()
+    elif what == "unreadable":
+        scan = os.scandir
+
+        def refused(path):
+            if Path(path) == bad:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return scan(path)
+
+        monkeypatch.setattr("os.scandir", refused)
+    else:
+        damage(b'{"op": "met garbage', 4 if what == "line" else 0)(bad)
+    uri = f"sqlite:///{tmp_path / 'other.db'}"
+    with pytest.raises(TrackingError, match="^2 runs sent; 1 runs or folders could not be read whole"):
+        commands.sync([tmp_path / "outputs"], uri)
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert str(bad) in said
+    if what == "line":
+        assert "journal.jsonl, line 5: " in said
+    there = client(uri)
+    runs = there.search_runs([there.get_experiment_by_name("qlora_exp").experiment_id])
+    assert sorted(run.info.status for run in runs) == ["FINISHED", "FINISHED", *["RUNNING"] * (what == "line")]

@@ -7,6 +7,9 @@ from qlora_exp import jobs as jobs_module
 from qlora_exp.jobs import Job, decide, default_name, state
 from qlora_exp.journal import Journal
 
+START = {"op": "start", "experiment": "e", "uri": "sqlite:///x", "run_name": "r", "timestamp": 1, "tags": {}}
+END = {"op": "end", "status": "FINISHED", "timestamp": 2, "metrics": {}}
+
 
 @pytest.fixture
 def jobs(config, tmp_path):
@@ -36,12 +39,16 @@ def test_jobs_that_are_the_same_run_are_one(jobs):
     ("messages", "expected", "action"),
     [
         ([], "new", "run"),
-        ([{"op": "start"}], "cut off", "resume"),
-        ([{"op": "end", "outcome": "ok", "seconds": 1}], "ok", "skip"),
-        ([{"op": "end", "outcome": "pruned", "seconds": 1}], "pruned", "skip"),
-        ([{"op": "end", "outcome": "oom", "failure": "x"}], "oom", "skip"),
-        ([{"op": "end", "outcome": "killed", "failure": "x"}], "cut off", "resume"),
-        ([{"op": "end", "outcome": "killed"}, {"op": "resume"}], "cut off", "resume"),
+        ([START], "cut off", "resume"),
+        ([START, END | {"outcome": "ok", "seconds": 1}], "ok", "skip"),
+        ([START, END | {"outcome": "ok"}], "ok", "skip"),
+        ([START, END | {"outcome": "pruned", "seconds": 1}], "pruned", "skip"),
+        ([START, END | {"outcome": "oom", "failure": "x"}], "oom", "skip"),
+        ([START, END | {"outcome": "killed", "failure": "x"}], "cut off", "resume"),
+        ([START, END | {"outcome": "killed"}, {"op": "resume", "tags": {}}], "cut off", "resume"),
+        ([START, {"op": 3}], "damaged", "rerun"),
+        ([START, {"op": 3}, {"op": "resume", "tags": {}}], "damaged", "rerun"),
+        ([START, {"op": "end", "status": "FINISHED"}], "damaged", "rerun"),
     ],
 )
 def test_the_journal_says_what_is_left_to_do(messages, expected: str, action: str, jobs):
@@ -64,7 +71,7 @@ def test_a_resumed_job_says_from_which_step(jobs):
         if whole:
             (folder / "trainer_state.json").write_text("{}")
     journal = Journal(job.folder)
-    journal.append({"op": "start"})
+    journal.append(START)
     journal.close()
     assert decide(job, "none") == ("resume", "was cut off; from step 10")
 
@@ -80,7 +87,7 @@ def test_folders_and_names_say_what_is_swept(jobs):
 def test_a_job_that_changed_since_says_what_did(jobs, monkeypatch):
     (job,) = jobs("seed", ["1"])
     parts = {f"identity.{part}": digest for part, digest in identity.parts(job.config).items()}
-    write(job.folder, {"op": "start", "tags": parts})
+    write(job.folder, START | {"tags": parts})
     monkeypatch.setattr("qlora_exp.identity.code", lambda: "edited")
     (again,) = jobs("seed", ["1"])
     assert again.folder != job.folder

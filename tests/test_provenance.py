@@ -1,6 +1,8 @@
 import os
 import sys
 
+import pytest
+
 from qlora_exp import provenance
 
 
@@ -20,6 +22,10 @@ def test_this_process_lives_and_others_are_told_apart():
     assert provenance.is_dead(me | {"pid": str(2**22 + os.getpid())})
     assert not provenance.is_dead(me | {"host": "elsewhere", "started": "0.0"})
     assert not provenance.is_dead(me | {"namespace": "another container", "started": "0.0"})
+    assert provenance.is_dead(me | {"started": "nan"})
+    for wrong in ({"pid": "abc"}, {"pid": "-1"}, {"started": "x"}):
+        with pytest.raises(ValueError, match=r"invalid literal|could not convert|positive"):
+            provenance.is_dead(me | wrong)
     assert provenance.is_dead(me | {"boot": "before the machine was started again"})
 
 

@@ -1,6 +1,7 @@
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from qlora_exp import identity, tracking
 from qlora_exp import jobs as jobs_module
 from qlora_exp.errors import SweepError
 from qlora_exp.jobs import Job
-from qlora_exp.journal import last_message
+from qlora_exp.journal import FILE, last_message
 from qlora_exp.store import client
 from qlora_exp.sweep import Ending, Sweep, _advice
 
@@ -385,3 +386,42 @@ def test_jobs_are_not_planned_unless_asked(jobs, monkeypatch):
 
     monkeypatch.setattr(screening, "unfit", never)
     execute(jobs("seed", ["1"]))
+
+
+@pytest.mark.parametrize(("at", "seeds"), [(0, ["1", "2"]), (3, ["3", "4"]), (10**6, ["5", "6"])])
+def test_a_damaged_journal_does_not_stop_the_other_jobs(at, seeds, jobs, capsys):
+    def cut_off(waiting):
+        jobs_module.run_job(waiting[0].config, waiting[0].folder)
+        file = waiting[0].folder / FILE
+        lines = file.read_bytes().splitlines(keepends=True)[:-1]  # without its end
+        lines[at:at] = [b'{"op": "met garbage\n']
+        file.write_bytes(b"".join(lines))
+        return [Ending("killed", "its process is gone"), *in_process(waiting[1:])]
+
+    with pytest.raises(SweepError, match="1 of 2 jobs"):
+        execute(jobs("seed", seeds), cut_off)
+    assert "journal.jsonl" in capsys.readouterr().out
+    launched = []
+    execute(jobs("seed", seeds), lambda waiting: launched.extend(waiting) or in_process(waiting))
+    assert [job.swept["seed"] for job in launched] == seeds[:1]
+    assert launched[0].folder.with_name(f"{launched[0].folder.name}.1").is_dir()
+
+
+def test_a_job_whose_folder_is_deleted_does_not_stop_the_others(jobs, mlflow, monkeypatch):
+    from qlora_exp import training
+
+    train = training.train
+
+    def deleted(trainer, *rest):
+        if trainer.args.seed == 1:
+            shutil.rmtree(folder)
+        return train(trainer, *rest)
+
+    monkeypatch.setattr(training, "train", deleted)
+    todo = jobs("seed", ["1", "2"])
+    folder = todo[0].folder
+    with pytest.raises(SweepError, match="1 of 2 jobs"):
+        execute(todo)
+    _, children = mlflow()
+    assert sorted(child.info.status for child in children) == ["FAILED", "FINISHED"]
+    assert not (folder / FILE).exists()

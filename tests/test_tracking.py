@@ -1,5 +1,8 @@
+import json
 import multiprocessing
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +15,8 @@ from mlflow.exceptions import MlflowException
 
 from qlora_exp import tracking
 from qlora_exp.config import compose, from_dict
-from qlora_exp.errors import ConfigError, TrackingError
-from qlora_exp.journal import Journal, is_settled, metrics
+from qlora_exp.errors import ConfigError, JournalError, TrackingError
+from qlora_exp.journal import FILE, Journal, is_settled, metrics
 from qlora_exp.signals import heeded
 from qlora_exp.store import client, finished_runs
 
@@ -377,3 +380,184 @@ def test_run_names_say_what_the_run_is():
     assert name == "smollm2-135m-construction_faq-qlora-nf4_double-dora-r4-s42"
     name = tracking.run_name(compose(["method=full", "model=opt_125m"]))
     assert name == "opt-125m-construction_faq-full-s42"
+
+
+def stale(store, mlflow, folder, **tags: str) -> str:
+    """A run whose process died in the middle: its id."""
+    with pytest.raises(KeyboardInterrupt), start(store, folder, "tracking.experiment_name=stale") as tracker:
+        tracker.metrics({"train/loss": 3.0}, 1)
+        raise KeyboardInterrupt
+    lines = (folder / FILE).read_text().splitlines(keepends=True)
+    last = next(number for number, line in enumerate(lines) if '"op": "metrics"' in line)
+    (folder / FILE).write_text("".join(lines[: last + 1]))
+    mlflow.update_run(tracker.run_id, status="RUNNING")
+    for key, value in ({"process.pid": str(2**22 + os.getpid())} | tags).items():
+        mlflow.set_tag(tracker.run_id, key, value)
+    return tracker.run_id
+
+
+def damage(line: bytes, at: int):
+    """Put a line into a journal."""
+
+    def write(folder) -> None:
+        lines = (folder / FILE).read_bytes().splitlines(keepends=True)
+        lines[at:at] = [line + b"\n"]
+        (folder / FILE).write_bytes(b"".join(lines))
+
+    return write
+
+
+def replace_by_file(folder) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("a file")
+
+
+def replace_by_link(folder) -> None:
+    folder.rename(folder.with_name("behind"))
+    folder.symlink_to(folder.with_name("behind"))
+
+
+GARBAGE = [b"", b"{}", b"[]", b"\0" * 20, b"\xff\xfe", b'{"op": "met garbage', b'{"op": "tags"}', b'{"op": "end"}']
+DAMAGES = {
+    **{f"{line[:9]!r} at {at}": damage(line, at) for line in GARBAGE for at in (0, 3, 10**6)},
+    "deleted": shutil.rmtree,
+    "a file": replace_by_file,
+    "a link": replace_by_link,
+    "no journal": lambda folder: (folder / FILE).unlink(),
+    "an empty journal": lambda folder: (folder / FILE).write_bytes(b""),
+    "a folder for a journal": lambda folder: ((folder / FILE).unlink(), (folder / FILE).mkdir()),
+    "a pipe for a journal": lambda folder: ((folder / FILE).unlink(), os.mkfifo(folder / FILE)),
+    "a folder for a lock": lambda folder: ((folder / "journal.lock").unlink(), (folder / "journal.lock").mkdir()),
+    "delivered.json": lambda folder: (folder / "delivered.json").write_text("[]"),
+    "another attempt": lambda folder: (folder / FILE).write_bytes(
+        re.sub(rb'"attempt": "\w+"', b'"attempt": "another"', (folder / FILE).read_bytes())
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+def test_whatever_is_wrong_with_a_stale_run_the_next_one_begins(what: str, store, mlflow, tmp_path, caplog):
+    died = stale(store, mlflow, tmp_path / "died")
+    DAMAGES[what](tmp_path / "died")
+    tracking._reap(mlflow, "stale", store)
+    run = mlflow.get_run(died)
+    assert (run.info.status, run.data.tags["outcome"]) == ("KILLED", "killed")
+    (said,) = [one.message for one in caplog.records if died in one.message]
+    assert str(tmp_path / "died") in said
+    assert "\n" not in said
+
+
+WRONG_TAGS = [
+    {"process.pid": "abc"},
+    {"process.pid": "-1"},
+    {"process.pid": str(os.getpid()), "process.started": "x"},
+    {"process.folder": "a\0b"},
+    {"process.folder": "x" * 5000},
+    {"attempt": "'"},
+]
+
+
+@pytest.mark.parametrize("tags", WRONG_TAGS)
+def test_whatever_the_tags_of_a_stale_run_say_the_next_one_begins(tags, store, mlflow, tmp_path, caplog):
+    died, other = (stale(store, mlflow, tmp_path / name, **more) for name, more in (("a", tags), ("b", {})))
+    tracking._reap(mlflow, "stale", store)
+    assert [mlflow.get_run(one).info.status for one in (died, other)] == ["KILLED", "KILLED"]
+    assert [one.message for one in caplog.records if died in one.message]
+    assert not [one.message for one in caplog.records if other in one.message]
+
+
+def test_somebody_elses_folder_is_not_read(store, mlflow, tmp_path, monkeypatch, caplog):
+    died = stale(store, mlflow, tmp_path / "died")
+    before = (tmp_path / "died" / FILE).read_bytes()
+    monkeypatch.setattr("os.getuid", lambda: 12345)
+    tracking._reap(mlflow, "stale", store)
+    assert mlflow.get_run(died).info.status == "KILLED"
+    assert "another user's" in caplog.text
+    assert (tmp_path / "died" / FILE).read_bytes() == before
+
+
+def test_what_comes_before_a_damaged_line_is_sent_and_the_rest_once_it_is_mended(store, mlflow, tmp_path):
+    with start(store, tmp_path / "run") as tracker:
+        tracker.metrics({"loss": 2.0}, 1)
+        tracker.metrics({"loss": 1.0}, 2)
+    whole = (tmp_path / "run" / FILE).read_bytes()
+    at = next(number for number, line in enumerate(whole.splitlines()) if b'"step": 2' in line)
+    damage(b'{"op": "met garbage', at)(tmp_path / "run")
+    uri = f"sqlite:///{tmp_path / 'other.db'}"
+    with pytest.raises(JournalError, match=f"line {at + 1}: "):
+        tracking.finish(tmp_path / "run", "killed", "not used", uri)
+    there = client(uri)
+
+    def told():
+        (run,) = there.search_runs([there.get_experiment_by_name("qlora_exp").experiment_id])
+        return run.info.status, [one.value for one in there.get_metric_history(run.info.run_id, "loss")]
+
+    assert told() == ("RUNNING", [2.0])
+    assert not is_settled(tmp_path / "run", uri)
+    with pytest.raises(JournalError):  # and nothing was added
+        tracking.finish(tmp_path / "run", "killed", "not used", uri)
+    (tmp_path / "run" / FILE).write_bytes(whole)
+    assert tracking.finish(tmp_path / "run", "killed", "not used", uri)
+    assert told() == ("FINISHED", [2.0, 1.0])
+
+
+@pytest.mark.parametrize("line", GARBAGE)
+def test_a_restart_names_what_it_cannot_read(line: bytes, store, mlflow, tmp_path):
+    stale(store, mlflow, tmp_path / "died")
+    damage(line, 3)(tmp_path / "died")
+    for _ in range(2):  # and lets the folder go
+        with pytest.raises(JournalError, match="line 4: "), start(store, tmp_path / "died"):
+            pass
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", "3", "model: 3", "a: !!python/object/apply:os.system ['x']", "\0"])
+def test_a_restart_names_a_config_that_it_cannot_read(text: str, store, mlflow, tmp_path):
+    stale(store, mlflow, tmp_path / "died")
+    (tmp_path / "died" / "qlora_exp.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"qlora_exp\.yaml"), start(store, tmp_path / "died"):
+        pass
+
+
+def replace_by_another(folder) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+    journal = Journal(folder)
+    journal.append(json.loads('{"op": "view", "key": "k", "value": "v"}'))
+    journal.close()
+
+
+@pytest.mark.parametrize("away", [shutil.rmtree, replace_by_file, replace_by_another])
+@pytest.mark.parametrize("then", [ValueError("stumbled"), "goes on", "ends"])
+def test_a_run_whose_folder_goes_away_has_failed(away, then, store, mlflow, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(JournalError, match="was deleted or replaced"), start(store, folder) as tracker:
+        away(folder)
+        left = sorted(folder.iterdir()) if folder.is_dir() else None
+        if isinstance(then, Exception):
+            raise then
+        if then == "goes on":
+            tracker.text("x", "evaluation/x.txt")
+    run = mlflow.get_run(tracker.run_id)
+    assert (run.info.status, run.data.tags["outcome"]) == ("FAILED", "error")
+    assert "was deleted or replaced" in run.data.tags["failure"]
+    assert (sorted(folder.iterdir()) if folder.is_dir() else None) == left
+
+
+def test_links_in_a_model_send_no_file_of_this_machine(store, mlflow, tmp_path):
+    (tmp_path / "secret").write_text("mine")
+    with start(store, tmp_path / "run") as tracker:
+        (tmp_path / "run" / "model").mkdir()
+        (tmp_path / "run" / "model" / "notes.txt").symlink_to(tmp_path / "secret")
+        tracker.model("model", "m", {}, 1)
+        tracker.file("a\0b")
+    run = mlflow.get_run(tracker.run_id)
+    assert run.info.status == "FINISHED"
+    assert not run.outputs.model_outputs
+
+
+def test_a_train_begins_in_a_store_with_a_bad_run(run, store, mlflow, tmp_path):
+    died = stale(store, mlflow, tmp_path / "died")
+    (tmp_path / "died" / FILE).write_text('{"op": "file", "path": "traceback.txt"}\n')
+    done = run("tracking.experiment_name=stale", "method=lora")
+    assert mlflow.get_run(done.run_id).info.status == "FINISHED"
+    assert mlflow.get_run(died).info.status == "KILLED"
