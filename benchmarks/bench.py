@@ -21,19 +21,20 @@ HERE = Path(__file__).parent
 
 def export(folder: Path) -> str:
     """Write the default job's rows as prompt and completion; the path of the converted base model."""
-    from qlora_exp import data, model
-    from qlora_exp.config import compose
-    from qlora_exp.prompts import render
+    from qlora_exp.config.hydra_compose import compose
+    from qlora_exp.data import dataset
+    from qlora_exp.data.prompts import render
+    from qlora_exp.models import base
 
     config = compose()
-    rows = data.load_rows(config.dataset)
-    tokenizer = model.load_tokenizer(config.model)
+    rows = dataset.load_rows(config.dataset)
+    tokenizer = base.load_tokenizer(config.model)
     for name, part in (("train", rows.train), ("heldout", rows.heldout)):
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as lines:
             for row in part:
                 text = render(row, config.dataset, tokenizer)
                 lines.write(json.dumps({"prompt": text.prompt, "completion": text.completion}) + "\n")
-    return model.locate(config.model)
+    return base.locate(config.model)
 
 
 def plain(model: str, data: Path, out: Path, *arguments: str) -> dict:
@@ -57,7 +58,7 @@ def plain(model: str, data: Path, out: Path, *arguments: str) -> dict:
 
 def ours(folder: Path, *overrides: str) -> dict:
     """Run `qlora-exp train`; the same figures from what it left on disk."""
-    from qlora_exp.journal import metrics
+    from qlora_exp.tracking.journal import metrics
 
     command = [sys.executable, "-m", "qlora_exp", "train", "device=cpu", f"hydra.run.dir={folder}"]
     common = [

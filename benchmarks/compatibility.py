@@ -14,8 +14,9 @@ from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
-from qlora_exp.compatibility import ASPECTS, BASES, FILE, WORKS, kinds, name_of
-from qlora_exp.quiet import quiet
+from qlora_exp.config.compatibility import ASPECTS, BASES, FILE, WORKS
+from qlora_exp.studies.probe import kinds, name_of
+from qlora_exp.utils.quiet import quiet
 
 TABLE = Path(__file__).parent.parent / "docs" / "compatibility.md"
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "torchao", "optimum-quanto")
@@ -54,7 +55,7 @@ def judge(words: tuple[str, ...], base: str) -> dict[str, str]:
     quiet()
     from transformers.utils import logging
 
-    from qlora_exp import probe
+    from qlora_exp.studies import probe
 
     logging.disable_progress_bar()
     return probe.verdicts(words, base)

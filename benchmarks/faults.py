@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 from mlflow import MlflowClient
 
-from qlora_exp.jobs import state
+from qlora_exp.sweeps.jobs import state
 
 STEPS = 60
 JOBS = 6

@@ -16,12 +16,15 @@ from statistics import median
 import torch
 from datasets import Dataset
 
-from qlora_exp import adapters, model, plan, training
-from qlora_exp.config import compose
-from qlora_exp.device import detect, resolve
-from qlora_exp.memory import MIB, MemoryMonitor
-from qlora_exp.quiet import quiet
-from qlora_exp.schema import Config
+from qlora_exp.config.hydra_compose import compose
+from qlora_exp.config.schema import Config
+from qlora_exp.environment.device import detect, resolve
+from qlora_exp.environment.memory import MIB, MemoryMonitor
+from qlora_exp.models import adapters
+from qlora_exp.models import base as model
+from qlora_exp.planning import planner
+from qlora_exp.training import trainer as training
+from qlora_exp.utils.quiet import quiet
 
 LENGTH = 128
 METHODS = {
@@ -91,7 +94,7 @@ def main() -> None:
                         "training.train_sampling_strategy=sequential",
                     ]
                 )  # fmt: skip
-                phases = plan.Planner(config, resolve(config, detect("cpu"))).predict().phases
+                phases = planner.Planner(config, resolve(config, detect("cpu"))).predict().phases
                 predicted = max(phases[phase].allocated for phase in ("first_step", "steady")) / MIB
                 with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
                     found = alone.submit(measured, config).result()

@@ -15,12 +15,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from qlora_exp import plan, quantization, steps
-from qlora_exp.config import compose
-from qlora_exp.device import Device, resolve
-from qlora_exp.footprint import play
-from qlora_exp.model import model_config
-from qlora_exp.quiet import quiet
+from qlora_exp.config.hydra_compose import compose
+from qlora_exp.environment.device import Device, resolve
+from qlora_exp.models.base import model_config
+from qlora_exp.planning import planner
+from qlora_exp.planning import step as steps
+from qlora_exp.planning.packed_weights import quantize_meta
+from qlora_exp.planning.replay import play
+from qlora_exp.utils.quiet import quiet
 
 TOKENS = 1304
 PUBLISHED = {
@@ -54,7 +56,7 @@ def allocated(name: str, stored: str, rows: int) -> float:
             base = AutoModelForCausalLM.from_config(
                 type(architecture)(**values), dtype=torch.bfloat16, attn_implementation="sdpa"
             )
-            quantization.quantize_meta(base, config.quantization, resolved)
+            quantize_meta(base, config.quantization, resolved)
             model = get_peft_model(base, LoraConfig(r=8, lora_dropout=0.05, target_modules=["q_proj", "v_proj"]))
             for parameter in model.parameters():
                 if parameter.requires_grad:
@@ -63,7 +65,7 @@ def allocated(name: str, stored: str, rows: int) -> float:
 
     depth = architecture.num_hidden_layers
     model = steps.weigh(build(depth), lambda whole: steps.optimizer("adamw_torch", True, whole))
-    with plan.as_it_runs(on_cuda=True):
+    with planner.as_it_runs(on_cuda=True):
         step = steps.record(build, depth, steps.Batch(rows, TOKENS, masked=False), loss=loss)
     found = max(phase.allocated for phase in play(model, step, True, True).values())
     if stored != "none":  # in bfloat16: what goes into attention, its output layer, the MLP, and the MLP's last layer

@@ -17,9 +17,10 @@ from peft import PeftType, TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from qlora_exp import plan, steps
-from qlora_exp.footprint import Memory
-from qlora_exp.quiet import quiet
+from qlora_exp.planning import planner
+from qlora_exp.planning import step as steps
+from qlora_exp.planning.replay import Memory
+from qlora_exp.utils.quiet import quiet
 
 GIB = 2**30
 BATCH, USUAL = 4, 230
@@ -78,7 +79,7 @@ def both(row: dict[str, str], length: int) -> tuple[steps.Step, steps.Step]:
 def reserved(row: dict[str, str], length: int) -> tuple[float, float]:
     """GiB reserved, and allocated, at the fullest."""
     model = steps.weigh(build(row, 28), lambda whole: steps.optimizer("adamw_torch", True, whole))
-    with plan.as_it_runs(on_cuda=True):
+    with planner.as_it_runs(on_cuda=True):
         usual, longest = both(row, length)
     memory = Memory(on_cuda=True)
     for kind, nbytes in model.static:

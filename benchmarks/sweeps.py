@@ -19,9 +19,9 @@ from pathlib import Path
 import psutil
 from bench import export
 
-from qlora_exp.config import compose
-from qlora_exp.identity import run_key
-from qlora_exp.model import locate
+from qlora_exp.config.hydra_compose import compose
+from qlora_exp.models.base import locate
+from qlora_exp.tracking.run_key import run_key
 
 QUICK = [
     "model=tiny_llama", "device=cpu", "method=qlora", "training.max_steps=5", "training.per_device_train_batch_size=4",

@@ -9,11 +9,11 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qlora_exp.config import compose
-    from qlora_exp.loading import load
-    from qlora_exp.run import RunResult
-    from qlora_exp.run import run as train
-    from qlora_exp.schema import Config
+    from qlora_exp.config.hydra_compose import compose
+    from qlora_exp.config.schema import Config
+    from qlora_exp.deploy.load import load
+    from qlora_exp.recipe.finetune import run as train
+    from qlora_exp.recipe.result import RunResult
 
 __version__ = "0.1.0"
 __all__ = ["Config", "RunResult", "compose", "load", "train"]

@@ -1,6 +1,6 @@
 """`python -m qlora_exp` is the command `qlora-exp`."""
 
-from qlora_exp.cli import main
+from qlora_exp.cli.main import main
 
 if __name__ == "__main__":
     main()

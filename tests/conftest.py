@@ -13,26 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import QUICK
 
-from qlora_exp.journal import metrics
-from qlora_exp.quiet import quiet
+from qlora_exp.tracking.journal import metrics
+from qlora_exp.utils.quiet import quiet
 
 quiet()
-
-QUICK = [
-    "device=cpu",
-    "model=tiny_llama",
-    "dataset.max_train_rows=16",
-    "dataset.max_eval_rows=4",
-    "training.max_steps=3",
-    "training.per_device_train_batch_size=2",
-    "training.eval_strategy=no",
-    "unrelated=none",
-    "evaluation.generate_rows=2",
-    "evaluation.max_new_tokens=4",
-    "tracking.plan=false",
-]
-"""A run of a few seconds."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -65,24 +51,15 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def config() -> Callable[..., Any]:
     """Compose a quick run's config, changed by the given overrides."""
-    from qlora_exp.config import compose
+    from qlora_exp.config.hydra_compose import compose
 
     return lambda *overrides: compose([*QUICK, *overrides])
-
-
-def exit_code(*words: str) -> int:
-    """Of the command line, called in this process."""
-    from qlora_exp.cli import main
-
-    with pytest.raises(SystemExit) as end:
-        main(list(words))
-    return int(end.value.code or 0)
 
 
 @pytest.fixture(scope="session")
 def _imported() -> None:
     """What a run imports is looked at by no garbage collection: half of a tiny run's time otherwise."""
-    import qlora_exp.preload  # noqa: F401
+    import qlora_exp.sweeps.launchers.preload  # noqa: F401
 
     gc.collect()
     gc.freeze()
@@ -91,8 +68,8 @@ def _imported() -> None:
 @pytest.fixture
 def run(store: str, tmp_path: Path, _imported: None) -> Callable[..., Any]:
     """Run a quick configuration, changed by the given overrides; in a new folder, or in one that is named."""
-    from qlora_exp.config import compose
-    from qlora_exp.run import run
+    from qlora_exp.config.hydra_compose import compose
+    from qlora_exp.recipe.finetune import run
 
     counter = iter(range(100))
 
@@ -109,8 +86,8 @@ SAVED = ("method=lora", "training.learning_rate=1e-2", "tracking.log_adapter=fal
 @pytest.fixture(scope="session")
 def adapters(store: str, tmp_path_factory: pytest.TempPathFactory, _imported: None) -> Callable[..., Path]:
     """Folders that runs saved, by their overrides; each is trained once."""
-    from qlora_exp.config import compose
-    from qlora_exp.run import run
+    from qlora_exp.config.hydra_compose import compose
+    from qlora_exp.recipe.finetune import run
 
     made: dict[tuple[str, ...], Path] = {}
 
@@ -141,8 +118,8 @@ def _quanto() -> None:
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     """The byte-level tokenizer of the tiny models."""
-    from qlora_exp.model import load_tokenizer
-    from qlora_exp.schema import ModelConfig
+    from qlora_exp.config.sections.model import ModelConfig
+    from qlora_exp.models.base import load_tokenizer
 
     return load_tokenizer(ModelConfig(model_name_or_path="random:llama"))
 

@@ -3,10 +3,10 @@
 import sys
 from pathlib import Path
 
-from conftest import QUICK
+from support import QUICK
 
-from qlora_exp.journal import metrics
-from qlora_exp.store import client
+from qlora_exp.tracking.journal import metrics
+from qlora_exp.tracking.mlflow_store import client
 
 
 def command(store: str, experiment: str, *more: str) -> list[str]:

@@ -16,12 +16,18 @@ from safetensors.torch import load_file, save_file
 
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # GPTQModel 7.6 wants two, and takes half of the cores
 
-from qlora_exp import compatibility, exporting, load, loading, merging, model, probe, quantization
-from qlora_exp.compatibility import WORKS
-from qlora_exp.config import compose
-from qlora_exp.device import Device, resolve
-from qlora_exp.errors import ModelError
-from qlora_exp.journal import FILE, read
+from qlora_exp import load
+from qlora_exp.config import compatibility
+from qlora_exp.config.compatibility import WORKS
+from qlora_exp.config.hydra_compose import compose
+from qlora_exp.deploy import export, merge
+from qlora_exp.deploy import load as loading
+from qlora_exp.environment.device import Device, resolve
+from qlora_exp.models import base as model
+from qlora_exp.models import quantization
+from qlora_exp.studies import probe
+from qlora_exp.tracking.journal import FILE, read
+from qlora_exp.utils.errors import ModelError
 
 CPU = Device("cpu", "CPU", bf16=False, paging=False)
 GROUP = 32
@@ -121,13 +127,13 @@ def test_files_that_are_gptq_are_not_taken_for_plain_ones(gptq: Path):
 
 def test_a_run_is_exported_as_gptq_on_its_own_rows(run: Callable[..., Any], tmp_path: Path):
     result = run("method=lora", "dataset.max_train_rows=32", "training.learning_rate=1e-2")
-    made = exporting.export(loading.find(result.run_id, result_store(result), "cpu"), tmp_path / "made", "gptq")
+    made = export.export(loading.find(result.run_id, result_store(result), "cpu"), tmp_path / "made", "gptq")
     assert (made.form, made.weights) == ("gptq", "gptq, groups of 64")
     assert 0 < made.mean_kl < 0.01
     assert json.loads((tmp_path / "made" / "config.json").read_text())["quantization_config"]["bits"] == 4
     assert sorted(one.name for one in (tmp_path / "made").glob(".*")) == []
     adapted, tokenizer = load(str(tmp_path / "made"), device="cpu")
-    whole = merging.whole(loading.find(str(result.output_dir), device="cpu"))
+    whole = merge.whole(loading.find(str(result.output_dir), device="cpu"))
     ids = tokenizer("a question", return_tensors="pt").input_ids
     with torch.no_grad():
         far = (adapted(input_ids=ids).logits - whole.model(input_ids=ids).logits).abs().max()

@@ -1,0 +1,106 @@
+"""What in a config does not go together, across its sections. Must not import torch.
+
+Single keys and sections check themselves in `schema`.
+"""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from qlora_exp.config import peft_methods
+
+if TYPE_CHECKING:
+    from qlora_exp.config.schema import Config
+
+
+def problems(config: "Config") -> Iterator[str]:
+    """Each with what to do about it."""
+    lora = [*_lora(config)]
+    yield from lora
+    explained = lora and config.method.peft_type == "LORA"
+    yield from _method_and_base(config, None if explained else config.refusal("trains"))
+    yield from _trainer(config)
+    yield from _device(config)
+    if not config.model.model_name_or_path.startswith("random:") and config.model.random_config:
+        yield "model.random_config needs a model_name_or_path of random:FAMILY"
+    if config.search.prune and config.training.eval_strategy == "no":
+        yield "search.prune needs a held-out loss during training: training.eval_strategy=steps"
+    elif config.search.prune and 0 < config.training.max_steps <= (config.training.eval_steps or 0):
+        yield "search.prune needs a held-out loss before the end: training.eval_steps < max_steps"
+
+
+def _method_and_base(config: "Config", why: str | None) -> Iterator[str]:
+    """`why`: what was seen to fail, if nothing better explains it."""
+    method, quantization = config.method, config.quantization
+    if method.quantized_base is True and not quantization.quantized:
+        yield (
+            f"method={method.name} needs a quantized base: choose quantization=nf4_double, nf4, fp4, fp4_double or "
+            "int8, or method=lora for an unquantized one"
+        )
+    if quantization.quantized and (why or method.quantized_base is False):
+        yield (
+            f"method={method.name} cannot train a base stored as {quantization.name}{f' ({why})' if why else ''}: "
+            "choose quantization=none, or method=qlora"
+        )
+    elif why:
+        yield f"method={method.name} cannot train: {why}"
+
+
+def _lora(config: "Config") -> Iterator[str]:
+    method, variant, optimizer = config.method, config.lora_variant, config.optimizer
+    settings, start = {**method.settings, **variant.settings}, config.lora_start
+    if method.peft_type != "LORA":
+        if variant != type(variant)():
+            yield f"lora_variant={variant.name} needs a LoRA method, not method={method.name}"
+        if optimizer.lora_optimizer:
+            yield f"optimizer={optimizer.name} needs a LoRA method, not method={method.name}"
+        return
+    if twice := method.settings.keys() & variant.settings.keys():
+        yield f"set in both method and lora_variant: {', '.join(sorted(twice))}"
+    if config.quantization.quantized and (name := peft_methods.needs_plain_base(settings)):
+        yield (
+            f"{name}={settings[name]} needs the base's own weights, which a base stored as {config.quantization.name} "
+            "does not have any more: choose quantization=none, or another lora_variant (loftq, eva, dora, rslora, lora)"
+        )
+    if start == "loftq" and (stored := config.quantization.quant_method) in ("gptq", "awq"):
+        yield f"init_lora_weights=loftq needs the base's own weights, which {stored} files have lost"
+    elif start == "loftq" and not config.quantization.quantized:
+        yield "init_lora_weights=loftq makes up for a quantized base: choose quantization=nf4_double"
+    if peft_methods.moves_base(start):
+        uneven = settings.get("rank_pattern") or settings.get("alpha_pattern")
+        for name, given in (
+            ("use_dora=true", settings.get("use_dora")),
+            ("modules_to_save", settings.get("modules_to_save")),
+            ("trained biases", settings.get("bias", "none") != "none"),
+            ("use_rslora with rank_pattern or alpha_pattern", settings.get("use_rslora") and uneven),
+        ):
+            if given:
+                yield f"init_lora_weights={start} is saved as its difference from the start, with no place for {name}"
+    if settings.get("use_qalora") and config.quantization.quant_method != "gptq":
+        yield "use_qalora: PEFT has QA-LoRA for GPTQ layers only: choose quantization=gptq and a model of such files"
+    more = [name for name in ("use_dora", "kasa_config", "monteclora_config", "lora_bias") if settings.get(name)]
+    if optimizer.lora_optimizer == "lorafa" and (more or start == "mica"):
+        yield f"lora_optimizer=lorafa trains LoRA's B only, not {', '.join(more) or 'mica'}"
+
+
+def _trainer(config: "Config") -> Iterator[str]:
+    training = config.training
+    asked = {
+        "gradient_checkpointing": training.gradient_checkpointing is True,
+        "packing": training.packing,
+        "load_best_model_at_end": training.load_best_model_at_end,
+        "resume": training.resume_from_checkpoint is not None,
+    }
+    if training.assistant_only_loss and not (config.dataset.format == "chat" and training.completion_only_loss):
+        yield "training.assistant_only_loss needs dataset.format=chat and training.completion_only_loss=true"
+    for aspect, wanted in asked.items():
+        if wanted and (why := config.refusal(aspect)):
+            key = "resume_from_checkpoint=null" if aspect == "resume" else f"{aspect}=false"
+            yield f"method={config.method.name} does not work with {aspect} ({why}): use training.{key}"
+
+
+def _device(config: "Config") -> Iterator[str]:
+    optim = config.optimizer.optim
+    if config.device == "mps" and (config.quantization.bitsandbytes or "bnb" in optim or "8bit" in optim):
+        yield "bitsandbytes (quantized bases, 8-bit optimizers) does not run on mps"
+    if config.device == "cpu" and config.training.fp16 is True:
+        yield "training.fp16 needs a GPU: use bf16, or leave it to auto"

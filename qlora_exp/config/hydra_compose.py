@@ -1,0 +1,138 @@
+"""From overrides to a checked `Config`: Hydra composes, `schema` checks, mistakes become one clear message.
+
+Knows where the shipped `conf/` folder is. Must stay light: `--help` and `--cfg job` go through here.
+"""
+
+import re
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from qlora_exp.config.schema import Config
+from qlora_exp.config.validate import OPEN_SECTIONS, from_dict, no_such_key
+from qlora_exp.utils.errors import ConfigError, did_you_mean
+
+
+def conf_dir() -> Path:
+    """The shipped config groups: beside the package in a checkout, inside it in an installed wheel."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise ConfigError(f"no conf/config.yaml beside or inside {package}: the installation is incomplete")
+
+
+def register() -> None:
+    """Give Hydra the schema's keys and defaults as the config `schema`, the root that every group overrides."""
+    node = OmegaConf.create(Config().model_dump(mode="json"))
+    for section in OPEN_SECTIONS:
+        OmegaConf.set_struct(node[section], False)
+    ConfigStore.instance().store(name="schema", node=node)
+
+
+def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Config:
+    """Compose and check one run's config, as `qlora-exp train OVERRIDES` does.
+
+    Args:
+        overrides: Hydra overrides, e.g. `["method=lora", "method.r=8"]`.
+        config_dir: a folder of your own groups and options, searched after the shipped ones.
+
+    Raises:
+        ConfigError: what is wrong, where, and the nearest valid spelling.
+    """
+    register()
+    search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
+    try:
+        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
+            return check(hydra_compose("config", overrides=[*search, *overrides]))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error) from error
+
+
+def check_command(arguments: Sequence[str]) -> None:
+    """Check what a command line would run, before anything runs.
+
+    Args:
+        arguments: overrides and Hydra's flags, as after `qlora-exp train`.
+
+    Raises:
+        ConfigError: with every problem that was found.
+    """
+    config_dir = next((later for flag, later in pairwise(arguments) if flag in ("--config-dir", "-cd")), None)
+    config_dir = next((word.split("=", 1)[1] for word in arguments if word.startswith("--config-dir=")), config_dir)
+    compose([word for word in arguments if "=" in word and not word.startswith("-")], config_dir)
+
+
+def grid(overrides: Sequence[str]) -> list[list[str]]:
+    """Each combination of what overrides list (`method.r=4,8`), of a named sweep's lists too.
+
+    Raises:
+        ConfigError: an override cannot be read.
+    """
+    name = next((word.split("=", 1)[1] for word in reversed(overrides) if word.startswith("sweep=")), None)
+    params: dict[str, str] = {}
+    if name is not None:
+        if name not in options("sweep"):
+            raise ConfigError(f"sweep: no option '{name}'{did_you_mean(name, options('sweep'))}")
+        values = yaml.safe_load((conf_dir() / "sweep" / f"{name}.yaml").read_text("utf-8"))
+        params = values["hydra"]["sweeper"]["params"]
+    given = {word.split("=", 1)[0] for word in overrides}
+    words = [*(f"{key}={value}" for key, value in params.items() if key not in given), *overrides]
+    try:
+        batches = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), None)
+    except HydraException as error:
+        raise explain(error) from error
+    return [list(job) for batch in batches for job in batch]
+
+
+def check(composed: DictConfig) -> Config:
+    """The typed config of a composed one.
+
+    Raises:
+        ConfigError: with every problem that was found, one a line.
+    """
+    return from_dict(plain(composed))
+
+
+def plain(composed: DictConfig) -> Any:
+    """A composed config as nested dictionaries.
+
+    Raises:
+        ConfigError: a value is missing, or cannot be worked out.
+    """
+    try:
+        return OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise explain(error) from error
+
+
+def options(group: str) -> list[str]:
+    """The shipped options of a config group."""
+    return sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))
+
+
+def explain(error: Exception) -> ConfigError:
+    """Hydra's or OmegaConf's error as a `ConfigError` that names the nearest valid spelling."""
+    text = str(error)
+    if match := re.search(r"Could not override '([^']+)'", text):
+        return ConfigError(no_such_key(match[1].split("@")[0].lstrip("+~")))
+    if match := re.search(r"Could not find '((?:hydra/)?[^'/]+)/([^']+)'", text):
+        group, option = match.groups()
+        known = options(group)
+        hub = f"; a model of the hub: model=hub model.model_name_or_path={option}" if group == "model" else ""
+        return ConfigError(
+            f"{group}: no option '{option}'{did_you_mean(option, known)} Shipped options: {', '.join(known)}{hub}"
+        )
+    cause = f"\n{error.__cause__}" if error.__cause__ else ""
+    return ConfigError(f"{text}{cause}")

@@ -1,0 +1,66 @@
+"""What a config may say: every key with its type, default, range and meaning; what goes together: `crosschecks`.
+
+The only place where a key is declared. A key that mirrors a library's field has that field's name.
+Settings of `method` and `lora_variant` are PEFT's own and are checked by `peft_registry`.
+This module must not import torch or anything that does: a wrong config is refused within a second.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from qlora_exp.config import compatibility, crosschecks
+from qlora_exp.config.sections.base import Section
+from qlora_exp.config.sections.dataset import DatasetConfig, UnrelatedConfig
+from qlora_exp.config.sections.evaluation import EvaluationConfig
+from qlora_exp.config.sections.method import LoraVariantConfig, MethodConfig
+from qlora_exp.config.sections.model import ModelConfig
+from qlora_exp.config.sections.optimizer import OptimizerConfig
+from qlora_exp.config.sections.quantization import QuantizationConfig
+from qlora_exp.config.sections.sweep import SearchConfig, SweepConfig
+from qlora_exp.config.sections.tracking import TrackingConfig
+from qlora_exp.config.sections.training import TrainingConfig
+
+
+class Config(Section):
+    """One run."""
+
+    model: ModelConfig = ModelConfig()
+    method: MethodConfig = MethodConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
+    lora_variant: LoraVariantConfig = LoraVariantConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    dataset: DatasetConfig = DatasetConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    unrelated: UnrelatedConfig = UnrelatedConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    sweep: SweepConfig = SweepConfig()
+    search: SearchConfig = SearchConfig()
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+
+    @property
+    def datasets(self) -> list[DatasetConfig]:
+        """Every dataset that the run reads."""
+        return [one for one in (self.dataset, self.unrelated) if one.paths]
+
+    @property
+    def lora_start(self) -> str | None:
+        """How LoRA starts (`init_lora_weights`), if not as PEFT's default."""
+        start = {**self.method.settings, **self.lora_variant.settings}.get("init_lora_weights")
+        return start if isinstance(start, str) else None
+
+    def refusal(self, aspect: str) -> str | None:
+        """Why `aspect` of training is known to fail with this method on this base; None if it is not."""
+        stored = self.quantization
+        other = stored.quant_method if stored.quantized else "plain"
+        base = "4bit" if stored.load_in_4bit else "8bit" if stored.load_in_8bit else other
+        kind = compatibility.kind_of(self.method.peft_type, self.lora_variant.name)
+        return compatibility.refusal(kind, base, aspect)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if problems := [*crosschecks.problems(self)]:
+            raise ValueError("\n".join(problems))
+        return self

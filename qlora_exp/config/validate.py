@@ -1,0 +1,62 @@
+"""Check plain values against the schema, and explain what is wrong with them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from qlora_exp.config import peft_methods
+from qlora_exp.config.schema import Config
+from qlora_exp.utils.errors import ConfigError, nearest
+
+OPEN_SECTIONS = ("method", "lora_variant")
+"""Sections with PEFT's settings: `method.use_rslora=true` needs no `+`, and `schema` refuses what PEFT has not."""
+
+
+def from_dict(values: Any) -> Config:
+    """The typed config of plain nested values, e.g. of a recorded run.
+
+    Raises:
+        ConfigError: with every problem that was found, one a line.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_describe(problem) for problem in error.errors())) from error
+
+
+def known_keys() -> list[str]:
+    """Every dotted key that a config can have, PEFT's LoRA settings included."""
+
+    def walk(prefix: str, section: type[BaseModel]) -> Iterator[str]:
+        for name, field in section.model_fields.items():
+            yield f"{prefix}{name}"
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                yield from walk(f"{prefix}{name}.", field.annotation)
+
+    lora = [f"{section}.{name}" for section in OPEN_SECTIONS for name in peft_methods.settings("LORA")]
+    return [*walk("", Config), *lora]
+
+
+def no_such_key(key: str) -> str:
+    if key.rpartition(".")[2] in ("output_dir", "out", "output"):
+        return f"{key}: no such key or group; the output folder is hydra.run.dir=FOLDER"
+    if key.startswith("hydra."):
+        return f"{key}: no such key of Hydra's (--cfg hydra shows them); +{key}=VALUE adds one that a plugin takes"
+    section = key.rpartition(".")[0]
+    siblings = [known for known in known_keys() if known.rpartition(".")[0] == section]
+    if near := nearest(key, siblings) or nearest(key, known_keys(), cutoff=0.8):
+        return f"{key}: no such key or group; did you mean '{near}'?"
+    return f"{key}: no such key or group; `{f'qlora-exp keys {section}'.strip()}` lists them"
+
+
+def _describe(problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("literal["))
+    if problem["type"] == "extra_forbidden":
+        return no_such_key(where)
+    if problem["input"] is None or problem["type"] == "string_too_short":
+        return f"{where}: must be given: {where}=VALUE"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return message if message.startswith(f"{where}.") or not where else f"{where}: {message}"
+    return f"{where}: {message}, got {problem['input']!r:.200}"

@@ -1,0 +1,258 @@
+"""Rows -> prompt and completion -> tokens with labels, and the audit of those labels.
+
+Every source becomes the same columns. Knows nothing of models: a tokenizer is enough.
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, Features, List, Value, load_from_disk
+from datasets.arrow_writer import ArrowWriter
+from tqdm import tqdm
+
+from qlora_exp.config.schema import Config
+from qlora_exp.config.sections.dataset import DatasetConfig
+from qlora_exp.data import leakage
+from qlora_exp.data.prompts import render
+from qlora_exp.data.sources import read
+from qlora_exp.utils.cache import built
+from qlora_exp.utils.errors import DataError
+
+IGNORED = -100
+_ROWS, _DROPPED = "rows.arrow", "dropped.json"
+_LAYOUT = 2  # raise it when rows tokenized by older code must not be used any more
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Training and held-out rows with the columns `prompt`, `input`, `completion` (and `messages`, `entry`)."""
+
+    train: Dataset
+    heldout: Dataset
+    dropped: dict[str, int]
+    """Rows left out, by reason."""
+    leaks: list[leakage.Leak]
+    """Held-out rows that training rows gave away, before any were left out."""
+
+
+def fingerprint(rows: Dataset) -> str:
+    """A digest of every row, in order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def load_rows(config: DatasetConfig) -> Rows:
+    """Read, clean, split and limit the rows; training rows that give a held-out row away are left out.
+
+    Raises:
+        DataError: the source or a column is not there, or nothing is left.
+    """
+    train, heldout, dropped = _split(config)
+    given_away = leakage.find(train, heldout, config.leak_threshold)
+    dropped["leaks"] = 0
+    if config.drop_leaks != "none":
+        leaking = {one.train for one in given_away if one.kind == "exact" or config.drop_leaks == "near"}
+        dropped["leaks"] = len(leaking)
+        train = _pick(train, [index for index in range(len(train)) if index not in leaking])
+    train = _first(train, config.max_train_rows)
+    if not len(train) or not len(heldout):
+        raise DataError(f"{config.path}: no rows are left for training or for evaluation ({_why(dropped)})")
+    return Rows(train, heldout, dropped, given_away)
+
+
+def load_heldout(config: DatasetConfig) -> Dataset:
+    """The held-out rows alone.
+
+    Raises:
+        DataError: the source or a column is not there, or nothing is left.
+    """
+    _, heldout, dropped = _split(config)
+    if not len(heldout):
+        raise DataError(f"{config.path}: no rows are left ({_why(dropped)})")
+    return heldout
+
+
+def _split(config: DatasetConfig) -> tuple[Dataset, Dataset, dict[str, int]]:
+    """Training rows, held-out rows up to their limit, and how many were left out of both."""
+    rows, dropped = _clean(read(config, config.path, config.split), config)
+    if config.eval_path or config.eval_split:
+        heldout, dropped_heldout = _clean(
+            read(config, config.eval_path or config.path, config.eval_split or config.split), config
+        )
+        dropped = {reason: count + dropped_heldout[reason] for reason, count in dropped.items()}
+        train = _pick(rows, order(len(rows), config.split_seed))
+    else:
+        size = config.eval_size
+        if len(rows) < 2 or (isinstance(size, int) and size >= len(rows)):
+            raise DataError(f"dataset.eval_size={size}: only {len(rows)} rows to split ({_why(dropped)})")
+        count = max(1, round(size * len(rows))) if size < 1 else int(size)
+        shuffled = order(len(rows), config.split_seed)
+        heldout, train = _pick(rows, shuffled[:count]), _pick(rows, shuffled[count:])
+    return train, _first(heldout, config.max_eval_rows), dropped
+
+
+def order(count: int, seed: int) -> list[int]:
+    """How `count` rows are shuffled: as `datasets` does it."""
+    return np.random.default_rng(seed).permutation(count).tolist()
+
+
+def _pick(rows: Dataset, chosen: list[int]) -> Dataset:
+    """With the choice in memory: `datasets` would write it beside the rows, into the cache."""
+    return rows.select(chosen, keep_in_memory=True)
+
+
+def _why(dropped: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in dropped.items()) + " left out"
+
+
+def _first(rows: Dataset, limit: int | None) -> Dataset:
+    return rows.select(range(min(limit, len(rows)))) if limit else rows
+
+
+def _clean(raw: Dataset, config: DatasetConfig) -> tuple[Dataset, dict[str, int]]:
+    """The uniform columns, without empty, unwanted and repeated rows; on disk, never all of them in memory."""
+    if config.format == "text":
+        columns = {"completion": config.text_column}
+    elif config.messages_column:
+        columns = {"messages": config.messages_column}
+    else:
+        columns = {"prompt": config.prompt_column, "completion": config.completion_column}
+        if config.input_column:
+            columns["input"] = config.input_column
+    if missing := [column for column in columns.values() if column not in raw.column_names]:
+        raise DataError(
+            f"{config.path}: no column {', '.join(repr(column) for column in missing)}; "
+            f"it has {', '.join(raw.column_names)}. Name yours in dataset.prompt_column, dataset.completion_column, ..."
+        )
+    read = [columns, config.format, config.drop_matching, config.drop_duplicates]
+    made_of = json.dumps([_LAYOUT, raw._fingerprint, *read])
+    name = f"rows-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"
+    folder = built(name, lambda part: _write_clean(raw, config, columns, part))
+    return Dataset.from_file(str(folder / _ROWS)), json.loads((folder / _DROPPED).read_text("utf-8"))
+
+
+def _write_clean(raw: Dataset, config: DatasetConfig, columns: dict[str, str], folder: Path) -> None:
+    unwanted = re.compile(config.drop_matching) if config.drop_matching else None
+    own = {**columns, "entry": "entry"} if "entry" in raw.column_names else columns  # a generated task's own
+    features = {name: Value("string") for name in ("prompt", "input", "completion")}
+    if "messages" in columns:
+        features["messages"] = List({"role": Value("string"), "content": Value("string")})
+    if "entry" in own:
+        features["entry"] = Value("string")
+    dropped = {"empty": 0, "matching drop_matching": 0, "duplicates": 0}
+    seen: set[bytes] = set()
+    with ArrowWriter(path=str(folder / _ROWS), features=Features(features)) as writer:
+        for source in raw.select_columns(list(own.values())):
+            row = _uniform({role: source[column] for role, column in own.items()})
+            identity = [row["prompt"], row["input"], row["messages"], config.format == "text" and row["completion"]]
+            digest = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).digest()
+            if not row["completion"].strip() or not (row["prompt"].strip() or config.format == "text"):
+                dropped["empty"] += 1
+            elif unwanted and unwanted.search(row["completion"]):
+                dropped["matching drop_matching"] += 1
+            elif config.drop_duplicates and digest in seen:
+                dropped["duplicates"] += 1
+            else:
+                seen.add(digest)
+                writer.write({name: row[name] for name in features})
+        writer.finalize()
+    (folder / _DROPPED).write_text(json.dumps(dropped), "utf-8")
+
+
+def _uniform(row: dict[str, Any]) -> dict[str, Any]:
+    """`prompt`, `input`, `completion` as text; `messages` up to the last assistant turn, or None; `entry` as it is."""
+    messages = row.get("messages")
+    if messages:
+        if missing := {"role", "content"} - messages[0].keys():
+            raise DataError(
+                f"dataset.messages_column: a message needs role and content; the first has {', '.join(messages[0])}"
+                f" and no {' or '.join(sorted(missing))}"
+            )
+        answers = [index for index, message in enumerate(messages) if message.get("role") == "assistant"]
+        messages = messages[: answers[-1] + 1] if answers else []
+        turns = [{"role": message["role"], "content": str(message["content"] or "")} for message in messages]
+        return {
+            "prompt": turns[-2]["content"] if len(turns) > 1 else "",
+            "input": "",
+            "completion": turns[-1]["content"] if turns else "",
+            "messages": turns,
+            "entry": None,
+        }
+    text = {role: "" if row.get(role) is None else str(row[role]) for role in ("prompt", "input", "completion")}
+    return {**text, "input": text["input"].strip(), "messages": None, "entry": row.get("entry")}
+
+
+def tokenize(rows: Dataset, config: Config, tokenizer: Any) -> Dataset:
+    """`input_ids` and `labels` of each row, uncut; labels are -100 where no loss is taken.
+
+    Prompt and completion are tokenized apart, so that training sees exactly the tokens that generation continues.
+    Done once for the same rows, format and tokenizer: other runs find the result in the cache.
+    """
+    learned = [config.training.completion_only_loss, config.training.assistant_only_loss]
+    made_of = [fingerprint(rows), config.dataset.format, config.dataset.system_message, learned]
+    made_of += [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map]
+    name = hashlib.sha256(json.dumps([_LAYOUT, *made_of], default=str).encode()).hexdigest()[:16]
+    folder = built(f"tokens-{name}", lambda part: _tokenize(rows, config, tokenizer, part))
+    found = load_from_disk(str(folder))
+    assert isinstance(found, Dataset)
+    return found
+
+
+def _tokenize(rows: Dataset, config: Config, tokenizer: Any, folder: Path) -> None:
+    eos, learn_all = tokenizer.eos_token_id, not config.training.completion_only_loss
+
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
+        text = render(row, config.dataset, tokenizer, config.training.assistant_only_loss)
+        ids: list[int] = []
+        labels: list[int] = []
+        prompt_length = 0
+        for place, (piece, learned) in enumerate(text.pieces):
+            first = place == 0 and not text.has_special_tokens
+            tokens = tokenizer(piece, add_special_tokens=first and not learned)["input_ids"]
+            if first and len(tokens) > 1 and tokens[-1] == eos:
+                tokens = tokens[:-1]  # a tokenizer that closes every text
+            prompt_length = len(ids)
+            ids += tokens
+            labels += tokens if learned or learn_all else [IGNORED] * len(tokens)
+        if not text.has_special_tokens:
+            ids, labels = [*ids, eos], [*labels, eos]
+        bar.update()
+        return {"input_ids": ids, "labels": labels, "prompt_length": prompt_length}
+
+    with (
+        tqdm(total=len(rows), desc="tokenizing", unit="row", leave=False, disable=None) as bar,
+        TemporaryDirectory(prefix="qlora_exp-") as scratch,
+    ):
+        options: dict[str, Any] = {"load_from_cache_file": False, "cache_file_name": f"{scratch}/tokens.arrow"}
+        rows.map(encode, remove_columns=rows.column_names, **options).save_to_disk(str(folder))
+
+
+def cut(rows: Dataset, tokens: Dataset, max_length: int) -> tuple[Dataset, Dataset]:
+    """Held-out rows, as text and as tokens cut to `max_length`, without those that have no answer token left.
+
+    Raises:
+        DataError: none is left.
+    """
+    keep = [i for i, labels in enumerate(tokens["labels"]) if any(one != IGNORED for one in labels[1:max_length])]
+    if not keep:
+        raise DataError(f"no held-out row has an answer token within training.max_length={max_length}; raise it")
+    shorter = tokens.select(keep).map(
+        lambda row: {"input_ids": row["input_ids"][:max_length], "labels": row["labels"][:max_length]},
+        load_from_cache_file=False,
+        keep_in_memory=True,
+    )
+    return rows.select(keep), shorter
+
+
+def unrelated(rows: Dataset, config: Config, tokenizer: Any) -> tuple[Dataset, Dataset]:
+    """`rows` of text that the run is not about, and their tokens, cut as the held-out rows are."""
+    as_dataset = config.model_copy(update={"dataset": config.unrelated})
+    return cut(rows, tokenize(rows, as_dataset, tokenizer), config.training.max_length)

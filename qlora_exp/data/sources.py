@@ -1,0 +1,141 @@
+"""Where rows come from: the embedded FAQ, Python's documentation, reasoning-gym tasks, files, the hub.
+
+Gives them as they are; `data` makes their columns alike.
+"""
+
+import importlib.util
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, IterableDataset, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+from tqdm import tqdm
+
+from qlora_exp.config.sections.dataset import FILE_FORMATS, DatasetConfig
+from qlora_exp.data.scoring import Scorer, is_possible
+from qlora_exp.utils.errors import DataError, did_you_mean
+
+log = logging.getLogger(__name__)
+
+FAQ = "embedded:construction_faq"
+PYTHON_DOCS = "embedded:python_docs"
+GYM = "reasoning_gym:"
+
+
+def read(config: DatasetConfig, path: str, split: str) -> Dataset:
+    """The rows of `path`, with the columns that they have there.
+
+    Raises:
+        DataError: they cannot be found, fetched or read.
+    """
+    if path == FAQ:
+        return _read_file(_faq_file())
+    if path.startswith(GYM):
+        return _generate(path.removeprefix(GYM), config)
+    if path == PYTHON_DOCS:
+        return _python_docs()
+    if path.startswith("embedded:"):
+        raise DataError(f"dataset.path: no '{path}'{did_you_mean(path, [FAQ, PYTHON_DOCS])}")
+    if Path(path).suffix in FILE_FORMATS or Path(path).exists():
+        return _read_file(Path(path))
+    try:
+        found = load_dataset(path, config.subset, split=split, revision=config.revision, streaming=config.streaming)
+        return _some(found, config) if isinstance(found, IterableDataset) else found
+    except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
+        raise DataError(
+            f"dataset.path: '{path}' is not a file, and the hub did not give it: check the name and the network "
+            f"({_last_line(error)})"
+        ) from error
+    except ValueError as error:  # an unknown split or configuration
+        raise DataError(f"{path}: {_last_line(error)}") from error
+
+
+def _some(rows: IterableDataset, config: DatasetConfig) -> Dataset:
+    """As many of the first rows as a run can need, and half again for those that will be left out."""
+    count = round(1.5 * ((config.max_train_rows or 0) + config.eval_size))
+    return Dataset.from_list(list(tqdm(rows.take(count), total=count, desc="fetching", unit="row", disable=None)))
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+
+
+def _read_file(file: Path) -> Dataset:
+    if not file.is_file():
+        raise DataError(f"dataset.path: no file {file}")
+    if file.suffix not in FILE_FORMATS:
+        raise DataError(f"{file}: not one of {', '.join(FILE_FORMATS)}")
+    if not file.stat().st_size:
+        raise DataError(f"{file}: the file is empty")
+    try:
+        return load_dataset(FILE_FORMATS[file.suffix], data_files=str(file), split="train")
+    except Exception as error:  # whatever the reader of that format raises for a damaged file
+        raise DataError(
+            f"{file}: cannot be read as {FILE_FORMATS[file.suffix]}: {_last_line(error.__cause__ or error)}"
+        ) from error
+
+
+def _faq_file() -> Path:
+    spec = importlib.util.find_spec("zaragoza_construction_faq")
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(f"{FAQ} needs its package: pip install 'qlora-exp[embedded]'")
+    return Path(spec.submodule_search_locations[0]) / "data" / "faq-en-alpaca.jsonl"
+
+
+def _python_docs() -> Dataset:
+    """Passages of about 1000 characters, whole paragraphs, of the language reference in Python's own library."""
+    from pydoc_data.topics import topics
+
+    passages = []
+    for topic in sorted(topics):
+        passage = ""
+        for paragraph in topics[topic].split("\n\n"):
+            passage += f"{paragraph.strip()}\n\n"
+            if len(passage) >= 1000:
+                passages.append(passage.strip())
+                passage = ""
+    return Dataset.from_dict({"text": passages})
+
+
+def _gym(task: str) -> Any:
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        raise DataError(f"{GYM}{task} needs its package: pip install 'qlora-exp[tasks]'") from error
+    if task not in DATASETS:
+        raise DataError(f"dataset.path: reasoning-gym has no task '{task}'{did_you_mean(task, DATASETS)}")
+    return reasoning_gym
+
+
+def _generate(task: str, config: DatasetConfig) -> Dataset:
+    try:
+        entries = _gym(task).create_dataset(
+            task, size=config.reasoning_gym_size, seed=config.split_seed, **config.reasoning_gym_config
+        )
+    except (TypeError, AssertionError, ValueError) as error:
+        raise DataError(f"dataset.reasoning_gym_config: {error}") from error
+    rows = [
+        {
+            "question": entry["question"],
+            "answer": str(entry["answer"]),
+            "entry": json.dumps(entry, default=str),
+        }
+        for entry in entries
+        if entry["answer"] is not None
+    ]
+    return Dataset.from_list(rows)
+
+
+def scorer(config: DatasetConfig) -> Scorer | None:
+    """The dataset's own exact scorer, `(answer, row) -> 0..1`, or None if it has none, or none that is safe here."""
+    if not config.path.startswith(GYM):
+        return None
+    if not is_possible():
+        log.warning("%s: answers get no task_score, which needs Linux on x86_64 or aarch64 to be safe", config.path)
+        return None
+    task = config.path.removeprefix(GYM)
+    _gym(task)
+    return Scorer(task, config.reasoning_gym_config)

@@ -1,0 +1,287 @@
+"""A trained model back from MLflow or from a folder, on its base as it was trained.
+
+What was recorded is data: nothing in it can make code run.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mlflow import MlflowClient
+from mlflow.artifacts import download_artifacts
+from mlflow.exceptions import MlflowException
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+import qlora_exp.models.bottleneck  # noqa: F401 - registers its method with PEFT
+from qlora_exp.config import compatibility
+from qlora_exp.config.hydra_compose import compose
+from qlora_exp.config.schema import Config
+from qlora_exp.config.untrusted import plain_yaml
+from qlora_exp.config.validate import from_dict
+from qlora_exp.environment.device import detect, resolve
+from qlora_exp.models.base import load_model
+from qlora_exp.models.quantization import check_files, quantization_config
+from qlora_exp.tracking import journal, mlflow_store, run_key
+from qlora_exp.tracking.journal import CONFIG_FILE, FILE
+from qlora_exp.utils.errors import ConfigError, JournalError, ModelError
+from qlora_exp.utils.quiet import hide_bars
+
+GGUF_FILE = "model.gguf"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a run saved."""
+
+    source: str
+    """As it was asked for."""
+    folder: Path
+    config: Config
+    adapter: bool
+    """Else it is a whole model."""
+    run_id: str | None = None
+    """MLflow's, of the run that it is from; None if that is not known."""
+    tracking_uri: str | None = None
+    """Of the store that knows the run; None is the one in `mlruns/`."""
+
+    def tokenizer(self) -> Any:
+        """Its tokenizer.
+
+        Raises:
+            ModelError: there is none.
+        """
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        except (OSError, ValueError, TypeError) as error:
+            raise ModelError(f"{self.folder}: no whole tokenizer: {str(error).splitlines()[0]:.200}") from error
+
+
+def find(source: str, tracking_uri: str | None = None, device: str = "auto") -> Saved:
+    """What a run saved, with its config as it was recorded, on the base that it was trained on.
+
+    Args:
+        source: an MLflow run id, a `models:/...` URI, or a folder that a run saved or `export` wrote.
+        tracking_uri: the MLflow store; None is the one in `mlruns/`.
+        device: where it is to be put: auto, cpu, cuda.
+
+    Raises:
+        ModelError: there is no such model, it is not one that a run saved, or its base is another now.
+    """
+    if Path(source).is_dir():
+        folder, run_id = Path(source), None
+        folder = folder / "model" if (folder / "model").is_dir() else folder  # a run's output folder
+        if (folder.parent / FILE).is_file():
+            try:
+                run_id = journal.run_id(folder.parent, mlflow_store.store_uri(tracking_uri))
+            except JournalError as error:
+                raise ModelError(f"{folder.parent}: what tells of its run is damaged: {error}") from error
+    else:
+        folder, run_id = _download(source, tracking_uri)
+    adapter = (folder / "adapter_config.json").is_file()
+    names = ("adapter_model.safetensors",) if adapter else ("model*.safetensors", GGUF_FILE)  # never a pickle
+    if not (folder / CONFIG_FILE).is_file() or not any(list(folder.glob(name)) for name in names):
+        raise ModelError(f"{source}: not a model that a run saved (no {CONFIG_FILE}, or no .safetensors)")
+    try:
+        recorded = plain_yaml((folder / CONFIG_FILE).read_text("utf-8"), CONFIG_FILE)
+        # A stranger's record must not run a stranger's code: neither the model's nor a kernel of the hub.
+        recorded["model"] |= {"trust_remote_code": False, "attn_implementation": None}
+        recorded["training"]["resume_from_checkpoint"] = None
+    except (ConfigError, KeyError, TypeError) as error:
+        raise ModelError(f"{source}: {CONFIG_FILE} is damaged: {error}") from error
+    try:
+        with compatibility.ignored():  # it was trained: what would be refused now did work then
+            config = from_dict(recorded | {"device": device})
+    except ConfigError as error:
+        raise ModelError(f"{source}: its config is not one of this version: {error}") from error
+    if adapter:
+        config = _on_its_base(config, folder)
+    elif kernels := sorted(_kernels(_model_config(folder))):
+        raise ModelError(f"{source}: its config.json asks for a kernel of the hub, which is code: {', '.join(kernels)}")
+    return Saved(source, folder, config, adapter, run_id, tracking_uri)
+
+
+def _on_its_base(config: Config, folder: Path) -> Config:
+    """The config, with the version of the base that the adapter in `folder` was trained on.
+
+    Raises:
+        ModelError: the base is another now.
+    """
+    if not (folder / run_key.BASE_FILE).is_file():  # saved by an older version
+        return config
+    try:
+        then = str(json.loads((folder / run_key.BASE_FILE).read_text("utf-8"))["version"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{folder / run_key.BASE_FILE} is damaged: {error}") from error
+    name = config.model.model_name_or_path
+    if re.fullmatch(r"[0-9a-f]{40}", then):  # a commit on the hub
+        return config.model_copy(update={"model": config.model.model_copy(update={"revision": then})})
+    if (now := run_key.model(name, config.model.revision)) != then:
+        raise ModelError(f"{name} is not the base that the adapter was trained on (version {then} then, {now} now)")
+    return config
+
+
+def load(
+    source: str, tracking_uri: str | None = None, device: str = "auto", quantization: str | None = None
+) -> tuple[Any, Any]:
+    """A trained model, ready to generate: the base as it was trained on (quantized or not) with its adapter.
+
+    Args:
+        source: an MLflow run id, a `models:/...` URI, or a folder that a run saved or `export` wrote.
+        tracking_uri: the MLflow store; None is the one in `mlruns/`.
+        device: where to put it: auto, cpu, cuda.
+        quantization: how to store the base instead: an option of that group, such as nf4_double, int8, none.
+
+    Returns:
+        The model, in eval mode, and its tokenizer.
+
+    Raises:
+        ModelError: there is no such model, it is not one that a run saved, or its base is another now.
+        ConfigError: there is no such quantization.
+    """
+    saved = find(source, tracking_uri, device)
+    tokenizer = saved.tokenizer()
+    return load_saved(saved, quantization), tokenizer
+
+
+def load_saved(saved: Saved, quantization: str | None = None, name: str = "default") -> Any:
+    """The model that `load` gives; its adapter goes by `name`."""
+    config = saved.config
+    if quantization is not None:
+        chosen = compose(["method=lora", f"quantization={quantization}"]).quantization
+        config = config.model_copy(update={"quantization": chosen})
+    resolved = resolve(config, detect(config.device, bitsandbytes=config.quantization.bitsandbytes))
+    if quantization is not None and not saved.adapter:
+        check_files(str(saved.folder), config.quantization, _model_config(saved.folder).get("quantization_config"))
+    if saved.adapter:
+        base = load_model(config.model, config.quantization, resolved)
+        model = with_adapter(base, saved, name)
+    else:
+        how = None if quantization is None else quantization_config(config.quantization, resolved)
+        model = load_whole(saved, resolved.dtype, resolved.device, how)
+    model.config.use_cache = True
+    return model.eval()
+
+
+def with_adapter(model: Any, saved: Saved, name: str = "default") -> PeftModel:
+    """The base `model` with the adapter that a run saved; a model that has one already gets one more.
+
+    Raises:
+        ModelError: a file is damaged, or it fits another base.
+    """
+    try:
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(saved.folder), adapter_name=name)
+            return model
+        return PeftModel.from_pretrained(model, str(saved.folder), adapter_name=name)
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise ModelError(f"{saved.folder}: a file of the adapter is damaged ({error})") from error
+    except (RuntimeError, ValueError, TypeError) as error:
+        first = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
+        raise ModelError(f"{saved.folder}: does not fit {model.config._name_or_path}: {first:.300}") from error
+
+
+def load_whole(saved: Saved, dtype: str, device: str = "cpu", quantization: Any = None) -> Any:
+    """A model that is no adapter: what a full fine-tune saved, or what `export` wrote.
+
+    Raises:
+        ModelError: a file is damaged, or not to be stored so.
+    """
+    hide_bars()
+    arguments: dict[str, Any] = {"device_map": {"": device}, "trust_remote_code": False}
+    if quantization is not None:
+        arguments["quantization_config"] = quantization
+    elif (saved.folder / GGUF_FILE).is_file():
+        arguments |= {"gguf_file": GGUF_FILE, "quantization_config": GgufConfig(dequantize=True)}
+        if (saved.folder / "config.json").is_file():  # transformers reads not all of it in the file
+            arguments["config"] = AutoConfig.from_pretrained(saved.folder, trust_remote_code=False)
+    elif (stored := stored_as(saved.folder)) in ("gptq", "awq"):
+        chosen = compose(["method=lora", f"quantization={stored}"])
+        arguments["quantization_config"] = quantization_config(chosen.quantization, resolve(chosen, detect(device)))
+    dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+    try:
+        return AutoModelForCausalLM.from_pretrained(saved.folder, dtype=dtype, **arguments)
+    except (SafetensorError, ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        raise ModelError(f"{saved.folder}: cannot be loaded: {str(error).strip().splitlines()[0]:.300}") from error
+
+
+def _model_config(folder: Path) -> dict[str, Any]:
+    """What a model's own config.json says; nothing if there is none.
+
+    Raises:
+        ModelError: it is damaged.
+    """
+    file = folder / "config.json"
+    try:
+        values = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise ModelError(f"{file} is damaged: {error}") from error
+    if not isinstance(values, dict) or not isinstance(values.get("quantization_config") or {}, dict):
+        raise ModelError(f"{file} is damaged: no object, or a quantization_config that is none")
+    return values
+
+
+def stored_as(folder: Path) -> str | None:
+    """How the files of a whole model are quantized (`quant_method`), None if they are not.
+
+    Raises:
+        ModelError: its config.json is damaged.
+    """
+    method = (_model_config(folder).get("quantization_config") or {}).get("quant_method")
+    return None if method is None else str(method)
+
+
+def _kernels(values: Any) -> set[str]:
+    """Implementations in a config, at any depth, that transformers would fetch from a repository of the hub and run."""
+    if isinstance(values, list):
+        return {found for value in values for found in _kernels(value)}
+    if not isinstance(values, dict):
+        return set()
+    own = {value for key, value in values.items() if key.endswith("implementation") and "/" in str(value)}
+    return {str(value) for value in own} | {found for value in values.values() for found in _kernels(value)}
+
+
+def models_of(mlflow: MlflowClient, run_id: str) -> list[Any]:
+    """What a run logged as its models, oldest first.
+
+    Raises:
+        ModelError: it logged none.
+    """
+    outputs = mlflow.get_run(run_id).outputs
+    if outputs is None or not outputs.model_outputs:
+        raise ModelError(f"run {run_id} left no model in MLflow (tracking.log_adapter, tracking.log_full_model)")
+    return list(outputs.model_outputs)
+
+
+def _download(source: str, tracking_uri: str | None) -> tuple[Path, str | None]:
+    """A logged model's folder, and the run that it is from."""
+    address = mlflow_store.store_uri(tracking_uri)
+    if tracking_uri is None and not Path(address.removeprefix("sqlite:///")).is_file():
+        raise ModelError(f"{source}: not a folder, and there is no MLflow store at {address}; give tracking_uri")
+    mlflow = mlflow_store.client(tracking_uri)
+    try:
+        if not source.startswith("models:/"):
+            model_id = models_of(mlflow, source)[-1].model_id
+        else:
+            model_id = source.removeprefix("models:/")
+            version = None
+            if "/" in model_id:  # a registered one: models:/NAME/VERSION
+                version = mlflow.get_model_version(*model_id.split("/", 1))
+            elif "@" in model_id:  # models:/NAME@ALIAS
+                version = mlflow.get_model_version_by_alias(*model_id.split("@", 1))
+            if version is not None:
+                model_id = str(version.source).removeprefix("models:/")
+        # By its own location: MLflow resolves models:/ on its global tracking URI only.
+        logged = mlflow.get_logged_model(model_id)
+        folder = download_artifacts(
+            artifact_uri=logged.artifact_location, tracking_uri=mlflow_store.store_uri(tracking_uri)
+        )
+        return Path(folder), logged.source_run_id
+    except MlflowException as error:
+        raise ModelError(f"{source}: {error}") from error

@@ -1,0 +1,158 @@
+"""A model card: what a recorded run trained, on what, with which result, and how to load it. Plain Markdown.
+
+Says only what was recorded; what is not known is said to be so. Knows nothing of MLflow.
+"""
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from qlora_exp.config.schema import Config
+from qlora_exp.recipe import summary
+from qlora_exp.results import stats
+from qlora_exp.results.records import Record
+from qlora_exp.utils.tables import markdown_table
+
+LICENSES = {
+    "embedded:smollm2-135m": "apache-2.0",
+    "facebook/opt-125m": "other",
+    "Qwen/Qwen2.5-1.5B-Instruct": "apache-2.0",
+    "codellama/CodeLlama-34b-hf": "llama2",
+    "meta-llama/Llama-2-7b-hf": "llama2",
+    "meta-llama/Llama-2-13b-hf": "llama2",
+    "meta-llama/Meta-Llama-3-8B": "llama3",
+    "meta-llama/Meta-Llama-3-8B-Instruct": "llama3",
+    "meta-llama/Llama-3.1-70B-Instruct": "llama3.1",
+    "meta-llama/Llama-3.2-1B": "llama3.2",
+    "meta-llama/Llama-3.2-3B": "llama3.2",
+    "embedded:construction_faq": "cc-by-4.0 (attribution: Zaragoza AB)",
+    "reasoning_gym": "apache-2.0",
+    "tatsu-lab/alpaca": "cc-by-nc-4.0",
+    "yahma/alpaca-cleaned": "cc-by-nc-4.0",
+    "databricks/databricks-dolly-15k": "cc-by-sa-3.0",
+}
+"""Of the models and datasets that have an option in `conf/`, by their name there."""
+UNKNOWN = "not known here: look it up"
+_HUB_NAMES = {"embedded:smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+
+
+def license_of(name: str) -> str:
+    """Of a model or a dataset."""
+    if name.startswith("random:"):
+        return "none: random weights"
+    return LICENSES.get(name.partition(":")[0] if name.startswith("reasoning_gym") else name, UNKNOWN)
+
+
+def write(record: Record, config: Config, source: str) -> str:
+    """The README.md of a model.
+
+    Args:
+        record: the run.
+        config: its own, as it was recorded.
+        source: what `qlora_exp.load` takes.
+    """
+    model, data = config.model.model_name_or_path, config.dataset.path
+    # The hub takes names of its own there, and a path of this machine is nobody's business.
+    bases, datasets = ([name] if _is_hub_id(name) else [] for name in (_HUB_NAMES.get(model, model), data))
+    head = {
+        **({"base_model": bases[0]} if bases else {}),
+        "library_name": "transformers" if config.method.peft_type is None else "peft",
+        "license": license_of(model) if license_of(model) in LICENSES.values() else "other",
+        **({"datasets": datasets} if datasets else {}),
+        "tags": ["qlora_exp", config.method.name],
+    }
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {record.name}",
+        f"{config.method.name} fine-tune of `{model}`, made by qlora_exp.",
+        markdown_table(["", ""], _facts(record, config)),
+        "## Results",
+        "On the held-out rows, with intervals of 95 % over these rows (one run: another seed would differ too).",
+        markdown_table(["", "before", "after", "change"], _results(record)),
+        "## Cost",
+        markdown_table(["", ""], summary.cost(record.metrics)),
+        "## Use",
+        f'```python\nimport qlora_exp\n\nmodel, tokenizer = qlora_exp.load("{source}")\n```',
+        f"`qlora-exp chat {source}` asks it in the format that it was trained with ({config.dataset.format}); "
+        f"`qlora-exp merge {source} --out FOLDER` makes a model that needs no adapter.",
+        "## Licences",
+        f"Base model: {license_of(model)}. Data: {license_of(data)}. Both hold for what was made of them.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _is_hub_id(name: str) -> bool:
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not Path(name).exists()
+
+
+def _facts(record: Record, config: Config) -> list[list[str]]:
+    params, training = record.params, config.training
+    trained = f"{record.metrics.get('steps', 0):,.0f} steps of {training.per_device_train_batch_size}"
+    trained += f" x {training.gradient_accumulation_steps} rows, learning rate {training.learning_rate:g}, "
+    settings = {**config.method.settings, **config.lora_variant.settings}
+    return [
+        ["base model", model_and_revision(config)],
+        ["base stored as", f"{config.quantization.name}, {params.get('resolved.dtype', '?')}"],
+        ["method", ", ".join([config.method.name, *(f"{key}={value}" for key, value in settings.items())])],
+        [
+            "data",
+            f"{config.dataset.path}, {params.get('data.training_rows', '?')} rows, format {config.dataset.format}",
+        ],
+        ["held-out rows", params.get("data.evaluation_rows", "?")],
+        ["training", trained + f"optimizer {params.get('resolved.optim', config.optimizer.optim)}, seed {config.seed}"],
+        ["device", params.get("resolved.device_name", "?")],
+        ["run", record.run_id],
+        ["code", record.tags.get("git.sha", record.tags.get("identity.code", "?"))],
+    ]
+
+
+def model_and_revision(config: Config) -> str:
+    """The base model's name, with its revision if one was asked for."""
+    return config.model.model_name_or_path + (f"@{config.model.revision}" if config.model.revision else "")
+
+
+def _results(record: Record) -> list[list[str]]:
+    before, after = (_losses(record.text(f"evaluation/{moment}_losses.jsonl")) for moment in ("before", "after"))
+    rows = []
+    if after is not None:
+        level = _interval(after, np.stack([np.zeros_like(after[..., 0]), after[..., 1]], -1))
+        at_first, change = "-", "-"
+        if before is not None and before.shape == after.shape:
+            at_first = f"{stats.ratio(before)[0]:.4f}"
+            change = _interval(after, before)
+        rows.append(["loss", at_first, level, change])
+    for key, name, form in summary.QUALITY:
+        if key != "loss" and f"after/{key}" in record.metrics:
+            values = (record.metrics.get(f"{moment}/{key}", math.nan) for moment in ("before", "after"))
+            first, last = ("-" if math.isnan(value) else format(value, form) for value in values)
+            rows.append([name, first, last, "-"])
+    return rows
+
+
+def _losses(text: str) -> Any:
+    """(1, rows, 2) of nats and tokens; None if they were not kept."""
+    found = [json.loads(line) for line in text.splitlines()]
+    return np.array([[[row["nll"], row["tokens"]] for row in found]]) if found else None
+
+
+def _interval(ours: Any, theirs: Any) -> str:
+    found = stats.difference_of_items(ours, theirs)
+    return f"{found.value:.4f} [{found.low:.4f}, {found.high:.4f}]"
+
+
+def tags(config: Config) -> Sequence[tuple[str, str]]:
+    """What a registered version is found by."""
+    return (
+        ("base_model", model_and_revision(config)),
+        ("method", config.method.name),
+        ("quantization", config.quantization.name),
+        ("dataset", config.dataset.path),
+        ("license.model", license_of(config.model.model_name_or_path)),
+        ("license.data", license_of(config.dataset.path)),
+    )

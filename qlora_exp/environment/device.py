@@ -1,0 +1,227 @@
+"""What the device can do, and every choice that follows from it: precision, checkpointing, paging.
+
+The one place for device-specific decisions. `resolve` is pure, so tests decide for devices they do not have;
+only `detect` asks torch, and `nvml_handles` NVIDIA's driver.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_exp.config.schema import Config
+from qlora_exp.utils.errors import ConfigError
+
+# The same optimizer without paging. bitsandbytes has no unpaged 32-bit AdamW that differs from torch's.
+UNPAGED = {
+    "paged_adamw_32bit": "adamw_torch",
+    "paged_adamw_8bit": "adamw_bnb_8bit",
+    "paged_lion_32bit": "lion_32bit",
+    "paged_lion_8bit": "lion_8bit",
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator, or the CPU."""
+
+    type: str
+    name: str
+    bf16: bool
+    """Computes fast in bfloat16."""
+    paging: bool
+    """Has unified memory, so bitsandbytes can page optimizer states."""
+    visible_gpus: int | None = None
+    """How many GPUs this process sees; None where there are none, or nobody asked."""
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What `auto` and the fallbacks became in this run; logged with it, so that comparisons are fair."""
+
+    device: str
+    device_index: int | None
+    """Of the one GPU that the run takes, the first that its process sees; None for other devices."""
+    visible_gpus: int | None
+    device_name: str
+    dtype: str
+    compute_dtype: str | None
+    """Of 4-bit matrix products; None for an unquantized base."""
+    adapter_dtype: str | None
+    """None for a full fine-tune."""
+    bf16: bool
+    fp16: bool
+    gradient_checkpointing: bool
+    optim: str
+    optim_fallback: str | None
+    """Why `optim` is not the configured one; None if it is."""
+
+    @property
+    def place(self) -> str:
+        """The device, as people read it."""
+        if self.device_index is None:
+            return self.device_name
+        others = (self.visible_gpus or 1) > 1
+        choice = f", the first of {self.visible_gpus} GPUs; CUDA_VISIBLE_DEVICES chooses another" if others else ""
+        return f"{self.device_name} ({self.device}:{self.device_index}{choice})"
+
+
+def detect(requested: str = "auto", bitsandbytes: bool = False) -> Device:
+    """The device to run on.
+
+    Args:
+        requested: `auto`, `cpu`, `cuda` or `mps`.
+        bitsandbytes: the base is stored by it, which does not run on mps: `auto` takes the CPU there.
+
+    Raises:
+        ConfigError: the requested device is not there.
+    """
+    import torch
+
+    if requested in ("auto", "cuda") and torch.cuda.is_available():
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # older GPUs emulate it, slowly
+        return Device("cuda", torch.cuda.get_device_name(0), bf16, True, visible_gpus=torch.cuda.device_count())
+    if (requested == "mps" or (requested == "auto" and not bitsandbytes)) and torch.backends.mps.is_available():
+        return Device("mps", "Apple GPU", bf16=False, paging=False)
+    if requested in ("auto", "cpu"):
+        return Device("cpu", cpu_name(), bf16=False, paging=False)
+    raise ConfigError(f"device={requested}: torch {torch.__version__} finds no such device here; use device=auto")
+
+
+# What launchers of several processes set: torchrun and `accelerate launch`, Open MPI, MPICH, MVAPICH, srun.
+_SIZE_AND_RANK = {
+    "WORLD_SIZE": "RANK",
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+    "PMI_SIZE": "PMI_RANK",
+    "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK",
+    "SLURM_STEP_NUM_TASKS": "SLURM_PROCID",
+}
+
+
+def refuse_several_processes() -> None:
+    """Refuse to be one of the processes of a launcher: each would train and record the same run.
+
+    Raises:
+        ConfigError: it is one of several, or of torchrun's, even alone: the trainer would take it for one of several.
+    """
+    launched = [(os.environ.get(size, ""), os.environ.get(rank, "0")) for size, rank in _SIZE_AND_RANK.items()]
+    several = [(size, rank) for size, rank in launched if size.isdigit() and int(size) > 1]
+    if not several and os.environ.get("LOCAL_RANK", "-1") == "-1":
+        return
+    size, rank = (several or [("1", "0")])[0]
+    if rank != "0":
+        raise ConfigError(f"process {rank} of {size}: refused, as process 0 says")
+    raise ConfigError(
+        f"this is process 0 of {size} that a launcher started (torchrun, accelerate launch, srun, mpirun), and each "
+        "would train the same run; start it without a launcher: qlora-exp train ... A run uses one GPU, which "
+        "CUDA_VISIBLE_DEVICES=NUMBER chooses; a sweep with sweep.n_jobs=NUMBER uses one for each job"
+    )
+
+
+def take(resolved: Resolved) -> None:
+    """Make the run's GPU the current one: torch and the libraries mean it by `cuda` without a number."""
+    if resolved.device_index is not None:
+        import torch
+
+        torch.cuda.set_device(resolved.device_index)
+
+
+def places(model: Any) -> list[str]:
+    """The devices that hold the weights: several if `model.device_map` spreads them."""
+    return sorted({str(parameter.device) for parameter in model.parameters()})
+
+
+def nvml_handles() -> list[Any]:
+    """NVML's handle of each NVIDIA GPU that is here, none without a driver; it begins no CUDA."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        return [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError:
+        return []
+
+
+def resolve(config: Config, device: Device) -> Resolved:
+    """What each `auto` of `config` means on `device`.
+
+    float32 is the fastest and most precise choice on a CPU; on a GPU the frozen base is bfloat16 (float16 on
+    older ones) under autocast, while what trains stays float32, for LoRA and QLoRA alike.
+
+    Raises:
+        ConfigError: the device cannot do what is asked.
+    """
+    training, quantization = config.training, config.quantization
+    if device.type == "mps" and quantization.bitsandbytes:
+        raise ConfigError("quantization: bitsandbytes does not run on mps; use quanto_int4, none or device=cpu")
+    if device.type != "cuda" and training.fp16 is True:
+        raise ConfigError(f"training.fp16: needs a CUDA device, not {device.type}; leave it to auto")
+    mapped = config.model.device_map
+    if device.type == "cuda" and isinstance(mapped, dict) and (elsewhere := _another_gpu([*mapped.values()])):
+        raise ConfigError(
+            f"model.device_map: puts the whole model on GPU {elsewhere}, but a run computes on the first that it sees; "
+            f"leave it out and set CUDA_VISIBLE_DEVICES={elsewhere}"
+        )
+
+    half = "bfloat16" if device.bf16 else "float16"
+    best = half if device.type == "cuda" else "float32"
+    full = config.method.peft_type is None
+    bf16 = training.bf16 if training.bf16 != "auto" else best == "bfloat16" and training.fp16 is not True
+    fp16 = training.fp16 if training.fp16 != "auto" else best == "float16" and not bf16
+    optim: str = config.optimizer.optim
+    fallback = None
+    if optim in UNPAGED and not device.paging:
+        fallback = f"{device.type} has no paged memory for {optim}"
+        optim = UNPAGED[optim]
+    return Resolved(
+        device=device.type,
+        device_index=0 if device.type == "cuda" else None,
+        visible_gpus=device.visible_gpus,
+        device_name=device.name,
+        dtype=_auto(config.model.dtype, "float32" if full else best),
+        compute_dtype=_auto(quantization.bnb_4bit_compute_dtype, best) if quantization.load_in_4bit else None,
+        adapter_dtype=None if full else _auto(config.method.adapter_dtype, "float32"),
+        bf16=bf16,
+        fp16=fp16,
+        gradient_checkpointing=_auto(
+            training.gradient_checkpointing, device.type == "cuda" and not config.refusal("gradient_checkpointing")
+        ),
+        optim=optim,
+        optim_fallback=fallback,
+    )
+
+
+def autocast(resolved: Resolved) -> Any:
+    """The precision that training computes in, as a context for measuring."""
+    import torch
+
+    half = torch.float16 if resolved.fp16 else torch.bfloat16
+    return torch.autocast(resolved.device, half, enabled=resolved.bf16 or resolved.fp16)
+
+
+def computes_in(resolved: Resolved) -> Any:
+    """The dtype of most matrix products in training."""
+    import torch
+
+    return torch.bfloat16 if resolved.bf16 else torch.float16 if resolved.fp16 else getattr(torch, resolved.dtype)
+
+
+def _another_gpu(mapped: list[int | str]) -> str | None:
+    """The number of the only device in a device map, if it is a GPU but not the first."""
+    only = {str(place).removeprefix("cuda:") for place in mapped}
+    number = only.pop() if len(only) == 1 else ""
+    return number if number.isdigit() and number != "0" else None
+
+
+def _auto(value: Any, chosen: Any) -> Any:
+    return chosen if value == "auto" else value
+
+
+def cpu_name() -> str:
+    """What the system calls it."""
+    import platform
+
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or a CPU that does not say
+        return platform.processor() or platform.machine()

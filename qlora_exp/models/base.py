@@ -1,0 +1,172 @@
+"""The base model and its tokenizer, quantized as asked, from the hub, a folder, a package or at random.
+
+Knows nothing of adapters or of training.
+"""
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+    StrictDataclassError,
+)
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from qlora_exp.config.sections.model import ModelConfig
+from qlora_exp.config.sections.quantization import QuantizationConfig
+from qlora_exp.environment.device import Resolved
+from qlora_exp.models import builtin
+from qlora_exp.models.quantization import check_files, guard_layers, quantization_config
+from qlora_exp.utils.errors import ModelError
+
+Tokenizer = PreTrainedTokenizerBase
+
+
+def locate(config: ModelConfig) -> str:
+    """A hub id or a local folder that transformers can load; embedded and random models are built first."""
+    name = config.model_name_or_path
+    if name.startswith(("embedded:", "random:")):
+        return str(builtin.folder_of(name, dict(config.random_config)))
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise ModelError(f"model.model_name_or_path: no folder {name}")
+    return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+
+
+def load_tokenizer(config: ModelConfig) -> Tokenizer:
+    """The tokenizer, with a pad token and with padding on the right.
+
+    Raises:
+        ModelError: it cannot be found, fetched or read.
+    """
+    tokenizer = _from_pretrained(AutoTokenizer, config)
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        # A reserved token where there is one: padding with EOS is masked by position here, never by value.
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if tokenizer.eos_token is None:
+        raise ModelError(
+            f"{config.model_name_or_path}: its tokenizer has no EOS token, so a model could not learn to stop"
+        )
+    return tokenizer
+
+
+def model_config(config: ModelConfig) -> PretrainedConfig:
+    """Transformers' config of the model: `model.architecture` if that is of this model, else from its files.
+
+    Raises:
+        ModelError: it is not known here.
+    """
+    if config.architecture and "_name_or_path" not in config.architecture:
+        raise ModelError("model.architecture: says not whose it is; add _name_or_path, as model.model_name_or_path")
+    if config.architecture.get("_name_or_path") != config.model_name_or_path:
+        return _from_pretrained(AutoConfig, config)
+    try:
+        return AutoConfig.for_model(**config.architecture)
+    except (KeyError, TypeError, ValueError, AttributeError, StrictDataclassError) as error:
+        raise ModelError(f"model.architecture: {_first_line(error)}") from error
+
+
+def skeleton(config: ModelConfig) -> PreTrainedModel:
+    """The model's modules without weights (meta device): names and shapes, before anything large is fetched."""
+    model_config = _from_pretrained(AutoConfig, config)
+    with init_empty_weights():
+        return AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+
+
+def load_model(config: ModelConfig, quantization: QuantizationConfig, resolved: Resolved) -> PreTrainedModel:
+    """The base model on its device, in its dtype, quantized as asked.
+
+    Raises:
+        ModelError: it cannot be found, fetched or read.
+    """
+    arguments: dict[str, Any] = {
+        "dtype": getattr(torch, resolved.dtype),
+        "device_map": config.device_map or {"": resolved.device},
+    }
+    if config.attn_implementation:
+        arguments["attn_implementation"] = config.attn_implementation
+    stored = getattr(_from_pretrained(AutoConfig, config), "quantization_config", None)
+    check_files(config.model_name_or_path, quantization, stored)
+    if (how := quantization_config(quantization, resolved)) is not None:
+        arguments["quantization_config"] = how
+    model = _from_pretrained(AutoModelForCausalLM, config, **arguments)
+    model.config.use_cache = False  # training has no use for it; generation asks for it itself
+    guard_layers(model)
+    if how is not None:
+        _leave_file(model)
+    return model
+
+
+def _leave_file(model: PreTrainedModel) -> None:
+    """Let the file go that the weights were read from: what is not quantized would keep all of it in memory.
+
+    safetensors maps a file, and on a CPU its tensors lie in the mapping.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and type(tensor) in (torch.nn.Parameter, torch.Tensor):
+            tensor.data = tensor.data.clone()
+
+
+def load_unquantized(config: ModelConfig, dtype: str = "auto") -> PreTrainedModel:
+    """The base in a dtype (auto: that of its files), on the CPU: what its weights were before they were quantized."""
+    return _from_pretrained(AutoModelForCausalLM, config, dtype=dtype)
+
+
+def _from_pretrained(kind: Any, config: ModelConfig, **arguments: Any) -> Any:
+    name, path = config.model_name_or_path, locate(config)
+    try:
+        return kind.from_pretrained(
+            path, revision=config.revision, trust_remote_code=config.trust_remote_code, **arguments
+        )
+    except (GatedRepoError, LocalTokenNotFoundError) as error:
+        raise ModelError(_gated(name)) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise ModelError(
+            f"{name}: no such model on the hub, nor a local folder (a private one needs HF_TOKEN)"
+        ) from error
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, EOFError) as error:
+        raise ModelError(
+            f"{path}: a file of the model is damaged ({error}); delete the folder and fetch it again"
+        ) from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EACCES):
+            raise
+        if Path(path).is_dir():
+            raise ModelError(f"{path}: not a whole model: {_first_line(error)}") from error
+        if "gated" in str(error):
+            raise ModelError(_gated(name)) from error
+        raise ModelError(
+            f"{name}: cannot be loaded. It is not a local folder, and the hub did not give it: check the name"
+            f"{f', the revision {config.revision!r}' if config.revision else ''} and the network.\n{_first_line(error)}"
+        ) from error
+    except (
+        ImportError,
+        ValueError,
+    ) as error:  # an attention kernel or an architecture that is not to be had here
+        raise ModelError(f"{name}: {_first_line(error)}") from error
+
+
+def _gated(name: str) -> str:
+    return (
+        f"{name} is gated: accept its licence at https://huggingface.co/{name}, then set HF_TOKEN "
+        "in the environment or in a .env file"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

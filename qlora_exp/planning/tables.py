@@ -1,0 +1,203 @@
+"""Plans and advice as tables: where memory goes, whether it fits, what a step takes. Plans nothing itself."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from qlora_exp.config.schema import Config
+from qlora_exp.planning.advisor import Fit, Option, Sized, choose
+from qlora_exp.planning.cuda_allocator import MIB
+from qlora_exp.planning.fit import GIB, WORST_ERROR, expected, room, step_seconds, verdict, worst_error
+from qlora_exp.planning.gpus import DRIVER_GIB, Gpu
+from qlora_exp.planning.planner import Prediction
+from qlora_exp.planning.replay import KINDS
+from qlora_exp.utils.tables import print_table
+
+_BASIS = (
+    "most rows: of training.max_length tokens; longest row: alone in its batch; both with\n"
+    "training.per_device_eval_batch_size no larger than the rows that are trained at once"
+)
+_LEFT_OUT = "left out: generation, data loading, several GPUs; rows are taken to be as long as training.max_length"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run and what is expected of it."""
+
+    words: Sequence[str]
+    config: Config | None
+    prediction: Prediction | None
+    gpu: Gpu
+    """What it was planned for."""
+    why: str = ""
+    """Why there is none."""
+
+
+def show_one(planned: Planned, price: float | None) -> None:
+    """Print phases and kinds, then what they come to."""
+    config, prediction, gpu = planned.config, planned.prediction, planned.gpu
+    assert config is not None
+    assert prediction is not None
+    phases = prediction.phases.values()
+    rows = [[kind, *(f"{phase.kinds.get(kind, 0) / MIB:,.0f}" for phase in phases)] for kind in KINDS]
+    rows = [row for row in rows if set(row[1:]) != {"0"}]
+    if gpu.type != "cpu":
+        rows.append(["allocator", *(f"{(phase.reserved - phase.tensors) / MIB:,.0f}" for phase in phases)])
+    rows.append(["all", *(f"{phase.reserved / MIB:,.0f}" for phase in phases)])
+    print_table("MiB at the fullest moment of each phase", ["", *prediction.phases], rows)
+    print(f"trained  {prediction.trainable:,} of {prediction.total:,} parameters")
+    print(f"memory   {expected(prediction, gpu) / GIB:.2f} GiB{_against(prediction, gpu)}")
+    if prediction.paged:
+        print(f"paged    {prediction.paged / GIB:.2f} GiB of optimizer states besides, on the GPU while there is room")
+    flops, traffic = (sum(getattr(work, name) for work in prediction.work) for name in ("flops", "nbytes"))
+    print(f"work     {flops / 1e12:,.2f} TFLOP and {traffic / 1e9:,.0f} GB of traffic for a forward and backward pass")
+    if (seconds := step_seconds(config, prediction, gpu)) is not None:
+        print(f"time     {_time(config, seconds, price)}, at {gpu.rates}{_time_error(gpu)}")
+    print(f"error    {_error(gpu)}")
+    print(_LEFT_OUT)
+
+
+def show_many(planned: Sequence[Planned], price: float | None) -> None:
+    """Print a line for each run."""
+    rows = []
+    common = set.intersection(*(set(one.words) for one in planned))
+    for one in planned:
+        name = " ".join(word for word in one.words if word not in common)
+        if one.config is None or one.prediction is None:
+            rows.append([name, "-", "-", one.why])
+            continue
+        gpu = one.gpu
+        seconds = step_seconds(one.config, one.prediction, gpu)
+        rows.append(
+            [
+                name,
+                f"{expected(one.prediction, gpu) / GIB:.2f}",
+                _verdict(one.prediction, gpu),
+                "" if seconds is None else _time(one.config, seconds, price),
+            ]
+        )
+    shared = f", all with {' '.join(word for word in planned[0].words if word in common)}" if common else ""
+    print_table(f"{len(rows)} runs{shared}", ["run", "GiB", "", "time"], rows)
+    for gpu in dict.fromkeys(one.gpu for one in planned):
+        print(f"{gpu.name}: times at {gpu.rates}; error {_error(gpu)}")
+    print(_LEFT_OUT)
+
+
+def show_card(options: Sequence[Option], why: Mapping[str, str], gpu: Gpu) -> None:
+    """Print what each option comes to on one card, and which to choose."""
+    timed = bool(gpu.tflops or (gpu.calibration and gpu.calibration.flops_per_second))
+    rows = []
+    for option in options:
+        planned, fit = option.planned, option.fits[gpu]
+        seconds = step_seconds(option.config, planned, gpu)
+        tokens = option.config.training.per_device_train_batch_size * option.config.training.max_length
+        tokens *= option.config.training.gradient_accumulation_steps
+        rows.append(
+            [
+                option.name,
+                f"{planned.trainable / 1e6:,.1f} M",
+                f"{expected(planned, gpu) / GIB:.1f}",
+                verdict(planned, gpu),
+                f"{fit.rows:,}" if fit.rows else "-",
+                f"{fit.length:,}" if fit.length else "-",
+                *(["" if seconds is None else f"{tokens / seconds:,.0f}"] if timed else []),
+            ]
+        )
+    training = options[0].config.training
+    batch = f"{training.per_device_train_batch_size} rows of {training.max_length} tokens"
+    title = f"{options[0].config.model.model_name_or_path} in {gpu.memory_gib:g} GiB ({gpu.name}), batches of {batch}"
+    headings = ["", "trained", "GiB", "", "most rows", "longest row", "tokens/s"]
+    print_table(title, headings if timed else headings[:-1], rows)
+    _show_refused(why)
+    chosen, reason = choose(options, gpu)
+    if chosen:
+        print(f"choose   {chosen}: {reason}")
+    print(f"{_BASIS}; tokens/s at {gpu.rates}" if timed else _BASIS)
+    _show_room(gpu)
+
+
+def show_cards(options: Sequence[Option], why: Mapping[str, str], cards: Sequence[Gpu]) -> None:
+    """Print how far each option goes on cards of every size."""
+    length = options[0].config.training.max_length
+    rows = []
+    for card in cards:
+        reaches = [_reach(option.fits[card]) for option in options]
+        rows.append([f"{card.memory_gib:g}", *reaches, choose(options, card)[0]])
+    title = f"{options[0].config.model.model_name_or_path}: most rows of {length} tokens | longest row alone"
+    print_table(title, ["GiB", *(option.name for option in options), "choose"], rows)
+    _show_refused(why)
+    print(_BASIS)
+    _show_room(cards[0])
+
+
+def show_models(models: Sequence[Sized], why: Mapping[str, str], cards: Sequence[Gpu]) -> None:
+    """Print the largest model for each card and each way to train."""
+    names = dict.fromkeys(name for model in models for name in model.needs)
+    rows = []
+    for card in cards:
+        cells = []
+        for name in names:
+            fitting = [model for model in models if name in model.needs and model.needs[name] <= room(card)]
+            cells.append(_billions(fitting[-1]) if fitting else "-")
+        rows.append([f"{card.memory_gib:g}", *cells])
+    print_table("the largest model for a card", ["GiB", *names], rows)
+    print("of", ", ".join(f"{_billions(model)} {model.name}" for model in models))
+    _show_refused(why)
+    _show_room(cards[0])
+
+
+def _billions(model: Sized) -> str:
+    return f"{model.parameters / 1e9:.1f} B"
+
+
+def _reach(fit: Fit) -> str:
+    return f"{fit.rows:,} | {fit.length:,}" if fit.rows or fit.length else "-"
+
+
+def _show_refused(why: Mapping[str, str]) -> None:
+    for said in dict.fromkeys(why.values()):
+        print(f"{'; '.join(name for name, one in why.items() if one == said)}: {said}")
+
+
+def _verdict(prediction: Prediction, gpu: Gpu) -> str:
+    """Empty where there is nothing to judge by: a CPU's plan is of tensors only, until runs said what else is taken."""
+    if not gpu.memory_gib or (gpu.type == "cpu" and gpu.calibration is None):
+        return ""
+    return f"{verdict(prediction, gpu)} in {gpu.memory_gib:g} GiB ({gpu.name})"
+
+
+def _against(prediction: Prediction, gpu: Gpu) -> str:
+    if not gpu.memory_gib:
+        return " (--gpu NAME or --vram GIB says whether it fits)"
+    if not (told := _verdict(prediction, gpu)):
+        return f" of tensors, in {gpu.memory_gib:g} GiB ({gpu.name})"
+    return f"; {told} with {DRIVER_GIB} GiB for the driver"
+
+
+def _error(gpu: Gpu) -> str:
+    if (known := gpu.calibration) is not None:
+        return (
+            f"median {known.median_error:.1%}, worst {known.worst_error:.1%} of {known.runs} runs on {known.device}, "
+            f"each expected as the others say: {known.offset_mib:,.0f} MiB + {known.slope:.3f} x the plan"
+        )
+    if gpu.type == "cpu":
+        return "not known: the plan is of tensors only (`qlora-exp calibrate` learns from runs what is taken besides)"
+    return f"{WORST_ERROR:.1%} at worst for 19 published GPU runs and 7 of ours"
+
+
+def _time_error(gpu: Gpu) -> str:
+    if gpu.calibration and gpu.calibration.time_error is not None:
+        return f" (up to {gpu.calibration.time_error:.0%} off)"
+    return ""
+
+
+def _show_room(gpu: Gpu) -> None:
+    print(f"fits     if what is expected is {worst_error(gpu):.1%} too low, with {DRIVER_GIB} GiB for the driver")
+
+
+def _time(config: Config, seconds: float, price: float | None) -> str:
+    steps = config.training.max_steps
+    told = f"{seconds:.3g} s a step"
+    if steps <= 0:
+        return told
+    told += f", {steps * seconds / 3600:.3g} h for {steps} steps"
+    return told if price is None else f"{told}, {price * steps * seconds / 3600:.3g} at {price:g} an hour"

@@ -1,0 +1,86 @@
+"""What a run comes to, in a few lines: on the terminal at its end, and above everything else in MLflow."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group
+from rich.table import Table
+
+from qlora_exp.utils.secrets import redact
+
+if TYPE_CHECKING:
+    from qlora_exp.recipe.result import RunResult
+from qlora_exp.utils.tables import markdown_table
+
+QUALITY = (
+    ("loss", "held-out loss", ".4f"),
+    ("perplexity", "perplexity", ".2f"),
+    ("rougeL", "ROUGE-L", ".4f"),
+    ("exact_match", "exact match", ".3f"),
+    ("task_score", "task score", ".3f"),
+    ("unrelated_loss", "loss on unrelated text", ".4f"),
+    ("token_seconds_p50", "seconds a generation step, p50", ".4f"),
+    ("generated_tokens_per_second", "generated tokens/s", ".1f"),
+)
+"""Metric, its name here, its format."""
+_PHASES = ("load", "initialize", "first_step", "steady", "evaluation", "evaluate_after", "generate_after", "save")
+
+
+def _quality(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    """Measure, before training, after it."""
+    rows = []
+    for key, name, form in QUALITY:
+        if f"after/{key}" in metrics:
+            before = metrics.get(f"before/{key}")
+            rows.append((name, "-" if before is None else format(before, form), format(metrics[f"after/{key}"], form)))
+    return rows
+
+
+def cost(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """What it took, as named values."""
+    rows = [
+        (
+            "trainable parameters",
+            f"{metrics['trainable_parameters']:,.0f} of {metrics['total_parameters']:,.0f} "
+            f"({metrics['trainable_share']:.3%})",
+        )
+    ]
+    if "tokens_per_second" in metrics:
+        rows.append(("tokens/s", f"{metrics['tokens_per_second']:.0f} ({metrics['step_seconds_p50']:.2f} s a step)"))
+    if "mfu" in metrics:
+        done, peak = (metrics[f"{which}_per_second"] / 1e9 for which in ("flops", "peak_flops"))
+        rows.append(("arithmetic", f"{done:,.0f} of {peak:,.0f} GFLOP/s ({metrics['mfu']:.1%})"))
+    if "tokens_per_gb_second" in metrics:
+        rows.append(("tokens per GB and second", f"{metrics['tokens_per_gb_second']:.1f}"))
+    if "energy_joules" in metrics:
+        rows.append(("energy", f"{metrics['energy_joules']:,.0f} J"))
+    source = "allocated" if "memory/allocated_peak_mib" in metrics else "rss"
+    for phase in _PHASES:
+        if (key := f"memory/{phase}/{source}_peak_mib") in metrics:
+            rows.append((f"peak memory, {phase} ({source})", f"{metrics[key]:,.0f} MiB"))
+    if (key := f"memory/baseline/{source}_mib") in metrics:
+        rows.append(("memory before loading (imports)", f"{metrics[key]:,.0f} MiB"))
+    if "plan/memory_ratio" in metrics:
+        planned, times = metrics["plan/peak_mib"], metrics["plan/memory_ratio"]
+        rows.append(("planned memory", f"{planned:,.0f} MiB without imports; x{times:.2f} was taken"))
+    return [*rows, ("saved model", f"{metrics['model_bytes'] / 1e6:,.1f} MB")]
+
+
+def markdown(metrics: Mapping[str, float]) -> str:
+    """Quality and cost as two Markdown tables."""
+    quality = markdown_table(["on held-out rows", "before", "after"], _quality(metrics))
+    return f"{quality}\n\n{markdown_table(['cost', ''], cost(metrics))}\n"
+
+
+def show(result: "RunResult", tracking_uri: str | None) -> None:
+    """Print quality before and after, cost, and where to look."""
+    quality = Table("", "before", "after", title="Quality on held-out rows", title_justify="left")
+    for line in _quality(result.metrics):
+        quality.add_row(*line)
+    costs = Table("", "", title="Cost", title_justify="left", show_header=False)
+    for row in cost(result.metrics):
+        costs.add_row(*row)
+    console = Console()
+    console.print(Group(quality, costs))
+    ui = "qlora-exp ui" if tracking_uri is None else f"qlora-exp ui --uri {redact(tracking_uri)}"
+    console.print(f"files  {result.output_dir}\nrun    {result.run_id}\nopen   {ui}", highlight=False, soft_wrap=True)

@@ -1,0 +1,288 @@
+"""Tries a method on a tiny model: does it train, on which bases, and under what trainers do?
+
+`nox -s compatibility` keeps what this finds in `compatibility.json`; `qlora-exp probe` asks for the versions installed
+here. Knows nothing of MLflow.
+"""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from datasets import Dataset
+from peft import PeftModel
+from torch.nn.functional import cosine_similarity
+from transformers import set_seed
+
+from qlora_exp.config import compatibility
+from qlora_exp.config.compatibility import ASPECTS, BASES, WORKS
+from qlora_exp.config.hydra_compose import compose
+from qlora_exp.config.peft_methods import moves_base
+from qlora_exp.config.schema import Config
+from qlora_exp.data.dataset import IGNORED
+from qlora_exp.environment.device import Device, Resolved, resolve
+from qlora_exp.environment.memory import MemoryMonitor
+from qlora_exp.models import adapters, lora_init, quantization
+from qlora_exp.models import base as model
+from qlora_exp.training import trainer as training
+from qlora_exp.training.checkpoints import checkpoints
+
+_CPU = Device("cpu", "CPU", bf16=False, paging=False)
+_NEEDED = {"method=trainable_tokens": ["method.token_indices=[41,42]"]}
+_LENGTHS = (12, 17, 9, 14, 20, 11, 16, 13)
+_STEPS = 4
+
+
+class FailedError(Exception):
+    """What does not work, in a few words."""
+
+
+def verdicts(words: Sequence[str], base: str, aspects: Sequence[str] = ASPECTS) -> dict[str, str]:
+    """What works, by aspect: `works`, or why not. If it does not train, the other aspects are not tried.
+
+    Args:
+        words: overrides that choose the method, e.g. `["method=lora", "lora_variant=dora"]`.
+        base: one of BASES.
+        aspects: which of ASPECTS to try.
+    """
+    found: dict[str, str] = {}
+    for aspect in aspects:
+        if found.get("trains", WORKS) != WORKS:
+            break
+        torch.manual_seed(0)
+        try:
+            with compatibility.ignored():
+                _TRIALS[aspect](_Trial(words, base))
+            found[aspect] = WORKS
+        except FailedError as error:
+            found[aspect] = str(error)
+        except Exception as error:  # whatever a library makes of it is the answer
+            found[aspect] = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]:.120}"
+    return found
+
+
+class _Trial:
+    """One method on one base: builds models, rows and trainers of it."""
+
+    def __init__(self, words: Sequence[str], base: str) -> None:
+        self.method = words
+        stored = f"quantization={BASES[base]}".split()
+        self.words = [*words, *_NEEDED.get(words[0], []), "method.quantized_base=null", *stored]
+        self.quantized = base != "plain"
+        ids = [[40 + (7 * row + place) % 60 for place in range(length)] for row, length in enumerate(_LENGTHS)]
+        self.rows = Dataset.from_dict({"input_ids": ids, "labels": [[IGNORED, *one[1:]] for one in ids]})
+
+    def config(self, *more: str) -> Config:
+        """Everything but dropout, which draws other numbers where it is asked another number of times."""
+        config = compose(["device=cpu", "model=tiny_llama", *self.words, "training.learning_rate=1e-2", *more])
+        still = {name: 0.0 for name in config.method.settings if name.endswith("dropout")}
+        return config.model_copy(update={"method": config.method.model_copy(update=still)})
+
+    def begin(self, *more: str, values_of: Any = None) -> tuple[Config, Resolved, Any]:
+        """An adapted model, the same at each call; `values_of`: an unquantized base takes the values of that one's."""
+        config = self.config(*more)
+        resolved = resolve(config, _CPU)
+        set_seed(1)
+        base = model.load_model(config.model, config.quantization, resolved)
+        for name, layer in values_of.named_modules() if values_of is not None else ():
+            if (weight := quantization.weight_of(layer)) is not None:
+                base.get_submodule(name).weight.data = weight
+        settings = adapters.peft_config(config, model.skeleton(config.model))
+        found = lora_init.batches(self.rows, 8, 1 if config.lora_start == "corda" else 8, 64, 0)
+        lora_init.prepare(config.lora_start, base, settings, found)
+        adapted = adapters.attach(base, settings, resolved.adapter_dtype)
+        lora_init.finish(config.lora_start, adapted, found, lambda: model.load_unquantized(config.model))
+        return config, resolved, adapted
+
+    def perturbed(self, **options: Any) -> Any:
+        """An adapted model away from its start, where many methods do nothing."""
+        _, _, adapted = self.begin(**options)
+        torch.manual_seed(2)
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.05 * torch.randn_like(parameter)
+        return adapted
+
+    def train(self, folder: Path, *more: str, checkpoint: Path | None = None) -> tuple[Any, list[float]]:
+        """A trainer that is done, and its losses."""
+        steps = [f"training.max_steps={_STEPS}", "training.per_device_train_batch_size=2"]
+        config, resolved, adapted = self.begin(*steps, *more)
+        tokenizer = model.load_tokenizer(config.model)
+        trainer = training.build(
+            adapted, tokenizer, self.rows, self.rows.select(range(4)), config, resolved, folder, MemoryMonitor()
+        )
+        losses: list[float] = []
+        set_seed(3)
+        training.train(
+            trainer,
+            lambda curves, _: losses.append(curves["train/loss"]) if "train/loss" in curves else None,
+            checkpoint,
+        )
+        return trainer, losses
+
+
+def _logits(adapted: Any, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
+    """Of one row, without what a method puts before it: (tokens, vocabulary)."""
+    adapted.eval()
+    with torch.no_grad():
+        mask = {} if inputs else {"attention_mask": torch.ones_like(ids)}
+        return adapted(input_ids=ids, **mask, **inputs).logits[0, -ids.shape[1] :]
+
+
+def _trains(trial: _Trial) -> None:
+    """Only what the method adds changes, along the right gradients, and all of it is saved."""
+    if trial.quantized:
+        _check_gradients(trial)
+    ids = torch.tensor(trial.rows[0]["input_ids"])[None]
+    with tempfile.TemporaryDirectory() as folder:
+        _, _, adapted = trial.begin()
+        before = {name: quantization.dense(p.detach()).clone() for name, p in adapted.named_parameters()}
+        trainer, _ = trial.train(Path(folder))
+        after = dict(trainer.model.named_parameters())
+        changed = {name for name, p in after.items() if not torch.equal(quantization.dense(p.detach()), before[name])}
+        allowed = {name for name, p in after.items() if p.requires_grad}
+        if not changed or changed - allowed:
+            raise FailedError(
+                f"{len(changed)} of {len(allowed)} trained tensors change, {len(changed - allowed)} others"
+            )
+        if isinstance(trainer.model, PeftModel):
+            config = trial.config()
+            if moves_base(config.lora_start):
+                lora_init.remember(config.lora_start, adapted, Path(folder) / "first")
+                lora_init.save_difference(trainer.model, Path(folder) / "saved", Path(folder) / "first")
+            else:
+                trainer.model.save_pretrained(f"{folder}/saved")
+            base = model.load_model(config.model, config.quantization, resolve(config, _CPU))
+            again = PeftModel.from_pretrained(base, f"{folder}/saved")
+            _check_close("what is loaded is not what was saved", _logits(again, ids), _logits(trainer.model, ids))
+
+
+def _check_gradients(trial: _Trial) -> None:
+    """On a quantized base gradients are those on a base of the same values."""
+    quantized = trial.perturbed()
+    # LoftQ starts on quantized bases only, QA-LoRA's sums over groups are GPTQ's.
+    plain_trial = _Trial([word for word in trial.method if word != "lora_variant=loftq"], "plain")
+    config = trial.config()
+    values = model.load_model(config.model, config.quantization, resolve(config, _CPU))
+    plain = plain_trial.perturbed(values_of=values)
+    same = dict(plain.named_parameters())
+    for name, parameter in quantized.named_parameters():
+        if parameter.requires_grad:
+            same[name].data.copy_(parameter.data)
+    found, expected = (_gradients(adapted, trial.rows) for adapted in (quantized, plain))
+    if found.keys() != expected.keys():
+        raise FailedError("gradients are missing")
+    cosines = [
+        cosine_similarity(found[name].flatten(), one.flatten(), dim=0).item()
+        for name, one in expected.items()
+        if one.norm() > 1e-9
+    ]
+    if not cosines or min(cosines) < 0.999:
+        raise FailedError(f"gradients are not those of the base's values (cosine {min(cosines, default=0):.2f})")
+
+
+def _gradients(adapted: Any, rows: Dataset) -> dict[str, torch.Tensor]:
+    adapted.train()
+    torch.manual_seed(1)
+    ids = torch.tensor(rows[0]["input_ids"])[None]
+    adapted(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+    return {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad and p.grad is not None}
+
+
+def _check_close(what: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+    worst = (found - expected).abs().max().item()
+    if not worst <= 1e-3 * max(1.0, expected.abs().max().item()):
+        raise FailedError(f"{what} (logits differ by {worst:.2g})")
+
+
+def _same_losses(what: str, found: list[float], expected: list[float]) -> None:
+    if len(found) != len(expected) or any(abs(a - b) > 1e-3 for a, b in zip(found, expected, strict=False)):
+        told = [" ".join(f"{loss:.3f}" for loss in losses) for losses in (found, expected)]
+        raise FailedError(f"{what} (losses {told[0]}, not {told[1]})")
+
+
+def _checkpoints_gradients(trial: _Trial) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        plain, recomputed = (
+            trial.train(Path(folder), f"training.gradient_checkpointing={on}")[1] for on in ("false", "true")
+        )
+    _same_losses("training is another with activations recomputed", recomputed, plain)
+
+
+def _packs(trial: _Trial) -> None:
+    """Rows in one sequence, told apart by their positions, are computed as they are apart."""
+    adapted = trial.perturbed()
+    rows = [torch.tensor(row)[None] for row in trial.rows["input_ids"][:3]]
+    positions = torch.cat([torch.arange(row.shape[1]) for row in rows])[None]
+    packed = _logits(adapted, torch.cat(rows, dim=1), position_ids=positions, use_cache=False)
+    apart = torch.cat([_logits(adapted, row) for row in rows])
+    _check_close("packed rows are not computed as they are apart", packed, apart)
+
+
+def _keeps_best(trial: _Trial) -> None:
+    """A checkpoint that is put back at the end is the model that was measured there."""
+    every = ["training.eval_strategy=steps", "training.eval_steps=1", "training.save_strategy=steps"]
+    every += ["training.save_steps=1", "training.save_total_limit=null"]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer, _ = trial.train(Path(folder), *every)
+        losses = {line["step"]: line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line}
+        for step in range(1, _STEPS):  # whichever was the best
+            trainer.state.best_model_checkpoint = f"{folder}/checkpoint-{step}"
+            trainer._load_best_model()  # transformers 5.23; what load_best_model_at_end does
+            now = trainer.evaluate()["eval_loss"]
+            if abs(now - losses[step]) > 1e-3:
+                raise FailedError(f"a checkpoint put back is another model (loss {now:.3f}, not {losses[step]:.3f})")
+
+
+def _resumes(trial: _Trial) -> None:
+    saving = ["training.save_strategy=steps", "training.save_steps=2"]
+    with tempfile.TemporaryDirectory() as folder:
+        _, whole = trial.train(Path(folder), *saving)
+        _, rest = trial.train(Path(folder) / "again", *saving, checkpoint=checkpoints(Path(folder))[0])
+    _same_losses("a resumed run is not the uninterrupted one", rest, whole[2:])
+
+
+def _merges(trial: _Trial) -> None:
+    """Without the adapter, its weights in the base's, the model says the same."""
+    adapted = trial.perturbed()
+    ids = torch.tensor(trial.rows[0]["input_ids"])[None]
+    expected = _logits(adapted, ids)
+    if not isinstance(adapted, PeftModel):
+        return  # all parameters are the base's
+    if adapted.active_peft_config.is_prompt_learning or not hasattr(adapted.base_model, "merge_and_unload"):
+        raise FailedError("has no weights that could be merged into the base's")
+    merged = adapted.merge_and_unload()
+    _check_close("merged it is another model", _logits(merged, ids), expected)
+
+
+_TRIALS: dict[str, Callable[[_Trial], None]] = {
+    "trains": _trains,
+    "gradient_checkpointing": _checkpoints_gradients,
+    "packing": _packs,
+    "load_best_model_at_end": _keeps_best,
+    "resume": _resumes,
+    "merge": _merges,
+}
+
+
+def kinds() -> dict[str, tuple[str, ...]]:
+    """Every kind that has a file in `conf/`, with the overrides that choose it; methods of one type are one kind."""
+    from qlora_exp.config.hydra_compose import (
+        conf_dir,
+        options,  # which asks this module
+    )
+
+    found: dict[str, tuple[str, ...]] = {}
+    for method in sorted({*options("method")} - {"qlora"}):
+        settings = yaml.safe_load((conf_dir() / "method" / f"{method}.yaml").read_text("utf-8"))["method"]
+        found[settings.get("peft_type") or "FULL"] = (f"method={method}",)
+    for variant in sorted({*options("lora_variant")} - {"lora"}):
+        found[f"LORA+{variant}"] = ("method=lora", f"lora_variant={variant}")
+    return found
+
+
+def name_of(words: tuple[str, ...]) -> str:
+    """How a kind is called, of the overrides that choose it: `ia3`, `lora dora`."""
+    return " ".join(word.split("=")[1] for word in words)

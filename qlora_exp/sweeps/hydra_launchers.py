@@ -1,0 +1,131 @@
+"""The launchers that Hydra finds: local processes, Ray, SLURM."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, open_dict
+
+from qlora_exp.sweeps import jobs
+from qlora_exp.sweeps.jobs import Ending
+from qlora_exp.sweeps.launchers import local
+from qlora_exp.utils.errors import ConfigError
+
+Stopped = Callable[[], bool]
+Died = Callable[[], object]
+
+
+class _Launcher(Launcher):
+    """What our launchers share: what Hydra asks of one, as tasks for processes."""
+
+    package, extra = "", ""
+    """What it needs, and the extra of ours that has it."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = settings
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Hydra's, before `launch`."""
+        if self.package and find_spec(self.package) is None:
+            raise ConfigError(f"this hydra/launcher needs a package: pip install 'qlora-exp[{self.extra}]'")
+        self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Hydra's: run these jobs; a job's return value is how its process died, None if it did not."""
+        import cloudpickle
+
+        parser, tasks = OverridesParser.create(), []
+        for number, overrides in enumerate(job_overrides, initial_job_idx):
+            words = [word for word in overrides if word.startswith("hydra.sweep.")]
+            where = {one.key_or_group: str(one.value()) for one in map(parser.parse_override, words)}
+            parent = where.get("hydra.sweep.dir", str(self.config.hydra.sweep.dir))
+            folder = Path(parent, where.get("hydra.sweep.subdir", str(number)))
+            job = _HydraJob(self.hydra_context, self.task_function, self.config, list(overrides), number)
+            tasks.append(local.Task(cloudpickle.dumps(job), folder))
+        parent_folder = tasks[0].folder.parent
+        fail_fast = self.config.sweep.fail_fast
+        endings = self.run_all(
+            tasks,
+            stopped=lambda: fail_fast and jobs.stopped(parent_folder),
+            died=lambda: fail_fast and jobs.stop(parent_folder),
+        )
+        return [_returned(ending) for ending in endings]
+
+    @abstractmethod
+    def run_all(self, tasks: Sequence[local.Task], stopped: Stopped, died: Died) -> Sequence[Ending | None]:
+        """Each in a process of its own."""
+
+
+class LocalLauncher(_Launcher):
+    """Jobs on this machine."""
+
+    def run_all(self, tasks: Sequence[local.Task], stopped: Stopped, died: Died) -> Sequence[Ending | None]:
+        """Each in a process of its own."""
+        return local.run_all(tasks, self.config.sweep.n_jobs, stopped, died)
+
+
+class RayLauncher(_Launcher):
+    """Jobs on a Ray cluster."""
+
+    package, extra = "ray", "ray"
+
+    def run_all(self, tasks: Sequence[local.Task], stopped: Stopped, died: Died) -> Sequence[Ending | None]:
+        """Each in a worker of its own."""
+        from qlora_exp.sweeps.launchers import ray
+
+        return ray.run_all(tasks, self.config.sweep.n_jobs, **self.settings, died=died)
+
+
+class SubmititLauncher(_Launcher):
+    """Jobs on a SLURM cluster."""
+
+    package, extra = "submitit", "slurm"
+
+    def run_all(self, tasks: Sequence[local.Task], stopped: Stopped, died: Died) -> Sequence[Ending | None]:
+        """Each a job of the cluster's."""
+        from qlora_exp.sweeps.launchers import slurm
+
+        return slurm.run_all(tasks, **self.settings, died=died)
+
+
+class _HydraJob:
+    """What every launcher of Hydra does in a job's process."""
+
+    def __init__(
+        self,
+        hydra_context: HydraContext,
+        task_function: TaskFunction,
+        config: DictConfig,
+        overrides: list[str],
+        number: int,
+    ) -> None:
+        self.hydra_context, self.task_function = hydra_context, task_function
+        self.config, self.overrides, self.number = config, overrides, number
+        self.singletons = Singleton.get_state()
+
+    def __call__(self) -> None:
+        setup_globals()
+        Singleton.set_state(self.singletons)
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, self.overrides)
+        with open_dict(config):
+            config.hydra.job.id = config.hydra.job.num = self.number
+        _ = run_job(
+            hydra_context=self.hydra_context,
+            task_function=self.task_function,
+            config=config,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+        ).return_value  # raises what the job raised
+
+
+def _returned(value: Any) -> JobReturn:
+    done = JobReturn(status=JobStatus.COMPLETED)
+    done.return_value = value
+    return done

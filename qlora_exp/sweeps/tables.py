@@ -1,0 +1,51 @@
+"""Print what a sweep will do and what became of its jobs."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from qlora_exp.sweeps.jobs import Action, Job
+
+
+def row(job: Job, last: Mapping[str, Any]) -> dict[str, Any]:
+    """What became of a job (`Sweep.ended`), for tables."""
+    metrics = last.get("metrics", {})
+    shown = (
+        ("loss", metrics.get("after/loss"), ".4f"),
+        ("ROUGE-L", metrics.get("after/rougeL"), ".3f"),
+        ("peak MiB", metrics.get("memory/allocated_peak_mib", metrics.get("memory/rss_peak_mib")), ".0f"),
+        ("tokens/s", metrics.get("tokens_per_second"), ".0f"),
+        ("seconds", last.get("seconds"), ".0f"),
+    )
+    values = {name: format(value, form) for name, value, form in shown if value is not None}
+    if note := last.get("failure") or (f"MLflow run {last['run_id']}" if "run_id" in last else ""):
+        values["note"] = note
+    return {**job.swept, "outcome": last["outcome"], **values, "key": job.key}
+
+
+def show_plan(todo: Sequence[Job], plan: Mapping[str, tuple[Action, str]], folder: Path) -> None:
+    """Print what will happen to each job, and why."""
+    table = Table("", "job", "what", "why", title=f"{folder.name}: {len(todo)} jobs", title_justify="left")
+    for number, job in enumerate(todo):
+        table.add_row(str(number), job.name, *plan[job.key])
+    _print(table)
+
+
+def show_rows(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Print what became of each job."""
+    found = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
+    columns = sorted((name for name in found if name != "key"), key="note".__eq__)  # the longest text last
+    table = Table(*columns, title=folder.name, title_justify="left")
+    for row in rows:
+        table.add_row(*(str(row.get(name, "")) for name in columns))
+    _print(table)
+
+
+def _print(table: Table) -> None:
+    console = Console(markup=False)
+    if not console.is_terminal:  # a log file has no width
+        console.width = 200
+    console.print(table)

@@ -1,0 +1,272 @@
+"""What a model is worth on held-out rows: loss and perplexity, generated answers, latency.
+
+Leaves the model as it found it (mode, cache setting), and draws no random numbers, so that measuring does not
+change training.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import GenerationConfig, StoppingCriteria
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from qlora_exp.config.sections.evaluation import EvaluationConfig
+
+Score = Callable[[str, dict[str, Any]], float]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """To one batch of prompts."""
+
+    texts: list[str]
+    tokens: int
+    """Generated, of all of them."""
+    seconds: float
+    first_token_seconds: float
+    step_seconds: list[float]
+    """Of each token after the first."""
+
+
+Generate = Callable[[list[list[int]]], Answers]
+"""Answers prompts, which are lists of token ids."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics, and what they were computed from, one record a row."""
+
+    metrics: dict[str, float]
+    losses: list[dict[str, float]]
+    """Each held-out row: `nll` (sum, nats) and `tokens` (supervised)."""
+    unrelated: list[dict[str, float]]
+    """The same of each row of unrelated text."""
+    samples: list[dict[str, Any]]
+    """Each generated answer beside its prompt and reference, with its scores."""
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    rows: Dataset,
+    tokens: Dataset,
+    config: EvaluationConfig,
+    *,
+    batch_size: int,
+    unrelated: Dataset | None = None,
+    score: Score | None = None,
+    label: str = "",
+    on_unrelated: AbstractContextManager[Any] | None = None,
+    generating: AbstractContextManager[Any] | None = None,
+) -> Evaluation:
+    """Measure `model` on held-out rows.
+
+    Args:
+        model: with TRL's fused LM head (SFTTrainer adds it), which spares the memory of full logits.
+        tokenizer: of the model.
+        rows: held-out rows as text.
+        tokens: the same rows, as `data.cut` gives them.
+        config: what to measure.
+        batch_size: rows in one forward pass of the loss.
+        unrelated: tokens of text that training is not about.
+        score: the dataset's own scorer of an answer, 0..1.
+        label: shown in the progress bars.
+        on_unrelated: entered for unrelated text.
+        generating: entered while answers are generated.
+    """
+    with _evaluating(model):
+        losses = _row_losses(model, tokenizer, tokens, batch_size, label)
+        supervised, loss = sum(row["tokens"] for row in losses), _mean_loss(losses)
+        metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "supervised_tokens": supervised}
+        elsewhere: list[dict[str, float]] = []
+        if unrelated is not None:
+            with on_unrelated or nullcontext():
+                elsewhere = _row_losses(model, tokenizer, unrelated, 1, label)
+            metrics["unrelated_loss"] = _mean_loss(elsewhere)
+        samples: list[dict[str, Any]] = []
+        if config.generate_rows:
+            answering = generator(model, tokenizer, config)
+            with generating or nullcontext():
+                samples, latency = _answer(answering, tokenizer, rows, tokens, config, label)
+            metrics |= _scored(samples, rows, config, score) | latency
+    return Evaluation(metrics, losses, elsewhere, samples)
+
+
+def _mean_loss(losses: list[dict[str, float]]) -> float:
+    return sum(row["nll"] for row in losses) / sum(row["tokens"] for row in losses)
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    training, use_cache = model.training, model.config.use_cache
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+        model.config.use_cache = use_cache
+
+
+def _row_losses(model: Any, tokenizer: Any, tokens: Dataset, batch_size: int, label: str) -> list[dict[str, float]]:
+    collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
+    found = []
+    for start in tqdm(range(0, len(tokens), batch_size), desc=f"{label}loss", unit="batch", leave=False, disable=None):
+        rows = [
+            {"input_ids": row["input_ids"], "labels": row["labels"]}
+            for row in tokens.select(range(start, min(start + batch_size, len(tokens))))
+        ]
+        batch = {name: tensor.to(model.device) for name, tensor in collate(rows).items()}
+        # trl 1.16: `log_probs` is (batch, length - 1), zero where `label_mask` is false.
+        outputs = model(**batch, fused_lm_head=True)
+        nll = -outputs.log_probs.float().cpu().double().sum(dim=1)
+        count = outputs.label_mask.sum(dim=1)
+        found += [{"nll": n, "tokens": c} for n, c in zip(nll.tolist(), count.tolist(), strict=True)]
+    return found
+
+
+class _Clock(StoppingCriteria):
+    """Never stops anything: notes when each token was there."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        if input_ids.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def generator(model: Any, tokenizer: Any, config: EvaluationConfig) -> Generate:
+    """What answers prompts with `model`, greedily, all of them in one batch."""
+    settings = GenerationConfig(
+        max_new_tokens=config.max_new_tokens,
+        do_sample=False,
+        eos_token_id=stop_tokens(model, tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,
+    )
+
+    def generate(prompts: list[list[int]]) -> Answers:
+        batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
+        clock, begin = _Clock(), time.perf_counter()
+        output = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            generation_config=settings,
+            stopping_criteria=[clock],
+        )
+        seconds = time.perf_counter() - begin
+        new = output[:, batch["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        generated = int((new != tokenizer.pad_token_id).sum())
+        return Answers(texts, generated, seconds, clock.times[0] - begin, np.diff(clock.times).tolist())
+
+    return generate
+
+
+def answers(
+    generate: Generate,
+    tokenizer: Any,
+    rows: Dataset,
+    tokens: Dataset,
+    config: EvaluationConfig,
+    *,
+    score: Score | None = None,
+    label: str = "",
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """As `evaluate`, of the answers alone, by whatever generates them."""
+    samples, latency = _answer(generate, tokenizer, rows, tokens, config, label)
+    return _scored(samples, rows, config, score) | latency, samples
+
+
+def _scored(
+    samples: list[dict[str, Any]], rows: Dataset, config: EvaluationConfig, score: Score | None
+) -> dict[str, float]:
+    """Each metric's mean, after it was added to each sample."""
+    if score:
+        for sample, row in zip(samples, rows, strict=False):
+            sample["task_score"] = score(sample["answer"], row)
+    return {name: float(np.mean([sample[name] for sample in samples])) for name in _scores(samples, config)}
+
+
+def _answer(
+    generate: Generate, tokenizer: Any, rows: Dataset, tokens: Dataset, config: EvaluationConfig, label: str
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
+    """Answers to the first prompts, and the seconds that a step of a batch took."""
+    count, size = min(config.generate_rows, len(tokens)), config.generation_batch_size
+    samples: list[dict[str, Any]] = []
+    found: list[Answers] = []
+    for start in tqdm(range(0, count, size), desc=f"{label}answers", unit="batch", leave=False, disable=None):
+        chosen = range(start, min(start + size, count))
+        prompts = [row["input_ids"][: row["prompt_length"]] for row in tokens.select(chosen)]
+        prompts = [prompt or [_first_token(tokenizer)] for prompt in prompts]
+        found.append(generate(prompts))
+        for prompt, text, row in zip(prompts, found[-1].texts, rows.select(chosen), strict=True):
+            samples.append({"prompt": tokenizer.decode(prompt), "reference": row["completion"], "answer": text.strip()})
+    latency = {
+        "first_token_seconds_p50": float(np.median([one.first_token_seconds for one in found])),
+        "generated_tokens_per_second": sum(one.tokens for one in found) / sum(one.seconds for one in found),
+    }
+    if steps := [seconds for one in found for seconds in one.step_seconds]:
+        latency["token_seconds_p50"], latency["token_seconds_p95"] = map(float, np.quantile(steps, [0.5, 0.95]))
+    return samples, latency
+
+
+def _first_token(tokenizer: Any) -> int:
+    """What an empty prompt (plain text) starts with."""
+    return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+
+def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends an answer: the tokenizer's EOS and the model's own."""
+    own = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own] if own is not None else [])})
+
+
+def _scores(samples: list[dict[str, Any]], config: EvaluationConfig) -> list[str]:
+    """Add each metric to each sample; the names that were added."""
+    import evaluate as evaluate_library  # it imports scipy and more, for answers only
+
+    names = ["task_score"] if "task_score" in samples[0] else []
+    for metric in config.metrics:
+        module = evaluate_library.load(str(Path(__file__).parent / "metrics" / f"{metric}.py"))
+        results = module.compute(
+            predictions=[sample["answer"] for sample in samples],
+            references=[sample["reference"] for sample in samples],
+        )
+        for name, values in results.items():
+            names.append(name)
+            for sample, value in zip(samples, values, strict=True):
+                sample[name] = value
+    return names
+
+
+def isolates_packed_rows(model: Any) -> bool:
+    """Whether two rows packed into one sequence are computed as they are apart, which packing relies on.
+
+    Tried on the model itself with a few tokens: TRL marks rows by restarting position ids, and not every architecture
+    keeps rows apart by them (OPT does not). What packing changes is compared with what plain concatenation changes, so
+    that rounding in half precision does not count.
+    """
+    ids = torch.arange(8, 32, device=model.device)[None] % model.config.vocab_size
+    positions = torch.cat([torch.arange(12), torch.arange(12)]).to(model.device)[None]
+    with _evaluating(model):
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 12:]
+        joined = model(input_ids=ids, use_cache=False).logits[:, 12:]
+        apart = model(input_ids=ids[:, 12:], use_cache=False).logits
+
+    def change(logits: torch.Tensor) -> float:
+        return (logits.float().log_softmax(-1) - apart.float().log_softmax(-1)).abs().mean().item()
+
+    return change(packed) < 0.1 * change(joined)

@@ -1,0 +1,49 @@
+"""PEFT's optimizers for LoRA, built on the optimizer that the config names.
+
+Knows nothing of trainers beyond the arguments that choose an optimizer.
+"""
+
+from typing import Any
+
+import torch
+from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
+from transformers import Trainer, TrainingArguments
+
+from qlora_exp.config.sections.optimizer import OptimizerConfig
+
+
+def lora_optimizer(model: Any, config: OptimizerConfig, arguments: TrainingArguments) -> torch.optim.Optimizer | None:
+    """The optimizer that `lora_optimizer` names; None leaves it to the trainer.
+
+    LoRA+: https://arxiv.org/abs/2402.12354, LoRA-FA: https://arxiv.org/abs/2308.03303 (freezes every A), Riemannian
+    preconditioning: https://arxiv.org/abs/2402.02347.
+    """
+    if config.lora_optimizer is None:
+        return None
+    kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
+    decay = arguments.weight_decay
+    if config.lora_optimizer == "loraplus":
+        return create_loraplus_optimizer(
+            model, kind, loraplus_lr_ratio=config.loraplus_lr_ratio, loraplus_weight_decay=decay, **settings
+        )
+    if config.lora_optimizer == "riemannian":
+        return create_riemannian_optimizer(model, kind, reg=config.riemannian_reg, weight_decay=decay, **settings)
+    lora = model.peft_config[model.active_adapter]
+    optimizer = create_lorafa_optimizer(model, lora.r, lora.lora_alpha, settings["lr"], decay)
+    for group in optimizer.param_groups:  # PEFT 0.21 takes neither
+        group.update(betas=settings["betas"], eps=settings["eps"])
+    optimizer.register_load_state_dict_post_hook(move_states)
+    return optimizer
+
+
+def move_states(optimizer: torch.optim.Optimizer) -> None:
+    """Put LoRA-FA's states, which it keeps by name, where their parameters are; torch does that for others only."""
+    devices = {
+        name[: name.find("lora")] + "lora" if "lora" in name else name: parameter.device
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+    }
+    for name, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(name, str) and isinstance(value, torch.Tensor):
+                state[key] = value.to(devices[name])

@@ -1,0 +1,28 @@
+"""Ask the search that a job belongs to whether the job should go on."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+
+from qlora_exp.utils.errors import PrunedError
+
+
+def judge(told: Mapping[str, Any]) -> Callable[[float, int], None]:
+    """In a job: what to call with each held-out loss and its step.
+
+    The function raises PrunedError once the loss is worse than the median of earlier trials at that step.
+    """
+    storage = JournalStorage(JournalFileBackend(told["file"]))
+    name = optuna.get_all_study_names(storage)[0]
+    study = optuna.load_study(study_name=name, storage=storage, pruner=optuna.pruners.MedianPruner(n_startup_trials=3))
+    trial = optuna.trial.Trial(study, study.trials[told["trial"]]._trial_id)  # optuna 5 has no public way to reopen one
+
+    def report(loss: float, step: int) -> None:
+        trial.report(loss, step)
+        if trial.should_prune():
+            raise PrunedError(f"held-out loss {loss:.4f} at step {step} is worse than the median of earlier trials")
+
+    return report

@@ -1,0 +1,419 @@
+"""The wrapper around TRL's SFTTrainer: its arguments from our config, and what it must tell us while it runs.
+
+Measures steps, feeds curves to a `log` function, marks memory phases, stops a run that diverged.
+Knows nothing of MLflow.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from trl.trainer import utils as trl_utils
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from qlora_exp.config.schema import Config
+from qlora_exp.data.dataset import IGNORED
+from qlora_exp.environment.device import Resolved
+from qlora_exp.environment.efficiency import FlopCounter
+from qlora_exp.environment.memory import MemoryMonitor
+from qlora_exp.models.adapters import allocates, fit_schedule, keep_dtypes, penalty
+from qlora_exp.training.checkpoints import checkpoints, is_whole
+from qlora_exp.training.optimizers import lora_optimizer
+from qlora_exp.utils.errors import ConfigError, DivergedError
+
+log = logging.getLogger(__name__)
+
+Log = Callable[[dict[str, float], int], None]
+
+# Keys of TrainingConfig that are SFTConfig's own and need no translation.
+_SAME = (
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "max_length",
+    "packing",
+    "packing_strategy",
+    "train_sampling_strategy",
+    "loss_type",
+    "neftune_noise_alpha",
+    "logging_steps",
+    "logging_first_step",
+    "eval_strategy",
+    "eval_steps",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "load_best_model_at_end",
+    "dataloader_num_workers",
+    "torch_compile",
+)
+# The trainer's names of what it logs, where ours say more.
+_CURVES = {"eval_loss": "eval/loss", "eval_mean_token_accuracy": "eval/token_accuracy"}
+_SKIPPED = {
+    "eval_runtime",
+    "eval_samples_per_second",
+    "eval_steps_per_second",
+    "eval_entropy",
+    "eval_num_tokens",
+}
+
+
+class _Arguments(SFTConfig):
+    """TRL's arguments in a process that may see several GPUs, of which a run takes one.
+
+    Transformers counts all that it sees, and would wrap the model in `nn.DataParallel`, which TRL refuses.
+    """
+
+    @property
+    def n_gpu(self) -> int:
+        """GPUs to copy the model to; where `model.device_map` spreads it over several, there is one copy too."""
+        return min(1, super().n_gpu)
+
+
+def arguments(config: Config, resolved: Resolved, output_dir: Path) -> SFTConfig:
+    """TRL's arguments of the run; every choice it would make by itself is made here."""
+    training = config.training
+    return _Arguments(
+        output_dir=str(output_dir),
+        **{name: getattr(training, name) for name in _SAME},
+        optim=resolved.optim,
+        adam_beta1=config.optimizer.adam_beta1,
+        adam_beta2=config.optimizer.adam_beta2,
+        adam_epsilon=config.optimizer.adam_epsilon,
+        bf16=resolved.bf16,
+        fp16=resolved.fp16,
+        gradient_checkpointing=resolved.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if resolved.gradient_checkpointing else None,
+        use_cpu=resolved.device == "cpu",
+        seed=config.seed,
+        data_seed=config.seed,
+        metric_for_best_model="eval_loss" if training.load_best_model_at_end else None,
+        eval_packing=False,  # held-out loss is of the rows themselves
+        logging_nan_inf_filter=False,  # it would show the last finite loss instead of a divergence
+        report_to="none",
+        disable_tqdm=True,  # one progress bar of our own
+        dataloader_pin_memory=resolved.device == "cuda",
+    )
+
+
+class _ByLength(LengthGroupedSampler):
+    """Rows of like length together, in an order that seed and epoch decide: a resumed run goes on in the same order.
+
+    Transformers' own draws the order from the global random state, which a resumed run does not share.
+    """
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate before each epoch."""
+        self.generator = torch.Generator().manual_seed(self.seed + epoch)
+
+
+def score_supervised_tokens_only() -> None:
+    """Make TRL's LM head skip tokens without loss on a CPU too, as it does on a GPU: the same loss, sooner.
+
+    Elsewhere TRL scores every token, because the varying number of supervised ones would make a compiling backend
+    compile anew at each batch; eager CPU kernels do not mind. Checked on TRL 1.16, which has no public switch for it.
+    """
+    trl_utils._use_triton = lambda device: device.type in ("cuda", "xpu", "cpu")  # type: ignore[attr-defined]
+
+
+class Trainer(SFTTrainer):
+    """SFTTrainer that counts tokens and tells which memory phase it is in."""
+
+    def __init__(self, *args: Any, memory: MemoryMonitor, **kwargs: Any) -> None:
+        self.memory = memory
+        self.seen: Any = torch.zeros(3, dtype=torch.long)  # tokens, supervised tokens, sequences
+        self.flops_per_token: float | None = None
+        """Counted on the first batch; None before it, and for a compiled model; NaN if it is not known."""
+        super().__init__(*args, **kwargs)
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """One forward and backward pass, its tokens counted (padding left out) where they are, without waiting."""
+        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        tokens = mask.sum() if mask is not None else ids.new_tensor(ids.numel())
+        supervised = (inputs["labels"] != IGNORED).sum()
+        self.seen = self.seen.to(ids.device) + torch.stack([tokens, supervised, ids.new_tensor(len(ids))])
+        if self.flops_per_token is not None or self.args.torch_compile:
+            return super().training_step(model, inputs, *args, **kwargs)
+        with FlopCounter() as counter:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        self.flops_per_token = counter.flops / int(tokens)
+        return loss
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any) -> Any:
+        """TRL's loss and, while it trains, what the adapter adds to it."""
+        found = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
+        if not model.training:
+            return found
+        added = penalty(self.accelerator.unwrap_model(model)) / self.current_gradient_accumulation_steps
+        return (found[0] + added, found[1]) if return_outputs else found + added
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Held-out loss, in a memory phase of its own; the random state (dropout's) is left as it was."""
+        devices = [torch.cuda.current_device()] if self.args.device.type == "cuda" else []
+        with self.memory.phase("evaluation"), torch.random.fork_rng(devices):
+            return super().evaluate(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:  # transformers 5.23; no public hook for a sampler
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            return _ByLength(sampler.batch_size, sampler.lengths, self.args.seed)
+        return sampler
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:  # transformers 5.23; no public hook before a step
+        """Nothing where training is to stop at once: the trainer would look only after another step."""
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:  # transformers 5.23; no public hook before a save
+        with self.memory.phase("save"):
+            super()._save_checkpoint(*args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's card names paths of this machine; MLflow holds what a run was."""
+
+
+class _Allocation(TrainerCallback):
+    """What a method moves while it learns, after each optimizer step, while there are gradients."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        fit_schedule(self._model, state.max_steps)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._model.base_model.update_and_allocate(state.global_step)
+
+
+class _EarlyStopping(EarlyStoppingCallback):
+    """Transformers' own, but a resumed run goes on counting, and trains no more if it had stopped."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_training_stop = True
+
+
+class Watcher(TrainerCallback):
+    """Step times, curves, the progress bar, and the first bad number."""
+
+    def __init__(self, trainer: Trainer, log: Log, judge: Callable[[float, int], None] | None = None) -> None:
+        self.step_seconds: list[float] = []
+        self.step_counts: list[list[int]] = []
+        """Tokens, supervised tokens and sequences of each step."""
+        self._trainer = trainer
+        self._log = log
+        self._judge = judge
+        self._bar: tqdm | None = None
+        self._steady, self._first_step = ExitStack(), ExitStack()
+        self._seen: Any = trainer.seen
+        self._mark = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clock; the first step, which allocates, is a memory phase of its own.
+
+        A checkpoint with all the steps in it is the end of a training, of which the trainer itself takes no notice.
+        """
+        # TRL 1.16 counts from zero again after a resume.
+        self._trainer._total_train_tokens = max((line.get("num_tokens", 0) for line in state.log_history), default=0)
+        if state.global_step >= state.max_steps:
+            control.should_training_stop = True
+        if control.should_training_stop:
+            log.info("training had ended at step %d of %d: no step is left", state.global_step, state.max_steps)
+            return
+        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=None)
+        self._steady.enter_context(self._trainer.memory.phase("steady"))
+        self._first_step.enter_context(self._trainer.memory.phase("first_step"))
+        self._restart()
+
+    def _restart(self) -> None:
+        self._seen = self._trainer.seen
+        self._mark = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Note the step's time, loading of its data included."""
+        # `tolist` waits for everything that the GPU still has to do for this step.
+        self.step_counts.append((self._trainer.seen - self._seen.to(self._trainer.seen.device)).tolist())
+        self.step_seconds.append(time.perf_counter() - self._mark)
+        self._first_step.close()
+        if self._bar is not None:
+            self._bar.update()
+        self._restart()
+
+    def on_evaluate(self, *_: Any, **__: Any) -> None:
+        """Evaluation is not part of the next step's time."""
+        self._restart()
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        """Saving is not part of the next step's time."""
+        self._restart()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        """Pass curves on.
+
+        Raises:
+            DivergedError: a loss or a gradient norm is not finite.
+        """
+        logs = logs or {}
+        if "train_runtime" in logs:  # the trainer's closing summary; ours is `throughput`
+            return
+        curves = {
+            _CURVES.get(name, f"train/{name}"): float(value)
+            for name, value in logs.items()
+            if name not in _SKIPPED and isinstance(value, int | float)
+        }
+        if self.step_seconds and "loss" in logs:
+            curves["train/step_seconds"] = self.step_seconds[-1]
+            curves["train/tokens_per_second"] = self.step_counts[-1][0] / self.step_seconds[-1]
+        self._log(curves, state.global_step)
+        # Under fp16 a gradient that overflows is skipped, and the scale lowered: no divergence.
+        for name in ("loss", "eval_loss") if args.fp16 else ("loss", "grad_norm", "eval_loss"):
+            if name in logs and not math.isfinite(logs[name]):
+                raise DivergedError(f"{name} is {logs[name]} at step {state.global_step}")
+        if self._judge is not None and "eval_loss" in logs:
+            self._judge(logs["eval_loss"], state.global_step)
+        if self._bar is not None and "loss" in logs:
+            self._bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+            if self._bar.disable:  # no terminal: lines instead of a bar
+                log.info("step %d of %d: loss %.4f", state.global_step, state.max_steps, logs["loss"])
+
+    def close(self) -> None:
+        """Take the progress bar away, also after a failure."""
+        self._first_step.close()
+        self._steady.close()
+        if self._bar is not None:
+            self._bar.close()
+
+    def throughput(self) -> dict[str, float]:
+        """Rates over all steps but the first, which also allocates and warms up; empty after a single step."""
+        seconds = self.step_seconds[1:]
+        if not seconds:
+            return {}
+        total = sum(seconds)
+        tokens, supervised, sequences = (sum(counts) for counts in zip(*self.step_counts[1:], strict=True))
+        per_token = self._trainer.flops_per_token
+        if per_token is None or math.isnan(per_token):
+            arithmetic = {}
+        else:
+            arithmetic = {"flops_per_second": per_token * tokens / total}
+        return {
+            "step_seconds_p50": float(np.median(seconds)),
+            "step_seconds_mean": total / len(seconds),
+            "tokens_per_second": tokens / total,
+            "supervised_tokens_per_second": supervised / total,
+            "samples_per_second": sequences / total,
+            **arithmetic,
+        }
+
+
+def build(
+    model: Any,
+    tokenizer: Any,
+    train_tokens: Dataset,
+    heldout_tokens: Dataset,
+    config: Config,
+    resolved: Resolved,
+    output_dir: Path,
+    memory: MemoryMonitor,
+) -> Trainer:
+    """A trainer for a model that already has its trainable parameters; their dtypes stay as they are."""
+    score_supervised_tokens_only()
+    callbacks: list[TrainerCallback] = []
+    if config.training.early_stopping_patience:
+        callbacks.append(
+            _EarlyStopping(config.training.early_stopping_patience, config.training.early_stopping_threshold)
+        )
+    if allocates(model):
+        callbacks.append(_Allocation(model))
+    settings = arguments(config, resolved, output_dir)
+    with keep_dtypes(model):
+        trainer = Trainer(
+            memory=memory,
+            model=model,
+            args=settings,
+            optimizers=(lora_optimizer(model, config.optimizer, settings), None),
+            train_dataset=train_tokens.select_columns(["input_ids", "labels"]),
+            eval_dataset=heldout_tokens.select_columns(["input_ids", "labels"]),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+    trainer.remove_callback(PrinterCallback)  # it prints raw dictionaries
+    return trainer
+
+
+def train(
+    trainer: Trainer, log: Log, checkpoint: Path | None = None, judge: Callable[[float, int], None] | None = None
+) -> dict[str, float]:
+    """Train to the end, from `checkpoint` if given; the throughput, with `train_loss` averaged over the steps.
+
+    A checkpoint at which a training had ended is loaded, or the best one before it; what is of steps is then absent.
+    `judge` is called with each held-out loss and its step, and may raise.
+
+    Raises:
+        DivergedError: the loss is not a number any more.
+    """
+    watcher = Watcher(trainer, log, judge)
+    trainer.add_callback(watcher)
+    with trainer.memory.phase("load"), closing(watcher):  # of the checkpoint; then `watcher` says which it is
+        result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        state = trainer.state
+        measured = any(line["step"] == state.global_step and "eval_loss" in line for line in state.log_history)
+        if trainer.args.eval_strategy == "epoch" and not measured:  # cut off between its last checkpoint and that
+            trainer.evaluate()
+    of_steps = {"train_loss": result.training_loss, **watcher.throughput()} if watcher.step_seconds else {}
+    return {"steps": state.global_step, **of_steps}
+
+
+def checkpoint_to_resume(config: Config, output_dir: Path, resumed: bool, same_start: bool = True) -> Path | None:
+    """The checkpoint to go on from: of a cut-off run its own newest, else the configured one; None: from the start.
+
+    A run whose method cannot be resumed starts over.
+
+    Args:
+        config: `training.resume_from_checkpoint` is a checkpoint, or an output folder whose newest one is taken.
+        output_dir: the run's own.
+        resumed: the run was begun before.
+        same_start: its adapter starts as it did then.
+
+    Raises:
+        ConfigError: there is no checkpoint where the config says.
+    """
+    why = config.refusal("resume") or (None if same_start else "its adapter starts otherwise here")
+    if resumed and why:
+        log.info("from the start: method=%s cannot be resumed (%s)", config.method.name, why)
+        return None
+    configured = config.training.resume_from_checkpoint
+    own = [folder for folder in checkpoints(output_dir / "checkpoints") if is_whole(folder)] if resumed else []
+    if own or configured is None:
+        return own[-1] if own else None
+    path = Path(configured)
+    found = [path] if is_whole(path) else [*checkpoints(path), *checkpoints(path / "checkpoints")]
+    whole = [folder for folder in found if is_whole(folder)]
+    if not whole:
+        raise ConfigError(f"training.resume_from_checkpoint: no checkpoint in {configured}")
+    return whole[-1]

@@ -1,0 +1,62 @@
+"""What is made once and used by every run: converted models, tokenized rows. Safe for processes side by side.
+
+Knows nothing of what is in its folders.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import platformdirs
+from filelock import FileLock
+
+from qlora_exp.utils.errors import CacheError
+from qlora_exp.utils.files import sha256
+
+_MANIFEST = "qlora_exp_manifest.json"
+
+
+def cache_dir() -> Path:
+    """Where it all is: `$QLORA_EXP_CACHE`, else the user's cache folder."""
+    return Path(os.environ.get("QLORA_EXP_CACHE") or platformdirs.user_cache_dir("qlora_exp"))
+
+
+def built(name: str, build: Callable[[Path], None]) -> Path:
+    """The folder `name` of the cache, whole: made by `build` if it is not there or damaged, once for all processes.
+
+    Raises:
+        CacheError: the cache cannot be written.
+    """
+    folder = cache_dir() / name
+    try:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not _intact(folder):
+                for leftover in (folder, *cache_dir().glob(f"{name}.*/")):  # also of builds that were killed
+                    shutil.rmtree(leftover, ignore_errors=True)
+                scratch = Path(tempfile.mkdtemp(prefix=f"{name}.", dir=cache_dir()))
+                try:
+                    build(scratch)
+                    manifest = {file.name: sha256(file) for file in sorted(scratch.iterdir())}
+                    (scratch / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+                    scratch.rename(folder)
+                finally:
+                    shutil.rmtree(scratch, ignore_errors=True)
+    except OSError as error:
+        raise CacheError(
+            f"cannot write the cache {cache_dir()} ({error.strerror or error}): "
+            "free space there, or set QLORA_EXP_CACHE to another folder"
+        ) from error
+    return folder
+
+
+def _intact(folder: Path) -> bool:
+    """Whether every file is there with the contents that were written."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        return all(sha256(folder / name) == digest for name, digest in manifest.items())
+    except (OSError, ValueError, AttributeError):
+        return False

@@ -1,0 +1,45 @@
+"""Keeps from the screen what libraries say and the user can do nothing about. `quiet` imports none of them."""
+
+import logging
+import os
+import sys
+import warnings
+
+from qlora_exp.utils.secrets import RedactingFormatter
+
+
+def hide_bars() -> None:
+    """Of transformers, which is imported by now, where nobody would see them move."""
+    from transformers.utils import logging as transformers_logging
+
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
+
+
+def quiet() -> None:
+    """Before the libraries are imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # many short bars; ours cover what is long
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(RedactingFormatter("%(message)s"))
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(bitsandbytes|torch|peft|trl|transformers)\b")
+    for name in (
+        "alembic",
+        "mlflow",
+        "httpx",
+        "datasets",
+        "urllib3",
+        "evaluate",
+        "absl",
+        "bitsandbytes",
+        "transformers",
+        "torchao",
+        "torch.utils._pytree",  # on torchao's account
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)

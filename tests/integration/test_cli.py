@@ -1,0 +1,117 @@
+import subprocess
+import sys
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from qlora_exp.cli import main
+
+
+def command(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "qlora_exp", *arguments], capture_output=True, text=True, check=False, **kwargs
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["train", "--help"], ["train", "--cfg", "job"], ["train", "method.r=0"], ["keys"], ["ui"]],
+)
+def test_light_commands_do_not_import_torch(arguments: list[str]):
+    code = (
+        "import sys, qlora_exp.cli as cli\n"
+        f"try: cli.main({arguments!r})\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'mlflow', 'datasets'} & set(sys.modules), 'heavy import'"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "heavy import" not in result.stderr
+    assert result.returncode == 0
+
+
+def test_cfg_job_prints_the_whole_config():
+    result = command("train", "method=lora", "--cfg", "job")
+    assert yaml.safe_load(result.stdout)["method"]["name"] == "lora"
+
+
+def test_help_lists_groups_and_experiments():
+    text = command("train", "--help").stdout
+    assert "smollm2_faq_qlora" in text
+    assert "nf4_double" in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["methd=lora"], "did you mean 'method'"),
+        (["training.lr=1"], "did you mean 'training.learning_rate'"),
+        (["training.zzz=1"], "`qlora-exp keys training` lists them"),
+        (["method.rank=1"], "did you mean 'r'"),
+        (["output_dir=x"], "hydra.run.dir=FOLDER"),
+        (["hydra.run.dir=/proc/nope"], "cannot write to the output folder"),
+        (["method.r=0", "--cfg", "job"], "must be positive"),
+        (["-m", "method.r=4,8", "seed=1,x"], "in: method.r=4 seed=x"),
+        (["tracking=server"], "tracking.uri: must be given"),
+        (["dataset=own", "dataset.path=gone.jsonl"], "no file gone.jsonl"),
+        (["+foo=1"], "foo: no such key"),
+        (["method=lorra"], "did you mean 'lora'"),
+        (["experiment=smollm2_faq_qlor"], "did you mean 'smollm2_faq_qlora'"),
+        (["method.r=0"], "must be positive"),
+        (["method.r=1,2"], "--multirun"),
+        (["model=hub"], "model.model_name_or_path: must be given"),
+    ],
+)
+def test_mistakes_get_one_clear_message_and_leave_nothing(overrides: list[str], message: str, tmp_path):
+    result = command("train", *overrides, cwd=tmp_path)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_sweep_runs_every_combination_and_reports(device: str, store, tmp_path):
+    from support import QUICK
+
+    from qlora_exp.tracking.tracker import client
+
+    result = command(
+        "train", "-m", *QUICK, f"tracking.uri={store}", f"tracking.experiment_name=sweep_{device}", f"device={device}",
+        "method=lora", "method.r=2,4", "seed=1,2", "evaluation=loss_only", cwd=tmp_path,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    mlflow = client(store)
+    runs = mlflow.search_runs([mlflow.get_experiment_by_name(f"sweep_{device}").experiment_id], "params.seed LIKE '%'")
+    assert {(run.data.params["method.r"], run.data.params["seed"]) for run in runs} == {
+        (r, s) for r in "24" for s in "12"
+    }
+    assert result.stdout.count("held-out loss") == 4
+    assert len(list((tmp_path / "multirun").glob("*/*/journal.jsonl"))) == 4
+
+
+def test_a_failure_is_shown_without_a_traceback_and_ends_with_1(store, tmp_path):
+    result = command("train", "model=tiny_llama", f"tracking.uri={store}", "training.max_length=5", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "error: no token of the" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_wrong_usage_ends_with_2():
+    assert command("trian").returncode == 2
+    assert "did you mean 'training'" in command("keys", "traning").stderr
+
+
+def test_an_interrupted_run_says_how_to_go_on(config, tmp_path, monkeypatch, capsys):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("qlora_exp.recipe.finetune.run", interrupted)
+    composed, folder = OmegaConf.create(config().model_dump(mode="json")), tmp_path / "run"
+    for hint in ("", f"to go on: the same command with hydra.run.dir={folder}\n"):
+        with pytest.raises(KeyboardInterrupt):
+            main._alone(composed, folder)
+        assert capsys.readouterr().err == hint
+        checkpoint = folder / "checkpoints" / "checkpoint-2"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        (checkpoint / "trainer_state.json").write_text("{}")

@@ -1,0 +1,61 @@
+"""Every named experiment composes, and runs end to end on a tiny model of its own family and rows of its own shape."""
+
+import pytest
+
+from qlora_exp.config.hydra_compose import compose, options
+
+FAMILY = {"opt125m": "opt", "smollm2": "llama", "llama3": "llama", "llama31": "llama", "qwen25": "qwen2"}
+COLUMNS = {
+    "databricks/databricks-dolly-15k": ("instruction", "context", "response"),
+    "tatsu-lab/alpaca": ("instruction", "input", "output"),
+    "yahma/alpaca-cleaned": ("instruction", "input", "output"),
+}
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_experiment(name: str, run, jsonl, losses):
+    config = compose([f"experiment={name}"])
+    overrides = [
+        f"experiment={name}", f"model=tiny_{FAMILY[name.split('_')[0]]}",
+        "model.attn_implementation=sdpa", "model.device_map=null",
+        f"training.eval_strategy={config.training.eval_strategy}", "training.max_steps=2",
+        "training.logging_steps=1",
+        "training.eval_steps=1", "training.save_steps=1",
+        "training.max_length=600", "training.gradient_accumulation_steps=2",
+    ]  # fmt: skip
+    if config.dataset.path in COLUMNS:
+        prompt, context, completion = COLUMNS[config.dataset.path]
+        rows = [{prompt: f"Say {i}.", context: "loud" if i % 2 else "", completion: f"It is {i}."} for i in range(100)]
+        overrides.append(f"dataset.path={jsonl(rows)}")
+    result = run(*overrides)
+    assert len(losses(result)) == 2
+    assert result.metrics["steps"] == 2
+    assert result.metrics["after/perplexity"] > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("opt125m_dolly_full", "training.learning_rate", 2e-5),
+        ("opt125m_dolly_full", "model.dtype", "float32"),
+        ("opt125m_dolly_lora", "method.target_modules", "q_v"),
+        ("opt125m_dolly_lora", "method.lora_alpha", 32),
+        ("opt125m_dolly_qlora", "method.r", 64),
+        ("opt125m_dolly_qlora", "method.lora_alpha", 16),
+        ("opt125m_dolly_qlora", "method.target_modules", "attention"),
+        ("opt125m_dolly_qlora", "training.max_steps", 100),
+        ("qwen25_1_5b_alpaca_qlora", "optimizer.optim", "paged_adamw_8bit"),
+        ("qwen25_1_5b_alpaca_qlora", "training.packing", True),
+        ("qwen25_1_5b_alpaca_qlora", "dataset.eval_size", 0.02),
+        ("llama31_70b_chat_qlora", "training.max_length", 2048),
+        ("llama31_70b_chat_qlora", "training.max_grad_norm", 0.3),
+        ("llama3_8b_alpaca_lora", "method.r", 16),
+        ("llama3_8b_alpaca_lora", "training.lr_scheduler_type", "constant"),
+        ("llama3_8b_alpaca_qlora", "method.lora_alpha", 128),
+        ("llama3_8b_qlora", "training.num_train_epochs", 3),
+    ],
+)
+def test_settings_are_those_of_the_source(name: str, key: str, value: object):
+    from qlora_exp.config.values import flatten
+
+    assert flatten(compose([f"experiment={name}"]))[key] == value

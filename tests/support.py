@@ -1,0 +1,27 @@
+"""What tests and fixtures share: the overrides of a quick run, and the command line called in this process."""
+
+import pytest
+
+QUICK = [
+    "device=cpu",
+    "model=tiny_llama",
+    "dataset.max_train_rows=16",
+    "dataset.max_eval_rows=4",
+    "training.max_steps=3",
+    "training.per_device_train_batch_size=2",
+    "training.eval_strategy=no",
+    "unrelated=none",
+    "evaluation.generate_rows=2",
+    "evaluation.max_new_tokens=4",
+    "tracking.plan=false",
+]
+"""A run of a few seconds."""
+
+
+def exit_code(*words: str) -> int:
+    """Of the command line, called in this process."""
+    from qlora_exp.cli.main import main
+
+    with pytest.raises(SystemExit) as end:
+        main(list(words))
+    return int(end.value.code or 0)

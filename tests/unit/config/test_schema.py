@@ -1,0 +1,55 @@
+import re
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+import qlora_exp
+from qlora_exp.config.schema import Config
+from qlora_exp.config.sections.dataset import DatasetConfig
+from qlora_exp.config.sections.model import ModelConfig
+from qlora_exp.config.sections.training import TrainingConfig
+
+PACKAGE = Path(qlora_exp.__file__).parent
+
+
+def test_every_key_is_read_somewhere():
+    files = [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "hydra_plugins").glob("*.py")]
+    source = "".join(file.read_text("utf-8") for file in files if file.name != "schema.py")
+    schema = (PACKAGE / "schema.py").read_text("utf-8")
+    unread = []
+    for section, field in Config.model_fields.items():
+        kind = field.annotation
+        keys = kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {section: field}
+        for key in keys:
+            read = re.search(rf"\.{key}\b|\"{key}\"", source) or re.search(rf"\w\.{key}\b", schema)
+            if not read:
+                unread.append(f"{section}.{key}")
+    assert unread == []
+
+
+def test_every_key_but_names_of_other_libraries_has_a_default():
+    assert Config() == Config.model_validate(Config().model_dump(mode="json"))
+
+
+def test_configs_cannot_be_changed():
+    with pytest.raises(ValidationError):
+        Config().seed = 1
+
+
+@pytest.mark.parametrize("size", [0, 1.0, -1, 0.0])
+def test_a_split_needs_rows_on_both_sides(size: float):
+    with pytest.raises(ValidationError):
+        DatasetConfig(eval_size=size)
+
+
+def test_random_fields_belong_to_random_models():
+    with pytest.raises(ValidationError, match="random_config"):
+        Config(model=ModelConfig(model_name_or_path="a/b", random_config={"hidden_size": 8}))
+
+
+def test_early_stopping_is_possible():
+    TrainingConfig(
+        eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=4,
+        load_best_model_at_end=True, early_stopping_patience=1,
+    )  # fmt: skip

@@ -1,0 +1,91 @@
+"""Leaks are found whatever their spelling, and nothing else is."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_exp.data import leakage
+
+WORDS = st.lists(
+    st.sampled_from(["the", "a", "slab", "wall", "roof", "floor", "beam", "load", "cost", "time", "is", "of", "for"]),
+    max_size=30,
+)
+
+
+def row(prompt: str, completion: str = "", context: str = "") -> dict[str, str]:
+    return {"prompt": prompt, "input": context, "completion": completion}
+
+
+def test_the_same_question_is_exact_whatever_its_case_spaces_and_answer():
+    found = leakage.find([row("other"), row("What  is a SLAB?", "x")], [row("What is a slab", "y")], 0.7)
+    assert found == [leakage.Leak(1, 0, "exact", 1.0)]
+
+
+@pytest.mark.parametrize("other", ["Calculate -5 + 3.", "Calculate (5 * 3).", "Is x < y?"])
+def test_signs_are_part_of_a_question(other: str):
+    assert not [
+        one
+        for one in leakage.find([row(other)], [row("Calculate 5 - 3."), row("Is x > y?")], 1.0)
+        if one.kind == "exact"
+    ]
+
+
+def test_a_dialogue_asks_with_all_its_turns():
+    def dialogue(first: str) -> dict:
+        turns = [first, "Sure: ...", "Thank you!", "You are welcome."]
+        return row("Thank you!", turns[-1]) | {"messages": [{"role": "-", "content": turn} for turn in turns]}
+
+    assert not leakage.find([dialogue("What is a beam made of?")], [dialogue("How much does a roof cost?")], 1.0)
+    assert leakage.find([dialogue("What is a beam made of?")], [dialogue("what is a beam made of?")], 1.0)
+
+
+def test_a_preamble_that_all_share_is_no_leak_and_costs_nothing():
+    preamble = " ".join(f"word{number}" for number in range(200))
+    train = [row(f"{preamble} train question {number} of its own kind") for number in range(50)]
+    heldout = [row(f"{preamble} held-out question {number} about other things") for number in range(50)]
+    assert leakage.find(train, heldout, 0.3) == []
+
+
+def test_another_input_is_another_question():
+    assert not leakage.find([row("Translate", "a b", "eins zwei")], [row("Translate", "c d", "drei vier")], 0.7)
+
+
+def test_plain_text_is_judged_by_itself():
+    text = "one two three four five six seven eight nine ten"
+    (found,) = leakage.find([row("", text)], [row("", "something else"), row("", text.title())], 0.7)
+    assert (found.heldout, found.kind) == (1, "exact")
+
+
+def test_like_text_is_near_and_its_overlap_is_the_share_in_common():
+    words = [f"w{number}" for number in range(24)]
+    longer = row("q1", " ".join(words[2:]))
+    (found,) = leakage.find([longer], [row("q2", " ".join(words[:4])), row("q2", " ".join(words))], 0.6)
+    assert (found.heldout, found.kind) == (1, "near")
+    # 22 words behind q1: 19 runs of five, of which the first is its own; 24 behind q2: 21
+    assert found.overlap == 18 / (19 + 21 - 18)
+    assert not leakage.find([longer], [row("q2", " ".join(words))], 0.9)
+
+
+def test_short_rows_are_compared_whole():
+    assert leakage.find([row("a", "b c")], [row("a b", "c")], 0.7)[0].kind == "near"
+    assert not leakage.find([row("a", "b c")], [row("x", "b d")], 0.1)
+
+
+@given(st.lists(WORDS, max_size=6), st.lists(WORDS, max_size=6))
+def test_the_index_finds_what_comparing_all_pairs_finds(train: list[list[str]], heldout: list[list[str]]):
+    def shingles(words: list[str]) -> set[tuple[str, ...]]:
+        return {tuple(words[start : start + 5]) for start in range(max(1, len(words) - 4))}
+
+    rows = [
+        [row(f"q{number}{side}", " ".join(words)) for number, words in enumerate(part)]
+        for side, part in (("t", train), ("h", heldout))
+    ]
+    found = {one.train: one.overlap for one in leakage.find(*rows, 0.5)}
+    for index, words in enumerate(train):
+        mine = shingles([f"q{index}t", *words])
+        overlaps = [
+            len(mine & other) / len(mine | other)
+            for other in (shingles([f"q{number}h", *text]) for number, text in enumerate(heldout))
+        ]
+        worst = max(overlaps, default=0.0)
+        assert found.get(index, 0.0) == (worst if worst >= 0.5 else 0.0)

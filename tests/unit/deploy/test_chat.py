@@ -1,0 +1,188 @@
+"""Answers in the format that each adapter was trained with, from one base."""
+
+import io
+import json
+
+import pytest
+import torch
+from support import exit_code
+
+from qlora_exp.data.prompts import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
+from qlora_exp.deploy import load
+from qlora_exp.deploy.chat import BASE, Request, Sampling, answers, asked, open_talker, read_requests
+from qlora_exp.utils.errors import ConfigError, DataError, ModelError
+
+SHORT = Sampling(max_new_tokens=6)
+CHAT = "dataset.format=chat"
+
+
+@pytest.fixture(scope="module")
+def talker(adapters):
+    """Two adapters on one base, trained in different formats."""
+    sources = {"default": str(adapters("training.max_steps=9")), "same_kind": str(adapters(CHAT))}
+    return open_talker(sources, device="cpu")
+
+
+def test_a_prompt_is_written_as_the_adapter_was_trained(talker):
+    assert talker.prompt(asked("Why?")) == (ALPACA_WITHOUT_INPUT.format(prompt="Why?"), True)
+    chat = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+    assert talker.prompt(asked("Why?", "same_kind")) == (chat, True)
+    given = Request(asked("Why?").messages, input="rain")
+    assert talker.prompt(given) == (ALPACA_WITH_INPUT.format(prompt="Why?", input="rain"), False)
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    whole, _ = talker.prompt(Request(turns))
+    one, two = (ALPACA_WITHOUT_INPUT.format(prompt=word) for word in "ac")
+    assert whole == f"{one}b<|im_end|>{two}"
+
+
+@pytest.mark.parametrize("format_", ["text", "prompt_completion"])
+def test_plain_formats_are_given_as_they_are(format_, adapters):
+    words = (f"dataset.format={format_}", *(["dataset.text_column=output"] if format_ == "text" else []))
+    plain = open_talker({"default": str(adapters(*words))}, device="cpu")
+    assert plain.prompt(asked("Why?"))[0] == "Why?"
+
+
+def test_each_request_is_answered_by_its_own_adapter(talker, adapters):
+    def alone(words, text):
+        model, tokenizer = load.load(str(adapters(*words)), device="cpu")
+        ids = tokenizer(text, return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            found = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+        return tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+    first = alone(("training.max_steps=9",), talker.prompt(asked("Why?"))[0])
+    second = alone((CHAT,), talker.prompt(asked("Why?", "same_kind"))[0])
+    for _ in range(2):  # switched there and back
+        assert talker.answer(asked("Why?"), SHORT) == first
+        assert talker.answer(asked("Why?", "same_kind"), SHORT) == second
+    model, tokenizer = load.load(str(adapters("training.max_steps=9")), device="cpu")
+    ids = tokenizer(talker.prompt(asked("Why?"))[0], return_tensors="pt")["input_ids"]
+    with torch.no_grad(), model.disable_adapter():
+        found = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    base = tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    assert talker.answer(asked("Why?", BASE), SHORT) == base != first
+
+
+def test_an_answer_is_told_as_it_comes(talker):
+    pieces = []
+    answer = talker.answer(asked("Why?"), SHORT, pieces.append)
+    assert "".join(pieces).strip() == answer
+
+
+def test_sampling_draws_as_it_is_seeded(talker):
+    drawn = [talker.answer(asked("Why?"), Sampling(16, temperature=1.0, seed=seed)) for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize(
+    "values", [{"temperature": -1}, {"temperature": 1, "top_p": 0}, {"max_new_tokens": 0}, {"repetition_penalty": 0}]
+)
+def test_values_that_cannot_be_are_refused(values, talker):
+    with pytest.raises(ConfigError, match="sampling"):
+        talker.answer(asked("Why?"), Sampling(**{"max_new_tokens": 4, **values}))
+
+
+def test_what_a_format_has_no_place_for_is_refused(talker):
+    system = [{"role": "system", "content": "Be brief."}, *asked("Why?").messages]
+    with pytest.raises(DataError, match="refuses this dialogue.*know user and assistant"):
+        talker.answer(Request(system), SHORT)
+    assert "system\nBe brief." in talker.prompt(Request(system, adapter="same_kind"))[0]
+    with pytest.raises(DataError, match="an input beside the prompt"):
+        talker.answer(Request(asked("Why?").messages, "rain", "same_kind"), SHORT)
+    with pytest.raises(DataError, match="longer than the 2048"):
+        talker.answer(asked("a" * 3000), SHORT)
+    with pytest.raises(ConfigError, match="no adapter 'same'; did you mean 'same_kind'"):
+        talker.answer(asked("Why?", "same"), SHORT)
+
+
+def test_a_whole_model_answers_too_and_has_no_base(adapters):
+    whole = open_talker({"default": str(adapters("method=full", "tracking.log_full_model=true"))}, device="cpu")
+    assert isinstance(whole.answer(asked("Why?"), SHORT), str)
+    with pytest.raises(ConfigError, match="a whole model, without a base"):
+        whole.answer(asked("Why?", BASE), SHORT)
+
+
+@pytest.mark.parametrize(("quantization", "stored"), [("nf4", "Params4bit"), ("int8", "Int8Params")])
+def test_the_base_is_stored_as_asked(quantization, stored, adapters):
+    small = open_talker({"default": str(adapters())}, device="cpu", quantization=quantization)
+    kinds = {type(one).__name__ for one in small.model.parameters()}
+    assert stored in kinds
+
+
+def test_adapters_of_different_bases_are_refused(adapters):
+    llama, opt = str(adapters()), str(adapters("model=tiny_opt"))
+    with pytest.raises(ModelError, match="was trained on random:opt"):
+        open_talker({"default": llama, "b": opt}, device="cpu")
+    with pytest.raises(ModelError, match="is a whole model"):
+        open_talker({"default": llama, "b": str(adapters("method=full", "tracking.log_full_model=true"))}, device="cpu")
+    for name in (BASE, "v1.0", ""):
+        with pytest.raises(ConfigError, match=f"cannot be called '{name}'"):
+            open_talker({name: llama}, device="cpu")
+
+
+def test_an_empty_prompt_is_refused_where_nothing_is_added(adapters):
+    plain = open_talker({"default": str(adapters("dataset.format=text", "dataset.text_column=output"))}, device="cpu")
+    with pytest.raises(DataError, match="an empty prompt"):
+        plain.answer(asked(""), SHORT)
+
+
+def test_requests_are_read_from_text_and_from_objects(tmp_path):
+    (tmp_path / "a.txt").write_text("One?\n\nTwo?\n")
+    assert [*read_requests(tmp_path / "a.txt")] == [asked("One?"), asked("Two?")]
+    (tmp_path / "c.jsonl").write_text('{"prompt": "One\u2028line\x85?"}\n')
+    assert [*read_requests(tmp_path / "c.jsonl")] == [asked("One\u2028line\x85?")]
+    lines = [{"prompt": "One?", "input": "x", "adapter": "b"}, {"messages": asked("Two?").messages}]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert [*read_requests(tmp_path / "b.jsonl")] == [Request(asked("One?").messages, "x", "b"), asked("Two?")]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '"a"', '{"question": "a"}', '{"messages": [{"role": "user"}]}', "3"])
+def test_lines_that_ask_nothing_are_named(line, tmp_path):
+    (tmp_path / "b.jsonl").write_text(f'{{"prompt": "a"}}\n{line}\n')
+    with pytest.raises(DataError, match=r"b\.jsonl:2: no object with prompt"):
+        list(read_requests(tmp_path / "b.jsonl"))
+    with pytest.raises(DataError, match="none"):
+        list(read_requests(tmp_path / "none.txt"))
+
+
+def test_answers_are_told_with_what_was_asked(talker):
+    found = [*answers(talker, [asked("Why?"), asked("Who?", "same_kind")], SHORT)]
+    assert found[1]["adapter"] == "same_kind"
+    assert found[0] == {"messages": asked("Why?").messages, "answer": talker.answer(asked("Why?"), SHORT)}
+
+
+def test_the_command_answers_a_prompt_or_a_file(adapters, tmp_path, capsys):
+    folder, short = str(adapters()), ("--max-new-tokens", "4", "--device", "cpu")
+    assert exit_code("generate", folder, "--prompt", "Why?", *short) == 0
+    one = capsys.readouterr().out.strip()
+    (tmp_path / "p.txt").write_text("Why?\nWho?\n")
+    assert exit_code("generate", folder, "--file", "p.txt", "--out", "a.jsonl", *short) == 0
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [line["messages"][0]["content"] for line in lines] == ["Why?", "Who?"]
+    assert lines[0]["answer"] == one
+    assert exit_code("generate", folder, "--file", "p.txt", "--out", "none/a.jsonl", *short) == 1
+    assert "no folder" in capsys.readouterr().err
+    (tmp_path / "p.txt").write_text("Why?\n" + "long " * 2000)
+    assert exit_code("generate", folder, "--file", "p.txt", "--out", "b.jsonl", *short) == 1
+    assert "request 2: the dialogue has" in capsys.readouterr().err
+    assert not list(tmp_path.glob("b.jsonl*"))
+    assert exit_code("generate", folder, *short) == 1
+    assert "give --prompt TEXT or --file FILE" in capsys.readouterr().err
+
+
+def test_a_conversation_goes_on_after_mistakes(adapters, monkeypatch, capsys):
+    said = "Why?\n/adapter none\n/adapter b\nWho?\n/what\n/system Be brief.\nWho?\n/reset\n/exit\nnever asked\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(said))
+    words = ("--adapter", f"b={adapters(CHAT)}", "--max-new-tokens", "4", "--device", "cpu")
+    assert exit_code("chat", str(adapters()), *words) == 0
+    out, err = capsys.readouterr()
+    assert out.count("\n") == 3
+    assert "no adapter 'none'" in err
+    assert "/adapter NAME" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("word", ["nothing", "=x", "default=x"])
+def test_a_name_for_each_adapter(word, adapters, capsys):
+    assert exit_code("chat", str(adapters()), "--adapter", word) == 1
+    assert "NAME=SOURCE" in capsys.readouterr().err

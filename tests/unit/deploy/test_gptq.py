@@ -1,0 +1,47 @@
+"""What can be made is known before anything is loaded; GPTQ files themselves: `nox -s gptq`."""
+
+import pytest
+
+from qlora_exp.config.hydra_compose import compose
+from qlora_exp.deploy import export, gptq, load
+from qlora_exp.deploy.formats import CALIBRATED
+from qlora_exp.models.base import load_tokenizer
+from qlora_exp.utils.errors import ConfigError
+
+
+@pytest.mark.parametrize("form", CALIBRATED)
+def test_what_is_missing_is_named(form, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match="nox -s gptq"):
+        gptq.check(form)
+
+
+def test_awq_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    gptq.check("gptq")
+    with pytest.raises(ConfigError, match="on a GPU only"):
+        gptq.check("awq")
+
+
+def test_it_is_calibrated_on_the_runs_own_training_rows():
+    config = compose(["model=tiny_llama", "dataset.max_train_rows=200", "training.max_length=50"])
+    found = gptq.rows(config, load_tokenizer(config.model))
+    assert len(found) == gptq.ROWS
+    assert {len(one["input_ids"]) for one in found} == {50}
+    with pytest.raises(ConfigError, match="rows of 10 tokens and more"):
+        gptq.rows(compose(["model=tiny_llama", "training.max_length=9"]), load_tokenizer(config.model))
+
+
+def test_a_record_chooses_no_files_of_this_machine(adapters, tmp_path, monkeypatch):
+    monkeypatch.setattr(gptq, "check", lambda _: None)
+    (tmp_path / "elsewhere").mkdir()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"instruction": "a", "output": "b"}\n' * 3)
+    saved = load.find(str(adapters()), device="cpu")
+    data = saved.config.dataset.model_copy(update={"path": str(rows)})
+    saved = export.replace(saved, config=saved.config.model_copy(update={"dataset": data}))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="outside of this folder"):
+        export.export(saved, tmp_path / "made", "gptq")
+    assert not (tmp_path / "made").exists()

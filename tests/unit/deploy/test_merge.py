@@ -1,0 +1,36 @@
+"""Which weights an adapter goes into."""
+
+import pytest
+import torch
+
+from qlora_exp.deploy import load
+from qlora_exp.deploy.merge import whole
+from qlora_exp.utils.errors import ConfigError
+
+
+def test_a_quantized_run_is_merged_into_what_was_quantized_unless_told(adapters):
+    saved = load.find(str(adapters("method=qlora")), device="cpu")
+    made = {base: whole(saved, base=base) for base in ("auto", "files", "trained")}
+    assert "what nf4_double lost" in made["auto"].base
+    assert "what the adapter was trained on" in made["trained"].base
+    name = "model.layers.0.mlp.gate_proj.weight"
+    weights = {base: one.model.state_dict()[name] for base, one in made.items()}
+    assert torch.equal(weights["auto"], weights["files"])
+    assert not torch.allclose(weights["auto"], weights["trained"], atol=1e-3)
+
+
+@pytest.mark.parametrize("words", [("method=qlora",), ("lora_variant=dora",)], ids=" ".join)
+def test_what_is_expected_is_what_base_and_adapter_say_apart(words, adapters):
+    made = whole(load.find(str(adapters(*words)), device="cpu"), base="trained" if "method=qlora" in words else "auto")
+    apart, _ = load.load(str(adapters(*words)), device="cpu")
+    with torch.no_grad():
+        assert torch.allclose(made.expected, apart(made.ids).logits[0], atol=1e-5)
+        assert torch.allclose(made.expected, made.model(made.ids).logits[0], atol=1e-4)
+
+
+def test_a_whole_model_is_taken_as_it_is(adapters):
+    saved = load.find(str(adapters("method=full", "tracking.log_full_model=true")), device="cpu")
+    assert "a whole model" in whole(saved).base
+    assert whole(saved, dtype="bfloat16").dtype == "bfloat16"
+    with pytest.raises(ConfigError, match="is not merged into any"):
+        whole(saved, base="files")

@@ -1,0 +1,87 @@
+"""The Modelfile's template says what the chat template says."""
+
+import re
+
+import pytest
+from tokenizers import processors
+
+from qlora_exp.config.hydra_compose import compose
+from qlora_exp.data.prompts import chat_template
+from qlora_exp.deploy.ollama import modelfile
+
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n{{ m['content'] }}"
+    "<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+WITH_DEFAULT = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nYou are helpful.<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA2 = (
+    "{% if messages[0]['role'] == 'system' %}{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
+    "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}{% for m in messages %}"
+    "{% if m['role'] == 'user' %}[INST] {% if loop.first %}{{ system }}{% endif %}{{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] }} </s>{% endif %}{% endfor %}"
+)
+
+
+def rendered(template: str, system: str, prompt: str) -> str:
+    """What Go makes of the few forms that are written, without the response."""
+    if match := re.fullmatch(r"\{\{ if \.System \}\}(.*?)\{\{ else \}\}(.*?)\{\{ end \}\}(.*)", template, re.DOTALL):
+        template = match[1 if system else 2] + match[3]
+    assert "{{ if" not in template
+    text = template.split("{{ .Response }}")[0]
+    return text.replace("{{ .System }}", system).replace("{{ .Prompt }}", prompt)
+
+
+@pytest.mark.parametrize("template", [LLAMA3, WITH_DEFAULT, LLAMA2], ids=["llama3", "default", "llama2"])
+def test_it_writes_a_turn_as_the_chat_template_does(template, tokenizer):
+    tokenizer.chat_template = template
+    if template == LLAMA3:  # whose tokenizer begins every text with BOS, as llama.cpp then does
+        first = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+        tokenizer.backend_tokenizer.post_processor = first
+    text = modelfile(tokenizer, "model.gguf")
+    assert text.startswith("FROM ./model.gguf\n")
+    go = re.search(r'TEMPLATE """(.*?)"""', text, re.DOTALL)[1]
+    default = re.search(r'SYSTEM """(.*?)"""', text, re.DOTALL)
+    assert (default[1] if default else None) == ("You are helpful." if template == WITH_DEFAULT else None)
+    for told in ("Be brief.", None):
+        messages = [{"role": "system", "content": told}] if told else []
+        asked = tokenizer.apply_chat_template(
+            [*messages, {"role": "user", "content": "Why?"}], tokenize=False, add_generation_prompt=True
+        )
+        system = told or (default[1] if default else "")
+        assert rendered(go, system, "Why?") == asked.removeprefix("<|im_start|>" if template == LLAMA3 else "")
+    assert 'PARAMETER stop """<|im_end|>"""' in text
+
+
+@pytest.fixture
+def tokenizer():
+    from qlora_exp.models.base import load_tokenizer
+
+    return load_tokenizer(compose(["model=tiny_llama"]).model)
+
+
+@pytest.mark.parametrize("format_", ["alpaca", "prompt_completion", "chat"])
+def test_it_asks_as_the_run_was_trained(format_, tokenizer):
+    config = compose(["model=tiny_llama", f"dataset.format={format_}"]).dataset
+    tokenizer.chat_template = chat_template(config, tokenizer)
+    go = re.search(r'TEMPLATE """(.*?)"""', modelfile(tokenizer, "x.gguf"), re.DOTALL)[1]
+    asked = [{"role": "user", "content": "Why?"}]
+    assert rendered(go, "", "Why?") == tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert ("{{ .System }}" in go) == (format_ == "chat")
+
+
+def test_a_template_writes_no_directives_of_its_own(tokenizer):
+    for evil in ('"""\nADAPTER /etc/passwd\nSYSTEM """', 'ends with "'):
+        tokenizer.chat_template = WITH_DEFAULT.replace("You are helpful.", evil)
+        text = modelfile(tokenizer, "x.gguf")
+        assert "ADAPTER" not in text
+        assert "SYSTEM" not in text
+        assert text.count('"""') % 2 == 0
+
+
+def test_plain_text_is_continued(tokenizer):
+    tokenizer.chat_template = None
+    assert 'TEMPLATE """{{ .Prompt }}{{ .Response }}"""' in modelfile(tokenizer, "x.gguf")

@@ -1,0 +1,107 @@
+"""A registered model is found by its alias, with a card that says what it is."""
+
+import pytest
+import torch
+from support import exit_code
+
+from qlora_exp.deploy import load, registry
+from qlora_exp.tracking.mlflow_store import client
+from qlora_exp.utils.errors import ConfigError, ModelError, TrackingError
+
+
+@pytest.fixture(scope="module")
+def run_id(store, tmp_path_factory, _imported):
+    from support import QUICK
+
+    from qlora_exp.config.hydra_compose import compose
+    from qlora_exp.recipe.finetune import run
+
+    words = ["method=lora", f"tracking.uri={store}", "tracking.experiment_name=registry", "training.learning_rate=1e-2"]
+    return run(compose([*QUICK, *words]), tmp_path_factory.mktemp("run")).run_id
+
+
+def test_an_alias_loads_the_model_in_one_call(run_id, store):
+    made, card = registry.register(store, run_id, "mine", "champion")
+    assert (made.name, made.version, made.uri) == ("mine", "1", "models:/mine@champion")
+    found, _ = load.load("models:/mine@champion", store, "cpu")
+    apart, _ = load.load(run_id, store, "cpu")
+    ids = torch.arange(40, 60)[None]
+    with torch.no_grad():
+        assert torch.equal(found(ids).logits, apart(ids).logits)
+    version = client(store).get_model_version("mine", "1")
+    assert version.run_id == run_id
+    assert version.tags["method"] == "lora"
+    assert version.description == card[:5000]
+    paths = [one.path for one in client(store).list_artifacts(run_id)]
+    assert "README.md" in paths
+    model_id = load.models_of(client(store), run_id)[-1].model_id
+    assert "README.md" in [one.path for one in client(store).list_logged_model_artifacts(model_id)]
+    assert (load.find("models:/mine@champion", store, "cpu").folder / "README.md").read_text() == card
+
+
+def test_again_it_is_the_same_version_and_another_run_is_another(run_id, store, run):
+    first, _ = registry.register(store, run_id, "again", "champion")
+    second, _ = registry.register(store, run_id, "again")
+    assert first.version == second.version == "1"
+    assert second.uri == "models:/again/1"
+    other = run("method=lora", "evaluation=loss_only").run_id
+    third, _ = registry.register(store, other, "again", "champion")
+    assert third.version == "2"
+    assert client(store).get_model_version_by_alias("again", "champion").run_id == other
+
+
+def test_mlflows_global_store_is_as_it_was(run_id, store):
+    import mlflow
+
+    before = mlflow.get_tracking_uri()
+    registry.register(store, run_id, "global")
+    assert mlflow.get_tracking_uri() == before
+
+
+@pytest.mark.parametrize(("name", "alias"), [("a/b:c", None), ("", None), ("fine", "not an alias!")])
+def test_names_that_mlflow_does_not_take_are_refused(name, alias, run_id, store):
+    with pytest.raises(ConfigError, match="register"):
+        registry.register(store, run_id, name, alias)
+
+
+def test_a_run_without_a_model_is_refused(run, store):
+    result = run("method=lora", "evaluation=loss_only", "tracking.log_adapter=false")
+    with pytest.raises(ModelError, match="left no model"):
+        registry.register(store, result.run_id, "none")
+    with pytest.raises(TrackingError, match="no runs"):
+        registry.register(store, "no such run", "none")
+
+
+def test_the_hub_is_asked_for_nothing_without_a_network(run_id, store):
+    made, card = registry.register(store, run_id, "pushed")
+    with pytest.raises(ConfigError, match="--push org/name"):
+        registry.push(store, made.uri, "org/name", card)
+
+
+def test_what_is_pushed_is_the_model_with_its_card(run_id, store, monkeypatch):
+    sent = {}
+
+    class Hub:
+        def create_repo(self, repository, *, private, exist_ok):
+            sent["repo"] = (repository, private, exist_ok)
+
+        def upload_folder(self, *, repo_id, folder_path):
+            from pathlib import Path
+
+            sent["files"] = {one.name: one.stat().st_size for one in Path(folder_path).iterdir()}
+            return f"https://hub/{repo_id}"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    made, card = registry.register(store, run_id, "pushed")
+    assert registry.push(store, made.uri, "org/name", card) == "https://hub/org/name"
+    assert sent["repo"] == ("org/name", True, True)
+    assert sent["files"]["README.md"] == len(card.encode())
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= sent["files"].keys()
+
+
+def test_the_command_says_how_to_load_it(run_id, store, tmp_path, capsys):
+    words = ("--name", "told", "--alias", "best", "--uri", store, "--card", "card.md")
+    assert exit_code("register", run_id, *words[:-1], "none/card.md") == 1
+    assert exit_code("register", run_id, *words) == 0
+    assert "qlora_exp.load('models:/told@best')" in capsys.readouterr().out
+    assert "random:llama" in (tmp_path / "card.md").read_text()

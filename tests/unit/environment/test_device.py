@@ -1,0 +1,169 @@
+from typing import Any
+
+import pynvml
+import pytest
+
+from qlora_exp.config.hydra_compose import compose
+from qlora_exp.environment.device import Device, autocast, detect, nvml_handles, refuse_several_processes, resolve, take
+from qlora_exp.utils.errors import ConfigError
+
+CPU = Device("cpu", "some CPU", bf16=False, paging=False)
+AMPERE = Device("cuda", "A100", bf16=True, paging=True)
+TURING = Device("cuda", "T4", bf16=False, paging=True)
+MPS = Device("mps", "Apple GPU", bf16=False, paging=False)
+
+
+def test_cpu_computes_in_float32_without_checkpointing():
+    resolved = resolve(compose(), CPU)
+    assert (resolved.dtype, resolved.compute_dtype, resolved.adapter_dtype) == ("float32",) * 3
+    assert not (resolved.bf16)
+    assert not (resolved.fp16)
+    assert not (resolved.gradient_checkpointing)
+
+
+def test_cpu_falls_back_from_paging_and_says_so():
+    resolved = resolve(compose(["method=qlora"]), CPU)
+    assert resolved.optim == "adamw_torch"
+    assert "no paged memory for paged_adamw_32bit" in str(resolved.optim_fallback)
+    assert resolve(compose(["optimizer=paged_adamw_8bit"]), CPU).optim == "adamw_bnb_8bit"
+
+
+@pytest.mark.parametrize(("device", "half"), [(AMPERE, "bfloat16"), (TURING, "float16")])
+def test_gpus_store_the_frozen_base_in_half_precision_and_train_in_float32(device: Device, half: str):
+    resolved = resolve(compose(["method=qlora"]), device)
+    assert (resolved.dtype, resolved.compute_dtype, resolved.adapter_dtype) == (half, half, "float32")
+    assert (resolved.bf16, resolved.fp16) == (half == "bfloat16", half == "float16")
+    assert (resolved.optim, resolved.optim_fallback) == ("paged_adamw_32bit", None)
+    assert resolved.gradient_checkpointing
+
+
+@pytest.mark.parametrize("device", [CPU, AMPERE, TURING])
+def test_lora_and_qlora_differ_in_the_base_only(device: Device):
+    lora = resolve(compose(["method=lora", "optimizer=paged_adamw_32bit"]), device)
+    qlora = resolve(compose(["method=qlora"]), device)
+    for name in ("dtype", "adapter_dtype", "bf16", "fp16", "gradient_checkpointing", "optim"):
+        assert getattr(lora, name) == getattr(qlora, name)
+
+
+def test_full_fine_tuning_keeps_float32_weights_under_autocast():
+    resolved = resolve(compose(["method=full"]), AMPERE)
+    assert (resolved.dtype, resolved.bf16, resolved.adapter_dtype) == ("float32", True, None)
+
+
+def test_explicit_choices_win():
+    resolved = resolve(
+        compose(["model.dtype=bfloat16", "training.fp16=true", "training.gradient_checkpointing=false",
+                 "quantization.bnb_4bit_compute_dtype=float16", "method.adapter_dtype=bfloat16"]), AMPERE
+    )  # fmt: skip
+    assert (resolved.dtype, resolved.compute_dtype, resolved.adapter_dtype) == (
+        "bfloat16",
+        "float16",
+        "bfloat16",
+    )
+    assert (resolved.bf16, resolved.fp16, resolved.gradient_checkpointing) == (False, True, False)
+
+
+def test_what_a_device_cannot_do_is_refused():
+    with pytest.raises(ConfigError, match="mps"):
+        resolve(compose(["quantization=int8"]), MPS)
+    with pytest.raises(ConfigError, match="fp16"):
+        resolve(compose(["training.fp16=true"]), CPU)
+
+
+def test_measuring_uses_the_precision_of_training():
+    import torch
+
+    with autocast(resolve(compose(["training.bf16=true"]), CPU)):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16
+    with autocast(resolve(compose(), CPU)):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_detects_the_cpu_and_names_it():
+    found = detect("cpu")
+    assert found.type == "cpu"
+    assert found.name
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match="device=cuda"):
+        detect("cuda")
+
+
+def test_a_quantized_base_takes_the_cpu_of_a_mac(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert detect("auto", bitsandbytes=True).type == "cpu"
+    assert detect("auto").type == "mps"
+
+
+def test_of_several_gpus_the_first_is_taken_and_named(monkeypatch):
+    current = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: f"GPU of rank {index}")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.set_device", current.append)
+    resolved = resolve(compose(), detect("auto"))
+    assert resolved.place == ("GPU of rank 0 (cuda:0, the first of 2 GPUs; CUDA_VISIBLE_DEVICES chooses another)")
+    assert (resolved.device_index, resolved.visible_gpus) == (0, 2)
+    take(resolved)
+    take(resolve(compose(), CPU))
+    assert current == [0]
+
+
+@pytest.mark.parametrize(
+    ("device_map", "refused"),
+    [({"": 1}, True), ({"": "cuda:1"}, True), ({"": 0}, False), ({"a": 0, "b": 1}, False), ("auto", False)],
+)
+def test_a_device_map_that_names_another_gpu_is_refused(device_map: Any, refused: bool):
+    config = compose()
+    config = config.model_copy(update={"model": config.model.model_copy(update={"device_map": device_map})})
+    resolve(config, CPU)
+    if refused:
+        with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES=1"):
+            resolve(config, AMPERE)
+    else:
+        assert resolve(config, AMPERE).place == "A100 (cuda:0)"
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "process 0 of 2 .* start it without a launcher"),
+        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}, "process 1 of 2: refused, as process 0 says"),
+        ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, "process 0 of 1"),
+        ({"LOCAL_RANK": "0"}, "process 0 of 1"),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}, "process 3 of 4"),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, "process 1 of 2"),
+        ({"WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),
+        ({"LOCAL_RANK": "-1"}, None),
+    ],
+)
+def test_one_of_several_processes_is_refused(environment: dict[str, str], says: str | None, monkeypatch):
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    if says is None:
+        refuse_several_processes()
+    else:
+        with pytest.raises(ConfigError, match=says):
+            refuse_several_processes()
+
+
+@pytest.mark.gpu
+def test_detects_the_gpu():
+    assert detect("auto").type == "cuda"
+
+
+def test_gpus_are_found_without_beginning_cuda(monkeypatch):
+    monkeypatch.setattr("pynvml.nvmlInit", lambda: None)
+    monkeypatch.setattr("pynvml.nvmlDeviceGetCount", lambda: 2)
+    monkeypatch.setattr("pynvml.nvmlDeviceGetHandleByIndex", lambda index: f"handle {index}")
+    assert nvml_handles() == ["handle 0", "handle 1"]
+
+    def no_driver() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr("pynvml.nvmlInit", no_driver)
+    assert nvml_handles() == []

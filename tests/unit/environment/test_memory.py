@@ -1,0 +1,133 @@
+import pytest
+
+from qlora_exp.environment import memory
+from qlora_exp.environment.memory import MIB, MemoryMonitor, resettable, reuse_freed_memory
+from qlora_exp.utils.files import size_on_disk
+
+linux = pytest.mark.skipif(not resettable(), reason="this kernel cannot reset the high-water mark")
+
+
+def take(mebibytes: int) -> None:
+    """Use memory for a moment only, as a training step does; sampling would miss it."""
+    bytearray(mebibytes * MIB)
+
+
+@linux
+def test_a_short_peak_is_seen():
+    monitor = MemoryMonitor()
+    with monitor.phase("step"):
+        take(300)
+    assert 290 < monitor.peaks["step"]["rss"] - monitor.baseline["rss"] < 400
+
+
+@linux
+def test_a_peak_belongs_to_its_phase_only():
+    monitor = MemoryMonitor()
+    with monitor.phase("large"):
+        take(300)
+    with monitor.phase("small"):
+        take(20)
+    assert monitor.peaks["large"]["rss"] - monitor.peaks["small"]["rss"] > 200
+
+
+@linux
+def test_an_inner_phase_does_not_count_for_the_outer_one():
+    monitor = MemoryMonitor()
+    with monitor.phase("outer"):
+        take(50)
+        with monitor.phase("inner"):
+            take(300)
+        take(10)
+    assert monitor.peaks["inner"]["rss"] - monitor.peaks["outer"]["rss"] > 150
+
+
+@linux
+def test_a_phase_that_comes_again_keeps_its_largest_peak():
+    monitor = MemoryMonitor()
+    for size in (300, 10):
+        with monitor.phase("step"):
+            take(size)
+    assert monitor.peaks["step"]["rss"] - monitor.baseline["rss"] > 250
+
+
+@linux
+def test_peaks_survive_an_exception():
+    monitor = MemoryMonitor()
+    with pytest.raises(ValueError, match="boom"), monitor.phase("step"):
+        take(200)
+        raise ValueError("boom")
+    assert monitor.peaks["step"]["rss"] > monitor.baseline["rss"] + 150
+
+
+def test_what_cannot_be_measured_is_absent(monkeypatch):
+    monkeypatch.setattr(memory, "_resettable", False)
+    monitor = MemoryMonitor()
+    with monitor.phase("step"):
+        take(10)
+    assert monitor.summary() == {}
+
+
+class FakeCuda:
+    """torch.cuda's memory statistics, with a peak that a reset clears."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+
+    def device_count(self) -> int:
+        return 2
+
+    def current_device(self) -> int:
+        return 0
+
+    def empty_cache(self) -> None:
+        pass
+
+    def reset_peak_memory_stats(self, device: int) -> None:
+        self.peak = 0
+
+    def max_memory_allocated(self, device: int) -> int:
+        return self.peak if device == 0 else 0
+
+    def max_memory_reserved(self, device: int) -> int:
+        return 2 * self.peak if device == 0 else 0
+
+    def mem_get_info(self, device: int) -> tuple[int, int]:
+        assert device == 0, "CUDA was begun on a GPU that the run does not use"
+        return 100 * MIB, 400 * MIB
+
+
+def test_cuda_reports_allocated_reserved_and_driver(monkeypatch):
+    cuda = FakeCuda()
+    monkeypatch.setattr("torch.cuda", cuda)
+    monitor = MemoryMonitor("cuda")
+    with monitor.phase("step"):
+        cuda.peak = 50 * MIB
+    with monitor.phase("save"):
+        cuda.peak = 10 * MIB
+    found = monitor.summary()
+    assert (found["step/allocated_peak_mib"], found["step/reserved_peak_mib"]) == (50, 100)
+    assert (found["save/allocated_peak_mib"], found["allocated_peak_mib"]) == (10, 50)
+    assert found["step/driver_peak_mib"] == 300
+
+
+@pytest.mark.gpu
+def test_cuda_for_real():
+    import torch
+
+    monitor = MemoryMonitor("cuda")
+    with monitor.phase("step"):
+        torch.zeros(64 * MIB // 4, device="cuda")
+    assert 64 <= monitor.peaks["step"]["allocated"] - torch.cuda.memory_allocated() / MIB < 80
+
+
+@pytest.mark.skipif(not reuse_freed_memory(), reason="not glibc")
+def test_the_allocator_takes_the_setting_and_still_gives_back():
+    assert reuse_freed_memory()
+    memory.release_freed_memory()
+
+
+def test_size_on_disk_counts_all_files(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(10))
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "c").write_bytes(bytes(5))
+    assert size_on_disk(tmp_path) == 15

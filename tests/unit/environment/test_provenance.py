@@ -1,0 +1,62 @@
+import os
+import sys
+
+import pytest
+
+from qlora_exp.environment import provenance
+
+
+def test_versions_of_what_changes_results():
+    import torch
+
+    found = provenance.libraries()
+    assert found["torch"] == torch.__version__
+    assert {"peft", "trl", "bitsandbytes", "python", "qlora_exp"} <= found.keys()
+
+
+def test_this_process_lives_and_others_are_told_apart():
+    me = provenance.process()
+    assert not provenance.is_dead(me)
+    assert provenance.is_dead(me | {"started": "0.0"})
+    assert not provenance.is_dead(me | {"started": str(float(me["started"]) + 1)})
+    assert provenance.is_dead(me | {"pid": str(2**22 + os.getpid())})
+    assert not provenance.is_dead(me | {"host": "elsewhere", "started": "0.0"})
+    assert not provenance.is_dead(me | {"namespace": "another container", "started": "0.0"})
+    assert provenance.is_dead(me | {"started": "nan"})
+    for wrong in ({"pid": "abc"}, {"pid": "-1"}, {"started": "x"}):
+        with pytest.raises(ValueError, match=r"invalid literal|could not convert|positive"):
+            provenance.is_dead(me | wrong)
+    assert provenance.is_dead(me | {"boot": "before the machine was started again"})
+
+
+def test_git_says_commit_and_state_or_nothing(monkeypatch):
+    found = provenance.git()
+    assert not found or (len(found["sha"]) == 40 and found["dirty"] in ("true", "false"))
+    monkeypatch.setattr(provenance, "__file__", "/nowhere/qlora_exp/provenance.py")
+    assert provenance.git() == {}
+
+
+def test_hardware_is_described():
+    assert provenance.hardware()["memory_mib"] > 0
+
+
+def test_what_an_interrupted_pip_left_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "~orch-2.0.dist-info").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for version in ("1.0", "2.0"):  # the second comes before the first
+        folder = tmp_path / version / "twice-1.dist-info"
+        folder.mkdir(parents=True)
+        (folder / "METADATA").write_text(f"Name: twice\nVersion: {version}\n")
+        monkeypatch.syspath_prepend(str(folder.parent))
+    found = provenance.environment()
+    assert found["twice"] == "2.0"
+    assert found["torch"]
+
+
+def test_the_packages_are_the_same_after_setuptools_was_imported(tmp_path, monkeypatch):
+    before = provenance.environment()
+    folder = tmp_path / "setuptools" / "_vendor" / "carried-1.dist-info"
+    folder.mkdir(parents=True)
+    (folder / "METADATA").write_text("Name: carried\nVersion: 1\n")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(folder.parent)])  # as importing it does
+    assert provenance.environment() == before

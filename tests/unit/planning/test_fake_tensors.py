@@ -1,0 +1,118 @@
+"""A recording is what the code allocates, and a deepened one is that of the deeper model, event by event."""
+
+from collections import Counter
+from itertools import accumulate
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from qlora_exp.config.hydra_compose import compose
+from qlora_exp.environment.device import Device, resolve
+from qlora_exp.models.base import model_config
+from qlora_exp.planning import planner, step
+from qlora_exp.planning.fake_tensors import LAYERS, Event, IrregularError, Recorder, Recording, deepen, materialize
+
+GPU = Device("cuda", "GPU", bf16=True, paging=True)
+ARCHITECTURE = (
+    "+model.architecture={_name_or_path: random:llama, model_type: llama, vocab_size: 512, hidden_size: 64,"
+    " intermediate_size: 128, num_hidden_layers: 8, num_attention_heads: 4, num_key_value_heads: 2}"
+)
+
+
+def recorded(layers: int, *words: str) -> Recording:
+    config = compose(["model=tiny_llama", ARCHITECTURE, *words])
+    resolved = resolve(config, GPU)
+    model = planner.build_model(config, resolved, model_config(config.model), layers)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with planner.as_it_runs(on_cuda=True):
+        return step._passes(
+            model, mode, step.Batch(2, 32, True), planner.fused_loss, lambda: planner.computing(resolved)
+        ).recording
+
+
+def made(events: list[Event]) -> list[tuple]:
+    return [(event.group, event.nbytes, event.kind) for event in events if event.nbytes > 0]
+
+
+def freed(events: list[Event]) -> Counter:
+    """By group, and where it was made; what is freed at once has no order that would mean anything."""
+    homes = {event.storage: (event.group, event.nbytes) for event in events if event.nbytes > 0}
+    return Counter((event.group, homes[event.storage]) for event in events if event.nbytes < 0)
+
+
+def highest(events: list[Event]) -> int:
+    return max(accumulate(event.nbytes for event in events))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["method=lora"],
+        ["method=qlora", "lora_variant=dora"],
+        ["method=full", "training.gradient_checkpointing=false"],
+        ["method=oft", "training.gradient_checkpointing=false"],
+    ],
+    ids=str,
+)
+def test_a_deepened_recording_is_that_of_the_deeper_model(words: list[str]):
+    found = deepen(recorded(LAYERS, *words), 8)
+    expected = recorded(8, *words).events
+    assert made(found) == made(expected)
+    assert freed(found) == freed(expected)
+    assert highest(found) == highest(expected)
+
+
+def test_layers_that_are_not_alike_are_noticed():
+    events = [Event(("forward", layer), layer, 100 + (layer == 2), "activations") for layer in range(LAYERS)]
+    with pytest.raises(IrregularError, match="forward"):
+        deepen(Recording(events), 9)
+
+
+def test_what_is_made_and_freed_is_recorded_once():
+    recorder = Recorder()
+    with FakeTensorMode(), recorder:
+        kept = torch.empty(10, 10)
+        view = kept.t()
+        gone = torch.empty(3)
+        del gone
+    assert [event.nbytes for event in recorder.recording.events] == [400, 12, -12]
+    assert view is not None
+
+
+def test_arithmetic_is_counted():
+    recorder = Recorder()
+    with FakeTensorMode(), recorder:
+        torch.empty(3, 4) @ torch.empty(4, 5)
+    works = recorder.recording.work["start", 0]
+    assert sum(work.flops for work in works) == 2 * 3 * 4 * 5
+    assert sum(work.nbytes for work in works) == 4 * (3 * 4 + 4 * 5 + 3 * 5)
+
+
+def test_what_moves_no_memory_has_no_traffic():
+    recorder = Recorder()
+    with FakeTensorMode(), recorder:
+        tensor = torch.empty(8, 8)
+        assert tensor.device.type == "cpu"
+        torch.empty_like(tensor).t().reshape(64)[None].detach()
+    assert (
+        sum(work.nbytes for works in recorder.recording.work.values() for work in works) == 2 * 8 * 8 * 4
+    )  # reshape's
+
+
+def test_tied_weights_stay_tied():
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Linear(3, 3, bias=False), torch.nn.Linear(3, 3, bias=False))
+    model[1].weight = model[0].weight
+    materialize(model, FakeTensorMode())
+    assert model[0].weight is model[1].weight
+    assert model[0].weight.device.type == "cpu"
+
+
+def test_what_is_freed_after_the_recording_is_no_part_of_it():
+    recorder = Recorder()
+    with FakeTensorMode(), recorder:
+        stays, goes = torch.empty(8), torch.empty(4)
+        del goes
+    del stays
+    assert [event.nbytes for event in recorder.recording.events] == [32, 16, -16]

@@ -1,0 +1,31 @@
+"""Jobs that would not fit are told apart by planning them."""
+
+import pytest
+
+from qlora_exp.config.hydra_compose import compose
+from qlora_exp.planning.screening import unfit
+from qlora_exp.utils.errors import ConfigError
+
+TINY = [
+    "model=tiny_llama",
+    "+model.architecture={_name_or_path: random:llama, model_type: llama, num_hidden_layers: 2}",
+    "training.max_length=64",
+    "method=lora",
+]
+
+
+def test_what_does_not_fit_says_what_it_takes_and_what_cannot_be_planned_is_run():
+    large = "++model.architecture.hidden_size=8192"
+    configs = [compose([*TINY, *words]) for words in ([], [large], ["method=boft"])]
+    small, too_large, unknown = unfit(configs, 3.0)
+    assert (small, unknown) == ("", "")
+    assert too_large.startswith("does not fit: ")
+    assert too_large.endswith("GPU has 3")
+
+
+def test_a_damaged_calibration_is_told_before_anything_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mlruns").mkdir()
+    (tmp_path / "mlruns" / "calibration.json").write_text("{")
+    with pytest.raises(ConfigError, match="is damaged"):
+        unfit([compose(TINY)], 4.0)

@@ -1,0 +1,17 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_exp.utils.tables import markdown_table
+
+
+@given(st.lists(st.tuples(st.text(), st.text()), min_size=1, max_size=4))
+def test_no_cell_breaks_its_table(rows: list[tuple[str, str]]):
+    lines = markdown_table(["one", "two"], rows).split("\n")
+    assert len(lines) == 2 + len(rows)
+    for line in lines:
+        bare = line.replace("\\\\", "")  # a backslash that stands for itself
+        assert bare.count("|") - bare.count("\\|") == 3
+
+
+def test_nothing_in_a_cell_is_html():
+    assert "\\<script>" in markdown_table(["a"], [["<script>"]])

@@ -1,0 +1,85 @@
+import csv
+import json
+import subprocess
+import sys
+
+import pytest
+from test_compare import ROWS, past, shifted
+
+from qlora_exp.cli.main import main
+from qlora_exp.results import report
+from qlora_exp.results.compare import compare
+from qlora_exp.results.records import find
+
+__all__ = ["past"]
+COST = {
+    "trainable_parameters": 100.0, "trainable_share": 0.01, "tokens_per_second": 50.0, "step_seconds_mean": 2.0,
+    "steps": 10.0, "memory/rss_peak_mib": 900.0, "memory/steady/rss_peak_mib": 800.0, "model_bytes": 2e6,
+}  # fmt: skip
+
+
+@pytest.fixture
+def found(past):
+    for r, by, seconds in ((4, 0.0, 2.0), (8, -0.2, 3.0)):
+        for seed in (1, 2):
+            past(shifted(by + seed / 100), seed=seed, method__r=r, metrics=COST | {"step_seconds_mean": seconds})
+    past(method__r=16, outcome="oom", tags={"failure": "a | b"})
+    past(method__r=32, outcome="pruned")
+    return compare(find(past.uri, experiment=past.experiment))
+
+
+def test_the_table_has_what_was_measured_and_nothing_else(found):
+    headings, rows = report.table(found)
+    table = [dict(zip(headings, row, strict=True)) for row in rows]
+    assert [row["method.r"] for row in table] == ["4", "8", "16", "32"]
+    assert [row["time"] for row in table] == ["1.00x", "1.50x", "", ""]
+    assert table[0]["share"] == "1.00%"
+    assert table[0]["saved MB"] == "2.0"
+    assert table[0]["loss against the baseline"] == "baseline"
+    assert table[2]["loss against the baseline"] == "oom: a | b"
+    assert [row["seeds"] for row in table[2:]] == ["0 (+1 failed)", "0 (+1 pruned)"]
+    assert table[1]["loss"].startswith(f"{sum(ROWS) / 8 - 0.185:.4f} ±")
+    assert not {"ROUGE-L", "task score", "load MiB"} & set(headings)
+
+
+def test_a_preset_chooses_columns(found):
+    headings, _ = report.table(found, "seed1")
+    assert headings[2:-2] == ["trainable", "share", "peak MiB", "time"]
+
+
+def test_the_files_say_the_same(found, tmp_path):
+    files = {file.suffix: file for file in report.write(found, tmp_path / "new")}
+    with files[".csv"].open(newline="") as lines:
+        first, second, failed, pruned = csv.DictReader(lines)
+    assert (float(first["trainable_parameters"]), first["difference"]) == (100.0, "")
+    assert float(second["difference"]) == pytest.approx(-0.2)
+    assert float(second["after/loss low"]) < float(second["after/loss"]) < float(second["after/loss high"])
+    assert (failed["failed"], failed["after/loss"]) == ("1", "")
+    assert (pruned["failed"], pruned["pruned"]) == ("0", "1")
+    told = json.loads(files[".json"].read_text())
+    assert [len(row["runs"]) for row in told["rows"]] == [2, 2, 1, 1]
+    assert told["rows"][0]["baseline"] is True
+    assert told["rows"][1]["against_baseline"]["difference"] == pytest.approx(-0.2)
+    assert r"oom: a \| b" in files[".md"].read_text()
+
+
+def test_the_command_shows_the_table(found, past, tmp_path, capsys):
+    words = [sys.executable, "-m", "qlora_exp", "compare", "--experiment", past.experiment, "--uri", past.uri]
+    result = subprocess.run([*words, "--out", str(tmp_path)], capture_output=True, text=True, check=True)
+    assert "better -0.2000" in result.stdout
+    assert len(list(tmp_path.glob("comparison_*"))) == 4
+    mistakes = {
+        "--metric=x": "choose one of loss",
+        "--baseline=x": "no row is called so",
+        "--baseline=method.r": "several rows are called so",
+        "--baseline=r=16": "method.r=16 has no run that ended well",
+        f"--out={tmp_path / 'file'}": "cannot write to",
+    }
+    (tmp_path / "file").write_text("")
+    for wrong, message in mistakes.items():
+        with pytest.raises(SystemExit) as end:
+            main([*words[3:], wrong])
+        assert end.value.code == 1
+        told = capsys.readouterr().err
+        assert message in told
+        assert "Traceback" not in told

@@ -1,0 +1,98 @@
+"""The same rows in every form; differences are paired, and are those that were put there."""
+
+import json
+
+import numpy as np
+import pytest
+from support import QUICK, exit_code
+
+from qlora_exp.config.hydra_compose import compose
+from qlora_exp.deploy.formats import DEPLOYED
+from qlora_exp.studies import deployment_gap
+from qlora_exp.studies.deployment_gap import Measured, forms_of, gaps
+from qlora_exp.utils.errors import ConfigError
+
+
+def measured(form: str, losses, scores=(), **metrics) -> Measured:
+    rows = [{"nll": 10 * loss, "tokens": 10} for loss in losses]
+    samples = [{"rougeL": score} for score in scores]
+    return Measured(form, "", 1, {"loss": float(np.mean(losses))} | metrics, rows, samples)
+
+
+def test_a_form_differs_by_what_its_rows_differ():
+    base = np.random.default_rng(0).normal(3, 1, 40)
+    noise = np.random.default_rng(1).normal(0, 0.01, 40)
+    found = gaps([measured("trained", base), measured("nf4", base + 0.1 + noise), measured("merged", base + noise)])
+    (nf4,), (merged,) = found["nf4"], found["merged"]
+    assert nf4.value == pytest.approx(0.1, abs=0.01)
+    assert nf4.low < 0.1 < nf4.high
+    assert nf4.high - nf4.low < 0.02  # far less than the rows differ among themselves
+    assert nf4.p < 1e-6
+    assert merged.low < 0 < merged.high
+    assert merged.p > 0.05
+
+
+def test_scores_are_compared_where_both_have_them():
+    first = measured("trained", [3, 4], [0.1, 0.3], rougeL=0.2)
+    found = gaps([first, measured("int8", [3, 4], [0.2, 0.4], rougeL=0.3), measured("gguf_q8_0", [3, 4])])
+    assert [(gap.metric, round(gap.value, 6)) for gap in found["int8"]] == [("loss", 0), ("rougeL", 0.1)]
+    assert [gap.metric for gap in found["gguf_q8_0"]] == ["loss"]
+
+
+def test_only_scores_that_ever_differ_are_shown():
+    same = [measured(form, [3, 4], [0.1], rougeL=0.1) for form in ("trained", "nf4")]
+    assert len(deployment_gap.tables(same)) == 1
+    other = [same[0], measured("nf4", [3, 4], [0.2], rougeL=0.2)]
+    (_, (_, rows)) = deployment_gap.tables(other)
+    assert rows[0] == ["trained", "0.1000", "-"]
+    assert rows[1][2].startswith("+0.100")
+
+
+@pytest.mark.parametrize(
+    ("words", "adapter", "forms"),
+    [
+        (["method=qlora"], True, [name for name in DEPLOYED if name != "gptq"]),
+        (["method=lora"], True, [name for name in DEPLOYED if name not in ("merged_trained", "gptq")]),
+        (["method=full"], False, ["trained", "nf4", "int8", "gguf_q8_0", "gguf_q4_0"]),
+    ],
+    ids=str,
+)
+def test_all_forms_that_make_sense_are_measured(words, adapter, forms, monkeypatch):
+    config = compose(words)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert forms_of(config, adapter) == forms
+    assert forms_of(config, adapter, ["int8"]) == ["trained", "int8"]
+    with pytest.raises(ConfigError, match="choose of trained, merged"):
+        forms_of(config, adapter, ["int9"])
+    if "merged_trained" not in forms:
+        with pytest.raises(ConfigError, match="makes no sense"):
+            forms_of(config, adapter, ["merged_trained"])
+
+
+@pytest.mark.usefixtures("_imported")
+def test_the_command_measures_a_run_in_each_form(store, tmp_path, capsys, monkeypatch):
+    from qlora_exp.recipe.finetune import run
+    from qlora_exp.tracking.mlflow_store import client
+
+    words = ["method=qlora", f"tracking.uri={store}", "tracking.experiment_name=gap", "training.learning_rate=1e-2"]
+    result = run(compose([*QUICK, *words]), tmp_path / "run")
+    capsys.readouterr()
+    monkeypatch.setenv("COLUMNS", "200")
+    forms = "merged,merged_trained,nf4,gguf_q8_0"
+    assert exit_code("deployment-gap", result.run_id, "--uri", store, "--forms", forms, "--out", "gap") == 0
+    shown = capsys.readouterr().out
+    assert all(form in shown for form in ("trained", *forms.split(",")))
+    told = json.loads((tmp_path / "gap" / "deployment_gap.json").read_text())
+    by_form = {one["form"]: one for one in told["forms"]}
+    assert by_form["trained"]["metrics"]["loss"] == pytest.approx(result.metrics["after/loss"], abs=1e-5)
+    changes = {form: {gap["metric"]: gap["value"] for gap in one["gaps"]} for form, one in by_form.items()}
+    assert changes["merged_trained"]["loss"] == pytest.approx(0, abs=1e-4)
+    assert abs(changes["merged"]["loss"]) > 1e-4
+    assert by_form["merged"]["bytes"] > by_form["nf4"]["bytes"] > 0
+    assert all(len(one["losses"]) == 4 and len(one["samples"]) == 2 for one in by_form.values())
+    assert by_form["gguf_q8_0"]["metrics"]["token_seconds_p50"] > 0
+    other = tmp_path / "gap" / "int8"
+    other.mkdir()
+    assert exit_code("deployment-gap", result.run_id, "--uri", store, "--forms", "int8", "--out", "gap") == 1
+    assert "holds something else" in capsys.readouterr().err
+    assert "deployment_gap.json" in [one.path for one in client(store).list_artifacts(result.run_id)]

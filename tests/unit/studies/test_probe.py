@@ -1,0 +1,102 @@
+"""Probing finds again what is kept, and finds what is broken."""
+
+import json
+
+import pytest
+import torch
+
+from qlora_exp.cli.main import main
+from qlora_exp.config import compatibility
+from qlora_exp.config.compatibility import WORKS
+from qlora_exp.studies import probe
+from qlora_exp.studies.probe import kinds
+
+pytestmark = pytest.mark.usefixtures("_quanto")
+
+KEPT = json.loads(compatibility.FILE.read_text("utf-8"))["verdicts"]
+KINDS = kinds()
+METHODS = [kind for kind in KINDS if "+" not in kind]
+VARIANTS = [f"LORA+{name}" for name in ("dora", "kasa", "monteclora", "olora", "velora")]
+# Of each sort one with all that trainers do: into the layers, before the rows, moving ranks.
+THROUGHOUT = ["LORA", "PREFIX_TUNING", "ADALORA"]
+
+
+def outcome(verdict: str | None) -> str | None:
+    """Works or not: the numbers in a reason depend on the machine."""
+    return verdict if verdict in (None, WORKS) else "fails"
+
+
+# On one of the quantized bases each, variants of LoRA that other tests try left out; `nox -s compatibility` tries all.
+@pytest.mark.parametrize(
+    ("kind", "base"),
+    [(kind, "plain") for kind in (*METHODS, *VARIANTS)]
+    + [(kind, ("4bit", "8bit", "torchao", "quanto")[place % 4]) for place, kind in enumerate(METHODS)],
+)
+def test_what_is_kept_of_training_is_found_again(kind: str, base: str):
+    found = probe.verdicts(KINDS[kind], base, ["trains"])
+    assert outcome(found["trains"]) == outcome(KEPT[kind][base]["trains"]), found
+
+
+@pytest.mark.parametrize("kind", THROUGHOUT)
+def test_what_is_kept_of_all_that_trainers_do_is_found_again(kind: str):
+    found = probe.verdicts(KINDS[kind], "plain")
+    assert {aspect: outcome(verdict) for aspect, verdict in found.items()} == {
+        aspect: outcome(verdict) for aspect, verdict in KEPT[kind]["plain"].items()
+    }, found
+
+
+def test_weights_that_should_stay_and_move_are_seen(monkeypatch):
+    attach = probe.adapters.attach
+
+    def drift(layer, _inputs) -> None:
+        layer.weight.data.add_(0.01)
+
+    def leaky(*arguments):
+        adapted = attach(*arguments)
+        norm = next(layer for name, layer in adapted.named_modules() if name.endswith("norm"))
+        norm.register_forward_pre_hook(drift)
+        return adapted
+
+    monkeypatch.setattr("qlora_exp.models.adapters.attach", leaky)
+    assert "others" in probe.verdicts(KINDS["LORA"], "plain", ["trains"])["trains"]
+
+
+def test_a_gradient_that_is_not_the_bases_is_seen(monkeypatch):
+    weight_of = probe.quantization.weight_of
+
+    def other(layer):
+        return None if (weight := weight_of(layer)) is None else torch.randn_like(weight)
+
+    monkeypatch.setattr(probe.quantization, "weight_of", other)
+    found = probe.verdicts(KINDS["LORA"], "8bit", ["trains"])["trains"]
+    assert found != WORKS
+
+
+def test_what_is_not_saved_is_seen(monkeypatch):
+    monkeypatch.setattr("peft.PeftModel.save_pretrained", lambda self, folder, **_: _without_b(self, folder))
+    assert "what is loaded is not what was saved" in probe.verdicts(KINDS["LORA"], "plain", ["trains"])["trains"]
+
+
+def _without_b(model, folder) -> None:
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    model.peft_config["default"].save_pretrained(folder)
+    kept = {name: p.contiguous() for name, p in get_peft_model_state_dict(model).items() if "lora_B" not in name}
+    save_file(kept, f"{folder}/adapter_model.safetensors")
+
+
+def test_the_command_says_what_it_found(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["probe", "method=houlsby"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    assert "gradient_checkpointing" in shown
+    assert "non-linearity" in shown
+
+
+def test_the_command_refuses_what_is_no_method(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["probe", "method=houslby"])
+    assert ended.value.code == 1
+    assert "no option 'houslby'" in capsys.readouterr().err

@@ -1,0 +1,155 @@
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import cloudpickle
+import psutil
+import pytest
+
+from qlora_exp.sweeps.launchers import local
+from qlora_exp.sweeps.launchers.local import Task, run_all
+
+
+@pytest.fixture(autouse=True)
+def _light(monkeypatch):
+    """These jobs need no libraries."""
+    monkeypatch.setattr(local, "_PRELOAD", ["cloudpickle"])
+    monkeypatch.setattr(local, "GRACE_SECONDS", 3.0)
+
+
+def task(folder: Path, call) -> Task:
+    return Task(cloudpickle.dumps(call), folder)
+
+
+def crash(number: int):
+    return lambda: os.kill(os.getpid(), number)
+
+
+def test_what_happens_to_one_job_does_not_touch_the_others(tmp_path):
+    fine = [tmp_path / name for name in "abc"]
+    endings = run_all(
+        [
+            task(tmp_path, fine[0].touch),
+            task(tmp_path, crash(signal.SIGKILL)),
+            task(tmp_path, crash(signal.SIGSEGV)),
+            task(tmp_path, fine[1].touch),
+            task(tmp_path, lambda: os._exit(3)),
+            task(tmp_path, fine[2].touch),
+        ]
+    )
+    assert all(file.exists() for file in fine)
+    assert [ending and ending.outcome for ending in endings] == [None, "killed", "error", None, "error", None]
+    assert "SIGSEGV" in endings[2].failure
+    assert "exit code 3" in endings[4].failure
+
+
+def test_no_more_than_n_jobs_run_at_once(tmp_path):
+    def job(number: int):
+        def call() -> None:
+            with (tmp_path / "log").open("a") as log:
+                log.write(f"{time.monotonic()} 1\n")
+                log.flush()
+                time.sleep(0.5)
+                log.write(f"{time.monotonic()} -1\n")
+
+        return call
+
+    folders = [tmp_path / str(number) for number in range(5)]
+    for folder in folders:
+        folder.mkdir()
+    run_all([task(folder, job(number)) for number, folder in enumerate(folders)], n_jobs=2)
+    events = sorted(
+        (float(at), int(change)) for at, change in map(str.split, (tmp_path / "log").read_text().splitlines())
+    )
+    level = [sum(change for _, change in events[: index + 1]) for index in range(len(events))]
+    assert max(level) == 2
+    assert len(events) == 10
+
+
+def test_output_of_jobs_side_by_side_is_kept_apart(tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    run_all([task(folder, lambda name=folder.name: print(f"I am {name}")) for folder in folders], n_jobs=2)
+    assert [(folder / local.OUTPUT_FILE).read_text() for folder in folders] == ["I am a\n", "I am b\n"]
+
+
+def test_nothing_starts_once_the_sweep_is_stopped(tmp_path):
+    stop = tmp_path / "stop"
+    run_all([task(tmp_path, stop.touch), task(tmp_path, (tmp_path / "second").touch)], stopped=stop.exists)
+    assert stop.exists()
+    assert not (tmp_path / "second").exists()
+
+
+def test_memory_of_a_job_is_gone_with_it(tmp_path):
+    def hungry() -> None:
+        held = bytearray(200 * 1024**2)
+        (tmp_path / "rss").write_text(str(psutil.Process().memory_info().rss + held[0]))
+
+    before = psutil.Process().memory_info().rss
+    run_all([task(tmp_path, hungry)] * 3)
+    assert int((tmp_path / "rss").read_text()) > 200 * 1024**2
+    assert psutil.Process().memory_info().rss - before < 50 * 1024**2
+
+
+def test_a_kill_for_want_of_memory_is_told_from_another(tmp_path, monkeypatch):
+    counts = iter([0, 1, 1])
+    monkeypatch.setattr(local, "_oom_kills", lambda: next(counts, 1))
+    endings = run_all([task(tmp_path, crash(signal.SIGKILL)), task(tmp_path, crash(signal.SIGKILL))])
+    assert [one.outcome for one in endings] == ["oom", "killed"]
+
+
+def test_two_kills_for_want_of_memory_at_once_are_both_that(tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "_oom_kills", lambda: len(list(tmp_path.glob("died*"))))
+    both = tmp_path / "both"
+
+    def crash_together(name: str):
+        def call() -> None:
+            (tmp_path / f"ready{name}").touch()
+            while not both.exists():
+                time.sleep(0.01)
+            (tmp_path / f"died{name}").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        return call
+
+    def when_both_are_there() -> None:
+        while len(list(tmp_path.glob("ready*"))) < 2:
+            time.sleep(0.01)
+        both.touch()
+
+    threading.Thread(target=when_both_are_there).start()
+    folders = [tmp_path / name for name in "ab"]
+    endings = run_all([task(folder, crash_together(folder.name)) for folder in folders], n_jobs=2)
+    assert [one.outcome for one in endings] == ["oom", "oom"]
+
+
+def test_who_asks_is_told_of_each_death(tmp_path):
+    deaths = []
+    run_all(
+        [task(tmp_path, crash(signal.SIGSEGV)), task(tmp_path, (tmp_path / "second").touch)],
+        stopped=lambda: bool(deaths),
+        died=lambda: deaths.append(1),
+    )
+    assert deaths == [1]
+    assert not (tmp_path / "second").exists()
+
+
+@pytest.mark.parametrize(("named", "found"), [("0,3", ["0", "3"]), ("", []), ("-1", []), ("GPU-abc", ["GPU-abc"])])
+def test_gpus_are_those_that_the_environment_names(named: str, found: list[str], monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    assert local.visible_gpus() == found
+
+
+def test_jobs_side_by_side_get_a_gpu_each(tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "visible_gpus", lambda: ["2", "5"])
+
+    def job() -> None:
+        time.sleep(0.5)
+        with (tmp_path / "gpus").open("a") as seen:
+            seen.write(os.environ["CUDA_VISIBLE_DEVICES"] + "\n")
+
+    run_all([task(tmp_path, job)] * 4, n_jobs=2)
+    assert sorted((tmp_path / "gpus").read_text().split()) == ["2", "2", "5", "5"]

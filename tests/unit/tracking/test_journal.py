@@ -1,0 +1,221 @@
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import Timeout
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_exp.tracking.journal import FILE, Journal, is_held, is_settled, last_message, metrics, read, run_id
+from qlora_exp.utils.errors import JournalError
+from qlora_exp.utils.files import write_atomically
+
+START = {"op": "start", "experiment": "e", "uri": "sqlite:///x", "run_name": "r", "timestamp": 1, "tags": {}}
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"op": st.sampled_from(["tags", "params"]), "values": st.dictionaries(st.text(), st.text())})
+).map(lambda more: [START, *more])
+
+
+def numbered(number: int) -> dict:
+    return {"op": "metrics", "step": number, "timestamp": 1, "values": {}}
+
+
+@given(MESSAGES, st.integers(min_value=0))
+def test_whatever_a_kill_cuts_off_whole_messages_stay_in_order(tmp_path_factory, messages, cut):
+    folder = tmp_path_factory.mktemp("journal")
+    journal = Journal(folder)
+    for message in messages:
+        journal.append(message)
+    journal.close()
+    whole = journal.file.read_bytes()
+    kept = whole[: len(whole) - cut % (len(whole) + 1)]
+    journal.file.write_bytes(kept)
+    survivors = messages[: kept.count(b"\n")]
+    assert last_message(folder) == (survivors[-1] if survivors else None)
+    again = Journal(folder)
+    assert list(again.messages()) == survivors
+    later = numbered(1) if survivors else START
+    again.append(later)
+    assert list(again.messages()) == [*survivors, later]
+    again.close()
+
+
+def test_what_was_delivered_is_not_given_again(tmp_path):
+    journal = Journal(tmp_path)
+    journal.append(START)
+    for number in range(2):
+        journal.append(numbered(number))
+    journal.use("sqlite:///a")
+    first = next(journal.undelivered())
+    journal.note(offset=first[1], run_id="abc")
+    journal.close()
+    again = Journal(tmp_path)
+    again.use("sqlite:///a")
+    assert [message["step"] for message, _ in again.undelivered()] == [0, 1]
+    assert again.state["run_id"] == "abc"
+    again.use("sqlite:///b")  # another store has nothing
+    assert [message["op"] for message, _ in again.undelivered()] == ["start", "metrics", "metrics"]
+    assert "run_id" not in again.state
+    again.note(run_id="def")
+    again.use("sqlite:///a")
+    assert again.state["run_id"] == "abc"
+    again.forget()
+    assert len(list(again.undelivered())) == 3
+    again.close()
+
+
+def test_messages_that_the_power_took_after_they_were_sent_do_not_confuse(tmp_path):
+    journal = Journal(tmp_path)
+    journal.use("sqlite:///a")
+    journal.append(START)
+    journal.append(numbered(1))
+    journal.note(offset=journal.file.stat().st_size)
+    journal.close()
+    journal.file.write_bytes(journal.file.read_bytes().splitlines(keepends=True)[0])
+    again = Journal(tmp_path)
+    again.use("sqlite:///a")
+    again.append(numbered(2))
+    assert [message["step"] for message, _ in again.undelivered()] == [2]
+    again.close()
+
+
+def test_the_last_message_is_found_behind_a_long_one(tmp_path):
+    journal = Journal(tmp_path)
+    journal.append({"op": "tags", "values": {"text": "x" * 100_000}})
+    assert last_message(tmp_path) == {"op": "tags", "values": {"text": "x" * 100_000}}
+    journal.append(numbered(1))
+    assert last_message(tmp_path) == numbered(1)
+    journal.close()
+
+
+def test_only_one_process_holds_a_journal(tmp_path):
+    code = (
+        "import sys, pathlib; from qlora_exp.tracking.journal import Journal\n"
+        f"j = Journal(pathlib.Path({str(tmp_path)!r})); print('held', flush=True); sys.stdin.read()"
+    )
+    assert not is_held(tmp_path)
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        assert is_held(tmp_path)
+        with pytest.raises(Timeout):
+            Journal(tmp_path)
+        other.kill()
+    assert not is_held(tmp_path)
+
+
+def test_a_folder_without_a_journal_has_no_messages(tmp_path):
+    assert list(read(tmp_path / FILE)) == []
+    assert last_message(tmp_path) is None
+
+
+def test_a_file_is_replaced_whole(tmp_path):
+    file = tmp_path / "state.json"
+    write_atomically(file, "old")
+    write_atomically(file, json.dumps({"new": True}))
+    assert json.loads(file.read_text()) == {"new": True}
+    assert [path.name for path in Path(tmp_path).iterdir()] == ["state.json"]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+NEARLY = st.builds(  # messages with keys that are missing, too many or of another type
+    lambda op, own, more: (json.dumps({**own, **more, "op": op}) + "\n").encode(),
+    st.sampled_from(["start", "resume", "tags", "metrics", "file", "dataset", "model", "view", "end", "new", 3, None]),
+    st.sampled_from([START, numbered(1), {}]),
+    st.dictionaries(st.sampled_from(["tags", "values", "step", "timestamp", "outcome", "status", "path"]), JSON),
+)
+
+
+@given(
+    st.binary() | NEARLY | JSON.map(lambda value: (json.dumps(value) + "\n").encode()), st.floats(0, 1), st.booleans()
+)
+def test_whatever_is_in_a_journal_only_one_error_comes_of_it(tmp_path_factory, content, where, over):
+    folder = tmp_path_factory.mktemp("journal")
+    whole = b"".join((json.dumps(one) + "\n").encode() for one in (START, numbered(1), numbered(2)))
+    at = int(where * len(whole))
+    (folder / FILE).write_bytes(whole[:at] + content + whole[at + over * len(content) :])
+    (folder / "delivered.json").write_bytes(content)
+    given_first, said = [], []
+    for reader in (
+        lambda: given_first.extend(message for message, _ in read(folder / FILE)),
+        lambda: last_message(folder),
+        lambda: metrics(folder),
+        lambda: is_settled(folder),
+        lambda: run_id(folder, "sqlite:///x"),
+    ):
+        try:
+            reader()
+        except JournalError as error:
+            said.append(str(error))
+    assert all(str(folder) in one and "\n" not in one for one in said)
+    assert len(given_first) >= whole[:at].count(b"\n")  # what comes before is given
+
+
+@pytest.mark.parametrize(
+    "line", [b"", b"{}", b"[]", b"3", b"\0" * 9, b"\xff", b'{"op": "met', b"[" * 99999, b'{"op": "end"}']
+)
+def test_a_damaged_line_is_named(line: bytes, tmp_path):
+    first = json.dumps(START).encode()
+    (tmp_path / FILE).write_bytes(b"\n".join([first, line, first, b""]))
+    messages = read(tmp_path / FILE)
+    assert next(messages)[0] == START
+    with pytest.raises(JournalError, match=r"journal\.jsonl, line 2: "):
+        next(messages)
+    with pytest.raises(JournalError, match=r"journal\.jsonl, line 2: "):
+        list(read(tmp_path / FILE, len(first) + 1))
+    (tmp_path / FILE).write_bytes(b"\n".join([first, line, b""]))
+    with pytest.raises(JournalError, match=r"journal\.jsonl, last line: "):
+        last_message(tmp_path)
+
+
+def test_a_message_of_a_newer_version_is_no_damage(tmp_path):
+    (tmp_path / FILE).write_text(f'{json.dumps(START)}\n{{"op": "of tomorrow"}}\n')
+    assert len(list(read(tmp_path / FILE))) == 2
+
+
+@pytest.mark.parametrize(
+    "state", ["", "[]", "{", '{"sqlite:///a": 3}', '{"sqlite:///a": {}}', '{"sqlite:///a": {"offset": -1}}', "\0\0"]
+)
+def test_a_damaged_word_about_what_was_delivered_is_named(state: str, tmp_path):
+    (tmp_path / "delivered.json").write_text(state)
+    with pytest.raises(JournalError, match=r"delivered\.json: "):
+        run_id(tmp_path, "sqlite:///a")
+
+
+@pytest.mark.parametrize("name", [FILE, "."])
+def test_what_is_no_file_or_folder_is_named(name: str, tmp_path):
+    if name == FILE:
+        (tmp_path / "run" / FILE).mkdir(parents=True)
+        with pytest.raises(JournalError, match="not a file"):
+            last_message(tmp_path / "run")
+    else:
+        (tmp_path / "run").write_text("a file")
+        with pytest.raises(JournalError, match="run"):
+            Journal(tmp_path / "run")
+
+
+def test_a_folder_that_went_away_is_not_made_again(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    journal = Journal(folder)
+    journal.append(START)
+    shutil.rmtree(folder)
+    with pytest.raises(JournalError, match="was deleted or replaced"):
+        journal.append(numbered(1))
+    assert not folder.exists()
+    other = Journal(folder)  # a run that began in its place is not written into
+    other.append(START)
+    with pytest.raises(JournalError, match="was deleted or replaced"):
+        journal.append(numbered(1))
+    assert list(other.messages()) == [START]
+    other.close()
+    journal.close()

@@ -1,0 +1,48 @@
+import json
+
+from qlora_exp.tracking import mlflow_views
+
+ALL, SWEEP = "mlflow.sharedViewState.qlora_exp_all_runs", "mlflow.sharedViewState.qlora_exp_newest_sweep"
+
+
+def state(view: tuple[str, str]) -> dict:
+    return json.loads(json.loads(view[1])["state"])
+
+
+def test_a_sweeps_view_shows_what_is_swept_before_what_came_out():
+    key, _ = view = mlflow_views.newest_sweep("night", ["method.r", "seed"], 5)
+    found = state(view)
+    assert key == SWEEP
+    assert found["selectedColumns"][:3] == ["tags.`sweep.method.r`", "tags.`sweep.seed`", "metrics.`after/loss`"]
+    assert found["columnOrder"][1:] == found["selectedColumns"]
+    assert (found["orderByKey"], found["orderByAsc"]) == ("metrics.`after/loss`", True)
+
+
+def test_the_view_of_all_runs_has_none_of_the_sweeps_own():
+    key, _ = view = mlflow_views.all_runs()
+    assert key == ALL
+    assert state(view)["searchFilter"] == "tags.run_key LIKE '%'"
+
+
+def test_an_older_view_is_known_as_one():
+    monday, tuesday = (mlflow_views.newest_sweep("day", [], now)[1] for now in (1, 2))
+    assert mlflow_views.is_older(monday, tuesday)
+    assert not mlflow_views.is_older(tuesday, monday)
+    assert not any(mlflow_views.is_older(monday, other) for other in (None, monday, "", "[]", "{}", "null"))
+
+
+def test_views_fit_into_a_tag():
+    every = [f"method.a_rather_long_key_of_peft_{number}" for number in range(50)]
+    assert all(
+        len(view[1]) < 20_000 for view in (mlflow_views.all_runs(), mlflow_views.newest_sweep("n" * 100, every, 5))
+    )
+
+
+def test_the_page_is_that_of_the_newest_runs():
+    base = "http://h:5000/#/experiments/3/runs?workflowType=machine_learning"
+    both = [ALL, SWEEP, "other"]
+    sweep, runs = "&viewStateShareKey=qlora_exp_newest_sweep", "&viewStateShareKey=qlora_exp_all_runs"
+    assert mlflow_views.address("http://h:5000/", "3", both, newest_is_sweep=True) == base + sweep
+    assert mlflow_views.address("http://h:5000", "3", both, newest_is_sweep=False) == base + runs
+    assert mlflow_views.address("http://h:5000", "3", [ALL], newest_is_sweep=True) == base + runs
+    assert mlflow_views.address("http://h:5000", "3", [], newest_is_sweep=True) == base

@@ -1,0 +1,85 @@
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from qlora_exp.utils.errors import TimeLimitError
+from qlora_exp.utils.signals import OUT_OF_TIME, heeded, held, time_limit
+
+
+def test_who_is_out_of_time_can_still_write_it_down(tmp_path):
+    begin = time.monotonic()
+    with pytest.raises(TimeLimitError), heeded(), time_limit(0.2, tmp_path / "late"):
+        try:
+            time.sleep(20)
+        except Exception:
+            pytest.fail("a handler of whatever may go wrong swallows it")
+    assert time.monotonic() - begin < 10
+    assert (tmp_path / "late").exists()
+
+
+@pytest.mark.parametrize("seconds", [None, 0.3])
+def test_who_is_in_time_notices_nothing_even_later(seconds: float | None, tmp_path):
+    (tmp_path / "late").touch()  # of an earlier attempt
+    with heeded():
+        with time_limit(seconds, tmp_path / "late"):
+            pass
+        time.sleep(0.6)
+    assert not (tmp_path / "late").exists()
+
+
+def test_who_does_not_listen_is_ended_with_the_place_where_it_hangs():
+    deaf = """
+import signal, time, pathlib
+from qlora_exp.utils import signals
+signals.GRACE_SECONDS = 0.3
+signal.signal(signals.OUT_OF_TIME, signal.SIG_IGN)
+with signals.time_limit(0.3, pathlib.Path("late")):
+    time.sleep(60)
+"""
+    result = subprocess.run([sys.executable, "-c", deaf], capture_output=True, text=True, check=False, timeout=30)
+    assert pathlib.Path("late").exists()
+    assert result.returncode == 1
+    assert 'File "<string>", line 7' in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "error"),
+    [(signal.SIGTERM, KeyboardInterrupt), (signal.SIGINT, KeyboardInterrupt), (OUT_OF_TIME, TimeLimitError)],
+)
+def test_what_must_not_be_torn_is_finished_first(number, error):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    done = []
+    with pytest.raises(error), heeded():
+        with held(), held():
+            os.kill(os.getpid(), number)
+            done.append("inside")
+        done.append("after")
+    assert done == ["inside"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
+def test_whoever_says_it_twice_is_heeded_at_once():
+    done = []
+    with pytest.raises(KeyboardInterrupt), heeded(), held():
+        os.kill(os.getpid(), signal.SIGTERM)
+        done.append("once")
+        os.kill(os.getpid(), signal.SIGTERM)
+        done.append("twice")
+    assert done == ["once"]
+    with heeded(), held():
+        pass  # nothing is left over
+
+
+def test_an_ignored_interrupt_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with heeded():
+            os.kill(os.getpid(), signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
