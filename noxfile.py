@@ -1,6 +1,7 @@
 """Every chore by name. All sessions share the environment that nox itself runs in (torch alone is 200 MB and more)."""
 
 import sys
+from pathlib import Path
 
 import nox
 
@@ -47,10 +48,11 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Ruff and mypy."""
+    """Ruff, mypy, and the import contracts of the rooms."""
     session.run(sys.executable, "-m", "ruff", "check", ".")
     session.run(sys.executable, "-m", "ruff", "format", "--check", ".")
     session.run(sys.executable, "-m", "mypy")
+    session.run(str(Path(sys.executable).with_name("lint-imports")), "--no-cache")
 
 
 @nox.session

@@ -1,6 +1,26 @@
-"""What Hydra finds by itself: our sweepers and launchers, which are in `qlora_exp.sweeps`."""
+"""The sweepers and launchers of `qlora_exp.sweeps`, under the names by which Hydra finds them.
 
-from qlora_exp.sweeps.hydra_launchers import LocalLauncher, RayLauncher, SubmititLauncher
-from qlora_exp.sweeps.hydra_sweepers import GridSweeper, OptunaSweeper
+Hydra 1.3 takes only classes that are defined below `hydra_plugins`, so plain re-exports are refused.
+"""
 
-__all__ = ["GridSweeper", "LocalLauncher", "OptunaSweeper", "RayLauncher", "SubmititLauncher"]
+from qlora_exp.sweeps import hydra_launchers, hydra_sweepers
+
+
+class GridSweeper(hydra_sweepers.GridSweeper):
+    """`hydra/sweeper=grid`."""
+
+
+class OptunaSweeper(hydra_sweepers.OptunaSweeper):
+    """`hydra/sweeper=optuna`."""
+
+
+class LocalLauncher(hydra_launchers.LocalLauncher):
+    """`hydra/launcher=local`."""
+
+
+class RayLauncher(hydra_launchers.RayLauncher):
+    """`hydra/launcher=ray`."""
+
+
+class SubmititLauncher(hydra_launchers.SubmititLauncher):
+    """`hydra/launcher=slurm`."""

@@ -6,6 +6,7 @@ importing torch takes seconds.
 
 import importlib
 import os
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from qlora_exp.recipe.finetune import run as train
     from qlora_exp.recipe.result import RunResult
 
-__version__ = "0.1.0"
+__version__ = version("qlora-exp")
 __all__ = ["Config", "RunResult", "compose", "load", "train"]
 
 # Nothing is reported to anyone unless the user asks for it.
@@ -23,11 +24,11 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 _HOME = {
-    "Config": ("schema", "Config"),
-    "RunResult": ("run", "RunResult"),
-    "compose": ("config", "compose"),
-    "load": ("loading", "load"),
-    "train": ("run", "run"),
+    "Config": ("config.schema", "Config"),
+    "RunResult": ("recipe.result", "RunResult"),
+    "compose": ("config.hydra_compose", "compose"),
+    "load": ("deploy.load", "load"),
+    "train": ("recipe.finetune", "run"),
 }
 
 

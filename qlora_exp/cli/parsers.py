@@ -1,10 +1,10 @@
 """The options of every command but `train`, whose words Hydra reads. Imports nothing heavy."""
 
 import argparse
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import qlora_exp
 from qlora_exp.cli import commands, models
 from qlora_exp.config import compatibility
 from qlora_exp.deploy.formats import DEPLOYED, FORMS, GGUF_TYPES, SERVERS
@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--version", action="version", version=qlora_exp.__version__)
+    made.add_argument("--version", action="version", version=version("qlora-exp"))
     known = made.add_subparsers(required=True, metavar="COMMAND")
     known.add_parser("train", help="run one configuration, or with -m a sweep", add_help=False)
     _about_runs(known)

@@ -4,15 +4,12 @@ Single keys and sections check themselves in `schema`.
 """
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from qlora_exp.config import peft_methods
-
-if TYPE_CHECKING:
-    from qlora_exp.config.schema import Config
+from qlora_exp.config.schema import Config
 
 
-def problems(config: "Config") -> Iterator[str]:
+def problems(config: Config) -> Iterator[str]:
     """Each with what to do about it."""
     lora = [*_lora(config)]
     yield from lora
@@ -28,7 +25,7 @@ def problems(config: "Config") -> Iterator[str]:
         yield "search.prune needs a held-out loss before the end: training.eval_steps < max_steps"
 
 
-def _method_and_base(config: "Config", why: str | None) -> Iterator[str]:
+def _method_and_base(config: Config, why: str | None) -> Iterator[str]:
     """`why`: what was seen to fail, if nothing better explains it."""
     method, quantization = config.method, config.quantization
     if method.quantized_base is True and not quantization.quantized:
@@ -45,7 +42,7 @@ def _method_and_base(config: "Config", why: str | None) -> Iterator[str]:
         yield f"method={method.name} cannot train: {why}"
 
 
-def _lora(config: "Config") -> Iterator[str]:
+def _lora(config: Config) -> Iterator[str]:
     method, variant, optimizer = config.method, config.lora_variant, config.optimizer
     settings, start = {**method.settings, **variant.settings}, config.lora_start
     if method.peft_type != "LORA":
@@ -82,7 +79,7 @@ def _lora(config: "Config") -> Iterator[str]:
         yield f"lora_optimizer=lorafa trains LoRA's B only, not {', '.join(more) or 'mica'}"
 
 
-def _trainer(config: "Config") -> Iterator[str]:
+def _trainer(config: Config) -> Iterator[str]:
     training = config.training
     asked = {
         "gradient_checkpointing": training.gradient_checkpointing is True,
@@ -98,7 +95,7 @@ def _trainer(config: "Config") -> Iterator[str]:
             yield f"method={config.method.name} does not work with {aspect} ({why}): use training.{key}"
 
 
-def _device(config: "Config") -> Iterator[str]:
+def _device(config: Config) -> Iterator[str]:
     optim = config.optimizer.optim
     if config.device == "mps" and (config.quantization.bitsandbytes or "bnb" in optim or "8bit" in optim):
         yield "bitsandbytes (quantized bases, 8-bit optimizers) does not run on mps"

@@ -26,7 +26,7 @@ from qlora_exp.utils.errors import ConfigError, did_you_mean
 
 def conf_dir() -> Path:
     """The shipped config groups: beside the package in a checkout, inside it in an installed wheel."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / "config.yaml").is_file():
             return folder

@@ -76,7 +76,11 @@ def _sources() -> dict[Path, str]:
         raise ConfigError("peft is not installed: pip install peft")
     root = Path(spec.submodule_search_locations[0])
     files = [file for file in sorted((root / "tuners").rglob("*.py")) if "config" in file.name]
-    files += [root / "config.py", root / "tuners" / "lycoris_utils.py", Path(__file__).with_name("bottleneck.py")]
+    files += [
+        root / "config.py",
+        root / "tuners" / "lycoris_utils.py",
+        Path(__file__).parents[1] / "models" / "bottleneck.py",
+    ]
     return {file: text for file in files if "class" in (text := file.read_text("utf-8"))}
 
 

@@ -1,15 +1,15 @@
-"""What a config may say: every key with its type, default, range and meaning; what goes together: `crosschecks`.
+"""What a config may say: its sections (`sections/`), each with every key's type, default, range and meaning.
 
-The only place where a key is declared. A key that mirrors a library's field has that field's name.
-Settings of `method` and `lora_variant` are PEFT's own and are checked by `peft_registry`.
+Keys are declared there and nowhere else. A key that mirrors a library's field has that field's name. Settings of
+`method` and `lora_variant` are PEFT's own, checked by `peft_methods`; what goes together is checked by `crosschecks`.
 This module must not import torch or anything that does: a wrong config is refused within a second.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from qlora_exp.config import compatibility, crosschecks
+from qlora_exp.config import compatibility
 from qlora_exp.config.sections.base import Section
 from qlora_exp.config.sections.dataset import DatasetConfig, UnrelatedConfig
 from qlora_exp.config.sections.evaluation import EvaluationConfig
@@ -58,9 +58,3 @@ class Config(Section):
         base = "4bit" if stored.load_in_4bit else "8bit" if stored.load_in_8bit else other
         kind = compatibility.kind_of(self.method.peft_type, self.lora_variant.name)
         return compatibility.refusal(kind, base, aspect)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if problems := [*crosschecks.problems(self)]:
-            raise ValueError("\n".join(problems))
-        return self

@@ -7,8 +7,8 @@ from typing import Any
 import yaml
 
 from qlora_exp.config.schema import Config
+from qlora_exp.config.sections.dataset import REASONING_GYM
 from qlora_exp.config.validate import from_dict
-from qlora_exp.results.reproduce import _GYM
 from qlora_exp.utils.errors import ConfigError
 
 
@@ -33,7 +33,7 @@ def plain_yaml(text: str, what: str) -> Any:
         raise ConfigError(f"{what} is no plain YAML: {' '.join(str(error).split())[:300]}") from error
 
 
-_NOT_FILES = ("embedded:", "random:", _GYM)
+_NOT_FILES = ("embedded:", "random:", REASONING_GYM)
 
 
 def changed(values: dict[str, Any], changes: Mapping[str, Any], whose: str) -> Config:
@@ -95,7 +95,7 @@ def refuse_what_only_users_may_allow(config: Config, changes: Mapping[str, Any])
     for key, path in ((key, path) for key, found in paths.items() for path in _texts(found)):
         if not path or key in changes:
             continue
-        if path.startswith(_GYM):
+        if path.startswith(REASONING_GYM):
             raise ConfigError(
                 f"the record asks for a task of reasoning-gym, and some run what a model answers; if you want it: "
                 f"{key}={path}"

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from qlora_exp.config import peft_methods
+from qlora_exp.config import crosschecks, peft_methods
 from qlora_exp.config.schema import Config
 from qlora_exp.utils.errors import ConfigError, nearest
 
@@ -20,9 +20,12 @@ def from_dict(values: Any) -> Config:
         ConfigError: with every problem that was found, one a line.
     """
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(_describe(problem) for problem in error.errors())) from error
+    if problems := [*crosschecks.problems(config)]:
+        raise ConfigError("\n".join(problems))
+    return config
 
 
 def known_keys() -> list[str]:
@@ -39,6 +42,7 @@ def known_keys() -> list[str]:
 
 
 def no_such_key(key: str) -> str:
+    """Say that there is no such key, with the nearest one that there is."""
     if key.rpartition(".")[2] in ("output_dir", "out", "output"):
         return f"{key}: no such key or group; the output folder is hydra.run.dir=FOLDER"
     if key.startswith("hydra."):

@@ -13,7 +13,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from tqdm import tqdm
 
-from qlora_exp.config.sections.dataset import FILE_FORMATS, DatasetConfig
+from qlora_exp.config.sections.dataset import FILE_FORMATS, REASONING_GYM, DatasetConfig
 from qlora_exp.data.scoring import Scorer, is_possible
 from qlora_exp.utils.errors import DataError, did_you_mean
 
@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 
 FAQ = "embedded:construction_faq"
 PYTHON_DOCS = "embedded:python_docs"
-GYM = "reasoning_gym:"
 
 
 def read(config: DatasetConfig, path: str, split: str) -> Dataset:
@@ -32,8 +31,8 @@ def read(config: DatasetConfig, path: str, split: str) -> Dataset:
     """
     if path == FAQ:
         return _read_file(_faq_file())
-    if path.startswith(GYM):
-        return _generate(path.removeprefix(GYM), config)
+    if path.startswith(REASONING_GYM):
+        return _generate(path.removeprefix(REASONING_GYM), config)
     if path == PYTHON_DOCS:
         return _python_docs()
     if path.startswith("embedded:"):
@@ -104,7 +103,7 @@ def _gym(task: str) -> Any:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
-        raise DataError(f"{GYM}{task} needs its package: pip install 'qlora-exp[tasks]'") from error
+        raise DataError(f"{REASONING_GYM}{task} needs its package: pip install 'qlora-exp[tasks]'") from error
     if task not in DATASETS:
         raise DataError(f"dataset.path: reasoning-gym has no task '{task}'{did_you_mean(task, DATASETS)}")
     return reasoning_gym
@@ -131,11 +130,11 @@ def _generate(task: str, config: DatasetConfig) -> Dataset:
 
 def scorer(config: DatasetConfig) -> Scorer | None:
     """The dataset's own exact scorer, `(answer, row) -> 0..1`, or None if it has none, or none that is safe here."""
-    if not config.path.startswith(GYM):
+    if not config.path.startswith(REASONING_GYM):
         return None
     if not is_possible():
         log.warning("%s: answers get no task_score, which needs Linux on x86_64 or aarch64 to be safe", config.path)
         return None
-    task = config.path.removeprefix(GYM)
+    task = config.path.removeprefix(REASONING_GYM)
     _gym(task)
     return Scorer(task, config.reasoning_gym_config)

@@ -1,1 +1,5 @@
-"""TODO."""
+"""Where a run happens: device, hub, memory, speed and energy, versions of code and libraries.
+
+May import: utils, libraries, config.
+Never here: models, rows, MLflow.
+"""

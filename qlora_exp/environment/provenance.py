@@ -13,8 +13,6 @@ from typing import Any
 
 import psutil
 
-import qlora_exp
-
 LIBRARIES = (
     "torch",
     "transformers",
@@ -38,7 +36,7 @@ def libraries(quant_method: str = "bitsandbytes") -> dict[str, str]:
     Args:
         quant_method: what stores the base; other quantizers change nothing.
     """
-    found = {"python": platform.python_version(), "qlora_exp": qlora_exp.__version__}
+    found = {"python": platform.python_version(), "qlora_exp": version("qlora-exp")}
     for name in filter(None, (*LIBRARIES, _QUANTIZERS.get(quant_method))):
         try:
             found[name] = version(name)
@@ -66,7 +64,7 @@ def environment() -> dict[str, str]:
 
 def git() -> dict[str, str]:
     """`sha` and `dirty` of the checkout the package runs from; empty if it runs from an installed wheel."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     if not (package.parent / ".git").exists():
         return {}
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -28,7 +28,6 @@ from qlora_exp.utils.files import write_atomically
 if TYPE_CHECKING:
     from qlora_exp.config.schema import Config
     from qlora_exp.environment.device import Resolved
-    from qlora_exp.results.records import Record
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +41,26 @@ _MIB = 1024**2
 _PLAN = "plan.json"
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class RecordedRun(Protocol):
+    """What `fit` reads of a past run; `results.records.Record` has it."""
+
+    @property
+    def outcome(self) -> str:
+        """`ok`, or how the run failed."""
+
+    @property
+    def params(self) -> Mapping[str, str]:
+        """The parameters that it logged."""
+
+    @property
+    def tags(self) -> Mapping[str, str]:
+        """Its tags."""
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """The last value of each metric."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +146,7 @@ def _pairs(metrics: Mapping[str, float]) -> list[tuple[float, float]]:
     return [(planned, took) for planned, took in pairs if planned and took and took > 0]
 
 
-def fit(records: Iterable["Record"]) -> tuple[dict[str, Calibration], list[str]]:
+def fit(records: Iterable[RecordedRun]) -> tuple[dict[str, Calibration], list[str]]:
     """A calibration for each device that enough of these runs ran on, and what was left out.
 
     Runs of another version of this package count no more: it may have planned otherwise, or taken otherwise.

@@ -1,1 +1,5 @@
-"""TODO."""
+"""One run from start to end, as a list of stages; each stage is a function in a file of its own.
+
+May import: every room above.
+Never here: sweeps, comparisons, exports; a run knows nothing of other runs.
+"""

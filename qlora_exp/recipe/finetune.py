@@ -45,7 +45,7 @@ def run(
             goes on from its newest checkpoint.
         tags: of the MLflow run, beside the config's.
         must_reach: refuse to begin while MLflow does not answer; false tells it later.
-        pruning: how to ask a search whether to go on (`search.judge`).
+        pruning: how to ask a search whether to go on (`training.pruning.judge`).
 
     Raises:
         UserError: something that the user can mend; the message says what.
@@ -256,9 +256,9 @@ def run(
             log.info("going on from %s", checkpoint)
         judge = None
         if pruning is not None:
-            from qlora_exp.training import pruning
+            from qlora_exp.training.pruning import judge as pruning_judge
 
-            judge = pruning.judge(pruning)
+            judge = pruning_judge(pruning)
         with efficiency.EnergyMeter() as energy:
             note(training.train(trainer, tracker.metrics, checkpoint, judge))
         joules = None if checkpoint else energy.joules  # of a part of the steps only

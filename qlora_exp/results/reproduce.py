@@ -26,7 +26,6 @@ WITHIN_NOISE = "within the noise over seeds"
 DRIFTED = "drifted"
 _SEEDS = 3
 """From fewer, Student's interval is so wide (12.7 standard deviations from two) that anything is within it."""
-_GYM = "reasoning_gym:"
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ class _Begun:
             if all(_put(found, one) for one in values):
                 return found
         composed = pickle.loads(self._pickled)
-        ConfigLoaderImpl._apply_overrides_to_config(values, composed)
+        ConfigLoaderImpl._apply_overrides_to_config(list(values), composed)
         return plain(composed)
 
 

@@ -54,7 +54,7 @@ class _Launcher(Launcher):
         endings = self.run_all(
             tasks,
             stopped=lambda: fail_fast and jobs.stopped(parent_folder),
-            died=lambda: fail_fast and jobs.stop(parent_folder),
+            died=lambda: jobs.stop(parent_folder) if fail_fast else None,
         )
         return [_returned(ending) for ending in endings]
 

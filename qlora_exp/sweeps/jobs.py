@@ -18,19 +18,6 @@ from qlora_exp.tracking.journal import FILE, is_held, last_message, read
 from qlora_exp.training.checkpoints import checkpoints, is_whole, step
 from qlora_exp.utils.errors import JournalError
 
-
-@dataclass(frozen=True)
-class Ending:
-    """How a job's process ended that did not live to record it."""
-
-    outcome: str
-    """killed, oom, timeout, error."""
-    failure: str
-
-
-Launch = Callable[[Sequence[Job]], Sequence[Ending | None]]
-"""Runs jobs and returns when all have ended, however, with the `Ending` of those whose process died."""
-
 log = logging.getLogger(__name__)
 
 JOB_FILE = "job.json"
@@ -64,6 +51,19 @@ class Job:
     def name(self) -> str:
         """The swept values, as people read them."""
         return " ".join(f"{key}={value}" for key, value in self.swept.items()) or self.config.method.name
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a job's process ended that did not live to record it."""
+
+    outcome: str
+    """killed, oom, timeout, error."""
+    failure: str
+
+
+Launch = Callable[[Sequence[Job]], Sequence[Ending | None]]
+"""Runs jobs and returns when all have ended, however, with the `Ending` of those whose process died."""
 
 
 def jobs(

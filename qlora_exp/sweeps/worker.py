@@ -1,15 +1,18 @@
 """Run one job of a sweep, in whichever process it was launched."""
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 from qlora_exp.config.schema import Config
-from qlora_exp.sweeps.jobs import JOB_FILE, LATE_FILE, log, stop, stopped
+from qlora_exp.sweeps.jobs import JOB_FILE, LATE_FILE, stop, stopped
 from qlora_exp.tracking import run_key
 from qlora_exp.tracking.journal import last_message
 from qlora_exp.utils.errors import ConfigError, JournalError, PrunedError, TimeLimitError
 from qlora_exp.utils.signals import heeded, time_limit
+
+log = logging.getLogger(__name__)
 
 
 def run_job(config: Config, folder: Path) -> None:
@@ -33,7 +36,7 @@ def run_job(config: Config, folder: Path) -> None:
     except (Exception, TimeLimitError) as error:  # a job's failure is a result: recorded, and the other jobs go on
         if not isinstance(error, JournalError) and last_message(folder) is None:  # it did not come as far as its run
             tracker.record_failure(config, folder, given["tags"], error)
-        log.error("error: %s: %s", type(error).__name__, error)
+        log.error("error: %s: %s", type(error).__name__, error)  # noqa: TRY400
         if given["fail_fast"]:
             stop(folder.parent)
 

@@ -75,7 +75,7 @@ def data(path: str, revision: str | None) -> str:
 @functools.cache
 def code() -> str:
     """The digest of this package's sources: a change that was not committed counts too, one of the README does not."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     return _digest({str(file.relative_to(package)): _file(file) for file in sorted(package.rglob("*.py"))})
 
 

@@ -7,6 +7,8 @@ from pydantic import Field, PositiveInt, model_validator
 
 from qlora_exp.config.sections.base import Section, Share
 
+REASONING_GYM = "reasoning_gym:"
+"""What a dataset path begins with that names a task of reasoning-gym."""
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 """Suffixes of dataset files, with the names of their readers in `datasets`."""
 

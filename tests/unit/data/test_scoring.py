@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qlora_exp.config.hydra_compose import compose
-from qlora_exp.config.sections.dataset import DatasetConfig
+from qlora_exp.config.sections.dataset import REASONING_GYM, DatasetConfig
 from qlora_exp.data import scoring, sources
 
 pytestmark = pytest.mark.skipif(not scoring.is_possible(), reason="needs seccomp")
@@ -46,7 +46,7 @@ FOREVER = ["[9**9**9]", "9**9**9", "[x for x in iter(int, 1)]"]
 @cache
 def task(name: str) -> tuple[scoring.Scorer, dict[str, str]]:
     """Its scorer, and a row."""
-    config = DatasetConfig(path=f"{sources.GYM}{name}", reasoning_gym_size=1)
+    config = DatasetConfig(path=f"{REASONING_GYM}{name}", reasoning_gym_size=1)
     score = sources.scorer(config)
     assert score is not None
     return score, sources.read(config, config.path, "train")[0]

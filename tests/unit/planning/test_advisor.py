@@ -123,7 +123,8 @@ def test_the_largest_model_of_each_card_is_shown(capsys):
     show_models(models, {"third, LoRA": "no"}, advisor.cards(Gpu("GPU", 0.0)))
     lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     assert [line for line in lines if line] == [
-        ["4", "1.0 B", "1.0 B"], ["6", "1.0 B", "1.0 B"], *([str(size), "1.0 B", "10.0 B"] for size in advisor.CARDS[2:])
+        ["4", "1.0 B", "1.0 B"], ["6", "1.0 B", "1.0 B"],
+        *([str(size), "1.0 B", "10.0 B"] for size in advisor.CARDS[2:]),
     ]  # fmt: skip
 
 

@@ -80,7 +80,8 @@ def test_no_secret_reaches_mlflow_or_the_disk(store, mlflow, tmp_path, monkeypat
 
 def test_a_run_whose_process_died_is_killed_by_the_next_start(store, mlflow, tmp_path):
     code = (
-        "import os, signal, sys; from qlora_exp.tracking import tracker as tracking; from qlora_exp.config.hydra_compose import compose\n"
+        "import os, signal, sys; from qlora_exp.tracking import tracker as tracking\n"
+        "from qlora_exp.config.hydra_compose import compose\n"
         f"with tracking.start(compose(['tracking.uri={store}']), __import__('pathlib').Path({str(tmp_path)!r})) as t:\n"
         "    print(t.run_id, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )

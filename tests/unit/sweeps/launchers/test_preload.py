@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-LOADED = "import sys, qlora_exp.preload, torch; print(*sys.modules, torch.cuda.is_initialized())"
+LOADED = "import sys, qlora_exp.sweeps.launchers.preload, torch; print(*sys.modules, torch.cuda.is_initialized())"
 
 
 @pytest.mark.parametrize(("gpus", "loaded"), [("", True), ("0", False)])
@@ -19,7 +19,11 @@ def test_everything_is_loaded_but_what_touches_a_gpu_that_is_there(gpus: str, lo
     assert initialized == "False"
 
 
-INTERRUPTED = "print('begun', flush=True); import qlora_exp.sweeps.launchers.preload, signal; print(signal.getsignal(signal.SIGINT))"
+INTERRUPTED = """
+print('begun', flush=True)
+import qlora_exp.sweeps.launchers.preload, signal
+print(signal.getsignal(signal.SIGINT))
+"""
 
 
 def test_ctrl_c_is_left_to_the_sweep():
