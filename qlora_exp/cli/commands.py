@@ -154,9 +154,9 @@ def sync(folders: Sequence[Path], uri: str | None) -> None:
             if journal.is_settled(folder, uri) or journal.is_held(folder):
                 continue
             quiet()
-            from qlora_exp.tracking import tracker
+            from qlora_exp.tracking import recovery
 
-            if tracker.finish(folder, "killed", "its process is gone", uri):
+            if recovery.finish(folder, "killed", "its process is gone", uri):
                 sent += 1
             else:
                 late.append(folder)

@@ -26,9 +26,14 @@ class MemoryMonitor:
         self.peaks: dict[str, dict[str, float]] = {}
         self._cuda = device == "cuda"
         self._open: list[str] = []
+        self.baseline: dict[str, float] = {}
+        """MiB before the model is loaded: the interpreter, its imports, the rows."""
+        self.mark_baseline()
+
+    def mark_baseline(self) -> None:
+        """Measure `baseline` again: what is in memory from here on counts for phases."""
         self._reset()
         self.baseline = self._read()
-        """MiB before the model is loaded: the interpreter, its imports, the rows."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

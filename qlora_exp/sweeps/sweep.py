@@ -177,19 +177,19 @@ class Sweep:
 
     def _open(self, job: Job) -> None:
         """The MLflow run that the jobs are children of; a sweep's own folder has its journal."""
-        from qlora_exp.tracking import tracker
+        from qlora_exp.tracking import lifecycle
 
         self.folder.mkdir(parents=True, exist_ok=True)
         let_start(self.folder)
         settings = job.config.tracking
         tags = {"sweep": self.folder.name, "sweep.keys": ", ".join(job.swept)}
         name = self.folder.name
-        self._parent = tracker.open_run(self.folder, settings.uri, settings.experiment_name, name, tags)
+        self._parent = lifecycle.open_run(self.folder, settings.uri, settings.experiment_name, name, tags)
         self._parent.view(*mlflow_views.newest_sweep(name, list(job.swept), int(1000 * time.time())))
 
     def _launch_some(self, waiting: Sequence[Job]) -> list[Job]:
         """Launch jobs and record those that died; the jobs that were not even started."""
-        from qlora_exp.tracking import tracker
+        from qlora_exp.tracking import lifecycle
 
         endings: Sequence[Ending | None] = [None] * len(waiting)
         try:
@@ -204,7 +204,7 @@ class Sweep:
                         died = Ending("timeout", "the time limit of the job is over")
                     try:
                         tags = json.loads((job.folder / JOB_FILE).read_text("utf-8"))["tags"]
-                        tracker.record_death(job.config, job.folder, tags, died.outcome, died.failure)
+                        lifecycle.record_death(job.config, job.folder, tags, died.outcome, died.failure)
                     except (JournalError, OSError) as error:  # its folder was deleted or damaged: the others go on
                         log.error("%s: how it ended cannot be recorded: %s", job.name, error)  # noqa: TRY400
         return [job for job in waiting if state(job.folder)[0] == "new" and (job.folder / JOB_FILE).is_file()]
@@ -223,9 +223,9 @@ class Sweep:
         for job in jobs:
             try:
                 if not is_settled(job.folder) and not is_held(job.folder):
-                    from qlora_exp.tracking import tracker
+                    from qlora_exp.tracking import recovery
 
-                    tracker.finish(job.folder, "killed", "its process is gone")
+                    recovery.finish(job.folder, "killed", "its process is gone")
             except (JournalError, OSError) as error:  # the others are told
                 log.warning("%s: MLflow does not get all of it: %s", job.name, error)
 

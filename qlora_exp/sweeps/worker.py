@@ -22,7 +22,7 @@ def run_job(config: Config, folder: Path) -> None:
         return
     from qlora_exp.recipe.finetune import run
     from qlora_exp.recipe.summary import show
-    from qlora_exp.tracking import tracker
+    from qlora_exp.tracking import lifecycle
 
     try:
         _check_unchanged(config, given["parts"])
@@ -35,7 +35,7 @@ def run_job(config: Config, folder: Path) -> None:
         raise SystemExit(130) from None
     except (Exception, TimeLimitError) as error:  # a job's failure is a result: recorded, and the other jobs go on
         if not isinstance(error, JournalError) and last_message(folder) is None:  # it did not come as far as its run
-            tracker.record_failure(config, folder, given["tags"], error)
+            lifecycle.record_failure(config, folder, given["tags"], error)
         log.error("error: %s: %s", type(error).__name__, error)  # noqa: TRY400
         if given["fail_fast"]:
             stop(folder.parent)

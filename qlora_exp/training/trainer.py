@@ -19,7 +19,6 @@ from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl.trainer import utils as trl_utils
-from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from qlora_exp.config.schema import Config
@@ -28,43 +27,14 @@ from qlora_exp.environment.device import Resolved
 from qlora_exp.environment.efficiency import FlopCounter
 from qlora_exp.environment.memory import MemoryMonitor
 from qlora_exp.models.adapters import allocates, fit_schedule, keep_dtypes, penalty
-from qlora_exp.training.checkpoints import checkpoints, is_whole
+from qlora_exp.training.arguments import arguments
 from qlora_exp.training.optimizers import lora_optimizer
-from qlora_exp.utils.errors import ConfigError, DivergedError
+from qlora_exp.utils.errors import DivergedError
 
 log = logging.getLogger(__name__)
 
 Log = Callable[[dict[str, float], int], None]
 
-# Keys of TrainingConfig that are SFTConfig's own and need no translation.
-_SAME = (
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "lr_scheduler_type",
-    "warmup_steps",
-    "weight_decay",
-    "max_grad_norm",
-    "max_length",
-    "packing",
-    "packing_strategy",
-    "train_sampling_strategy",
-    "loss_type",
-    "neftune_noise_alpha",
-    "logging_steps",
-    "logging_first_step",
-    "eval_strategy",
-    "eval_steps",
-    "save_strategy",
-    "save_steps",
-    "save_total_limit",
-    "load_best_model_at_end",
-    "dataloader_num_workers",
-    "torch_compile",
-)
 # The trainer's names of what it logs, where ours say more.
 _CURVES = {"eval_loss": "eval/loss", "eval_mean_token_accuracy": "eval/token_accuracy"}
 _SKIPPED = {
@@ -74,44 +44,6 @@ _SKIPPED = {
     "eval_entropy",
     "eval_num_tokens",
 }
-
-
-class _Arguments(SFTConfig):
-    """TRL's arguments in a process that may see several GPUs, of which a run takes one.
-
-    Transformers counts all that it sees, and would wrap the model in `nn.DataParallel`, which TRL refuses.
-    """
-
-    @property
-    def n_gpu(self) -> int:
-        """GPUs to copy the model to; where `model.device_map` spreads it over several, there is one copy too."""
-        return min(1, super().n_gpu)
-
-
-def arguments(config: Config, resolved: Resolved, output_dir: Path) -> SFTConfig:
-    """TRL's arguments of the run; every choice it would make by itself is made here."""
-    training = config.training
-    return _Arguments(
-        output_dir=str(output_dir),
-        **{name: getattr(training, name) for name in _SAME},
-        optim=resolved.optim,
-        adam_beta1=config.optimizer.adam_beta1,
-        adam_beta2=config.optimizer.adam_beta2,
-        adam_epsilon=config.optimizer.adam_epsilon,
-        bf16=resolved.bf16,
-        fp16=resolved.fp16,
-        gradient_checkpointing=resolved.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if resolved.gradient_checkpointing else None,
-        use_cpu=resolved.device == "cpu",
-        seed=config.seed,
-        data_seed=config.seed,
-        metric_for_best_model="eval_loss" if training.load_best_model_at_end else None,
-        eval_packing=False,  # held-out loss is of the rows themselves
-        logging_nan_inf_filter=False,  # it would show the last finite loss instead of a divergence
-        report_to="none",
-        disable_tqdm=True,  # one progress bar of our own
-        dataloader_pin_memory=resolved.device == "cuda",
-    )
 
 
 class _ByLength(LengthGroupedSampler):
@@ -387,33 +319,3 @@ def train(
             trainer.evaluate()
     of_steps = {"train_loss": result.training_loss, **watcher.throughput()} if watcher.step_seconds else {}
     return {"steps": state.global_step, **of_steps}
-
-
-def checkpoint_to_resume(config: Config, output_dir: Path, resumed: bool, same_start: bool = True) -> Path | None:
-    """The checkpoint to go on from: of a cut-off run its own newest, else the configured one; None: from the start.
-
-    A run whose method cannot be resumed starts over.
-
-    Args:
-        config: `training.resume_from_checkpoint` is a checkpoint, or an output folder whose newest one is taken.
-        output_dir: the run's own.
-        resumed: the run was begun before.
-        same_start: its adapter starts as it did then.
-
-    Raises:
-        ConfigError: there is no checkpoint where the config says.
-    """
-    why = config.refusal("resume") or (None if same_start else "its adapter starts otherwise here")
-    if resumed and why:
-        log.info("from the start: method=%s cannot be resumed (%s)", config.method.name, why)
-        return None
-    configured = config.training.resume_from_checkpoint
-    own = [folder for folder in checkpoints(output_dir / "checkpoints") if is_whole(folder)] if resumed else []
-    if own or configured is None:
-        return own[-1] if own else None
-    path = Path(configured)
-    found = [path] if is_whole(path) else [*checkpoints(path), *checkpoints(path / "checkpoints")]
-    whole = [folder for folder in found if is_whole(folder)]
-    if not whole:
-        raise ConfigError(f"training.resume_from_checkpoint: no checkpoint in {configured}")
-    return whole[-1]

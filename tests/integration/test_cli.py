@@ -74,7 +74,7 @@ def test_mistakes_get_one_clear_message_and_leave_nothing(overrides: list[str], 
 def test_a_sweep_runs_every_combination_and_reports(device: str, store, tmp_path):
     from support import QUICK
 
-    from qlora_exp.tracking.tracker import client
+    from qlora_exp.tracking.mlflow_store import client
 
     result = command(
         "train", "-m", *QUICK, f"tracking.uri={store}", f"tracking.experiment_name=sweep_{device}", f"device={device}",

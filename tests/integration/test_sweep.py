@@ -10,8 +10,7 @@ from qlora_exp.sweeps import jobs as jobs_module
 from qlora_exp.sweeps.jobs import Ending, Job
 from qlora_exp.sweeps.sweep import Sweep, _advice
 from qlora_exp.sweeps.worker import run_job
-from qlora_exp.tracking import run_key
-from qlora_exp.tracking import tracker as tracking
+from qlora_exp.tracking import lifecycle, recovery, run_key
 from qlora_exp.tracking.journal import FILE, last_message
 from qlora_exp.tracking.mlflow_store import client
 from qlora_exp.utils.errors import SweepError
@@ -130,7 +129,7 @@ def test_a_dry_run_leaves_nothing(jobs, tmp_path, capsys):
 def test_a_process_that_dies_is_recorded_as_it_died(jobs, mlflow):
     def dies(waiting):
         for job in waiting:
-            with tracking.start(job.config, job.folder, must_reach=False) as tracker:
+            with lifecycle.start(job.config, job.folder, must_reach=False) as tracker:
                 tracker.metrics({"train/loss": 1.0, "before/loss": 5.0}, 1)
                 tracker.end = lambda *_, **__: None  # as a kill: nothing more is written
         return [Ending("oom", "the kernel killed it"), None]
@@ -213,7 +212,7 @@ def test_an_old_sweep_that_is_told_late_does_not_hide_the_newest(jobs, store, re
     mlflow.set_experiment_tag(experiment.experiment_id, key, newer)
     folder = tmp_path / "multirun" / "test"
     (folder / "delivered.json").unlink()
-    assert tracking.finish(folder, "killed", "not used")
+    assert recovery.finish(folder, "killed", "not used")
     assert mlflow.get_experiment(experiment.experiment_id).tags[key] == newer
 
 
@@ -263,7 +262,7 @@ def test_a_job_that_dies_before_it_is_a_run_becomes_one_and_is_not_started_twice
 def cut_off(job: Job) -> None:
     """As a kill leaves a job."""
     tags = json.loads((job.folder / jobs_module.JOB_FILE).read_text())["tags"]
-    tracking._begin(job.config, job.folder, tags, must_reach=False).close()
+    lifecycle._begin(job.config, job.folder, tags, must_reach=False).close()
 
 
 def test_a_job_killed_for_its_time_is_out_of_time(jobs, mlflow):

@@ -27,7 +27,7 @@ _ALWAYS = (
     "rouge_score.rouge_scorer",
     "mlflow.store.tracking.sqlalchemy_store",
     "qlora_exp.data.dataset",
-    "qlora_exp.tracking.tracker",
+    "qlora_exp.tracking.lifecycle",
     "qlora_exp.recipe.summary",
 )
 _IF_UNTOUCHED = (

@@ -11,7 +11,7 @@ from qlora_exp.config.compatibility import ASPECTS, BASES, WORKS
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.environment.device import Device, resolve
 from qlora_exp.studies.probe import kinds
-from qlora_exp.training.trainer import checkpoint_to_resume
+from qlora_exp.training.checkpoints import checkpoint_to_resume
 from qlora_exp.utils.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]

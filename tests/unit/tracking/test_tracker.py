@@ -15,6 +15,7 @@ from mlflow.exceptions import MlflowException
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.validate import from_dict
+from qlora_exp.tracking import lifecycle, recovery
 from qlora_exp.tracking import tracker as tracking
 from qlora_exp.tracking.journal import FILE, Journal, is_settled, metrics
 from qlora_exp.tracking.mlflow_store import client, finished_runs
@@ -29,7 +30,7 @@ def mlflow(store: str) -> MlflowClient:
 
 def start(store: str, folder, *overrides: str, **kwargs):
     folder.mkdir(exist_ok=True)
-    return tracking.start(compose([f"tracking.uri={store}", *overrides]), folder, **kwargs)
+    return lifecycle.start(compose([f"tracking.uri={store}", *overrides]), folder, **kwargs)
 
 
 def test_a_run_that_ends_well_is_finished(store, mlflow, tmp_path):
@@ -80,9 +81,10 @@ def test_no_secret_reaches_mlflow_or_the_disk(store, mlflow, tmp_path, monkeypat
 
 def test_a_run_whose_process_died_is_killed_by_the_next_start(store, mlflow, tmp_path):
     code = (
-        "import os, signal, sys; from qlora_exp.tracking import tracker as tracking\n"
+        "import os, signal, sys; from qlora_exp.tracking import lifecycle\n"
         "from qlora_exp.config.hydra_compose import compose\n"
-        f"with tracking.start(compose(['tracking.uri={store}']), __import__('pathlib').Path({str(tmp_path)!r})) as t:\n"
+        "from pathlib import Path\n"
+        f"with lifecycle.start(compose(['tracking.uri={store}']), Path({str(tmp_path)!r})) as t:\n"
         "    print(t.run_id, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     died = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout.strip()
@@ -122,7 +124,7 @@ def test_a_deleted_experiment_is_explained(store, mlflow, tmp_path):
 def test_a_message_that_mlflow_refuses_does_not_hold_up_the_others(store, mlflow, tmp_path, caplog):
     values = compose([f"tracking.uri={store}"]).model_dump(mode="json")
     values["method"]["rank_pattern"] = {"layers.0.*q_proj": 4}
-    with tracking.start(from_dict(values), tmp_path) as tracker:
+    with lifecycle.start(from_dict(values), tmp_path) as tracker:
         tracker.params({"what(is)this": 1})
         tracker.metrics({"loss": 1.0}, 1)
     found = mlflow.get_run(tracker.run_id)
@@ -170,9 +172,9 @@ def test_a_server_that_stays_away_leaves_everything_on_disk(store, mlflow, tmp_p
     assert "did not take everything" in caplog.text
     assert metrics(tmp_path)[-1]["loss"] == 2.0
     assert mlflow.get_run(tracker.run_id).info.status == "RUNNING"
-    assert tracking.finish(tmp_path, "killed", "not used: the run ended by itself", store) is False  # still away
+    assert recovery.finish(tmp_path, "killed", "not used: the run ended by itself", store) is False  # still away
     unsteady.away = False
-    assert tracking.finish(tmp_path, "killed", "not used: the run ended by itself", store) is True
+    assert recovery.finish(tmp_path, "killed", "not used: the run ended by itself", store) is True
     run = mlflow.get_run(tracker.run_id)
     assert (run.info.status, run.data.metrics, run.data.tags["outcome"]) == ("FINISHED", {"loss": 2.0}, "ok")
 
@@ -210,7 +212,7 @@ def test_telling_everything_again_changes_nothing(store, mlflow, tmp_path):
     journal.state.pop("run_id")
     journal.note(offset=0)
     journal.close()
-    assert tracking.finish(tmp_path, "killed", "not used") is True
+    assert recovery.finish(tmp_path, "killed", "not used") is True
     assert mlflow.get_run(tracker.run_id).to_dictionary() == before
     assert len(mlflow.get_metric_history(tracker.run_id, "loss")) == 1
     assert (
@@ -263,7 +265,7 @@ def test_another_store_gets_everything(store, mlflow, tmp_path):
         tracker.metrics({"loss": 2.0}, 1)
     other = f"sqlite:///{tmp_path / 'other.db'}"
     assert not is_settled(tmp_path / "run", other)
-    assert tracking.finish(tmp_path / "run", "killed", "not used", other) is True
+    assert recovery.finish(tmp_path / "run", "killed", "not used", other) is True
     assert is_settled(tmp_path / "run", other)
     assert is_settled(tmp_path / "run")
     there = client(other)
@@ -378,9 +380,9 @@ def test_an_interrupt_tears_nothing_that_mlflow_is_told(store, mlflow, tmp_path,
 
 
 def test_run_names_say_what_the_run_is():
-    name = tracking.run_name(compose(["lora_variant=dora", "method.r=4"]))
+    name = lifecycle.run_name(compose(["lora_variant=dora", "method.r=4"]))
     assert name == "smollm2-135m-construction_faq-qlora-nf4_double-dora-r4-s42"
-    name = tracking.run_name(compose(["method=full", "model=opt_125m"]))
+    name = lifecycle.run_name(compose(["method=full", "model=opt_125m"]))
     assert name == "opt-125m-construction_faq-full-s42"
 
 
@@ -441,7 +443,7 @@ DAMAGES = {
 def test_whatever_is_wrong_with_a_stale_run_the_next_one_begins(what: str, store, mlflow, tmp_path, caplog):
     died = stale(store, mlflow, tmp_path / "died")
     DAMAGES[what](tmp_path / "died")
-    tracking._reap(mlflow, "stale", store)
+    recovery.reap(mlflow, "stale", store)
     run = mlflow.get_run(died)
     assert (run.info.status, run.data.tags["outcome"]) == ("KILLED", "killed")
     (said,) = [one.message for one in caplog.records if died in one.message]
@@ -462,7 +464,7 @@ WRONG_TAGS = [
 @pytest.mark.parametrize("tags", WRONG_TAGS)
 def test_whatever_the_tags_of_a_stale_run_say_the_next_one_begins(tags, store, mlflow, tmp_path, caplog):
     died, other = (stale(store, mlflow, tmp_path / name, **more) for name, more in (("a", tags), ("b", {})))
-    tracking._reap(mlflow, "stale", store)
+    recovery.reap(mlflow, "stale", store)
     assert [mlflow.get_run(one).info.status for one in (died, other)] == ["KILLED", "KILLED"]
     assert [one.message for one in caplog.records if died in one.message]
     assert not [one.message for one in caplog.records if other in one.message]
@@ -472,7 +474,7 @@ def test_somebody_elses_folder_is_not_read(store, mlflow, tmp_path, monkeypatch,
     died = stale(store, mlflow, tmp_path / "died")
     before = (tmp_path / "died" / FILE).read_bytes()
     monkeypatch.setattr("os.getuid", lambda: 12345)
-    tracking._reap(mlflow, "stale", store)
+    recovery.reap(mlflow, "stale", store)
     assert mlflow.get_run(died).info.status == "KILLED"
     assert "another user's" in caplog.text
     assert (tmp_path / "died" / FILE).read_bytes() == before
@@ -487,7 +489,7 @@ def test_what_comes_before_a_damaged_line_is_sent_and_the_rest_once_it_is_mended
     damage(b'{"op": "met garbage', at)(tmp_path / "run")
     uri = f"sqlite:///{tmp_path / 'other.db'}"
     with pytest.raises(JournalError, match=f"line {at + 1}: "):
-        tracking.finish(tmp_path / "run", "killed", "not used", uri)
+        recovery.finish(tmp_path / "run", "killed", "not used", uri)
     there = client(uri)
 
     def told():
@@ -497,9 +499,9 @@ def test_what_comes_before_a_damaged_line_is_sent_and_the_rest_once_it_is_mended
     assert told() == ("RUNNING", [2.0])
     assert not is_settled(tmp_path / "run", uri)
     with pytest.raises(JournalError):  # and nothing was added
-        tracking.finish(tmp_path / "run", "killed", "not used", uri)
+        recovery.finish(tmp_path / "run", "killed", "not used", uri)
     (tmp_path / "run" / FILE).write_bytes(whole)
-    assert tracking.finish(tmp_path / "run", "killed", "not used", uri)
+    assert recovery.finish(tmp_path / "run", "killed", "not used", uri)
     assert told() == ("FINISHED", [2.0, 1.0])
 
 

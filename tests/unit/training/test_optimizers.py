@@ -8,7 +8,7 @@ from qlora_exp.config.hydra_compose import compose
 from qlora_exp.environment.device import Device, resolve
 from qlora_exp.models import adapters
 from qlora_exp.models.base import load_model
-from qlora_exp.training import trainer
+from qlora_exp.training.arguments import arguments
 from qlora_exp.training.optimizers import lora_optimizer, move_states
 from qlora_exp.utils.errors import ConfigError
 
@@ -25,7 +25,7 @@ def made(tmp_path):
         base = load_model(config.model, config.quantization, resolved)
         model = adapters.attach(base, adapters.peft_config(config, base), "float32")
         before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        optimizer = lora_optimizer(model, config.optimizer, trainer.arguments(config, resolved, tmp_path))
+        optimizer = lora_optimizer(model, config.optimizer, arguments(config, resolved, tmp_path))
         assert optimizer is not None
         for parameter in model.parameters():
             if parameter.requires_grad:

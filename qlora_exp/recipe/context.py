@@ -1,0 +1,136 @@
+"""What goes through the stages of a run: its config and device, its folder, its tracker, memory and metrics."""
+
+import gc
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from qlora_exp.config.schema import Config
+from qlora_exp.environment import efficiency, provenance
+from qlora_exp.environment.device import Resolved, computes_in
+from qlora_exp.environment.memory import MemoryMonitor, reuse_freed_memory
+from qlora_exp.planning import calibration
+from qlora_exp.recipe import summary
+from qlora_exp.recipe.result import RunResult
+from qlora_exp.tracking import lifecycle
+from qlora_exp.tracking.tracker import LOG_FILE, Tracker
+from qlora_exp.utils.errors import ConfigError
+from qlora_exp.utils.quiet import hide_bars
+from qlora_exp.utils.secrets import RedactingFormatter
+from qlora_exp.utils.signals import heeded
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """One run under way."""
+
+    config: Config
+    resolved: Resolved
+    output_dir: Path
+    tracker: Tracker
+    memory: MemoryMonitor
+    peak_flops: float
+    """The most FLOP/s that this device reached in a matrix product, in the precision that training computes in."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The last value of every metric that is measured once."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the run's checkpoints."""
+        return self.output_dir / "checkpoints"
+
+    @property
+    def first_adapter(self) -> Path:
+        """The folder with the adapter as it started, while the run needs it to save the difference."""
+        return self.output_dir / "first_adapter"
+
+    @property
+    def saved_model(self) -> Path:
+        """The folder of the trained adapter or model."""
+        return self.output_dir / "model"
+
+    def log_metrics(self, values: Mapping[str, float]) -> None:
+        """Keep and track values that are measured once in a run."""
+        self.metrics.update(values)
+        self.tracker.metrics(values)
+
+    def log_memory(self) -> None:
+        """Log memory peaks, as far as there are any, and how they compare with the plan."""
+        if not self.memory.peaks:
+            return
+        # Where an earlier process did all the training, the peaks over all phases are not this one's.
+        whole = "steady" in self.memory.peaks or not (
+            self.tracker.resumed or self.config.training.resume_from_checkpoint
+        )
+        summary_ = self.memory.summary().items()
+        self.log_metrics({f"memory/{key}": value for key, value in summary_ if whole or "/" in key})
+        self.log_metrics(calibration.ratio(self.metrics) if whole else {})
+
+    def finish(self) -> RunResult:
+        """Log what is known only at the end, and return the result."""
+        self.log_memory()
+        self.tracker.describe(summary.markdown(self.metrics))
+        return RunResult(self.tracker.run_id, self.output_dir, self.metrics)
+
+
+@contextmanager
+def open_run(
+    config: Config, resolved: Resolved, output_dir: str | Path, tags: Mapping[str, str], must_reach: bool
+) -> Iterator[RunContext]:
+    """Open the run's folder, log file and MLflow run; what is raised inside ends the run as failed.
+
+    Raises:
+        ConfigError: the folder cannot be written, or holds another run.
+        TrackingError: MLflow cannot be reached, and `must_reach` is set.
+    """
+    if not gc.isenabled():  # the command line starts without, and what it imported is never garbage
+        gc.enable()
+        gc.freeze()
+    hide_bars()
+    folder = _writable(output_dir)
+    with _logging_to(folder / LOG_FILE), heeded(), lifecycle.start(config, folder, tags, must_reach) as tracker:
+        log.info("run %s in %s on %s", tracker.run_id, folder, resolved.place)
+        if resolved.optim_fallback:
+            log.info("optimizer %s: %s", resolved.optim, resolved.optim_fallback)
+        tracker.params({f"resolved.{key}": value for key, value in asdict(resolved).items() if value is not None})
+        tracker.tags({f"hardware.{key}": value for key, value in provenance.hardware().items()})
+        reuse_freed_memory()
+        peak_flops = efficiency.peak_flops(resolved.device, computes_in(resolved))
+        run = RunContext(config, resolved, folder, tracker, MemoryMonitor(resolved.device), peak_flops)
+        try:
+            yield run
+        finally:  # after a failure too: memory is the first question about a run that ran out of it
+            run.log_memory()
+
+
+def _writable(folder: str | Path) -> Path:
+    path = Path(folder).resolve()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.write_bytes(bytes(1024))
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to the output folder {path}: {error.strerror}; choose another: hydra.run.dir=FOLDER"
+        ) from error
+    return path
+
+
+@contextmanager
+def _logging_to(file: Path) -> Iterator[None]:
+    """Write everything that is logged inside to `file` too, without secrets."""
+    handler = logging.FileHandler(file, encoding="utf-8")
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    logging.getLogger("qlora_exp").setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        root.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,60 @@
+"""Read what a run starts from, before the slow imports: rows, tasks, the device. What is wrong there leaves no run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_exp.config.schema import Config
+from qlora_exp.environment import hub
+from qlora_exp.environment.device import Resolved, detect, refuse_several_processes, resolve, take
+from qlora_exp.utils.errors import DataError
+from qlora_exp.utils.secrets import load_env_file
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from qlora_exp.data.dataset import Rows
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the stages of a run work on."""
+
+    rows: "Rows"
+    """Training and held-out rows, as text."""
+    unrelated: "Dataset | None"
+    """Rows of text that training is not about; None if forgetting is not measured."""
+    lm_eval_tasks: dict[str, Any]
+    """Loaded tasks of lm-eval."""
+    score: Callable[[str, dict[str, Any]], float] | None
+    """The dataset's own scorer of an answer, 0 to 1."""
+    resolved: Resolved
+    """What `auto` became on this device."""
+
+
+def read_inputs(config: Config) -> Inputs:
+    """Read rows and tasks and choose the device.
+
+    Raises:
+        ConfigError: the device is not there, or a launcher started several processes.
+        DataError: a file is missing or damaged, or no row is left.
+    """
+    refuse_several_processes()
+    for section, source in (("dataset", config.dataset), ("unrelated", config.unrelated)):
+        for file in source.files:
+            if not file.is_file():
+                raise DataError(f"{section}.path: no file {file} in {Path.cwd()}")
+    load_env_file()
+    if hub.is_needed(config):
+        hub.go_offline_if_unreachable()  # before huggingface_hub is imported
+    from qlora_exp.data import dataset, sources
+    from qlora_exp.training import lm_eval
+
+    rows = dataset.load_rows(config.dataset)
+    unrelated = dataset.load_heldout(config.unrelated) if config.unrelated.paths else None
+    tasks = lm_eval.load_tasks(config.evaluation) if config.evaluation.lm_eval_tasks else {}
+    score = sources.scorer(config.dataset)
+    resolved = resolve(config, detect(config.device, bitsandbytes=config.quantization.bitsandbytes))
+    take(resolved)
+    return Inputs(rows, unrelated, tasks, score, resolved)

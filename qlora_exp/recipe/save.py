@@ -1,0 +1,79 @@
+"""Save what training made, and log it to MLflow as a model."""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+
+import torch
+
+from qlora_exp.data import prompts
+from qlora_exp.models import adapters, lora_init
+from qlora_exp.recipe.context import RunContext
+from qlora_exp.recipe.setup import Trainable
+from qlora_exp.recipe.tokens import Tokens
+from qlora_exp.tracking import lifecycle, run_key
+from qlora_exp.tracking.journal import CONFIG_FILE
+from qlora_exp.training.checkpoints import checkpoints
+from qlora_exp.utils.files import size_on_disk
+
+log = logging.getLogger(__name__)
+
+
+def save(run: RunContext, tokens: Tokens, trainable: Trainable) -> None:
+    """Write the adapter or model, the tokenizer and the config to `model/`, before anything else can fail."""
+    config, folder = run.config, run.saved_model
+    with run.memory.phase("save"):
+        trainable.trainer.save_model(str(folder))
+        if run.first_adapter.is_dir():
+            lora_init.save_difference(trainable.trainer.model, folder, run.first_adapter)
+        tokenizer = copy(tokens.tokenizer)  # the evaluation after training uses the one that it used before
+        if (template := prompts.chat_template(config.dataset, tokenizer)) is not None:
+            tokenizer.chat_template = template  # whoever asks the model asks as it was trained
+        tokenizer.save_pretrained(folder)
+    adapters.make_portable(folder, config.model.model_name_or_path)
+    shutil.copy(run.output_dir / CONFIG_FILE, folder)
+    if trainable.peft_config is not None:
+        version = run_key.model(config.model.model_name_or_path, config.model.revision)
+        (folder / run_key.BASE_FILE).write_text(json.dumps({"version": version}) + "\n", "utf-8")
+    _log_sizes(run, trainable)
+
+
+def _log_sizes(run: RunContext, trainable: Trainable) -> None:
+    sizes = {"model_bytes": size_on_disk(run.saved_model)}
+    if trainable.peft_config is not None:  # computed: merging would cost the memory of another model
+        bytes_each = getattr(torch, run.resolved.dtype).itemsize
+        sizes["merged_model_bytes_computed"] = trainable.base_parameters * bytes_each
+    if kept := checkpoints(run.checkpoints):
+        sizes["checkpoint_bytes"] = size_on_disk(kept[-1])
+    run.log_metrics(sizes)
+
+
+@contextmanager
+def model_logged_on_error(run: RunContext, trainable: Trainable) -> Iterator[None]:
+    """Log the saved model even if what is inside fails; what is interrupted leaves it on disk only."""
+    try:
+        yield
+    except Exception:
+        log.warning("the evaluation after training failed; what was trained is in %s", run.saved_model)
+        log_model(run, trainable)
+        raise
+    shutil.rmtree(run.first_adapter, ignore_errors=True)  # a run that is cut off before here needs it again
+
+
+def log_model(run: RunContext, trainable: Trainable) -> None:
+    """Log the saved model to MLflow with the measures after training, if the config keeps it there."""
+    config = run.config
+    is_adapter = trainable.peft_config is not None
+    if not (config.tracking.log_adapter if is_adapter else config.tracking.log_full_model):
+        return
+    params = {
+        **config.method.settings,
+        **config.lora_variant.settings,
+        "model_name_or_path": config.model.model_name_or_path,
+        "quantization": config.quantization.name,
+    }
+    name = lifecycle.run_name(config)
+    run.tracker.model(run.saved_model.name, name, params, trainable.trainer.state.global_step)

@@ -1,0 +1,86 @@
+"""Load the base, add the adapter, and build the trainer."""
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from transformers import set_seed
+
+from qlora_exp.environment.device import places
+from qlora_exp.models import adapters, base, lora_init
+from qlora_exp.recipe.context import RunContext
+from qlora_exp.recipe.tokens import Tokens
+from qlora_exp.training import trainer
+from qlora_exp.training.evaluation import isolates_packed_rows
+from qlora_exp.utils.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trainable:
+    """A model that is ready to train."""
+
+    trainer: trainer.Trainer
+    """Its `model` is the adapted one."""
+    peft_config: Any
+    """None for a full fine-tune."""
+    base_parameters: int
+    """Parameters of the base alone."""
+    same_start: bool
+    """Whether the adapter starts as it did in the process that began this run."""
+
+
+def build(run: RunContext, tokens: Tokens) -> Trainable:
+    """Load the base, attach the adapter and build the trainer, with the seed set before anything is drawn.
+
+    Raises:
+        ModelError: the base cannot be loaded.
+        ConfigError: the model cannot be trained as the config says.
+    """
+    config, resolved = run.config, run.resolved
+    set_seed(config.seed)
+    peft_config = adapters.peft_config(config, base.skeleton(config.model))
+    if peft_config is not None:
+        run.tracker.json(peft_config.to_dict(), "peft_config.json")
+        if targets := getattr(peft_config, "target_modules", None):
+            run.tracker.params({"resolved.target_modules": targets if isinstance(targets, str) else sorted(targets)})
+    with run.memory.phase("load"):
+        model = base.load_model(config.model, config.quantization, resolved)
+    used = places(model)
+    run.tracker.params({"resolved.places": ", ".join(used)})
+    if len(used) > 1:
+        log.info("model.device_map=%s spreads the model over %s", config.model.device_map, ", ".join(used))
+    base_parameters = adapters.count_parameters(model)[1]
+    adapted, same_start = _attach(run, tokens, model, peft_config)
+    if config.training.packing and not isolates_packed_rows(adapted):
+        raise ConfigError(
+            f"training.packing: {config.model.model_name_or_path} does not keep packed rows apart, so training "
+            "would not be that of the single rows; use training.packing=false"
+        )
+    built = trainer.build(
+        adapted, tokens.tokenizer, tokens.train, tokens.heldout, config, resolved, run.checkpoints, run.memory
+    )
+    trainable, total = adapters.count_parameters(adapted)
+    run.log_metrics(
+        {"trainable_parameters": trainable, "total_parameters": total, "trainable_share": trainable / total}
+    )
+    return Trainable(built, peft_config, base_parameters, same_start)
+
+
+def _attach(run: RunContext, tokens: Tokens, model: Any, peft_config: Any) -> tuple[Any, bool]:
+    """Attach the adapter and start it as `init_lora_weights` says; whether it starts as an earlier process did."""
+    config, start = run.config, run.config.lora_start
+    with run.memory.phase("initialize" if start else "load"):
+        batches = lora_init.batches(
+            tokens.train,
+            config.lora_variant.init_rows if start in lora_init.FROM_ROWS else 0,
+            1 if start == "corda" else config.training.per_device_train_batch_size,  # PEFT's CorDA takes one row
+            config.training.max_length,
+            tokens.tokenizer.pad_token_id,
+        )
+        lora_init.prepare(start, model, peft_config, batches)
+        adapted = adapters.attach(model, peft_config, run.resolved.adapter_dtype)
+        lora_init.finish(start, adapted, batches, partial(base.load_unquantized, config.model))
+        return adapted, lora_init.remember(start, adapted, run.first_adapter)

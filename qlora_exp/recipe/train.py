@@ -1,0 +1,47 @@
+"""Train, from the newest checkpoint if the run was cut off."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import set_seed
+
+from qlora_exp.environment import efficiency
+from qlora_exp.recipe.context import RunContext
+from qlora_exp.recipe.setup import Trainable
+from qlora_exp.training import trainer
+from qlora_exp.training.checkpoints import checkpoint_to_resume
+
+log = logging.getLogger(__name__)
+
+
+def train(run: RunContext, trainable: Trainable, pruning: Mapping[str, Any] | None) -> None:
+    """Train to the end, and log speed, energy and how well the device was used.
+
+    Args:
+        run: the run under way.
+        trainable: what `setup.build` returned.
+        pruning: how to ask a search whether to go on (`training.pruning.judge`); None without a search.
+
+    Raises:
+        ConfigError: there is no checkpoint where `training.resume_from_checkpoint` says.
+        DivergedError: the loss is not a number any more.
+        PrunedError: the search stops this job.
+    """
+    set_seed(run.config.seed)
+    trained, total, share = (
+        run.metrics[name] for name in ("trainable_parameters", "total_parameters", "trainable_share")
+    )
+    log.info("training %s of %s parameters (%.3g%%)", f"{trained:,.0f}", f"{total:,.0f}", 100 * share)
+    checkpoint = checkpoint_to_resume(run.config, run.output_dir, run.tracker.resumed, trainable.same_start)
+    if checkpoint:
+        log.info("going on from %s", checkpoint)
+    judge = None
+    if pruning is not None:
+        from qlora_exp.training import pruning as search  # it needs the extra `optuna`
+
+        judge = search.judge(pruning)
+    with efficiency.EnergyMeter() as energy:
+        run.log_metrics(trainer.train(trainable.trainer, run.tracker.metrics, checkpoint, judge))
+    joules = None if checkpoint else energy.joules  # of a resumed run only a part was measured
+    run.log_metrics(efficiency.of_training(run.metrics, run.memory.peaks, run.peak_flops, joules))

@@ -1,0 +1,76 @@
+"""TRL's arguments of a run, from our config."""
+
+from pathlib import Path
+
+from trl.trainer.sft_config import SFTConfig
+
+from qlora_exp.config.schema import Config
+from qlora_exp.environment.device import Resolved
+
+# Keys of TrainingConfig that are SFTConfig's own and need no translation.
+_SAME = (
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "max_length",
+    "packing",
+    "packing_strategy",
+    "train_sampling_strategy",
+    "loss_type",
+    "neftune_noise_alpha",
+    "logging_steps",
+    "logging_first_step",
+    "eval_strategy",
+    "eval_steps",
+    "save_strategy",
+    "save_steps",
+    "save_total_limit",
+    "load_best_model_at_end",
+    "dataloader_num_workers",
+    "torch_compile",
+)
+
+
+class _Arguments(SFTConfig):
+    """TRL's arguments in a process that may see several GPUs, of which a run takes one.
+
+    Transformers counts all that it sees, and would wrap the model in `nn.DataParallel`, which TRL refuses.
+    """
+
+    @property
+    def n_gpu(self) -> int:
+        """GPUs to copy the model to; where `model.device_map` spreads it over several, there is one copy too."""
+        return min(1, super().n_gpu)
+
+
+def arguments(config: Config, resolved: Resolved, output_dir: Path) -> SFTConfig:
+    """TRL's arguments of the run; every choice it would make by itself is made here."""
+    training = config.training
+    return _Arguments(
+        output_dir=str(output_dir),
+        **{name: getattr(training, name) for name in _SAME},
+        optim=resolved.optim,
+        adam_beta1=config.optimizer.adam_beta1,
+        adam_beta2=config.optimizer.adam_beta2,
+        adam_epsilon=config.optimizer.adam_epsilon,
+        bf16=resolved.bf16,
+        fp16=resolved.fp16,
+        gradient_checkpointing=resolved.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if resolved.gradient_checkpointing else None,
+        use_cpu=resolved.device == "cpu",
+        seed=config.seed,
+        data_seed=config.seed,
+        metric_for_best_model="eval_loss" if training.load_best_model_at_end else None,
+        eval_packing=False,  # held-out loss is of the rows themselves
+        logging_nan_inf_filter=False,  # it would show the last finite loss instead of a divergence
+        report_to="none",
+        disable_tqdm=True,  # one progress bar of our own
+        dataloader_pin_memory=resolved.device == "cuda",
+    )
