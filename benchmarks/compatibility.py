@@ -31,8 +31,8 @@ INTRODUCTION = """\
 # What works together
 
 Every method and variant of LoRA that has a file in `conf/`, tried on a tiny model by `nox -s compatibility`
-({libraries}). Do not edit: that command writes this page and `qlora_exp/compatibility.json`, by
-which a run that would fail is refused before it starts. `tests/test_probe.py` tries some again. Nothing here was run
+({libraries}). Do not edit: that command writes this page and `qlora_exp/config/compatibility.json`, by
+which a run that would fail is refused before it starts. `tests/unit/studies/test_probe.py` tries some again. Nothing here was run
 on a GPU.
 
 **works**: trained for a few steps under the trainer, only what the method adds has changed; on a quantized base its
