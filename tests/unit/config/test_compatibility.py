@@ -9,9 +9,7 @@ import pytest
 from qlora_exp.config import compatibility
 from qlora_exp.config.compatibility import ASPECTS, BASES, WORKS
 from qlora_exp.config.hydra_compose import compose
-from qlora_exp.environment.device import Device, resolve
 from qlora_exp.studies.probe import kinds
-from qlora_exp.training.trainer import checkpoint_to_resume
 from qlora_exp.utils.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -77,18 +75,6 @@ def test_nothing_is_refused_while_it_is_tried():
 @pytest.mark.parametrize(("variant", "kind"), [("lora", "LORA"), ("dora", "LORA+dora"), ("my_own", "LORA")])
 def test_a_variant_of_lora_has_verdicts_of_its_own(variant: str, kind: str):
     assert compatibility.kind_of("LORA", variant) == kind
-
-
-@pytest.mark.parametrize(("method", "recomputes"), [("lora", True), ("prefix_tuning", False)])
-def test_auto_recomputes_activations_only_where_that_works(method: str, recomputes: bool):
-    gpu = Device("cuda", "a GPU", bf16=True, paging=True)
-    assert resolve(compose([f"method={method}"]), gpu).gradient_checkpointing is recomputes
-
-
-def test_a_cut_off_run_that_cannot_be_resumed_starts_over(tmp_path):
-    folder = tmp_path / "checkpoints" / "checkpoint-1"
-    folder.mkdir(parents=True)
-    assert checkpoint_to_resume(compose(["method=adalora"]), tmp_path, resumed=True) is None
 
 
 @pytest.mark.parametrize("words", [["lora_variant=pissa", "quantization=nf4"], ["lora_variant=loftq"]])

@@ -17,9 +17,9 @@ CHAT = "dataset.format=chat"
 
 
 @pytest.fixture(scope="module")
-def talker(adapters):
+def talker(trained_adapters):
     """Two adapters on one base, trained in different formats."""
-    sources = {"default": str(adapters("training.max_steps=9")), "same_kind": str(adapters(CHAT))}
+    sources = {"default": str(trained_adapters("training.max_steps=9")), "same_kind": str(trained_adapters(CHAT))}
     return open_talker(sources, device="cpu")
 
 
@@ -36,15 +36,15 @@ def test_a_prompt_is_written_as_the_adapter_was_trained(talker):
 
 
 @pytest.mark.parametrize("format_", ["text", "prompt_completion"])
-def test_plain_formats_are_given_as_they_are(format_, adapters):
+def test_plain_formats_are_given_as_they_are(format_, trained_adapters):
     words = (f"dataset.format={format_}", *(["dataset.text_column=output"] if format_ == "text" else []))
-    plain = open_talker({"default": str(adapters(*words))}, device="cpu")
+    plain = open_talker({"default": str(trained_adapters(*words))}, device="cpu")
     assert plain.prompt(asked("Why?"))[0] == "Why?"
 
 
-def test_each_request_is_answered_by_its_own_adapter(talker, adapters):
+def test_each_request_is_answered_by_its_own_adapter(talker, trained_adapters):
     def alone(words, text):
-        model, tokenizer = load.load(str(adapters(*words)), device="cpu")
+        model, tokenizer = load.load(str(trained_adapters(*words)), device="cpu")
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         with torch.no_grad():
             found = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
@@ -55,7 +55,7 @@ def test_each_request_is_answered_by_its_own_adapter(talker, adapters):
     for _ in range(2):  # switched there and back
         assert talker.answer(asked("Why?"), SHORT) == first
         assert talker.answer(asked("Why?", "same_kind"), SHORT) == second
-    model, tokenizer = load.load(str(adapters("training.max_steps=9")), device="cpu")
+    model, tokenizer = load.load(str(trained_adapters("training.max_steps=9")), device="cpu")
     ids = tokenizer(talker.prompt(asked("Why?"))[0], return_tensors="pt")["input_ids"]
     with torch.no_grad(), model.disable_adapter():
         found = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
@@ -95,33 +95,37 @@ def test_what_a_format_has_no_place_for_is_refused(talker):
         talker.answer(asked("Why?", "same"), SHORT)
 
 
-def test_a_whole_model_answers_too_and_has_no_base(adapters):
-    whole = open_talker({"default": str(adapters("method=full", "tracking.log_full_model=true"))}, device="cpu")
+def test_a_whole_model_answers_too_and_has_no_base(trained_adapters):
+    whole = open_talker({"default": str(trained_adapters("method=full", "tracking.log_full_model=true"))}, device="cpu")
     assert isinstance(whole.answer(asked("Why?"), SHORT), str)
     with pytest.raises(ConfigError, match="a whole model, without a base"):
         whole.answer(asked("Why?", BASE), SHORT)
 
 
 @pytest.mark.parametrize(("quantization", "stored"), [("nf4", "Params4bit"), ("int8", "Int8Params")])
-def test_the_base_is_stored_as_asked(quantization, stored, adapters):
-    small = open_talker({"default": str(adapters())}, device="cpu", quantization=quantization)
+def test_the_base_is_stored_as_asked(quantization, stored, trained_adapters):
+    small = open_talker({"default": str(trained_adapters())}, device="cpu", quantization=quantization)
     kinds = {type(one).__name__ for one in small.model.parameters()}
     assert stored in kinds
 
 
-def test_adapters_of_different_bases_are_refused(adapters):
-    llama, opt = str(adapters()), str(adapters("model=tiny_opt"))
+def test_adapters_of_different_bases_are_refused(trained_adapters):
+    llama, opt = str(trained_adapters()), str(trained_adapters("model=tiny_opt"))
     with pytest.raises(ModelError, match="was trained on random:opt"):
         open_talker({"default": llama, "b": opt}, device="cpu")
     with pytest.raises(ModelError, match="is a whole model"):
-        open_talker({"default": llama, "b": str(adapters("method=full", "tracking.log_full_model=true"))}, device="cpu")
+        open_talker(
+            {"default": llama, "b": str(trained_adapters("method=full", "tracking.log_full_model=true"))}, device="cpu"
+        )
     for name in (BASE, "v1.0", ""):
         with pytest.raises(ConfigError, match=f"cannot be called '{name}'"):
             open_talker({name: llama}, device="cpu")
 
 
-def test_an_empty_prompt_is_refused_where_nothing_is_added(adapters):
-    plain = open_talker({"default": str(adapters("dataset.format=text", "dataset.text_column=output"))}, device="cpu")
+def test_an_empty_prompt_is_refused_where_nothing_is_added(trained_adapters):
+    plain = open_talker(
+        {"default": str(trained_adapters("dataset.format=text", "dataset.text_column=output"))}, device="cpu"
+    )
     with pytest.raises(DataError, match="an empty prompt"):
         plain.answer(asked(""), SHORT)
 
@@ -151,8 +155,8 @@ def test_answers_are_told_with_what_was_asked(talker):
     assert found[0] == {"messages": asked("Why?").messages, "answer": talker.answer(asked("Why?"), SHORT)}
 
 
-def test_the_command_answers_a_prompt_or_a_file(adapters, tmp_path, capsys):
-    folder, short = str(adapters()), ("--max-new-tokens", "4", "--device", "cpu")
+def test_the_command_answers_a_prompt_or_a_file(trained_adapters, tmp_path, capsys):
+    folder, short = str(trained_adapters()), ("--max-new-tokens", "4", "--device", "cpu")
     assert exit_code("generate", folder, "--prompt", "Why?", *short) == 0
     one = capsys.readouterr().out.strip()
     (tmp_path / "p.txt").write_text("Why?\nWho?\n")
@@ -170,11 +174,11 @@ def test_the_command_answers_a_prompt_or_a_file(adapters, tmp_path, capsys):
     assert "give --prompt TEXT or --file FILE" in capsys.readouterr().err
 
 
-def test_a_conversation_goes_on_after_mistakes(adapters, monkeypatch, capsys):
+def test_a_conversation_goes_on_after_mistakes(trained_adapters, monkeypatch, capsys):
     said = "Why?\n/adapter none\n/adapter b\nWho?\n/what\n/system Be brief.\nWho?\n/reset\n/exit\nnever asked\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(said))
-    words = ("--adapter", f"b={adapters(CHAT)}", "--max-new-tokens", "4", "--device", "cpu")
-    assert exit_code("chat", str(adapters()), *words) == 0
+    words = ("--adapter", f"b={trained_adapters(CHAT)}", "--max-new-tokens", "4", "--device", "cpu")
+    assert exit_code("chat", str(trained_adapters()), *words) == 0
     out, err = capsys.readouterr()
     assert out.count("\n") == 3
     assert "no adapter 'none'" in err
@@ -183,6 +187,6 @@ def test_a_conversation_goes_on_after_mistakes(adapters, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("word", ["nothing", "=x", "default=x"])
-def test_a_name_for_each_adapter(word, adapters, capsys):
-    assert exit_code("chat", str(adapters()), "--adapter", word) == 1
+def test_a_name_for_each_adapter(word, trained_adapters, capsys):
+    assert exit_code("chat", str(trained_adapters()), "--adapter", word) == 1
     assert "NAME=SOURCE" in capsys.readouterr().err

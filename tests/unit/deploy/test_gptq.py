@@ -33,12 +33,12 @@ def test_it_is_calibrated_on_the_runs_own_training_rows():
         gptq.rows(compose(["model=tiny_llama", "training.max_length=9"]), load_tokenizer(config.model))
 
 
-def test_a_record_chooses_no_files_of_this_machine(adapters, tmp_path, monkeypatch):
+def test_a_record_chooses_no_files_of_this_machine(trained_adapters, tmp_path, monkeypatch):
     monkeypatch.setattr(gptq, "check", lambda _: None)
     (tmp_path / "elsewhere").mkdir()
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"instruction": "a", "output": "b"}\n' * 3)
-    saved = load.find(str(adapters()), device="cpu")
+    saved = load.find(str(trained_adapters()), device="cpu")
     data = saved.config.dataset.model_copy(update={"path": str(rows)})
     saved = export.replace(saved, config=saved.config.model_copy(update={"dataset": data}))
     monkeypatch.chdir(tmp_path / "elsewhere")

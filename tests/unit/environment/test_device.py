@@ -151,11 +151,6 @@ def test_one_of_several_processes_is_refused(environment: dict[str, str], says: 
             refuse_several_processes()
 
 
-@pytest.mark.gpu
-def test_detects_the_gpu():
-    assert detect("auto").type == "cuda"
-
-
 def test_gpus_are_found_without_beginning_cuda(monkeypatch):
     monkeypatch.setattr("pynvml.nvmlInit", lambda: None)
     monkeypatch.setattr("pynvml.nvmlDeviceGetCount", lambda: 2)
@@ -167,3 +162,9 @@ def test_gpus_are_found_without_beginning_cuda(monkeypatch):
 
     monkeypatch.setattr("pynvml.nvmlInit", no_driver)
     assert nvml_handles() == []
+
+
+@pytest.mark.parametrize(("method", "recomputes"), [("lora", True), ("prefix_tuning", False)])
+def test_auto_recomputes_activations_only_where_that_works(method: str, recomputes: bool):
+    gpu = Device("cuda", "a GPU", bf16=True, paging=True)
+    assert resolve(compose([f"method={method}"]), gpu).gradient_checkpointing is recomputes

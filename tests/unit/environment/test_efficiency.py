@@ -53,17 +53,6 @@ def test_attention_of_grouped_heads_counts_each_query(kernel: str):
     assert flops_of(backward.default, (q, q, k, v), {}, q) == 5 * (2 * 2 * 6 * 8 * 8 * 4)
 
 
-def test_what_cannot_be_counted_ends_no_training(monkeypatch, run, caplog):
-    def fail(*_: object, **__: object) -> int:
-        raise AssertionError("shapes are incompatible")
-
-    monkeypatch.setitem(efficiency._FORMULAS, "aten.mm", fail)
-    metrics = run("method=lora", "evaluation=loss_only").metrics
-    assert "tokens_per_second" in metrics
-    assert not {"flops_per_second", "mfu"} & metrics.keys()
-    assert caplog.text.count("arithmetic is not counted: torch's formula for aten.mm.default") == 1
-
-
 def test_counting_changes_no_number():
     model = base("none")
     plain = model(input_ids=IDS).logits
@@ -71,30 +60,20 @@ def test_counting_changes_no_number():
         assert torch.equal(model(input_ids=IDS).logits, plain)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("quantization", ["nf4_double", "fp4", "int8"])
-def test_a_quantized_base_does_the_same_arithmetic(quantization: str, device: str):
+def test_a_quantized_base_does_the_same_arithmetic(quantization: str):
     counts = []
     for name in ("none", quantization):
-        model = base(name, device)
+        model = base(name)
         with FlopCounter() as counter:
-            model(input_ids=IDS.to(device))
+            model(input_ids=IDS)
         counts.append(counter.flops)
     assert counts[0] == counts[1] > 0
 
 
-def base(quantization: str, device: str = "cpu"):
+def base(quantization: str):
     config = compose(["model=tiny_llama", "method=lora", f"quantization={quantization}"])
-    return load_model(config.model, config.quantization, resolve(config, detect(device))).train()
-
-
-def test_recomputation_counts(run):
-    plain = run("method=lora", "evaluation=loss_only")
-    recomputed = run("method=lora", "evaluation=loss_only", "training.gradient_checkpointing=true")
-    per_token = [
-        result.metrics["flops_per_second"] / result.metrics["tokens_per_second"] for result in (plain, recomputed)
-    ]
-    assert 1.2 < per_token[1] / per_token[0] < 1.6  # a third forward to a forward and a backward
+    return load_model(config.model, config.quantization, resolve(config, detect("cpu"))).train()
 
 
 def test_the_devices_best_is_measured():
@@ -131,15 +110,6 @@ def test_gpus_are_added(tmp_path, monkeypatch):
     with EnergyMeter(tmp_path) as meter:
         pass
     assert meter.joules == 30
-
-
-@pytest.mark.gpu
-def test_a_gpu_tells_what_it_used(tmp_path):
-    with EnergyMeter(tmp_path) as meter:
-        most = max(peak_flops("cuda", torch.bfloat16) for _ in range(100))
-    assert meter.joules is not None
-    assert meter.joules > 0
-    assert most > 1e12
 
 
 def test_a_machine_that_does_not_tell_gives_nothing(tmp_path, monkeypatch):

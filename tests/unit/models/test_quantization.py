@@ -9,12 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_exp.config.hydra_compose import compose
-from qlora_exp.config.sections.quantization import QuantizationConfig
 from qlora_exp.environment.device import Device, resolve
 from qlora_exp.models import quantization
 from qlora_exp.models.adapters import attach, peft_config
 from qlora_exp.models.base import load_model, locate
-from qlora_exp.utils.errors import ConfigError, ModelError
+from qlora_exp.utils.errors import ModelError
 
 pytestmark = pytest.mark.usefixtures("_quanto")
 
@@ -124,26 +123,6 @@ def test_files_that_are_stored_otherwise_are_refused(asked: str, stored: dict | 
 )
 def test_files_that_are_stored_as_asked_are_taken(asked: str, stored: dict | None):
     quantization.check_files("x", compose(["method=lora", f"quantization={asked}"]).quantization, stored)
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ({"load_in_4bit": True, "load_in_8bit": True}, "exclude each other"),
-        ({"load_in_4bit": True, "quant_method": "torchao", "weights": "int8"}, "exclude each other"),
-        ({"quant_method": "torchao", "weights": "int4"}, "int8, float8"),
-        ({"quant_method": "quanto"}, "one of int8, float8, int4, int2"),
-        ({"weights": "int8"}, "must be null"),
-    ],
-)
-def test_settings_that_do_not_go_together_are_refused(settings: dict, says: str):
-    with pytest.raises(ValueError, match=says):
-        QuantizationConfig(**settings)
-
-
-def test_a_start_that_needs_what_files_have_lost_is_refused():
-    with pytest.raises(ConfigError, match="have lost"):
-        compose(["method=lora", "lora_variant=loftq", "quantization=gptq"])
 
 
 @pytest.mark.parametrize("name", ["torchao_float8", "quanto_float8"])

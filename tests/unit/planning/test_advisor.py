@@ -9,11 +9,10 @@ from support import exit_code
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.planning import advisor
-from qlora_exp.planning.advisor import Fit, Option, Sized, choose, largest
+from qlora_exp.planning.advisor import Fit, Option, choose, largest
 from qlora_exp.planning.gpus import GPUS, Gpu
 from qlora_exp.planning.planner import Prediction
 from qlora_exp.planning.replay import Phase
-from qlora_exp.planning.tables import show_models
 from qlora_exp.utils.errors import UserError
 
 CARD = Gpu("GPU", 24.0)
@@ -117,17 +116,6 @@ def test_what_fits_a_larger_card_is_no_less():
     assert rows[0] < rows[-1]
 
 
-def test_the_largest_model_of_each_card_is_shown(capsys):
-    gib = 2**30
-    models = [Sized("small", 10**9, {"LoRA": 2 * gib, "QLoRA": gib}), Sized("big", 10**10, {"QLoRA": 6 * gib})]
-    show_models(models, {"third, LoRA": "no"}, advisor.cards(Gpu("GPU", 0.0)))
-    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    assert [line for line in lines if line] == [
-        ["4", "1.0 B", "1.0 B"], ["6", "1.0 B", "1.0 B"],
-        *([str(size), "1.0 B", "10.0 B"] for size in advisor.CARDS[2:]),
-    ]  # fmt: skip
-
-
 def test_shipped_models_are_looked_at_smallest_first(monkeypatch):
     monkeypatch.setattr(advisor, "METHODS", {"LoRA": ["method=lora"]})
     monkeypatch.setattr(advisor.configs, "options", lambda group: ["opt_125m", "smollm2_135m", "hub", "tiny_llama"])
@@ -139,19 +127,19 @@ def test_shipped_models_are_looked_at_smallest_first(monkeypatch):
     assert found[0].parameters == 125_239_296
 
 
-def run(*arguments: str) -> int:
+def advise(*arguments: str) -> int:
     return exit_code("advise", *TINY, *arguments)
 
 
 def test_the_command_says_what_to_choose(capsys, monkeypatch):
     monkeypatch.setattr(advisor, "MOST_ROWS", 8)
     monkeypatch.setattr(advisor, "METHODS", {name: advisor.METHODS[name] for name in ("LoRA", "QLoRA")})
-    assert run("vram=8") == 0
+    assert advise("vram=8") == 0
     shown = capsys.readouterr().out
     assert "choose   LoRA" in shown
     assert "7.0%" in shown
     monkeypatch.setattr(advisor, "CARDS", (4, 24))
-    assert run("method=lora") == 0  # for cards of every size
+    assert advise("method=lora") == 0  # for cards of every size
     shown = capsys.readouterr().out
     assert all(f"│ {size} " in shown for size in advisor.CARDS)
 
@@ -169,7 +157,7 @@ def test_the_command_says_what_to_choose(capsys, monkeypatch):
     ],
 )
 def test_what_cannot_be_advised_is_refused_at_once(arguments, says, capsys):
-    assert run(*arguments) == 1
+    assert advise(*arguments) == 1
     assert says in capsys.readouterr().err
 
 

@@ -1,13 +1,11 @@
 """What runs took is fitted to what was planned for them, and its error is that of runs left out."""
 
-import json
 import random
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import exit_code
 
 from qlora_exp.environment.device import Device, resolve
 from qlora_exp.planning import calibration
@@ -156,37 +154,18 @@ def test_no_fit_of_nonsense(change):
         )
 
 
-def test_a_run_logs_what_was_planned_and_what_it_took(run):
-    found = run("tracking.plan=true", "training.eval_strategy=steps", "training.eval_steps=2").metrics
-    assert found["plan/peak_mib"] == max(found[f"plan/{phase}_mib"] for phase in calibration.PHASES)
-    took = max(found[f"memory/{phase}/rss_peak_mib"] for phase in calibration.PHASES)
-    ratio = (took - found["memory/baseline/rss_mib"]) / found["plan/peak_mib"]
-    assert found["plan/memory_ratio"] == pytest.approx(ratio)
-
-
-def test_planning_changes_no_result(run, losses):
-    assert losses(run("tracking.plan=true")) == losses(run())
-
-
-def test_a_run_that_cannot_be_planned_runs_all_the_same(run, caplog):
-    found = run("tracking.plan=true", "method=boft").metrics
-    assert "after/loss" in found
-    assert "plan/peak_mib" not in found
-    assert "not planned: method=boft cannot be planned" in caplog.text
-
-
-def test_a_packed_row_is_as_long_as_can_be(config):
-    resolved = resolve(config("method=lora"), Device("cpu", "CPU", False, False))
+def test_a_packed_row_is_as_long_as_can_be(make_config):
+    resolved = resolve(make_config("method=lora"), Device("cpu", "CPU", False, False))
     rows, packed = (
         calibration.plan_run(
-            config("method=lora", f"training.packing={on}", "training.max_length=512"), resolved, 64, 8
+            make_config("method=lora", f"training.packing={on}", "training.max_length=512"), resolved, 64, 8
         )
         for on in ("false", "true")
     )
     assert packed["plan/steady_mib"] > 3 * rows["plan/steady_mib"]
 
 
-def test_a_plan_is_made_once_for_runs_that_differ_in_nothing_that_counts(config, monkeypatch):
+def test_a_plan_is_made_once_for_runs_that_differ_in_nothing_that_counts(make_config, monkeypatch):
     from qlora_exp.planning import planner
 
     made = []
@@ -194,7 +173,7 @@ def test_a_plan_is_made_once_for_runs_that_differ_in_nothing_that_counts(config,
     monkeypatch.setattr(planner, "Planner", lambda *given: made.append(given) or real(*given))
 
     def planned(*words: str, longest: int = 77):
-        checked = config("method=lora", *words)
+        checked = make_config("method=lora", *words)
         return calibration.plan_run(checked, resolve(checked, Device("cpu", "CPU", False, False)), longest, 9)
 
     first = planned("seed=1")
@@ -204,27 +183,3 @@ def test_a_plan_is_made_once_for_runs_that_differ_in_nothing_that_counts(config,
     assert planned("method.r=3") != first
     assert planned(longest=99) != first
     assert len(made) <= before + 2
-
-
-def test_the_command_fits_recorded_runs_and_plans_use_it(run, store, capsys, tmp_path):
-    options = ["tracking.plan=true", "tracking.experiment_name=calibrate", "evaluation=loss_only"]
-    options += ["training.eval_strategy=no"]
-    for rows in (1, 4, 16):
-        run(*options, f"training.per_device_train_batch_size={rows}")
-    assert exit_code("calibrate", "--uri", store, "--experiment", "calibrate") == 0
-    assert "x plan" in capsys.readouterr().out
-    (kept,) = json.loads((tmp_path / "mlruns" / "calibration.json").read_text())
-    assert kept["runs"] == 3
-    architecture = "+model.architecture={_name_or_path: random:llama, model_type: llama, num_hidden_layers: 2}"
-    assert (
-        exit_code("plan", "model=tiny_llama", architecture, "method=lora", "device=cpu", "training.max_length=64") == 0
-    )
-    shown = capsys.readouterr().out
-    assert f"of 3 runs on {kept['device']}" in shown
-    assert "at the median rate of 3 runs on it" in shown
-
-
-def test_without_planned_runs_there_is_nothing_to_fit(run, store, capsys):
-    run("tracking.experiment_name=unplanned", "evaluation=loss_only")
-    assert exit_code("calibrate", "--uri", store, "--experiment", "unplanned") == 1
-    assert "error: MLflow has no runs of" in capsys.readouterr().err

@@ -1,10 +1,7 @@
 """The same rows in every form; differences are paired, and are those that were put there."""
 
-import json
-
 import numpy as np
 import pytest
-from support import QUICK, exit_code
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.deploy.formats import DEPLOYED
@@ -67,32 +64,3 @@ def test_all_forms_that_make_sense_are_measured(words, adapter, forms, monkeypat
     if "merged_trained" not in forms:
         with pytest.raises(ConfigError, match="makes no sense"):
             forms_of(config, adapter, ["merged_trained"])
-
-
-@pytest.mark.usefixtures("_imported")
-def test_the_command_measures_a_run_in_each_form(store, tmp_path, capsys, monkeypatch):
-    from qlora_exp.recipe.finetune import run
-    from qlora_exp.tracking.mlflow_store import client
-
-    words = ["method=qlora", f"tracking.uri={store}", "tracking.experiment_name=gap", "training.learning_rate=1e-2"]
-    result = run(compose([*QUICK, *words]), tmp_path / "run")
-    capsys.readouterr()
-    monkeypatch.setenv("COLUMNS", "200")
-    forms = "merged,merged_trained,nf4,gguf_q8_0"
-    assert exit_code("deployment-gap", result.run_id, "--uri", store, "--forms", forms, "--out", "gap") == 0
-    shown = capsys.readouterr().out
-    assert all(form in shown for form in ("trained", *forms.split(",")))
-    told = json.loads((tmp_path / "gap" / "deployment_gap.json").read_text())
-    by_form = {one["form"]: one for one in told["forms"]}
-    assert by_form["trained"]["metrics"]["loss"] == pytest.approx(result.metrics["after/loss"], abs=1e-5)
-    changes = {form: {gap["metric"]: gap["value"] for gap in one["gaps"]} for form, one in by_form.items()}
-    assert changes["merged_trained"]["loss"] == pytest.approx(0, abs=1e-4)
-    assert abs(changes["merged"]["loss"]) > 1e-4
-    assert by_form["merged"]["bytes"] > by_form["nf4"]["bytes"] > 0
-    assert all(len(one["losses"]) == 4 and len(one["samples"]) == 2 for one in by_form.values())
-    assert by_form["gguf_q8_0"]["metrics"]["token_seconds_p50"] > 0
-    other = tmp_path / "gap" / "int8"
-    other.mkdir()
-    assert exit_code("deployment-gap", result.run_id, "--uri", store, "--forms", "int8", "--out", "gap") == 1
-    assert "holds something else" in capsys.readouterr().err
-    assert "deployment_gap.json" in [one.path for one in client(store).list_artifacts(result.run_id)]

@@ -2,7 +2,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from filelock import Timeout
@@ -11,7 +10,6 @@ from hypothesis import strategies as st
 
 from qlora_exp.tracking.journal import FILE, Journal, is_held, is_settled, last_message, metrics, read, run_id
 from qlora_exp.utils.errors import JournalError
-from qlora_exp.utils.files import write_atomically
 
 START = {"op": "start", "experiment": "e", "uri": "sqlite:///x", "run_name": "r", "timestamp": 1, "tags": {}}
 MESSAGES = st.lists(
@@ -112,14 +110,6 @@ def test_only_one_process_holds_a_journal(tmp_path):
 def test_a_folder_without_a_journal_has_no_messages(tmp_path):
     assert list(read(tmp_path / FILE)) == []
     assert last_message(tmp_path) is None
-
-
-def test_a_file_is_replaced_whole(tmp_path):
-    file = tmp_path / "state.json"
-    write_atomically(file, "old")
-    write_atomically(file, json.dumps({"new": True}))
-    assert json.loads(file.read_text()) == {"new": True}
-    assert [path.name for path in Path(tmp_path).iterdir()] == ["state.json"]
 
 
 JSON = st.recursive(

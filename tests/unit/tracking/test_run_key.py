@@ -33,12 +33,12 @@ def test_where_and_how_it_is_run_does_not(change: str):
     assert run_key.run_key(compose([change])) == run_key.run_key(compose())
 
 
-def test_other_rows_are_another_run(tmp_path, jsonl):
+def test_other_rows_are_another_run(tmp_path, write_jsonl):
     words = ["dataset=own", f"dataset.path={tmp_path / 'rows.jsonl'}"]
-    jsonl([{"prompt": "a", "completion": "b"}])
+    write_jsonl([{"prompt": "a", "completion": "b"}])
     first = run_key.parts(compose(words))
     run_key.data.cache_clear()
-    jsonl([{"prompt": "a", "completion": "c"}])
+    write_jsonl([{"prompt": "a", "completion": "c"}])
     second = run_key.parts(compose(words))
     assert {part for part in first if first[part] != second[part]} == {"data"}
 

@@ -34,22 +34,3 @@ def test_ctrl_c_is_left_to_the_sweep():
     process.send_signal(signal.SIGINT)
     assert "default_int_handler" in process.stdout.read()  # of the jobs
     assert process.wait() == 0
-
-
-ON_GPU = """
-import os, sys, torch
-import qlora_exp.sweeps.launchers.preload
-assert "qlora_exp.training.trainer" in sys.modules
-if os.fork() == 0:
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-    x = torch.randn(64, 64, device="cuda")
-    error = (dequantize_4bit(*quantize_4bit(x, quant_type="nf4")) - x).abs().mean()
-    os._exit(0 if 0 < error < 0.2 else 1)
-sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
-"""
-
-
-@pytest.mark.gpu
-def test_what_is_forked_uses_the_gpu():
-    result = subprocess.run([sys.executable, "-c", ON_GPU], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
