@@ -30,7 +30,7 @@ def _cluster() -> Iterator[None]:
         subprocess.run(["bash", str(CLUSTER), "stop", folder], check=True, timeout=60)
 
 
-def test_jobs_end_as_they_do_on_this_machine(mlflow_uri, tmp_path):
+def test_jobs_end_like_local_jobs(mlflow_uri, tmp_path):
     words = command(mlflow_uri, "slurm", *SLURM, "training.max_length=5,300,400")
     for _ in range(2):
         result = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=400)
@@ -54,7 +54,7 @@ def job_process(number: int) -> psutil.Process:
 
 
 @pytest.mark.parametrize("how", ["scancel", "kill -9"])
-def test_a_job_that_is_cut_off_is_recorded_and_goes_on(how: str, mlflow_uri, tmp_path):
+def test_preempted_job_is_recorded_and_resumes(how: str, mlflow_uri, tmp_path):
     name = how.replace(" ", "")
     words = command(
         mlflow_uri, name, *SLURM, "seed=1,2", "training.max_steps=300", "training.save_strategy=steps",

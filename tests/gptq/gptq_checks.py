@@ -87,14 +87,16 @@ def quantized_folder(request: pytest.FixtureRequest) -> tuple[str, Path]:
     return request.param, request.getfixturevalue(f"{request.param}_folder")
 
 
-def test_all_that_a_trainer_does_works_but_merging(quantized_folder: tuple[str, Path], monkeypatch: pytest.MonkeyPatch):
+def test_quantized_files_support_all_aspects_of_training_but_merging(
+    quantized_folder: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+):
     name, folder = quantized_folder
     monkeypatch.setitem(compatibility.BASES, name, f"{name} model.model_name_or_path={folder}")
     found = probe.verdicts(["method=lora"], name)
     assert {aspect for aspect, verdict in found.items() if verdict != WORKS} == {"merge"}, found
 
 
-def test_a_layer_computes_with_the_weights_that_it_is_said_to_stand_for(quantized_folder: tuple[str, Path]):
+def test_layer_computes_with_its_dequantized_weights(quantized_folder: tuple[str, Path]):
     name, folder = quantized_folder
     config = compose(["method=lora", f"quantization={name}", f"model.model_name_or_path={folder}"])
     layer = base.load_model(config.model, config.quantization, resolve(config, CPU)).model.layers[0].mlp.down_proj
@@ -107,7 +109,7 @@ def test_a_layer_computes_with_the_weights_that_it_is_said_to_stand_for(quantize
 @pytest.mark.parametrize(
     "words", [["method=qlora"], ["method=lora", "lora_variant=qalora", f"lora_variant.qalora_group_size={GROUP}"]]
 )
-def test_a_run_on_gptq_files_trains_and_is_loaded_again(
+def test_run_on_gptq_files_trains_and_is_loaded_again(
     gptq_folder: Path, run_quick: Callable[..., Any], words: list[str]
 ):
     result = run_quick(*words, "quantization=gptq", f"model.model_name_or_path={gptq_folder}")
@@ -120,13 +122,13 @@ def test_a_run_on_gptq_files_trains_and_is_loaded_again(
     assert frozen[0] == frozen[1]  # packed weights count for what they stand for
 
 
-def test_files_that_are_gptq_are_not_taken_for_plain_ones(gptq_folder: Path):
+def test_gptq_files_without_quantization_gptq_are_rejected(gptq_folder: Path):
     config = compose(["method=lora", f"model.model_name_or_path={gptq_folder}"])
     with pytest.raises(ModelError, match="choose quantization=gptq"):
         base.load_model(config.model, config.quantization, resolve(config, CPU))
 
 
-def test_a_run_is_exported_as_gptq_on_its_own_rows(run_quick: Callable[..., Any], tmp_path: Path):
+def test_gptq_export_calibrates_on_the_runs_own_rows(run_quick: Callable[..., Any], tmp_path: Path):
     result = run_quick("method=lora", "dataset.max_train_rows=32", "training.learning_rate=1e-2")
     made = export.export(find(result.run_id, result_store(result), "cpu"), tmp_path / "made", "gptq")
     assert (made.form, made.weights) == ("gptq", "gptq, groups of 64")

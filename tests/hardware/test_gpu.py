@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-def test_trains_on_the_gpu(method: str, run_quick):
+def test_method_trains_on_the_gpu(method: str, run_quick):
     metrics = run_quick(
         "device=cuda", f"method={method}", "training.learning_rate=1e-2", "training.max_steps=6"
     ).metrics
@@ -25,7 +25,7 @@ def test_trains_on_the_gpu(method: str, run_quick):
     assert metrics["memory/steady/allocated_peak_mib"] > 0
 
 
-def test_a_gpu_without_room_is_a_result(run_quick, mlflow_uri, tmp_path):
+def test_run_out_of_gpu_memory_is_recorded_as_oom(run_quick, mlflow_uri, tmp_path):
     torch.cuda.set_per_process_memory_fraction(1e-5)
     try:
         with pytest.raises(torch.cuda.OutOfMemoryError):
@@ -57,7 +57,7 @@ def test_resumed_run_ends_like_an_uninterrupted_one_on_the_gpu(run_quick, read_l
     assert resumed.metrics["after/loss"] == whole.metrics["after/loss"]
 
 
-def test_a_gpu_tells_what_it_used(tmp_path):
+def test_energy_of_a_gpu_is_measured(tmp_path):
     with EnergyMeter(tmp_path) as meter:
         most = max(peak_flops("cuda", torch.bfloat16) for _ in range(100))
     assert meter.joules is not None
@@ -65,14 +65,14 @@ def test_a_gpu_tells_what_it_used(tmp_path):
     assert most > 1e12
 
 
-def test_cuda_for_real():
+def test_peak_of_a_phase_is_measured_on_the_gpu():
     monitor = MemoryMonitor("cuda")
     with monitor.phase("step"):
         torch.zeros(64 * MIB // 4, device="cuda")
     assert 64 <= monitor.peaks["step"]["allocated"] - torch.cuda.memory_allocated() / MIB < 80
 
 
-def test_detects_the_gpu():
+def test_gpu_is_detected():
     assert detect("auto").type == "cuda"
 
 
@@ -89,6 +89,6 @@ sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
 """
 
 
-def test_what_is_forked_uses_the_gpu():
+def test_process_forked_after_preloading_uses_the_gpu():
     result = subprocess.run([sys.executable, "-c", ON_GPU], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -24,7 +24,7 @@ from qlora_exp.tracking.mlflow_store import client
     "choice",
     [["method=lora"], ["method=qlora", "lora_variant=dora"], ["method=full", "tracking.log_full_model=true"]],
 )
-def test_a_logged_model_is_loaded_back_as_it_was_trained(choice: list[str], run_quick, mlflow_uri):
+def test_logged_model_loads_as_it_was_trained(choice: list[str], run_quick, mlflow_uri):
     result = run_quick(*choice, "training.learning_rate=1e-2")
     ids = torch.arange(40, 60)[None]
     answers = []
@@ -56,7 +56,7 @@ def ask(url: str, body: dict) -> dict:
 
 
 @pytest.mark.parametrize(("server", "health"), [("transformers", "health"), ("mlflow", "ping")])
-def test_a_client_gets_the_answer_of_the_model(server, health, trained_adapters, tmp_path):
+def test_client_of_a_server_gets_the_answer_of_the_model(server, health, trained_adapters, tmp_path):
     folder, port = str(trained_adapters()), free_port()
     command = [sys.executable, "-m", "qlora_exp", "serve", folder, "--with", server, "--port", str(port)]
     log = (tmp_path / "log").open("w")
@@ -90,7 +90,7 @@ def test_a_client_gets_the_answer_of_the_model(server, health, trained_adapters,
     assert answer["usage"]["prompt_tokens"] == ids.shape[1]
 
 
-def test_the_commands_say_what_they_made_and_tell_the_run(run_quick, mlflow_uri, tmp_path, capsys):
+def test_merge_and_export_commands_are_logged_to_the_run(run_quick, mlflow_uri, tmp_path, capsys):
     result = run_quick("method=lora", "evaluation=loss_only")
     words = ["--uri", mlflow_uri, "--out"]
     assert exit_code("merge", result.run_id, *words, str(tmp_path / "merged"), "--dtype", "bfloat16") == 0
@@ -106,7 +106,7 @@ def test_the_commands_say_what_they_made_and_tell_the_run(run_quick, mlflow_uri,
 
 
 @pytest.mark.usefixtures("_imported")
-def test_the_command_measures_a_run_in_each_form(mlflow_uri, tmp_path, capsys, monkeypatch):
+def test_deployment_gap_command_measures_each_format(mlflow_uri, tmp_path, capsys, monkeypatch):
     from qlora_exp.recipe.finetune import run
 
     words = [

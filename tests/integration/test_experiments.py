@@ -13,7 +13,7 @@ COLUMNS = {
 
 
 @pytest.mark.parametrize("name", options("experiment"))
-def test_experiment(name: str, run_quick, write_jsonl, read_losses):
+def test_shipped_experiment_runs_on_a_tiny_model(name: str, run_quick, write_jsonl, read_losses):
     config = compose([f"experiment={name}"])
     overrides = [
         f"experiment={name}", f"model=tiny_{FAMILY[name.split('_')[0]]}",
@@ -55,7 +55,7 @@ def test_experiment(name: str, run_quick, write_jsonl, read_losses):
         ("llama3_8b_qlora", "training.num_train_epochs", 3),
     ],
 )
-def test_settings_are_those_of_the_source(name: str, key: str, value: object):
+def test_shipped_experiment_has_the_settings_of_its_source(name: str, key: str, value: object):
     from qlora_exp.config.values import flatten
 
     assert flatten(compose([f"experiment={name}"]))[key] == value

@@ -13,7 +13,7 @@ from qlora_exp.tracking.journal import metrics
 from qlora_exp.tracking.mlflow_store import client
 
 
-def test_a_run_whose_process_died_is_killed_by_the_next_start(mlflow_uri, mlflow_client, tmp_path):
+def test_run_of_a_dead_process_is_marked_killed_by_the_next_run(mlflow_uri, mlflow_client, tmp_path):
     code = (
         "import os, signal; from pathlib import Path; from qlora_exp.tracking import tracker\n"
         "from qlora_exp.config.hydra_compose import compose\n"
@@ -28,7 +28,7 @@ def test_a_run_whose_process_died_is_killed_by_the_next_start(mlflow_uri, mlflow
 
 
 @pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT"])
-def test_a_killed_command_is_recorded_as_killed(signal_name: str, mlflow_uri, mlflow_client, tmp_path):
+def test_train_command_ended_by_a_signal_is_recorded_as_killed(signal_name: str, mlflow_uri, mlflow_client, tmp_path):
     command = [sys.executable, "-m", "qlora_exp", "train", "model=tiny_llama", "training.max_steps=100000"]
     extra = [f"tracking.uri={mlflow_uri}", "evaluation=loss_only", f"hydra.run.dir={tmp_path / 'killed'}", "device=cpu"]
     process = subprocess.Popen(
@@ -50,7 +50,7 @@ def test_a_killed_command_is_recorded_as_killed(signal_name: str, mlflow_uri, ml
     assert run.data.metrics["train/loss"] > 0
 
 
-def test_a_killed_run_goes_on_from_its_checkpoint_as_if_nothing_had_happened(
+def test_killed_run_resumes_from_its_checkpoint_with_equal_results(
     run_quick, read_losses, make_config, mlflow_uri, tmp_path
 ):
 

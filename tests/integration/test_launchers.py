@@ -12,7 +12,7 @@ from qlora_exp.tracking.mlflow_store import client
 @pytest.mark.parametrize(
     ("launcher", "more"), [("local", []), ("joblib", []), ("slurm", ["hydra.launcher.cluster=local"])]
 )
-def test_every_launcher_runs_a_sweep_and_knows_it_again(launcher: str, more: list[str], mlflow_uri, tmp_path):
+def test_every_launcher_runs_a_sweep_and_skips_finished_jobs(launcher: str, more: list[str], mlflow_uri, tmp_path):
     words = [sys.executable, "-m", "qlora_exp", "train", "-m", f"hydra/launcher={launcher}", *more, *QUICK]
     words += ["evaluation=loss_only", "method=lora", "training.max_length=5,300", f"tracking.uri={mlflow_uri}"]
     words += [f"tracking.experiment_name={launcher}"]

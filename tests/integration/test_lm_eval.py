@@ -9,7 +9,7 @@ from qlora_exp.results import compare, records
 from qlora_exp.utils.errors import ConfigError
 
 
-def test_a_run_scores_its_tasks_before_and_after_and_keeps_each_item(run_quick, task_folder):
+def test_run_scores_lm_eval_tasks_before_and_after_training(run_quick, task_folder):
     result = run_quick("method=lora", "evaluation=loss_only", "evaluation.before=true", *task_overrides(task_folder))
     told = json.loads((result.output_dir / "evaluation" / "after_lm_eval.json").read_text())
     items = told["items"]
@@ -19,7 +19,7 @@ def test_a_run_scores_its_tasks_before_and_after_and_keeps_each_item(run_quick, 
     assert "before/lm_eval/sums/acc" in result.metrics
 
 
-def test_runs_are_compared_by_item(run_quick, task_folder, mlflow_uri):
+def test_runs_are_compared_by_lm_eval_item(run_quick, task_folder, mlflow_uri):
     name = "tracking.experiment_name=harness"
     for rate in ("1e-4", "1e-1"):
         run_quick(
@@ -37,7 +37,7 @@ aggregate_metric_list: [{metric: acc, aggregation: mean}]
 """
 
 
-def test_groups_and_what_is_better_low_are_as_lm_eval_says(task_folder, run_quick, mlflow_uri):
+def test_lm_eval_groups_and_directions_are_recorded(task_folder, run_quick, mlflow_uri):
     text = (task_folder / "sums.yaml").read_text()
     (task_folder / "worse.yaml").write_text(
         text.replace("task: sums", "task: worse").replace("better: true", "better: false")
@@ -62,7 +62,7 @@ def test_groups_and_what_is_better_low_are_as_lm_eval_says(task_folder, run_quic
         (["evaluation.lm_eval_include_path=gone"], "no folder gone"),
     ],
 )
-def test_what_is_not_there_is_refused_before_the_model_is_loaded(
+def test_unknown_lm_eval_task_is_rejected_before_the_model_is_loaded(
     changes, message: str, task_folder, run_quick, monkeypatch
 ):
     monkeypatch.setattr("qlora_exp.models.base.load_model", None)

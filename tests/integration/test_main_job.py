@@ -6,7 +6,7 @@ import pytest
 
 
 @pytest.mark.embedded
-def test_the_embedded_model_learns(mlflow_uri, tmp_path, read_losses):
+def test_builtin_model_learns(mlflow_uri, tmp_path, read_losses):
     from qlora_exp.config.hydra_compose import compose
     from qlora_exp.recipe.finetune import run
 
@@ -24,7 +24,7 @@ def test_the_embedded_model_learns(mlflow_uri, tmp_path, read_losses):
 
 
 @pytest.mark.embedded
-def test_the_embedded_model_is_the_real_one():
+def test_builtin_model_is_the_published_one():
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

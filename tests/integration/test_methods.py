@@ -26,7 +26,7 @@ VARIANTS = [f"lora_variant={name}" for name in ("corda", "eva", "loftq", "lora_g
 
 
 @pytest.mark.parametrize("name", [*WHOLE_RUNS, *VARIANTS])
-def test_what_a_run_saves_is_what_it_measured(name: str, run_quick):
+def test_saved_model_has_the_loss_that_was_measured(name: str, run_quick):
     given = ["method=lora", name, "lora_variant.init_rows=4"] if name in VARIANTS else words(name)
     given += ["quantization=nf4"] if "loftq" in name else []
     result = run_quick(*given, "evaluation=loss_only", "evaluation.before=true")
@@ -49,7 +49,7 @@ def logits(model, ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -ids.shape[1] :]
 
 
-def test_adalora_really_moves_ranks_to_where_they_count(run_quick):
+def test_adalora_redistributes_ranks_within_its_budget(run_quick):
     result = run_quick(
         "method=adalora", "method.init_r=6", "method.target_r=3", "evaluation=loss_only", "training.max_steps=6"
     )
@@ -61,7 +61,7 @@ def test_adalora_really_moves_ranks_to_where_they_count(run_quick):
 
 
 @pytest.mark.parametrize("name", ["adalora", "adamss"])
-def test_a_method_that_moves_its_budget_is_told_of_every_step(name: str, run_quick, monkeypatch):
+def test_rank_allocation_is_updated_at_every_step(name: str, run_quick, monkeypatch):
     told = []
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(name.upper())]
     monkeypatch.setattr(tuner, "update_and_allocate", lambda self, step: told.append(step))
@@ -69,6 +69,6 @@ def test_a_method_that_moves_its_budget_is_told_of_every_step(name: str, run_qui
     assert told == [0, 1, 2]
 
 
-def test_an_adalora_schedule_that_leaves_no_step_is_refused(run_quick):
+def test_adalora_schedule_without_a_step_between_is_rejected(run_quick):
     with pytest.raises(ConfigError, match=r"method.tinit=2 and method.tfinal=1 steps .* none of 3"):
         run_quick("method=adalora", "method.tinit=2", "training.max_steps=3")

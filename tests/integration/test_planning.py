@@ -8,7 +8,7 @@ from support import exit_code
 from qlora_exp.planning import calibration
 
 
-def test_a_run_logs_what_was_planned_and_what_it_took(run_quick):
+def test_run_logs_planned_and_measured_memory(run_quick):
     found = run_quick("tracking.plan=true", "training.eval_strategy=steps", "training.eval_steps=2").metrics
     assert found["plan/peak_mib"] == max(found[f"plan/{phase}_mib"] for phase in calibration.PHASES)
     took = max(found[f"memory/{phase}/rss_peak_mib"] for phase in calibration.PHASES)
@@ -16,18 +16,18 @@ def test_a_run_logs_what_was_planned_and_what_it_took(run_quick):
     assert found["plan/memory_ratio"] == pytest.approx(ratio)
 
 
-def test_planning_changes_no_result(run_quick, read_losses):
+def test_planning_does_not_change_losses(run_quick, read_losses):
     assert read_losses(run_quick("tracking.plan=true")) == read_losses(run_quick())
 
 
-def test_a_run_that_cannot_be_planned_runs_all_the_same(run_quick, caplog):
+def test_run_that_cannot_be_planned_still_runs(run_quick, caplog):
     found = run_quick("tracking.plan=true", "method=boft").metrics
     assert "after/loss" in found
     assert "plan/peak_mib" not in found
     assert "not planned: method=boft cannot be planned" in caplog.text
 
 
-def test_the_command_fits_recorded_runs_and_plans_use_it(run_quick, mlflow_uri, capsys, tmp_path):
+def test_calibrate_command_fits_recorded_runs_and_plan_uses_the_fit(run_quick, mlflow_uri, capsys, tmp_path):
     options = ["tracking.plan=true", "tracking.experiment_name=calibrate", "evaluation=loss_only"]
     options += ["training.eval_strategy=no"]
     for rows in (1, 4, 16):
@@ -45,7 +45,7 @@ def test_the_command_fits_recorded_runs_and_plans_use_it(run_quick, mlflow_uri, 
     assert "at the median rate of 3 runs on it" in shown
 
 
-def test_without_planned_runs_there_is_nothing_to_fit(run_quick, mlflow_uri, capsys):
+def test_calibrate_without_planned_runs_fails_with_a_message(run_quick, mlflow_uri, capsys):
     run_quick("tracking.experiment_name=unplanned", "evaluation=loss_only")
     assert exit_code("calibrate", "--uri", mlflow_uri, "--experiment", "unplanned") == 1
     assert "error: MLflow has no runs of" in capsys.readouterr().err

@@ -29,7 +29,7 @@ def first_run_id(run_quick, request):
     return run_quick("method=lora", "evaluation=loss_only", "training.max_steps=3", alone).run_id
 
 
-def test_the_same_is_bit_identical(first_run_id: str, mlflow_uri, tmp_path):
+def test_repetition_with_the_same_config_is_bit_identical(first_run_id: str, mlflow_uri, tmp_path):
     found = again(mlflow_uri, first_run_id, tmp_path / "again")
     assert found.grade == BIT_IDENTICAL
     assert "all 3 training losses" in found.why
@@ -37,7 +37,7 @@ def test_the_same_is_bit_identical(first_run_id: str, mlflow_uri, tmp_path):
     assert copy.name.endswith("again")
 
 
-def test_a_repetition_stands_for_no_run_but_itself(first_run_id: str, mlflow_uri, tmp_path):
+def test_repetition_does_not_replace_its_original_in_searches(first_run_id: str, mlflow_uri, tmp_path):
     record = one_record(mlflow_uri, first_run_id)
     copy = reproduce.start(record, recorded_config(record, {}, mlflow_uri), tmp_path / "again")
     assert [one.run_id for one in find(mlflow_uri, [record.tags["run_key"]])] == [first_run_id]
@@ -46,14 +46,14 @@ def test_a_repetition_stands_for_no_run_but_itself(first_run_id: str, mlflow_uri
     ]  # of one key the newest that was asked for last
 
 
-def test_a_repetition_has_a_folder_of_its_own(first_run_id: str, mlflow_uri, tmp_path):
+def test_repetition_has_its_own_folder(first_run_id: str, mlflow_uri, tmp_path):
     record = one_record(mlflow_uri, first_run_id)
     assert reproduce.free_folder(record) == Path("outputs", "reproduced", first_run_id)
     reproduce.start(record, recorded_config(record, {}, mlflow_uri), reproduce.free_folder(record))
     assert reproduce.free_folder(record) == Path("outputs", "reproduced", f"{first_run_id}.2")
 
 
-def test_a_changed_setting_is_the_cause_of_a_drift(first_run_id: str, mlflow_uri, tmp_path):
+def test_changed_setting_is_named_as_the_cause_of_drift(first_run_id: str, mlflow_uri, tmp_path):
     found = again(mlflow_uri, first_run_id, tmp_path / "again", training__learning_rate=0.05)
     assert found.grade == DRIFTED
     assert "training.learning_rate 0.0002 then, 0.05 now" in found.why
@@ -61,7 +61,7 @@ def test_a_changed_setting_is_the_cause_of_a_drift(first_run_id: str, mlflow_uri
     assert "no other seeds" in found.why
 
 
-def test_two_seeds_are_too_few_to_call_anything_noise(run_quick, mlflow_uri, tmp_path):
+def test_two_seeds_are_too_few_to_judge_noise(run_quick, mlflow_uri, tmp_path):
     words = ["method=lora", "evaluation=loss_only", "training.max_steps=3", "tracking.experiment_name=two"]
     seeds = [run_quick(*words, f"seed={seed}").run_id for seed in (1, 2)]
     found = again(mlflow_uri, seeds[0], tmp_path / "again", training__learning_rate=0.00021)
@@ -69,7 +69,7 @@ def test_two_seeds_are_too_few_to_call_anything_noise(run_quick, mlflow_uri, tmp
     assert "only 2 seeds were recorded" in found.why
 
 
-def test_a_difference_within_what_seeds_do_is_noise(run_quick, mlflow_uri, tmp_path):
+def test_difference_within_the_spread_of_seeds_is_noise(run_quick, mlflow_uri, tmp_path):
     words = ["method=lora", "evaluation=loss_only", "training.max_steps=3", "training.learning_rate=0.01"]
     words.append("tracking.experiment_name=noise")
     seeds = [run_quick(*words, f"seed={seed}").run_id for seed in (1, 2, 3)]
@@ -78,7 +78,7 @@ def test_a_difference_within_what_seeds_do_is_noise(run_quick, mlflow_uri, tmp_p
     assert "over 3 seeds it varies by" in found.why
 
 
-def test_the_check_names_what_differs_and_runs_nothing(first_run_id: str, mlflow_uri, tmp_path):
+def test_check_only_names_differences_and_runs_nothing(first_run_id: str, mlflow_uri, tmp_path):
     mlflow = client(mlflow_uri)
     mlflow.set_tag(first_run_id, "version.torch", "1.0")
     words = [
@@ -99,9 +99,7 @@ def test_the_check_names_what_differs_and_runs_nothing(first_run_id: str, mlflow
         find(mlflow_uri, where=f"tags.reproduces = '{first_run_id}'")
 
 
-def test_a_bundle_says_neither_where_files_are_nor_what_is_in_them(
-    run_quick, mlflow_uri, write_jsonl, tmp_path, monkeypatch
-):
+def test_bundle_contains_neither_paths_nor_training_rows(run_quick, mlflow_uri, write_jsonl, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_averysecrettoken")
     rows = [{"prompt": f"question {n}?", "completion": f"TRAINING {n} hf_averysecrettoken"} for n in range(20)]
     path = write_jsonl(rows)
@@ -119,7 +117,7 @@ def test_a_bundle_says_neither_where_files_are_nor_what_is_in_them(
         start(found, recorded_config(found, {}, mlflow_uri), tmp_path / "again")
 
 
-def test_a_run_is_reproduced_from_its_bundle_without_its_store(bundle_path, tmp_path):
+def test_run_is_reproduced_from_its_bundle_without_its_store(bundle_path, tmp_path):
     found = one_record(None, str(bundle_path))
     uri = f"sqlite:///{tmp_path / 'mine.db'}"
     config = recorded_config(found, {}, uri)
@@ -129,7 +127,7 @@ def test_a_run_is_reproduced_from_its_bundle_without_its_store(bundle_path, tmp_
     assert again.tags["reproduces"] == found.run_id
 
 
-def test_a_drift_is_judged_by_the_seeds_in_the_bundle(bundle_path, tmp_path):
+def test_drift_is_judged_by_the_seeds_in_the_bundle(bundle_path, tmp_path):
     found = bundle.read(bundle_path)
     uri = f"sqlite:///{tmp_path / 'mine.db'}"
     config = recorded_config(found, {"training.learning_rate": 0.05}, uri)
@@ -138,7 +136,7 @@ def test_a_drift_is_judged_by_the_seeds_in_the_bundle(bundle_path, tmp_path):
     assert "training.learning_rate 0.0002 then, 0.05 now" in verdict.why
 
 
-def test_the_command_makes_what_reproduce_takes(recorded_run, mlflow_uri, tmp_path):
+def test_bundle_command_writes_what_reproduce_reads(recorded_run, mlflow_uri, tmp_path):
     def command(*words):
         return subprocess.run([sys.executable, "-m", "qlora_exp", *words], capture_output=True, text=True, check=False)
 

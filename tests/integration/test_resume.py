@@ -7,7 +7,7 @@ from qlora_exp.training import trainer
 from qlora_exp.utils.errors import ConfigError
 
 
-def test_a_resumed_run_ends_like_an_uninterrupted_one(run_quick, read_losses):
+def test_resumed_run_ends_like_an_uninterrupted_one(run_quick, read_losses):
     saving = ["training.save_strategy=steps", "training.save_steps=2", "training.max_steps=4"]
     whole = run_quick(*saving)
     checkpoints = whole.output_dir / "checkpoints"
@@ -18,7 +18,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(run_quick, read_losses):
 
 
 @pytest.mark.parametrize("order", ["random", "group_by_length"])
-def test_an_output_folder_is_resumed_from_its_newest_whole_checkpoint(order: str, run_quick, read_losses):
+def test_output_folder_resumes_from_its_newest_complete_checkpoint(order: str, run_quick, read_losses):
     """In the second epoch, too."""
     saving = ["training.save_strategy=steps", "training.save_steps=2", "training.save_total_limit=9"]
     saving.append(f"training.train_sampling_strategy={order}")
@@ -50,7 +50,7 @@ CONSTANT = (
         ],
     ],
 )  # fmt: skip
-def test_a_run_cut_off_after_its_last_checkpoint_is_not_trained_further(
+def test_run_interrupted_after_its_last_checkpoint_trains_no_further_step(
     words, run_quick, read_losses, tmp_path, monkeypatch
 ):
     from qlora_exp.training import evaluation
@@ -78,7 +78,7 @@ def interrupt(*_, **__):
     raise KeyboardInterrupt
 
 
-def test_an_evaluation_that_was_cut_off_behind_the_last_checkpoint_is_made_up_for(run_quick, tmp_path, monkeypatch):
+def test_interrupted_evaluation_after_the_last_checkpoint_is_repeated(run_quick, tmp_path, monkeypatch):
     words = [*CONSTANT, "training.save_strategy=steps", "training.eval_strategy=epoch", "training.max_steps=2"]
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(trainer.Trainer, "evaluate", interrupt)
@@ -87,7 +87,7 @@ def test_an_evaluation_that_was_cut_off_behind_the_last_checkpoint_is_made_up_fo
     assert [one["step"] for one in metrics(tmp_path / "cut") if "eval/loss" in one] == [2]
 
 
-def test_a_resumed_run_goes_on_counting_to_its_early_stop(run_quick):
+def test_resumed_run_keeps_its_early_stopping_counter(run_quick):
     words = [
         "training.max_steps=6", "training.save_strategy=steps", "training.save_steps=1", "training.eval_strategy=steps",
         "training.eval_steps=1", "training.load_best_model_at_end=true", "training.early_stopping_threshold=100",
@@ -104,20 +104,20 @@ def test_a_resumed_run_goes_on_counting_to_its_early_stop(run_quick):
     assert later.metrics["steps"] == 5  # the longer patience of a new run
 
 
-def test_a_new_run_goes_on_from_the_last_checkpoint_of_a_shorter_one(run_quick, read_losses):
+def test_longer_run_resumes_from_the_last_checkpoint_of_a_shorter_one(run_quick, read_losses):
     words = [*CONSTANT, "training.save_strategy=steps", "training.save_steps=2"]
     whole, short = run_quick(*words, "training.max_steps=4"), run_quick(*words, "training.max_steps=2")
     longer = run_quick(*words, "training.max_steps=4", f"training.resume_from_checkpoint={short.output_dir}")
     assert read_losses(longer) == read_losses(whole)[2:]
 
 
-def test_resuming_without_a_checkpoint_is_refused(run_quick, tmp_path):
+def test_resuming_without_a_checkpoint_is_rejected(run_quick, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="no checkpoint in"):
         run_quick(f"training.resume_from_checkpoint={tmp_path / 'empty'}")
 
 
-def test_a_run_that_goes_on_starts_from_the_same_base_again(run_quick, read_losses):
+def test_resumed_run_starts_from_the_same_initialized_base(run_quick, read_losses):
     words = ["method=lora", "lora_variant=pissa", "evaluation=loss_only", "training.save_strategy=steps"]
     words += ["training.save_steps=2", "training.max_steps=4"]
     whole = run_quick(*words)
@@ -127,7 +127,7 @@ def test_a_run_that_goes_on_starts_from_the_same_base_again(run_quick, read_loss
 
 
 @pytest.mark.parametrize("name", ["loraplus", "lorafa", "riemannian"])
-def test_a_run_uses_it_and_goes_on_with_it(name: str, run_quick, read_losses):
+def test_lora_optimizer_trains_and_resumes(name: str, run_quick, read_losses):
     words = [f"optimizer={name}", "method=lora", "evaluation=loss_only", "training.max_steps=4"]
     words += ["training.save_strategy=steps", "training.save_steps=2"]
     whole = run_quick(*words)

@@ -31,7 +31,7 @@ def test_every_quantization_trains_with_every_variant(quantization: str, variant
     run_quick(f"quantization={quantization}", f"lora_variant={variant}", "training.max_steps=1", "evaluation=loss_only")
 
 
-def test_what_a_run_leaves_in_mlflow(run_quick, mlflow_uri):
+def test_run_is_recorded_in_mlflow(run_quick, mlflow_uri):
     result = run_quick("training.eval_strategy=steps", "training.eval_steps=2", "dataset=reasoning_gym")
     mlflow = client(mlflow_uri)
     found = mlflow.get_run(result.run_id)
@@ -74,7 +74,7 @@ def test_what_a_run_leaves_in_mlflow(run_quick, mlflow_uri):
     assert json.loads(tags["mlflow.sharedViewState.qlora_exp_all_runs"])["name"] == "All runs"
 
 
-def test_sources_that_no_longer_hold_are_not_in_a_saved_model(run_quick):
+def test_saved_model_names_no_temporary_paths(run_quick):
     result = run_quick("method=lora")
     saved = result.output_dir / "model"
     assert json.loads((saved / "adapter_config.json").read_text())["base_model_name_or_path"] == "random:llama"
@@ -84,7 +84,7 @@ def test_sources_that_no_longer_hold_are_not_in_a_saved_model(run_quick):
     )
 
 
-def test_samples_stand_side_by_side(run_quick):
+def test_sampled_answers_before_and_after_share_their_prompts(run_quick):
     result = run_quick()
     answers = json.loads((result.output_dir / "evaluation" / "answers.json").read_text())
     assert [row["prompt"] for row in answers["before"]] == [row["prompt"] for row in answers["after"]]
@@ -99,7 +99,7 @@ def test_samples_stand_side_by_side(run_quick):
         (["model.model_name_or_path=./gone"], UserError),
     ],
 )
-def test_mistakes_are_recorded_and_refused_before_weights_are_loaded(
+def test_config_errors_are_recorded_before_weights_are_loaded(
     overrides, error, run_quick, mlflow_uri, monkeypatch, tmp_path
 ):
     monkeypatch.setattr("qlora_exp.models.base.load_model", lambda *_: pytest.fail("weights were loaded"))
@@ -117,7 +117,7 @@ def test_mistakes_are_recorded_and_refused_before_weights_are_loaded(
         (["device=mps"], ConfigError),
     ],
 )
-def test_wrong_data_and_devices_are_refused_before_there_is_a_run(overrides, error, run_quick, tmp_path):
+def test_invalid_data_or_device_is_rejected_before_a_run_exists(overrides, error, run_quick, tmp_path):
     with pytest.raises(error):
         run_quick(*overrides)
     assert not (tmp_path / "run0").exists()
@@ -131,9 +131,7 @@ def test_wrong_data_and_devices_are_refused_before_there_is_a_run(overrides, err
         (["method=lora", "dataset.format=chat"], "table"),
     ],
 )
-def test_what_was_trained_outlives_a_failure_after_training(
-    words, moment, run_quick, mlflow_uri, tmp_path, monkeypatch
-):
+def test_trained_model_is_kept_when_a_later_step_fails(words, moment, run_quick, mlflow_uri, tmp_path, monkeypatch):
     from qlora_exp.deploy.load import load
     from qlora_exp.tracking.tracker import Tracker
     from qlora_exp.training import evaluation
@@ -171,16 +169,14 @@ def test_what_was_trained_outlives_a_failure_after_training(
     }
 
 
-def test_a_model_that_diverged_is_not_saved(run_quick, tmp_path):
+def test_diverged_model_is_not_saved(run_quick, tmp_path):
     with pytest.raises(DivergedError):
         run_quick("method=full", "training.learning_rate=1e30", "training.max_grad_norm=0", folder="failed")
     assert not (tmp_path / "failed" / "model").exists()
 
 
 @pytest.mark.parametrize("words", [["train"], ["train", "-m", "seed=1,2"]])
-def test_a_launcher_of_several_processes_is_refused_before_anything_is_made(
-    words, run_quick, tmp_path, monkeypatch, capsys
-):
+def test_multi_process_launcher_is_rejected_before_anything_is_written(words, run_quick, tmp_path, monkeypatch, capsys):
     for key, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(key, value)
     assert exit_code(*words, *QUICK) == 1
@@ -191,13 +187,13 @@ def test_a_launcher_of_several_processes_is_refused_before_anything_is_made(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_a_read_only_output_folder_is_refused_as_a_user(run_quick, tmp_path):
+def test_read_only_output_folder_is_rejected(run_quick, tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(ConfigError, match="cannot write to the output folder"):
         run_quick()
 
 
-def test_an_output_folder_that_cannot_be_is_refused(make_config, mlflow_uri, tmp_path):
+def test_impossible_output_folder_is_rejected(make_config, mlflow_uri, tmp_path):
     from qlora_exp.recipe.finetune import run
 
     (tmp_path / "file").write_text("")
@@ -205,9 +201,7 @@ def test_an_output_folder_that_cannot_be_is_refused(make_config, mlflow_uri, tmp
         run(make_config(f"tracking.uri={mlflow_uri}"), tmp_path / "file" / "run")
 
 
-def test_a_disk_that_fills_up_fails_the_run_with_its_memory_and_its_reason(
-    run_quick, mlflow_uri, tmp_path, monkeypatch
-):
+def test_full_disk_fails_the_run_and_its_reason_is_recorded(run_quick, mlflow_uri, tmp_path, monkeypatch):
     from qlora_exp.tracking.tracker import Tracker
 
     write, append, is_full = Tracker.text, Journal.append, []
@@ -235,7 +229,7 @@ def test_a_disk_that_fills_up_fails_the_run_with_its_memory_and_its_reason(
     assert found.data.metrics["memory/steady/rss_peak_mib"] > 0
 
 
-def test_what_a_run_makes_the_model_forget_is_measured(run_quick):
+def test_forgetting_is_measured_on_unrelated_text(run_quick):
     result = run_quick(
         "method=full", "unrelated=python_docs", "unrelated.max_eval_rows=2", "training.learning_rate=0.01"
     )
@@ -247,19 +241,19 @@ def test_what_a_run_makes_the_model_forget_is_measured(run_quick):
     assert sum(row["nll"] for row in rows) / sum(row["tokens"] for row in rows) == metrics["after/unrelated_loss"]
 
 
-def test_generation_has_a_peak_of_its_own(run_quick):
+def test_peak_memory_of_generation_is_measured(run_quick):
     metrics = run_quick("method=lora").metrics
     assert metrics["memory/generate_after/rss_peak_mib"] > 0
     assert metrics["after/generated_tokens_per_second"] > 0
 
 
-def test_arithmetic_is_set_against_the_device(run_quick):
+def test_mfu_is_relative_to_the_peak_of_the_device(run_quick):
     metrics = run_quick("method=lora", "evaluation=loss_only").metrics
     assert metrics["mfu"] == metrics["flops_per_second"] / metrics["peak_flops_per_second"]
     assert "forgetting" not in metrics
 
 
-def test_leaks_are_counted_and_told(run_quick, write_jsonl, caplog):
+def test_leaks_are_counted_and_logged(run_quick, write_jsonl, caplog):
     path = write_jsonl([{"prompt": f"q {number}", "completion": "a"} for number in range(8)], "train.jsonl")
     eval_path = write_jsonl([{"prompt": "Q 3", "completion": "b"}], "heldout.jsonl")
     words = [f"dataset.path={path}", f"dataset.eval_path={eval_path}", "dataset.input_column=null"]
@@ -270,7 +264,7 @@ def test_leaks_are_counted_and_told(run_quick, write_jsonl, caplog):
     assert json.loads((result.output_dir / "leaks.json").read_text())[0]["kind"] == "exact"
 
 
-def test_what_cannot_be_counted_ends_no_training(monkeypatch, run_quick, caplog):
+def test_uncountable_arithmetic_does_not_stop_training(monkeypatch, run_quick, caplog):
     def fail(*_: object, **__: object) -> int:
         raise AssertionError("shapes are incompatible")
 
@@ -281,7 +275,7 @@ def test_what_cannot_be_counted_ends_no_training(monkeypatch, run_quick, caplog)
     assert caplog.text.count("arithmetic is not counted: torch's formula for aten.mm.default") == 1
 
 
-def test_recomputation_counts(run_quick):
+def test_recomputation_counts_as_arithmetic(run_quick):
     plain = run_quick("method=lora", "evaluation=loss_only")
     recomputed = run_quick("method=lora", "evaluation=loss_only", "training.gradient_checkpointing=true")
     per_token = [
@@ -290,13 +284,13 @@ def test_recomputation_counts(run_quick):
     assert 1.2 < per_token[1] / per_token[0] < 1.6  # a third forward to a forward and a backward
 
 
-def test_four_bit_weights_count_for_what_they_stand_for(run_quick):
+def test_four_bit_weights_count_as_full_parameters(run_quick):
     lora, qlora = run_quick("method=lora"), run_quick("method=qlora")
     for name in ("trainable_parameters", "total_parameters"):
         assert lora.metrics[name] == qlora.metrics[name]
 
 
-def test_a_train_begins_in_a_store_with_a_bad_run(run_quick, mlflow_uri, mlflow_client, tmp_path):
+def test_run_starts_in_a_store_with_a_damaged_run(run_quick, mlflow_uri, mlflow_client, tmp_path):
     died = leave_stale_run(mlflow_uri, mlflow_client, tmp_path / "died")
     (tmp_path / "died" / FILE).write_text('{"op": "file", "path": "traceback.txt"}\n')
     done = run_quick("tracking.experiment_name=stale", "method=lora")

@@ -74,7 +74,7 @@ def test_done_jobs_are_skipped_and_new_ones_run(make_jobs, read_runs, capsys):
     assert {run.info.status for run in (*parents, *children)} == {"FINISHED"}
 
 
-def test_what_was_done_in_another_folder_is_not_done_again(make_jobs, tmp_path, capsys):
+def test_job_finished_in_another_folder_is_not_repeated(make_jobs, tmp_path, capsys):
     execute(make_jobs("seed", ["1"]))
     before = capsys.readouterr().out
     (tmp_path / "multirun").rename(tmp_path / "elsewhere")
@@ -86,7 +86,7 @@ def test_what_was_done_in_another_folder_is_not_done_again(make_jobs, tmp_path, 
     assert loss[0] in shown
 
 
-def test_failed_jobs_are_kept_and_run_again_only_if_asked(make_jobs, read_runs, capsys):
+def test_failed_jobs_are_repeated_only_on_request(make_jobs, read_runs, capsys):
     words = "training.max_length", ["5", "512"]
     with pytest.raises(SweepError, match="1 of 2 jobs"):
         execute(make_jobs(*words))
@@ -105,7 +105,7 @@ def test_failed_jobs_are_kept_and_run_again_only_if_asked(make_jobs, read_runs, 
     assert sorted(child.data.tags["outcome"] for child in children) == ["error", "error", "ok"]
 
 
-def test_a_job_that_cannot_begin_is_a_failed_run(make_jobs, read_runs, tmp_path, write_jsonl):
+def test_job_that_cannot_begin_is_a_failed_run(make_jobs, read_runs, tmp_path, write_jsonl):
     rows = write_jsonl([{"question": "a", "completion": "b"}])
     own = ["dataset=own", "dataset.prompt_column=prompt", "dataset.completion_column=completion"]
     with pytest.raises(SweepError):
@@ -115,20 +115,20 @@ def test_a_job_that_cannot_begin_is_a_failed_run(make_jobs, read_runs, tmp_path,
     assert "no column 'prompt'" in child.data.tags["failure"]
 
 
-def test_after_a_failure_nothing_starts_if_asked(make_jobs):
+def test_fail_fast_starts_no_job_after_a_failure(make_jobs):
     with pytest.raises(SweepError, match="2 of 2 jobs"):
         execute(make_jobs("training.max_length", ["5", "512"], "sweep.fail_fast=true"))
     with pytest.raises(SweepError, match="1 of 2 jobs"):
         execute(make_jobs("training.max_length", ["5", "512"]))  # the second was never begun
 
 
-def test_a_dry_run_leaves_nothing(make_jobs, tmp_path, capsys):
+def test_dry_run_leaves_no_files(make_jobs, tmp_path, capsys):
     execute(make_jobs("seed", ["1"], "sweep.dry_run=true"), never)
     assert "new" in capsys.readouterr().out
     assert not (tmp_path / "multirun").exists()
 
 
-def test_a_process_that_dies_is_recorded_as_it_died(make_jobs, read_runs):
+def test_dead_job_is_recorded_with_its_cause(make_jobs, read_runs):
     def dies(waiting):
         for job in waiting:
             with tracker.start(job.config, job.folder, must_reach=False) as tracked:
@@ -146,7 +146,7 @@ def test_a_process_that_dies_is_recorded_as_it_died(make_jobs, read_runs):
     assert found == {"1": ("FAILED", "oom"), "2": ("KILLED", "killed")}
 
 
-def test_the_table_of_a_sweep_is_kept(make_jobs, read_runs, mlflow_uri):
+def test_table_of_a_sweep_is_logged(make_jobs, read_runs, mlflow_uri):
     execute(make_jobs("seed", ["1"]))
     (parent,), _ = read_runs()
     path = client(mlflow_uri).download_artifacts(parent.info.run_id, "jobs.json")
@@ -156,7 +156,7 @@ def test_the_table_of_a_sweep_is_kept(make_jobs, read_runs, mlflow_uri):
     assert float(row["loss"]) > 0
 
 
-def test_a_sweep_ends_with_its_comparison_in_its_folder_and_in_mlflow(make_jobs, read_runs, mlflow_uri, tmp_path):
+def test_sweep_writes_its_comparison_to_its_folder_and_mlflow(make_jobs, read_runs, mlflow_uri, tmp_path):
     execute(make_jobs("method.r", ["4", "8"]))
     files = {file.suffix: file for file in (tmp_path / "multirun" / "test").glob("comparison_*")}
     assert files.keys() == {".csv", ".json", ".md", ".html"}
@@ -172,7 +172,7 @@ def test_a_sweep_ends_with_its_comparison_in_its_folder_and_in_mlflow(make_jobs,
     assert "| method.r |" in parent.data.tags["mlflow.note.content"]
 
 
-def test_a_sweep_of_failures_ends_without_a_comparison(make_jobs, read_runs, caplog):
+def test_sweep_of_failed_jobs_has_no_comparison(make_jobs, read_runs, caplog):
     with pytest.raises(SweepError):
         execute(
             make_jobs("training.max_grad_norm", ["1", "2"]), lambda waiting: [Ending("killed", "gone")] * len(waiting)
@@ -182,7 +182,7 @@ def test_a_sweep_of_failures_ends_without_a_comparison(make_jobs, read_runs, cap
     assert parent.info.status == "FINISHED"
 
 
-def test_a_comparison_that_breaks_takes_nothing_with_it(make_jobs, read_runs, monkeypatch, caplog, capsys):
+def test_failed_comparison_does_not_fail_the_sweep(make_jobs, read_runs, monkeypatch, caplog, capsys):
     def breaks(*_):
         raise RuntimeError("no picture")
 
@@ -194,7 +194,7 @@ def test_a_comparison_that_breaks_takes_nothing_with_it(make_jobs, read_runs, mo
     assert (parent.info.status, parent.data.metrics["jobs"]) == ("FINISHED", 1)
 
 
-def test_a_sweep_compares_its_own_runs(make_jobs, read_runs, mlflow_uri, tmp_path):
+def test_sweep_compares_only_its_own_runs(make_jobs, read_runs, mlflow_uri, tmp_path):
     """A later run of the same key, such as a repetition that failed, is none of them."""
     execute(make_jobs("method.r", ["4"]))
     _, (child,) = read_runs()
@@ -207,7 +207,7 @@ def test_a_sweep_compares_its_own_runs(make_jobs, read_runs, mlflow_uri, tmp_pat
     assert child.info.run_id in [run["run_id"] for run in told]
 
 
-def test_an_old_sweep_that_is_told_late_does_not_hide_the_newest(make_jobs, mlflow_uri, request, tmp_path):
+def test_old_sweep_synced_late_does_not_replace_the_newest_view(make_jobs, mlflow_uri, request, tmp_path):
     execute(make_jobs("seed", ["1"]))
     mlflow = client(mlflow_uri)
     experiment = mlflow.get_experiment_by_name(request.node.name)
@@ -220,7 +220,7 @@ def test_an_old_sweep_that_is_told_late_does_not_hide_the_newest(make_jobs, mlfl
     assert mlflow.get_experiment(experiment.experiment_id).tags[key] == newer
 
 
-def test_the_newest_sweep_has_a_view_in_mlflow(make_jobs, mlflow_uri, request):
+def test_newest_sweep_has_a_view_in_mlflow(make_jobs, mlflow_uri, request):
     execute(make_jobs("seed", ["1"]))
     experiment = client(mlflow_uri).get_experiment_by_name(request.node.name)
     view = json.loads(experiment.tags["mlflow.sharedViewState.qlora_exp_newest_sweep"])
@@ -230,7 +230,7 @@ def test_the_newest_sweep_has_a_view_in_mlflow(make_jobs, mlflow_uri, request):
     assert "tags.`sweep.seed`" in state["selectedColumns"]
 
 
-def test_what_a_launcher_gave_up_is_launched_again(make_jobs, read_runs):
+def test_jobs_lost_by_the_launcher_are_launched_again(make_jobs, read_runs):
     def gives_up(waiting):
         in_process(waiting[:1])
         raise RuntimeError("a worker was lost")
@@ -240,13 +240,13 @@ def test_what_a_launcher_gave_up_is_launched_again(make_jobs, read_runs):
     assert [child.info.status for child in children] == ["FINISHED"] * 3
 
 
-def test_a_launcher_that_starts_nothing_is_not_asked_for_ever(make_jobs, capsys):
+def test_launcher_that_starts_nothing_is_not_retried_forever(make_jobs, capsys):
     with pytest.raises(SweepError, match="2 of 2"):
         execute(make_jobs("seed", ["1", "2"]), lambda waiting: [None] * len(waiting))
     assert "not started" in capsys.readouterr().out
 
 
-def test_a_job_that_dies_before_it_is_a_run_becomes_one_and_is_not_started_twice(make_jobs, read_runs):
+def test_job_that_dies_before_its_run_begins_is_recorded_and_not_repeated(make_jobs, read_runs):
     launched = []
 
     def launch(waiting):
@@ -269,7 +269,7 @@ def cut_off(job: Job) -> None:
     tracker._begin(job.config, job.folder, tags, must_reach=False).close()
 
 
-def test_a_job_killed_for_its_time_is_out_of_time(make_jobs, read_runs):
+def test_job_killed_at_its_time_limit_has_outcome_timeout(make_jobs, read_runs):
     def launch(waiting):
         cut_off(waiting[0])
         (waiting[0].folder / "out_of_time").touch()
@@ -281,7 +281,7 @@ def test_a_job_killed_for_its_time_is_out_of_time(make_jobs, read_runs):
     assert child.data.tags["outcome"] == "timeout"
 
 
-def test_an_interrupted_sweep_records_the_jobs_that_it_had_to_kill(make_jobs, read_runs):
+def test_interrupted_sweep_records_its_killed_jobs(make_jobs, read_runs):
     def launch(waiting):
         cut_off(waiting[0])
         raise KeyboardInterrupt
@@ -292,7 +292,7 @@ def test_an_interrupted_sweep_records_the_jobs_that_it_had_to_kill(make_jobs, re
     assert [run.info.status for run in (*parents, *children)] == ["KILLED", "KILLED"]
 
 
-def test_a_sweep_killed_after_its_last_job_is_finished_by_the_next_start(make_jobs, read_runs):
+def test_sweep_killed_after_its_last_job_is_finished_by_the_next_start(make_jobs, read_runs):
     todo = make_jobs("seed", ["1"])
     with pytest.raises(ZeroDivisionError), Sweep(todo[0].folder.parent, todo[0].config.sweep, in_process) as running:
         running.run(todo)
@@ -307,7 +307,7 @@ def test_a_sweep_killed_after_its_last_job_is_finished_by_the_next_start(make_jo
     assert parent.data.metrics["jobs"] == 1
 
 
-def test_what_mlflow_missed_of_a_job_is_told_when_the_sweep_is_started_again(make_jobs, read_runs):
+def test_restarted_sweep_sends_what_mlflow_missed(make_jobs, read_runs):
     todo = make_jobs("seed", ["1"])
     execute(todo)
     states = json.loads((todo[0].folder / "delivered.json").read_text())
@@ -322,7 +322,7 @@ def test_what_mlflow_missed_of_a_job_is_told_when_the_sweep_is_started_again(mak
     assert child.info.status == "FINISHED"
 
 
-def test_a_job_whose_data_were_edited_meanwhile_is_refused(make_jobs, read_runs, write_jsonl):
+def test_job_whose_data_were_edited_is_rejected(make_jobs, read_runs, write_jsonl):
     rows = write_jsonl([{"prompt": f"{number}+1=", "completion": str(number + 1)} for number in range(30)])
     own = ["dataset=own", f"dataset.path={rows}"]
     todo = make_jobs("seed", ["1"], *own)
@@ -334,7 +334,7 @@ def test_a_job_whose_data_were_edited_meanwhile_is_refused(make_jobs, read_runs,
     assert "not the same data any more" in child.data.tags["failure"]
 
 
-def test_jobs_that_do_not_fit_are_skipped_and_no_failure(make_jobs, read_runs, capsys, monkeypatch):
+def test_jobs_exceeding_memory_are_skipped_without_failure(make_jobs, read_runs, capsys, monkeypatch):
     from qlora_exp.planning import screening
 
     asked = []
@@ -355,7 +355,7 @@ def test_jobs_that_do_not_fit_are_skipped_and_no_failure(make_jobs, read_runs, c
     assert asked == [(2, 8.0), (1, 8.0)]
 
 
-def test_a_sweep_of_nothing_that_fits_runs_nothing(make_jobs, monkeypatch):
+def test_sweep_whose_jobs_all_exceed_memory_runs_nothing(make_jobs, monkeypatch):
     from qlora_exp.planning import screening
 
     monkeypatch.setattr(screening, "unfit", lambda configs, vram: ["too large"] * len(configs))
@@ -364,7 +364,7 @@ def test_a_sweep_of_nothing_that_fits_runs_nothing(make_jobs, monkeypatch):
     assert not some[0].folder.parent.exists()
 
 
-def test_jobs_that_do_not_fit_may_be_refused(make_jobs, monkeypatch):
+def test_jobs_exceeding_memory_are_rejected_on_request(make_jobs, monkeypatch):
     from qlora_exp.planning import screening
 
     monkeypatch.setattr(screening, "unfit", lambda configs, vram: ["", "does not fit: 99 GiB"])
@@ -372,7 +372,7 @@ def test_jobs_that_do_not_fit_may_be_refused(make_jobs, monkeypatch):
         execute(make_jobs("seed", ["1", "2"], "sweep.unfit=refuse"), never)
 
 
-def test_jobs_are_not_planned_unless_asked(make_jobs, monkeypatch):
+def test_jobs_are_not_planned_by_default(make_jobs, monkeypatch):
     from qlora_exp.planning import screening
 
     monkeypatch.setattr(screening, "unfit", never)
@@ -380,7 +380,7 @@ def test_jobs_are_not_planned_unless_asked(make_jobs, monkeypatch):
 
 
 @pytest.mark.parametrize(("at", "seeds"), [(0, ["1", "2"]), (3, ["3", "4"]), (10**6, ["5", "6"])])
-def test_a_damaged_journal_does_not_stop_the_other_jobs(at, seeds, make_jobs, capsys):
+def test_damaged_journal_does_not_stop_other_jobs(at, seeds, make_jobs, capsys):
     def cut_off(waiting):
         run_job(waiting[0].config, waiting[0].folder)
         file = waiting[0].folder / FILE
@@ -398,7 +398,7 @@ def test_a_damaged_journal_does_not_stop_the_other_jobs(at, seeds, make_jobs, ca
     assert launched[0].folder.with_name(f"{launched[0].folder.name}.1").is_dir()
 
 
-def test_a_job_whose_folder_is_deleted_does_not_stop_the_others(make_jobs, read_runs, monkeypatch):
+def test_deleted_job_folder_does_not_stop_other_jobs(make_jobs, read_runs, monkeypatch):
     from qlora_exp.training import trainer
 
     train = trainer.train

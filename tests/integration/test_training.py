@@ -14,36 +14,36 @@ from qlora_exp.utils.errors import ConfigError, DivergedError
 @pytest.mark.parametrize(
     "choice", [["method=lora"], ["method=qlora"], ["method=full"], ["method=qlora", "quantization=int8"]]
 )
-def test_the_same_run_twice_gives_the_same_losses_bit_for_bit(choice: list[str], run_quick, read_losses):
+def test_repeated_run_has_bit_identical_losses(choice: list[str], run_quick, read_losses):
     first, again = run_quick(*choice), run_quick(*choice)
     assert read_losses(first) == read_losses(again)
     assert len(read_losses(first)) == 3
     assert first.metrics["after/loss"] == again.metrics["after/loss"]
 
 
-def test_another_seed_gives_other_losses(run_quick, read_losses):
+def test_other_seed_gives_other_losses(run_quick, read_losses):
     assert read_losses(run_quick("seed=1")) != read_losses(run_quick("seed=2"))
 
 
-def test_measuring_before_training_does_not_change_it(run_quick, read_losses):
+def test_evaluation_before_training_does_not_change_losses(run_quick, read_losses):
     with_it = run_quick("method=qlora")
     without = run_quick("method=qlora", "evaluation.before=false", "evaluation.generate_rows=0")
     assert read_losses(with_it) == read_losses(without)
 
 
-def test_evaluating_during_training_does_not_change_it(run_quick, read_losses):
+def test_evaluation_during_training_does_not_change_losses(run_quick, read_losses):
     quiet = run_quick("training.eval_strategy=no")
     assert read_losses(run_quick("training.eval_strategy=steps", "training.eval_steps=1")) == read_losses(quiet)
 
 
-def test_accumulation_trains_like_the_whole_batch(run_quick, read_losses):
+def test_gradient_accumulation_equals_the_whole_batch(run_quick, read_losses):
     still = ["method.lora_dropout=0.0", "training.train_sampling_strategy=sequential", "method=lora"]
     whole = run_quick(*still, "training.per_device_train_batch_size=4")
     parts = run_quick(*still, "training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=4")
     assert read_losses(whole) == pytest.approx(read_losses(parts), rel=1e-4)
 
 
-def test_only_tokens_with_loss_are_scored_and_the_loss_is_that_of_scoring_all(run_quick, read_losses, monkeypatch):
+def test_scoring_supervised_tokens_only_gives_the_same_loss(run_quick, read_losses, monkeypatch):
     kernel, scored = trl_utils._ChunkedLogProbFunction.apply, []
 
     def spy(hidden, *args):
@@ -63,7 +63,7 @@ def test_only_tokens_with_loss_are_scored_and_the_loss_is_that_of_scoring_all(ru
     assert read_losses(few) == pytest.approx(read_losses(every), rel=1e-5)
 
 
-def test_packing_trains_like_the_rows_themselves(run_quick, read_losses):
+def test_packed_rows_train_like_separate_rows(run_quick, read_losses):
     """All rows in one packed sequence against all rows in one batch: the same loss and the same next step."""
     still = [
         "method=lora", "method.lora_dropout=0.0", "dataset.max_train_rows=4", "training.max_steps=2",
@@ -76,17 +76,17 @@ def test_packing_trains_like_the_rows_themselves(run_quick, read_losses):
     assert read_losses(packed) == pytest.approx(read_losses(rows), rel=1e-4)
 
 
-def test_packing_is_refused_where_rows_would_mix(run_quick):
+def test_packing_without_isolated_attention_is_rejected(run_quick):
     with pytest.raises(ConfigError, match="does not keep packed rows apart"):
         run_quick("model=tiny_opt", "training.packing=true")
 
 
-def test_checkpointing_changes_nothing_but_memory(run_quick, read_losses):
+def test_gradient_checkpointing_does_not_change_losses(run_quick, read_losses):
     plain = run_quick("training.gradient_checkpointing=false")
     assert read_losses(run_quick("training.gradient_checkpointing=true")) == pytest.approx(read_losses(plain), rel=1e-4)
 
 
-def test_the_best_checkpoint_is_kept_and_hopeless_runs_stop(run_quick):
+def test_early_stopping_ends_a_run_without_improvement(run_quick):
     steps = [
         "training.max_steps=6",
         "training.eval_strategy=steps",
@@ -100,14 +100,14 @@ def test_the_best_checkpoint_is_kept_and_hopeless_runs_stop(run_quick):
     assert result.metrics["steps"] == 2
 
 
-def test_of_two_gpus_one_is_trained_on(run_quick, monkeypatch):
+def test_run_with_two_visible_gpus_trains_on_one(run_quick, monkeypatch):
     from transformers import TrainingArguments
 
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _: 2))
     assert run_quick("evaluation=loss_only").metrics["steps"] == 3
 
 
-def test_a_divergence_stops_the_run(run_quick):
+def test_divergence_stops_the_run(run_quick):
     with pytest.raises(DivergedError, match="at step"):
         run_quick("method=full", "training.learning_rate=1e30", "training.max_steps=6", "training.max_grad_norm=0")
 
@@ -120,7 +120,7 @@ def test_adapters_of_a_quantized_base_stay_in_float32(run_quick):
         assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {torch.float32}  # noqa: SIM118
 
 
-def test_throughput_leaves_the_first_step_out(run_quick):
+def test_throughput_excludes_the_first_step(run_quick):
     metrics = run_quick("training.max_steps=3").metrics
     assert metrics["tokens_per_second"] > metrics["supervised_tokens_per_second"] > 0
     assert metrics["samples_per_second"] == pytest.approx(2 / metrics["step_seconds_mean"])
@@ -168,9 +168,9 @@ def test_every_optimizer_trains(optimizer: str, run_quick, read_losses):
         "dataset.eval_size=0.3",
     ],
 )
-def test_a_key_changes_the_run(change: str, run_quick, read_losses):
+def test_key_changes_the_losses(change: str, run_quick, read_losses):
     settings = ["training.max_steps=4", "training.learning_rate=5e-3", "evaluation=loss_only"]
-    key = "test_a_key_changes_the_run"
+    key = "test_key_changes_the_losses"
     if key not in _reference:
         _reference[key] = read_losses(run_quick(*settings))
     changed = run_quick(*settings, change)
@@ -180,7 +180,7 @@ def test_a_key_changes_the_run(change: str, run_quick, read_losses):
 _reference: dict[str, list[float]] = {}
 
 
-def test_metrics_are_on_disk_step_by_step(run_quick):
+def test_metrics_are_on_disk_for_each_step(run_quick):
     result = run_quick("training.eval_strategy=steps", "training.eval_steps=2", "training.max_steps=4")
     records = metrics(result.output_dir)
     assert [record["step"] for record in records if "train/loss" in record] == [1, 2, 3, 4]

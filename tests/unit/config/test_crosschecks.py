@@ -7,7 +7,7 @@ from qlora_exp.config.validate import from_dict
 from qlora_exp.utils.errors import ConfigError
 
 
-def test_random_fields_belong_to_random_models():
+def test_random_config_without_a_random_model_is_rejected():
     with pytest.raises(ConfigError, match="random_config"):
         from_dict({"model": {"model_name_or_path": "a/b", "random_config": {"hidden_size": 8}}})
 
@@ -22,13 +22,13 @@ def test_random_fields_belong_to_random_models():
         (["method=lora", "optimizer.loraplus_lr_ratio=0.5"], "greater than or equal to 1"),
     ],
 )
-def test_what_does_not_fit_is_refused(words: list[str], message: str):
+def test_lora_optimizer_with_another_method_is_rejected(words: list[str], message: str):
     with pytest.raises(ConfigError, match=message):
         compose(["optimizer=loraplus", *words])
 
 
 @pytest.mark.parametrize("words", [["lora_variant=kasa"], ["lora_variant=monteclora"], ["method.lora_bias=true"]])
-def test_lora_fa_takes_what_has_an_a_and_a_b_only(words: list[str]):
+def test_lora_fa_with_extra_matrices_is_rejected(words: list[str]):
     with pytest.raises(ConfigError, match="trains LoRA's B only"):
         compose(["method=lora", "optimizer=lorafa", *words])
 
@@ -54,7 +54,7 @@ def test_lora_fa_takes_what_has_an_a_and_a_b_only(words: list[str]):
         (["lora_variant=lora", "method.megatron_core=os"], "no such setting"),
     ],
 )
-def test_starts_that_cannot_be_are_refused_at_once(words: list[str], message: str):
+def test_impossible_lora_initialization_is_rejected(words: list[str], message: str):
     with pytest.raises(ConfigError, match=message):
         compose(["method=lora", *words])
 
@@ -62,12 +62,12 @@ def test_starts_that_cannot_be_are_refused_at_once(words: list[str], message: st
 @pytest.mark.parametrize(
     "words", [["dataset.format=alpaca"], ["dataset.format=chat", "training.completion_only_loss=false"]]
 )
-def test_loss_on_the_assistant_alone_needs_a_dialogue(words: list[str]):
+def test_assistant_only_loss_without_a_dialogue_is_rejected(words: list[str]):
     with pytest.raises(ConfigError, match="assistant_only_loss needs"):
         compose([*words, "training.assistant_only_loss=true"])
 
 
-def test_a_start_that_needs_what_files_have_lost_is_refused():
+def test_loftq_on_gptq_files_is_rejected():
     with pytest.raises(ConfigError, match="have lost"):
         compose(["method=lora", "lora_variant=loftq", "quantization=gptq"])
 
@@ -88,7 +88,7 @@ def test_sections_that_contradict_each_other_are_rejected(overrides: list[str], 
     assert message in str(error.value)
 
 
-def test_pruning_needs_a_held_out_loss_during_training():
+def test_pruning_without_evaluation_during_training_is_rejected():
     with pytest.raises(ConfigError, match="training.eval_strategy=steps"):
         compose(["search.prune=true", "training.eval_strategy=no"])
     with pytest.raises(ConfigError, match="training.eval_steps < max_steps"):

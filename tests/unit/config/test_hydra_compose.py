@@ -31,7 +31,7 @@ def test_composing_imports_no_torch():
 
 
 @pytest.mark.parametrize("choice", [f"{group}={option}" for group in GROUPS for option in options(group)])
-def test_every_option_of_every_group_composes(choice: str):
+def test_every_option_composes(choice: str):
     option = choice.split("=")[1]
     plain = choice in ("quantization=none", "method=lora") or choice.startswith("lora_variant=")
     stored = {"lora_variant=loftq": "nf4", "lora_variant=qalora": "gptq"}
@@ -39,13 +39,13 @@ def test_every_option_of_every_group_composes(choice: str):
     assert compose([*(["method=lora"] if plain else []), *quantized, choice, *GIVEN.get(option, [])])
 
 
-def test_method_chooses_its_quantization_and_optimizer():
+def test_method_sets_default_quantization_and_optimizer():
     assert compose(["method=qlora"]).quantization.name == "nf4_double"
     assert compose(["method=qlora"]).optimizer.optim == "paged_adamw_32bit"
     assert compose(["method=lora"]).quantization.name == "none"
 
 
-def test_the_command_line_wins_over_the_method_and_the_experiment():
+def test_command_line_overrides_method_and_experiment():
     assert compose(["method=qlora", "quantization=int8"]).quantization.name == "int8"
     assert compose(["experiment=smollm2_faq_qlora", "quantization=fp4"]).quantization.name == "fp4"
     assert compose(["experiment=smollm2_faq_qlora", "method.r=3"]).method.settings["r"] == 3
@@ -70,30 +70,30 @@ def test_unknown_key_or_option_is_rejected_with_a_suggestion(overrides: list[str
 
 
 @pytest.mark.parametrize("flags", [["--config-dir", "own"], ["--config-dir=own"], ["-cd", "own"]])
-def test_a_command_is_checked_with_the_users_own_options(flags: list[str], tmp_path):
+def test_command_is_checked_with_the_users_options(flags: list[str], tmp_path):
     (tmp_path / "own" / "training").mkdir(parents=True)
     (tmp_path / "own" / "training" / "mine.yaml").write_text("max_steps: 0\n")
     with pytest.raises(ConfigError, match="max_steps must be positive"):
         check_command([*flags, "training=mine"])
 
 
-def test_a_users_folder_adds_options(tmp_path):
+def test_users_config_folder_adds_options(tmp_path):
     (tmp_path / "mine" / "dataset").mkdir(parents=True)
     (tmp_path / "mine" / "dataset" / "poems.yaml").write_text("path: poems.csv\nformat: text\ntext_column: poem\n")
     assert compose(["dataset=poems"], config_dir=tmp_path / "mine").dataset.text_column == "poem"
 
 
-def test_shipped_folder_is_found():
+def test_shipped_config_folder_is_found():
     assert (conf_dir() / "method" / "qlora.yaml").is_file()
 
 
-def test_a_missing_folder_is_an_error(monkeypatch):
+def test_missing_config_folder_is_an_error(monkeypatch):
     monkeypatch.setattr(hydra_compose, "__file__", "/nowhere/qlora_exp/config/hydra_compose.py")
     with pytest.raises(ConfigError, match="incomplete"):
         conf_dir()
 
 
-def test_lists_and_named_sweeps_become_runs():
+def test_grid_expands_lists_and_named_sweeps():
     assert grid(["method.r=4,8", "seed=1"]) == [["method.r=4", "seed=1"], ["method.r=8", "seed=1"]]
     named = grid(["sweep=rank_scaling", "method.r=2,4"])
     assert len(named) == 4

@@ -10,7 +10,7 @@ from qlora_exp.config.schema import Config
 PACKAGE = Path(qlora_exp.__file__).parent
 
 
-def test_every_key_is_read_somewhere():
+def test_every_key_is_read_by_the_code():
     files = [*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "hydra_plugins").glob("*.py")]
     sections = [file for file in files if file.parent.name == "sections"]
     source = "".join(file.read_text("utf-8") for file in files if file not in sections)
@@ -26,10 +26,10 @@ def test_every_key_is_read_somewhere():
     assert unread == []
 
 
-def test_every_key_but_names_of_other_libraries_has_a_default():
+def test_default_config_survives_a_round_trip():
     assert Config() == Config.model_validate(Config().model_dump(mode="json"))
 
 
-def test_configs_cannot_be_changed():
+def test_config_is_immutable():
     with pytest.raises(ValidationError):
         Config().seed = 1

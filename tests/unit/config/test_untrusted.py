@@ -29,7 +29,7 @@ from qlora_exp.utils.errors import ConfigError
         ({"model": {"model_name_or_path": {"a": 1}}}, "model.model_name_or_path"),
     ],
 )
-def test_a_record_may_not_run_code_nor_choose_files(changes: dict, message: str):
+def test_recorded_config_may_not_run_code_or_read_files(changes: dict, message: str):
     values = compose(["method=lora"]).model_dump(mode="json")
     for section, new in changes.items():
         values[section] = values[section] | new if isinstance(new, dict) else new
@@ -37,7 +37,7 @@ def test_a_record_may_not_run_code_nor_choose_files(changes: dict, message: str)
         untrusted.changed(values, {}, "run x")
 
 
-def test_a_task_that_the_user_says_too_is_allowed():
+def test_recorded_task_confirmed_by_the_user_is_allowed():
     changes = {"dataset.path": "reasoning_gym:string_insertion", "evaluation.lm_eval_tasks": ["one"]}
     words = ["method=lora", "dataset=reasoning_gym", *(f"{key}={value}" for key, value in changes.items())]
     values = compose(words).model_dump(mode="json")

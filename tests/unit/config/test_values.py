@@ -15,7 +15,7 @@ from qlora_exp.config.values import flatten, to_yaml
     message=st.none() | st.text(min_size=1, alphabet=st.characters(blacklist_categories=("Cs", "Cc"))),
 )
 @settings(max_examples=30, deadline=None)
-def test_a_config_survives_yaml(r: int, alpha: int, rate: float, seed: int, message: str | None):
+def test_config_survives_a_yaml_round_trip(r: int, alpha: int, rate: float, seed: int, message: str | None):
     values = compose().model_dump(mode="json")
     values["method"] |= {"r": r, "lora_alpha": alpha}
     values["training"]["learning_rate"] = rate

@@ -15,7 +15,7 @@ from qlora_exp.utils.errors import DataError
 # Reading
 
 
-def test_dialogues_end_with_the_last_answer(write_jsonl):
+def test_dialogue_ends_with_its_last_answer(write_jsonl):
     turns = [{"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "a"), ("user", "thanks"))]
     path = write_jsonl([{"chat": [{**turns[0], "content": f"q{i}"}, *turns[1:]]} for i in range(4)])
     rows = dataset.load_rows(DatasetConfig(path=path, format="chat", messages_column="chat"))
@@ -23,7 +23,7 @@ def test_dialogues_end_with_the_last_answer(write_jsonl):
     assert len(rows.train[0]["messages"]) == 2
 
 
-def test_dialogues_of_another_shape_are_explained(write_jsonl):
+def test_dialogue_with_other_fields_is_rejected(write_jsonl):
     path = write_jsonl([{"chat": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}] * 4)
     with pytest.raises(DataError, match="needs role and content; the first has from, value"):
         dataset.load_rows(DatasetConfig(path=path, format="chat", messages_column="chat"))
@@ -32,7 +32,7 @@ def test_dialogues_of_another_shape_are_explained(write_jsonl):
 # Cleaning and splitting
 
 
-def test_empty_repeated_and_unwanted_rows_are_left_out_and_counted(write_jsonl):
+def test_empty_duplicate_and_unwanted_rows_are_dropped_and_counted(write_jsonl):
     bad = [
         {"prompt": "p", "completion": " "},
         {"prompt": None, "completion": "x"},
@@ -46,7 +46,7 @@ def test_empty_repeated_and_unwanted_rows_are_left_out_and_counted(write_jsonl):
 
 @given(size=st.floats(0.01, 0.9), seed=st.integers(0, 1000))
 @settings(max_examples=15, deadline=None)
-def test_a_split_is_disjoint_complete_and_the_same_for_one_seed(size: float, seed: int, tmp_path_factory):
+def test_split_is_disjoint_complete_and_deterministic(size: float, seed: int, tmp_path_factory):
     file = tmp_path_factory.mktemp("split") / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     config = own_dataset(str(file), eval_size=size, split_seed=seed)
@@ -57,7 +57,7 @@ def test_a_split_is_disjoint_complete_and_the_same_for_one_seed(size: float, see
     assert dataset.fingerprint(first.train) == dataset.fingerprint(again.train)
 
 
-def test_the_fingerprint_sees_every_row(write_jsonl):
+def test_fingerprint_depends_on_every_row(write_jsonl):
     changed = [*ROWS[:-1], {"prompt": "question 19", "completion": "other"}]
     assert dataset.fingerprint(Dataset.from_list(ROWS)) != dataset.fingerprint(Dataset.from_list(changed))
     assert dataset.fingerprint(Dataset.from_list(ROWS)) != dataset.fingerprint(Dataset.from_list(ROWS[::-1]))
@@ -66,7 +66,7 @@ def test_the_fingerprint_sees_every_row(write_jsonl):
     )
 
 
-def test_row_limits_and_a_heldout_file(write_jsonl):
+def test_row_limits_and_held_out_file_are_respected(write_jsonl):
     rows = dataset.load_rows(
         own_dataset(
             write_jsonl(ROWS, "a.jsonl"), eval_path=write_jsonl(ROWS[:5], "b.jsonl"), max_train_rows=3, max_eval_rows=2
@@ -80,7 +80,7 @@ def test_row_limits_and_a_heldout_file(write_jsonl):
 
 @given(prompt=TEXT, completion=TEXT)
 @settings(max_examples=25, deadline=None)
-def test_exactly_the_answer_and_eos_carry_loss(prompt: str, completion: str, tiny_tokenizer):
+def test_only_answer_and_eos_carry_loss(prompt: str, completion: str, tiny_tokenizer):
     row = tokenized([{"prompt": prompt, "input": "", "completion": completion}], tiny_tokenizer)[0]
     learned = [label for label in row["labels"] if label != IGNORED]
     assert tiny_tokenizer.decode(learned[:-1]) == completion
@@ -89,14 +89,14 @@ def test_exactly_the_answer_and_eos_carry_loss(prompt: str, completion: str, tin
     assert [x for x, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED] == learned
 
 
-def test_loss_on_the_prompt_too_if_asked(tiny_tokenizer):
+def test_prompt_carries_loss_on_request(tiny_tokenizer):
     row = tokenized(
         [{"prompt": "p", "input": "", "completion": "c"}], tiny_tokenizer, "training.completion_only_loss=false"
     )[0]
     assert row["labels"] == row["input_ids"]
 
 
-def test_cutting_keeps_text_and_tokens_together(tiny_tokenizer):
+def test_cut_keeps_text_and_tokens_aligned(tiny_tokenizer):
     rows = [
         {"prompt": "p" * 600, "input": "", "completion": "gone"},
         {"prompt": "p", "input": "", "completion": "kept"},
@@ -106,7 +106,7 @@ def test_cutting_keeps_text_and_tokens_together(tiny_tokenizer):
     assert len(tokens) == 1
 
 
-def test_rows_are_tokenized_once_for_all_runs(make_config, tiny_tokenizer, tmp_path, monkeypatch):
+def test_tokenized_rows_are_cached(make_config, tiny_tokenizer, tmp_path, monkeypatch):
     monkeypatch.setenv("QLORA_EXP_CACHE", str(tmp_path / "cache"))
     rows = dataset.load_rows(make_config().dataset).train
     first = dataset.tokenize(rows, make_config(), tiny_tokenizer)
@@ -120,7 +120,7 @@ def test_rows_are_tokenized_once_for_all_runs(make_config, tiny_tokenizer, tmp_p
         dataset.tokenize(rows.select(range(3)), make_config(), tiny_tokenizer)
 
 
-def test_unrelated_text_is_the_same_every_time_and_all_of_it_counts(make_config, tiny_tokenizer):
+def test_unrelated_text_is_deterministic_and_fully_supervised(make_config, tiny_tokenizer):
     checked = make_config("unrelated=python_docs", "training.max_length=100000")
     found = dataset.load_heldout(checked.unrelated)
     rows, tokens = dataset.unrelated(found, checked, tiny_tokenizer)
@@ -134,7 +134,7 @@ def test_unrelated_text_is_the_same_every_time_and_all_of_it_counts(make_config,
     assert {len(labels) for labels in shorter["labels"]} == {50}
 
 
-def test_unrelated_text_may_be_a_file_of_ones_own(make_config, tiny_tokenizer, write_jsonl):
+def test_unrelated_text_is_read_from_a_file(make_config, tiny_tokenizer, write_jsonl):
     path = write_jsonl([{"text": f"passage {number}"} for number in range(6)])
     checked = make_config(f"unrelated.path={path}", "unrelated.eval_size=3")
     rows, _ = dataset.unrelated(dataset.load_heldout(checked.unrelated), checked, tiny_tokenizer)
@@ -145,7 +145,7 @@ LEAKING = [{"prompt": f"question {number}", "completion": f"answer {number}"} fo
 
 
 @pytest.mark.parametrize(("drop", "left"), [("none", 5), ("exact", 4), ("near", 3)])
-def test_training_rows_that_give_a_held_out_row_away_are_left_out(drop: str, left: int, write_jsonl):
+def test_leaking_training_rows_are_dropped(drop: str, left: int, write_jsonl):
     text = "one two three four five six seven eight nine ten"
     train = [*LEAKING[:3], {"prompt": "Question  3!", "completion": "?"}, {"prompt": "a", "completion": text}]
     heldout = [LEAKING[3], {"prompt": "b", "completion": text}]
@@ -157,7 +157,7 @@ def test_training_rows_that_give_a_held_out_row_away_are_left_out(drop: str, lef
     assert rows.dropped["leaks"] == 5 - left
 
 
-def test_every_answer_of_a_dialogue_carries_loss(make_config, tiny_tokenizer, write_jsonl):
+def test_assistant_only_loss_covers_every_answer(make_config, tiny_tokenizer, write_jsonl):
     turns = [("user", "hi"), ("assistant", "hello"), ("user", "2+3?"), ("assistant", "5")]
     dialogue = {"chat": [{"role": role, "content": content} for role, content in turns]}
     path = write_jsonl([dialogue, {"chat": [*dialogue["chat"][:1], {"role": "assistant", "content": "no"}]}])
@@ -173,7 +173,7 @@ def test_every_answer_of_a_dialogue_carries_loss(make_config, tiny_tokenizer, wr
     assert found == ["hello<|im_end|>\n5<|im_end|>\n", "5<|im_end|>\n"]
 
 
-def test_rows_are_on_disk_and_made_once(write_jsonl):
+def test_cleaned_rows_are_cached_on_disk(write_jsonl):
     config = own_dataset(write_jsonl([{"prompt": f"q{n}", "completion": "a"} for n in range(9)]))
     first, second = dataset.load_rows(config), dataset.load_rows(config)
     assert first.train.cache_files == second.train.cache_files != []
@@ -183,7 +183,7 @@ def test_rows_are_on_disk_and_made_once(write_jsonl):
     assert dataset.fingerprint(other_split.train) != dataset.fingerprint(first.train)
 
 
-def test_rows_are_shuffled_and_split_as_datasets_does_it():
+def test_shuffle_and_split_equal_those_of_datasets():
     rows = Dataset.from_list([{"n": number} for number in range(50)])
     shuffled = dataset.order(50, 7)
     assert shuffled == rows.shuffle(seed=7)["n"][:]

@@ -7,7 +7,7 @@ from qlora_exp.utils.errors import DataError
 
 
 @pytest.mark.parametrize("style", ["alpaca", "chat"])
-def test_the_audit_shows_what_is_learned(style: str, tiny_tokenizer):
+def test_audit_marks_supervised_text(style: str, tiny_tokenizer):
     tokens = tokenized(
         [{"prompt": "why?", "input": "", "completion": "because"}], tiny_tokenizer, f"dataset.format={style}"
     )
@@ -18,7 +18,7 @@ def test_the_audit_shows_what_is_learned(style: str, tiny_tokenizer):
     assert audit.supervised_share == audit.supervised_tokens / audit.tokens
 
 
-def test_the_audit_counts_rows_that_are_cut(tiny_tokenizer):
+def test_audit_counts_truncated_rows(tiny_tokenizer):
     rows = [{"prompt": "p", "input": "", "completion": "c" * n} for n in (5, 500)] + [
         {"prompt": "p" * 600, "input": "", "completion": "c"}
     ]
@@ -28,7 +28,7 @@ def test_the_audit_counts_rows_that_are_cut(tiny_tokenizer):
     assert audit.eos_learned_share == pytest.approx(1 / 3)
 
 
-def test_learning_from_nothing_is_refused(tiny_tokenizer):
+def test_rows_without_supervised_tokens_are_rejected(tiny_tokenizer):
     tokens = tokenized([{"prompt": "p" * 100, "input": "", "completion": "c"}], tiny_tokenizer)
     with pytest.raises(DataError, match="no token of the 1 training rows carries loss"):
         label_audit.audit(tokens, 50, tiny_tokenizer)

@@ -7,14 +7,14 @@ from qlora_exp.data import dataset, sources
 from qlora_exp.utils.errors import DataError
 
 
-def test_the_embedded_faq_has_its_known_rows():
+def test_builtin_faq_has_its_rows():
     rows = dataset.load_rows(compose().dataset)
     assert len(rows.train) + len(rows.heldout) == 435
     assert not any("Zaragoza" in row["completion"] for row in rows.train)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
-def test_own_files(kind: str, tmp_path):
+def test_own_file_of_each_kind_is_read(kind: str, tmp_path):
     file = tmp_path / f"rows.{kind}"
     table = Dataset.from_list(ROWS)
     {"jsonl": table.to_json, "csv": table.to_csv, "parquet": table.to_parquet}[kind](file)
@@ -24,7 +24,7 @@ def test_own_files(kind: str, tmp_path):
     )
 
 
-def test_reasoning_gym_scores_its_own_answers():
+def test_reasoning_gym_scores_its_reference_answers_as_right():
     config = compose(["dataset=reasoning_gym", "dataset.reasoning_gym_size=20"]).dataset
     rows, score = dataset.load_rows(config), sources.scorer(config)
     assert all(score(row["completion"], row) == 1.0 for row in rows.heldout)
@@ -44,24 +44,24 @@ def test_reasoning_gym_scores_its_own_answers():
         ({"path": "someone/not-a-dataset"}, "the hub did not give it"),
     ],
 )
-def test_a_source_that_cannot_be_read_is_explained(changes: dict, message: str, write_jsonl):
+def test_unreadable_source_is_rejected_with_its_reason(changes: dict, message: str, write_jsonl):
     with pytest.raises(DataError, match=message):
         dataset.load_rows(own_dataset(**({"path": write_jsonl(ROWS)} | changes)))
 
 
-def test_an_empty_file_is_explained(tmp_path):
+def test_empty_file_is_rejected(tmp_path):
     (tmp_path / "rows.csv").write_text("")
     with pytest.raises(DataError, match="the file is empty"):
         dataset.load_rows(own_dataset(str(tmp_path / "rows.csv")))
 
 
-def test_a_damaged_file_is_explained(tmp_path):
+def test_damaged_file_is_rejected(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion"')
     with pytest.raises(DataError, match="cannot be read as json"):
         dataset.load_rows(own_dataset(str(tmp_path / "rows.jsonl")))
 
 
-def test_a_stream_is_read_no_further_than_needed(monkeypatch):
+def test_stream_is_read_no_further_than_needed(monkeypatch):
     read = []
 
     def rows():

@@ -39,7 +39,7 @@ def find(folder):
     ],
     ids=" ".join,
 )
-def test_merged_it_says_the_same_without_the_adapter(words, trained_adapters, tmp_path):
+def test_merged_model_equals_base_with_adapter(words, trained_adapters, tmp_path):
     folder = trained_adapters(*words)
     base = "trained" if "method=qlora" in words else "auto"
     made = export.export(find(folder), tmp_path / "merged", base=base)
@@ -61,7 +61,7 @@ def test_merged_it_says_the_same_without_the_adapter(words, trained_adapters, tm
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_each_weight_is_rounded_once(dtype, trained_adapters, tmp_path):
+def test_merge_rounds_each_weight_once(dtype, trained_adapters, tmp_path):
     saved = find(trained_adapters("lora_variant=dora"))
     export.export(saved, tmp_path / "whole", dtype="float32")
     made = export.export(saved, tmp_path / "half", dtype=dtype)
@@ -76,7 +76,7 @@ def test_each_weight_is_rounded_once(dtype, trained_adapters, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["nf4", "int8"])
-def test_it_is_stored_in_fewer_bits_and_loaded_so(form, trained_adapters, tmp_path):
+def test_quantized_export_is_stored_and_loaded_in_few_bits(form, trained_adapters, tmp_path):
     made = export.export(find(trained_adapters()), tmp_path / form, form)
     model, tokenizer = load.load(str(tmp_path / form), device="cpu")
     assert model.config.quantization_config.quant_method == "bitsandbytes"
@@ -88,7 +88,7 @@ def test_it_is_stored_in_fewer_bits_and_loaded_so(form, trained_adapters, tmp_pa
 
 
 @pytest.mark.parametrize("type_", GGUF_TYPES)
-def test_a_gguf_file_holds_the_merged_model(type_, trained_adapters, tmp_path):
+def test_gguf_file_contains_the_merged_model(type_, trained_adapters, tmp_path):
     made = export.export(find(trained_adapters()), tmp_path / "gguf", "gguf", type_=type_)
     reader = gguf.GGUFReader(tmp_path / "gguf" / "model.gguf")
     kinds = {one.name: one.tensor_type.name.lower() for one in reader.tensors}
@@ -102,7 +102,7 @@ def test_a_gguf_file_holds_the_merged_model(type_, trained_adapters, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["merged", "gguf"])
-def test_what_was_exported_is_a_model_of_its_own(form, trained_adapters, tmp_path):
+def test_exported_model_can_be_exported_again(form, trained_adapters, tmp_path):
     export.export(find(trained_adapters()), tmp_path / "one", form, type_="f32")
     made = export.export(find(tmp_path / "one"), tmp_path / "two", "gguf", type_="f32")
     assert "a whole model" in made.base
@@ -112,7 +112,7 @@ def test_what_was_exported_is_a_model_of_its_own(form, trained_adapters, tmp_pat
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_it_keeps_the_prompts_that_the_run_was_trained_with(trained_adapters, tmp_path):
+def test_export_keeps_the_prompt_format_of_the_run(trained_adapters, tmp_path):
     export.export(find(trained_adapters()), tmp_path / "gguf", "gguf", type_="f32")
     reader = gguf.GGUFReader(tmp_path / "gguf" / "model.gguf")
     template = reader.fields["tokenizer.chat_template"].contents()
@@ -131,7 +131,7 @@ def test_it_keeps_the_prompts_that_the_run_was_trained_with(trained_adapters, tm
     ],
     ids=str,
 )
-def test_what_cannot_be_made_says_so(words, form, says, trained_adapters, tmp_path):
+def test_impossible_export_is_rejected(words, form, says, trained_adapters, tmp_path):
     with pytest.raises(ConfigError, match=says):
         export.export(find(trained_adapters(*words)), tmp_path / "made", form)
     assert list(tmp_path.iterdir()) == []
@@ -150,26 +150,26 @@ def refused(folder, tmp_path, error=ModelError, **options):
     return str(found.value)
 
 
-def test_an_adapter_of_another_base_is_refused(broken_adapter, tmp_path):
+def test_adapter_of_another_base_is_rejected(broken_adapter, tmp_path):
     (broken_adapter / "base.json").write_text('{"version": "another"}')
     assert "is not the base that the adapter was trained on" in refused(broken_adapter, tmp_path)
     (broken_adapter / "base.json").write_text("{")
     assert "base.json is damaged" in refused(broken_adapter, tmp_path)
 
 
-def test_an_adapter_of_other_shapes_is_refused(broken_adapter, tmp_path):
+def test_adapter_of_other_shapes_is_rejected(broken_adapter, tmp_path):
     weights = load_file(broken_adapter / "adapter_model.safetensors")
     save_file({name: one.repeat(2, 2) for name, one in weights.items()}, broken_adapter / "adapter_model.safetensors")
     assert "does not fit" in refused(broken_adapter, tmp_path)
 
 
-def test_a_truncated_file_is_refused(broken_adapter, tmp_path):
+def test_truncated_adapter_file_is_rejected(broken_adapter, tmp_path):
     whole = (broken_adapter / "adapter_model.safetensors").read_bytes()
     (broken_adapter / "adapter_model.safetensors").write_bytes(whole[: len(whole) // 2])
     assert "damaged" in refused(broken_adapter, tmp_path)
 
 
-def test_a_missing_tokenizer_is_told(broken_adapter, tmp_path):
+def test_missing_tokenizer_is_reported(broken_adapter, tmp_path):
     for file in (
         *broken_adapter.glob("tokenizer*"),
         *broken_adapter.glob("*.jinja"),
@@ -180,14 +180,14 @@ def test_a_missing_tokenizer_is_told(broken_adapter, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["merged", "gguf", "nf4"])
-def test_weights_that_are_no_numbers_are_refused(form, broken_adapter, tmp_path):
+def test_nan_weights_are_rejected(form, broken_adapter, tmp_path):
     weights = load_file(broken_adapter / "adapter_model.safetensors")
     weights = {name: torch.full_like(one, float("nan")) for name, one in weights.items()}
     save_file(weights, broken_adapter / "adapter_model.safetensors")
     refused(broken_adapter, tmp_path, (ConfigError, ModelError), form=form)
 
 
-def test_without_room_nothing_is_written(broken_adapter, tmp_path, monkeypatch):
+def test_export_without_disk_space_writes_nothing(broken_adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(export.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
     assert "of disk" in refused(broken_adapter, tmp_path, ConfigError)
 
@@ -196,7 +196,7 @@ def test_without_room_nothing_is_written(broken_adapter, tmp_path, monkeypatch):
     ("form", "writes"),
     [("merged", "transformers.PreTrainedModel.save_pretrained"), ("gguf", "gguf.GGUFWriter.write_tensor_data")],
 )
-def test_a_full_disk_leaves_nothing_half_written(form, writes, broken_adapter, tmp_path, monkeypatch):
+def test_full_disk_leaves_no_partial_export(form, writes, broken_adapter, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
@@ -205,7 +205,7 @@ def test_a_full_disk_leaves_nothing_half_written(form, writes, broken_adapter, t
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_merge_that_forgets_half_of_an_adapter_is_refused(dtype, broken_adapter, tmp_path, monkeypatch):
+def test_merge_that_loses_half_of_the_adapter_is_rejected(dtype, broken_adapter, tmp_path, monkeypatch):
     weights = load_file(broken_adapter / "adapter_model.safetensors")
     big = {name: 8 * one for name, one in weights.items()}  # so that it says something else in 8 bits of mantissa too
     save_file(big, broken_adapter / "adapter_model.safetensors")
@@ -221,12 +221,12 @@ def test_a_merge_that_forgets_half_of_an_adapter_is_refused(dtype, broken_adapte
     assert "says something else" in refused(broken_adapter, tmp_path, dtype=dtype)
 
 
-def test_a_merge_that_changes_the_model_is_refused(broken_adapter, tmp_path, monkeypatch):
+def test_merge_that_changes_the_model_is_rejected(broken_adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(merge, "_merged", lambda adapted: adapted.base_model.unload())  # forgets the adapter
     assert "says something else" in refused(broken_adapter, tmp_path)
 
 
-def test_a_disk_that_takes_no_more_is_told(broken_adapter, tmp_path):
+def test_export_beyond_the_file_size_limit_is_reported(broken_adapter, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
@@ -235,14 +235,14 @@ def test_a_disk_that_takes_no_more_is_told(broken_adapter, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_what_a_killed_process_left_goes_with_the_next(trained_adapters, tmp_path):
+def test_leftovers_of_a_killed_export_are_removed(trained_adapters, tmp_path):
     (tmp_path / ".made.999999999").mkdir()
     (tmp_path / ".made.txt").mkdir()
     export.export(find(trained_adapters()), tmp_path / "made")
     assert sorted(one.name for one in tmp_path.iterdir()) == [".made.txt", "made"]
 
 
-def test_what_is_there_is_known_by_its_weights_and_by_what_was_asked(trained_adapters, tmp_path):
+def test_existing_export_is_identified_by_weights_and_options(trained_adapters, tmp_path):
     saved = find(trained_adapters())
     assert not export.is_there(saved, tmp_path / "made")
     export.export(saved, tmp_path / "made", "gguf", type_="q8_0")
@@ -256,7 +256,7 @@ def test_what_is_there_is_known_by_its_weights_and_by_what_was_asked(trained_ada
 
 
 @pytest.mark.parametrize("form", ["nf4", "int8"])
-def test_what_is_stored_in_few_bits_is_exported_as_what_they_stand_for(form, trained_adapters, tmp_path):
+def test_quantized_export_is_dequantized_for_gguf(form, trained_adapters, tmp_path):
     export.export(find(trained_adapters()), tmp_path / "small", form)
     made = export.export(find(tmp_path / "small"), tmp_path / "again", "gguf", type_="f32")
     assert "what its weights stored by bitsandbytes stand for" in made.base
@@ -265,13 +265,13 @@ def test_what_is_stored_in_few_bits_is_exported_as_what_they_stand_for(form, tra
         load.load(str(tmp_path / "small"), device="cpu", quantization="fp4")
 
 
-def test_a_folder_that_is_there_is_left_alone(trained_adapters, tmp_path):
+def test_existing_folder_is_left_alone(trained_adapters, tmp_path):
     (tmp_path / "mine").mkdir()
     with pytest.raises(ConfigError, match="is there already"):
         export.export(find(trained_adapters()), tmp_path / "mine")
 
 
-def test_a_store_that_is_away_takes_nothing_with_it(trained_adapters, tmp_path, monkeypatch, caplog):
+def test_unreachable_store_does_not_fail_the_export(trained_adapters, tmp_path, monkeypatch, caplog):
     saved = find(trained_adapters())
 
     def away(_):
@@ -284,12 +284,12 @@ def test_a_store_that_is_away_takes_nothing_with_it(trained_adapters, tmp_path, 
 
 
 @pytest.mark.parametrize("type_", ["q4_k_m", "iq2_xs"])
-def test_types_that_only_llama_cpp_makes_name_its_command(type_, trained_adapters, tmp_path):
+def test_gguf_type_made_by_llama_cpp_only_names_its_command(type_, trained_adapters, tmp_path):
     with pytest.raises(ConfigError, match=f"llama-quantize model.gguf model-{type_}.gguf {type_.upper()}"):
         export.export(find(trained_adapters()), tmp_path / "gguf", "gguf", type_=type_)
 
 
-def test_what_is_stored_is_what_the_library_reads(trained_adapters, tmp_path):
+def test_quantized_gguf_tensors_are_within_rounding(trained_adapters, tmp_path):
     """The tensors, not the logits: every matrix within its type's rounding."""
     export.export(find(trained_adapters()), tmp_path / "whole", "gguf", type_="f32")
     export.export(find(trained_adapters()), tmp_path / "small", "gguf", type_="q8_0")

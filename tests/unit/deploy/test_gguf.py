@@ -26,7 +26,7 @@ from qlora_exp.utils.errors import ConfigError
     ],
     ids=str,
 )
-def test_a_family_is_read_back_as_it_was(model_type, fields, tmp_path):
+def test_model_family_survives_a_gguf_round_trip(model_type, fields, tmp_path):
     model, tokenizer = write_tiny_gguf(tmp_path, model_type, **fields)
     # Of biases in Llama's attention and of Qwen3's head_dim transformers 5.23 reads nothing in the file.
     told = {"config": model.config} if model_type == "qwen3" or "attention_bias" in fields else {}
@@ -40,7 +40,7 @@ def test_a_family_is_read_back_as_it_was(model_type, fields, tmp_path):
         assert getattr(back.config, key) == pytest.approx(getattr(model.config, key))
 
 
-def test_positions_of_llama_3_1_are_kept_as_factors(tmp_path):
+def test_llama_3_1_rope_scaling_is_stored_as_factors(tmp_path):
     model, _ = write_tiny_gguf(tmp_path, "llama", rope_parameters=LLAMA3)
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     (factors,) = [one.data for one in reader.tensors if one.name == "rope_freqs.weight"]
@@ -52,7 +52,7 @@ def test_positions_of_llama_3_1_are_kept_as_factors(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["linear", "yarn"])
-def test_stretched_positions_are_described(kind, tmp_path):
+def test_rope_scaling_is_described(kind, tmp_path):
     write_tiny_gguf(tmp_path, "qwen2", rope_parameters={
         "rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32
     })  # fmt: skip
@@ -62,7 +62,7 @@ def test_stretched_positions_are_described(kind, tmp_path):
 
 
 @pytest.mark.parametrize("pre", SPLITS)
-def test_a_tokenizer_is_named_as_llama_cpp_names_it(pre, tmp_path):
+def test_tokenizer_has_the_name_llama_cpp_gives_it(pre, tmp_path):
     _, tokenizer = write_tiny_gguf(tmp_path, "llama", pre)
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
     assert fields["tokenizer.ggml.pre"].contents() == pre
@@ -79,7 +79,7 @@ def test_a_tokenizer_is_named_as_llama_cpp_names_it(pre, tmp_path):
     assert back.decode(tokenizer(TEXT)["input_ids"]) == TEXT
 
 
-def test_a_tokenizer_of_pieces_has_scores_and_bytes(tmp_path):
+def test_sentencepiece_tokenizer_has_scores_and_bytes(tmp_path):
     _, tokenizer = write_tiny_gguf(tmp_path, "llama", "pieces", vocab_size=420)
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
     assert fields["tokenizer.ggml.model"].contents() == "llama"
@@ -104,12 +104,12 @@ def test_a_tokenizer_of_pieces_has_scores_and_bytes(tmp_path):
         ({"model_type": "mistral", "sliding_window": 16}, "sliding window is not known"),
     ],
 )  # fmt: skip
-def test_what_llama_cpp_would_read_otherwise_is_refused(fields, says, tmp_path):
+def test_model_that_llama_cpp_would_misread_is_rejected(fields, says, tmp_path):
     with pytest.raises(ConfigError, match=says):
         write_tiny_gguf(tmp_path, **fields)
 
 
-def test_rows_that_no_block_fits_are_kept_in_16_bits(tmp_path):
+def test_rows_that_fit_no_block_are_stored_in_16_bits(tmp_path):
     write_tiny_gguf(tmp_path, "llama", type_="q8_0", intermediate_size=100)
     kinds = {one.name: one.tensor_type.name for one in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     assert (kinds["blk.0.ffn_down.weight"], kinds["blk.0.ffn_up.weight"]) == ("F16", "Q8_0")

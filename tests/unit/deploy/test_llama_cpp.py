@@ -48,7 +48,7 @@ def post(server, path: str, body: dict) -> dict:
     ],
     ids=str,
 )
-def test_it_computes_what_transformers_computes(model_type, fields, tmp_path):
+def test_llama_cpp_computes_what_transformers_computes(model_type, fields, tmp_path):
     model, tokenizer = write_tiny_gguf(tmp_path, model_type, scale=True, **fields)
     whole = tokenizer(TEXT)["input_ids"]
     with torch.no_grad():
@@ -67,7 +67,7 @@ def test_it_computes_what_transformers_computes(model_type, fields, tmp_path):
 
 
 @pytest.mark.parametrize("pre", SPLITS)
-def test_it_splits_text_as_the_tokenizer_does(pre, tmp_path):
+def test_llama_cpp_tokenizes_like_the_tokenizer(pre, tmp_path):
     _, tokenizer = write_tiny_gguf(tmp_path, "llama", pre)
     server = llama_cpp.load(tmp_path / "model.gguf", 64, 1)
     for text in (TEXT, "12345 1234 12 don't DON'T  \n\n x\r\n", "</s>a<s>"):
@@ -75,7 +75,7 @@ def test_it_splits_text_as_the_tokenizer_does(pre, tmp_path):
         assert found["tokens"] == tokenizer(text)["input_ids"]
 
 
-def test_it_splits_text_as_pieces_like_llama_2(tmp_path):
+def test_llama_cpp_tokenizes_like_the_llama_2_tokenizer(tmp_path):
     _, tokenizer = write_tiny_gguf(tmp_path, "llama", "pieces", vocab_size=420)
     server = llama_cpp.load(tmp_path / "model.gguf", 64, 1)
     for text in (TEXT, "concrete carry  load\n", "a", "</s>how long"):
@@ -84,7 +84,7 @@ def test_it_splits_text_as_pieces_like_llama_2(tmp_path):
 
 
 @pytest.mark.parametrize("mistake", ["_permuted", "rope_freqs"])
-def test_what_it_must_be_told_of_positions_is_seen_to_count(mistake, tmp_path, monkeypatch):
+def test_missing_position_data_changes_the_output(mistake, tmp_path, monkeypatch):
     tensors = gguf._tensors
 
     def forgetful(model, names, permuted):
@@ -93,10 +93,10 @@ def test_what_it_must_be_told_of_positions_is_seen_to_count(mistake, tmp_path, m
 
     monkeypatch.setattr(gguf, "_tensors", forgetful)
     with pytest.raises((AssertionError, TypeError)):
-        test_it_computes_what_transformers_computes("llama", {"rope_parameters": LLAMA3}, tmp_path)
+        test_llama_cpp_computes_what_transformers_computes("llama", {"rope_parameters": LLAMA3}, tmp_path)
 
 
-def test_a_system_message_in_another_language_is_read(trained_adapters, tmp_path):
+def test_system_message_with_unicode_is_read(trained_adapters, tmp_path):
     told = "dataset.system_message='Sei höflich. 🙂'"
     saved = load.find(str(trained_adapters("dataset.format=chat", told)), device="cpu")
     export.export(saved, tmp_path / "made", "gguf", type_="f32")
@@ -105,7 +105,7 @@ def test_a_system_message_in_another_language_is_read(trained_adapters, tmp_path
     assert "Sei höflich. 🙂" in post(server, "/apply-template", {"messages": asked})["prompt"]
 
 
-def test_an_exported_run_answers_in_its_own_format(trained_adapters, tmp_path):
+def test_exported_run_answers_in_its_training_format(trained_adapters, tmp_path):
     export.export(load.find(str(trained_adapters()), device="cpu"), tmp_path / "made", "gguf", type_="f32")
     model, tokenizer = load.load(str(tmp_path / "made"), device="cpu")
     server = llama_cpp.load(tmp_path / "made" / "model.gguf", 512, 1)
@@ -124,7 +124,7 @@ def test_an_exported_run_answers_in_its_own_format(trained_adapters, tmp_path):
     assert chat["choices"][0]["message"]["content"].strip() == told.texts[0].strip()
 
 
-def test_where_it_is_missing_that_is_known(monkeypatch):
+def test_missing_llama_cpp_is_detected(monkeypatch):
     assert llama_cpp.installed()
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert not llama_cpp.installed()

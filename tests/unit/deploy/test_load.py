@@ -7,19 +7,19 @@ from qlora_exp.utils.errors import ModelError
 
 
 @pytest.mark.parametrize(("source", "message"), [("0" * 32, "not found"), ("models:/nothing/1", "nothing")])
-def test_a_model_that_is_not_there_is_explained(source: str, message: str, mlflow_uri):
+def test_missing_model_is_reported(source: str, message: str, mlflow_uri):
     with pytest.raises(ModelError, match=message):
         load(source, mlflow_uri)
 
 
-def test_a_folder_with_a_pickle_is_refused(tmp_path):
+def test_folder_with_a_pickle_is_rejected(tmp_path):
     (tmp_path / "qlora_exp.yaml").write_text("{}")
     (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
     with pytest.raises(ModelError, match=r"no \.safetensors|no qlora_exp"):
         load(str(tmp_path))
 
 
-def test_a_record_cannot_ask_for_foreign_code(run_quick, monkeypatch):
+def test_recorded_config_cannot_enable_remote_code(run_quick, monkeypatch):
     result = run_quick("method=lora")
     saved = result.output_dir / "model"
     text = (saved / "qlora_exp.yaml").read_text()
@@ -34,7 +34,7 @@ def test_a_record_cannot_ask_for_foreign_code(run_quick, monkeypatch):
     assert (seen[0].trust_remote_code, seen[0].attn_implementation) == (False, None)
 
 
-def test_a_damaged_record_is_explained(run_quick):
+def test_damaged_recorded_config_is_reported(run_quick):
     result = run_quick("method=lora")
     for text in ("!!python/object/apply:os.system ['touch pwned']", "a: &x [1]\nb: [*x, *x]", "just text", "model: 3"):
         (result.output_dir / "model" / "qlora_exp.yaml").write_text(text)
@@ -52,7 +52,7 @@ def test_a_damaged_record_is_explained(run_quick):
         ("[]", "is damaged"),
     ],
 )
-def test_a_whole_models_own_config_is_data_too(text, says, trained_adapters, tmp_path):
+def test_full_models_config_is_untrusted(text, says, trained_adapters, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(trained_adapters("method=full", "tracking.log_full_model=true"), folder)
     (folder / "config.json").write_text(text)
@@ -60,7 +60,7 @@ def test_a_whole_models_own_config_is_data_too(text, says, trained_adapters, tmp
         load(str(folder), device="cpu")
 
 
-def test_a_damaged_word_about_its_run_is_told(trained_adapters, tmp_path):
+def test_damaged_delivery_state_is_reported(trained_adapters, tmp_path):
     shutil.copytree(trained_adapters().parent, tmp_path / "run")
     (tmp_path / "run" / "delivered.json").write_text("{")
     with pytest.raises(ModelError, match="is damaged"):

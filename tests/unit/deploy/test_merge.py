@@ -8,7 +8,7 @@ from qlora_exp.deploy.merge import whole
 from qlora_exp.utils.errors import ConfigError
 
 
-def test_a_quantized_run_is_merged_into_what_was_quantized_unless_told(trained_adapters):
+def test_quantized_run_is_merged_into_the_unquantized_base_by_default(trained_adapters):
     saved = load.find(str(trained_adapters("method=qlora")), device="cpu")
     made = {base: whole(saved, base=base) for base in ("auto", "files", "trained")}
     assert "what nf4_double lost" in made["auto"].base
@@ -20,7 +20,7 @@ def test_a_quantized_run_is_merged_into_what_was_quantized_unless_told(trained_a
 
 
 @pytest.mark.parametrize("words", [("method=qlora",), ("lora_variant=dora",)], ids=" ".join)
-def test_what_is_expected_is_what_base_and_adapter_say_apart(words, trained_adapters):
+def test_expected_logits_are_those_of_base_and_adapter(words, trained_adapters):
     made = whole(
         load.find(str(trained_adapters(*words)), device="cpu"), base="trained" if "method=qlora" in words else "auto"
     )
@@ -30,7 +30,7 @@ def test_what_is_expected_is_what_base_and_adapter_say_apart(words, trained_adap
         assert torch.allclose(made.expected, made.model(made.ids).logits[0], atol=1e-4)
 
 
-def test_a_whole_model_is_taken_as_it_is(trained_adapters):
+def test_full_model_is_used_as_it_is(trained_adapters):
     saved = load.find(str(trained_adapters("method=full", "tracking.log_full_model=true")), device="cpu")
     assert "a whole model" in whole(saved).base
     assert whole(saved, dtype="bfloat16").dtype == "bfloat16"

@@ -36,7 +36,7 @@ def rendered(template: str, system: str, prompt: str) -> str:
 
 
 @pytest.mark.parametrize("template", [LLAMA3, WITH_DEFAULT, LLAMA2], ids=["llama3", "default", "llama2"])
-def test_it_writes_a_turn_as_the_chat_template_does(template, own_tokenizer):
+def test_modelfile_renders_a_turn_like_the_chat_template(template, own_tokenizer):
     own_tokenizer.chat_template = template
     if template == LLAMA3:  # whose tokenizer begins every text with BOS, as llama.cpp then does
         first = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
@@ -65,7 +65,7 @@ def own_tokenizer():
 
 
 @pytest.mark.parametrize("format_", ["alpaca", "prompt_completion", "chat"])
-def test_it_asks_as_the_run_was_trained(format_, own_tokenizer):
+def test_modelfile_renders_prompts_like_the_training_format(format_, own_tokenizer):
     config = compose(["model=tiny_llama", f"dataset.format={format_}"]).dataset
     own_tokenizer.chat_template = chat_template(config, own_tokenizer)
     go = re.search(r'TEMPLATE """(.*?)"""', modelfile(own_tokenizer, "x.gguf"), re.DOTALL)[1]
@@ -76,7 +76,7 @@ def test_it_asks_as_the_run_was_trained(format_, own_tokenizer):
     assert ("{{ .System }}" in go) == (format_ == "chat")
 
 
-def test_a_template_writes_no_directives_of_its_own(own_tokenizer):
+def test_template_cannot_inject_modelfile_directives(own_tokenizer):
     for evil in ('"""\nADAPTER /etc/passwd\nSYSTEM """', 'ends with "'):
         own_tokenizer.chat_template = WITH_DEFAULT.replace("You are helpful.", evil)
         text = modelfile(own_tokenizer, "x.gguf")
@@ -85,6 +85,6 @@ def test_a_template_writes_no_directives_of_its_own(own_tokenizer):
         assert text.count('"""') % 2 == 0
 
 
-def test_plain_text_is_continued(own_tokenizer):
+def test_modelfile_without_chat_template_continues_text(own_tokenizer):
     own_tokenizer.chat_template = None
     assert 'TEMPLATE """{{ .Prompt }}{{ .Response }}"""' in modelfile(own_tokenizer, "x.gguf")

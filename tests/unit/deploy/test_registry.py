@@ -25,7 +25,7 @@ def run_id(mlflow_uri, tmp_path_factory, _imported):
     return run(compose([*QUICK, *words]), tmp_path_factory.mktemp("run")).run_id
 
 
-def test_an_alias_loads_the_model_in_one_call(run_id, mlflow_uri):
+def test_registered_alias_loads_the_model(run_id, mlflow_uri):
     made, card = registry.register(mlflow_uri, run_id, "mine", "champion")
     assert (made.name, made.version, made.uri) == ("mine", "1", "models:/mine@champion")
     found, _ = load.load("models:/mine@champion", mlflow_uri, "cpu")
@@ -44,7 +44,7 @@ def test_an_alias_loads_the_model_in_one_call(run_id, mlflow_uri):
     assert (load.find("models:/mine@champion", mlflow_uri, "cpu").folder / "README.md").read_text() == card
 
 
-def test_again_it_is_the_same_version_and_another_run_is_another(run_id, mlflow_uri, run_quick):
+def test_registering_again_keeps_the_version_of_the_same_run(run_id, mlflow_uri, run_quick):
     first, _ = registry.register(mlflow_uri, run_id, "again", "champion")
     second, _ = registry.register(mlflow_uri, run_id, "again")
     assert first.version == second.version == "1"
@@ -55,7 +55,7 @@ def test_again_it_is_the_same_version_and_another_run_is_another(run_id, mlflow_
     assert client(mlflow_uri).get_model_version_by_alias("again", "champion").run_id == other
 
 
-def test_mlflows_global_store_is_as_it_was(run_id, mlflow_uri):
+def test_registering_leaves_mlflows_global_store_unchanged(run_id, mlflow_uri):
     import mlflow
 
     before = mlflow.get_tracking_uri()
@@ -64,12 +64,12 @@ def test_mlflows_global_store_is_as_it_was(run_id, mlflow_uri):
 
 
 @pytest.mark.parametrize(("name", "alias"), [("a/b:c", None), ("", None), ("fine", "not an alias!")])
-def test_names_that_mlflow_does_not_take_are_refused(name, alias, run_id, mlflow_uri):
+def test_invalid_model_name_or_alias_is_rejected(name, alias, run_id, mlflow_uri):
     with pytest.raises(ConfigError, match="register"):
         registry.register(mlflow_uri, run_id, name, alias)
 
 
-def test_a_run_without_a_model_is_refused(run_quick, mlflow_uri):
+def test_run_without_a_model_is_rejected(run_quick, mlflow_uri):
     result = run_quick("method=lora", "evaluation=loss_only", "tracking.log_adapter=false")
     with pytest.raises(ModelError, match="left no model"):
         registry.register(mlflow_uri, result.run_id, "none")
@@ -77,13 +77,13 @@ def test_a_run_without_a_model_is_refused(run_quick, mlflow_uri):
         registry.register(mlflow_uri, "no such run", "none")
 
 
-def test_the_hub_is_asked_for_nothing_without_a_network(run_id, mlflow_uri):
+def test_push_without_a_network_is_rejected(run_id, mlflow_uri):
     made, card = registry.register(mlflow_uri, run_id, "pushed")
     with pytest.raises(ConfigError, match="--push org/name"):
         registry.push(mlflow_uri, made.uri, "org/name", card)
 
 
-def test_what_is_pushed_is_the_model_with_its_card(run_id, mlflow_uri, monkeypatch):
+def test_push_sends_the_model_with_its_card(run_id, mlflow_uri, monkeypatch):
     sent = {}
 
     class Hub:
@@ -104,7 +104,7 @@ def test_what_is_pushed_is_the_model_with_its_card(run_id, mlflow_uri, monkeypat
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= sent["files"].keys()
 
 
-def test_the_command_says_how_to_load_it(run_id, mlflow_uri, tmp_path, capsys):
+def test_register_command_says_how_to_load_the_model(run_id, mlflow_uri, tmp_path, capsys):
     words = ("--name", "told", "--alias", "best", "--uri", mlflow_uri, "--card", "card.md")
     assert exit_code("register", run_id, *words[:-1], "none/card.md") == 1
     assert exit_code("register", run_id, *words) == 0

@@ -10,7 +10,7 @@ from qlora_exp.deploy import export, load, serve
 from qlora_exp.utils.errors import ConfigError
 
 
-def test_an_adapter_is_merged_once(trained_adapters, tmp_path):
+def test_adapter_is_merged_once_for_serving(trained_adapters, tmp_path):
     saved = load.find(str(trained_adapters()), device="cpu")
     assert serve.folder_of(saved, tmp_path / "served") == tmp_path / "served"
     written = os.stat(tmp_path / "served" / "model.safetensors").st_mtime_ns
@@ -27,7 +27,7 @@ def test_an_adapter_is_merged_once(trained_adapters, tmp_path):
     ("server", "says"),
     [("vllm", "pip install vllm"), ("llama.cpp", "needs a GGUF file"), ("transformers", "")],
 )
-def test_what_is_missing_is_told_before_anything_is_made(server, says, trained_adapters):
+def test_missing_server_is_reported_before_anything_is_written(server, says, trained_adapters):
     saved = load.find(str(trained_adapters()), device="cpu")
     if not says:
         serve.check(server, saved)
@@ -36,7 +36,7 @@ def test_what_is_missing_is_told_before_anything_is_made(server, says, trained_a
         serve.check(server, saved)
 
 
-def test_a_gguf_file_is_llama_cpps(trained_adapters, tmp_path, capsys):
+def test_gguf_file_is_served_by_llama_cpp_only(trained_adapters, tmp_path, capsys):
     export.export(load.find(str(trained_adapters()), device="cpu"), tmp_path / "made", "gguf", type_="q8_0")
     saved = load.find(str(tmp_path / "made"), device="cpu")
     with pytest.raises(ConfigError, match=r"served --with llama\.cpp"):
@@ -45,7 +45,7 @@ def test_a_gguf_file_is_llama_cpps(trained_adapters, tmp_path, capsys):
     assert f"llama-server -m {tmp_path / 'made' / 'model.gguf'} --host 127.0.0.1 --port 81" in capsys.readouterr().out
 
 
-def test_commands_are_shown_without_starting_anything(trained_adapters, capsys, tmp_path):
+def test_serve_print_shows_commands_without_starting_them(trained_adapters, capsys, tmp_path):
     assert exit_code("serve", str(trained_adapters()), "--print", "--out", "served") == 0
     shown = capsys.readouterr().out
     assert f"qlora-exp merge {trained_adapters()} --out served\n" in shown
@@ -55,7 +55,7 @@ def test_commands_are_shown_without_starting_anything(trained_adapters, capsys, 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_vllm_takes_plain_lora_beside_its_base(trained_adapters):
+def test_vllm_serves_plain_lora_without_merging(trained_adapters):
     saved = load.find(str(trained_adapters()), device="cpu")
     hub = saved.config.model.model_copy(update={"model_name_or_path": "org/model"})
     of_hub = export.replace(saved, config=saved.config.model_copy(update={"model": hub}))
@@ -67,7 +67,7 @@ def test_vllm_takes_plain_lora_beside_its_base(trained_adapters):
     assert serve.adapter_on_vllm(of_dora, "127.0.0.1", 8000) is None
 
 
-def test_a_port_that_is_taken_is_told(trained_adapters, capsys, tmp_path):
+def test_occupied_port_is_reported(trained_adapters, capsys, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

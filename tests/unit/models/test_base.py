@@ -19,18 +19,18 @@ def load(*overrides: str):
     return config, resolved, model
 
 
-def test_a_skeleton_has_no_weights():
+def test_skeleton_has_no_weights():
     parameters = list(base.skeleton(ModelConfig(model_name_or_path="random:llama")).parameters())
     assert {str(parameter.device) for parameter in parameters} == {"meta"}
 
 
-def test_dtype_is_the_resolved_one():
+def test_model_has_the_resolved_dtype():
     _, _, model = load("method=lora", "model.dtype=bfloat16", "model.attn_implementation=eager")
     assert model.dtype == torch.bfloat16
     assert model.config._attn_implementation == "eager"
 
 
-def test_every_tokenizer_pads_apart_from_eos(tiny_tokenizer):
+def test_tokenizer_pads_with_another_token_than_eos(tiny_tokenizer):
     assert tiny_tokenizer.pad_token_id != tiny_tokenizer.eos_token_id
     assert tiny_tokenizer.padding_side == "right"
 
@@ -43,12 +43,12 @@ def test_every_tokenizer_pads_apart_from_eos(tiny_tokenizer):
         ("two/slashes/here", "no such model|did not give it"),
     ],
 )
-def test_a_model_that_is_not_there_is_explained(name: str, message: str):
+def test_missing_model_is_reported(name: str, message: str):
     with pytest.raises(ModelError, match=message):
         base.load_tokenizer(ModelConfig(model_name_or_path=name))
 
 
-def test_a_damaged_local_model_is_explained(tmp_path):
+def test_damaged_local_model_is_reported(tmp_path):
     import shutil
 
     from qlora_exp.models.builtin import folder_of
@@ -60,7 +60,7 @@ def test_a_damaged_local_model_is_explained(tmp_path):
         base.load_model(config.model, config.quantization, resolve(config, CPU))
 
 
-def test_a_local_folder_is_a_model(tmp_path):
+def test_local_folder_is_loaded_as_a_model(tmp_path):
     from qlora_exp.models.builtin import folder_of
 
     config = ModelConfig(model_name_or_path=str(folder_of("random:opt")))
@@ -71,7 +71,7 @@ def gated(*_: object, **__: object) -> None:
     raise OSError("You are trying to access a gated repo.\nMake sure to have access to it")
 
 
-def test_a_gated_model_asks_for_a_token(monkeypatch):
+def test_gated_model_asks_for_a_token(monkeypatch):
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", gated)
     with pytest.raises(
         ModelError,
@@ -81,7 +81,7 @@ def test_a_gated_model_asks_for_a_token(monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
-def test_a_quantized_model_lets_the_file_go_that_it_was_read_from():
+def test_quantized_model_releases_its_mapped_file():
     _, _, model = load("method=qlora")
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if ".safetensors" in line]
     mapped = [range(*(int(end, 16) for end in line[0].split("-"))) for line in lines]

@@ -51,13 +51,13 @@ def layers(adapted) -> dict[str, LoraLayer]:
 
 
 @pytest.mark.parametrize("variant", ["pissa", "olora", "corda", "lora_ga", "eva", "orthogonal", "mica"])
-def test_a_start_changes_no_output(variant: str, make_lora):
+def test_lora_initialization_does_not_change_the_output(variant: str, make_lora):
     adapted, untouched, _ = make_lora(f"lora_variant={variant}")
     with torch.no_grad():
         torch.testing.assert_close(adapted(IDS).logits, untouched(IDS).logits, rtol=1e-3, atol=1e-4)
 
 
-def test_pissa_takes_the_largest_singular_values_out_of_the_base(make_lora):
+def test_pissa_moves_the_largest_singular_values_out_of_the_base(make_lora):
     adapted, untouched, _ = make_lora("lora_variant=pissa", "method.r=4")
     for name, layer in layers(adapted).items():
         values = torch.linalg.svdvals(untouched.get_submodule(name).weight)
@@ -78,7 +78,7 @@ def test_lora_ga_starts_along_the_gradient_of_the_full_weights(make_lora):
         assert inside > 0.999
 
 
-def test_eva_looks_along_the_inputs_and_moves_ranks_within_the_budget(make_lora):
+def test_eva_distributes_ranks_within_the_budget(make_lora):
     adapted, untouched, _ = make_lora("lora_variant=eva", "method.r=4")
     found = layers(adapted)
     ranks = [layer.r["default"] for layer in found.values()]
@@ -92,7 +92,7 @@ def test_eva_looks_along_the_inputs_and_moves_ranks_within_the_budget(make_lora)
 
 @pytest.mark.parametrize("quantization", ["nf4_double", "fp4", "int8"])
 @pytest.mark.parametrize("alpha", [4, 32])
-def test_loftq_makes_up_for_what_quantization_lost_as_well_as_its_rank_can(quantization: str, alpha: int, make_lora):
+def test_loftq_compensates_quantization_as_well_as_its_rank_allows(quantization: str, alpha: int, make_lora):
     adapted, _, _ = make_lora(
         "lora_variant=loftq", f"quantization={quantization}", "method.r=4", f"method.lora_alpha={alpha}"
     )
@@ -104,18 +104,18 @@ def test_loftq_makes_up_for_what_quantization_lost_as_well_as_its_rank_can(quant
         torch.testing.assert_close(left, best, rtol=1e-3, atol=1e-5)
 
 
-def test_rows_too_few_for_a_rank_are_refused(make_lora):
+def test_too_few_rows_for_a_rank_are_rejected(make_lora):
     with pytest.raises(ConfigError, match="no batch of the first training rows has the 4000 tokens"):
         make_lora("lora_variant=eva", "method.r=2000")
 
 
-def test_directions_that_never_settle_are_given_up(make_lora, monkeypatch):
+def test_eva_directions_that_do_not_converge_are_rejected(make_lora, monkeypatch):
     monkeypatch.setattr(lora_init, "_EVA_PASSES", 1)
     with pytest.raises(ConfigError, match="still turn after 1 passes over 2 batches"):
         make_lora("lora_variant=eva")
 
 
-def test_what_is_saved_is_the_difference_from_the_start(make_lora, tmp_path):
+def test_saved_adapter_is_the_difference_from_the_initialization(make_lora, tmp_path):
     adapted, untouched, _ = make_lora("lora_variant=pissa", "method.r=4", "method.use_rslora=true")
     lora_init.remember("pissa", adapted, tmp_path / "first")
     for parameter in adapted.parameters():
@@ -129,7 +129,7 @@ def test_what_is_saved_is_the_difference_from_the_start(make_lora, tmp_path):
         torch.testing.assert_close(again(IDS).logits, adapted(IDS).logits, rtol=1e-3, atol=1e-4)
 
 
-def test_a_cut_off_run_goes_on_only_from_the_same_start(make_lora, tmp_path):
+def test_run_resumes_only_from_the_same_initialization(make_lora, tmp_path):
     adapted, _, _ = make_lora("lora_variant=pissa", "method.r=4")
     assert lora_init.remember("pissa", adapted, tmp_path / "first")
     assert lora_init.remember("pissa", adapted, tmp_path / "first")
@@ -137,19 +137,19 @@ def test_a_cut_off_run_goes_on_only_from_the_same_start(make_lora, tmp_path):
     assert not lora_init.remember("pissa", adapted, tmp_path / "first")
 
 
-def test_what_an_earlier_config_remembered_is_forgotten(make_lora, tmp_path):
+def test_stored_initialization_of_another_config_is_removed(make_lora, tmp_path):
     lora_init.remember("pissa", make_lora("lora_variant=pissa")[0], tmp_path / "first")
     assert lora_init.remember(None, make_lora("lora_variant=lora")[0], tmp_path / "first")
     assert not (tmp_path / "first").exists()
 
 
-def test_loftq_leaves_alone_what_is_not_quantized(make_lora):
+def test_loftq_leaves_unquantized_layers_unchanged(make_lora):
     adapted, _, _ = make_lora("lora_variant=loftq", "quantization=nf4", "method.target_modules=[q_proj,lm_head]")
     found = layers(adapted)
     assert found["lm_head"].lora_B["default"].weight.abs().max() == 0
     assert found["model.layers.0.self_attn.q_proj"].lora_B["default"].weight.abs().max() > 0
 
 
-def test_nothing_is_remembered_where_the_base_stays_as_it_is(make_lora, tmp_path):
+def test_initialization_that_keeps_the_base_is_not_stored(make_lora, tmp_path):
     lora_init.remember("eva", make_lora("lora_variant=eva")[0], tmp_path / "first")
     assert not (tmp_path / "first").exists()

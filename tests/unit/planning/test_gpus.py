@@ -16,7 +16,7 @@ from qlora_exp.planning.gpus import GPUS, Gpu, here, this_cpu
         (["--price", "1"], "--price"),
     ],
 )
-def test_a_gpu_that_cannot_be_is_refused(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]):
+def test_invalid_gpu_argument_is_rejected(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]):
     assert exit_code("plan", "model=tiny_llama", ARCHITECTURE, "method=lora", *arguments) == 1
     assert says in capsys.readouterr().err
 
@@ -32,7 +32,7 @@ def test_a_gpu_that_cannot_be_is_refused(arguments: list[str], says: str, capsys
         "NVIDIA A10G",
     ],
 )
-def test_a_gpu_of_another_kind_is_not_taken_for_one(driver: str):
+def test_similar_driver_name_of_another_gpu_does_not_match(driver: str):
     one = Calibration(driver, 3, 0.0, 1.0, 0.0, 0.0)
     assert not [gpu.name for gpu in GPUS.values() if gpu.calibrated([one]).calibration]
 
@@ -47,20 +47,20 @@ def test_a_gpu_of_another_kind_is_not_taken_for_one(driver: str):
         ("t4", "Tesla T4"),
     ],
 )
-def test_a_driver_calls_a_gpu_by_a_longer_name(name: str, driver: str):
+def test_longer_driver_name_matches_its_gpu(name: str, driver: str):
     one = Calibration(driver, 3, 0.0, 1.0, 0.0, 0.0)
     assert GPUS[name].calibrated([one]).calibration == one
     assert [other.name for other in GPUS.values() if other.calibrated([one]).calibration] == [name]
 
 
-def test_a_device_is_known_by_its_own_name():
+def test_calibration_matches_a_device_by_name():
     cpu = this_cpu()
     assert cpu.memory_gib > 0
     assert cpu.calibrated([Calibration(cpu.name, 3, 0.0, 1.0, 0.0, 0.0)]).calibration
     assert cpu.calibrated([Calibration("another", 3, 0.0, 1.0, 0.0, 0.0)]).calibration is None
 
 
-def test_a_run_is_on_what_is_here_unless_a_gpu_is_told(make_config):
+def test_device_is_the_present_one_unless_vram_is_given(make_config):
     assert here(make_config("device=cpu"), None).type == "cpu"
     assert here(make_config("device=cpu"), 8.0).type == "cpu"
     assert here(compose(["method=lora"]), 8.0) == Gpu("GPU", 8.0)

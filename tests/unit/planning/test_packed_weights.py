@@ -9,19 +9,19 @@ from qlora_exp.planning import planner
 
 
 @pytest.mark.parametrize(("name", "constants"), [("nf4", LINEAR / 16), ("nf4_double", LINEAR / 64 * (1 + 4 / 256))])
-def test_a_4_bit_base_takes_half_a_byte_a_weight_and_its_constants(name: str, constants: float):
+def test_four_bit_base_takes_half_a_byte_per_weight_and_its_constants(name: str, constants: float):
     kinds = predict("method=qlora", f"quantization={name}").phases["load"].kinds
     assert kinds["weights"] == pytest.approx(LINEAR / 2 + 2 * REST, rel=1e-3)
     assert kinds["quantization"] == pytest.approx(constants, rel=0.03)
 
 
-def test_int8_takes_a_byte_a_weight_and_a_scale_a_row():
+def test_int8_base_takes_a_byte_per_weight_and_a_scale_per_row():
     kinds = predict("method=qlora", "quantization=int8").phases["load"].kinds
     assert kinds["weights"] == pytest.approx(LINEAR + 2 * REST, rel=1e-3)
     assert kinds["quantization"] == 4 * LAYERS * (5 * HIDDEN + 2 * INNER)
 
 
-def test_weights_are_dequantized_into_the_dtype_that_they_had():
+def test_weights_are_dequantized_to_the_compute_dtype():
     config = compose(["model=tiny_llama", ARCHITECTURE, "method=qlora"])
     for device, dtype in ((GPU, torch.bfloat16), (CPU, torch.float32)):
         resolved = resolve(config, device)

@@ -17,7 +17,7 @@ from qlora_exp.planning.fake_tensors import Recorder
 from qlora_exp.utils.errors import ConfigError, ModelError
 
 
-def test_weights_states_and_gradients_are_those_of_the_closed_forms():
+def test_weights_and_states_match_closed_forms():
     full = predict("method=full", "model.dtype=bfloat16", "optimizer=adamw_torch")
     assert full.trainable == full.total == LINEAR + REST
     assert full.phases["load"].kinds["trainable"] == 2 * full.total
@@ -28,7 +28,7 @@ def test_weights_states_and_gradients_are_those_of_the_closed_forms():
     assert eight.phases["evaluation"].kinds["optimizer"] == states
 
 
-def test_more_rows_longer_rows_and_no_recomputing_take_more():
+def test_larger_batches_and_no_checkpointing_take_more_memory():
     def steady(*words: str) -> int:
         return predict("method=lora", *words).phases["steady"].tensors
 
@@ -38,7 +38,7 @@ def test_more_rows_longer_rows_and_no_recomputing_take_more():
     assert steady("training.gradient_checkpointing=false") > least
 
 
-def test_accumulated_gradients_stay_while_the_next_rows_are_computed():
+def test_accumulated_gradients_are_kept_during_the_next_batch():
     one, more = (
         predict("method=full", "optimizer=adamw_bnb_8bit", f"training.gradient_accumulation_steps={steps}",
                   "training.per_device_train_batch_size=16").phases["steady"]
@@ -49,7 +49,7 @@ def test_accumulated_gradients_stay_while_the_next_rows_are_computed():
     assert more.kinds["gradients"] <= 4 * (LINEAR + REST) + gradient  # each once, and the one that is being added
 
 
-def test_deeper_models_take_what_each_layer_takes():
+def test_memory_grows_linearly_with_layers():
     sizes = [
         predict("method=lora", f"++model.architecture.num_hidden_layers={layers}").phases["steady"].tensors
         for layers in (16, 24, 32)
@@ -60,7 +60,7 @@ def test_deeper_models_take_what_each_layer_takes():
 @pytest.mark.parametrize(
     "words", [["method=lora"], ["method=full"], ["method=lora", "training.gradient_checkpointing=true"]], ids=str
 )
-def test_a_real_run_takes_what_was_predicted(words: list[str], tmp_path: Path):
+def test_prediction_matches_a_profiled_step(words: list[str], tmp_path: Path):
     config = compose(["model=tiny_llama", ARCHITECTURE, "training.max_length=64", "device=cpu", *words])
     resolved = resolve(config, CPU)
     found = planner.Planner(config, resolved).predict().phases["first_step"].allocated
@@ -102,17 +102,17 @@ def test_a_real_run_takes_what_was_predicted(words: list[str], tmp_path: Path):
         (["method=lora", "~model.architecture._name_or_path"], ModelError, "says not whose it is"),
     ],
 )
-def test_what_cannot_be_planned_says_why(words: list[str], error: type[Exception], says: str):
+def test_config_that_cannot_be_planned_is_rejected_with_its_reason(words: list[str], error: type[Exception], says: str):
     with pytest.raises(error, match=says):
         predict(*words)
 
 
-def test_the_architecture_of_one_model_is_not_taken_for_another():
+def test_architecture_of_another_model_is_not_used():
     with pytest.raises(ModelError, match="nobody/none"):
         predict("method=lora", "model.model_name_or_path=nobody/none")
 
 
-def test_a_packed_batch_is_one_long_row():
+def test_packed_batch_is_planned_as_one_long_row():
     packed, padded = (predict("method=lora", f"training.packing={on}").phases["steady"] for on in ("true", "false"))
     assert packed.tensors > padded.tensors  # its mask has the square of all tokens
 
@@ -123,14 +123,14 @@ def test_a_packed_batch_is_one_long_row():
     ("method", "rows", "first", "steady"),
     [("lora", 1, 13_679, 13_721), ("lora", 4, 14_348, 14_650), ("qlora", 1, 4_294, 4_470), ("qlora", 4, 5_044, 5_220)],
 )
-def test_a_7b_takes_what_it_took_on_an_h100(method: str, rows: int, first: int, steady: int):
+def test_prediction_matches_a_7b_measured_on_an_h100(method: str, rows: int, first: int, steady: int):
     config = compose(["model=llama2_7b", f"method={method}", f"training.per_device_train_batch_size={rows}"])
     phases = planner.Planner(config, resolve(config, GPU)).predict(evaluated=0).phases
     assert phases["first_step"].allocated / MIB == pytest.approx(first, rel=0.007)
     assert phases["steady"].allocated / MIB == pytest.approx(steady, rel=0.007)
 
 
-def test_dropout_keeps_a_byte_a_value_on_a_gpu():
+def test_dropout_keeps_a_byte_per_value_on_a_gpu():
     recorder = Recorder()
     with FakeTensorMode(), recorder, planner.as_it_runs(on_cuda=True):
         x = torch.empty(64, 32, dtype=torch.bfloat16, requires_grad=True)
@@ -140,17 +140,17 @@ def test_dropout_keeps_a_byte_a_value_on_a_gpu():
     assert taken == [2 * 64 * 32, 2 * 64 * 32, 64 * 32]  # x, what comes out, and what was kept of it
 
 
-def test_the_loss_of_a_gpu_makes_no_copies_in_32_bits():
+def test_loss_on_a_gpu_makes_no_float32_copies():
     vocabulary = 2**15
     words = ["training.per_device_train_batch_size=1", f"++model.architecture.vocab_size={vocabulary}"]
     steady = predict("method=lora", *words).phases["steady"]
     assert steady.kinds["loss"] < 4 * vocabulary * HIDDEN
 
 
-def test_layer_norms_in_float32_are_recomputed_so():
+def test_float32_layer_norms_can_be_planned():
     config = compose(["model=opt_125m", "method=lora", "training.max_length=32"])
     assert planner.planner(config, GPU).predict().peak > 2 * 125_000_000
 
 
-def test_what_is_asked_of_values_is_denied_if_it_asks_for_any():
+def test_code_that_asks_whether_any_value_holds_gets_no():
     assert predict("method=vblora").trainable > 0  # it looks for infinities

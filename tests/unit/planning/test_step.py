@@ -3,7 +3,7 @@
 from helpers.planning import HIDDEN, INNER, LAYERS, VOCABULARY, predict
 
 
-def test_paged_states_are_told_apart():
+def test_paged_states_are_counted_separately():
     prediction = predict("method=full", "optimizer=paged_adamw_32bit")
     large = [count for count in [HIDDEN * INNER, HIDDEN**2, VOCABULARY * HIDDEN] if count >= 100_000]
     assert prediction.paged == 8 * sum(large) == 0
@@ -11,7 +11,7 @@ def test_paged_states_are_told_apart():
     assert big.paged == 8 * LAYERS * 3 * HIDDEN * 1024
 
 
-def test_lorafa_trains_and_keeps_states_of_one_of_two_matrices():
+def test_lorafa_trains_and_keeps_states_of_b_only():
     both, one = (predict("method=lora", f"optimizer={name}") for name in ("adamw_torch", "lorafa"))
     assert one.trainable == LAYERS * 16 * (4 * HIDDEN + 2 * INNER + HIDDEN)  # every B
     assert one.phases["evaluation"].kinds["optimizer"] == 2 * 4 * one.trainable
@@ -19,7 +19,7 @@ def test_lorafa_trains_and_keeps_states_of_one_of_two_matrices():
     assert one.peak <= both.peak
 
 
-def test_adafactor_keeps_a_row_and_a_column_of_each_matrix():
+def test_adafactor_keeps_a_row_and_a_column_per_matrix():
     kinds = predict("method=full", "optimizer.optim=adafactor", "model.dtype=float32").phases["evaluation"].kinds
     matrices = LAYERS * (4 * 2 * HIDDEN + 3 * (HIDDEN + INNER)) + 2 * (VOCABULARY + HIDDEN)
     assert 4 * matrices <= kinds["optimizer"] < 4.5 * (matrices + (2 * LAYERS + 1) * HIDDEN)

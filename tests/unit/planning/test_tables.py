@@ -12,7 +12,7 @@ def plan(*arguments: str) -> int:
     return exit_code("plan", "model=tiny_llama", ARCHITECTURE, "training.max_length=64", *arguments)
 
 
-def test_the_command_says_whether_it_fits(capsys: pytest.CaptureFixture[str]):
+def test_plan_command_says_whether_a_run_fits(capsys: pytest.CaptureFixture[str]):
     assert plan("method=lora", "--gpu", "rtx4090", "training.max_steps=10", "--price", "0.5") == 0
     shown = capsys.readouterr().out
     assert "fits in 24 GiB (rtx4090)" in shown
@@ -20,7 +20,7 @@ def test_the_command_says_whether_it_fits(capsys: pytest.CaptureFixture[str]):
     assert "steady" in shown
 
 
-def test_a_sweep_is_a_line_for_each_run(capsys: pytest.CaptureFixture[str]):
+def test_plan_command_shows_a_line_for_each_run_of_a_sweep(capsys: pytest.CaptureFixture[str]):
     assert plan("method=lora,boft,qlora", "quantization=none", "--vram", "0.7") == 0
     shown = capsys.readouterr().out
     assert "3 runs" in shown
@@ -28,7 +28,7 @@ def test_a_sweep_is_a_line_for_each_run(capsys: pytest.CaptureFixture[str]):
     assert "needs a" in shown  # qlora, of an unquantized base
 
 
-def test_the_largest_model_of_each_card_is_shown(capsys):
+def test_largest_model_for_each_card_is_shown(capsys):
     gib = 2**30
     models = [Sized("small", 10**9, {"LoRA": 2 * gib, "QLoRA": gib}), Sized("big", 10**10, {"QLoRA": 6 * gib})]
     show_models(models, {"third, LoRA": "no"}, advisor.cards(Gpu("GPU", 0.0)))

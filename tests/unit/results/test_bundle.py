@@ -13,7 +13,7 @@ from qlora_exp.results.reproduce import recorded_config, start
 from qlora_exp.utils.errors import ConfigError
 
 
-def test_a_bundle_says_what_the_store_says(bundle_path, recorded_run):
+def test_bundle_contains_what_the_store_contains(bundle_path, recorded_run):
     found = bundle.read(bundle_path)
     for part in ("run_id", "name", "params", "metrics", "outcome", "config", "losses", "answers"):
         assert getattr(found, part) == getattr(recorded_run, part), part
@@ -25,7 +25,7 @@ def test_a_bundle_says_what_the_store_says(bundle_path, recorded_run):
     assert {key for key in recorded_run.tags if key.startswith(("identity.", "version."))} <= found.tags.keys()
 
 
-def test_a_bundle_says_nothing_of_its_authors_machine(bundle_path, recorded_run, tmp_path, mlflow_uri):
+def test_bundle_contains_nothing_of_its_authors_machine(bundle_path, recorded_run, tmp_path, mlflow_uri):
     found = bundle.read(bundle_path)
     assert not [key for key in found.tags if key.startswith(("process.", "mlflow.", "hardware.host"))]
     assert yaml.safe_load(found.text("qlora_exp.yaml")).keys().isdisjoint({"tracking", "sweep", "search"})
@@ -33,13 +33,13 @@ def test_a_bundle_says_nothing_of_its_authors_machine(bundle_path, recorded_run,
     assert not [text for text in files if recorded_run.tags["process.folder"] in text or mlflow_uri in text]
 
 
-def test_nothing_is_overwritten(bundle_path, recorded_run):
+def test_existing_bundle_is_not_overwritten(bundle_path, recorded_run):
     with pytest.raises(ConfigError, match="is there already"):
         bundle.write(recorded_run, bundle_path)
 
 
 @pytest.mark.parametrize("place", ["/proc/it.zip", "file/it.zip", "file/it", "nowhere/it", "it.tar.gz"])
-def test_a_place_that_cannot_be_written_is_explained(place: str, recorded_run, tmp_path):
+def test_unwritable_bundle_path_is_reported(place: str, recorded_run, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write"):
         bundle.write(recorded_run, tmp_path / place)
@@ -57,7 +57,7 @@ def damaged(bundle_path, tmp_path, name: str, content: str):
 
 @pytest.mark.parametrize("bundle_path", ["shared"], indirect=True)
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"run_id": 1}', "\x00", "[" * 100_000])
-def test_what_is_no_bundle_is_refused_with_a_message(content: str, bundle_path, tmp_path):
+def test_invalid_bundle_is_rejected_with_a_message(content: str, bundle_path, tmp_path):
     with pytest.raises(ConfigError, match="no bundle of qlora-exp"):
         bundle.read(damaged(bundle_path, tmp_path, "run.json", content))
 
@@ -72,14 +72,14 @@ def test_what_is_no_bundle_is_refused_with_a_message(content: str, bundle_path, 
         ("metrics", {"after/loss": "high"}, "metrics.after/loss"),
     ],
 )
-def test_what_a_bundle_may_not_say_is_named(key: str, value, message: str, bundle_path, tmp_path):
+def test_invalid_bundle_field_is_named(key: str, value, message: str, bundle_path, tmp_path):
     told = json.loads(bundle.read(bundle_path).text("run.json")) | {key: value}
     with pytest.raises(ConfigError, match=message):
         bundle.read(damaged(bundle_path, tmp_path, "run.json", json.dumps(told)))
 
 
 @pytest.mark.parametrize("bundle_path", ["shared"], indirect=True)
-def test_a_run_without_a_result_is_not_reproduced(bundle_path, tmp_path):
+def test_run_without_a_result_is_not_reproduced(bundle_path, tmp_path):
     told = json.loads(bundle.read(bundle_path).text("run.json")) | {"metrics": {}}
     found = bundle.read(damaged(bundle_path, tmp_path, "run.json", json.dumps(told)))
     config = recorded_config(found, {}, None)  # it can be checked
@@ -110,7 +110,7 @@ def test_a_run_without_a_result_is_not_reproduced(bundle_path, tmp_path):
         ("dataset: {path: ../../secrets.jsonl}", "outside of this folder"),
     ],
 )
-def test_a_malicious_config_is_refused(changed: str, message: str | None, bundle_path, tmp_path):
+def test_malicious_config_is_rejected(changed: str, message: str | None, bundle_path, tmp_path):
     config = yaml.safe_load((bundle_path / "qlora_exp.yaml").read_text())
     try:
         new = yaml.safe_load(changed) if "*" not in changed else None
@@ -131,7 +131,7 @@ def test_a_malicious_config_is_refused(changed: str, message: str | None, bundle
 
 
 @pytest.mark.parametrize("bundle_path", ["shared"], indirect=True)
-def test_a_section_that_is_none_takes_no_changes(bundle_path, tmp_path):
+def test_changes_to_a_section_that_is_no_mapping_are_rejected(bundle_path, tmp_path):
     config = yaml.safe_load((bundle_path / "qlora_exp.yaml").read_text()) | {"dataset": "hi"}
     found = bundle.read(damaged(bundle_path, tmp_path, "qlora_exp.yaml", yaml.safe_dump(config)))
     with pytest.raises(ConfigError, match="dataset of run .* is no mapping"):
@@ -139,7 +139,7 @@ def test_a_section_that_is_none_takes_no_changes(bundle_path, tmp_path):
 
 
 @pytest.mark.parametrize("bundle_path", ["shared"], indirect=True)
-def test_links_out_of_a_bundle_are_not_followed(bundle_path, tmp_path):
+def test_link_out_of_a_bundle_is_rejected(bundle_path, tmp_path):
     secret = tmp_path / "secret"
     secret.write_text("token")
     (bundle_path / "samples.json").unlink(missing_ok=True)
@@ -149,7 +149,7 @@ def test_links_out_of_a_bundle_are_not_followed(bundle_path, tmp_path):
 
 
 @pytest.mark.parametrize("bundle_path", ["shared.zip"], indirect=True)
-def test_a_zip_can_neither_write_files_nor_fill_the_memory(bundle_path, tmp_path, monkeypatch):
+def test_zip_can_neither_write_files_nor_fill_the_memory(bundle_path, tmp_path, monkeypatch):
     with zipfile.ZipFile(bundle_path, "a") as archive:
         archive.writestr("../outside.txt", "x")
     found = bundle.read(bundle_path)
@@ -163,7 +163,7 @@ def test_a_zip_can_neither_write_files_nor_fill_the_memory(bundle_path, tmp_path
 @pytest.mark.parametrize("bundle_path", ["shared.zip"], indirect=True)
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300)
 @given(data=st.data())
-def test_a_damaged_zip_is_read_or_refused(data, bundle_path):
+def test_damaged_zip_is_read_or_rejected(data, bundle_path):
     content = bytearray(bundle_path.read_bytes())
     for _ in range(data.draw(st.integers(1, 3))):
         content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
@@ -178,7 +178,7 @@ def test_a_damaged_zip_is_read_or_refused(data, bundle_path):
 
 
 @given(st.dictionaries(st.text(max_size=5), st.floats(), max_size=5))
-def test_every_number_survives(tmp_path_factory, metrics: dict[str, float]):
+def test_metrics_survive_a_bundle_round_trip(tmp_path_factory, metrics: dict[str, float]):
     told = bundle._Run(
         format=1, run_id="a" * 32, name="b", params={}, tags={}, metrics=metrics, curves={}, seed_losses=[]
     )
@@ -189,5 +189,5 @@ def test_every_number_survives(tmp_path_factory, metrics: dict[str, float]):
     assert repr(found.metrics) == repr(metrics)
 
 
-def test_a_run_is_found_by_its_name(mlflow_uri, recorded_run):
+def test_run_is_found_by_its_name(mlflow_uri, recorded_run):
     assert [one.name for one in find(mlflow_uri, [recorded_run.name], experiment="recorded")] == [recorded_run.name]

@@ -7,7 +7,7 @@ from qlora_exp.results.records import find
 from qlora_exp.utils.errors import ConfigError, TrackingError
 
 
-def test_seeds_of_a_configuration_are_one_row(past_runs):
+def test_seeds_of_one_config_are_one_row(past_runs):
     for r, by in ((4, 0.0), (8, -0.2)):
         for seed in (1, 2, 3):
             past_runs(shifted(by + 0.001 * seed), seed=seed, method__r=r)
@@ -19,7 +19,7 @@ def test_seeds_of_a_configuration_are_one_row(past_runs):
     assert found.ties == {"method.r=4": "b", "method.r=8": "a"}
 
 
-def test_other_seeds_are_told(past_runs):
+def test_different_seeds_are_a_warning(past_runs):
     past_runs(ROWS, seed=1, method__r=4)
     past_runs(shifted(-0.2), seed=2, method__r=8)
     past_runs(shifted(-0.3), seed=2, method__r=16)
@@ -27,7 +27,7 @@ def test_other_seeds_are_told(past_runs):
     assert "seeds: 1 (r=4), 2 (2 rows)" in found.warnings
 
 
-def test_a_difference_within_chance_is_a_tie_that_says_what_would_settle_it(past_runs):
+def test_difference_within_chance_is_a_tie_with_the_seeds_needed(past_runs):
     for r, by in ((4, [0.0, 0.3, -0.2]), (8, [-0.1, 0.1, -0.15])):
         for seed, one in enumerate(by):
             past_runs(shifted(one, 0.0), seed=seed, method__r=r)
@@ -37,7 +37,7 @@ def test_a_difference_within_chance_is_a_tie_that_says_what_would_settle_it(past
     assert found.ties == {"method.r=4": "a", "method.r=8": "a"}
 
 
-def test_one_seed_says_that_it_is_one(past_runs):
+def test_verdict_of_one_seed_says_so(past_runs):
     past_runs(shifted(0.0), method__r=4)
     past_runs(shifted(-0.5), method__r=8)
     found = compare(find(past_runs.uri, experiment=past_runs.experiment))
@@ -45,7 +45,7 @@ def test_one_seed_says_that_it_is_one(past_runs):
     assert "one seed" in found.verdicts["method.r=8"].text
 
 
-def test_other_held_out_rows_are_not_paired_and_are_named(past_runs):
+def test_different_held_out_rows_are_not_paired(past_runs):
     for seed in (1, 2):
         past_runs(shifted(0.0 + seed / 100), seed=seed)
         past_runs(shifted(-0.5 - seed / 50), seed=seed, method__r=8, data__evaluation_fingerprint="others")
@@ -54,7 +54,7 @@ def test_other_held_out_rows_are_not_paired_and_are_named(past_runs):
     assert "held-out rows: rows, others" in found.warnings
 
 
-def test_what_else_differs_is_named(past_runs):
+def test_other_differences_are_warnings(past_runs):
     tags = {"version.torch": "1", "sweep.method.r": "4"}
     measured = {"train/num_tokens": 100.0, "memory/baseline/rss_mib": 500.0}
     past_runs(shifted(0.0), metrics=measured, tags=tags, resolved__adapter_dtype="float32")
@@ -78,7 +78,7 @@ def test_what_else_differs_is_named(past_runs):
     assert found.settings == ["training.learning_rate: none, 0.001"]
 
 
-def test_a_seed_that_ran_again_is_not_another_seed(past_runs):
+def test_repeated_seed_counts_once(past_runs):
     past_runs(shifted(0.0), seed=1)
     newest = past_runs(shifted(0.2), seed=1)
     past_runs(outcome="error", seed=1)
@@ -88,7 +88,7 @@ def test_a_seed_that_ran_again_is_not_another_seed(past_runs):
     assert [one.params["seed"] for one in row.failed] == ["2"]
 
 
-def test_what_was_not_measured_is_not_compared(past_runs):
+def test_rows_without_the_metric_are_not_compared(past_runs):
     for r in (4, 8, 16):
         scores = {"after/rougeL": 0.1 * r} if r > 4 else {}
         past_runs(shifted(0.0), method__r=r, metrics=scores)
@@ -97,7 +97,7 @@ def test_what_was_not_measured_is_not_compared(past_runs):
     assert list(found.verdicts) == ["method.r=16"]
 
 
-def test_a_store_that_gives_no_file_is_not_one_without(past_runs, monkeypatch):
+def test_store_error_is_not_taken_for_a_missing_file(past_runs, monkeypatch):
     """Or a server's failure would change what the statistics say."""
     past_runs(shifted(0.0))
     past_runs(shifted(-0.3), method__r=8)
@@ -112,7 +112,7 @@ def test_a_store_that_gives_no_file_is_not_one_without(past_runs, monkeypatch):
     assert records[0].text("evaluation/answers.json") == ""
 
 
-def test_failed_runs_are_listed_and_not_compared(past_runs):
+def test_failed_runs_are_listed_but_not_compared(past_runs):
     past_runs(shifted(0.0))
     past_runs(method__r=8, outcome="oom", tags={"failure": "too large"})
     found = compare(find(past_runs.uri, experiment=past_runs.experiment))
@@ -123,7 +123,7 @@ def test_failed_runs_are_listed_and_not_compared(past_runs):
         compare(find(past_runs.uri, ["bad"]))
 
 
-def test_the_baseline_is_chosen_by_a_part_of_its_name(past_runs):
+def test_baseline_is_chosen_by_part_of_its_name(past_runs):
     for name in ("lora", "dora"):
         for r in (4, 8):
             past_runs(shifted(r / 100), method__name=name, method__r=r)
@@ -136,7 +136,7 @@ def test_the_baseline_is_chosen_by_a_part_of_its_name(past_runs):
         compare(records, baseline="method.r=80")
 
 
-def test_a_metric_that_was_not_measured_is_refused(past_runs):
+def test_unmeasured_metric_is_rejected(past_runs):
     past_runs(shifted(0.0))
     with pytest.raises(ConfigError, match="they have: loss"):
         compare(find(past_runs.uri, experiment=past_runs.experiment), metric="rougeL")
@@ -161,14 +161,14 @@ def test_runs_are_found_by_sweep_id_key_and_filter(past_runs):
     assert ids(experiment=past_runs.experiment) == {*inside, alone}
 
 
-def test_of_a_run_that_was_run_again_only_the_newest_counts(past_runs):
+def test_newest_run_of_a_run_key_is_used(past_runs):
     past_runs(outcome="oom", tags={"run_key": "f" * 16})
     newer = past_runs(shifted(0.0), tags={"run_key": "f" * 16})
     assert [one.run_id for one in find(past_runs.uri, experiment=past_runs.experiment)] == [newer]
 
 
 @pytest.mark.parametrize("chosen", ["nothing", "0" * 32, "a' or 'b'='b", "../x"])
-def test_what_is_not_there_is_said(chosen: str, past_runs):
+def test_missing_run_or_experiment_is_reported(chosen: str, past_runs):
     past_runs(shifted(0.0))
     with pytest.raises(TrackingError):
         find(past_runs.uri, [chosen])

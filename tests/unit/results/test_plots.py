@@ -35,7 +35,7 @@ def compare_grid(past_runs):
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12))
-def test_the_front_is_what_nothing_beats(points: list[tuple[int, int]]):
+def test_pareto_front_is_what_nothing_dominates(points: list[tuple[int, int]]):
     front = plots.pareto([(float(x), float(y)) for x, y in points])
     assert front
     for index, (x, y) in enumerate(points):
@@ -43,7 +43,7 @@ def test_the_front_is_what_nothing_beats(points: list[tuple[int, int]]):
         assert (index in front) is not beaten
 
 
-def test_every_picture_shows_what_was_measured(compare_grid):
+def test_every_plot_shows_what_was_measured(compare_grid):
     found = compare_grid(seeds=(1, 2))
     drawn = {title: draw(found) for title, draw in plots.PLOTS.items()}
     assert all(drawn.values())
@@ -61,7 +61,7 @@ def test_every_picture_shows_what_was_measured(compare_grid):
     assert [bar.get_width() for bars in memory.containers for bar in bars[:1]] == [200.0, 300.0, 407.0]
 
 
-def test_a_phase_that_only_some_have_is_drawn(past_runs):
+def test_phase_of_only_some_runs_is_drawn(past_runs):
     past_runs(shifted(0.0), metrics={"memory/rss_peak_mib": 500.0, "memory/steady/rss_peak_mib": 500.0})
     peaks = {"memory/rss_peak_mib": 900.0, "memory/steady/rss_peak_mib": 500.0, "memory/evaluation/rss_peak_mib": 900.0}
     past_runs(shifted(0.1), method__r=8, metrics=peaks)
@@ -70,7 +70,7 @@ def test_a_phase_that_only_some_have_is_drawn(past_runs):
     assert sorted(ends) == [500.0, 900.0]
 
 
-def test_what_is_no_number_or_too_much_is_not_drawn(past_runs):
+def test_unplottable_settings_are_not_drawn(past_runs):
     past_runs(shifted(0.0), method__name="full", method__r="None", method__lora_alpha="None")
     for number in range(plots.NAMED + 1):
         settings = {"method__r": 4 + number % 2, "method__lora_alpha": 8, "dataset__drop_matching": f"$[a-{number}]^$"}
@@ -83,14 +83,14 @@ def test_what_is_no_number_or_too_much_is_not_drawn(past_runs):
             figure.savefig(io.BytesIO(), format="svg")
 
 
-def test_nothing_is_drawn_of_nothing(past_runs):
+def test_single_run_has_only_the_ranking(past_runs):
     past_runs(shifted(0.0))
     found = compare(find(past_runs.uri, experiment=past_runs.experiment))
     drawn = {title for title, draw in plots.PLOTS.items() if draw(found)}
     assert drawn == {"Ranked"}
 
 
-def test_the_page_needs_no_network_and_runs_nothing(past_runs, tmp_path):
+def test_html_page_needs_no_network_and_has_no_scripts(past_runs, tmp_path):
     for seed, name in ((1, "<script>alert(1)</script>"), (1, "b & c")):
         past_runs(shifted(0.0), seed=seed, method__name=name, metrics={"memory/rss_peak_mib": 900.0 + len(name)})
     found = compare(find(past_runs.uri, experiment=past_runs.experiment))
@@ -102,7 +102,7 @@ def test_the_page_needs_no_network_and_runs_nothing(past_runs, tmp_path):
     assert all(link.startswith("#") for link in links)
 
 
-def test_the_report_is_kept_with_its_sweep(compare_grid, past_runs):
+def test_report_is_logged_with_its_sweep(compare_grid, past_runs):
     parent = past_runs.mlflow.create_run(
         past_runs.mlflow.get_experiment_by_name(past_runs.experiment).experiment_id
     ).info.run_id

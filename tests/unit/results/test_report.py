@@ -27,7 +27,7 @@ def comparison(past_runs):
     return compare(find(past_runs.uri, experiment=past_runs.experiment))
 
 
-def test_the_table_has_what_was_measured_and_nothing_else(comparison):
+def test_table_has_only_measured_columns(comparison):
     headings, rows = report.table(comparison)
     table = [dict(zip(headings, row, strict=True)) for row in rows]
     assert [row["method.r"] for row in table] == ["4", "8", "16", "32"]
@@ -41,12 +41,12 @@ def test_the_table_has_what_was_measured_and_nothing_else(comparison):
     assert not {"ROUGE-L", "task score", "load MiB"} & set(headings)
 
 
-def test_a_preset_chooses_columns(comparison):
+def test_preset_chooses_columns(comparison):
     headings, _ = report.table(comparison, "seed1")
     assert headings[2:-2] == ["trainable", "share", "peak MiB", "time"]
 
 
-def test_the_files_say_the_same(comparison, tmp_path):
+def test_report_files_agree(comparison, tmp_path):
     files = {file.suffix: file for file in report.write(comparison, tmp_path / "new")}
     with files[".csv"].open(newline="") as lines:
         first, second, failed, pruned = csv.DictReader(lines)
@@ -62,7 +62,7 @@ def test_the_files_say_the_same(comparison, tmp_path):
     assert r"oom: a \| b" in files[".md"].read_text()
 
 
-def test_the_command_shows_the_table(comparison, past_runs, tmp_path, capsys):
+def test_compare_command_shows_the_table(comparison, past_runs, tmp_path, capsys):
     words = [sys.executable, "-m", "qlora_exp", "compare", "--experiment", past_runs.experiment, "--uri", past_runs.uri]
     result = subprocess.run([*words, "--out", str(tmp_path)], capture_output=True, text=True, check=True)
     assert "better -0.2000" in result.stdout

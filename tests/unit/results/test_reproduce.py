@@ -21,7 +21,7 @@ def recorded(mlflow, text: str) -> str:
     return run_id
 
 
-def test_what_the_user_says_is_allowed(mlflow_uri, tmp_path):
+def test_users_path_replaces_the_recorded_one(mlflow_uri, tmp_path):
     rows = tmp_path / "other" / "rows.jsonl"
     rows.parent.mkdir()
     rows.write_text('{"prompt": "a", "completion": "b"}\n')
@@ -38,7 +38,7 @@ def test_what_the_user_says_is_allowed(mlflow_uri, tmp_path):
     "text",
     ["", "just text", "!!python/object/apply:os.system ['touch pwned']", "[1, 2", "a: &x [*x]", "model: 3"],
 )
-def test_a_broken_record_is_refused_with_a_message(text: str, mlflow_uri, tmp_path):
+def test_broken_recorded_config_is_rejected_with_a_message(text: str, mlflow_uri, tmp_path):
     run_id = recorded(client(mlflow_uri), text)
     words = [sys.executable, "-m", "qlora_exp", "reproduce", run_id, "--uri", mlflow_uri, "--check-only"]
     result = subprocess.run(words, capture_output=True, text=True, check=False)
@@ -48,6 +48,6 @@ def test_a_broken_record_is_refused_with_a_message(text: str, mlflow_uri, tmp_pa
     assert not (tmp_path / "pwned").exists()
 
 
-def test_several_runs_are_not_one(run_quick, mlflow_uri):
+def test_unknown_run_is_not_reproduced(run_quick, mlflow_uri):
     with pytest.raises(TrackingError, match="no runs of"):
         one_record(mlflow_uri, "0123456789abcdef")

@@ -16,7 +16,7 @@ def measured(form: str, losses, scores=(), **metrics) -> Measured:
     return Measured(form, "", 1, {"loss": float(np.mean(losses))} | metrics, rows, samples)
 
 
-def test_a_form_differs_by_what_its_rows_differ():
+def test_gap_is_the_paired_difference_of_rows():
     base = np.random.default_rng(0).normal(3, 1, 40)
     noise = np.random.default_rng(1).normal(0, 0.01, 40)
     found = gaps([measured("trained", base), measured("nf4", base + 0.1 + noise), measured("merged", base + noise)])
@@ -36,7 +36,7 @@ def test_scores_are_compared_where_both_have_them():
     assert [gap.metric for gap in found["gguf_q8_0"]] == ["loss"]
 
 
-def test_only_scores_that_ever_differ_are_shown():
+def test_only_differing_scores_are_shown():
     same = [measured(form, [3, 4], [0.1], rougeL=0.1) for form in ("trained", "nf4")]
     assert len(deployment_gap.tables(same)) == 1
     other = [same[0], measured("nf4", [3, 4], [0.2], rougeL=0.2)]
@@ -54,7 +54,7 @@ def test_only_scores_that_ever_differ_are_shown():
     ],
     ids=str,
 )
-def test_all_forms_that_make_sense_are_measured(words, adapter, forms, monkeypatch):
+def test_measured_formats_are_those_that_make_sense(words, adapter, forms, monkeypatch):
     config = compose(words)
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert forms_of(config, adapter) == forms

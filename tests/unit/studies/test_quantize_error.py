@@ -41,21 +41,21 @@ def sample_losses() -> dict[str, quantize_error.Loss]:
 
 
 @pytest.mark.parametrize("name", quantize_error.FORMATS)
-def test_bits_are_those_of_values_and_their_constants(name: str, sample_losses):
+def test_bits_include_values_and_constants(name: str, sample_losses):
     assert sample_losses[name].bits == pytest.approx(BITS[name], abs=1e-3)
 
 
-def test_double_quantization_saves_0_37_bits_and_costs_next_to_nothing(sample_losses):
+def test_double_quantization_saves_bits_at_almost_no_error(sample_losses):
     assert sample_losses["nf4"].bits - sample_losses["nf4_double"].bits == pytest.approx(0.373, abs=1e-3)
     assert sample_losses["nf4_double"].rmse == pytest.approx(sample_losses["nf4"].rmse, rel=1e-3)
 
 
-def test_on_normal_samples_nf4_beats_uniform_levels_and_those_beat_fp4(sample_losses):
+def test_nf4_beats_uniform_levels_and_fp4_on_normal_samples(sample_losses):
     order = sorted(("nf4", "int4_uniform", "fp4", "int8"), key=lambda name: sample_losses[name].rmse)
     assert order == ["int8", "nf4", "int4_uniform", "fp4"]
 
 
-def test_nf4s_levels_are_16_with_zero_and_both_ends():
+def test_nf4_has_16_levels_with_zero_and_both_ends():
     found = quantize_error.levels("nf4")
     assert len(found) == 16
     assert {-1.0, 0.0, 1.0} <= set(found)
@@ -78,7 +78,7 @@ def test_zeros_stay_zeros():
         assert back.abs().max() <= 1e-30, name
 
 
-def test_a_models_linear_layers_are_measured_and_left_as_they_were():
+def test_measuring_a_model_leaves_it_unchanged():
     model = tiny()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     asked = []
@@ -96,7 +96,7 @@ def test_a_models_linear_layers_are_measured_and_left_as_they_were():
     assert 0.08 < found["nf4"].rmse < 0.1  # random weights are normal
 
 
-def test_a_failure_leaves_the_model_as_it_was():
+def test_failed_measurement_leaves_the_model_unchanged():
     model = tiny()
     before = model.model.layers[0].mlp.up_proj.weight.clone()
     answers = iter([1.0])
@@ -105,7 +105,7 @@ def test_a_failure_leaves_the_model_as_it_was():
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight, before)
 
 
-def test_the_loss_of_text_is_the_models_own():
+def test_text_loss_equals_the_models_loss():
     model = tiny().eval()
     ids = list(range(40, 60))
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_the_loss_of_text_is_the_models_own():
     assert quantize_error.text_loss(model, rows) == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_command_prints_a_table_and_writes_it(tmp_path, capsys):
+def test_quantize_error_command_prints_and_writes_a_table(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["quantize-error", "model=tiny_llama", "unrelated.max_eval_rows=1", "--out", str(tmp_path / "lab")])
     assert ended.value.code == 0
@@ -136,7 +136,7 @@ def test_the_command_prints_a_table_and_writes_it(tmp_path, capsys):
         (["model=tiny_lama"], "no option 'tiny_lama'"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(words: list[str], message: str, capsys):
+def test_invalid_quantize_error_arguments_are_rejected(words: list[str], message: str, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["quantize-error", "model=tiny_llama", *words])
     assert ended.value.code in (1, 2)

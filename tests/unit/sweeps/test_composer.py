@@ -23,7 +23,7 @@ from qlora_exp.sweeps.composer import Composer
         ["model=hub", "model.model_name_or_path=a/b", "+model.random_config={hidden_size:8}", "model.dtype=null"],
     ],
 )
-def test_jobs_are_composed_as_hydra_would(words: list[str]):
+def test_composed_job_equals_hydras(words: list[str]):
     register()
     with initialize_config_dir(str(conf_dir()), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()

@@ -29,7 +29,7 @@ def dry_run(*words: str, **kwargs) -> subprocess.CompletedProcess:
         (["sweep=rank_scaling", "method.r=2,4"], ["lora_variant=lora method.r=2", "lora_variant=rslora method.r=4"]),
     ],
 )
-def test_every_kind_of_sweep_is_expanded(words: list[str], jobs: list[str], tmp_path):
+def test_sweep_expression_is_expanded(words: list[str], jobs: list[str], tmp_path):
     result = dry_run(*words, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     for job in jobs:
@@ -53,7 +53,7 @@ def test_every_kind_of_sweep_is_expanded(words: list[str], jobs: list[str], tmp_
         (["hydra.sweep.dir='a\\b'", "seed=1"], "no folder with a backslash"),
     ],
 )
-def test_a_wrong_sweep_is_refused_before_any_job(words: list[str], message: str, tmp_path):
+def test_invalid_sweep_is_rejected_before_any_job(words: list[str], message: str, tmp_path):
     result = dry_run(*words, cwd=tmp_path)
     assert result.returncode == 1
     assert message in result.stderr
@@ -61,7 +61,7 @@ def test_a_wrong_sweep_is_refused_before_any_job(words: list[str], message: str,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_named_sweep_needs_no_flag(tmp_path):
+def test_named_sweep_needs_no_multirun_flag(tmp_path):
     command = [sys.executable, "-m", "qlora_exp", "train", "sweep=quant_types", "--dry-run"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -70,7 +70,7 @@ def test_a_named_sweep_needs_no_flag(tmp_path):
 
 @settings(max_examples=200)
 @given(st.text(alphabet="a'\"$}=, ~ü#%", min_size=1))
-def test_any_folder_survives_the_override_grammar(name: str):
+def test_quoted_folder_survives_the_override_grammar(name: str):
     text = f"/tmp/{name}"
     parsed = OverridesParser.create().parse_override(f"key={_quoted(text)}").value()
     config = OmegaConf.create({"key": parsed, "a": "wrong"})

@@ -31,7 +31,7 @@ def write(folder: Path, *messages) -> None:
     journal.close()
 
 
-def test_jobs_that_are_the_same_run_are_one(make_jobs):
+def test_duplicate_jobs_are_merged(make_jobs):
     assert len(make_jobs("seed", ["1", "01", "2"])) == 2
 
 
@@ -51,7 +51,7 @@ def test_jobs_that_are_the_same_run_are_one(make_jobs):
         ([START, {"op": "end", "status": "FINISHED"}], "damaged", "rerun"),
     ],
 )
-def test_the_journal_says_what_is_left_to_do(messages, expected: str, action: str, make_jobs):
+def test_journal_determines_the_action(messages, expected: str, action: str, make_jobs):
     (job,) = make_jobs("seed", ["1"])
     job.folder.mkdir(parents=True)
     journal = Journal(job.folder)
@@ -63,7 +63,7 @@ def test_the_journal_says_what_is_left_to_do(messages, expected: str, action: st
     assert decide(job, "none")[0] == action
 
 
-def test_a_resumed_job_says_from_which_step(make_jobs):
+def test_resumed_job_names_its_step(make_jobs):
     (job,) = make_jobs("seed", ["1"])
     for step, whole in ((2, True), (10, True), (12, False), ("10.bak", True)):
         folder = job.folder / "checkpoints" / f"checkpoint-{step}"
@@ -76,7 +76,7 @@ def test_a_resumed_job_says_from_which_step(make_jobs):
     assert decide(job, "none") == ("resume", "was cut off; from step 10")
 
 
-def test_folders_and_names_say_what_is_swept(make_jobs):
+def test_job_folder_and_name_show_swept_keys(make_jobs):
     first, _ = make_jobs("method.r", ["4", "8"])
     assert first.name == "method.r=4"
     assert first.folder.name == f"r-4_{first.key}"
@@ -84,7 +84,7 @@ def test_folders_and_names_say_what_is_swept(make_jobs):
     assert default_name([], ["a=1"]) == default_name([], ["a=1", "sweep.n_jobs=2", "tracking.uri=x"])
 
 
-def test_a_job_that_changed_since_says_what_did(make_jobs, monkeypatch):
+def test_changed_job_says_what_changed(make_jobs, monkeypatch):
     (job,) = make_jobs("seed", ["1"])
     parts = {f"identity.{part}": digest for part, digest in run_key.parts(job.config).items()}
     write(job.folder, START | {"tags": parts})

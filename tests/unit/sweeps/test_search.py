@@ -29,7 +29,7 @@ from qlora_exp.utils.errors import ConfigError
         ("tag(log,int(interval(1,64)))", IntDistribution(1, 64, log=True)),
     ],
 )
-def test_a_sweep_is_the_space_of_a_search(text: str, expected):
+def test_sweep_expression_becomes_a_distribution(text: str, expected):
     override = OverridesParser.create().parse_override(f"key={text}")
     assert search.distribution(override.value()) == expected
     assert search.example(expected) in (4, "lora", "[q_proj]", True, 2, 0.1, 1e-5, 1)
@@ -97,7 +97,7 @@ def run_search(make_config, mlflow_uri, tmp_path):
     return start
 
 
-def test_a_search_finds_better_values_and_says_which(run_search, tmp_path):
+def test_search_finds_and_reports_better_values(run_search, tmp_path):
     (best,) = run_search(n_trials=12)
     assert best.value == min(trial.value for trial in run_search.trials())
     assert best.value < run_search.trials()[0].value
@@ -106,21 +106,21 @@ def test_a_search_finds_better_values_and_says_which(run_search, tmp_path):
     assert written["after/loss"] == best.value
 
 
-def test_seeds_are_repeats_of_a_trial(run_search):
+def test_seeds_are_averaged_in_a_trial(run_search):
     run_search(n_trials=3, seeds=(1, 2, 6))
     assert len(run_search.ran) == 9
     for trial in run_search.trials():
         assert trial.value == abs(trial.params["training.warmup_steps"] - 600) + 3  # the mean of the seeds
 
 
-def test_several_metrics_give_a_front(run_search):
+def test_several_metrics_give_a_pareto_front(run_search):
     best = run_search(n_trials=12, metrics=["after/loss", "memory/rss_peak_mib"])
     assert all(len(trial.values) == 2 for trial in best)
     for one in best:
         assert not any(all(a < b for a, b in zip(two.values, one.values, strict=True)) for two in run_search.trials())
 
 
-def test_a_search_that_was_cut_off_goes_on(run_search):
+def test_interrupted_search_resumes(run_search):
     with pytest.raises(KeyboardInterrupt):
         run_search(n_trials=8, stop_after=4)
     assert [trial.state for trial in run_search.trials()] == 4 * [TrialState.COMPLETE] + [TrialState.RUNNING]
@@ -134,7 +134,7 @@ def test_a_search_that_was_cut_off_goes_on(run_search):
     assert len(run_search.ran) == 8
 
 
-def test_trials_side_by_side(run_search):
+def test_parallel_trials_overlap(run_search):
     run_search(n_trials=5, how=SweepConfig(n_jobs=2))
     trials = run_search.trials()
     assert len(trials) == 5
@@ -142,7 +142,7 @@ def test_trials_side_by_side(run_search):
     assert trials[2].datetime_start > trials[1].datetime_complete
 
 
-def test_a_failed_job_is_a_failed_trial_and_the_search_goes_on(run_search):
+def test_failed_job_is_a_failed_trial_and_the_search_continues(run_search):
     with pytest.raises(Exception, match="did not end well"):
         run_search(n_trials=4, fails=lambda number: number == 1)
     states = [trial.state for trial in run_search.trials()]
@@ -159,7 +159,7 @@ def test_a_failed_job_is_a_failed_trial_and_the_search_goes_on(run_search):
     assert len(run_search.ran) == 1
 
 
-def test_a_killed_job_goes_on_when_the_search_is_started_again(run_search):
+def test_killed_job_resumes_when_the_search_restarts(run_search):
     with pytest.raises(Exception, match="1 of 3 jobs did not end well"):
         run_search(n_trials=3, fails=lambda number: number == 1, outcome="killed")
     assert [trial.state for trial in run_search.trials()].count(TrialState.RUNNING) == 1
@@ -168,7 +168,7 @@ def test_a_killed_job_goes_on_when_the_search_is_started_again(run_search):
     assert {trial.state for trial in run_search.trials()} == {TrialState.COMPLETE}
 
 
-def test_a_launcher_that_cannot_start_uses_up_no_trials(run_search):
+def test_launcher_failure_consumes_no_trials(run_search):
     with pytest.raises(Exception, match="1 of 1 jobs did not end well"):
         run_search(n_trials=5, fails=lambda number: True, outcome=None)
     run_search.ran.clear()
@@ -177,25 +177,25 @@ def test_a_launcher_that_cannot_start_uses_up_no_trials(run_search):
     assert {trial.state for trial in run_search.trials()} == {TrialState.COMPLETE}
 
 
-def test_of_a_few_choices_each_is_tried_before_one_is_again(run_search):
+def test_every_choice_is_tried_before_any_repeats(run_search):
     run_search(n_trials=4, space={"method.r": CategoricalDistribution([2, 4, 8, 16])})
     assert sorted(trial.params["method.r"] for trial in run_search.trials()) == [2, 4, 8, 16]
 
 
-def test_a_study_that_found_nothing_gives_way(run_search):
+def test_study_without_results_is_replaced(run_search):
     with pytest.raises(ConfigError, match="did you mean"):
         run_search(n_trials=1, metrics=["after/los"])
     run_search(n_trials=1)
     assert len(run_search.trials()) == 1
 
 
-def test_what_a_search_found_before_is_in_its_table_again(run_search, capsys):
+def test_resumed_search_shows_earlier_trials(run_search, capsys):
     run_search(n_trials=2)
     run_search(n_trials=3)
     assert capsys.readouterr().out.count("│ ok ") == 2 + 3
 
 
-def test_one_process_searches_at_a_time(run_search, tmp_path):
+def test_concurrent_search_in_one_folder_is_rejected(run_search, tmp_path):
     (tmp_path / "search").mkdir()
     with (
         FileLock(tmp_path / "search" / f"{search.STUDY_FILE}.running"),
@@ -205,7 +205,7 @@ def test_one_process_searches_at_a_time(run_search, tmp_path):
     assert run_search.ran == []
 
 
-def test_a_trial_that_a_kill_left_without_values_is_none(run_search):
+def test_trial_without_values_after_a_kill_is_failed(run_search):
     run_search(n_trials=1)
     storage = run_search.storage()
     optuna.load_study(study_name=None, storage=storage).ask()
@@ -214,7 +214,7 @@ def test_a_trial_that_a_kill_left_without_values_is_none(run_search):
     assert len(run_search.ran) == 2
 
 
-def test_a_study_keeps_to_its_space_and_directions(run_search):
+def test_changed_space_or_directions_are_rejected(run_search):
     run_search(n_trials=1)
     with pytest.raises(ConfigError, match=r"method\.r, training\.warmup_steps: not what the study"):
         run_search(n_trials=2, space={"method.r": CategoricalDistribution([2, 8])})
@@ -222,12 +222,12 @@ def test_a_study_keeps_to_its_space_and_directions(run_search):
         run_search(n_trials=2, directions=["maximize"])
 
 
-def test_a_metric_that_jobs_do_not_have_is_named(run_search):
+def test_unknown_metric_is_named(run_search):
     with pytest.raises(ConfigError, match="did you mean 'after/loss'"):
         run_search(n_trials=2, metrics=["after/los"])
 
 
-def test_a_study_keeps_to_its_metrics(run_search):
+def test_changed_metrics_are_rejected(run_search):
     run_search(n_trials=1)
     with pytest.raises(ConfigError, match=r"sweep\.name=ANOTHER"):
         run_search(n_trials=2, metrics=["memory/rss_peak_mib"])

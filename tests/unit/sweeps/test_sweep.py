@@ -12,6 +12,6 @@ from qlora_exp.sweeps.sweep import _advice
         (["nan", "running", "ok"], "2 of 3 jobs did not end well; 1 failed: sweep.rerun=failed runs them again; 1 did"),
     ],
 )
-def test_what_to_do_about_a_sweep_is_said(outcomes: list[str], expected: str):
+def test_advice_names_what_to_do_about_failed_jobs(outcomes: list[str], expected: str):
     assert _advice(outcomes).startswith(expected)
     assert bool(_advice(outcomes)) is bool(expected)

@@ -11,7 +11,7 @@ from qlora_exp.tracking.mlflow_store import client, finished_runs
 from qlora_exp.utils.errors import TrackingError
 
 
-def test_a_store_whose_making_was_cut_off_is_made_anew(tmp_path, monkeypatch):
+def test_interrupted_creation_of_a_store_is_repeated(tmp_path, monkeypatch):
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     made = mlflow_store._initialize_tables
 
@@ -28,7 +28,7 @@ def test_a_store_whose_making_was_cut_off_is_made_anew(tmp_path, monkeypatch):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
 
 
-def test_a_file_that_is_no_store_is_told(tmp_path):
+def test_file_that_is_no_database_is_reported(tmp_path):
     (tmp_path / "mlflow.db").write_text("no database " * 100)
     with pytest.raises(TrackingError, match="does not answer or cannot be written"):
         mlflow_store.client(f"sqlite:///{tmp_path / 'mlflow.db'}")
@@ -38,7 +38,7 @@ def create(uri: str) -> str:
     return client(uri).create_experiment(f"experiment {os.getpid()}")
 
 
-def test_processes_that_start_together_share_one_database(tmp_path):
+def test_concurrent_processes_share_one_database(tmp_path):
     uri = f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}"
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         assert len(set(pool.map(create, [uri] * 3))) == 3

@@ -20,7 +20,7 @@ from qlora_exp.utils.errors import ConfigError, JournalError, TrackingError
 from qlora_exp.utils.signals import heeded
 
 
-def test_a_run_that_ends_well_is_finished(mlflow_uri, mlflow_client, tmp_path):
+def test_successful_run_is_finished(mlflow_uri, mlflow_client, tmp_path):
     with start_run(mlflow_uri, tmp_path, "+tracking.tags.team=a") as tracked:
         tracked.metrics({"loss": 1.0}, 3)
     run = mlflow_client.get_run(tracked.run_id)
@@ -41,7 +41,7 @@ def test_a_run_that_ends_well_is_finished(mlflow_uri, mlflow_client, tmp_path):
         (SystemExit(3), "KILLED", "killed"),
     ],
 )
-def test_a_run_that_ends_badly_says_how(
+def test_failed_run_records_its_outcome(
     error: BaseException, status: str, outcome: str, mlflow_uri, mlflow_client, tmp_path
 ):
     with pytest.raises(type(error)), start_run(mlflow_uri, tmp_path) as tracked:
@@ -69,14 +69,14 @@ def test_no_secret_reaches_mlflow_or_the_disk(mlflow_uri, mlflow_client, tmp_pat
 
 
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:////proc/nowhere/mlflow.db", "nonsense://x"])
-def test_a_store_that_does_not_answer_is_explained_at_once(uri: str, tmp_path):
+def test_unreachable_store_is_reported_quickly(uri: str, tmp_path):
     begin = time.monotonic()
     with pytest.raises(TrackingError, match="does not answer or cannot be written"), start_run(uri, tmp_path):
         pass
     assert time.monotonic() - begin < 30
 
 
-def test_a_deleted_experiment_is_explained(mlflow_uri, mlflow_client, tmp_path):
+def test_deleted_experiment_is_reported(mlflow_uri, mlflow_client, tmp_path):
     mlflow_client.delete_experiment(mlflow_client.create_experiment("gone"))
     with (
         pytest.raises(TrackingError, match="was deleted"),
@@ -85,7 +85,7 @@ def test_a_deleted_experiment_is_explained(mlflow_uri, mlflow_client, tmp_path):
         pass
 
 
-def test_a_message_that_mlflow_refuses_does_not_hold_up_the_others(mlflow_uri, mlflow_client, tmp_path, caplog):
+def test_message_rejected_by_mlflow_does_not_block_others(mlflow_uri, mlflow_client, tmp_path, caplog):
     values = compose([f"tracking.uri={mlflow_uri}"]).model_dump(mode="json")
     values["method"]["rank_pattern"] = {"layers.0.*q_proj": 4}
     with tracker.start(from_dict(values), tmp_path) as tracked:
@@ -113,7 +113,7 @@ class Unsteady:
         return call
 
 
-def test_a_server_that_goes_away_loses_nothing(mlflow_uri, mlflow_client, tmp_path, monkeypatch):
+def test_temporary_server_outage_loses_nothing(mlflow_uri, mlflow_client, tmp_path, monkeypatch):
     unsteady = Unsteady(mlflow_client)
     monkeypatch.setattr(tracker, "client", lambda uri: unsteady)
     with start_run(mlflow_uri, tmp_path) as tracked:
@@ -127,7 +127,7 @@ def test_a_server_that_goes_away_loses_nothing(mlflow_uri, mlflow_client, tmp_pa
     assert mlflow_client.get_run(tracked.run_id).info.status == "FINISHED"
 
 
-def test_a_server_that_stays_away_leaves_everything_on_disk(mlflow_uri, mlflow_client, tmp_path, monkeypatch, caplog):
+def test_permanent_server_outage_keeps_everything_on_disk(mlflow_uri, mlflow_client, tmp_path, monkeypatch, caplog):
     unsteady = Unsteady(mlflow_client)
     monkeypatch.setattr(tracker, "client", lambda uri: unsteady)
     with start_run(mlflow_uri, tmp_path) as tracked:
@@ -143,7 +143,7 @@ def test_a_server_that_stays_away_leaves_everything_on_disk(mlflow_uri, mlflow_c
     assert (run.info.status, run.data.metrics, run.data.tags["outcome"]) == ("FINISHED", {"loss": 2.0}, "ok")
 
 
-def test_a_run_that_begins_while_the_server_is_away_is_told_later(mlflow_uri, mlflow_client, tmp_path, monkeypatch):
+def test_run_started_during_an_outage_is_sent_later(mlflow_uri, mlflow_client, tmp_path, monkeypatch):
     unsteady = Unsteady(mlflow_client)
     unsteady.away = True
     monkeypatch.setattr(tracker, "client", lambda uri: unsteady)
@@ -162,7 +162,7 @@ def test_a_run_that_begins_while_the_server_is_away_is_told_later(mlflow_uri, ml
     assert len(run.outputs.model_outputs) == 1
 
 
-def test_telling_everything_again_changes_nothing(mlflow_uri, mlflow_client, tmp_path):
+def test_sending_everything_again_changes_nothing(mlflow_uri, mlflow_client, tmp_path):
     """As after a kill between telling and noting that it was told."""
     with start_run(mlflow_uri, tmp_path) as tracked:
         tracked.metrics({"loss": 2.0, "other": 1.0}, 1)
@@ -190,7 +190,7 @@ def test_telling_everything_again_changes_nothing(mlflow_uri, mlflow_client, tmp
     )
 
 
-def test_a_run_that_was_cut_off_goes_on_as_the_same_run(mlflow_uri, mlflow_client, tmp_path):
+def test_interrupted_run_resumes_as_the_same_run(mlflow_uri, mlflow_client, tmp_path):
     with pytest.raises(KeyboardInterrupt), start_run(mlflow_uri, tmp_path) as first:
         first.metrics({"train/loss": 3.0}, 1)
         first.metrics({"train/loss": 2.0}, 2)
@@ -208,7 +208,7 @@ def test_a_run_that_was_cut_off_goes_on_as_the_same_run(mlflow_uri, mlflow_clien
     assert (run.info.status, run.data.tags["outcome"]) == ("FINISHED", "ok")
 
 
-def test_a_folder_keeps_to_its_run(mlflow_uri, tmp_path):
+def test_folder_accepts_only_its_own_run(mlflow_uri, tmp_path):
     with pytest.raises(KeyboardInterrupt), start_run(mlflow_uri, tmp_path):
         raise KeyboardInterrupt
     with (
@@ -227,7 +227,7 @@ def test_a_folder_keeps_to_its_run(mlflow_uri, tmp_path):
         pass
 
 
-def test_another_store_gets_everything(mlflow_uri, mlflow_client, tmp_path):
+def test_other_store_receives_everything(mlflow_uri, mlflow_client, tmp_path):
     with start_run(mlflow_uri, tmp_path / "run") as tracked:
         tracked.metrics({"loss": 2.0}, 1)
     other = f"sqlite:///{tmp_path / 'other.db'}"
@@ -241,7 +241,7 @@ def test_another_store_gets_everything(mlflow_uri, mlflow_client, tmp_path):
     assert mlflow_client.get_run(tracked.run_id).data.metrics == {"loss": 2.0}
 
 
-def test_a_store_that_has_lost_the_run_is_told_it_again(tmp_path):
+def test_store_that_lost_a_run_receives_it_again(tmp_path):
     uri = f"sqlite:///{tmp_path / 'lost.db'}"
     with start_run(uri, tmp_path / "run") as tracked:
         tracked.metrics({"loss": 2.0}, 1)
@@ -254,7 +254,7 @@ def test_a_store_that_has_lost_the_run_is_told_it_again(tmp_path):
     assert again.info.status == "FINISHED"
 
 
-def test_a_run_that_goes_on_has_not_failed_any_more(mlflow_uri, mlflow_client, tmp_path):
+def test_resumed_run_loses_its_failure(mlflow_uri, mlflow_client, tmp_path):
     with pytest.raises(KeyboardInterrupt), start_run(mlflow_uri, tmp_path) as tracked:
         raise KeyboardInterrupt
     assert "KeyboardInterrupt" in mlflow_client.get_run(tracked.run_id).data.tags["failure"]
@@ -264,7 +264,7 @@ def test_a_run_that_goes_on_has_not_failed_any_more(mlflow_uri, mlflow_client, t
     assert (tags["outcome"], tags["failure"]) == ("ok", "")
 
 
-def test_a_journal_that_somebody_else_wrote_sends_no_file_of_this_machine(mlflow_uri, mlflow_client, tmp_path):
+def test_foreign_journal_sends_no_local_files(mlflow_uri, mlflow_client, tmp_path):
     (tmp_path / "secret").write_text("mine")
     with start_run(mlflow_uri, tmp_path / "run") as tracked:
         tracked.file("../secret")
@@ -276,7 +276,7 @@ def test_a_journal_that_somebody_else_wrote_sends_no_file_of_this_machine(mlflow
     assert not run.outputs.model_outputs
 
 
-def test_a_dead_run_that_names_somebody_elses_folder_moves_nothing_there(mlflow_uri, mlflow_client, tmp_path):
+def test_dead_run_naming_another_folder_changes_nothing_there(mlflow_uri, mlflow_client, tmp_path):
     with pytest.raises(KeyboardInterrupt), start_run(mlflow_uri, tmp_path / "theirs") as theirs:
         raise KeyboardInterrupt
     before = (tmp_path / "theirs" / "journal.jsonl").read_bytes()
@@ -288,7 +288,7 @@ def test_a_dead_run_that_names_somebody_elses_folder_moves_nothing_there(mlflow_
     assert (tmp_path / "theirs" / "journal.jsonl").read_bytes() == before
 
 
-def test_an_interrupt_tears_nothing_that_mlflow_is_told(mlflow_uri, mlflow_client, tmp_path, monkeypatch):
+def test_interrupt_waits_for_the_message_being_sent(mlflow_uri, mlflow_client, tmp_path, monkeypatch):
     # Torn in a transaction it would leave the store locked for this process, and the run RUNNING.
     tell, whole = tracker.tell, []
 
@@ -307,7 +307,7 @@ def test_an_interrupt_tears_nothing_that_mlflow_is_told(mlflow_uri, mlflow_clien
     assert (run.info.status, run.data.tags["outcome"]) == ("KILLED", "killed")
 
 
-def test_run_names_say_what_the_run_is():
+def test_run_name_describes_the_run():
     name = tracker.run_name(compose(["lora_variant=dora", "method.r=4"]))
     assert name == "smollm2-135m-construction_faq-qlora-nf4_double-dora-r4-s42"
     name = tracker.run_name(compose(["method=full", "model=opt_125m"]))
@@ -343,7 +343,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("what", DAMAGES)
-def test_whatever_is_wrong_with_a_stale_run_the_next_one_begins(what: str, mlflow_uri, mlflow_client, tmp_path, caplog):
+def test_damaged_stale_run_does_not_stop_the_next_run(what: str, mlflow_uri, mlflow_client, tmp_path, caplog):
     died = leave_stale_run(mlflow_uri, mlflow_client, tmp_path / "died")
     DAMAGES[what](tmp_path / "died")
     tracker._reap(mlflow_client, "stale", mlflow_uri)
@@ -365,7 +365,7 @@ WRONG_TAGS = [
 
 
 @pytest.mark.parametrize("tags", WRONG_TAGS)
-def test_whatever_the_tags_of_a_stale_run_say_the_next_one_begins(tags, mlflow_uri, mlflow_client, tmp_path, caplog):
+def test_invalid_tags_of_a_stale_run_do_not_stop_the_next_run(tags, mlflow_uri, mlflow_client, tmp_path, caplog):
     died, other = (
         leave_stale_run(mlflow_uri, mlflow_client, tmp_path / name, **more) for name, more in (("a", tags), ("b", {}))
     )
@@ -375,7 +375,7 @@ def test_whatever_the_tags_of_a_stale_run_say_the_next_one_begins(tags, mlflow_u
     assert not [one.message for one in caplog.records if other in one.message]
 
 
-def test_somebody_elses_folder_is_not_read(mlflow_uri, mlflow_client, tmp_path, monkeypatch, caplog):
+def test_folder_of_another_user_is_not_read(mlflow_uri, mlflow_client, tmp_path, monkeypatch, caplog):
     died = leave_stale_run(mlflow_uri, mlflow_client, tmp_path / "died")
     before = (tmp_path / "died" / FILE).read_bytes()
     monkeypatch.setattr("os.getuid", lambda: 12345)
@@ -385,7 +385,7 @@ def test_somebody_elses_folder_is_not_read(mlflow_uri, mlflow_client, tmp_path, 
     assert (tmp_path / "died" / FILE).read_bytes() == before
 
 
-def test_what_comes_before_a_damaged_line_is_sent_and_the_rest_once_it_is_mended(mlflow_uri, mlflow_client, tmp_path):
+def test_messages_before_a_damaged_line_are_sent(mlflow_uri, mlflow_client, tmp_path):
     with start_run(mlflow_uri, tmp_path / "run") as tracked:
         tracked.metrics({"loss": 2.0}, 1)
         tracked.metrics({"loss": 1.0}, 2)
@@ -411,7 +411,7 @@ def test_what_comes_before_a_damaged_line_is_sent_and_the_rest_once_it_is_mended
 
 
 @pytest.mark.parametrize("line", GARBAGE)
-def test_a_restart_names_what_it_cannot_read(line: bytes, mlflow_uri, mlflow_client, tmp_path):
+def test_restart_names_a_damaged_journal_line(line: bytes, mlflow_uri, mlflow_client, tmp_path):
     leave_stale_run(mlflow_uri, mlflow_client, tmp_path / "died")
     damage(line, 3)(tmp_path / "died")
     for _ in range(2):  # and lets the folder go
@@ -420,7 +420,7 @@ def test_a_restart_names_what_it_cannot_read(line: bytes, mlflow_uri, mlflow_cli
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", "3", "model: 3", "a: !!python/object/apply:os.system ['x']", "\0"])
-def test_a_restart_names_a_config_that_it_cannot_read(text: str, mlflow_uri, mlflow_client, tmp_path):
+def test_restart_names_a_damaged_config(text: str, mlflow_uri, mlflow_client, tmp_path):
     leave_stale_run(mlflow_uri, mlflow_client, tmp_path / "died")
     (tmp_path / "died" / "qlora_exp.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"qlora_exp\.yaml"), start_run(mlflow_uri, tmp_path / "died"):
@@ -437,7 +437,7 @@ def replace_by_another(folder) -> None:
 
 @pytest.mark.parametrize("away", [shutil.rmtree, replace_by_file, replace_by_another])
 @pytest.mark.parametrize("then", [ValueError("stumbled"), "goes on", "ends"])
-def test_a_run_whose_folder_goes_away_has_failed(away, then, mlflow_uri, mlflow_client, tmp_path):
+def test_run_whose_folder_is_deleted_fails(away, then, mlflow_uri, mlflow_client, tmp_path):
     folder = tmp_path / "run"
     with pytest.raises(JournalError, match="was deleted or replaced"), start_run(mlflow_uri, folder) as tracked:
         away(folder)
@@ -452,7 +452,7 @@ def test_a_run_whose_folder_goes_away_has_failed(away, then, mlflow_uri, mlflow_
     assert (sorted(folder.iterdir()) if folder.is_dir() else None) == left
 
 
-def test_links_in_a_model_send_no_file_of_this_machine(mlflow_uri, mlflow_client, tmp_path):
+def test_links_in_a_model_send_no_local_files(mlflow_uri, mlflow_client, tmp_path):
     (tmp_path / "secret").write_text("mine")
     with start_run(mlflow_uri, tmp_path / "run") as tracked:
         (tmp_path / "run" / "model").mkdir()

@@ -29,7 +29,7 @@ def measure(model, tokenizer, batch_size: int = 2, score=None, **settings):
     return evaluation.evaluate(model, tokenizer, rows, tokens, config, batch_size=batch_size, score=score)
 
 
-def test_loss_is_over_supervised_tokens_of_all_rows(tiny_tokenizer):
+def test_loss_averages_supervised_tokens_of_all_rows(tiny_tokenizer):
     model = load()
     total = count = 0.0
     for row in dataset.tokenize(Dataset.from_list(ROWS), compose(), tiny_tokenizer):
@@ -50,7 +50,7 @@ def test_loss_does_not_depend_on_the_batch_size(tiny_tokenizer):
     assert one.metrics["loss"] == pytest.approx(five.metrics["loss"], rel=1e-5)
 
 
-def test_answers_do_not_depend_on_padding(tiny_tokenizer):
+def test_generated_answers_do_not_depend_on_padding(tiny_tokenizer):
     model = load()
     together = measure(model, tiny_tokenizer, generation_batch_size=3)
     alone = measure(model, tiny_tokenizer, generation_batch_size=1)
@@ -65,14 +65,14 @@ def test_each_answer_has_its_scores_and_latency(tiny_tokenizer):
     assert 0 < found.metrics["token_seconds_p50"] <= found.metrics["token_seconds_p95"]
 
 
-def test_nothing_is_generated_if_not_asked(tiny_tokenizer):
+def test_nothing_is_generated_without_generate_rows(tiny_tokenizer):
     found = measure(load(), tiny_tokenizer, generate_rows=0)
     assert found.samples == []
     assert "rougeL" not in found.metrics
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_measuring_changes_nothing(training: bool, tiny_tokenizer):
+def test_evaluation_leaves_model_and_random_state_unchanged(training: bool, tiny_tokenizer):
     model = load().train(training)
     model.config.use_cache = False
     weights = {name: value.clone() for name, value in model.state_dict().items()}
@@ -96,5 +96,5 @@ def test_text_metrics_work_offline(answer: str, rouge: float, exact: float):
 
 
 @pytest.mark.parametrize(("family", "isolated"), [("llama", True), ("qwen2", True), ("opt", False)])
-def test_packed_rows_are_kept_apart_or_not(family: str, isolated: bool):
+def test_isolation_of_packed_rows_is_detected(family: str, isolated: bool):
     assert evaluation.isolates_packed_rows(load(family)) is isolated

@@ -11,7 +11,7 @@ from qlora_exp.training.lm_eval import evaluate, load_tasks
 from qlora_exp.utils.errors import ConfigError
 
 
-def test_the_harness_takes_some_of_the_items_if_told_to(task_folder, tiny_tokenizer):
+def test_lm_eval_limit_reduces_items(task_folder, tiny_tokenizer):
     config = compose([*task_overrides(task_folder), "evaluation.lm_eval_limit=3", "evaluation.lm_eval_num_fewshot=0"])
     model = load_unquantized(compose(["model=tiny_llama"]).model)
     scores, told = evaluate(model, tiny_tokenizer, load_tasks(config.evaluation), config.evaluation, 2)
@@ -19,7 +19,7 @@ def test_the_harness_takes_some_of_the_items_if_told_to(task_folder, tiny_tokeni
     assert scores.keys() == {"lm_eval/sums/acc"}
 
 
-def test_examples_in_the_prompt_are_the_same_each_time(task_folder, tiny_tokenizer, monkeypatch):
+def test_fewshot_examples_are_deterministic(task_folder, tiny_tokenizer, monkeypatch):
     config = compose([*task_overrides(task_folder), "evaluation.lm_eval_num_fewshot=2"]).evaluation
     tasks, model = load_tasks(config), load_unquantized(compose(["model=tiny_llama"]).model)
     asked: list[list[str]] = []
@@ -36,13 +36,13 @@ def test_examples_in_the_prompt_are_the_same_each_time(task_folder, tiny_tokeniz
     assert asked[0][0].count("=") == 3
 
 
-def test_without_its_package_the_user_is_told(monkeypatch, task_folder):
+def test_missing_lm_eval_package_is_named(monkeypatch, task_folder):
     monkeypatch.setitem(__import__("sys").modules, "lm_eval.evaluator", None)
     with pytest.raises(ConfigError, match=r"pip install 'qlora-exp\[lm-eval\]'"):
         load_tasks(compose(task_overrides(task_folder)).evaluation)
 
 
-def test_other_tasks_are_another_run(task_folder):
+def test_changed_lm_eval_task_changes_the_run_key(task_folder):
     before = run_key.parts(compose(task_overrides(task_folder)))
     with (task_folder / "rows.jsonl").open("a") as rows:
         rows.write('{"question": "1 + 1", "choices": ["2", "3"], "answer": 0}\n')

@@ -47,7 +47,7 @@ def test_lora_plus_moves_b_faster_than_a(ratio: int, step_once):
     assert moved(model, before, "lora_B") == pytest.approx(ratio * moved(model, before, "lora_A"), rel=0.01)
 
 
-def test_lora_plus_works_on_8_bit_states(step_once):
+def test_lora_plus_supports_8_bit_states(step_once):
     model, before, optimizer = step_once("optimizer=loraplus", "optimizer.optim=adamw_bnb_8bit")
     assert optimizer.args.optim_bits == 8
     assert moved(model, before, "lora_B") > 0
@@ -61,7 +61,7 @@ def test_lora_fa_never_moves_a(step_once):
     assert {group["eps"] for group in optimizer.param_groups} == {1e-6}
 
 
-def test_riemannian_gradients_are_scaled_by_the_other_matrix(step_once):
+def test_riemannian_gradient_is_scaled_by_the_other_matrix(step_once):
     model, before, _ = step_once("optimizer=riemannian", "optimizer.optim=sgd", "training.max_grad_norm=0")
     name = next(name for name in before if ".lora_B." in name)
     a = before[name.replace("lora_B", "lora_A")]
@@ -70,7 +70,7 @@ def test_riemannian_gradients_are_scaled_by_the_other_matrix(step_once):
     torch.testing.assert_close(step, 2e-4 * expected, rtol=1e-3, atol=1e-6)
 
 
-def test_states_that_are_kept_by_name_go_where_their_parameters_are():
+def test_named_optimizer_states_move_with_their_parameters():
     parameters = [torch.nn.Parameter(torch.zeros(2, 3, device="meta")) for _ in range(2)]
     optimizer = LoraFAOptimizer(
         [{"params": parameters, "names": ["x.lora_A.w", "x.lora_B.w"], "scaling_factors": [1, 1]}]

@@ -6,7 +6,7 @@ from qlora_exp.training.pruning import judge
 from qlora_exp.utils.errors import PrunedError
 
 
-def test_a_job_that_does_worse_than_earlier_trials_is_pruned(tmp_path):
+def test_job_worse_than_earlier_trials_is_pruned(tmp_path):
     storage = optuna.storages.JournalStorage(
         optuna.storages.journal.JournalFileBackend(str(tmp_path / search.STUDY_FILE))
     )

@@ -8,7 +8,7 @@ CPU = Device("cpu", "CPU", bf16=False, paging=False)
 GPU = Device("cuda", "GPU", bf16=True, paging=True, visible_gpus=2)
 
 
-def test_trl_decides_nothing_by_itself():
+def test_all_trainer_arguments_are_set_explicitly():
     config = compose(["training.weight_decay=0.01", "optimizer.adam_beta2=0.95", "training.warmup_steps=0.03"])
     found = arguments(config, resolve(config, CPU), Path("out"))
     assert (found.bf16, found.fp16, found.gradient_checkpointing) == (False, False, False)
@@ -17,14 +17,14 @@ def test_trl_decides_nothing_by_itself():
     assert (found.seed, found.data_seed) == (42, 42)
 
 
-def test_the_trainer_counts_one_gpu_of_those_that_are_seen(monkeypatch):
+def test_trainer_counts_one_of_the_visible_gpus(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     config = compose(["training.bf16=false"])
     found = arguments(config, resolve(config, GPU), Path("out"))
     assert (found.n_gpu, found.train_batch_size) == (1, found.per_device_train_batch_size)
 
 
-def test_a_cut_off_run_that_cannot_be_resumed_starts_over(tmp_path):
+def test_interrupted_run_of_a_method_that_cannot_resume_starts_over(tmp_path):
     folder = tmp_path / "checkpoints" / "checkpoint-1"
     folder.mkdir(parents=True)
     assert checkpoint_to_resume(compose(["method=adalora"]), tmp_path, resumed=True) is None

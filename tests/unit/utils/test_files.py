@@ -11,7 +11,7 @@ def test_size_on_disk_counts_all_files(tmp_path):
     assert size_on_disk(tmp_path) == 15
 
 
-def test_a_file_is_replaced_whole(tmp_path):
+def test_file_is_replaced_atomically(tmp_path):
     file = tmp_path / "state.json"
     write_atomically(file, "old")
     write_atomically(file, json.dumps({"new": True}))

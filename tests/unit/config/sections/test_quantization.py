@@ -13,6 +13,6 @@ from qlora_exp.config.sections.quantization import QuantizationConfig
         ({"weights": "int8"}, "must be null"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(settings: dict, says: str):
+def test_quantization_keys_that_contradict_each_other_are_rejected(settings: dict, says: str):
     with pytest.raises(ValueError, match=says):
         QuantizationConfig(**settings)

@@ -3,7 +3,7 @@ import pytest
 from qlora_exp.utils.errors import ConfigError
 
 
-def test_settings_that_contradict_each_other_are_refused(make_config):
+def test_search_keys_that_contradict_each_other_are_rejected(make_config):
     with pytest.raises(ConfigError, match="one for each of metrics"):
         make_config("search.directions=[minimize,maximize]")
     for metrics in (["after/loss", "memory/rss_peak_mib"], ["after/rougeL"]):

@@ -5,7 +5,7 @@ from qlora_exp.config.sections.training import TrainingConfig
 from qlora_exp.utils.errors import ConfigError
 
 
-def test_early_stopping_is_possible():
+def test_early_stopping_with_a_best_model_is_accepted():
     TrainingConfig(
         eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=4,
         load_best_model_at_end=True, early_stopping_patience=1,

@@ -9,7 +9,7 @@ LOADED = "import sys, qlora_exp.sweeps.launchers.preload, torch; print(*sys.modu
 
 
 @pytest.mark.parametrize(("gpus", "loaded"), [("", True), ("0", False)])
-def test_everything_is_loaded_but_what_touches_a_gpu_that_is_there(gpus: str, loaded: bool, monkeypatch):
+def test_preloading_skips_modules_that_touch_a_present_gpu(gpus: str, loaded: bool, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
     result = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=True)
     *modules, initialized = result.stdout.split()
@@ -26,7 +26,7 @@ print(signal.getsignal(signal.SIGINT))
 """
 
 
-def test_ctrl_c_is_left_to_the_sweep():
+def test_preloading_ignores_ctrl_c():
     process = subprocess.Popen([sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     process.stdout.readline()
