@@ -1,5 +1,6 @@
-"""What tests and fixtures share: the overrides of a quick run, and the command line called in this process."""
+"""What tests and fixtures share: the overrides of a quick run, and the command line."""
 
+import logging
 import subprocess
 import sys
 from typing import Any
@@ -26,8 +27,14 @@ def exit_code(*words: str) -> int:
     """Call the command line in this process and give its exit code."""
     from qlora_exp.cli.main import main
 
-    with pytest.raises(SystemExit) as end:
-        main(list(words))
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        with pytest.raises(SystemExit) as end:
+            main(list(words))
+    finally:  # Hydra configures logging for its process
+        root.handlers[:] = handlers
+        root.setLevel(level)
     return int(end.value.code or 0)
 
 

@@ -1,15 +1,13 @@
 """Runs that are repeated from what was recorded of them."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support import exit_code
 
 from qlora_exp.results import bundle, reproduce
 from qlora_exp.results.records import find
 from qlora_exp.results.reproduce import BIT_IDENTICAL, DRIFTED, WITHIN_NOISE, judge, one_record, recorded_config, start
-from qlora_exp.tracking.mlflow_store import client
 from qlora_exp.utils.errors import DataError, TrackingError
 
 
@@ -78,23 +76,12 @@ def test_difference_within_the_spread_of_seeds_is_noise(run_quick, mlflow_uri, t
     assert "over 3 seeds it varies by" in found.why
 
 
-def test_check_only_names_differences_and_runs_nothing(first_run_id: str, mlflow_uri, tmp_path):
-    mlflow = client(mlflow_uri)
-    mlflow.set_tag(first_run_id, "version.torch", "1.0")
-    words = [
-        sys.executable,
-        "-m",
-        "qlora_exp",
-        "reproduce",
-        first_run_id,
-        "seed=7",
-        "--uri",
-        mlflow_uri,
-        "--check-only",
-    ]
-    result = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert "differs  config: seed 42 then, 7 now" in result.stdout
-    assert "differs  torch: 1.0 then" in result.stdout
+def test_check_only_names_differences_and_runs_nothing(first_run_id: str, mlflow_uri, mlflow_client, capsys):
+    mlflow_client.set_tag(first_run_id, "version.torch", "1.0")
+    assert exit_code("reproduce", first_run_id, "seed=7", "--uri", mlflow_uri, "--check-only") == 0
+    shown = capsys.readouterr().out
+    assert "differs  config: seed 42 then, 7 now" in shown
+    assert "differs  torch: 1.0 then" in shown
     with pytest.raises(TrackingError, match="has no runs of"):
         find(mlflow_uri, where=f"tags.reproduces = '{first_run_id}'")
 
@@ -136,15 +123,12 @@ def test_drift_is_judged_by_the_seeds_in_the_bundle(bundle_path, tmp_path):
     assert "training.learning_rate 0.0002 then, 0.05 now" in verdict.why
 
 
-def test_bundle_command_writes_what_reproduce_reads(recorded_run, mlflow_uri, tmp_path):
-    def command(*words):
-        return subprocess.run([sys.executable, "-m", "qlora_exp", *words], capture_output=True, text=True, check=False)
-
-    made = command("bundle", recorded_run.run_id, "--uri", mlflow_uri, "--out", "it.zip")
-    assert (made.returncode, (tmp_path / "it.zip").is_file()) == (0, True)
-    checked = command("reproduce", "it.zip", "--check-only")
-    assert checked.returncode == 0
-    assert "nothing that was recorded differs" in checked.stdout, checked.stdout
+def test_bundle_command_writes_what_reproduce_reads(recorded_run, mlflow_uri, tmp_path, capsys):
+    assert exit_code("bundle", recorded_run.run_id, "--uri", mlflow_uri, "--out", "it.zip") == 0
+    assert (tmp_path / "it.zip").is_file()
+    capsys.readouterr()
+    assert exit_code("reproduce", "it.zip", "--check-only") == 0
+    assert "nothing that was recorded differs" in capsys.readouterr().out
     assert not (tmp_path / "mlruns").exists()
-    missing = command("reproduce", "other.zip", "--check-only")
-    assert (missing.returncode, missing.stderr) == (1, "error: other.zip: no bundle is there\n")
+    assert exit_code("reproduce", "other.zip", "--check-only") == 1
+    assert capsys.readouterr().err == "error: other.zip: no bundle is there\n"

@@ -1,12 +1,10 @@
 import csv
 import json
-import subprocess
-import sys
 
 import pytest
 from helpers.past_runs import ROWS, shifted
+from support import exit_code
 
-from qlora_exp.cli.main import main
 from qlora_exp.results import report
 from qlora_exp.results.compare import compare
 from qlora_exp.results.records import find
@@ -62,10 +60,11 @@ def test_report_files_agree(comparison, tmp_path):
     assert r"oom: a \| b" in files[".md"].read_text()
 
 
-def test_compare_command_shows_the_table(comparison, past_runs, tmp_path, capsys):
-    words = [sys.executable, "-m", "qlora_exp", "compare", "--experiment", past_runs.experiment, "--uri", past_runs.uri]
-    result = subprocess.run([*words, "--out", str(tmp_path)], capture_output=True, text=True, check=True)
-    assert "better -0.2000" in result.stdout
+def test_compare_command_shows_the_table(comparison, past_runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    words = ["compare", "--experiment", past_runs.experiment, "--uri", past_runs.uri]
+    assert exit_code(*words, "--out", str(tmp_path)) == 0
+    assert "better -0.2000" in capsys.readouterr().out
     assert len(list(tmp_path.glob("comparison_*"))) == 4
     mistakes = {
         "--metric=x": "choose one of loss",
@@ -76,9 +75,7 @@ def test_compare_command_shows_the_table(comparison, past_runs, tmp_path, capsys
     }
     (tmp_path / "file").write_text("")
     for wrong, message in mistakes.items():
-        with pytest.raises(SystemExit) as end:
-            main([*words[3:], wrong])
-        assert end.value.code == 1
+        assert exit_code(*words, wrong) == 1
         told = capsys.readouterr().err
         assert message in told
         assert "Traceback" not in told

@@ -1,8 +1,6 @@
-import subprocess
-import sys
-
 import pytest
 import yaml
+from support import exit_code
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.results.reproduce import one_record, recorded_config
@@ -38,13 +36,12 @@ def test_users_path_replaces_the_recorded_one(mlflow_uri, tmp_path):
     "text",
     ["", "just text", "!!python/object/apply:os.system ['touch pwned']", "[1, 2", "a: &x [*x]", "model: 3"],
 )
-def test_broken_recorded_config_is_rejected_with_a_message(text: str, mlflow_uri, tmp_path):
+def test_broken_recorded_config_is_rejected_with_a_message(text: str, mlflow_uri, tmp_path, capsys):
     run_id = recorded(client(mlflow_uri), text)
-    words = [sys.executable, "-m", "qlora_exp", "reproduce", run_id, "--uri", mlflow_uri, "--check-only"]
-    result = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    assert "Traceback" not in result.stderr
-    assert result.stderr.startswith("error: ")
+    assert exit_code("reproduce", run_id, "--uri", mlflow_uri, "--check-only") == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: ")
+    assert "Traceback" not in shown
     assert not (tmp_path / "pwned").exists()
 
 

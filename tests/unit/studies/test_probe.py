@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from support import exit_code
 
-from qlora_exp.cli.main import main
 from qlora_exp.config import compatibility
 from qlora_exp.config.compatibility import WORKS
 from qlora_exp.studies import probe
@@ -87,16 +87,12 @@ def _without_b(model, folder) -> None:
 
 
 def test_probe_command_shows_its_verdicts(capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["probe", "method=houlsby"])
-    assert ended.value.code == 0
+    assert exit_code("probe", "method=houlsby") == 0
     shown = capsys.readouterr().out
     assert "gradient_checkpointing" in shown
     assert "non-linearity" in shown
 
 
 def test_probe_command_rejects_an_unknown_method(capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["probe", "method=houslby"])
-    assert ended.value.code == 1
+    assert exit_code("probe", "method=houslby") == 1
     assert "no option 'houslby'" in capsys.readouterr().err

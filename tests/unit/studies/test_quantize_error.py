@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import exit_code
 
-from qlora_exp.cli.main import main
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.models.base import load_unquantized
 from qlora_exp.studies import quantize_error
@@ -117,9 +117,8 @@ def test_text_loss_equals_the_models_loss():
 
 
 def test_quantize_error_command_prints_and_writes_a_table(tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["quantize-error", "model=tiny_llama", "unrelated.max_eval_rows=1", "--out", str(tmp_path / "lab")])
-    assert ended.value.code == 0
+    words = ("model=tiny_llama", "unrelated.max_eval_rows=1", "--out", str(tmp_path / "lab"))
+    assert exit_code("quantize-error", *words) == 0
     assert "nf4_double" in capsys.readouterr().out
     written = json.loads((tmp_path / "lab" / "quantize_error.json").read_text())
     assert written["weights"].keys() == {"none", *quantize_error.FORMATS}
@@ -137,7 +136,5 @@ def test_quantize_error_command_prints_and_writes_a_table(tmp_path, capsys):
     ],
 )
 def test_invalid_quantize_error_arguments_are_rejected(words: list[str], message: str, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["quantize-error", "model=tiny_llama", *words])
-    assert ended.value.code in (1, 2)
+    assert exit_code("quantize-error", "model=tiny_llama", *words) in (1, 2)
     assert message in capsys.readouterr().err

@@ -1,18 +1,11 @@
-import subprocess
-import sys
-
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from support import exit_code
 
 from qlora_exp.sweeps.hydra_sweepers import _quoted
-
-
-def dry_run(*words: str, **kwargs) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "qlora_exp", "train", "-m", "--dry-run", *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False, **kwargs)
 
 
 @pytest.mark.parametrize(
@@ -29,11 +22,11 @@ def dry_run(*words: str, **kwargs) -> subprocess.CompletedProcess:
         (["sweep=rank_scaling", "method.r=2,4"], ["lora_variant=lora method.r=2", "lora_variant=rslora method.r=4"]),
     ],
 )
-def test_sweep_expression_is_expanded(words: list[str], jobs: list[str], tmp_path):
-    result = dry_run(*words, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+def test_sweep_expression_is_expanded(words: list[str], jobs: list[str], tmp_path, capsys):
+    assert exit_code("train", "-m", "--dry-run", *words) == 0
+    shown = capsys.readouterr().out
     for job in jobs:
-        assert job in result.stdout
+        assert job in shown
     assert not list(tmp_path.iterdir())
 
 
@@ -53,19 +46,17 @@ def test_sweep_expression_is_expanded(words: list[str], jobs: list[str], tmp_pat
         (["hydra.sweep.dir='a\\b'", "seed=1"], "no folder with a backslash"),
     ],
 )
-def test_invalid_sweep_is_rejected_before_any_job(words: list[str], message: str, tmp_path):
-    result = dry_run(*words, cwd=tmp_path)
-    assert result.returncode == 1
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr
+def test_invalid_sweep_is_rejected_before_any_job(words: list[str], message: str, tmp_path, capsys):
+    assert exit_code("train", "-m", "--dry-run", *words) == 1
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown
     assert not list(tmp_path.iterdir())
 
 
-def test_named_sweep_needs_no_multirun_flag(tmp_path):
-    command = [sys.executable, "-m", "qlora_exp", "train", "sweep=quant_types", "--dry-run"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("new") == 5
+def test_named_sweep_needs_no_multirun_flag(capsys):
+    assert exit_code("train", "sweep=quant_types", "--dry-run") == 0
+    assert capsys.readouterr().out.count("new") == 5
 
 
 @settings(max_examples=200)
