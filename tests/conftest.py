@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,26 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Give the URI of one MLflow store for all tests: creating one takes seconds."""
     return f"sqlite:///{tmp_path_factory.mktemp('mlruns') / 'mlflow.db'}"
+
+
+@pytest.fixture(scope="session")
+def _empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Create an MLflow store that is only copied."""
+    from qlora_exp.tracking import mlflow_store
+
+    file = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    mlflow_store._create_store(file)
+    return file
+
+
+@pytest.fixture
+def make_store(_empty_store: Path, tmp_path: Path) -> Callable[[str], str]:
+    """Make an empty MLflow store in the test's folder and give its URI; a copy, as creating one takes seconds."""
+
+    def make(name: str) -> str:
+        return f"sqlite:///{shutil.copy(_empty_store, tmp_path / name)}"
+
+    return make
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ TEXT = "How long does concrete need in 2026, i.e. 28 days?\n\tIt's Ünïcode,  i
 
 
 def split(pattern: str):
+    """Make a byte-level pre-tokenizer that splits by a pattern."""
     return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
@@ -50,7 +51,7 @@ SPLITS = {
 
 
 def make_tokenizer(pre) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with a few merges."""
+    """Train byte-level BPE with a few merges."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer, backend.decoder = pre, decoders.ByteLevel()
     special = ["<unk>", "<s>", "</s>"]
@@ -65,7 +66,7 @@ def make_tokenizer(pre) -> PreTrainedTokenizerFast:
 
 
 def make_pieces() -> PreTrainedTokenizerFast:
-    """As Llama 2's tokenizer was converted: all pairs of pieces that make a piece, those of earlier pieces first."""
+    """Make a tokenizer like the converted one of Llama 2: all pairs of pieces that join, those of earlier pieces first."""
     learned = Tokenizer(models.BPE())
     learned.pre_tokenizer = pre_tokenizers.Metaspace()
     learned.train_from_iterator([TEXT, "concrete can carry a load"] * 3, trainers.BpeTrainer(vocab_size=110))
@@ -90,7 +91,7 @@ def make_pieces() -> PreTrainedTokenizerFast:
 
 
 def write_tiny_gguf(folder, model_type: str, pre="gpt-2", type_="f32", scale: bool = False, **fields):
-    """A tiny model in `folder`; with `scale` its weights are so large that attention is sharp and positions matter."""
+    """Write a tiny model to `folder`; with `scale` its weights are so large that attention is sharp."""
     tokenizer = make_pieces() if pre == "pieces" else make_tokenizer(SPLITS.get(pre, pre))
     config = AutoConfig.for_model(model_type, **(SMALL | fields))
     torch.manual_seed(0)

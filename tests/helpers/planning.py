@@ -27,5 +27,6 @@ REST = 2 * VOCABULARY * HIDDEN + (2 * LAYERS + 1) * HIDDEN
 
 
 def predict(*words: str, device: Device = GPU) -> planner.Prediction:
+    """Predict what a run of the tiny architecture takes."""
     config = compose(["model=tiny_llama", ARCHITECTURE, "training.max_length=64", *words])
     return planner.Planner(config, resolve(config, device)).predict()

@@ -10,12 +10,13 @@ from qlora_exp.tracking.journal import FILE
 
 
 def start_run(store: str, folder, *overrides: str, **kwargs):
+    """Begin to track a run of the default config in a folder."""
     folder.mkdir(exist_ok=True)
     return tracker.start(compose([f"tracking.uri={store}", *overrides]), folder, **kwargs)
 
 
 def damage(line: bytes, at: int):
-    """Put a line into a journal."""
+    """Make a function that inserts a line into a folder's journal."""
 
     def write(folder) -> None:
         lines = (folder / FILE).read_bytes().splitlines(keepends=True)
@@ -26,7 +27,7 @@ def damage(line: bytes, at: int):
 
 
 def leave_stale_run(store, mlflow_client, folder, **tags: str) -> str:
-    """A run whose process died in the middle: its id."""
+    """Leave a run whose process died in the middle, and give its id."""
     with pytest.raises(KeyboardInterrupt), start_run(store, folder, "tracking.experiment_name=stale") as tracked:
         tracked.metrics({"train/loss": 3.0}, 1)
         raise KeyboardInterrupt

@@ -104,9 +104,9 @@ def test_bundle_contains_neither_paths_nor_training_rows(run_quick, mlflow_uri, 
         start(found, recorded_config(found, {}, mlflow_uri), tmp_path / "again")
 
 
-def test_run_is_reproduced_from_its_bundle_without_its_store(bundle_path, tmp_path):
+def test_run_is_reproduced_from_its_bundle_without_its_store(bundle_path, make_store, tmp_path):
     found = one_record(None, str(bundle_path))
-    uri = f"sqlite:///{tmp_path / 'mine.db'}"
+    uri = make_store("mine.db")
     config = recorded_config(found, {}, uri)
     again = one_record(uri, start(found, config, tmp_path / "again"))
     verdict = judge(found, again, config)
@@ -114,9 +114,9 @@ def test_run_is_reproduced_from_its_bundle_without_its_store(bundle_path, tmp_pa
     assert again.tags["reproduces"] == found.run_id
 
 
-def test_drift_is_judged_by_the_seeds_in_the_bundle(bundle_path, tmp_path):
+def test_drift_is_judged_by_the_seeds_in_the_bundle(bundle_path, make_store, tmp_path):
     found = bundle.read(bundle_path)
-    uri = f"sqlite:///{tmp_path / 'mine.db'}"
+    uri = make_store("mine.db")
     config = recorded_config(found, {"training.learning_rate": 0.05}, uri)
     verdict = judge(found, one_record(uri, start(found, config, tmp_path / "again")), config)
     assert "over 3 seeds it varies by" in verdict.why

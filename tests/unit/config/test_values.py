@@ -1,3 +1,5 @@
+import json
+
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -5,6 +7,8 @@ from hypothesis import strategies as st
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.validate import from_dict
 from qlora_exp.config.values import flatten, to_yaml
+
+DEFAULTS = compose().model_dump_json()
 
 
 @given(
@@ -16,7 +20,7 @@ from qlora_exp.config.values import flatten, to_yaml
 )
 @settings(max_examples=30, deadline=None)
 def test_config_survives_a_yaml_round_trip(r: int, alpha: int, rate: float, seed: int, message: str | None):
-    values = compose().model_dump(mode="json")
+    values = json.loads(DEFAULTS)
     values["method"] |= {"r": r, "lora_alpha": alpha}
     values["training"]["learning_rate"] = rate
     values["dataset"] |= {"format": "chat", "system_message": message}

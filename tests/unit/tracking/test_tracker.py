@@ -227,10 +227,10 @@ def test_folder_accepts_only_its_own_run(mlflow_uri, tmp_path):
         pass
 
 
-def test_other_store_receives_everything(mlflow_uri, mlflow_client, tmp_path):
+def test_other_store_receives_everything(mlflow_uri, mlflow_client, tmp_path, make_store):
     with start_run(mlflow_uri, tmp_path / "run") as tracked:
         tracked.metrics({"loss": 2.0}, 1)
-    other = f"sqlite:///{tmp_path / 'other.db'}"
+    other = make_store("other.db")
     assert not is_settled(tmp_path / "run", other)
     assert tracker.finish(tmp_path / "run", "killed", "not used", other) is True
     assert is_settled(tmp_path / "run", other)
@@ -241,14 +241,14 @@ def test_other_store_receives_everything(mlflow_uri, mlflow_client, tmp_path):
     assert mlflow_client.get_run(tracked.run_id).data.metrics == {"loss": 2.0}
 
 
-def test_store_that_lost_a_run_receives_it_again(tmp_path):
-    uri = f"sqlite:///{tmp_path / 'lost.db'}"
+def test_store_that_lost_a_run_receives_it_again(tmp_path, make_store):
+    uri, new_uri = make_store("lost.db"), make_store("new.db")
     with start_run(uri, tmp_path / "run") as tracked:
         tracked.metrics({"loss": 2.0}, 1)
         (tmp_path / "lost.db").rename(tmp_path / "away.db")
-        tracked._mlflow = client(f"sqlite:///{tmp_path / 'new.db'}")
+        tracked._mlflow = client(new_uri)
         tracked.metrics({"loss": 1.0}, 2)
-    there = client(f"sqlite:///{tmp_path / 'new.db'}")
+    there = client(new_uri)
     (again,) = there.search_runs([there.get_experiment_by_name("qlora_exp").experiment_id])
     assert [one.value for one in there.get_metric_history(again.info.run_id, "loss")] == [2.0, 1.0]
     assert again.info.status == "FINISHED"
@@ -385,14 +385,14 @@ def test_folder_of_another_user_is_not_read(mlflow_uri, mlflow_client, tmp_path,
     assert (tmp_path / "died" / FILE).read_bytes() == before
 
 
-def test_messages_before_a_damaged_line_are_sent(mlflow_uri, mlflow_client, tmp_path):
+def test_messages_before_a_damaged_line_are_sent(mlflow_uri, mlflow_client, tmp_path, make_store):
     with start_run(mlflow_uri, tmp_path / "run") as tracked:
         tracked.metrics({"loss": 2.0}, 1)
         tracked.metrics({"loss": 1.0}, 2)
     whole = (tmp_path / "run" / FILE).read_bytes()
     at = next(number for number, line in enumerate(whole.splitlines()) if b'"step": 2' in line)
     damage(b'{"op": "met garbage', at)(tmp_path / "run")
-    uri = f"sqlite:///{tmp_path / 'other.db'}"
+    uri = make_store("other.db")
     with pytest.raises(JournalError, match=f"line {at + 1}: "):
         tracker.finish(tmp_path / "run", "killed", "not used", uri)
     there = client(uri)
