@@ -66,7 +66,7 @@ def make_tokenizer(pre) -> PreTrainedTokenizerFast:
 
 
 def make_pieces() -> PreTrainedTokenizerFast:
-    """Make a tokenizer like the converted one of Llama 2: all pairs of pieces that join, those of earlier pieces first."""
+    """Make a tokenizer like the converted one of Llama 2: all pairs of pieces that join, earlier ones first."""
     learned = Tokenizer(models.BPE())
     learned.pre_tokenizer = pre_tokenizers.Metaspace()
     learned.train_from_iterator([TEXT, "concrete can carry a load"] * 3, trainers.BpeTrainer(vocab_size=110))

@@ -48,6 +48,7 @@ def test_method_that_needs_more_than_rows_is_rejected(peft_type: str):
     assert f"method.peft_type: {peft_type} " in peft_methods.check("method", peft_type, {})[0]
 
 
+@pytest.mark.slow
 def test_every_method_of_peft_has_an_option_or_a_reason_against():
     """Or is as new as the installed PEFT: then it works by name."""
     files = {compose([f"method={name}"]).method.peft_type for name in options("method")}

@@ -52,6 +52,7 @@ def task(name: str) -> tuple[scoring.Scorer, dict[str, str]]:
     return score, sources.read(config, config.path, "train")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_code_in_an_answer_has_no_effect(name: str, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(scoring, "SECONDS", 1)
@@ -109,6 +110,7 @@ def test_unsupported_system_has_no_task_score(monkeypatch, caplog):
     assert "no task_score" in caplog.text
 
 
+@pytest.mark.slow
 def test_isolated_scores_equal_direct_scores():
     """For right and wrong answers to every task, and what people write where sympy reads it."""
     script = """

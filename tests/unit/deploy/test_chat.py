@@ -12,6 +12,8 @@ from qlora_exp.deploy import load
 from qlora_exp.deploy.chat import BASE, Request, Sampling, answers, asked, open_talker, read_requests
 from qlora_exp.utils.errors import ConfigError, DataError, ModelError
 
+pytestmark = pytest.mark.slow
+
 SHORT = Sampling(max_new_tokens=6)
 CHAT = "dataset.format=chat"
 

@@ -17,6 +17,8 @@ from qlora_exp.deploy.formats import GGUF_TYPES
 from qlora_exp.tracking import mlflow_store
 from qlora_exp.utils.errors import ConfigError, ModelError
 
+pytestmark = pytest.mark.slow
+
 
 def find(folder):
     return load.find(str(folder), device="cpu")

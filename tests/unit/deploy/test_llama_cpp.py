@@ -10,6 +10,8 @@ from helpers.gguf_models import LLAMA3, SPLITS, TEXT, write_tiny_gguf
 from qlora_exp.deploy import export, gguf, llama_cpp, load
 from qlora_exp.deploy.llama_cpp import complete, generator
 
+pytestmark = pytest.mark.slow
+
 
 def greedy(model, ids: list[int], count: int) -> list[int]:
     with torch.no_grad():

@@ -8,6 +8,8 @@ from qlora_exp.deploy import load, registry
 from qlora_exp.tracking.mlflow_store import client
 from qlora_exp.utils.errors import ConfigError, ModelError, TrackingError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def run_id(mlflow_uri, tmp_path_factory, _imported):

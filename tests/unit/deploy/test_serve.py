@@ -9,6 +9,8 @@ from support import exit_code
 from qlora_exp.deploy import export, load, serve
 from qlora_exp.utils.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 
 def test_adapter_is_merged_once_for_serving(trained_adapters, tmp_path):
     saved = load.find(str(trained_adapters()), device="cpu")

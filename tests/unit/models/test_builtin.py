@@ -56,6 +56,7 @@ def build(_: int) -> str:
     return str(folder_of("random:qwen2"))
 
 
+@pytest.mark.slow
 def test_concurrent_processes_share_one_model_folder(cache_folder):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         assert len(set(pool.map(build, range(2)))) == 1

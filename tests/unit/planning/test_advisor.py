@@ -95,6 +95,7 @@ def test_nothing_is_chosen_unless_both_methods_were_planned():
     assert choose([option("LoRA", 18, 1, 64)], CARD) == ("", "")
 
 
+@pytest.mark.slow
 def test_named_methods_are_compared_and_unplannable_ones_explained():
     words = [*TINY, "method=lora,boft", "lora_variant=lora"]
     card = Gpu("GPU", 0.72)
@@ -108,6 +109,7 @@ def test_named_methods_are_compared_and_unplannable_ones_explained():
         advisor.options([*TINY, "method=boft"], card, [card], lambda _: None)
 
 
+@pytest.mark.slow
 def test_larger_card_fits_at_least_as_many_rows():
     cards = [Gpu("GPU", size) for size in (0.68, 0.72)]
     found, _ = advisor.options([*TINY, "method=qlora"], cards[0], cards, lambda _: None)
@@ -116,6 +118,7 @@ def test_larger_card_fits_at_least_as_many_rows():
     assert rows[0] < rows[-1]
 
 
+@pytest.mark.slow
 def test_shipped_models_are_planned_smallest_first(monkeypatch):
     monkeypatch.setattr(advisor, "METHODS", {"LoRA": ["method=lora"]})
     monkeypatch.setattr(advisor.configs, "options", lambda group: ["opt_125m", "smollm2_135m", "hub", "tiny_llama"])
@@ -131,6 +134,7 @@ def advise(*arguments: str) -> int:
     return exit_code("advise", *TINY, *arguments)
 
 
+@pytest.mark.slow
 def test_advise_command_says_what_to_choose(capsys, monkeypatch):
     monkeypatch.setattr(advisor, "MOST_ROWS", 8)
     monkeypatch.setattr(advisor, "METHODS", {name: advisor.METHODS[name] for name in ("LoRA", "QLoRA")})

@@ -154,6 +154,7 @@ def test_invalid_calibration_is_rejected(change):
         )
 
 
+@pytest.mark.slow
 def test_packed_row_is_planned_at_full_length(make_config):
     resolved = resolve(make_config("method=lora"), Device("cpu", "CPU", False, False))
     rows, packed = (
@@ -165,6 +166,7 @@ def test_packed_row_is_planned_at_full_length(make_config):
     assert packed["plan/steady_mib"] > 3 * rows["plan/steady_mib"]
 
 
+@pytest.mark.slow
 def test_plan_is_shared_by_runs_that_differ_in_irrelevant_keys(make_config, monkeypatch):
     from qlora_exp.planning import planner
 

@@ -45,6 +45,7 @@ def highest(events: list[Event]) -> int:
     return max(accumulate(event.nbytes for event in events))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

@@ -7,6 +7,8 @@ from qlora_exp.environment.device import resolve
 from qlora_exp.models import base
 from qlora_exp.planning import planner
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(("name", "constants"), [("nf4", LINEAR / 16), ("nf4_double", LINEAR / 64 * (1 + 4 / 256))])
 def test_four_bit_base_takes_half_a_byte_per_weight_and_its_constants(name: str, constants: float):

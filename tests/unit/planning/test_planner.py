@@ -16,6 +16,8 @@ from qlora_exp.planning import planner
 from qlora_exp.planning.fake_tensors import Recorder
 from qlora_exp.utils.errors import ConfigError, ModelError
 
+pytestmark = pytest.mark.slow
+
 
 def test_weights_and_states_match_closed_forms():
     full = predict("method=full", "model.dtype=bfloat16", "optimizer=adamw_torch")

@@ -6,6 +6,8 @@ from qlora_exp.config.hydra_compose import compose
 from qlora_exp.planning.screening import unfit
 from qlora_exp.utils.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 TINY = [
     "model=tiny_llama",
     "+model.architecture={_name_or_path: random:llama, model_type: llama, num_hidden_layers: 2}",

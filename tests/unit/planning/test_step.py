@@ -1,6 +1,9 @@
 """What optimizers keep for each weight, against closed forms."""
 
+import pytest
 from helpers.planning import HIDDEN, INNER, LAYERS, VOCABULARY, predict
+
+pytestmark = pytest.mark.slow
 
 
 def test_paged_states_are_counted_separately():

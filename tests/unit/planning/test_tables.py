@@ -12,6 +12,7 @@ def plan(*arguments: str) -> int:
     return exit_code("plan", "model=tiny_llama", ARCHITECTURE, "training.max_length=64", *arguments)
 
 
+@pytest.mark.slow
 def test_plan_command_says_whether_a_run_fits(capsys: pytest.CaptureFixture[str]):
     assert plan("method=lora", "--gpu", "rtx4090", "training.max_steps=10", "--price", "0.5") == 0
     shown = capsys.readouterr().out
@@ -20,6 +21,7 @@ def test_plan_command_says_whether_a_run_fits(capsys: pytest.CaptureFixture[str]
     assert "steady" in shown
 
 
+@pytest.mark.slow
 def test_plan_command_shows_a_line_for_each_run_of_a_sweep(capsys: pytest.CaptureFixture[str]):
     assert plan("method=lora,boft,qlora", "quantization=none", "--vram", "0.7") == 0
     shown = capsys.readouterr().out

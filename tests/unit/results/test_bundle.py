@@ -12,6 +12,8 @@ from qlora_exp.results.records import find
 from qlora_exp.results.reproduce import recorded_config, start
 from qlora_exp.utils.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 
 def test_bundle_contains_what_the_store_contains(bundle_path, recorded_run):
     found = bundle.read(bundle_path)

@@ -11,7 +11,7 @@ from qlora_exp.config.compatibility import WORKS
 from qlora_exp.studies import probe
 from qlora_exp.studies.probe import kinds
 
-pytestmark = pytest.mark.usefixtures("_quanto")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("_quanto")]
 
 KEPT = json.loads(compatibility.FILE.read_text("utf-8"))["verdicts"]
 KINDS = kinds()

@@ -116,6 +116,7 @@ def test_text_loss_equals_the_models_loss():
     assert quantize_error.text_loss(model, rows) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_quantize_error_command_prints_and_writes_a_table(tmp_path, capsys):
     words = ("model=tiny_llama", "unrelated.max_eval_rows=1", "--out", str(tmp_path / "lab"))
     assert exit_code("quantize-error", *words) == 0

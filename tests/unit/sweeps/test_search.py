@@ -14,6 +14,8 @@ from qlora_exp.sweeps.sweep import Sweep
 from qlora_exp.tracking.journal import Journal
 from qlora_exp.utils.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("text", "expected"),

@@ -11,6 +11,7 @@ from qlora_exp.tracking.mlflow_store import client, finished_runs
 from qlora_exp.utils.errors import TrackingError
 
 
+@pytest.mark.slow
 def test_interrupted_creation_of_a_store_is_repeated(tmp_path, monkeypatch):
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     made = mlflow_store._initialize_tables
@@ -38,6 +39,7 @@ def create(uri: str) -> str:
     return client(uri).create_experiment(f"experiment {os.getpid()}")
 
 
+@pytest.mark.slow
 def test_concurrent_processes_share_one_database(tmp_path):
     uri = f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}"
     with multiprocessing.get_context("spawn").Pool(3) as pool:

@@ -68,6 +68,7 @@ def test_no_secret_reaches_mlflow_or_the_disk(mlflow_uri, mlflow_client, tmp_pat
     assert "averysecret" not in everything
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "sqlite:////proc/nowhere/mlflow.db", "nonsense://x"])
 def test_unreachable_store_is_reported_quickly(uri: str, tmp_path):
     begin = time.monotonic()
@@ -342,6 +343,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", DAMAGES)
 def test_damaged_stale_run_does_not_stop_the_next_run(what: str, mlflow_uri, mlflow_client, tmp_path, caplog):
     died = leave_stale_run(mlflow_uri, mlflow_client, tmp_path / "died")

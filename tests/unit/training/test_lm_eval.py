@@ -10,6 +10,8 @@ from qlora_exp.tracking import run_key
 from qlora_exp.training.lm_eval import evaluate, load_tasks
 from qlora_exp.utils.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 
 def test_lm_eval_limit_reduces_items(task_folder, tiny_tokenizer):
     config = compose([*task_overrides(task_folder), "evaluation.lm_eval_limit=3", "evaluation.lm_eval_num_fewshot=0"])

@@ -32,6 +32,7 @@ def test_time_limit_not_reached_has_no_later_effect(seconds: float | None, tmp_p
     assert not (tmp_path / "late").exists()
 
 
+@pytest.mark.slow
 def test_process_that_ignores_the_time_limit_is_killed_with_traceback():
     deaf = """
 import signal, time, pathlib

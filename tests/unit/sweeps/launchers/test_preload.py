@@ -5,6 +5,8 @@ import time
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 LOADED = "import sys, qlora_exp.sweeps.launchers.preload, torch; print(*sys.modules, torch.cuda.is_initialized())"
 
 
