@@ -29,10 +29,9 @@ def test_run_of_a_dead_process_is_marked_killed_by_the_next_run(mlflow_uri, mlfl
 
 @pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGINT"])
 def test_train_command_ended_by_a_signal_is_recorded_as_killed(signal_name: str, mlflow_uri, mlflow_client, tmp_path):
-    command = [sys.executable, "-m", "qlora_exp", "train", "model=tiny_llama", "training.max_steps=100000"]
-    extra = [f"tracking.uri={mlflow_uri}", "evaluation=loss_only", f"hydra.run.dir={tmp_path / 'killed'}", "device=cpu"]
+    words = [*QUICK, "training.max_steps=100000", "evaluation=loss_only", f"tracking.uri={mlflow_uri}"]
     process = subprocess.Popen(
-        [*command, *extra],
+        [sys.executable, "-m", "qlora_exp", "train", *words, f"hydra.run.dir={tmp_path / 'killed'}"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         # A shell's background job ignores SIGINT, and its children inherit that.
@@ -53,12 +52,11 @@ def test_train_command_ended_by_a_signal_is_recorded_as_killed(signal_name: str,
 def test_killed_run_resumes_from_its_checkpoint_with_equal_results(
     run_quick, read_losses, make_config, mlflow_uri, tmp_path
 ):
-
     from qlora_exp.recipe.finetune import run
 
     saving = ["training.max_steps=6", "training.save_strategy=steps", "training.save_steps=2", "method=qlora"]
     whole = run_quick(*saving)
-    words = [sys.executable, "-m", "qlora_exp", "train", *QUICK, *saving, f"tracking.uri={mlflow_uri}"]
+    words = [*QUICK, *saving, f"tracking.uri={mlflow_uri}"]
     killed = f"""
 import os, signal
 from qlora_exp.training.trainer import Watcher
@@ -69,7 +67,7 @@ def on_step_end(self, args, state, control, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
 Watcher.on_step_end = on_step_end
 import qlora_exp
-qlora_exp.train(qlora_exp.compose({words[4:]!r}), {str(tmp_path / "killed")!r})
+qlora_exp.train(qlora_exp.compose({words!r}), {str(tmp_path / "killed")!r})
 """
     assert subprocess.run([sys.executable, "-c", killed], check=False, capture_output=True).returncode == -9
     resumed = run(make_config(*saving, f"tracking.uri={mlflow_uri}"), tmp_path / "killed")

@@ -39,7 +39,14 @@ def test_error_inside_the_block_ends_the_workers():
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_workers_end_with_their_parent(how, tmp_path):
     (tmp_path / "slow.py").write_text(SLEEP)
-    asking = subprocess.Popen([sys.executable, "slow.py"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    asking = subprocess.Popen(
+        [sys.executable, "slow.py"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        # A shell's background job ignores SIGINT, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert asking.stdout is not None
     pids = [int(word) for word in asking.stdout.readline().split()]
     assert len(pids) == min(2, os.cpu_count() or 1)
