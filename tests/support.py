@@ -1,4 +1,9 @@
-"""What tests and fixtures share: the overrides of a quick run, and the command line called in this process."""
+"""What tests and fixtures share: the overrides of a quick run, and the command line."""
+
+import logging
+import subprocess
+import sys
+from typing import Any
 
 import pytest
 
@@ -19,9 +24,21 @@ QUICK = [
 
 
 def exit_code(*words: str) -> int:
-    """Of the command line, called in this process."""
+    """Call the command line in this process and give its exit code."""
     from qlora_exp.cli.main import main
 
-    with pytest.raises(SystemExit) as end:
-        main(list(words))
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        with pytest.raises(SystemExit) as end:
+            main(list(words))
+    finally:  # Hydra configures logging for its process
+        root.handlers[:] = handlers
+        root.setLevel(level)
     return int(end.value.code or 0)
+
+
+def command(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Start the command line in a process of its own, and wait for it."""
+    words = (sys.executable, "-m", "qlora_exp", *words)
+    return subprocess.run(words, capture_output=True, text=True, check=False, **options)

@@ -108,7 +108,7 @@ def column(page: Page, name: str) -> list[str]:
     return [text for _, text in sorted(rows)]
 
 
-def test_the_page_opens_on_the_newest_sweep_best_first(page: Page):
+def test_page_opens_on_the_newest_sweep_best_first(page: Page):
     losses = [float(text) for text in column(page, "metrics.`after/loss`")]
     assert len(losses) >= 2
     assert losses == sorted(losses)
@@ -127,7 +127,7 @@ def test_the_page_opens_on_the_newest_sweep_best_first(page: Page):
     assert set(column(page, "tags.`outcome`")) == {"ok"}
 
 
-def test_what_was_measured_once_is_drawn_as_bars(page: Page):
+def test_metric_measured_once_is_drawn_as_a_bar(page: Page):
     jobs = len(column(page, "metrics.`after/loss`"))
     page.goto(f"{page.url}&compareRunsMode=CHART")
     page.reload()
@@ -161,7 +161,7 @@ def test_two_runs_are_compared_by_what_differs(page: Page):
     keep(page, "compare")
 
 
-def test_a_model_has_its_measures_its_data_and_its_run(page: Page):
+def test_model_page_shows_metrics_dataset_and_run(page: Page):
     column(page, "attributes.`Models`")
     link = page.locator('[role="gridcell"][col-id="attributes.`Models`"] a').first.get_attribute("href")
     page.goto(f"{page.url.partition('#')[0]}{link}")
@@ -172,7 +172,7 @@ def test_a_model_has_its_measures_its_data_and_its_run(page: Page):
     keep(page, "model")
 
 
-def test_a_sweep_unfolds_into_its_jobs_and_has_its_comparison(page: Page, address: str):
+def test_sweep_unfolds_into_its_jobs_and_has_its_comparison(page: Page, address: str):
     page.get_by_text("Runs", exact=True).first.wait_for()
     page.goto(re.sub(r"&viewStateShareKey=\w+", "", address))
     page.reload()

@@ -46,15 +46,15 @@ def goes_on(words: Sequence[str], store: str, experiment: str, folder: Path) -> 
     return again.stdout
 
 
-def test_jobs_end_as_they_do_on_this_machine(store, tmp_path):
-    words = command(store, "ray", *RAY, "training.max_length=5,300,400")
+def test_jobs_end_like_local_jobs(mlflow_uri, tmp_path):
+    words = command(mlflow_uri, "ray", *RAY, "training.max_length=5,300,400")
     for _ in range(2):
         result = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=400)
         assert result.returncode == 1
         assert "1 of 3 jobs did not end well" in result.stderr
         assert "Traceback" not in result.stderr
     assert result.stdout.count("done in") == 2
-    (parent,), children = runs(store, "ray")
+    (parent,), children = runs(mlflow_uri, "ray")
     assert sorted(run.data.tags["outcome"] for run in children) == ["error", "ok", "ok"]
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
     assert parent.info.status == "FINISHED"
@@ -62,41 +62,41 @@ def test_jobs_end_as_they_do_on_this_machine(store, tmp_path):
         assert "run " in log.read_text("utf-8")
 
 
-def test_a_killed_job_runs_once_and_goes_on_when_asked(store, tmp_path):
-    words = command(store, "killed", *RAY, *SAVING)
+def test_killed_job_runs_once_and_resumes_on_request(mlflow_uri, tmp_path):
+    words = command(mlflow_uri, "killed", *RAY, *SAVING)
     with begin(words, tmp_path) as process:
         workers = [one for one in psutil.Process(process.pid).children(True) if one.name().startswith("ray::_call")]
         assert len(workers) == 2
         workers[0].kill()
         assert process.wait(300) == 1
-    _, children = runs(store, "killed")
+    _, children = runs(mlflow_uri, "killed")
     assert sorted(run.data.tags["outcome"] for run in children) == ["killed", "ok"]
-    assert "was cut off" in goes_on(words, store, "killed", tmp_path)
+    assert "was cut off" in goes_on(words, mlflow_uri, "killed", tmp_path)
 
 
-def test_a_killed_sweep_goes_on(store, tmp_path):
-    words = command(store, "sweep", *RAY, *SAVING)
+def test_killed_sweep_resumes(mlflow_uri, tmp_path):
+    words = command(mlflow_uri, "sweep", *RAY, *SAVING)
     with begin(words, tmp_path) as process:
         process.kill()
-    assert "was cut off; from step" in goes_on(words, store, "sweep", tmp_path)
+    assert "was cut off; from step" in goes_on(words, mlflow_uri, "sweep", tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_sweep_says_so_in_mlflow_and_goes_on(number: signal.Signals, store, tmp_path):
-    words = command(store, number.name, *RAY, *SAVING)
+def test_interrupted_sweep_is_recorded_and_resumes(number: signal.Signals, mlflow_uri, tmp_path):
+    words = command(mlflow_uri, number.name, *RAY, *SAVING)
     with begin(words, tmp_path) as process:
         process.send_signal(number)
         assert process.wait(120) == 130
-    parents, children = runs(store, number.name)
+    parents, children = runs(mlflow_uri, number.name)
     assert {run.info.status for run in (*parents, *children)} == {"KILLED"}
-    assert "was cut off; from step" in goes_on(words, store, number.name, tmp_path)
+    assert "was cut off; from step" in goes_on(words, mlflow_uri, number.name, tmp_path)
 
 
-def test_a_job_has_so_much_time(store, tmp_path):
-    words = command(store, "late", *RAY, "seed=1", "training.max_steps=100000", "sweep.timeout_minutes=0.3")
+def test_job_gets_its_time_limit(mlflow_uri, tmp_path):
+    words = command(mlflow_uri, "late", *RAY, "seed=1", "training.max_steps=100000", "sweep.timeout_minutes=0.3")
     result = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=200)
     assert result.returncode == 1
-    _, (child,) = runs(store, "late")
+    _, (child,) = runs(mlflow_uri, "late")
     assert child.data.tags["outcome"] == "timeout"
 
 
@@ -108,8 +108,8 @@ def test_a_job_has_so_much_time(store, tmp_path):
         ("+hydra.launcher.remote.num_cpu=1", "Invalid option keyword num_cpu"),
     ],
 )
-def test_what_ray_cannot_do_is_said_at_once(wrong: str, message: str, store, tmp_path):
-    words = command(store, "wrong", *RAY, "seed=1,2", wrong)
+def test_unsupported_settings_are_rejected_at_once(wrong: str, message: str, mlflow_uri, tmp_path):
+    words = command(mlflow_uri, "wrong", *RAY, "seed=1,2", wrong)
     result = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=100)
     assert result.returncode == 1
     assert message in result.stdout

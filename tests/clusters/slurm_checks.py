@@ -30,14 +30,14 @@ def _cluster() -> Iterator[None]:
         subprocess.run(["bash", str(CLUSTER), "stop", folder], check=True, timeout=60)
 
 
-def test_jobs_end_as_they_do_on_this_machine(store, tmp_path):
-    words = command(store, "slurm", *SLURM, "training.max_length=5,300,400")
+def test_jobs_end_like_local_jobs(mlflow_uri, tmp_path):
+    words = command(mlflow_uri, "slurm", *SLURM, "training.max_length=5,300,400")
     for _ in range(2):
         result = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=400)
         assert result.returncode == 1
         assert "1 of 3 jobs did not end well" in result.stderr
     assert result.stdout.count("done in") == 2
-    (parent,), children = runs(store, "slurm")
+    (parent,), children = runs(mlflow_uri, "slurm")
     assert sorted(run.data.tags["outcome"] for run in children) == ["error", "ok", "ok"]
     assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
     assert parent.info.status == "FINISHED"
@@ -54,10 +54,10 @@ def job_process(number: int) -> psutil.Process:
 
 
 @pytest.mark.parametrize("how", ["scancel", "kill -9"])
-def test_a_job_that_is_cut_off_is_recorded_and_goes_on(how: str, store, tmp_path):
+def test_preempted_job_is_recorded_and_resumes(how: str, mlflow_uri, tmp_path):
     name = how.replace(" ", "")
     words = command(
-        store, name, *SLURM, "seed=1,2", "training.max_steps=300", "training.save_strategy=steps",
+        mlflow_uri, name, *SLURM, "seed=1,2", "training.max_steps=300", "training.save_strategy=steps",
         "training.save_steps=10",
     )  # fmt: skip
     with subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
@@ -73,7 +73,7 @@ def test_a_job_that_is_cut_off_is_recorded_and_goes_on(how: str, store, tmp_path
         else:
             victim.kill()
         assert process.wait(300) == 1
-    parents, children = runs(store, name)
+    parents, children = runs(mlflow_uri, name)
     assert sorted(run.data.tags["outcome"] for run in children) == ["killed", "ok"]  # the other one was left alone
     assert {run.info.status for run in (*parents, *children)} == {"KILLED", "FINISHED"}
     (folder,) = tmp_path.glob("multirun/*/seed-1*")
@@ -85,6 +85,6 @@ def test_a_job_that_is_cut_off_is_recorded_and_goes_on(how: str, store, tmp_path
     assert again.returncode == 0, again.stderr
     assert "was cut off; from step" in again.stdout
     assert steps_told(folder) == list(range(1, 301))
-    _, resumed = runs(store, name)
+    _, resumed = runs(mlflow_uri, name)
     assert {run.info.run_id for run in children} <= {run.info.run_id for run in resumed}
     assert [run.data.tags["outcome"] for run in resumed] == ["ok", "ok"]

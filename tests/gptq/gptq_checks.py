@@ -21,10 +21,9 @@ from qlora_exp.config import compatibility
 from qlora_exp.config.compatibility import WORKS
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.deploy import export, merge
-from qlora_exp.deploy import load as loading
+from qlora_exp.deploy.load import find
 from qlora_exp.environment.device import Device, resolve
-from qlora_exp.models import base as model
-from qlora_exp.models import quantization
+from qlora_exp.models import base, quantization
 from qlora_exp.studies import probe
 from qlora_exp.tracking.journal import FILE, read
 from qlora_exp.utils.errors import ModelError
@@ -36,18 +35,18 @@ ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
 
 @pytest.fixture(scope="module")
-def base() -> Path:
-    return Path(model.locate(compose(["model=tiny_llama"]).model))
+def plain_folder() -> Path:
+    return Path(base.locate(compose(["model=tiny_llama"]).model))
 
 
 @pytest.fixture(scope="module")
-def gptq(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def gptq_folder(plain_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from gptqmodel import GPTQModel, QuantizeConfig
 
     folder = tmp_path_factory.mktemp("gptq") / "model"
     torch.manual_seed(0)
     rows = [{"input_ids": torch.randint(0, 100, (40,)).tolist(), "attention_mask": [1] * 40} for _ in range(64)]
-    quantizer = GPTQModel.load(str(base), QuantizeConfig(bits=4, group_size=GROUP), device="cpu")
+    quantizer = GPTQModel.load(str(plain_folder), QuantizeConfig(bits=4, group_size=GROUP), device="cpu")
     quantizer.quantize(rows, batch_size=1)
     quantizer.save(str(folder))
     return folder
@@ -61,8 +60,8 @@ def packed(values: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def awq(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = shutil.copytree(base, tmp_path_factory.mktemp("awq") / "model")
+def awq_folder(plain_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = shutil.copytree(plain_folder, tmp_path_factory.mktemp("awq") / "model")
     written = {}
     for name, weight in load_file(folder / "model.safetensors").items():
         if "_proj" not in name:
@@ -84,21 +83,23 @@ def awq(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=["gptq", "awq"])
-def stored(request: pytest.FixtureRequest) -> tuple[str, Path]:
-    return request.param, request.getfixturevalue(request.param)
+def quantized_folder(request: pytest.FixtureRequest) -> tuple[str, Path]:
+    return request.param, request.getfixturevalue(f"{request.param}_folder")
 
 
-def test_all_that_a_trainer_does_works_but_merging(stored: tuple[str, Path], monkeypatch: pytest.MonkeyPatch):
-    name, folder = stored
+def test_quantized_files_support_all_aspects_of_training_but_merging(
+    quantized_folder: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+):
+    name, folder = quantized_folder
     monkeypatch.setitem(compatibility.BASES, name, f"{name} model.model_name_or_path={folder}")
     found = probe.verdicts(["method=lora"], name)
     assert {aspect for aspect, verdict in found.items() if verdict != WORKS} == {"merge"}, found
 
 
-def test_a_layer_computes_with_the_weights_that_it_is_said_to_stand_for(stored: tuple[str, Path]):
-    name, folder = stored
+def test_layer_computes_with_its_dequantized_weights(quantized_folder: tuple[str, Path]):
+    name, folder = quantized_folder
     config = compose(["method=lora", f"quantization={name}", f"model.model_name_or_path={folder}"])
-    layer = model.load_model(config.model, config.quantization, resolve(config, CPU)).model.layers[0].mlp.down_proj
+    layer = base.load_model(config.model, config.quantization, resolve(config, CPU)).model.layers[0].mlp.down_proj
     weight = quantization.weight_of(layer)
     assert weight is not None
     assert weight.shape == (64, 128)
@@ -108,32 +109,34 @@ def test_a_layer_computes_with_the_weights_that_it_is_said_to_stand_for(stored: 
 @pytest.mark.parametrize(
     "words", [["method=qlora"], ["method=lora", "lora_variant=qalora", f"lora_variant.qalora_group_size={GROUP}"]]
 )
-def test_a_run_on_gptq_files_trains_and_is_loaded_again(gptq: Path, run: Callable[..., Any], words: list[str]):
-    result = run(*words, "quantization=gptq", f"model.model_name_or_path={gptq}")
+def test_run_on_gptq_files_trains_and_is_loaded_again(
+    gptq_folder: Path, run_quick: Callable[..., Any], words: list[str]
+):
+    result = run_quick(*words, "quantization=gptq", f"model.model_name_or_path={gptq_folder}")
     adapted, tokenizer = load(str(result.output_dir))
     assert type(adapted.base_model.model.model.layers[0].mlp.down_proj).__name__ == "GPTQLoraLinear"
     ids = tokenizer("a question", return_tensors="pt").input_ids
     assert torch.isfinite(adapted(input_ids=ids).logits).all()
-    plain = run("method=lora", "evaluation=loss_only", "training.max_steps=1")
-    base = [one.metrics["total_parameters"] - one.metrics["trainable_parameters"] for one in (result, plain)]
-    assert base[0] == base[1]  # packed weights count for what they stand for
+    plain = run_quick("method=lora", "evaluation=loss_only", "training.max_steps=1")
+    frozen = [one.metrics["total_parameters"] - one.metrics["trainable_parameters"] for one in (result, plain)]
+    assert frozen[0] == frozen[1]  # packed weights count for what they stand for
 
 
-def test_files_that_are_gptq_are_not_taken_for_plain_ones(gptq: Path):
-    config = compose(["method=lora", f"model.model_name_or_path={gptq}"])
+def test_gptq_files_without_quantization_gptq_are_rejected(gptq_folder: Path):
+    config = compose(["method=lora", f"model.model_name_or_path={gptq_folder}"])
     with pytest.raises(ModelError, match="choose quantization=gptq"):
-        model.load_model(config.model, config.quantization, resolve(config, CPU))
+        base.load_model(config.model, config.quantization, resolve(config, CPU))
 
 
-def test_a_run_is_exported_as_gptq_on_its_own_rows(run: Callable[..., Any], tmp_path: Path):
-    result = run("method=lora", "dataset.max_train_rows=32", "training.learning_rate=1e-2")
-    made = export.export(loading.find(result.run_id, result_store(result), "cpu"), tmp_path / "made", "gptq")
+def test_gptq_export_calibrates_on_the_runs_own_rows(run_quick: Callable[..., Any], tmp_path: Path):
+    result = run_quick("method=lora", "dataset.max_train_rows=32", "training.learning_rate=1e-2")
+    made = export.export(find(result.run_id, result_store(result), "cpu"), tmp_path / "made", "gptq")
     assert (made.form, made.weights) == ("gptq", "gptq, groups of 64")
     assert 0 < made.mean_kl < 0.01
     assert json.loads((tmp_path / "made" / "config.json").read_text())["quantization_config"]["bits"] == 4
     assert sorted(one.name for one in (tmp_path / "made").glob(".*")) == []
     adapted, tokenizer = load(str(tmp_path / "made"), device="cpu")
-    whole = merge.whole(loading.find(str(result.output_dir), device="cpu"))
+    whole = merge.whole(find(str(result.output_dir), device="cpu"))
     ids = tokenizer("a question", return_tensors="pt").input_ids
     with torch.no_grad():
         far = (adapted(input_ids=ids).logits - whole.model(input_ids=ids).logits).abs().max()

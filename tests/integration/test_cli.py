@@ -4,14 +4,9 @@ import sys
 import pytest
 import yaml
 from omegaconf import OmegaConf
+from support import QUICK, command
 
 from qlora_exp.cli import main
-
-
-def command(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "qlora_exp", *arguments], capture_output=True, text=True, check=False, **kwargs
-    )
 
 
 @pytest.mark.parametrize(
@@ -71,17 +66,16 @@ def test_mistakes_get_one_clear_message_and_leave_nothing(overrides: list[str], 
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_a_sweep_runs_every_combination_and_reports(device: str, store, tmp_path):
-    from support import QUICK
-
-    from qlora_exp.tracking.mlflow_store import client
+def test_a_sweep_runs_every_combination_and_reports(device: str, mlflow_uri, tmp_path):
+    from qlora_exp.tracking.tracker import client
 
     result = command(
-        "train", "-m", *QUICK, f"tracking.uri={store}", f"tracking.experiment_name=sweep_{device}", f"device={device}",
+        "train", "-m", *QUICK, f"tracking.uri={mlflow_uri}", f"tracking.experiment_name=sweep_{device}",
+        f"device={device}",
         "method=lora", "method.r=2,4", "seed=1,2", "evaluation=loss_only", cwd=tmp_path,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    mlflow = client(store)
+    mlflow = client(mlflow_uri)
     runs = mlflow.search_runs([mlflow.get_experiment_by_name(f"sweep_{device}").experiment_id], "params.seed LIKE '%'")
     assert {(run.data.params["method.r"], run.data.params["seed"]) for run in runs} == {
         (r, s) for r in "24" for s in "12"
@@ -90,8 +84,8 @@ def test_a_sweep_runs_every_combination_and_reports(device: str, store, tmp_path
     assert len(list((tmp_path / "multirun").glob("*/*/journal.jsonl"))) == 4
 
 
-def test_a_failure_is_shown_without_a_traceback_and_ends_with_1(store, tmp_path):
-    result = command("train", "model=tiny_llama", f"tracking.uri={store}", "training.max_length=5", cwd=tmp_path)
+def test_a_failure_is_shown_without_a_traceback_and_ends_with_1(mlflow_uri, tmp_path):
+    result = command("train", "model=tiny_llama", f"tracking.uri={mlflow_uri}", "training.max_length=5", cwd=tmp_path)
     assert result.returncode == 1
     assert "error: no token of the" in result.stderr
     assert "Traceback" not in result.stderr
@@ -102,12 +96,12 @@ def test_wrong_usage_ends_with_2():
     assert "did you mean 'training'" in command("keys", "traning").stderr
 
 
-def test_an_interrupted_run_says_how_to_go_on(config, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_says_how_to_go_on(make_config, tmp_path, monkeypatch, capsys):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("qlora_exp.recipe.finetune.run", interrupted)
-    composed, folder = OmegaConf.create(config().model_dump(mode="json")), tmp_path / "run"
+    composed, folder = OmegaConf.create(make_config().model_dump(mode="json")), tmp_path / "run"
     for hint in ("", f"to go on: the same command with hydra.run.dir={folder}\n"):
         with pytest.raises(KeyboardInterrupt):
             main._alone(composed, folder)

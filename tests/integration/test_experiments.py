@@ -13,7 +13,7 @@ COLUMNS = {
 
 
 @pytest.mark.parametrize("name", options("experiment"))
-def test_experiment(name: str, run, jsonl, losses):
+def test_shipped_experiment_runs_on_a_tiny_model(name: str, run_quick, write_jsonl, read_losses):
     config = compose([f"experiment={name}"])
     overrides = [
         f"experiment={name}", f"model=tiny_{FAMILY[name.split('_')[0]]}",
@@ -26,9 +26,9 @@ def test_experiment(name: str, run, jsonl, losses):
     if config.dataset.path in COLUMNS:
         prompt, context, completion = COLUMNS[config.dataset.path]
         rows = [{prompt: f"Say {i}.", context: "loud" if i % 2 else "", completion: f"It is {i}."} for i in range(100)]
-        overrides.append(f"dataset.path={jsonl(rows)}")
-    result = run(*overrides)
-    assert len(losses(result)) == 2
+        overrides.append(f"dataset.path={write_jsonl(rows)}")
+    result = run_quick(*overrides)
+    assert len(read_losses(result)) == 2
     assert result.metrics["steps"] == 2
     assert result.metrics["after/perplexity"] > 1
 
@@ -55,7 +55,7 @@ def test_experiment(name: str, run, jsonl, losses):
         ("llama3_8b_qlora", "training.num_train_epochs", 3),
     ],
 )
-def test_settings_are_those_of_the_source(name: str, key: str, value: object):
+def test_shipped_experiment_has_the_settings_of_its_source(name: str, key: str, value: object):
     from qlora_exp.config.values import flatten
 
     assert flatten(compose([f"experiment={name}"]))[key] == value

@@ -6,16 +6,16 @@ import pytest
 
 
 @pytest.mark.embedded
-def test_the_embedded_model_learns(store, tmp_path, losses):
+def test_builtin_model_learns(mlflow_uri, tmp_path, read_losses):
     from qlora_exp.config.hydra_compose import compose
     from qlora_exp.recipe.finetune import run
 
     training = ["training.max_steps=4", "training.eval_strategy=no", "training.learning_rate=1e-3"]
     measuring = ["dataset.max_eval_rows=4", "evaluation.generate_rows=2", "evaluation.max_new_tokens=8"]
     measuring += ["unrelated.max_eval_rows=2"]
-    config = compose([f"tracking.uri={store}", "device=cpu", *training, *measuring])
+    config = compose([f"tracking.uri={mlflow_uri}", "device=cpu", *training, *measuring])
     result = run(config, tmp_path / "run")
-    assert len(losses(result)) == 4
+    assert len(read_losses(result)) == 4
     assert result.metrics["after/loss"] < result.metrics["before/loss"] < 5.0
     assert result.metrics["total_parameters"] - result.metrics["trainable_parameters"] == 134_515_008
     audit = json.loads((result.output_dir / "label_audit.json").read_text())
@@ -24,7 +24,7 @@ def test_the_embedded_model_learns(store, tmp_path, losses):
 
 
 @pytest.mark.embedded
-def test_the_embedded_model_is_the_real_one():
+def test_builtin_model_is_the_published_one():
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

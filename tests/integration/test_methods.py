@@ -26,10 +26,10 @@ VARIANTS = [f"lora_variant={name}" for name in ("corda", "eva", "loftq", "lora_g
 
 
 @pytest.mark.parametrize("name", [*WHOLE_RUNS, *VARIANTS])
-def test_what_a_run_saves_is_what_it_measured(name: str, run):
+def test_saved_model_has_the_loss_that_was_measured(name: str, run_quick):
     given = ["method=lora", name, "lora_variant.init_rows=4"] if name in VARIANTS else words(name)
     given += ["quantization=nf4"] if "loftq" in name else []
-    result = run(*given, "evaluation=loss_only", "evaluation.before=true")
+    result = run_quick(*given, "evaluation=loss_only", "evaluation.before=true")
     assert result.metrics["after/loss"] != result.metrics["before/loss"]
     assert 0 < result.metrics["trainable_share"] < 1
     line = (result.output_dir / "evaluation" / "after_losses.jsonl").read_text().splitlines()[0]
@@ -49,8 +49,8 @@ def logits(model, ids: torch.Tensor) -> torch.Tensor:
         return model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -ids.shape[1] :]
 
 
-def test_adalora_really_moves_ranks_to_where_they_count(run):
-    result = run(
+def test_adalora_redistributes_ranks_within_its_budget(run_quick):
+    result = run_quick(
         "method=adalora", "method.init_r=6", "method.target_r=3", "evaluation=loss_only", "training.max_steps=6"
     )
     settings = json.loads((result.output_dir / "model" / "adapter_config.json").read_text())
@@ -61,14 +61,14 @@ def test_adalora_really_moves_ranks_to_where_they_count(run):
 
 
 @pytest.mark.parametrize("name", ["adalora", "adamss"])
-def test_a_method_that_moves_its_budget_is_told_of_every_step(name: str, run, monkeypatch):
+def test_rank_allocation_is_updated_at_every_step(name: str, run_quick, monkeypatch):
     told = []
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(name.upper())]
     monkeypatch.setattr(tuner, "update_and_allocate", lambda self, step: told.append(step))
-    run(f"method={name}", "evaluation=loss_only", "training.max_steps=3")
+    run_quick(f"method={name}", "evaluation=loss_only", "training.max_steps=3")
     assert told == [0, 1, 2]
 
 
-def test_an_adalora_schedule_that_leaves_no_step_is_refused(run):
+def test_adalora_schedule_without_a_step_between_is_rejected(run_quick):
     with pytest.raises(ConfigError, match=r"method.tinit=2 and method.tfinal=1 steps .* none of 3"):
-        run("method=adalora", "method.tinit=2", "training.max_steps=3")
+        run_quick("method=adalora", "method.tinit=2", "training.max_steps=3")

@@ -1,24 +1,24 @@
 import errno
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import yaml
+from helpers.tracking import leave_stale_run
 from support import QUICK, exit_code
 
 from qlora_exp.config.validate import from_dict
 from qlora_exp.config.values import APART, flatten
-from qlora_exp.tracking.journal import last_message, metrics
+from qlora_exp.environment import efficiency
+from qlora_exp.tracking.journal import FILE, Journal
 from qlora_exp.tracking.mlflow_store import client
 from qlora_exp.utils.errors import ConfigError, DataError, DivergedError, UserError
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen2"])
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-def test_every_method_trains_every_family(method: str, family: str, run):
-    metrics = run(
+def test_every_method_trains_every_family(method: str, family: str, run_quick):
+    metrics = run_quick(
         f"model=tiny_{family}", f"method={method}", "training.learning_rate=1e-2", "training.max_steps=6"
     ).metrics
     assert metrics["after/loss"] < metrics["before/loss"]
@@ -27,13 +27,13 @@ def test_every_method_trains_every_family(method: str, family: str, run):
 
 @pytest.mark.parametrize("quantization", ["nf4", "nf4_double", "fp4", "fp4_double", "int8"])
 @pytest.mark.parametrize("variant", ["lora", "dora_rslora"])
-def test_every_quantization_trains_with_every_variant(quantization: str, variant: str, run):
-    run(f"quantization={quantization}", f"lora_variant={variant}", "training.max_steps=1", "evaluation=loss_only")
+def test_every_quantization_trains_with_every_variant(quantization: str, variant: str, run_quick):
+    run_quick(f"quantization={quantization}", f"lora_variant={variant}", "training.max_steps=1", "evaluation=loss_only")
 
 
-def test_what_a_run_leaves_in_mlflow(run, store, config):
-    result = run("training.eval_strategy=steps", "training.eval_steps=2", "dataset=reasoning_gym")
-    mlflow = client(store)
+def test_run_is_recorded_in_mlflow(run_quick, mlflow_uri):
+    result = run_quick("training.eval_strategy=steps", "training.eval_steps=2", "dataset=reasoning_gym")
+    mlflow = client(mlflow_uri)
     found = mlflow.get_run(result.run_id)
     assert found.info.status == "FINISHED"
     assert found.data.tags["outcome"] == "ok"
@@ -74,8 +74,8 @@ def test_what_a_run_leaves_in_mlflow(run, store, config):
     assert json.loads(tags["mlflow.sharedViewState.qlora_exp_all_runs"])["name"] == "All runs"
 
 
-def test_sources_that_no_longer_hold_are_not_in_a_saved_model(run):
-    result = run("method=lora")
+def test_saved_model_names_no_temporary_paths(run_quick):
+    result = run_quick("method=lora")
     saved = result.output_dir / "model"
     assert json.loads((saved / "adapter_config.json").read_text())["base_model_name_or_path"] == "random:llama"
     assert not list(saved.glob("*.bin"))
@@ -84,8 +84,8 @@ def test_sources_that_no_longer_hold_are_not_in_a_saved_model(run):
     )
 
 
-def test_samples_stand_side_by_side(run):
-    result = run()
+def test_sampled_answers_before_and_after_share_their_prompts(run_quick):
+    result = run_quick()
     answers = json.loads((result.output_dir / "evaluation" / "answers.json").read_text())
     assert [row["prompt"] for row in answers["before"]] == [row["prompt"] for row in answers["after"]]
     assert answers["after"][0]["reference"]
@@ -99,14 +99,14 @@ def test_samples_stand_side_by_side(run):
         (["model.model_name_or_path=./gone"], UserError),
     ],
 )
-def test_mistakes_are_recorded_and_refused_before_weights_are_loaded(
-    overrides, error, run, store, monkeypatch, tmp_path
+def test_config_errors_are_recorded_before_weights_are_loaded(
+    overrides, error, run_quick, mlflow_uri, monkeypatch, tmp_path
 ):
     monkeypatch.setattr("qlora_exp.models.base.load_model", lambda *_: pytest.fail("weights were loaded"))
     with pytest.raises(error):
-        run(*overrides)
+        run_quick(*overrides)
     run_id = (tmp_path / "run0" / "run.log").read_text().split("run ", 1)[1].split()[0]
-    assert client(store).get_run(run_id).info.status == "FAILED"
+    assert client(mlflow_uri).get_run(run_id).info.status == "FAILED"
 
 
 @pytest.mark.parametrize(
@@ -117,9 +117,9 @@ def test_mistakes_are_recorded_and_refused_before_weights_are_loaded(
         (["device=mps"], ConfigError),
     ],
 )
-def test_wrong_data_and_devices_are_refused_before_there_is_a_run(overrides, error, run, tmp_path):
+def test_invalid_data_or_device_is_rejected_before_a_run_exists(overrides, error, run_quick, tmp_path):
     with pytest.raises(error):
-        run(*overrides)
+        run_quick(*overrides)
     assert not (tmp_path / "run0").exists()
 
 
@@ -131,7 +131,7 @@ def test_wrong_data_and_devices_are_refused_before_there_is_a_run(overrides, err
         (["method=lora", "dataset.format=chat"], "table"),
     ],
 )
-def test_what_was_trained_outlives_a_failure_after_training(words, moment, run, store, tmp_path, monkeypatch):
+def test_trained_model_is_kept_when_a_later_step_fails(words, moment, run_quick, mlflow_uri, tmp_path, monkeypatch):
     from qlora_exp.deploy.load import load
     from qlora_exp.tracking.tracker import Tracker
     from qlora_exp.training import evaluation
@@ -140,22 +140,25 @@ def test_what_was_trained_outlives_a_failure_after_training(words, moment, run, 
         raise IndexError("index out of range in self")
 
     words = [*words, "training.learning_rate=1e-2", "evaluation.before=false"]
-    whole = run(*words)
+    whole = run_quick(*words)
     assert not (whole.output_dir / "first_adapter").exists()
     monkeypatch.setattr(*((evaluation, "evaluate") if moment == "evaluate" else (Tracker, "table")), fail)
     with pytest.raises(IndexError):
-        run(*words, folder="failed")
+        run_quick(*words, folder="failed")
     saved = tmp_path / "failed" / "model"
     contents = {file.name for file in saved.iterdir()}
     assert contents == {file.name for file in (whole.output_dir / "model").iterdir()}
     assert "what was trained is in" in (tmp_path / "failed" / "run.log").read_text()
     for one, other in zip(
-        *(load(str(folder), store, device="cpu")[0].parameters() for folder in (saved, whole.output_dir / "model")),
+        *(
+            load(str(folder), mlflow_uri, device="cpu")[0].parameters()
+            for folder in (saved, whole.output_dir / "model")
+        ),
         strict=True,
     ):
         assert one.equal(other)
 
-    mlflow = client(store)
+    mlflow = client(mlflow_uri)
     run_id = (tmp_path / "failed" / "run.log").read_text().split("run ", 1)[1].split()[0]
     found = mlflow.get_run(run_id)
     assert found.info.status == "FAILED"
@@ -166,73 +169,39 @@ def test_what_was_trained_outlives_a_failure_after_training(words, moment, run, 
     }
 
 
-def test_a_model_that_diverged_is_not_saved(run, tmp_path):
+def test_diverged_model_is_not_saved(run_quick, tmp_path):
     with pytest.raises(DivergedError):
-        run("method=full", "training.learning_rate=1e30", "training.max_grad_norm=0", folder="failed")
+        run_quick("method=full", "training.learning_rate=1e30", "training.max_grad_norm=0", folder="failed")
     assert not (tmp_path / "failed" / "model").exists()
 
 
 @pytest.mark.parametrize("words", [["train"], ["train", "-m", "seed=1,2"]])
-def test_a_launcher_of_several_processes_is_refused_before_anything_is_made(words, run, tmp_path, monkeypatch, capsys):
+def test_multi_process_launcher_is_rejected_before_anything_is_written(words, run_quick, tmp_path, monkeypatch, capsys):
     for key, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(key, value)
     assert exit_code(*words, *QUICK) == 1
     assert "start it without a launcher" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="without a launcher"):
-        run()
+        run_quick()
     assert not list(tmp_path.iterdir())
 
 
-def test_a_killed_run_goes_on_from_its_checkpoint_as_if_nothing_had_happened(run, losses, config, store, tmp_path):
-    from qlora_exp.recipe.finetune import run as start
-
-    saving = ["training.max_steps=6", "training.save_strategy=steps", "training.save_steps=2", "method=qlora"]
-    whole = run(*saving)
-    words = [sys.executable, "-m", "qlora_exp", "train", *QUICK, *saving, f"tracking.uri={store}"]
-    killed = f"""
-import os, signal
-from qlora_exp.training import trainer as training
-mark = training.Watcher.on_step_end
-def on_step_end(self, args, state, control, **kwargs):
-    mark(self, args, state, control, **kwargs)
-    if state.global_step == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-training.Watcher.on_step_end = on_step_end
-import qlora_exp
-qlora_exp.train(qlora_exp.compose({words[4:]!r}), {str(tmp_path / "killed")!r})
-"""
-    assert subprocess.run([sys.executable, "-c", killed], check=False, capture_output=True).returncode == -9
-    resumed = start(config(*saving, f"tracking.uri={store}"), tmp_path / "killed")
-    assert losses(resumed) == losses(whole)
-    assert resumed.metrics["after/loss"] == whole.metrics["after/loss"]
-    tokens = [
-        [one["train/num_tokens"] for one in metrics(each.output_dir) if "train/num_tokens" in one]
-        for each in (resumed, whole)
-    ]
-    assert tokens[0] == tokens[1]
-    found = client(store)
-    points = found.get_metric_history(resumed.run_id, "train/loss")
-    assert [point.step for point in points] == [1, 2, 3, 4, 5, 6]
-    assert found.get_run(resumed.run_id).info.status == "FINISHED"
-
-
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_a_read_only_output_folder_is_refused_as_a_user(run, tmp_path):
+def test_read_only_output_folder_is_rejected(run_quick, tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(ConfigError, match="cannot write to the output folder"):
-        run()
+        run_quick()
 
 
-def test_an_output_folder_that_cannot_be_is_refused(config, store, tmp_path):
+def test_impossible_output_folder_is_rejected(make_config, mlflow_uri, tmp_path):
     from qlora_exp.recipe.finetune import run
 
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="hydra.run.dir=FOLDER"):
-        run(config(f"tracking.uri={store}"), tmp_path / "file" / "run")
+        run(make_config(f"tracking.uri={mlflow_uri}"), tmp_path / "file" / "run")
 
 
-def test_a_disk_that_fills_up_fails_the_run_with_its_memory_and_its_reason(run, store, tmp_path, monkeypatch):
-    from qlora_exp.tracking.journal import Journal
+def test_full_disk_fails_the_run_and_its_reason_is_recorded(run_quick, mlflow_uri, tmp_path, monkeypatch):
     from qlora_exp.tracking.tracker import Tracker
 
     write, append, is_full = Tracker.text, Journal.append, []
@@ -252,38 +221,18 @@ def test_a_disk_that_fills_up_fails_the_run_with_its_memory_and_its_reason(run, 
     monkeypatch.setattr(Tracker, "text", text)
     monkeypatch.setattr(Journal, "append", journal)
     with pytest.raises(OSError, match="No space left"):
-        run()
+        run_quick()
     run_id = (tmp_path / "run0" / "run.log").read_text().split("run ", 1)[1].split()[0]
-    found = client(store).get_run(run_id)
+    found = client(mlflow_uri).get_run(run_id)
     assert (found.info.status, found.data.tags["outcome"]) == ("FAILED", "error")
     assert "No space left" in found.data.tags["failure"]
     assert found.data.metrics["memory/steady/rss_peak_mib"] > 0
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-def test_trains_on_the_gpu(method: str, run):
-    metrics = run("device=cuda", f"method={method}", "training.learning_rate=1e-2", "training.max_steps=6").metrics
-    assert metrics["after/loss"] < metrics["before/loss"]
-    assert metrics["memory/steady/allocated_peak_mib"] > 0
-
-
-@pytest.mark.gpu
-def test_a_gpu_without_room_is_a_result(run, store, tmp_path):
-    import torch
-
-    torch.cuda.set_per_process_memory_fraction(1e-5)
-    try:
-        with pytest.raises(torch.cuda.OutOfMemoryError):
-            run("device=cuda")
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    assert last_message(tmp_path / "run0")["outcome"] == "oom"
-    assert run("device=cuda").metrics["after/loss"] > 0
-
-
-def test_what_a_run_makes_the_model_forget_is_measured(run):
-    result = run("method=full", "unrelated=python_docs", "unrelated.max_eval_rows=2", "training.learning_rate=0.01")
+def test_forgetting_is_measured_on_unrelated_text(run_quick):
+    result = run_quick(
+        "method=full", "unrelated=python_docs", "unrelated.max_eval_rows=2", "training.learning_rate=0.01"
+    )
     metrics = result.metrics
     assert metrics["forgetting"] == metrics["after/unrelated_loss"] - metrics["before/unrelated_loss"] != 0
     lines = (result.output_dir / "evaluation" / "after_unrelated_losses.jsonl").read_text().splitlines()
@@ -292,13 +241,58 @@ def test_what_a_run_makes_the_model_forget_is_measured(run):
     assert sum(row["nll"] for row in rows) / sum(row["tokens"] for row in rows) == metrics["after/unrelated_loss"]
 
 
-def test_generation_has_a_peak_of_its_own(run):
-    metrics = run("method=lora").metrics
+def test_peak_memory_of_generation_is_measured(run_quick):
+    metrics = run_quick("method=lora").metrics
     assert metrics["memory/generate_after/rss_peak_mib"] > 0
     assert metrics["after/generated_tokens_per_second"] > 0
 
 
-def test_arithmetic_is_set_against_the_device(run):
-    metrics = run("method=lora", "evaluation=loss_only").metrics
+def test_mfu_is_relative_to_the_peak_of_the_device(run_quick):
+    metrics = run_quick("method=lora", "evaluation=loss_only").metrics
     assert metrics["mfu"] == metrics["flops_per_second"] / metrics["peak_flops_per_second"]
     assert "forgetting" not in metrics
+
+
+def test_leaks_are_counted_and_logged(run_quick, write_jsonl, caplog):
+    path = write_jsonl([{"prompt": f"q {number}", "completion": "a"} for number in range(8)], "train.jsonl")
+    eval_path = write_jsonl([{"prompt": "Q 3", "completion": "b"}], "heldout.jsonl")
+    words = [f"dataset.path={path}", f"dataset.eval_path={eval_path}", "dataset.input_column=null"]
+    words += ["dataset.prompt_column=prompt", "dataset.completion_column=completion", "evaluation=loss_only"]
+    result = run_quick("method=lora", *words)
+    assert result.metrics["leaks/exact"] == 1
+    assert "1 training rows ask what a held-out row asks" in caplog.text
+    assert json.loads((result.output_dir / "leaks.json").read_text())[0]["kind"] == "exact"
+
+
+def test_uncountable_arithmetic_does_not_stop_training(monkeypatch, run_quick, caplog):
+    def fail(*_: object, **__: object) -> int:
+        raise AssertionError("shapes are incompatible")
+
+    monkeypatch.setitem(efficiency._FORMULAS, "aten.mm", fail)
+    metrics = run_quick("method=lora", "evaluation=loss_only").metrics
+    assert "tokens_per_second" in metrics
+    assert not {"flops_per_second", "mfu"} & metrics.keys()
+    assert caplog.text.count("arithmetic is not counted: torch's formula for aten.mm.default") == 1
+
+
+def test_recomputation_counts_as_arithmetic(run_quick):
+    plain = run_quick("method=lora", "evaluation=loss_only")
+    recomputed = run_quick("method=lora", "evaluation=loss_only", "training.gradient_checkpointing=true")
+    per_token = [
+        result.metrics["flops_per_second"] / result.metrics["tokens_per_second"] for result in (plain, recomputed)
+    ]
+    assert 1.2 < per_token[1] / per_token[0] < 1.6  # a third forward to a forward and a backward
+
+
+def test_four_bit_weights_count_as_full_parameters(run_quick):
+    lora, qlora = run_quick("method=lora"), run_quick("method=qlora")
+    for name in ("trainable_parameters", "total_parameters"):
+        assert lora.metrics[name] == qlora.metrics[name]
+
+
+def test_run_starts_in_a_store_with_a_damaged_run(run_quick, mlflow_uri, mlflow_client, tmp_path):
+    died = leave_stale_run(mlflow_uri, mlflow_client, tmp_path / "died")
+    (tmp_path / "died" / FILE).write_text('{"op": "file", "path": "traceback.txt"}\n')
+    done = run_quick("tracking.experiment_name=stale", "method=lora")
+    assert mlflow_client.get_run(done.run_id).info.status == "FINISHED"
+    assert mlflow_client.get_run(died).info.status == "KILLED"

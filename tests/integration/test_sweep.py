@@ -6,36 +6,36 @@ from pathlib import Path
 
 import pytest
 
-from qlora_exp.sweeps import jobs as jobs_module
+from qlora_exp.sweeps import jobs
 from qlora_exp.sweeps.jobs import Ending, Job
-from qlora_exp.sweeps.sweep import Sweep, _advice
+from qlora_exp.sweeps.sweep import Sweep
 from qlora_exp.sweeps.worker import run_job
-from qlora_exp.tracking import lifecycle, recovery, run_key
+from qlora_exp.tracking import run_key, tracker
 from qlora_exp.tracking.journal import FILE, last_message
 from qlora_exp.tracking.mlflow_store import client
 from qlora_exp.utils.errors import SweepError
 
 
 @pytest.fixture
-def jobs(config, store, tmp_path, request):
+def make_jobs(make_config, mlflow_uri, tmp_path, request):
     """Make the jobs of a sweep over one key, in an MLflow experiment of the test's own."""
 
     def make(key: str, values: list[str], *overrides: str) -> list[Job]:
-        words = [f"tracking.uri={store}", f"tracking.experiment_name={request.node.originalname}", "method=lora"]
+        words = [f"tracking.uri={mlflow_uri}", f"tracking.experiment_name={request.node.originalname}", "method=lora"]
         words += ["evaluation=loss_only", *overrides]
         swept = [{key: value} for value in values]
         choices = [[*words, f"{key}={value}"] for value in values]
-        return jobs_module.jobs([config(*choice) for choice in choices], swept, choices, tmp_path / "multirun" / "test")
+        return jobs.jobs([make_config(*choice) for choice in choices], swept, choices, tmp_path / "multirun" / "test")
 
     return make
 
 
 @pytest.fixture
-def mlflow(store, request):
+def read_runs(mlflow_uri, request):
     """Runs of the test's experiment: the sweep's, and those of its jobs."""
 
     def read():
-        found = client(store)
+        found = client(mlflow_uri)
         runs = found.search_runs([found.get_experiment_by_name(request.node.originalname).experiment_id])
         return [run for run in runs if "sweep.keys" in run.data.tags], [r for r in runs if "run_key" in r.data.tags]
 
@@ -49,23 +49,23 @@ def in_process(waiting):
     return [None] * len(waiting)
 
 
-def execute(jobs: list[Job], launch=in_process):
-    with Sweep(jobs[0].folder.parent, jobs[0].config.sweep, launch) as running:
-        running.run(jobs)
+def execute(todo: list[Job], launch=in_process):
+    with Sweep(todo[0].folder.parent, todo[0].config.sweep, launch) as running:
+        running.run(todo)
 
 
 def never(waiting):
     pytest.fail(f"launched {waiting}")
 
 
-def test_done_jobs_are_skipped_and_new_ones_run(jobs, mlflow, capsys):
-    execute(jobs("seed", ["1", "2"]))
-    execute(jobs("seed", ["1", "2"]), never)
+def test_done_jobs_are_skipped_and_new_ones_run(make_jobs, read_runs, capsys):
+    execute(make_jobs("seed", ["1", "2"]))
+    execute(make_jobs("seed", ["1", "2"]), never)
     assert capsys.readouterr().out.count("done in") == 2
     launched = []
-    execute(jobs("seed", ["1", "2", "3"]), lambda waiting: launched.extend(waiting) or in_process(waiting))
+    execute(make_jobs("seed", ["1", "2", "3"]), lambda waiting: launched.extend(waiting) or in_process(waiting))
     assert [job.swept for job in launched] == [{"seed": "3"}]
-    parents, children = mlflow()
+    parents, children = read_runs()
     assert len(parents) == 1
     assert {child.data.tags["mlflow.parentRunId"] for child in children} == {parents[0].info.run_id}
     assert sorted(child.info.run_name for child in children) == ["seed=1", "seed=2", "seed=3"]
@@ -74,11 +74,11 @@ def test_done_jobs_are_skipped_and_new_ones_run(jobs, mlflow, capsys):
     assert {run.info.status for run in (*parents, *children)} == {"FINISHED"}
 
 
-def test_what_was_done_in_another_folder_is_not_done_again(jobs, tmp_path, capsys):
-    execute(jobs("seed", ["1"]))
+def test_job_finished_in_another_folder_is_not_repeated(make_jobs, tmp_path, capsys):
+    execute(make_jobs("seed", ["1"]))
     before = capsys.readouterr().out
     (tmp_path / "multirun").rename(tmp_path / "elsewhere")
-    execute(jobs("seed", ["1"]), never)
+    execute(make_jobs("seed", ["1"]), never)
     shown = capsys.readouterr().out
     assert "done as MLflow run" in shown
     loss = re.search(r"\b\d\.\d{4}\b", before)
@@ -86,76 +86,78 @@ def test_what_was_done_in_another_folder_is_not_done_again(jobs, tmp_path, capsy
     assert loss[0] in shown
 
 
-def test_failed_jobs_are_kept_and_run_again_only_if_asked(jobs, mlflow, capsys):
+def test_failed_jobs_are_repeated_only_on_request(make_jobs, read_runs, capsys):
     words = "training.max_length", ["5", "512"]
     with pytest.raises(SweepError, match="1 of 2 jobs"):
-        execute(jobs(*words))
+        execute(make_jobs(*words))
     assert "no token of the" in capsys.readouterr().out
     with pytest.raises(SweepError, match="1 of 2 jobs"):
-        execute(jobs(*words), never)
+        execute(make_jobs(*words), never)
     assert "sweep.rerun=failed" in capsys.readouterr().out
     launched = []
     with pytest.raises(SweepError):
-        execute(jobs(*words, "sweep.rerun=failed"), lambda waiting: launched.extend(waiting) or in_process(waiting))
+        execute(
+            make_jobs(*words, "sweep.rerun=failed"), lambda waiting: launched.extend(waiting) or in_process(waiting)
+        )
     assert [job.swept["training.max_length"] for job in launched] == ["5"]
     assert launched[0].folder.with_name(f"{launched[0].folder.name}.1").is_dir()
-    _, children = mlflow()
+    _, children = read_runs()
     assert sorted(child.data.tags["outcome"] for child in children) == ["error", "error", "ok"]
 
 
-def test_a_job_that_cannot_begin_is_a_failed_run(jobs, mlflow, tmp_path, jsonl):
-    rows = jsonl([{"question": "a", "completion": "b"}])
+def test_job_that_cannot_begin_is_a_failed_run(make_jobs, read_runs, tmp_path, write_jsonl):
+    rows = write_jsonl([{"question": "a", "completion": "b"}])
     own = ["dataset=own", "dataset.prompt_column=prompt", "dataset.completion_column=completion"]
     with pytest.raises(SweepError):
-        execute(jobs("seed", ["1"], *own, f"dataset.path={rows}"))
-    _, (child,) = mlflow()
+        execute(make_jobs("seed", ["1"], *own, f"dataset.path={rows}"))
+    _, (child,) = read_runs()
     assert (child.info.status, child.data.tags["outcome"]) == ("FAILED", "error")
     assert "no column 'prompt'" in child.data.tags["failure"]
 
 
-def test_after_a_failure_nothing_starts_if_asked(jobs):
+def test_fail_fast_starts_no_job_after_a_failure(make_jobs):
     with pytest.raises(SweepError, match="2 of 2 jobs"):
-        execute(jobs("training.max_length", ["5", "512"], "sweep.fail_fast=true"))
+        execute(make_jobs("training.max_length", ["5", "512"], "sweep.fail_fast=true"))
     with pytest.raises(SweepError, match="1 of 2 jobs"):
-        execute(jobs("training.max_length", ["5", "512"]))  # the second was never begun
+        execute(make_jobs("training.max_length", ["5", "512"]))  # the second was never begun
 
 
-def test_a_dry_run_leaves_nothing(jobs, tmp_path, capsys):
-    execute(jobs("seed", ["1"], "sweep.dry_run=true"), never)
+def test_dry_run_leaves_no_files(make_jobs, tmp_path, capsys):
+    execute(make_jobs("seed", ["1"], "sweep.dry_run=true"), never)
     assert "new" in capsys.readouterr().out
     assert not (tmp_path / "multirun").exists()
 
 
-def test_a_process_that_dies_is_recorded_as_it_died(jobs, mlflow):
+def test_dead_job_is_recorded_with_its_cause(make_jobs, read_runs):
     def dies(waiting):
         for job in waiting:
-            with lifecycle.start(job.config, job.folder, must_reach=False) as tracker:
-                tracker.metrics({"train/loss": 1.0, "before/loss": 5.0}, 1)
-                tracker.end = lambda *_, **__: None  # as a kill: nothing more is written
+            with tracker.start(job.config, job.folder, must_reach=False) as tracked:
+                tracked.metrics({"train/loss": 1.0, "before/loss": 5.0}, 1)
+                tracked.end = lambda *_, **__: None  # as a kill: nothing more is written
         return [Ending("oom", "the kernel killed it"), None]
 
-    died = jobs("seed", ["1", "2"])
+    died = make_jobs("seed", ["1", "2"])
     with pytest.raises(SweepError):
         execute(died, dies)
-    _, children = mlflow()
+    _, children = read_runs()
     found = {run.data.params["seed"]: (run.info.status, run.data.tags["outcome"]) for run in children}
     last = last_message(died[0].folder)
     assert (last["outcome"], last["metrics"]) == ("oom", {"before/loss": 5.0})  # what it had told is not lost
     assert found == {"1": ("FAILED", "oom"), "2": ("KILLED", "killed")}
 
 
-def test_the_table_of_a_sweep_is_kept(jobs, mlflow, store):
-    execute(jobs("seed", ["1"]))
-    (parent,), _ = mlflow()
-    path = client(store).download_artifacts(parent.info.run_id, "jobs.json")
+def test_table_of_a_sweep_is_logged(make_jobs, read_runs, mlflow_uri):
+    execute(make_jobs("seed", ["1"]))
+    (parent,), _ = read_runs()
+    path = client(mlflow_uri).download_artifacts(parent.info.run_id, "jobs.json")
     table = json.loads(Path(path).read_text())
     row = dict(zip(table["columns"], table["data"][0], strict=True))
     assert (row["seed"], row["outcome"]) == ("1", "ok")
     assert float(row["loss"]) > 0
 
 
-def test_a_sweep_ends_with_its_comparison_in_its_folder_and_in_mlflow(jobs, mlflow, store, tmp_path):
-    execute(jobs("method.r", ["4", "8"]))
+def test_sweep_writes_its_comparison_to_its_folder_and_mlflow(make_jobs, read_runs, mlflow_uri, tmp_path):
+    execute(make_jobs("method.r", ["4", "8"]))
     files = {file.suffix: file for file in (tmp_path / "multirun" / "test").glob("comparison_*")}
     assert files.keys() == {".csv", ".json", ".md", ".html"}
     with files[".csv"].open(encoding="utf-8") as lines:
@@ -164,61 +166,63 @@ def test_a_sweep_ends_with_its_comparison_in_its_folder_and_in_mlflow(jobs, mlfl
     assert all(float(row["after/loss"]) > 0 and float(row["memory/rss_peak_mib"]) > 100 for row in rows)
     runs = [run for row in json.loads(files[".json"].read_text())["rows"] for run in row["runs"]]
     assert [run["metrics"]["after/loss"] for run in runs] == [float(row["after/loss"]) for row in rows]
-    (parent,), _ = mlflow()
-    kept = {one.path for one in client(store).list_artifacts(parent.info.run_id)}
+    (parent,), _ = read_runs()
+    kept = {one.path for one in client(mlflow_uri).list_artifacts(parent.info.run_id)}
     assert {file.name for file in files.values()} <= kept
     assert "| method.r |" in parent.data.tags["mlflow.note.content"]
 
 
-def test_a_sweep_of_failures_ends_without_a_comparison(jobs, mlflow, caplog):
+def test_sweep_of_failed_jobs_has_no_comparison(make_jobs, read_runs, caplog):
     with pytest.raises(SweepError):
-        execute(jobs("training.max_grad_norm", ["1", "2"]), lambda waiting: [Ending("killed", "gone")] * len(waiting))
+        execute(
+            make_jobs("training.max_grad_norm", ["1", "2"]), lambda waiting: [Ending("killed", "gone")] * len(waiting)
+        )
     assert "no comparison: none of these 2 runs ended well" in caplog.text
-    (parent,), _ = mlflow()
+    (parent,), _ = read_runs()
     assert parent.info.status == "FINISHED"
 
 
-def test_a_comparison_that_breaks_takes_nothing_with_it(jobs, mlflow, monkeypatch, caplog, capsys):
+def test_failed_comparison_does_not_fail_the_sweep(make_jobs, read_runs, monkeypatch, caplog, capsys):
     def breaks(*_):
         raise RuntimeError("no picture")
 
     monkeypatch.setattr("qlora_exp.results.report.write", breaks)
-    execute(jobs("seed", ["1"]))
+    execute(make_jobs("seed", ["1"]))
     assert "no comparison: no picture" in caplog.text
     assert "files  " in capsys.readouterr().out
-    (parent,), _ = mlflow()
+    (parent,), _ = read_runs()
     assert (parent.info.status, parent.data.metrics["jobs"]) == ("FINISHED", 1)
 
 
-def test_a_sweep_compares_its_own_runs(jobs, mlflow, store, tmp_path):
+def test_sweep_compares_only_its_own_runs(make_jobs, read_runs, mlflow_uri, tmp_path):
     """A later run of the same key, such as a repetition that failed, is none of them."""
-    execute(jobs("method.r", ["4"]))
-    _, (child,) = mlflow()
-    other = client(store).create_experiment(str(tmp_path))
-    client(store).create_run(other, tags={"run_key": child.data.tags["run_key"], "outcome": "error"})
-    execute(jobs("method.r", ["4", "8"]))
+    execute(make_jobs("method.r", ["4"]))
+    _, (child,) = read_runs()
+    other = client(mlflow_uri).create_experiment(str(tmp_path))
+    client(mlflow_uri).create_run(other, tags={"run_key": child.data.tags["run_key"], "outcome": "error"})
+    execute(make_jobs("method.r", ["4", "8"]))
     newest = max((tmp_path / "multirun" / "test").glob("comparison_*.json"))
     told = [run for row in json.loads(newest.read_text())["rows"] for run in row["runs"]]
     assert [run["outcome"] for run in told] == ["ok", "ok"]
     assert child.info.run_id in [run["run_id"] for run in told]
 
 
-def test_an_old_sweep_that_is_told_late_does_not_hide_the_newest(jobs, store, request, tmp_path):
-    execute(jobs("seed", ["1"]))
-    mlflow = client(store)
+def test_old_sweep_synced_late_does_not_replace_the_newest_view(make_jobs, mlflow_uri, request, tmp_path):
+    execute(make_jobs("seed", ["1"]))
+    mlflow = client(mlflow_uri)
     experiment = mlflow.get_experiment_by_name(request.node.name)
     key = "mlflow.sharedViewState.qlora_exp_newest_sweep"
     newer = json.dumps(json.loads(experiment.tags[key]) | {"createdAt": 10**15})
     mlflow.set_experiment_tag(experiment.experiment_id, key, newer)
     folder = tmp_path / "multirun" / "test"
     (folder / "delivered.json").unlink()
-    assert recovery.finish(folder, "killed", "not used")
+    assert tracker.finish(folder, "killed", "not used")
     assert mlflow.get_experiment(experiment.experiment_id).tags[key] == newer
 
 
-def test_the_newest_sweep_has_a_view_in_mlflow(jobs, store, request):
-    execute(jobs("seed", ["1"]))
-    experiment = client(store).get_experiment_by_name(request.node.name)
+def test_newest_sweep_has_a_view_in_mlflow(make_jobs, mlflow_uri, request):
+    execute(make_jobs("seed", ["1"]))
+    experiment = client(mlflow_uri).get_experiment_by_name(request.node.name)
     view = json.loads(experiment.tags["mlflow.sharedViewState.qlora_exp_newest_sweep"])
     state = json.loads(view["state"])
     assert view["name"] == "Sweep test"
@@ -226,23 +230,23 @@ def test_the_newest_sweep_has_a_view_in_mlflow(jobs, store, request):
     assert "tags.`sweep.seed`" in state["selectedColumns"]
 
 
-def test_what_a_launcher_gave_up_is_launched_again(jobs, mlflow):
+def test_jobs_lost_by_the_launcher_are_launched_again(make_jobs, read_runs):
     def gives_up(waiting):
         in_process(waiting[:1])
         raise RuntimeError("a worker was lost")
 
-    execute(jobs("seed", ["1", "2", "3"]), gives_up)
-    _, children = mlflow()
+    execute(make_jobs("seed", ["1", "2", "3"]), gives_up)
+    _, children = read_runs()
     assert [child.info.status for child in children] == ["FINISHED"] * 3
 
 
-def test_a_launcher_that_starts_nothing_is_not_asked_for_ever(jobs, capsys):
+def test_launcher_that_starts_nothing_is_not_retried_forever(make_jobs, capsys):
     with pytest.raises(SweepError, match="2 of 2"):
-        execute(jobs("seed", ["1", "2"]), lambda waiting: [None] * len(waiting))
+        execute(make_jobs("seed", ["1", "2"]), lambda waiting: [None] * len(waiting))
     assert "not started" in capsys.readouterr().out
 
 
-def test_a_job_that_dies_before_it_is_a_run_becomes_one_and_is_not_started_twice(jobs, mlflow):
+def test_job_that_dies_before_its_run_begins_is_recorded_and_not_repeated(make_jobs, read_runs):
     launched = []
 
     def launch(waiting):
@@ -251,9 +255,9 @@ def test_a_job_that_dies_before_it_is_a_run_becomes_one_and_is_not_started_twice
         return endings + in_process(waiting[1:])
 
     with pytest.raises(SweepError, match="1 of 2 jobs"):
-        execute(jobs("seed", ["1", "2"]), launch)
+        execute(make_jobs("seed", ["1", "2"]), launch)
     assert launched == ["1", "2"]
-    _, children = mlflow()
+    _, children = read_runs()
     assert sorted(child.data.tags["outcome"] for child in children) == ["ok", "oom"]
     assert {child.info.status for child in children} == {"FAILED", "FINISHED"}
     assert {child.data.tags["sweep.seed"] for child in children} == {"1", "2"}
@@ -261,90 +265,76 @@ def test_a_job_that_dies_before_it_is_a_run_becomes_one_and_is_not_started_twice
 
 def cut_off(job: Job) -> None:
     """As a kill leaves a job."""
-    tags = json.loads((job.folder / jobs_module.JOB_FILE).read_text())["tags"]
-    lifecycle._begin(job.config, job.folder, tags, must_reach=False).close()
+    tags = json.loads((job.folder / jobs.JOB_FILE).read_text())["tags"]
+    tracker._begin(job.config, job.folder, tags, must_reach=False).close()
 
 
-def test_a_job_killed_for_its_time_is_out_of_time(jobs, mlflow):
+def test_job_killed_at_its_time_limit_has_outcome_timeout(make_jobs, read_runs):
     def launch(waiting):
         cut_off(waiting[0])
         (waiting[0].folder / "out_of_time").touch()
         return [Ending("error", "the process died: exit code 1")]
 
     with pytest.raises(SweepError):
-        execute(jobs("seed", ["1"], "sweep.timeout_minutes=1"), launch)
-    _, (child,) = mlflow()
+        execute(make_jobs("seed", ["1"], "sweep.timeout_minutes=1"), launch)
+    _, (child,) = read_runs()
     assert child.data.tags["outcome"] == "timeout"
 
 
-def test_an_interrupted_sweep_records_the_jobs_that_it_had_to_kill(jobs, mlflow):
+def test_interrupted_sweep_records_its_killed_jobs(make_jobs, read_runs):
     def launch(waiting):
         cut_off(waiting[0])
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        execute(jobs("seed", ["1", "2"]), launch)
-    parents, children = mlflow()
+        execute(make_jobs("seed", ["1", "2"]), launch)
+    parents, children = read_runs()
     assert [run.info.status for run in (*parents, *children)] == ["KILLED", "KILLED"]
 
 
-def test_a_sweep_killed_after_its_last_job_is_finished_by_the_next_start(jobs, mlflow):
-    todo = jobs("seed", ["1"])
+def test_sweep_killed_after_its_last_job_is_finished_by_the_next_start(make_jobs, read_runs):
+    todo = make_jobs("seed", ["1"])
     with pytest.raises(ZeroDivisionError), Sweep(todo[0].folder.parent, todo[0].config.sweep, in_process) as running:
         running.run(todo)
         running._parent.close()  # as a kill: the journal has no end
         running._parent = None
         raise ZeroDivisionError
-    ((parent,), _) = mlflow()
+    ((parent,), _) = read_runs()
     assert parent.info.status == "RUNNING"
     execute(todo, never)
-    ((parent,), _) = mlflow()
+    ((parent,), _) = read_runs()
     assert parent.info.status == "FINISHED"
     assert parent.data.metrics["jobs"] == 1
 
 
-def test_what_mlflow_missed_of_a_job_is_told_when_the_sweep_is_started_again(jobs, mlflow):
-    todo = jobs("seed", ["1"])
+def test_restarted_sweep_sends_what_mlflow_missed(make_jobs, read_runs):
+    todo = make_jobs("seed", ["1"])
     execute(todo)
     states = json.loads((todo[0].folder / "delivered.json").read_text())
     (uri,) = states
     lines = (todo[0].folder / "journal.jsonl").read_bytes().splitlines(keepends=True)
-    _, (child,) = mlflow()
+    _, (child,) = read_runs()
     client(uri).update_run(child.info.run_id, status="RUNNING")
     states[uri]["offset"] = sum(map(len, lines[:-1]))
     (todo[0].folder / "delivered.json").write_text(json.dumps(states))
     execute(todo, never)
-    _, (child,) = mlflow()
+    _, (child,) = read_runs()
     assert child.info.status == "FINISHED"
 
 
-def test_a_job_whose_data_were_edited_meanwhile_is_refused(jobs, mlflow, jsonl):
-    rows = jsonl([{"prompt": f"{number}+1=", "completion": str(number + 1)} for number in range(30)])
+def test_job_whose_data_were_edited_is_rejected(make_jobs, read_runs, write_jsonl):
+    rows = write_jsonl([{"prompt": f"{number}+1=", "completion": str(number + 1)} for number in range(30)])
     own = ["dataset=own", f"dataset.path={rows}"]
-    todo = jobs("seed", ["1"], *own)
+    todo = make_jobs("seed", ["1"], *own)
     Path(rows).write_text(Path(rows).read_text().replace("7+1=", "7 + 1="))
     run_key.data.cache_clear()
     with pytest.raises(SweepError):
         execute(todo)
-    _, (child,) = mlflow()
+    _, (child,) = read_runs()
     assert "not the same data any more" in child.data.tags["failure"]
 
 
-@pytest.mark.parametrize(
-    ("outcomes", "expected"),
-    [
-        (["ok", "pruned"], ""),
-        (["ok", "oom"], "1 of 2 jobs did not end well; 1 failed: sweep.rerun=failed runs them again"),
-        (["killed", "not started"], "2 of 2 jobs did not end well; 2 did not come to an end: the same command"),
-        (["nan", "running", "ok"], "2 of 3 jobs did not end well; 1 failed: sweep.rerun=failed runs them again; 1 did"),
-    ],
-)
-def test_what_to_do_about_a_sweep_is_said(outcomes: list[str], expected: str):
-    assert _advice(outcomes).startswith(expected)
-    assert bool(_advice(outcomes)) is bool(expected)
-
-
-def test_jobs_that_do_not_fit_are_skipped_and_no_failure(jobs, mlflow, capsys, monkeypatch):
+def test_jobs_exceeding_memory_are_skipped_without_failure(make_jobs, read_runs, capsys, monkeypatch):
     from qlora_exp.planning import screening
 
     asked = []
@@ -354,43 +344,43 @@ def test_jobs_that_do_not_fit_are_skipped_and_no_failure(jobs, mlflow, capsys, m
         return ["" if one.seed == 1 else "does not fit: 99 GiB" for one in configs]
 
     monkeypatch.setattr(screening, "unfit", unfit)
-    some = jobs("seed", ["1", "2"], "sweep.unfit=skip", "sweep.vram=8")
+    some = make_jobs("seed", ["1", "2"], "sweep.unfit=skip", "sweep.vram=8")
     execute(some)
     assert asked == [(2, 8.0)]
     shown = capsys.readouterr().out
     assert shown.count("does not fit: 99 GiB") == 2  # before and after
-    _, runs = mlflow()
+    _, runs = read_runs()
     assert len(runs) == 1
     execute(some, never)  # what is done is not planned again, and what does not fit is skipped again
     assert asked == [(2, 8.0), (1, 8.0)]
 
 
-def test_a_sweep_of_nothing_that_fits_runs_nothing(jobs, monkeypatch):
+def test_sweep_whose_jobs_all_exceed_memory_runs_nothing(make_jobs, monkeypatch):
     from qlora_exp.planning import screening
 
     monkeypatch.setattr(screening, "unfit", lambda configs, vram: ["too large"] * len(configs))
-    some = jobs("seed", ["1", "2"], "sweep.unfit=skip")
+    some = make_jobs("seed", ["1", "2"], "sweep.unfit=skip")
     execute(some, never)
     assert not some[0].folder.parent.exists()
 
 
-def test_jobs_that_do_not_fit_may_be_refused(jobs, monkeypatch):
+def test_jobs_exceeding_memory_are_rejected_on_request(make_jobs, monkeypatch):
     from qlora_exp.planning import screening
 
     monkeypatch.setattr(screening, "unfit", lambda configs, vram: ["", "does not fit: 99 GiB"])
     with pytest.raises(SweepError, match="nothing was run:\nseed=2: does not fit: 99 GiB"):
-        execute(jobs("seed", ["1", "2"], "sweep.unfit=refuse"), never)
+        execute(make_jobs("seed", ["1", "2"], "sweep.unfit=refuse"), never)
 
 
-def test_jobs_are_not_planned_unless_asked(jobs, monkeypatch):
+def test_jobs_are_not_planned_by_default(make_jobs, monkeypatch):
     from qlora_exp.planning import screening
 
     monkeypatch.setattr(screening, "unfit", never)
-    execute(jobs("seed", ["1"]))
+    execute(make_jobs("seed", ["1"]))
 
 
 @pytest.mark.parametrize(("at", "seeds"), [(0, ["1", "2"]), (3, ["3", "4"]), (10**6, ["5", "6"])])
-def test_a_damaged_journal_does_not_stop_the_other_jobs(at, seeds, jobs, capsys):
+def test_damaged_journal_does_not_stop_other_jobs(at, seeds, make_jobs, capsys):
     def cut_off(waiting):
         run_job(waiting[0].config, waiting[0].folder)
         file = waiting[0].folder / FILE
@@ -400,29 +390,29 @@ def test_a_damaged_journal_does_not_stop_the_other_jobs(at, seeds, jobs, capsys)
         return [Ending("killed", "its process is gone"), *in_process(waiting[1:])]
 
     with pytest.raises(SweepError, match="1 of 2 jobs"):
-        execute(jobs("seed", seeds), cut_off)
+        execute(make_jobs("seed", seeds), cut_off)
     assert "journal.jsonl" in capsys.readouterr().out
     launched = []
-    execute(jobs("seed", seeds), lambda waiting: launched.extend(waiting) or in_process(waiting))
+    execute(make_jobs("seed", seeds), lambda waiting: launched.extend(waiting) or in_process(waiting))
     assert [job.swept["seed"] for job in launched] == seeds[:1]
     assert launched[0].folder.with_name(f"{launched[0].folder.name}.1").is_dir()
 
 
-def test_a_job_whose_folder_is_deleted_does_not_stop_the_others(jobs, mlflow, monkeypatch):
-    from qlora_exp.training import trainer as training
+def test_deleted_job_folder_does_not_stop_other_jobs(make_jobs, read_runs, monkeypatch):
+    from qlora_exp.training import trainer
 
-    train = training.train
+    train = trainer.train
 
-    def deleted(trainer, *rest):
-        if trainer.args.seed == 1:
+    def deleted(sft_trainer, *rest):
+        if sft_trainer.args.seed == 1:
             shutil.rmtree(folder)
-        return train(trainer, *rest)
+        return train(sft_trainer, *rest)
 
-    monkeypatch.setattr(training, "train", deleted)
-    todo = jobs("seed", ["1", "2"])
+    monkeypatch.setattr(trainer, "train", deleted)
+    todo = make_jobs("seed", ["1", "2"])
     folder = todo[0].folder
     with pytest.raises(SweepError, match="1 of 2 jobs"):
         execute(todo)
-    _, children = mlflow()
+    _, children = read_runs()
     assert sorted(child.info.status for child in children) == ["FAILED", "FINISHED"]
     assert not (folder / FILE).exists()

@@ -4,7 +4,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from test_cli import command
+from support import command
 
 from qlora_exp.cli import commands
 from qlora_exp.tracking.journal import FILE
@@ -53,15 +53,15 @@ def test_ui_opens_the_store_in_mlruns(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("what", ["line", "first", "delivered.json", "folder", "unreadable", "lock"])
-def test_sync_sends_all_that_it_can_read(what: str, store, tmp_path, monkeypatch, capsys):
-    from test_tracking import damage, start
+def test_sync_sends_all_that_it_can_read(what: str, mlflow_uri, tmp_path, monkeypatch, capsys):
+    from helpers.tracking import damage, start_run
 
     from qlora_exp.tracking.mlflow_store import client
 
     for name in "abc":
         (tmp_path / "outputs" / name).mkdir(parents=True)
-        with start(store, tmp_path / "outputs" / name) as tracker:
-            tracker.metrics({"loss": 2.0}, 1)
+        with start_run(mlflow_uri, tmp_path / "outputs" / name) as tracked:
+            tracked.metrics({"loss": 2.0}, 1)
     bad = tmp_path / "outputs" / "a"
     if what == "delivered.json":
         (bad / what).write_text("{")

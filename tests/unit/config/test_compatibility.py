@@ -9,9 +9,7 @@ import pytest
 from qlora_exp.config import compatibility
 from qlora_exp.config.compatibility import ASPECTS, BASES, WORKS
 from qlora_exp.config.hydra_compose import compose
-from qlora_exp.environment.device import Device, resolve
 from qlora_exp.studies.probe import kinds
-from qlora_exp.training.checkpoints import checkpoint_to_resume
 from qlora_exp.utils.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -26,7 +24,7 @@ def test_every_method_and_variant_was_tried_on_every_base():
             assert [*verdicts] == ["trains"] if verdicts["trains"] != WORKS else verdicts.keys() == set(ASPECTS)
 
 
-def test_the_page_is_what_the_verdicts_say():
+def test_compatibility_page_matches_the_verdicts():
     spec = importlib.util.spec_from_file_location("table", ROOT / "benchmarks" / "compatibility.py")
     assert spec is not None
     assert spec.loader is not None
@@ -35,7 +33,7 @@ def test_the_page_is_what_the_verdicts_say():
     assert (ROOT / "docs" / "compatibility.md").read_text("utf-8") == module.table(KEPT["verdicts"], KEPT["libraries"])
 
 
-def test_the_versions_tried_are_those_that_are_pinned():
+def test_verdicts_are_of_the_pinned_versions():
     pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     assert KEPT["libraries"] == {name: pinned[name] for name in KEPT["libraries"]}
 
@@ -50,24 +48,24 @@ def test_the_versions_tried_are_those_that_are_pinned():
         (["method=adalora", "training.resume_from_checkpoint=."], "does not work with resume"),
     ],
 )
-def test_what_fails_is_refused_with_the_reason(words: list[str], message: str):
+def test_failing_combination_is_rejected_with_its_reason(words: list[str], message: str):
     with pytest.raises(ConfigError, match=message):
         compose(words)
 
 
-def test_all_that_does_not_fit_is_said_at_once():
+def test_all_contradictions_are_reported_at_once():
     with pytest.raises(ConfigError) as error:
         compose(["method=hra", "quantization=int8", "lora_variant=dora", "optimizer=loraplus"])
     assert len(str(error.value).splitlines()) == 3
 
 
-def test_what_nobody_tried_is_not_refused(monkeypatch):
+def test_untested_combination_is_accepted(monkeypatch):
     monkeypatch.setattr(compatibility, "_verdicts", dict)
     assert compose(["method=hra", "quantization=int8"])
     assert compatibility.kind_of("LORA", "dora") == "LORA"
 
 
-def test_nothing_is_refused_while_it_is_tried():
+def test_verdicts_are_ignored_while_probing():
     with compatibility.ignored():
         assert compose(["method=hra", "quantization=int8"])
     with pytest.raises(ConfigError):
@@ -75,24 +73,12 @@ def test_nothing_is_refused_while_it_is_tried():
 
 
 @pytest.mark.parametrize(("variant", "kind"), [("lora", "LORA"), ("dora", "LORA+dora"), ("my_own", "LORA")])
-def test_a_variant_of_lora_has_verdicts_of_its_own(variant: str, kind: str):
+def test_lora_variant_has_its_own_verdicts(variant: str, kind: str):
     assert compatibility.kind_of("LORA", variant) == kind
 
 
-@pytest.mark.parametrize(("method", "recomputes"), [("lora", True), ("prefix_tuning", False)])
-def test_auto_recomputes_activations_only_where_that_works(method: str, recomputes: bool):
-    gpu = Device("cuda", "a GPU", bf16=True, paging=True)
-    assert resolve(compose([f"method={method}"]), gpu).gradient_checkpointing is recomputes
-
-
-def test_a_cut_off_run_that_cannot_be_resumed_starts_over(tmp_path):
-    folder = tmp_path / "checkpoints" / "checkpoint-1"
-    folder.mkdir(parents=True)
-    assert checkpoint_to_resume(compose(["method=adalora"]), tmp_path, resumed=True) is None
-
-
 @pytest.mark.parametrize("words", [["lora_variant=pissa", "quantization=nf4"], ["lora_variant=loftq"]])
-def test_one_reason_is_told_once(words: list[str]):
+def test_same_reason_is_reported_once(words: list[str]):
     with pytest.raises(ConfigError) as error:
         compose(["method=lora", *words])
     assert len(str(error.value).splitlines()) == 1

@@ -16,13 +16,13 @@ def row(prompt: str, completion: str = "", context: str = "") -> dict[str, str]:
     return {"prompt": prompt, "input": context, "completion": completion}
 
 
-def test_the_same_question_is_exact_whatever_its_case_spaces_and_answer():
+def test_same_question_is_an_exact_leak_despite_case_and_spaces():
     found = leakage.find([row("other"), row("What  is a SLAB?", "x")], [row("What is a slab", "y")], 0.7)
     assert found == [leakage.Leak(1, 0, "exact", 1.0)]
 
 
 @pytest.mark.parametrize("other", ["Calculate -5 + 3.", "Calculate (5 * 3).", "Is x < y?"])
-def test_signs_are_part_of_a_question(other: str):
+def test_mathematical_signs_distinguish_questions(other: str):
     assert not [
         one
         for one in leakage.find([row(other)], [row("Calculate 5 - 3."), row("Is x > y?")], 1.0)
@@ -30,7 +30,7 @@ def test_signs_are_part_of_a_question(other: str):
     ]
 
 
-def test_a_dialogue_asks_with_all_its_turns():
+def test_dialogues_are_compared_by_all_turns():
     def dialogue(first: str) -> dict:
         turns = [first, "Sure: ...", "Thank you!", "You are welcome."]
         return row("Thank you!", turns[-1]) | {"messages": [{"role": "-", "content": turn} for turn in turns]}
@@ -39,24 +39,24 @@ def test_a_dialogue_asks_with_all_its_turns():
     assert leakage.find([dialogue("What is a beam made of?")], [dialogue("what is a beam made of?")], 1.0)
 
 
-def test_a_preamble_that_all_share_is_no_leak_and_costs_nothing():
+def test_shared_preamble_is_not_a_leak():
     preamble = " ".join(f"word{number}" for number in range(200))
     train = [row(f"{preamble} train question {number} of its own kind") for number in range(50)]
     heldout = [row(f"{preamble} held-out question {number} about other things") for number in range(50)]
     assert leakage.find(train, heldout, 0.3) == []
 
 
-def test_another_input_is_another_question():
+def test_different_input_is_a_different_question():
     assert not leakage.find([row("Translate", "a b", "eins zwei")], [row("Translate", "c d", "drei vier")], 0.7)
 
 
-def test_plain_text_is_judged_by_itself():
+def test_plain_text_is_compared_by_itself():
     text = "one two three four five six seven eight nine ten"
     (found,) = leakage.find([row("", text)], [row("", "something else"), row("", text.title())], 0.7)
     assert (found.heldout, found.kind) == (1, "exact")
 
 
-def test_like_text_is_near_and_its_overlap_is_the_share_in_common():
+def test_similar_text_is_a_near_leak_with_its_overlap():
     words = [f"w{number}" for number in range(24)]
     longer = row("q1", " ".join(words[2:]))
     (found,) = leakage.find([longer], [row("q2", " ".join(words[:4])), row("q2", " ".join(words))], 0.6)
@@ -72,7 +72,7 @@ def test_short_rows_are_compared_whole():
 
 
 @given(st.lists(WORDS, max_size=6), st.lists(WORDS, max_size=6))
-def test_the_index_finds_what_comparing_all_pairs_finds(train: list[list[str]], heldout: list[list[str]]):
+def test_index_equals_comparison_of_all_pairs(train: list[list[str]], heldout: list[list[str]]):
     def shingles(words: list[str]) -> set[tuple[str, ...]]:
         return {tuple(words[start : start + 5]) for start in range(max(1, len(words) - 4))}
 

@@ -18,7 +18,7 @@ TURNS = [("user", "hi"), ("assistant", "hello"), ("user", "2+3?"), ("assistant",
 DIALOGUE = ROW | {"messages": [{"role": role, "content": content} for role, content in TURNS]}
 
 
-def test_alpaca_has_two_prompts():
+def test_alpaca_format_has_two_prompts():
     (prompt, _), completion = render(ROW, DatasetConfig(), None).pieces
     assert prompt.endswith("### Instruction:\nAdd 2 and 3.\n\n### Response:\n")
     assert "### Input" not in prompt
@@ -27,7 +27,7 @@ def test_alpaca_has_two_prompts():
 
 
 @given(TEXT, TEXT, TEXT)
-def test_braces_in_rows_are_only_text(prompt: str, context: str, completion: str):
+def test_braces_in_rows_are_plain_text(prompt: str, context: str, completion: str):
     rendered = render({"prompt": prompt, "input": context, "completion": completion}, DatasetConfig(), None)
     assert prompt in rendered.pieces[0][0]
     assert rendered.pieces[1] == (completion, True)
@@ -38,48 +38,48 @@ def test_prompt_completion_is_verbatim():
     assert pieces == [("Add 2 and 3.", False), ("5", True)]
 
 
-def test_text_has_no_prompt():
+def test_text_format_has_no_prompt():
     assert render(ROW, DatasetConfig(format="text"), None).pieces == [("", False), ("5", True)]
 
 
-def test_chat_uses_the_models_template(tokenizer):
-    rendered = render(ROW, DatasetConfig(format="chat", system_message="Be brief."), tokenizer)
+def test_chat_format_uses_the_models_template(tiny_tokenizer):
+    rendered = render(ROW, DatasetConfig(format="chat", system_message="Be brief."), tiny_tokenizer)
     (prompt, _), completion = rendered.pieces
     assert prompt.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nAdd 2 and 3.")
     assert prompt.endswith("<|im_start|>assistant\n")
     assert completion == ("5<|im_end|>\n", True)
 
 
-def test_chat_keeps_earlier_turns_in_the_prompt(tokenizer):
-    (prompt, _), (completion, _) = render(DIALOGUE, CHAT, tokenizer).pieces
+def test_chat_format_keeps_earlier_turns_in_the_prompt(tiny_tokenizer):
+    (prompt, _), (completion, _) = render(DIALOGUE, CHAT, tiny_tokenizer).pieces
     assert "hello" in prompt
     assert completion.startswith("5")
 
 
-def test_every_answer_of_a_dialogue_can_be_learned_without_generation_marks(tokenizer):
-    assert "generation %}" not in tokenizer.chat_template
-    rendered = render(DIALOGUE, CHAT, tokenizer, every_answer=True)
+def test_every_answer_is_supervised_without_generation_marks(tiny_tokenizer):
+    assert "generation %}" not in tiny_tokenizer.chat_template
+    rendered = render(DIALOGUE, CHAT, tiny_tokenizer, every_answer=True)
     assert [text for text, learned in rendered.pieces if learned] == ["hello<|im_end|>\n", "5<|im_end|>\n"]
     given = "".join(text for text, learned in rendered.pieces if not learned)
     assert "hello" not in given
     assert given.count("<|im_start|>assistant\n") == 2
-    whole = tokenizer.apply_chat_template(DIALOGUE["messages"], tokenize=False)
+    whole = tiny_tokenizer.apply_chat_template(DIALOGUE["messages"], tokenize=False)
     assert "".join(text for text, _ in rendered.pieces) == whole
 
 
 @given(st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=4))
-def test_the_pieces_of_a_dialogue_are_the_whole_of_it(tokenizer, turns: list[tuple[str, str]]):
+def test_pieces_of_a_dialogue_concatenate_to_the_rendered_template(tiny_tokenizer, turns: list[tuple[str, str]]):
     messages = [
         {"role": role, "content": content}
         for turn in turns
         for role, content in zip(("user", "assistant"), turn, strict=True)
     ]
-    pieces = render(ROW | {"messages": messages}, CHAT, tokenizer, every_answer=True).pieces
-    assert "".join(text for text, _ in pieces) == tokenizer.apply_chat_template(messages, tokenize=False)
+    pieces = render(ROW | {"messages": messages}, CHAT, tiny_tokenizer, every_answer=True).pieces
+    assert "".join(text for text, _ in pieces) == tiny_tokenizer.apply_chat_template(messages, tokenize=False)
     assert [learned for _, learned in pieces] == [False, True] * len(turns)
 
 
-def test_a_template_that_rewrites_earlier_answers_is_refused(tokenizer):
+def test_template_that_rewrites_earlier_answers_is_rejected(tiny_tokenizer):
     class Forgetful(Template):
         def apply_chat_template(self, messages: list, tokenize: bool, add_generation_prompt: bool = False) -> str:
             kept = [*("-" for _ in messages[:-1]), *(message["content"] for message in messages[-1:])]
@@ -102,7 +102,7 @@ class Template:
 @pytest.mark.parametrize(
     ("template", "message"), [(None, "no chat template"), ("counts", "renders a dialogue differently")]
 )
-def test_templates_that_cannot_be_trained_on_are_refused(template: str | None, message: str):
+def test_unusable_chat_template_is_rejected(template: str | None, message: str):
     with pytest.raises(DataError, match=message):
         render(ROW, DatasetConfig(format="chat"), Template(template))
 
@@ -118,25 +118,25 @@ def test_templates_that_cannot_be_trained_on_are_refused(template: str | None, m
     ],
     ids=str,
 )
-def test_a_chat_template_renders_what_was_trained(words, tokenizer):
+def test_generated_chat_template_renders_what_was_trained(words, tiny_tokenizer):
     config = compose(["model=tiny_llama", *words]).dataset
-    template = prompts.chat_template(config, tokenizer)
+    template = prompts.chat_template(config, tiny_tokenizer)
     row = {"prompt": "Why {{ not }}?", "input": "", "completion": "Because.\n"}
     asked = [{"role": "user", "content": row["prompt"]}]
-    text = tokenizer.apply_chat_template(asked, chat_template=template, tokenize=False, add_generation_prompt=True)
-    pieces = prompts.render(row, config, tokenizer).pieces
+    text = tiny_tokenizer.apply_chat_template(asked, chat_template=template, tokenize=False, add_generation_prompt=True)
+    pieces = prompts.render(row, config, tiny_tokenizer).pieces
     assert text == "".join(piece for piece, _ in pieces[:-1])
     answered = [*asked, {"role": "assistant", "content": row["completion"]}]
-    whole = tokenizer.apply_chat_template(answered, chat_template=template, tokenize=False)
-    end = "" if config.format == "chat" else tokenizer.eos_token
+    whole = tiny_tokenizer.apply_chat_template(answered, chat_template=template, tokenize=False)
+    end = "" if config.format == "chat" else tiny_tokenizer.eos_token
     assert whole == "".join(piece for piece, _ in pieces) + end
-    again = copy.copy(tokenizer)
+    again = copy.copy(tiny_tokenizer)
     again.chat_template = template
     assert prompts.chat_template(config, again) == template
 
 
-def test_a_tokenizer_that_begins_with_bos_has_it_in_its_template(tokenizer):
-    again = copy.deepcopy(tokenizer)
+def test_template_of_a_tokenizer_with_bos_begins_with_bos(tiny_tokenizer):
+    again = copy.deepcopy(tiny_tokenizer)
     first = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
     again.backend_tokenizer.post_processor = first
     template = prompts.chat_template(compose(["model=tiny_llama"]).dataset, again)
@@ -145,9 +145,9 @@ def test_a_tokenizer_that_begins_with_bos_has_it_in_its_template(tokenizer):
     assert again(text, add_special_tokens=False)["input_ids"] == again(text.removeprefix("<|im_start|>"))["input_ids"]
 
 
-def test_plain_text_and_models_that_cannot_chat_have_no_template(tokenizer):
+def test_plain_text_and_non_chat_models_have_no_template(tiny_tokenizer):
     config = compose(["model=tiny_llama", "dataset.format=text"]).dataset
-    assert prompts.chat_template(config, tokenizer) is None
-    mute = copy.deepcopy(tokenizer)
+    assert prompts.chat_template(config, tiny_tokenizer) is None
+    mute = copy.deepcopy(tiny_tokenizer)
     mute.chat_template = None
     assert prompts.chat_template(compose(["model=tiny_llama", "dataset.format=chat"]).dataset, mute) is None

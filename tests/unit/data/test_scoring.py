@@ -52,8 +52,9 @@ def task(name: str) -> tuple[scoring.Scorer, dict[str, str]]:
     return score, sources.read(config, config.path, "train")[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
-def test_code_in_an_answer_does_nothing(name: str, tmp_path: Path, monkeypatch):
+def test_code_in_an_answer_has_no_effect(name: str, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(scoring, "SECONDS", 1)
     score, row = task(name)
     canary, before = tmp_path / "canary", score.stopped
@@ -64,7 +65,7 @@ def test_code_in_an_answer_does_nothing(name: str, tmp_path: Path, monkeypatch):
     assert score(row["answer"], row) == 1.0  # whatever was before
 
 
-def test_a_filter_of_the_kernel_holds_what_python_cannot(tmp_path: Path):
+def test_answer_that_runs_a_shell_is_killed_by_seccomp(tmp_path: Path):
     """The attack of a bundle whose model answers with code: it is run, and killed at its first system call."""
     score, row = task("string_insertion")
     before = score.stopped
@@ -73,7 +74,7 @@ def test_a_filter_of_the_kernel_holds_what_python_cannot(tmp_path: Path):
     assert not (tmp_path / "canary").exists()
 
 
-def test_an_answer_changes_no_other_answers_score():
+def test_answer_cannot_change_the_score_of_another():
     score, row = task("string_insertion")
     cheat = "__import__('sys').modules['reasoning_gym.algorithmic.string_insertion'].StringInsertionDataset"
     score(f"[setattr({cheat}, 'score_answer', lambda *_: 1.0)]", row)
@@ -81,18 +82,18 @@ def test_an_answer_changes_no_other_answers_score():
 
 
 @pytest.mark.parametrize("written", [b"nan", b"7", b"-1", b"1" * 1000, b"\xff", b"no number", b""])
-def test_what_is_no_score_counts_nothing(written: bytes):
+def test_forged_score_counts_as_zero(written: bytes):
     score, row = task("string_insertion")
     assert score(f"[__import__('os').write({scoring._PIPE}, {written!r}), __import__('os')._exit(0)]", row) == 0.0
 
 
-def test_an_answer_that_its_scorer_fails_at_counts_nothing(caplog):
+def test_answer_that_breaks_its_scorer_scores_zero(caplog):
     score, row = task("prime_factorization")
     assert score("no number", row) == 0.0
     assert "the scorer raised an error" in caplog.text
 
 
-def test_the_process_has_no_secrets_and_ends_with_its_scorer(monkeypatch):
+def test_scoring_process_has_no_secrets_and_ends_with_its_scorer(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     score, row = task.__wrapped__("chain_sum")
     score("1", row)
@@ -103,13 +104,14 @@ def test_the_process_has_no_secrets_and_ends_with_its_scorer(monkeypatch):
     assert process.poll() == 0
 
 
-def test_other_systems_have_no_task_score(monkeypatch, caplog):
+def test_unsupported_system_has_no_task_score(monkeypatch, caplog):
     monkeypatch.setattr("platform.machine", lambda: "riscv64")
     assert sources.scorer(compose(["dataset=reasoning_gym"]).dataset) is None
     assert "no task_score" in caplog.text
 
 
-def test_scores_are_those_of_the_task():
+@pytest.mark.slow
+def test_isolated_scores_equal_direct_scores():
     """For right and wrong answers to every task, and what people write where sympy reads it."""
     script = """
 import json, warnings

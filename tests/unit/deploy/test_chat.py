@@ -12,18 +12,20 @@ from qlora_exp.deploy import load
 from qlora_exp.deploy.chat import BASE, Request, Sampling, answers, asked, open_talker, read_requests
 from qlora_exp.utils.errors import ConfigError, DataError, ModelError
 
+pytestmark = pytest.mark.slow
+
 SHORT = Sampling(max_new_tokens=6)
 CHAT = "dataset.format=chat"
 
 
 @pytest.fixture(scope="module")
-def talker(adapters):
+def talker(trained_adapters):
     """Two adapters on one base, trained in different formats."""
-    sources = {"default": str(adapters("training.max_steps=9")), "same_kind": str(adapters(CHAT))}
+    sources = {"default": str(trained_adapters("training.max_steps=9")), "same_kind": str(trained_adapters(CHAT))}
     return open_talker(sources, device="cpu")
 
 
-def test_a_prompt_is_written_as_the_adapter_was_trained(talker):
+def test_prompt_has_the_format_the_adapter_was_trained_with(talker):
     assert talker.prompt(asked("Why?")) == (ALPACA_WITHOUT_INPUT.format(prompt="Why?"), True)
     chat = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
     assert talker.prompt(asked("Why?", "same_kind")) == (chat, True)
@@ -36,15 +38,15 @@ def test_a_prompt_is_written_as_the_adapter_was_trained(talker):
 
 
 @pytest.mark.parametrize("format_", ["text", "prompt_completion"])
-def test_plain_formats_are_given_as_they_are(format_, adapters):
+def test_plain_formats_leave_the_prompt_unchanged(format_, trained_adapters):
     words = (f"dataset.format={format_}", *(["dataset.text_column=output"] if format_ == "text" else []))
-    plain = open_talker({"default": str(adapters(*words))}, device="cpu")
+    plain = open_talker({"default": str(trained_adapters(*words))}, device="cpu")
     assert plain.prompt(asked("Why?"))[0] == "Why?"
 
 
-def test_each_request_is_answered_by_its_own_adapter(talker, adapters):
+def test_request_is_answered_by_its_adapter(talker, trained_adapters):
     def alone(words, text):
-        model, tokenizer = load.load(str(adapters(*words)), device="cpu")
+        model, tokenizer = load.load(str(trained_adapters(*words)), device="cpu")
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         with torch.no_grad():
             found = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
@@ -55,7 +57,7 @@ def test_each_request_is_answered_by_its_own_adapter(talker, adapters):
     for _ in range(2):  # switched there and back
         assert talker.answer(asked("Why?"), SHORT) == first
         assert talker.answer(asked("Why?", "same_kind"), SHORT) == second
-    model, tokenizer = load.load(str(adapters("training.max_steps=9")), device="cpu")
+    model, tokenizer = load.load(str(trained_adapters("training.max_steps=9")), device="cpu")
     ids = tokenizer(talker.prompt(asked("Why?"))[0], return_tensors="pt")["input_ids"]
     with torch.no_grad(), model.disable_adapter():
         found = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)
@@ -63,13 +65,13 @@ def test_each_request_is_answered_by_its_own_adapter(talker, adapters):
     assert talker.answer(asked("Why?", BASE), SHORT) == base != first
 
 
-def test_an_answer_is_told_as_it_comes(talker):
+def test_answer_is_streamed(talker):
     pieces = []
     answer = talker.answer(asked("Why?"), SHORT, pieces.append)
     assert "".join(pieces).strip() == answer
 
 
-def test_sampling_draws_as_it_is_seeded(talker):
+def test_sampling_is_determined_by_its_seed(talker):
     drawn = [talker.answer(asked("Why?"), Sampling(16, temperature=1.0, seed=seed)) for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
@@ -77,12 +79,12 @@ def test_sampling_draws_as_it_is_seeded(talker):
 @pytest.mark.parametrize(
     "values", [{"temperature": -1}, {"temperature": 1, "top_p": 0}, {"max_new_tokens": 0}, {"repetition_penalty": 0}]
 )
-def test_values_that_cannot_be_are_refused(values, talker):
+def test_invalid_sampling_values_are_rejected(values, talker):
     with pytest.raises(ConfigError, match="sampling"):
         talker.answer(asked("Why?"), Sampling(**{"max_new_tokens": 4, **values}))
 
 
-def test_what_a_format_has_no_place_for_is_refused(talker):
+def test_request_that_does_not_fit_the_format_is_rejected(talker):
     system = [{"role": "system", "content": "Be brief."}, *asked("Why?").messages]
     with pytest.raises(DataError, match="refuses this dialogue.*know user and assistant"):
         talker.answer(Request(system), SHORT)
@@ -95,38 +97,42 @@ def test_what_a_format_has_no_place_for_is_refused(talker):
         talker.answer(asked("Why?", "same"), SHORT)
 
 
-def test_a_whole_model_answers_too_and_has_no_base(adapters):
-    whole = open_talker({"default": str(adapters("method=full", "tracking.log_full_model=true"))}, device="cpu")
+def test_full_model_answers_and_has_no_base(trained_adapters):
+    whole = open_talker({"default": str(trained_adapters("method=full", "tracking.log_full_model=true"))}, device="cpu")
     assert isinstance(whole.answer(asked("Why?"), SHORT), str)
     with pytest.raises(ConfigError, match="a whole model, without a base"):
         whole.answer(asked("Why?", BASE), SHORT)
 
 
 @pytest.mark.parametrize(("quantization", "stored"), [("nf4", "Params4bit"), ("int8", "Int8Params")])
-def test_the_base_is_stored_as_asked(quantization, stored, adapters):
-    small = open_talker({"default": str(adapters())}, device="cpu", quantization=quantization)
+def test_base_is_quantized_on_request(quantization, stored, trained_adapters):
+    small = open_talker({"default": str(trained_adapters())}, device="cpu", quantization=quantization)
     kinds = {type(one).__name__ for one in small.model.parameters()}
     assert stored in kinds
 
 
-def test_adapters_of_different_bases_are_refused(adapters):
-    llama, opt = str(adapters()), str(adapters("model=tiny_opt"))
+def test_adapters_of_different_bases_are_rejected(trained_adapters):
+    llama, opt = str(trained_adapters()), str(trained_adapters("model=tiny_opt"))
     with pytest.raises(ModelError, match="was trained on random:opt"):
         open_talker({"default": llama, "b": opt}, device="cpu")
     with pytest.raises(ModelError, match="is a whole model"):
-        open_talker({"default": llama, "b": str(adapters("method=full", "tracking.log_full_model=true"))}, device="cpu")
+        open_talker(
+            {"default": llama, "b": str(trained_adapters("method=full", "tracking.log_full_model=true"))}, device="cpu"
+        )
     for name in (BASE, "v1.0", ""):
         with pytest.raises(ConfigError, match=f"cannot be called '{name}'"):
             open_talker({name: llama}, device="cpu")
 
 
-def test_an_empty_prompt_is_refused_where_nothing_is_added(adapters):
-    plain = open_talker({"default": str(adapters("dataset.format=text", "dataset.text_column=output"))}, device="cpu")
+def test_empty_prompt_in_plain_format_is_rejected(trained_adapters):
+    plain = open_talker(
+        {"default": str(trained_adapters("dataset.format=text", "dataset.text_column=output"))}, device="cpu"
+    )
     with pytest.raises(DataError, match="an empty prompt"):
         plain.answer(asked(""), SHORT)
 
 
-def test_requests_are_read_from_text_and_from_objects(tmp_path):
+def test_requests_are_read_from_text_and_jsonl(tmp_path):
     (tmp_path / "a.txt").write_text("One?\n\nTwo?\n")
     assert [*read_requests(tmp_path / "a.txt")] == [asked("One?"), asked("Two?")]
     (tmp_path / "c.jsonl").write_text('{"prompt": "One\u2028line\x85?"}\n')
@@ -137,7 +143,7 @@ def test_requests_are_read_from_text_and_from_objects(tmp_path):
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '"a"', '{"question": "a"}', '{"messages": [{"role": "user"}]}', "3"])
-def test_lines_that_ask_nothing_are_named(line, tmp_path):
+def test_invalid_request_line_is_named(line, tmp_path):
     (tmp_path / "b.jsonl").write_text(f'{{"prompt": "a"}}\n{line}\n')
     with pytest.raises(DataError, match=r"b\.jsonl:2: no object with prompt"):
         list(read_requests(tmp_path / "b.jsonl"))
@@ -145,14 +151,14 @@ def test_lines_that_ask_nothing_are_named(line, tmp_path):
         list(read_requests(tmp_path / "none.txt"))
 
 
-def test_answers_are_told_with_what_was_asked(talker):
+def test_answers_include_their_requests(talker):
     found = [*answers(talker, [asked("Why?"), asked("Who?", "same_kind")], SHORT)]
     assert found[1]["adapter"] == "same_kind"
     assert found[0] == {"messages": asked("Why?").messages, "answer": talker.answer(asked("Why?"), SHORT)}
 
 
-def test_the_command_answers_a_prompt_or_a_file(adapters, tmp_path, capsys):
-    folder, short = str(adapters()), ("--max-new-tokens", "4", "--device", "cpu")
+def test_generate_command_answers_a_prompt_or_a_file(trained_adapters, tmp_path, capsys):
+    folder, short = str(trained_adapters()), ("--max-new-tokens", "4", "--device", "cpu")
     assert exit_code("generate", folder, "--prompt", "Why?", *short) == 0
     one = capsys.readouterr().out.strip()
     (tmp_path / "p.txt").write_text("Why?\nWho?\n")
@@ -170,11 +176,11 @@ def test_the_command_answers_a_prompt_or_a_file(adapters, tmp_path, capsys):
     assert "give --prompt TEXT or --file FILE" in capsys.readouterr().err
 
 
-def test_a_conversation_goes_on_after_mistakes(adapters, monkeypatch, capsys):
+def test_chat_command_continues_after_mistakes(trained_adapters, monkeypatch, capsys):
     said = "Why?\n/adapter none\n/adapter b\nWho?\n/what\n/system Be brief.\nWho?\n/reset\n/exit\nnever asked\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(said))
-    words = ("--adapter", f"b={adapters(CHAT)}", "--max-new-tokens", "4", "--device", "cpu")
-    assert exit_code("chat", str(adapters()), *words) == 0
+    words = ("--adapter", f"b={trained_adapters(CHAT)}", "--max-new-tokens", "4", "--device", "cpu")
+    assert exit_code("chat", str(trained_adapters()), *words) == 0
     out, err = capsys.readouterr()
     assert out.count("\n") == 3
     assert "no adapter 'none'" in err
@@ -183,6 +189,6 @@ def test_a_conversation_goes_on_after_mistakes(adapters, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("word", ["nothing", "=x", "default=x"])
-def test_a_name_for_each_adapter(word, adapters, capsys):
-    assert exit_code("chat", str(adapters()), "--adapter", word) == 1
+def test_adapter_without_a_name_is_rejected(word, trained_adapters, capsys):
+    assert exit_code("chat", str(trained_adapters()), "--adapter", word) == 1
     assert "NAME=SOURCE" in capsys.readouterr().err

@@ -10,15 +10,14 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from support import exit_code
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_exp.deploy import export as exporting
-from qlora_exp.deploy import load, merge
-from qlora_exp.deploy.export import export
+from qlora_exp.deploy import export, load, merge
 from qlora_exp.deploy.formats import GGUF_TYPES
 from qlora_exp.tracking import mlflow_store
 from qlora_exp.utils.errors import ConfigError, ModelError
+
+pytestmark = pytest.mark.slow
 
 
 def find(folder):
@@ -42,10 +41,10 @@ def find(folder):
     ],
     ids=" ".join,
 )
-def test_merged_it_says_the_same_without_the_adapter(words, adapters, tmp_path):
-    folder = adapters(*words)
+def test_merged_model_equals_base_with_adapter(words, trained_adapters, tmp_path):
+    folder = trained_adapters(*words)
     base = "trained" if "method=qlora" in words else "auto"
-    made = export(find(folder), tmp_path / "merged", base=base)
+    made = export.export(find(folder), tmp_path / "merged", base=base)
     assert made.max_logit_difference < 1e-4
     assert made.same_first_choice == 1
     assert made.same_answer_tokens == made.answer_tokens
@@ -54,7 +53,7 @@ def test_merged_it_says_the_same_without_the_adapter(words, adapters, tmp_path):
     assert not isinstance(whole, PeftModel)
     assert getattr(whole.config, "quantization_config", None) is None
     apart, _ = load.load(str(folder), device="cpu")
-    alone, _ = load.load(str(adapters("training.learning_rate=1e-30")), device="cpu")
+    alone, _ = load.load(str(trained_adapters("training.learning_rate=1e-30")), device="cpu")
     with torch.no_grad():
         rounding = 5e-3 if "quantization=int8" in words else 1e-4  # which rounds what goes into a layer too
         assert torch.allclose(whole(ids).logits, apart(ids).logits, atol=rounding)
@@ -64,10 +63,10 @@ def test_merged_it_says_the_same_without_the_adapter(words, adapters, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_each_weight_is_rounded_once(dtype, adapters, tmp_path):
-    saved = find(adapters("lora_variant=dora"))
-    export(saved, tmp_path / "whole", dtype="float32")
-    made = export(saved, tmp_path / "half", dtype=dtype)
+def test_merge_rounds_each_weight_once(dtype, trained_adapters, tmp_path):
+    saved = find(trained_adapters("lora_variant=dora"))
+    export.export(saved, tmp_path / "whole", dtype="float32")
+    made = export.export(saved, tmp_path / "half", dtype=dtype)
     whole, half = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "half"))
     assert (made.weights, {one.dtype for one in half.values()}) == (dtype, {getattr(torch, dtype)})
     for name, weight in whole.items():  # of a base that is rounded itself: twice at most
@@ -79,8 +78,8 @@ def test_each_weight_is_rounded_once(dtype, adapters, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["nf4", "int8"])
-def test_it_is_stored_in_fewer_bits_and_loaded_so(form, adapters, tmp_path):
-    made = export(find(adapters()), tmp_path / form, form)
+def test_quantized_export_is_stored_and_loaded_in_few_bits(form, trained_adapters, tmp_path):
+    made = export.export(find(trained_adapters()), tmp_path / form, form)
     model, tokenizer = load.load(str(tmp_path / form), device="cpu")
     assert model.config.quantization_config.quant_method == "bitsandbytes"
     assert 0 < made.mean_kl < 0.01
@@ -91,8 +90,8 @@ def test_it_is_stored_in_fewer_bits_and_loaded_so(form, adapters, tmp_path):
 
 
 @pytest.mark.parametrize("type_", GGUF_TYPES)
-def test_a_gguf_file_holds_the_merged_model(type_, adapters, tmp_path):
-    made = export(find(adapters()), tmp_path / "gguf", "gguf", type_=type_)
+def test_gguf_file_contains_the_merged_model(type_, trained_adapters, tmp_path):
+    made = export.export(find(trained_adapters()), tmp_path / "gguf", "gguf", type_=type_)
     reader = gguf.GGUFReader(tmp_path / "gguf" / "model.gguf")
     kinds = {one.name: one.tensor_type.name.lower() for one in reader.tensors}
     assert kinds["blk.0.ffn_up.weight"] == type_
@@ -105,9 +104,9 @@ def test_a_gguf_file_holds_the_merged_model(type_, adapters, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["merged", "gguf"])
-def test_what_was_exported_is_a_model_of_its_own(form, adapters, tmp_path):
-    export(find(adapters()), tmp_path / "one", form, type_="f32")
-    made = export(find(tmp_path / "one"), tmp_path / "two", "gguf", type_="f32")
+def test_exported_model_can_be_exported_again(form, trained_adapters, tmp_path):
+    export.export(find(trained_adapters()), tmp_path / "one", form, type_="f32")
+    made = export.export(find(tmp_path / "one"), tmp_path / "two", "gguf", type_="f32")
     assert "a whole model" in made.base
     assert made.max_logit_difference < 1e-5
     one, two = (load.load(str(tmp_path / name), device="cpu")[0].state_dict() for name in ("one", "two"))
@@ -115,8 +114,8 @@ def test_what_was_exported_is_a_model_of_its_own(form, adapters, tmp_path):
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_it_keeps_the_prompts_that_the_run_was_trained_with(adapters, tmp_path):
-    export(find(adapters()), tmp_path / "gguf", "gguf", type_="f32")
+def test_export_keeps_the_prompt_format_of_the_run(trained_adapters, tmp_path):
+    export.export(find(trained_adapters()), tmp_path / "gguf", "gguf", type_="f32")
     reader = gguf.GGUFReader(tmp_path / "gguf" / "model.gguf")
     template = reader.fields["tokenizer.chat_template"].contents()
     assert "### Instruction:" in template
@@ -134,80 +133,84 @@ def test_it_keeps_the_prompts_that_the_run_was_trained_with(adapters, tmp_path):
     ],
     ids=str,
 )
-def test_what_cannot_be_made_says_so(words, form, says, adapters, tmp_path):
+def test_impossible_export_is_rejected(words, form, says, trained_adapters, tmp_path):
     with pytest.raises(ConfigError, match=says):
-        export(find(adapters(*words)), tmp_path / "made", form)
+        export.export(find(trained_adapters(*words)), tmp_path / "made", form)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture
-def broken(adapters, tmp_path):
+def broken_adapter(trained_adapters, tmp_path):
     """A copy of an adapter's folder, to be broken."""
-    return shutil.copytree(adapters(), tmp_path / "broken")
+    return shutil.copytree(trained_adapters(), tmp_path / "broken")
 
 
 def refused(folder, tmp_path, error=ModelError, **options):
     with pytest.raises(error) as found:
-        export(find(folder), tmp_path / "made", **options)
+        export.export(find(folder), tmp_path / "made", **options)
     assert [one.name for one in tmp_path.iterdir()] == ["broken"]
     return str(found.value)
 
 
-def test_an_adapter_of_another_base_is_refused(broken, tmp_path):
-    (broken / "base.json").write_text('{"version": "another"}')
-    assert "is not the base that the adapter was trained on" in refused(broken, tmp_path)
-    (broken / "base.json").write_text("{")
-    assert "base.json is damaged" in refused(broken, tmp_path)
+def test_adapter_of_another_base_is_rejected(broken_adapter, tmp_path):
+    (broken_adapter / "base.json").write_text('{"version": "another"}')
+    assert "is not the base that the adapter was trained on" in refused(broken_adapter, tmp_path)
+    (broken_adapter / "base.json").write_text("{")
+    assert "base.json is damaged" in refused(broken_adapter, tmp_path)
 
 
-def test_an_adapter_of_other_shapes_is_refused(broken, tmp_path):
-    weights = load_file(broken / "adapter_model.safetensors")
-    save_file({name: one.repeat(2, 2) for name, one in weights.items()}, broken / "adapter_model.safetensors")
-    assert "does not fit" in refused(broken, tmp_path)
+def test_adapter_of_other_shapes_is_rejected(broken_adapter, tmp_path):
+    weights = load_file(broken_adapter / "adapter_model.safetensors")
+    save_file({name: one.repeat(2, 2) for name, one in weights.items()}, broken_adapter / "adapter_model.safetensors")
+    assert "does not fit" in refused(broken_adapter, tmp_path)
 
 
-def test_a_truncated_file_is_refused(broken, tmp_path):
-    whole = (broken / "adapter_model.safetensors").read_bytes()
-    (broken / "adapter_model.safetensors").write_bytes(whole[: len(whole) // 2])
-    assert "damaged" in refused(broken, tmp_path)
+def test_truncated_adapter_file_is_rejected(broken_adapter, tmp_path):
+    whole = (broken_adapter / "adapter_model.safetensors").read_bytes()
+    (broken_adapter / "adapter_model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert "damaged" in refused(broken_adapter, tmp_path)
 
 
-def test_a_missing_tokenizer_is_told(broken, tmp_path):
-    for file in (*broken.glob("tokenizer*"), *broken.glob("*.jinja"), *broken.glob("special_tokens*")):
+def test_missing_tokenizer_is_reported(broken_adapter, tmp_path):
+    for file in (
+        *broken_adapter.glob("tokenizer*"),
+        *broken_adapter.glob("*.jinja"),
+        *broken_adapter.glob("special_tokens*"),
+    ):
         file.unlink()
-    assert "no whole tokenizer" in refused(broken, tmp_path)
+    assert "no whole tokenizer" in refused(broken_adapter, tmp_path)
 
 
 @pytest.mark.parametrize("form", ["merged", "gguf", "nf4"])
-def test_weights_that_are_no_numbers_are_refused(form, broken, tmp_path):
-    weights = load_file(broken / "adapter_model.safetensors")
+def test_nan_weights_are_rejected(form, broken_adapter, tmp_path):
+    weights = load_file(broken_adapter / "adapter_model.safetensors")
     weights = {name: torch.full_like(one, float("nan")) for name, one in weights.items()}
-    save_file(weights, broken / "adapter_model.safetensors")
-    refused(broken, tmp_path, (ConfigError, ModelError), form=form)
+    save_file(weights, broken_adapter / "adapter_model.safetensors")
+    refused(broken_adapter, tmp_path, (ConfigError, ModelError), form=form)
 
 
-def test_without_room_nothing_is_written(broken, tmp_path, monkeypatch):
-    monkeypatch.setattr(exporting.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
-    assert "of disk" in refused(broken, tmp_path, ConfigError)
+def test_export_without_disk_space_writes_nothing(broken_adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr(export.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))
+    assert "of disk" in refused(broken_adapter, tmp_path, ConfigError)
 
 
 @pytest.mark.parametrize(
     ("form", "writes"),
     [("merged", "transformers.PreTrainedModel.save_pretrained"), ("gguf", "gguf.GGUFWriter.write_tensor_data")],
 )
-def test_a_full_disk_leaves_nothing_half_written(form, writes, broken, tmp_path, monkeypatch):
+def test_full_disk_leaves_no_partial_export(form, writes, broken_adapter, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(writes, full)
-    refused(broken, tmp_path, OSError, form=form)
+    refused(broken_adapter, tmp_path, OSError, form=form)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_merge_that_forgets_half_of_an_adapter_is_refused(dtype, broken, tmp_path, monkeypatch):
-    weights = load_file(broken / "adapter_model.safetensors")
+def test_merge_that_loses_half_of_the_adapter_is_rejected(dtype, broken_adapter, tmp_path, monkeypatch):
+    weights = load_file(broken_adapter / "adapter_model.safetensors")
     big = {name: 8 * one for name, one in weights.items()}  # so that it says something else in 8 bits of mantissa too
-    save_file(big, broken / "adapter_model.safetensors")
+    save_file(big, broken_adapter / "adapter_model.safetensors")
     merged = merge._merged
 
     def forgetful(adapted):
@@ -217,98 +220,81 @@ def test_a_merge_that_forgets_half_of_an_adapter_is_refused(dtype, broken, tmp_p
         return merged(adapted)
 
     monkeypatch.setattr(merge, "_merged", forgetful)
-    assert "says something else" in refused(broken, tmp_path, dtype=dtype)
+    assert "says something else" in refused(broken_adapter, tmp_path, dtype=dtype)
 
 
-def test_a_merge_that_changes_the_model_is_refused(broken, tmp_path, monkeypatch):
+def test_merge_that_changes_the_model_is_rejected(broken_adapter, tmp_path, monkeypatch):
     monkeypatch.setattr(merge, "_merged", lambda adapted: adapted.base_model.unload())  # forgets the adapter
-    assert "says something else" in refused(broken, tmp_path)
+    assert "says something else" in refused(broken_adapter, tmp_path)
 
 
-def test_a_disk_that_takes_no_more_is_told(broken, tmp_path):
+def test_export_beyond_the_file_size_limit_is_reported(broken_adapter, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
-        assert "cannot be written" in refused(broken, tmp_path, ConfigError)
+        assert "cannot be written" in refused(broken_adapter, tmp_path, ConfigError)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_what_a_killed_process_left_goes_with_the_next(adapters, tmp_path):
+def test_leftovers_of_a_killed_export_are_removed(trained_adapters, tmp_path):
     (tmp_path / ".made.999999999").mkdir()
     (tmp_path / ".made.txt").mkdir()
-    export(find(adapters()), tmp_path / "made")
+    export.export(find(trained_adapters()), tmp_path / "made")
     assert sorted(one.name for one in tmp_path.iterdir()) == [".made.txt", "made"]
 
 
-def test_what_is_there_is_known_by_its_weights_and_by_what_was_asked(adapters, tmp_path):
-    saved = find(adapters())
-    assert not exporting.is_there(saved, tmp_path / "made")
-    export(saved, tmp_path / "made", "gguf", type_="q8_0")
-    named = exporting.replace(saved, source="by another name")
-    assert exporting.is_there(named, tmp_path / "made", "gguf", type_="q8_0")
+def test_existing_export_is_identified_by_weights_and_options(trained_adapters, tmp_path):
+    saved = find(trained_adapters())
+    assert not export.is_there(saved, tmp_path / "made")
+    export.export(saved, tmp_path / "made", "gguf", type_="q8_0")
+    named = export.replace(saved, source="by another name")
+    assert export.is_there(named, tmp_path / "made", "gguf", type_="q8_0")
     for other in ({"form": "merged"}, {"form": "gguf", "type_": "q4_0"}):
         with pytest.raises(ConfigError, match="holds something else"):
-            exporting.is_there(saved, tmp_path / "made", **other)
+            export.is_there(saved, tmp_path / "made", **other)
     with pytest.raises(ConfigError, match="holds something else"):
-        exporting.is_there(find(adapters("lora_variant=dora")), tmp_path / "made", "gguf")
+        export.is_there(find(trained_adapters("lora_variant=dora")), tmp_path / "made", "gguf")
 
 
 @pytest.mark.parametrize("form", ["nf4", "int8"])
-def test_what_is_stored_in_few_bits_is_exported_as_what_they_stand_for(form, adapters, tmp_path):
-    export(find(adapters()), tmp_path / "small", form)
-    made = export(find(tmp_path / "small"), tmp_path / "again", "gguf", type_="f32")
+def test_quantized_export_is_dequantized_for_gguf(form, trained_adapters, tmp_path):
+    export.export(find(trained_adapters()), tmp_path / "small", form)
+    made = export.export(find(tmp_path / "small"), tmp_path / "again", "gguf", type_="f32")
     assert "what its weights stored by bitsandbytes stand for" in made.base
     assert made.max_logit_difference < (5e-2 if form == "int8" else 1e-4)  # which rounds what goes into a layer too
     with pytest.raises(ModelError, match="its files are quantized already"):
         load.load(str(tmp_path / "small"), device="cpu", quantization="fp4")
 
 
-def test_a_folder_that_is_there_is_left_alone(adapters, tmp_path):
+def test_existing_folder_is_left_alone(trained_adapters, tmp_path):
     (tmp_path / "mine").mkdir()
     with pytest.raises(ConfigError, match="is there already"):
-        export(find(adapters()), tmp_path / "mine")
+        export.export(find(trained_adapters()), tmp_path / "mine")
 
 
-def test_the_commands_say_what_they_made_and_tell_the_run(run, store, tmp_path, capsys):
-    from qlora_exp.tracking.mlflow_store import client
-
-    result = run("method=lora", "evaluation=loss_only")
-    words = ["--uri", store, "--out"]
-    assert exit_code("merge", result.run_id, *words, str(tmp_path / "merged"), "--dtype", "bfloat16") == 0
-    assert exit_code("export", result.run_id, *words, str(tmp_path / "gguf"), "--to", "gguf") == 0
-    shown = capsys.readouterr().out
-    assert "bfloat16" in shown
-    assert "the same first choice" in shown
-    assert (tmp_path / "merged" / "model.safetensors").is_file()
-    tags = client(store).get_run(result.run_id).data.tags
-    assert (tags["export.merged-bfloat16"], tags["export.gguf-q8_0"]) == ("merged", "gguf")
-    told = client(store).list_artifacts(result.run_id, "exports")
-    assert [one.path for one in told] == ["exports/gguf-q8_0.json", "exports/merged-bfloat16.json"]
-
-
-def test_a_store_that_is_away_takes_nothing_with_it(adapters, tmp_path, monkeypatch, caplog):
-    saved = find(adapters())
+def test_unreachable_store_does_not_fail_the_export(trained_adapters, tmp_path, monkeypatch, caplog):
+    saved = find(trained_adapters())
 
     def away(_):
-        raise exporting.TrackingError("does not answer")
+        raise export.TrackingError("does not answer")
 
     monkeypatch.setattr(mlflow_store, "client", away)
-    export(exporting.replace(saved, run_id="0" * 32), tmp_path / "merged")
+    export.export(export.replace(saved, run_id="0" * 32), tmp_path / "merged")
     assert (tmp_path / "merged" / "model.safetensors").is_file()
     assert "was not told" in caplog.text
 
 
 @pytest.mark.parametrize("type_", ["q4_k_m", "iq2_xs"])
-def test_types_that_only_llama_cpp_makes_name_its_command(type_, adapters, tmp_path):
+def test_gguf_type_made_by_llama_cpp_only_names_its_command(type_, trained_adapters, tmp_path):
     with pytest.raises(ConfigError, match=f"llama-quantize model.gguf model-{type_}.gguf {type_.upper()}"):
-        export(find(adapters()), tmp_path / "gguf", "gguf", type_=type_)
+        export.export(find(trained_adapters()), tmp_path / "gguf", "gguf", type_=type_)
 
 
-def test_what_is_stored_is_what_the_library_reads(adapters, tmp_path):
+def test_quantized_gguf_tensors_are_within_rounding(trained_adapters, tmp_path):
     """The tensors, not the logits: every matrix within its type's rounding."""
-    export(find(adapters()), tmp_path / "whole", "gguf", type_="f32")
-    export(find(adapters()), tmp_path / "small", "gguf", type_="q8_0")
+    export.export(find(trained_adapters()), tmp_path / "whole", "gguf", type_="f32")
+    export.export(find(trained_adapters()), tmp_path / "small", "gguf", type_="q8_0")
     whole, small = (gguf.GGUFReader(tmp_path / name / "model.gguf") for name in ("whole", "small"))
     for one, other in zip(whole.tensors, small.tensors, strict=True):
         values = gguf.dequantize(other.data, other.tensor_type)

@@ -3,107 +3,12 @@
 import gguf
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedTokenizerFast
+from helpers.gguf_models import LLAMA3, SPLITS, TEXT, write_tiny_gguf
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from qlora_exp.deploy import gguf as gguf_file
 from qlora_exp.utils.errors import ConfigError
-
-SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "vocab_size": 320,  # more rows than tokens
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 5e5,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-TEXT = "How long does concrete need in 2026, i.e. 28 days?\n\tIt's Ünïcode,  isn't it: x = f(1234567)"
-
-
-def split(pattern: str):
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-SPLITS = {
-    "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
-    "smollm": pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    ),
-    "llama-bpe": split(gguf_file._WORDS % "{1,3}"),
-    "qwen2": split(gguf_file._WORDS % ""),
-}
-
-
-def make_tokenizer(pre) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with a few merges."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre, decoders.ByteLevel()
-    special = ["<unk>", "<s>", "</s>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    backend.train_from_iterator([TEXT] * 3, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
-    )
-
-
-def make_pieces() -> PreTrainedTokenizerFast:
-    """As Llama 2's tokenizer was converted: all pairs of pieces that make a piece, those of earlier pieces first."""
-    learned = Tokenizer(models.BPE())
-    learned.pre_tokenizer = pre_tokenizers.Metaspace()
-    learned.train_from_iterator([TEXT, "concrete can carry a load"] * 3, trainers.BpeTrainer(vocab_size=110))
-    pieces = sorted(learned.get_vocab(), key=learned.get_vocab().get)
-    order = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
-    vocab = {piece: place for place, piece in enumerate(order)}
-    merges = [
-        (piece[:cut], piece[cut:])
-        for piece in pieces
-        for cut in range(1, len(piece))
-        if piece[:cut] in vocab and piece[cut:] in vocab
-    ]
-    backend = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
-    )
-    backend = tokenizer.backend_tokenizer
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return tokenizer
-
-
-def made(folder, model_type: str, pre="gpt-2", type_="f32", scale: bool = False, **fields):
-    """A tiny model in `folder`; with `scale` its weights are so large that attention is sharp and positions matter."""
-    tokenizer = make_pieces() if pre == "pieces" else make_tokenizer(SPLITS.get(pre, pre))
-    config = AutoConfig.for_model(model_type, **(SMALL | fields))
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    for name, one in model.named_parameters():  # norms and biases that differ
-        if one.ndim == 1:
-            one.data += 0.1 * torch.randn_like(one)
-            assert "weight" in name or "bias" in name
-        elif scale:
-            one.data *= 30 if "q_proj" in name or "k_proj" in name else 8
-    tokenizer.save_pretrained(folder)
-    gguf_file.write(model, tokenizer, folder, folder / "model.gguf", type_, "tiny")
-    return model, tokenizer
 
 
 @pytest.mark.parametrize(
@@ -121,8 +26,8 @@ def made(folder, model_type: str, pre="gpt-2", type_="f32", scale: bool = False,
     ],
     ids=str,
 )
-def test_a_family_is_read_back_as_it_was(model_type, fields, tmp_path):
-    model, tokenizer = made(tmp_path, model_type, **fields)
+def test_model_family_survives_a_gguf_round_trip(model_type, fields, tmp_path):
+    model, tokenizer = write_tiny_gguf(tmp_path, model_type, **fields)
     # Of biases in Llama's attention and of Qwen3's head_dim transformers 5.23 reads nothing in the file.
     told = {"config": model.config} if model_type == "qwen3" or "attention_bias" in fields else {}
     back = AutoModelForCausalLM.from_pretrained(
@@ -135,8 +40,8 @@ def test_a_family_is_read_back_as_it_was(model_type, fields, tmp_path):
         assert getattr(back.config, key) == pytest.approx(getattr(model.config, key))
 
 
-def test_positions_of_llama_3_1_are_kept_as_factors(tmp_path):
-    model, _ = made(tmp_path, "llama", rope_parameters=LLAMA3)
+def test_llama_3_1_rope_scaling_is_stored_as_factors(tmp_path):
+    model, _ = write_tiny_gguf(tmp_path, "llama", rope_parameters=LLAMA3)
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     (factors,) = [one.data for one in reader.tensors if one.name == "rope_freqs.weight"]
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](model.config, "cpu")
@@ -147,8 +52,8 @@ def test_positions_of_llama_3_1_are_kept_as_factors(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["linear", "yarn"])
-def test_stretched_positions_are_described(kind, tmp_path):
-    made(tmp_path, "qwen2", rope_parameters={
+def test_rope_scaling_is_described(kind, tmp_path):
+    write_tiny_gguf(tmp_path, "qwen2", rope_parameters={
         "rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32
     })  # fmt: skip
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
@@ -157,8 +62,8 @@ def test_stretched_positions_are_described(kind, tmp_path):
 
 
 @pytest.mark.parametrize("pre", SPLITS)
-def test_a_tokenizer_is_named_as_llama_cpp_names_it(pre, tmp_path):
-    _, tokenizer = made(tmp_path, "llama", pre)
+def test_tokenizer_has_the_name_llama_cpp_gives_it(pre, tmp_path):
+    _, tokenizer = write_tiny_gguf(tmp_path, "llama", pre)
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
     assert fields["tokenizer.ggml.pre"].contents() == pre
     tokens = fields["tokenizer.ggml.tokens"].contents()
@@ -174,8 +79,8 @@ def test_a_tokenizer_is_named_as_llama_cpp_names_it(pre, tmp_path):
     assert back.decode(tokenizer(TEXT)["input_ids"]) == TEXT
 
 
-def test_a_tokenizer_of_pieces_has_scores_and_bytes(tmp_path):
-    _, tokenizer = made(tmp_path, "llama", "pieces", vocab_size=420)
+def test_sentencepiece_tokenizer_has_scores_and_bytes(tmp_path):
+    _, tokenizer = write_tiny_gguf(tmp_path, "llama", "pieces", vocab_size=420)
     fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
     assert fields["tokenizer.ggml.model"].contents() == "llama"
     assert fields["tokenizer.ggml.add_bos_token"].contents()
@@ -199,12 +104,12 @@ def test_a_tokenizer_of_pieces_has_scores_and_bytes(tmp_path):
         ({"model_type": "mistral", "sliding_window": 16}, "sliding window is not known"),
     ],
 )  # fmt: skip
-def test_what_llama_cpp_would_read_otherwise_is_refused(fields, says, tmp_path):
+def test_model_that_llama_cpp_would_misread_is_rejected(fields, says, tmp_path):
     with pytest.raises(ConfigError, match=says):
-        made(tmp_path, **fields)
+        write_tiny_gguf(tmp_path, **fields)
 
 
-def test_rows_that_no_block_fits_are_kept_in_16_bits(tmp_path):
-    made(tmp_path, "llama", type_="q8_0", intermediate_size=100)
+def test_rows_that_fit_no_block_are_stored_in_16_bits(tmp_path):
+    write_tiny_gguf(tmp_path, "llama", type_="q8_0", intermediate_size=100)
     kinds = {one.name: one.tensor_type.name for one in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     assert (kinds["blk.0.ffn_down.weight"], kinds["blk.0.ffn_up.weight"]) == ("F16", "Q8_0")

@@ -10,13 +10,13 @@ from qlora_exp.utils.errors import ConfigError
 
 
 @pytest.mark.parametrize("form", CALIBRATED)
-def test_what_is_missing_is_named(form, monkeypatch):
+def test_missing_gptq_package_is_named(form, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match="nox -s gptq"):
         gptq.check(form)
 
 
-def test_awq_needs_a_gpu(monkeypatch):
+def test_awq_without_a_gpu_is_rejected(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     gptq.check("gptq")
@@ -24,7 +24,7 @@ def test_awq_needs_a_gpu(monkeypatch):
         gptq.check("awq")
 
 
-def test_it_is_calibrated_on_the_runs_own_training_rows():
+def test_calibration_uses_the_runs_training_rows():
     config = compose(["model=tiny_llama", "dataset.max_train_rows=200", "training.max_length=50"])
     found = gptq.rows(config, load_tokenizer(config.model))
     assert len(found) == gptq.ROWS
@@ -33,12 +33,12 @@ def test_it_is_calibrated_on_the_runs_own_training_rows():
         gptq.rows(compose(["model=tiny_llama", "training.max_length=9"]), load_tokenizer(config.model))
 
 
-def test_a_record_chooses_no_files_of_this_machine(adapters, tmp_path, monkeypatch):
+def test_record_cannot_choose_local_files_for_calibration(trained_adapters, tmp_path, monkeypatch):
     monkeypatch.setattr(gptq, "check", lambda _: None)
     (tmp_path / "elsewhere").mkdir()
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"instruction": "a", "output": "b"}\n' * 3)
-    saved = load.find(str(adapters()), device="cpu")
+    saved = load.find(str(trained_adapters()), device="cpu")
     data = saved.config.dataset.model_copy(update={"path": str(rows)})
     saved = export.replace(saved, config=saved.config.model_copy(update={"dataset": data}))
     monkeypatch.chdir(tmp_path / "elsewhere")

@@ -5,11 +5,12 @@ import urllib.request
 
 import pytest
 import torch
-from test_gguf_file import LLAMA3, SPLITS, TEXT, made
+from helpers.gguf_models import LLAMA3, SPLITS, TEXT, write_tiny_gguf
 
-from qlora_exp.deploy import export, gguf, llama_cpp
-from qlora_exp.deploy import load as loading
-from qlora_exp.deploy.llama_cpp import complete, generator, load
+from qlora_exp.deploy import export, gguf, llama_cpp, load
+from qlora_exp.deploy.llama_cpp import complete, generator
+
+pytestmark = pytest.mark.slow
 
 
 def greedy(model, ids: list[int], count: int) -> list[int]:
@@ -49,15 +50,15 @@ def post(server, path: str, body: dict) -> dict:
     ],
     ids=str,
 )
-def test_it_computes_what_transformers_computes(model_type, fields, tmp_path):
-    model, tokenizer = made(tmp_path, model_type, scale=True, **fields)
+def test_llama_cpp_computes_what_transformers_computes(model_type, fields, tmp_path):
+    model, tokenizer = write_tiny_gguf(tmp_path, model_type, scale=True, **fields)
     whole = tokenizer(TEXT)["input_ids"]
     with torch.no_grad():
         every = model(torch.tensor([whole])).logits[0].log_softmax(-1)
     # llama.cpp tells no probabilities where the likeliest byte is a part of a character only.
     last = max(place for place, one in enumerate(every.argmax(-1)) if tokenizer.decode(one).isascii())
     ids, expected = whole[: last + 1], every[last]
-    server = load(tmp_path / "model.gguf", 128, 1)
+    server = llama_cpp.load(tmp_path / "model.gguf", 128, 1)
     asked = {"prompt": ids, "n_predict": 1, "n_probs": 5, "temperature": 0, "ignore_eos": True}
     found = server.handle_completions(asked)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
     assert len(found) == 5
@@ -68,24 +69,24 @@ def test_it_computes_what_transformers_computes(model_type, fields, tmp_path):
 
 
 @pytest.mark.parametrize("pre", SPLITS)
-def test_it_splits_text_as_the_tokenizer_does(pre, tmp_path):
-    _, tokenizer = made(tmp_path, "llama", pre)
-    server = load(tmp_path / "model.gguf", 64, 1)
+def test_llama_cpp_tokenizes_like_the_tokenizer(pre, tmp_path):
+    _, tokenizer = write_tiny_gguf(tmp_path, "llama", pre)
+    server = llama_cpp.load(tmp_path / "model.gguf", 64, 1)
     for text in (TEXT, "12345 1234 12 don't DON'T  \n\n x\r\n", "</s>a<s>"):
         found = post(server, "/tokenize", {"content": text, "add_special": True, "parse_special": True})
         assert found["tokens"] == tokenizer(text)["input_ids"]
 
 
-def test_it_splits_text_as_pieces_like_llama_2(tmp_path):
-    _, tokenizer = made(tmp_path, "llama", "pieces", vocab_size=420)
-    server = load(tmp_path / "model.gguf", 64, 1)
+def test_llama_cpp_tokenizes_like_the_llama_2_tokenizer(tmp_path):
+    _, tokenizer = write_tiny_gguf(tmp_path, "llama", "pieces", vocab_size=420)
+    server = llama_cpp.load(tmp_path / "model.gguf", 64, 1)
     for text in (TEXT, "concrete carry  load\n", "a", "</s>how long"):
         found = post(server, "/tokenize", {"content": text, "add_special": True, "parse_special": True})
         assert found["tokens"] == tokenizer(text)["input_ids"]
 
 
 @pytest.mark.parametrize("mistake", ["_permuted", "rope_freqs"])
-def test_what_it_must_be_told_of_positions_is_seen_to_count(mistake, tmp_path, monkeypatch):
+def test_missing_position_data_changes_the_output(mistake, tmp_path, monkeypatch):
     tensors = gguf._tensors
 
     def forgetful(model, names, permuted):
@@ -94,22 +95,22 @@ def test_what_it_must_be_told_of_positions_is_seen_to_count(mistake, tmp_path, m
 
     monkeypatch.setattr(gguf, "_tensors", forgetful)
     with pytest.raises((AssertionError, TypeError)):
-        test_it_computes_what_transformers_computes("llama", {"rope_parameters": LLAMA3}, tmp_path)
+        test_llama_cpp_computes_what_transformers_computes("llama", {"rope_parameters": LLAMA3}, tmp_path)
 
 
-def test_a_system_message_in_another_language_is_read(adapters, tmp_path):
+def test_system_message_with_unicode_is_read(trained_adapters, tmp_path):
     told = "dataset.system_message='Sei höflich. 🙂'"
-    saved = loading.find(str(adapters("dataset.format=chat", told)), device="cpu")
+    saved = load.find(str(trained_adapters("dataset.format=chat", told)), device="cpu")
     export.export(saved, tmp_path / "made", "gguf", type_="f32")
-    server = load(tmp_path / "made" / "model.gguf", 512, 1)
+    server = llama_cpp.load(tmp_path / "made" / "model.gguf", 512, 1)
     asked = [{"role": "user", "content": "What is it?"}]
     assert "Sei höflich. 🙂" in post(server, "/apply-template", {"messages": asked})["prompt"]
 
 
-def test_an_exported_run_answers_in_its_own_format(adapters, tmp_path):
-    export.export(loading.find(str(adapters()), device="cpu"), tmp_path / "made", "gguf", type_="f32")
-    model, tokenizer = loading.load(str(tmp_path / "made"), device="cpu")
-    server = load(tmp_path / "made" / "model.gguf", 512, 1)
+def test_exported_run_answers_in_its_training_format(trained_adapters, tmp_path):
+    export.export(load.find(str(trained_adapters()), device="cpu"), tmp_path / "made", "gguf", type_="f32")
+    model, tokenizer = load.load(str(tmp_path / "made"), device="cpu")
+    server = llama_cpp.load(tmp_path / "made" / "model.gguf", 512, 1)
     asked = [{"role": "user", "content": "What is it?"}]
     prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     assert "### Instruction:\nWhat is it?" in prompt
@@ -125,7 +126,7 @@ def test_an_exported_run_answers_in_its_own_format(adapters, tmp_path):
     assert chat["choices"][0]["message"]["content"].strip() == told.texts[0].strip()
 
 
-def test_where_it_is_missing_that_is_known(monkeypatch):
+def test_missing_llama_cpp_is_detected(monkeypatch):
     assert llama_cpp.installed()
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert not llama_cpp.installed()

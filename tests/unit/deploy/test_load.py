@@ -1,51 +1,26 @@
-import pytest
-import torch
+import shutil
 
-from qlora_exp.deploy.load import load
-from qlora_exp.tracking.mlflow_store import client
+import pytest
+
+from qlora_exp.deploy.load import find, load
 from qlora_exp.utils.errors import ModelError
 
 
-@pytest.mark.parametrize(
-    "choice",
-    [["method=lora"], ["method=qlora", "lora_variant=dora"], ["method=full", "tracking.log_full_model=true"]],
-)
-def test_a_logged_model_is_loaded_back_as_it_was_trained(choice: list[str], run, store):
-    result = run(*choice, "training.learning_rate=1e-2")
-    ids = torch.arange(40, 60)[None]
-    answers = []
-    import mlflow as mlflow_library
-
-    logged = client(store).get_run(result.run_id).outputs.model_outputs[0].model_id
-    mlflow_library.set_tracking_uri(store)
-    version = mlflow_library.register_model(f"models:/{logged}", f"mine-{result.run_id}")
-    registered = f"models:/{version.name}/{version.version}"
-    for source in (result.run_id, f"models:/{logged}", registered, str(result.output_dir / "model")):
-        model, tokenizer = load(source, store, device="cpu")
-        assert tokenizer.eos_token == "<|im_end|>"
-        with torch.no_grad():
-            answers.append(model(ids).logits)
-    assert all(torch.equal(answer, answers[0]) for answer in answers)
-    base, _ = load(run(*choice, "training.learning_rate=1e-30").run_id, store, device="cpu")
-    with torch.no_grad():
-        assert not torch.equal(base(ids).logits, answers[0])
-
-
 @pytest.mark.parametrize(("source", "message"), [("0" * 32, "not found"), ("models:/nothing/1", "nothing")])
-def test_a_model_that_is_not_there_is_explained(source: str, message: str, store):
+def test_missing_model_is_reported(source: str, message: str, mlflow_uri):
     with pytest.raises(ModelError, match=message):
-        load(source, store)
+        load(source, mlflow_uri)
 
 
-def test_a_folder_with_a_pickle_is_refused(tmp_path):
+def test_folder_with_a_pickle_is_rejected(tmp_path):
     (tmp_path / "qlora_exp.yaml").write_text("{}")
     (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
     with pytest.raises(ModelError, match=r"no \.safetensors|no qlora_exp"):
         load(str(tmp_path))
 
 
-def test_a_record_cannot_ask_for_foreign_code(run, monkeypatch):
-    result = run("method=lora")
+def test_recorded_config_cannot_enable_remote_code(run_quick, monkeypatch):
+    result = run_quick("method=lora")
     saved = result.output_dir / "model"
     text = (saved / "qlora_exp.yaml").read_text()
     changed = text.replace("trust_remote_code: false", "trust_remote_code: true")
@@ -59,8 +34,8 @@ def test_a_record_cannot_ask_for_foreign_code(run, monkeypatch):
     assert (seen[0].trust_remote_code, seen[0].attn_implementation) == (False, None)
 
 
-def test_a_damaged_record_is_explained(run):
-    result = run("method=lora")
+def test_damaged_recorded_config_is_reported(run_quick):
+    result = run_quick("method=lora")
     for text in ("!!python/object/apply:os.system ['touch pwned']", "a: &x [1]\nb: [*x, *x]", "just text", "model: 3"):
         (result.output_dir / "model" / "qlora_exp.yaml").write_text(text)
         with pytest.raises(ModelError, match="damaged"):
@@ -77,26 +52,16 @@ def test_a_damaged_record_is_explained(run):
         ("[]", "is damaged"),
     ],
 )
-def test_a_whole_models_own_config_is_data_too(text, says, adapters, tmp_path):
-    import shutil
-
-    from qlora_exp.deploy import load as loading
-    from qlora_exp.utils.errors import ModelError
-
+def test_full_models_config_is_untrusted(text, says, trained_adapters, tmp_path):
     folder = tmp_path / "model"
-    shutil.copytree(adapters("method=full", "tracking.log_full_model=true"), folder)
+    shutil.copytree(trained_adapters("method=full", "tracking.log_full_model=true"), folder)
     (folder / "config.json").write_text(text)
     with pytest.raises(ModelError, match=says):
-        loading.load(str(folder), device="cpu")
+        load(str(folder), device="cpu")
 
 
-def test_a_damaged_word_about_its_run_is_told(adapters, tmp_path):
-    import shutil
-
-    from qlora_exp.deploy import load as loading
-    from qlora_exp.utils.errors import ModelError
-
-    shutil.copytree(adapters().parent, tmp_path / "run")
+def test_damaged_delivery_state_is_reported(trained_adapters, tmp_path):
+    shutil.copytree(trained_adapters().parent, tmp_path / "run")
     (tmp_path / "run" / "delivered.json").write_text("{")
     with pytest.raises(ModelError, match="is damaged"):
-        loading.find(str(tmp_path / "run"))
+        find(str(tmp_path / "run"))

@@ -8,8 +8,8 @@ from qlora_exp.deploy.merge import whole
 from qlora_exp.utils.errors import ConfigError
 
 
-def test_a_quantized_run_is_merged_into_what_was_quantized_unless_told(adapters):
-    saved = load.find(str(adapters("method=qlora")), device="cpu")
+def test_quantized_run_is_merged_into_the_unquantized_base_by_default(trained_adapters):
+    saved = load.find(str(trained_adapters("method=qlora")), device="cpu")
     made = {base: whole(saved, base=base) for base in ("auto", "files", "trained")}
     assert "what nf4_double lost" in made["auto"].base
     assert "what the adapter was trained on" in made["trained"].base
@@ -20,16 +20,18 @@ def test_a_quantized_run_is_merged_into_what_was_quantized_unless_told(adapters)
 
 
 @pytest.mark.parametrize("words", [("method=qlora",), ("lora_variant=dora",)], ids=" ".join)
-def test_what_is_expected_is_what_base_and_adapter_say_apart(words, adapters):
-    made = whole(load.find(str(adapters(*words)), device="cpu"), base="trained" if "method=qlora" in words else "auto")
-    apart, _ = load.load(str(adapters(*words)), device="cpu")
+def test_expected_logits_are_those_of_base_and_adapter(words, trained_adapters):
+    made = whole(
+        load.find(str(trained_adapters(*words)), device="cpu"), base="trained" if "method=qlora" in words else "auto"
+    )
+    apart, _ = load.load(str(trained_adapters(*words)), device="cpu")
     with torch.no_grad():
         assert torch.allclose(made.expected, apart(made.ids).logits[0], atol=1e-5)
         assert torch.allclose(made.expected, made.model(made.ids).logits[0], atol=1e-4)
 
 
-def test_a_whole_model_is_taken_as_it_is(adapters):
-    saved = load.find(str(adapters("method=full", "tracking.log_full_model=true")), device="cpu")
+def test_full_model_is_used_as_it_is(trained_adapters):
+    saved = load.find(str(trained_adapters("method=full", "tracking.log_full_model=true")), device="cpu")
     assert "a whole model" in whole(saved).base
     assert whole(saved, dtype="bfloat16").dtype == "bfloat16"
     with pytest.raises(ConfigError, match="is not merged into any"):

@@ -36,7 +36,7 @@ def head(text: str) -> dict:
     return yaml.safe_load(text.split("---")[1])
 
 
-def test_it_begins_with_what_the_hub_reads():
+def test_card_begins_with_hub_metadata():
     config = compose(["method=qlora", "method.r=8"])
     text = model_card.write(Recorded(), config, "models:/x@champion")
     assert head(text) == {
@@ -51,7 +51,7 @@ def test_it_begins_with_what_the_hub_reads():
     assert "cc-by-4.0 (attribution: Zaragoza AB)" in text
 
 
-def test_losses_have_intervals_over_their_rows():
+def test_losses_have_intervals_over_rows():
     kept = {"evaluation/before_losses.jsonl": rows(3, 4, 5), "evaluation/after_losses.jsonl": rows(2, 3.1, 3.9)}
     text = model_card.write(Recorded(losses=kept), compose(["method=lora"]), "x")
     line = next(line for line in text.splitlines() if line.startswith("| loss"))
@@ -64,7 +64,7 @@ def test_losses_have_intervals_over_their_rows():
     assert "| ROUGE-L | 0.1000 | 0.2500 | - |" in text
 
 
-def test_what_is_not_known_is_said():
+def test_unknown_licence_is_stated():
     config = compose(
         ["model=hub", "model.model_name_or_path=me/mine", "method=full", "dataset=own", "dataset.path=a.csv"]
     )
@@ -75,7 +75,7 @@ def test_what_is_not_known_is_said():
 
 
 @pytest.mark.parametrize("folder", ["model", "dataset"])
-def test_every_shipped_source_has_a_licence(folder):
+def test_shipped_source_has_a_licence(folder):
     for file in (conf_dir() / folder).glob("*.yaml"):
         values = yaml.safe_load(file.read_text())
         name = values["model_name_or_path" if folder == "model" else "path"]

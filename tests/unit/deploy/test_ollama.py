@@ -36,19 +36,19 @@ def rendered(template: str, system: str, prompt: str) -> str:
 
 
 @pytest.mark.parametrize("template", [LLAMA3, WITH_DEFAULT, LLAMA2], ids=["llama3", "default", "llama2"])
-def test_it_writes_a_turn_as_the_chat_template_does(template, tokenizer):
-    tokenizer.chat_template = template
+def test_modelfile_renders_a_turn_like_the_chat_template(template, own_tokenizer):
+    own_tokenizer.chat_template = template
     if template == LLAMA3:  # whose tokenizer begins every text with BOS, as llama.cpp then does
         first = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
-        tokenizer.backend_tokenizer.post_processor = first
-    text = modelfile(tokenizer, "model.gguf")
+        own_tokenizer.backend_tokenizer.post_processor = first
+    text = modelfile(own_tokenizer, "model.gguf")
     assert text.startswith("FROM ./model.gguf\n")
     go = re.search(r'TEMPLATE """(.*?)"""', text, re.DOTALL)[1]
     default = re.search(r'SYSTEM """(.*?)"""', text, re.DOTALL)
     assert (default[1] if default else None) == ("You are helpful." if template == WITH_DEFAULT else None)
     for told in ("Be brief.", None):
         messages = [{"role": "system", "content": told}] if told else []
-        asked = tokenizer.apply_chat_template(
+        asked = own_tokenizer.apply_chat_template(
             [*messages, {"role": "user", "content": "Why?"}], tokenize=False, add_generation_prompt=True
         )
         system = told or (default[1] if default else "")
@@ -57,31 +57,34 @@ def test_it_writes_a_turn_as_the_chat_template_does(template, tokenizer):
 
 
 @pytest.fixture
-def tokenizer():
+def own_tokenizer():
+    """Load a tokenizer that the test may change."""
     from qlora_exp.models.base import load_tokenizer
 
     return load_tokenizer(compose(["model=tiny_llama"]).model)
 
 
 @pytest.mark.parametrize("format_", ["alpaca", "prompt_completion", "chat"])
-def test_it_asks_as_the_run_was_trained(format_, tokenizer):
+def test_modelfile_renders_prompts_like_the_training_format(format_, own_tokenizer):
     config = compose(["model=tiny_llama", f"dataset.format={format_}"]).dataset
-    tokenizer.chat_template = chat_template(config, tokenizer)
-    go = re.search(r'TEMPLATE """(.*?)"""', modelfile(tokenizer, "x.gguf"), re.DOTALL)[1]
+    own_tokenizer.chat_template = chat_template(config, own_tokenizer)
+    go = re.search(r'TEMPLATE """(.*?)"""', modelfile(own_tokenizer, "x.gguf"), re.DOTALL)[1]
     asked = [{"role": "user", "content": "Why?"}]
-    assert rendered(go, "", "Why?") == tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    assert rendered(go, "", "Why?") == own_tokenizer.apply_chat_template(
+        asked, tokenize=False, add_generation_prompt=True
+    )
     assert ("{{ .System }}" in go) == (format_ == "chat")
 
 
-def test_a_template_writes_no_directives_of_its_own(tokenizer):
+def test_template_cannot_inject_modelfile_directives(own_tokenizer):
     for evil in ('"""\nADAPTER /etc/passwd\nSYSTEM """', 'ends with "'):
-        tokenizer.chat_template = WITH_DEFAULT.replace("You are helpful.", evil)
-        text = modelfile(tokenizer, "x.gguf")
+        own_tokenizer.chat_template = WITH_DEFAULT.replace("You are helpful.", evil)
+        text = modelfile(own_tokenizer, "x.gguf")
         assert "ADAPTER" not in text
         assert "SYSTEM" not in text
         assert text.count('"""') % 2 == 0
 
 
-def test_plain_text_is_continued(tokenizer):
-    tokenizer.chat_template = None
-    assert 'TEMPLATE """{{ .Prompt }}{{ .Response }}"""' in modelfile(tokenizer, "x.gguf")
+def test_modelfile_without_chat_template_continues_text(own_tokenizer):
+    own_tokenizer.chat_template = None
+    assert 'TEMPLATE """{{ .Prompt }}{{ .Response }}"""' in modelfile(own_tokenizer, "x.gguf")

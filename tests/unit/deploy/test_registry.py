@@ -8,77 +8,84 @@ from qlora_exp.deploy import load, registry
 from qlora_exp.tracking.mlflow_store import client
 from qlora_exp.utils.errors import ConfigError, ModelError, TrackingError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
-def run_id(store, tmp_path_factory, _imported):
+def run_id(mlflow_uri, tmp_path_factory, _imported):
     from support import QUICK
 
     from qlora_exp.config.hydra_compose import compose
     from qlora_exp.recipe.finetune import run
 
-    words = ["method=lora", f"tracking.uri={store}", "tracking.experiment_name=registry", "training.learning_rate=1e-2"]
+    words = [
+        "method=lora",
+        f"tracking.uri={mlflow_uri}",
+        "tracking.experiment_name=registry",
+        "training.learning_rate=1e-2",
+    ]
     return run(compose([*QUICK, *words]), tmp_path_factory.mktemp("run")).run_id
 
 
-def test_an_alias_loads_the_model_in_one_call(run_id, store):
-    made, card = registry.register(store, run_id, "mine", "champion")
+def test_registered_alias_loads_the_model(run_id, mlflow_uri):
+    made, card = registry.register(mlflow_uri, run_id, "mine", "champion")
     assert (made.name, made.version, made.uri) == ("mine", "1", "models:/mine@champion")
-    found, _ = load.load("models:/mine@champion", store, "cpu")
-    apart, _ = load.load(run_id, store, "cpu")
+    found, _ = load.load("models:/mine@champion", mlflow_uri, "cpu")
+    apart, _ = load.load(run_id, mlflow_uri, "cpu")
     ids = torch.arange(40, 60)[None]
     with torch.no_grad():
         assert torch.equal(found(ids).logits, apart(ids).logits)
-    version = client(store).get_model_version("mine", "1")
+    version = client(mlflow_uri).get_model_version("mine", "1")
     assert version.run_id == run_id
     assert version.tags["method"] == "lora"
     assert version.description == card[:5000]
-    paths = [one.path for one in client(store).list_artifacts(run_id)]
+    paths = [one.path for one in client(mlflow_uri).list_artifacts(run_id)]
     assert "README.md" in paths
-    model_id = load.models_of(client(store), run_id)[-1].model_id
-    assert "README.md" in [one.path for one in client(store).list_logged_model_artifacts(model_id)]
-    assert (load.find("models:/mine@champion", store, "cpu").folder / "README.md").read_text() == card
+    model_id = load.models_of(client(mlflow_uri), run_id)[-1].model_id
+    assert "README.md" in [one.path for one in client(mlflow_uri).list_logged_model_artifacts(model_id)]
+    assert (load.find("models:/mine@champion", mlflow_uri, "cpu").folder / "README.md").read_text() == card
 
 
-def test_again_it_is_the_same_version_and_another_run_is_another(run_id, store, run):
-    first, _ = registry.register(store, run_id, "again", "champion")
-    second, _ = registry.register(store, run_id, "again")
+def test_registering_again_keeps_the_version_of_the_same_run(run_id, mlflow_uri, run_quick):
+    first, _ = registry.register(mlflow_uri, run_id, "again", "champion")
+    second, _ = registry.register(mlflow_uri, run_id, "again")
     assert first.version == second.version == "1"
     assert second.uri == "models:/again/1"
-    other = run("method=lora", "evaluation=loss_only").run_id
-    third, _ = registry.register(store, other, "again", "champion")
+    other = run_quick("method=lora", "evaluation=loss_only").run_id
+    third, _ = registry.register(mlflow_uri, other, "again", "champion")
     assert third.version == "2"
-    assert client(store).get_model_version_by_alias("again", "champion").run_id == other
+    assert client(mlflow_uri).get_model_version_by_alias("again", "champion").run_id == other
 
 
-def test_mlflows_global_store_is_as_it_was(run_id, store):
+def test_registering_leaves_mlflows_global_store_unchanged(run_id, mlflow_uri):
     import mlflow
 
     before = mlflow.get_tracking_uri()
-    registry.register(store, run_id, "global")
+    registry.register(mlflow_uri, run_id, "global")
     assert mlflow.get_tracking_uri() == before
 
 
 @pytest.mark.parametrize(("name", "alias"), [("a/b:c", None), ("", None), ("fine", "not an alias!")])
-def test_names_that_mlflow_does_not_take_are_refused(name, alias, run_id, store):
+def test_invalid_model_name_or_alias_is_rejected(name, alias, run_id, mlflow_uri):
     with pytest.raises(ConfigError, match="register"):
-        registry.register(store, run_id, name, alias)
+        registry.register(mlflow_uri, run_id, name, alias)
 
 
-def test_a_run_without_a_model_is_refused(run, store):
-    result = run("method=lora", "evaluation=loss_only", "tracking.log_adapter=false")
+def test_run_without_a_model_is_rejected(run_quick, mlflow_uri):
+    result = run_quick("method=lora", "evaluation=loss_only", "tracking.log_adapter=false")
     with pytest.raises(ModelError, match="left no model"):
-        registry.register(store, result.run_id, "none")
+        registry.register(mlflow_uri, result.run_id, "none")
     with pytest.raises(TrackingError, match="no runs"):
-        registry.register(store, "no such run", "none")
+        registry.register(mlflow_uri, "no such run", "none")
 
 
-def test_the_hub_is_asked_for_nothing_without_a_network(run_id, store):
-    made, card = registry.register(store, run_id, "pushed")
+def test_push_without_a_network_is_rejected(run_id, mlflow_uri):
+    made, card = registry.register(mlflow_uri, run_id, "pushed")
     with pytest.raises(ConfigError, match="--push org/name"):
-        registry.push(store, made.uri, "org/name", card)
+        registry.push(mlflow_uri, made.uri, "org/name", card)
 
 
-def test_what_is_pushed_is_the_model_with_its_card(run_id, store, monkeypatch):
+def test_push_sends_the_model_with_its_card(run_id, mlflow_uri, monkeypatch):
     sent = {}
 
     class Hub:
@@ -92,15 +99,15 @@ def test_what_is_pushed_is_the_model_with_its_card(run_id, store, monkeypatch):
             return f"https://hub/{repo_id}"
 
     monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    made, card = registry.register(store, run_id, "pushed")
-    assert registry.push(store, made.uri, "org/name", card) == "https://hub/org/name"
+    made, card = registry.register(mlflow_uri, run_id, "pushed")
+    assert registry.push(mlflow_uri, made.uri, "org/name", card) == "https://hub/org/name"
     assert sent["repo"] == ("org/name", True, True)
     assert sent["files"]["README.md"] == len(card.encode())
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= sent["files"].keys()
 
 
-def test_the_command_says_how_to_load_it(run_id, store, tmp_path, capsys):
-    words = ("--name", "told", "--alias", "best", "--uri", store, "--card", "card.md")
+def test_register_command_says_how_to_load_the_model(run_id, mlflow_uri, tmp_path, capsys):
+    words = ("--name", "told", "--alias", "best", "--uri", mlflow_uri, "--card", "card.md")
     assert exit_code("register", run_id, *words[:-1], "none/card.md") == 1
     assert exit_code("register", run_id, *words) == 0
     assert "qlora_exp.load('models:/told@best')" in capsys.readouterr().out

@@ -1,15 +1,7 @@
 """Servers that exist answer with the model, asked by a real client on loopback."""
 
-import json
 import os
-import signal
 import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from pathlib import Path
 
 import pytest
 from support import exit_code
@@ -17,63 +9,18 @@ from support import exit_code
 from qlora_exp.deploy import export, load, serve
 from qlora_exp.utils.errors import ConfigError
 
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
+pytestmark = pytest.mark.slow
 
 
-def ask(url: str, body: dict) -> dict:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.load(answer)
-
-
-@pytest.mark.parametrize(("server", "health"), [("transformers", "health"), ("mlflow", "ping")])
-def test_a_client_gets_the_answer_of_the_model(server, health, adapters, tmp_path):
-    folder, port = str(adapters()), free_port()
-    command = [sys.executable, "-m", "qlora_exp", "serve", folder, "--with", server, "--port", str(port)]
-    log = (tmp_path / "log").open("w")
-    process = subprocess.Popen([*command, "--device", "cpu", "--out", "served"], stdout=log, stderr=log)
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/{health}", timeout=5)
-                break
-            except (urllib.error.URLError, OSError):
-                assert process.poll() is None, (tmp_path / "log").read_text()
-                time.sleep(0.2)
-        made = serve.server(server, Path("served"), "127.0.0.1", port)
-        body = {"messages": [{"role": "user", "content": "Why?"}], "max_tokens": 6, "temperature": 1e-6}
-        answer = ask(made.url, body | {"model": made.model})
-        if server == "mlflow":  # a list of one
-            (answer,) = answer
-        else:  # clients ask for it, whatever it lists
-            assert urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=60).status == 200
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(30)
-    model, tokenizer = load.load(str(tmp_path / "served"), device="cpu")
-    asked = [{"role": "user", "content": "Why?"}]
-    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    expected = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
-    assert "### Instruction:\nWhy?" in prompt
-    text = answer["choices"][0]["message"]["content"]
-    assert text.strip() == tokenizer.decode(expected, skip_special_tokens=True).strip()
-    assert answer["usage"]["prompt_tokens"] == ids.shape[1]
-
-
-def test_an_adapter_is_merged_once(adapters, tmp_path):
-    saved = load.find(str(adapters()), device="cpu")
+def test_adapter_is_merged_once_for_serving(trained_adapters, tmp_path):
+    saved = load.find(str(trained_adapters()), device="cpu")
     assert serve.folder_of(saved, tmp_path / "served") == tmp_path / "served"
     written = os.stat(tmp_path / "served" / "model.safetensors").st_mtime_ns
     serve.folder_of(saved, tmp_path / "served")
     assert os.stat(tmp_path / "served" / "model.safetensors").st_mtime_ns == written
     whole = load.find(str(tmp_path / "served"), device="cpu")
     assert serve.folder_of(whole, tmp_path / "unused") == whole.folder
-    other = load.find(str(adapters("lora_variant=dora")), device="cpu")
+    other = load.find(str(trained_adapters("lora_variant=dora")), device="cpu")
     with pytest.raises(ConfigError, match="holds something else"):
         serve.folder_of(other, tmp_path / "served")
 
@@ -82,8 +29,8 @@ def test_an_adapter_is_merged_once(adapters, tmp_path):
     ("server", "says"),
     [("vllm", "pip install vllm"), ("llama.cpp", "needs a GGUF file"), ("transformers", "")],
 )
-def test_what_is_missing_is_told_before_anything_is_made(server, says, adapters):
-    saved = load.find(str(adapters()), device="cpu")
+def test_missing_server_is_reported_before_anything_is_written(server, says, trained_adapters):
+    saved = load.find(str(trained_adapters()), device="cpu")
     if not says:
         serve.check(server, saved)
         return
@@ -91,8 +38,8 @@ def test_what_is_missing_is_told_before_anything_is_made(server, says, adapters)
         serve.check(server, saved)
 
 
-def test_a_gguf_file_is_llama_cpps(adapters, tmp_path, capsys):
-    export.export(load.find(str(adapters()), device="cpu"), tmp_path / "made", "gguf", type_="q8_0")
+def test_gguf_file_is_served_by_llama_cpp_only(trained_adapters, tmp_path, capsys):
+    export.export(load.find(str(trained_adapters()), device="cpu"), tmp_path / "made", "gguf", type_="q8_0")
     saved = load.find(str(tmp_path / "made"), device="cpu")
     with pytest.raises(ConfigError, match=r"served --with llama\.cpp"):
         serve.check("transformers", saved)
@@ -100,18 +47,18 @@ def test_a_gguf_file_is_llama_cpps(adapters, tmp_path, capsys):
     assert f"llama-server -m {tmp_path / 'made' / 'model.gguf'} --host 127.0.0.1 --port 81" in capsys.readouterr().out
 
 
-def test_commands_are_shown_without_starting_anything(adapters, capsys, tmp_path):
-    assert exit_code("serve", str(adapters()), "--print", "--out", "served") == 0
+def test_serve_print_shows_commands_without_starting_them(trained_adapters, capsys, tmp_path):
+    assert exit_code("serve", str(trained_adapters()), "--print", "--out", "served") == 0
     shown = capsys.readouterr().out
-    assert f"qlora-exp merge {adapters()} --out served\n" in shown
+    assert f"qlora-exp merge {trained_adapters()} --out served\n" in shown
     assert "transformers serve served" in shown
     assert "vllm serve served" in shown
     assert "--enable-lora" not in shown  # nobody else has a random base
     assert list(tmp_path.iterdir()) == []
 
 
-def test_vllm_takes_plain_lora_beside_its_base(adapters):
-    saved = load.find(str(adapters()), device="cpu")
+def test_vllm_serves_plain_lora_without_merging(trained_adapters):
+    saved = load.find(str(trained_adapters()), device="cpu")
     hub = saved.config.model.model_copy(update={"model_name_or_path": "org/model"})
     of_hub = export.replace(saved, config=saved.config.model_copy(update={"model": hub}))
     command = serve.adapter_on_vllm(of_hub, "127.0.0.1", 8000).command
@@ -122,10 +69,10 @@ def test_vllm_takes_plain_lora_beside_its_base(adapters):
     assert serve.adapter_on_vllm(of_dora, "127.0.0.1", 8000) is None
 
 
-def test_a_port_that_is_taken_is_told(adapters, capsys, tmp_path):
+def test_occupied_port_is_reported(trained_adapters, capsys, tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        assert exit_code("serve", str(adapters()), "--port", str(taken.getsockname()[1])) == 1
+        assert exit_code("serve", str(trained_adapters()), "--port", str(taken.getsockname()[1])) == 1
     assert "cannot serve at" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

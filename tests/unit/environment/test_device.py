@@ -29,7 +29,7 @@ def test_cpu_falls_back_from_paging_and_says_so():
 
 
 @pytest.mark.parametrize(("device", "half"), [(AMPERE, "bfloat16"), (TURING, "float16")])
-def test_gpus_store_the_frozen_base_in_half_precision_and_train_in_float32(device: Device, half: str):
+def test_gpu_stores_the_base_in_half_precision_and_trains_in_float32(device: Device, half: str):
     resolved = resolve(compose(["method=qlora"]), device)
     assert (resolved.dtype, resolved.compute_dtype, resolved.adapter_dtype) == (half, half, "float32")
     assert (resolved.bf16, resolved.fp16) == (half == "bfloat16", half == "float16")
@@ -50,7 +50,7 @@ def test_full_fine_tuning_keeps_float32_weights_under_autocast():
     assert (resolved.dtype, resolved.bf16, resolved.adapter_dtype) == ("float32", True, None)
 
 
-def test_explicit_choices_win():
+def test_explicit_choices_override_auto():
     resolved = resolve(
         compose(["model.dtype=bfloat16", "training.fp16=true", "training.gradient_checkpointing=false",
                  "quantization.bnb_4bit_compute_dtype=float16", "method.adapter_dtype=bfloat16"]), AMPERE
@@ -63,14 +63,14 @@ def test_explicit_choices_win():
     assert (resolved.bf16, resolved.fp16, resolved.gradient_checkpointing) == (False, True, False)
 
 
-def test_what_a_device_cannot_do_is_refused():
+def test_unsupported_settings_of_a_device_are_rejected():
     with pytest.raises(ConfigError, match="mps"):
         resolve(compose(["quantization=int8"]), MPS)
     with pytest.raises(ConfigError, match="fp16"):
         resolve(compose(["training.fp16=true"]), CPU)
 
 
-def test_measuring_uses_the_precision_of_training():
+def test_autocast_uses_the_precision_of_training():
     import torch
 
     with autocast(resolve(compose(["training.bf16=true"]), CPU)):
@@ -79,26 +79,26 @@ def test_measuring_uses_the_precision_of_training():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
-def test_detects_the_cpu_and_names_it():
+def test_cpu_is_detected_and_named():
     found = detect("cpu")
     assert found.type == "cpu"
     assert found.name
 
 
-def test_a_device_that_is_not_there_is_refused(monkeypatch):
+def test_missing_device_is_rejected(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match="device=cuda"):
         detect("cuda")
 
 
-def test_a_quantized_base_takes_the_cpu_of_a_mac(monkeypatch):
+def test_quantized_base_on_a_mac_uses_the_cpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
     assert detect("auto", bitsandbytes=True).type == "cpu"
     assert detect("auto").type == "mps"
 
 
-def test_of_several_gpus_the_first_is_taken_and_named(monkeypatch):
+def test_first_of_several_gpus_is_used_and_named(monkeypatch):
     current = []
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: True)
@@ -117,7 +117,7 @@ def test_of_several_gpus_the_first_is_taken_and_named(monkeypatch):
     ("device_map", "refused"),
     [({"": 1}, True), ({"": "cuda:1"}, True), ({"": 0}, False), ({"a": 0, "b": 1}, False), ("auto", False)],
 )
-def test_a_device_map_that_names_another_gpu_is_refused(device_map: Any, refused: bool):
+def test_device_map_that_names_another_gpu_is_rejected(device_map: Any, refused: bool):
     config = compose()
     config = config.model_copy(update={"model": config.model.model_copy(update={"device_map": device_map})})
     resolve(config, CPU)
@@ -141,7 +141,7 @@ def test_a_device_map_that_names_another_gpu_is_refused(device_map: Any, refused
         ({"LOCAL_RANK": "-1"}, None),
     ],
 )
-def test_one_of_several_processes_is_refused(environment: dict[str, str], says: str | None, monkeypatch):
+def test_process_of_a_multi_process_launcher_is_rejected(environment: dict[str, str], says: str | None, monkeypatch):
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     if says is None:
@@ -151,12 +151,7 @@ def test_one_of_several_processes_is_refused(environment: dict[str, str], says: 
             refuse_several_processes()
 
 
-@pytest.mark.gpu
-def test_detects_the_gpu():
-    assert detect("auto").type == "cuda"
-
-
-def test_gpus_are_found_without_beginning_cuda(monkeypatch):
+def test_gpus_are_listed_without_initializing_cuda(monkeypatch):
     monkeypatch.setattr("pynvml.nvmlInit", lambda: None)
     monkeypatch.setattr("pynvml.nvmlDeviceGetCount", lambda: 2)
     monkeypatch.setattr("pynvml.nvmlDeviceGetHandleByIndex", lambda index: f"handle {index}")
@@ -167,3 +162,9 @@ def test_gpus_are_found_without_beginning_cuda(monkeypatch):
 
     monkeypatch.setattr("pynvml.nvmlInit", no_driver)
     assert nvml_handles() == []
+
+
+@pytest.mark.parametrize(("method", "recomputes"), [("lora", True), ("prefix_tuning", False)])
+def test_auto_gradient_checkpointing_is_on_where_it_works(method: str, recomputes: bool):
+    gpu = Device("cuda", "a GPU", bf16=True, paging=True)
+    assert resolve(compose([f"method={method}"]), gpu).gradient_checkpointing is recomputes

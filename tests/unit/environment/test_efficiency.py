@@ -14,7 +14,7 @@ from qlora_exp.models.base import load_model
 IDS = torch.arange(40, 72)[None]
 
 
-def test_a_product_and_its_gradients_count_three_times():
+def test_matrix_product_and_its_gradients_count_three_times():
     x, w = torch.randn(5, 7, requires_grad=True), torch.randn(7, 3, requires_grad=True)
     with FlopCounter() as forward:
         y = x @ w
@@ -24,7 +24,7 @@ def test_a_product_and_its_gradients_count_three_times():
     assert backward.flops == 2 * forward.flops
 
 
-def test_attention_counts_its_two_products_and_their_gradients():
+def test_attention_counts_two_products_and_their_gradients():
     q, k, v = (torch.randn(2, 3, 8, 4, requires_grad=True) for _ in range(3))
     with FlopCounter() as counter:
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
@@ -34,7 +34,7 @@ def test_attention_counts_its_two_products_and_their_gradients():
     assert backward.flops == pytest.approx(2.5 * counter.flops)  # the scores are computed anew
 
 
-def test_a_product_in_another_dtype_than_its_factors_counts():
+def test_mixed_dtype_product_is_counted():
     """As TRL's loss computes on a GPU; these forms of the operations are not to be had on a CPU."""
     a, b, into = torch.empty(5, 7), torch.empty(7, 3), torch.empty(5, 3)
     assert flops_of(torch.ops.aten.mm.dtype, (a, b, torch.float32), {}, into) == 2 * 5 * 7 * 3
@@ -45,7 +45,7 @@ def test_a_product_in_another_dtype_than_its_factors_counts():
 
 
 @pytest.mark.parametrize("kernel", ["flash_attention", "efficient_attention", "cudnn_attention"])
-def test_attention_of_grouped_heads_counts_each_query(kernel: str):
+def test_grouped_attention_counts_each_query_head(kernel: str):
     q, k, v = (torch.empty(2, heads, 8, 4) for heads in (6, 3, 3))
     packet = getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}")
     assert flops_of(packet.default, (q, k, v), {}, q) == 2 * (2 * 2 * 6 * 8 * 8 * 4)
@@ -53,51 +53,30 @@ def test_attention_of_grouped_heads_counts_each_query(kernel: str):
     assert flops_of(backward.default, (q, q, k, v), {}, q) == 5 * (2 * 2 * 6 * 8 * 8 * 4)
 
 
-def test_what_cannot_be_counted_ends_no_training(monkeypatch, run, caplog):
-    def fail(*_: object, **__: object) -> int:
-        raise AssertionError("shapes are incompatible")
-
-    monkeypatch.setitem(efficiency._FORMULAS, "aten.mm", fail)
-    metrics = run("method=lora", "evaluation=loss_only").metrics
-    assert "tokens_per_second" in metrics
-    assert not {"flops_per_second", "mfu"} & metrics.keys()
-    assert caplog.text.count("arithmetic is not counted: torch's formula for aten.mm.default") == 1
-
-
-def test_counting_changes_no_number():
+def test_counting_does_not_change_results():
     model = base("none")
     plain = model(input_ids=IDS).logits
     with FlopCounter():
         assert torch.equal(model(input_ids=IDS).logits, plain)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("quantization", ["nf4_double", "fp4", "int8"])
-def test_a_quantized_base_does_the_same_arithmetic(quantization: str, device: str):
+def test_quantized_base_does_the_same_arithmetic(quantization: str):
     counts = []
     for name in ("none", quantization):
-        model = base(name, device)
+        model = base(name)
         with FlopCounter() as counter:
-            model(input_ids=IDS.to(device))
+            model(input_ids=IDS)
         counts.append(counter.flops)
     assert counts[0] == counts[1] > 0
 
 
-def base(quantization: str, device: str = "cpu"):
+def base(quantization: str):
     config = compose(["model=tiny_llama", "method=lora", f"quantization={quantization}"])
-    return load_model(config.model, config.quantization, resolve(config, detect(device))).train()
+    return load_model(config.model, config.quantization, resolve(config, detect("cpu"))).train()
 
 
-def test_recomputation_counts(run):
-    plain = run("method=lora", "evaluation=loss_only")
-    recomputed = run("method=lora", "evaluation=loss_only", "training.gradient_checkpointing=true")
-    per_token = [
-        result.metrics["flops_per_second"] / result.metrics["tokens_per_second"] for result in (plain, recomputed)
-    ]
-    assert 1.2 < per_token[1] / per_token[0] < 1.6  # a third forward to a forward and a backward
-
-
-def test_the_devices_best_is_measured():
+def test_peak_flops_of_the_device_are_measured():
     assert peak_flops("cpu", torch.float32) > 1e8
 
 
@@ -117,7 +96,7 @@ def counters(folder: Path, **joules: float) -> None:
         ({"z0": 10, "z0_1": 3}, {"z0": 12, "z0_1": 9}, 2),  # a part of a package is in it already
     ],
 )
-def test_energy_is_what_all_packages_used(before, after, used, tmp_path, monkeypatch):
+def test_energy_is_summed_over_packages(before, after, used, tmp_path, monkeypatch):
     monkeypatch.setattr(efficiency, "_gpu_joules", dict)
     counters(tmp_path, **before)
     with EnergyMeter(tmp_path) as meter:
@@ -125,7 +104,7 @@ def test_energy_is_what_all_packages_used(before, after, used, tmp_path, monkeyp
     assert meter.joules == pytest.approx(used, abs=1e-4)
 
 
-def test_gpus_are_added(tmp_path, monkeypatch):
+def test_energy_of_gpus_is_added(tmp_path, monkeypatch):
     told = iter([{"gpu0": (100.0, 0.0)}, {"gpu0": (130.0, 0.0)}])
     monkeypatch.setattr(efficiency, "_gpu_joules", lambda: next(told))
     with EnergyMeter(tmp_path) as meter:
@@ -133,23 +112,14 @@ def test_gpus_are_added(tmp_path, monkeypatch):
     assert meter.joules == 30
 
 
-@pytest.mark.gpu
-def test_a_gpu_tells_what_it_used(tmp_path):
-    with EnergyMeter(tmp_path) as meter:
-        most = max(peak_flops("cuda", torch.bfloat16) for _ in range(100))
-    assert meter.joules is not None
-    assert meter.joules > 0
-    assert most > 1e12
-
-
-def test_a_machine_that_does_not_tell_gives_nothing(tmp_path, monkeypatch):
+def test_machine_without_counters_reports_no_energy(tmp_path, monkeypatch):
     monkeypatch.setattr(efficiency, "_gpu_joules", dict)
     with EnergyMeter(tmp_path) as meter:
         pass
     assert meter.joules is None
 
 
-def test_rates_are_set_against_what_they_took():
+def test_efficiency_relates_rates_to_peaks():
     metrics = {"tokens_per_second": 100.0, "flops_per_second": 3e9}
     peaks = {"steady": {"rss": 2000.0}, "load": {"rss": 9000.0}}
     found = of_training(metrics, peaks, 1e10, 7.0)

@@ -27,31 +27,31 @@ def _online(monkeypatch):
         (["evaluation.lm_eval_tasks=[own]", "evaluation.lm_eval_include_path=."], False),
     ],
 )
-def test_what_needs_the_hub(overrides: list[str], needed: bool):
+def test_hub_is_needed_only_for_hub_models_data_and_tasks(overrides: list[str], needed: bool):
     assert is_needed(compose(overrides)) is needed
 
 
-def test_a_hub_that_answers_is_used(monkeypatch):
+def test_reachable_hub_is_used(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         go_offline_if_unreachable()
     assert "HF_HUB_OFFLINE" not in os.environ
 
 
-def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch):
+def test_unreachable_hub_switches_to_offline(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     go_offline_if_unreachable()
     assert os.environ["HF_HUB_OFFLINE"] == "1"
 
 
-def test_a_proxy_is_left_to_know_better(monkeypatch):
+def test_proxy_skips_the_reachability_check(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("qlora_exp.environment.hub.getproxies", lambda: {"https": "http://proxy"})
     go_offline_if_unreachable()
     assert "HF_HUB_OFFLINE" not in os.environ
 
 
-def test_the_users_own_choice_stays(monkeypatch):
+def test_users_offline_setting_is_kept(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     go_offline_if_unreachable()

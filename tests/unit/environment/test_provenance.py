@@ -6,7 +6,7 @@ import pytest
 from qlora_exp.environment import provenance
 
 
-def test_versions_of_what_changes_results():
+def test_versions_of_relevant_libraries_are_recorded():
     import torch
 
     found = provenance.libraries()
@@ -14,7 +14,7 @@ def test_versions_of_what_changes_results():
     assert {"peft", "trl", "bitsandbytes", "python", "qlora_exp"} <= found.keys()
 
 
-def test_this_process_lives_and_others_are_told_apart():
+def test_dead_processes_are_distinguished_from_living_ones():
     me = provenance.process()
     assert not provenance.is_dead(me)
     assert provenance.is_dead(me | {"started": "0.0"})
@@ -29,7 +29,7 @@ def test_this_process_lives_and_others_are_told_apart():
     assert provenance.is_dead(me | {"boot": "before the machine was started again"})
 
 
-def test_git_says_commit_and_state_or_nothing(monkeypatch):
+def test_git_state_is_recorded_or_absent(monkeypatch):
     found = provenance.git()
     assert not found or (len(found["sha"]) == 40 and found["dirty"] in ("true", "false"))
     monkeypatch.setattr(provenance, "__file__", "/nowhere/qlora_exp/provenance.py")
@@ -40,7 +40,7 @@ def test_hardware_is_described():
     assert provenance.hardware()["memory_mib"] > 0
 
 
-def test_what_an_interrupted_pip_left_is_no_package(tmp_path, monkeypatch):
+def test_leftovers_of_an_interrupted_pip_are_not_packages(tmp_path, monkeypatch):
     (tmp_path / "~orch-2.0.dist-info").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
     for version in ("1.0", "2.0"):  # the second comes before the first
@@ -53,7 +53,7 @@ def test_what_an_interrupted_pip_left_is_no_package(tmp_path, monkeypatch):
     assert found["torch"]
 
 
-def test_the_packages_are_the_same_after_setuptools_was_imported(tmp_path, monkeypatch):
+def test_importing_setuptools_does_not_change_the_packages(tmp_path, monkeypatch):
     before = provenance.environment()
     folder = tmp_path / "setuptools" / "_vendor" / "carried-1.dist-info"
     folder.mkdir(parents=True)

@@ -30,7 +30,7 @@ def real(family: str = "llama"):
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen2"])
-def test_presets_are_the_models_own_names(family: str):
+def test_target_presets_resolve_to_the_models_module_names(family: str):
     model = bare(family)
     assert adapters.resolve_targets("attention", model) == ATTENTION[family]
     assert adapters.resolve_targets("mlp", model) == MLP[family]
@@ -46,7 +46,7 @@ def test_all_linear_adapts_attention_and_mlp_and_not_the_head(family: str):
     assert adapted == {*ATTENTION[family], *MLP[family]}
 
 
-def test_lists_and_regular_expressions_stay_as_they_are():
+def test_target_lists_and_regular_expressions_are_kept():
     assert adapters.resolve_targets(["q_proj", "mlp.up_proj"], bare()) == ["q_proj", "mlp.up_proj"]
     assert adapters.resolve_targets(r".*\.0\..*q_proj", bare()) == r".*\.0\..*q_proj"
 
@@ -60,7 +60,7 @@ def test_lists_and_regular_expressions_stay_as_they_are():
         (["fc1"], "Its linear layers: down_proj"),
     ],
 )
-def test_targets_that_match_nothing_are_refused(wanted, message: str):
+def test_targets_that_match_nothing_are_rejected(wanted, message: str):
     with pytest.raises(ConfigError) as error:
         adapters.resolve_targets(wanted, bare())
     assert message in str(error.value)
@@ -75,7 +75,7 @@ def test_targets_that_match_nothing_are_refused(wanted, message: str):
         ("dora_rslora", 8.0, True),
     ],
 )
-def test_variants_scale_and_split_as_they_say(variant: str, scaling: float, magnitude: bool):
+def test_lora_variant_sets_scaling_and_magnitude(variant: str, scaling: float, magnitude: bool):
     config = compose(["model=tiny_llama", "method=lora", f"lora_variant={variant}"])
     model = adapters.attach(real(), adapters.peft_config(config, bare()), "float32")
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
@@ -83,7 +83,7 @@ def test_variants_scale_and_split_as_they_say(variant: str, scaling: float, magn
     assert any("magnitude" in name for name, _ in model.named_parameters()) == magnitude
 
 
-def test_only_the_adapter_trains_and_in_its_dtype():
+def test_only_the_adapter_trains_in_its_dtype():
     config = compose(["model=tiny_llama", "method=lora"])
     model = adapters.attach(real().to(torch.bfloat16), adapters.peft_config(config, bare()), "float32")
     trainable = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
@@ -92,18 +92,12 @@ def test_only_the_adapter_trains_and_in_its_dtype():
     assert set(trainable.values()) == {torch.float32}
 
 
-def test_full_trains_everything():
+def test_full_fine_tuning_trains_every_parameter():
     model = adapters.attach(real(), adapters.peft_config(compose(["method=full"]), bare()), None)
     assert adapters.count_parameters(model)[0] == sum(p.numel() for p in model.parameters())
 
 
-def test_four_bit_weights_count_for_what_they_stand_for(run):
-    lora, qlora = run("method=lora"), run("method=qlora")
-    for name in ("trainable_parameters", "total_parameters"):
-        assert lora.metrics[name] == qlora.metrics[name]
-
-
-def test_dtypes_and_values_are_kept_whatever_happens_inside():
+def test_keep_dtypes_restores_dtypes_and_values():
     model = torch.nn.Linear(2, 2)
     before = model.weight.detach().clone()
     with adapters.keep_dtypes(model):
@@ -112,7 +106,7 @@ def test_dtypes_and_values_are_kept_whatever_happens_inside():
     assert torch.equal(model.weight, before)
 
 
-def test_what_peft_refuses_is_explained():
+def test_settings_rejected_by_peft_are_reported():
     config = compose(["method=lora", "method.layers_to_transform=[0]", "method.target_modules=all-linear"])
     with pytest.raises(ConfigError, match="PEFT refuses"):
         adapters.peft_config(config, bare())

@@ -6,7 +6,7 @@ import torch
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.sections.model import ModelConfig
 from qlora_exp.environment.device import Device, resolve
-from qlora_exp.models import base as model_module
+from qlora_exp.models import base
 from qlora_exp.utils.errors import ModelError
 
 CPU = Device("cpu", "CPU", bf16=False, paging=False)
@@ -15,24 +15,24 @@ CPU = Device("cpu", "CPU", bf16=False, paging=False)
 def load(*overrides: str):
     config = compose(["model=tiny_llama", *overrides])
     resolved = resolve(config, CPU)
-    model = model_module.load_model(config.model, config.quantization, resolved)
+    model = base.load_model(config.model, config.quantization, resolved)
     return config, resolved, model
 
 
-def test_a_skeleton_has_no_weights():
-    parameters = list(model_module.skeleton(ModelConfig(model_name_or_path="random:llama")).parameters())
+def test_skeleton_has_no_weights():
+    parameters = list(base.skeleton(ModelConfig(model_name_or_path="random:llama")).parameters())
     assert {str(parameter.device) for parameter in parameters} == {"meta"}
 
 
-def test_dtype_is_the_resolved_one():
+def test_model_has_the_resolved_dtype():
     _, _, model = load("method=lora", "model.dtype=bfloat16", "model.attn_implementation=eager")
     assert model.dtype == torch.bfloat16
     assert model.config._attn_implementation == "eager"
 
 
-def test_every_tokenizer_pads_apart_from_eos(tokenizer):
-    assert tokenizer.pad_token_id != tokenizer.eos_token_id
-    assert tokenizer.padding_side == "right"
+def test_tokenizer_pads_with_another_token_than_eos(tiny_tokenizer):
+    assert tiny_tokenizer.pad_token_id != tiny_tokenizer.eos_token_id
+    assert tiny_tokenizer.padding_side == "right"
 
 
 @pytest.mark.parametrize(
@@ -43,12 +43,12 @@ def test_every_tokenizer_pads_apart_from_eos(tokenizer):
         ("two/slashes/here", "no such model|did not give it"),
     ],
 )
-def test_a_model_that_is_not_there_is_explained(name: str, message: str):
+def test_missing_model_is_reported(name: str, message: str):
     with pytest.raises(ModelError, match=message):
-        model_module.load_tokenizer(ModelConfig(model_name_or_path=name))
+        base.load_tokenizer(ModelConfig(model_name_or_path=name))
 
 
-def test_a_damaged_local_model_is_explained(tmp_path):
+def test_damaged_local_model_is_reported(tmp_path):
     import shutil
 
     from qlora_exp.models.builtin import folder_of
@@ -57,31 +57,31 @@ def test_a_damaged_local_model_is_explained(tmp_path):
     (folder / "model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00garbage")
     config = compose(["method=lora", f"model.model_name_or_path={folder}"])
     with pytest.raises(ModelError, match="damaged"):
-        model_module.load_model(config.model, config.quantization, resolve(config, CPU))
+        base.load_model(config.model, config.quantization, resolve(config, CPU))
 
 
-def test_a_local_folder_is_a_model(tmp_path):
+def test_local_folder_is_loaded_as_a_model(tmp_path):
     from qlora_exp.models.builtin import folder_of
 
     config = ModelConfig(model_name_or_path=str(folder_of("random:opt")))
-    assert model_module.skeleton(config).config.model_type == "opt"
+    assert base.skeleton(config).config.model_type == "opt"
 
 
 def gated(*_: object, **__: object) -> None:
     raise OSError("You are trying to access a gated repo.\nMake sure to have access to it")
 
 
-def test_a_gated_model_asks_for_a_token(monkeypatch):
+def test_gated_model_asks_for_a_token(monkeypatch):
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", gated)
     with pytest.raises(
         ModelError,
         match=r"gated: accept its licence at https://huggingface.co/meta-llama/x, then set HF_TOKEN",
     ):
-        model_module.load_tokenizer(ModelConfig(model_name_or_path="meta-llama/x"))
+        base.load_tokenizer(ModelConfig(model_name_or_path="meta-llama/x"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
-def test_a_quantized_model_lets_the_file_go_that_it_was_read_from():
+def test_quantized_model_releases_its_mapped_file():
     _, _, model = load("method=qlora")
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if ".safetensors" in line]
     mapped = [range(*(int(end, 16) for end in line[0].split("-"))) for line in lines]

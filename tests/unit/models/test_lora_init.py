@@ -18,17 +18,17 @@ IDS = torch.arange(40, 72)[None]
 
 
 @pytest.fixture
-def rows(tokenizer):
+def make_batches(tiny_tokenizer):
     def batches(config) -> list:
-        tokens = tokenize(load_rows(config.dataset).train, config, tokenizer)
+        tokens = tokenize(load_rows(config.dataset).train, config, tiny_tokenizer)
         size = 1 if config.lora_start == "corda" else 4
-        return lora_init.batches(tokens, 8, size, 1024, tokenizer.pad_token_id)
+        return lora_init.batches(tokens, 8, size, 1024, tiny_tokenizer.pad_token_id)
 
     return batches
 
 
 @pytest.fixture
-def begin(rows):
+def make_lora(make_batches):
     """A tiny base with a LoRA that started as the overrides say, and the same base as it was."""
 
     def start(*overrides: str):
@@ -37,7 +37,7 @@ def begin(rows):
         base, untouched = (load_model(config.model, config.quantization, resolved) for _ in range(2))
         torch.manual_seed(0)
         settings = adapters.peft_config(config, base)
-        found = rows(config)
+        found = make_batches(config)
         lora_init.prepare(config.lora_start, base, settings, found)
         adapted = adapters.attach(base, settings, "float32")
         lora_init.finish(config.lora_start, adapted, found, lambda: load_unquantized(config.model))
@@ -51,14 +51,14 @@ def layers(adapted) -> dict[str, LoraLayer]:
 
 
 @pytest.mark.parametrize("variant", ["pissa", "olora", "corda", "lora_ga", "eva", "orthogonal", "mica"])
-def test_a_start_changes_no_output(variant: str, begin):
-    adapted, untouched, _ = begin(f"lora_variant={variant}")
+def test_lora_initialization_does_not_change_the_output(variant: str, make_lora):
+    adapted, untouched, _ = make_lora(f"lora_variant={variant}")
     with torch.no_grad():
         torch.testing.assert_close(adapted(IDS).logits, untouched(IDS).logits, rtol=1e-3, atol=1e-4)
 
 
-def test_pissa_takes_the_largest_singular_values_out_of_the_base(begin):
-    adapted, untouched, _ = begin("lora_variant=pissa", "method.r=4")
+def test_pissa_moves_the_largest_singular_values_out_of_the_base(make_lora):
+    adapted, untouched, _ = make_lora("lora_variant=pissa", "method.r=4")
     for name, layer in layers(adapted).items():
         values = torch.linalg.svdvals(untouched.get_submodule(name).weight)
         left = torch.linalg.svdvals(layer.get_base_layer().weight)
@@ -66,8 +66,8 @@ def test_pissa_takes_the_largest_singular_values_out_of_the_base(begin):
         assert left[0] < values[0]
 
 
-def test_lora_ga_starts_along_the_gradient_of_the_full_weights(begin):
-    adapted, untouched, found = begin("lora_variant=lora_ga", "method.r=2", "method.target_modules=q_v")
+def test_lora_ga_starts_along_the_gradient_of_the_full_weights(make_lora):
+    adapted, untouched, found = make_lora("lora_variant=lora_ga", "method.r=2", "method.target_modules=q_v")
     for batch in found:
         untouched(**batch).loss.backward()
     for name, layer in layers(adapted).items():
@@ -78,8 +78,8 @@ def test_lora_ga_starts_along_the_gradient_of_the_full_weights(begin):
         assert inside > 0.999
 
 
-def test_eva_looks_along_the_inputs_and_moves_ranks_within_the_budget(begin):
-    adapted, untouched, _ = begin("lora_variant=eva", "method.r=4")
+def test_eva_distributes_ranks_within_the_budget(make_lora):
+    adapted, untouched, _ = make_lora("lora_variant=eva", "method.r=4")
     found = layers(adapted)
     ranks = [layer.r["default"] for layer in found.values()]
     # Layers whose input is the same share their directions; a layer of rank 0 is no LoRA any more.
@@ -92,8 +92,8 @@ def test_eva_looks_along_the_inputs_and_moves_ranks_within_the_budget(begin):
 
 @pytest.mark.parametrize("quantization", ["nf4_double", "fp4", "int8"])
 @pytest.mark.parametrize("alpha", [4, 32])
-def test_loftq_makes_up_for_what_quantization_lost_as_well_as_its_rank_can(quantization: str, alpha: int, begin):
-    adapted, _, _ = begin(
+def test_loftq_compensates_quantization_as_well_as_its_rank_allows(quantization: str, alpha: int, make_lora):
+    adapted, _, _ = make_lora(
         "lora_variant=loftq", f"quantization={quantization}", "method.r=4", f"method.lora_alpha={alpha}"
     )
     weights = dict(load_unquantized(compose(["model=tiny_llama"]).model).named_parameters())
@@ -104,19 +104,19 @@ def test_loftq_makes_up_for_what_quantization_lost_as_well_as_its_rank_can(quant
         torch.testing.assert_close(left, best, rtol=1e-3, atol=1e-5)
 
 
-def test_rows_too_few_for_a_rank_are_refused(begin):
+def test_too_few_rows_for_a_rank_are_rejected(make_lora):
     with pytest.raises(ConfigError, match="no batch of the first training rows has the 4000 tokens"):
-        begin("lora_variant=eva", "method.r=2000")
+        make_lora("lora_variant=eva", "method.r=2000")
 
 
-def test_directions_that_never_settle_are_given_up(begin, monkeypatch):
+def test_eva_directions_that_do_not_converge_are_rejected(make_lora, monkeypatch):
     monkeypatch.setattr(lora_init, "_EVA_PASSES", 1)
     with pytest.raises(ConfigError, match="still turn after 1 passes over 2 batches"):
-        begin("lora_variant=eva")
+        make_lora("lora_variant=eva")
 
 
-def test_what_is_saved_is_the_difference_from_the_start(begin, tmp_path):
-    adapted, untouched, _ = begin("lora_variant=pissa", "method.r=4", "method.use_rslora=true")
+def test_saved_adapter_is_the_difference_from_the_initialization(make_lora, tmp_path):
+    adapted, untouched, _ = make_lora("lora_variant=pissa", "method.r=4", "method.use_rslora=true")
     lora_init.remember("pissa", adapted, tmp_path / "first")
     for parameter in adapted.parameters():
         if parameter.requires_grad:
@@ -129,62 +129,27 @@ def test_what_is_saved_is_the_difference_from_the_start(begin, tmp_path):
         torch.testing.assert_close(again(IDS).logits, adapted(IDS).logits, rtol=1e-3, atol=1e-4)
 
 
-def test_a_cut_off_run_goes_on_only_from_the_same_start(begin, tmp_path):
-    adapted, _, _ = begin("lora_variant=pissa", "method.r=4")
+def test_run_resumes_only_from_the_same_initialization(make_lora, tmp_path):
+    adapted, _, _ = make_lora("lora_variant=pissa", "method.r=4")
     assert lora_init.remember("pissa", adapted, tmp_path / "first")
     assert lora_init.remember("pissa", adapted, tmp_path / "first")
     next(p for p in adapted.parameters() if p.requires_grad).data *= -1
     assert not lora_init.remember("pissa", adapted, tmp_path / "first")
 
 
-def test_what_an_earlier_config_remembered_is_forgotten(begin, tmp_path):
-    lora_init.remember("pissa", begin("lora_variant=pissa")[0], tmp_path / "first")
-    assert lora_init.remember(None, begin("lora_variant=lora")[0], tmp_path / "first")
+def test_stored_initialization_of_another_config_is_removed(make_lora, tmp_path):
+    lora_init.remember("pissa", make_lora("lora_variant=pissa")[0], tmp_path / "first")
+    assert lora_init.remember(None, make_lora("lora_variant=lora")[0], tmp_path / "first")
     assert not (tmp_path / "first").exists()
 
 
-def test_loftq_leaves_alone_what_is_not_quantized(begin):
-    adapted, _, _ = begin("lora_variant=loftq", "quantization=nf4", "method.target_modules=[q_proj,lm_head]")
+def test_loftq_leaves_unquantized_layers_unchanged(make_lora):
+    adapted, _, _ = make_lora("lora_variant=loftq", "quantization=nf4", "method.target_modules=[q_proj,lm_head]")
     found = layers(adapted)
     assert found["lm_head"].lora_B["default"].weight.abs().max() == 0
     assert found["model.layers.0.self_attn.q_proj"].lora_B["default"].weight.abs().max() > 0
 
 
-def test_nothing_is_remembered_where_the_base_stays_as_it_is(begin, tmp_path):
-    lora_init.remember("eva", begin("lora_variant=eva")[0], tmp_path / "first")
+def test_initialization_that_keeps_the_base_is_not_stored(make_lora, tmp_path):
+    lora_init.remember("eva", make_lora("lora_variant=eva")[0], tmp_path / "first")
     assert not (tmp_path / "first").exists()
-
-
-def test_a_run_that_goes_on_starts_from_the_same_base_again(run, losses):
-    words = ["method=lora", "lora_variant=pissa", "evaluation=loss_only", "training.save_strategy=steps"]
-    words += ["training.save_steps=2", "training.max_steps=4"]
-    whole = run(*words)
-    again = run(*words, f"training.resume_from_checkpoint={whole.output_dir}/checkpoints/checkpoint-2")
-    assert losses(again) == pytest.approx(losses(whole)[2:], rel=1e-4)
-    assert again.metrics["after/loss"] == pytest.approx(whole.metrics["after/loss"], rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["lora_variant=pissa", "quantization=nf4"], "init_lora_weights=pissa needs the base's own weights"),
-        (["lora_variant=orthogonal", "quantization=int8"], "needs the base's own weights"),
-        (["lora_variant=monteclora", "quantization=nf4"], "monteclora_config=.* needs the base's own weights"),
-        (["lora_variant=loftq"], "makes up for a quantized base"),
-        (["lora_variant=pissa", "method.use_dora=true"], "no place for use_dora=true"),
-        (["lora_variant=olora", "method.bias=all"], "no place for trained biases"),
-        (["lora_variant=corda", "method.modules_to_save=[lm_head]"], "no place for modules_to_save"),
-        (
-            ["lora_variant=pissa", "method.use_rslora=true", "+method.rank_pattern.q_proj=4"],
-            "no place for use_rslora with",
-        ),
-        (["lora_variant=lora", "method.use_qalora=true"], "GPTQ"),
-        (["lora_variant=pissa", "lora_variant.init_lora_weights=pisa"], "got 'pisa'"),
-        (["lora_variant=corda", "lora_variant.corda_config.cache_file=x"], "not from files"),
-        (["lora_variant=eva", "lora_variant.init_rows=0"], "greater than 0"),
-        (["lora_variant=lora", "method.megatron_core=os"], "no such setting"),
-    ],
-)
-def test_starts_that_cannot_be_are_refused_at_once(words: list[str], message: str):
-    with pytest.raises(ConfigError, match=message):
-        compose(["method=lora", *words])

@@ -9,11 +9,10 @@ from support import exit_code
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.planning import advisor
-from qlora_exp.planning.advisor import Fit, Option, Sized, choose, largest
+from qlora_exp.planning.advisor import Fit, Option, choose, largest
 from qlora_exp.planning.gpus import GPUS, Gpu
 from qlora_exp.planning.planner import Prediction
 from qlora_exp.planning.replay import Phase
-from qlora_exp.planning.tables import show_models
 from qlora_exp.utils.errors import UserError
 
 CARD = Gpu("GPU", 24.0)
@@ -35,7 +34,7 @@ TINY = [
     most=st.integers(1, 400),
     known=st.integers(1, 16),
 )
-def test_the_largest_is_found_where_needs_grow(flat, steep, steeper, bend, room, most, known):
+def test_largest_count_is_found_where_memory_grows(flat, steep, steeper, bend, room, most, known):
     def need(count: int) -> float:
         assert 1 <= count <= most
         return max(flat, steep * count) + max(steeper, -0.9 * steep) * max(0, count - bend)
@@ -46,11 +45,11 @@ def test_the_largest_is_found_where_needs_grow(flat, steep, steeper, bend, room,
     assert found == max((count for count in range(1, most + 1) if need(count) <= room), default=0)
 
 
-def test_what_is_known_to_fit_is_where_the_search_begins():
+def test_search_begins_at_a_count_that_fits():
     assert largest(lambda rows: 10 if rows == 1 else 2 * rows, 9, 100, 4) == 4  # a row alone reserves more than four
 
 
-def test_few_needs_are_asked_for():
+def test_search_asks_for_few_predictions():
     asked = set()
 
     def need(count: int) -> float:
@@ -80,11 +79,11 @@ def option(name: str, gib: float, rows: int, length: int, flops: float = 1.0) ->
         ((0, 0), (0, 0), "neither"),
     ],
 )
-def test_lora_is_chosen_while_it_fits(lora, qlora, says):
+def test_lora_is_chosen_if_it_fits(lora, qlora, says):
     assert says in ": ".join(choose([option("LoRA", 18, *lora), option("QLoRA", 7, *qlora)], CARD))
 
 
-def test_what_4_bits_cost_in_time_is_said_where_rates_are_known():
+def test_time_cost_of_4_bits_is_stated_for_gpus_with_rates():
     card = replace(GPUS["rtx4090"], memory_gib=24.0)
     options = [option("LoRA", 18, 4, 512, 1e12), option("QLoRA", 7, 4, 512, 1.2e12)]
     for one in options:
@@ -92,11 +91,12 @@ def test_what_4_bits_cost_in_time_is_said_where_rates_are_known():
     assert "+20% time" in choose(options, card)[1]
 
 
-def test_nothing_is_chosen_where_one_of_the_two_was_not_planned():
+def test_nothing_is_chosen_unless_both_methods_were_planned():
     assert choose([option("LoRA", 18, 1, 64)], CARD) == ("", "")
 
 
-def test_methods_that_are_named_are_compared_and_those_that_cannot_be_say_why():
+@pytest.mark.slow
+def test_named_methods_are_compared_and_unplannable_ones_explained():
     words = [*TINY, "method=lora,boft", "lora_variant=lora"]
     card = Gpu("GPU", 0.72)
     found, why = advisor.options(words, card, [card], lambda _: None)
@@ -109,7 +109,8 @@ def test_methods_that_are_named_are_compared_and_those_that_cannot_be_say_why():
         advisor.options([*TINY, "method=boft"], card, [card], lambda _: None)
 
 
-def test_what_fits_a_larger_card_is_no_less():
+@pytest.mark.slow
+def test_larger_card_fits_at_least_as_many_rows():
     cards = [Gpu("GPU", size) for size in (0.68, 0.72)]
     found, _ = advisor.options([*TINY, "method=qlora"], cards[0], cards, lambda _: None)
     rows = [found[0].fits[card].rows for card in cards]
@@ -117,18 +118,8 @@ def test_what_fits_a_larger_card_is_no_less():
     assert rows[0] < rows[-1]
 
 
-def test_the_largest_model_of_each_card_is_shown(capsys):
-    gib = 2**30
-    models = [Sized("small", 10**9, {"LoRA": 2 * gib, "QLoRA": gib}), Sized("big", 10**10, {"QLoRA": 6 * gib})]
-    show_models(models, {"third, LoRA": "no"}, advisor.cards(Gpu("GPU", 0.0)))
-    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    assert [line for line in lines if line] == [
-        ["4", "1.0 B", "1.0 B"], ["6", "1.0 B", "1.0 B"],
-        *([str(size), "1.0 B", "10.0 B"] for size in advisor.CARDS[2:]),
-    ]  # fmt: skip
-
-
-def test_shipped_models_are_looked_at_smallest_first(monkeypatch):
+@pytest.mark.slow
+def test_shipped_models_are_planned_smallest_first(monkeypatch):
     monkeypatch.setattr(advisor, "METHODS", {"LoRA": ["method=lora"]})
     monkeypatch.setattr(advisor.configs, "options", lambda group: ["opt_125m", "smollm2_135m", "hub", "tiny_llama"])
     found, why = advisor.models(["training.max_length=4096"], CARD, lambda _: None)
@@ -139,19 +130,20 @@ def test_shipped_models_are_looked_at_smallest_first(monkeypatch):
     assert found[0].parameters == 125_239_296
 
 
-def run(*arguments: str) -> int:
+def advise(*arguments: str) -> int:
     return exit_code("advise", *TINY, *arguments)
 
 
-def test_the_command_says_what_to_choose(capsys, monkeypatch):
+@pytest.mark.slow
+def test_advise_command_says_what_to_choose(capsys, monkeypatch):
     monkeypatch.setattr(advisor, "MOST_ROWS", 8)
     monkeypatch.setattr(advisor, "METHODS", {name: advisor.METHODS[name] for name in ("LoRA", "QLoRA")})
-    assert run("vram=8") == 0
+    assert advise("vram=8") == 0
     shown = capsys.readouterr().out
     assert "choose   LoRA" in shown
     assert "7.0%" in shown
     monkeypatch.setattr(advisor, "CARDS", (4, 24))
-    assert run("method=lora") == 0  # for cards of every size
+    assert advise("method=lora") == 0  # for cards of every size
     shown = capsys.readouterr().out
     assert all(f"│ {size} " in shown for size in advisor.CARDS)
 
@@ -168,11 +160,11 @@ def test_the_command_says_what_to_choose(capsys, monkeypatch):
         (["quantization=nf4"], "name the methods too"),
     ],
 )
-def test_what_cannot_be_advised_is_refused_at_once(arguments, says, capsys):
-    assert run(*arguments) == 1
+def test_contradictory_advise_arguments_are_rejected(arguments, says, capsys):
+    assert advise(*arguments) == 1
     assert says in capsys.readouterr().err
 
 
-def test_a_batch_that_cannot_be_is_refused():
+def test_batch_longer_than_the_model_is_rejected():
     with pytest.raises(UserError, match="positions"):
         advisor.options([*TINY, "method=lora", "training.max_length=512"], CARD, [CARD], lambda _: None)

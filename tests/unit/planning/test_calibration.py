@@ -1,13 +1,11 @@
 """What runs took is fitted to what was planned for them, and its error is that of runs left out."""
 
-import json
 import random
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import exit_code
 
 from qlora_exp.environment.device import Device, resolve
 from qlora_exp.planning import calibration
@@ -30,7 +28,7 @@ def record(took, rates=1e9, device="GPU", outcome="ok", code=None, **planned):
     slope=st.floats(0.5, 3),
     plans=st.lists(st.floats(500, 50_000), min_size=3, max_size=8, unique_by=lambda mib: int(mib / 100)),
 )
-def test_a_line_is_found_again_and_misses_nothing(offset, slope, plans):
+def test_fit_recovers_a_line(offset, slope, plans):
     few, *rest = sorted(plans)
     plans = [few, *rest, 4 * rest[-1], 8 * rest[-1]]  # any of them left out, the others are far enough apart
     found, left_out = fit([record(lambda mib: offset + slope * mib, steady=mib) for mib in plans])
@@ -39,7 +37,7 @@ def test_a_line_is_found_again_and_misses_nothing(offset, slope, plans):
     assert found["GPU"].expected(1000 * 2**20) == pytest.approx((offset + slope * 1000) * 2**20, rel=1e-4)
 
 
-def test_the_error_is_that_of_runs_that_were_left_out():
+def test_worst_error_is_that_of_runs_left_out():
     plans = [1000.0, 2000.0, 4000.0, 8000.0]
     runs = [record(lambda mib: 1.1 * mib, steady=mib) for mib in plans]
     runs.append(record(lambda mib: 2.2 * mib, steady=3000.0))  # the others expect 3,300 MiB of it, and it took 6,600
@@ -48,7 +46,7 @@ def test_the_error_is_that_of_runs_that_were_left_out():
 
 @settings(deadline=None)  # the first imports scipy
 @given(st.lists(st.floats(-30, 30), min_size=4, max_size=8))
-def test_one_plan_with_noise_gives_a_ratio_and_no_line(noise):
+def test_one_plan_with_noise_gives_a_ratio(noise):
     runs = [
         record(lambda mib, more=more: 1.03 * mib + more, first_step=20_000.0, steady=20_040.0 + place)
         for place, more in enumerate(noise)
@@ -63,20 +61,20 @@ def test_one_plan_with_noise_gives_a_ratio_and_no_line(noise):
     plans=st.lists(st.floats(200, 50_000), min_size=3, max_size=9),
     shares=st.lists(st.floats(0.5, 2), min_size=9, max_size=9),
 )
-def test_no_fit_expects_less_than_nothing_or_less_of_more(plans, shares):
+def test_fit_is_positive_and_increasing(plans, shares):
     runs = [record(lambda mib, share=share: share * mib, steady=mib) for mib, share in zip(plans, shares, strict=False)]
     found = fit(runs)[0]["GPU"]
     assert found.offset_mib >= 0
     assert 0 < found.expected(1.0) < found.expected(2**40)
 
 
-def test_runs_scattered_around_their_plan_are_expected_to_take_it():
+def test_unbiased_runs_give_an_unbiased_fit():
     draw = random.Random(0)
     runs = [record(lambda mib: draw.gauss(1, 0.2) * mib, steady=1000.0 * (1 + place % 8)) for place in range(400)]
     assert fit(runs)[0]["GPU"].expected(4000 * 2**20) == pytest.approx(4000 * 2**20, rel=0.04)
 
 
-def test_devices_are_apart_and_too_few_runs_give_no_fit():
+def test_devices_are_fitted_separately_and_need_three_runs():
     runs = [record(lambda mib: mib, device="A", steady=mib) for mib in (10.0, 20.0, 30.0)]
     runs += [record(lambda mib: mib, device="B", steady=mib) for mib in (10.0, 20.0)]
     runs += [record(lambda mib: 9 * mib, device="A", outcome="oom", steady=5.0)]
@@ -88,19 +86,19 @@ def test_devices_are_apart_and_too_few_runs_give_no_fit():
     assert found["A"].runs == 3
 
 
-def test_one_plan_again_and_again_gives_a_ratio():
+def test_repeated_plan_gives_a_ratio():
     found, _ = fit([record(lambda mib: 1.5 * mib, steady=100.0) for _ in range(3)])
     assert (found["GPU"].offset_mib, found["GPU"].slope) == (0.0, 1.5)
 
 
-def test_time_is_the_median_rate():
+def test_time_is_fitted_by_the_median_rate():
     runs = [record(lambda mib: mib, rate, steady=mib) for mib, rate in ((10.0, 1e9), (20.0, 2e9), (30.0, 4e9))]
     found = fit(runs)[0]["GPU"]
     assert found.flops_per_second == 2e9
     assert found.time_error == pytest.approx(3 / 1 - 1)
 
 
-def test_on_a_cpu_the_imports_are_no_part_of_what_was_taken():
+def test_imports_do_not_count_as_memory_on_a_cpu():
     metrics = {"memory/baseline/rss_mib": 700.0, "memory/steady/rss_peak_mib": 1700.0, "plan/steady_mib": 800.0}
     assert measured(metrics, "steady") == 1000.0
     assert ratio(metrics) == {"plan/memory_ratio": 1.25}
@@ -108,13 +106,13 @@ def test_on_a_cpu_the_imports_are_no_part_of_what_was_taken():
     assert ratio({"memory/steady/reserved_peak_mib": 880.0}) == {}
 
 
-def test_the_ratio_is_of_the_fullest_phases():
+def test_ratio_compares_the_largest_phases():
     metrics = {"plan/first_step_mib": 100.0, "plan/steady_mib": 200.0}
     metrics |= {"memory/first_step/reserved_peak_mib": 300.0, "memory/steady/reserved_peak_mib": 220.0}
     assert ratio(metrics) == {"plan/memory_ratio": 1.5}
 
 
-def test_what_is_kept_is_read_back(tmp_path):
+def test_calibration_survives_a_round_trip(tmp_path):
     found = [Calibration("GPU", 3, 1.5, 1.1, 0.01, 0.02, 1e12, 0.3), Calibration("CPU", 4, 0.0, 1.4, 0.1, 0.2)]
     assert read(tmp_path) == []
     assert write(found, tmp_path / "new") == tmp_path / "new" / "calibration.json"
@@ -124,13 +122,13 @@ def test_what_is_kept_is_read_back(tmp_path):
 @pytest.mark.parametrize(
     "text", ["{", "[1]", '[{"device": "GPU"}]', '[{"device": "x", "slope": -1, "offset_mib": 0, "runs": 3}]', "3"]
 )
-def test_a_file_that_is_broken_says_so(text, tmp_path):
+def test_broken_calibration_file_is_rejected(text, tmp_path):
     (tmp_path / "calibration.json").write_text(text)
     with pytest.raises(ConfigError, match="calibrate"):
         read(tmp_path)
 
 
-def test_fits_of_other_devices_stay(tmp_path):
+def test_writing_keeps_fits_of_other_devices(tmp_path):
     one, other = Calibration("A", 3, 0.0, 1.0, 0.0, 0.0), Calibration("B", 3, 0.0, 2.0, 0.0, 0.0)
     write([one, other], tmp_path)
     write([Calibration("A", 4, 0.0, 3.0, 0.0, 0.0)], tmp_path)
@@ -149,44 +147,27 @@ def test_fits_of_other_devices_stay(tmp_path):
     ],
     ids=str,
 )
-def test_no_fit_of_nonsense(change):
+def test_invalid_calibration_is_rejected(change):
     with pytest.raises(ValueError, match="validation error"):
         Calibration(
             **{"device": "GPU", "runs": 3, "offset_mib": 0, "slope": 1, "median_error": 0, "worst_error": 0} | change
         )
 
 
-def test_a_run_logs_what_was_planned_and_what_it_took(run):
-    found = run("tracking.plan=true", "training.eval_strategy=steps", "training.eval_steps=2").metrics
-    assert found["plan/peak_mib"] == max(found[f"plan/{phase}_mib"] for phase in calibration.PHASES)
-    took = max(found[f"memory/{phase}/rss_peak_mib"] for phase in calibration.PHASES)
-    ratio = (took - found["memory/baseline/rss_mib"]) / found["plan/peak_mib"]
-    assert found["plan/memory_ratio"] == pytest.approx(ratio)
-
-
-def test_planning_changes_no_result(run, losses):
-    assert losses(run("tracking.plan=true")) == losses(run())
-
-
-def test_a_run_that_cannot_be_planned_runs_all_the_same(run, caplog):
-    found = run("tracking.plan=true", "method=boft").metrics
-    assert "after/loss" in found
-    assert "plan/peak_mib" not in found
-    assert "not planned: method=boft cannot be planned" in caplog.text
-
-
-def test_a_packed_row_is_as_long_as_can_be(config):
-    resolved = resolve(config("method=lora"), Device("cpu", "CPU", False, False))
+@pytest.mark.slow
+def test_packed_row_is_planned_at_full_length(make_config):
+    resolved = resolve(make_config("method=lora"), Device("cpu", "CPU", False, False))
     rows, packed = (
         calibration.plan_run(
-            config("method=lora", f"training.packing={on}", "training.max_length=512"), resolved, 64, 8
+            make_config("method=lora", f"training.packing={on}", "training.max_length=512"), resolved, 64, 8
         )
         for on in ("false", "true")
     )
     assert packed["plan/steady_mib"] > 3 * rows["plan/steady_mib"]
 
 
-def test_a_plan_is_made_once_for_runs_that_differ_in_nothing_that_counts(config, monkeypatch):
+@pytest.mark.slow
+def test_plan_is_shared_by_runs_that_differ_in_irrelevant_keys(make_config, monkeypatch):
     from qlora_exp.planning import planner
 
     made = []
@@ -194,7 +175,7 @@ def test_a_plan_is_made_once_for_runs_that_differ_in_nothing_that_counts(config,
     monkeypatch.setattr(planner, "Planner", lambda *given: made.append(given) or real(*given))
 
     def planned(*words: str, longest: int = 77):
-        checked = config("method=lora", *words)
+        checked = make_config("method=lora", *words)
         return calibration.plan_run(checked, resolve(checked, Device("cpu", "CPU", False, False)), longest, 9)
 
     first = planned("seed=1")
@@ -204,27 +185,3 @@ def test_a_plan_is_made_once_for_runs_that_differ_in_nothing_that_counts(config,
     assert planned("method.r=3") != first
     assert planned(longest=99) != first
     assert len(made) <= before + 2
-
-
-def test_the_command_fits_recorded_runs_and_plans_use_it(run, store, capsys, tmp_path):
-    options = ["tracking.plan=true", "tracking.experiment_name=calibrate", "evaluation=loss_only"]
-    options += ["training.eval_strategy=no"]
-    for rows in (1, 4, 16):
-        run(*options, f"training.per_device_train_batch_size={rows}")
-    assert exit_code("calibrate", "--uri", store, "--experiment", "calibrate") == 0
-    assert "x plan" in capsys.readouterr().out
-    (kept,) = json.loads((tmp_path / "mlruns" / "calibration.json").read_text())
-    assert kept["runs"] == 3
-    architecture = "+model.architecture={_name_or_path: random:llama, model_type: llama, num_hidden_layers: 2}"
-    assert (
-        exit_code("plan", "model=tiny_llama", architecture, "method=lora", "device=cpu", "training.max_length=64") == 0
-    )
-    shown = capsys.readouterr().out
-    assert f"of 3 runs on {kept['device']}" in shown
-    assert "at the median rate of 3 runs on it" in shown
-
-
-def test_without_planned_runs_there_is_nothing_to_fit(run, store, capsys):
-    run("tracking.experiment_name=unplanned", "evaluation=loss_only")
-    assert exit_code("calibrate", "--uri", store, "--experiment", "unplanned") == 1
-    assert "error: MLflow has no runs of" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from qlora_exp.planning.cuda_allocator import MIB, CachingAllocator
 
 
 @given(st.lists(st.tuples(st.integers(1, 40 * MIB), st.integers(0, 30)), max_size=80))
-def test_books_balance_and_blocks_are_joined_again(steps: list[tuple[int, int]]):
+def test_allocated_and_free_blocks_sum_to_reserved(steps: list[tuple[int, int]]):
     allocator, held = CachingAllocator(), []
     for size, place in steps:
         if place < len(held):
@@ -36,14 +36,14 @@ def test_books_balance_and_blocks_are_joined_again(steps: list[tuple[int, int]])
         ([100 * MIB, 1], 102 * MIB),
     ],
 )
-def test_segments_have_the_sizes_of_torchs(sizes: list[int], reserved: int):
+def test_segments_have_the_sizes_of_torchs_allocator(sizes: list[int], reserved: int):
     allocator = CachingAllocator()
     for size in sizes:
         allocator.malloc(size)
     assert allocator.reserved == reserved
 
 
-def test_a_freed_block_is_reused_and_split():
+def test_freed_block_is_reused_and_split():
     allocator = CachingAllocator()
     allocator.free(allocator.malloc(100 * MIB))
     allocator.malloc(60 * MIB)
@@ -51,7 +51,7 @@ def test_a_freed_block_is_reused_and_split():
     assert allocator.reserved == 100 * MIB
 
 
-def test_what_is_left_of_a_split_is_no_use_to_more():
+def test_remainder_too_small_for_a_request_is_not_used():
     allocator = CachingAllocator()
     allocator.free(allocator.malloc(100 * MIB))
     allocator.malloc(60 * MIB)
@@ -60,7 +60,7 @@ def test_what_is_left_of_a_split_is_no_use_to_more():
     assert allocator.allocated == 102 * MIB  # the second block is its whole segment
 
 
-def test_a_segment_in_use_stays_when_the_cache_is_emptied():
+def test_emptying_the_cache_keeps_segments_in_use():
     allocator = CachingAllocator()
     kept, gone = allocator.malloc(60 * MIB), allocator.malloc(40 * MIB)
     allocator.free(gone)

@@ -45,6 +45,7 @@ def highest(events: list[Event]) -> int:
     return max(accumulate(event.nbytes for event in events))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [
@@ -55,7 +56,7 @@ def highest(events: list[Event]) -> int:
     ],
     ids=str,
 )
-def test_a_deepened_recording_is_that_of_the_deeper_model(words: list[str]):
+def test_deepened_recording_equals_that_of_the_deeper_model(words: list[str]):
     found = deepen(recorded(LAYERS, *words), 8)
     expected = recorded(8, *words).events
     assert made(found) == made(expected)
@@ -63,13 +64,13 @@ def test_a_deepened_recording_is_that_of_the_deeper_model(words: list[str]):
     assert highest(found) == highest(expected)
 
 
-def test_layers_that_are_not_alike_are_noticed():
+def test_irregular_layers_are_rejected():
     events = [Event(("forward", layer), layer, 100 + (layer == 2), "activations") for layer in range(LAYERS)]
     with pytest.raises(IrregularError, match="forward"):
         deepen(Recording(events), 9)
 
 
-def test_what_is_made_and_freed_is_recorded_once():
+def test_allocations_and_frees_are_recorded_once():
     recorder = Recorder()
     with FakeTensorMode(), recorder:
         kept = torch.empty(10, 10)
@@ -89,7 +90,7 @@ def test_arithmetic_is_counted():
     assert sum(work.nbytes for work in works) == 4 * (3 * 4 + 4 * 5 + 3 * 5)
 
 
-def test_what_moves_no_memory_has_no_traffic():
+def test_views_have_no_memory_traffic():
     recorder = Recorder()
     with FakeTensorMode(), recorder:
         tensor = torch.empty(8, 8)
@@ -100,7 +101,7 @@ def test_what_moves_no_memory_has_no_traffic():
     )  # reshape's
 
 
-def test_tied_weights_stay_tied():
+def test_materialized_weights_stay_tied():
     with torch.device("meta"):
         model = torch.nn.Sequential(torch.nn.Linear(3, 3, bias=False), torch.nn.Linear(3, 3, bias=False))
     model[1].weight = model[0].weight
@@ -109,7 +110,7 @@ def test_tied_weights_stay_tied():
     assert model[0].weight.device.type == "cpu"
 
 
-def test_what_is_freed_after_the_recording_is_no_part_of_it():
+def test_frees_after_the_recording_are_not_recorded():
     recorder = Recorder()
     with FakeTensorMode(), recorder:
         stays, goes = torch.empty(8), torch.empty(4)

@@ -6,6 +6,8 @@ from qlora_exp.config.hydra_compose import compose
 from qlora_exp.planning.screening import unfit
 from qlora_exp.utils.errors import ConfigError
 
+pytestmark = pytest.mark.slow
+
 TINY = [
     "model=tiny_llama",
     "+model.architecture={_name_or_path: random:llama, model_type: llama, num_hidden_layers: 2}",
@@ -14,7 +16,7 @@ TINY = [
 ]
 
 
-def test_what_does_not_fit_says_what_it_takes_and_what_cannot_be_planned_is_run():
+def test_oversized_config_is_explained_and_unplannable_config_is_kept():
     large = "++model.architecture.hidden_size=8192"
     configs = [compose([*TINY, *words]) for words in ([], [large], ["method=boft"])]
     small, too_large, unknown = unfit(configs, 3.0)
@@ -23,7 +25,7 @@ def test_what_does_not_fit_says_what_it_takes_and_what_cannot_be_planned_is_run(
     assert too_large.endswith("GPU has 3")
 
 
-def test_a_damaged_calibration_is_told_before_anything_runs(tmp_path, monkeypatch):
+def test_damaged_calibration_is_reported_before_planning(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mlruns").mkdir()
     (tmp_path / "mlruns" / "calibration.json").write_text("{")

@@ -1,66 +1,17 @@
-import hashlib
-import json
-
 import pytest
+from helpers.past_runs import ROWS, shifted
 from mlflow.exceptions import MlflowException
 
 from qlora_exp.results.compare import compare
 from qlora_exp.results.records import find
-from qlora_exp.tracking.mlflow_store import client
 from qlora_exp.utils.errors import ConfigError, TrackingError
 
-BASE = {
-    "model.model_name_or_path": "m", "method.name": "lora", "method.r": "4", "training.loss_type": "nll",
-    "data.evaluation_fingerprint": "rows", "training.per_device_train_batch_size": "4", "device": "auto",
-    "training.gradient_accumulation_steps": "1", "tracking.uri": "None",
-}  # fmt: skip
 
-
-@pytest.fixture
-def past(store, tmp_path):
-    """An experiment of the test's own; `past(...)` adds a run with one loss for each held-out row."""
-    mlflow = client(store)
-    experiment = mlflow.create_experiment(tmp_path.name, artifact_location=(tmp_path / "artifacts").as_uri())
-    count = iter(range(10**6))
-
-    def add(losses=(), *, seed=1, outcome="ok", tags=None, metrics=None, weights=None, **params):
-        number = next(count)
-        known = {
-            "run_key": hashlib.sha256(f"{tmp_path}{number}".encode()).hexdigest()[:16],
-            "outcome": outcome,
-            **(tags or {}),
-        }
-        run = mlflow.create_run(experiment, number + 1, known, f"run {number}").info.run_id
-        given = {key.replace("__", "."): str(value) for key, value in params.items()}
-        for key, value in (BASE | {"seed": str(seed)} | given).items():
-            mlflow.log_param(run, key, value)
-        weights = weights or [10.0] * len(losses)
-        if losses:
-            lines = [json.dumps({"nll": a * b, "tokens": b}) for a, b in zip(losses, weights, strict=True)]
-            mlflow.log_text(run, "\n".join(lines), "evaluation/after_losses.jsonl")
-            mean = sum(a * b for a, b in zip(losses, weights, strict=True)) / sum(weights)
-            mlflow.log_metric(run, "after/loss", mean)
-        for key, value in (metrics or {}).items():
-            mlflow.log_metric(run, key, value)
-        mlflow.set_terminated(run, "FINISHED" if outcome == "ok" else "FAILED")
-        return run
-
-    add.uri, add.mlflow, add.experiment = store, mlflow, tmp_path.name
-    return add
-
-
-ROWS = [3.0, 3.5, 2.5, 4.0, 3.2, 2.8, 3.9, 3.1]
-
-
-def shifted(by: float, wobble: float = 0.02) -> list[float]:
-    return [row + by + wobble * (-1) ** index for index, row in enumerate(ROWS)]
-
-
-def test_seeds_of_a_configuration_are_one_row(past):
+def test_seeds_of_one_config_are_one_row(past_runs):
     for r, by in ((4, 0.0), (8, -0.2)):
         for seed in (1, 2, 3):
-            past(shifted(by + 0.001 * seed), seed=seed, method__r=r)
-    found = compare(find(past.uri, experiment=past.experiment))
+            past_runs(shifted(by + 0.001 * seed), seed=seed, method__r=r)
+    found = compare(find(past_runs.uri, experiment=past_runs.experiment))
     assert [(row.name, len(row.records)) for row in found.rows] == [("method.r=4", 3), ("method.r=8", 3)]
     verdict = found.verdicts["method.r=8"]
     assert verdict.text.startswith("better -0.2000")
@@ -68,46 +19,46 @@ def test_seeds_of_a_configuration_are_one_row(past):
     assert found.ties == {"method.r=4": "b", "method.r=8": "a"}
 
 
-def test_other_seeds_are_told(past):
-    past(ROWS, seed=1, method__r=4)
-    past(shifted(-0.2), seed=2, method__r=8)
-    past(shifted(-0.3), seed=2, method__r=16)
-    found = compare(find(past.uri, experiment=past.experiment))
+def test_different_seeds_are_a_warning(past_runs):
+    past_runs(ROWS, seed=1, method__r=4)
+    past_runs(shifted(-0.2), seed=2, method__r=8)
+    past_runs(shifted(-0.3), seed=2, method__r=16)
+    found = compare(find(past_runs.uri, experiment=past_runs.experiment))
     assert "seeds: 1 (r=4), 2 (2 rows)" in found.warnings
 
 
-def test_a_difference_within_chance_is_a_tie_that_says_what_would_settle_it(past):
+def test_difference_within_chance_is_a_tie_with_the_seeds_needed(past_runs):
     for r, by in ((4, [0.0, 0.3, -0.2]), (8, [-0.1, 0.1, -0.15])):
         for seed, one in enumerate(by):
-            past(shifted(one, 0.0), seed=seed, method__r=r)
-    found = compare(find(past.uri, experiment=past.experiment))
+            past_runs(shifted(one, 0.0), seed=seed, method__r=r)
+    found = compare(find(past_runs.uri, experiment=past_runs.experiment))
     assert found.verdicts["method.r=8"].text.startswith("tie ")
     assert "more seeds would settle it" in found.verdicts["method.r=8"].text
     assert found.ties == {"method.r=4": "a", "method.r=8": "a"}
 
 
-def test_one_seed_says_that_it_is_one(past):
-    past(shifted(0.0), method__r=4)
-    past(shifted(-0.5), method__r=8)
-    found = compare(find(past.uri, experiment=past.experiment))
+def test_verdict_of_one_seed_says_so(past_runs):
+    past_runs(shifted(0.0), method__r=4)
+    past_runs(shifted(-0.5), method__r=8)
+    found = compare(find(past_runs.uri, experiment=past_runs.experiment))
     assert found.verdicts["method.r=8"].text.startswith("better")
     assert "one seed" in found.verdicts["method.r=8"].text
 
 
-def test_other_held_out_rows_are_not_paired_and_are_named(past):
+def test_different_held_out_rows_are_not_paired(past_runs):
     for seed in (1, 2):
-        past(shifted(0.0 + seed / 100), seed=seed)
-        past(shifted(-0.5 - seed / 50), seed=seed, method__r=8, data__evaluation_fingerprint="others")
-    found = compare(find(past.uri, experiment=past.experiment))
+        past_runs(shifted(0.0 + seed / 100), seed=seed)
+        past_runs(shifted(-0.5 - seed / 50), seed=seed, method__r=8, data__evaluation_fingerprint="others")
+    found = compare(find(past_runs.uri, experiment=past_runs.experiment))
     assert found.verdicts["method.r=8"].difference.items == 0
     assert "held-out rows: rows, others" in found.warnings
 
 
-def test_what_else_differs_is_named(past):
+def test_other_differences_are_warnings(past_runs):
     tags = {"version.torch": "1", "sweep.method.r": "4"}
     measured = {"train/num_tokens": 100.0, "memory/baseline/rss_mib": 500.0}
-    past(shifted(0.0), metrics=measured, tags=tags, resolved__adapter_dtype="float32")
-    past(
+    past_runs(shifted(0.0), metrics=measured, tags=tags, resolved__adapter_dtype="float32")
+    past_runs(
         shifted(0.1),
         method__r=8,
         training__learning_rate=1e-3,
@@ -115,7 +66,7 @@ def test_what_else_differs_is_named(past):
         metrics={"train/num_tokens": 200.0, "memory/baseline/rss_mib": 600.0},
         tags={"version.torch": "2", "sweep.method.r": "8"},
     )
-    found = compare(find(past.uri, experiment=past.experiment))
+    found = compare(find(past_runs.uri, experiment=past_runs.experiment))
     assert [row.name for row in found.rows] == ["method.r=4", "method.r=8"]
     for expected in (
         "tokens seen: 100 (r=4), 200 (r=8)",
@@ -127,30 +78,30 @@ def test_what_else_differs_is_named(past):
     assert found.settings == ["training.learning_rate: none, 0.001"]
 
 
-def test_a_seed_that_ran_again_is_not_another_seed(past):
-    past(shifted(0.0), seed=1)
-    newest = past(shifted(0.2), seed=1)
-    past(outcome="error", seed=1)
-    past(outcome="error", seed=2)
-    (row,) = compare(find(past.uri, experiment=past.experiment)).rows
+def test_repeated_seed_counts_once(past_runs):
+    past_runs(shifted(0.0), seed=1)
+    newest = past_runs(shifted(0.2), seed=1)
+    past_runs(outcome="error", seed=1)
+    past_runs(outcome="error", seed=2)
+    (row,) = compare(find(past_runs.uri, experiment=past_runs.experiment)).rows
     assert [one.run_id for one in row.records] == [newest]
     assert [one.params["seed"] for one in row.failed] == ["2"]
 
 
-def test_what_was_not_measured_is_not_compared(past):
+def test_rows_without_the_metric_are_not_compared(past_runs):
     for r in (4, 8, 16):
         scores = {"after/rougeL": 0.1 * r} if r > 4 else {}
-        past(shifted(0.0), method__r=r, metrics=scores)
-    found = compare(find(past.uri, experiment=past.experiment), "rougeL")
+        past_runs(shifted(0.0), method__r=r, metrics=scores)
+    found = compare(find(past_runs.uri, experiment=past_runs.experiment), "rougeL")
     assert found.baseline.name == "method.r=8"
     assert list(found.verdicts) == ["method.r=16"]
 
 
-def test_a_store_that_gives_no_file_is_not_one_without(past, monkeypatch):
+def test_store_error_is_not_taken_for_a_missing_file(past_runs, monkeypatch):
     """Or a server's failure would change what the statistics say."""
-    past(shifted(0.0))
-    past(shifted(-0.3), method__r=8)
-    records = find(past.uri, experiment=past.experiment)
+    past_runs(shifted(0.0))
+    past_runs(shifted(-0.3), method__r=8)
+    records = find(past_runs.uri, experiment=past_runs.experiment)
 
     def fails(**_):
         raise MlflowException("503")
@@ -161,22 +112,22 @@ def test_a_store_that_gives_no_file_is_not_one_without(past, monkeypatch):
     assert records[0].text("evaluation/answers.json") == ""
 
 
-def test_failed_runs_are_listed_and_not_compared(past):
-    past(shifted(0.0))
-    past(method__r=8, outcome="oom", tags={"failure": "too large"})
-    found = compare(find(past.uri, experiment=past.experiment))
+def test_failed_runs_are_listed_but_not_compared(past_runs):
+    past_runs(shifted(0.0))
+    past_runs(method__r=8, outcome="oom", tags={"failure": "too large"})
+    found = compare(find(past_runs.uri, experiment=past_runs.experiment))
     assert [len(row.failed) for row in found.rows] == [0, 1]
     assert found.verdicts == {}
-    past(method__r=16, outcome="nan", tags={"sweep": "bad"})
+    past_runs(method__r=16, outcome="nan", tags={"sweep": "bad"})
     with pytest.raises(ConfigError, match=r"none of these 1 runs ended well \(nan\)"):
-        compare(find(past.uri, ["bad"]))
+        compare(find(past_runs.uri, ["bad"]))
 
 
-def test_the_baseline_is_chosen_by_a_part_of_its_name(past):
+def test_baseline_is_chosen_by_part_of_its_name(past_runs):
     for name in ("lora", "dora"):
         for r in (4, 8):
-            past(shifted(r / 100), method__name=name, method__r=r)
-    records = find(past.uri, experiment=past.experiment)
+            past_runs(shifted(r / 100), method__name=name, method__r=r)
+    records = find(past_runs.uri, experiment=past_runs.experiment)
     assert compare(records, baseline="method.r=8 method.name=dora").baseline.name == "method.name=dora method.r=8"
     assert compare(records, baseline="name=dora r=8").baseline.short == "name=dora r=8"
     with pytest.raises(ConfigError, match="several rows are called so"):
@@ -185,41 +136,41 @@ def test_the_baseline_is_chosen_by_a_part_of_its_name(past):
         compare(records, baseline="method.r=80")
 
 
-def test_a_metric_that_was_not_measured_is_refused(past):
-    past(shifted(0.0))
+def test_unmeasured_metric_is_rejected(past_runs):
+    past_runs(shifted(0.0))
     with pytest.raises(ConfigError, match="they have: loss"):
-        compare(find(past.uri, experiment=past.experiment), metric="rougeL")
+        compare(find(past_runs.uri, experiment=past_runs.experiment), metric="rougeL")
 
 
-def test_runs_are_found_by_sweep_id_key_and_filter(past):
-    experiment = past.mlflow.get_experiment_by_name(past.experiment).experiment_id
+def test_runs_are_found_by_sweep_id_key_and_filter(past_runs):
+    experiment = past_runs.mlflow.get_experiment_by_name(past_runs.experiment).experiment_id
     tags = {"sweep": "night", "sweep.keys": "method.r"}
-    parent = past.mlflow.create_run(experiment, 10**15, tags).info.run_id
+    parent = past_runs.mlflow.create_run(experiment, 10**15, tags).info.run_id
     tags = {"sweep": "night", "mlflow.parentRunId": parent}
-    inside = [past(shifted(0.0), method__r=r, tags=tags) for r in (4, 8)]
-    alone = past(shifted(0.0), method__r=16)
+    inside = [past_runs(shifted(0.0), method__r=r, tags=tags) for r in (4, 8)]
+    alone = past_runs(shifted(0.0), method__r=16)
 
     def ids(*chosen, **more):
-        return {one.run_id for one in find(past.uri, chosen, **more)}
+        return {one.run_id for one in find(past_runs.uri, chosen, **more)}
 
     assert ids() == ids("night") == ids(parent) == set(inside)  # the newest sweep
     assert ids(alone) == {alone}
-    assert ids(past.mlflow.get_run(alone).data.tags["run_key"]) == {alone}
-    assert ids(where="params.`method.r` = '8'", experiment=past.experiment) == {inside[1]}
+    assert ids(past_runs.mlflow.get_run(alone).data.tags["run_key"]) == {alone}
+    assert ids(where="params.`method.r` = '8'", experiment=past_runs.experiment) == {inside[1]}
     assert ids("night", where="params.`method.r` = '8'") == {inside[1]}
-    assert ids(experiment=past.experiment) == {*inside, alone}
+    assert ids(experiment=past_runs.experiment) == {*inside, alone}
 
 
-def test_of_a_run_that_was_run_again_only_the_newest_counts(past):
-    past(outcome="oom", tags={"run_key": "f" * 16})
-    newer = past(shifted(0.0), tags={"run_key": "f" * 16})
-    assert [one.run_id for one in find(past.uri, experiment=past.experiment)] == [newer]
+def test_newest_run_of_a_run_key_is_used(past_runs):
+    past_runs(outcome="oom", tags={"run_key": "f" * 16})
+    newer = past_runs(shifted(0.0), tags={"run_key": "f" * 16})
+    assert [one.run_id for one in find(past_runs.uri, experiment=past_runs.experiment)] == [newer]
 
 
 @pytest.mark.parametrize("chosen", ["nothing", "0" * 32, "a' or 'b'='b", "../x"])
-def test_what_is_not_there_is_said(chosen: str, past):
-    past(shifted(0.0))
+def test_missing_run_or_experiment_is_reported(chosen: str, past_runs):
+    past_runs(shifted(0.0))
     with pytest.raises(TrackingError):
-        find(past.uri, [chosen])
+        find(past_runs.uri, [chosen])
     with pytest.raises(TrackingError, match="no experiment 'x'; it has: "):
-        find(past.uri, experiment="x")
+        find(past_runs.uri, experiment="x")

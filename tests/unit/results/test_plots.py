@@ -2,19 +2,17 @@ import io
 import re
 
 import pytest
+from helpers.past_runs import shifted
 from hypothesis import given
 from hypothesis import strategies as st
-from test_compare import past, shifted
 
 from qlora_exp.results import plots, report
 from qlora_exp.results.compare import compare
 from qlora_exp.results.records import find
 
-__all__ = ["past"]
-
 
 @pytest.fixture
-def grid(past):
+def compare_grid(past_runs):
     """r x alpha for two quantizations; `grid(seeds)` compares them."""
 
     def make(seeds=(1,)):
@@ -22,7 +20,7 @@ def grid(past):
             (kind, r, alpha) for kind in ("nf4", "fp4") for r in (4, 8) for alpha in (8, 16)
         ):
             for seed in seeds:
-                run = past(
+                run = past_runs(
                     shifted(-r / 100 + seed / 50), seed=seed, quantization__name=kind, method__r=r,
                     method__lora_alpha=alpha,
                     metrics={"memory/rss_peak_mib": 900.0 + number, "memory/steady/rss_peak_mib": 900.0 + number,
@@ -30,14 +28,14 @@ def grid(past):
                              "memory/save/rss_peak_mib": 300.0},
                 )  # fmt: skip
                 for step in range(3):
-                    past.mlflow.log_metric(run, "eval/loss", 4.0 - step, step=step)
-        return compare(find(past.uri, experiment=past.experiment))
+                    past_runs.mlflow.log_metric(run, "eval/loss", 4.0 - step, step=step)
+        return compare(find(past_runs.uri, experiment=past_runs.experiment))
 
     return make
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=12))
-def test_the_front_is_what_nothing_beats(points: list[tuple[int, int]]):
+def test_pareto_front_is_what_nothing_dominates(points: list[tuple[int, int]]):
     front = plots.pareto([(float(x), float(y)) for x, y in points])
     assert front
     for index, (x, y) in enumerate(points):
@@ -45,8 +43,8 @@ def test_the_front_is_what_nothing_beats(points: list[tuple[int, int]]):
         assert (index in front) is not beaten
 
 
-def test_every_picture_shows_what_was_measured(grid):
-    found = grid(seeds=(1, 2))
+def test_every_plot_shows_what_was_measured(compare_grid):
+    found = compare_grid(seeds=(1, 2))
     drawn = {title: draw(found) for title, draw in plots.PLOTS.items()}
     assert all(drawn.values())
     (ranked,) = drawn["Ranked"].axes
@@ -63,21 +61,21 @@ def test_every_picture_shows_what_was_measured(grid):
     assert [bar.get_width() for bars in memory.containers for bar in bars[:1]] == [200.0, 300.0, 407.0]
 
 
-def test_a_phase_that_only_some_have_is_drawn(past):
-    past(shifted(0.0), metrics={"memory/rss_peak_mib": 500.0, "memory/steady/rss_peak_mib": 500.0})
+def test_phase_of_only_some_runs_is_drawn(past_runs):
+    past_runs(shifted(0.0), metrics={"memory/rss_peak_mib": 500.0, "memory/steady/rss_peak_mib": 500.0})
     peaks = {"memory/rss_peak_mib": 900.0, "memory/steady/rss_peak_mib": 500.0, "memory/evaluation/rss_peak_mib": 900.0}
-    past(shifted(0.1), method__r=8, metrics=peaks)
-    (axes,) = plots.memory_by_phase(compare(find(past.uri, experiment=past.experiment))).axes
+    past_runs(shifted(0.1), method__r=8, metrics=peaks)
+    (axes,) = plots.memory_by_phase(compare(find(past_runs.uri, experiment=past_runs.experiment))).axes
     ends = [max(bars[row].get_x() + bars[row].get_width() for bars in axes.containers) for row in range(2)]
     assert sorted(ends) == [500.0, 900.0]
 
 
-def test_what_is_no_number_or_too_much_is_not_drawn(past):
-    past(shifted(0.0), method__name="full", method__r="None", method__lora_alpha="None")
+def test_unplottable_settings_are_not_drawn(past_runs):
+    past_runs(shifted(0.0), method__name="full", method__r="None", method__lora_alpha="None")
     for number in range(plots.NAMED + 1):
         settings = {"method__r": 4 + number % 2, "method__lora_alpha": 8, "dataset__drop_matching": f"$[a-{number}]^$"}
-        past(shifted(0.1), **settings)
-    found = compare(find(past.uri, experiment=past.experiment))
+        past_runs(shifted(0.1), **settings)
+    found = compare(find(past_runs.uri, experiment=past_runs.experiment))
     assert plots.rank_and_alpha(found) is None
     assert plots.over_rank(found) is None
     for draw in plots.PLOTS.values():
@@ -85,17 +83,17 @@ def test_what_is_no_number_or_too_much_is_not_drawn(past):
             figure.savefig(io.BytesIO(), format="svg")
 
 
-def test_nothing_is_drawn_of_nothing(past):
-    past(shifted(0.0))
-    found = compare(find(past.uri, experiment=past.experiment))
+def test_single_run_has_only_the_ranking(past_runs):
+    past_runs(shifted(0.0))
+    found = compare(find(past_runs.uri, experiment=past_runs.experiment))
     drawn = {title for title, draw in plots.PLOTS.items() if draw(found)}
     assert drawn == {"Ranked"}
 
 
-def test_the_page_needs_no_network_and_runs_nothing(past, tmp_path):
+def test_html_page_needs_no_network_and_has_no_scripts(past_runs, tmp_path):
     for seed, name in ((1, "<script>alert(1)</script>"), (1, "b & c")):
-        past(shifted(0.0), seed=seed, method__name=name, metrics={"memory/rss_peak_mib": 900.0 + len(name)})
-    found = compare(find(past.uri, experiment=past.experiment))
+        past_runs(shifted(0.0), seed=seed, method__name=name, metrics={"memory/rss_peak_mib": 900.0 + len(name)})
+    found = compare(find(past_runs.uri, experiment=past_runs.experiment))
     (page,) = [file.read_text() for file in report.write(found, tmp_path) if file.suffix == ".html"]
     assert page.count("<svg") == 2
     assert "<script" not in page
@@ -104,10 +102,12 @@ def test_the_page_needs_no_network_and_runs_nothing(past, tmp_path):
     assert all(link.startswith("#") for link in links)
 
 
-def test_the_report_is_kept_with_its_sweep(grid, past):
-    parent = past.mlflow.create_run(past.mlflow.get_experiment_by_name(past.experiment).experiment_id).info.run_id
-    assert report.log(grid(), None) is None
-    past(shifted(0.0), tags={"sweep": past.experiment, "mlflow.parentRunId": parent})
-    assert report.log(compare(find(past.uri, [past.experiment])), past.uri) == parent
-    kept = {one.path for one in past.mlflow.list_artifacts(parent, "report")}
+def test_report_is_logged_with_its_sweep(compare_grid, past_runs):
+    parent = past_runs.mlflow.create_run(
+        past_runs.mlflow.get_experiment_by_name(past_runs.experiment).experiment_id
+    ).info.run_id
+    assert report.log(compare_grid(), None) is None
+    past_runs(shifted(0.0), tags={"sweep": past_runs.experiment, "mlflow.parentRunId": parent})
+    assert report.log(compare(find(past_runs.uri, [past_runs.experiment])), past_runs.uri) == parent
+    kept = {one.path for one in past_runs.mlflow.list_artifacts(parent, "report")}
     assert kept == {f"report/comparison.{kind}" for kind in ("csv", "json", "md", "html")}

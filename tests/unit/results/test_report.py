@@ -1,17 +1,14 @@
 import csv
 import json
-import subprocess
-import sys
 
 import pytest
-from test_compare import ROWS, past, shifted
+from helpers.past_runs import ROWS, shifted
+from support import exit_code
 
-from qlora_exp.cli.main import main
 from qlora_exp.results import report
 from qlora_exp.results.compare import compare
 from qlora_exp.results.records import find
 
-__all__ = ["past"]
 COST = {
     "trainable_parameters": 100.0, "trainable_share": 0.01, "tokens_per_second": 50.0, "step_seconds_mean": 2.0,
     "steps": 10.0, "memory/rss_peak_mib": 900.0, "memory/steady/rss_peak_mib": 800.0, "model_bytes": 2e6,
@@ -19,17 +16,17 @@ COST = {
 
 
 @pytest.fixture
-def found(past):
+def comparison(past_runs):
     for r, by, seconds in ((4, 0.0, 2.0), (8, -0.2, 3.0)):
         for seed in (1, 2):
-            past(shifted(by + seed / 100), seed=seed, method__r=r, metrics=COST | {"step_seconds_mean": seconds})
-    past(method__r=16, outcome="oom", tags={"failure": "a | b"})
-    past(method__r=32, outcome="pruned")
-    return compare(find(past.uri, experiment=past.experiment))
+            past_runs(shifted(by + seed / 100), seed=seed, method__r=r, metrics=COST | {"step_seconds_mean": seconds})
+    past_runs(method__r=16, outcome="oom", tags={"failure": "a | b"})
+    past_runs(method__r=32, outcome="pruned")
+    return compare(find(past_runs.uri, experiment=past_runs.experiment))
 
 
-def test_the_table_has_what_was_measured_and_nothing_else(found):
-    headings, rows = report.table(found)
+def test_table_has_only_measured_columns(comparison):
+    headings, rows = report.table(comparison)
     table = [dict(zip(headings, row, strict=True)) for row in rows]
     assert [row["method.r"] for row in table] == ["4", "8", "16", "32"]
     assert [row["time"] for row in table] == ["1.00x", "1.50x", "", ""]
@@ -42,13 +39,13 @@ def test_the_table_has_what_was_measured_and_nothing_else(found):
     assert not {"ROUGE-L", "task score", "load MiB"} & set(headings)
 
 
-def test_a_preset_chooses_columns(found):
-    headings, _ = report.table(found, "seed1")
+def test_preset_chooses_columns(comparison):
+    headings, _ = report.table(comparison, "seed1")
     assert headings[2:-2] == ["trainable", "share", "peak MiB", "time"]
 
 
-def test_the_files_say_the_same(found, tmp_path):
-    files = {file.suffix: file for file in report.write(found, tmp_path / "new")}
+def test_report_files_agree(comparison, tmp_path):
+    files = {file.suffix: file for file in report.write(comparison, tmp_path / "new")}
     with files[".csv"].open(newline="") as lines:
         first, second, failed, pruned = csv.DictReader(lines)
     assert (float(first["trainable_parameters"]), first["difference"]) == (100.0, "")
@@ -63,10 +60,11 @@ def test_the_files_say_the_same(found, tmp_path):
     assert r"oom: a \| b" in files[".md"].read_text()
 
 
-def test_the_command_shows_the_table(found, past, tmp_path, capsys):
-    words = [sys.executable, "-m", "qlora_exp", "compare", "--experiment", past.experiment, "--uri", past.uri]
-    result = subprocess.run([*words, "--out", str(tmp_path)], capture_output=True, text=True, check=True)
-    assert "better -0.2000" in result.stdout
+def test_compare_command_shows_the_table(comparison, past_runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    words = ["compare", "--experiment", past_runs.experiment, "--uri", past_runs.uri]
+    assert exit_code(*words, "--out", str(tmp_path)) == 0
+    assert "better -0.2000" in capsys.readouterr().out
     assert len(list(tmp_path.glob("comparison_*"))) == 4
     mistakes = {
         "--metric=x": "choose one of loss",
@@ -77,9 +75,7 @@ def test_the_command_shows_the_table(found, past, tmp_path, capsys):
     }
     (tmp_path / "file").write_text("")
     for wrong, message in mistakes.items():
-        with pytest.raises(SystemExit) as end:
-            main([*words[3:], wrong])
-        assert end.value.code == 1
+        assert exit_code(*words, wrong) == 1
         told = capsys.readouterr().err
         assert message in told
         assert "Traceback" not in told

@@ -1,10 +1,7 @@
 """The same rows in every form; differences are paired, and are those that were put there."""
 
-import json
-
 import numpy as np
 import pytest
-from support import QUICK, exit_code
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.deploy.formats import DEPLOYED
@@ -19,7 +16,7 @@ def measured(form: str, losses, scores=(), **metrics) -> Measured:
     return Measured(form, "", 1, {"loss": float(np.mean(losses))} | metrics, rows, samples)
 
 
-def test_a_form_differs_by_what_its_rows_differ():
+def test_gap_is_the_paired_difference_of_rows():
     base = np.random.default_rng(0).normal(3, 1, 40)
     noise = np.random.default_rng(1).normal(0, 0.01, 40)
     found = gaps([measured("trained", base), measured("nf4", base + 0.1 + noise), measured("merged", base + noise)])
@@ -39,7 +36,7 @@ def test_scores_are_compared_where_both_have_them():
     assert [gap.metric for gap in found["gguf_q8_0"]] == ["loss"]
 
 
-def test_only_scores_that_ever_differ_are_shown():
+def test_only_differing_scores_are_shown():
     same = [measured(form, [3, 4], [0.1], rougeL=0.1) for form in ("trained", "nf4")]
     assert len(deployment_gap.tables(same)) == 1
     other = [same[0], measured("nf4", [3, 4], [0.2], rougeL=0.2)]
@@ -57,7 +54,7 @@ def test_only_scores_that_ever_differ_are_shown():
     ],
     ids=str,
 )
-def test_all_forms_that_make_sense_are_measured(words, adapter, forms, monkeypatch):
+def test_measured_formats_are_those_that_make_sense(words, adapter, forms, monkeypatch):
     config = compose(words)
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert forms_of(config, adapter) == forms
@@ -67,32 +64,3 @@ def test_all_forms_that_make_sense_are_measured(words, adapter, forms, monkeypat
     if "merged_trained" not in forms:
         with pytest.raises(ConfigError, match="makes no sense"):
             forms_of(config, adapter, ["merged_trained"])
-
-
-@pytest.mark.usefixtures("_imported")
-def test_the_command_measures_a_run_in_each_form(store, tmp_path, capsys, monkeypatch):
-    from qlora_exp.recipe.finetune import run
-    from qlora_exp.tracking.mlflow_store import client
-
-    words = ["method=qlora", f"tracking.uri={store}", "tracking.experiment_name=gap", "training.learning_rate=1e-2"]
-    result = run(compose([*QUICK, *words]), tmp_path / "run")
-    capsys.readouterr()
-    monkeypatch.setenv("COLUMNS", "200")
-    forms = "merged,merged_trained,nf4,gguf_q8_0"
-    assert exit_code("deployment-gap", result.run_id, "--uri", store, "--forms", forms, "--out", "gap") == 0
-    shown = capsys.readouterr().out
-    assert all(form in shown for form in ("trained", *forms.split(",")))
-    told = json.loads((tmp_path / "gap" / "deployment_gap.json").read_text())
-    by_form = {one["form"]: one for one in told["forms"]}
-    assert by_form["trained"]["metrics"]["loss"] == pytest.approx(result.metrics["after/loss"], abs=1e-5)
-    changes = {form: {gap["metric"]: gap["value"] for gap in one["gaps"]} for form, one in by_form.items()}
-    assert changes["merged_trained"]["loss"] == pytest.approx(0, abs=1e-4)
-    assert abs(changes["merged"]["loss"]) > 1e-4
-    assert by_form["merged"]["bytes"] > by_form["nf4"]["bytes"] > 0
-    assert all(len(one["losses"]) == 4 and len(one["samples"]) == 2 for one in by_form.values())
-    assert by_form["gguf_q8_0"]["metrics"]["token_seconds_p50"] > 0
-    other = tmp_path / "gap" / "int8"
-    other.mkdir()
-    assert exit_code("deployment-gap", result.run_id, "--uri", store, "--forms", "int8", "--out", "gap") == 1
-    assert "holds something else" in capsys.readouterr().err
-    assert "deployment_gap.json" in [one.path for one in client(store).list_artifacts(result.run_id)]

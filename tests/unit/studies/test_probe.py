@@ -4,14 +4,14 @@ import json
 
 import pytest
 import torch
+from support import exit_code
 
-from qlora_exp.cli.main import main
 from qlora_exp.config import compatibility
 from qlora_exp.config.compatibility import WORKS
 from qlora_exp.studies import probe
 from qlora_exp.studies.probe import kinds
 
-pytestmark = pytest.mark.usefixtures("_quanto")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("_quanto")]
 
 KEPT = json.loads(compatibility.FILE.read_text("utf-8"))["verdicts"]
 KINDS = kinds()
@@ -32,20 +32,20 @@ def outcome(verdict: str | None) -> str | None:
     [(kind, "plain") for kind in (*METHODS, *VARIANTS)]
     + [(kind, ("4bit", "8bit", "torchao", "quanto")[place % 4]) for place, kind in enumerate(METHODS)],
 )
-def test_what_is_kept_of_training_is_found_again(kind: str, base: str):
+def test_recorded_training_verdict_is_reproduced(kind: str, base: str):
     found = probe.verdicts(KINDS[kind], base, ["trains"])
     assert outcome(found["trains"]) == outcome(KEPT[kind][base]["trains"]), found
 
 
 @pytest.mark.parametrize("kind", THROUGHOUT)
-def test_what_is_kept_of_all_that_trainers_do_is_found_again(kind: str):
+def test_recorded_verdicts_of_all_aspects_are_reproduced(kind: str):
     found = probe.verdicts(KINDS[kind], "plain")
     assert {aspect: outcome(verdict) for aspect, verdict in found.items()} == {
         aspect: outcome(verdict) for aspect, verdict in KEPT[kind]["plain"].items()
     }, found
 
 
-def test_weights_that_should_stay_and_move_are_seen(monkeypatch):
+def test_changed_frozen_weights_are_detected(monkeypatch):
     attach = probe.adapters.attach
 
     def drift(layer, _inputs) -> None:
@@ -61,7 +61,7 @@ def test_weights_that_should_stay_and_move_are_seen(monkeypatch):
     assert "others" in probe.verdicts(KINDS["LORA"], "plain", ["trains"])["trains"]
 
 
-def test_a_gradient_that_is_not_the_bases_is_seen(monkeypatch):
+def test_wrong_base_gradient_is_detected(monkeypatch):
     weight_of = probe.quantization.weight_of
 
     def other(layer):
@@ -72,7 +72,7 @@ def test_a_gradient_that_is_not_the_bases_is_seen(monkeypatch):
     assert found != WORKS
 
 
-def test_what_is_not_saved_is_seen(monkeypatch):
+def test_missing_saved_weights_are_detected(monkeypatch):
     monkeypatch.setattr("peft.PeftModel.save_pretrained", lambda self, folder, **_: _without_b(self, folder))
     assert "what is loaded is not what was saved" in probe.verdicts(KINDS["LORA"], "plain", ["trains"])["trains"]
 
@@ -86,17 +86,13 @@ def _without_b(model, folder) -> None:
     save_file(kept, f"{folder}/adapter_model.safetensors")
 
 
-def test_the_command_says_what_it_found(capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["probe", "method=houlsby"])
-    assert ended.value.code == 0
+def test_probe_command_shows_its_verdicts(capsys):
+    assert exit_code("probe", "method=houlsby") == 0
     shown = capsys.readouterr().out
     assert "gradient_checkpointing" in shown
     assert "non-linearity" in shown
 
 
-def test_the_command_refuses_what_is_no_method(capsys):
-    with pytest.raises(SystemExit) as ended:
-        main(["probe", "method=houslby"])
-    assert ended.value.code == 1
+def test_probe_command_rejects_an_unknown_method(capsys):
+    assert exit_code("probe", "method=houslby") == 1
     assert "no option 'houslby'" in capsys.readouterr().err

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_exp.sweeps import jobs as jobs_module
+from qlora_exp.sweeps import jobs
 from qlora_exp.sweeps.jobs import Job, decide, default_name, state
 from qlora_exp.tracking import run_key
 from qlora_exp.tracking.journal import Journal
@@ -12,13 +12,13 @@ END = {"op": "end", "status": "FINISHED", "timestamp": 2, "metrics": {}}
 
 
 @pytest.fixture
-def jobs(config, tmp_path):
+def make_jobs(make_config, tmp_path):
     """Make the jobs of a sweep over one key."""
 
     def make(key: str, values: list[str]) -> list[Job]:
         swept = [{key: value} for value in values]
         choices = [[f"{key}={value}", "method=lora"] for value in values]
-        return jobs_module.jobs([config(*choice) for choice in choices], swept, choices, tmp_path / "test")
+        return jobs.jobs([make_config(*choice) for choice in choices], swept, choices, tmp_path / "test")
 
     return make
 
@@ -31,8 +31,8 @@ def write(folder: Path, *messages) -> None:
     journal.close()
 
 
-def test_jobs_that_are_the_same_run_are_one(jobs):
-    assert len(jobs("seed", ["1", "01", "2"])) == 2
+def test_duplicate_jobs_are_merged(make_jobs):
+    assert len(make_jobs("seed", ["1", "01", "2"])) == 2
 
 
 @pytest.mark.parametrize(
@@ -51,8 +51,8 @@ def test_jobs_that_are_the_same_run_are_one(jobs):
         ([START, {"op": "end", "status": "FINISHED"}], "damaged", "rerun"),
     ],
 )
-def test_the_journal_says_what_is_left_to_do(messages, expected: str, action: str, jobs):
-    (job,) = jobs("seed", ["1"])
+def test_journal_determines_the_action(messages, expected: str, action: str, make_jobs):
+    (job,) = make_jobs("seed", ["1"])
     job.folder.mkdir(parents=True)
     journal = Journal(job.folder)
     for message in messages:
@@ -63,8 +63,8 @@ def test_the_journal_says_what_is_left_to_do(messages, expected: str, action: st
     assert decide(job, "none")[0] == action
 
 
-def test_a_resumed_job_says_from_which_step(jobs):
-    (job,) = jobs("seed", ["1"])
+def test_resumed_job_names_its_step(make_jobs):
+    (job,) = make_jobs("seed", ["1"])
     for step, whole in ((2, True), (10, True), (12, False), ("10.bak", True)):
         folder = job.folder / "checkpoints" / f"checkpoint-{step}"
         folder.mkdir(parents=True)
@@ -76,19 +76,19 @@ def test_a_resumed_job_says_from_which_step(jobs):
     assert decide(job, "none") == ("resume", "was cut off; from step 10")
 
 
-def test_folders_and_names_say_what_is_swept(jobs):
-    first, _ = jobs("method.r", ["4", "8"])
+def test_job_folder_and_name_show_swept_keys(make_jobs):
+    first, _ = make_jobs("method.r", ["4", "8"])
     assert first.name == "method.r=4"
     assert first.folder.name == f"r-4_{first.key}"
     assert default_name(["method.r"], ["method.r=4,8"]).startswith("r_")
     assert default_name([], ["a=1"]) == default_name([], ["a=1", "sweep.n_jobs=2", "tracking.uri=x"])
 
 
-def test_a_job_that_changed_since_says_what_did(jobs, monkeypatch):
-    (job,) = jobs("seed", ["1"])
+def test_changed_job_says_what_changed(make_jobs, monkeypatch):
+    (job,) = make_jobs("seed", ["1"])
     parts = {f"identity.{part}": digest for part, digest in run_key.parts(job.config).items()}
     write(job.folder, START | {"tags": parts})
     monkeypatch.setattr("qlora_exp.tracking.run_key.code", lambda: "edited")
-    (again,) = jobs("seed", ["1"])
+    (again,) = make_jobs("seed", ["1"])
     assert again.folder != job.folder
     assert decide(again, "none") == ("run", "new: not the same code as the one before")

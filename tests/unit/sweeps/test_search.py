@@ -12,8 +12,9 @@ from qlora_exp.sweeps import jobs, search
 from qlora_exp.sweeps.jobs import Ending
 from qlora_exp.sweeps.sweep import Sweep
 from qlora_exp.tracking.journal import Journal
-from qlora_exp.training.pruning import judge
-from qlora_exp.utils.errors import ConfigError, PrunedError
+from qlora_exp.utils.errors import ConfigError
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ from qlora_exp.utils.errors import ConfigError, PrunedError
         ("tag(log,int(interval(1,64)))", IntDistribution(1, 64, log=True)),
     ],
 )
-def test_a_sweep_is_the_space_of_a_search(text: str, expected):
+def test_sweep_expression_becomes_a_distribution(text: str, expected):
     override = OverridesParser.create().parse_override(f"key={text}")
     assert search.distribution(override.value()) == expected
     assert search.example(expected) in (4, "lora", "[q_proj]", True, 2, 0.1, 1e-5, 1)
@@ -40,7 +41,7 @@ IN_ORDER = SweepConfig()
 
 
 @pytest.fixture
-def study(config, store, tmp_path):
+def run_search(make_config, mlflow_uri, tmp_path):
     """Search over `training.warmup_steps` with a made-up loss in place of training; what was run, in order."""
     ran: list[dict] = []
     space = {"training.warmup_steps": IntDistribution(0, 1000), "method.r": CategoricalDistribution([2, 4])}
@@ -50,7 +51,7 @@ def study(config, store, tmp_path):
         ran.append(dict(job.swept))
         journal = Journal(job.folder)
         metrics = {"after/loss": abs(values[0] - 600) + values[1], "memory/rss_peak_mib": float(values[0])}
-        begin = {"uri": store, "experiment": "search", "run_name": "made up", "timestamp": 1}
+        begin = {"uri": mlflow_uri, "experiment": "search", "run_name": "made up", "timestamp": 1}
         journal.append({"op": "start", **begin, "tags": {"attempt": job.key}})
         end = {"status": "FINISHED", "timestamp": 2, "outcome": "ok", "seconds": 1.0}
         journal.append({"op": "end", **end, "metrics": metrics})
@@ -84,8 +85,8 @@ def study(config, store, tmp_path):
         def jobs_of(values):
             words = [[*(f"{key}={value}" for key, value in values.items()), f"seed={seed}"] for seed in seeds]
             swept = [{**{key: str(value) for key, value in values.items()}, "seed": str(seed)} for seed in seeds]
-            base = ["method=lora", f"tracking.uri={store}", "tracking.experiment_name=search"]
-            return jobs.jobs([config(*base, *word) for word in words], swept, words, folder)
+            base = ["method=lora", f"tracking.uri={mlflow_uri}", "tracking.experiment_name=search"]
+            return jobs.jobs([make_config(*base, *word) for word in words], swept, words, folder)
 
         with Sweep(folder, how, launch) as running:
             return search.search(running, space, jobs_of, SearchConfig(**settings), how)
@@ -98,166 +99,137 @@ def study(config, store, tmp_path):
     return start
 
 
-def test_a_search_finds_better_values_and_says_which(study, tmp_path):
-    (best,) = study(n_trials=12)
-    assert best.value == min(trial.value for trial in study.trials())
-    assert best.value < study.trials()[0].value
+def test_search_finds_and_reports_better_values(run_search, tmp_path):
+    (best,) = run_search(n_trials=12)
+    assert best.value == min(trial.value for trial in run_search.trials())
+    assert best.value < run_search.trials()[0].value
     (written,) = json.loads((tmp_path / "search" / search.BEST_FILE).read_text())
     assert written["params"] == best.params
     assert written["after/loss"] == best.value
 
 
-def test_seeds_are_repeats_of_a_trial(study):
-    study(n_trials=3, seeds=(1, 2, 6))
-    assert len(study.ran) == 9
-    for trial in study.trials():
+def test_seeds_are_averaged_in_a_trial(run_search):
+    run_search(n_trials=3, seeds=(1, 2, 6))
+    assert len(run_search.ran) == 9
+    for trial in run_search.trials():
         assert trial.value == abs(trial.params["training.warmup_steps"] - 600) + 3  # the mean of the seeds
 
 
-def test_several_metrics_give_a_front(study):
-    best = study(n_trials=12, metrics=["after/loss", "memory/rss_peak_mib"])
+def test_several_metrics_give_a_pareto_front(run_search):
+    best = run_search(n_trials=12, metrics=["after/loss", "memory/rss_peak_mib"])
     assert all(len(trial.values) == 2 for trial in best)
     for one in best:
-        assert not any(all(a < b for a, b in zip(two.values, one.values, strict=True)) for two in study.trials())
+        assert not any(all(a < b for a, b in zip(two.values, one.values, strict=True)) for two in run_search.trials())
 
 
-def test_a_search_that_was_cut_off_goes_on(study):
+def test_interrupted_search_resumes(run_search):
     with pytest.raises(KeyboardInterrupt):
-        study(n_trials=8, stop_after=4)
-    assert [trial.state for trial in study.trials()] == 4 * [TrialState.COMPLETE] + [TrialState.RUNNING]
-    study(n_trials=8)
-    trials = study.trials()
+        run_search(n_trials=8, stop_after=4)
+    assert [trial.state for trial in run_search.trials()] == 4 * [TrialState.COMPLETE] + [TrialState.RUNNING]
+    run_search(n_trials=8)
+    trials = run_search.trials()
     assert {trial.state for trial in trials} == {TrialState.COMPLETE}
-    assert len(trials) == len(study.ran) == 8  # nothing ran twice
+    assert len(trials) == len(run_search.ran) == 8  # nothing ran twice
     drawn = [trial.params["training.warmup_steps"] for trial in trials]
     assert len(set(drawn)) == 8  # nor was it drawn twice
-    study(n_trials=8)
-    assert len(study.ran) == 8
+    run_search(n_trials=8)
+    assert len(run_search.ran) == 8
 
 
-def test_trials_side_by_side(study):
-    study(n_trials=5, how=SweepConfig(n_jobs=2))
-    trials = study.trials()
+def test_parallel_trials_overlap(run_search):
+    run_search(n_trials=5, how=SweepConfig(n_jobs=2))
+    trials = run_search.trials()
     assert len(trials) == 5
     assert trials[1].datetime_start < trials[0].datetime_complete
     assert trials[2].datetime_start > trials[1].datetime_complete
 
 
-def test_a_failed_job_is_a_failed_trial_and_the_search_goes_on(study):
+def test_failed_job_is_a_failed_trial_and_the_search_continues(run_search):
     with pytest.raises(Exception, match="did not end well"):
-        study(n_trials=4, fails=lambda number: number == 1)
-    states = [trial.state for trial in study.trials()]
+        run_search(n_trials=4, fails=lambda number: number == 1)
+    states = [trial.state for trial in run_search.trials()]
     assert states.count(TrialState.FAIL) == 1
     assert states.count(TrialState.COMPLETE) == 3
-    study.ran.clear()
+    run_search.ran.clear()
     with pytest.raises(Exception, match="1 of 4 jobs did not end well"):
-        study(n_trials=4)
-    assert study.ran == []
-    study(n_trials=4, how=SweepConfig(rerun="failed"))
-    assert len(study.ran) == 1
-    assert [trial.state for trial in study.trials()].count(TrialState.COMPLETE) == 4
-    study(n_trials=4, how=SweepConfig(rerun="failed"))
-    assert len(study.ran) == 1
+        run_search(n_trials=4)
+    assert run_search.ran == []
+    run_search(n_trials=4, how=SweepConfig(rerun="failed"))
+    assert len(run_search.ran) == 1
+    assert [trial.state for trial in run_search.trials()].count(TrialState.COMPLETE) == 4
+    run_search(n_trials=4, how=SweepConfig(rerun="failed"))
+    assert len(run_search.ran) == 1
 
 
-def test_a_killed_job_goes_on_when_the_search_is_started_again(study):
+def test_killed_job_resumes_when_the_search_restarts(run_search):
     with pytest.raises(Exception, match="1 of 3 jobs did not end well"):
-        study(n_trials=3, fails=lambda number: number == 1, outcome="killed")
-    assert [trial.state for trial in study.trials()].count(TrialState.RUNNING) == 1
-    study(n_trials=3)
-    assert len(study.ran) == 4
-    assert {trial.state for trial in study.trials()} == {TrialState.COMPLETE}
+        run_search(n_trials=3, fails=lambda number: number == 1, outcome="killed")
+    assert [trial.state for trial in run_search.trials()].count(TrialState.RUNNING) == 1
+    run_search(n_trials=3)
+    assert len(run_search.ran) == 4
+    assert {trial.state for trial in run_search.trials()} == {TrialState.COMPLETE}
 
 
-def test_a_launcher_that_cannot_start_uses_up_no_trials(study):
+def test_launcher_failure_consumes_no_trials(run_search):
     with pytest.raises(Exception, match="1 of 1 jobs did not end well"):
-        study(n_trials=5, fails=lambda number: True, outcome=None)
-    study.ran.clear()
-    study(n_trials=5)
-    assert len(study.ran) == 5
-    assert {trial.state for trial in study.trials()} == {TrialState.COMPLETE}
+        run_search(n_trials=5, fails=lambda number: True, outcome=None)
+    run_search.ran.clear()
+    run_search(n_trials=5)
+    assert len(run_search.ran) == 5
+    assert {trial.state for trial in run_search.trials()} == {TrialState.COMPLETE}
 
 
-def test_of_a_few_choices_each_is_tried_before_one_is_again(study):
-    study(n_trials=4, space={"method.r": CategoricalDistribution([2, 4, 8, 16])})
-    assert sorted(trial.params["method.r"] for trial in study.trials()) == [2, 4, 8, 16]
+def test_every_choice_is_tried_before_any_repeats(run_search):
+    run_search(n_trials=4, space={"method.r": CategoricalDistribution([2, 4, 8, 16])})
+    assert sorted(trial.params["method.r"] for trial in run_search.trials()) == [2, 4, 8, 16]
 
 
-def test_a_study_that_found_nothing_gives_way(study):
+def test_study_without_results_is_replaced(run_search):
     with pytest.raises(ConfigError, match="did you mean"):
-        study(n_trials=1, metrics=["after/los"])
-    study(n_trials=1)
-    assert len(study.trials()) == 1
+        run_search(n_trials=1, metrics=["after/los"])
+    run_search(n_trials=1)
+    assert len(run_search.trials()) == 1
 
 
-def test_what_a_search_found_before_is_in_its_table_again(study, capsys):
-    study(n_trials=2)
-    study(n_trials=3)
+def test_resumed_search_shows_earlier_trials(run_search, capsys):
+    run_search(n_trials=2)
+    run_search(n_trials=3)
     assert capsys.readouterr().out.count("│ ok ") == 2 + 3
 
 
-def test_one_process_searches_at_a_time(study, tmp_path):
+def test_concurrent_search_in_one_folder_is_rejected(run_search, tmp_path):
     (tmp_path / "search").mkdir()
     with (
         FileLock(tmp_path / "search" / f"{search.STUDY_FILE}.running"),
         pytest.raises(ConfigError, match="another process is searching"),
     ):
-        study(n_trials=2)
-    assert study.ran == []
+        run_search(n_trials=2)
+    assert run_search.ran == []
 
 
-def test_a_trial_that_a_kill_left_without_values_is_none(study):
-    study(n_trials=1)
-    storage = study.storage()
+def test_trial_without_values_after_a_kill_is_failed(run_search):
+    run_search(n_trials=1)
+    storage = run_search.storage()
     optuna.load_study(study_name=None, storage=storage).ask()
-    study(n_trials=3)
-    assert [trial.state for trial in study.trials()].count(TrialState.FAIL) == 1
-    assert len(study.ran) == 2
+    run_search(n_trials=3)
+    assert [trial.state for trial in run_search.trials()].count(TrialState.FAIL) == 1
+    assert len(run_search.ran) == 2
 
 
-def test_a_study_keeps_to_its_space_and_directions(study):
-    study(n_trials=1)
+def test_changed_space_or_directions_are_rejected(run_search):
+    run_search(n_trials=1)
     with pytest.raises(ConfigError, match=r"method\.r, training\.warmup_steps: not what the study"):
-        study(n_trials=2, space={"method.r": CategoricalDistribution([2, 8])})
+        run_search(n_trials=2, space={"method.r": CategoricalDistribution([2, 8])})
     with pytest.raises(ConfigError, match=r"search\.directions: not what the study"):
-        study(n_trials=2, directions=["maximize"])
+        run_search(n_trials=2, directions=["maximize"])
 
 
-def test_a_metric_that_jobs_do_not_have_is_named(study):
+def test_unknown_metric_is_named(run_search):
     with pytest.raises(ConfigError, match="did you mean 'after/loss'"):
-        study(n_trials=2, metrics=["after/los"])
+        run_search(n_trials=2, metrics=["after/los"])
 
 
-def test_a_study_keeps_to_its_metrics(study):
-    study(n_trials=1)
+def test_changed_metrics_are_rejected(run_search):
+    run_search(n_trials=1)
     with pytest.raises(ConfigError, match=r"sweep\.name=ANOTHER"):
-        study(n_trials=2, metrics=["memory/rss_peak_mib"])
-
-
-def test_a_job_that_does_worse_than_earlier_trials_is_pruned(tmp_path):
-    storage = optuna.storages.JournalStorage(
-        optuna.storages.journal.JournalFileBackend(str(tmp_path / search.STUDY_FILE))
-    )
-    study = optuna.create_study(storage=storage, study_name="after/loss")
-    for _ in range(4):
-        trial = study.ask()
-        for step in (1, 2):
-            trial.report(1.0, step)
-        study.tell(trial, 1.0)
-    good, bad = (judge({"file": str(tmp_path / search.STUDY_FILE), "trial": study.ask().number}) for _ in range(2))
-    good(0.9, 1)
-    good(0.8, 2)
-    with pytest.raises(PrunedError, match="at step 1 is worse"):
-        bad(1.1, 1)
-
-
-def test_settings_that_contradict_each_other_are_refused(config):
-    with pytest.raises(ConfigError, match="one for each of metrics"):
-        config("search.directions=[minimize,maximize]")
-    for metrics in (["after/loss", "memory/rss_peak_mib"], ["after/rougeL"]):
-        with pytest.raises(ConfigError, match="judges by the held-out loss"):
-            config("search.prune=true", f"search.metrics=[{','.join(metrics)}]")
-    with pytest.raises(ConfigError, match="minimized"):
-        config("search.prune=true", "search.directions=[maximize]")
-    with pytest.raises(ConfigError, match="training.eval_strategy=steps"):
-        config("search.prune=true")
+        run_search(n_trials=2, metrics=["memory/rss_peak_mib"])

@@ -2,7 +2,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from filelock import Timeout
@@ -11,7 +10,6 @@ from hypothesis import strategies as st
 
 from qlora_exp.tracking.journal import FILE, Journal, is_held, is_settled, last_message, metrics, read, run_id
 from qlora_exp.utils.errors import JournalError
-from qlora_exp.utils.files import write_atomically
 
 START = {"op": "start", "experiment": "e", "uri": "sqlite:///x", "run_name": "r", "timestamp": 1, "tags": {}}
 MESSAGES = st.lists(
@@ -24,7 +22,7 @@ def numbered(number: int) -> dict:
 
 
 @given(MESSAGES, st.integers(min_value=0))
-def test_whatever_a_kill_cuts_off_whole_messages_stay_in_order(tmp_path_factory, messages, cut):
+def test_truncated_journal_keeps_whole_messages_in_order(tmp_path_factory, messages, cut):
     folder = tmp_path_factory.mktemp("journal")
     journal = Journal(folder)
     for message in messages:
@@ -43,7 +41,7 @@ def test_whatever_a_kill_cuts_off_whole_messages_stay_in_order(tmp_path_factory,
     again.close()
 
 
-def test_what_was_delivered_is_not_given_again(tmp_path):
+def test_delivered_messages_are_not_repeated(tmp_path):
     journal = Journal(tmp_path)
     journal.append(START)
     for number in range(2):
@@ -67,7 +65,7 @@ def test_what_was_delivered_is_not_given_again(tmp_path):
     again.close()
 
 
-def test_messages_that_the_power_took_after_they_were_sent_do_not_confuse(tmp_path):
+def test_messages_lost_after_delivery_do_not_shift_the_rest(tmp_path):
     journal = Journal(tmp_path)
     journal.use("sqlite:///a")
     journal.append(START)
@@ -82,7 +80,7 @@ def test_messages_that_the_power_took_after_they_were_sent_do_not_confuse(tmp_pa
     again.close()
 
 
-def test_the_last_message_is_found_behind_a_long_one(tmp_path):
+def test_last_message_is_found_after_a_long_one(tmp_path):
     journal = Journal(tmp_path)
     journal.append({"op": "tags", "values": {"text": "x" * 100_000}})
     assert last_message(tmp_path) == {"op": "tags", "values": {"text": "x" * 100_000}}
@@ -91,7 +89,7 @@ def test_the_last_message_is_found_behind_a_long_one(tmp_path):
     journal.close()
 
 
-def test_only_one_process_holds_a_journal(tmp_path):
+def test_journal_is_locked_by_one_process(tmp_path):
     code = (
         "import sys, pathlib; from qlora_exp.tracking.journal import Journal\n"
         f"j = Journal(pathlib.Path({str(tmp_path)!r})); print('held', flush=True); sys.stdin.read()"
@@ -109,17 +107,9 @@ def test_only_one_process_holds_a_journal(tmp_path):
     assert not is_held(tmp_path)
 
 
-def test_a_folder_without_a_journal_has_no_messages(tmp_path):
+def test_folder_without_a_journal_has_no_messages(tmp_path):
     assert list(read(tmp_path / FILE)) == []
     assert last_message(tmp_path) is None
-
-
-def test_a_file_is_replaced_whole(tmp_path):
-    file = tmp_path / "state.json"
-    write_atomically(file, "old")
-    write_atomically(file, json.dumps({"new": True}))
-    assert json.loads(file.read_text()) == {"new": True}
-    assert [path.name for path in Path(tmp_path).iterdir()] == ["state.json"]
 
 
 JSON = st.recursive(
@@ -138,7 +128,7 @@ NEARLY = st.builds(  # messages with keys that are missing, too many or of anoth
 @given(
     st.binary() | NEARLY | JSON.map(lambda value: (json.dumps(value) + "\n").encode()), st.floats(0, 1), st.booleans()
 )
-def test_whatever_is_in_a_journal_only_one_error_comes_of_it(tmp_path_factory, content, where, over):
+def test_arbitrary_journal_raises_only_journal_error(tmp_path_factory, content, where, over):
     folder = tmp_path_factory.mktemp("journal")
     whole = b"".join((json.dumps(one) + "\n").encode() for one in (START, numbered(1), numbered(2)))
     at = int(where * len(whole))
@@ -163,7 +153,7 @@ def test_whatever_is_in_a_journal_only_one_error_comes_of_it(tmp_path_factory, c
 @pytest.mark.parametrize(
     "line", [b"", b"{}", b"[]", b"3", b"\0" * 9, b"\xff", b'{"op": "met', b"[" * 99999, b'{"op": "end"}']
 )
-def test_a_damaged_line_is_named(line: bytes, tmp_path):
+def test_damaged_line_is_named(line: bytes, tmp_path):
     first = json.dumps(START).encode()
     (tmp_path / FILE).write_bytes(b"\n".join([first, line, first, b""]))
     messages = read(tmp_path / FILE)
@@ -177,7 +167,7 @@ def test_a_damaged_line_is_named(line: bytes, tmp_path):
         last_message(tmp_path)
 
 
-def test_a_message_of_a_newer_version_is_no_damage(tmp_path):
+def test_unknown_message_kind_is_accepted(tmp_path):
     (tmp_path / FILE).write_text(f'{json.dumps(START)}\n{{"op": "of tomorrow"}}\n')
     assert len(list(read(tmp_path / FILE))) == 2
 
@@ -185,14 +175,14 @@ def test_a_message_of_a_newer_version_is_no_damage(tmp_path):
 @pytest.mark.parametrize(
     "state", ["", "[]", "{", '{"sqlite:///a": 3}', '{"sqlite:///a": {}}', '{"sqlite:///a": {"offset": -1}}', "\0\0"]
 )
-def test_a_damaged_word_about_what_was_delivered_is_named(state: str, tmp_path):
+def test_damaged_delivery_state_is_named(state: str, tmp_path):
     (tmp_path / "delivered.json").write_text(state)
     with pytest.raises(JournalError, match=r"delivered\.json: "):
         run_id(tmp_path, "sqlite:///a")
 
 
 @pytest.mark.parametrize("name", [FILE, "."])
-def test_what_is_no_file_or_folder_is_named(name: str, tmp_path):
+def test_journal_path_of_the_wrong_kind_is_named(name: str, tmp_path):
     if name == FILE:
         (tmp_path / "run" / FILE).mkdir(parents=True)
         with pytest.raises(JournalError, match="not a file"):
@@ -203,7 +193,7 @@ def test_what_is_no_file_or_folder_is_named(name: str, tmp_path):
             Journal(tmp_path / "run")
 
 
-def test_a_folder_that_went_away_is_not_made_again(tmp_path):
+def test_deleted_folder_is_not_recreated(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     journal = Journal(folder)

@@ -1,12 +1,18 @@
 """A store is whole or not there."""
 
+import multiprocessing
+import os
+
 import pytest
+from helpers.tracking import start_run
 
 from qlora_exp.tracking import mlflow_store
+from qlora_exp.tracking.mlflow_store import client, finished_runs
 from qlora_exp.utils.errors import TrackingError
 
 
-def test_a_store_whose_making_was_cut_off_is_made_anew(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_interrupted_creation_of_a_store_is_repeated(tmp_path, monkeypatch):
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     made = mlflow_store._initialize_tables
 
@@ -23,7 +29,34 @@ def test_a_store_whose_making_was_cut_off_is_made_anew(tmp_path, monkeypatch):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["mlflow.db", "mlflow.db.lock"]
 
 
-def test_a_file_that_is_no_store_is_told(tmp_path):
+def test_file_that_is_no_database_is_reported(tmp_path):
     (tmp_path / "mlflow.db").write_text("no database " * 100)
     with pytest.raises(TrackingError, match="does not answer or cannot be written"):
         mlflow_store.client(f"sqlite:///{tmp_path / 'mlflow.db'}")
+
+
+def create(uri: str) -> str:
+    return client(uri).create_experiment(f"experiment {os.getpid()}")
+
+
+@pytest.mark.slow
+def test_concurrent_processes_share_one_database(tmp_path):
+    uri = f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}"
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        assert len(set(pool.map(create, [uri] * 3))) == 3
+
+
+def test_finished_runs_are_found_by_their_key(mlflow_uri, mlflow_client, tmp_path):
+    name = "tracking.experiment_name=finished"
+    with start_run(mlflow_uri, tmp_path / "a", name) as tracked:
+        tracked.metrics({"after/loss": 2.5}, 3)
+    with pytest.raises(ValueError, match="x"), start_run(mlflow_uri, tmp_path / "b", name, "seed=1"):
+        raise ValueError("x")
+    key = mlflow_client.get_run(tracked.run_id).data.tags["run_key"]
+    found = finished_runs(mlflow_uri, "finished", [key, "0123456789abcdef"])
+    assert list(found) == [key]
+    assert 0 <= found[key].pop("seconds") < 60
+    assert found[key] == {"run_id": tracked.run_id, "outcome": "ok", "metrics": {"after/loss": 2.5}}
+    assert finished_runs(mlflow_uri, "no such experiment", [key]) == {}
+    assert finished_runs(f"sqlite:///{tmp_path / 'none.db'}", "finished", [key]) == {}
+    assert not (tmp_path / "none.db").exists()

@@ -9,7 +9,7 @@ def state(view: tuple[str, str]) -> dict:
     return json.loads(json.loads(view[1])["state"])
 
 
-def test_a_sweeps_view_shows_what_is_swept_before_what_came_out():
+def test_view_of_a_sweep_shows_swept_keys_before_metrics():
     key, _ = view = mlflow_views.newest_sweep("night", ["method.r", "seed"], 5)
     found = state(view)
     assert key == SWEEP
@@ -18,13 +18,13 @@ def test_a_sweeps_view_shows_what_is_swept_before_what_came_out():
     assert (found["orderByKey"], found["orderByAsc"]) == ("metrics.`after/loss`", True)
 
 
-def test_the_view_of_all_runs_has_none_of_the_sweeps_own():
+def test_view_of_all_runs_excludes_sweep_parents():
     key, _ = view = mlflow_views.all_runs()
     assert key == ALL
     assert state(view)["searchFilter"] == "tags.run_key LIKE '%'"
 
 
-def test_an_older_view_is_known_as_one():
+def test_older_view_is_recognized():
     monday, tuesday = (mlflow_views.newest_sweep("day", [], now)[1] for now in (1, 2))
     assert mlflow_views.is_older(monday, tuesday)
     assert not mlflow_views.is_older(tuesday, monday)
@@ -38,7 +38,7 @@ def test_views_fit_into_a_tag():
     )
 
 
-def test_the_page_is_that_of_the_newest_runs():
+def test_address_opens_the_newest_view():
     base = "http://h:5000/#/experiments/3/runs?workflowType=machine_learning"
     both = [ALL, SWEEP, "other"]
     sweep, runs = "&viewStateShareKey=qlora_exp_newest_sweep", "&viewStateShareKey=qlora_exp_all_runs"

@@ -22,28 +22,28 @@ def _forget():
         "training.resume_from_checkpoint=.",
     ],
 )
-def test_what_changes_a_result_changes_the_key(change: str):
+def test_setting_that_changes_results_changes_the_key(change: str):
     assert run_key.run_key(compose([change])) != run_key.run_key(compose())
 
 
 @pytest.mark.parametrize(
     "change", ["tracking.experiment_name=other", "+tracking.tags.a=b", "sweep.n_jobs=2", "sweep.name=x"]
 )
-def test_where_and_how_it_is_run_does_not(change: str):
+def test_tracking_and_sweep_settings_do_not_change_the_key(change: str):
     assert run_key.run_key(compose([change])) == run_key.run_key(compose())
 
 
-def test_other_rows_are_another_run(tmp_path, jsonl):
+def test_changed_rows_change_the_key(tmp_path, write_jsonl):
     words = ["dataset=own", f"dataset.path={tmp_path / 'rows.jsonl'}"]
-    jsonl([{"prompt": "a", "completion": "b"}])
+    write_jsonl([{"prompt": "a", "completion": "b"}])
     first = run_key.parts(compose(words))
     run_key.data.cache_clear()
-    jsonl([{"prompt": "a", "completion": "c"}])
+    write_jsonl([{"prompt": "a", "completion": "c"}])
     second = run_key.parts(compose(words))
     assert {part for part in first if first[part] != second[part]} == {"data"}
 
 
-def test_one_row_of_a_large_file_is_another_run(tmp_path):
+def test_changed_row_of_a_large_file_changes_the_key(tmp_path):
     rows = tmp_path / "rows.jsonl"
     words = ["dataset=own", f"dataset.path={rows}"]
     rows.write_bytes(bytes(80 * 1024**2))
@@ -56,7 +56,7 @@ def test_one_row_of_a_large_file_is_another_run(tmp_path):
 
 
 @pytest.mark.parametrize("size", [1000, 70 * 1024**2])
-def test_other_weights_are_another_run(size: int, tmp_path):
+def test_changed_weights_change_the_key(size: int, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     weights = folder / "model.safetensors"
@@ -71,18 +71,18 @@ def test_other_weights_are_another_run(size: int, tmp_path):
     assert {part for part in first if first[part] != second[part]} == {"model"}
 
 
-def test_a_hub_model_is_known_by_its_commit(monkeypatch):
+def test_hub_model_is_identified_by_its_commit(monkeypatch):
     monkeypatch.setattr("qlora_exp.environment.hub.commit", lambda repo, revision, kind: f"{kind} {repo} {revision}")
     found = run_key.parts(compose(["model=opt_125m", "dataset=dolly_15k", "unrelated=wikitext"]))
     assert found["model"] == "model facebook/opt-125m None"
     assert found["data"] == "dataset databricks/databricks-dolly-15k None+dataset Salesforce/wikitext None"
 
 
-def test_what_only_plans_read_makes_no_other_run():
+def test_keys_read_only_by_plans_do_not_change_the_key():
     assert run_key.run_key(compose()) == run_key.run_key(compose(["model.architecture.num_hidden_layers=3"]))
 
 
-def test_another_library_version_is_another_run(monkeypatch):
+def test_other_library_version_changes_the_key(monkeypatch):
     before = run_key.run_key(compose())
     monkeypatch.setattr("qlora_exp.environment.provenance.libraries", lambda *_: {"torch": "0"})
     assert run_key.run_key(compose()) != before

@@ -29,55 +29,55 @@ def measure(model, tokenizer, batch_size: int = 2, score=None, **settings):
     return evaluation.evaluate(model, tokenizer, rows, tokens, config, batch_size=batch_size, score=score)
 
 
-def test_loss_is_over_supervised_tokens_of_all_rows(tokenizer):
+def test_loss_averages_supervised_tokens_of_all_rows(tiny_tokenizer):
     model = load()
     total = count = 0.0
-    for row in dataset.tokenize(Dataset.from_list(ROWS), compose(), tokenizer):
+    for row in dataset.tokenize(Dataset.from_list(ROWS), compose(), tiny_tokenizer):
         logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1].detach()
         labels = torch.tensor(row["labels"][1:])
         total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
         count += int((labels != -100).sum())
-    found = measure(model, tokenizer)
+    found = measure(model, tiny_tokenizer)
     assert found.metrics["loss"] == pytest.approx(total / count, rel=1e-5)
     assert found.metrics["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
     assert found.metrics["supervised_tokens"] == count
     assert sum(row["nll"] for row in found.losses) == pytest.approx(total, rel=1e-5)
 
 
-def test_loss_does_not_depend_on_the_batch_size(tokenizer):
+def test_loss_does_not_depend_on_the_batch_size(tiny_tokenizer):
     model = load()
-    one, five = (measure(model, tokenizer, batch_size=size, generate_rows=0) for size in (1, 5))
+    one, five = (measure(model, tiny_tokenizer, batch_size=size, generate_rows=0) for size in (1, 5))
     assert one.metrics["loss"] == pytest.approx(five.metrics["loss"], rel=1e-5)
 
 
-def test_answers_do_not_depend_on_padding(tokenizer):
+def test_generated_answers_do_not_depend_on_padding(tiny_tokenizer):
     model = load()
-    together = measure(model, tokenizer, generation_batch_size=3)
-    alone = measure(model, tokenizer, generation_batch_size=1)
+    together = measure(model, tiny_tokenizer, generation_batch_size=3)
+    alone = measure(model, tiny_tokenizer, generation_batch_size=1)
     assert [sample["answer"] for sample in together.samples] == [sample["answer"] for sample in alone.samples]
 
 
-def test_each_answer_has_its_scores_and_latency(tokenizer):
-    found = measure(load(), tokenizer, score=lambda answer, row: 0.5)
+def test_each_answer_has_its_scores_and_latency(tiny_tokenizer):
+    found = measure(load(), tiny_tokenizer, score=lambda answer, row: 0.5)
     assert len(found.samples) == 3
     assert {"prompt", "reference", "answer", "rougeL", "exact_match", "task_score"} <= found.samples[0].keys()
     assert found.metrics["task_score"] == 0.5
     assert 0 < found.metrics["token_seconds_p50"] <= found.metrics["token_seconds_p95"]
 
 
-def test_nothing_is_generated_if_not_asked(tokenizer):
-    found = measure(load(), tokenizer, generate_rows=0)
+def test_nothing_is_generated_without_generate_rows(tiny_tokenizer):
+    found = measure(load(), tiny_tokenizer, generate_rows=0)
     assert found.samples == []
     assert "rougeL" not in found.metrics
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_measuring_changes_nothing(training: bool, tokenizer):
+def test_evaluation_leaves_model_and_random_state_unchanged(training: bool, tiny_tokenizer):
     model = load().train(training)
     model.config.use_cache = False
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     random = torch.get_rng_state()
-    measure(model, tokenizer)
+    measure(model, tiny_tokenizer)
     assert model.training is training
     assert model.config.use_cache is False
     assert torch.equal(torch.get_rng_state(), random)
@@ -96,5 +96,5 @@ def test_text_metrics_work_offline(answer: str, rouge: float, exact: float):
 
 
 @pytest.mark.parametrize(("family", "isolated"), [("llama", True), ("qwen2", True), ("opt", False)])
-def test_packed_rows_are_kept_apart_or_not(family: str, isolated: bool):
+def test_isolation_of_packed_rows_is_detected(family: str, isolated: bool):
     assert evaluation.isolates_packed_rows(load(family)) is isolated

@@ -9,7 +9,7 @@ def _own(tmp_path, monkeypatch):
     monkeypatch.setenv("QLORA_EXP_CACHE", str(tmp_path / "cache"))
 
 
-def test_a_folder_is_built_once_and_again_when_it_is_damaged():
+def test_folder_is_built_once_and_rebuilt_when_damaged():
     calls = []
 
     def build(folder) -> None:
@@ -24,7 +24,7 @@ def test_a_folder_is_built_once_and_again_when_it_is_damaged():
     assert len(calls) == 2
 
 
-def test_what_fails_half_way_leaves_nothing():
+def test_failed_build_leaves_nothing():
     def build(folder) -> None:
         (folder / "file").write_text("half")
         raise ValueError("no more")
@@ -34,7 +34,7 @@ def test_what_fails_half_way_leaves_nothing():
     assert [path.name for path in cache_dir().iterdir()] == ["name.lock"]
 
 
-def test_what_a_killed_build_left_is_cleared_away():
+def test_leftovers_of_a_killed_build_are_removed():
     (cache_dir() / "name.abc").mkdir(parents=True)
     (cache_dir() / "name.abc" / "half").touch()
     (cache_dir() / "names").mkdir()
@@ -42,7 +42,7 @@ def test_what_a_killed_build_left_is_cleared_away():
     assert sorted(path.name for path in cache_dir().iterdir()) == ["name", "name.lock", "names"]
 
 
-def test_an_unwritable_cache_is_explained(tmp_path, monkeypatch):
+def test_unwritable_cache_is_reported(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("QLORA_EXP_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(CacheError, match="QLORA_EXP_CACHE"):

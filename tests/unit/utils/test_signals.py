@@ -11,7 +11,7 @@ from qlora_exp.utils.errors import TimeLimitError
 from qlora_exp.utils.signals import OUT_OF_TIME, heeded, held, time_limit
 
 
-def test_who_is_out_of_time_can_still_write_it_down(tmp_path):
+def test_time_limit_raises_through_handlers_of_exceptions(tmp_path):
     begin = time.monotonic()
     with pytest.raises(TimeLimitError), heeded(), time_limit(0.2, tmp_path / "late"):
         try:
@@ -23,7 +23,7 @@ def test_who_is_out_of_time_can_still_write_it_down(tmp_path):
 
 
 @pytest.mark.parametrize("seconds", [None, 0.3])
-def test_who_is_in_time_notices_nothing_even_later(seconds: float | None, tmp_path):
+def test_time_limit_not_reached_has_no_later_effect(seconds: float | None, tmp_path):
     (tmp_path / "late").touch()  # of an earlier attempt
     with heeded():
         with time_limit(seconds, tmp_path / "late"):
@@ -32,7 +32,8 @@ def test_who_is_in_time_notices_nothing_even_later(seconds: float | None, tmp_pa
     assert not (tmp_path / "late").exists()
 
 
-def test_who_does_not_listen_is_ended_with_the_place_where_it_hangs():
+@pytest.mark.slow
+def test_process_that_ignores_the_time_limit_is_killed_with_traceback():
     deaf = """
 import signal, time, pathlib
 from qlora_exp.utils import signals
@@ -51,7 +52,7 @@ with signals.time_limit(0.3, pathlib.Path("late")):
     ("number", "error"),
     [(signal.SIGTERM, KeyboardInterrupt), (signal.SIGINT, KeyboardInterrupt), (OUT_OF_TIME, TimeLimitError)],
 )
-def test_what_must_not_be_torn_is_finished_first(number, error):
+def test_signal_inside_critical_section_is_raised_after_it(number, error):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     done = []
     with pytest.raises(error), heeded():
@@ -64,7 +65,7 @@ def test_what_must_not_be_torn_is_finished_first(number, error):
     signal.signal(signal.SIGINT, before)
 
 
-def test_whoever_says_it_twice_is_heeded_at_once():
+def test_second_signal_interrupts_a_critical_section():
     done = []
     with pytest.raises(KeyboardInterrupt), heeded(), held():
         os.kill(os.getpid(), signal.SIGTERM)
@@ -76,7 +77,7 @@ def test_whoever_says_it_twice_is_heeded_at_once():
         pass  # nothing is left over
 
 
-def test_an_ignored_interrupt_stays_ignored():
+def test_ignored_interrupt_stays_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with heeded():

@@ -23,12 +23,12 @@ if __name__ == "__main__":
 """
 
 
-def test_jobs_are_done():
+def test_workers_return_results():
     with workers(3, "forkserver") as pool:
         assert [result(pool.submit(pow, *two)) for two in ((2, 3), (3, 2), (4, 2))] == [8, 9, 16]
 
 
-def test_an_error_inside_ends_the_workers():
+def test_error_inside_the_block_ends_the_workers():
     with pytest.raises(KeyError), workers(2, "forkserver") as pool:
         for _ in range(3):
             pool.submit(time.sleep, 60)
@@ -37,9 +37,16 @@ def test_an_error_inside_ends_the_workers():
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_workers_do_not_outlive_who_asked(how, tmp_path):
+def test_workers_end_with_their_parent(how, tmp_path):
     (tmp_path / "slow.py").write_text(SLEEP)
-    asking = subprocess.Popen([sys.executable, "slow.py"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    asking = subprocess.Popen(
+        [sys.executable, "slow.py"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        # A shell's background job ignores SIGINT, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert asking.stdout is not None
     pids = [int(word) for word in asking.stdout.readline().split()]
     assert len(pids) == min(2, os.cpu_count() or 1)

@@ -27,7 +27,7 @@ def crash(number: int):
     return lambda: os.kill(os.getpid(), number)
 
 
-def test_what_happens_to_one_job_does_not_touch_the_others(tmp_path):
+def test_crash_of_one_job_does_not_affect_others(tmp_path):
     fine = [tmp_path / name for name in "abc"]
     endings = run_all(
         [
@@ -45,7 +45,7 @@ def test_what_happens_to_one_job_does_not_touch_the_others(tmp_path):
     assert "exit code 3" in endings[4].failure
 
 
-def test_no_more_than_n_jobs_run_at_once(tmp_path):
+def test_at_most_n_jobs_run_at_once(tmp_path):
     def job(number: int):
         def call() -> None:
             with (tmp_path / "log").open("a") as log:
@@ -68,7 +68,7 @@ def test_no_more_than_n_jobs_run_at_once(tmp_path):
     assert len(events) == 10
 
 
-def test_output_of_jobs_side_by_side_is_kept_apart(tmp_path):
+def test_output_of_parallel_jobs_is_kept_apart(tmp_path):
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         folder.mkdir()
@@ -76,14 +76,14 @@ def test_output_of_jobs_side_by_side_is_kept_apart(tmp_path):
     assert [(folder / local.OUTPUT_FILE).read_text() for folder in folders] == ["I am a\n", "I am b\n"]
 
 
-def test_nothing_starts_once_the_sweep_is_stopped(tmp_path):
+def test_stopped_sweep_starts_no_job(tmp_path):
     stop = tmp_path / "stop"
     run_all([task(tmp_path, stop.touch), task(tmp_path, (tmp_path / "second").touch)], stopped=stop.exists)
     assert stop.exists()
     assert not (tmp_path / "second").exists()
 
 
-def test_memory_of_a_job_is_gone_with_it(tmp_path):
+def test_memory_of_a_job_is_released(tmp_path):
     def hungry() -> None:
         held = bytearray(200 * 1024**2)
         (tmp_path / "rss").write_text(str(psutil.Process().memory_info().rss + held[0]))
@@ -94,14 +94,14 @@ def test_memory_of_a_job_is_gone_with_it(tmp_path):
     assert psutil.Process().memory_info().rss - before < 50 * 1024**2
 
 
-def test_a_kill_for_want_of_memory_is_told_from_another(tmp_path, monkeypatch):
+def test_oom_kill_is_distinguished_from_other_kills(tmp_path, monkeypatch):
     counts = iter([0, 1, 1])
     monkeypatch.setattr(local, "_oom_kills", lambda: next(counts, 1))
     endings = run_all([task(tmp_path, crash(signal.SIGKILL)), task(tmp_path, crash(signal.SIGKILL))])
     assert [one.outcome for one in endings] == ["oom", "killed"]
 
 
-def test_two_kills_for_want_of_memory_at_once_are_both_that(tmp_path, monkeypatch):
+def test_simultaneous_oom_kills_are_both_recognized(tmp_path, monkeypatch):
     monkeypatch.setattr(local, "_oom_kills", lambda: len(list(tmp_path.glob("died*"))))
     both = tmp_path / "both"
 
@@ -126,7 +126,7 @@ def test_two_kills_for_want_of_memory_at_once_are_both_that(tmp_path, monkeypatc
     assert [one.outcome for one in endings] == ["oom", "oom"]
 
 
-def test_who_asks_is_told_of_each_death(tmp_path):
+def test_callback_is_called_for_each_dead_job(tmp_path):
     deaths = []
     run_all(
         [task(tmp_path, crash(signal.SIGSEGV)), task(tmp_path, (tmp_path / "second").touch)],
@@ -138,12 +138,12 @@ def test_who_asks_is_told_of_each_death(tmp_path):
 
 
 @pytest.mark.parametrize(("named", "found"), [("0,3", ["0", "3"]), ("", []), ("-1", []), ("GPU-abc", ["GPU-abc"])])
-def test_gpus_are_those_that_the_environment_names(named: str, found: list[str], monkeypatch):
+def test_visible_gpus_are_read_from_the_environment(named: str, found: list[str], monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
     assert local.visible_gpus() == found
 
 
-def test_jobs_side_by_side_get_a_gpu_each(tmp_path, monkeypatch):
+def test_parallel_jobs_get_one_gpu_each(tmp_path, monkeypatch):
     monkeypatch.setattr(local, "visible_gpus", lambda: ["2", "5"])
 
     def job() -> None:

@@ -5,11 +5,13 @@ import time
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 LOADED = "import sys, qlora_exp.sweeps.launchers.preload, torch; print(*sys.modules, torch.cuda.is_initialized())"
 
 
 @pytest.mark.parametrize(("gpus", "loaded"), [("", True), ("0", False)])
-def test_everything_is_loaded_but_what_touches_a_gpu_that_is_there(gpus: str, loaded: bool, monkeypatch):
+def test_preloading_skips_modules_that_touch_a_present_gpu(gpus: str, loaded: bool, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
     result = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=True)
     *modules, initialized = result.stdout.split()
@@ -26,30 +28,17 @@ print(signal.getsignal(signal.SIGINT))
 """
 
 
-def test_ctrl_c_is_left_to_the_sweep():
-    process = subprocess.Popen([sys.executable, "-c", INTERRUPTED], stdout=subprocess.PIPE, text=True)
+def test_preloading_ignores_ctrl_c():
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED],
+        stdout=subprocess.PIPE,
+        text=True,
+        # A shell's background job ignores SIGINT, and its children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stdout is not None
     process.stdout.readline()
     time.sleep(1)  # it loads libraries for seconds
     process.send_signal(signal.SIGINT)
     assert "default_int_handler" in process.stdout.read()  # of the jobs
     assert process.wait() == 0
-
-
-ON_GPU = """
-import os, sys, torch
-import qlora_exp.sweeps.launchers.preload
-assert "qlora_exp.training.trainer" in sys.modules
-if os.fork() == 0:
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-    x = torch.randn(64, 64, device="cuda")
-    error = (dequantize_4bit(*quantize_4bit(x, quant_type="nf4")) - x).abs().mean()
-    os._exit(0 if 0 < error < 0.2 else 1)
-sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
-"""
-
-
-@pytest.mark.gpu
-def test_what_is_forked_uses_the_gpu():
-    result = subprocess.run([sys.executable, "-c", ON_GPU], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr

@@ -5,7 +5,7 @@ from qlora_exp.utils.tables import markdown_table
 
 
 @given(st.lists(st.tuples(st.text(), st.text()), min_size=1, max_size=4))
-def test_no_cell_breaks_its_table(rows: list[tuple[str, str]]):
+def test_cell_text_cannot_break_a_markdown_table(rows: list[tuple[str, str]]):
     lines = markdown_table(["one", "two"], rows).split("\n")
     assert len(lines) == 2 + len(rows)
     for line in lines:
@@ -13,5 +13,5 @@ def test_no_cell_breaks_its_table(rows: list[tuple[str, str]]):
         assert bare.count("|") - bare.count("\\|") == 3
 
 
-def test_nothing_in_a_cell_is_html():
+def test_html_in_a_cell_is_escaped():
     assert "\\<script>" in markdown_table(["a"], [["<script>"]])

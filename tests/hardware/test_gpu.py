@@ -1,0 +1,94 @@
+"""What only a CUDA device can show; `nox -s gpu` runs this folder."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from qlora_exp.config.hydra_compose import compose
+from qlora_exp.environment.device import detect, resolve
+from qlora_exp.environment.efficiency import EnergyMeter, FlopCounter, peak_flops
+from qlora_exp.environment.memory import MIB, MemoryMonitor
+from qlora_exp.models.base import load_model
+from qlora_exp.tracking.journal import last_message
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora"])
+def test_method_trains_on_the_gpu(method: str, run_quick):
+    metrics = run_quick(
+        "device=cuda", f"method={method}", "training.learning_rate=1e-2", "training.max_steps=6"
+    ).metrics
+    assert metrics["after/loss"] < metrics["before/loss"]
+    assert metrics["memory/steady/allocated_peak_mib"] > 0
+
+
+def test_run_out_of_gpu_memory_is_recorded_as_oom(run_quick, mlflow_uri, tmp_path):
+    torch.cuda.set_per_process_memory_fraction(1e-5)
+    try:
+        with pytest.raises(torch.cuda.OutOfMemoryError):
+            run_quick("device=cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert last_message(tmp_path / "run0")["outcome"] == "oom"
+    assert run_quick("device=cuda").metrics["after/loss"] > 0
+
+
+@pytest.mark.parametrize("quantization", ["nf4_double", "fp4", "int8"])
+def test_quantized_base_does_the_same_arithmetic_on_the_gpu(quantization: str):
+    counts = []
+    for name in ("none", quantization):
+        config = compose(["model=tiny_llama", "method=lora", f"quantization={name}"])
+        model = load_model(config.model, config.quantization, resolve(config, detect("cuda"))).train()
+        with FlopCounter() as counter:
+            model(input_ids=torch.arange(40, 72, device="cuda")[None])
+        counts.append(counter.flops)
+    assert counts[0] == counts[1] > 0
+
+
+def test_resumed_run_ends_like_an_uninterrupted_one_on_the_gpu(run_quick, read_losses):
+    words = ["device=cuda", "method=qlora", "training.max_steps=4"]
+    words += ["training.save_strategy=steps", "training.save_steps=2"]
+    whole = run_quick(*words)
+    resumed = run_quick(*words, f"training.resume_from_checkpoint={whole.output_dir}/checkpoints/checkpoint-2")
+    assert read_losses(resumed) == read_losses(whole)[2:]
+    assert resumed.metrics["after/loss"] == whole.metrics["after/loss"]
+
+
+def test_energy_of_a_gpu_is_measured(tmp_path):
+    with EnergyMeter(tmp_path) as meter:
+        most = max(peak_flops("cuda", torch.bfloat16) for _ in range(100))
+    assert meter.joules is not None
+    assert meter.joules > 0
+    assert most > 1e12
+
+
+def test_peak_of_a_phase_is_measured_on_the_gpu():
+    monitor = MemoryMonitor("cuda")
+    with monitor.phase("step"):
+        torch.zeros(64 * MIB // 4, device="cuda")
+    assert 64 <= monitor.peaks["step"]["allocated"] - torch.cuda.memory_allocated() / MIB < 80
+
+
+def test_gpu_is_detected():
+    assert detect("auto").type == "cuda"
+
+
+ON_GPU = """
+import os, sys, torch
+import qlora_exp.sweeps.launchers.preload
+assert "qlora_exp.training.trainer" in sys.modules
+if os.fork() == 0:
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    x = torch.randn(64, 64, device="cuda")
+    error = (dequantize_4bit(*quantize_4bit(x, quant_type="nf4")) - x).abs().mean()
+    os._exit(0 if 0 < error < 0.2 else 1)
+sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+def test_process_forked_after_preloading_uses_the_gpu():
+    result = subprocess.run([sys.executable, "-c", ON_GPU], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,32 @@
+"""A tiny architecture whose memory can be worked out by hand, and its prediction."""
+
+from qlora_exp.config.hydra_compose import compose
+from qlora_exp.environment.device import Device, resolve
+from qlora_exp.planning import planner
+
+GPU = Device("cuda", "GPU", bf16=True, paging=True)
+
+
+CPU = Device("cpu", "CPU", bf16=False, paging=False)
+
+
+HIDDEN, INNER, LAYERS, VOCABULARY = 128, 256, 6, 512
+
+
+ARCHITECTURE = (
+    f"+model.architecture={{_name_or_path: random:llama, model_type: llama, vocab_size: {VOCABULARY},"
+    f" hidden_size: {HIDDEN}, intermediate_size: {INNER}, num_hidden_layers: {LAYERS}, num_attention_heads: 4,"
+    " num_key_value_heads: 4}"
+)
+
+
+LINEAR = LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * INNER)
+
+
+REST = 2 * VOCABULARY * HIDDEN + (2 * LAYERS + 1) * HIDDEN
+
+
+def predict(*words: str, device: Device = GPU) -> planner.Prediction:
+    """Predict what a run of the tiny architecture takes."""
+    config = compose(["model=tiny_llama", ARCHITECTURE, "training.max_length=64", *words])
+    return planner.Planner(config, resolve(config, device)).predict()

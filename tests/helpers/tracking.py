@@ -1,0 +1,40 @@
+"""Runs that are tracked without training, and damaged journals."""
+
+import os
+
+import pytest
+
+from qlora_exp.config.hydra_compose import compose
+from qlora_exp.tracking import tracker
+from qlora_exp.tracking.journal import FILE
+
+
+def start_run(store: str, folder, *overrides: str, **kwargs):
+    """Begin to track a run of the default config in a folder."""
+    folder.mkdir(exist_ok=True)
+    return tracker.start(compose([f"tracking.uri={store}", *overrides]), folder, **kwargs)
+
+
+def damage(line: bytes, at: int):
+    """Make a function that inserts a line into a folder's journal."""
+
+    def write(folder) -> None:
+        lines = (folder / FILE).read_bytes().splitlines(keepends=True)
+        lines[at:at] = [line + b"\n"]
+        (folder / FILE).write_bytes(b"".join(lines))
+
+    return write
+
+
+def leave_stale_run(store, mlflow_client, folder, **tags: str) -> str:
+    """Leave a run whose process died in the middle, and give its id."""
+    with pytest.raises(KeyboardInterrupt), start_run(store, folder, "tracking.experiment_name=stale") as tracked:
+        tracked.metrics({"train/loss": 3.0}, 1)
+        raise KeyboardInterrupt
+    lines = (folder / FILE).read_text().splitlines(keepends=True)
+    last = next(number for number, line in enumerate(lines) if '"op": "metrics"' in line)
+    (folder / FILE).write_text("".join(lines[: last + 1]))
+    mlflow_client.update_run(tracked.run_id, status="RUNNING")
+    for key, value in ({"process.pid": str(2**22 + os.getpid())} | tags).items():
+        mlflow_client.set_tag(tracked.run_id, key, value)
+    return tracked.run_id

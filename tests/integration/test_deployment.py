@@ -1,0 +1,138 @@
+"""From a trained run to a model that others load and ask."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import mlflow
+import pytest
+import torch
+from support import QUICK, exit_code
+
+from qlora_exp.config.hydra_compose import compose
+from qlora_exp.deploy import load, serve
+from qlora_exp.tracking.mlflow_store import client
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [["method=lora"], ["method=qlora", "lora_variant=dora"], ["method=full", "tracking.log_full_model=true"]],
+)
+def test_logged_model_loads_as_it_was_trained(choice: list[str], run_quick, mlflow_uri):
+    result = run_quick(*choice, "training.learning_rate=1e-2")
+    ids = torch.arange(40, 60)[None]
+    answers = []
+    logged = client(mlflow_uri).get_run(result.run_id).outputs.model_outputs[0].model_id
+    mlflow.set_tracking_uri(mlflow_uri)
+    version = mlflow.register_model(f"models:/{logged}", f"mine-{result.run_id}")
+    registered = f"models:/{version.name}/{version.version}"
+    for source in (result.run_id, f"models:/{logged}", registered, str(result.output_dir / "model")):
+        model, tokenizer = load.load(source, mlflow_uri, device="cpu")
+        assert tokenizer.eos_token == "<|im_end|>"
+        with torch.no_grad():
+            answers.append(model(ids).logits)
+    assert all(torch.equal(answer, answers[0]) for answer in answers)
+    base, _ = load.load(run_quick(*choice, "training.learning_rate=1e-30").run_id, mlflow_uri, device="cpu")
+    with torch.no_grad():
+        assert not torch.equal(base(ids).logits, answers[0])
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
+
+
+def ask(url: str, body: dict) -> dict:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
+@pytest.mark.parametrize(("server", "health"), [("transformers", "health"), ("mlflow", "ping")])
+def test_client_of_a_server_gets_the_answer_of_the_model(server, health, trained_adapters, tmp_path):
+    folder, port = str(trained_adapters()), free_port()
+    command = [sys.executable, "-m", "qlora_exp", "serve", folder, "--with", server, "--port", str(port)]
+    log = (tmp_path / "log").open("w")
+    process = subprocess.Popen([*command, "--device", "cpu", "--out", "served"], stdout=log, stderr=log)
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/{health}", timeout=5)
+                break
+            except (urllib.error.URLError, OSError):
+                assert process.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.2)
+        made = serve.server(server, Path("served"), "127.0.0.1", port)
+        body = {"messages": [{"role": "user", "content": "Why?"}], "max_tokens": 6, "temperature": 1e-6}
+        answer = ask(made.url, body | {"model": made.model})
+        if server == "mlflow":  # a list of one
+            (answer,) = answer
+        else:  # clients ask for it, whatever it lists
+            assert urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=60).status == 200
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(30)
+    model, tokenizer = load.load(str(tmp_path / "served"), device="cpu")
+    asked = [{"role": "user", "content": "Why?"}]
+    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    expected = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    assert "### Instruction:\nWhy?" in prompt
+    text = answer["choices"][0]["message"]["content"]
+    assert text.strip() == tokenizer.decode(expected, skip_special_tokens=True).strip()
+    assert answer["usage"]["prompt_tokens"] == ids.shape[1]
+
+
+def test_merge_and_export_commands_are_logged_to_the_run(run_quick, mlflow_uri, tmp_path, capsys):
+    result = run_quick("method=lora", "evaluation=loss_only")
+    words = ["--uri", mlflow_uri, "--out"]
+    assert exit_code("merge", result.run_id, *words, str(tmp_path / "merged"), "--dtype", "bfloat16") == 0
+    assert exit_code("export", result.run_id, *words, str(tmp_path / "gguf"), "--to", "gguf") == 0
+    shown = capsys.readouterr().out
+    assert "bfloat16" in shown
+    assert "the same first choice" in shown
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    tags = client(mlflow_uri).get_run(result.run_id).data.tags
+    assert (tags["export.merged-bfloat16"], tags["export.gguf-q8_0"]) == ("merged", "gguf")
+    told = client(mlflow_uri).list_artifacts(result.run_id, "exports")
+    assert [one.path for one in told] == ["exports/gguf-q8_0.json", "exports/merged-bfloat16.json"]
+
+
+@pytest.mark.usefixtures("_imported")
+def test_deployment_gap_command_measures_each_format(mlflow_uri, tmp_path, capsys, monkeypatch):
+    from qlora_exp.recipe.finetune import run
+
+    words = [
+        "method=qlora",
+        f"tracking.uri={mlflow_uri}",
+        "tracking.experiment_name=gap",
+        "training.learning_rate=1e-2",
+    ]
+    result = run(compose([*QUICK, *words]), tmp_path / "run")
+    capsys.readouterr()
+    monkeypatch.setenv("COLUMNS", "200")
+    forms = "merged,merged_trained,nf4,gguf_q8_0"
+    assert exit_code("deployment-gap", result.run_id, "--uri", mlflow_uri, "--forms", forms, "--out", "gap") == 0
+    shown = capsys.readouterr().out
+    assert all(form in shown for form in ("trained", *forms.split(",")))
+    told = json.loads((tmp_path / "gap" / "deployment_gap.json").read_text())
+    by_form = {one["form"]: one for one in told["forms"]}
+    assert by_form["trained"]["metrics"]["loss"] == pytest.approx(result.metrics["after/loss"], abs=1e-5)
+    changes = {form: {gap["metric"]: gap["value"] for gap in one["gaps"]} for form, one in by_form.items()}
+    assert changes["merged_trained"]["loss"] == pytest.approx(0, abs=1e-4)
+    assert abs(changes["merged"]["loss"]) > 1e-4
+    assert by_form["merged"]["bytes"] > by_form["nf4"]["bytes"] > 0
+    assert all(len(one["losses"]) == 4 and len(one["samples"]) == 2 for one in by_form.values())
+    assert by_form["gguf_q8_0"]["metrics"]["token_seconds_p50"] > 0
+    other = tmp_path / "gap" / "int8"
+    other.mkdir()
+    assert exit_code("deployment-gap", result.run_id, "--uri", mlflow_uri, "--forms", "int8", "--out", "gap") == 1
+    assert "holds something else" in capsys.readouterr().err
+    assert "deployment_gap.json" in [one.path for one in client(mlflow_uri).list_artifacts(result.run_id)]

@@ -1,0 +1,134 @@
+"""Runs that are repeated from what was recorded of them."""
+
+from pathlib import Path
+
+import pytest
+from support import exit_code
+
+from qlora_exp.results import bundle, reproduce
+from qlora_exp.results.records import find
+from qlora_exp.results.reproduce import BIT_IDENTICAL, DRIFTED, WITHIN_NOISE, judge, one_record, recorded_config, start
+from qlora_exp.utils.errors import DataError, TrackingError
+
+
+def again(store: str, first_run_id: str, folder, **changes):
+    """The verdict on a run and its repetition with other settings."""
+    record = one_record(store, first_run_id)
+    given = {key.replace("__", "."): value for key, value in changes.items()}
+    config = recorded_config(record, given, store)
+    second = one_record(store, reproduce.start(record, config, folder))
+    return judge(record, second, config)
+
+
+@pytest.fixture
+def first_run_id(run_quick, request):
+    """The id of a finished run, alone in its experiment: whatever ran before, no other seeds of it are there."""
+    alone = f"tracking.experiment_name={request.node.name}"
+    return run_quick("method=lora", "evaluation=loss_only", "training.max_steps=3", alone).run_id
+
+
+def test_repetition_with_the_same_config_is_bit_identical(first_run_id: str, mlflow_uri, tmp_path):
+    found = again(mlflow_uri, first_run_id, tmp_path / "again")
+    assert found.grade == BIT_IDENTICAL
+    assert "all 3 training losses" in found.why
+    (copy,) = find(mlflow_uri, where=f"tags.reproduces = '{first_run_id}'")
+    assert copy.name.endswith("again")
+
+
+def test_repetition_does_not_replace_its_original_in_searches(first_run_id: str, mlflow_uri, tmp_path):
+    record = one_record(mlflow_uri, first_run_id)
+    copy = reproduce.start(record, recorded_config(record, {}, mlflow_uri), tmp_path / "again")
+    assert [one.run_id for one in find(mlflow_uri, [record.tags["run_key"]])] == [first_run_id]
+    assert [one.run_id for one in find(mlflow_uri, [copy, first_run_id])] == [
+        first_run_id
+    ]  # of one key the newest that was asked for last
+
+
+def test_repetition_has_its_own_folder(first_run_id: str, mlflow_uri, tmp_path):
+    record = one_record(mlflow_uri, first_run_id)
+    assert reproduce.free_folder(record) == Path("outputs", "reproduced", first_run_id)
+    reproduce.start(record, recorded_config(record, {}, mlflow_uri), reproduce.free_folder(record))
+    assert reproduce.free_folder(record) == Path("outputs", "reproduced", f"{first_run_id}.2")
+
+
+def test_changed_setting_is_named_as_the_cause_of_drift(first_run_id: str, mlflow_uri, tmp_path):
+    found = again(mlflow_uri, first_run_id, tmp_path / "again", training__learning_rate=0.05)
+    assert found.grade == DRIFTED
+    assert "training.learning_rate 0.0002 then, 0.05 now" in found.why
+    assert "train/loss at step" in found.why
+    assert "no other seeds" in found.why
+
+
+def test_two_seeds_are_too_few_to_judge_noise(run_quick, mlflow_uri, tmp_path):
+    words = ["method=lora", "evaluation=loss_only", "training.max_steps=3", "tracking.experiment_name=two"]
+    seeds = [run_quick(*words, f"seed={seed}").run_id for seed in (1, 2)]
+    found = again(mlflow_uri, seeds[0], tmp_path / "again", training__learning_rate=0.00021)
+    assert found.grade == DRIFTED
+    assert "only 2 seeds were recorded" in found.why
+
+
+def test_difference_within_the_spread_of_seeds_is_noise(run_quick, mlflow_uri, tmp_path):
+    words = ["method=lora", "evaluation=loss_only", "training.max_steps=3", "training.learning_rate=0.01"]
+    words.append("tracking.experiment_name=noise")
+    seeds = [run_quick(*words, f"seed={seed}").run_id for seed in (1, 2, 3)]
+    found = again(mlflow_uri, seeds[0], tmp_path / "again", training__learning_rate=0.01001)
+    assert found.grade == WITHIN_NOISE
+    assert "over 3 seeds it varies by" in found.why
+
+
+def test_check_only_names_differences_and_runs_nothing(first_run_id: str, mlflow_uri, mlflow_client, capsys):
+    mlflow_client.set_tag(first_run_id, "version.torch", "1.0")
+    assert exit_code("reproduce", first_run_id, "seed=7", "--uri", mlflow_uri, "--check-only") == 0
+    shown = capsys.readouterr().out
+    assert "differs  config: seed 42 then, 7 now" in shown
+    assert "differs  torch: 1.0 then" in shown
+    with pytest.raises(TrackingError, match="has no runs of"):
+        find(mlflow_uri, where=f"tags.reproduces = '{first_run_id}'")
+
+
+def test_bundle_contains_neither_paths_nor_training_rows(run_quick, mlflow_uri, write_jsonl, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_averysecrettoken")
+    rows = [{"prompt": f"question {n}?", "completion": f"TRAINING {n} hf_averysecrettoken"} for n in range(20)]
+    path = write_jsonl(rows)
+    heldout = write_jsonl([{"prompt": f"other {n}?", "completion": f"answer {n}"} for n in range(4)], "heldout.jsonl")
+    words = ["dataset=own", f"dataset.path={path}", f"dataset.eval_path={heldout}", "method=lora"]
+    result = run_quick(*words, "evaluation=loss_only", "+tracking.tags.team=ours")
+    bundle.write(one_record(mlflow_uri, result.run_id), tmp_path / "it.zip")
+    found = bundle.read(tmp_path / "it.zip")
+    everything = "".join(found.text(name) for name in (*bundle._FILES, "run.json"))
+    assert "rows.jsonl" in everything
+    for hidden in (str(tmp_path), "TRAINING", "secrettoken", "ours"):
+        assert hidden not in everything
+    (tmp_path / "rows.jsonl").unlink()
+    with pytest.raises(DataError, match="no file rows.jsonl"):
+        start(found, recorded_config(found, {}, mlflow_uri), tmp_path / "again")
+
+
+def test_run_is_reproduced_from_its_bundle_without_its_store(bundle_path, make_store, tmp_path):
+    found = one_record(None, str(bundle_path))
+    uri = make_store("mine.db")
+    config = recorded_config(found, {}, uri)
+    again = one_record(uri, start(found, config, tmp_path / "again"))
+    verdict = judge(found, again, config)
+    assert verdict.grade == BIT_IDENTICAL
+    assert again.tags["reproduces"] == found.run_id
+
+
+def test_drift_is_judged_by_the_seeds_in_the_bundle(bundle_path, make_store, tmp_path):
+    found = bundle.read(bundle_path)
+    uri = make_store("mine.db")
+    config = recorded_config(found, {"training.learning_rate": 0.05}, uri)
+    verdict = judge(found, one_record(uri, start(found, config, tmp_path / "again")), config)
+    assert "over 3 seeds it varies by" in verdict.why
+    assert "training.learning_rate 0.0002 then, 0.05 now" in verdict.why
+
+
+def test_bundle_command_writes_what_reproduce_reads(recorded_run, mlflow_uri, tmp_path, capsys):
+    assert exit_code("bundle", recorded_run.run_id, "--uri", mlflow_uri, "--out", "it.zip") == 0
+    assert (tmp_path / "it.zip").is_file()
+    capsys.readouterr()
+    assert exit_code("reproduce", "it.zip", "--check-only") == 0
+    assert "nothing that was recorded differs" in capsys.readouterr().out
+    assert not (tmp_path / "mlruns").exists()
+    assert exit_code("reproduce", "other.zip", "--check-only") == 1
+    assert capsys.readouterr().err == "error: other.zip: no bundle is there\n"

@@ -1,0 +1,186 @@
+"""Whole trainings of tiny models: what changes them, and what must not."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from trl.trainer import utils as trl_utils
+
+from qlora_exp.tracking.journal import metrics
+from qlora_exp.training import trainer
+from qlora_exp.utils.errors import ConfigError, DivergedError
+
+
+@pytest.mark.parametrize(
+    "choice", [["method=lora"], ["method=qlora"], ["method=full"], ["method=qlora", "quantization=int8"]]
+)
+def test_repeated_run_has_bit_identical_losses(choice: list[str], run_quick, read_losses):
+    first, again = run_quick(*choice), run_quick(*choice)
+    assert read_losses(first) == read_losses(again)
+    assert len(read_losses(first)) == 3
+    assert first.metrics["after/loss"] == again.metrics["after/loss"]
+
+
+def test_other_seed_gives_other_losses(run_quick, read_losses):
+    assert read_losses(run_quick("seed=1")) != read_losses(run_quick("seed=2"))
+
+
+def test_evaluation_before_training_does_not_change_losses(run_quick, read_losses):
+    with_it = run_quick("method=qlora")
+    without = run_quick("method=qlora", "evaluation.before=false", "evaluation.generate_rows=0")
+    assert read_losses(with_it) == read_losses(without)
+
+
+def test_evaluation_during_training_does_not_change_losses(run_quick, read_losses):
+    quiet = run_quick("training.eval_strategy=no")
+    assert read_losses(run_quick("training.eval_strategy=steps", "training.eval_steps=1")) == read_losses(quiet)
+
+
+def test_gradient_accumulation_equals_the_whole_batch(run_quick, read_losses):
+    still = ["method.lora_dropout=0.0", "training.train_sampling_strategy=sequential", "method=lora"]
+    whole = run_quick(*still, "training.per_device_train_batch_size=4")
+    parts = run_quick(*still, "training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=4")
+    assert read_losses(whole) == pytest.approx(read_losses(parts), rel=1e-4)
+
+
+def test_scoring_supervised_tokens_only_gives_the_same_loss(run_quick, read_losses, monkeypatch):
+    kernel, scored = trl_utils._ChunkedLogProbFunction.apply, []
+
+    def spy(hidden, *args):
+        scored.append(len(hidden))
+        return kernel(hidden, *args)
+
+    monkeypatch.setattr(trl_utils, "_ChunkedLogProbFunction", SimpleNamespace(apply=spy))
+    monkeypatch.setattr(trl_utils, "_use_triton", trl_utils._use_triton)  # put back afterwards
+    still = ["method=full", "dataset.max_train_rows=2", "evaluation=loss_only"]
+    few = run_quick(*still)
+    few_scored, scored[:] = scored[:], []
+    assert few_scored[:3] == 3 * [few.metrics["labels/supervised_tokens"]]  # then the evaluation
+    monkeypatch.setattr(trainer, "score_supervised_tokens_only", lambda: None)
+    monkeypatch.setattr(trl_utils, "_use_triton", lambda device: False)
+    every = run_quick(*still)
+    assert min(scored[:3]) > few_scored[0]
+    assert read_losses(few) == pytest.approx(read_losses(every), rel=1e-5)
+
+
+def test_packed_rows_train_like_separate_rows(run_quick, read_losses):
+    """All rows in one packed sequence against all rows in one batch: the same loss and the same next step."""
+    still = [
+        "method=lora", "method.lora_dropout=0.0", "dataset.max_train_rows=4", "training.max_steps=2",
+        "training.train_sampling_strategy=sequential", "training.warmup_steps=0",
+    ]  # fmt: skip
+    rows = run_quick(*still, "training.per_device_train_batch_size=4", "training.max_length=2000")
+    packed = run_quick(
+        *still, "training.per_device_train_batch_size=1", "training.packing=true", "training.max_length=2000"
+    )
+    assert read_losses(packed) == pytest.approx(read_losses(rows), rel=1e-4)
+
+
+def test_packing_without_isolated_attention_is_rejected(run_quick):
+    with pytest.raises(ConfigError, match="does not keep packed rows apart"):
+        run_quick("model=tiny_opt", "training.packing=true")
+
+
+def test_gradient_checkpointing_does_not_change_losses(run_quick, read_losses):
+    plain = run_quick("training.gradient_checkpointing=false")
+    assert read_losses(run_quick("training.gradient_checkpointing=true")) == pytest.approx(read_losses(plain), rel=1e-4)
+
+
+def test_early_stopping_ends_a_run_without_improvement(run_quick):
+    steps = [
+        "training.max_steps=6",
+        "training.eval_strategy=steps",
+        "training.eval_steps=1",
+        "training.save_strategy=steps",
+    ]
+    result = run_quick(
+        "method=full", *steps, "training.save_steps=1", "training.load_best_model_at_end=true",
+        "training.early_stopping_patience=1", "training.early_stopping_threshold=100",
+    )  # fmt: skip
+    assert result.metrics["steps"] == 2
+
+
+def test_run_with_two_visible_gpus_trains_on_one(run_quick, monkeypatch):
+    from transformers import TrainingArguments
+
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda _: 2))
+    assert run_quick("evaluation=loss_only").metrics["steps"] == 3
+
+
+def test_divergence_stops_the_run(run_quick):
+    with pytest.raises(DivergedError, match="at step"):
+        run_quick("method=full", "training.learning_rate=1e30", "training.max_steps=6", "training.max_grad_norm=0")
+
+
+def test_adapters_of_a_quantized_base_stay_in_float32(run_quick):
+    from safetensors import safe_open
+
+    result = run_quick("method=qlora")
+    with safe_open(result.output_dir / "model" / "adapter_model.safetensors", "pt") as tensors:
+        assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {torch.float32}  # noqa: SIM118
+
+
+def test_throughput_excludes_the_first_step(run_quick):
+    metrics = run_quick("training.max_steps=3").metrics
+    assert metrics["tokens_per_second"] > metrics["supervised_tokens_per_second"] > 0
+    assert metrics["samples_per_second"] == pytest.approx(2 / metrics["step_seconds_mean"])
+    assert "tokens_per_second" not in run_quick("training.max_steps=1").metrics
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["adamw_torch_fused", "paged_adamw_32bit", "paged_adamw_8bit", "adamw_bnb_8bit", "sgd"]
+)
+def test_every_optimizer_trains(optimizer: str, run_quick, read_losses):
+    assert len(read_losses(run_quick(f"optimizer={optimizer}", "training.max_steps=1", "evaluation=loss_only"))) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "training.learning_rate=1e-2",
+        "training.lr_scheduler_type=constant",
+        "training.weight_decay=0.5",
+        "training.max_grad_norm=0.01",
+        "training.loss_type=dft",
+        "training.neftune_noise_alpha=50",
+        "training.completion_only_loss=false",
+        "training.max_length=200",
+        "training.warmup_steps=2",
+        "training.bf16=true",
+        "optimizer.adam_beta1=0.1",
+        "optimizer.adam_beta2=0.1",
+        "optimizer.adam_epsilon=1.0",
+        "optimizer.optim=sgd",
+        "method.r=4",
+        "method.lora_alpha=1",
+        "method.lora_dropout=0.5",
+        "method.target_modules=q_v",
+        "lora_variant=rslora",
+        "lora_variant=dora",
+        "quantization=fp4",
+        "quantization=nf4",
+        "quantization.bnb_4bit_compute_dtype=bfloat16",
+        "model.dtype=bfloat16",
+        "method.adapter_dtype=bfloat16",
+        "model=tiny_qwen2",
+        "dataset.format=chat",
+        "dataset.split_seed=1",
+        "dataset.eval_size=0.3",
+    ],
+)
+def test_key_changes_the_losses(change: str, run_quick, read_losses):
+    settings = ["training.max_steps=4", "training.learning_rate=5e-3", "evaluation=loss_only"]
+    if not _reference:
+        _reference.extend(read_losses(run_quick(*settings)))
+    assert read_losses(run_quick(*settings, change)) != _reference
+
+
+_reference: list[float] = []
+"""Losses of the run that no key changes, which is trained once for each process."""
+
+
+def test_metrics_are_on_disk_for_each_step(run_quick):
+    result = run_quick("training.eval_strategy=steps", "training.eval_steps=2", "training.max_steps=4")
+    records = metrics(result.output_dir)
+    assert [record["step"] for record in records if "train/loss" in record] == [1, 2, 3, 4]
+    assert [record["step"] for record in records if "eval/loss" in record] == [2, 4]

@@ -1,0 +1,95 @@
+"""Settings of different sections that contradict each other are rejected."""
+
+import pytest
+
+from qlora_exp.config.hydra_compose import compose
+from qlora_exp.config.validate import from_dict
+from qlora_exp.utils.errors import ConfigError
+
+
+def test_random_config_without_a_random_model_is_rejected():
+    with pytest.raises(ConfigError, match="random_config"):
+        from_dict({"model": {"model_name_or_path": "a/b", "random_config": {"hidden_size": 8}}})
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["method=ia3"], "needs a LoRA method, not method=ia3"),
+        (["method=full"], "needs a LoRA method"),
+        (["method=lora", "optimizer.lora_optimizer=lorafa", "optimizer.optim=sgd"], "an AdamW of its own"),
+        (["method=lora", "optimizer.lora_optimizer=lorafa", "lora_variant=dora"], "trains LoRA's B only"),
+        (["method=lora", "optimizer.loraplus_lr_ratio=0.5"], "greater than or equal to 1"),
+    ],
+)
+def test_lora_optimizer_with_another_method_is_rejected(words: list[str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        compose(["optimizer=loraplus", *words])
+
+
+@pytest.mark.parametrize("words", [["lora_variant=kasa"], ["lora_variant=monteclora"], ["method.lora_bias=true"]])
+def test_lora_fa_with_extra_matrices_is_rejected(words: list[str]):
+    with pytest.raises(ConfigError, match="trains LoRA's B only"):
+        compose(["method=lora", "optimizer=lorafa", *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["lora_variant=pissa", "quantization=nf4"], "init_lora_weights=pissa needs the base's own weights"),
+        (["lora_variant=orthogonal", "quantization=int8"], "needs the base's own weights"),
+        (["lora_variant=monteclora", "quantization=nf4"], "monteclora_config=.* needs the base's own weights"),
+        (["lora_variant=loftq"], "makes up for a quantized base"),
+        (["lora_variant=pissa", "method.use_dora=true"], "no place for use_dora=true"),
+        (["lora_variant=olora", "method.bias=all"], "no place for trained biases"),
+        (["lora_variant=corda", "method.modules_to_save=[lm_head]"], "no place for modules_to_save"),
+        (
+            ["lora_variant=pissa", "method.use_rslora=true", "+method.rank_pattern.q_proj=4"],
+            "no place for use_rslora with",
+        ),
+        (["lora_variant=lora", "method.use_qalora=true"], "GPTQ"),
+        (["lora_variant=pissa", "lora_variant.init_lora_weights=pisa"], "got 'pisa'"),
+        (["lora_variant=corda", "lora_variant.corda_config.cache_file=x"], "not from files"),
+        (["lora_variant=eva", "lora_variant.init_rows=0"], "greater than 0"),
+        (["lora_variant=lora", "method.megatron_core=os"], "no such setting"),
+    ],
+)
+def test_impossible_lora_initialization_is_rejected(words: list[str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        compose(["method=lora", *words])
+
+
+@pytest.mark.parametrize(
+    "words", [["dataset.format=alpaca"], ["dataset.format=chat", "training.completion_only_loss=false"]]
+)
+def test_assistant_only_loss_without_a_dialogue_is_rejected(words: list[str]):
+    with pytest.raises(ConfigError, match="assistant_only_loss needs"):
+        compose([*words, "training.assistant_only_loss=true"])
+
+
+def test_loftq_on_gptq_files_is_rejected():
+    with pytest.raises(ConfigError, match="have lost"):
+        compose(["method=lora", "lora_variant=loftq", "quantization=gptq"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method=full", "quantization=nf4"], "cannot train a base stored as nf4"),
+        (["method=qlora", "quantization=none"], "needs a quantized base"),
+        (["method=full", "lora_variant=dora"], "needs a LoRA method"),
+        (["method.use_dora=true", "lora_variant=dora"], "set in both"),
+        (["device=mps"], "does not run on mps"),
+    ],
+)
+def test_sections_that_contradict_each_other_are_rejected(overrides: list[str], message: str):
+    with pytest.raises(ConfigError) as error:
+        compose(overrides)
+    assert message in str(error.value)
+
+
+def test_pruning_without_evaluation_during_training_is_rejected():
+    with pytest.raises(ConfigError, match="training.eval_strategy=steps"):
+        compose(["search.prune=true", "training.eval_strategy=no"])
+    with pytest.raises(ConfigError, match="training.eval_steps < max_steps"):
+        compose(["search.prune=true", "training.eval_strategy=steps", "training.eval_steps=4", "training.max_steps=4"])

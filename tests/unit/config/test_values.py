@@ -1,0 +1,35 @@
+import json
+
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_exp.config.hydra_compose import compose
+from qlora_exp.config.validate import from_dict
+from qlora_exp.config.values import flatten, to_yaml
+
+DEFAULTS = compose().model_dump_json()
+
+
+@given(
+    r=st.integers(1, 512),
+    alpha=st.integers(1, 512),
+    rate=st.floats(1e-7, 1.0),
+    seed=st.integers(0, 2**32 - 1),
+    message=st.none() | st.text(min_size=1, alphabet=st.characters(blacklist_categories=("Cs", "Cc"))),
+)
+@settings(max_examples=30, deadline=None)
+def test_config_survives_a_yaml_round_trip(r: int, alpha: int, rate: float, seed: int, message: str | None):
+    values = json.loads(DEFAULTS)
+    values["method"] |= {"r": r, "lora_alpha": alpha}
+    values["training"]["learning_rate"] = rate
+    values["dataset"] |= {"format": "chat", "system_message": message}
+    config = from_dict(values | {"seed": seed})
+    assert from_dict(yaml.safe_load(to_yaml(config))) == config
+
+
+def test_flatten_gives_dotted_keys():
+    flat = flatten(compose())
+    assert flat["method.r"] == 16
+    assert flat["evaluation.metrics"] == ["rouge", "exact_match"]
+    assert not any(isinstance(value, dict) and value for value in flat.values())

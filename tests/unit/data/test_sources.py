@@ -1,0 +1,79 @@
+import pytest
+from datasets import Dataset, IterableDataset
+from helpers.rows import ROWS, own_dataset
+
+from qlora_exp.config.hydra_compose import compose
+from qlora_exp.data import dataset, sources
+from qlora_exp.utils.errors import DataError
+
+
+def test_builtin_faq_has_its_rows():
+    rows = dataset.load_rows(compose().dataset)
+    assert len(rows.train) + len(rows.heldout) == 435
+    assert not any("Zaragoza" in row["completion"] for row in rows.train)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_own_file_of_each_kind_is_read(kind: str, tmp_path):
+    file = tmp_path / f"rows.{kind}"
+    table = Dataset.from_list(ROWS)
+    {"jsonl": table.to_json, "csv": table.to_csv, "parquet": table.to_parquet}[kind](file)
+    rows = dataset.load_rows(own_dataset(str(file)))
+    assert sorted(row["completion"] for part in (rows.train, rows.heldout) for row in part) == sorted(
+        row["completion"] for row in ROWS
+    )
+
+
+def test_reasoning_gym_scores_its_reference_answers_as_right():
+    config = compose(["dataset=reasoning_gym", "dataset.reasoning_gym_size=20"]).dataset
+    rows, score = dataset.load_rows(config), sources.scorer(config)
+    assert all(score(row["completion"], row) == 1.0 for row in rows.heldout)
+    assert score("certainly not a number", rows.heldout[0]) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"path": "nowhere.jsonl"}, "no file nowhere.jsonl"),
+        ({"prompt_column": "instruction"}, "no column 'instruction'; it has prompt, completion"),
+        ({"drop_matching": "answer"}, "rows to split"),
+        ({"eval_size": 20}, "only 20 rows"),
+        ({"eval_path": "gone.csv"}, "no file gone.csv"),
+        ({"path": "reasoning_gym:chain_summ"}, "did you mean 'chain_sum'"),
+        ({"path": "embedded:faq"}, "no 'embedded:faq'"),
+        ({"path": "someone/not-a-dataset"}, "the hub did not give it"),
+    ],
+)
+def test_unreadable_source_is_rejected_with_its_reason(changes: dict, message: str, write_jsonl):
+    with pytest.raises(DataError, match=message):
+        dataset.load_rows(own_dataset(**({"path": write_jsonl(ROWS)} | changes)))
+
+
+def test_empty_file_is_rejected(tmp_path):
+    (tmp_path / "rows.csv").write_text("")
+    with pytest.raises(DataError, match="the file is empty"):
+        dataset.load_rows(own_dataset(str(tmp_path / "rows.csv")))
+
+
+def test_damaged_file_is_rejected(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion"')
+    with pytest.raises(DataError, match="cannot be read as json"):
+        dataset.load_rows(own_dataset(str(tmp_path / "rows.jsonl")))
+
+
+def test_stream_is_read_no_further_than_needed(monkeypatch):
+    read = []
+
+    def rows():
+        for number in range(10**9):
+            read.append(number)
+            yield {"prompt": f"q{number}", "completion": "a"}
+
+    def load(*_arguments, streaming: bool, **_options):
+        assert streaming
+        return IterableDataset.from_generator(rows)
+
+    monkeypatch.setattr(sources, "load_dataset", load)
+    found = dataset.load_rows(own_dataset("org/name", streaming=True, max_train_rows=6, eval_size=2))
+    assert (len(found.train), len(found.heldout)) == (6, 2)
+    assert len(read) <= 13

@@ -1,0 +1,66 @@
+import pytest
+from helpers.planning import ARCHITECTURE
+from support import exit_code
+
+from qlora_exp.config.hydra_compose import compose
+from qlora_exp.planning.calibration import Calibration
+from qlora_exp.planning.gpus import GPUS, Gpu, here, this_cpu
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--gpu", "rtx4091"], "did you mean 'rtx4090'"),
+        (["--vram", "-3"], "--vram -3"),
+        (["--vram", "8", "--gpu", "t4"], "one of them"),
+        (["--price", "1"], "--price"),
+    ],
+)
+def test_invalid_gpu_argument_is_rejected(arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]):
+    assert exit_code("plan", "model=tiny_llama", ARCHITECTURE, "method=lora", *arguments) == 1
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "driver",
+    [
+        "NVIDIA GeForce RTX 3090 Ti",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA H100 PCIe",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA A100-SXM4-80GB MIG 1g.10gb",
+        "NVIDIA A10G",
+    ],
+)
+def test_similar_driver_name_of_another_gpu_does_not_match(driver: str):
+    one = Calibration(driver, 3, 0.0, 1.0, 0.0, 0.0)
+    assert not [gpu.name for gpu in GPUS.values() if gpu.calibrated([one]).calibration]
+
+
+@pytest.mark.parametrize(
+    ("name", "driver"),
+    [
+        ("rtx4090", "NVIDIA GeForce RTX 4090"),
+        ("a100-80gb", "NVIDIA A100-SXM4-80GB"),
+        ("v100-32gb", "Tesla V100-SXM2-32GB"),
+        ("h100", "NVIDIA H100 80GB HBM3"),
+        ("t4", "Tesla T4"),
+    ],
+)
+def test_longer_driver_name_matches_its_gpu(name: str, driver: str):
+    one = Calibration(driver, 3, 0.0, 1.0, 0.0, 0.0)
+    assert GPUS[name].calibrated([one]).calibration == one
+    assert [other.name for other in GPUS.values() if other.calibrated([one]).calibration] == [name]
+
+
+def test_calibration_matches_a_device_by_name():
+    cpu = this_cpu()
+    assert cpu.memory_gib > 0
+    assert cpu.calibrated([Calibration(cpu.name, 3, 0.0, 1.0, 0.0, 0.0)]).calibration
+    assert cpu.calibrated([Calibration("another", 3, 0.0, 1.0, 0.0, 0.0)]).calibration is None
+
+
+def test_device_is_the_present_one_unless_vram_is_given(make_config):
+    assert here(make_config("device=cpu"), None).type == "cpu"
+    assert here(make_config("device=cpu"), 8.0).type == "cpu"
+    assert here(compose(["method=lora"]), 8.0) == Gpu("GPU", 8.0)

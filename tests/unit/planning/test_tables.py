@@ -1,0 +1,41 @@
+import pytest
+from helpers.planning import ARCHITECTURE
+from support import exit_code
+
+from qlora_exp.planning import advisor
+from qlora_exp.planning.advisor import Sized
+from qlora_exp.planning.gpus import Gpu
+from qlora_exp.planning.tables import show_models
+
+
+def plan(*arguments: str) -> int:
+    return exit_code("plan", "model=tiny_llama", ARCHITECTURE, "training.max_length=64", *arguments)
+
+
+@pytest.mark.slow
+def test_plan_command_says_whether_a_run_fits(capsys: pytest.CaptureFixture[str]):
+    assert plan("method=lora", "--gpu", "rtx4090", "training.max_steps=10", "--price", "0.5") == 0
+    shown = capsys.readouterr().out
+    assert "fits in 24 GiB (rtx4090)" in shown
+    assert "for 10 steps" in shown
+    assert "steady" in shown
+
+
+@pytest.mark.slow
+def test_plan_command_shows_a_line_for_each_run_of_a_sweep(capsys: pytest.CaptureFixture[str]):
+    assert plan("method=lora,boft,qlora", "quantization=none", "--vram", "0.7") == 0
+    shown = capsys.readouterr().out
+    assert "3 runs" in shown
+    assert "cannot be" in shown
+    assert "needs a" in shown  # qlora, of an unquantized base
+
+
+def test_largest_model_for_each_card_is_shown(capsys):
+    gib = 2**30
+    models = [Sized("small", 10**9, {"LoRA": 2 * gib, "QLoRA": gib}), Sized("big", 10**10, {"QLoRA": 6 * gib})]
+    show_models(models, {"third, LoRA": "no"}, advisor.cards(Gpu("GPU", 0.0)))
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in lines if line] == [
+        ["4", "1.0 B", "1.0 B"], ["6", "1.0 B", "1.0 B"],
+        *([str(size), "1.0 B", "10.0 B"] for size in advisor.CARDS[2:]),
+    ]  # fmt: skip
