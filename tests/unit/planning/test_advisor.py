@@ -146,7 +146,7 @@ def run(*arguments: str) -> int:
 def test_the_command_says_what_to_choose(capsys, monkeypatch):
     monkeypatch.setattr(advisor, "MOST_ROWS", 8)
     monkeypatch.setattr(advisor, "METHODS", {name: advisor.METHODS[name] for name in ("LoRA", "QLoRA")})
-    assert run("vram=8") == 0
+    assert run("--vram", "8") == 0
     shown = capsys.readouterr().out
     assert "choose   LoRA" in shown
     assert "7.0%" in shown
