@@ -22,36 +22,45 @@ if TYPE_CHECKING:
 def add_parsers(commands: Commands) -> None:
     """Add the three commands."""
     device = argparse.ArgumentParser(add_help=False)
-    device.add_argument("--device", choices=DEVICES, default="auto", help="default: auto")
+    device.add_argument("--device", choices=DEVICES, default="auto", help="device to run on; default: auto")
     sampling = argparse.ArgumentParser(add_help=False)
     adapter = "load another adapter of the same base model under a name; may be repeated"
     sampling.add_argument("--adapter", action="append", default=[], metavar="NAME=SOURCE", help=adapter)
-    quantization = "store the base model otherwise: nf4_double, int8, none, ...; default: as in training"
-    sampling.add_argument("--quantization", help=quantization)
-    sampling.add_argument("--max-new-tokens", type=int, default=256, help="longest answer; default: 256")
-    sampling.add_argument("--temperature", type=float, default=0.0, help="0 (default): always the most likely token")
-    sampling.add_argument("--top-p", type=float, default=1.0, help="sample from the most likely tokens up to this sum")
-    sampling.add_argument("--top-k", type=int, default=0, help="sample from this many tokens; 0 (default): from all")
-    sampling.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: repeat less; default: 1")
-    sampling.add_argument("--seed", type=int, help="seed of the sampling; default: random")
+    quantization = "quantization of the base model: nf4_double, int8, none, ...; default: as in training"
+    sampling.add_argument("--quantization", metavar="NAME", help=quantization)
+    sampling.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer; default: 256")
+    sampling.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 (default): always the most likely token"
+    )
+    top_p = "sample from the most likely tokens that have this share of probability; 1 (default): from all"
+    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help=top_p)
+    top_k = "sample from the K most likely tokens; 0 (default): from all"
+    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help=top_k)
+    penalty = "above 1: repeat less; default: 1"
+    sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help=penalty)
+    sampling.add_argument(
+        "--seed", type=int, metavar="N", help="random seed of sampling; default: a different one each time"
+    )
 
     parser = add_command(commands, "generate", generate, [SOURCE, URI, sampling, device])
-    parser.add_argument("--prompt", help="the prompt")
-    file = "prompts, one a line; of a .jsonl file {prompt, input} or {messages}, each with an adapter if wanted"
-    parser.add_argument("--file", type=Path, help=file)
-    parser.add_argument("--out", type=Path, help=".jsonl file for the answers to --file; default: standard output")
+    parser.add_argument("--prompt", metavar="TEXT", help="one prompt; the answer is printed")
+    file = "file of prompts: one a line, or .jsonl with {prompt, input} or {messages}, and {adapter} to choose one"
+    parser.add_argument("--file", type=Path, metavar="FILE", help=file)
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help=".jsonl file for the answers to --file; default: standard output"
+    )
 
     parser = add_command(commands, "chat", chat, [SOURCE, URI, sampling, device])
-    parser.add_argument("--system", help="system message, if the format that the model was trained with has one")
+    parser.add_argument("--system", metavar="TEXT", help="system message, if the model's prompt format has one")
 
     parser = add_command(commands, "serve", serve, [SOURCE, URI, device])
     server = "server program to start; default: transformers"
     parser.add_argument("--with", dest="server", choices=SERVERS, default="transformers", help=server)
     parser.add_argument("--print", action="store_true", help="print the commands that start servers; start none")
-    out = "folder to merge an adapter into first; default: outputs/served/RUN_ID"
-    parser.add_argument("--out", type=Path, help=out)
+    out = "folder for the merged model; default: outputs/served/RUN_ID"
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help=out)
     parser.add_argument("--host", default="127.0.0.1", help="address to serve on; default: this machine only")
-    parser.add_argument("--port", type=int, default=8000, help="default: 8000")
+    parser.add_argument("--port", type=int, default=8000, help="port to serve on; default: 8000")
 
 
 def generate(options: argparse.Namespace) -> None:

@@ -11,15 +11,15 @@ from qlora_exp.utils.errors import ConfigError, did_you_mean
 def add_parsers(commands: Commands) -> None:
     """Add `keys`."""
     parser = add_command(commands, "keys", keys)
-    what = "such as training or training.max_steps; default: all"
+    what = "part of the config, such as training, or a key in it; default: all"
     parser.add_argument("chosen", nargs="?", metavar="SECTION|KEY", help=what)
 
 
 def keys(options: argparse.Namespace) -> None:
     """Explain the keys of the config: type, default and meaning.
 
-    `= VALUE` is a key's default; `VALUE in the default run` follows where plain
-    `qlora-exp train` sets another value.
+    Prints `KEY: TYPE = DEFAULT`, then the value in the default run (plain
+    `qlora-exp train`) if it differs, then the meaning.
 
     examples:
       qlora-exp keys                      every section and key

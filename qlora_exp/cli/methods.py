@@ -24,11 +24,11 @@ def add_parsers(commands: Commands) -> None:
     )
 
     parser = add_command(commands, "quantize-error", quantize_error)
-    add_overrides(parser, "model=NAME, unrelated=NAME (the text of the loss), as for `train`")
+    add_overrides(parser, "model=NAME, unrelated=NAME (text to measure the loss on), as for `train`")
     size = "weights that share one scale; default: 64"
     parser.add_argument("--blocksize", type=int, default=64, choices=_BLOCK_SIZES, help=size)
     out = "folder for table and plot; default: outputs/quantize_error"
-    parser.add_argument("--out", type=Path, default=Path("outputs/quantize_error"), help=out)
+    parser.add_argument("--out", type=Path, default=Path("outputs/quantize_error"), metavar="FOLDER", help=out)
 
 
 def probe(options: argparse.Namespace) -> None:
@@ -60,10 +60,10 @@ def probe(options: argparse.Namespace) -> None:
 
 
 def quantize_error(options: argparse.Namespace) -> None:
-    """Measure what 4- and 8-bit quantization costs a model.
+    """Measure what 4-bit and 8-bit quantization costs a model.
 
     Compares NF4, FP4, INT4 and INT8: error on the model's weights, error on
-    normally distributed samples, bits per weight, and loss on held-out text.
+    normally distributed samples, bits per weight, and the model's loss on text.
 
     examples:
       qlora-exp quantize-error

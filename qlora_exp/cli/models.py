@@ -15,7 +15,7 @@ from qlora_exp.utils.quiet import quiet
 def add_parsers(commands: Commands) -> None:
     """Add the four commands."""
     out = argparse.ArgumentParser(add_help=False)
-    out.add_argument("--out", type=Path, required=True, help="folder to write; must not exist yet")
+    out.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder to write; must not exist")
     out.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
@@ -26,14 +26,16 @@ def add_parsers(commands: Commands) -> None:
         "--base",
         choices=("auto", "files", "trained"),
         default="auto",
-        help="weights to merge the adapter of a quantized run into: those of the base model's files, or the quantized "
-        "ones it was trained on",
+        help="weights to merge the adapter of a quantized run into: those in the base model's files, or the quantized "
+        "ones that it was trained on; default: auto",
     )
 
     add_command(commands, "merge", merge, [SOURCE, URI, out])
 
     parser = add_command(commands, "export", export, [SOURCE, URI, out])
-    add_overrides(parser, "changes to the run's config for gptq and awq, such as dataset.path=FILE")
+    add_overrides(
+        parser, "keys to change in the run's config when gptq or awq reads its rows, such as dataset.path=FILE"
+    )
     parser.add_argument("--to", choices=FORMS, required=True, help="format to write")
     parser.add_argument(
         "--type", default="q8_0", help=f"weights of a GGUF file: {', '.join(GGUF_TYPES)}; default: q8_0"
@@ -41,21 +43,25 @@ def add_parsers(commands: Commands) -> None:
 
     parser = add_command(commands, "register", register, [RUN, URI])
     parser.add_argument("--name", required=True, help="name of the registered model")
-    parser.add_argument("--alias", help="alias to point to this version, such as champion")
+    parser.add_argument("--alias", help="alias to move to this version, such as champion")
     parser.add_argument("--card", type=Path, metavar="FILE", help="also write the model card to this file")
     parser.add_argument("--push", metavar="ORG/NAME", help="also upload to the Hugging Face hub (needs HF_TOKEN)")
     parser.add_argument("--public", action="store_true", help="make a new hub repository public; default: private")
 
     parser = add_command(commands, "deployment-gap", deployment_gap, [RUN, URI])
-    add_overrides(parser, "changes to the run's config, such as dataset.path=FILE or evaluation.generate_rows=8")
+    add_overrides(parser, "keys to change in the run's config, such as dataset.path=FILE or evaluation.generate_rows=8")
     parser.add_argument(
-        "--forms", help=f"formats, separated by commas, of {', '.join(DEPLOYED)}; default: all that apply"
+        "--forms",
+        metavar="LIST",
+        help=f"formats, separated by commas, of {', '.join(DEPLOYED)}; default: all that apply",
     )
-    parser.add_argument("--out", type=Path, help="folder for the exported models; default: outputs/deployment/RUN_ID")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="folder for the exported models; default: outputs/deployment/RUN_ID"
+    )
 
 
 def merge(options: argparse.Namespace) -> None:
-    """Merge an adapter into its base model: a model that needs no PEFT.
+    """Merge an adapter into its base model, for use without PEFT.
 
     example:
       qlora-exp merge RUN_ID --out merged --dtype bfloat16
@@ -64,9 +70,9 @@ def merge(options: argparse.Namespace) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    """Export a trained model as GGUF, or quantized to 4 or 8 bits.
+    """Export a trained model: merged, as GGUF, or quantized to 4 or 8 bits.
 
-    gptq and awq are calibrated on the run's training rows.
+    gptq and awq are calibrated on the run's training rows, which must be at hand.
 
     examples:
       qlora-exp export RUN_ID --to gguf --out gguf      for llama.cpp and Ollama
@@ -122,7 +128,7 @@ def deployment_gap(options: argparse.Namespace) -> None:
     """Measure what merging and quantizing a trained model cost in quality.
 
     Exports the model in each format and evaluates it on the run's held-out rows:
-    loss, answers, size, memory, time of a token.
+    loss, quality of answers, size, memory, time per token.
 
     example:
       qlora-exp deployment-gap RUN_ID --forms merged,nf4,gguf_q8_0

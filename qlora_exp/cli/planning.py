@@ -15,24 +15,25 @@ def add_parsers(commands: Commands) -> None:
     """Add the three commands."""
     gpu = argparse.ArgumentParser(add_help=False)
     gpu.add_argument("--gpu", metavar="NAME", help=f"one of {', '.join(gpus.GPUS)}")
-    gpu.add_argument("--vram", type=float, metavar="GIB", help="memory of a GPU that --gpu does not list")
+    gpu.add_argument("--vram", type=float, metavar="GIB", help="memory of a GPU, if --gpu does not list it")
 
     parser = add_command(commands, "plan", plan, [gpu])
     add_overrides(parser, "as for `train`; a list of values (KEY=A,B) gives a row for each combination")
-    parser.add_argument("--price", type=float, metavar="PER_HOUR", help="price of the GPU: adds the cost of the run")
+    parser.add_argument("--price", type=float, metavar="PER_HOUR", help="price of the GPU; adds the cost of the run")
 
     parser = add_command(commands, "advise", advise, [gpu])
     add_overrides(parser, "model=NAME, training.max_length=N, method=A,B, ..., as for `train`")
     parser.add_argument("--models", action="store_true", help="find the largest model for each GPU instead")
 
     parser = add_command(commands, "calibrate", calibrate, [URI])
-    parser.add_argument("--experiment", help="use the runs of this MLflow experiment only; default: all")
+    parser.add_argument("--experiment", metavar="NAME", help="use only runs of this MLflow experiment; default: all")
 
 
 def plan(options: argparse.Namespace) -> None:
-    """Predict memory by phase, and the time of a step, of a run.
+    """Predict the memory and the step time of a run before it starts.
 
-    Needs no GPU and downloads no weights. With --gpu or --vram it says whether the run fits.
+    Needs no GPU and downloads no weights. Shows memory by phase of the run and by
+    kind (weights, gradients, ...); with --gpu or --vram, whether it fits.
 
     examples:
       qlora-exp plan model=llama3_8b --gpu rtx4090 training.max_length=1024
@@ -78,10 +79,10 @@ def plan(options: argparse.Namespace) -> None:
 
 
 def advise(options: argparse.Namespace) -> None:
-    """Recommend method, batch size and length for a GPU.
+    """Recommend method, batch size and sequence length for a GPU.
 
-    For each method: whether it fits, its largest batch and its longest row; and
-    LoRA or QLoRA, with the reason. Without --gpu or --vram: for GPUs of several sizes.
+    Shows for each method its largest batch and its longest sequence, and says
+    whether to use LoRA or QLoRA and why. Without --gpu or --vram: for GPUs of 4 to 80 GiB.
 
     examples:
       qlora-exp advise model=llama3_8b --gpu rtx4090

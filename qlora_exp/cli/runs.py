@@ -22,39 +22,50 @@ def add_parsers(commands: Commands) -> None:
     parser = add_command(commands, "compare", compare, [URI])
     chosen = "names of sweeps; ids, run keys or names of runs; default: the newest sweep"
     parser.add_argument("chosen", nargs="*", metavar="SWEEP|RUN", help=chosen)
-    parser.add_argument("--experiment", help="only runs of this MLflow experiment; without SWEEP|RUN: all of them")
+    parser.add_argument(
+        "--experiment", metavar="NAME", help="compare runs of this MLflow experiment; without SWEEP|RUN: all"
+    )
     parser.add_argument("--filter", help="MLflow filter of runs, such as \"params.`method.name` = 'lora'\"")
     baseline = "row to compare with, by a part of its name, such as method=lora; default: the first row"
-    parser.add_argument("--baseline", help=baseline)
+    parser.add_argument("--baseline", metavar="ROW", help=baseline)
     metrics = "loss (default), rougeL, exact_match, task_score, unrelated_loss or lm_eval/TASK/METRIC"
     parser.add_argument("--metric", default="loss", help=metrics)
-    parser.add_argument("--preset", default="all", help="columns: all (default), seed1, short, shortest")
-    parser.add_argument("--out", type=Path, help="folder for the table as .csv, .json, .md and .html")
-    parser.add_argument("--log", action="store_true", help="save the table with the sweep's run in MLflow")
+    parser.add_argument(
+        "--preset",
+        default="all",
+        help="columns: all (default), seed1, short or shortest (quality only)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="also write the table there as .csv, .json, .md and .html"
+    )
+    parser.add_argument("--log", action="store_true", help="also save the table with the sweep's run in MLflow")
 
     parser = add_command(commands, "ui", ui, [URI])
     parser.add_argument("--host", default="127.0.0.1", help="address to serve on; default: this machine only")
-    parser.add_argument("--port", type=int, default=5000, help="default: 5000")
+    parser.add_argument("--port", type=int, default=5000, help="port to serve on; default: 5000")
 
     parser = add_command(commands, "reproduce", reproduce, [URI])
     parser.add_argument("run", metavar="RUN|BUNDLE", help="id, run key or name of a run, or a bundle of one")
-    add_overrides(parser, "what differs on this machine, such as dataset.path=FILE")
+    add_overrides(parser, "keys to change for this machine, such as dataset.path=FILE")
     parser.add_argument("--check-only", action="store_true", help="list differences from the recorded run; run nothing")
-    parser.add_argument("--out", type=Path, help="output folder; default: outputs/reproduced/RUN_ID")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="output folder; default: outputs/reproduced/RUN_ID")
 
     parser = add_command(commands, "bundle", bundle, [RUN, URI])
-    parser.add_argument("--out", type=Path, help="folder, or file ending in .zip, to write; default: RUN_ID.zip")
+    parser.add_argument("--out", type=Path, metavar="PATH", help="folder or .zip file to write; default: RUN_ID.zip")
 
     parser = add_command(commands, "sync", sync)
-    parser.add_argument("folders", nargs="*", type=Path, help="folders with runs; default: outputs and multirun")
+    parser.add_argument(
+        "folders", nargs="*", type=Path, metavar="FOLDER", help="folders with runs; default: outputs and multirun"
+    )
     parser.add_argument("--uri", help="MLflow tracking URI; default: the one each run was started with")
 
 
 def compare(options: argparse.Namespace) -> None:
     """Compare runs: what differs, cost, quality, statistical significance.
 
-    Prints a row for each configuration (seeds are averaged) and tests its difference
-    from the baseline row. Repetitions made by `reproduce` appear only if named.
+    Prints a row for each configuration, averaged over seeds, and tests whether its
+    difference from the baseline row is more than chance. Repetitions made by
+    `reproduce` appear only if named.
 
     examples:
       qlora-exp compare                                  the newest sweep
@@ -84,8 +95,8 @@ def compare(options: argparse.Namespace) -> None:
 def ui(options: argparse.Namespace) -> None:
     """Open MLflow's UI on the runs recorded here.
 
-    Serves the store in ./mlruns until Ctrl-C, and prints the address. With the --uri
-    of a tracking server: prints the address of the page there and starts nothing.
+    Serves the store in ./mlruns until Ctrl-C and prints the page's address. If --uri
+    is a tracking server, prints the address of the page there and starts nothing.
     """
     store = Path.cwd() / "mlruns" / "mlflow.db"
     if options.uri is None and not store.is_file():
@@ -108,10 +119,10 @@ def ui(options: argparse.Namespace) -> None:
 
 
 def reproduce(options: argparse.Namespace) -> None:
-    """Repeat a recorded run and check that the same comes out.
+    """Repeat a recorded run and check that the result is the same.
 
     First lists what differs from the recorded run: config, data, base model, code,
-    libraries, threads. A result that drifts from the recorded one is a failure.
+    libraries, threads. Fails if the new result drifts from the recorded one.
 
     examples:
       qlora-exp reproduce RUN_ID --check-only
@@ -166,8 +177,8 @@ def bundle(options: argparse.Namespace) -> None:
 def sync(options: argparse.Namespace) -> None:
     """Send MLflow what runs recorded while its server was away.
 
-    Marks runs whose process is gone as killed. Runs that are still going are left
-    alone; a run that cannot be read does not stop the others, but is a failure.
+    Marks runs whose process died as killed; leaves runs that are still going alone.
+    Fails, after sending the others, if a run cannot be read or sent whole.
     """
     from qlora_exp.tracking import journal
 

@@ -1,3 +1,5 @@
+from itertools import chain
+
 import pytest
 from support import exit_code
 
@@ -33,7 +35,7 @@ def test_every_command_is_tested():
 @pytest.mark.parametrize(("command", "parts"), TAKING.items(), ids=TAKING)
 def test_key_value_goes_before_between_and_after_options(command: str, parts: list[list[str]]):
     first = 1 if parts[0] == ["RUN"] else 0
-    expected = vars(main._parse([command, *sum(parts, []), "a.b=-1", "c=d e"]))
+    expected = vars(main._parse([command, *chain(*parts), "a.b=-1", "c=d e"]))
     assert expected["overrides"] == ["a.b=-1", "c=d e"]
     for one in range(first, len(parts) + 1):
         for two in range(one, len(parts) + 1):
@@ -44,7 +46,7 @@ def test_key_value_goes_before_between_and_after_options(command: str, parts: li
 
 @pytest.mark.parametrize(("command", "parts"), TAKING.items(), ids=TAKING)
 def test_other_words_and_unknown_options_are_refused_by_name(command: str, parts: list[list[str]], capsys):
-    words = [command, *sum(parts, [])]
+    words = [command, *chain(*parts)]
     assert exit_code(*words, "a=b", "dataset.path") == 2
     assert "argument KEY=VALUE: 'dataset.path' has no '='" in capsys.readouterr().err
     for unknown in ("--unknown", "--unknown=1", "-u"):
