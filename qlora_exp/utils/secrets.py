@@ -3,9 +3,10 @@
 import logging
 import os
 import re
-from pathlib import Path
 
 from dotenv import load_dotenv
+
+from qlora_exp.utils.errors import ConfigError
 
 _SECRET_NAME = re.compile(r"TOKEN|PASSWORD|SECRET|API_?KEY|CREDENTIAL", re.IGNORECASE)
 _SHAPES = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
@@ -13,8 +14,15 @@ _USER_IN_URI = re.compile(r"(?<=://)[^/\s@]+@")
 
 
 def load_env_file() -> None:
-    """Set variables of `.env` in the working directory, without replacing those that are set."""
-    load_dotenv(Path.cwd() / ".env")
+    """Set variables of `.env` in the working directory, without replacing those that are set.
+
+    Raises:
+        ConfigError: it cannot be read, or has a value that no variable can have.
+    """
+    try:
+        load_dotenv(".env")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f".env: cannot be read: {error}") from error
 
 
 def redact(text: str) -> str:

@@ -3,10 +3,7 @@ import sys
 
 import pytest
 import yaml
-from omegaconf import OmegaConf
 from support import QUICK, command
-
-from qlora_exp.cli import main
 
 
 @pytest.mark.parametrize(
@@ -15,8 +12,9 @@ from qlora_exp.cli import main
 )
 def test_light_commands_do_not_import_torch(arguments: list[str]):
     code = (
-        "import sys, qlora_exp.cli as cli\n"
-        f"try: cli.main({arguments!r})\n"
+        "import sys\n"
+        "from qlora_exp.cli.main import main\n"
+        f"try: main({arguments!r})\n"
         "except SystemExit: pass\n"
         "assert not {'torch', 'transformers', 'mlflow', 'datasets'} & set(sys.modules), 'heavy import'"
     )
@@ -94,18 +92,3 @@ def test_a_failure_is_shown_without_a_traceback_and_ends_with_1(mlflow_uri, tmp_
 def test_wrong_usage_ends_with_2():
     assert command("trian").returncode == 2
     assert "did you mean 'training'" in command("keys", "traning").stderr
-
-
-def test_an_interrupted_run_says_how_to_go_on(make_config, tmp_path, monkeypatch, capsys):
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("qlora_exp.recipe.finetune.run", interrupted)
-    composed, folder = OmegaConf.create(make_config().model_dump(mode="json")), tmp_path / "run"
-    for hint in ("", f"to go on: the same command with hydra.run.dir={folder}\n"):
-        with pytest.raises(KeyboardInterrupt):
-            main._alone(composed, folder)
-        assert capsys.readouterr().err == hint
-        checkpoint = folder / "checkpoints" / "checkpoint-2"
-        checkpoint.mkdir(parents=True, exist_ok=True)
-        (checkpoint / "trainer_state.json").write_text("{}")

@@ -138,7 +138,7 @@ def advise(*arguments: str) -> int:
 def test_advise_command_says_what_to_choose(capsys, monkeypatch):
     monkeypatch.setattr(advisor, "MOST_ROWS", 8)
     monkeypatch.setattr(advisor, "METHODS", {name: advisor.METHODS[name] for name in ("LoRA", "QLoRA")})
-    assert advise("vram=8") == 0
+    assert advise("--vram", "8") == 0
     shown = capsys.readouterr().out
     assert "choose   LoRA" in shown
     assert "7.0%" in shown

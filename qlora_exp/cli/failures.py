@@ -1,0 +1,44 @@
+"""Turn how a command ended into an exit status and a message without secrets."""
+
+import errno
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from qlora_exp.utils.errors import DivergedError, TimeLimitError, UserError
+from qlora_exp.utils.secrets import redact
+
+
+def exit_code(command: Callable[[], None]) -> int:
+    """Call `command`: 0 if it succeeds, 1 if it fails, 130 if it is interrupted.
+
+    What a user can mend is shown as one message; any other error is a fault of this program, shown with its traceback.
+    """
+    try:
+        command()
+        print(end="", flush=True)  # here, where a reader that is gone is handled
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output is gone; without this, Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (Exception, TimeLimitError) as error:
+        print(redact(_message(error)), file=sys.stderr)
+        return 1
+    return 0
+
+
+def _message(error: BaseException) -> str:
+    # Only a process that has imported torch can raise its error; importing it here would take seconds.
+    expected = (DivergedError, getattr(sys.modules.get("torch"), "OutOfMemoryError", DivergedError))
+    if isinstance(error, UserError | TimeLimitError):
+        return f"error: {error}"
+    if isinstance(error, expected):
+        return f"error: {type(error).__name__}: {error}"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"error: no space left on the disk of {error.filename or Path.cwd()}"
+    return "".join(traceback.format_exception(error))

@@ -1,0 +1,199 @@
+"""`generate`, `chat` and `serve`: use a trained model."""
+
+import argparse
+import json
+import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_exp.cli import ports
+from qlora_exp.cli.parents import DEVICES, SOURCE, URI, Commands, add_command
+from qlora_exp.deploy.formats import SERVERS
+from qlora_exp.utils.errors import ConfigError, UserError
+from qlora_exp.utils.quiet import quiet
+from qlora_exp.utils.secrets import redact
+
+if TYPE_CHECKING:
+    from qlora_exp.deploy.chat import Sampling, Talker
+
+
+def add_parsers(commands: Commands) -> None:
+    """Add the three commands."""
+    device = argparse.ArgumentParser(add_help=False)
+    device.add_argument("--device", choices=DEVICES, default="auto", help="device to run on; default: auto")
+    sampling = argparse.ArgumentParser(add_help=False)
+    adapter = "load another adapter of the same base model under a name; may be repeated"
+    sampling.add_argument("--adapter", action="append", default=[], metavar="NAME=SOURCE", help=adapter)
+    quantization = "quantization of the base model: nf4_double, int8, none, ...; default: as in training"
+    sampling.add_argument("--quantization", metavar="NAME", help=quantization)
+    sampling.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer; default: 256")
+    sampling.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 (default): always the most likely token"
+    )
+    top_p = "sample from the most likely tokens that have this share of probability; 1 (default): from all"
+    sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help=top_p)
+    top_k = "sample from the K most likely tokens; 0 (default): from all"
+    sampling.add_argument("--top-k", type=int, default=0, metavar="K", help=top_k)
+    penalty = "above 1: repeat less; default: 1"
+    sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help=penalty)
+    sampling.add_argument(
+        "--seed", type=int, metavar="N", help="random seed of sampling; default: a different one each time"
+    )
+
+    parser = add_command(commands, "generate", generate, [SOURCE, URI, sampling, device])
+    parser.add_argument("--prompt", metavar="TEXT", help="one prompt; the answer is printed")
+    file = "file of prompts: one a line, or .jsonl with {prompt, input} or {messages}, and {adapter} to choose one"
+    parser.add_argument("--file", type=Path, metavar="FILE", help=file)
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help=".jsonl file for the answers to --file; default: standard output"
+    )
+
+    parser = add_command(commands, "chat", chat, [SOURCE, URI, sampling, device])
+    parser.add_argument("--system", metavar="TEXT", help="system message, if the model's prompt format has one")
+
+    parser = add_command(commands, "serve", serve, [SOURCE, URI, device])
+    server = "server program to start; default: transformers"
+    parser.add_argument("--with", dest="server", choices=SERVERS, default="transformers", help=server)
+    parser.add_argument("--print", action="store_true", help="print the commands that start servers; start none")
+    out = "folder for the merged model; default: outputs/served/RUN_ID"
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help=out)
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve on; default: this machine only")
+    parser.add_argument("--port", type=int, default=8000, help="port to serve on; default: 8000")
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Answer a prompt, or each prompt of a file, with a trained model.
+
+    examples:
+      qlora-exp generate RUN_ID --prompt "How long does concrete need?"
+      qlora-exp generate RUN_ID --file prompts.jsonl --out answers.jsonl
+    """
+    if (options.prompt is None) == (options.file is None):
+        raise ConfigError("generate: give --prompt TEXT or --file FILE")
+    if options.out is not None and not options.out.absolute().parent.is_dir():
+        raise ConfigError(f"--out {options.out}: no folder {options.out.absolute().parent}")
+    from tqdm import tqdm
+
+    talker, sampling = _talker(options)
+    from qlora_exp.deploy import chat as chatting
+
+    if options.prompt is not None:
+        talker.answer(chatting.asked(options.prompt), sampling, _print_at_once)
+        print()
+        return
+    requests = [*chatting.read_requests(options.file)]
+    for number, request in enumerate(requests, 1):  # mistakes are reported before hours of answers
+        try:
+            talker.encoded(request, sampling)
+        except UserError as error:
+            raise type(error)(f"{options.file}, request {number}: {error}") from error
+    part = None if options.out is None else options.out.with_name(f"{options.out.name}.part")
+    with nullcontext(sys.stdout) if part is None else part.open("w", encoding="utf-8") as lines:
+        for answered in tqdm(chatting.answers(talker, requests, sampling), total=len(requests), disable=None):
+            print(json.dumps(answered, ensure_ascii=False), file=lines, flush=True)
+    if part is not None:
+        part.rename(options.out)
+        print(f"{len(requests)} answers in {options.out}")
+
+
+_CHAT_HELP = (
+    "/adapter NAME switches the adapter, /system TEXT starts over with a system message, /reset starts over, "
+    "/exit or Ctrl-D ends"
+)
+
+
+def chat(options: argparse.Namespace) -> None:
+    """Talk with a trained model in the terminal.
+
+    Commands while talking: /adapter NAME, /system TEXT, /reset, /exit.
+
+    examples:
+      qlora-exp chat RUN_ID
+      qlora-exp chat RUN_ID --adapter other=OTHER_RUN_ID     compare two adapters
+    """
+    talker, sampling = _talker(options)
+    from qlora_exp.deploy import chat as chatting
+
+    adapter: str | None = None
+    system: str | None = options.system
+    messages: list[dict[str, str]] = []
+    print(f"adapters: {', '.join(talker.saved)}. {_CHAT_HELP}", file=sys.stderr)
+    while True:
+        try:
+            line = input(f"{adapter or ''}> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        word, _, rest = line.partition(" ")
+        try:
+            if word == "/exit":
+                return
+            if word == "/adapter":
+                talker.named(rest.strip())
+                adapter, messages = rest.strip(), []
+            elif word in ("/reset", "/system"):
+                system, messages = rest.strip() or (None if word == "/system" else system), []
+            elif word.startswith("/"):
+                print(_CHAT_HELP, file=sys.stderr)
+            elif word:
+                opening = [{"role": "system", "content": system}] if system else []
+                asked = [*messages, {"role": "user", "content": line}]
+                request = chatting.Request(opening + asked, adapter=adapter)
+                answer = talker.answer(request, sampling, _print_at_once)
+                print(flush=True)
+                messages = [*asked, {"role": "assistant", "content": answer}]
+        except UserError as error:  # the conversation goes on
+            print(f"error: {redact(str(error))}", file=sys.stderr)
+
+
+def _print_at_once(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _talker(options: argparse.Namespace) -> "tuple[Talker, Sampling]":
+    quiet()
+    sources = {"default": options.source}
+    for word in options.adapter:
+        name, equals, source = word.partition("=")
+        if not equals or not name or name in sources:
+            raise ConfigError(f"--adapter {word}: must be NAME=SOURCE, with a name that is not taken")
+        sources[name] = source
+    from qlora_exp.deploy import chat as chatting
+
+    sampling = chatting.Sampling(**{name: getattr(options, name) for name in chatting.Sampling.__dataclass_fields__})
+    sampling.settings([0], 0)  # wrong values are reported before anything is loaded
+    return chatting.open_talker(sources, options.uri, options.device, options.quantization), sampling
+
+
+def serve(options: argparse.Namespace) -> None:
+    """Serve a trained model through an OpenAI-compatible HTTP endpoint.
+
+    Merges an adapter into its base model first, then runs the server until Ctrl-C.
+
+    examples:
+      qlora-exp serve RUN_ID --port 8001
+      qlora-exp serve RUN_ID --print                     commands for several servers
+    """
+    quiet()
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from qlora_exp.deploy import load
+    from qlora_exp.deploy import serve as serving
+
+    saved = load.find(options.source, options.uri, "cpu")
+    out = options.out or Path("outputs") / "served" / (saved.run_id or saved.folder.resolve().parent.name)
+    if options.print:
+        print("\n".join(serving.commands(saved, out, options.host, options.port)))
+        return
+    serving.check(options.server, saved)
+    ports.require_free(options.host, options.port)
+    folder = serving.folder_of(saved, out)
+    if options.server == "mlflow":
+        folder = serving.mlflow_model(folder, out.with_name(f"{out.name}.mlflow"))
+    server = serving.server(options.server, folder, options.host, options.port, options.device)
+    print(f"{options.server} serves {folder} at {server.url} in a while (Ctrl-C ends it). To try it:\n{server.example}")
+    sys.stdout.flush()
+    Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # transformers' `/v1/models` fails where there is none
+    # In place of this process, so that whatever ends it ends the server.
+    os.execvpe(server.command[0], server.command, dict(os.environ) | server.environment)

@@ -1,0 +1,80 @@
+"""`keys`: the reference of the config."""
+
+import argparse
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from qlora_exp.cli.parents import Commands, add_command
+from qlora_exp.utils.errors import ConfigError, did_you_mean
+
+
+def add_parsers(commands: Commands) -> None:
+    """Add `keys`."""
+    parser = add_command(commands, "keys", keys)
+    what = "part of the config, such as training, or a key in it; default: all"
+    parser.add_argument("chosen", nargs="?", metavar="SECTION|KEY", help=what)
+
+
+def keys(options: argparse.Namespace) -> None:
+    """Explain the keys of the config: type, default and meaning.
+
+    Prints `KEY: TYPE = DEFAULT`, then the value in the default run (plain
+    `qlora-exp train`) if it differs, then the meaning.
+
+    examples:
+      qlora-exp keys                      every section and key
+      qlora-exp keys training             one section
+      qlora-exp keys training.max_steps   one key
+    """
+    from pydantic import BaseModel
+
+    from qlora_exp.config import hydra_compose, peft_methods
+    from qlora_exp.config.schema import Config
+    from qlora_exp.config.sections.base import PeftSettings
+    from qlora_exp.config.validate import known_keys
+
+    chosen: str = options.chosen or ""
+    sections = Config.model_fields
+    known = [*sections, *known_keys()]
+    if chosen and chosen not in known:
+        same_name = [key for key in known if key.endswith(f".{chosen}")]
+        hint = f"; did you mean '{same_name[0]}'?" if same_name else did_you_mean(chosen, known)
+        raise ConfigError(f"no section or key '{chosen}'{hint} Sections: {', '.join(sections)}")
+    section, _, key = chosen.partition(".")
+    default_run = hydra_compose.compose([])
+    for name, field in sections.items():
+        if section not in ("", name):
+            continue
+        kind, value = field.annotation, getattr(default_run, name)
+        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
+            print(_describe(name, field, value))
+            continue
+        if not key:
+            print(f"\n{name}: {(kind.__doc__ or '').strip()}")
+        for inner_name, inner in kind.model_fields.items():
+            if key in ("", inner_name):
+                print(_describe(f"  {inner_name}", inner, getattr(value, inner_name)))
+        if issubclass(kind, PeftSettings) and key not in kind.model_fields:
+            print(f"  and for LoRA: {', '.join(peft_methods.settings('LORA'))}")
+
+
+def _describe(name: str, field: Any, value: Any) -> str:
+    """Describe one key; `value` is what the default run has."""
+    differs = value != field.default and not isinstance(value, dict)
+    also = f"; {value!r} in the default run" if differs else ""
+    meaning = f"\n      {field.description}" if field.description else ""
+    return f"{name}: {_type(field.annotation)} = {field.default!r}{also}{meaning}"
+
+
+def _type(kind: Any) -> str:
+    """Write a type as a user would write its values."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _type(inner[0])
+    if origin is Literal:
+        return " | ".join(map(str, inner))
+    if origin in (Union, UnionType):
+        return " | ".join(dict.fromkeys(map(_type, inner)))
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(map(_type, inner))}]"
+    return "null" if kind is NoneType else getattr(kind, "__name__", str(kind))

@@ -1,0 +1,53 @@
+"""Parsers and arguments that several commands share."""
+
+import argparse
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Handler = Callable[[argparse.Namespace], None]
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+URI = argparse.ArgumentParser(add_help=False)
+URI.add_argument("--uri", help="MLflow tracking URI; default: SQLite in ./mlruns")
+RUN = argparse.ArgumentParser(add_help=False)
+RUN.add_argument("run", metavar="RUN", help="id, run key or name of a recorded run")
+SOURCE = argparse.ArgumentParser(add_help=False)
+SOURCE.add_argument(
+    "source",
+    metavar="RUN|MODEL|FOLDER",
+    help="id of a run; models:/NAME@ALIAS in MLflow's registry; or a folder with a saved adapter or model",
+)
+
+
+def add_command(
+    commands: Commands,
+    name: str,
+    handler: Handler,
+    parents: Sequence[argparse.ArgumentParser] = (),
+    add_help: bool = True,
+) -> argparse.ArgumentParser:
+    """Add a command whose help text is its handler's docstring."""
+    parser = commands.add_parser(
+        name,
+        parents=parents,
+        description=inspect.getdoc(handler),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        add_help=add_help,
+    )
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+def add_overrides(parser: argparse.ArgumentParser, purpose: str, nargs: str = "*") -> None:
+    """Let a command take KEY=VALUE words, anywhere among its options, as `options.overrides`."""
+    parser.add_argument("overrides", nargs=nargs, type=_key_value, metavar="KEY=VALUE", help=purpose)
+
+
+def _key_value(word: str) -> str:
+    if "=" not in word:
+        raise argparse.ArgumentTypeError(f"'{word}' has no '='")
+    return word

@@ -1,0 +1,179 @@
+"""`plan`, `advise` and `calibrate`: memory and time before anything runs."""
+
+import argparse
+import gc
+import os
+
+from qlora_exp.cli.parents import URI, Commands, add_command, add_overrides
+from qlora_exp.planning import calibration, gpus
+from qlora_exp.planning.gpus import Gpu
+from qlora_exp.utils.errors import ConfigError, UserError
+from qlora_exp.utils.quiet import quiet
+
+
+def add_parsers(commands: Commands) -> None:
+    """Add the three commands."""
+    gpu = argparse.ArgumentParser(add_help=False)
+    gpu.add_argument("--gpu", metavar="NAME", help=f"one of {', '.join(gpus.GPUS)}")
+    gpu.add_argument("--vram", type=float, metavar="GIB", help="memory of a GPU, if --gpu does not list it")
+
+    parser = add_command(commands, "plan", plan, [gpu])
+    add_overrides(parser, "as for `train`; a list of values (KEY=A,B) gives a row for each combination")
+    parser.add_argument("--price", type=float, metavar="PER_HOUR", help="price of the GPU; adds the cost of the run")
+
+    parser = add_command(commands, "advise", advise, [gpu])
+    add_overrides(parser, "model=NAME, training.max_length=N, method=A,B, ..., as for `train`")
+    parser.add_argument("--models", action="store_true", help="find the largest model for each GPU instead")
+
+    parser = add_command(commands, "calibrate", calibrate, [URI])
+    parser.add_argument("--experiment", metavar="NAME", help="use only runs of this MLflow experiment; default: all")
+
+
+def plan(options: argparse.Namespace) -> None:
+    """Predict the memory and the step time of a run before it starts.
+
+    Needs no GPU and downloads no weights. Shows memory by phase of the run and by
+    kind (weights, gradients, ...); with --gpu or --vram, whether it fits.
+
+    examples:
+      qlora-exp plan model=llama3_8b --gpu rtx4090 training.max_length=1024
+      qlora-exp plan model=llama3_8b method=lora,qlora --vram 24
+      qlora-exp plan model=llama3_8b --gpu a10 training.max_steps=1000 --price 0.5
+    """
+    quiet()
+    from qlora_exp.config import hydra_compose
+    from qlora_exp.config.schema import Config
+
+    _refuse_options_as_keys(options)
+    if options.price is not None and (options.price < 0 or not options.gpu):
+        raise ConfigError("--price: must not be negative, and needs the GPU's name: --gpu NAME --price PER_HOUR")
+    gpu, cpu = _gpu(options), gpus.this_cpu().calibrated(calibration.read())
+    jobs = hydra_compose.grid(options.overrides)
+    composed: list[Config | UserError] = []
+    for words in jobs:  # mistakes are reported before the slow imports
+        try:
+            composed.append(hydra_compose.compose(words))
+        except UserError as error:
+            composed.append(error)
+    if isinstance(composed[0], UserError) and len(jobs) == 1:
+        raise composed[0]
+    _import_planner()
+    from qlora_exp.planning import tables
+    from qlora_exp.planning.planner import planner
+
+    planned = []
+    for words, config in zip(jobs, composed, strict=True):
+        try:
+            if isinstance(config, UserError):
+                raise config
+            device = cpu if config.device == "cpu" else gpu
+            planned.append(tables.Planned(words, config, planner(config, device.device).predict(), device))
+        except UserError as error:
+            if len(jobs) == 1:
+                raise
+            planned.append(tables.Planned(words, None, None, gpu, str(error)))
+    if len(planned) == 1:
+        tables.show_one(planned[0], options.price)
+    else:
+        tables.show_many(planned, options.price)
+
+
+def advise(options: argparse.Namespace) -> None:
+    """Recommend method, batch size and sequence length for a GPU.
+
+    Shows for each method its largest batch and its longest sequence, and says
+    whether to use LoRA or QLoRA and why. Without --gpu or --vram: for GPUs of 4 to 80 GiB.
+
+    examples:
+      qlora-exp advise model=llama3_8b --gpu rtx4090
+      qlora-exp advise model=llama3_8b method=lora,qlora --vram 24
+      qlora-exp advise --models training.max_length=512
+    """
+    quiet()
+    from rich.console import Console
+
+    from qlora_exp.planning import advisor
+
+    _refuse_options_as_keys(options)
+    gpu = _gpu(options)
+    advisor.check(options.overrides, options.models)
+    _import_planner()
+    from qlora_exp.planning import tables
+
+    cards = advisor.cards(gpu)
+    with Console(stderr=True).status("planning") as status:
+
+        def report(what: str) -> None:
+            status.update(f"planning: {what}")
+
+        if options.models:
+            sized, why = advisor.models(options.overrides, gpu, report)
+        else:
+            fitting, why = advisor.options(options.overrides, gpu, cards, report)
+    if options.models:
+        tables.show_models(sized, why, cards)
+    elif gpu.memory_gib:
+        tables.show_card(fitting, why, gpu)
+    else:
+        tables.show_cards(fitting, why, cards)
+
+
+def calibrate(options: argparse.Namespace) -> None:
+    """Fit a per-device correction of planned memory from recorded runs.
+
+    Compares the memory that runs used with what was planned for them, and writes
+    mlruns/calibration.json, which `plan` and `advise` use from then on.
+    """
+    quiet()
+    from qlora_exp.results import records
+    from qlora_exp.utils.tables import print_table
+
+    runs = records.find(options.uri, [], options.experiment, "metrics.`plan/memory_ratio` > 0")
+    fits, left_out = calibration.fit(runs)
+    rows = [
+        [
+            fit.device,
+            str(fit.runs),
+            f"{fit.offset_mib:,.0f} + {fit.slope:.3f} x plan",
+            f"{fit.median_error:.1%}",
+            f"{fit.worst_error:.1%}",
+            "-" if fit.flops_per_second is None else f"{fit.flops_per_second / 1e9:,.0f}",
+            "-" if fit.time_error is None else f"{fit.time_error:.0%}",
+        ]
+        for fit in fits.values()
+    ]
+    headings = ["device", "runs", "MiB", "median error", "worst error", "GFLOP/s", "time error"]
+    if rows:
+        print_table("memory fitted to plans; errors on plans that the fit did not see", headings, rows)
+        print(f"file  {calibration.write(fits.values())}, which `plan` and `advise` read")
+    for reason in left_out:
+        print(f"left out  {reason}")
+
+
+def _refuse_options_as_keys(options: argparse.Namespace) -> None:
+    for word in options.overrides:
+        key, _, value = word.partition("=")
+        if key in ("gpu", "vram", "price"):
+            raise ConfigError(f"{key}: no such key or group; did you mean --{key} {value}?")
+
+
+def _gpu(options: argparse.Namespace) -> Gpu:
+    """Return the GPU of --gpu or --vram, with this machine's calibration."""
+    if options.gpu and options.vram:
+        raise ConfigError("--gpu and --vram: give one of them")
+    if options.vram is not None and not 0 < options.vram < 10_000:
+        raise ConfigError(f"--vram {options.vram:g}: not the memory of a GPU in GiB")
+    gpu = gpus.find(options.gpu) if options.gpu else Gpu("GPU", options.vram or 0.0)
+    return gpu.calibrated(calibration.read())
+
+
+def _import_planner() -> None:
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing is compiled, and its imports take a second
+    gc.disable()  # a fifth of the imports' time
+    from transformers.utils import logging as transformers_logging
+
+    import qlora_exp.planning.planner  # noqa: F401
+
+    gc.enable()
+    gc.freeze()
+    transformers_logging.disable_progress_bar()

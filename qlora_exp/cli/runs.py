@@ -1,0 +1,212 @@
+"""`compare`, `ui`, `reproduce`, `bundle` and `sync`: what recorded runs say."""
+
+import argparse
+import logging
+import os
+import re
+import sys
+from pathlib import Path
+
+from qlora_exp.cli import ports
+from qlora_exp.cli.parents import RUN, URI, Commands, add_command, add_overrides
+from qlora_exp.utils.errors import ConfigError, JournalError, TrackingError
+from qlora_exp.utils.quiet import quiet
+from qlora_exp.utils.secrets import redact
+
+_USUAL_FOLDERS = (Path("outputs"), Path("multirun"))
+"""Where `train` puts runs and sweeps."""
+
+
+def add_parsers(commands: Commands) -> None:
+    """Add the five commands."""
+    parser = add_command(commands, "compare", compare, [URI])
+    chosen = "names of sweeps; ids, run keys or names of runs; default: the newest sweep"
+    parser.add_argument("chosen", nargs="*", metavar="SWEEP|RUN", help=chosen)
+    parser.add_argument(
+        "--experiment", metavar="NAME", help="compare runs of this MLflow experiment; without SWEEP|RUN: all"
+    )
+    parser.add_argument("--filter", help="MLflow filter of runs, such as \"params.`method.name` = 'lora'\"")
+    baseline = "row to compare with, by a part of its name, such as method=lora; default: the first row"
+    parser.add_argument("--baseline", metavar="ROW", help=baseline)
+    metrics = "loss (default), rougeL, exact_match, task_score, unrelated_loss or lm_eval/TASK/METRIC"
+    parser.add_argument("--metric", default="loss", help=metrics)
+    parser.add_argument(
+        "--preset",
+        default="all",
+        help="columns: all (default), seed1, short or shortest (quality only)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="also write the table there as .csv, .json, .md and .html"
+    )
+    parser.add_argument("--log", action="store_true", help="also save the table with the sweep's run in MLflow")
+
+    parser = add_command(commands, "ui", ui, [URI])
+    parser.add_argument("--host", default="127.0.0.1", help="address to serve on; default: this machine only")
+    parser.add_argument("--port", type=int, default=5000, help="port to serve on; default: 5000")
+
+    parser = add_command(commands, "reproduce", reproduce, [URI])
+    parser.add_argument("run", metavar="RUN|BUNDLE", help="id, run key or name of a run, or a bundle of one")
+    add_overrides(parser, "keys to change for this machine, such as dataset.path=FILE")
+    parser.add_argument("--check-only", action="store_true", help="list differences from the recorded run; run nothing")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="output folder; default: outputs/reproduced/RUN_ID")
+
+    parser = add_command(commands, "bundle", bundle, [RUN, URI])
+    parser.add_argument("--out", type=Path, metavar="PATH", help="folder or .zip file to write; default: RUN_ID.zip")
+
+    parser = add_command(commands, "sync", sync)
+    parser.add_argument(
+        "folders", nargs="*", type=Path, metavar="FOLDER", help="folders with runs; default: outputs and multirun"
+    )
+    parser.add_argument("--uri", help="MLflow tracking URI; default: the one each run was started with")
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Compare runs: what differs, cost, quality, statistical significance.
+
+    Prints a row for each configuration, averaged over seeds, and tests whether its
+    difference from the baseline row is more than chance. Repetitions made by
+    `reproduce` appear only if named.
+
+    examples:
+      qlora-exp compare                                  the newest sweep
+      qlora-exp compare rank_scaling --metric rougeL --out report
+      qlora-exp compare --experiment smollm2_faq         every run of an experiment
+    """
+    quiet()
+    from qlora_exp.results import compare as comparing
+    from qlora_exp.results import records, report
+
+    if options.metric not in comparing.METRICS and not re.fullmatch(r"lm_eval/.+/.+", options.metric):
+        metrics = ", ".join(comparing.METRICS)
+        raise ConfigError(f"--metric {options.metric}: choose one of {metrics} or lm_eval/TASK/METRIC")
+    if options.preset not in report.PRESETS:
+        raise ConfigError(f"--preset {options.preset}: choose one of {', '.join(report.PRESETS)}")
+    runs = records.find(options.uri, options.chosen, options.experiment, options.filter)
+    comparison = comparing.compare(runs, options.metric, options.baseline)
+    report.show(comparison, options.preset)
+    for file in report.write(comparison, options.out, options.preset) if options.out else ():
+        print(f"file  {file}")
+    if options.log:
+        if (parent := report.log(comparison, options.uri, options.preset)) is None:
+            raise ConfigError("--log: these runs do not belong to one sweep")
+        print(f"report saved with run {parent} in MLflow")
+
+
+def ui(options: argparse.Namespace) -> None:
+    """Open MLflow's UI on the runs recorded here.
+
+    Serves the store in ./mlruns until Ctrl-C and prints the page's address. If --uri
+    is a tracking server, prints the address of the page there and starts nothing.
+    """
+    store = Path.cwd() / "mlruns" / "mlflow.db"
+    if options.uri is None and not store.is_file():
+        raise TrackingError(f"no runs yet: {store} does not exist; run `qlora-exp train` here first")
+    address = options.uri or f"sqlite:///{store}"
+    if not address.startswith("http"):
+        ports.require_free(options.host, options.port)
+    quiet()
+    from qlora_exp.results import records
+
+    if address.startswith("http"):
+        print(f"MLflow's UI: {redact(records.page(options.uri, address))}")
+        return
+    page = records.page(options.uri, f"http://{options.host}:{options.port}")
+    print(f"MLflow's UI on {redact(address)}, in a few seconds (Ctrl-C ends it):\n{page}", flush=True)
+    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | dict(os.environ)
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", address, "--workers", "1"]
+    # In place of this process, so that whatever ends it ends the server.
+    os.execve(sys.executable, [*command, "--host", options.host, "--port", str(options.port)], environment)
+
+
+def reproduce(options: argparse.Namespace) -> None:
+    """Repeat a recorded run and check that the result is the same.
+
+    First lists what differs from the recorded run: config, data, base model, code,
+    libraries, threads. Fails if the new result drifts from the recorded one.
+
+    examples:
+      qlora-exp reproduce RUN_ID --check-only
+      qlora-exp reproduce RUN_ID dataset.path=here/rows.jsonl
+      qlora-exp reproduce RUN_ID.zip                     from `bundle`, without the store
+    """
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    quiet()
+    from qlora_exp.config.untrusted import given
+    from qlora_exp.results import records
+    from qlora_exp.results import reproduce as reproducing
+
+    record = reproducing.one_record(options.uri, options.run)
+    config = reproducing.recorded_config(record, given(options.overrides), options.uri)
+    print(f"run {record.run_id} {record.name}")
+    for line in (differences := reproducing.differences(record, config)):
+        print(f"differs  {line}")
+    if not differences:
+        print("nothing that was recorded differs: config, data, base model, code, libraries, threads")
+    if options.check_only:
+        return
+    folder = options.out or reproducing.free_folder(record)
+    run_id = reproducing.start(record, config, folder)
+    (repeated,) = records.find(options.uri, [run_id])
+    verdict = reproducing.judge(record, repeated, config)
+    print(f"files  {folder}\nrun    {run_id}\n{verdict.grade}: {verdict.why}")
+    if verdict.grade == reproducing.DRIFTED:
+        raise TrackingError(f"run {run_id} does not reproduce run {record.run_id}")
+
+
+def bundle(options: argparse.Namespace) -> None:
+    """Pack a recorded run into one file that `reproduce` can repeat.
+
+    The bundle holds config, library versions, fingerprints of data and model, metrics
+    and samples, but no weights. It needs no MLflow store.
+    """
+    quiet()
+    from qlora_exp.results import bundle as bundles
+    from qlora_exp.results import reproduce as reproducing
+
+    record = reproducing.one_record(options.uri, options.run)
+    target = options.out or Path(f"{record.run_id}.zip")
+    bundles.write(record, target)
+    print(f"{target}: run {record.run_id} {record.name}")
+    repeat = f"qlora-exp reproduce {target}"
+    if record.outcome == "ok":
+        print(f"to repeat it anywhere: {repeat}")
+    else:
+        print(f"the run ended {record.outcome}: {repeat} --check-only")
+
+
+def sync(options: argparse.Namespace) -> None:
+    """Send MLflow what runs recorded while its server was away.
+
+    Marks runs whose process died as killed; leaves runs that are still going alone.
+    Fails, after sending the others, if a run cannot be read or sent whole.
+    """
+    from qlora_exp.tracking import journal
+
+    existing = [folder for folder in _USUAL_FOLDERS if folder.is_dir()]
+    folders: list[Path] = options.folders or existing or [_USUAL_FOLDERS[0]]
+    if missing := [folder for folder in folders if not folder.is_dir()]:
+        raise ConfigError(f"no folder {', '.join(map(str, missing))} in {Path.cwd()}")
+    unread: list[OSError | JournalError] = []
+    late: list[Path] = []
+    sent = 0
+    walk = (entry for root in folders for entry in os.walk(root, onerror=unread.append))
+    for folder in sorted(Path(path) for path, below, files in walk if journal.FILE in (*below, *files)):
+        try:
+            if journal.is_settled(folder, options.uri) or journal.is_held(folder):
+                continue
+            quiet()
+            from qlora_exp.tracking import tracker
+
+            if tracker.finish(folder, "killed", "its process is gone", options.uri):
+                sent += 1
+            else:
+                late.append(folder)
+        except (JournalError, OSError) as error:
+            unread.append(error)
+    for problem in unread:
+        print(f"warning: cannot be read whole: {redact(str(problem))}", file=sys.stderr)
+    problems = [f"{len(unread)} runs or folders could not be read whole (above)"] * bool(unread)
+    problems += [f"MLflow did not take everything of {', '.join(map(str, late))}; try again later"] * bool(late)
+    if problems:
+        raise TrackingError(f"{sent} runs sent; {'; '.join(problems)}")
+    print(f"{sent} runs sent; MLflow has everything of all runs under {', '.join(map(str, folders))}")

@@ -1,0 +1,56 @@
+import errno
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from qlora_exp.cli.failures import exit_code
+from qlora_exp.utils.errors import ConfigError, DivergedError, TimeLimitError
+
+
+class OutOfMemoryError(RuntimeError):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "shown"),
+    [
+        (ConfigError("no such key"), 1, "error: no such key\n"),
+        (TimeLimitError("60 minutes are over"), 1, "error: 60 minutes are over\n"),
+        (DivergedError("loss is nan"), 1, "error: DivergedError: loss is nan\n"),
+        (OutOfMemoryError("no GiB"), 1, "error: OutOfMemoryError: no GiB\n"),
+        (OSError(errno.ENOSPC, "no space", "file"), 1, "error: no space left on the disk of file\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (ConfigError("at http://me:password@host/x with a-secret-value"), 1, "error: at http://***@host/x with ***\n"),
+        (TimeLimitError("with a-secret-value"), 1, "error: with ***\n"),
+    ],
+)
+def test_errors_become_one_message_and_a_status(error, code, shown, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(OutOfMemoryError=OutOfMemoryError))
+    monkeypatch.setenv("SOME_API_KEY", "a-secret-value")
+
+    def fail() -> None:
+        raise error
+
+    assert exit_code(fail) == code
+    assert capsys.readouterr().err == shown
+
+
+@pytest.mark.parametrize("torch", [None, SimpleNamespace()])
+def test_a_fault_of_the_program_is_shown_whole_without_secrets(torch, monkeypatch, capsys):
+    """An error that is only named as an expected one is a fault too, whether torch is imported or not."""
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setenv("SOME_API_KEY", "a-secret-value")
+
+    def fail() -> None:
+        raise OutOfMemoryError("a-secret-value")
+
+    assert exit_code(fail) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("Traceback")
+    assert "OutOfMemoryError: ***" in shown
+
+
+def test_success_is_0(capsys):
+    assert exit_code(lambda: print("done")) == 0
+    assert capsys.readouterr().out == "done\n"

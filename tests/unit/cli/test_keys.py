@@ -1,0 +1,18 @@
+import pytest
+from support import exit_code
+
+
+@pytest.mark.parametrize("section", [None, "method", "training"])
+def test_keys_says_what_keys_mean(section: str | None, capsys):
+    assert exit_code("keys", *[section] * bool(section)) == 0
+    text = capsys.readouterr().out
+    assert ("gradient_checkpointing: auto | bool = 'auto'" in text) == (section != "method")
+    assert ("  max_steps: int = -1; 30 in the default run\n" in text) == (section != "method")
+    assert ("use_dora" in text) == (section != "training")
+
+
+def test_keys_finds_one_key(capsys):
+    assert exit_code("keys", "training.eval_steps") == 0
+    assert capsys.readouterr().out.startswith("  eval_steps: int | null = None; 12 in the default run\n")
+    assert exit_code("keys", "learning_rate") == 1
+    assert "did you mean 'training.learning_rate'" in capsys.readouterr().err
