@@ -95,9 +95,7 @@ def find(name: str) -> Gpu:
         ConfigError: it is not known.
     """
     if name not in GPUS:
-        alike = " or ".join(f"'{one}'" for one in GPUS if one.startswith(name.lower()))
-        hint = f"; did you mean {alike}?" if alike else did_you_mean(name, GPUS)
-        raise ConfigError(f"--gpu {name}: not known{hint} Known: {', '.join(GPUS)}; or give --vram")
+        raise ConfigError(f"--gpu {name}: not known{did_you_mean(name, GPUS)} Known: {', '.join(GPUS)}; or give --vram")
     return GPUS[name]
 
 
