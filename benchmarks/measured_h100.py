@@ -11,9 +11,9 @@ from statistics import median
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.environment.device import Device, resolve
-from qlora_exp.environment.memory import MIB
 from qlora_exp.planning.planner import Planner
 from qlora_exp.utils.quiet import quiet
+from qlora_exp.utils.units import MIB
 
 EMBEDDED = (168, 165)
 """Tokens of its longest row of training, and of evaluation."""

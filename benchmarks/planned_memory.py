@@ -19,12 +19,13 @@ from datasets import Dataset
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.schema import Config
 from qlora_exp.environment.device import detect, resolve
-from qlora_exp.environment.memory import MIB, MemoryMonitor
+from qlora_exp.environment.memory import MemoryMonitor
 from qlora_exp.models import adapters
 from qlora_exp.models import base as model
 from qlora_exp.planning import planner
 from qlora_exp.training import trainer as training
 from qlora_exp.utils.quiet import quiet
+from qlora_exp.utils.units import MIB
 
 LENGTH = 128
 METHODS = {

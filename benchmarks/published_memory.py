@@ -21,8 +21,8 @@ from qlora_exp.planning import planner
 from qlora_exp.planning import step as steps
 from qlora_exp.planning.replay import Memory
 from qlora_exp.utils.quiet import quiet
+from qlora_exp.utils.units import GIB
 
-GIB = 2**30
 BATCH, USUAL = 4, 230
 """Rows, and tokens of the longest of a usual batch: 4,198,051 tokens in 20,000 rows, and some padding."""
 ARCHITECTURE = {

@@ -22,6 +22,7 @@ from bench import export
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.models.base import locate
 from qlora_exp.tracking.run_key import run_key
+from qlora_exp.utils.units import MIB
 
 QUICK = [
     "model=tiny_llama", "device=cpu", "method=qlora", "training.max_steps=5", "training.per_device_train_batch_size=4",
@@ -77,7 +78,7 @@ def main() -> None:
             f"plain scripts {separate:.1f}; ours is {mean / separate:.2f} of the scripts, {mean / basic:.2f} of basic"
         )
         _, memory = sweep(folder / "many", options.many)
-        few, many = (max(memory[: count + 1]) / 2**20 for count in (5, options.many))
+        few, many = (max(memory[: count + 1]) / MIB for count in (5, options.many))
         print(f"the sweep's own process: {few:.0f} MiB up to 5 jobs, {many:.0f} MiB up to {options.many}", flush=True)
         one, all_ = decide(folder, options.done)
         print(f"a sweep whose {options.done} jobs are done takes {all_:.2f} s, one whose only job is done {one:.2f} s")

@@ -27,8 +27,8 @@ from qlora_exp.config.values import APART, flatten, to_yaml, what_counts
 from qlora_exp.environment import provenance
 from qlora_exp.tracking import run_key
 from qlora_exp.tracking.journal import CONFIG_FILE, FILE, LOCK_FILE, Journal, is_held, is_over, last_message, read
-from qlora_exp.tracking.mlflow_store import client, has_lost, is_refused, short, store_uri, tell
-from qlora_exp.utils.errors import ConfigError, JournalError, TrackingError
+from qlora_exp.tracking.mlflow_store import client, has_lost, is_refused, store_uri, tell
+from qlora_exp.utils.errors import ConfigError, JournalError, TrackingError, first_line, type_and_first_line
 from qlora_exp.utils.secrets import redact
 from qlora_exp.utils.signals import held
 
@@ -181,11 +181,12 @@ class Tracker:
                 if strict and not is_refused(error, message):
                     raise
                 if is_refused(error, message):  # for good; what comes after it must not wait
-                    log.error("MLflow refuses a message, which is left out: %s", redact(short(error)))  # noqa: TRY400
+                    log.error("MLflow refuses a message, which is left out: %s", redact(first_line(error)))  # noqa: TRY400
                 else:
                     if self._retry_at == 0.0:
                         log.warning(
-                            "MLflow does not take a message; the run goes on and keeps it: %s", redact(short(error))
+                            "MLflow does not take a message; the run goes on and keeps it: %s",
+                            redact(first_line(error)),
                         )
                     self._retry_at = time.monotonic() + self._patience
                     self._patience = min(2 * self._patience, _LONGEST_RETRY_SECONDS)  # one that hangs takes its time
@@ -222,7 +223,7 @@ class Tracker:
                 for message in ({"op": "tags", "values": {"outcome": outcome, **why}}, {"op": "end", **last}):
                     tell(self.connect(), self._journal, message)
             except (MlflowException, TrackingError) as error:
-                log.error("MLflow does not take how the run ended: %s", redact(short(error)))  # noqa: TRY400
+                log.error("MLflow does not take how the run ended: %s", redact(first_line(error)))  # noqa: TRY400
         if self._retry_at:
             log.error(
                 "MLflow did not take everything of this run; it is kept in %s, and `qlora-exp sync` sends it later",
@@ -279,7 +280,7 @@ def open_run(
             journal.file.unlink(missing_ok=True)
         journal.close()
         if isinstance(error, MlflowException):
-            raise TrackingError(f"MLflow at {redact(store_uri(uri))}: {redact(short(error))}") from error
+            raise TrackingError(f"MLflow at {redact(store_uri(uri))}: {redact(first_line(error))}") from error
         raise
     return tracker
 
@@ -312,7 +313,7 @@ def start(
             log.error("the traceback cannot be kept: %s", full)  # noqa: TRY400
         finally:
             status = {"killed": "KILLED", "pruned": "FINISHED"}.get(outcome, "FAILED")
-            tracker.end(status, outcome, f"{type(error).__name__}: {short(error)}", seconds=time.monotonic() - begin)
+            tracker.end(status, outcome, type_and_first_line(error), seconds=time.monotonic() - begin)
             tracker.close()
         raise
     tracker.end("FINISHED", "ok", seconds=time.monotonic() - begin)
@@ -444,14 +445,14 @@ def _reap(mlflow: MlflowClient, experiment: str, uri: str | None) -> None:
             if not finish(folder, "killed", "its process is gone", uri) and is_held(folder):  # it goes on
                 continue
         except Exception as error:  # tags and folder are what anybody wrote: they must not stop the run that begins
-            why = f"{type(error).__name__}: {short(error)}"
+            why = type_and_first_line(error)
         try:
             if mlflow.get_run(run_id).info.status == "RUNNING":
                 log.warning("run %s in %s is gone, and is KILLED as it stands: %s", run_id, folder, redact(why))
                 mlflow.set_tag(run_id, "outcome", "killed")
                 mlflow.set_terminated(run_id, "KILLED")
         except MlflowException as error:  # it may have been deleted just now
-            log.warning("run %s in %s stays RUNNING: %s", run_id, folder, redact(short(error)))
+            log.warning("run %s in %s stays RUNNING: %s", run_id, folder, redact(first_line(error)))
 
 
 def _check_stale(folder: Path, attempt: str | None) -> None:

@@ -50,6 +50,22 @@ class DivergedError(Exception):
     """The loss or the gradient is not a number any more."""
 
 
+def first_line(error: BaseException, most: int = 300) -> str:
+    """Give the first line of an error's text, at most `most` characters of it; its type if it has no text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
+
+
+def last_line(error: BaseException) -> str:
+    """Give the last line of an error's text, which says what went wrong if all before it is a traceback."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+
+
+def type_and_first_line(error: BaseException, most: int = 300) -> str:
+    """Name an error's type before the first line of its text, if it has any."""
+    name, line = type(error).__name__, first_line(error, most)
+    return name if line == name else f"{name}: {line}"
+
+
 # Names that other tools and papers use, with the libraries' own.
 _ALIASES = {
     "rank": "r",

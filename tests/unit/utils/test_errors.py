@@ -1,4 +1,5 @@
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -7,7 +8,7 @@ from hypothesis import strategies as st
 from qlora_exp.config import peft_methods
 from qlora_exp.config.hydra_compose import conf_dir, options
 from qlora_exp.config.validate import known_keys
-from qlora_exp.utils.errors import did_you_mean, nearest
+from qlora_exp.utils.errors import did_you_mean, first_line, last_line, nearest, type_and_first_line
 
 GROUPS = sorted(folder.name for folder in conf_dir().iterdir() if folder.is_dir() and folder.name != "hydra")
 NAMES = {group: options(group) for group in GROUPS} | {"keys": known_keys(), "LoRA": [*peft_methods.settings("LORA")]}
@@ -121,3 +122,17 @@ def test_only_the_strongest_kind_of_likeness_is_listed():
 )
 def test_ending_of_the_sentence_reads_well(names: list[str], ending: str):
     assert did_you_mean("abx", names) == ending
+
+
+@pytest.mark.parametrize("line", [first_line, last_line])
+@pytest.mark.parametrize(("text", "said"), [("one", "one"), ("", "ValueError"), (" \n\n", "ValueError")])
+def test_line_of_an_error_is_never_empty(line: Callable[[BaseException], str], text: str, said: str):
+    assert line(ValueError(text)) == said
+
+
+def test_lines_of_a_longer_error():
+    error = ValueError(f"\n{'a' * 400}\nat the end\n")
+    assert first_line(error) == "a" * 300
+    assert last_line(error) == "at the end"
+    assert type_and_first_line(error, 2) == "ValueError: aa"
+    assert type_and_first_line(ValueError()) == "ValueError"
