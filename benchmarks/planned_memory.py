@@ -15,6 +15,7 @@ from statistics import median
 
 import torch
 from datasets import Dataset
+from transformers import PreTrainedModel
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.schema import Config
@@ -62,7 +63,7 @@ def measured(config: Config) -> float:
     return (most + before) / MIB
 
 
-def _tied(base: torch.nn.Module) -> int:
+def _tied(base: PreTrainedModel) -> int:
     """Return the bytes of the output layer, if it is the embedding too."""
     head, embedding = base.get_output_embeddings().weight, base.get_input_embeddings().weight
     return head.nbytes if head is embedding else 0
