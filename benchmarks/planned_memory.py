@@ -12,10 +12,10 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import PreTrainedModel
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.schema import Config
@@ -63,10 +63,11 @@ def measured(config: Config) -> float:
     return (most + before) / MIB
 
 
-def _tied(base: PreTrainedModel) -> int:
+def _tied(base: Any) -> int:
     """Return the bytes of the output layer, if it is the embedding too."""
     head, embedding = base.get_output_embeddings().weight, base.get_input_embeddings().weight
-    return head.nbytes if head is embedding else 0
+    nbytes: int = head.nbytes
+    return nbytes if head is embedding else 0
 
 
 def _nbytes(layer: torch.nn.Module) -> int:
