@@ -15,30 +15,32 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 
 
-def export(folder: Path) -> str:
-    """Write the default job's rows as prompt and completion; the path of the converted base model."""
+def export(folder: Path, model: str) -> str:
+    """Write the default job's rows as prompt and completion; return the path of the converted base `model`."""
     from qlora_exp.config.hydra_compose import compose
     from qlora_exp.data import dataset
     from qlora_exp.data.prompts import render
     from qlora_exp.models import base
 
-    config = compose()
+    config = compose([f"model={model}"])
     rows = dataset.load_rows(config.dataset)
     tokenizer = base.load_tokenizer(config.model)
     for name, part in (("train", rows.train), ("heldout", rows.heldout)):
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as lines:
             for row in part:
-                text = render(row, config.dataset, tokenizer)
-                lines.write(json.dumps({"prompt": text.prompt, "completion": text.completion}) + "\n")
+                *asked, (answer, _) = render(row, config.dataset, tokenizer).pieces
+                prompt = "".join(piece for piece, _ in asked)
+                lines.write(json.dumps({"prompt": prompt, "completion": answer}) + "\n")
     return base.locate(config.model)
 
 
-def plain(model: str, data: Path, out: Path, *arguments: str) -> dict:
-    """Run the plain script; what it printed."""
+def plain(model: str, data: Path, out: Path, *arguments: str) -> dict[str, Any]:
+    """Run the plain script; return what it printed."""
     command = [
         sys.executable,
         str(HERE / "plain.py"),
@@ -52,12 +54,12 @@ def plain(model: str, data: Path, out: Path, *arguments: str) -> dict:
     ]
     begin = time.time()
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    return found | {"first_step": found["first_step"] - begin}
+    printed = json.loads(done.stdout.splitlines()[-1])
+    return printed | {"first_step": printed["first_step"] - begin}
 
 
-def ours(folder: Path, *overrides: str) -> dict:
-    """Run `qlora-exp train`; the same figures from what it left on disk."""
+def ours(folder: Path, *overrides: str) -> dict[str, Any]:
+    """Run `qlora-exp train`; return the same figures, from what it left on disk."""
     from qlora_exp.tracking.journal import metrics
 
     command = [sys.executable, "-m", "qlora_exp", "train", "device=cpu", f"hydra.run.dir={folder}"]
@@ -92,20 +94,22 @@ def report(name: str, mine: list[float], theirs: list[float]) -> None:
 
 
 def main() -> None:
-    """Both comparisons."""
-    parser = argparse.ArgumentParser()
+    """Run both comparisons."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2_135m", help="option of the config group `model`")
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=10, help="at least 2: the first is left out")
     parser.add_argument("--race-steps", type=int, default=20, help="0: leave the second comparison out")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        model = export(folder)
-        ours(folder / "warmup", "training.max_steps=1", "training.eval_strategy=no", "dataset.max_eval_rows=1")
+        model, chosen = export(folder, options.model), f"model={options.model}"
+        ours(folder / "warmup", chosen, "training.max_steps=1", "training.eval_strategy=no", "dataset.max_eval_rows=1")
         mine, theirs = [], []
         for pair in range(options.pairs):
             theirs.append(plain(model, folder, folder / f"plain{pair}", "--steps", str(options.steps)))
             steps = [
+                chosen,
                 f"training.max_steps={options.steps}",
                 "training.train_sampling_strategy=random",
                 "training.eval_strategy=no",
@@ -132,7 +136,8 @@ def main() -> None:
                 "--trl-defaults",
             )
             seconds, target = slow["losses"][-1]
-            fast = ours(folder / "race", f"training.max_steps={options.race_steps}", f"training.eval_steps={every}")
+            race = [chosen, f"training.max_steps={options.race_steps}", f"training.eval_steps={every}"]
+            fast = ours(folder / "race", *race)
             reached = next((taken for taken, loss in fast["losses"] if loss <= target), None)
             print(f"Held-out loss {target:.4f}: TRL's defaults took {seconds:.1f} s of training steps; ", end="")
             print(

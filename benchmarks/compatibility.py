@@ -6,9 +6,9 @@
 Prints what changed against the verdicts that were kept.
 """
 
+import argparse
 import json
 import re
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from multiprocessing import get_context
@@ -32,8 +32,8 @@ INTRODUCTION = """\
 
 Every method and variant of LoRA that has a file in `conf/`, tried on a tiny model by `nox -s compatibility`
 ({libraries}). Do not edit: that command writes this page and `qlora_exp/config/compatibility.json`, by
-which a run that would fail is refused before it starts. `tests/unit/studies/test_probe.py` tries some again. Nothing here was run
-on a GPU.
+which a run that would fail is refused before it starts. `tests/unit/studies/test_probe.py` tries some again. Nothing
+here was run on a GPU.
 
 **works**: trained for a few steps under the trainer, only what the method adds has changed; on a quantized base its
 gradients are those on an unquantized base of the same values (cosine above 0.999); saved and loaded again it gives the
@@ -51,7 +51,7 @@ int8, quanto as int4.
 
 
 def judge(words: tuple[str, ...], base: str) -> dict[str, str]:
-    """In a process of its own."""
+    """Try one in this process, which is its own."""
     quiet()
     from transformers.utils import logging
 
@@ -62,7 +62,7 @@ def judge(words: tuple[str, ...], base: str) -> dict[str, str]:
 
 
 def table(verdicts: dict[str, dict[str, dict[str, str]]], libraries: dict[str, str]) -> str:
-    """The page."""
+    """Write the page."""
     lines = [["method", *BASES, *HEADINGS.values()], ["---"] * (1 + len(BASES) + len(HEADINGS))]
     reasons = []
     for kind, words in kinds().items():
@@ -106,11 +106,19 @@ def _cell(verdict: str) -> str:
 
 
 def main() -> None:
-    """Try, write, tell."""
+    """Try, print, write."""
     every = kinds()
-    wanted = {kind: words for kind, words in every.items() if not sys.argv[1:] or name_of(words) in sys.argv[1:]}
+    names = sorted(map(name_of, every.values()))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(names)}")
+    parser.add_argument("--bases", nargs="+", choices=[*BASES], default=[*BASES], help="verdicts of others stay")
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args()
+    if unknown := {*options.methods} - {*names}:
+        parser.error(f"no method {', '.join(sorted(unknown))}")
+    wanted = {kind: words for kind, words in every.items() if not options.methods or name_of(words) in options.methods}
     kept = json.loads(FILE.read_text("utf-8"))["verdicts"] if FILE.is_file() else {}
-    jobs = [(kind, words, base) for kind, words in wanted.items() for base in BASES]
+    jobs = [(kind, words, base) for kind, words in wanted.items() for base in options.bases]
     found = {kind: dict(bases) for kind, bases in kept.items() if kind in every}
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         results = pool.map(judge, *zip(*((words, base) for _, words, base in jobs), strict=True))
@@ -118,6 +126,8 @@ def main() -> None:
             before = kept.get(kind, {}).get(base)
             print(kind, base, verdicts if verdicts != before else "as before", flush=True)
             found.setdefault(kind, {})[base] = verdicts
+    if options.check:
+        return
     libraries = {name: version(name).split("+")[0] for name in LIBRARIES}
     FILE.write_text(json.dumps({"libraries": libraries, "verdicts": found}, indent=1, sort_keys=True) + "\n", "utf-8")
     TABLE.write_text(table(found, libraries), "utf-8")

@@ -15,6 +15,7 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -22,40 +23,48 @@ from mlflow import MlflowClient
 
 from qlora_exp.sweeps.jobs import state
 
-STEPS = 60
-JOBS = 6
+
+@dataclass(frozen=True)
+class Size:
+    """How much each sweep does."""
+
+    jobs: int
+    steps: int
 
 
-def command(folder: Path, uri: str, seeds: list[int]) -> list[str]:
-    """A sweep over seeds of a tiny model, with a checkpoint every ten steps."""
+def command(folder: Path, uri: str, seeds: list[int], size: Size) -> list[str]:
+    """Give the command of a sweep over seeds of a tiny model, with six checkpoints."""
     return [
         sys.executable, "-m", "qlora_exp", "train", "-m", "model=tiny_llama", "device=cpu", "method=lora",
-        f"training.max_steps={STEPS}", "training.save_strategy=steps", "training.save_steps=10",
-        "training.per_device_train_batch_size=2", "training.eval_strategy=no", "evaluation=loss_only",
-        "dataset.max_train_rows=64", "dataset.max_eval_rows=4", "sweep.n_jobs=2", "sweep.rerun=failed",
+        f"training.max_steps={size.steps}", "training.save_strategy=steps",
+        f"training.save_steps={max(1, size.steps // 6)}", "training.per_device_train_batch_size=2",
+        "training.eval_strategy=no", "evaluation=loss_only", "dataset.max_train_rows=64", "dataset.max_eval_rows=4",
+        "sweep.n_jobs=2", "sweep.rerun=failed",
         f"tracking.uri={uri}", f"hydra.sweep.dir={folder}", f"seed={','.join(map(str, seeds))}",
     ]  # fmt: skip
 
 
 def job_processes(parent: psutil.Process) -> list[psutil.Process]:
-    """Those of a sweep's processes that run a job: children of its fork server."""
+    """List those of a sweep's processes that run a job: children of its fork server."""
     try:
         return [job for child in parent.children() for job in child.children()]
     except psutil.NoSuchProcess:
         return []
 
 
-def kill_at_random(folder: Path, uri: str, kills: int, chance: random.Random) -> tuple[Counter, dict[int, float], int]:
-    """Run sweeps and kill; what was hit, the final losses by seed, and the finished jobs that were lost on the way."""
-    hit: Counter = Counter()
+def kill_at_random(
+    folder: Path, uri: str, kills: int, chance: random.Random, size: Size
+) -> tuple[Counter[str], dict[int, float], int]:
+    """Run sweeps and kill; return what was hit, the final losses by seed, and the finished jobs that were lost."""
+    hit: Counter[str] = Counter()
     done: dict[str, str] = {}
     lost = 0
     losses: dict[int, float] = {}
     begin = 0
     while hit.total() < kills or losses.keys() != set(range(begin)):
         if losses.keys() == set(range(begin)):
-            begin += JOBS
-        words = command(folder, uri, list(range(begin - JOBS, begin)))
+            begin += size.jobs
+        words = command(folder, uri, list(range(begin - size.jobs, begin)), size)
         with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             parent = psutil.Process(process.pid)
             while process.poll() is None:
@@ -67,8 +76,8 @@ def kill_at_random(folder: Path, uri: str, kills: int, chance: random.Random) ->
                 hit["sweep" if victim is process else "job"] += 1
                 victim.kill()
         for job in folder.glob("*/seed-*"):
-            found, last = state(job)
-            if found == "ok":
+            outcome, last = state(job)
+            if outcome == "ok":
                 losses[int(job.name.split("_")[0].removeprefix("seed-"))] = last["metrics"]["after/loss"]
                 lost += done.get(job.name, last["timestamp"]) != last["timestamp"]
                 done[job.name] = last["timestamp"]
@@ -78,16 +87,16 @@ def kill_at_random(folder: Path, uri: str, kills: int, chance: random.Random) ->
     return hit, losses, lost
 
 
-def check(uri: str, folder: Path) -> dict[str, int]:
-    """What MLflow holds, against what it should."""
+def check(uri: str, folder: Path, size: Size) -> dict[str, int]:
+    """Count what MLflow has, and what it should not."""
     mlflow = MlflowClient(uri)
-    runs = [run for one in mlflow.search_experiments() for run in mlflow.search_runs([one.experiment_id])]
+    runs = [run for each in mlflow.search_experiments() for run in mlflow.search_runs([each.experiment_id])]
     jobs = [run for run in runs if "run_key" in run.data.tags]
     keys = Counter(run.data.tags["run_key"] for run in jobs)
     missing = repeated = 0
     for run in jobs:
         steps = Counter(point.step for point in mlflow.get_metric_history(run.info.run_id, "train/loss"))
-        missing += sum(step not in steps for step in range(1, STEPS + 1))
+        missing += sum(step not in steps for step in range(1, size.steps + 1))
         repeated += sum(count - 1 for count in steps.values())
     return {
         "jobs": len({folder.name for folder in folder.glob("*/seed-*") if "." not in folder.name}),
@@ -96,7 +105,7 @@ def check(uri: str, folder: Path) -> dict[str, int]:
         "runs left RUNNING": sum(run.info.status == "RUNNING" for run in runs),
         "runs not FINISHED": sum(run.info.status != "FINISHED" for run in jobs),
         "steps missing": missing,
-        "steps told twice": repeated,
+        "steps logged twice": repeated,
     }
 
 
@@ -132,14 +141,14 @@ class Server:
         self._process.wait()
 
 
-def outages(folder: Path, count: int, chance: random.Random) -> dict[str, int]:
-    """Sweeps whose server goes away and comes back `count` times; what MLflow holds in the end."""
+def outages(folder: Path, count: int, chance: random.Random, size: Size) -> dict[str, int]:
+    """Run sweeps whose server goes away and comes back `count` times; count what MLflow has in the end."""
     server = Server(folder, 5077)
     server.start()
     begin = 0
     while count > 0:
-        begin += JOBS
-        words = command(folder / "outages", server.uri, list(range(1000 + begin - JOBS, 1000 + begin)))
+        begin += size.jobs
+        words = command(folder / "outages", server.uri, list(range(1000 + begin - size.jobs, 1000 + begin)), size)
         with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             parent = psutil.Process(process.pid)
             while process.poll() is None:
@@ -151,33 +160,36 @@ def outages(folder: Path, count: int, chance: random.Random) -> dict[str, int]:
                     server.start()
         print(f"{count} outages to go", flush=True)
     subprocess.run([sys.executable, "-m", "qlora_exp", "sync", str(folder / "outages")], check=True)
-    found = check(server.uri, folder / "outages")
+    found = check(server.uri, folder / "outages", size)
     server.kill()
     print(f"Server outages: {found}", flush=True)
     return found
 
 
 def wrong(found: dict[str, int]) -> bool:
-    """Whether anything was lost or doubled."""
+    """Tell whether anything was lost or doubled."""
     numbers = list(found.values())
     return numbers[0] != numbers[1] or any(numbers[2:])
 
 
 def main() -> None:
-    """Both campaigns."""
-    parser = argparse.ArgumentParser()
+    """Run both campaigns."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--outages", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=6, help="of each sweep")
+    parser.add_argument("--steps", type=int, default=60, help="of each job")
     options = parser.parse_args()
+    size = Size(options.jobs, options.steps)
     chance = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         uri = f"sqlite:///{folder / 'mlflow.db'}"
         if options.kills:
-            hit, losses, lost = kill_at_random(folder / "killed", uri, options.kills, chance)
-            found = check(uri, folder / "killed")
-            calm = command(folder / "calm", f"sqlite:///{folder / 'calm.db'}", sorted(losses))
+            hit, losses, lost = kill_at_random(folder / "killed", uri, options.kills, chance, size)
+            found = check(uri, folder / "killed", size)
+            calm = command(folder / "calm", f"sqlite:///{folder / 'calm.db'}", sorted(losses), size)
             subprocess.run(calm, capture_output=True, check=True)
             same = sum(
                 state(job)[1]["metrics"]["after/loss"] == losses[int(job.name.split("_")[0].removeprefix("seed-"))]
@@ -187,7 +199,7 @@ def main() -> None:
             print(f"Final loss as without kills, bit for bit: {same} of {len(losses)}", flush=True)
             if lost or wrong(found) or same != len(losses):
                 sys.exit("something was lost")
-        if options.outages and wrong(outages(folder, options.outages, chance)):
+        if options.outages and wrong(outages(folder, options.outages, chance, size)):
             sys.exit("something was lost")
 
 

@@ -1,19 +1,20 @@
 """Predicted against measured GPU memory: runs of this project on one H100 of 80 GB (torch 2.11, transformers 5.23).
 
-    python benchmarks/measured_h100.py
+    nox -s memory -- measured_h100      # about ten minutes; needs no GPU
 
 The embedded model (`qlora-exp train`, two jobs of `-m sweep=seed1_methods`), and six steps of a model of Llama 2 7B's
 shape with random weights (`evaluation=loss_only training.eval_strategy=no dataset.max_train_rows=64`, and what the
 table says). The plan is of the longest of their rows, and of more tokens than carried loss in them.
 """
 
+import argparse
 from statistics import median
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.environment.device import Device, resolve
-from qlora_exp.environment.memory import MIB
 from qlora_exp.planning.planner import Planner
 from qlora_exp.utils.quiet import quiet
+from qlora_exp.utils.units import MIB
 
 EMBEDDED = (168, 165)
 """Tokens of its longest row of training, and of evaluation."""
@@ -32,19 +33,22 @@ MEASURED: dict[str, tuple[tuple[int, int], tuple[int, int], tuple[int, int]]] = 
 
 def main() -> None:
     """Predict, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=len(MEASURED), help="the first of them only")
+    options = parser.parse_args()
     quiet()
     errors = []
     print("MiB allocated and reserved at the fullest of training: predicted / measured")
-    for words, (lengths, allocated, reserved) in MEASURED.items():
+    for words, (lengths, allocated, reserved) in [*MEASURED.items()][: options.runs]:
         config = compose(words.split())
         planner = Planner(config, resolve(config, Device("cuda", "H100", bf16=True, paging=True)))
         phases = planner.predict(length=lengths[0], evaluated=lengths[1]).phases
-        told = []
+        cells = []
         for name, measured in (("allocated", allocated), ("reserved", reserved)):
             planned = max(getattr(phases[phase], name) for phase in ("first_step", "steady")) / MIB
-            told.append(f"{planned:7,.0f} / {max(measured):6,} {planned / max(measured) - 1:+6.1%}")
+            cells.append(f"{planned:7,.0f} / {max(measured):6,} {planned / max(measured) - 1:+6.1%}")
         errors.append(planned / max(reserved) - 1)
-        print(f"{words or 'the default run':68} {'   '.join(told)}", flush=True)
+        print(f"{words or 'the default run':68} {'   '.join(cells)}", flush=True)
     print(f"reserved: median error {median(map(abs, errors)):.1%}, from {min(errors):+.1%} to {max(errors):+.1%}")
 
 

@@ -8,13 +8,15 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
-import bitsandbytes
 import torch
+from bitsandbytes.nn.modules import Linear4bit
 from datasets import load_dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainerCallback, set_seed
-from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", required=True)
@@ -39,7 +41,7 @@ model = AutoModelForCausalLM.from_pretrained(
     ),
     device_map={"": "cpu"},
 )
-chosen = {} if options.trl_defaults else {"bf16": False, "gradient_checkpointing": False}
+chosen: dict[str, Any] = {} if options.trl_defaults else {"bf16": False, "gradient_checkpointing": False}
 
 
 class Clock(TrainerCallback):
@@ -58,8 +60,8 @@ class Clock(TrainerCallback):
         self.first = self.first or time.time()
         self.mark = time.perf_counter()
 
-    def on_evaluate(self, args: object, state: object, control: object, metrics: dict[str, float], **_: object) -> None:
-        self.losses.append((sum(self.steps), metrics["eval_loss"]))
+    def on_evaluate(self, *_: object, **sent: Any) -> None:
+        self.losses.append((sum(self.steps), sent["metrics"]["eval_loss"]))
         self.mark = time.perf_counter()
 
 
@@ -90,11 +92,13 @@ trainer = SFTTrainer(
     peft_config=LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"),
     callbacks=[clock],
 )
+adapted = trainer.model
+assert adapted is not None
 if not options.trl_defaults:  # the same job: TRL rounds the adapters of a quantized base to bfloat16
-    for parameter in trainer.model.parameters():
+    for parameter in adapted.parameters():
         parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
-for module in trainer.model.modules():  # without it, bitsandbytes' gradients are wrong after an evaluation on some CPUs
-    if isinstance(module, bitsandbytes.nn.Linear4bit):
+for module in adapted.modules():  # without it, bitsandbytes' gradients are wrong after an evaluation on some CPUs
+    if isinstance(module, Linear4bit):
         module.support_avx512bf16_for_cpu = False
 trainer.train()
 status = Path("/proc/self/status").read_text()

@@ -1,17 +1,18 @@
-"""Predicted against measured tensor memory of real runs of the embedded model on this CPU.
+"""Predicted against measured tensor memory of real runs of the built-in model on this CPU.
 
-    python benchmarks/planned_memory.py [NAME ...]
+    nox -s memory -- planned_memory [METHOD ...]        # a few minutes on 2 cores
 
 Measured by torch's profiler, which sees every tensor's allocation; rows are as long as `max_length` lets them be.
 """
 
+import argparse
 import json
-import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -19,12 +20,13 @@ from datasets import Dataset
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.schema import Config
 from qlora_exp.environment.device import detect, resolve
-from qlora_exp.environment.memory import MIB, MemoryMonitor
+from qlora_exp.environment.memory import MemoryMonitor
 from qlora_exp.models import adapters
 from qlora_exp.models import base as model
 from qlora_exp.planning import planner
 from qlora_exp.training import trainer as training
 from qlora_exp.utils.quiet import quiet
+from qlora_exp.utils.units import MIB
 
 LENGTH = 128
 METHODS = {
@@ -36,7 +38,7 @@ METHODS = {
 
 
 def measured(config: Config) -> float:
-    """MiB of tensors at the fullest moment of two steps."""
+    """Return the MiB of tensors at the fullest moment of two steps."""
     resolved = resolve(config, detect("cpu"))
     tokenizer = model.load_tokenizer(config.model)
     base = model.load_model(config.model, config.quantization, resolved)
@@ -61,14 +63,15 @@ def measured(config: Config) -> float:
     return (most + before) / MIB
 
 
-def _tied(base: torch.nn.Module) -> int:
-    """Bytes of the output layer, if it is the embedding too."""
+def _tied(base: Any) -> int:
+    """Return the bytes of the output layer, if it is the embedding too."""
     head, embedding = base.get_output_embeddings().weight, base.get_input_embeddings().weight
-    return head.nbytes if head is embedding else 0
+    nbytes: int = head.nbytes
+    return nbytes if head is embedding else 0
 
 
 def _nbytes(layer: torch.nn.Module) -> int:
-    """Of a layer's own parameters, and of what a 4-bit one is scaled by."""
+    """Return the bytes of a layer's own parameters, and of what a 4-bit one is scaled by."""
     found = sum(parameter.nbytes for parameter in layer.parameters(recurse=False))
     if (state := getattr(getattr(layer, "weight", None), "quant_state", None)) is not None:
         found += state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
@@ -77,18 +80,24 @@ def _nbytes(layer: torch.nn.Module) -> int:
 
 def main() -> None:
     """Predict, run, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--model", default="smollm2_135m", help="option of the config group `model`")
+    parser.add_argument("--batches", type=int, nargs="+", default=[2, 4], help="rows at once")
+    options = parser.parse_args()
     quiet()
     errors = []
     print(f"{'run':28} {'predicted':>9} {'measured':>9} {'error':>7}  MiB")
     for name, words in METHODS.items():
         for checkpointing in (False, True):
-            for batch in (2, 4):
+            for batch in options.batches:
                 label = f"{name} batch {batch}{' checkpointing' if checkpointing else ''}"
-                if sys.argv[1:] and name not in sys.argv[1:]:
+                if options.methods and name not in options.methods:
                     continue
                 config = compose(
                     [
-                        *words, "device=cpu", f"training.max_length={LENGTH}", "training.max_steps=2",
+                        *words, f"model={options.model}", "device=cpu",
+                        f"training.max_length={LENGTH}", "training.max_steps=2",
                         f"training.per_device_train_batch_size={batch}", "training.eval_strategy=no",
                         f"training.gradient_checkpointing={str(checkpointing).lower()}", "training.save_strategy=no",
                         "training.train_sampling_strategy=sequential",

@@ -1,6 +1,6 @@
 """Predicted against published GPU memory: LitGPT's resource tables for LoRA of Llama 2 (one A100 of 40 GB).
 
-    python benchmarks/published_litgpt.py
+    nox -s memory -- published_litgpt   # a few minutes; needs no GPU
 
 What they ran (LitGPT, tutorials/resource-tables.md and its `finetune/lora.py` of then): bfloat16 weights without
 autocast, LoRA r=8 on queries and values, dropout 0.05, no checkpointing, torch's AdamW, a longest row of 1,304 tokens;
@@ -9,7 +9,9 @@ bits they used bitsandbytes 0.41, which kept the input of each layer for the bac
 that is added.
 """
 
+import argparse
 from statistics import median
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -37,20 +39,20 @@ PUBLISHED = {
 """Model, how it is stored, rows at once: GB."""
 
 
-def loss(model, ids, mask):
-    """In bfloat16, as theirs; all logits."""
+def loss(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Compute the loss in bfloat16, as theirs; all logits."""
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
 
 
 def allocated(name: str, stored: str, rows: int) -> float:
-    """Bytes at the fullest."""
+    """Return the bytes at the fullest."""
     words = [f"model={name}", "model.dtype=bfloat16", f"quantization={stored}"]
     config = compose([*words, "method=lora" if stored == "none" else "method=qlora"])
     resolved = resolve(config, Device("cuda", "GPU", bf16=True, paging=True))
     architecture = model_config(config.model)
 
-    def build(layers: int):
+    def build(layers: int) -> Any:
         values = architecture.to_dict() | {"num_hidden_layers": layers}
         with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(
@@ -75,9 +77,12 @@ def allocated(name: str, stored: str, rows: int) -> float:
 
 def main() -> None:
     """Predict, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=len(PUBLISHED), help="the first of them only")
+    options = parser.parse_args()
     quiet()
     errors = []
-    for (name, stored, rows), published in PUBLISHED.items():
+    for (name, stored, rows), published in [*PUBLISHED.items()][: options.runs]:
         found = allocated(name, stored, rows) / 1e9
         errors.append(abs(found / published - 1))
         error = found / published - 1

@@ -1,16 +1,17 @@
 """Predicted against published GPU memory: PEFT's own comparison of methods on Llama-3.2-3B (one NVIDIA L40S).
 
-    python benchmarks/published_memory.py FILE.csv [RECORD ...]
+    nox -s memory -- published_memory FILE.csv [RECORD ...]     # FILE.csv is their table; needs no GPU
 
 Their loop is recorded, not ours: bfloat16 base, adapters as PEFT makes them, all logits, torch's AdamW, gradients kept
 until the next step, the cache emptied every ten steps (PEFT, method_comparison/MetaMathQA/run.py). The longest batch is
 not published, so one length is fitted to the row of LoRA r=32, and all others are predicted with it.
 """
 
+import argparse
 import csv
 import json
-import sys
 from statistics import median
+from typing import Any
 
 import torch
 from peft import PeftType, TaskType, get_peft_model
@@ -21,11 +22,11 @@ from qlora_exp.planning import planner
 from qlora_exp.planning import step as steps
 from qlora_exp.planning.replay import Memory
 from qlora_exp.utils.quiet import quiet
+from qlora_exp.utils.units import GIB
 
-GIB = 2**30
 BATCH, USUAL = 4, 230
 """Rows, and tokens of the longest of a usual batch: 4,198,051 tokens in 20,000 rows, and some padding."""
-ARCHITECTURE = {
+ARCHITECTURE: dict[str, Any] = {
     "vocab_size": 128256,
     "hidden_size": 3072,
     "intermediate_size": 8192,
@@ -38,8 +39,8 @@ ARCHITECTURE = {
 FITTED = "lora--llama-3.2-3B-rank32"
 
 
-def build(row: dict[str, str], layers: int):
-    """Their model, on the meta device."""
+def build(row: dict[str, str], layers: int) -> Any:
+    """Build their model, on the meta device."""
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(
             LlamaConfig(num_hidden_layers=layers, **ARCHITECTURE), dtype=torch.bfloat16, attn_implementation="sdpa"
@@ -55,15 +56,16 @@ def build(row: dict[str, str], layers: int):
         return get_peft_model(base, kind(task_type=TaskType.CAUSAL_LM, **settings))
 
 
-def loss(model, ids, mask):
-    """Transformers' own; what it came with is kept."""
+def loss(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Compute Transformers' own; what it came with is kept."""
     outputs = model(input_ids=ids, attention_mask=mask, labels=ids)
     outputs.loss.outputs = outputs
-    return outputs.loss
+    found: torch.Tensor = outputs.loss
+    return found
 
 
 def both(row: dict[str, str], length: int) -> tuple[steps.Step, steps.Step]:
-    """A usual step and the longest."""
+    """Record a usual step and the longest."""
     usual, longest = (
         steps.record(
             lambda layers: build(row, layers),
@@ -77,7 +79,7 @@ def both(row: dict[str, str], length: int) -> tuple[steps.Step, steps.Step]:
 
 
 def reserved(row: dict[str, str], length: int) -> tuple[float, float]:
-    """GiB reserved, and allocated, at the fullest."""
+    """Return the GiB reserved, and allocated, at the fullest."""
     model = steps.weigh(build(row, 28), lambda whole: steps.optimizer("adamw_torch", True, whole))
     with planner.as_it_runs(on_cuda=True):
         usual, longest = both(row, length)
@@ -96,19 +98,29 @@ def reserved(row: dict[str, str], length: int) -> tuple[float, float]:
     return phase.reserved / GIB, phase.allocated / GIB
 
 
+def fitted(row: dict[str, str]) -> int:
+    """Find the length with which the prediction is nearest to the published memory of `row`."""
+    wanted = float(row["reserved_p99_gib"])
+    tried = {length: reserved(row, length)[0] for length in range(540, 640, 4)}
+    return min(tried, key=lambda tokens: abs(tried[tokens] - wanted))
+
+
 def main() -> None:
     """Fit, predict, compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", help="their table: method_comparison/MetaMathQA's results as CSV")
+    parser.add_argument("records", nargs="*", metavar="RECORD", help="these only")
+    parser.add_argument("--length", type=int, help="tokens of the longest row; not given: fitted")
+    options = parser.parse_args()
     quiet()
-    with open(sys.argv[1], encoding="utf-8") as file:
+    with open(options.file, encoding="utf-8") as file:
         rows = {row["record"]: row for row in csv.DictReader(file)}
-    wanted = float(rows[FITTED]["reserved_p99_gib"])
-    tried = {length: reserved(rows[FITTED], length)[0] for length in range(540, 640, 4)}
-    length = min(tried, key=lambda tokens: abs(tried[tokens] - wanted))
-    print(f"fitted to {FITTED}: {length} tokens")
+    length = options.length or fitted(rows[FITTED])
+    print(f"{length} tokens")
     print(f"{'record':42} {'allocated':>9} {'reserved':>9} {'published':>9} {'error':>7}")
     errors = []
     for name, row in rows.items():
-        if sys.argv[2:] and name not in sys.argv[2:]:
+        if options.records and name not in options.records:
             continue
         found, allocated = reserved(row, length)
         published = float(row["reserved_p99_gib"])

@@ -20,8 +20,8 @@ import psutil
 from bench import export
 
 from qlora_exp.config.hydra_compose import compose
-from qlora_exp.models.base import locate
 from qlora_exp.tracking.run_key import run_key
+from qlora_exp.utils.units import MIB
 
 QUICK = [
     "model=tiny_llama", "device=cpu", "method=qlora", "training.max_steps=5", "training.per_device_train_batch_size=4",
@@ -30,7 +30,7 @@ QUICK = [
 
 
 def sweep(folder: Path, jobs: int, *more: str) -> tuple[float, list[int]]:
-    """Seconds that a sweep took, and its own process's memory in bytes, seen at each finished job."""
+    """Return the seconds that a sweep took, and its own process's memory in bytes, seen at each finished job."""
     where = [f"hydra.sweep.dir={folder}", f"tracking.uri=sqlite:///{folder.parent / folder.name}.db"]
     words = [sys.executable, "-m", "qlora_exp", "train", "-m", *QUICK, *where, f"seed=range(0,{jobs})", *more]
     begin, memory = time.perf_counter(), [0] * (jobs + 1)
@@ -46,9 +46,8 @@ def sweep(folder: Path, jobs: int, *more: str) -> tuple[float, list[int]]:
 
 
 def scripts(folder: Path, jobs: int) -> float:
-    """Seconds that the plain script took, `jobs` times."""
-    export(folder)
-    model = locate(compose(["model=tiny_llama"]).model)
+    """Return the seconds that the plain script took, `jobs` times."""
+    model = export(folder, "tiny_llama")
     words = [sys.executable, str(Path(__file__).parent / "plain.py"), "--model", model, "--data", str(folder)]
     begin = time.perf_counter()
     for number in range(jobs):
@@ -59,32 +58,41 @@ def scripts(folder: Path, jobs: int) -> float:
 
 
 def main() -> None:
-    """All three."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--jobs", type=int, default=8)
-    parser.add_argument("--many", type=int, default=50)
-    parser.add_argument("--done", type=int, default=500)
+    """Run all three."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=8, help="of the first comparison; 0: leave it out")
+    parser.add_argument("--many", type=int, default=50, help="jobs of the second; 0: leave it out")
+    parser.add_argument("--done", type=int, default=500, help="jobs of the third; 0: leave it out")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        ours, _ = sweep(folder / "ours", options.jobs)
-        basic, _ = sweep(folder / "basic", options.jobs, "hydra/sweeper=basic", "hydra/launcher=basic")
-        again, _ = sweep(folder / "ours2", options.jobs)
-        separate = scripts(folder, options.jobs)
-        mean = (ours + again) / 2
-        print(f"{options.jobs} jobs, seconds: qlora-exp {ours:.1f}, {again:.1f}; basic launcher {basic:.1f}; ", end="")
-        print(
-            f"plain scripts {separate:.1f}; ours is {mean / separate:.2f} of the scripts, {mean / basic:.2f} of basic"
-        )
-        _, memory = sweep(folder / "many", options.many)
-        few, many = (max(memory[: count + 1]) / 2**20 for count in (5, options.many))
-        print(f"the sweep's own process: {few:.0f} MiB up to 5 jobs, {many:.0f} MiB up to {options.many}", flush=True)
-        one, all_ = decide(folder, options.done)
-        print(f"a sweep whose {options.done} jobs are done takes {all_:.2f} s, one whose only job is done {one:.2f} s")
+        if options.jobs:
+            makespan(folder, options.jobs)
+        if options.many:
+            _, memory = sweep(folder / "many", options.many)
+            few, many = (max(memory[: count + 1]) / MIB for count in (5, options.many))
+            print(f"the sweep's own process: {few:.0f} MiB up to 5 jobs, {many:.0f} MiB up to {options.many}")
+        if options.done:
+            one, all_ = decide(folder, options.done)
+            print(f"a sweep whose {options.done} jobs are done takes {all_:.2f} s, one whose only job is {one:.2f} s")
+
+
+def makespan(folder: Path, jobs: int) -> None:
+    """Print how long `jobs` jobs take as a sweep, through the basic launcher, and as plain scripts."""
+    ours, _ = sweep(folder / "ours", jobs)
+    basic, _ = sweep(folder / "basic", jobs, "hydra/sweeper=basic", "hydra/launcher=basic")
+    again, _ = sweep(folder / "ours2", jobs)
+    separate = scripts(folder, jobs)
+    mean = (ours + again) / 2
+    print(f"{jobs} jobs, seconds: qlora-exp {ours:.1f}, {again:.1f}; basic launcher {basic:.1f}; ", end="")
+    print(
+        f"plain scripts {separate:.1f}; ours is {mean / separate:.2f} of the scripts, {mean / basic:.2f} of basic",
+        flush=True,
+    )
 
 
 def decide(folder: Path, jobs: int) -> tuple[float, float]:
-    """Seconds of a command whose only job is done, and of one with `jobs` that are.
+    """Return the seconds of a command whose only job is done, and of one with `jobs` that are.
 
     Their folders are copies of one real job's journal, with the keys of the others.
     """

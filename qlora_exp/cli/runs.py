@@ -195,9 +195,9 @@ def sync(options: argparse.Namespace) -> None:
             if journal.is_settled(folder, options.uri) or journal.is_held(folder):
                 continue
             quiet()
-            from qlora_exp.tracking import tracker
+            from qlora_exp.tracking import recovery
 
-            if tracker.finish(folder, "killed", "its process is gone", options.uri):
+            if recovery.finish(folder, "killed", "its process is gone", options.uri):
                 sent += 1
             else:
                 late.append(folder)

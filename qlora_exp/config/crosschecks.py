@@ -44,7 +44,7 @@ def _method_and_base(config: Config, why: str | None) -> Iterator[str]:
 
 def _lora(config: Config) -> Iterator[str]:
     method, variant, optimizer = config.method, config.lora_variant, config.optimizer
-    settings, start = {**method.settings, **variant.settings}, config.lora_start
+    settings, start = config.peft_settings, config.lora_start
     if method.peft_type != "LORA":
         if variant != type(variant)():
             yield f"lora_variant={variant.name} needs a LoRA method, not method={method.name}"

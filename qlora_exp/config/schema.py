@@ -5,7 +5,7 @@ Keys are declared there and nowhere else. A key that mirrors a library's field h
 This module must not import torch or anything that does: a wrong config is refused within a second.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -46,9 +46,14 @@ class Config(Section):
         return [one for one in (self.dataset, self.unrelated) if one.paths]
 
     @property
+    def peft_settings(self) -> dict[str, Any]:
+        """PEFT's settings of the method and of the variant of LoRA together."""
+        return {**self.method.settings, **self.lora_variant.settings}
+
+    @property
     def lora_start(self) -> str | None:
         """How LoRA starts (`init_lora_weights`), if not as PEFT's default."""
-        start = {**self.method.settings, **self.lora_variant.settings}.get("init_lora_weights")
+        start = self.peft_settings.get("init_lora_weights")
         return start if isinstance(start, str) else None
 
     def refusal(self, aspect: str) -> str | None:

@@ -1,5 +1,6 @@
 """Check plain values against the schema, and explain what is wrong with them."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from qlora_exp.config import crosschecks, peft_methods
 from qlora_exp.config.schema import Config
-from qlora_exp.utils.errors import ConfigError, nearest
+from qlora_exp.utils.errors import ConfigError, did_you_mean
 
 OPEN_SECTIONS = ("method", "lora_variant")
 """Sections with PEFT's settings: `method.use_rslora=true` needs no `+`, and `schema` refuses what PEFT has not."""
@@ -42,15 +43,14 @@ def known_keys() -> list[str]:
 
 
 def no_such_key(key: str) -> str:
-    """Say that there is no such key, with the nearest one that there is."""
+    """Say that there is no such key, with the nearest ones that there are."""
     if key.rpartition(".")[2] in ("output_dir", "out", "output"):
         return f"{key}: no such key or group; the output folder is hydra.run.dir=FOLDER"
     if key.startswith("hydra."):
         return f"{key}: no such key of Hydra's (--cfg hydra shows them); +{key}=VALUE adds one that a plugin takes"
+    if (hint := did_you_mean(key, known_keys())) != ".":
+        return f"{key}: no such key or group{hint}"
     section = key.rpartition(".")[0]
-    siblings = [known for known in known_keys() if known.rpartition(".")[0] == section]
-    if near := nearest(key, siblings) or nearest(key, known_keys(), cutoff=0.8):
-        return f"{key}: no such key or group; did you mean '{near}'?"
     return f"{key}: no such key or group; `{f'qlora-exp keys {section}'.strip()}` lists them"
 
 
@@ -63,4 +63,6 @@ def _describe(problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return message if message.startswith(f"{where}.") or not where else f"{where}: {message}"
-    return f"{where}: {message}, got {problem['input']!r:.200}"
+    values = re.findall("'([^']*)'", problem["ctx"]["expected"]) if problem["type"] == "literal_error" else []
+    hint = did_you_mean(str(problem["input"]), values).removesuffix(".")
+    return f"{where}: {message}, got {problem['input']!r:.200}{hint}"

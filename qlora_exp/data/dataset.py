@@ -22,6 +22,7 @@ from qlora_exp.data import leakage
 from qlora_exp.data.prompts import render
 from qlora_exp.data.sources import read
 from qlora_exp.utils.cache import built
+from qlora_exp.utils.digests import json_digest, text_digest
 from qlora_exp.utils.errors import DataError
 
 IGNORED = -100
@@ -133,8 +134,7 @@ def _clean(raw: Dataset, config: DatasetConfig) -> tuple[Dataset, dict[str, int]
             f"it has {', '.join(raw.column_names)}. Name yours in dataset.prompt_column, dataset.completion_column, ..."
         )
     read = [columns, config.format, config.drop_matching, config.drop_duplicates]
-    made_of = json.dumps([_LAYOUT, raw._fingerprint, *read])
-    name = f"rows-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"
+    name = f"rows-{json_digest([_LAYOUT, raw._fingerprint, *read])}"
     folder = built(name, lambda part: _write_clean(raw, config, columns, part))
     return Dataset.from_file(str(folder / _ROWS)), json.loads((folder / _DROPPED).read_text("utf-8"))
 
@@ -153,7 +153,7 @@ def _write_clean(raw: Dataset, config: DatasetConfig, columns: dict[str, str], f
         for source in raw.select_columns(list(own.values())):
             row = _uniform({role: source[column] for role, column in own.items()})
             identity = [row["prompt"], row["input"], row["messages"], config.format == "text" and row["completion"]]
-            digest = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).digest()
+            digest = text_digest(json.dumps(identity))
             if not row["completion"].strip() or not (row["prompt"].strip() or config.format == "text"):
                 dropped["empty"] += 1
             elif unwanted and unwanted.search(row["completion"]):
@@ -199,8 +199,7 @@ def tokenize(rows: Dataset, config: Config, tokenizer: Any) -> Dataset:
     learned = [config.training.completion_only_loss, config.training.assistant_only_loss]
     made_of = [fingerprint(rows), config.dataset.format, config.dataset.system_message, learned]
     made_of += [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map]
-    name = hashlib.sha256(json.dumps([_LAYOUT, *made_of], default=str).encode()).hexdigest()[:16]
-    folder = built(f"tokens-{name}", lambda part: _tokenize(rows, config, tokenizer, part))
+    folder = built(f"tokens-{json_digest([_LAYOUT, *made_of])}", lambda part: _tokenize(rows, config, tokenizer, part))
     found = load_from_disk(str(folder))
     assert isinstance(found, Dataset)
     return found

@@ -3,7 +3,6 @@
 Knows only the columns that `data` makes.
 """
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tqdm import tqdm
+
+from qlora_exp.utils.digests import text_digest
 
 _WORDS = 5
 _MANY = 10
@@ -73,7 +74,7 @@ def _question(row: Mapping[str, Any]) -> bytes:
     """A digest of all that comes before the answer; of plain text, which has no question, of the text."""
     asked = _texts(row)[:-1]
     plain = [" ".join(text.casefold().split()) for text in (asked if any(asked) else [row["completion"]])]
-    return hashlib.blake2b("\0".join(plain).rstrip(".?!\0 ").encode(), digest_size=16).digest()
+    return text_digest("\0".join(plain).rstrip(".?!\0 "))
 
 
 def _texts(row: Mapping[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from qlora_exp.config.sections.dataset import FILE_FORMATS, REASONING_GYM, DatasetConfig
 from qlora_exp.data.scoring import Scorer, is_possible
-from qlora_exp.utils.errors import DataError, did_you_mean
+from qlora_exp.utils.errors import DataError, did_you_mean, last_line
 
 log = logging.getLogger(__name__)
 
@@ -45,20 +45,16 @@ def read(config: DatasetConfig, path: str, split: str) -> Dataset:
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
         raise DataError(
             f"dataset.path: '{path}' is not a file, and the hub did not give it: check the name and the network "
-            f"({_last_line(error)})"
+            f"({last_line(error)})"
         ) from error
     except ValueError as error:  # an unknown split or configuration
-        raise DataError(f"{path}: {_last_line(error)}") from error
+        raise DataError(f"{path}: {last_line(error)}") from error
 
 
 def _some(rows: IterableDataset, config: DatasetConfig) -> Dataset:
     """As many of the first rows as a run can need, and half again for those that will be left out."""
     count = round(1.5 * ((config.max_train_rows or 0) + config.eval_size))
     return Dataset.from_list(list(tqdm(rows.take(count), total=count, desc="fetching", unit="row", disable=None)))
-
-
-def _last_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 def _read_file(file: Path) -> Dataset:
@@ -72,7 +68,7 @@ def _read_file(file: Path) -> Dataset:
         return load_dataset(FILE_FORMATS[file.suffix], data_files=str(file), split="train")
     except Exception as error:  # whatever the reader of that format raises for a damaged file
         raise DataError(
-            f"{file}: cannot be read as {FILE_FORMATS[file.suffix]}: {_last_line(error.__cause__ or error)}"
+            f"{file}: cannot be read as {FILE_FORMATS[file.suffix]}: {last_line(error.__cause__ or error)}"
         ) from error
 
 

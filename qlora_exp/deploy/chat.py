@@ -20,7 +20,7 @@ from qlora_exp.deploy import load
 from qlora_exp.deploy.load import Saved
 from qlora_exp.tracking import run_key
 from qlora_exp.training.evaluation import stop_tokens
-from qlora_exp.utils.errors import ConfigError, DataError, ModelError, did_you_mean
+from qlora_exp.utils.errors import ConfigError, DataError, ModelError, did_you_mean, first_line
 
 BASE = "base"
 """Names the base without an adapter."""
@@ -61,7 +61,7 @@ class Sampling:
                 **(sampled if self.temperature > 0 else {}),
             )
         except ValueError as error:
-            raise ConfigError(f"sampling: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"sampling: {first_line(error)}") from error
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from qlora_exp.environment.provenance import libraries
 from qlora_exp.models.quantization import quantization_config
 from qlora_exp.tracking import mlflow_store, run_key
 from qlora_exp.tracking.journal import CONFIG_FILE
-from qlora_exp.utils.errors import ConfigError, ModelError, TrackingError
+from qlora_exp.utils.errors import ConfigError, ModelError, TrackingError, first_line
 from qlora_exp.utils.files import size_on_disk
 from qlora_exp.utils.signals import heeded
 
@@ -275,4 +275,4 @@ def _tell(saved: Saved, facts: dict[str, Any]) -> None:
         mlflow.log_dict(saved.run_id, facts, f"exports/{form}.json")
         mlflow.set_tag(saved.run_id, f"export.{form}", Path(facts["folder"]).name)
     except (MlflowException, TrackingError, OSError) as error:
-        log.warning("MLflow was not told of %s: %s", facts["folder"], mlflow_store.short(error))
+        log.warning("MLflow was not told of %s: %s", facts["folder"], first_line(error))

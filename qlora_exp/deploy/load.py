@@ -28,7 +28,7 @@ from qlora_exp.models.base import load_model
 from qlora_exp.models.quantization import check_files, quantization_config
 from qlora_exp.tracking import journal, mlflow_store, run_key
 from qlora_exp.tracking.journal import CONFIG_FILE, FILE
-from qlora_exp.utils.errors import ConfigError, JournalError, ModelError
+from qlora_exp.utils.errors import ConfigError, JournalError, ModelError, first_line
 from qlora_exp.utils.quiet import hide_bars
 
 GGUF_FILE = "model.gguf"
@@ -58,7 +58,7 @@ class Saved:
         try:
             return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         except (OSError, ValueError, TypeError) as error:
-            raise ModelError(f"{self.folder}: no whole tokenizer: {str(error).splitlines()[0]:.200}") from error
+            raise ModelError(f"{self.folder}: no whole tokenizer: {first_line(error)}") from error
 
 
 def find(source: str, tracking_uri: str | None = None, device: str = "auto") -> Saved:
@@ -208,7 +208,7 @@ def load_whole(saved: Saved, dtype: str, device: str = "cpu", quantization: Any 
     except (SafetensorError, ValueError, OSError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise ModelError(f"{saved.folder}: cannot be loaded: {str(error).strip().splitlines()[0]:.300}") from error
+        raise ModelError(f"{saved.folder}: cannot be loaded: {first_line(error)}") from error
 
 
 def _model_config(folder: Path) -> dict[str, Any]:

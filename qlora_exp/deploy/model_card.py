@@ -95,7 +95,7 @@ def _facts(record: Record, config: Config) -> list[list[str]]:
     params, training = record.params, config.training
     trained = f"{record.metrics.get('steps', 0):,.0f} steps of {training.per_device_train_batch_size}"
     trained += f" x {training.gradient_accumulation_steps} rows, learning rate {training.learning_rate:g}, "
-    settings = {**config.method.settings, **config.lora_variant.settings}
+    settings = config.peft_settings
     return [
         ["base model", model_and_revision(config)],
         ["base stored as", f"{config.quantization.name}, {params.get('resolved.dtype', '?')}"],

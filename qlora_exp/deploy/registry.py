@@ -11,7 +11,7 @@ from mlflow.exceptions import MlflowException
 from qlora_exp.deploy import load, model_card
 from qlora_exp.results import records, reproduce
 from qlora_exp.tracking import mlflow_store
-from qlora_exp.utils.errors import ConfigError, TrackingError
+from qlora_exp.utils.errors import ConfigError, TrackingError, first_line
 from qlora_exp.utils.secrets import load_env_file, redact
 
 _CARD = "README.md"
@@ -57,8 +57,8 @@ def register(uri: str | None, run: str, name: str, alias: str | None = None) -> 
             mlflow.set_registered_model_alias(name, alias, found)
     except MlflowException as error:
         if error.error_code == "INVALID_PARAMETER_VALUE":
-            raise ConfigError(f"register: {mlflow_store.short(error)}") from error
-        raise TrackingError(f"MLflow: {mlflow_store.short(error)}") from error
+            raise ConfigError(f"register: {first_line(error)}") from error
+        raise TrackingError(f"MLflow: {first_line(error)}") from error
     address = f"models:/{name}@{alias}" if alias else f"models:/{name}/{found}"
     text = model_card.write(record, saved.config, address)
     with records.explained(), tempfile.TemporaryDirectory() as folder:
@@ -107,4 +107,4 @@ def push(uri: str | None, source: str, repository: str, text: str, private: bool
             api.create_repo(repository, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repository, folder_path=part))
     except Exception as error:  # whatever the hub, its client's checks or the network raise: the model is registered
-        raise ConfigError(f"--push {repository}: {redact(mlflow_store.short(error))}") from error
+        raise ConfigError(f"--push {repository}: {redact(first_line(error))}") from error

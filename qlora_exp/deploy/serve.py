@@ -129,7 +129,7 @@ def commands(saved: Saved, out: Path, host: str, port: int) -> list[str]:
 def adapter_on_vllm(saved: Saved, host: str, port: int) -> Server | None:
     """How vLLM serves a LoRA adapter beside its base, without merging; None for what it does not take so."""
     config = saved.config
-    settings = {**config.method.settings, **config.lora_variant.settings}
+    settings = config.peft_settings
     if not saved.adapter or config.method.peft_type != "LORA" or settings.get("use_dora"):
         return None
     if config.model.model_name_or_path.startswith(("embedded:", "random:")):  # made here, known nowhere else

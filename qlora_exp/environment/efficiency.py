@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from qlora_exp.environment.device import nvml_handles
+from qlora_exp.utils.units import MIB
 
 log = logging.getLogger(__name__)
 _POWERCAP = Path("/sys/class/powercap")
@@ -184,7 +185,7 @@ def of_training(
         found["mfu"] = metrics["flops_per_second"] / peak
     steady = peaks.get("steady", {})
     if "tokens_per_second" in metrics and (held := steady.get("allocated", steady.get("rss"))):
-        found["tokens_per_gb_second"] = metrics["tokens_per_second"] / (held * 1024**2 / 1e9)
+        found["tokens_per_gb_second"] = metrics["tokens_per_second"] / (held * MIB / 1e9)
     if joules is not None:
         found["energy_joules"] = joules
     return found

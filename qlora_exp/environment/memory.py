@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-MIB = 1024**2
+from qlora_exp.utils.units import MIB
+
 _PROC = Path("/proc/self")
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import psutil
 
+from qlora_exp.utils.units import MIB
+
 LIBRARIES = (
     "torch",
     "transformers",
@@ -88,7 +90,7 @@ def hardware() -> dict[str, Any]:
         "platform": platform.platform(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_mib": psutil.virtual_memory().total // 1024**2,
+        "memory_mib": psutil.virtual_memory().total // MIB,
         "cuda": torch.version.cuda,
     }
 

@@ -39,7 +39,7 @@ def peft_config(config: Config, skeleton: PreTrainedModel) -> PeftConfig | None:
     method = config.method
     if method.peft_type is None:
         return None
-    settings: dict[str, Any] = {**method.settings, **config.lora_variant.settings}
+    settings = config.peft_settings
     if method.peft_type == "ADALORA":
         settings["total_step"] = _UNKNOWN_STEPS
     if config.lora_start == "loftq":

@@ -32,7 +32,7 @@ from qlora_exp.config.sections.quantization import QuantizationConfig
 from qlora_exp.environment.device import Resolved
 from qlora_exp.models import builtin
 from qlora_exp.models.quantization import check_files, guard_layers, quantization_config
-from qlora_exp.utils.errors import ModelError
+from qlora_exp.utils.errors import ModelError, first_line
 
 Tokenizer = PreTrainedTokenizerBase
 
@@ -78,7 +78,7 @@ def model_config(config: ModelConfig) -> PretrainedConfig:
     try:
         return AutoConfig.for_model(**config.architecture)
     except (KeyError, TypeError, ValueError, AttributeError, StrictDataclassError) as error:
-        raise ModelError(f"model.architecture: {_first_line(error)}") from error
+        raise ModelError(f"model.architecture: {first_line(error)}") from error
 
 
 def skeleton(config: ModelConfig) -> PreTrainedModel:
@@ -147,18 +147,18 @@ def _from_pretrained(kind: Any, config: ModelConfig, **arguments: Any) -> Any:
         if error.errno in (errno.ENOSPC, errno.EACCES):
             raise
         if Path(path).is_dir():
-            raise ModelError(f"{path}: not a whole model: {_first_line(error)}") from error
+            raise ModelError(f"{path}: not a whole model: {first_line(error)}") from error
         if "gated" in str(error):
             raise ModelError(_gated(name)) from error
         raise ModelError(
             f"{name}: cannot be loaded. It is not a local folder, and the hub did not give it: check the name"
-            f"{f', the revision {config.revision!r}' if config.revision else ''} and the network.\n{_first_line(error)}"
+            f"{f', the revision {config.revision!r}' if config.revision else ''} and the network.\n{first_line(error)}"
         ) from error
     except (
         ImportError,
         ValueError,
     ) as error:  # an attention kernel or an architecture that is not to be had here
-        raise ModelError(f"{name}: {_first_line(error)}") from error
+        raise ModelError(f"{name}: {first_line(error)}") from error
 
 
 def _gated(name: str) -> str:
@@ -166,7 +166,3 @@ def _gated(name: str) -> str:
         f"{name} is gated: accept its licence at https://huggingface.co/{name}, then set HF_TOKEN "
         "in the environment or in a .env file"
     )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

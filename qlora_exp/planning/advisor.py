@@ -15,10 +15,11 @@ import yaml
 from qlora_exp.config import hydra_compose as configs
 from qlora_exp.config.hydra_compose import compose, conf_dir, grid
 from qlora_exp.config.schema import Config
-from qlora_exp.planning.fit import GIB, expected, room, step_seconds
+from qlora_exp.planning.fit import expected, room, step_seconds
 from qlora_exp.planning.gpus import Gpu
 from qlora_exp.utils import workers
 from qlora_exp.utils.errors import ConfigError, UserError
+from qlora_exp.utils.units import GIB
 
 if TYPE_CHECKING:
     from qlora_exp.planning.planner import Planner, Prediction

@@ -5,7 +5,6 @@ what was measured as a line in what was planned, and keeps the fits in `mlruns/c
 Imports nothing heavy until it must.
 """
 
-import hashlib
 import json
 import logging
 import math
@@ -22,8 +21,10 @@ from qlora_exp.config.values import APART
 from qlora_exp.environment.provenance import libraries
 from qlora_exp.tracking import run_key
 from qlora_exp.utils import cache
+from qlora_exp.utils.digests import json_digest
 from qlora_exp.utils.errors import ConfigError, UserError
 from qlora_exp.utils.files import write_atomically
+from qlora_exp.utils.units import MIB
 
 if TYPE_CHECKING:
     from qlora_exp.config.schema import Config
@@ -37,7 +38,6 @@ FOLDER = Path("mlruns")
 LEAST_RUNS = 3
 PHASES = ("first_step", "steady", "evaluation")
 """Those that are compared: what loading takes besides weights is not planned."""
-_MIB = 1024**2
 _PLAN = "plan.json"
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -81,7 +81,7 @@ class Calibration:
 
     def expected(self, planned: float) -> float:
         """Bytes that a run will take of which so many were planned."""
-        return self.offset_mib * _MIB + self.slope * planned
+        return self.offset_mib * MIB + self.slope * planned
 
 
 def plan_run(config: "Config", resolved: "Resolved", longest: int, evaluated: int) -> dict[str, float]:
@@ -100,8 +100,8 @@ def plan_run(config: "Config", resolved: "Resolved", longest: int, evaluated: in
         from qlora_exp.planning.planner import Planner
 
         found = Planner(config, resolved).predict(length=longest, evaluated=evaluated)
-        metrics = {f"plan/{name}_mib": phase.reserved / _MIB for name, phase in found.phases.items()}
-        (folder / _PLAN).write_text(json.dumps(metrics | {"plan/peak_mib": found.peak / _MIB}), "utf-8")
+        metrics = {f"plan/{name}_mib": phase.reserved / MIB for name, phase in found.phases.items()}
+        (folder / _PLAN).write_text(json.dumps(metrics | {"plan/peak_mib": found.peak / MIB}), "utf-8")
 
     try:  # once for all runs that differ in nothing that counts: seeds, learning rates
         folder = cache.built(f"plan-{_digest(config, resolved, longest, evaluated)}", plan)
@@ -121,7 +121,7 @@ def _digest(config: "Config", resolved: "Resolved", longest: int, evaluated: int
     )
     base = run_key.model(config.model.model_name_or_path, config.model.revision)
     every = values, asdict(resolved), longest, evaluated, base, run_key.code(), libraries()
-    return hashlib.sha256(json.dumps(every, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return json_digest(every)
 
 
 def measured(metrics: Mapping[str, float], phase: str) -> float | None:

@@ -5,7 +5,8 @@ Source: c10/cuda/CUDACachingAllocator.cpp of torch 2.13, without expandable segm
 
 from bisect import bisect_left, insort
 
-MIB = 1024**2
+from qlora_exp.utils.units import MIB
+
 _ROUND = 512
 _SMALL = MIB
 """Up to here a block comes from the pool of small ones, and no large block is split to leave less."""

@@ -3,13 +3,12 @@
 from typing import TYPE_CHECKING
 
 from qlora_exp.config.schema import Config
-from qlora_exp.planning.cuda_allocator import MIB
 from qlora_exp.planning.gpus import DRIVER_GIB, Gpu
+from qlora_exp.utils.units import GIB, MIB
 
 if TYPE_CHECKING:
     from qlora_exp.planning.planner import Prediction
 
-GIB = 1024 * MIB
 WORST_ERROR = 0.07
 """Of plans for GPUs against what was measured (`benchmarks/published_*.py`, `benchmarks/measured_h100.py`)."""
 

@@ -13,6 +13,7 @@ from qlora_exp.config.schema import Config
 from qlora_exp.environment.device import Device, cpu_name, detect
 from qlora_exp.planning.calibration import Calibration
 from qlora_exp.utils.errors import ConfigError, did_you_mean
+from qlora_exp.utils.units import GIB
 
 DRIVER_GIB = 0.6
 """Taken on each GPU by the driver's context and the libraries' workspaces: an allowance, not a measurement."""
@@ -95,15 +96,13 @@ def find(name: str) -> Gpu:
         ConfigError: it is not known.
     """
     if name not in GPUS:
-        alike = " or ".join(f"'{one}'" for one in GPUS if one.startswith(name.lower()))
-        hint = f"; did you mean {alike}?" if alike else did_you_mean(name, GPUS)
-        raise ConfigError(f"--gpu {name}: not known{hint} Known: {', '.join(GPUS)}; or give --vram")
+        raise ConfigError(f"--gpu {name}: not known{did_you_mean(name, GPUS)} Known: {', '.join(GPUS)}; or give --vram")
     return GPUS[name]
 
 
 def this_cpu() -> Gpu:
     """This machine's CPU, whose memory is the machine's."""
-    return Gpu(cpu_name(), round(psutil.virtual_memory().total / 2**30, 1), bf16=False, type="cpu")
+    return Gpu(cpu_name(), round(psutil.virtual_memory().total / GIB, 1), bf16=False, type="cpu")
 
 
 def here(config: Config, vram: float | None) -> Gpu:
@@ -119,5 +118,5 @@ def here(config: Config, vram: float | None) -> Gpu:
         return this_cpu()
     import torch
 
-    memory = torch.cuda.get_device_properties(0).total_memory / 2**30 if found.type == "cuda" else 0.0
+    memory = torch.cuda.get_device_properties(0).total_memory / GIB if found.type == "cuda" else 0.0
     return Gpu(found.name, round(memory, 1), bf16=found.bf16, type=found.type)

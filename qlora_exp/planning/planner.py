@@ -26,7 +26,7 @@ from qlora_exp.planning.fake_tensors import Work
 from qlora_exp.planning.packed_weights import quantize_meta
 from qlora_exp.planning.replay import Phase, play
 from qlora_exp.planning.step import Batch, optimizer, record, weigh
-from qlora_exp.utils.errors import ConfigError, ModelError, UserError
+from qlora_exp.utils.errors import ConfigError, ModelError, UserError, type_and_first_line
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Planner:
         ) as error:
             wants_values = isinstance(error, UnsupportedFakeTensorException) or "meta" in str(error).lower()
             why = "its code looks at values, which a plan has none of: " if wants_values else ""
-            told = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]:.120}"
+            told = type_and_first_line(error, 120)
             name = self._config.method.name
             raise ConfigError(f"method={name} cannot be planned ({why}{told})") from error
 

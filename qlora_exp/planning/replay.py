@@ -8,10 +8,11 @@ from typing import Any
 from qlora_exp.planning.cuda_allocator import CachingAllocator
 from qlora_exp.planning.fake_tensors import Event
 from qlora_exp.planning.step import Model, Step
+from qlora_exp.utils.units import MIB
 
 KINDS = ("weights", "quantization", "trainable", "gradients", "optimizer", "activations", "loss", "temporary")
 """What memory is for; `loss` has the logits."""
-_WORKSPACE = 32 * 1024**2
+_WORKSPACE = 32 * MIB
 """Bytes that cuBLAS works in, for each thread that multiplies: backward passes have one of their own.
 
 On Hopper; elsewhere 8 MiB, and what is planned is so much too high. Source: torch's ATen/cuda/CublasHandlePool.cpp.

@@ -12,6 +12,7 @@ from qlora_exp.planning.gpus import Gpu, here
 from qlora_exp.utils import workers
 from qlora_exp.utils.errors import UserError
 from qlora_exp.utils.quiet import quiet
+from qlora_exp.utils.units import GIB
 
 log = logging.getLogger(__name__)
 _START = "forkserver"  # where there are jobs, it has the libraries loaded
@@ -39,7 +40,7 @@ def unfit(configs: Sequence[Config], vram: float | None) -> list[str]:
 
 def _why(config: Config, gpu: Gpu) -> str:
     quiet()
-    from qlora_exp.planning.fit import GIB, expected, verdict
+    from qlora_exp.planning.fit import expected, verdict
     from qlora_exp.planning.planner import planner
 
     try:

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 from qlora_exp.config.schema import Config
 from qlora_exp.planning.advisor import Fit, Option, Sized, choose
-from qlora_exp.planning.cuda_allocator import MIB
-from qlora_exp.planning.fit import GIB, WORST_ERROR, expected, room, step_seconds, verdict, worst_error
+from qlora_exp.planning.fit import WORST_ERROR, expected, room, step_seconds, verdict, worst_error
 from qlora_exp.planning.gpus import DRIVER_GIB, Gpu
 from qlora_exp.planning.planner import Prediction
 from qlora_exp.planning.replay import KINDS
 from qlora_exp.utils.tables import print_table
+from qlora_exp.utils.units import GIB, MIB
 
 _BASIS = (
     "most rows: of training.max_length tokens; longest row: alone in its batch; both with\n"

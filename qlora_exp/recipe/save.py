@@ -70,8 +70,7 @@ def log_model(run: RunContext, trainable: Trainable) -> None:
     if not (config.tracking.log_adapter if is_adapter else config.tracking.log_full_model):
         return
     params = {
-        **config.method.settings,
-        **config.lora_variant.settings,
+        **config.peft_settings,
         "model_name_or_path": config.model.model_name_or_path,
         "quantization": config.quantization.name,
     }

@@ -22,6 +22,7 @@ from qlora_exp.results.records import Record
 from qlora_exp.tracking.journal import CONFIG_FILE, LOCK_FILE
 from qlora_exp.utils.errors import ConfigError
 from qlora_exp.utils.secrets import redact
+from qlora_exp.utils.units import MIB
 
 RUN_FILE = "run.json"
 METRICS = ("train/loss", "train/grad_norm", "train/learning_rate", "eval/loss")
@@ -32,7 +33,7 @@ _FILES = (
     "evaluation/before_unrelated_losses.jsonl", "evaluation/after_unrelated_losses.jsonl",
     "evaluation/before_lm_eval.json", "evaluation/after_lm_eval.json",
 )  # fmt: skip
-_LIMIT = 64 * 2**20
+_LIMIT = 64 * MIB
 # Whose keys begin so is shared; other tags are of the author's machine, account or sweep.
 _TAGS = (
     "identity.",

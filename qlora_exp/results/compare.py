@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from qlora_exp.config.metric_direction import lower_is_better
 from qlora_exp.results import stats
 from qlora_exp.results.records import Record
 from qlora_exp.utils.errors import ConfigError
@@ -200,9 +201,9 @@ def _baseline(rows: Sequence[Row], called: str | None, every: Sequence[Row]) -> 
 
 
 def _lower_is_better(metric: str, rows: Sequence[Row]) -> bool:
-    """Of lm-eval's, as its task says."""
-    told = {name for row in rows for one in row.records for name in one.lm_eval.get("lower_is_better", ())}
-    return metric in told if metric.startswith("lm_eval/") else metric in ("loss", "unrelated_loss")
+    """Tell whether less is better, of lm-eval's scores as their task says."""
+    lower = {name for row in rows for one in row.records for name in one.lm_eval.get("lower_is_better", ())}
+    return metric in lower if metric.startswith("lm_eval/") else lower_is_better(metric)
 
 
 @lru_cache(maxsize=2 * TIED)

@@ -24,8 +24,8 @@ from qlora_exp.config.untrusted import plain_yaml
 from qlora_exp.config.values import APART
 from qlora_exp.tracking import mlflow_views
 from qlora_exp.tracking.journal import CONFIG_FILE
-from qlora_exp.tracking.mlflow_store import client, short, store_uri
-from qlora_exp.utils.errors import ConfigError, TrackingError
+from qlora_exp.tracking.mlflow_store import client, store_uri
+from qlora_exp.utils.errors import ConfigError, TrackingError, first_line
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
@@ -151,7 +151,9 @@ class MlflowRecord(Record):
                 with explained():
                     known = self.mlflow.list_artifacts(self.run_id, path.rpartition("/")[0] or None)
                 if path in [one.path for one in known]:
-                    raise TrackingError(f"MLflow does not give {path} of run {self.run_id}: {short(error)}") from error
+                    raise TrackingError(
+                        f"MLflow does not give {path} of run {self.run_id}: {first_line(error)}"
+                    ) from error
                 return ""  # an older or a failed run does not have it
 
     def seed_losses(self) -> list[float]:
@@ -205,7 +207,7 @@ def explained() -> Iterator[None]:
     try:
         yield
     except MlflowException as error:
-        raise TrackingError(f"MLflow: {short(error)}") from error
+        raise TrackingError(f"MLflow: {first_line(error)}") from error
 
 
 def _find(mlflow: MlflowClient, chosen: Sequence[str], experiment: str | None, where: str | None) -> list[Run]:

@@ -28,6 +28,7 @@ from qlora_exp.models import adapters, lora_init, quantization
 from qlora_exp.models import base as model
 from qlora_exp.training import trainer as training
 from qlora_exp.training.checkpoints import checkpoints
+from qlora_exp.utils.errors import type_and_first_line
 
 _CPU = Device("cpu", "CPU", bf16=False, paging=False)
 _NEEDED = {"method=trainable_tokens": ["method.token_indices=[41,42]"]}
@@ -59,7 +60,7 @@ def verdicts(words: Sequence[str], base: str, aspects: Sequence[str] = ASPECTS) 
         except FailedError as error:
             found[aspect] = str(error)
         except Exception as error:  # whatever a library makes of it is the answer
-            found[aspect] = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]:.120}"
+            found[aspect] = type_and_first_line(error, 120)
     return found
 
 

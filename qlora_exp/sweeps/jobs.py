@@ -3,8 +3,6 @@
 That is all a sweep remembers. Knows nothing of how jobs are chosen, composed or launched.
 """
 
-import hashlib
-import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +14,7 @@ from qlora_exp.config.schema import Config
 from qlora_exp.tracking import run_key
 from qlora_exp.tracking.journal import FILE, is_held, last_message, read
 from qlora_exp.training.checkpoints import checkpoints, is_whole, step
+from qlora_exp.utils.digests import json_digest
 from qlora_exp.utils.errors import JournalError
 
 log = logging.getLogger(__name__)
@@ -84,7 +83,7 @@ def default_name(swept: Sequence[str], overrides: Sequence[str]) -> str:
     keys = [key.split(".")[-1] for key in swept]
     apart = ("sweep.", "search.", "hydra", "tracking.")
     counting = [word for word in overrides if not word.lstrip("+~").startswith(apart)]
-    return "_".join([*keys, hashlib.sha256(json.dumps(sorted(counting)).encode()).hexdigest()[:6]])
+    return "_".join([*keys, json_digest(sorted(counting), digits=6)])
 
 
 def state(folder: Path) -> tuple[State, dict[str, Any]]:

@@ -11,7 +11,7 @@ import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 from filelock import FileLock, Timeout
@@ -27,6 +27,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
+from qlora_exp.config.metric_direction import lower_is_better
 from qlora_exp.config.sections.sweep import SearchConfig, SweepConfig
 from qlora_exp.sweeps.jobs import GOOD, Job
 from qlora_exp.sweeps.sweep import Sweep
@@ -172,9 +173,15 @@ def _left_over(study: optuna.Study, space: Mapping[str, BaseDistribution], again
     return [trial for trial in study.trials if trial.state == TrialState.RUNNING]
 
 
+def _direction(metric: str) -> Literal["minimize", "maximize"]:
+    if "lm_eval/" in metric:
+        raise ConfigError(f"search.directions: give them; whether more {metric} is better depends on its task")
+    return "minimize" if lower_is_better(metric) else "maximize"
+
+
 def _study(folder: Path, settings: SearchConfig, space: Mapping[str, BaseDistribution]) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    directions = settings.directions or ["minimize"] * len(settings.metrics)
+    directions = settings.directions or [_direction(metric) for metric in settings.metrics]
     storage = JournalStorage(JournalFileBackend(str(folder / STUDY_FILE)))
     known = {study.study_name: study for study in optuna.get_all_study_summaries(storage)}
     name = ",".join(settings.metrics)

@@ -18,7 +18,7 @@ from qlora_exp.config.values import APART, flatten, to_yaml, what_counts
 from qlora_exp.environment import provenance
 from qlora_exp.tracking import run_key
 from qlora_exp.tracking.journal import CONFIG_FILE, LOCK_FILE, Journal, is_over, last_message
-from qlora_exp.tracking.mlflow_store import short, store_uri
+from qlora_exp.tracking.mlflow_store import store_uri
 from qlora_exp.tracking.recovery import finish, reap
 from qlora_exp.tracking.tracker import Tracker, now_ms
 from qlora_exp.utils.errors import (
@@ -28,6 +28,8 @@ from qlora_exp.utils.errors import (
     PrunedError,
     TimeLimitError,
     TrackingError,
+    first_line,
+    type_and_first_line,
 )
 from qlora_exp.utils.secrets import redact
 
@@ -77,7 +79,7 @@ def open_run(
             journal.file.unlink(missing_ok=True)
         journal.close()
         if isinstance(error, MlflowException):
-            raise TrackingError(f"MLflow at {redact(store_uri(uri))}: {redact(short(error))}") from error
+            raise TrackingError(f"MLflow at {redact(store_uri(uri))}: {redact(first_line(error))}") from error
         raise
     return tracker
 
@@ -110,7 +112,7 @@ def start(
             log.error("the traceback cannot be kept: %s", full)  # noqa: TRY400
         finally:
             status = {"killed": "KILLED", "pruned": "FINISHED"}.get(outcome, "FAILED")
-            tracker.end(status, outcome, f"{type(error).__name__}: {short(error)}", seconds=time.monotonic() - begin)
+            tracker.end(status, outcome, type_and_first_line(error), seconds=time.monotonic() - begin)
             tracker.close()
         raise
     tracker.end("FINISHED", "ok", seconds=time.monotonic() - begin)

@@ -32,7 +32,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from qlora_exp.tracking import mlflow_views
 from qlora_exp.tracking.journal import Journal
-from qlora_exp.utils.errors import TrackingError
+from qlora_exp.utils.errors import TrackingError, first_line
 from qlora_exp.utils.secrets import redact
 
 _REFUSED = "INVALID_PARAMETER_VALUE"
@@ -64,9 +64,8 @@ def client(uri: str | None = None) -> MlflowClient:
             found = MlflowClient(address, registry_uri=address)
             found.search_experiments(max_results=1)
     except (MlflowException, OSError, SQLAlchemyError) as error:
-        raise TrackingError(
-            f"tracking.uri: MLflow at {redact(address)} does not answer or cannot be written: {redact(short(error))}"
-        ) from error
+        why = redact(f"MLflow at {address} does not answer or cannot be written: {first_line(error)}")
+        raise TrackingError(f"tracking.uri: {why}") from error
     return found
 
 
@@ -81,11 +80,6 @@ def _create_store(file: Path) -> None:
     finally:
         engine.dispose()
     part.replace(file)
-
-
-def short(error: BaseException) -> str:
-    """The first line of what an error says."""
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
 
 
 def is_refused(error: Exception, message: dict[str, Any]) -> bool:

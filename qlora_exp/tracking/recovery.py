@@ -12,9 +12,8 @@ from mlflow.exceptions import MlflowException
 
 from qlora_exp.environment import provenance
 from qlora_exp.tracking.journal import FILE, Journal, is_held, last_message, read
-from qlora_exp.tracking.mlflow_store import short
 from qlora_exp.tracking.tracker import Tracker
-from qlora_exp.utils.errors import JournalError
+from qlora_exp.utils.errors import JournalError, first_line, type_and_first_line
 from qlora_exp.utils.secrets import redact
 
 log = logging.getLogger(__name__)
@@ -67,14 +66,14 @@ def reap(mlflow: MlflowClient, experiment: str, uri: str | None) -> None:
             if not finish(folder, "killed", "its process is gone", uri) and is_held(folder):  # it goes on
                 continue
         except Exception as error:  # tags and folder are what anybody wrote: they must not stop the run that begins
-            why = f"{type(error).__name__}: {short(error)}"
+            why = type_and_first_line(error)
         try:
             if mlflow.get_run(run_id).info.status == "RUNNING":
                 log.warning("run %s in %s is gone, and is KILLED as it stands: %s", run_id, folder, redact(why))
                 mlflow.set_tag(run_id, "outcome", "killed")
                 mlflow.set_terminated(run_id, "KILLED")
         except MlflowException as error:  # it may have been deleted just now
-            log.warning("run %s in %s stays RUNNING: %s", run_id, folder, redact(short(error)))
+            log.warning("run %s in %s stays RUNNING: %s", run_id, folder, redact(first_line(error)))
 
 
 def _check_stale(folder: Path, attempt: str | None) -> None:

@@ -5,20 +5,20 @@ Two runs with the same key would do the same work. Reads files and asks the hub 
 
 import functools
 import hashlib
-import json
 import platform
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from qlora_exp.config.schema import Config
 from qlora_exp.config.values import what_counts
 from qlora_exp.environment import hub, provenance
+from qlora_exp.utils.digests import file_digest, json_digest
+from qlora_exp.utils.units import MIB
 
 BASE_FILE = "base.json"
 """Beside an adapter: the `version` of the base that it was trained on, as `model` tells it."""
-_SAMPLED_ABOVE = 64 * 1024**2
+_SAMPLED_ABOVE = 64 * MIB
 
 
 def run_key(config: Config) -> str:
@@ -28,20 +28,20 @@ def run_key(config: Config) -> str:
 
 def key_of(found: Mapping[str, str]) -> str:
     """The run key of `parts`."""
-    return _digest(found)
+    return json_digest(found)
 
 
 def parts(config: Config) -> dict[str, str]:
     """A digest of each thing that a run's result depends on, so that a difference can be named."""
     return {
-        "config": _digest(what_counts(config.model_dump(mode="json"))),
+        "config": json_digest(what_counts(config.model_dump(mode="json"))),
         "model": model(config.model.model_name_or_path, config.model.revision),
         "data": "+".join(
             [data(path, one.revision) for one in config.datasets for path in one.paths]
             + ([_folder(Path(own))] if (own := config.evaluation.lm_eval_include_path) else [])
         ),
         "code": code(),
-        "libraries": _digest(provenance.libraries(config.quantization.quant_method)),
+        "libraries": json_digest(provenance.libraries(config.quantization.quant_method)),
     }
 
 
@@ -69,24 +69,24 @@ def data(path: str, revision: str | None) -> str:
         return _package("zaragoza-construction-faq")
     if path.startswith("reasoning_gym:"):
         return _package("reasoning-gym")
-    return _file(Path(path)) if Path(path).is_file() else hub.commit(path, revision, "dataset")
+    return file_digest(Path(path)) if Path(path).is_file() else hub.commit(path, revision, "dataset")
 
 
 @functools.cache
 def code() -> str:
     """The digest of this package's sources: a change that was not committed counts too, one of the README does not."""
     package = Path(__file__).parents[1]
-    return _digest({str(file.relative_to(package)): _file(file) for file in sorted(package.rglob("*.py"))})
+    return json_digest({str(file.relative_to(package)): file_digest(file) for file in sorted(package.rglob("*.py"))})
 
 
 def weights(folder: Path) -> str:
     """A digest of the weights of a model or an adapter in `folder`, and of what says how an adapter is applied."""
     kinds = ("*.safetensors", "*.gguf", "adapter_config.json")
-    return _digest({file.name: _weights(file) for kind in kinds for file in sorted(folder.glob(kind))})
+    return json_digest({file.name: _weights(file) for kind in kinds for file in sorted(folder.glob(kind))})
 
 
 def _folder(folder: Path) -> str:
-    return _digest(
+    return json_digest(
         {str(file.relative_to(folder)): _weights(file) for file in sorted(folder.rglob("*")) if file.is_file()}
     )
 
@@ -98,23 +98,14 @@ def _package(name: str) -> str:
         return "missing"
 
 
-def _file(file: Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
 def _weights(file: Path) -> str:
     """Of a large file its size and 16 MiB spread over it: training changes all of one."""
     size = file.stat().st_size
     if size <= _SAMPLED_ABOVE:
-        return _file(file)
+        return file_digest(file)
     with file.open("rb") as content:
         digest = hashlib.sha256(str(size).encode())
         for index in range(16):
-            content.seek(index * (size - 1024**2) // 15)
-            digest.update(content.read(1024**2))
+            content.seek(index * (size - MIB) // 15)
+            digest.update(content.read(MIB))
         return digest.hexdigest()
-
-
-def _digest(values: Any) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -14,8 +14,8 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from qlora_exp.tracking.journal import Journal
-from qlora_exp.tracking.mlflow_store import client, has_lost, is_refused, short, store_uri, tell
-from qlora_exp.utils.errors import JournalError, TrackingError
+from qlora_exp.tracking.mlflow_store import client, has_lost, is_refused, store_uri, tell
+from qlora_exp.utils.errors import JournalError, TrackingError, first_line
 from qlora_exp.utils.secrets import redact
 from qlora_exp.utils.signals import held
 
@@ -167,11 +167,12 @@ class Tracker:
                 if strict and not is_refused(error, message):
                     raise
                 if is_refused(error, message):  # for good; what comes after it must not wait
-                    log.error("MLflow refuses a message, which is left out: %s", redact(short(error)))  # noqa: TRY400
+                    log.error("MLflow refuses a message, which is left out: %s", redact(first_line(error)))  # noqa: TRY400
                 else:
                     if self._retry_at == 0.0:
                         log.warning(
-                            "MLflow does not take a message; the run goes on and keeps it: %s", redact(short(error))
+                            "MLflow does not take a message; the run goes on and keeps it: %s",
+                            redact(first_line(error)),
                         )
                     self._retry_at = time.monotonic() + self._patience
                     self._patience = min(2 * self._patience, _LONGEST_RETRY_SECONDS)  # one that hangs takes its time
@@ -208,7 +209,7 @@ class Tracker:
                 for message in ({"op": "tags", "values": {"outcome": outcome, **why}}, {"op": "end", **last}):
                     tell(self.connect(), self._journal, message)
             except (MlflowException, TrackingError) as error:
-                log.error("MLflow does not take how the run ended: %s", redact(short(error)))  # noqa: TRY400
+                log.error("MLflow does not take how the run ended: %s", redact(first_line(error)))  # noqa: TRY400
         if self._retry_at:
             log.error(
                 "MLflow did not take everything of this run; it is kept in %s, and `qlora-exp sync` sends it later",

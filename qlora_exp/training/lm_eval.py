@@ -4,15 +4,14 @@ Its tasks come from the hub, or from YAML files of one's own (`lm_eval_include_p
 nothing of runs. Draws no random numbers of its own, so that measuring does not change training.
 """
 
-import hashlib
-import json
 import logging
 import math
 from pathlib import Path
 from typing import Any
 
 from qlora_exp.config.sections.evaluation import EvaluationConfig
-from qlora_exp.utils.errors import ConfigError, DataError
+from qlora_exp.utils.digests import json_digest
+from qlora_exp.utils.errors import ConfigError, DataError, first_line
 
 
 def load_tasks(config: EvaluationConfig) -> dict[Any, Any]:
@@ -44,7 +43,7 @@ def load_tasks(config: EvaluationConfig) -> dict[Any, Any]:
     try:
         tasks = get_task_dict(list(config.lm_eval_tasks), manager)
     except (OSError, ValueError) as error:  # `datasets` says no data, no network, no such column
-        raise DataError(f"evaluation.lm_eval_tasks: {str(error).strip().splitlines()[0]}") from error
+        raise DataError(f"evaluation.lm_eval_tasks: {first_line(error)}") from error
     if config.lm_eval_num_fewshot is not None:
         for task in _single(tasks):
             task.set_config("num_fewshot", config.lm_eval_num_fewshot)
@@ -90,8 +89,7 @@ def evaluate(
 
 def fingerprint(items: list[dict[str, Any]]) -> str:
     """A digest of which items were scored, in order."""
-    named = json.dumps([(item["task"], item["item"]) for item in items])
-    return hashlib.sha256(named.encode()).hexdigest()[:16]
+    return json_digest([(item["task"], item["item"]) for item in items])
 
 
 def _single(tasks: dict[Any, Any]) -> list[Any]:

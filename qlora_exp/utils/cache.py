@@ -13,8 +13,8 @@ from pathlib import Path
 import platformdirs
 from filelock import FileLock
 
+from qlora_exp.utils.digests import file_digest
 from qlora_exp.utils.errors import CacheError
-from qlora_exp.utils.files import sha256
 
 _MANIFEST = "qlora_exp_manifest.json"
 
@@ -40,7 +40,7 @@ def built(name: str, build: Callable[[Path], None]) -> Path:
                 scratch = Path(tempfile.mkdtemp(prefix=f"{name}.", dir=cache_dir()))
                 try:
                     build(scratch)
-                    manifest = {file.name: sha256(file) for file in sorted(scratch.iterdir())}
+                    manifest = {file.name: file_digest(file) for file in sorted(scratch.iterdir())}
                     (scratch / _MANIFEST).write_text(json.dumps(manifest, indent=1))
                     scratch.rename(folder)
                 finally:
@@ -57,6 +57,6 @@ def _intact(folder: Path) -> bool:
     """Whether every file is there with the contents that were written."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
-        return all(sha256(folder / name) == digest for name, digest in manifest.items())
+        return all(file_digest(folder / name) == digest for name, digest in manifest.items())
     except (OSError, ValueError, AttributeError):
         return False

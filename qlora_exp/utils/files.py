@@ -1,14 +1,7 @@
 """Write and measure files."""
 
-import hashlib
 import os
 from pathlib import Path
-
-
-def sha256(file: Path) -> str:
-    """Of the file's contents, in hexadecimal."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def size_on_disk(folder: str | Path) -> int:

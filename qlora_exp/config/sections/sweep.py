@@ -36,7 +36,8 @@ class SearchConfig(Section):
     metrics: Annotated[list[str], Field(min_length=1)] = ["after/loss"]
     """What is optimized, by the names that runs log; several give a Pareto front."""
     directions: list[Literal["minimize", "maximize"]] | None = None
-    """One for each metric; null minimizes all."""
+    """One for each metric; null minimizes losses, seconds and memory, and maximizes scores, except those of lm-eval,
+    for which it must be given."""
     sampler: Literal["tpe", "random"] = "tpe"
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the sampler."""

@@ -17,7 +17,7 @@ from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from qlora_exp.sweeps.jobs import Ending
 from qlora_exp.sweeps.launchers.local import OUTPUT_FILE, Task, write_into
-from qlora_exp.utils.errors import ConfigError
+from qlora_exp.utils.errors import ConfigError, first_line
 from qlora_exp.utils.signals import GRACE_SECONDS, heeded
 
 
@@ -96,7 +96,7 @@ def _ending(begun: Any) -> Ending | None:
     try:
         ray.get(begun)
     except OutOfMemoryError as error:
-        return Ending("oom", str(error).splitlines()[0])
+        return Ending("oom", first_line(error))
     except RayTaskError as error:
         return Ending("error", f"{type(error.cause).__name__}: {error.cause}")
     except RayError as error:

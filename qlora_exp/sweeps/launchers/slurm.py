@@ -14,6 +14,7 @@ from submitit.helpers import DelayedSubmission
 
 from qlora_exp.sweeps.jobs import Ending
 from qlora_exp.sweeps.launchers.local import Task
+from qlora_exp.utils.errors import last_line
 
 log = logging.getLogger(__name__)
 FOLDER = ".submitit"
@@ -77,5 +78,5 @@ def _ending(job: submitit.Job[None]) -> Ending | None:
         if named in state:
             return Ending(outcome, f"{state} (job {job.job_id})")
     if isinstance(error, submitit.core.utils.FailedJobError):  # it raised something
-        return Ending("error", str(error).strip().splitlines()[-1])
+        return Ending("error", last_line(error))
     return Ending("killed", f"the process died: {state} (job {job.job_id})")

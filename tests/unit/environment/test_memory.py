@@ -1,7 +1,8 @@
 import pytest
 
 from qlora_exp.environment import memory
-from qlora_exp.environment.memory import MIB, MemoryMonitor, resettable, reuse_freed_memory
+from qlora_exp.environment.memory import MemoryMonitor, resettable, reuse_freed_memory
+from qlora_exp.utils.units import MIB
 
 linux = pytest.mark.skipif(not resettable(), reason="this kernel cannot reset the high-water mark")
 

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_exp.planning.cuda_allocator import MIB, CachingAllocator
+from qlora_exp.planning.cuda_allocator import CachingAllocator
+from qlora_exp.utils.units import MIB
 
 
 @given(st.lists(st.tuples(st.integers(1, 40 * MIB), st.integers(0, 30)), max_size=80))

@@ -7,10 +7,11 @@ import pytest
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.planning.calibration import Calibration
 from qlora_exp.planning.fake_tensors import Work
-from qlora_exp.planning.fit import GIB, expected, room, step_seconds, verdict
+from qlora_exp.planning.fit import expected, room, step_seconds, verdict
 from qlora_exp.planning.gpus import GPUS
 from qlora_exp.planning.planner import Prediction
 from qlora_exp.planning.replay import Phase
+from qlora_exp.utils.units import GIB
 
 GPU = GPUS["rtx4090"]
 

@@ -10,11 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.environment.device import resolve
-from qlora_exp.environment.memory import MIB
 from qlora_exp.models import base
 from qlora_exp.planning import planner
 from qlora_exp.planning.fake_tensors import Recorder
 from qlora_exp.utils.errors import ConfigError, ModelError
+from qlora_exp.utils.units import MIB
 
 pytestmark = pytest.mark.slow
 

@@ -224,6 +224,25 @@ def test_changed_space_or_directions_are_rejected(run_search):
         run_search(n_trials=2, directions=["maximize"])
 
 
+@pytest.mark.parametrize(
+    ("metric", "direction"),
+    [
+        ("after/loss", "MINIMIZE"),
+        ("memory/rss_peak_mib", "MINIMIZE"),
+        ("after/rougeL", "MAXIMIZE"),
+        ("mfu", "MAXIMIZE"),
+    ],
+)
+def test_search_without_directions_goes_for_the_better_value(tmp_path, metric: str, direction: str):
+    study = search._study(tmp_path, SearchConfig(metrics=[metric]), {})
+    assert study.direction.name == direction
+
+
+def test_search_for_a_score_of_lm_eval_needs_its_direction(tmp_path):
+    with pytest.raises(ConfigError, match=r"search\.directions: give them"):
+        search._study(tmp_path, SearchConfig(metrics=["after/lm_eval/arc_easy/acc"]), {})
+
+
 def test_unknown_metric_is_named(run_search):
     with pytest.raises(ConfigError, match="did you mean 'after/loss'"):
         run_search(n_trials=2, metrics=["after/los"])

@@ -1,0 +1,61 @@
+"""Benchmarks that nobody runs rot: each shows its help and, where that takes a minute at most, runs at its smallest."""
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+BENCHMARKS = sorted(file.stem for file in FOLDER.glob("*.py") if file.stem != "plain")
+PEFT_RUN = {
+    "record": "lora--llama-3.2-3B-rank32",
+    "peft_type": "LORA",
+    "settings": '{"r": 32, "target_modules": ["q_proj", "v_proj"]}',
+    "reserved_p99_gib": "20",
+}
+
+pytestmark = pytest.mark.slow
+
+
+def run(name: str, *arguments: str, folder: Path) -> str:
+    """Run a benchmark in an empty folder; return what it printed."""
+    environment = os.environ | {"PYTHONPATH": str(FOLDER.parent)}
+    command = [sys.executable, str(FOLDER / f"{name}.py"), *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_benchmark_shows_its_help(name: str, tmp_path: Path):
+    shown = run(name, "--help", folder=tmp_path)
+    assert "usage:" in shown
+    assert re.search(r"nox -s \w+", shown)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "shown"),
+    [
+        ("bench", "--model tiny_llama --pairs 1 --steps 2 --race-steps 0", r"peak RSS, MiB +qlora-exp"),
+        ("compatibility", "lora --bases plain --check", r"LORA plain"),
+        ("measured_h100", "--runs 1", r"the default run .*%"),
+        ("planned_memory", "lora --model tiny_llama --batches 2", r"lora batch 2 checkpointing .*%"),
+        ("published_litgpt", "--runs 1", r"llama2_7b .*%"),
+        ("sweeps", "--jobs 0 --many 0 --done 2", r"a sweep whose 2 jobs are done"),
+    ],
+)
+def test_benchmark_runs_at_its_smallest_size(name: str, arguments: str, shown: str, tmp_path: Path):
+    assert re.search(shown, run(name, *arguments.split(), folder=tmp_path))
+
+
+def test_published_memory_reads_a_table(tmp_path: Path):
+    with (tmp_path / "published.csv").open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, [*PEFT_RUN])
+        table.writeheader()
+        table.writerow(PEFT_RUN)
+    assert PEFT_RUN["record"] in run("published_memory", "published.csv", "--length", "300", folder=tmp_path)
