@@ -18,7 +18,6 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from trl.trainer import utils as trl_utils
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -27,6 +26,7 @@ from qlora_exp.data.dataset import IGNORED
 from qlora_exp.environment.device import Resolved
 from qlora_exp.environment.efficiency import FlopCounter
 from qlora_exp.environment.memory import MemoryMonitor
+from qlora_exp.libraries import trl
 from qlora_exp.models.adapters import allocates, fit_schedule, keep_dtypes, penalty
 from qlora_exp.training.checkpoints import checkpoints, is_whole
 from qlora_exp.training.optimizers import lora_optimizer
@@ -130,15 +130,6 @@ class _ByLength(LengthGroupedSampler):
         self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
 
-def score_supervised_tokens_only() -> None:
-    """Make TRL's LM head skip tokens without loss on a CPU too, as it does on a GPU: the same loss, sooner.
-
-    Elsewhere TRL scores every token, because the varying number of supervised ones would make a compiling backend
-    compile anew at each batch; eager CPU kernels do not mind. Checked on TRL 1.16, which has no public switch for it.
-    """
-    trl_utils._use_triton = lambda device: device.type in ("cuda", "xpu", "cpu")  # type: ignore[attr-defined]
-
-
 class Trainer(SFTTrainer):
     """SFTTrainer that counts tokens and tells which memory phase it is in."""
 
@@ -239,8 +230,7 @@ class Watcher(TrainerCallback):
 
         A checkpoint with all the steps in it is the end of a training, of which the trainer itself takes no notice.
         """
-        # TRL 1.16 counts from zero again after a resume.
-        self._trainer._total_train_tokens = max((line.get("num_tokens", 0) for line in state.log_history), default=0)
+        trl.set_trained_tokens(self._trainer, max((line.get("num_tokens", 0) for line in state.log_history), default=0))
         if state.global_step >= state.max_steps:
             control.should_training_stop = True
         if control.should_training_stop:
@@ -342,7 +332,7 @@ def build(
     memory: MemoryMonitor,
 ) -> Trainer:
     """A trainer for a model that already has its trainable parameters; their dtypes stay as they are."""
-    score_supervised_tokens_only()
+    trl.score_supervised_tokens_only()
     callbacks: list[TrainerCallback] = []
     if config.training.early_stopping_patience:
         callbacks.append(

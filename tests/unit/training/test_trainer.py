@@ -7,6 +7,7 @@ from trl.trainer import utils as trl_utils
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.environment.device import Device, resolve
+from qlora_exp.libraries import trl
 from qlora_exp.tracking.journal import metrics
 from qlora_exp.training import trainer
 from qlora_exp.training.trainer import arguments
@@ -70,7 +71,7 @@ def test_only_tokens_with_loss_are_scored_and_the_loss_is_that_of_scoring_all(ru
     few = run(*still)
     few_scored, scored[:] = scored[:], []
     assert few_scored[:3] == 3 * [few.metrics["labels/supervised_tokens"]]  # then the evaluation
-    monkeypatch.setattr(trainer, "score_supervised_tokens_only", lambda: None)
+    monkeypatch.setattr(trl, "score_supervised_tokens_only", lambda: None)
     monkeypatch.setattr(trl_utils, "_use_triton", lambda device: False)
     every = run(*still)
     assert min(scored[:3]) > few_scored[0]
