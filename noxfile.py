@@ -95,6 +95,12 @@ def compatibility(session: nox.Session) -> None:
     session.run(sys.executable, "benchmarks/compatibility.py", *session.posargs)
 
 
+@nox.session(name="peft-methods")
+def peft_methods(session: nox.Session) -> None:
+    """Write PEFT's methods and their settings, as the installed PEFT declares them, for checking configs."""
+    session.run(sys.executable, "benchmarks/peft_methods.py")
+
+
 @nox.session
 def slurm(session: nox.Session) -> None:
     """Run sweeps on a real SLURM cluster of one node (as root, with Debian's packages: tests/clusters/cluster.sh)."""

@@ -12,7 +12,6 @@ from typing import Any
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -21,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qlora_exp.config.schema import Config
 from qlora_exp.config.validate import OPEN_SECTIONS, from_dict, no_such_key
+from qlora_exp.libraries.hydra import every_combination
 from qlora_exp.utils.errors import ConfigError, did_you_mean
 
 
@@ -90,10 +90,9 @@ def grid(overrides: Sequence[str]) -> list[list[str]]:
     given = {word.split("=", 1)[0] for word in overrides}
     words = [*(f"{key}={value}" for key, value in params.items() if key not in given), *overrides]
     try:
-        batches = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(words), None)
+        return every_combination(OverridesParser.create().parse_overrides(words))
     except HydraException as error:
         raise explain(error) from error
-    return [list(job) for batch in batches for job in batch]
 
 
 def check(composed: DictConfig) -> Config:

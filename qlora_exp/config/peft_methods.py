@@ -1,23 +1,35 @@
-"""PEFT's methods and their settings, read from the installed PEFT's source (and `bottleneck`) without importing it.
+"""PEFT's methods and their settings, read from `peft_methods.json` without importing PEFT.
 
-Importing PEFT takes seconds (it imports torch); a wrong config must fail in one. So the config
-dataclasses are parsed, never executed: names, types and defaults of the fields are PEFT's own, and
-a method that a newer PEFT adds is known here by its name with no new code.
+Importing PEFT takes seconds (it imports torch); a wrong config must fail in one. So names and types of the fields of
+PEFT's config dataclasses (and of `models/bottleneck`, our own method) are in a file that `nox -s peft-methods` writes
+from the installed PEFT. A setting that is not in the file is refused; if another version of PEFT is installed than the
+file was made for, the message says so.
 
-This module knows nothing of our config beyond "a PEFT type and its settings".
+This module uses nothing of our config but "a PEFT type and its settings".
 """
 
-import ast
-import importlib.util
+import json
 import re
-import typing
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Union
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from qlora_exp.utils.errors import ConfigError, did_you_mean
+
+FILE = Path(__file__).with_suffix(".json")
+PLAIN: dict[str, Any] = {
+    "any": Any,
+    "bool": bool,
+    "dict": dict,
+    "float": float,
+    "int": int,
+    "null": type(None),
+    "str": str,
+}
+"""The file's words for types that have no parts."""
 
 # Set by PEFT, by the run or by the model, so not settings of an experiment.
 _NOT_SETTINGS = frozenset(
@@ -55,64 +67,37 @@ _NEEDS_MORE = {
 """Methods that a supervised fine-tune of one model on one task cannot use, and why."""
 
 
-class _Names(dict[str, Any]):
-    """Names an annotation may use; one that is unknown here (a nested config) is a mapping."""
-
-    def __missing__(self, name: str) -> Any:
-        return dict
-
-
-_ANNOTATION_NAMES = _Names(
-    {name: getattr(typing, name) for name in ("Any", "Literal", "Optional", "Sequence", "Union")}
-    | {kind.__name__: kind for kind in (bool, dict, float, int, list, set, str, tuple)}
-    | {"Dict": dict, "List": list, "Tuple": tuple, "None": None}
-)
-
-
 @cache
-def _sources() -> dict[Path, str]:
-    spec = importlib.util.find_spec("peft")
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError("peft is not installed: pip install peft")
-    root = Path(spec.submodule_search_locations[0])
-    files = [file for file in sorted((root / "tuners").rglob("*.py")) if "config" in file.name]
-    files += [
-        root / "config.py",
-        root / "tuners" / "lycoris_utils.py",
-        Path(__file__).parents[1] / "models" / "bottleneck.py",
-    ]
-    return {file: text for file in files if "class" in (text := file.read_text("utf-8"))}
-
-
-@cache
-def _class(name: str) -> ast.ClassDef | None:
-    for text in _sources().values():
-        if re.search(rf"^class {name}\b", text, re.MULTILINE):
-            for node in ast.parse(text).body:
-                if isinstance(node, ast.ClassDef) and node.name == name:
-                    return node
-    return None
+def _table() -> dict[str, Any]:
+    return json.loads(FILE.read_text("utf-8"))
 
 
 @cache
 def methods() -> dict[str, str]:
     """Each PEFT type (`"LORA"`, `"IA3"`, ...) with the name of its config class."""
-    found = {}
-    for text in _sources().values():
-        class_name = ""
-        for line in text.splitlines():
-            if match := re.match(r"class (\w+)", line):
-                class_name = match[1]
-            elif match := re.search(r"self\.peft_type\s*=\s*PeftType\.(\w+)", line):
-                found[match[1]] = class_name
-    return found
+    return {peft_type: method["config"] for peft_type, method in _table()["methods"].items()}
 
 
-def _annotation(node: ast.expr) -> Any:
-    try:
-        return eval(ast.unparse(node), {"__builtins__": {}}, _ANNOTATION_NAMES)
-    except (TypeError, AttributeError):  # an annotation of other names, e.g. torch.dtype
-        return Any
+def _type(described: Any) -> Any:
+    """The Python type that a description in the file stands for; the words below are all that there are.
+
+    Raises:
+        ValueError: the file has another word.
+    """
+    match described:
+        case str() if described in PLAIN:
+            return PLAIN[described]
+        case {"list": kind}:
+            return list[_type(kind)]  # type: ignore[misc]
+        case {"tuple": kinds}:
+            return tuple[*map(_type, kinds)]  # type: ignore[misc]
+        case {"dict": [key, value]}:
+            return dict[_type(key), _type(value)]  # type: ignore[misc]
+        case {"literal": values}:
+            return Literal[*values]
+        case {"union": kinds}:
+            return Union[*map(_type, kinds)]
+    raise ValueError(f"{FILE.name}: no such type: {described}")
 
 
 @cache
@@ -120,24 +105,23 @@ def settings(peft_type: str) -> dict[str, Any]:
     """The fields that a config may set for `peft_type`, each with its type, as PEFT declares them.
 
     Raises:
-        ConfigError: the installed PEFT has no such type.
+        ConfigError: PEFT has no such type.
     """
     if peft_type not in methods():
         raise ConfigError(
             f"method.peft_type: PEFT has no '{peft_type}'{did_you_mean(peft_type, methods())} "
-            f"Known: {', '.join(sorted(methods()))}"
+            f"Known: {', '.join(sorted(methods()))}{_other_version()}"
         )
-    fields: dict[str, Any] = {}
-    queue = [methods()[peft_type]]
-    while queue:
-        node = _class(queue.pop(0))
-        if node is None:
-            continue
-        queue += [base.id for base in node.bases if isinstance(base, ast.Name)]
-        for item in node.body:
-            if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
-                fields.setdefault(item.target.id, _annotation(item.annotation))
-    return {name: _CORRECTED.get(name, kind) for name, kind in fields.items() if name not in _NOT_SETTINGS}
+    fields = _table()["methods"][peft_type]["settings"].items()
+    return {name: _CORRECTED.get(name) or _type(kind) for name, kind in fields if name not in _NOT_SETTINGS}
+
+
+def _other_version() -> str:
+    """What to add to a refusal if the installed PEFT, which may know more, is not the one the file was made for."""
+    made_for, installed = _table()["peft"], version("peft")
+    if installed == made_for:
+        return ""
+    return f" (settings are those of PEFT {made_for}; installed is {installed}: `nox -s peft-methods` reads them again)"
 
 
 def moves_base(start: str | None) -> bool:
@@ -167,7 +151,8 @@ def check(section: str, peft_type: str, given: dict[str, Any]) -> list[str]:
     for name, value in given.items():
         if name not in known:
             problems.append(
-                f"{section}.{name}: PEFT's {methods()[peft_type]} has no such setting{did_you_mean(name, known)}"
+                f"{section}.{name}: PEFT's {methods()[peft_type]} has no such setting"
+                f"{did_you_mean(name, known)}{_other_version()}"
             )
             continue
         try:

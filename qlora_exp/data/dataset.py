@@ -21,6 +21,7 @@ from qlora_exp.config.sections.dataset import DatasetConfig
 from qlora_exp.data import leakage
 from qlora_exp.data.prompts import render
 from qlora_exp.data.sources import read
+from qlora_exp.libraries.datasets import content_key
 from qlora_exp.utils.cache import built
 from qlora_exp.utils.digests import json_digest, text_digest
 from qlora_exp.utils.errors import DataError
@@ -134,7 +135,7 @@ def _clean(raw: Dataset, config: DatasetConfig) -> tuple[Dataset, dict[str, int]
             f"it has {', '.join(raw.column_names)}. Name yours in dataset.prompt_column, dataset.completion_column, ..."
         )
     read = [columns, config.format, config.drop_matching, config.drop_duplicates]
-    name = f"rows-{json_digest([_LAYOUT, raw._fingerprint, *read])}"
+    name = f"rows-{json_digest([_LAYOUT, content_key(raw), *read])}"
     folder = built(name, lambda part: _write_clean(raw, config, columns, part))
     return Dataset.from_file(str(folder / _ROWS)), json.loads((folder / _DROPPED).read_text("utf-8"))
 

@@ -182,7 +182,7 @@ def with_adapter(model: Any, saved: Saved, name: str = "default") -> PeftModel:
         raise ModelError(f"{saved.folder}: a file of the adapter is damaged ({error})") from error
     except (RuntimeError, ValueError, TypeError) as error:
         first = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
-        raise ModelError(f"{saved.folder}: does not fit {model.config._name_or_path}: {first:.300}") from error
+        raise ModelError(f"{saved.folder}: does not fit {model.config.name_or_path}: {first:.300}") from error
 
 
 def load_whole(saved: Saved, dtype: str, device: str = "cpu", quantization: Any = None) -> Any:

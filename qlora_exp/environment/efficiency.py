@@ -12,10 +12,10 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from qlora_exp.environment.device import nvml_handles
+from qlora_exp.libraries.torch import FUSED_ATTENTION, TorchDispatchMode
 from qlora_exp.utils.units import MIB
 
 log = logging.getLogger(__name__)
@@ -55,8 +55,8 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "aten.addmm": _sum_and_product,
     "aten.baddbmm": _sum_and_product,
     **{
-        f"aten._scaled_dot_product_{kernel}{end}": formula
-        for kernel in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
+        f"{kernel}{end}": formula
+        for kernel in FUSED_ATTENTION
         for end, formula in (("", _attention), ("_backward", _attention_backward))
     },
     "bitsandbytes.gemm_4bit": _product_4bit,
@@ -92,7 +92,7 @@ class FlopCounter(TorchDispatchMode):
 
 def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
     """Floating-point operations of one of torch's operations, if it is a matrix product or attention; else 0."""
-    packet = func._overloadpacket
+    packet = func.overloadpacket
     if formula := _FORMULAS.get(str(packet)):
         return formula(*args, **kwargs)
     if formula := flop_registry.get(packet):

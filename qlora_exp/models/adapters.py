@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 import qlora_exp.models.bottleneck  # noqa: F401 - registers its method with PEFT
 from qlora_exp.config.schema import Config
+from qlora_exp.libraries.peft import follow_forward_of_base, loss_of_adapter
 from qlora_exp.utils.errors import ConfigError, did_you_mean
 
 _UNKNOWN_STEPS = 10**9
@@ -127,9 +128,7 @@ def attach(
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         raise ConfigError(f"PEFT cannot adapt this model with {settings.peft_type}: {error}") from error
     if settings.peft_type == PeftType.ADAPTION_PROMPT:
-        # PEFT 0.21 keeps the base's `forward` as it is now; TRL will put another in its place.
-        base: Any = adapted.base_model
-        base.forward = lambda *args, **kwargs: base.model(*args, **kwargs)
+        follow_forward_of_base(adapted)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(getattr(torch, adapter_dtype or "float32"))
@@ -142,14 +141,10 @@ def base_alone(model: Any) -> AbstractContextManager[Any]:
 
 
 def penalty(model: Any) -> torch.Tensor | float:
-    """What KaSA and MonteCLoRA add to the loss while they learn; 0 for all others.
-
-    PEFT 0.21 leaves adding it to whoever trains, and has no public name for it.
-    """
+    """What KaSA and MonteCLoRA add to the loss while they learn; 0 for all others."""
     if not isinstance(model, PeftModel) or model.active_peft_config.peft_type != PeftType.LORA:
         return 0.0
-    tuner: Any = model.base_model
-    return tuner._get_kasa_loss() + tuner._get_monteclora_loss()
+    return loss_of_adapter(model.base_model)
 
 
 def allocates(model: Any) -> bool:

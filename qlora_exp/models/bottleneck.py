@@ -1,7 +1,7 @@
 """Bottleneck adapters (Houlsby et al. 2019, https://arxiv.org/abs/1902.00751) as a method of PEFT, which has none.
 
 Importing this module registers them with PEFT under the type `BOTTLENECK`, for training and for loading. Settings have
-the names of LLM-Adapters' PEFT (https://arxiv.org/abs/2304.01933). Knows nothing of the rest of this package.
+the names of LLM-Adapters' PEFT (https://arxiv.org/abs/2304.01933). Uses nothing else of this package.
 """
 
 from dataclasses import dataclass, field
@@ -12,6 +12,8 @@ from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 from torch import nn
+
+from qlora_exp.libraries.peft import add_peft_type
 
 _ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Tanh}
 
@@ -119,15 +121,6 @@ class BottleneckModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
 
-def _register() -> None:
-    """PEFT takes methods of others, but only under a name that its enumeration has, and that is not open."""
-    member: Any = str.__new__(PeftType, "BOTTLENECK")
-    member._name_ = member._value_ = "BOTTLENECK"
-    setattr(PeftType, "BOTTLENECK", member)  # noqa: B010
-    PeftType._member_map_["BOTTLENECK"] = PeftType._value2member_map_["BOTTLENECK"] = member
-    PeftType._member_names_.append("BOTTLENECK")
-    register_peft_method(name="bottleneck", config_cls=BottleneckConfig, model_cls=BottleneckModel)
-
-
 if "BOTTLENECK" not in PeftType.__members__:
-    _register()
+    add_peft_type("BOTTLENECK")
+    register_peft_method(name="bottleneck", config_cls=BottleneckConfig, model_cls=BottleneckModel)

@@ -13,6 +13,7 @@ from transformers.utils.quantization_config import AwqBackend
 
 from qlora_exp.config.sections.quantization import QuantizationConfig
 from qlora_exp.environment.device import Resolved
+from qlora_exp.libraries.bitsandbytes import keep_trainable
 from qlora_exp.utils.errors import ModelError
 
 BLOCK = 64
@@ -116,21 +117,11 @@ def guard_layers(model: torch.nn.Module) -> None:
     Raises:
         ModelError: a layer has lost its values.
     """
-    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
-
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, torch.Tensor) and (values := dense(weight)) is not weight and values.isnan().any():
             raise ModelError(f"{name}: rows of zeros, which 8-bit floats turn into NaN: choose another quantization")
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-        elif isinstance(module, Linear8bitLt):
-            module.register_forward_pre_hook(_restore_scales)
-
-
-def _restore_scales(module: Any, _arguments: Any) -> None:
-    if module.weight.CB is not None and module.weight.SCB is None:
-        module.weight.SCB = module.state.SCB
+        keep_trainable(module)
 
 
 def weight_of(layer: Any) -> torch.Tensor | None:

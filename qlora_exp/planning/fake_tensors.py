@@ -11,11 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode  # no public name in torch 2.13
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from qlora_exp.environment.efficiency import flops_of
+from qlora_exp.libraries.torch import (
+    UNSAFE_VIEW,
+    VALUE_OF_SCALAR,
+    FakeTensorMode,
+    TorchDispatchMode,
+    storage_address,
+    tree_leaves,
+)
 
 Group = tuple[str, int]
 """Where in a step: (`forward`, layer), (`backward`, layer), (`start`, 0), (`loss`, 0), ..."""
@@ -78,12 +83,12 @@ class Recorder(TorchDispatchMode):
     def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
         """Storages that were there before."""
         for tensor in tensors:
-            self._known[tensor.untyped_storage()._cdata] = -1
+            self._known[storage_address(tensor)] = -1
 
     def add(self, tensor: torch.Tensor, kind: str | None = None) -> None:
         """Note a tensor's storage if it is new."""
         storage = tensor.untyped_storage()
-        address = storage._cdata
+        address = storage_address(tensor)
         if address in self._known or not (nbytes := storage.nbytes()):
             return
         kind = kind or ("loss" if self.group[0] == "loss" else self.kind)
@@ -99,7 +104,7 @@ class Recorder(TorchDispatchMode):
     def is_gradient(self, parameter: torch.Tensor) -> None:
         """Tell what kind of storage a parameter's gradient, which was just made, is."""
         assert parameter.grad is not None
-        number = self._known.get(parameter.grad.untyped_storage()._cdata)
+        number = self._known.get(storage_address(parameter.grad))
         for place in range(len(self.recording.events) - 1, -1, -1):
             event = self.recording.events[place]
             if event.storage == number and event.nbytes > 0:
@@ -109,7 +114,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation; note what it made and what it cost."""
         kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is VALUE_OF_SCALAR:
             return (
                 0 if getattr(args[0], "says_any", False) else 1
             )  # a choice that depends on values: all are so, and none is not
@@ -140,8 +145,8 @@ def _dequantized_4bit(inputs: torch.Tensor, packed: torch.Tensor, *_: Any, **__:
 
 
 _WITHOUT_TRAFFIC = {
-    f"aten.{name}"
-    for name in ("empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "detach", "lift_fresh")
+    UNSAFE_VIEW,
+    *(f"aten.{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "detach", "lift_fresh")),
 }
 _WITHIN: dict[str, Callable[..., int]] = {"bitsandbytes.gemm_4bit": _dequantized_4bit}
 """Bytes that an operation takes for its own use, where that is much."""
@@ -157,13 +162,12 @@ def materialize(model: torch.nn.Module, mode: FakeTensorMode, frozen: bool = Tru
     """
     made: dict[int, Any] = {}
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None or not (frozen or tensor.requires_grad):
-                    continue
+        own = module.named_parameters, module.named_buffers
+        for name, tensor in [one for each in own for one in each(recurse=False, remove_duplicate=False)]:
+            if frozen or tensor.requires_grad:
                 if id(tensor) not in made:
                     made[id(tensor)] = _like(tensor, mode)
-                tensors[name] = made[id(tensor)]
+                setattr(module, name, made[id(tensor)])
 
 
 def _like(tensor: Any, mode: FakeTensorMode) -> torch.Tensor:

@@ -10,6 +10,8 @@ from bitsandbytes.functional import QuantState
 
 from qlora_exp.config.sections.quantization import QuantizationConfig
 from qlora_exp.environment.device import Resolved
+from qlora_exp.libraries.bitsandbytes import keep_trainable
+from qlora_exp.libraries.transformers import with_bitsandbytes_layers
 from qlora_exp.models.quantization import BLOCK, quantization_config
 from qlora_exp.utils.errors import ConfigError
 
@@ -24,15 +26,11 @@ def quantize_meta(model: Any, quantization: QuantizationConfig, resolved: Resolv
         return
     if not quantization.bitsandbytes:
         raise ConfigError(f"quantization={quantization.name} cannot be planned yet: choose nf4_double or int8")
-    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-    from transformers.quantizers.base import get_keys_to_not_convert
-
-    settings = quantization_config(quantization, resolved)
-    replace_with_bnb_linear(model, get_keys_to_not_convert(model), settings)
+    with_bitsandbytes_layers(model, quantization_config(quantization, resolved))
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.weight = Params4bit(module.weight, getattr(torch, resolved.dtype), quantization)
-            module.support_avx512bf16_for_cpu = False
+            keep_trainable(module)
             # DoRA asks for the values in a way that PEFT has for layers with a `W_q` (HQQ's), whatever their weight is.
             module.W_q, module.dequantize = module.weight, partial(_empty_values, module.weight)
         elif type(module).__name__ == "Linear8bitLt":
@@ -64,7 +62,7 @@ class Params4bit(_Packed):
     def __new__(cls, weight: torch.Tensor, dtype: torch.dtype, quantization: QuantizationConfig) -> "Params4bit":
         """Of the unpacked weight's shape and device, and of its dtype when it was quantized."""
         packed = torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8, device=weight.device)
-        parameter = torch.Tensor._make_subclass(cls, packed, False)
+        parameter = packed.as_subclass(cls)
         parameter.shape_of_values, parameter.dtype_of_values = weight.shape, dtype
         parameter.quant_type = quantization.bnb_4bit_quant_type
         parameter.compress_statistics = quantization.bnb_4bit_use_double_quant
@@ -72,7 +70,7 @@ class Params4bit(_Packed):
         return parameter
 
     def __deepcopy__(self, _memo: Any) -> "Params4bit":  # PEFT's DoRA copies layers
-        found = torch.Tensor._make_subclass(Params4bit, self.data.clone(), False)
+        found = self.data.clone().as_subclass(Params4bit)
         vars(found).update(vars(self))
         return found
 
@@ -98,7 +96,7 @@ class Int8Params(_Packed):
     def __new__(cls, weight: torch.Tensor) -> "Int8Params":
         """Of the unquantized weight's shape and device."""
         values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-        parameter = torch.Tensor._make_subclass(cls, values, False)
+        parameter = values.as_subclass(cls)
         parameter.CB = values
         parameter.SCB = torch.empty(weight.shape[0], device=weight.device)
         return parameter

@@ -9,17 +9,15 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
-from torch._subclasses.fake_tensor import UnsupportedFakeTensorException
 from transformers import AutoModelForCausalLM, PretrainedConfig
-from trl.kernels import chunked_logprob
-from trl.trainer import utils as trl_utils
 from trl.trainer.utils import add_fused_lm_head
 
 from qlora_exp.config.schema import Config
 from qlora_exp.environment.device import Device, Resolved, resolve
+from qlora_exp.libraries import trl
+from qlora_exp.libraries.torch import WANTS_VALUES, computing_as_on_gpu
 from qlora_exp.models import adapters, quantization
 from qlora_exp.models.base import model_config
 from qlora_exp.planning.fake_tensors import Work
@@ -154,7 +152,7 @@ class Planner:
             LookupError,
             AssertionError,
         ) as error:
-            wants_values = isinstance(error, UnsupportedFakeTensorException) or "meta" in str(error).lower()
+            wants_values = isinstance(error, WANTS_VALUES) or "meta" in str(error).lower()
             why = "its code looks at values, which a plan has none of: " if wants_values else ""
             told = type_and_first_line(error, 120)
             name = self._config.method.name
@@ -208,43 +206,10 @@ def computing(resolved: Resolved) -> AbstractContextManager[Any]:
 
 @contextmanager
 def as_it_runs(on_cuda: bool) -> Iterator[None]:
-    """Inside, TRL's loss scores all tokens, and fake tensors on the CPU are computed with as a GPU would.
-
-    There TRL's kernels work in place and add up products of 16 bits in float32 (TRL 1.16 has no switch for it), dropout
-    keeps a byte a value, PEFT sees that autocast is on, and autocast takes layer norms to float32, which on a CPU it
-    does not; also where a checkpointed layer is computed again.
-    """
-    functions: Any = torch.nn.functional
-    norm, dropout, is_autocast = functions.layer_norm, functions.dropout, torch.is_autocast_enabled
-
-    def in_float32(x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
-        if is_autocast("cpu"):
-            x, weight, bias = (one if one is None else one.float() for one in (x, weight, bias))
-        with torch.autocast("cpu", enabled=False):
-            return norm(x, shape, weight, bias, eps)
-
-    def fused_dropout(x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-        if inplace or not (training and p):
-            return dropout(x, p, training, inplace)
-        return torch.native_dropout(x, p, training)[0]
-
-    def added(sum_: Any, a: Any, b: Any) -> None:
-        if a.dtype == torch.float32:
-            sum_.addmm_(a, b)
-        else:
-            torch.addmm(sum_, a, b, out_dtype=torch.float32, out=sum_)
-
-    on_gpu = (
-        mock.patch.multiple(
-            chunked_logprob,
-            _forward_tile=lambda *_, **__: None,
-            _backward_tile=lambda *_, **__: None,
-            _addmm_fp32=added,
-        ),
-        mock.patch.multiple(functions, layer_norm=in_float32, dropout=fused_dropout),
-        mock.patch("torch.is_autocast_enabled", lambda device="cpu": is_autocast(device)),
-    )
-    with ExitStack() as patched:
-        for patch in (mock.patch.object(trl_utils, "_use_triton", return_value=False), *(on_gpu if on_cuda else ())):
-            patched.enter_context(patch)
+    """Inside, fake tensors on the CPU are computed with as the run would, on a GPU if `on_cuda`."""
+    with ExitStack() as patches:
+        patches.enter_context(trl.every_token_scored())
+        if on_cuda:
+            patches.enter_context(trl.loss_as_on_gpu())
+            patches.enter_context(computing_as_on_gpu())
         yield

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from peft import PeftType
 from peft.optimizers import create_lorafa_optimizer
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.optimization import Adafactor
 
+from qlora_exp.libraries.torch import FakeTensorMode
 from qlora_exp.models import adapters
 from qlora_exp.planning.fake_tensors import (
     LAYERS,

@@ -24,6 +24,7 @@ from qlora_exp.config.schema import Config
 from qlora_exp.data.dataset import IGNORED
 from qlora_exp.environment.device import Device, Resolved, resolve
 from qlora_exp.environment.memory import MemoryMonitor
+from qlora_exp.libraries.transformers import load_best_checkpoint
 from qlora_exp.models import adapters, lora_init, quantization
 from qlora_exp.models import base as model
 from qlora_exp.training import trainer as training
@@ -231,7 +232,7 @@ def _keeps_best(trial: _Trial) -> None:
         losses = {line["step"]: line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line}
         for step in range(1, _STEPS):  # whichever was the best
             trainer.state.best_model_checkpoint = f"{folder}/checkpoint-{step}"
-            trainer._load_best_model()  # transformers 5.23; what load_best_model_at_end does
+            load_best_checkpoint(trainer)
             now = trainer.evaluate()["eval_loss"]
             if abs(now - losses[step]) > 1e-3:
                 raise FailedError(f"a checkpoint put back is another model (loss {now:.3f}, not {losses[step]:.3f})")

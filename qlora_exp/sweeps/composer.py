@@ -4,12 +4,12 @@ import pickle
 from collections.abc import Sequence
 from typing import Any
 
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf
 
 from qlora_exp.config.hydra_compose import plain
+from qlora_exp.libraries.hydra import apply_overrides, is_group
 
 
 class Composer:
@@ -45,7 +45,7 @@ class Composer:
     def _is_value(self, override: Override) -> bool:
         if override.is_delete() or override.is_hydra_override() or override.package:
             return False
-        return not self._loader.repository.group_exists(override.key_or_group)
+        return not is_group(self._loader, override.key_or_group)
 
 
 class _Begun:
@@ -66,7 +66,7 @@ class _Begun:
             if all(_put(found, one) for one in values):
                 return found
         composed = pickle.loads(self._pickled)
-        ConfigLoaderImpl._apply_overrides_to_config(list(values), composed)
+        apply_overrides(values, composed)
         return plain(composed)
 
 

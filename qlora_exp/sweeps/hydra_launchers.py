@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.singleton import Singleton
-from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
+from hydra.core.utils import JobReturn, JobStatus, run_job
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
+from qlora_exp.libraries.hydra import singletons
 from qlora_exp.sweeps import jobs
 from qlora_exp.sweeps.jobs import Ending
 from qlora_exp.sweeps.launchers import local
@@ -108,11 +108,10 @@ class _HydraJob:
     ) -> None:
         self.hydra_context, self.task_function = hydra_context, task_function
         self.config, self.overrides, self.number = config, overrides, number
-        self.singletons = Singleton.get_state()
+        self.restore_hydra = singletons()
 
     def __call__(self) -> None:
-        setup_globals()
-        Singleton.set_state(self.singletons)
+        self.restore_hydra()
         config = self.hydra_context.config_loader.load_sweep_config(self.config, self.overrides)
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = self.number

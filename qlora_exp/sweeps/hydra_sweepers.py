@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
@@ -17,6 +16,7 @@ from omegaconf import DictConfig
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.sweep import SweepConfig
 from qlora_exp.config.validate import from_dict
+from qlora_exp.libraries.hydra import every_combination
 from qlora_exp.sweeps import jobs, sweep
 from qlora_exp.sweeps.composer import Composer
 from qlora_exp.sweeps.hydra_launchers import LocalLauncher
@@ -98,7 +98,7 @@ class GridSweeper(_Sweeper):
         for one in overrides:
             if one.key_or_group.startswith("search.") or (one.is_sweep_override() and one.is_interval_sweep()):
                 raise ConfigError(f"{one.input_line}: that is for a search; add hydra/sweeper=optuna")
-        combinations = BasicSweeper.split_arguments(overrides, None)[0]
+        combinations = every_combination(overrides)
         shared = sum(not override.is_sweep_override() for override in overrides)
         values = [[word.split("=", 1) for word in combination[shared:]] for combination in combinations]
         swept = [{key.lstrip("+"): value for key, value in one} for one in values]
@@ -123,7 +123,7 @@ class OptunaSweeper(_Sweeper):
         fixed = [one for one in overrides if one not in open_]
         if not open_:
             raise ConfigError("hydra/sweeper=optuna: no key to search, such as method.r=4,8,16 or interval(1e-5,1e-3)")
-        repeats = BasicSweeper.split_arguments(fixed, None)[0]
+        repeats = every_combination(fixed)
         space = {one.get_key_element(): search.distribution(one.value()) for one in open_}
 
         def jobs_of(values: Mapping[str, Any]) -> list[jobs.Job]:

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import optuna
 from filelock import FileLock, Timeout
-from hydra.core.override_parser.types import Override
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -29,6 +28,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from qlora_exp.config.metric_direction import lower_is_better
 from qlora_exp.config.sections.sweep import SearchConfig, SweepConfig
+from qlora_exp.libraries.hydra import as_written
 from qlora_exp.sweeps.jobs import GOOD, Job
 from qlora_exp.sweeps.sweep import Sweep
 from qlora_exp.utils.errors import ConfigError, did_you_mean
@@ -140,7 +140,7 @@ def _distribution(value: Any) -> BaseDistribution:
 
 def _plain(value: Any) -> Any:
     """A choice as Optuna can keep it."""
-    return value if isinstance(value, bool | int | float) else Override._get_value_element_as_str(value)
+    return value if isinstance(value, bool | int | float) else as_written(value)
 
 
 def example(space: Any) -> Any:

@@ -27,9 +27,9 @@ from mlflow.entities import (
     RunTag,
 )
 from mlflow.exceptions import MlflowException
-from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine_with_retry
 from sqlalchemy.exc import SQLAlchemyError
 
+from qlora_exp.libraries.mlflow import create_tables
 from qlora_exp.tracking import mlflow_views
 from qlora_exp.tracking.journal import Journal
 from qlora_exp.utils.errors import TrackingError, first_line
@@ -74,11 +74,7 @@ def _create_store(file: Path) -> None:
     part = file.with_name(f".{file.name}.part")
     for left in file.parent.glob(f"{part.name}*"):  # by one that was killed
         left.unlink()
-    engine = create_sqlalchemy_engine_with_retry(f"sqlite:///{part}")
-    try:
-        _initialize_tables(engine)  # no public name in MLflow 3.17
-    finally:
-        engine.dispose()
+    create_tables(f"sqlite:///{part}")
     part.replace(file)
 
 

@@ -7,6 +7,7 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
+from qlora_exp.libraries.optuna import reopened
 from qlora_exp.utils.errors import PrunedError
 
 
@@ -18,7 +19,7 @@ def judge(told: Mapping[str, Any]) -> Callable[[float, int], None]:
     storage = JournalStorage(JournalFileBackend(told["file"]))
     name = optuna.get_all_study_names(storage)[0]
     study = optuna.load_study(study_name=name, storage=storage, pruner=optuna.pruners.MedianPruner(n_startup_trials=3))
-    trial = optuna.trial.Trial(study, study.trials[told["trial"]]._trial_id)  # optuna 5 has no public way to reopen one
+    trial = reopened(study, told["trial"])
 
     def report(loss: float, step: int) -> None:
         trial.report(loss, step)

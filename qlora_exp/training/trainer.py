@@ -18,7 +18,6 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from trl.trainer import utils as trl_utils
 from trl.trainer.sft_trainer import SFTTrainer
 
 from qlora_exp.config.schema import Config
@@ -26,6 +25,7 @@ from qlora_exp.data.dataset import IGNORED
 from qlora_exp.environment.device import Resolved
 from qlora_exp.environment.efficiency import FlopCounter
 from qlora_exp.environment.memory import MemoryMonitor
+from qlora_exp.libraries import trl
 from qlora_exp.models.adapters import allocates, fit_schedule, keep_dtypes, penalty
 from qlora_exp.training.arguments import arguments
 from qlora_exp.training.optimizers import lora_optimizer
@@ -60,15 +60,6 @@ class _ByLength(LengthGroupedSampler):
     def set_epoch(self, epoch: int) -> None:
         """Called by accelerate before each epoch."""
         self.generator = torch.Generator().manual_seed(self.seed + epoch)
-
-
-def score_supervised_tokens_only() -> None:
-    """Make TRL's LM head skip tokens without loss on a CPU too, as it does on a GPU: the same loss, sooner.
-
-    Elsewhere TRL scores every token, because the varying number of supervised ones would make a compiling backend
-    compile anew at each batch; eager CPU kernels do not mind. Checked on TRL 1.16, which has no public switch for it.
-    """
-    trl_utils._use_triton = lambda device: device.type in ("cuda", "xpu", "cpu")  # type: ignore[attr-defined]
 
 
 class Trainer(SFTTrainer):
@@ -171,8 +162,7 @@ class Watcher(TrainerCallback):
 
         A checkpoint with all the steps in it is the end of a training, of which the trainer itself takes no notice.
         """
-        # TRL 1.16 counts from zero again after a resume.
-        self._trainer._total_train_tokens = max((line.get("num_tokens", 0) for line in state.log_history), default=0)
+        trl.set_trained_tokens(self._trainer, max((line.get("num_tokens", 0) for line in state.log_history), default=0))
         if state.global_step >= state.max_steps:
             control.should_training_stop = True
         if control.should_training_stop:
@@ -274,7 +264,7 @@ def build(
     memory: MemoryMonitor,
 ) -> Trainer:
     """A trainer for a model that already has its trainable parameters; their dtypes stay as they are."""
-    score_supervised_tokens_only()
+    trl.score_supervised_tokens_only()
     callbacks: list[TrainerCallback] = []
     if config.training.early_stopping_patience:
         callbacks.append(

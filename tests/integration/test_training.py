@@ -56,7 +56,7 @@ def test_scoring_supervised_tokens_only_gives_the_same_loss(run_quick, read_loss
     few = run_quick(*still)
     few_scored, scored[:] = scored[:], []
     assert few_scored[:3] == 3 * [few.metrics["labels/supervised_tokens"]]  # then the evaluation
-    monkeypatch.setattr(trainer, "score_supervised_tokens_only", lambda: None)
+    monkeypatch.setattr(trl, "score_supervised_tokens_only", lambda: None)
     monkeypatch.setattr(trl_utils, "_use_triton", lambda device: False)
     every = run_quick(*still)
     assert min(scored[:3]) > few_scored[0]

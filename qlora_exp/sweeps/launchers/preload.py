@@ -10,9 +10,6 @@ signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the sweep's to heed, a
 import contextlib
 import gc
 import importlib
-import os
-from collections.abc import Iterator
-from unittest import mock
 
 from qlora_exp.environment.device import nvml_handles
 from qlora_exp.sweeps.launchers.local import visible_gpus
@@ -43,25 +40,22 @@ _IF_UNTOUCHED = (
 def _capabilities() -> list[tuple[int, int]]:
     """Compute capabilities of the NVIDIA GPUs that are here, as NVML tells them, which begins no CUDA; empty if not."""
     import pynvml
-    import torch
+
+    from qlora_exp.libraries.torch import counts_gpus_without_cuda
 
     try:
         found = [pynvml.nvmlDeviceGetCudaComputeCapability(handle) for handle in nvml_handles()]
     except pynvml.NVMLError:
         return []
-    return found if torch.cuda._device_count_nvml() > 0 else []  # else CUDA itself would be asked whether it is there
+    return found if counts_gpus_without_cuda() else []
 
 
-@contextlib.contextmanager
-def _untouched(capability: tuple[int, int]) -> Iterator[None]:
-    """Inside, who asks about GPUs is answered by NVML: of CUDA, once it has begun, no fork may make use.
+def _without_cuda(capabilities: list[tuple[int, int]]) -> contextlib.AbstractContextManager[None]:
+    if not capabilities:
+        return contextlib.nullcontext()
+    from qlora_exp.libraries.torch import gpus_without_cuda
 
-    bitsandbytes, which PEFT and TRL import, asks at import whether there is a GPU, and its capability, which it uses
-    for nothing else than to see that it is one.
-    """
-    answers = mock.patch("torch.cuda.get_device_capability", return_value=capability)
-    with mock.patch.dict(os.environ, PYTORCH_NVML_BASED_CUDA_CHECK="1"), answers:
-        yield
+    return gpus_without_cuda(min(capabilities))
 
 
 _GPUS = _capabilities() if visible_gpus() else []
@@ -69,7 +63,7 @@ _CODE_IS_LOADED = bool(_GPUS) or not visible_gpus()
 
 quiet()
 gc.disable()  # a fifth of the imports' time, for nothing; a job turns it on
-with _untouched(min(_GPUS)) if _GPUS else contextlib.nullcontext():
+with _without_cuda(_GPUS):
     for _name in (*_ALWAYS, *(_IF_UNTOUCHED if _CODE_IS_LOADED else ())):
         with contextlib.suppress(ImportError):  # a job that needs it says so
             importlib.import_module(_name)

@@ -1,24 +1,71 @@
-import dataclasses
+import importlib.util
+import json
+from pathlib import Path
 
 import peft
 import pytest
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from qlora_exp.config import peft_methods
 from qlora_exp.config.hydra_compose import compose, options
 from qlora_exp.utils.errors import ConfigError
 
-KNOWN = sorted(str(name.value) for name in PEFT_TYPE_TO_CONFIG_MAPPING)
+
+def generator():
+    file = Path(__file__).parents[3] / "benchmarks" / "peft_methods.py"
+    spec = importlib.util.spec_from_file_location("peft_methods_generator", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def test_methods_of_the_installed_peft_are_listed():
-    assert set(KNOWN) <= set(peft_methods.methods())
+def test_the_file_is_what_the_installed_peft_declares():
+    """If this fails, PEFT has changed: run `nox -s peft-methods` and read the diff."""
+    assert generator().written() == peft_methods.FILE.read_text("utf-8")
 
 
-@pytest.mark.parametrize("peft_type", KNOWN)
-def test_settings_are_the_fields_of_pefts_dataclass(peft_type: str):
-    fields = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]) if field.init}
-    assert set(peft_methods.settings(peft_type)) == fields - peft_methods._NOT_SETTINGS
+def test_every_type_in_the_file_becomes_a_validator():
+    for peft_type in peft_methods.methods():
+        for name in peft_methods.settings(peft_type):
+            peft_methods._validator(peft_type, name)
+
+
+@pytest.mark.parametrize("described", ["torch.dtype", {"set": "int"}, 3, None])
+def test_a_word_that_is_not_in_the_vocabulary_is_refused(described):
+    with pytest.raises(ValueError, match="no such type"):
+        peft_methods._type(described)
+
+
+def test_a_type_that_the_vocabulary_cannot_say_is_not_written():
+    with pytest.raises(TypeError, match="no word for"):
+        generator().described(set[int])
+
+
+def test_a_refusal_says_if_another_peft_is_installed_than_the_file_was_made_for(monkeypatch):
+    assert "installed is" not in peft_methods.check("method", "LORA", {"newer": 1})[0]
+    monkeypatch.setattr(peft_methods, "version", lambda _: "0.21.99")
+    made_for = json.loads(peft_methods.FILE.read_text("utf-8"))["peft"]
+    problem = peft_methods.check("method", "LORA", {"newer": 1})[0]
+    assert f"settings are those of PEFT {made_for}; installed is 0.21.99" in problem
+    with pytest.raises(ConfigError, match=r"installed is 0\.21\.99"):
+        peft_methods.settings("LORAA")
+
+
+@pytest.mark.parametrize(
+    ("peft_type", "given", "problem"),
+    [
+        ("ADALORA", {"init_r": 0}, "must be positive"),
+        ("BOTTLENECK", {"non_linearity": "mish"}, "'relu', 'gelu', 'silu' or 'tanh'"),
+        ("LORA", {"eva_config": 3}, "valid dictionary"),
+        ("LORA", {"layers_to_transform": ["q"]}, "valid integer"),
+        ("LORA", {"rank_pattern": []}, "valid dictionary"),
+        ("P_TUNING", {"encoder_reparameterization_type": {}}, "valid string"),
+        ("LORA", {"modules_to_save": "lm_head"}, "valid list"),
+    ],
+)
+def test_types_with_parts_are_checked(peft_type: str, given: dict, problem: str):
+    assert problem in peft_methods.check("method", peft_type, given)[0]
 
 
 @pytest.mark.parametrize("name", ["r", "lora_alpha", "use_dora", "bias"])

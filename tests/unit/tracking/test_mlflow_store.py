@@ -14,13 +14,13 @@ from qlora_exp.utils.errors import TrackingError
 @pytest.mark.slow
 def test_interrupted_creation_of_a_store_is_repeated(tmp_path, monkeypatch):
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
-    made = mlflow_store._initialize_tables
+    made = mlflow_store.create_tables
 
-    def cut_off(engine):
-        made(engine)
+    def cut_off(database):
+        made(database)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mlflow_store, "_initialize_tables", cut_off)
+    monkeypatch.setattr(mlflow_store, "create_tables", cut_off)
     with pytest.raises(KeyboardInterrupt):
         mlflow_store.client(uri)
     assert not (tmp_path / "mlflow.db").exists()

@@ -2,7 +2,8 @@ from pathlib import Path
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.environment.device import Device, resolve
-from qlora_exp.training.trainer import arguments, checkpoint_to_resume
+from qlora_exp.training.arguments import arguments
+from qlora_exp.training.checkpoints import checkpoint_to_resume
 
 CPU = Device("cpu", "CPU", bf16=False, paging=False)
 GPU = Device("cuda", "GPU", bf16=True, paging=True, visible_gpus=2)

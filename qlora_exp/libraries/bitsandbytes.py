@@ -1,0 +1,26 @@
+"""bitsandbytes' private parts. Checked on bitsandbytes 0.50.2."""
+
+from typing import Any
+
+import torch
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+
+
+def keep_trainable(module: torch.nn.Module) -> None:
+    """Undo what makes a layer of bitsandbytes lose its gradient or its scales; other modules are left alone.
+
+    4 bits (`Linear4bit.support_avx512bf16_for_cpu`): on CPUs with AVX512-BF16 the first forward in eval mode repacks
+    the weights for inference; later training forwards then take a path without autograd, and the gradient through every
+    base layer is silently lost.
+    8 bits (`Linear8bitLt.state.SCB`): PEFT's DoRA moves the weight to the device it is on, which loses its scales, and
+    the next forward fails.
+    """
+    if isinstance(module, Linear4bit):
+        module.support_avx512bf16_for_cpu = False
+    elif isinstance(module, Linear8bitLt):
+        module.register_forward_pre_hook(_restore_scales)
+
+
+def _restore_scales(module: Any, _arguments: Any) -> None:
+    if module.weight.CB is not None and module.weight.SCB is None:
+        module.weight.SCB = module.state.SCB

@@ -1,0 +1,21 @@
+"""Attributes of other libraries' modules, replaced for a while."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+
+@contextmanager
+def patched(module: ModuleType, **attributes: Any) -> Iterator[None]:
+    """Replace attributes of a module inside, and put them back afterwards, also after an error.
+
+    Raises:
+        AttributeError: the module has no such attribute, so that a patch would have no effect.
+    """
+    before = {name: getattr(module, name) for name in attributes}
+    try:
+        vars(module).update(attributes)
+        yield
+    finally:
+        vars(module).update(before)

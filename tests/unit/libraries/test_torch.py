@@ -1,0 +1,115 @@
+import inspect
+import os
+
+import pytest
+import torch
+from torch.nn import functional
+
+from qlora_exp.libraries import torch as private
+
+
+class Seen(private.TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_fake_tensors_have_shapes_and_no_values():
+    with private.FakeTensorMode(allow_non_fake_inputs=True):
+        made = torch.nn.Linear(3, 5)(torch.ones(2, 3))
+        assert made.shape == (2, 5)
+        for look in (lambda: made.sum().item(), made.nonzero):
+            with pytest.raises(private.WANTS_VALUES):
+                look()
+    assert all(issubclass(one, RuntimeError) for one in private.WANTS_VALUES)
+
+
+def test_a_dispatch_mode_sees_that_a_value_is_asked_for():
+    with Seen() as seen:
+        torch.ones(()).item()
+    assert private.VALUE_OF_SCALAR in seen.operations
+
+
+def test_an_unsafe_view_is_not_marked_as_a_view():
+    with Seen() as seen:
+        torch.ones(2, 3, 4) @ torch.ones(4, 5)
+    found = [one for one in seen.operations if str(one.overloadpacket) == private.UNSAFE_VIEW]
+    assert found
+    assert not any(one.is_view for one in found)
+
+
+def test_fused_attention_has_these_names():
+    for name in private.FUSED_ATTENTION:
+        for end in ("", "_backward"):
+            assert hasattr(torch.ops.aten, name.removeprefix("aten.") + end), name
+    with Seen() as seen:
+        functional.scaled_dot_product_attention(*(torch.ones(1, 2, 8, 16) for _ in range(3)), is_causal=True)
+    assert private.FUSED_ATTENTION[0] in {str(one.overloadpacket) for one in seen.operations}
+
+
+def test_leaves_of_nested_arguments():
+    assert private.tree_leaves(([1, {"a": 2}], (3, None), [])) == [1, 2, 3, None]
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_views_share_a_storage_address_and_others_do_not(fake: bool):
+    def check() -> None:
+        one, other = torch.ones(4), torch.ones(4)
+        assert private.storage_address(one) == private.storage_address(one[1:])
+        assert private.storage_address(one) != private.storage_address(other)
+
+    if fake:
+        with private.FakeTensorMode():
+            check()
+    else:
+        check()
+
+
+def test_gpus_can_be_counted_through_nvml():
+    assert not inspect.signature(torch.cuda._device_count_nvml).parameters
+    assert private.counts_gpus_without_cuda() == (torch.cuda._device_count_nvml() > 0)
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_questions_about_gpus_are_answered_without_cuda(before: str | None, monkeypatch):
+    variable = "PYTORCH_NVML_BASED_CUDA_CHECK"
+    monkeypatch.delenv(variable, raising=False)
+    if before is not None:
+        monkeypatch.setenv(variable, before)
+    original = torch.cuda.get_device_capability
+    with private.gpus_without_cuda((9, 0)):
+        assert torch.cuda.get_device_capability(0) == (9, 0)
+        assert os.environ[variable] == "1"
+    assert torch.cuda.get_device_capability is original
+    assert os.environ.get(variable) == before
+    assert variable in inspect.getsource(torch.cuda)
+
+
+def test_on_a_gpu_layer_norms_are_in_float32_dropout_keeps_a_byte_a_value_and_autocast_is_on():
+    assert [*inspect.signature(functional.layer_norm).parameters] == [
+        "input",
+        "normalized_shape",
+        "weight",
+        "bias",
+        "eps",
+    ]
+    assert [*inspect.signature(functional.dropout).parameters] == ["input", "p", "training", "inplace"]
+    x, kept = torch.ones(4, 8, dtype=torch.bfloat16, requires_grad=True), []
+
+    def dropped() -> list[torch.dtype]:
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one.dtype) or one, lambda one: one):
+            torch.nn.Dropout(0.5)(x)
+        return kept
+
+    assert torch.bool not in dropped()  # on a CPU
+    with private.computing_as_on_gpu(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.nn.LayerNorm(8)(x).dtype == torch.float32
+        assert dropped() == [torch.bool]
+        assert torch.is_autocast_enabled()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not torch.is_autocast_enabled()  # of CUDA

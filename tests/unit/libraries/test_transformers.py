@@ -1,0 +1,39 @@
+import inspect
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, Trainer, TrainingArguments
+
+from qlora_exp.libraries.transformers import load_best_checkpoint, with_bitsandbytes_layers
+
+
+def test_linear_layers_become_bitsandbytes_and_the_head_stays():
+    shape = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape)
+        with_bitsandbytes_layers(model, BitsAndBytesConfig(load_in_4bit=True))
+    assert isinstance(model.model.layers[0].mlp.up_proj, Linear4bit)
+    assert type(model.lm_head) is torch.nn.Linear
+
+
+def test_the_best_checkpoint_is_that_of_the_state(tmp_path):
+    """What a whole run does with it: the compatibility probe, aspect load_best_model_at_end."""
+    shape = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = AutoModelForCausalLM.from_config(shape)
+    model.save_pretrained(tmp_path / "checkpoint-1")
+    before = model.lm_head.weight.detach().clone()
+    trainer = Trainer(model, TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none"))
+    torch.nn.init.zeros_(model.lm_head.weight)
+    trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
+    load_best_checkpoint(trainer)
+    assert torch.equal(trainer.model.lm_head.weight, before)
+
+
+def test_transformers_calls_what_our_trainer_overrides():
+    """What the overrides do: tests/unit/training/test_trainer.py."""
+    source = inspect.getsource(Trainer)
+    assert "sampler_fn=self._get_train_sampler," in source
+    assert "self._run_epoch(" in source
+    assert "self._save_checkpoint(model, trial)" in source
+    assert isinstance(TrainingArguments.n_gpu, property)
+    assert "self.n_gpu" in inspect.getsource(TrainingArguments.train_batch_size.fget)

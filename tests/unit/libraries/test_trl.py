@@ -1,0 +1,77 @@
+import inspect
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+from trl.kernels import chunked_logprob
+from trl.trainer import utils
+from trl.trainer.sft_trainer import SFTTrainer
+
+from qlora_exp.libraries import trl as private
+from qlora_exp.libraries.patching import patched
+
+KERNELS = ("_forward_tile", "_backward_tile", "_addmm_fp32")
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """A function that trains a model on a row with two supervised tokens of eight, and says how many were scored."""
+    kernel, counts = utils._ChunkedLogProbFunction.apply, []
+
+    class Spy:
+        @staticmethod
+        def apply(hidden, *args):
+            counts.append(len(hidden))
+            return kernel(hidden, *args)
+
+    monkeypatch.setattr(utils, "_ChunkedLogProbFunction", Spy)
+    monkeypatch.setattr(utils, "_use_triton", utils._use_triton)  # put back afterwards
+    shape = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = AutoModelForCausalLM.from_config(shape)
+    utils.add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+
+    def score() -> int:
+        ids = torch.arange(8)[None]
+        labels = torch.where(ids < 6, -100, ids)
+        model(input_ids=ids, labels=labels, use_cache=False, fused_lm_head=True).log_probs.sum().backward()
+        return counts.pop()
+
+    return score
+
+
+def test_the_head_scores_what_use_triton_says(scored):
+    assert [*inspect.signature(utils._use_triton).parameters] == ["device"]
+    every = scored()  # TRL's own way on a CPU
+    private.score_supervised_tokens_only()
+    assert scored() == 2 < every
+    with private.every_token_scored():
+        assert scored() == every
+    assert scored() == 2
+
+
+def test_the_loss_calls_the_functions_that_are_replaced(scored):
+    called = set()
+
+    def spy(name: str):
+        function = getattr(chunked_logprob, name)
+        return lambda *args, **kwargs: called.add(name) or function(*args, **kwargs)
+
+    with patched(chunked_logprob, **{name: spy(name) for name in KERNELS}):
+        scored()
+    assert called == set(KERNELS)
+    assert [*inspect.signature(chunked_logprob._addmm_fp32).parameters] == ["acc", "a", "b"]
+
+
+def test_the_loss_of_a_gpu_makes_no_values_and_is_put_back(scored):
+    before = [getattr(chunked_logprob, name) for name in KERNELS]
+    with private.loss_as_on_gpu():
+        assert not any(getattr(chunked_logprob, name) in before for name in KERNELS)
+        scored()
+    assert [getattr(chunked_logprob, name) for name in KERNELS] == before
+
+
+def test_trained_tokens_are_counted_in_this_attribute():
+    """What a resumed run logs: tests/integration/test_run.py."""
+    source = inspect.getsource(SFTTrainer)
+    assert "self._total_train_tokens = 0" in source
+    assert '["num_tokens"] = [self._total_train_tokens]' in source
