@@ -5,14 +5,14 @@ import os
 import pytest
 
 from qlora_exp.config.hydra_compose import compose
-from qlora_exp.tracking import tracker
+from qlora_exp.tracking import lifecycle
 from qlora_exp.tracking.journal import FILE
 
 
 def start_run(store: str, folder, *overrides: str, **kwargs):
     """Begin to track a run of the default config in a folder."""
     folder.mkdir(exist_ok=True)
-    return tracker.start(compose([f"tracking.uri={store}", *overrides]), folder, **kwargs)
+    return lifecycle.start(compose([f"tracking.uri={store}", *overrides]), folder, **kwargs)
 
 
 def damage(line: bytes, at: int):

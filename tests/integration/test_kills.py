@@ -15,9 +15,9 @@ from qlora_exp.tracking.mlflow_store import client
 
 def test_run_of_a_dead_process_is_marked_killed_by_the_next_run(mlflow_uri, mlflow_client, tmp_path):
     code = (
-        "import os, signal; from pathlib import Path; from qlora_exp.tracking import tracker\n"
+        "import os, signal; from pathlib import Path; from qlora_exp.tracking import lifecycle\n"
         "from qlora_exp.config.hydra_compose import compose\n"
-        f"with tracker.start(compose(['tracking.uri={mlflow_uri}']), Path({str(tmp_path)!r})) as t:\n"
+        f"with lifecycle.start(compose(['tracking.uri={mlflow_uri}']), Path({str(tmp_path)!r})) as t:\n"
         "    print(t.run_id, flush=True); os.kill(os.getpid(), signal.SIGKILL)"
     )
     died = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False).stdout.strip()

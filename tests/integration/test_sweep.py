@@ -10,7 +10,7 @@ from qlora_exp.sweeps import jobs
 from qlora_exp.sweeps.jobs import Ending, Job
 from qlora_exp.sweeps.sweep import Sweep
 from qlora_exp.sweeps.worker import run_job
-from qlora_exp.tracking import run_key, tracker
+from qlora_exp.tracking import lifecycle, recovery, run_key
 from qlora_exp.tracking.journal import FILE, last_message
 from qlora_exp.tracking.mlflow_store import client
 from qlora_exp.utils.errors import SweepError
@@ -131,7 +131,7 @@ def test_dry_run_leaves_no_files(make_jobs, tmp_path, capsys):
 def test_dead_job_is_recorded_with_its_cause(make_jobs, read_runs):
     def dies(waiting):
         for job in waiting:
-            with tracker.start(job.config, job.folder, must_reach=False) as tracked:
+            with lifecycle.start(job.config, job.folder, must_reach=False) as tracked:
                 tracked.metrics({"train/loss": 1.0, "before/loss": 5.0}, 1)
                 tracked.end = lambda *_, **__: None  # as a kill: nothing more is written
         return [Ending("oom", "the kernel killed it"), None]
@@ -216,7 +216,7 @@ def test_old_sweep_synced_late_does_not_replace_the_newest_view(make_jobs, mlflo
     mlflow.set_experiment_tag(experiment.experiment_id, key, newer)
     folder = tmp_path / "multirun" / "test"
     (folder / "delivered.json").unlink()
-    assert tracker.finish(folder, "killed", "not used")
+    assert recovery.finish(folder, "killed", "not used")
     assert mlflow.get_experiment(experiment.experiment_id).tags[key] == newer
 
 
@@ -266,7 +266,7 @@ def test_job_that_dies_before_its_run_begins_is_recorded_and_not_repeated(make_j
 def cut_off(job: Job) -> None:
     """As a kill leaves a job."""
     tags = json.loads((job.folder / jobs.JOB_FILE).read_text())["tags"]
-    tracker._begin(job.config, job.folder, tags, must_reach=False).close()
+    lifecycle._begin(job.config, job.folder, tags, must_reach=False).close()
 
 
 def test_job_killed_at_its_time_limit_has_outcome_timeout(make_jobs, read_runs):

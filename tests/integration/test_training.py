@@ -6,8 +6,8 @@ import pytest
 import torch
 from trl.trainer import utils as trl_utils
 
+from qlora_exp.libraries import trl
 from qlora_exp.tracking.journal import metrics
-from qlora_exp.training import trainer
 from qlora_exp.utils.errors import ConfigError, DivergedError
 
 

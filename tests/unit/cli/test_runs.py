@@ -49,14 +49,14 @@ def test_sync_looks_for_the_usual_folders_when_it_runs(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("what", ["line", "first", "delivered.json", "folder", "unreadable", "lock"])
-def test_sync_sends_all_that_it_can_read(what: str, store, tmp_path, monkeypatch, capsys):
+def test_sync_sends_all_that_it_can_read(what: str, mlflow_uri, tmp_path, monkeypatch, capsys):
     from qlora_exp.config.hydra_compose import compose
-    from qlora_exp.tracking import tracker
+    from qlora_exp.tracking import lifecycle
     from qlora_exp.tracking.mlflow_store import client
 
     for name in "abc":
         (tmp_path / "outputs" / name).mkdir(parents=True)
-        with tracker.start(compose([f"tracking.uri={store}"]), tmp_path / "outputs" / name) as tracked:
+        with lifecycle.start(compose([f"tracking.uri={mlflow_uri}"]), tmp_path / "outputs" / name) as tracked:
             tracked.metrics({"loss": 2.0}, 1)
     bad = tmp_path / "outputs" / "a"
     if what == "delivered.json":

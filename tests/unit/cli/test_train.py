@@ -7,12 +7,12 @@ from support import exit_code
 from qlora_exp.cli import train
 
 
-def test_an_interrupted_run_says_how_to_go_on(config, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_says_how_to_go_on(make_config, tmp_path, monkeypatch, capsys):
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("qlora_exp.recipe.finetune.run", interrupted)
-    composed, folder = OmegaConf.create(config().model_dump(mode="json")), tmp_path / "run"
+    composed, folder = OmegaConf.create(make_config().model_dump(mode="json")), tmp_path / "run"
     for hint in ("", f"to go on: the same command with hydra.run.dir={folder}\n"):
         with pytest.raises(KeyboardInterrupt):
             train._single_run(composed, folder)

@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.validate import from_dict
-from qlora_exp.tracking import tracker
+from qlora_exp.tracking import lifecycle, recovery, tracker
 from qlora_exp.tracking.journal import FILE, Journal, is_settled, metrics
 from qlora_exp.tracking.mlflow_store import client
 from qlora_exp.utils.errors import ConfigError, JournalError, TrackingError
@@ -89,7 +89,7 @@ def test_deleted_experiment_is_reported(mlflow_uri, mlflow_client, tmp_path):
 def test_message_rejected_by_mlflow_does_not_block_others(mlflow_uri, mlflow_client, tmp_path, caplog):
     values = compose([f"tracking.uri={mlflow_uri}"]).model_dump(mode="json")
     values["method"]["rank_pattern"] = {"layers.0.*q_proj": 4}
-    with tracker.start(from_dict(values), tmp_path) as tracked:
+    with lifecycle.start(from_dict(values), tmp_path) as tracked:
         tracked.params({"what(is)this": 1})
         tracked.metrics({"loss": 1.0}, 1)
     found = mlflow_client.get_run(tracked.run_id)
@@ -137,9 +137,9 @@ def test_permanent_server_outage_keeps_everything_on_disk(mlflow_uri, mlflow_cli
     assert "did not take everything" in caplog.text
     assert metrics(tmp_path)[-1]["loss"] == 2.0
     assert mlflow_client.get_run(tracked.run_id).info.status == "RUNNING"
-    assert tracker.finish(tmp_path, "killed", "not used: the run ended by itself", mlflow_uri) is False  # still away
+    assert recovery.finish(tmp_path, "killed", "not used: the run ended by itself", mlflow_uri) is False  # still away
     unsteady.away = False
-    assert tracker.finish(tmp_path, "killed", "not used: the run ended by itself", mlflow_uri) is True
+    assert recovery.finish(tmp_path, "killed", "not used: the run ended by itself", mlflow_uri) is True
     run = mlflow_client.get_run(tracked.run_id)
     assert (run.info.status, run.data.metrics, run.data.tags["outcome"]) == ("FINISHED", {"loss": 2.0}, "ok")
 
@@ -177,7 +177,7 @@ def test_sending_everything_again_changes_nothing(mlflow_uri, mlflow_client, tmp
     journal.state.pop("run_id")
     journal.note(offset=0)
     journal.close()
-    assert tracker.finish(tmp_path, "killed", "not used") is True
+    assert recovery.finish(tmp_path, "killed", "not used") is True
     assert mlflow_client.get_run(tracked.run_id).to_dictionary() == before
     assert len(mlflow_client.get_metric_history(tracked.run_id, "loss")) == 1
     assert (
@@ -233,7 +233,7 @@ def test_other_store_receives_everything(mlflow_uri, mlflow_client, tmp_path, ma
         tracked.metrics({"loss": 2.0}, 1)
     other = make_store("other.db")
     assert not is_settled(tmp_path / "run", other)
-    assert tracker.finish(tmp_path / "run", "killed", "not used", other) is True
+    assert recovery.finish(tmp_path / "run", "killed", "not used", other) is True
     assert is_settled(tmp_path / "run", other)
     assert is_settled(tmp_path / "run")
     there = client(other)
@@ -309,9 +309,9 @@ def test_interrupt_waits_for_the_message_being_sent(mlflow_uri, mlflow_client, t
 
 
 def test_run_name_describes_the_run():
-    name = tracker.run_name(compose(["lora_variant=dora", "method.r=4"]))
+    name = lifecycle.run_name(compose(["lora_variant=dora", "method.r=4"]))
     assert name == "smollm2-135m-construction_faq-qlora-nf4_double-dora-r4-s42"
-    name = tracker.run_name(compose(["method=full", "model=opt_125m"]))
+    name = lifecycle.run_name(compose(["method=full", "model=opt_125m"]))
     assert name == "opt-125m-construction_faq-full-s42"
 
 
@@ -348,7 +348,7 @@ DAMAGES = {
 def test_damaged_stale_run_does_not_stop_the_next_run(what: str, mlflow_uri, mlflow_client, tmp_path, caplog):
     died = leave_stale_run(mlflow_uri, mlflow_client, tmp_path / "died")
     DAMAGES[what](tmp_path / "died")
-    tracker._reap(mlflow_client, "stale", mlflow_uri)
+    recovery.reap(mlflow_client, "stale", mlflow_uri)
     run = mlflow_client.get_run(died)
     assert (run.info.status, run.data.tags["outcome"]) == ("KILLED", "killed")
     (said,) = [one.message for one in caplog.records if died in one.message]
@@ -371,7 +371,7 @@ def test_invalid_tags_of_a_stale_run_do_not_stop_the_next_run(tags, mlflow_uri, 
     died, other = (
         leave_stale_run(mlflow_uri, mlflow_client, tmp_path / name, **more) for name, more in (("a", tags), ("b", {}))
     )
-    tracker._reap(mlflow_client, "stale", mlflow_uri)
+    recovery.reap(mlflow_client, "stale", mlflow_uri)
     assert [mlflow_client.get_run(one).info.status for one in (died, other)] == ["KILLED", "KILLED"]
     assert [one.message for one in caplog.records if died in one.message]
     assert not [one.message for one in caplog.records if other in one.message]
@@ -381,7 +381,7 @@ def test_folder_of_another_user_is_not_read(mlflow_uri, mlflow_client, tmp_path,
     died = leave_stale_run(mlflow_uri, mlflow_client, tmp_path / "died")
     before = (tmp_path / "died" / FILE).read_bytes()
     monkeypatch.setattr("os.getuid", lambda: 12345)
-    tracker._reap(mlflow_client, "stale", mlflow_uri)
+    recovery.reap(mlflow_client, "stale", mlflow_uri)
     assert mlflow_client.get_run(died).info.status == "KILLED"
     assert "another user's" in caplog.text
     assert (tmp_path / "died" / FILE).read_bytes() == before
@@ -396,7 +396,7 @@ def test_messages_before_a_damaged_line_are_sent(mlflow_uri, mlflow_client, tmp_
     damage(b'{"op": "met garbage', at)(tmp_path / "run")
     uri = make_store("other.db")
     with pytest.raises(JournalError, match=f"line {at + 1}: "):
-        tracker.finish(tmp_path / "run", "killed", "not used", uri)
+        recovery.finish(tmp_path / "run", "killed", "not used", uri)
     there = client(uri)
 
     def told():
@@ -406,9 +406,9 @@ def test_messages_before_a_damaged_line_are_sent(mlflow_uri, mlflow_client, tmp_
     assert told() == ("RUNNING", [2.0])
     assert not is_settled(tmp_path / "run", uri)
     with pytest.raises(JournalError):  # and nothing was added
-        tracker.finish(tmp_path / "run", "killed", "not used", uri)
+        recovery.finish(tmp_path / "run", "killed", "not used", uri)
     (tmp_path / "run" / FILE).write_bytes(whole)
-    assert tracker.finish(tmp_path / "run", "killed", "not used", uri)
+    assert recovery.finish(tmp_path / "run", "killed", "not used", uri)
     assert told() == ("FINISHED", [2.0, 1.0])
 
 
