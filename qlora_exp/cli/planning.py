@@ -153,7 +153,7 @@ def calibrate(options: argparse.Namespace) -> None:
 def _refuse_options_as_keys(options: argparse.Namespace) -> None:
     for word in options.overrides:
         key, _, value = word.partition("=")
-        if key in ("gpu", "vram", "price"):
+        if key in ("gpu", "vram", "price") and key in options:  # `advise` has no --price
             raise ConfigError(f"{key}: no such key or group; did you mean --{key} {value}?")
 
 
