@@ -60,10 +60,11 @@ def unit(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Ruff, mypy, and the import contracts of the rooms."""
+    """Ruff, mypy, spelling, and the import contracts of the rooms."""
     session.run(sys.executable, "-m", "ruff", "check", ".")
     session.run(sys.executable, "-m", "ruff", "format", "--check", ".")
     session.run(sys.executable, "-m", "mypy")
+    session.run(sys.executable, "-m", "codespell_lib")
     session.run(str(Path(sys.executable).with_name("lint-imports")), "--no-cache")
 
 
@@ -72,6 +73,14 @@ def bench(session: nox.Session) -> None:
     """Time `qlora-exp train` against a plain script of the same libraries, alternating (about a quarter of an hour)."""
     install(session)
     session.run(sys.executable, "benchmarks/bench.py", *session.posargs)
+
+
+@nox.session
+def memory(session: nox.Session) -> None:
+    """Compare planned memory with measured or published memory: planned_memory, measured_h100, published_litgpt, ..."""
+    install(session)
+    name, *arguments = session.posargs or ["planned_memory"]
+    session.run(sys.executable, f"benchmarks/{name}.py", *arguments)
 
 
 @nox.session
