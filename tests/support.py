@@ -1,6 +1,7 @@
 """What tests and fixtures share: the overrides of a quick run, and the command line."""
 
 import logging
+import signal
 import subprocess
 import sys
 from typing import Any
@@ -42,3 +43,8 @@ def command(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     """Start the command line in a process of its own, and wait for it."""
     words = (sys.executable, "-m", "qlora_exp", *words)
     return subprocess.run(words, capture_output=True, text=True, check=False, **options)
+
+
+def take_interrupts() -> None:
+    """Let a child process take SIGINT, which a shell's background job ignores and its children with it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

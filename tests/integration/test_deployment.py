@@ -13,7 +13,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
-from support import QUICK, exit_code
+from support import QUICK, exit_code, take_interrupts
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.deploy import load, serve
@@ -60,7 +60,8 @@ def test_client_of_a_server_gets_the_answer_of_the_model(server, health, trained
     folder, port = str(trained_adapters()), free_port()
     command = [sys.executable, "-m", "qlora_exp", "serve", folder, "--with", server, "--port", str(port)]
     log = (tmp_path / "log").open("w")
-    process = subprocess.Popen([*command, "--device", "cpu", "--out", "served"], stdout=log, stderr=log)
+    command += ["--device", "cpu", "--out", "served"]
+    process = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=take_interrupts)
     try:
         for _ in range(600):
             try:

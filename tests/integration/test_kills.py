@@ -7,7 +7,7 @@ import time
 
 import pytest
 from helpers.tracking import start_run
-from support import QUICK
+from support import QUICK, take_interrupts
 
 from qlora_exp.tracking.journal import metrics
 from qlora_exp.tracking.mlflow_store import client
@@ -34,8 +34,7 @@ def test_train_command_ended_by_a_signal_is_recorded_as_killed(signal_name: str,
         [sys.executable, "-m", "qlora_exp", "train", *words, f"hydra.run.dir={tmp_path / 'killed'}"],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        # A shell's background job ignores SIGINT, and its children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=take_interrupts,
     )
     for _ in range(600):
         if any("train/loss" in one for one in metrics(tmp_path / "killed")):

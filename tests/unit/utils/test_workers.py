@@ -8,6 +8,7 @@ import time
 
 import psutil
 import pytest
+from support import take_interrupts
 
 from qlora_exp.utils.workers import result, workers
 
@@ -44,8 +45,7 @@ def test_workers_end_with_their_parent(how, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        # A shell's background job ignores SIGINT, and its children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=take_interrupts,
     )
     assert asking.stdout is not None
     pids = [int(word) for word in asking.stdout.readline().split()]

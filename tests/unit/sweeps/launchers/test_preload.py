@@ -4,6 +4,7 @@ import sys
 import time
 
 import pytest
+from support import take_interrupts
 
 pytestmark = pytest.mark.slow
 
@@ -33,8 +34,7 @@ def test_preloading_ignores_ctrl_c():
         [sys.executable, "-c", INTERRUPTED],
         stdout=subprocess.PIPE,
         text=True,
-        # A shell's background job ignores SIGINT, and its children inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=take_interrupts,
     )
     assert process.stdout is not None
     process.stdout.readline()
