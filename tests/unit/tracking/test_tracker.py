@@ -366,6 +366,7 @@ WRONG_TAGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tags", WRONG_TAGS)
 def test_invalid_tags_of_a_stale_run_do_not_stop_the_next_run(tags, mlflow_uri, mlflow_client, tmp_path, caplog):
     died, other = (
@@ -412,6 +413,7 @@ def test_messages_before_a_damaged_line_are_sent(mlflow_uri, mlflow_client, tmp_
     assert told() == ("FINISHED", [2.0, 1.0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", GARBAGE)
 def test_restart_names_a_damaged_journal_line(line: bytes, mlflow_uri, mlflow_client, tmp_path):
     leave_stale_run(mlflow_uri, mlflow_client, tmp_path / "died")
@@ -421,6 +423,7 @@ def test_restart_names_a_damaged_journal_line(line: bytes, mlflow_uri, mlflow_cl
             pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["{", "[]", "{}", "3", "model: 3", "a: !!python/object/apply:os.system ['x']", "\0"])
 def test_restart_names_a_damaged_config(text: str, mlflow_uri, mlflow_client, tmp_path):
     leave_stale_run(mlflow_uri, mlflow_client, tmp_path / "died")
