@@ -1,4 +1,4 @@
-"""Hold what the stages of a run share: its config and device, its folder, its tracker, memory and metrics."""
+"""Define what the stages of a run share: its config and device, its folder, its tracker, memory and metrics."""
 
 import gc
 import logging
