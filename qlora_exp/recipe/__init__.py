@@ -1,5 +1,5 @@
 """One run from start to end, as a list of stages; each stage is a function in a file of its own.
 
 May import: every room above.
-Never here: sweeps, comparisons, exports; a run knows nothing of other runs.
+Never here: sweeps, comparisons, exports; a run does not use other runs.
 """

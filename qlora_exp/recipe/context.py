@@ -1,4 +1,4 @@
-"""What goes through the stages of a run: its config and device, its folder, its tracker, memory and metrics."""
+"""Define what the stages of a run share: its config and device, its folder, its tracker, memory and metrics."""
 
 import gc
 import logging
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunContext:
-    """One run under way."""
+    """A run in progress, passed from stage to stage."""
 
     config: Config
     resolved: Resolved
@@ -34,44 +34,44 @@ class RunContext:
     tracker: Tracker
     memory: MemoryMonitor
     peak_flops: float
-    """The most FLOP/s that this device reached in a matrix product, in the precision that training computes in."""
+    """Highest FLOP/s that this device reached in a matrix product, in the precision that training computes in."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """The last value of every metric that is measured once."""
+    """Last value of each metric that is measured once in a run."""
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of the run's checkpoints."""
+        """Folder of the run's checkpoints."""
         return self.output_dir / "checkpoints"
 
     @property
     def first_adapter(self) -> Path:
-        """The folder with the adapter as it started, while the run needs it to save the difference."""
+        """Folder with the initial adapter; it exists while the run needs it to save the difference from it."""
         return self.output_dir / "first_adapter"
 
     @property
     def saved_model(self) -> Path:
-        """The folder of the trained adapter or model."""
+        """Folder of the trained adapter or model."""
         return self.output_dir / "model"
 
     def log_metrics(self, values: Mapping[str, float]) -> None:
-        """Keep and track values that are measured once in a run."""
+        """Log metrics that are measured once in a run, and keep them in `metrics`."""
         self.metrics.update(values)
         self.tracker.metrics(values)
 
     def log_memory(self) -> None:
-        """Log memory peaks, as far as there are any, and how they compare with the plan."""
+        """Log memory peaks, if any were measured, and how they compare with the plan."""
         if not self.memory.peaks:
             return
-        # Where an earlier process did all the training, the peaks over all phases are not this one's.
-        whole = "steady" in self.memory.peaks or not (
+        # If an earlier process did all the training, this one has no peak over all phases, only those of single phases.
+        trained = "steady" in self.memory.peaks or not (
             self.tracker.resumed or self.config.training.resume_from_checkpoint
         )
         summary_ = self.memory.summary().items()
-        self.log_metrics({f"memory/{key}": value for key, value in summary_ if whole or "/" in key})
-        self.log_metrics(calibration.ratio(self.metrics) if whole else {})
+        self.log_metrics({f"memory/{key}": value for key, value in summary_ if trained or "/" in key})
+        self.log_metrics(calibration.ratio(self.metrics) if trained else {})
 
     def finish(self) -> RunResult:
-        """Log what is known only at the end, and return the result."""
+        """Log the memory peaks and the summary, which need the complete run, and return the result."""
         self.log_memory()
         self.tracker.describe(summary.markdown(self.metrics))
         return RunResult(self.tracker.run_id, self.output_dir, self.metrics)
@@ -81,13 +81,14 @@ class RunContext:
 def open_run(
     config: Config, resolved: Resolved, output_dir: str | Path, tags: Mapping[str, str], must_reach: bool
 ) -> Iterator[RunContext]:
-    """Open the run's folder, log file and MLflow run; what is raised inside ends the run as failed.
+    """Open the run's folder, log file and MLflow run; an exception inside the `with` block ends the run as failed.
 
     Raises:
-        ConfigError: the folder cannot be written, or holds another run.
+        ConfigError: the folder cannot be written, or contains another run.
         TrackingError: MLflow cannot be reached, and `must_reach` is set.
     """
-    if not gc.isenabled():  # the command line starts without, and what it imported is never garbage
+    # The command line starts with garbage collection off. What it imported is never garbage: `freeze` skips it.
+    if not gc.isenabled():
         gc.enable()
         gc.freeze()
     hide_bars()
@@ -103,7 +104,7 @@ def open_run(
         run = RunContext(config, resolved, folder, tracker, MemoryMonitor(resolved.device), peak_flops)
         try:
             yield run
-        finally:  # after a failure too: memory is the first question about a run that ran out of it
+        finally:  # after a failure too: for a run that is out of memory, the peaks matter most
             run.log_memory()
 
 
@@ -116,14 +117,14 @@ def _writable(folder: str | Path) -> Path:
         probe.unlink()
     except OSError as error:
         raise ConfigError(
-            f"cannot write to the output folder {path}: {error.strerror}; choose another: hydra.run.dir=FOLDER"
+            f"cannot write to the output folder {path}: {error.strerror}; choose another folder: hydra.run.dir=FOLDER"
         ) from error
     return path
 
 
 @contextmanager
 def _logging_to(file: Path) -> Iterator[None]:
-    """Write everything that is logged inside to `file` too, without secrets."""
+    """Copy all log messages inside the `with` block to `file`, without secrets."""
     handler = logging.FileHandler(file, encoding="utf-8")
     handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()

@@ -1,6 +1,7 @@
-"""One run from start to end; each stage is a file of this folder.
+"""Run one fine-tuning from start to end; each stage is a file of this folder.
 
-Whatever can be refused is refused before the weights are loaded; what training made is saved before it is measured.
+A mistake in the config or the data is reported before the weights are loaded, wherever that is possible. The trained
+model is saved before it is measured.
 """
 
 from collections.abc import Mapping
@@ -23,20 +24,20 @@ def run(
     """Train, measure and track one configuration.
 
     Args:
-        config: from `compose`.
-        output_dir: folder for the journal, the log, checkpoints and the trained adapter. A run that was cut off there
-            is resumed from its newest checkpoint.
+        config: the config, as returned by `compose`.
+        output_dir: folder for the journal, the log, checkpoints and the trained adapter. If it contains an interrupted
+            run, that run is resumed from its newest checkpoint.
         tags: tags of the MLflow run, added to those of the config.
-        must_reach: refuse to begin while MLflow does not answer; if false, MLflow gets the run later.
-        pruning: how to ask a search whether to go on (`training.pruning.judge`).
+        must_reach: refuse to start if MLflow does not answer; if false, MLflow receives the run later.
+        pruning: how to ask a search whether to continue (`training.pruning.judge`).
 
     Raises:
         UserError: the user can correct it; the message says how.
-        DivergedError: the loss is not a number any more.
+        DivergedError: a loss or a gradient norm is not finite.
         PrunedError: the search that the run belongs to stops it.
     """
     inputs = read_inputs(config)
-    # These import torch, which takes seconds.
+    # Imported here, because these modules import torch, which takes seconds.
     from qlora_exp.recipe.context import open_run
     from qlora_exp.recipe.measure import log_changes, measure
     from qlora_exp.recipe.save import log_model, model_logged_on_error, save

@@ -1,4 +1,4 @@
-"""Read what a run starts from, before the slow imports: rows, tasks, the device. What is wrong there leaves no run."""
+"""Read the inputs of a run before the slow imports: rows, tasks, the device. An error here leaves no run behind."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,35 +19,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the stages of a run work on."""
+    """Inputs that the stages of a run use."""
 
     rows: "Rows"
     """Training and held-out rows, as text."""
     unrelated: "Dataset | None"
-    """Rows of text that training is not about; None if forgetting is not measured."""
+    """Rows of text unrelated to the training data; None if forgetting is not measured."""
     lm_eval_tasks: dict[str, Any]
     """Loaded tasks of lm-eval."""
     score: Callable[[str, dict[str, Any]], float] | None
-    """The dataset's own scorer of an answer, 0 to 1."""
+    """The dataset's own function that scores an answer, 0 to 1; None if it has none."""
     resolved: Resolved
-    """What `auto` became on this device."""
+    """Values that the settings `auto` take on this device."""
 
 
 def read_inputs(config: Config) -> Inputs:
     """Read rows and tasks and choose the device.
 
     Raises:
-        ConfigError: the device is not there, or a launcher started several processes.
+        ConfigError: the device is not available, or a launcher started several processes.
         DataError: a file is missing or damaged, or no row is left.
     """
     refuse_several_processes()
     for section, source in (("dataset", config.dataset), ("unrelated", config.unrelated)):
         for file in source.files:
             if not file.is_file():
-                raise DataError(f"{section}.path: no file {file} in {Path.cwd()}")
+                raise DataError(f"{section}.path: no file {file} (working directory: {Path.cwd()})")
     load_env_file()
     if hub.is_needed(config):
-        hub.go_offline_if_unreachable()  # before huggingface_hub is imported
+        hub.go_offline_if_unreachable()  # must come before huggingface_hub is imported
     from qlora_exp.data import dataset, sources
     from qlora_exp.training import lm_eval
 

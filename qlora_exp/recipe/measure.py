@@ -1,4 +1,4 @@
-"""Measure the model on held-out rows, on unrelated text and on lm-eval's tasks, before and after training."""
+"""Measure the model before and after training: on held-out rows, on unrelated text and on tasks of lm-eval."""
 
 import json
 import logging
@@ -21,10 +21,10 @@ Moment = Literal["before", "after"]
 def measure(
     run: RunContext, inputs: Inputs, tokens: Tokens, trainable: Trainable, moment: Moment
 ) -> evaluation.Evaluation:
-    """Evaluate the model and log its metrics as `MOMENT/...`, with the losses of every row as artifacts."""
+    """Evaluate the model and log its metrics as `MOMENT/...`, with the losses of each row as artifacts."""
     log.info("evaluating %s training", moment)
     model, config = trainable.trainer.model, run.config
-    # A start that moved a part of the base into the adapter answers as the base does only with its adapter.
+    # If the initialization moved a part of the base into the adapter, only both together are the base model.
     without_adapter = moment == "before" and not moves_base(config.lora_start)
     with run.memory.phase(f"evaluate_{moment}"), autocast(run.resolved):
         measured = evaluation.evaluate(
@@ -64,7 +64,7 @@ def _run_lm_eval(run: RunContext, inputs: Inputs, tokens: Tokens, trainable: Tra
 
 
 def log_changes(run: RunContext, before: evaluation.Evaluation | None, after: evaluation.Evaluation) -> None:
-    """Log what training changed: forgetting, and the same prompts answered before and after."""
+    """Log what training changed: forgetting, and the answers to the same prompts before and after."""
     if before and "unrelated_loss" in after.metrics:
         run.log_metrics({"forgetting": after.metrics["unrelated_loss"] - before.metrics["unrelated_loss"]})
     if after.samples:

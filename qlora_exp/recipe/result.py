@@ -1,4 +1,4 @@
-"""What a run gives back."""
+"""Define the result of a run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class RunResult:
-    """What came out of a run."""
+    """Result of a run."""
 
     run_id: str | None
-    """MLflow's; None if its server was away the whole time, and `qlora-exp sync` has to tell it."""
+    """MLflow's id of the run; None if its server never answered: `qlora-exp sync` sends it later."""
     output_dir: Path
     metrics: dict[str, float]
     """All final metrics: `before/loss`, `after/rougeL`, `memory/rss_peak_mib`, `trainable_parameters`, ..."""

@@ -1,4 +1,4 @@
-"""Save what training made, and log it to MLflow as a model."""
+"""Save the trained adapter or model, and log it to MLflow as a model."""
 
 import json
 import logging
@@ -29,9 +29,9 @@ def save(run: RunContext, tokens: Tokens, trainable: Trainable) -> None:
         trainable.trainer.save_model(str(folder))
         if run.first_adapter.is_dir():
             lora_init.save_difference(trainable.trainer.model, folder, run.first_adapter)
-        tokenizer = copy(tokens.tokenizer)  # the evaluation after training uses the one that it used before
+        tokenizer = copy(tokens.tokenizer)  # the evaluation after training must use it unchanged, as the one before
         if (template := prompts.chat_template(config.dataset, tokenizer)) is not None:
-            tokenizer.chat_template = template  # whoever asks the model asks as it was trained
+            tokenizer.chat_template = template  # so that users of the model prompt it in the format of its training
         tokenizer.save_pretrained(folder)
     adapters.make_portable(folder, config.model.model_name_or_path)
     shutil.copy(run.output_dir / CONFIG_FILE, folder)
@@ -43,7 +43,7 @@ def save(run: RunContext, tokens: Tokens, trainable: Trainable) -> None:
 
 def _log_sizes(run: RunContext, trainable: Trainable) -> None:
     sizes = {"model_bytes": size_on_disk(run.saved_model)}
-    if trainable.peft_config is not None:  # computed: merging would cost the memory of another model
+    if trainable.peft_config is not None:  # computed, since merging would take the memory of a second model
         bytes_each = getattr(torch, run.resolved.dtype).itemsize
         sizes["merged_model_bytes_computed"] = trainable.base_parameters * bytes_each
     if kept := checkpoints(run.checkpoints):
@@ -53,18 +53,18 @@ def _log_sizes(run: RunContext, trainable: Trainable) -> None:
 
 @contextmanager
 def model_logged_on_error(run: RunContext, trainable: Trainable) -> Iterator[None]:
-    """Log the saved model even if what is inside fails; what is interrupted leaves it on disk only."""
+    """Log the saved model even if the `with` block fails; an interrupted run has it on disk only."""
     try:
         yield
     except Exception:
-        log.warning("the evaluation after training failed; what was trained is in %s", run.saved_model)
+        log.warning("the evaluation after training failed; the trained model is in %s", run.saved_model)
         log_model(run, trainable)
         raise
-    shutil.rmtree(run.first_adapter, ignore_errors=True)  # a run that is cut off before here needs it again
+    shutil.rmtree(run.first_adapter, ignore_errors=True)  # a run interrupted before here needs it again
 
 
 def log_model(run: RunContext, trainable: Trainable) -> None:
-    """Log the saved model to MLflow with the measures after training, if the config keeps it there."""
+    """Log the saved model to MLflow, with the metrics after training, if the config asks for it."""
     config = run.config
     is_adapter = trainable.peft_config is not None
     if not (config.tracking.log_adapter if is_adapter else config.tracking.log_full_model):

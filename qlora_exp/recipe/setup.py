@@ -1,4 +1,4 @@
-"""Load the base, add the adapter, and build the trainer."""
+"""Load the base model, attach the adapter, and build the trainer."""
 
 import logging
 from dataclasses import dataclass
@@ -20,23 +20,23 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trainable:
-    """A model that is ready to train."""
+    """Model that is ready to train."""
 
     trainer: trainer.Trainer
-    """Its `model` is the adapted one."""
+    """Trainer; its `model` is the base model with the adapter attached."""
     peft_config: Any
-    """None for a full fine-tune."""
+    """Config of the adapter; None for a full fine-tune."""
     base_parameters: int
-    """Parameters of the base alone."""
+    """Number of parameters of the base model, without the adapter."""
     same_start: bool
-    """Whether the adapter starts as it did in the process that began this run."""
+    """Whether the adapter has the same initial weights as in the process that started this run."""
 
 
 def build(run: RunContext, tokens: Tokens) -> Trainable:
-    """Load the base, attach the adapter and build the trainer, with the seed set before anything is drawn.
+    """Load the base model, attach the adapter and build the trainer; the seed is set before any random number is drawn.
 
     Raises:
-        ModelError: the base cannot be loaded.
+        ModelError: the base model cannot be loaded.
         ConfigError: the model cannot be trained as the config says.
     """
     config, resolved = run.config, run.resolved
@@ -56,8 +56,8 @@ def build(run: RunContext, tokens: Tokens) -> Trainable:
     adapted, same_start = _attach(run, tokens, model, peft_config)
     if config.training.packing and not isolates_packed_rows(adapted):
         raise ConfigError(
-            f"training.packing: {config.model.model_name_or_path} does not keep packed rows apart, so training "
-            "would not be that of the single rows; use training.packing=false"
+            f"training.packing: {config.model.model_name_or_path} does not keep packed rows apart, so the result "
+            "would differ from training on single rows; use training.packing=false"
         )
     built = trainer.build(
         adapted, tokens.tokenizer, tokens.train, tokens.heldout, config, resolved, run.checkpoints, run.memory
@@ -70,13 +70,17 @@ def build(run: RunContext, tokens: Tokens) -> Trainable:
 
 
 def _attach(run: RunContext, tokens: Tokens, model: Any, peft_config: Any) -> tuple[Any, bool]:
-    """Attach the adapter and start it as `init_lora_weights` says; whether it starts as an earlier process did."""
+    """Attach the adapter and initialize it as `init_lora_weights` says.
+
+    Returns:
+        The model with the adapter, and whether its initial weights are those of the process that started the run.
+    """
     config, start = run.config, run.config.lora_start
     with run.memory.phase("initialize" if start else "load"):
         batches = lora_init.batches(
             tokens.train,
             config.lora_variant.init_rows if start in lora_init.FROM_ROWS else 0,
-            1 if start == "corda" else config.training.per_device_train_batch_size,  # PEFT's CorDA takes one row
+            1 if start == "corda" else config.training.per_device_train_batch_size,  # PEFT's CorDA accepts one row
             config.training.max_length,
             tokens.tokenizer.pad_token_id,
         )

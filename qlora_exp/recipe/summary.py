@@ -1,4 +1,4 @@
-"""What a run comes to, in a few lines: on the terminal at its end, and above everything else in MLflow."""
+"""Summarize a run in two small tables: on the terminal at its end, and at the top of its page in MLflow."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -22,22 +22,22 @@ QUALITY = (
     ("token_seconds_p50", "seconds a generation step, p50", ".4f"),
     ("generated_tokens_per_second", "generated tokens/s", ".1f"),
 )
-"""Metric, its name here, its format."""
+"""Metric, its name in the tables, its number format."""
 _PHASES = ("load", "initialize", "first_step", "steady", "evaluation", "evaluate_after", "generate_after", "save")
 
 
 def _quality(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
-    """Measure, before training, after it."""
+    """List the rows of the table of quality: name of the metric, value before training, value after it."""
     rows = []
-    for key, name, form in QUALITY:
+    for key, name, spec in QUALITY:
         if f"after/{key}" in metrics:
             before = metrics.get(f"before/{key}")
-            rows.append((name, "-" if before is None else format(before, form), format(metrics[f"after/{key}"], form)))
+            rows.append((name, "-" if before is None else format(before, spec), format(metrics[f"after/{key}"], spec)))
     return rows
 
 
 def cost(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
-    """What it took, as named values."""
+    """List what the run cost (parameters, speed, energy, memory, size on disk) as names and formatted values."""
     rows = [
         (
             "trainable parameters",
@@ -62,18 +62,18 @@ def cost(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
         rows.append(("memory before loading (imports)", f"{metrics[key]:,.0f} MiB"))
     if "plan/memory_ratio" in metrics:
         planned, times = metrics["plan/peak_mib"], metrics["plan/memory_ratio"]
-        rows.append(("planned memory", f"{planned:,.0f} MiB without imports; x{times:.2f} was taken"))
+        rows.append(("planned memory", f"{planned:,.0f} MiB without imports; measured: {times:.2f} times that"))
     return [*rows, ("saved model", f"{metrics['model_bytes'] / 1e6:,.1f} MB")]
 
 
 def markdown(metrics: Mapping[str, float]) -> str:
-    """Quality and cost as two Markdown tables."""
+    """Format quality and cost as two Markdown tables."""
     quality = markdown_table(["on held-out rows", "before", "after"], _quality(metrics))
     return f"{quality}\n\n{markdown_table(['cost', ''], cost(metrics))}\n"
 
 
 def show(result: "RunResult", tracking_uri: str | None) -> None:
-    """Print quality before and after, cost, and where to look."""
+    """Print quality before and after training, cost, and where to find the files and the MLflow run."""
     quality = Table("", "before", "after", title="Quality on held-out rows", title_justify="left")
     for line in _quality(result.metrics):
         quality.add_row(*line)

@@ -1,4 +1,4 @@
-"""Turn rows into tokens, audit the labels, record the data, and plan the memory that they will take."""
+"""Tokenize the rows, audit their labels, log the data, and plan the memory of the run."""
 
 import logging
 from dataclasses import asdict, dataclass
@@ -17,17 +17,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Tokens:
-    """What is trained and measured on: `input_ids` and `labels` of each row."""
+    """Tokenized rows for training and measuring: `input_ids` and `labels` of each row."""
 
     tokenizer: Any
     train: Dataset
-    """Uncut: the trainer cuts to `training.max_length`."""
+    """Training rows, not truncated: the trainer truncates them to `training.max_length`."""
     heldout: Dataset
-    """Cut, without rows that have no answer token left."""
+    """Held-out rows, truncated, without rows that have no answer token left."""
     heldout_rows: Dataset
-    """The same rows as text."""
+    """The rows of `heldout` as text."""
     unrelated: Dataset | None
-    """None if forgetting is not measured."""
+    """Rows of unrelated text; None if forgetting is not measured."""
 
 
 def tokenize(run: RunContext, inputs: Inputs) -> Tokens:
@@ -57,13 +57,14 @@ def tokenize(run: RunContext, inputs: Inputs) -> Tokens:
 
 
 def _log_labels(run: RunContext, inputs: Inputs, audit: label_audit.LabelAudit) -> None:
-    """Log what the labels teach, what was left out, and which rows give a held-out row away."""
+    """Log which tokens carry loss, how many rows were left out, and which training rows leak a held-out row."""
     leaks, dropped = inputs.rows.leaks, inputs.rows.dropped
     run.tracker.json(asdict(audit) | {"left_out": dropped}, "label_audit.json")
     counts = {kind: sum(leak.kind == kind for leak in leaks) for kind in ("exact", "near")}
     if leaks:
         log.warning(
-            "leaks: %d training rows ask what a held-out row asks, %d more are like one (leaks.json); %d left out",
+            "leaks: %d training rows have the question of a held-out row, %d more are similar to one (see leaks.json); "
+            "%d were left out",
             len(leaks) - counts["near"],
             counts["near"],
             dropped["leaks"],
@@ -71,7 +72,7 @@ def _log_labels(run: RunContext, inputs: Inputs, audit: label_audit.LabelAudit) 
         run.tracker.json([asdict(leak) for leak in leaks], "leaks.json")
     run.log_metrics({f"leaks/{kind}": count for kind, count in counts.items()})
     log.info(
-        "labels: %.0f%% of %s tokens carry loss; %.0f%% of rows are cut, EOS is learned in %.0f%%",
+        "labels: %.0f%% of %s tokens carry loss; %.0f%% of rows are truncated; EOS carries loss in %.0f%% of rows",
         100 * audit.supervised_share,
         f"{audit.tokens:,}",
         100 * audit.truncated_rows_share,
@@ -81,8 +82,8 @@ def _log_labels(run: RunContext, inputs: Inputs, audit: label_audit.LabelAudit) 
 
 
 def plan_memory(run: RunContext, tokens: Tokens) -> None:
-    """Log what the run is planned to take, if `tracking.plan` is set; measuring starts here."""
+    """Log the planned memory if `tracking.plan` is set; then mark the baseline of memory measurements."""
     if run.config.tracking.plan:
-        longest, evaluated = (max(map(len, part["input_ids"])) for part in (tokens.train, tokens.heldout))
-        run.log_metrics(calibration.plan_run(run.config, run.resolved, longest, evaluated))
+        longest, longest_heldout = (max(map(len, part["input_ids"])) for part in (tokens.train, tokens.heldout))
+        run.log_metrics(calibration.plan_run(run.config, run.resolved, longest, longest_heldout))
     run.memory.mark_baseline()

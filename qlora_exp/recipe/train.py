@@ -1,4 +1,4 @@
-"""Train, from the newest checkpoint if the run was cut off."""
+"""Train the model, from the newest checkpoint if the run was interrupted."""
 
 import logging
 from collections.abc import Mapping
@@ -16,16 +16,16 @@ log = logging.getLogger(__name__)
 
 
 def train(run: RunContext, trainable: Trainable, pruning: Mapping[str, Any] | None) -> None:
-    """Train to the end, and log speed, energy and how well the device was used.
+    """Train to the end, and log speed, energy and the utilization of the device.
 
     Args:
-        run: the run under way.
-        trainable: what `setup.build` returned.
-        pruning: how to ask a search whether to go on (`training.pruning.judge`); None without a search.
+        run: the run in progress.
+        trainable: the model and trainer that `setup.build` returned.
+        pruning: how to ask a search whether to continue (`training.pruning.judge`); None without a search.
 
     Raises:
         ConfigError: there is no checkpoint where `training.resume_from_checkpoint` says.
-        DivergedError: the loss is not a number any more.
+        DivergedError: a loss or a gradient norm is not finite.
         PrunedError: the search stops this job.
     """
     set_seed(run.config.seed)
@@ -35,13 +35,13 @@ def train(run: RunContext, trainable: Trainable, pruning: Mapping[str, Any] | No
     log.info("training %s of %s parameters (%.3g%%)", f"{trained:,.0f}", f"{total:,.0f}", 100 * share)
     checkpoint = checkpoint_to_resume(run.config, run.output_dir, run.tracker.resumed, trainable.same_start)
     if checkpoint:
-        log.info("going on from %s", checkpoint)
+        log.info("resuming from %s", checkpoint)
     judge = None
     if pruning is not None:
-        from qlora_exp.training import pruning as search  # it needs the extra `optuna`
+        from qlora_exp.training import pruning as search  # needs the extra `optuna`
 
         judge = search.judge(pruning)
     with efficiency.EnergyMeter() as energy:
         run.log_metrics(trainer.train(trainable.trainer, run.tracker.metrics, checkpoint, judge))
-    joules = None if checkpoint else energy.joules  # of a resumed run only a part was measured
+    joules = None if checkpoint else energy.joules  # of a resumed run only a part is measured
     run.log_metrics(efficiency.of_training(run.metrics, run.memory.peaks, run.peak_flops, joules))

@@ -1,5 +1,5 @@
-"""What a run writes down: its journal on disk, MLflow, and the key that identifies it.
+"""Record runs: the journal on disk, the MLflow run, and the run key.
 
 May import: utils, libraries, config, environment.
-Never here: training; tracking and training do not know each other.
+Never here: training; neither of tracking and training imports the other.
 """

@@ -1,11 +1,11 @@
-"""What a run has to tell MLflow, on disk before it is sent: a file that only grows, and how far it was delivered.
+"""Write a run's messages to disk before they are sent to MLflow: an append-only file, and how much of it was delivered.
 
-The journal is also the truth about a run on this disk: how it ended, or that its process is gone.
-Knows nothing of MLflow.
+The journal also decides what is true about a run on this disk: how it ended, or that its process is gone.
+This module does not use MLflow.
 
-Every line is checked when it is read, and whatever is wrong with it is a `JournalError` that names file and line. What
-comes before a damaged line is sent. The line and what follows stay unsent, and every `sync` fails with the place: a run
-without some of its messages would look whole in MLflow. Once the line is mended or deleted, `sync` sends the rest.
+Every line is checked when it is read. If a line is damaged, a `JournalError` names the file and the line. The messages
+before it are sent; the line and those after it are not, and every `sync` fails with the same error: a run without some
+of its messages would look complete in MLflow. Once the line is corrected or deleted, `sync` sends the rest.
 """
 
 import json
@@ -25,7 +25,7 @@ from qlora_exp.utils.files import write_atomically
 FILE = "journal.jsonl"
 CONFIG_FILE = "qlora_exp.yaml"
 LOCK_FILE = "environment.txt"
-"""Every installed package, as pip's constraints."""
+"""All installed packages with their versions, as a constraints file for pip."""
 _STATE = "delivered.json"
 
 
@@ -89,7 +89,7 @@ class _End(_Message):
     seconds: float = 0.0
 
 
-_FORMS: Mapping[str, type[_Message]] = {
+_SCHEMAS: Mapping[str, type[_Message]] = {
     "start": _Start,
     "resume": _Resume,
     "params": _Texts,
@@ -101,7 +101,7 @@ _FORMS: Mapping[str, type[_Message]] = {
     "view": _View,
     "end": _End,
 }
-"""What a message must have; one that only a newer version has a form for needs an `op`."""
+"""The fields that each `op` must have. An `op` of a newer version is not listed: its message needs no other field."""
 
 
 class _State(BaseModel):
@@ -116,31 +116,31 @@ _STATES = TypeAdapter(dict[str, _State])
 
 
 def _message(line: bytes, first: bool = False) -> dict[str, Any]:
-    """One line as a message; the first must say what the run is.
+    """Parse one line; the first line of a journal must be the `start` message, which says what the run is.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the line is not a valid message.
     """
     message: dict[str, Any] = from_json(line)
     op = _Message.model_validate(message).op
-    _FORMS.get(op, _Message).model_validate(message)
+    _SCHEMAS.get(op, _Message).model_validate(message)
     if first and op != "start":
-        raise ValueError("not the start of a run")
+        raise ValueError("the first message of a journal must be a 'start' message")
     return message
 
 
 def _why(error: ValueError) -> str:
-    """What is wrong, in one line without what was read."""
+    """Say in one line what is wrong, without quoting the content that was read."""
     if isinstance(error, ValidationError):
-        return "; ".join(f"{'.'.join(map(str, one['loc']))!r}: {one['msg']}" for one in error.errors()[:3])
+        return "; ".join(f"{'.'.join(map(str, item['loc']))!r}: {item['msg']}" for item in error.errors()[:3])
     return str(error)
 
 
 class Journal:
-    """The messages of one run, in order, one JSON object a line; one process at a time may hold it.
+    """Messages of one run, in order, one JSON object per line. One process at a time can lock the journal.
 
     Raises:
-        Timeout: another process holds it (filelock's).
+        Timeout: another process has locked it (filelock's exception).
         JournalError: the folder cannot be used.
     """
 
@@ -149,9 +149,9 @@ class Journal:
         self.file = folder / FILE
         self._lock = FileLock(folder / "journal.lock")
         self._own: BinaryIO | None = None
-        """The file, open as long as the journal is held: no other file can get its number on the disk."""
+        """The file, open for as long as the journal is locked: until then no other file can get its inode number."""
         try:
-            self._lock.acquire(timeout=1)  # `is_held` has it for a moment
+            self._lock.acquire(timeout=1)  # not 0: another process may be in `is_held`, which locks it for a moment
             _cut_torn_line(self.file)
             if self.file.is_file():
                 self._own = self.file.open("rb")
@@ -162,22 +162,23 @@ class Journal:
             raise JournalError(f"{folder}: {error.strerror or error}") from error
         self._uri = ""
         self.state: dict[str, Any] = {}
-        """What the store in use has: `offset` in bytes, and what delivering found out, such as `run_id`."""
+        """What the MLflow store in use has received: `offset` in bytes, and what it answered, such as `run_id`."""
 
     def use(self, uri: str) -> None:
-        """Deliver to this store; each has its own `state`."""
+        """Select the MLflow store to deliver to; each store has its own `state`."""
         self._uri, self.state = uri, {"offset": 0} | _states(self.folder).get(uri, {})
         size = self.file.stat().st_size if self.file.is_file() else 0
-        self.state["offset"] = min(self.state["offset"], size)  # the power may have taken what was sent already
+        # A power failure may have removed lines from the file that were already sent.
+        self.state["offset"] = min(self.state["offset"], size)
 
     def close(self) -> None:
-        """Let another process hold it."""
+        """Release the lock, so that another process can use the journal."""
         if self._own is not None:
             self._own.close()
         self._lock.release()
 
     def check(self) -> None:
-        """That the file is still the one that this process writes.
+        """Check that the file is still the one that this process writes.
 
         Raises:
             JournalError: the folder was deleted, or another run is in its place.
@@ -190,11 +191,13 @@ class Journal:
         raise JournalError(f"{self.folder}: the output folder was deleted or replaced while the run wrote into it")
 
     def append(self, message: dict[str, Any]) -> None:
-        """Add a message; on disk when this returns. A metric may be lost with the power, not with the process.
+        """Append a message; it is on disk when this returns.
+
+        Metrics are not synced to the disk: a power failure can lose them, the death of the process cannot.
 
         Raises:
             JournalError: the folder is gone.
-            OSError: the disk does not take it; the journal is as it was.
+            OSError: the message could not be written; the journal is unchanged.
         """
         self.check()
         try:
@@ -209,29 +212,29 @@ class Journal:
         self._own = self._own or self.file.open("rb")
 
     def messages(self) -> Iterator[dict[str, Any]]:
-        """Every message, oldest first."""
+        """Iterate over all messages, oldest first."""
         return (message for message, _ in read(self.file))
 
     def undelivered(self) -> Iterator[tuple[dict[str, Any], int]]:
-        """What MLflow has not got yet, each with the offset to note once it has."""
+        """Iterate over the messages that MLflow has not received, each with the offset to `note` after sending it."""
         return read(self.file, self.state["offset"])
 
     def note(self, **facts: Any) -> None:
-        """Keep what MLflow has got (`offset`), or what it answered."""
+        """Save how much MLflow has received (`offset`), or what it answered."""
         self.state |= facts
         write_atomically(self.folder / _STATE, json.dumps(_states(self.folder) | {self._uri: self.state}))
 
     def forget(self) -> None:
-        """That the store in use has got anything: it has lost the run."""
+        """Reset the state of the MLflow store in use to "nothing received", because the store has lost the run."""
         self.state = {"offset": 0}
         self.note()
 
 
 def read(file: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-    """The whole messages from `offset` on, each with the offset behind it; nothing if there is no file.
+    """Iterate over the complete messages from `offset` on, each with the offset of its end; none if there is no file.
 
     Raises:
-        JournalError: one is damaged; those before it were given.
+        JournalError: a message is damaged; those before it were already yielded.
     """
     with _opened(file) as lines:
         if lines is None:
@@ -252,17 +255,17 @@ def read(file: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
 
 @contextmanager
 def _opened(file: Path) -> Iterator[BinaryIO | None]:
-    """A file of an output folder to read; None if there is none.
+    """Open a file of an output folder for reading; None if it does not exist.
 
     Raises:
-        JournalError: it is there and cannot be read.
+        JournalError: it exists and cannot be read.
     """
     try:
         if file.is_file():
-            with file.open("rb") as found:
-                yield found
+            with file.open("rb") as content:
+                yield content
         elif file.exists():
-            raise JournalError(f"{file}: not a file")
+            raise JournalError(f"{file}: not a file; remove what is there")
         else:
             yield None
     except OSError as error:
@@ -270,16 +273,16 @@ def _opened(file: Path) -> Iterator[BinaryIO | None]:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """The metrics in `folder` as they came: `step`, `timestamp` (ms) and the values."""
-    found = (message for message, _ in read(folder / FILE) if message["op"] == "metrics")
-    return [{"step": one["step"], "timestamp": one["timestamp"], **one["values"]} for one in found]
+    """List the metrics of the run in `folder` in the order of logging: `step`, `timestamp` (ms) and the values."""
+    messages = (message for message, _ in read(folder / FILE) if message["op"] == "metrics")
+    return [{"step": message["step"], "timestamp": message["timestamp"], **message["values"]} for message in messages]
 
 
 def last_message(folder: Path) -> dict[str, Any] | None:
-    """The newest whole message in `folder`, None if there is no journal; fast however long it is.
+    """Return the newest complete message in `folder`, None if there is no journal. Reads only the end of the file.
 
     Raises:
-        JournalError: it is damaged.
+        JournalError: the message is damaged.
     """
     file = folder / FILE
     with _opened(file) as lines:
@@ -289,54 +292,57 @@ def last_message(folder: Path) -> dict[str, Any] | None:
         block = 8192
         while True:
             lines.seek(max(0, size - block))
-            whole, newline, _ = lines.read().rpartition(b"\n")
-            if b"\n" in whole or block >= size:
+            complete, newline, _ = lines.read().rpartition(b"\n")
+            if b"\n" in complete or block >= size:
                 if not newline:
                     return None
                 try:
-                    return _message(whole.rpartition(b"\n")[2])
+                    return _message(complete.rpartition(b"\n")[2])
                 except ValueError as error:
                     raise JournalError(f"{file}, last line: {_why(error)}") from error
             block *= 8
 
 
 def is_over(last: dict[str, Any]) -> bool:
-    """Whether the run with this last message ended by itself; a killed one goes on where it was."""
+    """Check whether the run with this last message has ended for good; a killed run can be resumed."""
     return bool(last["op"] == "end" and last["outcome"] != "killed")
 
 
 def is_settled(folder: Path, uri: str | None = None) -> bool:
-    """Whether the run in `folder` has ended and MLflow, at `uri` or where it was begun, has everything of it."""
+    """Check whether the run in `folder` has ended and MLflow has received all its messages; true without a journal.
+
+    `uri` is the MLflow store to check; default: the one that the run was started with.
+    """
     last = last_message(folder)
     if last is None or last["op"] != "end":
         return last is None
     begin, _ = next(read(folder / FILE))
-    has = _states(folder).get(uri or begin["uri"], {"offset": 0})
-    return bool(has["offset"] == (folder / FILE).stat().st_size)
+    received = _states(folder).get(uri or begin["uri"], {"offset": 0})
+    return bool(received["offset"] == (folder / FILE).stat().st_size)
 
 
 def _states(folder: Path) -> dict[str, dict[str, Any]]:
-    """What each store has, by its URI."""
+    """Read what each MLflow store has received, by URI of the store."""
     file = folder / _STATE
     with _opened(file) as text:
         try:
             states = {} if text is None else _STATES.validate_json(text.read())
         except ValueError as error:
-            again = "without this file `qlora-exp sync` sends all of the run, as a new one"
-            raise JournalError(f"{file}: {_why(error)}; {again}") from error
+            hint = "if you delete this file, `qlora-exp sync` sends the complete run again, as a new MLflow run"
+            raise JournalError(f"{file}: {_why(error)}; {hint}") from error
     return {uri: state.model_dump(exclude_unset=True) for uri, state in states.items()}
 
 
 def run_id(folder: Path, uri: str) -> str | None:
-    """MLflow's id of the run in `folder` at `uri`; None if that store was not told yet."""
+    """Return MLflow's id of the run in `folder` at `uri`; None if nothing was sent to that store yet."""
     return _states(folder).get(uri, {}).get("run_id")
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a living process is writing the journal in `folder`.
+    """Check whether a running process has locked the journal in `folder`.
 
     Raises:
-        JournalError: that cannot be seen.
+        JournalError: the lock file cannot be accessed.
     """
     lock = FileLock(folder / "journal.lock")
     try:
@@ -352,7 +358,7 @@ def is_held(folder: Path) -> bool:
 
 
 def _cut_torn_line(file: Path) -> None:
-    """Cut off a last line that a kill or a power cut left unfinished: it was never sent."""
+    """Remove an incomplete last line that a kill or a power failure left: it was never sent."""
     if not file.is_file():
         return
     with file.open("rb+") as lines:

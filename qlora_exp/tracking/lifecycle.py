@@ -1,4 +1,4 @@
-"""Begin and end a run in MLflow, so that its status is true whatever happens inside."""
+"""Start and end a run in MLflow, so that its status is correct whatever happens during the run."""
 
 import logging
 import time
@@ -41,41 +41,45 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
 def open_run(
     folder: Path, uri: str | None, experiment: str, run_name: str, tags: Mapping[str, str], must_reach: bool = True
 ) -> Tracker:
-    """The tracker of a run that lives in `folder`: a new one, or the one that an earlier process left unfinished.
+    """Start a run in `folder`, or resume the one that an earlier process left unfinished there; return its tracker.
 
     Args:
-        folder: where its journal is.
-        uri: the MLflow store.
-        experiment: MLflow's experiment.
-        run_name: what people call it.
-        tags: of the run, those of this process added.
-        must_reach: refuse to begin where the store does not answer; false lets the run begin and tells the store later.
+        folder: the run's output folder, which contains its journal.
+        uri: tracking URI of the MLflow store.
+        experiment: name of the MLflow experiment.
+        run_name: display name of the run.
+        tags: tags of the run; tags that describe this process are added.
+        must_reach: refuse to start if the store does not answer; if false, the run starts and is sent to it later.
 
     Raises:
-        TrackingError: the store cannot be reached, or another process holds the folder.
+        TrackingError: the store cannot be reached, or another process has locked the folder.
         JournalError: what an earlier process left there cannot be read.
     """
     try:
         journal = Journal(folder)
     except Timeout as error:
-        raise TrackingError(f"{folder}: another process is running there") from error
+        raise TrackingError(
+            f"{folder}: another process is running there; wait for it to end or choose another folder"
+        ) from error
     resumed = journal.file.is_file() and journal.file.stat().st_size > 0
-    alive = {f"process.{key}": value for key, value in provenance.process().items()}
-    alive |= {"process.folder": str(folder), "outcome": "running", "mlflow.source.name": redact(provenance.command())}
-    alive |= {"mlflow.source.type": "LOCAL", "mlflow.user": provenance.user()}
+    process_tags = {f"process.{key}": value for key, value in provenance.process().items()}
+    process_tags |= {"process.folder": str(folder), "outcome": "running"}
+    process_tags |= {"mlflow.source.name": redact(provenance.command())}
+    process_tags |= {"mlflow.source.type": "LOCAL", "mlflow.user": provenance.user()}
     try:
         tracker = Tracker(journal, uri, resumed)
         if must_reach:
             reap(tracker.connect(), experiment, uri)
         if resumed:
-            journal.append({"op": "resume", "tags": alive | {"failure": ""}})
+            journal.append({"op": "resume", "tags": process_tags | {"failure": ""}})
         else:
-            named = {key: redact(value) for key, value in tags.items()} | alive | {"attempt": uuid.uuid4().hex}
+            all_tags = {key: redact(value) for key, value in tags.items()} | process_tags
+            all_tags |= {"attempt": uuid.uuid4().hex}
             begin = {"experiment": experiment, "uri": store_uri(uri), "run_name": run_name, "timestamp": now_ms()}
-            journal.append({"op": "start", **begin, "tags": named})
+            journal.append({"op": "start", **begin, "tags": all_tags})
         tracker.deliver(strict=must_reach)
-    except BaseException as error:  # the folder is let go, whatever it was; an interrupted start keeps its journal
-        if not resumed and isinstance(error, MlflowException | TrackingError):  # nothing began
+    except BaseException as error:  # the lock is released after any error; an interrupted start keeps its journal
+        if not resumed and isinstance(error, MlflowException | TrackingError):  # no run was started
             journal.file.unlink(missing_ok=True)
         journal.close()
         if isinstance(error, MlflowException):
@@ -88,13 +92,13 @@ def open_run(
 def start(
     config: Config, output_dir: Path, tags: Mapping[str, str] = MappingProxyType({}), must_reach: bool = True
 ) -> Iterator[Tracker]:
-    """An MLflow run around the work inside, FINISHED only if that ends well.
+    """Track the work inside the `with` block as an MLflow run, which becomes FINISHED only if the block succeeds.
 
-    An exception makes it FAILED with the traceback as an artifact; Ctrl-C, SIGTERM and exits make it KILLED.
-    A run that was cut off in the same folder goes on.
+    An exception makes the run FAILED, with the traceback as an artifact; Ctrl-C, SIGTERM and exits make it KILLED. An
+    interrupted run in the same folder is resumed.
 
     Raises:
-        ConfigError: the folder holds another run, or one that ended.
+        ConfigError: the folder contains another run, or one that has ended.
         TrackingError: the store cannot be reached.
     """
     tracker = _begin(config, output_dir, tags, must_reach)
@@ -103,13 +107,14 @@ def start(
         with _in_its_folder(tracker):
             _describe(tracker, config)
             yield tracker
-    except BaseException as error:  # every end of a run is recorded; nothing is swallowed
+    except BaseException as error:  # any end of a run is recorded, and the error is raised again
         outcome = _outcome(error)
         try:
-            if outcome != "pruned" and not isinstance(error, JournalError):  # that has no folder to keep it in
+            # After a JournalError the output folder may be gone, with no place for the traceback.
+            if outcome != "pruned" and not isinstance(error, JournalError):
                 tracker.text("".join(traceback.format_exception(error)), "traceback.txt")
-        except (OSError, JournalError) as full:  # the disk may be what failed
-            log.error("the traceback cannot be kept: %s", full)  # noqa: TRY400
+        except (OSError, JournalError) as write_error:  # the disk may be what failed
+            log.error("the traceback could not be written: %s", write_error)  # noqa: TRY400
         finally:
             status = {"killed": "KILLED", "pruned": "FINISHED"}.get(outcome, "FAILED")
             tracker.end(status, outcome, type_and_first_line(error), seconds=time.monotonic() - begin)
@@ -121,10 +126,10 @@ def start(
 
 @contextmanager
 def _in_its_folder(tracker: Tracker) -> Iterator[None]:
-    """A run whose output folder goes away has failed, and for that reason, whatever stumbled over it first.
+    """Fail a run whose output folder was deleted or replaced, with that as the reason, whatever error it caused first.
 
     Raises:
-        JournalError: it went away.
+        JournalError: the folder was deleted or replaced.
     """
     try:
         yield
@@ -137,42 +142,46 @@ def _in_its_folder(tracker: Tracker) -> Iterator[None]:
 def _begin(config: Config, output_dir: Path, tags: Mapping[str, str], must_reach: bool) -> Tracker:
     _check_folder(config, output_dir)
     parts = {f"identity.{part}": digest for part, digest in run_key.parts(config).items()}
-    every = {**config.tracking.tags, **tags, **parts, "run_key": run_key.run_key(config)}
-    name = config.tracking.run_name or every.pop("mlflow.runName", None) or run_name(config)
-    return open_run(output_dir, config.tracking.uri, config.tracking.experiment_name, name, every, must_reach)
+    all_tags = {**config.tracking.tags, **tags, **parts, "run_key": run_key.run_key(config)}
+    name = config.tracking.run_name or all_tags.pop("mlflow.runName", None) or run_name(config)
+    return open_run(output_dir, config.tracking.uri, config.tracking.experiment_name, name, all_tags, must_reach)
 
 
 def _describe(tracker: Tracker, config: Config) -> None:
     values = flatten(config)
     counts = {key: value for key, value in values.items() if key.split(".")[0] not in APART}
-    tracker.params({key: value for key, value in counts.items() if value is not None})  # what is not set is not shown
+    tracker.params({key: value for key, value in counts.items() if value is not None})  # unset keys are not shown
     tracker.text(to_yaml(config), CONFIG_FILE)
     packages = provenance.environment().items()
     tracker.text("".join(f"{name}=={version}\n" for name, version in packages), LOCK_FILE)
     versions = provenance.libraries(config.quantization.quant_method)
-    tracker.tags({f"version.{name}": found for name, found in versions.items()})
-    tracker.tags({f"git.{name}": found for name, found in provenance.git().items()})
+    tracker.tags({f"version.{name}": version for name, version in versions.items()})
+    tracker.tags({f"git.{name}": value for name, value in provenance.git().items()})
 
 
 def _check_folder(config: Config, folder: Path) -> None:
-    """Refuse a folder that holds another run, or one that needs no more work."""
+    """Refuse a folder that contains another run, or a run that has ended."""
     last = last_message(folder)
     if last is None:
         return
     if is_over(last):
-        raise ConfigError(f"{folder}: holds a run that ended ({last['outcome']}); choose another: hydra.run.dir=FOLDER")
+        raise ConfigError(
+            f"{folder}: contains a run that has ended ({last['outcome']}); choose another folder: hydra.run.dir=FOLDER"
+        )
     file = folder / CONFIG_FILE
     recorded = plain_yaml(file.read_text("utf-8", errors="replace"), str(file)) if file.is_file() else None
-    if recorded is None:  # cut off before it was written
+    if recorded is None:  # the run was interrupted before its config was written
         return
     if not isinstance(recorded, dict) or not isinstance(recorded.get("model"), dict):
-        raise ConfigError(f"{file} holds no config; choose another folder: hydra.run.dir=FOLDER")
+        raise ConfigError(f"{file} contains no config; choose another folder: hydra.run.dir=FOLDER")
     if what_counts(recorded) != what_counts(config.model_dump(mode="json")):
-        raise ConfigError(f"{folder}: holds an unfinished run of another config; choose another: hydra.run.dir=FOLDER")
+        raise ConfigError(
+            f"{folder}: contains an unfinished run of another config; choose another folder: hydra.run.dir=FOLDER"
+        )
 
 
 def record_death(config: Config, folder: Path, tags: Mapping[str, str], outcome: str, failure: str) -> None:
-    """How the process of a job ended that did not live to say so itself, however far it came."""
+    """Record how a job ended whose process died before it could record that itself; start its run if there is none."""
     if last_message(folder) is None:
         tracker = _begin(config, folder, tags, must_reach=False)
         _describe(tracker, config)
@@ -181,7 +190,7 @@ def record_death(config: Config, folder: Path, tags: Mapping[str, str], outcome:
 
 
 def record_failure(config: Config, folder: Path, tags: Mapping[str, str], error: BaseException) -> None:
-    """Leave a FAILED run for a job that could not even begin."""
+    """Record a FAILED run for a job that could not start."""
     with suppress(type(error)), start(config, folder, tags, must_reach=False):
         raise error
 
@@ -205,7 +214,7 @@ def _outcome(error: BaseException) -> str:
 
 
 def run_name(config: Config) -> str:
-    """A name that says what the run is: model, dataset, method, quantization, variant, rank, seed."""
+    """Return a default name for the run, made of its model, dataset, method, quantization, variant, rank and seed."""
     model = config.model.model_name_or_path.rstrip("/").split("/")[-1].split(":")[-1]
     parts = [model, config.dataset.name, config.method.name]
     if config.quantization.quantized:

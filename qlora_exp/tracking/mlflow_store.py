@@ -1,7 +1,8 @@
-"""MLflow's side: connecting to a store, and telling it one message of a run's journal.
+"""Connect to an MLflow store, and send it messages of a run's journal.
 
-Uses the client with explicit run ids, never MLflow's global active run, so that nothing else in the process can end or
-overwrite a run. Telling a message twice changes nothing, so that a kill between telling and noting loses nothing.
+This module uses the client with explicit run ids, never MLflow's global active run, so that nothing else in the process
+can end or overwrite a run. Sending a message twice has the same effect as sending it once, so that nothing is lost if
+the process is killed after it sent a message and before it noted that in the journal.
 """
 
 import json
@@ -11,7 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # a server that is gone must not hold up training
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # a server that is gone must not block training
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 from filelock import FileLock
@@ -39,12 +40,12 @@ _REFUSED = "INVALID_PARAMETER_VALUE"
 
 
 def store_uri(uri: str | None) -> str:
-    """The tracking URI: as given, or SQLite in `mlruns/` of the working directory."""
+    """Return the tracking URI: `uri` if set, else that of an SQLite database in `mlruns/` of the working directory."""
     return uri or f"sqlite:///{Path.cwd() / 'mlruns' / 'mlflow.db'}"
 
 
 def client(uri: str | None = None) -> MlflowClient:
-    """A client of a store that answers; an SQLite store is created first, by one process at a time.
+    """Return a client of a store that answers; a missing SQLite store is created first, by one process at a time.
 
     Raises:
         TrackingError: the store cannot be reached or created.
@@ -52,53 +53,56 @@ def client(uri: str | None = None) -> MlflowClient:
     address = store_uri(uri)
     try:
         if address.startswith("sqlite:///"):
-            # Several processes that create the database together would break it for good.
+            # Several processes that create the database at the same time would damage it permanently.
             file = Path(address.removeprefix("sqlite:///"))
             file.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{file}.lock"):
                 if not file.exists():
                     _create_store(file)
-                found = MlflowClient(address, registry_uri=address)
-                found.search_experiments(max_results=1)
+                mlflow = MlflowClient(address, registry_uri=address)
+                mlflow.search_experiments(max_results=1)
         else:
-            found = MlflowClient(address, registry_uri=address)
-            found.search_experiments(max_results=1)
+            mlflow = MlflowClient(address, registry_uri=address)
+            mlflow.search_experiments(max_results=1)
     except (MlflowException, OSError, SQLAlchemyError) as error:
         why = redact(f"MLflow at {address} does not answer or cannot be written: {first_line(error)}")
         raise TrackingError(f"tracking.uri: {why}") from error
-    return found
+    return mlflow
 
 
 def _create_store(file: Path) -> None:
-    """Make an SQLite store under another name first: MLflow takes seconds, and can do nothing with a half-made one."""
+    """Create an SQLite store under a temporary name, then rename it.
+
+    MLflow takes seconds to create it, and cannot use an incomplete one.
+    """
     part = file.with_name(f".{file.name}.part")
-    for left in file.parent.glob(f"{part.name}*"):  # by one that was killed
-        left.unlink()
+    for leftover in file.parent.glob(f"{part.name}*"):  # of a process that was killed here
+        leftover.unlink()
     create_tables(f"sqlite:///{part}")
     part.replace(file)
 
 
 def is_refused(error: Exception, message: dict[str, Any]) -> bool:
-    """Whether sending again could never help; a run that could not even begin waits for its store."""
-    if message["op"] == "start":
+    """Check whether the store refuses a message for good, so that sending it again cannot help."""
+    if message["op"] == "start":  # without it no other message can be sent: the run waits for its store
         return False
     return isinstance(error, FileNotFoundError) or getattr(error, "error_code", None) == _REFUSED
 
 
 def has_lost(error: Exception, mlflow: MlflowClient | None, run_id: str | None) -> bool:
-    """Whether a store raised `error` because it does not know a run any more that was created there."""
+    """Check whether a store raised `error` because it no longer has a run that was created there."""
     missing = "RESOURCE_DOES_NOT_EXIST"
     if mlflow is None or run_id is None or getattr(error, "error_code", None) != missing:
         return False
     try:
         mlflow.get_run(run_id)
-    except MlflowException as of_run:
-        return bool(of_run.error_code == missing)
+    except MlflowException as run_error:
+        return bool(run_error.error_code == missing)
     return False
 
 
 def tell(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> None:
-    """Tell MLflow one message; telling it twice (a kill in between) changes nothing."""
+    """Send MLflow one message; sending it twice (after a kill) has the same effect as sending it once."""
     run_id = journal.state.get("run_id", "")
     match message:
         case {"op": "start"}:
@@ -117,8 +121,8 @@ def tell(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> Non
             mlflow.log_artifact(run_id, str(_inside(journal.folder, path)), folder)
         case {"op": "dataset", "name": name, "digest": digest, "source": source, "context": context, "rows": rows}:
             inputs = mlflow.get_run(run_id).inputs
-            known = [one.dataset for one in inputs.dataset_inputs] if inputs else []
-            if (name, digest) in [(one.name, one.digest) for one in known]:
+            logged = [item.dataset for item in inputs.dataset_inputs] if inputs else []
+            if (name, digest) in [(dataset.name, dataset.digest) for dataset in logged]:
                 return
             profile = json.dumps({"rows": rows})
             entity = Dataset(name, digest, "local", json.dumps({"path": source}), profile=profile)
@@ -134,13 +138,16 @@ def tell(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> Non
 
 
 def _create(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> dict[str, str]:
-    """The run's id and its experiment's; a creation that was cut off is looked for before it is made again."""
+    """Create the run; return its id and that of its experiment.
+
+    If an earlier attempt was interrupted while it created the run, that run is searched for first.
+    """
     experiment_id = _experiment(mlflow, message["experiment"], message["uri"])
     tags = message["tags"]
     if journal.state.get("creating"):
-        found = mlflow.search_runs([experiment_id], f"tags.`attempt` = '{tags['attempt']}'")
-        if found:
-            return {"run_id": found[0].info.run_id, "experiment_id": experiment_id}
+        runs = mlflow.search_runs([experiment_id], f"tags.`attempt` = '{tags['attempt']}'")
+        if runs:
+            return {"run_id": runs[0].info.run_id, "experiment_id": experiment_id}
     journal.note(creating=True)
     run = mlflow.create_run(experiment_id, message["timestamp"], tags, message["run_name"])
     return {"run_id": run.info.run_id, "experiment_id": experiment_id}
@@ -149,10 +156,10 @@ def _create(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> 
 def _log_model(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> None:
     run_id, experiment_id = journal.state["run_id"], journal.state["experiment_id"]
     folder = _inside(journal.folder, message["folder"])
-    for file in folder.rglob("*"):  # MLflow would follow links
+    for file in folder.rglob("*"):  # MLflow would follow links to files outside
         _inside(journal.folder, str(file))
-    begun = mlflow.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
-    model_id = next((model.model_id for model in begun if model.name == message["name"]), None)
+    models = mlflow.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
+    model_id = next((model.model_id for model in models if model.name == message["name"]), None)
     if model_id is None:
         model_id = mlflow.create_logged_model(
             experiment_id,
@@ -165,77 +172,84 @@ def _log_model(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) 
     mlflow.finalize_logged_model(model_id, LoggedModelStatus.READY)
     mlflow.log_batch(run_id, metrics=_metrics_of_model(journal, message, model_id))
     outputs = mlflow.get_run(run_id).outputs
-    if not outputs or model_id not in [one.model_id for one in outputs.model_outputs]:
+    if not outputs or model_id not in [output.model_id for output in outputs.model_outputs]:
         mlflow.log_outputs(run_id, [LoggedModelOutput(model_id, message["step"])])
 
 
 def _metrics_of_model(journal: Journal, model: dict[str, Any], model_id: str) -> list[Metric]:
-    """The measures told of the run before its `model`, now of the model and the held-out rows too."""
+    """List the metrics `after/...` that the run logged before its model, for the logged model and the held-out rows."""
     heldout: dict[str, Any] = {}
-    found = []
+    metrics = []
     for message in takewhile(model.__ne__, journal.messages()):
         if message["op"] == "dataset" and message["context"] == "evaluation":
             heldout = {"dataset_name": message["name"], "dataset_digest": message["digest"]}
         elif message["op"] == "metrics":
             when = message["timestamp"], message["step"]
-            of_model = {key: value for key, value in message["values"].items() if key.startswith("after/")}
-            found += [Metric(key, value, *when, model_id, **heldout) for key, value in of_model.items()]
-    return found
+            after = {key: value for key, value in message["values"].items() if key.startswith("after/")}
+            metrics += [Metric(key, value, *when, model_id, **heldout) for key, value in after.items()]
+    return metrics
 
 
 def _inside(folder: Path, path: str) -> Path:
-    """A file of the run; a journal that somebody else wrote cannot send other files of this machine."""
+    """Return the path of a file in the run's folder; refuse one outside.
+
+    Without this a journal that somebody else wrote could upload other files of this machine.
+    """
     try:
-        found = (folder / path).resolve()
-    except (ValueError, RuntimeError) as error:  # a name that cannot be, or links in a circle
+        file = (folder / path).resolve()
+    except (ValueError, RuntimeError) as error:  # not a valid name, or links in a circle
         raise FileNotFoundError(f"{path!r} is not in {folder}: {error}") from error
-    if not found.is_relative_to(folder.resolve()):
+    if not file.is_relative_to(folder.resolve()):
         raise FileNotFoundError(f"{path} is not in {folder}")
-    return found
+    return file
 
 
 def _experiment(mlflow: MlflowClient, name: str, uri: str) -> str:
-    found = mlflow.get_experiment_by_name(name)
-    if found is None:
+    experiment = mlflow.get_experiment_by_name(name)
+    if experiment is None:
         location = None
         if uri.startswith("sqlite:///"):
             location = (Path(uri.removeprefix("sqlite:///")).parent / "artifacts").as_uri()
         try:
-            found = mlflow.get_experiment(mlflow.create_experiment(name, artifact_location=location))
-        except MlflowException:  # another process created it just now
-            if (found := mlflow.get_experiment_by_name(name)) is None:
+            experiment = mlflow.get_experiment(mlflow.create_experiment(name, artifact_location=location))
+        except MlflowException:  # another process may have created it just now
+            if (experiment := mlflow.get_experiment_by_name(name)) is None:
                 raise
-    if found.lifecycle_stage != "active":
+    if experiment.lifecycle_stage != "active":
         raise TrackingError(
             f"tracking.experiment_name: '{name}' was deleted in MLflow; restore it there or choose another name"
         )
     key, view = mlflow_views.all_runs()
-    if found.tags.get(key) != view:
-        mlflow.set_experiment_tag(found.experiment_id, key, view)
-    return str(found.experiment_id)
+    if experiment.tags.get(key) != view:
+        mlflow.set_experiment_tag(experiment.experiment_id, key, view)
+    return str(experiment.experiment_id)
 
 
 def finished_runs(uri: str | None, experiment: str, run_keys: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Those of `run_keys` that an experiment has a finished run of, with its `run_id`, `outcome`, `metrics`, `seconds`.
+    """Search an experiment for successfully finished runs with one of `run_keys`.
 
-    A store that is not there yet is not made.
+    A store that does not exist yet is not created.
+
+    Returns:
+        For each run key that has such a run: its `run_id`, `outcome`, `metrics` and `seconds`.
     """
     address = store_uri(uri)
     if address.startswith("sqlite:///") and not Path(address.removeprefix("sqlite:///")).is_file():
         return {}
     mlflow = client(uri)
-    found = mlflow.get_experiment_by_name(experiment)
-    if found is None:
+    found_experiment = mlflow.get_experiment_by_name(experiment)
+    if found_experiment is None:
         return {}
-    keys: dict[str, dict[str, Any]] = {}
-    for key in run_keys:  # of ten thousand runs one is found in milliseconds, and all are read in a minute
-        ended = f"attributes.status = 'FINISHED' and tags.run_key = '{key}' and tags.outcome = 'ok'"
-        for run in mlflow.search_runs([found.experiment_id], ended, max_results=1):
+    runs: dict[str, dict[str, Any]] = {}
+    # One search per key: among ten thousand runs it takes milliseconds, while reading all of them takes a minute.
+    for key in run_keys:
+        finished = f"attributes.status = 'FINISHED' and tags.run_key = '{key}' and tags.outcome = 'ok'"
+        for run in mlflow.search_runs([found_experiment.experiment_id], finished, max_results=1):
             seconds = (run.info.end_time - run.info.start_time) / 1000
-            keys[key] = {
+            runs[key] = {
                 "run_id": run.info.run_id,
                 "outcome": "ok",
                 "metrics": run.data.metrics,
                 "seconds": seconds,
             }
-    return keys
+    return runs

@@ -1,7 +1,7 @@
-"""What MLflow's web page shows of our runs: saved views of the runs table, and the address that opens one.
+"""Build saved views of the runs table in MLflow's web page, and the address that opens a view.
 
-A saved view is a tag of the experiment, in a format of MLflow's web page, which no API documents: checked with MLflow
-3.17.2, and opened in a real browser by `nox -s ui`. Knows nothing of stores.
+MLflow keeps a saved view as a tag of the experiment. The format belongs to its web page, and no API documents it: it
+was checked with MLflow 3.17.2, and `nox -s ui` opens the views in a real browser. This module connects to no store.
 """
 
 import json
@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 
 _TAG = "mlflow.sharedViewState."
 ALL_RUNS, NEWEST_SWEEP = "qlora_exp_all_runs", "qlora_exp_newest_sweep"
-"""The views' keys."""
+"""Keys of the two views."""
 
 _COST_AND_QUALITY = (
     "metrics.`after/loss`", "metrics.`after/rougeL`", "metrics.`after/task_score`",
@@ -24,18 +24,18 @@ _WIDTHS = {_RUN_NAME: 300, "attributes.`Models`": 200, "attributes.`Dataset`": 2
 
 
 def all_runs() -> tuple[str, str]:
-    """The tag, key and value, of a view of every run with its config, newest first, sweeps not folded."""
+    """Return the tag (key and value) of a view of all runs with their config, newest first, sweeps not collapsed."""
     columns = [f"params.`{key}`" for key in _CONFIG]
     return _view(ALL_RUNS, "All runs", "tags.run_key LIKE '%'", columns, "attributes.start_time", ascending=False)
 
 
 def newest_sweep(name: str, swept: Sequence[str], now: int) -> tuple[str, str]:
-    """The tag of a view of a sweep's jobs with what is swept, the lowest held-out loss first.
+    """Return the tag (key and value) of a view of a sweep's jobs with their swept values, lowest held-out loss first.
 
     Args:
-        name: the sweep's.
-        swept: its keys.
-        now: milliseconds since 1970.
+        name: name of the sweep.
+        swept: the swept keys.
+        now: current time in milliseconds since 1970.
     """
     where = f"tags.sweep = '{name}' and tags.run_key LIKE '%'"
     columns = [f"tags.`sweep.{key}`" for key in swept]
@@ -47,25 +47,28 @@ def _view(
 ) -> tuple[str, str]:
     columns = [*first, *_COST_AND_QUALITY]
     state: dict[str, Any] = {"searchFilter": where, "orderByKey": order_by, "orderByAsc": ascending}
-    widths = {column: 40 + 6 * len(column.partition(".")[2]) for column in columns}  # pixels: the heading is readable
+    widths = {column: 40 + 6 * len(column.partition(".")[2]) for column in columns}  # pixels, to show the full heading
     state |= {"selectedColumns": columns, "columnOrder": [_RUN_NAME, *columns], "columnWidths": widths | _WIDTHS}
     return f"{_TAG}{key}", json.dumps({"name": title, "createdAt": now, "updatedAt": now, "state": json.dumps(state)})
 
 
 def is_older(view: str, other: str | None) -> bool:
-    """Whether a tag's value was made before another, which a journal that is delivered late must not undo."""
+    """Check whether a view was created before `other`: a journal that is delivered late must not replace a newer view.
+
+    Both are values of the tag.
+    """
     try:
         return other is not None and bool(json.loads(view)["createdAt"] < json.loads(other)["createdAt"])
-    except (ValueError, KeyError, TypeError):  # somebody else's
+    except (ValueError, KeyError, TypeError):  # a value that this package did not write
         return False
 
 
 def address(server: str, experiment_id: str, tags: Sequence[str], newest_is_sweep: bool) -> str:
-    """Where an MLflow server shows an experiment: a view of ours, if its tags have one.
+    """Return the address at which an MLflow server shows an experiment, with a view of this module if it has one.
 
     Args:
-        server: its base URL.
-        experiment_id: MLflow's.
+        server: base URL of the server.
+        experiment_id: MLflow's id of the experiment.
         tags: keys of the experiment's tags.
         newest_is_sweep: whether the newest run belongs to a sweep.
     """

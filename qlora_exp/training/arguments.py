@@ -1,4 +1,4 @@
-"""TRL's arguments of a run, from our config."""
+"""Build TRL's training arguments from the config of a run."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from trl.trainer.sft_config import SFTConfig
 from qlora_exp.config.schema import Config
 from qlora_exp.environment.device import Resolved
 
-# Keys of TrainingConfig that are SFTConfig's own and need no translation.
+# Keys that TrainingConfig and SFTConfig share, with the same meaning.
 _SAME = (
     "num_train_epochs",
     "max_steps",
@@ -39,19 +39,19 @@ _SAME = (
 
 
 class _Arguments(SFTConfig):
-    """TRL's arguments in a process that may see several GPUs, of which a run takes one.
+    """TRL's arguments in a process that may see several GPUs, while a run uses one.
 
-    Transformers counts all that it sees, and would wrap the model in `nn.DataParallel`, which TRL refuses.
+    Transformers counts all visible GPUs, and would wrap the model in `nn.DataParallel`, which TRL refuses.
     """
 
     @property
     def n_gpu(self) -> int:
-        """GPUs to copy the model to; where `model.device_map` spreads it over several, there is one copy too."""
+        """Number of GPUs to copy the model to: at most 1, also if `model.device_map` spreads one copy over several."""
         return min(1, super().n_gpu)
 
 
 def arguments(config: Config, resolved: Resolved, output_dir: Path) -> SFTConfig:
-    """TRL's arguments of the run; every choice it would make by itself is made here."""
+    """Return TRL's arguments of the run; all choices that TRL would make by itself are made here."""
     training = config.training
     return _Arguments(
         output_dir=str(output_dir),
@@ -68,9 +68,9 @@ def arguments(config: Config, resolved: Resolved, output_dir: Path) -> SFTConfig
         seed=config.seed,
         data_seed=config.seed,
         metric_for_best_model="eval_loss" if training.load_best_model_at_end else None,
-        eval_packing=False,  # held-out loss is of the rows themselves
-        logging_nan_inf_filter=False,  # it would show the last finite loss instead of a divergence
+        eval_packing=False,  # the held-out loss is that of single rows
+        logging_nan_inf_filter=False,  # the filter would log the last finite loss and hide a divergence
         report_to="none",
-        disable_tqdm=True,  # one progress bar of our own
+        disable_tqdm=True,  # `Watcher` shows the progress bar
         dataloader_pin_memory=resolved.device == "cuda",
     )

@@ -1,7 +1,7 @@
-"""What a model is worth on held-out rows: loss and perplexity, generated answers, latency.
+"""Evaluate a model on held-out rows: loss and perplexity, generated answers, latency.
 
-Leaves the model as it found it (mode, cache setting), and draws no random numbers, so that measuring does not
-change training.
+Evaluation restores the model's state (mode, cache setting) and draws no random numbers, so that it does not change
+training.
 """
 
 import math
@@ -26,32 +26,32 @@ Score = Callable[[str, dict[str, Any]], float]
 
 @dataclass(frozen=True)
 class Answers:
-    """To one batch of prompts."""
+    """Answers to one batch of prompts."""
 
     texts: list[str]
     tokens: int
-    """Generated, of all of them."""
+    """Number of generated tokens, of all answers together."""
     seconds: float
     first_token_seconds: float
     step_seconds: list[float]
-    """Of each token after the first."""
+    """Seconds of each token after the first."""
 
 
 Generate = Callable[[list[list[int]]], Answers]
-"""Answers prompts, which are lists of token ids."""
+"""Function that answers a batch of prompts; a prompt is a list of token ids."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics, and what they were computed from, one record a row."""
+    """Metrics, and the values of single rows that they were computed from."""
 
     metrics: dict[str, float]
     losses: list[dict[str, float]]
-    """Each held-out row: `nll` (sum, nats) and `tokens` (supervised)."""
+    """For each held-out row: `nll` (negative log-likelihood, sum over tokens, in nats) and `tokens` (supervised)."""
     unrelated: list[dict[str, float]]
-    """The same of each row of unrelated text."""
+    """The same values for each row of unrelated text."""
     samples: list[dict[str, Any]]
-    """Each generated answer beside its prompt and reference, with its scores."""
+    """Each generated answer with its prompt, reference and scores."""
 
 
 def evaluate(
@@ -71,34 +71,34 @@ def evaluate(
     """Measure `model` on held-out rows.
 
     Args:
-        model: with TRL's fused LM head (SFTTrainer adds it), which spares the memory of full logits.
-        tokenizer: of the model.
+        model: a model with TRL's fused LM head (SFTTrainer adds it), which needs no memory for full logits.
+        tokenizer: the model's tokenizer.
         rows: held-out rows as text.
-        tokens: the same rows, as `data.cut` gives them.
+        tokens: the same rows as tokens, as returned by `data.cut`.
         config: what to measure.
         batch_size: rows in one forward pass of the loss.
-        unrelated: tokens of text that training is not about.
-        score: the dataset's own scorer of an answer, 0..1.
-        label: shown in the progress bars.
-        on_unrelated: entered for unrelated text.
-        generating: entered while answers are generated.
+        unrelated: tokens of text unrelated to the training data.
+        score: the dataset's own function that scores an answer, 0..1.
+        label: text shown in the progress bars.
+        on_unrelated: context entered while unrelated text is measured.
+        generating: context entered while answers are generated.
     """
     with _evaluating(model):
         losses = _row_losses(model, tokenizer, tokens, batch_size, label)
         supervised, loss = sum(row["tokens"] for row in losses), _mean_loss(losses)
         metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "supervised_tokens": supervised}
-        elsewhere: list[dict[str, float]] = []
+        unrelated_losses: list[dict[str, float]] = []
         if unrelated is not None:
             with on_unrelated or nullcontext():
-                elsewhere = _row_losses(model, tokenizer, unrelated, 1, label)
-            metrics["unrelated_loss"] = _mean_loss(elsewhere)
+                unrelated_losses = _row_losses(model, tokenizer, unrelated, 1, label)
+            metrics["unrelated_loss"] = _mean_loss(unrelated_losses)
         samples: list[dict[str, Any]] = []
         if config.generate_rows:
             answering = generator(model, tokenizer, config)
             with generating or nullcontext():
                 samples, latency = _answer(answering, tokenizer, rows, tokens, config, label)
             metrics |= _scored(samples, rows, config, score) | latency
-    return Evaluation(metrics, losses, elsewhere, samples)
+    return Evaluation(metrics, losses, unrelated_losses, samples)
 
 
 def _mean_loss(losses: list[dict[str, float]]) -> float:
@@ -119,23 +119,23 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 def _row_losses(model: Any, tokenizer: Any, tokens: Dataset, batch_size: int, label: str) -> list[dict[str, float]]:
     collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
-    found = []
+    losses = []
     for start in tqdm(range(0, len(tokens), batch_size), desc=f"{label}loss", unit="batch", leave=False, disable=None):
         rows = [
             {"input_ids": row["input_ids"], "labels": row["labels"]}
             for row in tokens.select(range(start, min(start + batch_size, len(tokens))))
         ]
         batch = {name: tensor.to(model.device) for name, tensor in collate(rows).items()}
-        # trl 1.16: `log_probs` is (batch, length - 1), zero where `label_mask` is false.
+        # trl 1.16: `log_probs` has the shape (batch, length - 1), and is zero where `label_mask` is false.
         outputs = model(**batch, fused_lm_head=True)
         nll = -outputs.log_probs.float().cpu().double().sum(dim=1)
         count = outputs.label_mask.sum(dim=1)
-        found += [{"nll": n, "tokens": c} for n, c in zip(nll.tolist(), count.tolist(), strict=True)]
-    return found
+        losses += [{"nll": n, "tokens": c} for n, c in zip(nll.tolist(), count.tolist(), strict=True)]
+    return losses
 
 
 class _Clock(StoppingCriteria):
-    """Never stops anything: notes when each token was there."""
+    """Stopping criterion that never stops generation: it records the time of each token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -148,7 +148,7 @@ class _Clock(StoppingCriteria):
 
 
 def generator(model: Any, tokenizer: Any, config: EvaluationConfig) -> Generate:
-    """What answers prompts with `model`, greedily, all of them in one batch."""
+    """Return a function that answers prompts with `model`: greedy decoding, all prompts in one batch."""
     settings = GenerationConfig(
         max_new_tokens=config.max_new_tokens,
         do_sample=False,
@@ -185,7 +185,11 @@ def answers(
     score: Score | None = None,
     label: str = "",
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """As `evaluate`, of the answers alone, by whatever generates them."""
+    """Generate and score answers, without the losses that `evaluate` measures too; `generate` can be any backend.
+
+    Returns:
+        The metrics, and each answer with its prompt, reference and scores.
+    """
     samples, latency = _answer(generate, tokenizer, rows, tokens, config, label)
     return _scored(samples, rows, config, score) | latency, samples
 
@@ -193,7 +197,7 @@ def answers(
 def _scored(
     samples: list[dict[str, Any]], rows: Dataset, config: EvaluationConfig, score: Score | None
 ) -> dict[str, float]:
-    """Each metric's mean, after it was added to each sample."""
+    """Add the scores to each sample, and return the mean of each score."""
     if score:
         for sample, row in zip(samples, rows, strict=False):
             sample["task_score"] = score(sample["answer"], row)
@@ -203,40 +207,40 @@ def _scored(
 def _answer(
     generate: Generate, tokenizer: Any, rows: Dataset, tokens: Dataset, config: EvaluationConfig, label: str
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Answers to the first prompts, and the seconds that a step of a batch took."""
+    """Answer the first `config.generate_rows` prompts; return the samples and the metrics of latency."""
     count, size = min(config.generate_rows, len(tokens)), config.generation_batch_size
     samples: list[dict[str, Any]] = []
-    found: list[Answers] = []
+    batches: list[Answers] = []
     for start in tqdm(range(0, count, size), desc=f"{label}answers", unit="batch", leave=False, disable=None):
         chosen = range(start, min(start + size, count))
         prompts = [row["input_ids"][: row["prompt_length"]] for row in tokens.select(chosen)]
         prompts = [prompt or [_first_token(tokenizer)] for prompt in prompts]
-        found.append(generate(prompts))
-        for prompt, text, row in zip(prompts, found[-1].texts, rows.select(chosen), strict=True):
+        batches.append(generate(prompts))
+        for prompt, text, row in zip(prompts, batches[-1].texts, rows.select(chosen), strict=True):
             samples.append({"prompt": tokenizer.decode(prompt), "reference": row["completion"], "answer": text.strip()})
     latency = {
-        "first_token_seconds_p50": float(np.median([one.first_token_seconds for one in found])),
-        "generated_tokens_per_second": sum(one.tokens for one in found) / sum(one.seconds for one in found),
+        "first_token_seconds_p50": float(np.median([batch.first_token_seconds for batch in batches])),
+        "generated_tokens_per_second": sum(batch.tokens for batch in batches) / sum(batch.seconds for batch in batches),
     }
-    if steps := [seconds for one in found for seconds in one.step_seconds]:
+    if steps := [seconds for batch in batches for seconds in batch.step_seconds]:
         latency["token_seconds_p50"], latency["token_seconds_p95"] = map(float, np.quantile(steps, [0.5, 0.95]))
     return samples, latency
 
 
 def _first_token(tokenizer: Any) -> int:
-    """What an empty prompt (plain text) starts with."""
+    """Return the token that an empty prompt (of plain text) is replaced with, since a model cannot start from none."""
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
 def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """Every token that ends an answer: the tokenizer's EOS and the model's own."""
+    """List all tokens that end an answer: the tokenizer's EOS token and those of the model's generation config."""
     own = model.generation_config.eos_token_id
     return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own] if own is not None else [])})
 
 
 def _scores(samples: list[dict[str, Any]], config: EvaluationConfig) -> list[str]:
-    """Add each metric to each sample; the names that were added."""
-    import evaluate as evaluate_library  # it imports scipy and more, for answers only
+    """Add each metric to each sample; return the names of the scores."""
+    import evaluate as evaluate_library  # slow (imports scipy and more), and needed for answers only
 
     names = ["task_score"] if "task_score" in samples[0] else []
     for metric in config.metrics:
@@ -253,11 +257,11 @@ def _scores(samples: list[dict[str, Any]], config: EvaluationConfig) -> list[str
 
 
 def isolates_packed_rows(model: Any) -> bool:
-    """Whether two rows packed into one sequence are computed as they are apart, which packing relies on.
+    """Check whether rows packed into one sequence give the same outputs as single rows, which packing relies on.
 
-    Tried on the model itself with a few tokens: TRL marks rows by restarting position ids, and not every architecture
-    keeps rows apart by them (OPT does not). What packing changes is compared with what plain concatenation changes, so
-    that rounding in half precision does not count.
+    The check runs the model itself on a few tokens. TRL marks where a row starts by restarting the position ids, and
+    not all architectures use them to keep rows apart (OPT does not). The change caused by packing is compared with the
+    change caused by plain concatenation, so that rounding in half precision does not count.
     """
     ids = torch.arange(8, 32, device=model.device)[None] % model.config.vocab_size
     positions = torch.cat([torch.arange(12), torch.arange(12)]).to(model.device)[None]

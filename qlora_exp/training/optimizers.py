@@ -1,6 +1,6 @@
-"""PEFT's optimizers for LoRA, built on the optimizer that the config names.
+"""Build PEFT's optimizers for LoRA on top of the optimizer that the config names.
 
-Knows nothing of trainers beyond the arguments that choose an optimizer.
+Of the trainer, this module needs only the arguments that choose an optimizer.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ from qlora_exp.config.sections.optimizer import OptimizerConfig
 
 
 def lora_optimizer(model: Any, config: OptimizerConfig, arguments: TrainingArguments) -> torch.optim.Optimizer | None:
-    """The optimizer that `lora_optimizer` names; None leaves it to the trainer.
+    """Return the optimizer that `lora_optimizer` names; None leaves the choice to the trainer.
 
     LoRA+: https://arxiv.org/abs/2402.12354, LoRA-FA: https://arxiv.org/abs/2308.03303 (freezes every A), Riemannian
     preconditioning: https://arxiv.org/abs/2402.02347.
@@ -30,14 +30,17 @@ def lora_optimizer(model: Any, config: OptimizerConfig, arguments: TrainingArgum
         return create_riemannian_optimizer(model, kind, reg=config.riemannian_reg, weight_decay=decay, **settings)
     lora = model.peft_config[model.active_adapter]
     optimizer = create_lorafa_optimizer(model, lora.r, lora.lora_alpha, settings["lr"], decay)
-    for group in optimizer.param_groups:  # PEFT 0.21 takes neither
+    for group in optimizer.param_groups:  # PEFT 0.21's function has no arguments for these two
         group.update(betas=settings["betas"], eps=settings["eps"])
     optimizer.register_load_state_dict_post_hook(move_states)
     return optimizer
 
 
 def move_states(optimizer: torch.optim.Optimizer) -> None:
-    """Put LoRA-FA's states, which it keeps by name, where their parameters are; torch does that for others only."""
+    """Move LoRA-FA's states to the devices of their parameters.
+
+    LoRA-FA keeps its states by parameter name; torch moves only states that are kept by parameter.
+    """
     devices = {
         name[: name.find("lora")] + "lora" if "lora" in name else name: parameter.device
         for group in optimizer.param_groups

@@ -1,4 +1,4 @@
-"""Ask the search that a job belongs to whether the job should go on."""
+"""Ask the search that a job belongs to whether the job should continue."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,15 +11,18 @@ from qlora_exp.libraries.optuna import reopened
 from qlora_exp.utils.errors import PrunedError
 
 
-def judge(told: Mapping[str, Any]) -> Callable[[float, int], None]:
-    """In a job: what to call with each held-out loss and its step.
+def judge(trial_address: Mapping[str, Any]) -> Callable[[float, int], None]:
+    """Return the function that a job calls with each held-out loss and its step.
 
     The function raises PrunedError once the loss is worse than the median of earlier trials at that step.
+
+    Args:
+        trial_address: `file` with the search's Optuna study, and number of the job's `trial`.
     """
-    storage = JournalStorage(JournalFileBackend(told["file"]))
+    storage = JournalStorage(JournalFileBackend(trial_address["file"]))
     name = optuna.get_all_study_names(storage)[0]
     study = optuna.load_study(study_name=name, storage=storage, pruner=optuna.pruners.MedianPruner(n_startup_trials=3))
-    trial = reopened(study, told["trial"])
+    trial = reopened(study, trial_address["trial"])
 
     def report(loss: float, step: int) -> None:
         trial.report(loss, step)

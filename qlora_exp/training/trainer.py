@@ -1,7 +1,7 @@
-"""The wrapper around TRL's SFTTrainer: its arguments from our config, and what it must tell us while it runs.
+"""Wrap TRL's SFTTrainer: build it from the config of a run, and observe it while it trains.
 
-Measures steps, feeds curves to a `log` function, marks memory phases, stops a run that diverged.
-Knows nothing of MLflow.
+It measures steps, passes curves to a `log` function, marks memory phases, and stops a run that diverged.
+This module does not use MLflow.
 """
 
 import logging
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 Log = Callable[[dict[str, float], int], None]
 
-# The trainer's names of what it logs, where ours say more.
+# Our names for values that the trainer logs under a less clear name.
 _CURVES = {"eval_loss": "eval/loss", "eval_mean_token_accuracy": "eval/token_accuracy"}
 _SKIPPED = {
     "eval_runtime",
@@ -47,9 +47,10 @@ _SKIPPED = {
 
 
 class _ByLength(LengthGroupedSampler):
-    """Rows of like length together, in an order that seed and epoch decide: a resumed run goes on in the same order.
+    """Sampler that groups rows of similar length, in an order that depends only on the seed and the epoch.
 
-    Transformers' own draws the order from the global random state, which a resumed run does not share.
+    So a resumed run continues in the same order. The sampler of transformers draws the order from the global random
+    state, which differs in a resumed run.
     """
 
     def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
@@ -58,22 +59,25 @@ class _ByLength(LengthGroupedSampler):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate before each epoch."""
+        """Seed the order of an epoch; accelerate calls this before each epoch."""
         self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
 
 class Trainer(SFTTrainer):
-    """SFTTrainer that counts tokens and tells which memory phase it is in."""
+    """SFTTrainer that counts tokens and FLOPs and marks memory phases."""
 
     def __init__(self, *args: Any, memory: MemoryMonitor, **kwargs: Any) -> None:
         self.memory = memory
-        self.seen: Any = torch.zeros(3, dtype=torch.long)  # tokens, supervised tokens, sequences
+        self.seen: Any = torch.zeros(3, dtype=torch.long)  # counts of tokens, supervised tokens and sequences
         self.flops_per_token: float | None = None
-        """Counted on the first batch; None before it, and for a compiled model; NaN if it is not known."""
+        """Counted on the first batch; None before it, and for a compiled model; NaN if it cannot be counted."""
         super().__init__(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One forward and backward pass, its tokens counted (padding left out) where they are, without waiting."""
+        """Run one forward and backward pass, and count its tokens without padding.
+
+        They are counted on the device of the batch, so that the CPU does not wait for the GPU.
+        """
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         tokens = mask.sum() if mask is not None else ids.new_tensor(ids.numel())
         supervised = (inputs["labels"] != IGNORED).sum()
@@ -86,15 +90,15 @@ class Trainer(SFTTrainer):
         return loss
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any) -> Any:
-        """TRL's loss and, while it trains, what the adapter adds to it."""
-        found = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
+        """Compute TRL's loss; in training, add the adapter's penalty to it."""
+        result = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
         if not model.training:
-            return found
+            return result
         added = penalty(self.accelerator.unwrap_model(model)) / self.current_gradient_accumulation_steps
-        return (found[0] + added, found[1]) if return_outputs else found + added
+        return (result[0] + added, result[1]) if return_outputs else result + added
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Held-out loss, in a memory phase of its own; the random state (dropout's) is left as it was."""
+        """Measure the held-out loss, in a memory phase of its own; the random state (for dropout) does not change."""
         devices = [torch.cuda.current_device()] if self.args.device.type == "cuda" else []
         with self.memory.phase("evaluation"), torch.random.fork_rng(devices):
             return super().evaluate(*args, **kwargs)
@@ -106,7 +110,7 @@ class Trainer(SFTTrainer):
         return sampler
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:  # transformers 5.23; no public hook before a step
-        """Nothing where training is to stop at once: the trainer would look only after another step."""
+        """Skip the epoch if training is to stop: the trainer would check that only after another step."""
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
@@ -115,11 +119,14 @@ class Trainer(SFTTrainer):
             super()._save_checkpoint(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """TRL's card names paths of this machine; MLflow holds what a run was."""
+        """Write no model card: TRL's would contain paths of this machine, and MLflow has the facts about the run."""
 
 
 class _Allocation(TrainerCallback):
-    """What a method moves while it learns, after each optimizer step, while there are gradients."""
+    """Let the method (AdaLoRA, AdaMSS) reallocate its parameter budget after each optimizer step.
+
+    This comes before the gradients are cleared, because the method needs them.
+    """
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -132,7 +139,7 @@ class _Allocation(TrainerCallback):
 
 
 class _EarlyStopping(EarlyStoppingCallback):
-    """Transformers' own, but a resumed run goes on counting, and trains no more if it had stopped."""
+    """Early stopping of transformers; a resumed run continues its count, and does not train if it had stopped."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_train_begin(args, state, control, **kwargs)
@@ -143,12 +150,12 @@ class _EarlyStopping(EarlyStoppingCallback):
 
 
 class Watcher(TrainerCallback):
-    """Step times, curves, the progress bar, and the first bad number."""
+    """Callback that times steps, logs curves, shows a progress bar, and raises at a value that is not finite."""
 
     def __init__(self, trainer: Trainer, log: Log, judge: Callable[[float, int], None] | None = None) -> None:
         self.step_seconds: list[float] = []
         self.step_counts: list[list[int]] = []
-        """Tokens, supervised tokens and sequences of each step."""
+        """Numbers of tokens, supervised tokens and sequences of each step."""
         self._trainer = trainer
         self._log = log
         self._judge = judge
@@ -158,15 +165,15 @@ class Watcher(TrainerCallback):
         self._mark = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Start the clock; the first step, which allocates, is a memory phase of its own.
+        """Start the clock; the first step, which allocates memory, is a memory phase of its own.
 
-        A checkpoint with all the steps in it is the end of a training, of which the trainer itself takes no notice.
+        Stop at once if the checkpoint already contains all steps: the trainer itself does not check that.
         """
         trl.set_trained_tokens(self._trainer, max((line.get("num_tokens", 0) for line in state.log_history), default=0))
         if state.global_step >= state.max_steps:
             control.should_training_stop = True
         if control.should_training_stop:
-            log.info("training had ended at step %d of %d: no step is left", state.global_step, state.max_steps)
+            log.info("training had ended at step %d of %d: nothing is left to do", state.global_step, state.max_steps)
             return
         self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=None)
         self._steady.enter_context(self._trainer.memory.phase("steady"))
@@ -178,8 +185,8 @@ class Watcher(TrainerCallback):
         self._mark = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Note the step's time, loading of its data included."""
-        # `tolist` waits for everything that the GPU still has to do for this step.
+        """Record the duration of the step, including the loading of its data."""
+        # `tolist` waits until the GPU has finished this step.
         self.step_counts.append((self._trainer.seen - self._seen.to(self._trainer.seen.device)).tolist())
         self.step_seconds.append(time.perf_counter() - self._mark)
         self._first_step.close()
@@ -188,21 +195,21 @@ class Watcher(TrainerCallback):
         self._restart()
 
     def on_evaluate(self, *_: Any, **__: Any) -> None:
-        """Evaluation is not part of the next step's time."""
+        """Restart the clock, so that evaluation does not count as part of the next step."""
         self._restart()
 
     def on_save(self, *_: Any, **__: Any) -> None:
-        """Saving is not part of the next step's time."""
+        """Restart the clock, so that saving does not count as part of the next step."""
         self._restart()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        """Pass curves on.
+        """Log the curves, and call `judge` with a new held-out loss.
 
         Raises:
             DivergedError: a loss or a gradient norm is not finite.
         """
         logs = logs or {}
-        if "train_runtime" in logs:  # the trainer's closing summary; ours is `throughput`
+        if "train_runtime" in logs:  # the trainer's summary at the end; `throughput` replaces it
             return
         curves = {
             _CURVES.get(name, f"train/{name}"): float(value)
@@ -213,7 +220,7 @@ class Watcher(TrainerCallback):
             curves["train/step_seconds"] = self.step_seconds[-1]
             curves["train/tokens_per_second"] = self.step_counts[-1][0] / self.step_seconds[-1]
         self._log(curves, state.global_step)
-        # Under fp16 a gradient that overflows is skipped, and the scale lowered: no divergence.
+        # Under fp16 a gradient that overflows is no divergence: the step is skipped and the loss scale lowered.
         for name in ("loss", "eval_loss") if args.fp16 else ("loss", "grad_norm", "eval_loss"):
             if name in logs and not math.isfinite(logs[name]):
                 raise DivergedError(f"{name} is {logs[name]} at step {state.global_step}")
@@ -221,18 +228,18 @@ class Watcher(TrainerCallback):
             self._judge(logs["eval_loss"], state.global_step)
         if self._bar is not None and "loss" in logs:
             self._bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
-            if self._bar.disable:  # no terminal: lines instead of a bar
+            if self._bar.disable:  # without a terminal, log lines replace the bar
                 log.info("step %d of %d: loss %.4f", state.global_step, state.max_steps, logs["loss"])
 
     def close(self) -> None:
-        """Take the progress bar away, also after a failure."""
+        """End the memory phases and remove the progress bar, also after a failure."""
         self._first_step.close()
         self._steady.close()
         if self._bar is not None:
             self._bar.close()
 
     def throughput(self) -> dict[str, float]:
-        """Rates over all steps but the first, which also allocates and warms up; empty after a single step."""
+        """Return rates over all steps but the first, which also allocates and warms up; empty after a single step."""
         seconds = self.step_seconds[1:]
         if not seconds:
             return {}
@@ -263,7 +270,7 @@ def build(
     output_dir: Path,
     memory: MemoryMonitor,
 ) -> Trainer:
-    """A trainer for a model that already has its trainable parameters; their dtypes stay as they are."""
+    """Build a trainer for a model that already has its trainable parameters; their dtypes are not changed."""
     trl.score_supervised_tokens_only()
     callbacks: list[TrainerCallback] = []
     if config.training.early_stopping_patience:
@@ -284,28 +291,37 @@ def build(
             processing_class=tokenizer,
             callbacks=callbacks,
         )
-    trainer.remove_callback(PrinterCallback)  # it prints raw dictionaries
+    trainer.remove_callback(PrinterCallback)  # prints raw dictionaries
     return trainer
 
 
 def train(
     trainer: Trainer, log: Log, checkpoint: Path | None = None, judge: Callable[[float, int], None] | None = None
 ) -> dict[str, float]:
-    """Train to the end, from `checkpoint` if given; the throughput, with `train_loss` averaged over the steps.
+    """Train to the end, from `checkpoint` if there is one.
 
-    A checkpoint at which a training had ended is loaded, or the best one before it; what is of steps is then absent.
-    `judge` is called with each held-out loss and its step, and may raise.
+    If training had already ended at that checkpoint, its weights are loaded, or those of the best checkpoint before it.
+
+    Args:
+        trainer: the trainer that `build` returned.
+        log: function that gets the curves and their step.
+        checkpoint: folder of the checkpoint to resume from.
+        judge: function that is called with each held-out loss and its step, and may raise.
+
+    Returns:
+        The number of `steps`; if this process trained any: `train_loss` averaged over its steps, and the throughput.
 
     Raises:
-        DivergedError: the loss is not a number any more.
+        DivergedError: a loss or a gradient norm is not finite.
     """
     watcher = Watcher(trainer, log, judge)
     trainer.add_callback(watcher)
-    with trainer.memory.phase("load"), closing(watcher):  # of the checkpoint; then `watcher` says which it is
+    with trainer.memory.phase("load"), closing(watcher):  # loads the checkpoint; `watcher` opens the later phases
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = trainer.state
         measured = any(line["step"] == state.global_step and "eval_loss" in line for line in state.log_history)
-        if trainer.args.eval_strategy == "epoch" and not measured:  # cut off between its last checkpoint and that
+        # An earlier process was interrupted after its last checkpoint and before the evaluation of that epoch.
+        if trainer.args.eval_strategy == "epoch" and not measured:
             trainer.evaluate()
-    of_steps = {"train_loss": result.training_loss, **watcher.throughput()} if watcher.step_seconds else {}
-    return {"steps": state.global_step, **of_steps}
+    step_metrics = {"train_loss": result.training_loss, **watcher.throughput()} if watcher.step_seconds else {}
+    return {"steps": state.global_step, **step_metrics}

@@ -260,7 +260,7 @@ def test_leaks_are_counted_and_logged(run_quick, write_jsonl, caplog):
     words += ["dataset.prompt_column=prompt", "dataset.completion_column=completion", "evaluation=loss_only"]
     result = run_quick("method=lora", *words)
     assert result.metrics["leaks/exact"] == 1
-    assert "1 training rows ask what a held-out row asks" in caplog.text
+    assert "1 training rows have the question of a held-out row" in caplog.text
     assert json.loads((result.output_dir / "leaks.json").read_text())[0]["kind"] == "exact"
 
 

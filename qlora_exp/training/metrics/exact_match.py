@@ -1,4 +1,4 @@
-"""Exact match for each prediction: 1 if it is the reference, but for case and white space."""
+"""Exact match for each prediction: 1 if it equals the reference, ignoring case and differences in white space."""
 
 import datasets
 import evaluate

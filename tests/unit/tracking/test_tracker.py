@@ -134,7 +134,7 @@ def test_permanent_server_outage_keeps_everything_on_disk(mlflow_uri, mlflow_cli
     with start_run(mlflow_uri, tmp_path) as tracked:
         unsteady.away = True
         tracked.metrics({"loss": 2.0}, 2)
-    assert "did not take everything" in caplog.text
+    assert "did not receive everything" in caplog.text
     assert metrics(tmp_path)[-1]["loss"] == 2.0
     assert mlflow_client.get_run(tracked.run_id).info.status == "RUNNING"
     assert recovery.finish(tmp_path, "killed", "not used: the run ended by itself", mlflow_uri) is False  # still away
@@ -224,7 +224,7 @@ def test_folder_accepts_only_its_own_run(mlflow_uri, tmp_path):
     ):
         pass
     assert tracked.resumed
-    with pytest.raises(ConfigError, match=r"holds a run that ended \(ok\)"), start_run(mlflow_uri, tmp_path):
+    with pytest.raises(ConfigError, match=r"contains a run that has ended \(ok\)"), start_run(mlflow_uri, tmp_path):
         pass
 
 
