@@ -177,7 +177,7 @@ def test_sweep_of_failed_jobs_has_no_comparison(make_jobs, read_runs, caplog):
         execute(
             make_jobs("training.max_grad_norm", ["1", "2"]), lambda waiting: [Ending("killed", "gone")] * len(waiting)
         )
-    assert "no comparison: none of these 2 runs ended well" in caplog.text
+    assert "no comparison: none of these 2 runs succeeded" in caplog.text
     (parent,), _ = read_runs()
     assert parent.info.status == "FINISHED"
 
