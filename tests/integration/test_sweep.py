@@ -368,7 +368,7 @@ def test_jobs_exceeding_memory_are_rejected_on_request(make_jobs, monkeypatch):
     from qlora_exp.planning import screening
 
     monkeypatch.setattr(screening, "unfit", lambda configs, vram: ["", "does not fit: 99 GiB"])
-    with pytest.raises(SweepError, match="nothing was run:\nseed=2: does not fit: 99 GiB"):
+    with pytest.raises(SweepError, match="nothing was run; these jobs exceed memory:\nseed=2: does not fit: 99 GiB"):
         execute(make_jobs("seed", ["1", "2"], "sweep.unfit=refuse"), never)
 
 
