@@ -38,18 +38,18 @@ _MEASURED_CONDITIONS = {
     "MiB before loading": ("memory/baseline/rss_mib", 0.05),
 }
 _CONDITIONS = {
-    "effective batch": lambda one: _product(
-        one, "training.per_device_train_batch_size", "training.gradient_accumulation_steps"
+    "effective batch": lambda record: _product(
+        record, "training.per_device_train_batch_size", "training.gradient_accumulation_steps"
     ),
-    "base dtype": lambda one: one.params.get("resolved.dtype"),
-    "adapter dtype": lambda one: one.params.get("resolved.adapter_dtype"),
-    "loss": lambda one: one.params.get("training.loss_type"),
-    "training rows": lambda one: one.params.get("data.training_fingerprint"),
-    "held-out rows": lambda one: one.params.get("data.evaluation_fingerprint"),
-    "unrelated rows": lambda one: one.params.get("data.unrelated_fingerprint"),
-    "device": lambda one: one.params.get("resolved.device_name"),
-    "cores": lambda one: one.tags.get("hardware.threads"),
-    "code": lambda one: one.tags.get("identity.code"),
+    "base dtype": lambda record: record.params.get("resolved.dtype"),
+    "adapter dtype": lambda record: record.params.get("resolved.adapter_dtype"),
+    "loss": lambda record: record.params.get("training.loss_type"),
+    "training rows": lambda record: record.params.get("data.training_fingerprint"),
+    "held-out rows": lambda record: record.params.get("data.evaluation_fingerprint"),
+    "unrelated rows": lambda record: record.params.get("data.unrelated_fingerprint"),
+    "device": lambda record: record.params.get("resolved.device_name"),
+    "cores": lambda record: record.tags.get("hardware.threads"),
+    "code": lambda record: record.tags.get("identity.code"),
 }
 
 
@@ -216,7 +216,7 @@ def _baseline(rows: Sequence[Row], name: str | None, all_rows: Sequence[Row]) ->
 
 def _lower_is_better(metric: str, rows: Sequence[Row]) -> bool:
     """Return whether a lower value is better; for lm-eval metrics, the task defines it."""
-    lower = {name for row in rows for one in row.records for name in one.lm_eval.get("lower_is_better", ())}
+    lower = {name for row in rows for record in row.records for name in record.lm_eval.get("lower_is_better", ())}
     return metric in lower if metric.startswith("lm_eval/") else lower_is_better(metric)
 
 

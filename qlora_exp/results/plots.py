@@ -101,9 +101,8 @@ def ranked(comparison: Comparison) -> Figure | None:
     rows = [(row, value) for row in _measured(comparison) if (value := row.mean(f"after/{comparison.metric}"))]
     if not rows:
         return None
-    rows.sort(
-        key=lambda pair: pair[1].value, reverse=comparison.lower_is_better
-    )  # the best row comes last, so that it is drawn on top
+    # The best row comes last, so that it is drawn on top.
+    rows.sort(key=lambda pair: pair[1].value, reverse=comparison.lower_is_better)
     figure, axes = _rows_figure([row for row, _ in rows], 0.2, comparison.baseline)
     for place, (row, value) in enumerate(rows):
         half = [[0.0], [0.0]] if math.isnan(value.low) else [[value.value - value.low], [value.high - value.value]]

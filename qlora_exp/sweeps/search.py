@@ -142,7 +142,7 @@ def distribution(value: Any) -> BaseDistribution:
 def _distribution(value: Any) -> BaseDistribution:
     log = "log" in value.tags
     if hasattr(value, "list"):
-        return CategoricalDistribution([_plain(one) for one in value.list])
+        return CategoricalDistribution([_plain(choice) for choice in value.list])
     if hasattr(value, "stop"):  # Hydra's `range` excludes the stop value
         return CategoricalDistribution(list(value.range()))
     if isinstance(value.start, int) and isinstance(value.end, int):
