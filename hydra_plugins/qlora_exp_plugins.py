@@ -1,26 +1,26 @@
-"""The sweepers and launchers of `qlora_exp.sweeps`, under the names by which Hydra finds them.
+"""Define the sweepers and launchers of `qlora_exp.sweeps` where Hydra searches for plugins.
 
-Hydra 1.3 takes only classes that are defined below `hydra_plugins`, so plain re-exports are refused.
+Hydra 1.3 accepts only classes that are defined below `hydra_plugins`, so re-exports do not work.
 """
 
 from qlora_exp.sweeps import hydra_launchers, hydra_sweepers
 
 
 class GridSweeper(hydra_sweepers.GridSweeper):
-    """`hydra/sweeper=grid`."""
+    """The sweeper `hydra/sweeper=grid`."""
 
 
 class OptunaSweeper(hydra_sweepers.OptunaSweeper):
-    """`hydra/sweeper=optuna`."""
+    """The sweeper `hydra/sweeper=optuna`."""
 
 
 class LocalLauncher(hydra_launchers.LocalLauncher):
-    """`hydra/launcher=local`."""
+    """The launcher `hydra/launcher=local`."""
 
 
 class RayLauncher(hydra_launchers.RayLauncher):
-    """`hydra/launcher=ray`."""
+    """The launcher `hydra/launcher=ray`."""
 
 
 class SubmititLauncher(hydra_launchers.SubmititLauncher):
-    """`hydra/launcher=slurm`."""
+    """The launcher `hydra/launcher=slurm`."""

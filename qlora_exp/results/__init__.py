@@ -1,5 +1,5 @@
-"""Past runs: read, compared, reported, repeated and bundled.
+"""Past runs: read, compare, report, reproduce and bundle them.
 
 May import: every room above.
-Never here: training's internals; runs are read from what they left behind.
+Never here: the internals of training; runs are read from the files and MLflow entries that they wrote.
 """

@@ -1,7 +1,8 @@
-"""A recorded run as one folder or zip, to share without the store: config, lock, fingerprints, metrics, samples.
+"""Write a past run to a folder or zip, to share it without the MLflow store, and read such bundles.
 
-A bundle is somebody else's word: of its files only those named here are read, as text, none larger than a limit.
-What it says of its author's machine is what can change a result, and no path.
+A bundle has the config, the list of package versions, fingerprints, metrics and samples. It is untrusted input: only
+the files named here are read, as text, up to a size limit. About the author's machine it contains what can change a
+result, and no paths.
 """
 
 import json
@@ -26,7 +27,7 @@ from qlora_exp.utils.units import MIB
 
 RUN_FILE = "run.json"
 METRICS = ("train/loss", "train/grad_norm", "train/learning_rate", "eval/loss")
-"""Those of which every step is kept."""
+"""Metrics saved with every step; of other metrics only the last value is saved."""
 _FILES = (
     CONFIG_FILE, LOCK_FILE, "label_audit.json", "peft_config.json", "samples.json",
     "evaluation/before_losses.jsonl", "evaluation/after_losses.jsonl", "evaluation/answers.json",
@@ -34,7 +35,7 @@ _FILES = (
     "evaluation/before_lm_eval.json", "evaluation/after_lm_eval.json",
 )  # fmt: skip
 _LIMIT = 64 * MIB
-# Whose keys begin so is shared; other tags are of the author's machine, account or sweep.
+# Tags are shared if their key begins with one of these; others concern the author's machine, account or sweep.
 _TAGS = (
     "identity.",
     "version.",
@@ -48,7 +49,7 @@ _TAGS = (
 
 
 class _Run(BaseModel):
-    """What `run.json` says."""
+    """Content of `run.json`."""
 
     model_config = ConfigDict(ser_json_inf_nan="strings")
 
@@ -64,41 +65,48 @@ class _Run(BaseModel):
 
 @dataclass(frozen=True)
 class BundledRecord(Record):
-    """A run in a bundle."""
+    """A past run, read from a bundle."""
 
-    told: _Run
+    run_file: _Run
+    """Content of `run.json`."""
     read: Callable[[str], str]
-    """The text of one of its files, empty if it is not there."""
+    """Function that returns the text of a file of the bundle; empty if the file is missing."""
 
     def curve(self, metric: str) -> list[tuple[int, float]]:
-        """Every value of a metric of `METRICS` with its step, in order."""
-        return self.told.curves.get(metric, [])
+        """Return every value of a metric of `METRICS` with its step, in order."""
+        return self.run_file.curves.get(metric, [])
 
     def text(self, path: str) -> str:
-        """One of the bundle's files; empty if there is none."""
+        """Return the text of a file of the bundle; empty if the file is missing."""
         return self.read(path)
 
     def seed_losses(self) -> list[float]:
-        """What its author's store had when the bundle was made."""
-        return self.told.seed_losses
+        """Return the held-out losses of other seeds that the author's store had when the bundle was made."""
+        return self.run_file.seed_losses
 
 
 def write(record: Record, target: Path) -> None:
-    """Make a bundle of a run; where `target` ends in .zip it is one file, else a folder.
+    """Write a bundle of a run.
+
+    Args:
+        record: the run.
+        target: path of the bundle: a file if it ends in .zip, else a folder.
 
     Raises:
-        ConfigError: the target is there already or cannot be written, or the run has no config.
+        ConfigError: the target exists already or cannot be written, or the run has no config.
     """
     if target.exists():
-        raise ConfigError(f"{target} is there already; choose another: --out PATH")
+        raise ConfigError(f"{target} exists already; choose another path: --out PATH")
     if target.suffix not in ("", ".zip") or not target.parent.is_dir():
-        raise ConfigError(f"cannot write {target}: a bundle is a .zip or a folder, in a folder that is there")
+        raise ConfigError(
+            f"cannot write {target}: a bundle is a .zip file or a folder without suffix, inside an existing folder"
+        )
     config = {key: value for key, value in record.yaml().items() if key not in APART}
     files = {name: text for name in _FILES if (text := record.text(name))}
-    if audit := files.get("label_audit.json"):  # without the training row that it shows
+    if audit := files.get("label_audit.json"):  # leave out the example of a training row
         files["label_audit.json"] = json.dumps(json.loads(audit) | {"sample": None}, indent=1)
     files[CONFIG_FILE] = yaml.safe_dump(_without_folders(config), sort_keys=False)
-    told = _Run(
+    run_file = _Run(
         format=1,
         run_id=record.run_id,
         name=record.name,
@@ -108,33 +116,35 @@ def write(record: Record, target: Path) -> None:
         curves={metric: curve for metric in METRICS if (curve := record.curve(metric))},
         seed_losses=record.seed_losses(),
     )
-    files[RUN_FILE] = told.model_dump_json(indent=1)
+    files[RUN_FILE] = run_file.model_dump_json(indent=1)
     try:
-        with tempfile.TemporaryDirectory(dir=target.parent) as part:  # nothing is there until it is whole
-            whole = Path(part, "bundle")
+        with tempfile.TemporaryDirectory(dir=target.parent) as temporary:  # the target appears only once it is complete
+            complete = Path(temporary, "bundle")
             for name, text in files.items():
-                (whole / name).parent.mkdir(parents=True, exist_ok=True)
-                (whole / name).write_text(redact(text), encoding="utf-8")
+                (complete / name).parent.mkdir(parents=True, exist_ok=True)
+                (complete / name).write_text(redact(text), encoding="utf-8")
             if target.suffix == ".zip":
-                whole = Path(shutil.make_archive(str(whole), "zip", whole))
-            whole.rename(target)
+                complete = Path(shutil.make_archive(str(complete), "zip", complete))
+            complete.rename(target)
     except OSError as error:
-        raise ConfigError(f"cannot write {target}: {error.strerror or error}; choose another: --out PATH") from error
+        raise ConfigError(
+            f"cannot write {target}: {error.strerror or error}; choose another path: --out PATH"
+        ) from error
 
 
 def _without_folders(value: Any) -> Any:
-    """Paths as the names of their files: where they are on this machine helps nobody else."""
+    """Replace absolute paths by their file names: locations on this machine are of no use to others."""
     if isinstance(value, dict):
-        return {key: _without_folders(one) for key, one in value.items()}
+        return {key: _without_folders(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_folders(one) for one in value]
+        return [_without_folders(item) for item in value]
     if isinstance(value, str) and value.startswith(("/", "~")) and "\n" not in value:
         return Path(value).name
     return value
 
 
 def is_bundle(word: str) -> bool:
-    """Whether this is a path, and not the id, key or name of a run."""
+    """Return whether `word` is a path, and not the id, run key or name of a run."""
     try:
         return word.endswith(".zip") or Path(word).exists()
     except OSError:  # too long for a path
@@ -142,32 +152,34 @@ def is_bundle(word: str) -> bool:
 
 
 def read(path: Path) -> BundledRecord:
-    """The run in a bundle.
+    """Read the run in a bundle.
 
     Raises:
-        ConfigError: it is none, or is damaged or too large.
+        ConfigError: the path does not exist, is not a bundle, is damaged, or has a file larger than the limit.
     """
     if not path.exists():
-        raise ConfigError(f"{path}: no bundle is there")
+        raise ConfigError(f"{path}: there is no such file or folder")
 
-    def one(name: str) -> str:
+    def read_text(name: str) -> str:
         if name not in (*_FILES, RUN_FILE):
             return ""
         try:
             return (_of_zip if path.is_file() else _of_folder)(path, name)
         except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-            what = "" if isinstance(error, zipfile.BadZipFile) else f"{name}: "
-            raise ConfigError(f"{path}: no bundle that can be read: {what}{error}") from error
+            file_name = "" if isinstance(error, zipfile.BadZipFile) else f"{name}: "
+            raise ConfigError(f"{path}: this bundle cannot be read: {file_name}{error}") from error
 
     try:
-        if not (text := one(RUN_FILE)):
-            raise ConfigError(f"{path}: no bundle of qlora-exp: it has no {RUN_FILE}")
-        told = _Run.model_validate_json(text)
+        if not (text := read_text(RUN_FILE)):
+            raise ConfigError(f"{path}: not a bundle of qlora-exp: {RUN_FILE} is missing")
+        run_file = _Run.model_validate_json(text)
     except ValidationError as error:
-        first = error.errors()[0]
-        wrong = " ".join([*[".".join(map(str, first["loc"]))] * bool(first["loc"]), first["msg"]])
-        raise ConfigError(f"{path}: no bundle of qlora-exp: {RUN_FILE}: {wrong}") from error
-    return BundledRecord(told.run_id, told.name, told.params, told.tags, told.metrics, told, one)
+        first_error = error.errors()[0]
+        problem = " ".join([*[".".join(map(str, first_error["loc"]))] * bool(first_error["loc"]), first_error["msg"]])
+        raise ConfigError(f"{path}: not a bundle of qlora-exp: {RUN_FILE}: {problem}") from error
+    return BundledRecord(
+        run_file.run_id, run_file.name, run_file.params, run_file.tags, run_file.metrics, run_file, read_text
+    )
 
 
 def _of_zip(path: Path, name: str) -> str:
@@ -183,7 +195,7 @@ def _of_folder(path: Path, name: str) -> str:
     if not file.is_file():
         return ""
     if not file.resolve().is_relative_to(path.resolve()):
-        raise OSError("a link to outside of the bundle")
+        raise OSError("this is a link to a file outside the bundle")
     with file.open("rb") as opened:
         return _limited(opened.read(_LIMIT + 1))
 

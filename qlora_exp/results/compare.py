@@ -1,6 +1,7 @@
-"""Runs side by side: what differs, what each cost and gained, and which differences are more than chance.
+"""Compare runs: what differs between them, the cost and quality of each, and which differences are significant.
 
-Seeds of one configuration are one row. Knows records only: how they are shown is `report`'s.
+Runs of one configuration with several seeds form one row. The input is past runs (`records`); `report` prints the
+result.
 """
 
 import math
@@ -17,158 +18,170 @@ from qlora_exp.results.records import Record
 from qlora_exp.utils.errors import ConfigError
 
 METRICS = ("loss", "rougeL", "exact_match", "task_score", "unrelated_loss")
-"""What quality is judged by, after training on held-out rows; perplexity goes with the loss, its logarithm.
+"""Measures of quality, taken after training on held-out rows. Perplexity is not listed: the loss is its logarithm.
 
-And `lm_eval/TASK/METRIC` of every task that was scored.
+`lm_eval/TASK/METRIC` of each task that was scored can be used as well.
 """
 ALPHA = 1 - stats.LEVEL
 TIED = 100
-"""Of more rows, pairs are not tested one by one: it would take long, and nobody could read the letters."""
+"""With more rows than this, pairs are not tested: it would take long, and nobody could read that many letters."""
 
-# Looked for in this order when runs were not made by one sweep.
-_TELLING = (
+# Preferred keys for the labels, in this order, when the runs were not made by one sweep.
+_LABEL_KEYS = (
     "model.model_name_or_path", "dataset.name", "method.name", "quantization.name", "lora_variant.name",
     "optimizer.name", "method.r", "method.lora_alpha", "training.learning_rate", "training.max_steps",
 )  # fmt: skip
-# With how much they may differ: other seeds draw other rows.
+# Metric and allowed relative difference: other seeds draw other rows, so small differences are normal.
 _MEASURED_CONDITIONS = {
     "tokens seen": ("train/num_tokens", 0.02),
     "steps": ("steps", 0.02),
     "MiB before loading": ("memory/baseline/rss_mib", 0.05),
 }
 _CONDITIONS = {
-    "effective batch": lambda one: _product(
-        one, "training.per_device_train_batch_size", "training.gradient_accumulation_steps"
+    "effective batch": lambda record: _product(
+        record, "training.per_device_train_batch_size", "training.gradient_accumulation_steps"
     ),
-    "base dtype": lambda one: one.params.get("resolved.dtype"),
-    "adapter dtype": lambda one: one.params.get("resolved.adapter_dtype"),
-    "loss": lambda one: one.params.get("training.loss_type"),
-    "training rows": lambda one: one.params.get("data.training_fingerprint"),
-    "held-out rows": lambda one: one.params.get("data.evaluation_fingerprint"),
-    "unrelated rows": lambda one: one.params.get("data.unrelated_fingerprint"),
-    "device": lambda one: one.params.get("resolved.device_name"),
-    "cores": lambda one: one.tags.get("hardware.threads"),
-    "code": lambda one: one.tags.get("identity.code"),
+    "base dtype": lambda record: record.params.get("resolved.dtype"),
+    "adapter dtype": lambda record: record.params.get("resolved.adapter_dtype"),
+    "loss": lambda record: record.params.get("training.loss_type"),
+    "training rows": lambda record: record.params.get("data.training_fingerprint"),
+    "held-out rows": lambda record: record.params.get("data.evaluation_fingerprint"),
+    "unrelated rows": lambda record: record.params.get("data.unrelated_fingerprint"),
+    "device": lambda record: record.params.get("resolved.device_name"),
+    "cores": lambda record: record.tags.get("hardware.threads"),
+    "code": lambda record: record.tags.get("identity.code"),
 }
 
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One configuration: its runs differ by the seed only."""
+    """One configuration: its runs differ in the seed only."""
 
     label: dict[str, str]
-    """The keys that differ between configurations, with this one's values."""
+    """Keys that differ between the configurations, with the values of this configuration."""
     records: list[Record]
-    """Those that ended well."""
+    """Runs with outcome `ok`."""
     failed: list[Record]
+    """Runs with any other outcome."""
 
     @property
     def name(self) -> str:
-        """As people read it."""
+        """The row's label as text, with complete keys."""
         return " ".join(f"{key}={value}" for key, value in self.label.items()) or "all"
 
     @property
     def short(self) -> str:
-        """The same for pictures."""
+        """The same with short keys, for plots."""
         return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in self.label.items()) or "all"
 
     def mean(self, metric: str) -> stats.Estimate | None:
-        """Over the seeds; None if not every run has it."""
-        values = [one.metrics[metric] for one in self.records if metric in one.metrics]
+        """Return the mean of a metric over the seeds; None unless every run has the metric."""
+        values = [record.metrics[metric] for record in self.records if metric in record.metrics]
         return stats.mean(values) if values and len(values) == len(self.records) else None
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a configuration compares with the baseline."""
+    """The result of comparing a configuration with the baseline."""
 
     difference: stats.Difference
     p: float
-    """Adjusted for the number of comparisons (Holm)."""
+    """P-value, adjusted for the number of comparisons (Holm)."""
     text: str
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything that there is to show."""
+    """A complete comparison, ready to be printed or plotted."""
 
     rows: list[Row]
     baseline: Row
     metric: str
     lower_is_better: bool
-    """Of the metric."""
+    """Whether a lower value of the metric is better."""
     verdicts: dict[str, Verdict]
-    """By the row's name; not of the baseline."""
+    """Verdicts by row name, for every row but the baseline."""
     ties: dict[str, str]
-    """By the row's name: letters; rows that share one were not told apart."""
+    """Letters by row name: no significant difference was found between rows that share a letter."""
     about: dict[str, str] = field(default_factory=dict)
-    """What these runs are of: sweeps, models, datasets, devices."""
+    """Sweeps, models, datasets and devices of these runs."""
     warnings: list[str] = field(default_factory=list)
-    """By name what is not equal and makes the comparison unfair: tokens, batch, dtypes, data, versions, hardware."""
+    """What differs and makes the comparison unfair, by name: tokens, batch, dtypes, data, versions, hardware."""
     settings: list[str] = field(default_factory=list)
-    """Keys of the config, with their values, that differ beside those that name the rows."""
+    """Other config keys that differ, with their values; the keys in the row labels are not repeated."""
 
 
 def compare(records: Sequence[Record], metric: str = "loss", baseline: str | None = None) -> Comparison:
-    """Compare runs by `metric`, one of METRICS or of lm-eval's.
+    """Compare runs by a metric.
 
     Args:
-        records: of whatever outcome; those that failed are listed and not compared.
-        metric: what decides.
-        baseline: what the others are compared with: a part of a row's name, such as `method.name=lora`; None is the
-            first row.
+        records: runs of any outcome; failed runs are listed but not compared.
+        metric: name from METRICS, or an lm-eval metric `lm_eval/TASK/METRIC`.
+        baseline: row that the others are compared with, given by a part of its name such as `method.name=lora`.
+            Default: the first row.
 
     Raises:
-        ConfigError: no row, or several, are called so, or no run ended well.
+        ConfigError: no row or several rows match `baseline`, no run succeeded, or no run measured the metric.
     """
     rows = _rows(records)
     if not (ended := [row for row in rows if row.records]):
-        outcomes = ", ".join(sorted({one.outcome for one in records}))
-        raise ConfigError(f"none of these {len(records)} runs ended well ({outcomes}): there is nothing to compare")
+        outcomes = ", ".join(sorted({difference.outcome for difference in records}))
+        raise ConfigError(
+            f"none of these {len(records)} runs succeeded (outcomes: {outcomes}), so there is nothing to compare"
+        )
     if not any(row.mean(f"after/{metric}") for row in ended):
         scored = sorted(
-            {name[6:] for row in ended for one in row.records for name in one.metrics if "/lm_eval/" in name}
+            {
+                name[6:]
+                for row in ended
+                for difference in row.records
+                for name in difference.metrics
+                if "/lm_eval/" in name
+            }
         )
-        known = ", ".join(name for name in (*METRICS, *scored) if any(row.mean(f"after/{name}") for row in ended))
-        raise ConfigError(f"--metric {metric}: these runs did not measure it; they have: {known}")
+        available = ", ".join(name for name in (*METRICS, *scored) if any(row.mean(f"after/{name}") for row in ended))
+        raise ConfigError(f"--metric {metric}: these runs did not measure it; available: {available}")
     measured = [row for row in ended if row.mean(f"after/{metric}")]
-    chosen = _baseline(measured, baseline, rows)
-    others = [row for row in measured if row is not chosen]
-    found = {row.name: _difference(row, chosen, metric) for row in others}
-    adjusted = dict(zip(found, stats.holm([one.p for one in found.values()]), strict=True))
-    lower = _lower_is_better(metric, ended)
-    verdicts = {name: Verdict(one, adjusted[name], _said(one, adjusted[name], lower)) for name, one in found.items()}
+    baseline_row = _baseline(measured, baseline, rows)
+    others = [row for row in measured if row is not baseline_row]
+    differences = {row.name: _difference(row, baseline_row, metric) for row in others}
+    adjusted = dict(zip(differences, stats.holm([difference.p for difference in differences.values()]), strict=True))
+    lower_wins = _lower_is_better(metric, ended)
+    verdicts = {
+        name: Verdict(difference, adjusted[name], _verdict_text(difference, adjusted[name], lower_wins))
+        for name, difference in differences.items()
+    }
     conditions = _about(records), _unfair(ended), _settings(ended)
-    return Comparison(rows, chosen, metric, lower, verdicts, _ties(ended, metric, lower), *conditions)
+    return Comparison(rows, baseline_row, metric, lower_wins, verdicts, _ties(ended, metric, lower_wins), *conditions)
 
 
 def _rows(records: Sequence[Record]) -> list[Row]:
-    """Configurations, in the order of their first runs; a seed that ran again is not another one."""
+    """Group runs into configurations, in the order of their first runs; of equal seeds, the newest run counts."""
     groups: dict[tuple[tuple[str, str], ...], dict[tuple[str, bool], Record]] = {}
     for record in records:
         seed_and_end = record.params.get("seed", ""), record.outcome == "ok"
-        groups.setdefault(tuple(sorted(record.config.items())), {})[seed_and_end] = record  # the newest counts
+        groups.setdefault(tuple(sorted(record.config.items())), {})[seed_and_end] = record
     labels = _labels([next(iter(group.values())) for group in groups.values()])
     return [
         Row(
             label,
-            [one for (_, ok), one in group.items() if ok],
-            [one for (seed, ok), one in group.items() if not ok and (seed, True) not in group],
+            [record for (_, ok), record in group.items() if ok],
+            [record for (seed, ok), record in group.items() if not ok and (seed, True) not in group],
         )
         for label, group in zip(labels, groups.values(), strict=True)
     ]
 
 
 def _labels(firsts: Sequence[Record]) -> list[dict[str, str]]:
-    """For each configuration the few keys that tell it from the others: the swept ones, or as many as it takes."""
-    swept = [{key[6:]: value for key, value in one.tags.items() if key.startswith("sweep.")} for one in firsts]
-    for one in swept:
-        one.pop("seed", None)
-    if all(one.keys() == swept[0].keys() for one in swept) and _tell_apart(swept):
-        return [{key: one[key] for key in one if len({other[key] for other in swept}) > 1} for one in swept]
-    configs = [one.config for one in firsts]
-    every = dict.fromkeys([*_TELLING, *(key for config in configs for key in config)])
-    differing = [key for key in every if len({config.get(key) for config in configs}) > 1]
+    """Return for each configuration the keys that distinguish it: the swept keys, or else as few keys as suffice."""
+    swept = [{key[6:]: value for key, value in first.tags.items() if key.startswith("sweep.")} for first in firsts]
+    for values in swept:
+        values.pop("seed", None)
+    if all(values.keys() == swept[0].keys() for values in swept) and _tell_apart(swept):
+        return [{key: values[key] for key in values if len({other[key] for other in swept}) > 1} for values in swept]
+    configs = [first.config for first in firsts]
+    all_keys = dict.fromkeys([*_LABEL_KEYS, *(key for config in configs for key in config)])
+    differing = [key for key in all_keys if len({config.get(key) for config in configs}) > 1]
     chosen: list[str] = []
     for key in differing:
         with_it = [{name: config.get(name, "") for name in [*chosen, key]} for config in configs]
@@ -185,51 +198,55 @@ def _count(labels: Sequence[Mapping[str, str]]) -> int:
     return len({tuple(label.items()) for label in labels})
 
 
-def _baseline(rows: Sequence[Row], called: str | None, every: Sequence[Row]) -> Row:
-    if called is None:
+def _baseline(rows: Sequence[Row], name: str | None, all_rows: Sequence[Row]) -> Row:
+    if name is None:
         return rows[0]
-    words = called.split()
-    named = [row for row in every if all(word in f"{row.name} {row.short}" for word in words)]
+    words = name.split()
+    named = [row for row in all_rows if all(word in f"{row.name} {row.short}" for word in words)]
     exact = [row for row in named if all(word in (*row.name.split(), *row.short.split()) for word in words)]
-    found = exact or named  # r=1 is one row, though r=16 begins so
-    if len(found) == 1 and found[0] in rows:
-        return found[0]
-    if len(found) == 1:
-        raise ConfigError(f"--baseline '{called}': {found[0].name} has no run that ended well and measured it")
-    names = "\n  ".join(row.name for row in found or rows)
-    raise ConfigError(f"--baseline '{called}': {'several rows are' if found else 'no row is'} called so:\n  {names}")
+    matches = exact or named  # r=1 names one row, although r=16 starts with the same text
+    if len(matches) == 1 and matches[0] in rows:
+        return matches[0]
+    if len(matches) == 1:
+        raise ConfigError(f"--baseline '{name}': {matches[0].name} has no successful run that measured this metric")
+    names = "\n  ".join(row.name for row in matches or rows)
+    problem = "several rows match; name one of" if matches else "no row matches; there are"
+    raise ConfigError(f"--baseline '{name}': {problem}:\n  {names}")
 
 
 def _lower_is_better(metric: str, rows: Sequence[Row]) -> bool:
-    """Tell whether less is better, of lm-eval's scores as their task says."""
-    lower = {name for row in rows for one in row.records for name in one.lm_eval.get("lower_is_better", ())}
+    """Return whether a lower value is better; for lm-eval metrics, the task defines it."""
+    lower = {name for row in rows for record in row.records for name in record.lm_eval.get("lower_is_better", ())}
     return metric in lower if metric.startswith("lm_eval/") else lower_is_better(metric)
 
 
 @lru_cache(maxsize=2 * TIED)
 def _items(row: Row, metric: str) -> tuple[dict[str, stats.Items], str]:
-    """By seed what was measured on each item, (1, items, 2), and a name of the items; empty if that was not kept."""
-    found: dict[str, stats.Items] = {}
-    for one in row.records:
+    """Return the measurements on each item by seed, each of shape (1, items, 2), and a fingerprint of the items.
+
+    Both are empty if they were not recorded; the fingerprint is also empty if runs of the row used different items.
+    """
+    items_of_seed: dict[str, stats.Items] = {}
+    for record in row.records:
         if metric == "loss":
-            pairs = [(line["nll"], line["tokens"]) for line in one.losses]
+            pairs = [(line["nll"], line["tokens"]) for line in record.losses]
         elif metric == "unrelated_loss":
-            pairs = [(line["nll"], line["tokens"]) for line in one.unrelated_losses]
+            pairs = [(line["nll"], line["tokens"]) for line in record.unrelated_losses]
         elif metric.startswith("lm_eval/"):
             _, task, name = metric.split("/", 2)
-            tasks = {task, *one.lm_eval.get("groups", {}).get(task, ())}
-            pairs = [(item[name], 1.0) for item in one.lm_eval["items"] if item["task"] in tasks and name in item]
+            tasks = {task, *record.lm_eval.get("groups", {}).get(task, ())}
+            pairs = [(item[name], 1.0) for item in record.lm_eval["items"] if item["task"] in tasks and name in item]
         else:
-            pairs = [(answer[metric], 1.0) for answer in one.answers if metric in answer]
+            pairs = [(answer[metric], 1.0) for answer in record.answers if metric in answer]
         if pairs:
-            found[one.params["seed"]] = np.array([pairs], float)
+            items_of_seed[record.params["seed"]] = np.array([pairs], float)
     kind = "lm_eval" if metric.startswith("lm_eval/") else "unrelated" if metric == "unrelated_loss" else "evaluation"
-    rows = {one.params.get(f"data.{kind}_fingerprint", one.run_id) for one in row.records}
-    return found, rows.pop() if len(rows) == 1 else ""
+    rows = {record.params.get(f"data.{kind}_fingerprint", record.run_id) for record in row.records}
+    return items_of_seed, rows.pop() if len(rows) == 1 else ""
 
 
 def _difference(ours: Row, theirs: Row, metric: str) -> stats.Difference:
-    """Paired by seed where both have the same ones, and by item where both were scored on the same rows."""
+    """Compute the difference: paired by seed where both have common seeds, by item where both used the same rows."""
     mine, rows = _items(ours, metric)
     other, other_rows = _items(theirs, metric)
     common = sorted(mine.keys() & other.keys())
@@ -237,42 +254,44 @@ def _difference(ours: Row, theirs: Row, metric: str) -> stats.Difference:
         pairs = [(mine[seed], other[seed]) for seed in common]
         if all(a.shape == b.shape and np.array_equal(a[..., 1], b[..., 1]) for a, b in pairs):
             return stats.difference_of_items(*(np.concatenate(side) for side in zip(*pairs, strict=True)))
-    values = [{one.params["seed"]: one.metrics[f"after/{metric}"] for one in row.records} for row in (ours, theirs)]
+    values = [
+        {record.params["seed"]: record.metrics[f"after/{metric}"] for record in row.records} for row in (ours, theirs)
+    ]
     common = sorted(values[0].keys() & values[1].keys())
     if common:
         return stats.difference_of_seeds([values[0][seed] for seed in common], [values[1][seed] for seed in common])
-    one, two = (float(np.mean(list(each.values()))) for each in values)
-    return stats.difference_of_seeds([one], [two])
+    our_mean, their_mean = (float(np.mean(list(each.values()))) for each in values)
+    return stats.difference_of_seeds([our_mean], [their_mean])
 
 
-def _said(found: stats.Difference, p: float, lower_is_better: bool) -> str:
-    interval = "" if math.isnan(found.low) else f" [{found.low:+.4f}, {found.high:+.4f}]"
-    alone = "; one seed: another may say otherwise" if found.seeds == 1 else ""
+def _verdict_text(difference: stats.Difference, p: float, lower_is_better: bool) -> str:
+    interval = "" if math.isnan(difference.low) else f" [{difference.low:+.4f}, {difference.high:+.4f}]"
+    caution = "; one seed only: another seed may give another result" if difference.seeds == 1 else ""
     if p < ALPHA:
-        better = (found.value < 0) == lower_is_better
-        return f"{'better' if better else 'worse'} {found.value:+.4f}{interval}{alone}"
-    if found.seeds == 1:
-        return f"tie {found.value:+.4f}{interval}{alone}"
-    more = stats.seeds_to_settle(found)
-    if more is None:
-        settle = "more held-out rows would have to settle it"
-    elif more == 0:
-        settle = "settled but for the number of comparisons"
+        better = (difference.value < 0) == lower_is_better
+        return f"{'better' if better else 'worse'} {difference.value:+.4f}{interval}{caution}"
+    if difference.seeds == 1:
+        return f"tie {difference.value:+.4f}{interval}{caution}"
+    more_seeds = stats.seeds_to_settle(difference)
+    if more_seeds is None:
+        outlook = "more seeds would not settle it; more held-out rows might"
+    elif more_seeds == 0:
+        outlook = "significant on its own, but not after the correction for the number of comparisons"
     else:
-        settle = f"{more} more seeds would settle it"
-    return f"tie {found.value:+.4f}{interval}; {settle}"
+        outlook = f"{more_seeds} more seeds would settle it"
+    return f"tie {difference.value:+.4f}{interval}; {outlook}"
 
 
 def _ties(rows: Sequence[Row], metric: str, lower: bool) -> dict[str, str]:
-    """Groups that were not told apart, every pair tested (Holm); none where the rows are too many."""
+    """Test every pair (Holm) and return each row's letters of ties; empty if there are more than `TIED` rows."""
     measured = [row for row in rows if row.mean(f"after/{metric}")]
     if len(measured) > TIED:
         return {}
-    pairs = [(one, two) for one in range(len(measured)) for two in range(one)]
-    adjusted = stats.holm([_difference(measured[one], measured[two], metric).p for one, two in pairs])
+    pairs = [(first, second) for first in range(len(measured)) for second in range(first)]
+    adjusted = stats.holm([_difference(measured[first], measured[second], metric).p for first, second in pairs])
     differ = [[False] * len(measured) for _ in measured]
-    for (one, two), p in zip(pairs, adjusted, strict=True):
-        differ[one][two] = differ[two][one] = p < ALPHA
+    for (first, second), p in zip(pairs, adjusted, strict=True):
+        differ[first][second] = differ[second][first] = p < ALPHA
     means = [row.mean(f"after/{metric}") for row in measured]
     sign = 1 if lower else -1
     order = sorted(range(len(measured)), key=lambda index: sign * means[index].value)  # type: ignore[union-attr]
@@ -281,56 +300,61 @@ def _ties(rows: Sequence[Row], metric: str, lower: bool) -> dict[str, str]:
 
 
 def _about(records: Sequence[Record]) -> dict[str, str]:
-    told = {
-        "sweep": [one.tags.get("sweep") for one in records],
-        "model": [one.params.get("model.model_name_or_path") for one in records],
-        "dataset": [one.params.get("dataset.name") for one in records],
-        "device": [one.params.get("resolved.device_name") for one in records],
+    facts = {
+        "sweep": [record.tags.get("sweep") for record in records],
+        "model": [record.params.get("model.model_name_or_path") for record in records],
+        "dataset": [record.params.get("dataset.name") for record in records],
+        "device": [record.params.get("resolved.device_name") for record in records],
     }
-    return {name: _listed(known) for name, values in told.items() if (known := dict.fromkeys(filter(None, values)))}
+    return {
+        name: _listed(distinct) for name, values in facts.items() if (distinct := dict.fromkeys(filter(None, values)))
+    }
 
 
 def _unfair(rows: Sequence[Row]) -> list[str]:
-    """By name what differs between the runs that should not."""
-    records = [one for row in rows for one in row.records]
-    found = []
-    for name, (metric, alike) in _MEASURED_CONDITIONS.items():
+    """List by name the conditions that differ between the runs although they should not."""
+    records = [record for row in rows for record in row.records]
+    lines = []
+    for name, (metric, tolerance) in _MEASURED_CONDITIONS.items():
         means = {row.short: mean.value for row in rows if (mean := row.mean(metric))}
-        if means and max(means.values()) > (1 + alike) * min(means.values()):
-            found.append(f"{name}: {_by_value({who: f'{value:,.0f}' for who, value in means.items()})}")
-    seeds = {row.short: " ".join(sorted(one.params.get("seed", "none") for one in row.records)) for row in rows}
+        if means and max(means.values()) > (1 + tolerance) * min(means.values()):
+            lines.append(f"{name}: {_by_value({row_name: f'{value:,.0f}' for row_name, value in means.items()})}")
+    seeds = {row.short: " ".join(sorted(record.params.get("seed", "none") for record in row.records)) for row in rows}
     if len(set(seeds.values())) > 1:
-        found.append(f"seeds: {_by_value(seeds)}")
+        lines.append(f"seeds: {_by_value(seeds)}")
     for name, read in _CONDITIONS.items():
-        values = dict.fromkeys(str(value) for one in records if (value := read(one)) is not None)
+        values = dict.fromkeys(str(value) for record in records if (value := read(record)) is not None)
         if len(values) > 1:
-            found.append(f"{name}: {_listed(values)}")
-    for key in dict.fromkeys(key for one in records for key in one.tags if key.startswith("version.")):
-        if len(values := dict.fromkeys(one.tags.get(key, "none") for one in records)) > 1:
-            found.append(f"{key.removeprefix('version.')} version: {_listed(values)}")
-    return found
+            lines.append(f"{name}: {_listed(values)}")
+    for key in dict.fromkeys(key for record in records for key in record.tags if key.startswith("version.")):
+        if len(values := dict.fromkeys(record.tags.get(key, "none") for record in records)) > 1:
+            lines.append(f"{key.removeprefix('version.')} version: {_listed(values)}")
+    return lines
 
 
 def _settings(rows: Sequence[Row]) -> list[str]:
-    """By key what differs between the rows beyond the keys that they are labelled with."""
-    records = [one for row in rows for one in row.records]
-    found = []
+    """List the config keys that differ between the rows and are not in their labels."""
+    records = [record for row in rows for record in row.records]
+    lines = []
     labels = {key for row in rows for key in row.label}
-    for key in dict.fromkeys(key for one in records for key in one.config):
+    for key in dict.fromkeys(key for record in records for key in record.config):
         if key in labels or key.rpartition(".")[0] in labels:
             continue
-        if len(values := dict.fromkeys(one.config.get(key, "none") for one in records)) > 1:
-            found.append(f"{key}: {_listed(values)}")
-    return found
+        if len(values := dict.fromkeys(record.config.get(key, "none") for record in records)) > 1:
+            lines.append(f"{key}: {_listed(values)}")
+    return lines
 
 
 def _by_value(values: Mapping[str, str]) -> str:
-    """Each value, with the row that has it, or how many have."""
+    """List each value with the row that has it, or with the number of rows."""
     rows_of: dict[str, list[str]] = {}
-    for who, value in values.items():
-        rows_of.setdefault(value, []).append(who)
-    told = (f"{value} ({who[0] if len(who) == 1 else f'{len(who)} rows'})" for value, who in rows_of.items())
-    return _listed(dict.fromkeys(told))
+    for row_name, value in values.items():
+        rows_of.setdefault(value, []).append(row_name)
+    parts = (
+        f"{value} ({row_names[0] if len(row_names) == 1 else f'{len(row_names)} rows'})"
+        for value, row_names in rows_of.items()
+    )
+    return _listed(dict.fromkeys(parts))
 
 
 def _listed(values: Mapping[str, Any]) -> str:

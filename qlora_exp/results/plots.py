@@ -1,6 +1,6 @@
-"""The pictures of a comparison. Each function gives a figure, or None where the runs have nothing to draw.
+"""Draw the plots of a comparison. Each function returns a figure, or None if the runs have no data for it.
 
-For print and for colour-blind readers: the colours of Okabe and Ito (2008), and never colour alone.
+The plots suit print and colour-blind readers: they use the palette of Okabe and Ito (2008), and never colour alone.
 """
 
 import math
@@ -19,7 +19,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vP*X"
 LINES = ("-", "--", "-.", ":")
 NAMED = 12
-"""So many rows can be told apart by colour and marker; of more only the best and the baseline are named."""
+"""Number of rows that colours and markers can distinguish; with more, only the best and the baseline are named."""
 HATCHES = ("", "//", "\\\\", "..", "xx", "++", "oo", "**")
 PHASES = {
     "imports": "memory/baseline/{}_mib",
@@ -34,11 +34,11 @@ PHASES = {
     "generation after": "memory/generate_after/{}_peak_mib",
     "save": "memory/save/{}_peak_mib",
 }
-"""By name, in the order of a run."""
+"""Metric of each phase's peak memory, by phase name in the order of a run; `{}` is the kind of memory."""
 
 mpl.rcParams.update({"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-mpl.rcParams["text.parse_math"] = False  # a regular expression in a label is no formula
-mpl.rcParams["axes.formatter.useoffset"] = False  # a loss is read as it is
+mpl.rcParams["text.parse_math"] = False  # a regular expression in a label is not a formula
+mpl.rcParams["axes.formatter.useoffset"] = False  # show a loss as it is, without an offset
 
 
 @dataclass(frozen=True)
@@ -48,44 +48,44 @@ class _Point:
     value: float
 
 
-def memory_and_quality(found: Comparison) -> Figure | None:
-    """Peak memory against the metric; the rows that no other beats in both are joined and named."""
-    key = _memory_key(found)
+def memory_and_quality(comparison: Comparison) -> Figure | None:
+    """Draw the metric over peak memory; rows that no other row beats in both are joined by a line and named."""
+    key = _memory_key(comparison)
     points = []
-    for row in _measured(found):
-        memory, value = row.mean(key), row.mean(f"after/{found.metric}")
+    for row in _measured(comparison):
+        memory, value = row.mean(key), row.mean(f"after/{comparison.metric}")
         if memory and value:
             points.append(_Point(row, memory.value, value.value))
     if len(points) < 2:
         return None
-    sign = 1 if found.lower_is_better else -1
-    front = pareto([(one.memory, sign * one.value) for one in points])
+    sign = 1 if comparison.lower_is_better else -1
+    front = pareto([(point.memory, sign * point.value) for point in points])
     figure, axes = _figure(7, 5)
-    for index, one in enumerate(points):
-        few = len(points) <= NAMED
+    for index, point in enumerate(points):
+        few_points = len(points) <= NAMED
         axes.plot(
-            one.memory,
-            one.value,
-            MARKERS[index % len(MARKERS)] if few else "o",
-            color=COLOURS[index % len(COLOURS)] if few else (COLOURS[0] if index in front else COLOURS[-1]),
+            point.memory,
+            point.value,
+            MARKERS[index % len(MARKERS)] if few_points else "o",
+            color=COLOURS[index % len(COLOURS)] if few_points else (COLOURS[0] if index in front else COLOURS[-1]),
             markersize=9 if index in front else 6,
             markeredgecolor="black" if index in front else "none",
-            label=one.row.short if few else None,
+            label=point.row.short if few_points else None,
         )
     line = sorted((points[index].memory, points[index].value) for index in front)
-    axes.step(*zip(*line, strict=True), where="post", color="black", linewidth=0.8, label="not beaten in both")
+    axes.step(*zip(*line, strict=True), where="post", color="black", linewidth=0.8, label="no row is better in both")
     if len(points) > NAMED:
         for index in front:
-            one = points[index]
-            axes.annotate(one.row.short, (one.memory, one.value), (6, 4), textcoords="offset points", fontsize=7)
+            point = points[index]
+            axes.annotate(point.row.short, (point.memory, point.value), (6, 4), textcoords="offset points", fontsize=7)
     axes.set_xlabel("peak memory, MiB")
-    axes.set_ylabel(_named(found))
+    axes.set_ylabel(_named(comparison))
     _legend(axes)
     return figure
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """Those that no other is at most as large as in both coordinates, and smaller in one."""
+    """Return the indices of the Pareto front: points for which no other is <= in both coordinates and < in one."""
     return [
         index
         for index, (x, y) in enumerate(points)
@@ -93,38 +93,46 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     ]
 
 
-def ranked(found: Comparison) -> Figure | None:
-    """The metric of each row, best first, with its interval over seeds; groups of ties are named.
+def ranked(comparison: Comparison) -> Figure | None:
+    """Draw the metric of each row, best first, with its interval over seeds and the letters of ties.
 
-    Points and not bars: the axis does not begin at zero.
+    Points instead of bars, because the axis does not begin at zero.
     """
-    rows = [(row, value) for row in _measured(found) if (value := row.mean(f"after/{found.metric}"))]
+    rows = [(row, value) for row in _measured(comparison) if (value := row.mean(f"after/{comparison.metric}"))]
     if not rows:
         return None
-    rows.sort(key=lambda pair: pair[1].value, reverse=found.lower_is_better)  # the best is drawn on top
-    figure, axes = _rows_figure([row for row, _ in rows], 0.2, found.baseline)
+    # The best row comes last, so that it is drawn on top.
+    rows.sort(key=lambda pair: pair[1].value, reverse=comparison.lower_is_better)
+    figure, axes = _rows_figure([row for row, _ in rows], 0.2, comparison.baseline)
     for place, (row, value) in enumerate(rows):
         half = [[0.0], [0.0]] if math.isnan(value.low) else [[value.value - value.low], [value.high - value.value]]
-        colour, marker = (COLOURS[1], "D") if row is found.baseline else (COLOURS[0], "o")
+        colour, marker = (COLOURS[1], "D") if row is comparison.baseline else (COLOURS[0], "o")
         axes.errorbar(value.value, place, xerr=half, fmt=marker, color=colour, capsize=2)
         if len(rows) <= 30:
             axes.text(
-                1.01, place, found.ties.get(row.name, ""), transform=axes.get_yaxis_transform(), va="center", fontsize=8
+                1.01,
+                place,
+                comparison.ties.get(row.name, ""),
+                transform=axes.get_yaxis_transform(),
+                va="center",
+                fontsize=8,
             )
     axes.grid(axis="y", linewidth=0.3)
-    axes.set_xlabel(_named(found) + ("\nrows that share a letter: no difference found" if len(rows) <= 30 else ""))
+    axes.set_xlabel(
+        _named(comparison) + ("\nrows that share a letter do not differ significantly" if len(rows) <= 30 else "")
+    )
     return figure
 
 
-def curves(found: Comparison) -> Figure | None:
-    """Held-out loss during training, or training loss where none was measured, a line for each row's first seed."""
+def curves(comparison: Comparison) -> Figure | None:
+    """Draw held-out loss during training (training loss if none was measured), a line for each row's first seed."""
     for metric, name in (("eval/loss", "held-out loss"), ("train/loss", "training loss")):
-        lines = [(row, row.records[0].curve(metric)) for row in _measured(found)]
+        lines = [(row, row.records[0].curve(metric)) for row in _measured(comparison)]
         lines = [(row, line) for row, line in lines if len(line) > 1]
         if not lines:
             continue
         figure, axes = _figure(7, 4.5)
-        best = {row.name for row, _ in sorted(lines, key=lambda pair: pair[1][-1][1])[:5]} | {found.baseline.name}
+        best = {row.name for row, _ in sorted(lines, key=lambda pair: pair[1][-1][1])[:5]} | {comparison.baseline.name}
         for index, (row, line) in enumerate(lines):
             shown = len(lines) <= NAMED or row.name in best
             axes.plot(
@@ -144,19 +152,19 @@ def curves(found: Comparison) -> Figure | None:
     return None
 
 
-def memory_by_phase(found: Comparison) -> Figure | None:
-    """How much each phase raises the peak of all before it: stacked, that is the peak of the run.
+def memory_by_phase(comparison: Comparison) -> Figure | None:
+    """Draw by how much each phase raises the peak memory of the phases before it; stacked, this is the run's peak.
 
-    Peaks themselves follow one another and do not add up; a phase that stays below an earlier one adds nothing.
+    The peaks of phases do not add up, because phases follow one another; a phase below an earlier peak adds nothing.
     """
-    key = _memory_key(found)
+    key = _memory_key(comparison)
     kind = key.removesuffix("_peak_mib").removeprefix("memory/")
-    rows = [row for row in _measured(found)[::-1] if row.mean(key)]
-    known = [(name, path.format(kind)) for name, path in PHASES.items()]
-    phases = [(name, path) for name, path in known if any(row.mean(path) for row in rows)]
+    rows = [row for row in _measured(comparison)[::-1] if row.mean(key)]
+    metric_of_phase = [(name, path.format(kind)) for name, path in PHASES.items()]
+    phases = [(name, path) for name, path in metric_of_phase if any(row.mean(path) for row in rows)]
     if not rows or not phases:
         return None
-    figure, axes = _rows_figure(rows, 0.25, found.baseline)
+    figure, axes = _rows_figure(rows, 0.25, comparison.baseline)
     left = np.zeros(len(rows))
     for index, (name, path) in enumerate(phases):
         peaks = np.array([peak.value if (peak := row.mean(path)) else 0.0 for row in rows])
@@ -165,32 +173,32 @@ def memory_by_phase(found: Comparison) -> Figure | None:
             style = {"color": COLOURS[index], "hatch": HATCHES[index], "edgecolor": "white", "linewidth": 0.5}
             axes.barh(range(len(rows)), added, left=left, height=0.75, label=name, **style)
         left += added
-    axes.set_xlabel("peak memory, MiB: what each phase adds to it")
+    axes.set_xlabel("peak memory, MiB, and what each phase adds to it")
     _legend(axes)
     return figure
 
 
-def rank_and_alpha(found: Comparison) -> Figure | None:
-    """The metric over r and lora_alpha, a map for each combination of whatever else was swept."""
+def rank_and_alpha(comparison: Comparison) -> Figure | None:
+    """Draw a heat map of the metric over r and lora_alpha, one map for each combination of the other swept keys."""
     maps: dict[str, dict[tuple[float, float], float]] = {}
-    for row in _measured(found):
-        value = row.mean(f"after/{found.metric}")
+    for row in _measured(comparison):
+        value = row.mean(f"after/{comparison.metric}")
         if value and row.label.get("method.r") and row.label.get("method.lora_alpha"):
             rest = _rest(row, "method.r", "method.lora_alpha")
             place = float(row.label["method.r"]), float(row.label["method.lora_alpha"])
             maps.setdefault(rest, {})[place] = value.value
     if not maps or len(maps) > NAMED:
         return None
-    ranks = sorted({r for one in maps.values() for r, _ in one})
-    alphas = sorted({alpha for one in maps.values() for _, alpha in one})
-    every = [value for one in maps.values() for value in one.values()]
+    ranks = sorted({r for grid_values in maps.values() for r, _ in grid_values})
+    alphas = sorted({alpha for grid_values in maps.values() for _, alpha in grid_values})
+    all_values = [value for grid_values in maps.values() for value in grid_values.values()]
     figure = Figure(
         figsize=(1.5 + max(2.5, 0.8 * len(alphas)) * len(maps), 1.5 + 0.6 * len(ranks)), layout="constrained"
     )
-    for axes, (rest, one) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True):
-        grid = np.array([[one.get((r, alpha), np.nan) for alpha in alphas] for r in ranks])
-        axes.imshow(grid, cmap="cividis", vmin=min(every), vmax=max(every), aspect="auto")
-        middle = (min(every) + max(every)) / 2
+    for axes, (rest, grid_values) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True):
+        grid = np.array([[grid_values.get((r, alpha), np.nan) for alpha in alphas] for r in ranks])
+        axes.imshow(grid, cmap="cividis", vmin=min(all_values), vmax=max(all_values), aspect="auto")
+        middle = (min(all_values) + max(all_values)) / 2
         for y, x in np.argwhere(~np.isnan(grid)):
             colour = "white" if grid[y, x] < middle else "black"
             axes.text(x, y, f"{grid[y, x]:.4g}", ha="center", va="center", color=colour)
@@ -198,16 +206,16 @@ def rank_and_alpha(found: Comparison) -> Figure | None:
         axes.set_yticks(range(len(ranks)), [f"{r:g}" for r in ranks])
         axes.set_xlabel("lora_alpha")
         axes.set_ylabel("r")
-        axes.set_title(rest or _named(found), fontsize=9)
-    figure.suptitle(_named(found), fontsize=9)
+        axes.set_title(rest or _named(comparison), fontsize=9)
+    figure.suptitle(_named(comparison), fontsize=9)
     return figure
 
 
-def over_rank(found: Comparison) -> Figure | None:
-    """The metric over r, a line for each combination of whatever else was swept, such as LoRA and rsLoRA."""
+def over_rank(comparison: Comparison) -> Figure | None:
+    """Draw the metric over r, a line for each combination of the other swept keys, such as LoRA and rsLoRA."""
     lines: dict[str, list[tuple[float, float, float, float]]] = {}
-    for row in _measured(found):
-        value = row.mean(f"after/{found.metric}")
+    for row in _measured(comparison):
+        value = row.mean(f"after/{comparison.metric}")
         if value and row.label.get("method.r"):
             rest = _rest(row, "method.r")
             lines.setdefault(rest, []).append((float(row.label["method.r"]), value.value, value.low, value.high))
@@ -221,10 +229,10 @@ def over_rank(found: Comparison) -> Figure | None:
         style = MARKERS[index % len(MARKERS)] + LINES[index % len(LINES)]
         axes.errorbar(r, mean, errors, fmt=style, color=COLOURS[index % len(COLOURS)], capsize=3, label=rest or None)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(ticks := sorted({one[0] for line in lines.values() for one in line}), [f"{r:g}" for r in ticks])
+    axes.set_xticks(ticks := sorted({point[0] for line in lines.values() for point in line}), [f"{r:g}" for r in ticks])
     axes.minorticks_off()
     axes.set_xlabel("r")
-    axes.set_ylabel(_named(found))
+    axes.set_ylabel(_named(comparison))
     if any(lines):
         _legend(axes)
     return figure
@@ -238,7 +246,7 @@ PLOTS: dict[str, Callable[[Comparison], Figure | None]] = {
     "Loss curves": curves,
     "Memory by phase": memory_by_phase,
 }
-"""By title."""
+"""Plot functions by title."""
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:
@@ -247,12 +255,12 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
 
 
 def _rest(row: Row, *drawn: str) -> str:
-    """The rest of a row's name."""
+    """Return a row's label without the keys that the axes show."""
     return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in row.label.items() if key not in drawn)
 
 
 def _rows_figure(rows: Sequence[Row], height: float, baseline: Row) -> tuple[Figure, Any]:
-    """One line for each row, from below."""
+    """Return a figure and axes with one line for each row, from the bottom up."""
     figure, axes = _figure(7, 1 + height * len(rows))
     names = [f"{row.short} (baseline)" if row is baseline else row.short for row in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=8 if len(rows) <= 30 else 6)
@@ -264,15 +272,15 @@ def _legend(axes: Any) -> None:
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 
-def _named(found: Comparison) -> str:
-    words = {"loss": "held-out loss", "rougeL": "ROUGE-L"}.get(found.metric, found.metric.replace("_", " "))
-    return f"{words} ({'lower' if found.lower_is_better else 'higher'} is better)"
+def _named(comparison: Comparison) -> str:
+    words = {"loss": "held-out loss", "rougeL": "ROUGE-L"}.get(comparison.metric, comparison.metric.replace("_", " "))
+    return f"{words} ({'lower' if comparison.lower_is_better else 'higher'} is better)"
 
 
-def _measured(found: Comparison) -> list[Row]:
-    return [row for row in found.rows if row.records]
+def _measured(comparison: Comparison) -> list[Row]:
+    return [row for row in comparison.rows if row.records]
 
 
-def _memory_key(found: Comparison) -> str:
+def _memory_key(comparison: Comparison) -> str:
     allocated = "memory/allocated_peak_mib"
-    return allocated if all(row.mean(allocated) for row in _measured(found)) else "memory/rss_peak_mib"
+    return allocated if all(row.mean(allocated) for row in _measured(comparison)) else "memory/rss_peak_mib"

@@ -1,6 +1,6 @@
-"""Past runs, read back to be compared or repeated: what any record says, and those in an MLflow store.
+"""Read past runs back, so that they can be compared or repeated: a run from any source, and runs in an MLflow store.
 
-Changes nothing there; imports nothing of training.
+This module only reads: it changes nothing in the store, and imports no training code.
 """
 
 import json
@@ -36,84 +36,86 @@ _RUN_KEY = re.compile(r"[0-9a-f]{16}")
 
 @dataclass(frozen=True)
 class Record(ABC):
-    """One run."""
+    """A past run, from whichever source it was read."""
 
     run_id: str
-    """MLflow's."""
+    """Id of the MLflow run."""
     name: str
-    """What people call it."""
+    """Name that people read."""
     params: dict[str, str]
-    """The config, flat, without what is not set; and what became of `auto`."""
+    """The config with dotted keys, without keys that are not set; also the values that `auto` resolved to."""
     tags: dict[str, str]
-    """All of them."""
+    """All MLflow tags."""
     metrics: dict[str, float]
-    """The last value of each."""
+    """Last value of each metric."""
 
     @abstractmethod
     def curve(self, metric: str) -> list[tuple[int, float]]:
-        """Every value of a metric with its step, in order."""
+        """Return every value of a metric with its step, in order."""
 
     @abstractmethod
     def text(self, path: str) -> str:
-        """An artifact; empty if there is none."""
+        """Return the text of an artifact; empty if there is none."""
 
     @abstractmethod
     def seed_losses(self) -> list[float]:
-        """Held-out losses of the runs, this one too, that differ from it by nothing but the seed."""
+        """Return the held-out losses of all runs (this one included) that differ from it in the seed only."""
 
     def yaml(self) -> dict[str, Any]:
-        """The whole config that it was started with.
+        """Return the complete config that the run was started with.
 
         Raises:
-            ConfigError: it has none, or one that is no plain YAML.
+            ConfigError: the run has no config, or the config is not plain YAML.
         """
         if not (text := self.text(CONFIG_FILE)):
-            raise ConfigError(f"run {self.run_id} has no {CONFIG_FILE}: it was not made by qlora-exp, or did not begin")
-        found = plain_yaml(text, f"{CONFIG_FILE} of run {self.run_id}")
-        if not isinstance(found, dict):
-            raise ConfigError(f"{CONFIG_FILE} of run {self.run_id} is no mapping")
-        return found
+            raise ConfigError(
+                f"run {self.run_id} has no {CONFIG_FILE}: it was not made by qlora-exp, or failed before it started"
+            )
+        config = plain_yaml(text, f"{CONFIG_FILE} of run {self.run_id}")
+        if not isinstance(config, dict):
+            raise ConfigError(f"{CONFIG_FILE} of run {self.run_id} is not a mapping of keys to values")
+        return config
 
     @property
     def outcome(self) -> str:
-        """ok, or how it failed."""
+        """`ok`, or how the run failed."""
         return self.tags.get("outcome", "unknown")
 
     @cached_property
     def config(self) -> dict[str, str]:
-        """Of the params, what makes two runs the same but for the seed."""
-        apart = (*APART, "resolved", "data", "seed", "device")
-        given = {key: value for key, value in self.params.items() if value != "None"}
-        return {key: value for key, value in given.items() if key.split(".")[0] not in apart}
+        """The params that identify a configuration: runs that are equal in them differ in the seed only."""
+        ignored = (*APART, "resolved", "data", "seed", "device")
+        set_params = {key: value for key, value in self.params.items() if value != "None"}
+        return {key: value for key, value in set_params.items() if key.split(".")[0] not in ignored}
 
     @cached_property
     def losses(self) -> list[dict[str, float]]:
-        """After training, of each held-out row: `nll` (sum, nats) and `tokens`; empty if they were not kept."""
+        """For each held-out row after training: `nll` (sum, nats) and `tokens`; empty if they were not saved."""
         text = self.text("evaluation/after_losses.jsonl")
         return [json.loads(line) for line in text.splitlines()]
 
     @cached_property
     def answers(self) -> list[dict[str, Any]]:
-        """After training, each generated answer with its scores; empty if none were generated."""
+        """Each answer generated after training, with its scores; empty if none was generated."""
         text = self.text("evaluation/answers.json")
         return json.loads(text)["after"] if text else []
 
     @cached_property
     def unrelated_losses(self) -> list[dict[str, float]]:
-        """As `losses`, of each row of unrelated text."""
+        """Like `losses`, for each row of the unrelated text that measures forgetting."""
         text = self.text("evaluation/after_unrelated_losses.jsonl")
         return [json.loads(line) for line in text.splitlines()]
 
     @cached_property
     def lm_eval(self) -> dict[str, Any]:
-        """What lm-eval's scores after training came from, as `harness.evaluate` gives it; empty without any."""
+        """Details of the lm-eval scores after training, as `training.lm_eval.evaluate` returns them; empty if there are none."""
         text = self.text("evaluation/after_lm_eval.json")
         return json.loads(text) if text else {}
 
 
 @dataclass(frozen=True)
 class MlflowRecord(Record):
-    """One run in a store."""
+    """A run in an MLflow store."""
 
     experiment_id: str
     artifact_uri: str
@@ -121,7 +123,7 @@ class MlflowRecord(Record):
 
     @classmethod
     def of(cls, run: Run, mlflow: MlflowClient) -> Self:
-        """Of MLflow's own run."""
+        """Make a record from an MLflow run."""
         info, data = run.info, run.data
         tags = {"outcome": info.status.lower()} | data.tags
         return cls(
@@ -136,54 +138,62 @@ class MlflowRecord(Record):
         )
 
     def curve(self, metric: str) -> list[tuple[int, float]]:
-        """Every value of a metric with its step, in order."""
+        """Return every value of a metric with its step, in order."""
         with explained():
             points = self.mlflow.get_metric_history(self.run_id, metric)
         return sorted({point.step: float(point.value) for point in points}.items())
 
     def text(self, path: str) -> str:
-        """An artifact; empty if there is none."""
+        """Return the text of an artifact; empty if there is none."""
         with tempfile.TemporaryDirectory() as folder:
             try:
                 where = {"artifact_uri": f"{self.artifact_uri}/{path}", "tracking_uri": self.mlflow.tracking_uri}
                 return Path(download_artifacts(**where, dst_path=folder)).read_text("utf-8")
             except (MlflowException, OSError) as error:
                 with explained():
-                    known = self.mlflow.list_artifacts(self.run_id, path.rpartition("/")[0] or None)
-                if path in [one.path for one in known]:
+                    files = self.mlflow.list_artifacts(self.run_id, path.rpartition("/")[0] or None)
+                if path in [file.path for file in files]:
                     raise TrackingError(
-                        f"MLflow does not give {path} of run {self.run_id}: {first_line(error)}"
+                        f"MLflow lists {path} but does not return it, for run {self.run_id}: {first_line(error)}"
                     ) from error
-                return ""  # an older or a failed run does not have it
+                return ""  # older runs and failed runs do not have every file
 
     def seed_losses(self) -> list[float]:
-        """Held-out losses of the runs, this one too, that differ from it by nothing but the seed."""
-        known = ((key, self.params.get(key, "")) for key in ("model.model_name_or_path", "method.name"))
-        where = " and ".join(f"params.`{key}` = '{value}'" for key, value in known if "'" not in value)
+        """Return the held-out losses of all runs (this one included) that differ from it in the seed only."""
+        known_params = ((key, self.params.get(key, "")) for key in ("model.model_name_or_path", "method.name"))
+        where = " and ".join(f"params.`{key}` = '{value}'" for key, value in known_params if "'" not in value)
         with explained():
             runs = list(_search(self.mlflow, [self.experiment_id], where, None))
-        found = [MlflowRecord.of(run, self.mlflow) for run in runs]
-        same = [one for one in found if one.config == self.config and one.outcome == "ok"]
-        by_seed = {one.params.get("seed"): one.metrics["after/loss"] for one in same if "after/loss" in one.metrics}
+        records = [MlflowRecord.of(run, self.mlflow) for run in runs]
+        same_config = [record for record in records if record.config == self.config and record.outcome == "ok"]
+        by_seed = {
+            record.params.get("seed"): record.metrics["after/loss"]
+            for record in same_config
+            if "after/loss" in record.metrics
+        }
         return list(by_seed.values())
 
 
 def find(
     uri: str | None, chosen: Sequence[str] = (), experiment: str | None = None, where: str | None = None
 ) -> list[MlflowRecord]:
-    """Runs of one key each, as they were chosen, oldest first; of one that ran again the newest that ended well.
+    """Find runs in the store: in the order of `chosen`, then oldest first.
 
-    Repetitions (`reproduce`) are left out, unless chosen by id or name, or by `where` with their tag `reproduces`.
+    Each run key appears once. If it ran several times, the newest run with outcome `ok` is returned; if none succeeded,
+    the newest run.
+
+    Repetitions made by `reproduce` are left out, unless `chosen` has their id or name, or `where` mentions
+    their tag `reproduces`.
 
     Args:
-        uri: MLflow's tracking URI; None is SQLite in ./mlruns.
-        chosen: names of sweeps or runs, run ids (of a sweep: its jobs) or run keys; none is the newest sweep, or all
-            runs if `experiment` or `where` is given.
-        experiment: look only there.
-        where: MLflow's own filter, such as `params.method.name = 'lora'`, beside `chosen`.
+        uri: MLflow tracking URI. Default: SQLite in ./mlruns.
+        chosen: names of sweeps or runs, run ids (the id of a sweep stands for its jobs) or run keys. Default: the
+            newest sweep, or all runs if `experiment` or `where` is given.
+        experiment: name of the only MLflow experiment to search.
+        where: filter in MLflow's syntax, such as `params.method.name = 'lora'`; applied in addition to `chosen`.
 
     Raises:
-        TrackingError: the store does not answer, or has no such runs.
+        TrackingError: the store cannot be reached, or has no such runs.
     """
     mlflow = _reader(uri)
     with explained():
@@ -191,19 +201,19 @@ def find(
 
 
 def by_ids(uri: str | None, run_ids: Sequence[str]) -> list[MlflowRecord]:
-    """The runs with these ids, in this order.
+    """Return the runs with these ids, in this order.
 
     Raises:
-        TrackingError: the store does not answer, or has lost one.
+        TrackingError: the store cannot be reached, or lacks one of the runs.
     """
     mlflow = _reader(uri)
     with explained():
-        return [MlflowRecord.of(mlflow.get_run(one), mlflow) for one in run_ids]
+        return [MlflowRecord.of(mlflow.get_run(run_id), mlflow) for run_id in run_ids]
 
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """MLflow's errors as `TrackingError`."""
+    """Raise errors of MLflow as `TrackingError`."""
     try:
         yield
     except MlflowException as error:
@@ -211,46 +221,47 @@ def explained() -> Iterator[None]:
 
 
 def _find(mlflow: MlflowClient, chosen: Sequence[str], experiment: str | None, where: str | None) -> list[Run]:
-    chosen = [Path(word).name if Path(word).is_dir() else word for word in chosen]  # a sweep's folder has its name
-    every = [mlflow.get_experiment_by_name(experiment)] if experiment else mlflow.search_experiments()
-    if every == [None]:
-        known = ", ".join(one.name for one in mlflow.search_experiments())
-        raise TrackingError(f"MLflow has no experiment '{experiment}'; it has: {known}")
-    ids = [one.experiment_id for one in every if one is not None]
+    # A sweep's folder has the sweep's name.
+    chosen = [Path(word).name if Path(word).is_dir() else word for word in chosen]
+    experiments = [mlflow.get_experiment_by_name(experiment)] if experiment else mlflow.search_experiments()
+    if experiments == [None]:
+        names = ", ".join(existing.name for existing in mlflow.search_experiments())
+        raise TrackingError(f"MLflow has no experiment '{experiment}'; existing experiments: {names}")
+    ids = [entry.experiment_id for entry in experiments if entry is not None]
     filters = [_filter(mlflow, ids, word) for word in chosen]
     if not filters:
         filters = [""] if experiment or where else [_newest_sweep(mlflow, ids)]
-    found = [_search(mlflow, ids, one, where) for one in filters]
-    # A repetition is for `reproduce` to judge: in a table it would stand for the run that it repeats.
+    results = [_search(mlflow, ids, selection, where) for selection in filters]
+    # Only `reproduce` judges repetitions: in a table, a repetition would replace the run that it repeats.
     runs = [
         run
-        for one, part in zip(filters, found, strict=True)
-        for run in sorted(part, key=lambda run: run.info.start_time)
-        if "reproduces" not in run.data.tags or one.startswith("attributes.") or "reproduces" in (where or "")
+        for selection, group in zip(filters, results, strict=True)
+        for run in sorted(group, key=lambda run: run.info.start_time)
+        if "reproduces" not in run.data.tags or selection.startswith("attributes.") or "reproduces" in (where or "")
     ]
     newest = {
         run.data.tags["run_key"]: run for run in sorted(runs, key=lambda run: run.data.tags.get("outcome") == "ok")
     }
     if not newest and chosen and where:
-        raise TrackingError(f"--filter {where}: matches no run of {', '.join(chosen)}")
+        raise TrackingError(f"--filter {where}: no run of {', '.join(chosen)} matches this filter")
     if not newest and chosen:
         sweeps = mlflow.search_runs(ids, "tags.`sweep.keys` LIKE '%'", max_results=_PAGE)
-        known = ", ".join(dict.fromkeys(run.data.tags["sweep"] for run in sweeps))
-        raise TrackingError(f"MLflow has no runs of {', '.join(chosen)}; sweeps that it has: {known or 'none'}")
+        names = ", ".join(dict.fromkeys(run.data.tags["sweep"] for run in sweeps))
+        raise TrackingError(f"MLflow has no runs of {', '.join(chosen)}; sweeps in the store: {names or 'none'}")
     if not newest:
         raise TrackingError(f"MLflow has no runs of {', '.join([*chosen, where or '']).strip(', ') or 'this tool'} yet")
     return [run for run in runs if newest[run.data.tags["run_key"]] is run]
 
 
 def page(uri: str | None, server: str) -> str:
-    """Where the MLflow server at `server` shows the newest runs, of a store that may have none yet.
+    """Return the address at which the MLflow server at `server` shows the newest runs; `server` if there are no runs.
 
     Raises:
-        TrackingError: the store is not there or does not answer.
+        TrackingError: the store does not exist or cannot be reached.
     """
     mlflow = _reader(uri)
     with explained():
-        experiments = {one.experiment_id: one for one in mlflow.search_experiments()}
+        experiments = {experiment.experiment_id: experiment for experiment in mlflow.search_experiments()}
         newest = mlflow.search_runs(list(experiments), max_results=1)
     if not newest:
         return server
@@ -259,33 +270,35 @@ def page(uri: str | None, server: str) -> str:
 
 
 def _reader(uri: str | None) -> MlflowClient:
-    """The client of a store that is there; one that is not is not made."""
+    """Return a client of an existing store. MLflow would create a missing SQLite file; this raises instead."""
     file = Path(store_uri(uri).removeprefix("sqlite:///"))
     if store_uri(uri).startswith("sqlite:///") and not file.is_file():
-        raise TrackingError(f"no runs yet: {file} is not there; start this where you train, or give --uri")
+        raise TrackingError(
+            f"no runs yet: {file} does not exist; start this in the folder where you train, or give --uri"
+        )
     return client(uri)
 
 
-def _search(mlflow: MlflowClient, ids: list[str], found: str, where: str | None) -> Iterator[Run]:
-    """Runs of ours, page by page."""
+def _search(mlflow: MlflowClient, ids: list[str], selection: str, where: str | None) -> Iterator[Run]:
+    """Iterate over the runs made by qlora-exp that match, page by page."""
     token = None
-    words = " and ".join(part for part in (found, where, "tags.run_key LIKE '%'") if part)
+    filter_string = " and ".join(part for part in (selection, where, "tags.run_key LIKE '%'") if part)
     while True:
-        page = mlflow.search_runs(ids, words, max_results=_PAGE, page_token=token)
-        yield from page
-        if not (token := page.token):
+        runs = mlflow.search_runs(ids, filter_string, max_results=_PAGE, page_token=token)
+        yield from runs
+        if not (token := runs.token):
             return
 
 
 def _filter(mlflow: MlflowClient, ids: list[str], word: str) -> str:
-    """MLflow's filter for one of `chosen`."""
+    """Return the MLflow filter for one word of `chosen`."""
     if _RUN_ID.fullmatch(word):
         is_sweep = "sweep.keys" in mlflow.get_run(word).data.tags
         return f"tags.`mlflow.parentRunId` = '{word}'" if is_sweep else f"attributes.run_id = '{word}'"
     if _RUN_KEY.fullmatch(word):
         return f"tags.run_key = '{word}'"
     if "'" in word:
-        raise TrackingError(f"{word}: MLflow cannot look for a name with a quote; give the run's id")
+        raise TrackingError(f"{word}: MLflow cannot search for a name that contains a quote; give the run id")
     of_sweep = f"tags.sweep = '{word}'"
     return of_sweep if mlflow.search_runs(ids, of_sweep, max_results=1) else f"attributes.run_name = '{word}'"
 

@@ -1,7 +1,7 @@
-"""A past run again, from what MLflow or a bundle says of it, and whether the same came out.
+"""Repeat a past run from its record in MLflow or in a bundle, and grade whether the result is the same.
 
-A record is somebody else's word: it is read as plain data, checked like any config, and may neither run code nor choose
-files of this machine. Never imports training internals.
+A record is untrusted input: it is read as plain data and checked like any config. It can neither run code nor choose
+files of this machine. This module does not import the internals of training.
 """
 
 from collections.abc import Mapping
@@ -25,78 +25,86 @@ BIT_IDENTICAL = "bit-identical"
 WITHIN_NOISE = "within the noise over seeds"
 DRIFTED = "drifted"
 _SEEDS = 3
-"""From fewer, Student's interval is so wide (12.7 standard deviations from two) that anything is within it."""
+"""Fewest seeds for an estimate of noise: with two, Student's interval is so wide (12.7 standard deviations) that
+every result is within it.
+"""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a run compares with the one that it repeats."""
+    """Grade of a repetition compared with the original run."""
 
     grade: str
     """`BIT_IDENTICAL`, `WITHIN_NOISE` or `DRIFTED`."""
     why: str
+    """Reason for the grade, with losses, first difference and likely cause."""
 
 
 def one_record(uri: str | None, word: str) -> Record:
-    """The run in this bundle, or with this id, key or name.
+    """Return the run in a bundle, or the run with this id, run key or name.
+
+    Args:
+        uri: MLflow tracking URI.
+        word: path of a bundle, or id, run key or name of a run.
 
     Raises:
-        ConfigError: the bundle is none.
-        TrackingError: there is none, or several.
+        ConfigError: the path is not a valid bundle.
+        TrackingError: no run or several runs match.
     """
     if bundle.is_bundle(word):
         return bundle.read(Path(word))
-    found = find(uri, [word])
-    if len(found) > 1:
-        names = "\n  ".join(f"{one.run_id} {one.name}" for one in found)
-        raise TrackingError(f"'{word}' is several runs; give the id of one:\n  {names}")
-    return found[0]
+    matches = find(uri, [word])
+    if len(matches) > 1:
+        names = "\n  ".join(f"{match.run_id} {match.name}" for match in matches)
+        raise TrackingError(f"'{word}' matches several runs; give the id of one of them:\n  {names}")
+    return matches[0]
 
 
 def recorded_config(record: Record, changes: Mapping[str, Any], uri: str | None) -> Config:
-    """The config of a recorded run, as far as a record may decide it.
+    """Return the config of a recorded run, without the parts that a record must not decide.
 
     Args:
-        record: of the run.
-        changes: dotted keys with the values of whoever asks, which win.
-        uri: where the new run is tracked.
+        record: the run.
+        changes: dotted keys with the user's values; they replace the recorded values.
+        uri: MLflow tracking URI of the new run.
 
     Raises:
-        ConfigError: it is no valid config, or asks for what only the user may allow.
+        ConfigError: the config is invalid, or uses a setting that only the user may allow.
     """
     values = record.yaml()
-    told = values.get("tracking")
-    name = told.get("experiment_name", "qlora_exp") if isinstance(told, dict) else "qlora_exp"
+    recorded_tracking = values.get("tracking")
+    name = recorded_tracking.get("experiment_name", "qlora_exp") if isinstance(recorded_tracking, dict) else "qlora_exp"
     values |= {"tracking": {"uri": uri, "experiment_name": name}, "sweep": {}, "search": {}}
     return changed(values, changes, f"run {record.run_id}")
 
 
 def differences(record: Record, config: Config) -> list[str]:
-    """What is not as it was, likeliest cause first; empty if nothing that was recorded differs."""
-    now, found = run_key.parts(config), []
+    """List what has changed since the recorded run, most likely cause first; empty if nothing recorded differs."""
+    now, lines = run_key.parts(config), []
     if record.tags.get("identity.config") != now["config"]:
-        found.append(f"config: {_changed_keys(record, config)}")
+        lines.append(f"config: {_changed_keys(record, config)}")
     for part in ("data", "model"):
         if (before := record.tags.get(f"identity.{part}")) != now[part]:
-            found.append(f"{part}: {before} then, {now[part]} now")
+            lines.append(f"{part}: {before} then, {now[part]} now")
     if record.tags.get("identity.code") != now["code"]:
-        then, here = record.tags.get("git.sha", "no commit")[:12], provenance.git().get("sha", "no commit")[:12]
-        found.append(f"code of qlora_exp: commit {then} then, {here} now")
-    here_now = provenance.libraries(config.quantization.quant_method)
+        recorded_commit = record.tags.get("git.sha", "no commit")[:12]
+        current_commit = provenance.git().get("sha", "no commit")[:12]
+        lines.append(f"code of qlora_exp: commit {recorded_commit} then, {current_commit} now")
+    current_versions = provenance.libraries(config.quantization.quant_method)
     for key, before in sorted(record.tags.items()):
         name = key.removeprefix("version.")
-        if key.startswith("version.") and here_now.get(name, "none") != before:
-            found.append(f"{name}: {before} then, {here_now.get(name, 'none')} now")
+        if key.startswith("version.") and current_versions.get(name, "none") != before:
+            lines.append(f"{name}: {before} then, {current_versions.get(name, 'none')} now")
     if others := _other_packages(record):
-        found.append(f"other packages: {', '.join(others)}")
+        lines.append(f"other packages: {', '.join(others)}")
     for key, value in provenance.hardware().items():
         if key in ("threads", "cuda", "platform") and (before := record.tags.get(f"hardware.{key}")) != str(value):
-            found.append(f"{key}: {before} then, {value} now")
-    return found
+            lines.append(f"{key}: {before} then, {value} now")
+    return lines
 
 
 def _other_packages(record: Record) -> list[str]:
-    """Those that have another version now or are gone, beside `provenance.LIBRARIES`; new ones changed nothing."""
+    """List packages outside `provenance.LIBRARIES` whose version changed or that are gone; new ones have no effect."""
     lines = (line.partition("==") for line in record.text(LOCK_FILE).splitlines())
     now = provenance.environment()
     return [
@@ -109,36 +117,41 @@ def _other_packages(record: Record) -> list[str]:
 def _changed_keys(record: Record, config: Config) -> str:
     now = {key: str(value) for key, value in flatten(config).items()}
     now = {key: value for key, value in now.items() if key.split(".")[0] not in APART}
-    then = {key: record.params.get(key, "None") for key in now}  # what is not set is not recorded
+    then = {key: record.params.get(key, "None") for key in now}  # keys that are not set are not recorded
     changed = [key for key, value in now.items() if then[key] != value]
-    return ", ".join(f"{key} {then[key]} then, {now[key]} now" for key in changed) or "where files are, or defaults"
+    return ", ".join(f"{key} {then[key]} then, {now[key]} now" for key in changed) or "file locations or defaults"
 
 
 def judge(record: Record, again: Record, config: Config) -> Verdict:
-    """Grade `again` against the run that it repeats.
+    """Grade the run `again` against the run that it repeats.
 
-    The noise is Student's interval for one more seed, from the seeds of the same config that were recorded.
+    The noise is Student's prediction interval for one more seed, from the recorded seeds of the same config.
     """
     unequal = _unequal(record, again)
     if not unequal:
         steps = len(record.curve("train/loss"))
-        return Verdict(BIT_IDENTICAL, f"all {steps} training losses and all measures of quality are the same")
-    before, now = record.metrics["after/loss"], again.metrics.get("after/loss", float("nan"))
+        return Verdict(BIT_IDENTICAL, f"all {steps} training losses and all measures of quality are equal")
+    loss_before, loss_now = record.metrics["after/loss"], again.metrics.get("after/loss", float("nan"))
     causes = [*_data(record, again), *differences(record, config)]
-    cause = f"first cause that differs: {causes[0]}" if causes else "nothing that was recorded differs"
-    said = f"held-out loss {before:.6f} then, {now:.6f} now; first difference: {unequal}; {cause}"
-    others = record.seed_losses()
-    if len(others) < _SEEDS:
-        few = "no other seeds of it were recorded" if len(others) < 2 else f"only {len(others)} seeds were recorded"
-        return Verdict(DRIFTED, f"{said}; {few}: {_SEEDS} can say how large noise is")
-    spread = float(np.std(others, ddof=1)) * (1 + 1 / len(others)) ** 0.5
-    allowed = stats.quantile(len(others) - 1) * spread
-    grade = WITHIN_NOISE if abs(now - before) <= allowed else DRIFTED
-    return Verdict(grade, f"{said}; over {len(others)} seeds it varies by ±{allowed:.6f}")
+    cause = f"likely cause: {causes[0]}" if causes else "nothing that was recorded differs"
+    losses_and_cause = f"held-out loss {loss_before:.6f} then, {loss_now:.6f} now; first difference: {unequal}; {cause}"
+    seed_losses = record.seed_losses()
+    if len(seed_losses) < _SEEDS:
+        none = len(seed_losses) < 2
+        count = (
+            "no other seeds of this config were recorded" if none else f"only {len(seed_losses)} seeds were recorded"
+        )
+        return Verdict(
+            DRIFTED, f"{losses_and_cause}; {count}, but the noise can be estimated only from {_SEEDS} or more"
+        )
+    spread = float(np.std(seed_losses, ddof=1)) * (1 + 1 / len(seed_losses)) ** 0.5
+    allowed = stats.quantile(len(seed_losses) - 1) * spread
+    grade = WITHIN_NOISE if abs(loss_now - loss_before) <= allowed else DRIFTED
+    return Verdict(grade, f"{losses_and_cause}; over {len(seed_losses)} seeds the loss varies by ±{allowed:.6f}")
 
 
 def _unequal(record: Record, again: Record) -> str:
-    """The first thing that is not the same to the last bit; empty if there is none."""
+    """Return the name of the first value that is not bit-identical; empty if all are."""
     for metric in ("train/loss", "eval/loss"):
         for before, now in zip(record.curve(metric), again.curve(metric), strict=False):
             if before != now:
@@ -160,7 +173,7 @@ def _data(record: Record, again: Record) -> list[str]:
 
 
 def free_folder(record: Record) -> Path:
-    """Where a repetition may write: a new folder, or that of one that was cut off and goes on."""
+    """Return the output folder of a repetition: a new folder, or that of an interrupted repetition, to resume it."""
     folder = Path("outputs", "reproduced", record.run_id)
     number = 1
     while (last := last_message(folder)) is not None and is_over(last):
@@ -170,20 +183,30 @@ def free_folder(record: Record) -> Path:
 
 
 def start(record: Record, config: Config, folder: Path) -> str:
-    """Run `config` anew; the new run's id.
+    """Repeat the run.
+
+    Args:
+        record: the run to repeat.
+        config: config of the new run.
+        folder: its output folder; an unfinished run of this config in it is resumed.
+
+    Returns:
+        Id of the new MLflow run.
 
     Raises:
-        ConfigError: the folder has something in it that is not an unfinished run of this config, or the record has no
-            result to compare with.
+        ConfigError: the folder contains anything but an unfinished run of this config, or the record has no held-out
+            loss to compare with.
     """
     if "after/loss" not in record.metrics:
         raise ConfigError(f"run {record.run_id} has no held-out loss ({record.outcome}): nothing to compare with")
     if (last := last_message(folder)) is not None and is_over(last):
-        raise ConfigError(f"{folder}: holds a run that ended ({last['outcome']}); choose another: --out FOLDER")
+        raise ConfigError(
+            f"{folder}: contains a run that has ended ({last['outcome']}); choose another folder: --out FOLDER"
+        )
     if hub.is_needed(config):
         hub.go_offline_if_unreachable()
     from qlora_exp.recipe.finetune import run
 
     result = run(config, folder, {"reproduces": record.run_id, "mlflow.runName": f"{record.name} again"})
-    assert result.run_id is not None  # it is reached at the start, or there is no run
+    assert result.run_id is not None  # the run starts only if MLflow can be reached
     return result.run_id

@@ -1,8 +1,8 @@
-"""What differences between configurations are worth: intervals, paired tests, ties. Pure arithmetic on arrays.
+"""Judge differences between configurations statistically: confidence intervals, paired tests, groups of ties.
 
-A result varies for two reasons: which seed trained it, and which held-out items it was scored on. Both are counted
-wherever they were measured, as independent sources of variance with Welch-Satterthwaite degrees of freedom
-(Satterthwaite 1946, doi:10.2307/3002019). Knows nothing of runs or metrics.
+A result varies for two reasons: the seed it was trained with, and the held-out items it was scored on. Each source is
+counted where it was measured. They are independent sources of variance, combined with Welch-Satterthwaite degrees of
+freedom (Satterthwaite 1946, doi:10.2307/3002019). This module is arithmetic on arrays: no runs, no metrics.
 """
 
 import math
@@ -14,7 +14,10 @@ import numpy as np
 from scipy.stats import t as student
 
 Items = np.ndarray[Any, np.dtype[np.float64]]
-"""(seeds, items, 2): each held-out item's numerator (nats, a score) and weight (tokens, 1). A value is their ratio."""
+"""Shape (seeds, items, 2): for each held-out item a numerator (nats, or a score) and a weight (tokens, or 1).
+
+A value is numerator / weight; over several items, the sum of numerators / the sum of weights.
+"""
 
 LEVEL = 0.95
 MANY_SEEDS = 1000
@@ -22,34 +25,34 @@ MANY_SEEDS = 1000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its interval at 95 percent."""
+    """A mean with its 95 % confidence interval."""
 
     value: float
     low: float
     high: float
     seeds: int
-    """One: the interval, if there is one, is of the items alone."""
+    """Number of seeds. With one seed, an interval (if there is one) covers the variation over items only."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How a configuration differs from another on the same items and, as far as there are any, the same seeds."""
+    """Difference between two configurations, on the same items and, where they have common seeds, the same seeds."""
 
     value: float
     low: float
     high: float
     p: float
-    """Two-sided; 1 if nothing at all was measured twice."""
+    """Two-sided p-value; 1 if there is one seed and at most one item, so that no variance can be estimated."""
     seeds: int
     items: int
     variance_of_seeds: float
-    """Of one seed's difference; NaN if there is one only."""
+    """Variance of the difference of a single seed; NaN if there is only one seed."""
     variance_of_items: float
-    """Of the mean over the items; NaN if items were not recorded."""
+    """Variance of the mean over the items; NaN if items were not recorded."""
 
 
 def mean(values: Sequence[float]) -> Estimate:
-    """The mean over seeds with Student's interval; without an interval (NaN) if there is one seed."""
+    """Return the mean over seeds with Student's t interval; the interval is NaN if there is only one seed."""
     array = np.asarray(values, float)
     half = math.nan
     if len(array) > 1:
@@ -59,49 +62,50 @@ def mean(values: Sequence[float]) -> Estimate:
 
 
 def ratio(items: Items) -> Items:
-    """(seeds,): each seed's value over all items."""
-    found: Items = items[..., 0].sum(axis=1) / items[..., 1].sum(axis=1)
-    return found
+    """Return the value of each seed over all items, shape (seeds,): sum of numerators / sum of weights."""
+    values: Items = items[..., 0].sum(axis=1) / items[..., 1].sum(axis=1)
+    return values
 
 
 def difference_of_items(ours: Items, theirs: Items) -> Difference:
-    """Ours minus theirs, paired by seed and by item.
+    """Return `ours` minus `theirs`, paired by seed and by item.
 
     Args:
-        ours: (seeds, items, 2).
-        theirs: the same shape, with the same weights.
+        ours: shape (seeds, items, 2).
+        theirs: same shape, with the same weights.
     """
     each = ratio(ours) - ratio(theirs)
-    # Seeds are averaged first, so that what is left varies with the items; a ratio's variance is that of its residuals.
+    # Average over seeds first, so that the rest varies with the items only. The variance of a ratio is the variance of
+    # its residuals.
     weight = ours[..., 1].mean(axis=0)
     change = (ours[..., 0] - theirs[..., 0]).mean(axis=0)
     count = len(weight)
     residual = change - change.sum() / weight.sum() * weight
     of_items = float(count / (count - 1) * (residual**2).sum() / weight.sum() ** 2) if count > 1 else math.nan
-    return _judged(each, of_items, count)
+    return _difference(each, of_items, count)
 
 
 def difference_of_seeds(ours: Sequence[float], theirs: Sequence[float]) -> Difference:
-    """Ours minus theirs, paired by seed, where items were not recorded."""
-    return _judged(np.asarray(ours, float) - np.asarray(theirs, float), math.nan, 0)
+    """Return `ours` minus `theirs`, paired by seed, for runs whose items were not recorded."""
+    return _difference(np.asarray(ours, float) - np.asarray(theirs, float), math.nan, 0)
 
 
-def _judged(each: Items, of_items: float, count: int) -> Difference:
-    value, seeds = float(each.mean()), len(each)
-    of_seeds = float(each.var(ddof=1)) if seeds > 1 else math.nan
-    variance, freedom = _combined(of_seeds, seeds, of_items, count)
+def _difference(differences: Items, of_items: float, item_count: int) -> Difference:
+    value, seeds = float(differences.mean()), len(differences)
+    of_seeds = float(differences.var(ddof=1)) if seeds > 1 else math.nan
+    variance, freedom = _combined(of_seeds, seeds, of_items, item_count)
     if math.isnan(variance):
-        return Difference(value, math.nan, math.nan, 1.0, seeds, count, of_seeds, of_items)
-    if variance == 0:  # not one seed or item differs from another
-        return Difference(value, value, value, float(value == 0), seeds, count, of_seeds, of_items)
+        return Difference(value, math.nan, math.nan, 1.0, seeds, item_count, of_seeds, of_items)
+    if variance == 0:  # all seeds and all items have the same difference
+        return Difference(value, value, value, float(value == 0), seeds, item_count, of_seeds, of_items)
     error = math.sqrt(variance)
     half = quantile(freedom) * error
     p = float(2 * student.sf(abs(value) / error, freedom))
-    return Difference(value, value - half, value + half, p, seeds, count, of_seeds, of_items)
+    return Difference(value, value - half, value + half, p, seeds, item_count, of_seeds, of_items)
 
 
 def _combined(of_seeds: float, seeds: int, of_items: float, items: int) -> tuple[float, float]:
-    """The variance of a mean difference, and its degrees of freedom; NaN if neither source was measured."""
+    """Return the variance of a mean difference and its degrees of freedom; NaN if neither source was measured."""
     parts = []
     if not math.isnan(of_seeds):
         parts.append((of_seeds / seeds, seeds - 1))
@@ -116,12 +120,15 @@ def _combined(of_seeds: float, seeds: int, of_items: float, items: int) -> tuple
 
 
 def quantile(freedom: float) -> float:
-    """Of Student's t: half the width of an interval of `LEVEL`, in standard errors."""
+    """Return the quantile of Student's t: half the width of the interval at `LEVEL`, in standard errors."""
     return float(student.ppf((1 + LEVEL) / 2, freedom))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values adjusted for how many there are (Holm 1979): below 0.05 together only with 5 percent if none is real."""
+    """Adjust p-values for their number (Holm 1979).
+
+    If no difference is real, the probability that any adjusted p-value is below 0.05 is at most 5 %.
+    """
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     adjusted, highest = [0.0] * len(p_values), 0.0
     for place, index in enumerate(order):
@@ -130,40 +137,45 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def seeds_to_settle(found: Difference) -> int | None:
-    """How many more seeds would tell this difference from none, if it and its variances stay as they are.
+def seeds_to_settle(difference: Difference) -> int | None:
+    """Return how many more seeds would make this difference significant, if it and its variances stay the same.
 
-    None if no number would, up to 1,000: the held-out items are too few, or there is one seed only.
+    None if up to 1,000 seeds would not suffice (too few held-out items), or if there is only one seed.
     """
-    if math.isnan(found.variance_of_seeds) or found.value == 0:
+    if math.isnan(difference.variance_of_seeds) or difference.value == 0:
         return None
-    for seeds in range(found.seeds, MANY_SEEDS):
-        variance, freedom = _combined(found.variance_of_seeds, seeds, found.variance_of_items, found.items)
-        if variance == 0 or abs(found.value) > quantile(freedom) * math.sqrt(variance):
-            return seeds - found.seeds
+    for seeds in range(difference.seeds, MANY_SEEDS):
+        variance, freedom = _combined(
+            difference.variance_of_seeds, seeds, difference.variance_of_items, difference.items
+        )
+        if variance == 0 or abs(difference.value) > quantile(freedom) * math.sqrt(variance):
+            return seeds - difference.seeds
     return None
 
 
 def groups_of_ties(order: Sequence[int], differ: Sequence[Sequence[bool]]) -> list[str]:
-    """Letters for each of the configurations: two share one exactly if they were not told apart.
+    """Return letters for each configuration: two share a letter exactly if no significant difference was found.
 
-    A compact letter display by insertion and absorption (Piepho 2004, doi:10.1198/1061860043515).
+    This is a compact letter display by insertion and absorption (Piepho 2004, doi:10.1198/1061860043515).
 
     Args:
-        order: configurations, best first: the best gets an `a`.
-        differ: whether two of them were told apart; symmetric.
+        order: indices of the configurations, best first: the best gets `a`.
+        differ: whether two configurations differ significantly; symmetric.
     """
     groups: list[set[int]] = [set(order)]
-    for place, one in enumerate(order):
+    for place, configuration in enumerate(order):
         for other in order[place + 1 :]:
-            if differ[one][other]:
-                split = [group for group in groups if {one, other} <= group]
+            if differ[configuration][other]:
+                split = [group for group in groups if {configuration, other} <= group]
                 groups = [group for group in groups if group not in split]
-                groups += [part for group in split for part in (group - {one}, group - {other})]
+                groups += [part for group in split for part in (group - {configuration}, group - {other})]
                 groups = _without_subsets(groups)
-    places = {one: place for place, one in enumerate(order)}
-    groups.sort(key=lambda group: sorted(places[one] for one in group))
-    return ["".join(letter(number) for number, group in enumerate(groups) if one in group) for one in range(len(order))]
+    places = {configuration: place for place, configuration in enumerate(order)}
+    groups.sort(key=lambda group: sorted(places[configuration] for configuration in group))
+    return [
+        "".join(letter(number) for number, group in enumerate(groups) if configuration in group)
+        for configuration in range(len(order))
+    ]
 
 
 def _without_subsets(groups: list[set[int]]) -> list[set[int]]:
@@ -175,5 +187,5 @@ def _without_subsets(groups: list[set[int]]) -> list[set[int]]:
 
 
 def letter(number: int) -> str:
-    """a, b, ..., z, a1, b1, ..."""
+    """Return the letter of a group: a, b, ..., z, a1, b1, ..."""
     return chr(ord("a") + number % 26) + (str(number // 26) if number >= 26 else "")

@@ -1,5 +1,5 @@
-"""Many runs: what Hydra calls, jobs and what became of them, searches, launchers.
+"""Many runs: the sweepers and launchers that Hydra calls, jobs and their outcomes, searches.
 
 May import: every room above but deploy.
-Never here: how a run trains; a job calls the recipe.
+Never here: how a run trains; a job calls `recipe`.
 """

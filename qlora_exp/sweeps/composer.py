@@ -1,4 +1,4 @@
-"""Compose the jobs of a sweep without doing the shared work for each."""
+"""Compose the configs of a sweep's jobs, doing the work that jobs share only once."""
 
 import pickle
 from collections.abc import Sequence
@@ -13,34 +13,39 @@ from qlora_exp.libraries.hydra import apply_overrides, is_group
 
 
 class Composer:
-    """Composes the jobs of a sweep: what Hydra does for each is done once for what they share.
+    """Composes the jobs of a sweep: Hydra composes what the jobs share once instead of once per job.
 
-    Hydra applies `key=value`, in order, to what the chosen options gave, after everything else; so may we (hydra 1.3).
+    This is valid because Hydra 1.3 applies `key=value` overrides last and in order, after it has composed the chosen
+    options of config groups.
     """
 
     def __init__(self, loader: Any, master: DictConfig) -> None:
         self._loader, self._master = loader, master
         self._parser = OverridesParser.create()
-        self._begun: dict[tuple[str, ...], _Begun] = {}
+        self._shared_configs: dict[tuple[str, ...], _SharedConfig] = {}
 
     def __call__(self, fixed: Sequence[str], chosen: Sequence[str]) -> Any:
-        """The config of one job, plain, without the `hydra` node: of overrides that others share, then its own.
+        """Compose the config of one job as plain dictionaries, without the `hydra` node.
+
+        Args:
+            fixed: overrides that the job shares with others; applied first.
+            chosen: the job's own overrides.
 
         Raises:
-            ConfigError: a value is missing, or cannot be worked out.
+            ConfigError: a value is missing, or cannot be resolved.
         """
         own = [self._parser.parse_override(word) for word in chosen]
-        values = [one for one in own if self._is_value(one)]
-        shared = (*fixed, *(str(one.input_line) for one in own if one not in values))
-        if shared not in self._begun:
-            self._begun[shared] = _Begun(self._begin(shared))
-        return self._begun[shared].with_values(values)
+        values = [override for override in own if self._is_value(override)]
+        shared = (*fixed, *(str(override.input_line) for override in own if override not in values))
+        if shared not in self._shared_configs:
+            self._shared_configs[shared] = _SharedConfig(self._compose(shared))
+        return self._shared_configs[shared].with_values(values)
 
-    def _begin(self, words: Sequence[str]) -> DictConfig:
-        found = self._loader.load_sweep_config(self._master, list(words))
-        rest = OmegaConf.masked_copy(found, [key for key in found if key != "hydra"])
-        OmegaConf.set_struct(rest, True)
-        return rest
+    def _compose(self, overrides: Sequence[str]) -> DictConfig:
+        composed = self._loader.load_sweep_config(self._master, list(overrides))
+        without_hydra = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+        OmegaConf.set_struct(without_hydra, True)
+        return without_hydra
 
     def _is_value(self, override: Override) -> bool:
         if override.is_delete() or override.is_hydra_override() or override.package:
@@ -48,39 +53,43 @@ class Composer:
         return not is_group(self._loader, override.key_or_group)
 
 
-class _Begun:
-    """A config that jobs share, to which each adds values of its own."""
+class _SharedConfig:
+    """A config that several jobs share; each job adds values of its own."""
 
     def __init__(self, composed: DictConfig) -> None:
         self._pickled = pickle.dumps(composed)
         self._plain = b""
-        """The same as plain dictionaries, which are much faster; if no value is worked out from others, or missing."""
+        """The config as plain dictionaries, which are much faster. Empty if it has interpolations or missing values."""
         values = OmegaConf.to_container(composed)
         if "${" not in (text := str(values)) and "???" not in text:
             self._plain = pickle.dumps(values)
 
     def with_values(self, values: Sequence[Override]) -> Any:
-        """Plain."""
+        """Return the config with these overrides applied, as plain dictionaries."""
         if self._plain:
-            found = pickle.loads(self._plain)
-            if all(_put(found, one) for one in values):
-                return found
+            config = pickle.loads(self._plain)
+            if all(_set_value(config, override) for override in values):
+                return config
         composed = pickle.loads(self._pickled)
         apply_overrides(values, composed)
         return plain(composed)
 
 
-def _put(found: Any, override: Override) -> bool:
-    """Set one value that is there, to another that is no more than a value; whether that is all there is to do."""
-    value, *path = override.value(), *override.key_or_group.split(".")
+def _set_value(node: Any, override: Override) -> bool:
+    """Replace an existing value by another plain value.
+
+    Returns:
+        Whether the override could be applied in this simple way; if not, Hydra's own code must apply it.
+    """
+    value, *key_path = override.value(), *override.key_or_group.split(".")
     is_value = isinstance(value, bool | int | float | str) and "$" not in str(value) and value != "???"
     if override.type is not OverrideType.CHANGE or not is_value:
         return False
-    for name in path[:-1]:
-        found = found.get(name)
-        if not isinstance(found, dict):
+    for name in key_path[:-1]:
+        node = node.get(name)
+        if not isinstance(node, dict):
             return False
-    if path[-1] not in found or isinstance(found[path[-1]], dict | list):
+    if key_path[-1] not in node or isinstance(node[key_path[-1]], dict | list):
         return False
-    found[path[-1]] = value
+    node[key_path[-1]] = value
     return True

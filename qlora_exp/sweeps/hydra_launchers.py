@@ -1,4 +1,4 @@
-"""The launchers that Hydra finds: local processes, Ray, SLURM."""
+"""Implement the launchers for Hydra: local processes, Ray, SLURM."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -23,30 +23,36 @@ Died = Callable[[], object]
 
 
 class _Launcher(Launcher):
-    """What our launchers share: what Hydra asks of one, as tasks for processes."""
+    """Base of the launchers: turns the jobs that Hydra passes into tasks for processes."""
 
     package, extra = "", ""
-    """What it needs, and the extra of ours that has it."""
+    """Package that the launcher needs, and the extra of qlora-exp that installs it."""
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Hydra's, before `launch`."""
+        """Store what Hydra passes before it calls `launch`."""
         if self.package and find_spec(self.package) is None:
-            raise ConfigError(f"this hydra/launcher needs a package: pip install 'qlora-exp[{self.extra}]'")
+            raise ConfigError(f"this hydra/launcher needs an extra package: pip install 'qlora-exp[{self.extra}]'")
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Hydra's: run these jobs; a job's return value is how its process died, None if it did not."""
+        """Run these jobs, as Hydra's interface demands.
+
+        Returns:
+            For each job how its process died as the return value; None if it did not die.
+        """
         import cloudpickle
 
         parser, tasks = OverridesParser.create(), []
         for number, overrides in enumerate(job_overrides, initial_job_idx):
             words = [word for word in overrides if word.startswith("hydra.sweep.")]
-            where = {one.key_or_group: str(one.value()) for one in map(parser.parse_override, words)}
-            parent = where.get("hydra.sweep.dir", str(self.config.hydra.sweep.dir))
-            folder = Path(parent, where.get("hydra.sweep.subdir", str(number)))
+            sweep_settings = {
+                override.key_or_group: str(override.value()) for override in map(parser.parse_override, words)
+            }
+            parent = sweep_settings.get("hydra.sweep.dir", str(self.config.hydra.sweep.dir))
+            folder = Path(parent, sweep_settings.get("hydra.sweep.subdir", str(number)))
             job = _HydraJob(self.hydra_context, self.task_function, self.config, list(overrides), number)
             tasks.append(local.Task(cloudpickle.dumps(job), folder))
         parent_folder = tasks[0].folder.parent
@@ -56,18 +62,27 @@ class _Launcher(Launcher):
             stopped=lambda: fail_fast and jobs.stopped(parent_folder),
             died=lambda: jobs.stop(parent_folder) if fail_fast else None,
         )
-        return [_returned(ending) for ending in endings]
+        return [_job_return(ending) for ending in endings]
 
     @abstractmethod
     def run_all(self, tasks: Sequence[local.Task], stopped: Stopped, died: Died) -> Sequence[Ending | None]:
-        """Each in a process of its own."""
+        """Run each task in a process of its own.
+
+        Args:
+            tasks: the tasks in order.
+            stopped: returns true if no further task may start.
+            died: called when a process has died.
+
+        Returns:
+            For each task how its process died; None if it did not die.
+        """
 
 
 class LocalLauncher(_Launcher):
     """Jobs on this machine."""
 
     def run_all(self, tasks: Sequence[local.Task], stopped: Stopped, died: Died) -> Sequence[Ending | None]:
-        """Each in a process of its own."""
+        """Run each task in a process of its own."""
         return local.run_all(tasks, self.config.sweep.n_jobs, stopped, died)
 
 
@@ -77,7 +92,7 @@ class RayLauncher(_Launcher):
     package, extra = "ray", "ray"
 
     def run_all(self, tasks: Sequence[local.Task], stopped: Stopped, died: Died) -> Sequence[Ending | None]:
-        """Each in a worker of its own."""
+        """Run each task in a Ray worker of its own."""
         from qlora_exp.sweeps.launchers import ray
 
         return ray.run_all(tasks, self.config.sweep.n_jobs, **self.settings, died=died)
@@ -89,14 +104,14 @@ class SubmititLauncher(_Launcher):
     package, extra = "submitit", "slurm"
 
     def run_all(self, tasks: Sequence[local.Task], stopped: Stopped, died: Died) -> Sequence[Ending | None]:
-        """Each a job of the cluster's."""
+        """Run each task as a job of the cluster."""
         from qlora_exp.sweeps.launchers import slurm
 
         return slurm.run_all(tasks, **self.settings, died=died)
 
 
 class _HydraJob:
-    """What every launcher of Hydra does in a job's process."""
+    """The call made in a job's process: what every Hydra launcher must do there."""
 
     def __init__(
         self,
@@ -121,10 +136,10 @@ class _HydraJob:
             config=config,
             job_dir_key="hydra.sweep.dir",
             job_subdir_key="hydra.sweep.subdir",
-        ).return_value  # raises what the job raised
+        ).return_value  # reading `return_value` raises the exception of the job
 
 
-def _returned(value: Any) -> JobReturn:
-    done = JobReturn(status=JobStatus.COMPLETED)
-    done.return_value = value
-    return done
+def _job_return(ending: Any) -> JobReturn:
+    result = JobReturn(status=JobStatus.COMPLETED)
+    result.return_value = ending
+    return result

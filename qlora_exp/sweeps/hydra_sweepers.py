@@ -1,4 +1,4 @@
-"""The sweepers that Hydra finds: grid and Optuna."""
+"""Implement the sweepers for Hydra: grid and Optuna."""
 
 import gc
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ from qlora_exp.utils.quiet import quiet
 
 
 class _Sweeper(Sweeper):
-    """What both sweepers share: from overrides to jobs, and from jobs to the launcher."""
+    """Base of both sweepers: turns overrides into jobs, and passes jobs to the launcher."""
 
     hydra_context: HydraContext
     config: DictConfig
@@ -36,7 +36,7 @@ class _Sweeper(Sweeper):
         self.params = dict(params or {})
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """Hydra's, before `sweep`."""
+        """Store what Hydra passes before it calls `sweep`, and create the launcher."""
         self.hydra_context, self.config = hydra_context, config
         self.compose = Composer(hydra_context.config_loader, config)
         self.launcher = Plugins.instance().instantiate_launcher(
@@ -44,26 +44,45 @@ class _Sweeper(Sweeper):
         )
 
     def parse(self, arguments: Sequence[str]) -> list[Override]:
-        """A named sweep's overrides, and those of the command line after them; what is swept comes last."""
+        """Parse the overrides of a named sweep, then those of the command line, which win.
+
+        Returns:
+            The last override of each key; swept keys come last.
+        """
         words = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
         overrides = OverridesParser.create(config_loader=self.hydra_context.config_loader).parse_overrides(words)
         last = {override.key_or_group: override for override in overrides}
         return sorted(last.values(), key=Override.is_sweep_override)
 
     def folder(self, overrides: Sequence[Override], settings: SweepConfig, kind: str = "") -> Path:
-        """The sweep's own."""
-        swept = [kind] * bool(kind) + [one.key_or_group for one in overrides if one.is_sweep_override()]
+        """Return the folder of the sweep.
+
+        Args:
+            overrides: all overrides of the sweep.
+            settings: `sweep` of the config.
+            kind: first word of the default name.
+
+        Raises:
+            ConfigError: Hydra cannot use such a folder.
+        """
+        swept = [kind] * bool(kind) + [override.key_or_group for override in overrides if override.is_sweep_override()]
         name = settings.name or jobs.default_name(swept, [str(override.input_line) for override in overrides])
         folder = Path(self.config.hydra.sweep.dir, name).resolve()
         if "\\" in str(folder) or "${" in str(folder):
-            raise ConfigError(f"hydra.sweep.dir: Hydra takes no folder with a backslash or ${{ in it: {folder}")
+            raise ConfigError(
+                f"hydra.sweep.dir: Hydra does not accept a folder with a backslash or ${{ in its path: {folder}"
+            )
         return folder
 
     def check(self, fixed: Sequence[str], chosen: Sequence[str]) -> Config:
-        """The config of one job: of the overrides that all share, then its own.
+        """Compose and validate the config of one job.
+
+        Args:
+            fixed: overrides that all jobs share; applied first.
+            chosen: the job's own overrides.
 
         Raises:
-            ConfigError: with the overrides that it is of.
+            ConfigError: the config is invalid; the message includes the overrides.
         """
         try:
             return from_dict(self.compose(fixed, chosen))
@@ -71,37 +90,41 @@ class _Sweeper(Sweeper):
             raise ConfigError(f"{error}\nin: {' '.join([*fixed, *chosen])}") from error
 
     def begin(self, folder: Path, settings: SweepConfig) -> sweep.Sweep:
-        """The sweep, whose jobs go to the launcher."""
+        """Return a sweep that passes its jobs to the launcher."""
         quiet()
         gc.enable()
 
         def launch(waiting: Sequence[jobs.Job]) -> list[Any]:
-            where = f"hydra.sweep.dir={_quoted(str(folder))}"
-            every = [[*job.overrides, where, f"hydra.sweep.subdir={_quoted(job.folder.name)}"] for job in waiting]
-            return [done.return_value for done in self.launcher.launch(every, initial_job_idx=0)]
+            sweep_dir = f"hydra.sweep.dir={_quoted(str(folder))}"
+            job_overrides = [
+                [*job.overrides, sweep_dir, f"hydra.sweep.subdir={_quoted(job.folder.name)}"] for job in waiting
+            ]
+            return [job_return.return_value for job_return in self.launcher.launch(job_overrides, initial_job_idx=0)]
 
         local = isinstance(self.launcher, LocalLauncher)
         return sweep.Sweep(folder, settings, launch, lambda: local and launcher.warm(settings.n_jobs))
 
 
 def _quoted(text: str) -> str:
-    """As a value of Hydra's override grammar."""
+    """Quote text as a value in Hydra's override grammar."""
     return "'" + text.replace("'", r"\'") + "'"
 
 
 class GridSweeper(_Sweeper):
-    """Every combination, but only those that are not done yet."""
+    """Runs every combination of the swept values that has not been run yet."""
 
     def sweep(self, arguments: list[str]) -> None:
-        """Hydra's: everything."""
+        """Run the sweep; Hydra calls this with the overrides of the command line."""
         overrides = self.parse(arguments)
-        for one in overrides:
-            if one.key_or_group.startswith("search.") or (one.is_sweep_override() and one.is_interval_sweep()):
-                raise ConfigError(f"{one.input_line}: that is for a search; add hydra/sweeper=optuna")
+        for override in overrides:
+            if override.key_or_group.startswith("search.") or (
+                override.is_sweep_override() and override.is_interval_sweep()
+            ):
+                raise ConfigError(f"{override.input_line}: this works only in a search; add hydra/sweeper=optuna")
         combinations = every_combination(overrides)
         shared = sum(not override.is_sweep_override() for override in overrides)
         values = [[word.split("=", 1) for word in combination[shared:]] for combination in combinations]
-        swept = [{key.lstrip("+"): value for key, value in one} for one in values]
+        swept = [{key.lstrip("+"): value for key, value in pairs} for pairs in values]
         configs = [self.check(combination[:shared], combination[shared:]) for combination in combinations]
         settings = configs[0].sweep
         folder = self.folder(overrides, settings)
@@ -110,40 +133,49 @@ class GridSweeper(_Sweeper):
 
 
 class OptunaSweeper(_Sweeper):
-    """What Optuna proposes, in the space that sweeps, ranges and intervals span; seeds are repeats of each trial."""
+    """Runs the values that Optuna proposes from sweeps, ranges and intervals; each trial is repeated for every seed."""
 
     def sweep(self, arguments: list[str]) -> None:
-        """Hydra's: everything."""
+        """Run the search; Hydra calls this with the overrides of the command line."""
         try:
             from qlora_exp.sweeps import search
         except ImportError as error:
-            raise ConfigError("hydra/sweeper=optuna needs its package: pip install 'qlora-exp[optuna]'") from error
+            raise ConfigError(
+                "hydra/sweeper=optuna needs the package optuna: pip install 'qlora-exp[optuna]'"
+            ) from error
         overrides = self.parse(arguments)
-        open_ = [one for one in overrides if one.is_sweep_override() and one.key_or_group != "seed"]
-        fixed = [one for one in overrides if one not in open_]
-        if not open_:
-            raise ConfigError("hydra/sweeper=optuna: no key to search, such as method.r=4,8,16 or interval(1e-5,1e-3)")
+        searched = [
+            override for override in overrides if override.is_sweep_override() and override.key_or_group != "seed"
+        ]
+        fixed = [override for override in overrides if override not in searched]
+        if not searched:
+            raise ConfigError(
+                "hydra/sweeper=optuna: no key to search; give one, such as method.r=4,8,16 or "
+                "training.learning_rate=interval(1e-5,1e-3)"
+            )
         repeats = every_combination(fixed)
-        space = {one.get_key_element(): search.distribution(one.value()) for one in open_}
+        space = {override.get_key_element(): search.distribution(override.value()) for override in searched}
 
         def jobs_of(values: Mapping[str, Any]) -> list[jobs.Job]:
             chosen = [f"{key}={value}" for key, value in values.items()]
-            words = [[*repeat, *chosen] for repeat in repeats]
+            combinations = [[*repeat, *chosen] for repeat in repeats]
             shown = {key.lstrip("+"): _short(value) for key, value in values.items()}
             swept = [shown | ({"seed": _seed(repeat)} if len(repeats) > 1 else {}) for repeat in repeats]
-            return jobs.jobs([self.check(repeat, chosen) for repeat in repeats], swept, words, folder)
+            return jobs.jobs([self.check(repeat, chosen) for repeat in repeats], swept, combinations, folder)
 
-        first = self.check(repeats[0], [f"{key}={search.example(one)}" for key, one in space.items()])
-        if first.search.prune and len(repeats) > 1:
-            raise ConfigError("search.prune judges single jobs: leave one seed, or leave out search.prune")
-        folder = self.folder(overrides, first.sweep, "search")
-        if first.sweep.dry_run:
-            print(f"would search {', '.join(space)} in {folder}: {search.progress(folder, first.search.n_trials)}")
+        first_config = self.check(repeats[0], [f"{key}={search.example(choices)}" for key, choices in space.items()])
+        if first_config.search.prune and len(repeats) > 1:
+            raise ConfigError("search.prune judges single jobs: use one seed only, or remove search.prune")
+        folder = self.folder(overrides, first_config.sweep, "search")
+        if first_config.sweep.dry_run:
+            print(
+                f"would search {', '.join(space)} in {folder}: {search.progress(folder, first_config.search.n_trials)}"
+            )
             return
-        with self.begin(folder, first.sweep) as running:
-            best = search.search(running, space, jobs_of, first.search, first.sweep)
+        with self.begin(folder, first_config.sweep) as running:
+            best = search.search(running, space, jobs_of, first_config.search, first_config.sweep)
         for trial in best:
-            values = zip(first.search.metrics, trial.values, strict=True)
+            values = zip(first_config.search.metrics, trial.values, strict=True)
             means = ", ".join(f"{metric} {value:.6g}" for metric, value in values)
             chosen = " ".join(f"{key}={_short(value)}" for key, value in trial.params.items())
             print(f"best: {chosen} ({means}; trial {trial.number + 1})")

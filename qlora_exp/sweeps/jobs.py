@@ -1,6 +1,6 @@
-"""The jobs of a sweep: each in a folder named by its run key, whose journal says how far it came.
+"""Define the jobs of a sweep: each has a folder named by its run key, whose journal records its progress.
 
-That is all a sweep remembers. Knows nothing of how jobs are chosen, composed or launched.
+The journals are the only state of a sweep. How jobs are chosen, composed or launched is decided elsewhere.
 """
 
 import logging
@@ -20,16 +20,18 @@ from qlora_exp.utils.errors import JournalError
 log = logging.getLogger(__name__)
 
 JOB_FILE = "job.json"
-"""What the sweep tells a job beside its config: tags, identity, whether a failure stops the others, its time, ..."""
+"""File with what a job needs besides its config: tags, parts of the run key, `fail_fast`, time limit, pruning."""
 _STOP_FILE = "stop"
+"""File in the sweep's folder: while it exists, no further job starts."""
 LATE_FILE = "out_of_time"
+"""File in a job's folder: the job has exceeded its time limit."""
 GOOD = ("ok", "pruned", "unfit")
-"""Outcomes that are no failure."""
+"""Outcomes that do not count as failures."""
 
 State = Literal["new", "running", "cut off", "damaged", "ok", "pruned", "oom", "nan", "timeout", "error"]
 Action = Literal["run", "resume", "rerun", "skip"]
 RUNNING: tuple[Action, str] = ("skip", "another process is running it")
-"""What is decided of a job that is under way."""
+"""Decision for a job that is running already, and its reason."""
 
 
 @dataclass(frozen=True)
@@ -37,124 +39,149 @@ class Job:
     """One job of a sweep."""
 
     swept: Mapping[str, str]
-    """The keys that differ between the jobs, with this one's values."""
+    """Swept keys with the values of this job."""
     overrides: Sequence[str]
-    """What composes it."""
+    """Hydra overrides from which its config is composed."""
     config: Config
     parts: Mapping[str, str]
-    """What it depends on (`identity.parts`), as it was when the sweep was planned."""
+    """Parts of the run key (`run_key.parts`), computed when the sweep was planned."""
     key: str
+    """Run key."""
     folder: Path
 
     @property
     def name(self) -> str:
-        """The swept values, as people read them."""
+        """The swept keys and values as text."""
         return " ".join(f"{key}={value}" for key, value in self.swept.items()) or self.config.method.name
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a job's process ended that did not live to record it."""
+    """How a job's process died, for a process that could not record its own end."""
 
     outcome: str
-    """killed, oom, timeout, error."""
+    """`killed`, `oom`, `timeout` or `error`."""
     failure: str
+    """Description of the failure."""
 
 
 Launch = Callable[[Sequence[Job]], Sequence[Ending | None]]
-"""Runs jobs and returns when all have ended, however, with the `Ending` of those whose process died."""
+"""Function that runs jobs and returns once all have ended; for jobs whose process died it returns an `Ending`."""
 
 
 def jobs(
     configs: Sequence[Config], swept: Sequence[Mapping[str, str]], overrides: Sequence[Sequence[str]], folder: Path
 ) -> list[Job]:
-    """The jobs of a sweep in `folder`; of two that would be the same run only the first."""
-    found: dict[str, Job] = {}
-    for config, values, words in zip(configs, swept, overrides, strict=True):
+    """Make the jobs of a sweep.
+
+    Args:
+        configs: config of each job.
+        swept: swept keys and values of each job.
+        overrides: Hydra overrides of each job.
+        folder: folder of the sweep.
+
+    Returns:
+        The jobs in order; of jobs with the same run key only the first.
+    """
+    jobs_by_key: dict[str, Job] = {}
+    for config, values, job_overrides in zip(configs, swept, overrides, strict=True):
         parts = run_key.parts(config)
         key = run_key.key_of(parts)
         label = re.sub(r"[^\w.+-]+", "-", "_".join(f"{name.split('.')[-1]}-{value}" for name, value in values.items()))
-        found.setdefault(key, Job(values, words, config, parts, key, folder / f"{label[:100]}_{key}".lstrip("_")))
-    return list(found.values())
+        jobs_by_key.setdefault(
+            key, Job(values, job_overrides, config, parts, key, folder / f"{label[:100]}_{key}".lstrip("_"))
+        )
+    return list(jobs_by_key.values())
 
 
 def default_name(swept: Sequence[str], overrides: Sequence[str]) -> str:
-    """A sweep's name, made of the keys that it sweeps and a digest of the whole of it."""
+    """Return the default name of a sweep: its swept keys and a digest of all overrides that affect the results."""
     keys = [key.split(".")[-1] for key in swept]
-    apart = ("sweep.", "search.", "hydra", "tracking.")
-    counting = [word for word in overrides if not word.lstrip("+~").startswith(apart)]
-    return "_".join([*keys, json_digest(sorted(counting), digits=6)])
+    ignored = ("sweep.", "search.", "hydra", "tracking.")
+    relevant = [word for word in overrides if not word.lstrip("+~").startswith(ignored)]
+    return "_".join([*keys, json_digest(sorted(relevant), digits=6)])
 
 
 def state(folder: Path) -> tuple[State, dict[str, Any]]:
-    """How far the job in `folder` came, and the last message of its journal."""
-    held = is_held(folder)
+    """Return the state of the job in `folder`, and the last message of its journal."""
+    is_locked = is_held(folder)
     try:
         last = last_message(folder) or {}
-        if held:
+        if is_locked:
             return "running", last
         if not last:
             return "new", last
         if last["op"] == "end" and last["outcome"] != "killed":
             return last["outcome"], last
-        for _ in read(folder / FILE):  # it can go on only if every message can be read
+        for _ in read(folder / FILE):  # the job can resume only if every message is readable
             pass
     except JournalError as error:
-        return ("running", {}) if held else ("damaged", {"failure": str(error)})
+        return ("running", {}) if is_locked else ("damaged", {"failure": str(error)})
     return "cut off", last
 
 
 def decide(job: Job, rerun: str) -> tuple[Action, str]:
-    """What to do with a job, and why."""
-    found, last = state(job.folder)
-    if found == "new":
+    """Decide what to do with a job.
+
+    Args:
+        job: the job.
+        rerun: `sweep.rerun` of the config.
+
+    Returns:
+        The action and its reason.
+    """
+    job_state, last = state(job.folder)
+    if job_state == "new":
         return "run", _why_new(job)
-    if found == "running":
+    if job_state == "running":
         return RUNNING
-    if found == "cut off":
-        whole = [step(one) for one in checkpoints(job.folder / "checkpoints") if is_whole(one)]
-        from_step = max(whole, default=0)
-        return "resume", f"was cut off; from step {from_step}" if from_step else "was cut off before a checkpoint"
-    if found == "damaged":  # whatever it came to is lost to the sweep; its files are put aside
+    if job_state == "cut off":
+        saved_steps = [
+            step(checkpoint) for checkpoint in checkpoints(job.folder / "checkpoints") if is_whole(checkpoint)
+        ]
+        from_step = max(saved_steps, default=0)
+        resumes = f"resumes from step {from_step}" if from_step else "no checkpoint yet"
+        return "resume", f"was interrupted; {resumes}"
+    if job_state == "damaged":  # its result cannot be read; its files are kept in a renamed folder
         return "rerun", last["failure"]
-    if found in GOOD:
-        done = "done" if found == "ok" else found
-        in_time = f"{done} in {last['seconds']:.0f} s" if "seconds" in last else done
-        return ("rerun", f"{done} before") if rerun == "all" else ("skip", in_time)
-    why = f"{found}: {last.get('failure', '')}"
-    return ("rerun", why) if rerun != "none" else ("skip", f"{why} (sweep.rerun=failed runs it again)")
+    if job_state in GOOD:
+        done = "done" if job_state == "ok" else job_state
+        done_in = f"{done} in {last['seconds']:.0f} s" if "seconds" in last else done
+        return ("rerun", f"{done} before") if rerun == "all" else ("skip", done_in)
+    reason = f"{job_state}: {last.get('failure', '')}"
+    return ("rerun", reason) if rerun != "none" else ("skip", f"{reason} (sweep.rerun=failed runs it again)")
 
 
 def _why_new(job: Job) -> str:
-    """Whether the same values were run before, and what has changed since."""
+    """Return why the job is new: whether the same values were run before, and what has changed since."""
     label = job.folder.name.removesuffix(job.key)
     now = job.parts
     for folder in job.folder.parent.glob(f"{label}{'[0-9a-f]' * len(job.key)}"):
         try:
             begin = next((message for message, _ in read(folder / FILE)), {})
         except JournalError as error:
-            return f"new: the one before cannot be read: {error}"
+            return f"new: the journal of the previous run cannot be read: {error}"
         before = {part: begin.get("tags", {}).get(f"identity.{part}") for part in now}
         if changed := [part for part in now if before[part] not in (None, now[part])]:
-            return f"new: not the same {', '.join(changed)} as the one before"
+            return f"new: not the same {', '.join(changed)} as in the previous run"
     return "new"
 
 
 def was_late(folder: Path) -> bool:
-    """Whether the job in `folder` was told that its time was over."""
+    """Return whether the job in `folder` has exceeded its time limit."""
     return (folder / LATE_FILE).exists()
 
 
 def stop(folder: Path) -> None:
-    """Let no further job of the sweep in `folder` start."""
+    """Prevent further jobs of the sweep in `folder` from starting."""
     (folder / _STOP_FILE).touch()
 
 
 def let_start(folder: Path) -> None:
-    """Let jobs of the sweep in `folder` start again."""
+    """Allow jobs of the sweep in `folder` to start again."""
     (folder / _STOP_FILE).unlink(missing_ok=True)
 
 
 def stopped(folder: Path) -> bool:
-    """Whether no further job of the sweep in `folder` is to start."""
+    """Return whether no further job of the sweep in `folder` may start."""
     return (folder / _STOP_FILE).exists()

@@ -1,6 +1,6 @@
-"""A sweep under way: an MLflow run whose children are the jobs, and what became of each.
+"""Run a sweep: an MLflow run whose children are the jobs, with the outcome of each.
 
-Knows nothing of Hydra, nor of how jobs are launched.
+This module does not depend on Hydra, nor on how jobs are launched.
 """
 
 import json
@@ -35,14 +35,14 @@ from qlora_exp.utils.signals import heeded
 log = logging.getLogger(__name__)
 
 _ORPHAN_SECONDS = 15.0
-"""How long to wait for jobs of an earlier sweep that was killed: they are ending too."""
+"""Seconds to wait for jobs of an earlier sweep that was killed, because they are about to end as well."""
 
 
 class Sweep:
-    """Runs jobs that are not done yet; as a context it ends with the table of all jobs.
+    """Runs the jobs of a sweep that are not done yet. As a context manager, it prints the table of all jobs at the end.
 
     Raises:
-        SweepError: at the end, if not every job ended well.
+        SweepError: at the end of the context, if a job did not end well.
         TrackingError: MLflow cannot be reached.
     """
 
@@ -53,13 +53,13 @@ class Sweep:
         launch: Launch,
         warm: Callable[[], object] = lambda: None,
     ) -> None:
-        """What runs jobs.
+        """Create a sweep.
 
         Args:
-            folder: of the sweep.
+            folder: folder of the sweep.
             settings: `sweep` of the config.
-            launch: how.
-            warm: called as soon as there may be jobs to launch.
+            launch: function that runs jobs.
+            warm: called as soon as there may be jobs to launch, to prepare for them.
         """
         self.folder = folder
         self._warm = warm
@@ -83,16 +83,16 @@ class Sweep:
         if self._parent is not None:
             self._end(error)
         if ended_well:
-            if self.folder.is_dir():  # else all was done elsewhere
+            if self.folder.is_dir():  # otherwise every job was done elsewhere
                 print(f"files  {self.folder}\ntable  qlora-exp compare {self.folder.name}")
             if advice := _advice([row["outcome"] for row in rows]):
                 raise SweepError(advice)
         if isinstance(error, KeyboardInterrupt) and self._jobs:
             done = sum(self.ended(job)["outcome"] in GOOD for job in self._jobs.values())
-            print(f"{done} of {len(self._jobs)} jobs are done; the same command goes on with the others")
+            print(f"{done} of {len(self._jobs)} jobs are done; run the same command again to resume the others")
 
     def _end(self, error: BaseException | None) -> None:
-        """What MLflow is told at the end of the sweep."""
+        """Record the end of the sweep in MLflow."""
         try:
             if error is None:
                 try:
@@ -107,30 +107,30 @@ class Sweep:
         finally:
             self._parent.close()
 
-    def know(self, jobs: Sequence[Job]) -> None:
-        """That these are the sweep's too: its tables and its verdict are of them all."""
+    def register(self, jobs: Sequence[Job]) -> None:
+        """Register jobs of earlier processes, so that tables and exit status include them."""
         self._jobs |= {job.key: job for job in jobs}
 
     def run(self, jobs: Sequence[Job], pruning: Mapping[str, Any] | None = None) -> None:
-        """Run those of `jobs` that are left to do; returns when they have ended, however.
+        """Run those of `jobs` that are not done yet, and return when all have ended, whatever their outcomes.
 
         Args:
-            jobs: any of the sweep's.
-            pruning: for a job's key how it asks whether to go on (`search.judge`).
+            jobs: any jobs of the sweep.
+            pruning: for a run key, the study file and trial with which the job asks whether to stop early.
         """
-        self.know(jobs)
+        self.register(jobs)
         plan = {job.key: decide(job, self._settings.rerun) for job in jobs}
         deadline = time.monotonic() + _ORPHAN_SECONDS
-        while (held := [job for job in jobs if plan[job.key] == RUNNING]) and time.monotonic() < deadline:
+        while (already_running := [job for job in jobs if plan[job.key] == RUNNING]) and time.monotonic() < deadline:
             time.sleep(0.2)
-            plan |= {job.key: decide(job, self._settings.rerun) for job in held}
+            plan |= {job.key: decide(job, self._settings.rerun) for job in already_running}
         if not self._settings.dry_run and any(action != "skip" for action, _ in plan.values()):
             self._warm()
-        if (new := [job for job in jobs if plan[job.key][0] == "run"]) and self._settings.rerun != "all":
-            self._elsewhere |= _finished(new)
+        if (new_jobs := [job for job in jobs if plan[job.key][0] == "run"]) and self._settings.rerun != "all":
+            self._elsewhere |= _finished(new_jobs)
             plan |= {
                 job.key: ("skip", f"done as MLflow run {self._elsewhere[job.key]['run_id']}")
-                for job in new
+                for job in new_jobs
                 if job.key in self._elsewhere
             }
         with heeded():
@@ -143,40 +143,44 @@ class Sweep:
             self._open(jobs[0])
         for job in waiting:
             if plan[job.key][0] == "rerun":
-                _put_aside(job.folder)
+                _keep_under_other_name(job.folder)
             job.folder.mkdir(parents=True, exist_ok=True)
             tags = {"mlflow.parentRunId": str(self._parent.run_id), "mlflow.runName": job.name}
             tags |= {"sweep": self.folder.name, **{f"sweep.{key}": value for key, value in job.swept.items()}}
             minutes = self._settings.timeout_minutes
-            told = {"tags": tags, "parts": job.parts, "fail_fast": self._settings.fail_fast}
-            told |= {"time_limit": minutes and 60 * minutes, "pruning": (pruning or {}).get(job.key)}
-            write_atomically(job.folder / JOB_FILE, json.dumps(told))
+            job_file = {"tags": tags, "parts": job.parts, "fail_fast": self._settings.fail_fast}
+            job_file |= {"time_limit": minutes and 60 * minutes, "pruning": (pruning or {}).get(job.key)}
+            write_atomically(job.folder / JOB_FILE, json.dumps(job_file))
         with heeded():
-            left = self._launch_some(waiting)
-            while left and len(left) < len(waiting) and not stopped(self.folder):  # a launcher that gave up
-                waiting, left = left, self._launch_some(left)
+            not_started = self._launch_some(waiting)
+            # If the launcher failed before it started all jobs, launch the others, as long as that starts at least one.
+            while not_started and len(not_started) < len(waiting) and not stopped(self.folder):
+                waiting, not_started = not_started, self._launch_some(not_started)
 
     def _screen(self, waiting: Sequence[Job]) -> dict[str, tuple[Action, str]]:
-        """What becomes of those that would not fit their device, if that is asked for.
+        """Decide what to do with jobs that would exceed their device's memory, as `sweep.unfit` demands.
+
+        Returns:
+            Action and reason for each run key of a job to skip.
 
         Raises:
-            SweepError: they are refused.
+            SweepError: there are such jobs, and `sweep.unfit` is `refuse`.
         """
         if self._settings.unfit == "run" or not waiting:
             return {}
         from qlora_exp.planning import screening
 
         log.info("planning %d jobs", len(waiting))
-        why = screening.unfit([job.config for job in waiting], self._settings.vram)
-        found = {job.key: said for job, said in zip(waiting, why, strict=True) if said}
-        if found and self._settings.unfit == "refuse":
-            told = "\n".join(f"{job.name}: {found[job.key]}" for job in waiting if job.key in found)
-            raise SweepError(f"sweep.unfit=refuse, and so nothing was run:\n{told}")
-        self._unfit |= found
-        return {key: ("skip", said) for key, said in found.items()}
+        found_reasons = screening.unfit([job.config for job in waiting], self._settings.vram)
+        reasons = {job.key: reason for job, reason in zip(waiting, found_reasons, strict=True) if reason}
+        if reasons and self._settings.unfit == "refuse":
+            listed = "\n".join(f"{job.name}: {reasons[job.key]}" for job in waiting if job.key in reasons)
+            raise SweepError(f"sweep.unfit=refuse, so nothing was run; these jobs exceed memory:\n{listed}")
+        self._unfit |= reasons
+        return {key: ("skip", reason) for key, reason in reasons.items()}
 
     def _open(self, job: Job) -> None:
-        """The MLflow run that the jobs are children of; a sweep's own folder has its journal."""
+        """Open the sweep's MLflow run, the parent of its jobs' runs; its journal is in the sweep's folder."""
         from qlora_exp.tracking import lifecycle
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -188,15 +192,15 @@ class Sweep:
         self._parent.view(*mlflow_views.newest_sweep(name, list(job.swept), int(1000 * time.time())))
 
     def _launch_some(self, waiting: Sequence[Job]) -> list[Job]:
-        """Launch jobs and record those that died; the jobs that were not even started."""
+        """Launch jobs, record those whose process died, and return the jobs that were not started."""
         from qlora_exp.tracking import lifecycle
 
         endings: Sequence[Ending | None] = [None] * len(waiting)
         try:
             endings = self._launch(waiting)
-        except Exception as error:  # a launcher that lost a job may give up the others; what each did is on disk
-            log.error("the launcher gave up: %s: %s", type(error).__name__, error)  # noqa: TRY400
-        finally:  # also of a sweep that is interrupted
+        except Exception as error:  # a launcher may fail when it loses a job; each job's progress is on disk
+            log.error("the launcher failed: %s: %s", type(error).__name__, error)  # noqa: TRY400
+        finally:  # also if the sweep is interrupted
             for job, ending in zip(waiting, endings, strict=True):
                 if ending is not None or state(job.folder)[0] == "cut off":
                     died = ending or Ending("killed", "its process is gone")
@@ -205,20 +209,20 @@ class Sweep:
                     try:
                         tags = json.loads((job.folder / JOB_FILE).read_text("utf-8"))["tags"]
                         lifecycle.record_death(job.config, job.folder, tags, died.outcome, died.failure)
-                    except (JournalError, OSError) as error:  # its folder was deleted or damaged: the others go on
-                        log.error("%s: how it ended cannot be recorded: %s", job.name, error)  # noqa: TRY400
+                    except (JournalError, OSError) as error:  # folder deleted or damaged: continue with the others
+                        log.error("%s: cannot record how the job ended: %s", job.name, error)  # noqa: TRY400
         return [job for job in waiting if state(job.folder)[0] == "new" and (job.folder / JOB_FILE).is_file()]
 
     def _settle(self, complete: bool) -> None:
-        """Tell MLflow what it missed of the jobs, and if they are `complete` also of a sweep that was killed itself."""
+        """Send MLflow what it lacks about the jobs; if `complete`, also about a sweep that was itself killed."""
         jobs = list(self._jobs.values())
         try:
             if complete and jobs and self._parent is None and not is_settled(self.folder):
                 self._open(jobs[0])
         except JournalError as error:
-            log.warning("the sweep's own run: %s", error)
+            log.warning("cannot open the MLflow run of the sweep: %s", error)
         except TrackingError as error:
-            log.warning("%s; `qlora-exp sync` tells it later", error)
+            log.warning("%s; run `qlora-exp sync` later to send it", error)
             return
         for job in jobs:
             try:
@@ -226,27 +230,28 @@ class Sweep:
                     from qlora_exp.tracking import recovery
 
                     recovery.finish(job.folder, "killed", "its process is gone")
-            except (JournalError, OSError) as error:  # the others are told
-                log.warning("%s: MLflow does not get all of it: %s", job.name, error)
+            except (JournalError, OSError) as error:  # continue with the others
+                log.warning("%s: MLflow lacks a part of this run: %s", job.name, error)
 
     def ended(self, job: Job) -> dict[str, Any]:
-        """How a job ended, by its journal or, if it ran elsewhere, by MLflow: `outcome`, `metrics`, `seconds`.
+        """Return how a job ended: `outcome`, `metrics`, `seconds`.
 
-        One that did not fit has not run.
+        The source is its journal or, for a job that ran elsewhere, MLflow. The outcome `unfit` means that the job would
+        exceed its device's memory and was not run.
         """
         if job.key in self._elsewhere:
             return self._elsewhere[job.key]
         if job.key in self._unfit:
             return {"outcome": "unfit", "failure": self._unfit[job.key]}
-        found, last = state(job.folder)
-        return {"outcome": "not started" if found == "new" else found, **last}
+        job_state, last = state(job.folder)
+        return {"outcome": "not started" if job_state == "new" else job_state, **last}
 
     def rows(self) -> list[dict[str, Any]]:
-        """What became of each job."""
+        """Return the table row of each job."""
         return [row(job, self.ended(job)) for job in self._jobs.values()]
 
     def _record(self) -> None:
-        """What became of the jobs, for MLflow."""
+        """Log the outcomes of the jobs to MLflow."""
         rows = self.rows()
         failed = sum(row["outcome"] not in GOOD for row in rows)
         self._parent.metrics({"jobs": len(rows), "jobs_failed": failed})
@@ -254,7 +259,7 @@ class Sweep:
         self._parent.table({name: [row.get(name, "") for row in rows] for name in columns}, "jobs.json")
 
     def _compare(self) -> None:
-        """The jobs compared, as files in the sweep's folder and with its run in MLflow."""
+        """Compare the jobs: write files in the sweep's folder and log them to the sweep's MLflow run."""
         from qlora_exp.results import compare, records, report
         from qlora_exp.tracking.mlflow_store import store_uri
 
@@ -262,33 +267,33 @@ class Sweep:
         try:
             ids = [self._elsewhere[key]["run_id"] if key in self._elsewhere else run_id(job.folder, store_uri(uri))
                    for key, job in self._jobs.items()]  # fmt: skip
-            found = compare.compare(records.by_ids(uri, [one for one in ids if one is not None]))
-            for file in report.write(found, self.folder):
+            comparison = compare.compare(records.by_ids(uri, [id_ for id_ in ids if id_ is not None]))
+            for file in report.write(comparison, self.folder):
                 self._parent.file(file.name)
-            self._parent.describe(report.markdown(found, "short"))
-        except Exception as error:  # the jobs are done, whatever this comes to; `qlora-exp compare` can be asked again
+            self._parent.describe(report.markdown(comparison, "short"))
+        except Exception as error:  # must not fail the sweep, whose jobs are done; `qlora-exp compare` can repeat it
             log.warning("no comparison: %s", error)
 
 
 def _advice(outcomes: Sequence[str]) -> str:
-    """What to do about jobs that did not end well; empty if all did."""
-    later = sum(one in ("killed", "cut off", "not started", "running") for one in outcomes)
-    failed = len(outcomes) - later - sum(one in GOOD for one in outcomes)
+    """Return advice about jobs that did not end well; empty if all did."""
+    unfinished = sum(outcome in ("killed", "cut off", "not started", "running") for outcome in outcomes)
+    failed = len(outcomes) - unfinished - sum(outcome in GOOD for outcome in outcomes)
     parts = [f"{failed} failed: sweep.rerun=failed runs them again"] * bool(failed)
-    parts += [f"{later} did not come to an end: the same command goes on with them"] * bool(later)
-    return f"{failed + later} of {len(outcomes)} jobs did not end well; {'; '.join(parts)}" if parts else ""
+    parts += [f"{unfinished} did not finish: the same command resumes them"] * bool(unfinished)
+    return f"{failed + unfinished} of {len(outcomes)} jobs did not end well; {'; '.join(parts)}" if parts else ""
 
 
 def _finished(new: Sequence[Job]) -> dict[str, dict[str, Any]]:
-    """MLflow's finished runs of these jobs, by key: they may have run in another folder or on another machine."""
+    """Return finished MLflow runs of these jobs by run key; they may be from another folder or another machine."""
     from qlora_exp.tracking import mlflow_store
 
     settings = new[0].config.tracking
     return mlflow_store.finished_runs(settings.uri, settings.experiment_name, [job.key for job in new])
 
 
-def _put_aside(folder: Path) -> None:
-    """Keep an ended attempt under another name."""
+def _keep_under_other_name(folder: Path) -> None:
+    """Rename the folder of an ended run, to keep it."""
     number = 1
     while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
         number += 1

@@ -1,4 +1,4 @@
-"""Print what a sweep will do and what became of its jobs."""
+"""Print what a sweep will do, and the outcomes of its jobs."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,16 +11,21 @@ from qlora_exp.sweeps.jobs import Action, Job
 
 
 def row(job: Job, last: Mapping[str, Any]) -> dict[str, Any]:
-    """What became of a job (`Sweep.ended`), for tables."""
+    """Return the table row of a job.
+
+    Args:
+        job: the job.
+        last: how it ended, from `Sweep.ended`.
+    """
     metrics = last.get("metrics", {})
-    shown = (
+    columns = (
         ("loss", metrics.get("after/loss"), ".4f"),
         ("ROUGE-L", metrics.get("after/rougeL"), ".3f"),
         ("peak MiB", metrics.get("memory/allocated_peak_mib", metrics.get("memory/rss_peak_mib")), ".0f"),
         ("tokens/s", metrics.get("tokens_per_second"), ".0f"),
         ("seconds", last.get("seconds"), ".0f"),
     )
-    values = {name: format(value, form) for name, value, form in shown if value is not None}
+    values = {name: format(value, number_format) for name, value, number_format in columns if value is not None}
     if note := last.get("failure") or (f"MLflow run {last['run_id']}" if "run_id" in last else ""):
         values["note"] = note
     return {**job.swept, "outcome": last["outcome"], **values, "key": job.key}
@@ -35,9 +40,9 @@ def show_plan(todo: Sequence[Job], plan: Mapping[str, tuple[Action, str]], folde
 
 
 def show_rows(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Print what became of each job."""
-    found = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
-    columns = sorted((name for name in found if name != "key"), key="note".__eq__)  # the longest text last
+    """Print the outcome of each job."""
+    names = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
+    columns = sorted((name for name in names if name != "key"), key="note".__eq__)  # the longest text comes last
     table = Table(*columns, title=folder.name, title_justify="left")
     for row in rows:
         table.add_row(*(str(row.get(name, "")) for name in columns))

@@ -1,4 +1,4 @@
-"""Run one job of a sweep, in whichever process it was launched."""
+"""Run one job of a sweep, in the process that a launcher started for it."""
 
 import json
 import logging
@@ -16,32 +16,42 @@ log = logging.getLogger(__name__)
 
 
 def run_job(config: Config, folder: Path) -> None:
-    """One job, in whichever process it was launched; its end is in its journal, and nothing is raised but an exit."""
-    given = json.loads((folder / JOB_FILE).read_text("utf-8"))
-    if given["fail_fast"] and stopped(folder.parent):
+    """Run one job of a sweep in this process.
+
+    Its outcome is recorded in its journal; an error is not raised.
+
+    Args:
+        config: config of the job.
+        folder: folder of the job.
+
+    Raises:
+        SystemExit: the job was interrupted.
+    """
+    job = json.loads((folder / JOB_FILE).read_text("utf-8"))
+    if job["fail_fast"] and stopped(folder.parent):
         return
     from qlora_exp.recipe.finetune import run
     from qlora_exp.recipe.summary import show
     from qlora_exp.tracking import lifecycle
 
     try:
-        _check_unchanged(config, given["parts"])
-        with heeded(), time_limit(given["time_limit"], folder / LATE_FILE):
-            result = run(config, folder, given["tags"], must_reach=False, pruning=given["pruning"])
+        _check_unchanged(config, job["parts"])
+        with heeded(), time_limit(job["time_limit"], folder / LATE_FILE):
+            result = run(config, folder, job["tags"], must_reach=False, pruning=job["pruning"])
         show(result, config.tracking.uri)
     except PrunedError as error:
         log.info("pruned: %s", error)
-    except KeyboardInterrupt:  # recorded as killed
+    except KeyboardInterrupt:  # already recorded as killed
         raise SystemExit(130) from None
-    except (Exception, TimeLimitError) as error:  # a job's failure is a result: recorded, and the other jobs go on
-        if not isinstance(error, JournalError) and last_message(folder) is None:  # it did not come as far as its run
-            lifecycle.record_failure(config, folder, given["tags"], error)
+    except (Exception, TimeLimitError) as error:  # a failure is a result: record it and let the other jobs run
+        if not isinstance(error, JournalError) and last_message(folder) is None:  # it failed before its run was opened
+            lifecycle.record_failure(config, folder, job["tags"], error)
         log.error("error: %s: %s", type(error).__name__, error)  # noqa: TRY400
-        if given["fail_fast"]:
+        if job["fail_fast"]:
             stop(folder.parent)
 
 
 def _check_unchanged(config: Config, planned: Mapping[str, str]) -> None:
-    """Refuse a job that would not do the work that its key stands for, e.g. because the data were edited meanwhile."""
+    """Refuse a job whose run key no longer matches its work, e.g. because the data changed since the sweep began."""
     if changed := [part for part, digest in run_key.parts(config).items() if digest != planned[part]]:
-        raise ConfigError(f"not the same {', '.join(changed)} any more as when the sweep began; start it again")
+        raise ConfigError(f"not the same {', '.join(changed)} any more as when the sweep began; start the sweep again")

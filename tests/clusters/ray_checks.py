@@ -71,14 +71,14 @@ def test_killed_job_runs_once_and_resumes_on_request(mlflow_uri, tmp_path):
         assert process.wait(300) == 1
     _, children = runs(mlflow_uri, "killed")
     assert sorted(run.data.tags["outcome"] for run in children) == ["killed", "ok"]
-    assert "was cut off" in goes_on(words, mlflow_uri, "killed", tmp_path)
+    assert "was interrupted" in goes_on(words, mlflow_uri, "killed", tmp_path)
 
 
 def test_killed_sweep_resumes(mlflow_uri, tmp_path):
     words = command(mlflow_uri, "sweep", *RAY, *SAVING)
     with begin(words, tmp_path) as process:
         process.kill()
-    assert "was cut off; from step" in goes_on(words, mlflow_uri, "sweep", tmp_path)
+    assert "was interrupted; resumes from step" in goes_on(words, mlflow_uri, "sweep", tmp_path)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -89,7 +89,7 @@ def test_interrupted_sweep_is_recorded_and_resumes(number: signal.Signals, mlflo
         assert process.wait(120) == 130
     parents, children = runs(mlflow_uri, number.name)
     assert {run.info.status for run in (*parents, *children)} == {"KILLED"}
-    assert "was cut off; from step" in goes_on(words, mlflow_uri, number.name, tmp_path)
+    assert "was interrupted; resumes from step" in goes_on(words, mlflow_uri, number.name, tmp_path)
 
 
 def test_job_gets_its_time_limit(mlflow_uri, tmp_path):
@@ -103,7 +103,7 @@ def test_job_gets_its_time_limit(mlflow_uri, tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("hydra.launcher.remote.num_cpus=999", "a job asks for 999 CPUs and 0 GPUs; this machine has"),
+        ("hydra.launcher.remote.num_cpus=999", "a job requests 999 CPUs and 0 GPUs; this machine has"),
         ("hydra.launcher.init.address=auto", "Could not find any running Ray instance"),
         ("+hydra.launcher.remote.num_cpu=1", "Invalid option keyword num_cpu"),
     ],

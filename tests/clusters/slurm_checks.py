@@ -83,7 +83,7 @@ def test_preempted_job_is_recorded_and_resumes(how: str, mlflow_uri, tmp_path):
 
     again = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=500)
     assert again.returncode == 0, again.stderr
-    assert "was cut off; from step" in again.stdout
+    assert "was interrupted; resumes from step" in again.stdout
     assert steps_told(folder) == list(range(1, 301))
     _, resumed = runs(mlflow_uri, name)
     assert {run.info.run_id for run in children} <= {run.info.run_id for run in resumed}

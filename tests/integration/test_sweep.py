@@ -177,7 +177,7 @@ def test_sweep_of_failed_jobs_has_no_comparison(make_jobs, read_runs, caplog):
         execute(
             make_jobs("training.max_grad_norm", ["1", "2"]), lambda waiting: [Ending("killed", "gone")] * len(waiting)
         )
-    assert "no comparison: none of these 2 runs ended well" in caplog.text
+    assert "no comparison: none of these 2 runs succeeded" in caplog.text
     (parent,), _ = read_runs()
     assert parent.info.status == "FINISHED"
 
@@ -368,7 +368,7 @@ def test_jobs_exceeding_memory_are_rejected_on_request(make_jobs, monkeypatch):
     from qlora_exp.planning import screening
 
     monkeypatch.setattr(screening, "unfit", lambda configs, vram: ["", "does not fit: 99 GiB"])
-    with pytest.raises(SweepError, match="nothing was run:\nseed=2: does not fit: 99 GiB"):
+    with pytest.raises(SweepError, match="nothing was run; these jobs exceed memory:\nseed=2: does not fit: 99 GiB"):
         execute(make_jobs("seed", ["1", "2"], "sweep.unfit=refuse"), never)
 
 

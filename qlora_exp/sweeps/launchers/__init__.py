@@ -1,5 +1,5 @@
-"""How jobs become processes: on this machine, on Ray, on SLURM.
+"""Start jobs as processes: on this machine, on Ray, on SLURM.
 
 May import: sweeps and what it may import.
-Never here: which jobs there are.
+Never here: the choice of jobs.
 """

@@ -1,6 +1,7 @@
-"""Jobs in processes of their own, forked from one that has loaded the libraries: fresh memory without the imports.
+"""Run jobs in processes of their own on this machine, each with fresh memory but without the time for imports.
 
-The process they are forked from (multiprocessing's fork server) only imports `preload`. Knows nothing of what jobs do.
+The processes are forked from multiprocessing's fork server, which has loaded the libraries: it only imports `preload`.
+This module is independent of what a job does.
 """
 
 import gc
@@ -23,20 +24,22 @@ from qlora_exp.sweeps.jobs import Ending
 from qlora_exp.utils.signals import GRACE_SECONDS
 
 ORPHAN_SECONDS = 10.0
-"""What a job gets to write down how it ended, when its sweep was killed."""
-_NOBODY_KNOWS = 255  # what multiprocessing says of a process whose fork server is gone
+"""Seconds that a job gets to record its end after its sweep was killed."""
+_FORK_SERVER_GONE = 255  # exit code that multiprocessing reports if the fork server has died
 OUTPUT_FILE = "output.log"
+"""File in a job's folder with its output, if several jobs run at once."""
 log = logging.getLogger(__name__)
 _PRELOAD = ["qlora_exp.sweeps.launchers.preload"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """Something to call in a process of its own."""
+    """A function to call in a process of its own."""
 
     call: bytes
-    """A pickled function without arguments (cloudpickle's)."""
+    """Function without arguments, pickled by cloudpickle."""
     folder: Path
+    """Folder of the job."""
 
 
 @dataclass
@@ -52,16 +55,17 @@ def run_all(
     stopped: Callable[[], bool] = lambda: False,
     died: Callable[[], object] = lambda: None,
 ) -> list[Ending | None]:
-    """Call every task, at most `n_jobs` at a time; what one does to its process does not touch the others.
+    """Call every task, at most `n_jobs` at a time, each in its own process, so that tasks cannot affect each other.
 
     Args:
-        tasks: in order.
-        n_jobs: at once. With more than one, each writes its output into `output.log` of its folder, and sees one GPU.
-        stopped: asked before each start; true starts no more.
+        tasks: tasks in order.
+        n_jobs: number of tasks at once. With more than one, each writes its output to `output.log` in its folder and
+            sees one GPU.
+        stopped: called before each start; if it returns true, no further task starts.
         died: called when a process has died.
 
     Returns:
-        For each task how its process ended, None if it returned or was not started.
+        For each task how its process died; None if it returned or was not started.
     """
     context, gpus = warm(n_jobs), visible_gpus()
     endings: list[Ending | None] = [None] * len(tasks)
@@ -73,7 +77,7 @@ def run_all(
             while waiting and len(running) < n_jobs and not stopped():
                 index = waiting.popleft()
                 output = tasks[index].folder / OUTPUT_FILE if n_jobs > 1 else None
-                slot = min(set(range(n_jobs)) - {one.slot for one in running.values()})
+                slot = min(set(range(n_jobs)) - {job.slot for job in running.values()})
                 gpu = gpus[slot % len(gpus)] if n_jobs > 1 and gpus else None
                 log.info("job %d of %d: %s", index + 1, len(tasks), output or tasks[index].folder.name)
                 process = context.Process(target=_call, args=(tasks[index].call, output, gpu))
@@ -82,42 +86,42 @@ def run_all(
             if not running:
                 break
             for sentinel in wait(list(running)):
-                done = running.pop(cast(int, sentinel))
-                done.process.join()
-                ending = endings[done.index] = _ending(done.process.exitcode, oom_kills)
+                ended_job = running.pop(cast(int, sentinel))
+                ended_job.process.join()
+                ending = endings[ended_job.index] = _ending(ended_job.process.exitcode, oom_kills)
                 if n_jobs > 1:
-                    log.info("job %d of %d has ended", done.index + 1, len(tasks))
+                    log.info("job %d of %d has ended", ended_job.index + 1, len(tasks))
                 if ending:
-                    oom_kills += ending.outcome == "oom"  # the kernel kills one process at a time
+                    oom_kills += ending.outcome == "oom"  # count it: the kernel kills one process at a time
                     died()
-    finally:  # Ctrl-C, SIGTERM: the jobs write down that they were killed
+    finally:  # on Ctrl-C or SIGTERM, give the jobs time to record that they were killed
         _end(list(running.values()))
     return endings
 
 
 def _end(running: Sequence[_Running]) -> None:
-    for one in running:
-        one.process.terminate()
+    for job in running:
+        job.process.terminate()
     deadline = time.monotonic() + GRACE_SECONDS
-    for one in running:
-        one.process.join(max(0.0, deadline - time.monotonic()))
-        if one.process.exitcode is None:
-            one.process.kill()
-            one.process.join()
+    for job in running:
+        job.process.join(max(0.0, deadline - time.monotonic()))
+        if job.process.exitcode is None:
+            job.process.kill()
+            job.process.join()
 
 
 def _ending(code: int | None, oom_kills: int) -> Ending | None:
     if not code:
         return None
     if code == -signal.SIGKILL and _oom_kills() > oom_kills:
-        return Ending("oom", "the kernel killed the process for want of memory")
+        return Ending("oom", "the kernel killed the process because memory ran out")
     name = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    killed = code in (-signal.SIGKILL, -signal.SIGTERM, _NOBODY_KNOWS)
+    killed = code in (-signal.SIGKILL, -signal.SIGTERM, _FORK_SERVER_GONE)
     return Ending("killed" if killed else "error", f"the process died: {name}")
 
 
 def _oom_kills() -> int:
-    """Processes that the kernel has killed for want of memory since it started; 0 where it does not tell."""
+    """Return how many processes the kernel has killed for lack of memory since boot; 0 if it does not report this."""
     try:
         lines = Path("/proc/vmstat").read_text("ascii").splitlines()
     except OSError:
@@ -126,8 +130,15 @@ def _oom_kills() -> int:
 
 
 def warm(n_jobs: int) -> Any:
-    """Start loading the libraries in the fork server, without waiting; the context whose processes it forks."""
-    if n_jobs > 1:  # inherited by the fork server, in which OpenMP reads them
+    """Start loading the libraries in the fork server, without waiting.
+
+    Args:
+        n_jobs: number of jobs that will run at once; they share the CPU cores.
+
+    Returns:
+        The multiprocessing context whose processes the fork server forks.
+    """
+    if n_jobs > 1:  # the fork server inherits these variables; OpenMP reads them there
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_jobs)))
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     context = multiprocessing.get_context("forkserver")
@@ -137,20 +148,20 @@ def warm(n_jobs: int) -> Any:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, by what names them in `CUDA_VISIBLE_DEVICES`; found without touching one."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [name for name in named.split(",") if name.strip() not in ("", "-1")]
+    """Return the GPUs this process may use, as named in `CUDA_VISIBLE_DEVICES`, without initializing CUDA."""
+    setting = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if setting is not None:
+        return [name for name in setting.split(",") if name.strip() not in ("", "-1")]
     return [str(number) for number, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
 
 
 def _call(pickled: bytes, output: Path | None, gpu: str | None) -> None:
-    """In the job's process."""
+    """Call the task; runs in the job's process."""
     import cloudpickle
 
-    gc.freeze()  # what the imports made is shared with the fork server and never garbage: not to be looked at again
+    gc.freeze()  # objects made by imports are shared with the fork server and never garbage: skip them
     gc.enable()
-    if gpu is not None:  # before CUDA begins
+    if gpu is not None:  # must be set before CUDA initializes
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     if output is not None:
         write_into(output)
@@ -161,7 +172,7 @@ def _call(pickled: bytes, output: Path | None, gpu: str | None) -> None:
 
 
 def write_into(output: Path) -> None:
-    """From now on this process, and what it starts, prints into `output`, after what is there."""
+    """Redirect the output of this process, and of processes it starts, to the end of the file `output`."""
     output.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
@@ -169,7 +180,7 @@ def write_into(output: Path) -> None:
 
 
 def _follow(sentinel: int) -> None:
-    """A job does not outlive its sweep, even one that was killed: a second one would run beside it."""
+    """End this job when its sweep ends, even if the sweep was killed; otherwise a resumed sweep would run it twice."""
     wait([sentinel])
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(ORPHAN_SECONDS)

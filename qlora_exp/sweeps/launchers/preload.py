@@ -1,11 +1,11 @@
-"""What the process that jobs are forked from imports, by importing this: everything that they would import themselves.
+"""Import everything that jobs would import themselves, in the fork server, so that forked jobs start fast.
 
-It runs no kernel and touches no GPU, or forking it would not be safe. Nothing else may import this module.
+Only the fork server may import this module. It must run no kernel and touch no GPU; otherwise forking is not safe.
 """
 
 import signal
 
-signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the sweep's to heed, also while this is imported
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the sweep handles Ctrl-C, also during these imports
 
 import contextlib
 import gc
@@ -38,16 +38,19 @@ _IF_UNTOUCHED = (
 
 
 def _capabilities() -> list[tuple[int, int]]:
-    """Compute capabilities of the NVIDIA GPUs that are here, as NVML tells them, which begins no CUDA; empty if not."""
+    """Return the compute capabilities of this machine's NVIDIA GPUs; empty if they cannot be read.
+
+    NVML reports them without initializing CUDA.
+    """
     import pynvml
 
     from qlora_exp.libraries.torch import counts_gpus_without_cuda
 
     try:
-        found = [pynvml.nvmlDeviceGetCudaComputeCapability(handle) for handle in nvml_handles()]
+        capabilities = [pynvml.nvmlDeviceGetCudaComputeCapability(handle) for handle in nvml_handles()]
     except pynvml.NVMLError:
         return []
-    return found if counts_gpus_without_cuda() else []
+    return capabilities if counts_gpus_without_cuda() else []
 
 
 def _without_cuda(capabilities: list[tuple[int, int]]) -> contextlib.AbstractContextManager[None]:
@@ -62,11 +65,11 @@ _GPUS = _capabilities() if visible_gpus() else []
 _CODE_IS_LOADED = bool(_GPUS) or not visible_gpus()
 
 quiet()
-gc.disable()  # a fifth of the imports' time, for nothing; a job turns it on
+gc.disable()  # collecting would take a fifth of the import time for nothing; each job enables it again
 with _without_cuda(_GPUS):
     for _name in (*_ALWAYS, *(_IF_UNTOUCHED if _CODE_IS_LOADED else ())):
-        with contextlib.suppress(ImportError):  # a job that needs it says so
+        with contextlib.suppress(ImportError):  # a job that needs the package reports that it is missing
             importlib.import_module(_name)
-if _CODE_IS_LOADED:  # jobs run this code, whatever becomes of the files meanwhile, and are to say so
+if _CODE_IS_LOADED:  # jobs run the loaded code even if files change later, so compute its digest now
     run_key.code()
-signal.signal(signal.SIGINT, signal.default_int_handler)  # of the jobs; the fork server itself goes on to ignore it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # for the jobs; the fork server itself still ignores Ctrl-C

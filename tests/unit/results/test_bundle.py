@@ -36,7 +36,7 @@ def test_bundle_contains_nothing_of_its_authors_machine(bundle_path, recorded_ru
 
 
 def test_existing_bundle_is_not_overwritten(bundle_path, recorded_run):
-    with pytest.raises(ConfigError, match="is there already"):
+    with pytest.raises(ConfigError, match="exists already"):
         bundle.write(recorded_run, bundle_path)
 
 
@@ -60,7 +60,7 @@ def damaged(bundle_path, tmp_path, name: str, content: str):
 @pytest.mark.parametrize("bundle_path", ["shared"], indirect=True)
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"run_id": 1}', "\x00", "[" * 100_000])
 def test_invalid_bundle_is_rejected_with_a_message(content: str, bundle_path, tmp_path):
-    with pytest.raises(ConfigError, match="no bundle of qlora-exp"):
+    with pytest.raises(ConfigError, match="not a bundle of qlora-exp"):
         bundle.read(damaged(bundle_path, tmp_path, "run.json", content))
 
 
@@ -94,7 +94,7 @@ def test_run_without_a_result_is_not_reproduced(bundle_path, tmp_path):
     ("changed", "message"),
     [
         ("!!python/object/apply:os.system ['touch pwned']", "no plain YAML"),
-        ("just text", "is no mapping"),
+        ("just text", "is not a mapping"),
         ("seed: 2020-99-99", "no plain YAML"),
         ("seed: " + "9" * 5000, "no plain YAML"),
         ("[" * 5000, "no plain YAML"),
@@ -146,7 +146,7 @@ def test_link_out_of_a_bundle_is_rejected(bundle_path, tmp_path):
     secret.write_text("token")
     (bundle_path / "samples.json").unlink(missing_ok=True)
     (bundle_path / "samples.json").symlink_to(secret)
-    with pytest.raises(ConfigError, match="a link to outside"):
+    with pytest.raises(ConfigError, match="a link to a file outside"):
         bundle.read(bundle_path).text("samples.json")
 
 

@@ -68,9 +68,9 @@ def test_compare_command_shows_the_table(comparison, past_runs, tmp_path, capsys
     assert len(list(tmp_path.glob("comparison_*"))) == 4
     mistakes = {
         "--metric=x": "choose one of loss",
-        "--baseline=x": "no row is called so",
-        "--baseline=method.r": "several rows are called so",
-        "--baseline=r=16": "method.r=16 has no run that ended well",
+        "--baseline=x": "no row matches",
+        "--baseline=method.r": "several rows match",
+        "--baseline=r=16": "method.r=16 has no successful run",
         f"--out={tmp_path / 'file'}": "cannot write to",
     }
     (tmp_path / "file").write_text("")

@@ -73,7 +73,7 @@ def test_resumed_job_names_its_step(make_jobs):
     journal = Journal(job.folder)
     journal.append(START)
     journal.close()
-    assert decide(job, "none") == ("resume", "was cut off; from step 10")
+    assert decide(job, "none") == ("resume", "was interrupted; resumes from step 10")
 
 
 def test_job_folder_and_name_show_swept_keys(make_jobs):
@@ -91,4 +91,4 @@ def test_changed_job_says_what_changed(make_jobs, monkeypatch):
     monkeypatch.setattr("qlora_exp.tracking.run_key.code", lambda: "edited")
     (again,) = make_jobs("seed", ["1"])
     assert again.folder != job.folder
-    assert decide(again, "none") == ("run", "new: not the same code as the one before")
+    assert decide(again, "none") == ("run", "new: not the same code as in the previous run")

@@ -218,9 +218,9 @@ def test_trial_without_values_after_a_kill_is_failed(run_search):
 
 def test_changed_space_or_directions_are_rejected(run_search):
     run_search(n_trials=1)
-    with pytest.raises(ConfigError, match=r"method\.r, training\.warmup_steps: not what the study"):
+    with pytest.raises(ConfigError, match=r"method\.r, training\.warmup_steps: differs from what the study"):
         run_search(n_trials=2, space={"method.r": CategoricalDistribution([2, 8])})
-    with pytest.raises(ConfigError, match=r"search\.directions: not what the study"):
+    with pytest.raises(ConfigError, match=r"search\.directions: differs from what the study"):
         run_search(n_trials=2, directions=["maximize"])
 
 

@@ -8,7 +8,7 @@ from qlora_exp.sweeps.sweep import _advice
     [
         (["ok", "pruned"], ""),
         (["ok", "oom"], "1 of 2 jobs did not end well; 1 failed: sweep.rerun=failed runs them again"),
-        (["killed", "not started"], "2 of 2 jobs did not end well; 2 did not come to an end: the same command"),
+        (["killed", "not started"], "2 of 2 jobs did not end well; 2 did not finish: the same command"),
         (["nan", "running", "ok"], "2 of 3 jobs did not end well; 1 failed: sweep.rerun=failed runs them again; 1 did"),
     ],
 )
