@@ -170,12 +170,22 @@ def memory_by_phase(comparison: Comparison) -> Figure | None:
         peaks = np.array([peak.value if (peak := row.mean(path)) else 0.0 for row in rows])
         added = np.maximum(peaks - left, 0)
         if added.any():
-            style = {"color": COLOURS[index], "hatch": HATCHES[index], "edgecolor": "white", "linewidth": 0.5}
+            style = {
+                "color": COLOURS[index % len(COLOURS)],
+                "hatch": _hatch(index),
+                "edgecolor": "white",
+                "linewidth": 0.5,
+            }
             axes.barh(range(len(rows)), added, left=left, height=0.75, label=name, **style)
         left += added
     axes.set_xlabel("peak memory, MiB, and what each phase adds to it")
     _legend(axes)
     return figure
+
+
+def _hatch(index: int) -> str:
+    """Return the pattern of a bar; bars that repeat a colour get another pattern."""
+    return HATCHES[(index + index // len(COLOURS)) % len(HATCHES)]
 
 
 def rank_and_alpha(comparison: Comparison) -> Figure | None:

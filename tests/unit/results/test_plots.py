@@ -111,3 +111,11 @@ def test_report_is_logged_with_its_sweep(compare_grid, past_runs):
     assert report.log(compare(find(past_runs.uri, [past_runs.experiment])), past_runs.uri) == parent
     kept = {one.path for one in past_runs.mlflow.list_artifacts(parent, "report")}
     assert kept == {f"report/comparison.{kind}" for kind in ("csv", "json", "md", "html")}
+
+
+def test_every_phase_that_raises_the_peak_has_a_look_of_its_own(past_runs):
+    peaks = {path.format("rss"): 100.0 * (place + 1) for place, path in enumerate(plots.PHASES.values())}
+    past_runs(shifted(0.0), metrics={"memory/rss_peak_mib": max(peaks.values()), **peaks})
+    (axes,) = plots.memory_by_phase(compare(find(past_runs.uri, experiment=past_runs.experiment))).axes
+    looks = {(bars[0].get_facecolor(), bars[0].get_hatch()) for bars in axes.containers}
+    assert len(looks) == len(plots.PHASES) > len(plots.COLOURS)
