@@ -108,7 +108,7 @@ class Record(ABC):
 
     @cached_property
     def lm_eval(self) -> dict[str, Any]:
-        """Details of the lm-eval scores after training, as `training.lm_eval.evaluate` returns them; empty if there are none."""
+        """Details of lm-eval scores after training, from `training.lm_eval.evaluate`; empty if there are none."""
         text = self.text("evaluation/after_lm_eval.json")
         return json.loads(text) if text else {}
 
