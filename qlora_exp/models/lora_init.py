@@ -108,7 +108,8 @@ def _initialize_eva(adapted: PeftModel, row_batches: list[Batch]) -> None:
         if next(remaining, None) is None:
             raise ConfigError(
                 f"lora_variant=eva: its directions have not converged after {_EVA_PASSES} passes "
-                f"over {len(large_enough)} batches; use a larger lora_variant.init_rows, or a smaller r, eva_config.rho or eva_config.tau"
+                f"over {len(large_enough)} batches; use a larger lora_variant.init_rows, or a smaller r, "
+                "eva_config.rho or eva_config.tau"
             )
         model(**batch)
 
