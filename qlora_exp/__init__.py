@@ -1,7 +1,7 @@
-"""Experiments in efficient fine-tuning, composed with Hydra, trained with TRL, tracked in MLflow.
+"""Run experiments in efficient fine-tuning, composed with Hydra, trained with TRL, and tracked in MLflow.
 
-The Python API is `compose`, `train` and `load`; names are imported when they are first used, because
-importing torch takes seconds.
+The Python API is `compose`, `train` and `load`. Each name is imported when it is first used, because importing torch
+takes seconds.
 """
 
 import importlib
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __version__ = version("qlora-exp")
 __all__ = ["Config", "RunResult", "compose", "load", "train"]
 
-# Nothing is reported to anyone unless the user asks for it.
+# No usage data is sent to anyone unless the user asks for it.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 

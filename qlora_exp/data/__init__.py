@@ -1,5 +1,5 @@
-"""Rows: where they come from, how they become tokens, what the labels teach, and what leaks.
+"""Training and held-out rows: sources, prompts, tokens, the audit of labels, and leaks between the two.
 
 May import: utils, libraries, config, environment.
-Never here: models and training.
+Not allowed here: models and training.
 """

@@ -1,6 +1,6 @@
-"""Rows -> prompt and completion -> tokens with labels, and the audit of those labels.
+"""Load rows, split them into training and held-out rows, and turn them into tokens with labels.
 
-Every source becomes the same columns. Knows nothing of models: a tokenizer is enough.
+Rows of every source get the same columns. Does not depend on models: a tokenizer is enough.
 """
 
 import hashlib
@@ -28,23 +28,23 @@ from qlora_exp.utils.errors import DataError
 
 IGNORED = -100
 _ROWS, _DROPPED = "rows.arrow", "dropped.json"
-_LAYOUT = 2  # raise it when rows tokenized by older code must not be used any more
+_LAYOUT = 2  # increase it when cached rows and tokens of older code must not be used any more
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Training and held-out rows with the columns `prompt`, `input`, `completion` (and `messages`, `entry`)."""
+    """Training and held-out rows, with the columns `prompt`, `input`, `completion` (and `messages`, `entry`)."""
 
     train: Dataset
     heldout: Dataset
     dropped: dict[str, int]
-    """Rows left out, by reason."""
+    """Number of rows left out, by reason."""
     leaks: list[leakage.Leak]
-    """Held-out rows that training rows gave away, before any were left out."""
+    """Pairs of a training row and a held-out row that it gives away, before any row was left out."""
 
 
 def fingerprint(rows: Dataset) -> str:
-    """A digest of every row, in order."""
+    """Return a digest of all rows, which depends on their order."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\0")
@@ -52,38 +52,40 @@ def fingerprint(rows: Dataset) -> str:
 
 
 def load_rows(config: DatasetConfig) -> Rows:
-    """Read, clean, split and limit the rows; training rows that give a held-out row away are left out.
+    """Read, clean, split and limit the rows.
+
+    Training rows that give a held-out row away are left out, as `dataset.drop_leaks` says.
 
     Raises:
-        DataError: the source or a column is not there, or nothing is left.
+        DataError: the source or a column does not exist, or no rows are left.
     """
     train, heldout, dropped = _split(config)
-    given_away = leakage.find(train, heldout, config.leak_threshold)
+    leaks = leakage.find(train, heldout, config.leak_threshold)
     dropped["leaks"] = 0
     if config.drop_leaks != "none":
-        leaking = {one.train for one in given_away if one.kind == "exact" or config.drop_leaks == "near"}
+        leaking = {leak.train for leak in leaks if leak.kind == "exact" or config.drop_leaks == "near"}
         dropped["leaks"] = len(leaking)
         train = _pick(train, [index for index in range(len(train)) if index not in leaking])
     train = _first(train, config.max_train_rows)
     if not len(train) or not len(heldout):
         raise DataError(f"{config.path}: no rows are left for training or for evaluation ({_why(dropped)})")
-    return Rows(train, heldout, dropped, given_away)
+    return Rows(train, heldout, dropped, leaks)
 
 
 def load_heldout(config: DatasetConfig) -> Dataset:
-    """The held-out rows alone.
+    """Return the held-out rows only.
 
     Raises:
-        DataError: the source or a column is not there, or nothing is left.
+        DataError: the source or a column does not exist, or no rows are left.
     """
     _, heldout, dropped = _split(config)
     if not len(heldout):
-        raise DataError(f"{config.path}: no rows are left ({_why(dropped)})")
+        raise DataError(f"{config.path}: no held-out rows are left ({_why(dropped)})")
     return heldout
 
 
 def _split(config: DatasetConfig) -> tuple[Dataset, Dataset, dict[str, int]]:
-    """Training rows, held-out rows up to their limit, and how many were left out of both."""
+    """Return the training rows, the held-out rows up to their limit, and the number left out of both, by reason."""
     rows, dropped = _clean(read(config, config.path, config.split), config)
     if config.eval_path or config.eval_split:
         heldout, dropped_heldout = _clean(
@@ -94,7 +96,7 @@ def _split(config: DatasetConfig) -> tuple[Dataset, Dataset, dict[str, int]]:
     else:
         size = config.eval_size
         if len(rows) < 2 or (isinstance(size, int) and size >= len(rows)):
-            raise DataError(f"dataset.eval_size={size}: only {len(rows)} rows to split ({_why(dropped)})")
+            raise DataError(f"dataset.eval_size={size}: only {len(rows)} rows to split, too few ({_why(dropped)})")
         count = max(1, round(size * len(rows))) if size < 1 else int(size)
         shuffled = order(len(rows), config.split_seed)
         heldout, train = _pick(rows, shuffled[:count]), _pick(rows, shuffled[count:])
@@ -102,12 +104,12 @@ def _split(config: DatasetConfig) -> tuple[Dataset, Dataset, dict[str, int]]:
 
 
 def order(count: int, seed: int) -> list[int]:
-    """How `count` rows are shuffled: as `datasets` does it."""
+    """Return a random order of `count` rows, the same that `datasets` produces with this random seed."""
     return np.random.default_rng(seed).permutation(count).tolist()
 
 
 def _pick(rows: Dataset, chosen: list[int]) -> Dataset:
-    """With the choice in memory: `datasets` would write it beside the rows, into the cache."""
+    """Select rows, with their indices in memory: `datasets` would write these to the cache, next to the rows."""
     return rows.select(chosen, keep_in_memory=True)
 
 
@@ -120,7 +122,13 @@ def _first(rows: Dataset, limit: int | None) -> Dataset:
 
 
 def _clean(raw: Dataset, config: DatasetConfig) -> tuple[Dataset, dict[str, int]]:
-    """The uniform columns, without empty, unwanted and repeated rows; on disk, never all of them in memory."""
+    """Give rows the uniform columns, and leave out empty, unwanted and repeated ones.
+
+    The result is a file in the cache, so that the rows are never all in memory.
+
+    Returns:
+        The rows, and the number left out, by reason.
+    """
     if config.format == "text":
         columns = {"completion": config.text_column}
     elif config.messages_column:
@@ -132,17 +140,17 @@ def _clean(raw: Dataset, config: DatasetConfig) -> tuple[Dataset, dict[str, int]
     if missing := [column for column in columns.values() if column not in raw.column_names]:
         raise DataError(
             f"{config.path}: no column {', '.join(repr(column) for column in missing)}; "
-            f"it has {', '.join(raw.column_names)}. Name yours in dataset.prompt_column, dataset.completion_column, ..."
+            f"it has {', '.join(raw.column_names)}. Set dataset.prompt_column, dataset.completion_column, ... to yours"
         )
-    read = [columns, config.format, config.drop_matching, config.drop_duplicates]
-    name = f"rows-{json_digest([_LAYOUT, content_key(raw), *read])}"
+    settings = [columns, config.format, config.drop_matching, config.drop_duplicates]
+    name = f"rows-{json_digest([_LAYOUT, content_key(raw), *settings])}"
     folder = built(name, lambda part: _write_clean(raw, config, columns, part))
     return Dataset.from_file(str(folder / _ROWS)), json.loads((folder / _DROPPED).read_text("utf-8"))
 
 
 def _write_clean(raw: Dataset, config: DatasetConfig, columns: dict[str, str], folder: Path) -> None:
     unwanted = re.compile(config.drop_matching) if config.drop_matching else None
-    own = {**columns, "entry": "entry"} if "entry" in raw.column_names else columns  # a generated task's own
+    own = {**columns, "entry": "entry"} if "entry" in raw.column_names else columns  # tasks of reasoning-gym
     features = {name: Value("string") for name in ("prompt", "input", "completion")}
     if "messages" in columns:
         features["messages"] = List({"role": Value("string"), "content": Value("string")})
@@ -153,8 +161,8 @@ def _write_clean(raw: Dataset, config: DatasetConfig, columns: dict[str, str], f
     with ArrowWriter(path=str(folder / _ROWS), features=Features(features)) as writer:
         for source in raw.select_columns(list(own.values())):
             row = _uniform({role: source[column] for role, column in own.items()})
-            identity = [row["prompt"], row["input"], row["messages"], config.format == "text" and row["completion"]]
-            digest = text_digest(json.dumps(identity))
+            question = [row["prompt"], row["input"], row["messages"], config.format == "text" and row["completion"]]
+            digest = text_digest(json.dumps(question))
             if not row["completion"].strip() or not (row["prompt"].strip() or config.format == "text"):
                 dropped["empty"] += 1
             elif unwanted and unwanted.search(row["completion"]):
@@ -169,7 +177,11 @@ def _write_clean(raw: Dataset, config: DatasetConfig, columns: dict[str, str], f
 
 
 def _uniform(row: dict[str, Any]) -> dict[str, Any]:
-    """`prompt`, `input`, `completion` as text; `messages` up to the last assistant turn, or None; `entry` as it is."""
+    """Return a row with the uniform columns.
+
+    `prompt`, `input` and `completion` are text; `messages` ends with the last assistant turn, or is None; `entry` is
+    unchanged.
+    """
     messages = row.get("messages")
     if messages:
         if missing := {"role", "content"} - messages[0].keys():
@@ -192,18 +204,18 @@ def _uniform(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def tokenize(rows: Dataset, config: Config, tokenizer: Any) -> Dataset:
-    """`input_ids` and `labels` of each row, uncut; labels are -100 where no loss is taken.
+    """Return `input_ids` and `labels` of each row, not truncated; labels are -100 where no loss is taken.
 
-    Prompt and completion are tokenized apart, so that training sees exactly the tokens that generation continues.
-    Done once for the same rows, format and tokenizer: other runs find the result in the cache.
+    Prompt and completion are tokenized separately, so that the prompt has the same tokens in training as in generation.
+    The result is cached: other runs with the same rows, format and tokenizer read it from there.
     """
     learned = [config.training.completion_only_loss, config.training.assistant_only_loss]
-    made_of = [fingerprint(rows), config.dataset.format, config.dataset.system_message, learned]
-    made_of += [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map]
-    folder = built(f"tokens-{json_digest([_LAYOUT, *made_of])}", lambda part: _tokenize(rows, config, tokenizer, part))
-    found = load_from_disk(str(folder))
-    assert isinstance(found, Dataset)
-    return found
+    inputs = [fingerprint(rows), config.dataset.format, config.dataset.system_message, learned]
+    inputs += [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map]
+    folder = built(f"tokens-{json_digest([_LAYOUT, *inputs])}", lambda part: _tokenize(rows, config, tokenizer, part))
+    tokens = load_from_disk(str(folder))
+    assert isinstance(tokens, Dataset)
+    return tokens
 
 
 def _tokenize(rows: Dataset, config: Config, tokenizer: Any, folder: Path) -> None:
@@ -218,7 +230,7 @@ def _tokenize(rows: Dataset, config: Config, tokenizer: Any, folder: Path) -> No
             first = place == 0 and not text.has_special_tokens
             tokens = tokenizer(piece, add_special_tokens=first and not learned)["input_ids"]
             if first and len(tokens) > 1 and tokens[-1] == eos:
-                tokens = tokens[:-1]  # a tokenizer that closes every text
+                tokens = tokens[:-1]  # this tokenizer ends every text with EOS; the prompt must not have it
             prompt_length = len(ids)
             ids += tokens
             labels += tokens if learned or learn_all else [IGNORED] * len(tokens)
@@ -236,12 +248,14 @@ def _tokenize(rows: Dataset, config: Config, tokenizer: Any, folder: Path) -> No
 
 
 def cut(rows: Dataset, tokens: Dataset, max_length: int) -> tuple[Dataset, Dataset]:
-    """Held-out rows, as text and as tokens cut to `max_length`, without those that have no answer token left.
+    """Return the held-out rows as text and as tokens truncated to `max_length`.
+
+    Rows that have no answer token within `max_length` are left out.
 
     Raises:
-        DataError: none is left.
+        DataError: no rows are left.
     """
-    keep = [i for i, labels in enumerate(tokens["labels"]) if any(one != IGNORED for one in labels[1:max_length])]
+    keep = [i for i, labels in enumerate(tokens["labels"]) if any(label != IGNORED for label in labels[1:max_length])]
     if not keep:
         raise DataError(f"no held-out row has an answer token within training.max_length={max_length}; raise it")
     shorter = tokens.select(keep).map(
@@ -253,6 +267,6 @@ def cut(rows: Dataset, tokens: Dataset, max_length: int) -> tuple[Dataset, Datas
 
 
 def unrelated(rows: Dataset, config: Config, tokenizer: Any) -> tuple[Dataset, Dataset]:
-    """`rows` of text that the run is not about, and their tokens, cut as the held-out rows are."""
+    """Return `rows` of the text that measures forgetting, and their tokens, truncated as the held-out rows are."""
     as_dataset = config.model_copy(update={"dataset": config.unrelated})
     return cut(rows, tokenize(rows, as_dataset, tokenizer), config.training.max_length)

@@ -1,4 +1,4 @@
-"""Count and show which tokens of the training rows carry loss."""
+"""The label audit: count and show which tokens of the training rows carry loss."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,24 +11,24 @@ from qlora_exp.utils.errors import DataError
 
 @dataclass(frozen=True)
 class LabelAudit:
-    """What the training rows teach, counted on tokens as they will be trained."""
+    """How much of the training rows carries loss, counted on the tokens that training will use."""
 
     rows: int
     tokens: int
     supervised_tokens: int
     supervised_share: float
     truncated_rows_share: float
-    """Rows longer than max_length: their end, EOS included, is not learned."""
+    """Share of rows longer than max_length: their end, EOS included, is not learned."""
     dropped_rows_share: float
-    """Rows cut before their first answer token: nothing is learned from them."""
+    """Share of rows truncated before their first answer token: nothing is learned from them."""
     eos_learned_share: float
-    """Rows whose EOS carries loss."""
+    """Share of rows whose EOS carries loss."""
     sample: str
-    """The first row, decoded, with [[what carries loss]] in double brackets."""
+    """First row that carries loss, decoded, with [[the tokens that carry loss]] in double brackets."""
 
 
 def audit(tokens: Dataset, max_length: int, tokenizer: Any) -> LabelAudit:
-    """Count what carries loss.
+    """Count the tokens and rows that carry loss, and mark these tokens in a sample row.
 
     Raises:
         DataError: no token of any row would carry loss.

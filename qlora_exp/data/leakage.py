@@ -1,6 +1,6 @@
-"""Held-out rows that training rows give away: the same prompt, or nearly the same text.
+"""Find training rows that give a held-out row away: the same prompt, or nearly the same text.
 
-Knows only the columns that `data` makes.
+Depends only on the columns that `data.dataset` creates.
 """
 
 import re
@@ -25,60 +25,62 @@ class Leak:
     train: int
     heldout: int
     kind: str
-    """`exact`: asks the same but for case, spaces and a closing mark; `near`: overlapping text."""
+    """`exact`: the same prompt, apart from case, spaces and the closing mark; `near`: overlapping text."""
     overlap: float
-    """Share of five-word sequences that the two rows have in common (Jaccard index), 1.0 for an exact one.
+    """Share of five-word sequences that the two rows have in common (Jaccard index); 1.0 for an exact leak.
 
-    What many held-out rows have in common, such as a preamble, does not count.
+    Sequences that many held-out rows contain, such as a preamble, do not count.
     """
 
 
 def find(train: Iterable[Mapping[str, Any]], heldout: Iterable[Mapping[str, Any]], threshold: float) -> list[Leak]:
-    """The worst leak of each training row that has one, in order.
+    """Return the worst leak of each training row that has one, in the order of the training rows.
 
-    Every pair that shares a five-word sequence is compared; held-out rows alone are kept in memory.
+    Every pair of rows that shares a five-word sequence is compared. Only held-out rows are kept in memory.
 
     Args:
         train: rows with `prompt`, `input` and `completion`.
-        heldout: the same.
-        threshold: overlap from which a pair counts as near.
+        heldout: rows with the same columns.
+        threshold: smallest overlap of a near leak.
     """
     questions: dict[bytes, int] = {}
     shingles: dict[int, list[int]] = {}
     sizes: list[int] = []
     for index, row in enumerate(heldout):
         questions.setdefault(_question(row), index)
-        own = _shingles(row)
-        sizes.append(len(own))
-        for shingle in own:
+        row_shingles = _shingles(row)
+        sizes.append(len(row_shingles))
+        for shingle in row_shingles:
             shingles.setdefault(shingle, []).append(index)
     many = max(_MANY, len(sizes) // 50)
     common = {shingle for shingle, rows in shingles.items() if len(rows) > many}
     for shingle in common:
         for other in shingles.pop(shingle):
             sizes[other] -= 1
-    found = []
+    leaks = []
     for index, row in enumerate(tqdm(train, desc="looking for leaks", unit="row", leave=False, disable=None)):
         if (same := questions.get(_question(row))) is not None:
-            found.append(Leak(index, same, "exact", 1.0))
+            leaks.append(Leak(index, same, "exact", 1.0))
             continue
-        own = _shingles(row) - common
-        shared = Counter(other for shingle in own for other in shingles.get(shingle, ()))
-        overlaps = {other: count / (len(own) + sizes[other] - count) for other, count in shared.items()}
+        row_shingles = _shingles(row) - common
+        shared = Counter(other for shingle in row_shingles for other in shingles.get(shingle, ()))
+        overlaps = {other: count / (len(row_shingles) + sizes[other] - count) for other, count in shared.items()}
         if overlaps and (worst := max(overlaps.values())) >= threshold:
-            found.append(Leak(index, min(other for other in overlaps if overlaps[other] == worst), "near", worst))
-    return found
+            leaks.append(Leak(index, min(other for other in overlaps if overlaps[other] == worst), "near", worst))
+    return leaks
 
 
 def _question(row: Mapping[str, Any]) -> bytes:
-    """A digest of all that comes before the answer; of plain text, which has no question, of the text."""
-    asked = _texts(row)[:-1]
-    plain = [" ".join(text.casefold().split()) for text in (asked if any(asked) else [row["completion"]])]
-    return text_digest("\0".join(plain).rstrip(".?!\0 "))
+    """Return a digest of everything before the answer; for plain text, which has no question, of the text."""
+    before_answer = _texts(row)[:-1]
+    normalized = [
+        " ".join(text.casefold().split()) for text in (before_answer if any(before_answer) else [row["completion"]])
+    ]
+    return text_digest("\0".join(normalized).rstrip(".?!\0 "))
 
 
 def _texts(row: Mapping[str, Any]) -> list[str]:
-    """All of it in order, the answer last."""
+    """Return all texts of a row in order, the answer last."""
     turns = [turn["content"] for turn in row.get("messages") or ()]
     return turns or [row["prompt"], row["input"], row["completion"]]
 

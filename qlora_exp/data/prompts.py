@@ -1,6 +1,6 @@
-"""How a row becomes text: what the model is given, and what it must answer.
+"""Turn a row into text: the prompt that the model gets, and the answer that it learns.
 
-Alpaca's two prompts are those of tatsu-lab/stanford_alpaca. Knows nothing of files or tokens.
+The two Alpaca prompts are copied from tatsu-lab/stanford_alpaca. Does not depend on files or tokens.
 """
 
 import json
@@ -25,29 +25,30 @@ class Rendered(NamedTuple):
     """One row as text."""
 
     pieces: list[tuple[str, bool]]
-    """In order, each with whether it is an answer to learn; the last one is the answer to the whole of the others."""
+    """Text pieces in order, each with True if it is an answer to learn. The last piece answers all those before it."""
     has_special_tokens: bool
-    """The chat template wrote the special tokens, so that the tokenizer must add none."""
+    """Whether the text already contains the chat template's special tokens, so that the tokenizer must add none."""
 
 
 def render(row: dict[str, Any], config: DatasetConfig, tokenizer: Any, every_answer: bool = False) -> Rendered:
-    """What `row` gives and what it asks for.
+    """Render `row` as text in the configured format.
 
     Args:
-        row: as `data.load_rows` gives it: `prompt`, `input`, `completion`, and `messages` for whole dialogues.
-        config: names the format.
-        tokenizer: used for its chat template only; that needs no marks of what the assistant says.
-        every_answer: of a dialogue each of the assistant's turns is to be learned, not the last alone.
+        row: a row of `dataset.load_rows`, with `prompt`, `input`, `completion`, and `messages` if it is a complete
+            dialogue.
+        config: the dataset's config; `format` and `system_message` are used.
+        tokenizer: used for its chat template only, which needs no `{% generation %}` marks.
+        every_answer: learn all assistant turns of a dialogue, instead of the last one only.
 
     Raises:
-        DataError: format `chat` with a tokenizer that has no chat template, or one that rewrites earlier turns.
+        DataError: format `chat`, and the tokenizer has no chat template, or one that rewrites earlier turns.
     """
     if config.format == "text":
         return Rendered([("", False), (row["completion"], True)], False)
     if config.format == "alpaca":
         template = ALPACA_WITH_INPUT if row["input"] else ALPACA_WITHOUT_INPUT
-        asked = template.format(prompt=row["prompt"], input=row["input"])
-        return Rendered([(asked, False), (row["completion"], True)], False)
+        alpaca_prompt = template.format(prompt=row["prompt"], input=row["input"])
+        return Rendered([(alpaca_prompt, False), (row["completion"], True)], False)
     prompt = f"{row['prompt']}\n\n{row['input']}" if row["input"] else row["prompt"]
     if config.format == "prompt_completion":
         return Rendered([(prompt, False), (row["completion"], True)], False)
@@ -64,30 +65,33 @@ def render(row: dict[str, Any], config: DatasetConfig, tokenizer: Any, every_ans
             "or an instruction-tuned model"
         )
     answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
-    pieces, told = [], ""
+    pieces, rendered = [], ""
     for place in answers if every_answer else answers[-1:]:
         before = tokenizer.apply_chat_template(messages[:place], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages[: place + 1], tokenize=False)
-        if not (before.startswith(told) and whole.startswith(before)):
+        through_answer = tokenizer.apply_chat_template(messages[: place + 1], tokenize=False)
+        if not (before.startswith(rendered) and through_answer.startswith(before)):
             raise DataError(
-                "dataset.format=chat: this model's chat template renders a dialogue differently once it is answered, "
-                "so that training would not match what the model sees later; use dataset.format=alpaca"
+                "dataset.format=chat: this model's chat template renders a dialogue differently once it has an answer, "
+                "so that training prompts would differ from those of generation; use dataset.format=alpaca"
                 + (", or training.assistant_only_loss=false" if every_answer else "")
             )
-        pieces += [(before[len(told) :], False), (whole[len(before) :], True)]
-        told = whole
+        pieces += [(before[len(rendered) :], False), (through_answer[len(before) :], True)]
+        rendered = through_answer
     return Rendered(pieces, True)
 
 
 def chat_template(config: DatasetConfig, tokenizer: Any) -> str | None:
-    """The Jinja template that renders a dialogue as `render` renders rows, for whatever takes one: servers, GGUF files.
+    """Return a Jinja chat template that renders a dialogue as `render` renders rows.
+
+    Programs that take a template need it: servers, GGUF files.
 
     Args:
-        config: names the format that the run was trained with.
-        tokenizer: of the model; with format `chat` its own template is the answer, a system message of the run added.
+        config: the dataset's config of the run; `format` and `system_message` are used.
+        tokenizer: the model's tokenizer. With format `chat`, its own template is returned, with the run's system
+            message added.
 
     Returns:
-        None if the run was trained on plain text: there is no dialogue to render.
+        The template; None if the run was trained on plain text, since there is no dialogue to render.
     """
     if config.format == "text" or (config.format == "chat" and not tokenizer.chat_template):
         return None
@@ -95,25 +99,27 @@ def chat_template(config: DatasetConfig, tokenizer: Any) -> str | None:
         own: str = tokenizer.get_chat_template()
         if config.system_message is None:
             return own
-        told = json.dumps(config.system_message, ensure_ascii=False)  # llama.cpp knows no \u
+        message = json.dumps(config.system_message, ensure_ascii=False)  # llama.cpp does not support \u escapes
         begin = (
             "{% if messages[0]['role'] != 'system' %}"
-            f"{{% set messages = [{{'role': 'system', 'content': {told}}}] + messages %}}{{% endif %}}"
+            f"{{% set messages = [{{'role': 'system', 'content': {message}}}] + messages %}}{{% endif %}}"
         )
         return own if own.startswith(begin) else begin + own
-    asked = ALPACA_WITHOUT_INPUT if config.format == "alpaca" else "{prompt}"
-    before, after = (json.dumps(part) for part in asked.split("{prompt}"))
+    template = ALPACA_WITHOUT_INPUT if config.format == "alpaca" else "{prompt}"
+    before, after = (json.dumps(part) for part in template.split("{prompt}"))
     begin = "{{ bos_token }}" if adds_bos(tokenizer) else ""
-    refused = json.dumps(f"this model was trained on prompts of format {config.format}, which know user and assistant")
+    message = json.dumps(
+        f"this model was trained on prompts of format {config.format}, which has only user and assistant turns"
+    )
     return (
         f"{begin}{{% for message in messages %}}"
         f"{{% if message['role'] == 'user' %}}{{{{ {before} + message['content'] + {after} }}}}"
         "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
-        f"{{% else %}}{{{{ raise_exception({refused}) }}}}{{% endif %}}{{% endfor %}}"
+        f"{{% else %}}{{{{ raise_exception({message}) }}}}{{% endif %}}{{% endfor %}}"
     )
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer begins every text with its BOS token."""
+    """Return whether the tokenizer begins every text with its BOS token."""
     first = tokenizer("a")["input_ids"][:1]
     return bool(first and first[0] == tokenizer.bos_token_id)

@@ -1,5 +1,5 @@
-"""Where a run happens: device, hub, memory, speed and energy, versions of code and libraries.
+"""The environment of a run: device, hub, memory, speed and energy, versions of code and libraries.
 
 May import: utils, libraries, config.
-Never here: models, rows, MLflow.
+Not allowed here: models, rows, MLflow.
 """

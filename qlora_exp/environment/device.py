@@ -1,7 +1,7 @@
-"""What the device can do, and every choice that follows from it: precision, checkpointing, paging.
+"""Detect the device, and make all choices that depend on it: precision, gradient checkpointing, paged optimizers.
 
-The one place for device-specific decisions. `resolve` is pure, so tests decide for devices they do not have;
-only `detect` asks torch, and `nvml_handles` NVIDIA's driver.
+Device-specific decisions are made only here. `resolve` is a pure function, so tests can resolve configs for devices
+that they do not have; only `detect` asks torch, and only `nvml_handles` asks NVIDIA's driver.
 """
 
 import os
@@ -27,37 +27,37 @@ class Device:
     type: str
     name: str
     bf16: bool
-    """Computes fast in bfloat16."""
+    """Whether it computes fast in bfloat16."""
     paging: bool
-    """Has unified memory, so bitsandbytes can page optimizer states."""
+    """Whether it has unified memory, so that bitsandbytes can page optimizer states."""
     visible_gpus: int | None = None
-    """How many GPUs this process sees; None where there are none, or nobody asked."""
+    """Number of GPUs that this process sees; None for other devices, or if it was not determined."""
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """What `auto` and the fallbacks became in this run; logged with it, so that comparisons are fair."""
+    """The values that replace `auto` and fallbacks in this run; logged with it, so that comparisons are fair."""
 
     device: str
     device_index: int | None
-    """Of the one GPU that the run takes, the first that its process sees; None for other devices."""
+    """Index of the run's only GPU, the first that its process sees; None for other devices."""
     visible_gpus: int | None
     device_name: str
     dtype: str
     compute_dtype: str | None
-    """Of 4-bit matrix products; None for an unquantized base."""
+    """Dtype of 4-bit matrix products; None if the base is not quantized to 4 bits by bitsandbytes."""
     adapter_dtype: str | None
-    """None for a full fine-tune."""
+    """Dtype of the adapter's parameters; None for a full fine-tune."""
     bf16: bool
     fp16: bool
     gradient_checkpointing: bool
     optim: str
     optim_fallback: str | None
-    """Why `optim` is not the configured one; None if it is."""
+    """Why `optim` differs from the configured optimizer; None if it does not."""
 
     @property
     def place(self) -> str:
-        """The device, as people read it."""
+        """Return the device's name for people to read."""
         if self.device_index is None:
             return self.device_name
         others = (self.visible_gpus or 1) > 1
@@ -66,14 +66,14 @@ class Resolved:
 
 
 def detect(requested: str = "auto", bitsandbytes: bool = False) -> Device:
-    """The device to run on.
+    """Return the device to run on.
 
     Args:
         requested: `auto`, `cpu`, `cuda` or `mps`.
-        bitsandbytes: the base is stored by it, which does not run on mps: `auto` takes the CPU there.
+        bitsandbytes: whether bitsandbytes quantizes the base. It does not run on mps, where `auto` then means the CPU.
 
     Raises:
-        ConfigError: the requested device is not there.
+        ConfigError: the requested device does not exist.
     """
     import torch
 
@@ -87,7 +87,8 @@ def detect(requested: str = "auto", bitsandbytes: bool = False) -> Device:
     raise ConfigError(f"device={requested}: torch {torch.__version__} finds no such device here; use device=auto")
 
 
-# What launchers of several processes set: torchrun and `accelerate launch`, Open MPI, MPICH, MVAPICH, srun.
+# Environment variables set by launchers of several processes, in this order: torchrun and `accelerate launch`, Open
+# MPI, MPICH, MVAPICH, srun. Number of processes: rank of this one.
 _SIZE_AND_RANK = {
     "WORLD_SIZE": "RANK",
     "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
@@ -98,10 +99,11 @@ _SIZE_AND_RANK = {
 
 
 def refuse_several_processes() -> None:
-    """Refuse to be one of the processes of a launcher: each would train and record the same run.
+    """Check that this process is not one of several that a launcher started: each would train and log the same run.
 
     Raises:
-        ConfigError: it is one of several, or of torchrun's, even alone: the trainer would take it for one of several.
+        ConfigError: this process is one of several, or torchrun started it, even alone: the trainer would treat it as
+            one of several.
     """
     launched = [(os.environ.get(size, ""), os.environ.get(rank, "0")) for size, rank in _SIZE_AND_RANK.items()]
     several = [(size, rank) for size, rank in launched if size.isdigit() and int(size) > 1]
@@ -109,16 +111,16 @@ def refuse_several_processes() -> None:
         return
     size, rank = (several or [("1", "0")])[0]
     if rank != "0":
-        raise ConfigError(f"process {rank} of {size}: refused, as process 0 says")
+        raise ConfigError(f"process {rank} of {size}: refused, for the reason that process 0 gives")
     raise ConfigError(
         f"this is process 0 of {size} that a launcher started (torchrun, accelerate launch, srun, mpirun), and each "
-        "would train the same run; start it without a launcher: qlora-exp train ... A run uses one GPU, which "
-        "CUDA_VISIBLE_DEVICES=NUMBER chooses; a sweep with sweep.n_jobs=NUMBER uses one for each job"
+        "would train the same run; start it without a launcher: qlora-exp train ... A run uses one GPU; choose it with "
+        "CUDA_VISIBLE_DEVICES=NUMBER. A sweep with sweep.n_jobs=NUMBER uses one GPU for each job"
     )
 
 
 def take(resolved: Resolved) -> None:
-    """Make the run's GPU the current one: torch and the libraries mean it by `cuda` without a number."""
+    """Make the run's GPU the current one, which torch and other libraries use for `cuda` without a number."""
     if resolved.device_index is not None:
         import torch
 
@@ -126,12 +128,12 @@ def take(resolved: Resolved) -> None:
 
 
 def places(model: Any) -> list[str]:
-    """The devices that hold the weights: several if `model.device_map` spreads them."""
+    """Return the devices with the model's weights: several if `model.device_map` spreads them."""
     return sorted({str(parameter.device) for parameter in model.parameters()})
 
 
 def nvml_handles() -> list[Any]:
-    """NVML's handle of each NVIDIA GPU that is here, none without a driver; it begins no CUDA."""
+    """Return NVML's handle of each NVIDIA GPU, none without a driver. This does not initialize CUDA."""
     import pynvml
 
     try:
@@ -142,24 +144,24 @@ def nvml_handles() -> list[Any]:
 
 
 def resolve(config: Config, device: Device) -> Resolved:
-    """What each `auto` of `config` means on `device`.
+    """Replace each `auto` of `config` by its value for `device`.
 
-    float32 is the fastest and most precise choice on a CPU; on a GPU the frozen base is bfloat16 (float16 on
-    older ones) under autocast, while what trains stays float32, for LoRA and QLoRA alike.
+    On a CPU, float32 is the fastest and most precise choice. On a GPU, the frozen base is bfloat16 (float16 on older
+    GPUs) under autocast, while trainable parameters stay float32, for both LoRA and QLoRA.
 
     Raises:
-        ConfigError: the device cannot do what is asked.
+        ConfigError: the device does not support a setting.
     """
     training, quantization = config.training, config.quantization
     if device.type == "mps" and quantization.bitsandbytes:
         raise ConfigError("quantization: bitsandbytes does not run on mps; use quanto_int4, none or device=cpu")
     if device.type != "cuda" and training.fp16 is True:
-        raise ConfigError(f"training.fp16: needs a CUDA device, not {device.type}; leave it to auto")
+        raise ConfigError(f"training.fp16: needs a CUDA device, not {device.type}; use training.fp16=auto")
     mapped = config.model.device_map
     if device.type == "cuda" and isinstance(mapped, dict) and (elsewhere := _another_gpu([*mapped.values()])):
         raise ConfigError(
-            f"model.device_map: puts the whole model on GPU {elsewhere}, but a run computes on the first that it sees; "
-            f"leave it out and set CUDA_VISIBLE_DEVICES={elsewhere}"
+            f"model.device_map: puts the complete model on GPU {elsewhere}, but a run computes on the first GPU that "
+            f"it sees; remove model.device_map, and set CUDA_VISIBLE_DEVICES={elsewhere}"
         )
 
     half = "bfloat16" if device.bf16 else "float16"
@@ -191,7 +193,7 @@ def resolve(config: Config, device: Device) -> Resolved:
 
 
 def autocast(resolved: Resolved) -> Any:
-    """The precision that training computes in, as a context for measuring."""
+    """Return an autocast context with the precision of training, for measurements."""
     import torch
 
     half = torch.float16 if resolved.fp16 else torch.bfloat16
@@ -199,14 +201,14 @@ def autocast(resolved: Resolved) -> Any:
 
 
 def computes_in(resolved: Resolved) -> Any:
-    """The dtype of most matrix products in training."""
+    """Return the dtype of most matrix products in training."""
     import torch
 
     return torch.bfloat16 if resolved.bf16 else torch.float16 if resolved.fp16 else getattr(torch, resolved.dtype)
 
 
 def _another_gpu(mapped: list[int | str]) -> str | None:
-    """The number of the only device in a device map, if it is a GPU but not the first."""
+    """Return the index of a device map's only device, if it is a GPU but not the first."""
     only = {str(place).removeprefix("cuda:") for place in mapped}
     number = only.pop() if len(only) == 1 else ""
     return number if number.isdigit() and number != "0" else None
@@ -217,11 +219,11 @@ def _auto(value: Any, chosen: Any) -> Any:
 
 
 def cpu_name() -> str:
-    """What the system calls it."""
+    """Return the system's name of the CPU."""
     import platform
 
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):  # not Linux, or a CPU that does not say
+    except (OSError, StopIteration):  # not Linux, or a CPU without a model name
         return platform.processor() or platform.machine()

@@ -1,6 +1,6 @@
-"""What a training makes of its device: arithmetic done, what the device could do, energy.
+"""Measure how well training uses its device: floating-point operations, peak speed of the device, energy.
 
-Knows nothing of runs. What a machine does not tell is absent, never zero.
+Does not depend on runs. Values that a machine does not report are absent, never zero.
 """
 
 import logging
@@ -35,7 +35,7 @@ def _attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
 
 
 def _attention_backward(_gradient: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    # The scores anew; then the gradients of what they weigh, of themselves, of queries and of keys.
+    # Products: the scores again; then the gradients of values, of scores, of queries and of keys.
     return 2 * math.prod(q.shape[:-1]) * k.shape[-2] * (3 * q.shape[-1] + 2 * v.shape[-1])
 
 
@@ -48,8 +48,8 @@ def _product_8bit(a: Any, b: Any, *_: Any, **__: Any) -> int:
 
 
 _FORMULAS: dict[str, Callable[..., int]] = {
-    # What torch's own registry leaves out, and what it does not know all forms of: a product in another dtype than
-    # its factors (TRL's loss on a GPU; torch 2.13), grouped heads (before torch 2.13).
+    # Operations that torch's own registry does not have, or does not have in all variants: products in another dtype
+    # than their factors (TRL's loss on a GPU; torch 2.13), grouped attention heads (before torch 2.13).
     "aten.mm": _product,
     "aten.bmm": _product,
     "aten.addmm": _sum_and_product,
@@ -67,15 +67,16 @@ _FORMULAS: dict[str, Callable[..., int]] = {
 
 
 class FlopCounter(TorchDispatchMode):
-    """Counts floating-point operations of matrix products and attention done inside, a multiply-add as two.
+    """Counter of the floating-point operations of matrix products and attention within the context.
 
-    Recomputation under gradient checkpointing counts: it is done. Element-wise work does not.
+    A multiply-add counts as two. Recomputation under gradient checkpointing counts, because it is executed.
+    Element-wise operations do not count.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.flops: float = 0
-        """NaN once something was done of which torch cannot say how much it is."""
+        """Operations so far; NaN once an operation ran that torch has no working formula for."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, and count it."""
@@ -83,15 +84,15 @@ class FlopCounter(TorchDispatchMode):
         out = func(*args, **kwargs)
         try:
             self.flops += flops_of(func, args, kwargs, out)
-        except (AssertionError, TypeError, ValueError) as error:  # no reason to end a training
+        except (AssertionError, TypeError, ValueError) as error:  # not a reason to stop training
             if not math.isnan(self.flops):
-                log.warning("arithmetic is not counted: torch's formula for %s says: %s", func, error)
+                log.warning("arithmetic is not counted: torch's formula for %s failed: %s", func, error)
             self.flops = math.nan
         return out
 
 
 def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
-    """Floating-point operations of one of torch's operations, if it is a matrix product or attention; else 0."""
+    """Return the floating-point operations of a torch operation, if it is a matrix product or attention; else 0."""
     packet = func.overloadpacket
     if formula := _FORMULAS.get(str(packet)):
         return formula(*args, **kwargs)
@@ -101,31 +102,33 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 
 def peak_flops(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s that a large matrix product reaches now, on this device, in this dtype, with these threads.
+    """Measure the FLOP/s of a large matrix product on this device, in this dtype, with the current threads.
 
-    Takes some 0.1 s; on a GPU 100 MB while it runs. Vendors' peaks are higher, and no program reaches them.
+    This takes about 0.1 s, and on a GPU temporarily 100 MB. The peaks that vendors publish are higher, but no program
+    reaches them.
     """
     n = 4096 if device == "cuda" else 1024
     a, b = (torch.ones(n, n, device=device, dtype=dtype) for _ in range(2))
     best = 0.0
     for _ in range(5):
         begin = time.perf_counter()
-        float((a @ b)[0, 0])  # waits for a GPU
+        float((a @ b)[0, 0])  # reading a value waits until a GPU is done
         best = max(best, 2 * n**3 / (time.perf_counter() - begin))
     return best
 
 
 class EnergyMeter:
-    """Joules used by processor packages (RAPL, where it may be read) and NVIDIA GPUs (NVML) between start and end.
+    """Meter of the joules used within the context by processor packages (RAPL, if readable) and NVIDIA GPUs (NVML).
 
-    The whole machine's, so of a run only where nothing else runs. Sources: the kernel's power capping framework,
+    It measures the complete machine: the result is the run's energy only if nothing else runs. Sources: the kernel's
+    power capping framework,
     `energy_uj` and `max_energy_range_uj`; NVML's `nvmlDeviceGetTotalEnergyConsumption` (mJ; Volta and later).
     """
 
     def __init__(self, powercap: Path = _POWERCAP) -> None:
         self._packages = [zone for zone in sorted(powercap.glob("*-rapl:*")) if zone.name.count(":") == 1]
         self.joules: float | None = None
-        """None where the machine does not tell."""
+        """None if the machine does not report it."""
 
     def __enter__(self) -> Self:
         self._start = self._read()
@@ -137,19 +140,19 @@ class EnergyMeter:
         end = self._read()
         if self._start and end.keys() == self._start.keys():
             used = [now - then for (then, _), (now, _) in zip(self._start.values(), end.values(), strict=True)]
-            ranges = [whole for _, whole in end.values()]
-            self.joules = sum(value % whole if whole else value for value, whole in zip(used, ranges, strict=True))
+            ranges = [limit for _, limit in end.values()]
+            self.joules = sum(value % limit if limit else value for value, limit in zip(used, ranges, strict=True))
 
     def _read(self) -> dict[str, tuple[float, float]]:
-        """Joules so far of each counter, and after how many it starts again (0: never)."""
-        found = {}
+        """Return each counter's joules so far, and its largest value, after which it restarts at zero (0: never)."""
+        counters = {}
         for zone in self._packages:
             try:
                 counts = [float((zone / name).read_text()) / 1e6 for name in ("energy_uj", "max_energy_range_uj")]
-            except OSError:  # root's alone on most machines
+            except OSError:  # on most machines only root may read it
                 continue
-            found[zone.name] = (counts[0], counts[1])
-        return found | _gpu_joules()
+            counters[zone.name] = (counts[0], counts[1])
+        return counters | _gpu_joules()
 
 
 def _gpu_joules() -> dict[str, tuple[float, float]]:
@@ -160,32 +163,32 @@ def _gpu_joules() -> dict[str, tuple[float, float]]:
             f"gpu{index}": (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3, 0.0)
             for index, handle in enumerate(nvml_handles())
         }
-    except pynvml.NVMLError:  # a GPU that does not count
+    except pynvml.NVMLError:  # a GPU without an energy counter
         return {}
 
 
 def of_training(
     metrics: Mapping[str, float], peaks: Mapping[str, Mapping[str, float]], peak: float, joules: float | None
 ) -> dict[str, float]:
-    """Rates set against what they took.
+    """Relate the speed of training to the peak speed and memory, and add the energy.
 
     Args:
-        metrics: `tokens_per_second` and `flops_per_second`, as far as they are known.
+        metrics: `tokens_per_second` and `flops_per_second`, if they were measured.
         peaks: MiB by memory phase and source.
-        peak: what `peak_flops` found.
-        joules: used by the whole training; None: not known.
+        peak: result of `peak_flops`, in FLOP/s.
+        joules: energy of the complete training; None if it was not measured.
 
     Returns:
-        `mfu`: the share of `peak` that the counted arithmetic took, recomputation included. `tokens_per_gb_second`:
-        over the peak of steady steps, on a GPU of what torch allocated there, else of the process (imports included).
-        `energy_joules`.
+        `peak_flops_per_second`. `mfu`: the share of `peak` that the counted operations reached, recomputation included.
+        `tokens_per_gb_second`: tokens per second and per GB of peak memory in steady steps, which is what torch
+        allocated on a GPU, else what the process used (imports included). `energy_joules`.
     """
-    found = {"peak_flops_per_second": peak}
+    values = {"peak_flops_per_second": peak}
     if "flops_per_second" in metrics:
-        found["mfu"] = metrics["flops_per_second"] / peak
+        values["mfu"] = metrics["flops_per_second"] / peak
     steady = peaks.get("steady", {})
-    if "tokens_per_second" in metrics and (held := steady.get("allocated", steady.get("rss"))):
-        found["tokens_per_gb_second"] = metrics["tokens_per_second"] / (held * MIB / 1e9)
+    if "tokens_per_second" in metrics and (memory := steady.get("allocated", steady.get("rss"))):
+        values["tokens_per_gb_second"] = metrics["tokens_per_second"] / (memory * MIB / 1e9)
     if joules is not None:
-        found["energy_joules"] = joules
-    return found
+        values["energy_joules"] = joules
+    return values

@@ -1,7 +1,7 @@
-"""Whether the Hugging Face hub can be reached, asked once, before anything waits for it.
+"""Check once whether the Hugging Face hub can be reached, before anything waits for it.
 
-Without a network the hub's client retries for half a minute for each file; told that it is offline, it uses what is
-cached, or says at once that something is missing.
+Without a network, the hub's client retries for half a minute for each file. In offline mode it uses cached files, or
+reports at once that a file is missing.
 """
 
 import logging
@@ -19,23 +19,24 @@ log = logging.getLogger(__name__)
 
 
 def is_needed(config: Config) -> bool:
-    """Whether the model or the data of `config` comes from the hub."""
+    """Return whether `config` needs the hub, for its model, datasets or lm-eval tasks."""
     model = config.model.model_name_or_path
     local_model = model.startswith(("embedded:", "random:")) or Path(model).expanduser().is_dir()
     local_data = all(
-        one.path.startswith(("embedded:", "reasoning_gym:")) or Path(one.path) in one.files for one in config.datasets
+        dataset.path.startswith(("embedded:", "reasoning_gym:")) or Path(dataset.path) in dataset.files
+        for dataset in config.datasets
     )
     local_tasks = not config.evaluation.lm_eval_tasks or config.evaluation.lm_eval_include_path is not None
     return not (local_model and local_data and local_tasks)
 
 
 def go_offline_if_unreachable(timeout: float = 3.0) -> None:
-    """Set `HF_HUB_OFFLINE` if the hub does not take a connection; must come before huggingface_hub is imported.
+    """Set `HF_HUB_OFFLINE` if the hub does not accept a connection; call this before huggingface_hub is imported.
 
-    Does nothing where the variable is set already, or where a proxy stands between.
+    Does nothing if the variable is already set, or if connections go through a proxy.
 
     Args:
-        timeout: seconds to wait.
+        timeout: seconds to wait for the connection.
     """
     if "HF_HUB_OFFLINE" in os.environ or getproxies():
         return
@@ -49,9 +50,9 @@ def go_offline_if_unreachable(timeout: float = 3.0) -> None:
 
 
 def commit(repo_id: str, revision: str | None, repo_type: Literal["model", "dataset"]) -> str:
-    """The commit that `revision` (None: the default branch) of a repository is now; the cached one without a network.
+    """Return the current commit of a repository's `revision` (None: default branch); without a network, the cached one.
 
-    Where neither the hub nor the cache tells it, it is the revision's name: the run itself will say what is missing.
+    If neither the hub nor the cache has it, return the revision's name: the run itself will report what is missing.
     """
     if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
@@ -64,6 +65,6 @@ def commit(repo_id: str, revision: str | None, repo_type: Literal["model", "data
     try:
         return str(HfApi().repo_info(repo_id, repo_type=repo_type, revision=name, timeout=10).sha)
     except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError, ValueError) as error:
-        log.debug("%s: the hub does not tell its commit: %s", repo_id, error)
+        log.debug("%s: the hub did not return the commit: %s", repo_id, error)
     ref = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type=repo_type) / "refs" / name
     return ref.read_text("utf-8").strip() if ref.is_file() else name

@@ -1,8 +1,9 @@
-"""Peak memory by phase and by source, and the host's allocator, which decides what a CPU run's memory is.
+"""Measure peak memory by phase and source, and set up the host's allocator, which determines a CPU run's memory.
 
-On Linux the kernel's high-water mark of the process (VmHWM) is reset at each phase, so that no peak is missed, as
-sampling would; on CUDA torch's allocator keeps peaks and the driver says what is taken. What a platform
-does not tell is absent, never zero. Sources: proc(5), `clear_refs` and `status`; torch.cuda memory statistics.
+On Linux, the kernel's high-water mark of the process (VmHWM) is reset at each phase. So no peak is missed, as it could
+be with sampling. On CUDA, torch's allocator records peaks and the driver reports the memory in use. Values that a
+platform does not report are absent, never zero. Sources: proc(5), `clear_refs` and `status`; torch.cuda memory
+statistics.
 """
 
 import ctypes
@@ -16,11 +17,11 @@ _PROC = Path("/proc/self")
 
 
 class MemoryMonitor:
-    """Peaks in MiB for each phase of a run; phases may nest, and may come again.
+    """Monitor of the peak memory in MiB of each phase of a run; phases may be nested and repeated.
 
-    `peaks[phase]` holds `rss` (process, imports included), on CUDA also `allocated`, `reserved` (torch's peaks) and
+    `peaks[phase]` has `rss` (process, imports included), and on CUDA also `allocated`, `reserved` (torch's peaks) and
     `driver` (all processes on the device, read when a phase ends), summed over the devices that the process uses. A
-    phase's peak is what was reached while it was the innermost.
+    phase's peak counts only while no inner phase is open.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -28,17 +29,17 @@ class MemoryMonitor:
         self._cuda = device == "cuda"
         self._open: list[str] = []
         self.baseline: dict[str, float] = {}
-        """MiB before the model is loaded: the interpreter, its imports, the rows."""
+        """MiB used before the model is loaded: by the interpreter, its imports and the rows."""
         self.mark_baseline()
 
     def mark_baseline(self) -> None:
-        """Measure `baseline` again: what is in memory from here on counts for phases."""
+        """Measure `baseline` again: memory that is used from now on belongs to phases."""
         self._reset()
         self.baseline = self._read()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Everything inside counts for `name`, until an inner phase begins."""
+        """Count the memory peak within the context for the phase `name`, except in inner phases."""
         self._switch()
         self._open.append(name)
         try:
@@ -48,7 +49,7 @@ class MemoryMonitor:
             self._open.pop()
 
     def _switch(self) -> None:
-        """Close the books of the innermost phase and start a new high-water mark."""
+        """Record the peak of the innermost phase, and reset the high-water marks."""
         if self._open:
             peaks = self.peaks.setdefault(self._open[-1], {})
             for source, value in self._read().items():
@@ -57,7 +58,7 @@ class MemoryMonitor:
 
     def _reset(self) -> None:
         if resettable():
-            release_freed_memory()  # what an earlier phase needed is not this one's
+            release_freed_memory()  # memory of an earlier phase must not count for this one
             (_PROC / "clear_refs").write_text("5")
         if self._cuda:
             import torch
@@ -73,8 +74,8 @@ class MemoryMonitor:
         if self._cuda:
             import torch
 
-            used = [one for one in range(torch.cuda.device_count()) if torch.cuda.max_memory_reserved(one)]
-            devices = {torch.cuda.current_device(), *used}  # asking the driver of another would begin CUDA there
+            used = [index for index in range(torch.cuda.device_count()) if torch.cuda.max_memory_reserved(index)]
+            devices = {torch.cuda.current_device(), *used}  # a query to another device would initialize CUDA there
             free_and_total = [torch.cuda.mem_get_info(device) for device in devices]
             values["allocated"] = sum(torch.cuda.max_memory_allocated(device) for device in devices) / MIB
             values["reserved"] = sum(torch.cuda.max_memory_reserved(device) for device in devices) / MIB
@@ -82,18 +83,18 @@ class MemoryMonitor:
         return values
 
     def summary(self) -> dict[str, float]:
-        """`PHASE/SOURCE_peak_mib` for every peak, the baseline, and the peaks over all phases."""
-        found = {f"baseline/{source}_mib": value for source, value in self.baseline.items()}
+        """Return the metrics: `PHASE/SOURCE_peak_mib`, `baseline/SOURCE_mib`, and `SOURCE_peak_mib` over all phases."""
+        metrics = {f"baseline/{source}_mib": value for source, value in self.baseline.items()}
         for phase, sources in self.peaks.items():
             for source, value in sources.items():
-                found[f"{phase}/{source}_peak_mib"] = value
+                metrics[f"{phase}/{source}_peak_mib"] = value
                 key = f"{source}_peak_mib"
-                found[key] = max(value, found.get(key, 0.0))
-        return found
+                metrics[key] = max(value, metrics.get(key, 0.0))
+        return metrics
 
 
 def resettable() -> bool:
-    """Whether this kernel can reset the process's high-water mark (Linux, not in every sandbox)."""
+    """Return whether this kernel can reset the process's high-water mark (Linux, but not every sandbox)."""
     global _resettable
     if _resettable is None:
         try:
@@ -108,11 +109,14 @@ _resettable: bool | None = None
 
 
 def reuse_freed_memory() -> bool:
-    """Make glibc keep freed blocks for the next tensor, instead of returning each to the kernel; whether it did.
+    """Make glibc keep freed blocks for the next tensor, instead of returning each to the kernel.
 
-    A training step on a CPU allocates and frees the same large tensors over and over; by default each is mapped anew
-    and its pages are zeroed anew. Larger limits save more time still, and cost memory by fragmentation.
-    `nox -s bench` shows both. Source: mallopt(3).
+    A training step on a CPU allocates and frees the same large tensors repeatedly. By default, the kernel maps each
+    again and fills its pages with zeros again. Larger limits would save even more time, but cost memory by
+    fragmentation. `nox -s bench` measures both. Source: mallopt(3).
+
+    Returns:
+        Whether the allocator accepted the setting.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -123,15 +127,15 @@ def reuse_freed_memory() -> bool:
 
 
 def release_freed_memory() -> None:
-    """Return freed blocks to the kernel now, where the allocator can. Source: malloc_trim(3)."""
+    """Return freed blocks to the kernel now, if the allocator can do so. Source: malloc_trim(3)."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):  # not glibc: nothing is kept back there
+    except (OSError, AttributeError):  # not glibc: other allocators are not set up here to keep blocks
         return
 
 
 def _peak_rss() -> int:
-    """Bytes of the process's resident high-water mark since it was last reset."""
+    """Return the process's resident high-water mark in bytes, since it was last reset."""
     for line in (_PROC / "status").read_text("ascii").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

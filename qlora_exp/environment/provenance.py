@@ -1,4 +1,4 @@
-"""Where a result comes from: code version, library versions, hardware. Imports nothing heavy."""
+"""Describe where a result comes from: code version, library versions, hardware, process. Imports nothing slow."""
 
 import functools
 import getpass
@@ -33,39 +33,39 @@ _QUANTIZERS = {"torchao": "torchao", "quanto": "optimum-quanto", "gptq": "GPTQMo
 
 @functools.cache
 def libraries(quant_method: str = "bitsandbytes") -> dict[str, str]:
-    """The installed version of each library that can change a result; one that is missing is left out.
+    """Return the installed version of each library that can change a result; leave out libraries not installed.
 
     Args:
-        quant_method: what stores the base; other quantizers change nothing.
+        quant_method: the quantization method of the base; libraries of other methods cannot change the result.
     """
-    found = {"python": platform.python_version(), "qlora_exp": version("qlora-exp")}
+    versions = {"python": platform.python_version(), "qlora_exp": version("qlora-exp")}
     for name in filter(None, (*LIBRARIES, _QUANTIZERS.get(quant_method))):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def environment() -> dict[str, str]:
-    """Every installed package with its version; of one that is found twice, the one that Python imports.
+    """Return every installed package with its version; of a package installed twice, the version that Python imports.
 
-    Copies that setuptools carries for itself are none: whether they are seen depends on who imported it before.
+    setuptools' own copies of packages are left out: whether Python sees them depends on earlier imports.
     """
-    found: dict[str, str] = {}
+    versions: dict[str, str] = {}
     installed = [folder for folder in sys.path if Path(folder).name != "_vendor"]
-    for one in distributions(path=installed):
+    for distribution in distributions(path=installed):
         try:
-            metadata: Any = one.metadata
+            metadata: Any = distribution.metadata
             if metadata and (name := metadata.get("Name")):
-                found.setdefault(str(name), one.version)
+                versions.setdefault(str(name), distribution.version)
         except OSError:  # an interrupted pip leaves folders without metadata
             continue
-    return dict(sorted(found.items(), key=lambda pair: pair[0].lower()))
+    return dict(sorted(versions.items(), key=lambda pair: pair[0].lower()))
 
 
 def git() -> dict[str, str]:
-    """`sha` and `dirty` of the checkout the package runs from; empty if it runs from an installed wheel."""
+    """Return `sha` and `dirty` of the git checkout of this package; empty for an installed wheel."""
     package = Path(__file__).resolve().parents[1]
     if not (package.parent / ".git").exists():
         return {}
@@ -77,12 +77,12 @@ def git() -> dict[str, str]:
 
     try:
         return {"sha": ask("rev-parse", "HEAD"), "dirty": str(bool(ask("status", "--porcelain"))).lower()}
-    except (OSError, subprocess.SubprocessError):  # no git here, or no commit yet
+    except (OSError, subprocess.SubprocessError):  # git is not installed, or there is no commit yet
         return {}
 
 
 def hardware() -> dict[str, Any]:
-    """The machine: threads that torch uses, cores, memory in MiB."""
+    """Return the machine's host name, platform, cores, torch threads, memory in MiB, and torch's CUDA version."""
     import torch
 
     return {
@@ -96,20 +96,20 @@ def hardware() -> dict[str, Any]:
 
 
 def command() -> str:
-    """The command line of this process."""
+    """Return the command line of this process."""
     return " ".join(["qlora-exp" if "qlora" in Path(sys.argv[0]).name else sys.argv[0], *sys.argv[1:]])
 
 
 def user() -> str:
-    """Who runs this process; empty where the system has no name for them."""
+    """Return the name of the user who runs this process; empty if the system has no name for this user."""
     try:
         return getpass.getuser()
-    except (OSError, KeyError):  # a container's number without a name; KeyError before Python 3.13
+    except (OSError, KeyError):  # in a container, a user number without a name; KeyError before Python 3.13
         return ""
 
 
 def process() -> dict[str, str]:
-    """What tells whether this very process still lives: host, boot and pid namespace (Linux), pid and start time."""
+    """Return what `is_dead` needs to identify this process: host, boot and pid namespace (Linux), pid, start time."""
     me = psutil.Process()
     where = {"host": socket.gethostname(), "boot": _boot(), "namespace": _namespace()}
     return where | {"pid": str(me.pid), "started": str(me.create_time())}
@@ -126,10 +126,13 @@ def _namespace() -> str:
 
 
 def is_dead(recorded: dict[str, str]) -> bool:
-    """Whether a recorded `process()` of this host is gone; False for another host or container: that is not known.
+    """Return whether a recorded `process()` of this host has ended.
+
+    Returns:
+        False also for a process of another host or container, because nothing can be determined about it.
 
     Raises:
-        ValueError: its number or its start is no number.
+        ValueError: the recorded pid or start time is not a number.
     """
     if recorded.get("host") != socket.gethostname() or not recorded.get("pid"):
         return False
@@ -138,9 +141,9 @@ def is_dead(recorded: dict[str, str]) -> bool:
     if recorded.get("namespace") != _namespace():
         return False
     try:
-        found = psutil.Process(int(recorded["pid"])).create_time()
+        started = psutil.Process(int(recorded["pid"])).create_time()
     except psutil.NoSuchProcess:
         return True
-    except psutil.AccessDenied:  # another user's, where the system hides those
+    except psutil.AccessDenied:  # a process of another user, which this system hides
         return False
-    return not abs(found - float(recorded["started"])) <= 60  # derived from the system clock, which may be set; or NaN
+    return not abs(started - float(recorded["started"])) <= 60  # the system clock may change; or NaN

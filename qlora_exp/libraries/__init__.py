@@ -1,5 +1,6 @@
-"""Private parts of other libraries that this package uses: one module for each library, one name for each touch.
+"""Wrap the private parts of other libraries that this package uses: one module per library, one name per use.
 
 May import: utils.
-Never here: what has a public way, and anything about runs; no other room names a library's private parts.
+Not allowed here: uses that have a public alternative, and code about runs. No other room uses private parts, except
+where docs/library_patches.md says so.
 """

@@ -1,4 +1,4 @@
-"""bitsandbytes' private parts. Checked on bitsandbytes 0.50.2."""
+"""Wrap bitsandbytes' private parts. Checked on bitsandbytes 0.50.2."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
 
 def keep_trainable(module: torch.nn.Module) -> None:
-    """Undo what makes a layer of bitsandbytes lose its gradient or its scales; other modules are left alone.
+    """Prevent a bitsandbytes layer from losing its gradient or its scales; leave other modules unchanged.
 
     4 bits (`Linear4bit.support_avx512bf16_for_cpu`): on CPUs with AVX512-BF16 the first forward in eval mode repacks
     the weights for inference; later training forwards then take a path without autograd, and the gradient through every

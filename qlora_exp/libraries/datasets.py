@@ -1,11 +1,11 @@
-"""The private parts of datasets. Checked on datasets 5.2.0."""
+"""Wrap the private parts of datasets. Checked on datasets 5.2.0."""
 
 from datasets import Dataset
 
 
 def content_key(dataset: Dataset) -> str:
-    """A key of a dataset's content (`Dataset._fingerprint`): a hash of its files and of what was done to them.
+    """Return a key of a dataset's content (`Dataset._fingerprint`): a hash of its files and of all operations on them.
 
-    The alternative is to hash all rows each time a run begins.
+    The alternative would be to hash all rows each time a run starts.
     """
     return str(dataset._fingerprint)

@@ -1,4 +1,4 @@
-"""MLflow's private parts. Checked on MLflow 3.17.2."""
+"""Wrap MLflow's private parts. Checked on MLflow 3.17.2."""
 
 from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine_with_retry
 
@@ -6,11 +6,11 @@ from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine_w
 def create_tables(database: str) -> None:
     """Create MLflow's tables in an empty database (`mlflow.store.db.utils._initialize_tables`).
 
-    MLflow does so by itself when it opens a store, but takes seconds and can do nothing with a half-made one; `mlflow
-    db upgrade` refuses an empty database.
+    MLflow creates them itself when it opens a store, but this takes seconds, and MLflow cannot use a store whose
+    creation was interrupted. `mlflow db upgrade` refuses an empty database.
 
     Args:
-        database: an SQLAlchemy address.
+        database: an SQLAlchemy URL.
     """
     engine = create_sqlalchemy_engine_with_retry(database)
     try:

@@ -1,10 +1,10 @@
-"""Optuna's private parts. Checked on Optuna 5.0.0."""
+"""Wrap Optuna's private parts. Checked on Optuna 5.0.0."""
 
 import optuna
 
 
 def reopened(study: optuna.Study, number: int) -> optuna.trial.Trial:
-    """A trial that another process began, to report to (`FrozenTrial._trial_id`).
+    """Reopen a trial that another process started, to report values to it (`FrozenTrial._trial_id`).
 
     Optuna has no public way to reopen a trial.
     """

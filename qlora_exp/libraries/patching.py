@@ -1,4 +1,4 @@
-"""Attributes of other libraries' modules, replaced for a while."""
+"""Replace attributes of other libraries' modules temporarily."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,10 +8,10 @@ from typing import Any
 
 @contextmanager
 def patched(module: ModuleType, **attributes: Any) -> Iterator[None]:
-    """Replace attributes of a module inside, and put them back afterwards, also after an error.
+    """Replace attributes of a module within the context, and restore them afterwards, also after an error.
 
     Raises:
-        AttributeError: the module has no such attribute, so that a patch would have no effect.
+        AttributeError: the module has no such attribute, so the replacement would have no effect.
     """
     before = {name: getattr(module, name) for name in attributes}
     try:

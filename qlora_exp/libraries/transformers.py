@@ -1,4 +1,4 @@
-"""Transformers' private parts. Checked on transformers 5.23.0."""
+"""Wrap transformers' private parts. Checked on transformers 5.23.0."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from transformers.quantizers.base import get_keys_to_not_convert
 
 
 def with_bitsandbytes_layers(model: Any, settings: Any) -> None:
-    """Replace linear layers by bitsandbytes', as loading with `settings` would; those it leaves alone stay.
+    """Replace the same linear layers by bitsandbytes layers as loading with `settings` would.
 
-    `replace_with_bnb_linear` and `get_keys_to_not_convert` are undocumented helpers of `from_pretrained`, which is no
-    substitute: it wants weights.
+    `replace_with_bnb_linear` and `get_keys_to_not_convert` are undocumented helpers of `from_pretrained`, which cannot
+    replace them: it needs weights.
     """
     replace_with_bnb_linear(model, get_keys_to_not_convert(model), settings)
 
@@ -18,6 +18,6 @@ def with_bitsandbytes_layers(model: Any, settings: Any) -> None:
 def load_best_checkpoint(trainer: Any) -> None:
     """Load the checkpoint that the trainer's state names as the best (`Trainer._load_best_model`).
 
-    That is what `load_best_model_at_end` does after training; there is no public way to do it with a chosen checkpoint.
+    `load_best_model_at_end` does this after training. There is no public way to do it for a checkpoint of our choice.
     """
     trainer._load_best_model()

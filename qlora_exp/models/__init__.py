@@ -1,5 +1,5 @@
-"""Base models and what is added to them: loading, quantization, adapters, how LoRA starts.
+"""Base models and adapters: loading, quantization, adapter methods, and how LoRA is initialized.
 
 May import: utils, libraries, config, environment, data.
-Never here: trainers, MLflow, whole runs.
+Not allowed here: trainers, MLflow, complete runs.
 """

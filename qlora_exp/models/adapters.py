@@ -1,6 +1,6 @@
-"""Method and variant -> trainable parameters, through PEFT's own registry.
+"""Attach the adapter of a method and variant to the base model, through PEFT's own registry.
 
-Knows nothing of training; `keep_dtypes` is here because the trainer would change what this module set.
+Does not depend on training. `keep_dtypes` is here because the trainer would change dtypes that this module sets.
 """
 
 import json
@@ -21,21 +21,24 @@ from qlora_exp.libraries.peft import follow_forward_of_base, loss_of_adapter
 from qlora_exp.utils.errors import ConfigError, did_you_mean
 
 _UNKNOWN_STEPS = 10**9
-"""AdaLoRA must be told how many steps there are before anybody knows: `fit_schedule` does."""
+"""Placeholder: AdaLoRA needs the number of steps before it is determined. `fit_schedule` sets the real one later."""
 PRESETS = ("all-linear", "attention", "mlp", "q_v", "outputs")
 _OUTPUT = re.compile(r"(o|out|c|down)_proj|wo|w2|fc2|fc_out|dense|dense_4h_to_h")
 _QUERY_OR_VALUE = re.compile(r"(q|v|query|value|wq|wv)(_proj|_lin)?")
 
 
 def peft_config(config: Config, skeleton: PreTrainedModel) -> PeftConfig | None:
-    """PEFT's config of the method, with target modules that exist in the model; None if all parameters train.
+    """Return PEFT's config of the method, with target modules that exist in the model.
 
     Args:
         config: the run's config.
-        skeleton: the base model; weights are not looked at.
+        skeleton: the base model; its weights are not used.
+
+    Returns:
+        None for a full fine-tune, which trains all parameters.
 
     Raises:
-        ConfigError: PEFT refuses a setting, or target modules match nothing.
+        ConfigError: PEFT refuses a setting, or target modules match no module.
     """
     method = config.method
     if method.peft_type is None:
@@ -47,9 +50,10 @@ def peft_config(config: Config, skeleton: PreTrainedModel) -> PeftConfig | None:
         settings["init_lora_weights"] = True  # PEFT's own LoftQ would quantize the base itself
     if settings.get("target_modules") is not None:
         settings["target_modules"] = resolve_targets(settings["target_modules"], skeleton)
-    unknown = config.lora_start in ("corda", "lora_ga") or config.quantization.quant_method in ("gptq", "awq")
-    if settings.get("target_modules") == "all-linear" and unknown:
-        # PEFT looks for their layers before it knows what this name stands for, or takes theirs for no linear ones.
+    needs_names = config.lora_start in ("corda", "lora_ga") or config.quantization.quant_method in ("gptq", "awq")
+    if settings.get("target_modules") == "all-linear" and needs_names:
+        # For these starts PEFT looks for the layers before it expands "all-linear". Layers of these quantizers are not
+        # linear layers to PEFT.
         settings["target_modules"] = sorted({name.rpartition(".")[2] for name in linear_layers(skeleton)})
     try:
         return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.peft_type)](task_type=TaskType.CAUSAL_LM, **settings)
@@ -58,13 +62,13 @@ def peft_config(config: Config, skeleton: PreTrainedModel) -> PeftConfig | None:
 
 
 def resolve_targets(wanted: str | list[str], skeleton: PreTrainedModel) -> str | list[str]:
-    """Names of the modules to adapt, checked against the model's own.
+    """Return the names of the modules to adapt, checked against the model's modules.
 
-    `attention`, `mlp`, `q_v` and `outputs` (what both kinds of blocks end in) become the model's own names (OPT's
-    `out_proj`, `fc1`, ...); `all-linear` and regular expressions stay as they are, since PEFT reads them itself.
+    `attention`, `mlp`, `q_v` and `outputs` (the last layers of attention and MLP blocks) become the model's own names
+    (OPT's `out_proj`, `fc1`, ...). `all-linear` and regular expressions are unchanged, since PEFT expands them itself.
 
     Raises:
-        ConfigError: something matches no module.
+        ConfigError: a name, preset or regular expression matches no module.
     """
     names = [name for name, _ in skeleton.named_modules() if name]
     linear = linear_layers(skeleton)
@@ -77,12 +81,12 @@ def resolve_targets(wanted: str | list[str], skeleton: PreTrainedModel) -> str |
         return wanted
     if wanted in PRESETS:
         attention = {name.rpartition(".")[2] for name in linear if re.search(r"attn|attention", name)}
-        every = {name.rpartition(".")[2] for name in linear}
+        layers = {name.rpartition(".")[2] for name in linear}
         chosen = {
             "attention": attention,
-            "mlp": every - attention,
+            "mlp": layers - attention,
             "q_v": {name for name in attention if _QUERY_OR_VALUE.fullmatch(name)},
-            "outputs": {name for name in every if _OUTPUT.fullmatch(name)},
+            "outputs": {name for name in layers if _OUTPUT.fullmatch(name)},
         }[wanted]
         if not chosen:
             raise ConfigError(_matches_nothing(wanted, linear))
@@ -91,12 +95,14 @@ def resolve_targets(wanted: str | list[str], skeleton: PreTrainedModel) -> str |
         if any(re.fullmatch(wanted, name) for name in names):
             return wanted
     except re.error as error:
-        raise ConfigError(f"method.target_modules: '{wanted}' is no regular expression: {error}") from error
+        raise ConfigError(
+            f"method.target_modules: '{wanted}' is neither a preset nor a valid regular expression: {error}"
+        ) from error
     raise ConfigError(_matches_nothing(wanted, linear))
 
 
 def linear_layers(model: PreTrainedModel) -> list[str]:
-    """Full names of the linear layers (GPT-2's Conv1D too), the output layer left out."""
+    """Return the full names of the linear layers (GPT-2's Conv1D too), without the output layer."""
     head = model.get_output_embeddings()
     return [
         name
@@ -116,10 +122,15 @@ def _matches_nothing(target: str, linear: Iterable[str]) -> str:
 def attach(
     model: PreTrainedModel, settings: PeftConfig | None, adapter_dtype: str | None
 ) -> PreTrainedModel | PeftModel:
-    """The model with trainable parameters: all of its own, or an adapter's in `adapter_dtype`.
+    """Return the model with trainable parameters: an adapter's, or all of the model's own.
+
+    Args:
+        model: the base model.
+        settings: PEFT's config; None for a full fine-tune.
+        adapter_dtype: dtype of the adapter's parameters; None: float32.
 
     Raises:
-        ConfigError: PEFT cannot adapt this model so.
+        ConfigError: PEFT cannot adapt this model with this method.
     """
     if settings is None:
         return model.train()
@@ -136,48 +147,48 @@ def attach(
 
 
 def base_alone(model: Any) -> AbstractContextManager[Any]:
-    """Inside, the model without its adapter: with a prefix that has learned nothing yet it is not the base."""
+    """Disable the adapter inside the context: an untrained prefix already changes the base model's output."""
     return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
 
 
 def penalty(model: Any) -> torch.Tensor | float:
-    """What KaSA and MonteCLoRA add to the loss while they learn; 0 for all others."""
+    """Return the term that KaSA and MonteCLoRA add to the loss in training; 0 for other methods."""
     if not isinstance(model, PeftModel) or model.active_peft_config.peft_type != PeftType.LORA:
         return 0.0
     return loss_of_adapter(model.base_model)
 
 
 def allocates(model: Any) -> bool:
-    """Whether a method moves its budget while it learns (AdaLoRA, AdaMSS).
+    """Return whether the method moves its rank budget between layers in training (AdaLoRA, AdaMSS).
 
-    PEFT then wants `update_and_allocate` of its tuner called after each optimizer step, which TRL does not do.
+    PEFT then needs a call of the tuner's `update_and_allocate` after each optimizer step, which TRL does not make.
     """
     return isinstance(model, PeftModel) and hasattr(type(model.base_model), "update_and_allocate")
 
 
 def fit_schedule(model: Any, steps: int) -> None:
-    """Tell AdaLoRA how many steps a training has; of other methods nothing.
+    """Set the number of training steps in AdaLoRA's config; do nothing for other methods.
 
     Raises:
-        ConfigError: they are too few for its schedule.
+        ConfigError: there are too few steps for AdaLoRA's schedule.
     """
     settings = model.peft_config[model.active_adapter]
     if settings.peft_type != PeftType.ADALORA:
         return
     if settings.tinit + settings.tfinal >= steps:
         raise ConfigError(
-            f"method.tinit={settings.tinit} and method.tfinal={settings.tfinal} steps without a change "
-            f"of ranks leave none of {steps} training steps"
+            f"method.tinit={settings.tinit} and method.tfinal={settings.tfinal} steps without a change of ranks "
+            f"leave none of {steps} training steps; reduce them, or train longer"
         )
     settings.total_step = steps
 
 
 @contextmanager
 def keep_dtypes(model: torch.nn.Module) -> Iterator[None]:
-    """Undo what happens inside to trainable values.
+    """Restore the values and dtypes of trainable parameters after the context.
 
-    TRL 1.16's SFTTrainer rounds the adapters of a quantized base to bfloat16, and only those: a comparison of LoRA
-    with QLoRA would compare precisions too.
+    TRL 1.16's SFTTrainer rounds the adapters of a quantized base to bfloat16, and only those. A comparison of LoRA with
+    QLoRA would then compare precisions too.
     """
     values = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
     yield
@@ -187,9 +198,10 @@ def keep_dtypes(model: torch.nn.Module) -> Iterator[None]:
 
 
 def make_portable(folder: Path, base_model: str) -> None:
-    """Take out of a saved model what holds on this machine only.
+    """Remove from a saved model everything that is valid on this machine only.
 
-    The trainer's pickled arguments and PEFT's card skeleton go; the adapter names its base as the config does.
+    Deletes the trainer's pickled arguments and PEFT's template of a model card. Sets the base model's name in the
+    adapter's config to the one in the run's config.
     """
     for name in ("training_args.bin", "README.md"):
         (folder / name).unlink(missing_ok=True)
@@ -200,8 +212,8 @@ def make_portable(folder: Path, base_model: str) -> None:
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
-    """Trainable and total parameters; a 4-bit weight counts for what it stands for, as PEFT counts."""
+    """Return the numbers of trainable and of all parameters; each 4-bit weight counts as one, as in PEFT."""
     trainable, total = PeftModel.get_nb_trainable_parameters(model)
-    # Weights that GPTQModel's layers keep are no parameters.
+    # GPTQModel's layers keep their weights in buffers, which PEFT does not count.
     packed = (layer for layer in model.modules() if hasattr(layer, "qzeros") and hasattr(layer, "in_features"))
     return trainable, total + sum(layer.in_features * layer.out_features for layer in packed)

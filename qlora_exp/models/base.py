@@ -1,6 +1,6 @@
-"""The base model and its tokenizer, quantized as asked, from the hub, a folder, a package or at random.
+"""Load the base model, quantized as configured, and its tokenizer: from the hub, a folder or a package, or random.
 
-Knows nothing of adapters or of training.
+Does not depend on adapters or training.
 """
 
 import errno
@@ -38,41 +38,44 @@ Tokenizer = PreTrainedTokenizerBase
 
 
 def locate(config: ModelConfig) -> str:
-    """A hub id or a local folder that transformers can load; embedded and random models are built first."""
+    """Return a hub id or a local folder that transformers can load; build built-in and random models first."""
     name = config.model_name_or_path
     if name.startswith(("embedded:", "random:")):
         return str(builtin.folder_of(name, dict(config.random_config)))
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise ModelError(f"model.model_name_or_path: no folder {name}")
+        raise ModelError(f"model.model_name_or_path: there is no folder {name}")
     return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
 
 
 def load_tokenizer(config: ModelConfig) -> Tokenizer:
-    """The tokenizer, with a pad token and with padding on the right.
+    """Load the tokenizer, with a pad token and with padding on the right.
 
     Raises:
-        ModelError: it cannot be found, fetched or read.
+        ModelError: the tokenizer cannot be found, fetched or read, or has no EOS token.
     """
     tokenizer = _from_pretrained(AutoTokenizer, config)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
-        # A reserved token where there is one: padding with EOS is masked by position here, never by value.
+        # The unknown token if there is one. EOS is safe too: padding is masked by position here, never by value.
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if tokenizer.eos_token is None:
         raise ModelError(
-            f"{config.model_name_or_path}: its tokenizer has no EOS token, so a model could not learn to stop"
+            f"{config.model_name_or_path}: its tokenizer has no EOS token, so the model could not learn to stop; "
+            "choose another model"
         )
     return tokenizer
 
 
 def model_config(config: ModelConfig) -> PretrainedConfig:
-    """Transformers' config of the model: `model.architecture` if that is of this model, else from its files.
+    """Return transformers' config of the model: from `model.architecture` if that describes this model, else its files.
 
     Raises:
-        ModelError: it is not known here.
+        ModelError: the config cannot be loaded, or `model.architecture` is not valid.
     """
     if config.architecture and "_name_or_path" not in config.architecture:
-        raise ModelError("model.architecture: says not whose it is; add _name_or_path, as model.model_name_or_path")
+        raise ModelError(
+            "model.architecture: does not name its model; add _name_or_path, with the value of model.model_name_or_path"
+        )
     if config.architecture.get("_name_or_path") != config.model_name_or_path:
         return _from_pretrained(AutoConfig, config)
     try:
@@ -82,17 +85,17 @@ def model_config(config: ModelConfig) -> PretrainedConfig:
 
 
 def skeleton(config: ModelConfig) -> PreTrainedModel:
-    """The model's modules without weights (meta device): names and shapes, before anything large is fetched."""
+    """Return the model's modules without weights (meta device): names and shapes, before anything large is fetched."""
     model_config = _from_pretrained(AutoConfig, config)
     with init_empty_weights():
         return AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
 
 
 def load_model(config: ModelConfig, quantization: QuantizationConfig, resolved: Resolved) -> PreTrainedModel:
-    """The base model on its device, in its dtype, quantized as asked.
+    """Load the base model on its device, in its dtype, quantized as configured.
 
     Raises:
-        ModelError: it cannot be found, fetched or read.
+        ModelError: the model cannot be found, fetched or read, or its files are quantized in another way.
     """
     arguments: dict[str, Any] = {
         "dtype": getattr(torch, resolved.dtype),
@@ -102,20 +105,20 @@ def load_model(config: ModelConfig, quantization: QuantizationConfig, resolved: 
         arguments["attn_implementation"] = config.attn_implementation
     stored = getattr(_from_pretrained(AutoConfig, config), "quantization_config", None)
     check_files(config.model_name_or_path, quantization, stored)
-    if (how := quantization_config(quantization, resolved)) is not None:
-        arguments["quantization_config"] = how
+    if (quantizer_config := quantization_config(quantization, resolved)) is not None:
+        arguments["quantization_config"] = quantizer_config
     model = _from_pretrained(AutoModelForCausalLM, config, **arguments)
-    model.config.use_cache = False  # training has no use for it; generation asks for it itself
+    model.config.use_cache = False  # training does not need the cache; generation turns it on itself
     guard_layers(model)
-    if how is not None:
-        _leave_file(model)
+    if quantizer_config is not None:
+        _copy_from_file(model)
     return model
 
 
-def _leave_file(model: PreTrainedModel) -> None:
-    """Let the file go that the weights were read from: what is not quantized would keep all of it in memory.
+def _copy_from_file(model: PreTrainedModel) -> None:
+    """Copy unquantized tensors out of the weights file: they would keep all of the file in memory.
 
-    safetensors maps a file, and on a CPU its tensors lie in the mapping.
+    safetensors maps a file into memory, and on a CPU its tensors are parts of that mapping.
     """
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu" and type(tensor) in (torch.nn.Parameter, torch.Tensor):
@@ -123,7 +126,7 @@ def _leave_file(model: PreTrainedModel) -> None:
 
 
 def load_unquantized(config: ModelConfig, dtype: str = "auto") -> PreTrainedModel:
-    """The base in a dtype (auto: that of its files), on the CPU: what its weights were before they were quantized."""
+    """Load the base as it was before quantization, on the CPU, in a dtype (auto: the dtype of its files)."""
     return _from_pretrained(AutoModelForCausalLM, config, dtype=dtype)
 
 
@@ -137,7 +140,7 @@ def _from_pretrained(kind: Any, config: ModelConfig, **arguments: Any) -> Any:
         raise ModelError(_gated(name)) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise ModelError(
-            f"{name}: no such model on the hub, nor a local folder (a private one needs HF_TOKEN)"
+            f"{name}: no such model on the hub, and no such local folder (a private model needs HF_TOKEN)"
         ) from error
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, EOFError) as error:
         raise ModelError(
@@ -147,17 +150,17 @@ def _from_pretrained(kind: Any, config: ModelConfig, **arguments: Any) -> Any:
         if error.errno in (errno.ENOSPC, errno.EACCES):
             raise
         if Path(path).is_dir():
-            raise ModelError(f"{path}: not a whole model: {first_line(error)}") from error
+            raise ModelError(f"{path}: not a complete model: {first_line(error)}") from error
         if "gated" in str(error):
             raise ModelError(_gated(name)) from error
         raise ModelError(
-            f"{name}: cannot be loaded. It is not a local folder, and the hub did not give it: check the name"
+            f"{name}: is not a local folder, and cannot be fetched from the hub; check the name"
             f"{f', the revision {config.revision!r}' if config.revision else ''} and the network.\n{first_line(error)}"
         ) from error
     except (
         ImportError,
         ValueError,
-    ) as error:  # an attention kernel or an architecture that is not to be had here
+    ) as error:  # an attention kernel or an architecture that is not available here
         raise ModelError(f"{name}: {first_line(error)}") from error
 
 

@@ -1,7 +1,7 @@
-"""Bottleneck adapters (Houlsby et al. 2019, https://arxiv.org/abs/1902.00751) as a method of PEFT, which has none.
+"""Add bottleneck adapters (Houlsby et al. 2019, https://arxiv.org/abs/1902.00751) to PEFT, which does not have them.
 
-Importing this module registers them with PEFT under the type `BOTTLENECK`, for training and for loading. Settings have
-the names of LLM-Adapters' PEFT (https://arxiv.org/abs/2304.01933). Uses nothing else of this package.
+Importing this module registers them with PEFT under the type `BOTTLENECK`, for training and for loading. The names of
+settings are from LLM-Adapters' PEFT (https://arxiv.org/abs/2304.01933). Does not depend on the rest of this package.
 """
 
 from dataclasses import dataclass, field
@@ -23,11 +23,11 @@ class BottleneckConfig(PeftConfig):
     """PEFT's config of bottleneck adapters.
 
     Args:
-        bottleneck_size: features between down- and up-projection.
-        non_linearity: between them.
-        adapter_dropout: of what comes out of the non-linearity.
-        target_modules: layers whose output goes through an adapter; Houlsby's are the last ones of each attention and
-            each MLP block, before the residual.
+        bottleneck_size: number of features between down- and up-projection.
+        non_linearity: activation function between the two projections.
+        adapter_dropout: dropout after the activation function.
+        target_modules: layers whose output goes through an adapter. In Houlsby's paper, they are the last layers of
+            each attention and each MLP block, before the residual connection.
         modules_to_save: other modules to train and to save.
     """
 
@@ -46,10 +46,10 @@ class BottleneckConfig(PeftConfig):
 
 
 class BottleneckLayer(nn.Module, BaseTunerLayer):
-    """A layer y = f(x) that becomes y + up(dropout(activation(down(y)))).
+    """A layer y = f(x), replaced by y + up(dropout(activation(down(y)))).
 
-    It starts near the identity: weights from a normal distribution of standard deviation 0.01 cut at two, as the paper
-    has it, and no bias.
+    It starts near the identity function. As in the paper, weights are drawn from a normal distribution with standard
+    deviation 0.01, truncated at two standard deviations. Biases start at zero.
     """
 
     adapter_layer_names = ("bottleneck_down", "bottleneck_up")
@@ -77,7 +77,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The base layer's output, adapted: (..., out_features), in its dtype."""
+        """Return the adapted output of the base layer: (..., out_features), in the dtype of that output."""
         result = self.base_layer(x, *args, **kwargs)
         for name in () if self.disable_adapters else self.active_adapters:
             if name in self.bottleneck_down:
@@ -87,7 +87,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
         return result
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Raises ValueError: what is not linear has no place in a weight."""
+        """Raise ValueError: a function that is not linear cannot be merged into a weight."""
         raise ValueError("bottleneck adapters have a non-linearity, so they cannot be merged into the base's weights")
 
 

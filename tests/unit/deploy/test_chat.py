@@ -86,7 +86,7 @@ def test_invalid_sampling_values_are_rejected(values, talker):
 
 def test_request_that_does_not_fit_the_format_is_rejected(talker):
     system = [{"role": "system", "content": "Be brief."}, *asked("Why?").messages]
-    with pytest.raises(DataError, match="refuses this dialogue.*know user and assistant"):
+    with pytest.raises(DataError, match="refuses this dialogue.*has only user and assistant turns"):
         talker.answer(Request(system), SHORT)
     assert "system\nBe brief." in talker.prompt(Request(system, adapter="same_kind"))[0]
     with pytest.raises(DataError, match="an input beside the prompt"):

@@ -132,7 +132,10 @@ def test_device_map_that_names_another_gpu_is_rejected(device_map: Any, refused:
     ("environment", "says"),
     [
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "process 0 of 2 .* start it without a launcher"),
-        ({"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}, "process 1 of 2: refused, as process 0 says"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"},
+            "process 1 of 2: refused, for the reason",
+        ),
         ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, "process 0 of 1"),
         ({"LOCAL_RANK": "0"}, "process 0 of 1"),
         ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}, "process 3 of 4"),

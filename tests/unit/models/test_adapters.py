@@ -56,7 +56,7 @@ def test_target_lists_and_regular_expressions_are_kept():
     [
         (["q_proj", "w_proj"], "'w_proj' matches no module"),
         ("atention", "did you mean 'attention'"),
-        ("[", "no regular expression"),
+        ("[", "nor a valid regular expression"),
         (["fc1"], "Its linear layers: down_proj"),
     ],
 )

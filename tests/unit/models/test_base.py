@@ -39,8 +39,8 @@ def test_tokenizer_pads_with_another_token_than_eos(tiny_tokenizer):
     ("name", "message"),
     [
         ("./no-such-folder", "no folder"),
-        ("someone/no-such-model", "the hub did not give it"),
-        ("two/slashes/here", "no such model|did not give it"),
+        ("someone/no-such-model", "cannot be fetched from the hub"),
+        ("two/slashes/here", "no such model|cannot be fetched"),
     ],
 )
 def test_missing_model_is_reported(name: str, message: str):

@@ -111,7 +111,7 @@ def test_too_few_rows_for_a_rank_are_rejected(make_lora):
 
 def test_eva_directions_that_do_not_converge_are_rejected(make_lora, monkeypatch):
     monkeypatch.setattr(lora_init, "_EVA_PASSES", 1)
-    with pytest.raises(ConfigError, match="still turn after 1 passes over 2 batches"):
+    with pytest.raises(ConfigError, match="not converged after 1 passes over 2 batches"):
         make_lora("lora_variant=eva")
 
 

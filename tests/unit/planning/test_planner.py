@@ -101,7 +101,7 @@ def test_prediction_matches_a_profiled_step(words: list[str], tmp_path: Path):
         (["method=boft"], ConfigError, "method=boft cannot be planned .its code looks at values"),
         (["method=lora", "training.torch_compile=true"], ConfigError, "torch_compile=true cannot be planned yet"),
         (["method=lora", "++model.architecture.num_attention_heads=7"], ModelError, "model.architecture"),
-        (["method=lora", "~model.architecture._name_or_path"], ModelError, "says not whose it is"),
+        (["method=lora", "~model.architecture._name_or_path"], ModelError, "does not name its model"),
     ],
 )
 def test_config_that_cannot_be_planned_is_rejected_with_its_reason(words: list[str], error: type[Exception], says: str):
