@@ -47,7 +47,7 @@ def no_such_key(key: str) -> str:
     if key.rpartition(".")[2] in ("output_dir", "out", "output"):
         return f"{key}: no such key or group; the output folder is hydra.run.dir=FOLDER"
     if key.startswith("hydra."):
-        return f"{key}: Hydra has no such key (--cfg hydra shows its keys); +{key}=VALUE adds a key for a plugin"
+        return f"{key}: Hydra has no such key (--cfg hydra shows its keys); +{key}=VALUE adds one for a plugin"
     if (hint := did_you_mean(key, known_keys())) != ".":
         return f"{key}: no such key or group{hint}"
     section = key.rpartition(".")[0]
