@@ -60,7 +60,8 @@ class DatasetConfig(Section):
     drop_leaks: Literal["none", "exact", "near"] = "exact"
     """Training rows to leave out. exact: same prompt as a held-out row; near: also rows with similar text."""
     leak_threshold: Annotated[float, Field(gt=0, le=1)] = 0.7
-    """Smallest share of common five-word sequences at which two rows count as near (similar) in the leak report."""
+    """Smallest share of common five-word sequences at which two rows count as near, in the leak report and for
+    drop_leaks."""
     streaming: bool = False
     """Hub datasets: fetch rows one by one, only as many as max_train_rows and eval_size (a number of rows) need."""
     reasoning_gym_size: PositiveInt = 500

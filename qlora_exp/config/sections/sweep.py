@@ -11,7 +11,8 @@ class SweepConfig(Section):
     """How a sweep (`-m`) runs its jobs. Changes no job's result."""
 
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] | None = None
-    """Name of the sweep's folder and MLflow run. null: derived from the swept keys. A used name resumes its sweep."""
+    """Name of the sweep's folder and MLflow run. null: derived from the swept keys. Reusing a name
+    resumes that sweep."""
     n_jobs: PositiveInt = 1
     """Number of jobs that run at the same time on this machine. They share its cores."""
     timeout_minutes: Annotated[float, Field(gt=0)] | None = None
@@ -19,7 +20,7 @@ class SweepConfig(Section):
     fail_fast: bool = False
     """Start no more jobs once a job has failed."""
     rerun: Literal["none", "failed", "all"] = "none"
-    """Which finished jobs to run again from the start. Interrupted jobs always resume."""
+    """Which finished jobs to run again from the start: none, failed ones, or all. Interrupted jobs always resume."""
     dry_run: bool = False
     """List the jobs and what would happen to each, but run nothing."""
     unfit: Literal["run", "skip", "refuse"] = "run"

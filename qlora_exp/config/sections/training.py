@@ -33,7 +33,7 @@ class TrainingConfig(Section):
     """Steps of learning rate warmup. Below 1: a share of all steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    """Gradient clipping. 0: none. The QLoRA paper clips at 0.3."""
+    """Gradient clipping: largest norm of the gradient. 0: no clipping. The QLoRA paper clips at 0.3."""
     bf16: Literal["auto"] | bool = "auto"
     """Autocast to bfloat16. auto: only on a GPU that supports it."""
     fp16: Literal["auto"] | bool = "auto"
