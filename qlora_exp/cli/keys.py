@@ -62,7 +62,7 @@ def _describe(name: str, field: Any, value: Any) -> str:
     """Describe one key; `value` is what the default run has."""
     differs = value != field.default and not isinstance(value, dict)
     also = f"; {value!r} in the default run" if differs else ""
-    meaning = f"\n      {field.description}" if field.description else ""
+    meaning = "".join(f"\n      {line}" for line in (field.description or "").splitlines())
     return f"{name}: {_type(field.annotation)} = {field.default!r}{also}{meaning}"
 
 

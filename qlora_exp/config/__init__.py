@@ -1,5 +1,5 @@
-"""What a config may say: the schema, its checks, how Hydra composes it, and how somebody else's config is read.
+"""Config: the schema, its checks, composing with Hydra, and reading an untrusted config.
 
 May import: utils, libraries.
-Never here: torch or anything that imports it; a wrong config is refused within a second.
+Never here: torch or anything that imports it, so that a wrong config is rejected within a second.
 """

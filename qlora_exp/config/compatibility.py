@@ -1,7 +1,8 @@
-"""What works together: method, base and what a trainer does, as `probe` found it with the versions that are tested.
+"""Look up which combinations of method, kind of base and trainer feature work.
 
-The verdicts are data (`compatibility.json`, written by `nox -s compatibility`); what it does not name was never tried,
-and is not refused. Must not import torch: a combination that fails is refused within a second.
+`studies.probe` tests them with the pinned library versions; `nox -s compatibility` writes the verdicts to
+`compatibility.json`. A combination that the file does not list was never tested, and is not rejected. This module must
+not import torch: a combination that fails is rejected within a second.
 """
 
 import json
@@ -13,27 +14,28 @@ from pathlib import Path
 FILE = Path(__file__).with_suffix(".json")
 WORKS = "works"
 ASPECTS = ("trains", "gradient_checkpointing", "packing", "load_best_model_at_end", "resume", "merge")
-"""`trains`: only what it adds changes, gradients are those of the base's values, saved and loaded it is the same."""
+"""Tested aspects. `trains`: only the added parameters change, gradients match those of the base's (dequantized)
+weights, and the saved and reloaded model is the same."""
 BASES = {"plain": "none", "4bit": "nf4_double", "8bit": "int8", "torchao": "torchao_int8", "quanto": "quanto_int4"}
-"""Kinds of bases, each with the quantization that stands for it."""
+"""Kinds of bases, each with the quantization option that is tested for it."""
 
 _ignored = False
 
 
 def refusal(kind: str, base: str, aspect: str) -> str | None:
-    """Why `aspect` does not work, in a few words; None if it does, or if nobody tried.
+    """Return in a few words why `aspect` does not work; None if it works or was never tested.
 
     Args:
-        kind: PEFT's type (`LORA`), with a variant of LoRA after a plus (`LORA+dora`); `FULL`: all parameters train.
-        base: one of BASES.
-        aspect: one of ASPECTS.
+        kind: PEFT type (`LORA`), with the variant of LoRA after a plus (`LORA+dora`), or `FULL` (full fine-tuning).
+        base: key of BASES.
+        aspect: item of ASPECTS.
     """
     verdict = None if _ignored else _verdicts().get(kind, {}).get(base, {}).get(aspect)
     return None if verdict == WORKS else verdict
 
 
 def kind_of(peft_type: str | None, variant: str) -> str:
-    """The name that verdicts have for a method."""
+    """Return the name under which the verdicts list a method."""
     if peft_type != "LORA" or variant == "lora":
         return peft_type or "FULL"
     return with_variant if (with_variant := f"LORA+{variant}") in _verdicts() else "LORA"
@@ -41,7 +43,7 @@ def kind_of(peft_type: str | None, variant: str) -> str:
 
 @contextmanager
 def ignored() -> Iterator[None]:
-    """Refuse nothing inside: for trying it."""
+    """Reject no combination inside, so that it can be tested."""
     global _ignored
     _ignored = True
     try:

@@ -1,6 +1,6 @@
-"""What in a config does not go together, across its sections. Must not import torch.
+"""Check that the sections of a config fit together. Must not import torch.
 
-Single keys and sections check themselves in `schema`.
+Single keys and sections are checked in `config.sections`.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from qlora_exp.config.schema import Config
 
 
 def problems(config: Config) -> Iterator[str]:
-    """Each with what to do about it."""
+    """Yield a message for each problem, with what to do about it."""
     lora = [*_lora(config)]
     yield from lora
     explained = lora and config.method.peft_type == "LORA"
@@ -18,15 +18,19 @@ def problems(config: Config) -> Iterator[str]:
     yield from _trainer(config)
     yield from _device(config)
     if not config.model.model_name_or_path.startswith("random:") and config.model.random_config:
-        yield "model.random_config needs a model_name_or_path of random:FAMILY"
+        yield "model.random_config needs model.model_name_or_path=random:FAMILY"
     if config.search.prune and config.training.eval_strategy == "no":
-        yield "search.prune needs a held-out loss during training: training.eval_strategy=steps"
+        yield "search.prune needs a held-out loss during training: set training.eval_strategy=steps"
     elif config.search.prune and 0 < config.training.max_steps <= (config.training.eval_steps or 0):
-        yield "search.prune needs a held-out loss before the end: training.eval_steps < max_steps"
+        yield "search.prune needs a held-out loss before the last step: set training.eval_steps < max_steps"
 
 
 def _method_and_base(config: Config, why: str | None) -> Iterator[str]:
-    """`why`: what was seen to fail, if nothing better explains it."""
+    """Check that the method can train the base.
+
+    Args:
+        why: what failed when it was tested; None if nothing did, or if another message already explains it.
+    """
     method, quantization = config.method, config.quantization
     if method.quantized_base is True and not quantization.quantized:
         yield (
@@ -64,24 +68,24 @@ def _lora(config: Config) -> Iterator[str]:
         yield "init_lora_weights=loftq makes up for a quantized base: choose quantization=nf4_double"
     if peft_methods.moves_base(start):
         uneven = settings.get("rank_pattern") or settings.get("alpha_pattern")
-        for name, given in (
+        for name, setting in (
             ("use_dora=true", settings.get("use_dora")),
             ("modules_to_save", settings.get("modules_to_save")),
             ("trained biases", settings.get("bias", "none") != "none"),
             ("use_rslora with rank_pattern or alpha_pattern", settings.get("use_rslora") and uneven),
         ):
-            if given:
+            if setting:
                 yield f"init_lora_weights={start} is saved as its difference from the start, with no place for {name}"
     if settings.get("use_qalora") and config.quantization.quant_method != "gptq":
-        yield "use_qalora: PEFT has QA-LoRA for GPTQ layers only: choose quantization=gptq and a model of such files"
-    more = [name for name in ("use_dora", "kasa_config", "monteclora_config", "lora_bias") if settings.get(name)]
-    if optimizer.lora_optimizer == "lorafa" and (more or start == "mica"):
-        yield f"lora_optimizer=lorafa trains LoRA's B only, not {', '.join(more) or 'mica'}"
+        yield "use_qalora: PEFT has QA-LoRA for GPTQ layers only: choose quantization=gptq and a model with GPTQ files"
+    others = [name for name in ("use_dora", "kasa_config", "monteclora_config", "lora_bias") if settings.get(name)]
+    if optimizer.lora_optimizer == "lorafa" and (others or start == "mica"):
+        yield f"lora_optimizer=lorafa trains LoRA's B only, not {', '.join(others) or 'mica'}"
 
 
 def _trainer(config: Config) -> Iterator[str]:
     training = config.training
-    asked = {
+    requested = {
         "gradient_checkpointing": training.gradient_checkpointing is True,
         "packing": training.packing,
         "load_best_model_at_end": training.load_best_model_at_end,
@@ -89,7 +93,7 @@ def _trainer(config: Config) -> Iterator[str]:
     }
     if training.assistant_only_loss and not (config.dataset.format == "chat" and training.completion_only_loss):
         yield "training.assistant_only_loss needs dataset.format=chat and training.completion_only_loss=true"
-    for aspect, wanted in asked.items():
+    for aspect, wanted in requested.items():
         if wanted and (why := config.refusal(aspect)):
             key = "resume_from_checkpoint=null" if aspect == "resume" else f"{aspect}=false"
             yield f"method={config.method.name} does not work with {aspect} ({why}): use training.{key}"
@@ -98,6 +102,9 @@ def _trainer(config: Config) -> Iterator[str]:
 def _device(config: Config) -> Iterator[str]:
     optim = config.optimizer.optim
     if config.device == "mps" and (config.quantization.bitsandbytes or "bnb" in optim or "8bit" in optim):
-        yield "bitsandbytes (quantized bases, 8-bit optimizers) does not run on mps"
+        yield (
+            "bitsandbytes (quantized bases, 8-bit optimizers) does not run on mps: choose another quantization and "
+            "optimizer, or device=cpu"
+        )
     if config.device == "cpu" and config.training.fp16 is True:
-        yield "training.fp16 needs a GPU: use bf16, or leave it to auto"
+        yield "training.fp16 needs a GPU: use training.fp16=auto, or training.bf16=true"

@@ -1,6 +1,7 @@
-"""From overrides to a checked `Config`: Hydra composes, `schema` checks, mistakes become one clear message.
+"""Turn overrides into a checked `Config`: Hydra composes it, `schema` checks it, errors become one clear message.
 
-Knows where the shipped `conf/` folder is. Must stay light: `--help` and `--cfg job` go through here.
+The place of the shipped `conf/` folder is defined here. Imports must stay light: `--help` and `--cfg job` use this
+module.
 """
 
 import re
@@ -25,16 +26,20 @@ from qlora_exp.utils.errors import ConfigError, did_you_mean
 
 
 def conf_dir() -> Path:
-    """The shipped config groups: beside the package in a checkout, inside it in an installed wheel."""
+    """Return the folder of the shipped config groups: next to the package in a checkout, inside it in a wheel.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "conf", package.parent / "conf"):
         if (folder / "config.yaml").is_file():
             return folder
-    raise ConfigError(f"no conf/config.yaml beside or inside {package}: the installation is incomplete")
+    raise ConfigError(f"no conf/config.yaml next to or inside {package}: the installation is incomplete")
 
 
 def register() -> None:
-    """Give Hydra the schema's keys and defaults as the config `schema`, the root that every group overrides."""
+    """Register the schema's keys and defaults in Hydra as config `schema`, the root that every group overrides."""
     node = OmegaConf.create(Config().model_dump(mode="json"))
     for section in OPEN_SECTIONS:
         OmegaConf.set_struct(node[section], False)
@@ -46,10 +51,10 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
 
     Args:
         overrides: Hydra overrides, e.g. `["method=lora", "method.r=8"]`.
-        config_dir: a folder of your own groups and options, searched after the shipped ones.
+        config_dir: folder with your own groups and options, searched after the shipped ones.
 
     Raises:
-        ConfigError: what is wrong, where, and the nearest valid spelling.
+        ConfigError: the config is invalid; the message names the key and the nearest valid spelling.
     """
     register()
     search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
@@ -61,13 +66,13 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
 
 
 def check_command(arguments: Sequence[str]) -> None:
-    """Check what a command line would run, before anything runs.
+    """Check the config of a command line before anything runs.
 
     Args:
         arguments: overrides and Hydra's flags, as after `qlora-exp train`.
 
     Raises:
-        ConfigError: with every problem that was found.
+        ConfigError: the config is invalid; the message lists every problem.
     """
     config_dir = next((later for flag, later in pairwise(arguments) if flag in ("--config-dir", "-cd")), None)
     config_dir = next((word.split("=", 1)[1] for word in arguments if word.startswith("--config-dir=")), config_dir)
@@ -75,7 +80,7 @@ def check_command(arguments: Sequence[str]) -> None:
 
 
 def grid(overrides: Sequence[str]) -> list[list[str]]:
-    """Each combination of what overrides list (`method.r=4,8`), of a named sweep's lists too.
+    """List each combination of the values in overrides (`method.r=4,8`) and in a named sweep (`sweep=NAME`).
 
     Raises:
         ConfigError: an override cannot be read.
@@ -87,8 +92,8 @@ def grid(overrides: Sequence[str]) -> list[list[str]]:
             raise ConfigError(f"sweep: no option '{name}'{did_you_mean(name, options('sweep'))}")
         values = yaml.safe_load((conf_dir() / "sweep" / f"{name}.yaml").read_text("utf-8"))
         params = values["hydra"]["sweeper"]["params"]
-    given = {word.split("=", 1)[0] for word in overrides}
-    words = [*(f"{key}={value}" for key, value in params.items() if key not in given), *overrides]
+    overridden = {word.split("=", 1)[0] for word in overrides}
+    words = [*(f"{key}={value}" for key, value in params.items() if key not in overridden), *overrides]
     try:
         return every_combination(OverridesParser.create().parse_overrides(words))
     except HydraException as error:
@@ -96,19 +101,19 @@ def grid(overrides: Sequence[str]) -> list[list[str]]:
 
 
 def check(composed: DictConfig) -> Config:
-    """The typed config of a composed one.
+    """Turn a composed config into a typed one.
 
     Raises:
-        ConfigError: with every problem that was found, one a line.
+        ConfigError: the config is invalid; the message lists every problem, one per line.
     """
     return from_dict(plain(composed))
 
 
 def plain(composed: DictConfig) -> Any:
-    """A composed config as nested dictionaries.
+    """Turn a composed config into nested dictionaries.
 
     Raises:
-        ConfigError: a value is missing, or cannot be worked out.
+        ConfigError: a value is missing, or an interpolation cannot be resolved.
     """
     try:
         return OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
@@ -117,21 +122,21 @@ def plain(composed: DictConfig) -> Any:
 
 
 def options(group: str) -> list[str]:
-    """The shipped options of a config group."""
+    """List the shipped options of a config group."""
     return sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))
 
 
 def explain(error: Exception) -> ConfigError:
-    """Hydra's or OmegaConf's error as a `ConfigError` that names the nearest valid spelling."""
+    """Turn an error of Hydra or OmegaConf into a `ConfigError` that names the nearest valid spelling."""
     text = str(error)
     if match := re.search(r"Could not override '([^']+)'", text):
         return ConfigError(no_such_key(match[1].split("@")[0].lstrip("+~")))
     if match := re.search(r"Could not find '((?:hydra/)?[^'/]+)/([^']+)'", text):
         group, option = match.groups()
-        known = options(group)
-        hub = f"; a model of the hub: model=hub model.model_name_or_path={option}" if group == "model" else ""
+        shipped = options(group)
+        hub = f"; for a model of the hub: model=hub model.model_name_or_path={option}" if group == "model" else ""
         return ConfigError(
-            f"{group}: no option '{option}'{did_you_mean(option, known)} Shipped options: {', '.join(known)}{hub}"
+            f"{group}: no option '{option}'{did_you_mean(option, shipped)} Shipped options: {', '.join(shipped)}{hub}"
         )
     cause = f"\n{error.__cause__}" if error.__cause__ else ""
     return ConfigError(f"{text}{cause}")

@@ -1,11 +1,14 @@
-"""Which metrics are better the higher they are; all others (losses, seconds, bytes) are better the lower."""
+"""Which metrics are better when they are higher. All others (losses, seconds, bytes) are better when lower."""
 
 _HIGHER = ("rougeL", "exact_match", "task_score", "token_accuracy", "tokens_per_second", "tokens_per_gb_second", "mfu")
 
 
 def lower_is_better(metric: str) -> bool:
-    """Tell whether less of a metric is better, by its name with or without the phase (`after/rougeL`, `rougeL`).
+    """Return whether a lower value of a metric is better.
 
-    Not for scores of lm-eval: whether less of them is better depends on the task, and is recorded with the run.
+    Not for scores of lm-eval: their direction depends on the task, and is recorded with the run.
+
+    Args:
+        metric: name with or without the phase (`after/rougeL`, `rougeL`).
     """
     return not metric.endswith(_HIGHER)

@@ -1,11 +1,11 @@
-"""PEFT's methods and their settings, read from `peft_methods.json` without importing PEFT.
+"""Check the settings of PEFT methods against `peft_methods.json`, without importing PEFT.
 
-Importing PEFT takes seconds (it imports torch); a wrong config must fail in one. So names and types of the fields of
-PEFT's config dataclasses (and of `models/bottleneck`, our own method) are in a file that `nox -s peft-methods` writes
-from the installed PEFT. A setting that is not in the file is refused; if another version of PEFT is installed than the
-file was made for, the message says so.
+Importing PEFT takes seconds because it imports torch; a wrong config must be rejected within one second. So a file
+lists the names and types of the fields of PEFT's config dataclasses (and of the method in `models/bottleneck`).
+`nox -s peft-methods` writes it from the installed PEFT. A setting that is not in the file is rejected; the message
+says so if the installed PEFT is another version than the one that the file was made from.
 
-This module uses nothing of our config but "a PEFT type and its settings".
+Of the config this module needs only a PEFT type and its settings.
 """
 
 import json
@@ -29,9 +29,9 @@ PLAIN: dict[str, Any] = {
     "null": type(None),
     "str": str,
 }
-"""The file's words for types that have no parts."""
+"""Names of the simple types in the file."""
 
-# Set by PEFT, by the run or by the model, so not settings of an experiment.
+# PEFT, the run or the model sets these, so they are not settings of an experiment.
 _NOT_SETTINGS = frozenset(
     {
         "auto_mapping",
@@ -53,18 +53,18 @@ _MOVES_BASE = r"pissa(_niter_\d+)?|olora|corda|lora_ga"
 _ON_PLAIN_BASE = rf"{_MOVES_BASE}|mica|orthogonal"
 _PLAIN_BASE_ONLY = ("kasa_config", "monteclora_config", "velora_config")
 _STARTS = rf"{_ON_PLAIN_BASE}|gaussian|eva|loftq"
-# What PEFT's own annotation of a field leaves out or spells as prose.
+# Types of fields whose annotation in PEFT is incomplete.
 _CORRECTED = {"init_lora_weights": bool | Annotated[str, Field(pattern=rf"^({_STARTS})$")]}
 _POSITIVE = frozenset({"bottleneck_size", "r", "lora_alpha", "init_r", "target_r", "num_virtual_tokens"})
 
 
 _NEEDS_MORE = {
-    "CPT": "needs the token types of an example in context, which rows here do not have",
-    "MULTITASK_PROMPT_TUNING": "needs the task of each row, and rows here are of one task",
-    "POLY": "needs the task of each row, and rows here are of one task",
-    "XLORA": "mixes LoRA adapters that are trained already, and a run here trains one",
+    "CPT": "needs the token types of an in-context example, which the rows do not have",
+    "MULTITASK_PROMPT_TUNING": "needs several tasks, and the rows here belong to one task",
+    "POLY": "needs several tasks, and the rows here belong to one task",
+    "XLORA": "mixes LoRA adapters that are already trained, and a run here trains a new one",
 }
-"""Methods that a supervised fine-tune of one model on one task cannot use, and why."""
+"""Methods that supervised fine-tuning of one model on one task cannot use, and why."""
 
 
 @cache
@@ -74,15 +74,15 @@ def _table() -> dict[str, Any]:
 
 @cache
 def methods() -> dict[str, str]:
-    """Each PEFT type (`"LORA"`, `"IA3"`, ...) with the name of its config class."""
+    """Return the name of the config class of each PEFT type (`"LORA"`, `"IA3"`, ...)."""
     return {peft_type: method["config"] for peft_type, method in _table()["methods"].items()}
 
 
 def _type(described: Any) -> Any:
-    """The Python type that a description in the file stands for; the words below are all that there are.
+    """Return the Python type that a description in the file stands for.
 
     Raises:
-        ValueError: the file has another word.
+        ValueError: the description has none of the forms below.
     """
     match described:
         case str() if described in PLAIN:
@@ -102,7 +102,7 @@ def _type(described: Any) -> Any:
 
 @cache
 def settings(peft_type: str) -> dict[str, Any]:
-    """The fields that a config may set for `peft_type`, each with its type, as PEFT declares them.
+    """Return the fields that a config may set for `peft_type`, with their types as PEFT declares them.
 
     Raises:
         ConfigError: PEFT has no such type.
@@ -110,29 +110,29 @@ def settings(peft_type: str) -> dict[str, Any]:
     if peft_type not in methods():
         raise ConfigError(
             f"method.peft_type: PEFT has no '{peft_type}'{did_you_mean(peft_type, methods())} "
-            f"Known: {', '.join(sorted(methods()))}{_other_version()}"
+            f"PEFT types: {', '.join(sorted(methods()))}{_other_version()}"
         )
     fields = _table()["methods"][peft_type]["settings"].items()
     return {name: _CORRECTED.get(name) or _type(kind) for name, kind in fields if name not in _NOT_SETTINGS}
 
 
 def _other_version() -> str:
-    """What to add to a refusal if the installed PEFT, which may know more, is not the one the file was made for."""
+    """Return a note for error messages if the installed PEFT is another version than the file's; it may have more."""
     made_for, installed = _table()["peft"], version("peft")
     if installed == made_for:
         return ""
-    return f" (settings are those of PEFT {made_for}; installed is {installed}: `nox -s peft-methods` reads them again)"
+    return f" (settings are those of PEFT {made_for}; installed is {installed}: `nox -s peft-methods` updates them)"
 
 
 def moves_base(start: str | None) -> bool:
-    """Whether LoRA starting so (`init_lora_weights`) takes a part of the base's weights into the adapter."""
+    """Return whether this initialization (`init_lora_weights`) moves a part of the base weights into the adapter."""
     return start is not None and re.fullmatch(_MOVES_BASE, start) is not None
 
 
 def needs_plain_base(settings: dict[str, Any]) -> str | None:
-    """Which of LoRA's settings PEFT cannot follow on a quantized base; None if it can follow all.
+    """Return the name of a LoRA setting that does not work on a quantized base; None if all work.
 
-    Starts that factor weights fail there, VeLoRA too; MonteCLoRA would silently be plain LoRA.
+    Initializations that factor weights fail there, and so does VeLoRA. MonteCLoRA would silently be plain LoRA.
     """
     if re.fullmatch(_ON_PLAIN_BASE, str(settings.get("init_lora_weights"))):
         return "init_lora_weights"
@@ -145,25 +145,34 @@ def _validator(peft_type: str, name: str) -> TypeAdapter[Any]:
 
 
 def check(section: str, peft_type: str, given: dict[str, Any]) -> list[str]:
-    """What is wrong with `given` as settings of `peft_type`: one message for each, empty if nothing."""
-    known = settings(peft_type)
+    """Check settings of a PEFT method.
+
+    Args:
+        section: `method` or `lora_variant`, for messages.
+        peft_type: type of the method in PEFT.
+        given: settings and their values.
+
+    Returns:
+        A message for each problem; empty if there is none.
+    """
+    allowed = settings(peft_type)
     problems = [f"{section}.peft_type: {peft_type} {_NEEDS_MORE[peft_type]}"] if peft_type in _NEEDS_MORE else []
     for name, value in given.items():
-        if name not in known:
+        if name not in allowed:
             problems.append(
                 f"{section}.{name}: PEFT's {methods()[peft_type]} has no such setting"
-                f"{did_you_mean(name, known)}{_other_version()}"
+                f"{did_you_mean(name, allowed)}{_other_version()}"
             )
             continue
         try:
             _validator(peft_type, name).validate_python(value)
         except ValidationError as error:
-            reasons = dict.fromkeys(found["msg"] for found in error.errors()[:3])
+            reasons = dict.fromkeys(problem["msg"] for problem in error.errors()[:3])
             problems.append(f"{section}.{name}: {'; or '.join(reasons)}; got {value!r}")
             continue
         if isinstance(value, dict) and (files := sorted(value.keys() & set(_READS_FILES))):
-            problems.append(f"{section}.{name}.{files[0]}: a run starts from its own rows, not from files")
-        # Ranges that PEFT checks late (after the model is loaded), or not at all.
+            problems.append(f"{section}.{name}.{files[0]}: a run initializes from its training rows, not from files")
+        # Ranges that PEFT checks only after the model is loaded, or not at all.
         if name in _POSITIVE and value <= 0:
             problems.append(f"{section}.{name}: must be positive, got {value}")
         if name.endswith("dropout") and not 0 <= value < 1:

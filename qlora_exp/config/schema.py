@@ -1,8 +1,9 @@
-"""What a config may say: its sections (`sections/`), each with every key's type, default, range and meaning.
+"""The config of one run, made of the sections in `sections/`.
 
-Keys are declared there and nowhere else. A key that mirrors a library's field has that field's name. Settings of
-`method` and `lora_variant` are PEFT's own, checked by `peft_methods`; what goes together is checked by `crosschecks`.
-This module must not import torch or anything that does: a wrong config is refused within a second.
+The sections declare every key with its type, default, range and meaning; no other place does. A key that mirrors a
+library's field has that field's name. Settings of `method` and `lora_variant` are PEFT's own, checked by
+`peft_methods`; `crosschecks` checks that sections fit together. This module must not import torch or anything that
+imports it: a wrong config is rejected within a second.
 """
 
 from typing import Annotated, Any, Literal
@@ -23,7 +24,7 @@ from qlora_exp.config.sections.training import TrainingConfig
 
 
 class Config(Section):
-    """One run."""
+    """Config of one run."""
 
     model: ModelConfig = ModelConfig()
     method: MethodConfig = MethodConfig()
@@ -38,26 +39,28 @@ class Config(Section):
     sweep: SweepConfig = SweepConfig()
     search: SearchConfig = SearchConfig()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    """Random seed of the run: adapter initialization, order of training rows, dropout."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto: cuda if available, else mps (except with bitsandbytes, which does not run there), else cpu."""
 
     @property
     def datasets(self) -> list[DatasetConfig]:
         """Every dataset that the run reads."""
-        return [one for one in (self.dataset, self.unrelated) if one.paths]
+        return [dataset for dataset in (self.dataset, self.unrelated) if dataset.paths]
 
     @property
     def peft_settings(self) -> dict[str, Any]:
-        """PEFT's settings of the method and of the variant of LoRA together."""
+        """PEFT settings of `method` and `lora_variant` together."""
         return {**self.method.settings, **self.lora_variant.settings}
 
     @property
     def lora_start(self) -> str | None:
-        """How LoRA starts (`init_lora_weights`), if not as PEFT's default."""
+        """How LoRA is initialized (`init_lora_weights`); None for PEFT's default."""
         start = self.peft_settings.get("init_lora_weights")
         return start if isinstance(start, str) else None
 
     def refusal(self, aspect: str) -> str | None:
-        """Why `aspect` of training is known to fail with this method on this base; None if it is not."""
+        """Return why `aspect` of training fails with this method on this base; None if no test found it to fail."""
         stored = self.quantization
         other = stored.quant_method if stored.quantized else "plain"
         base = "4bit" if stored.load_in_4bit else "8bit" if stored.load_in_8bit else other

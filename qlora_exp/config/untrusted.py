@@ -1,4 +1,4 @@
-"""Read somebody else's config: as plain data, without what only the user may allow."""
+"""Read a config that somebody else wrote: as plain data, without settings that only the user may allow."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,45 +13,49 @@ from qlora_exp.utils.errors import ConfigError
 
 
 class _Plain(yaml.SafeLoader):
-    """YAML without aliases, with which a few lines can be gigabytes."""
+    """YAML loader that rejects aliases, because with them a few lines can expand to gigabytes."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias")
+            raise yaml.YAMLError("aliases are not allowed")
         return super().compose_node(parent, index)
 
 
 def plain_yaml(text: str, what: str) -> Any:
-    """What somebody else's YAML says: numbers, texts, lists, mappings.
+    """Parse untrusted YAML that holds only numbers, strings, lists and mappings.
+
+    Args:
+        text: the YAML.
+        what: what the text is, for messages.
 
     Raises:
-        ConfigError: it is no YAML, or more than that.
+        ConfigError: the text is not YAML, or it contains anything else.
     """
     try:
         return yaml.load(text, _Plain)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no such date, too long a number
-        raise ConfigError(f"{what} is no plain YAML: {' '.join(str(error).split())[:300]}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: impossible date, too many digits
+        raise ConfigError(f"{what} is not plain YAML: {' '.join(str(error).split())[:300]}") from error
 
 
 _NOT_FILES = ("embedded:", "random:", REASONING_GYM)
 
 
 def changed(values: dict[str, Any], changes: Mapping[str, Any], whose: str) -> Config:
-    """A recorded config with the changes of whoever asks, as far as a record may decide it.
+    """Apply the user's changes to a recorded config and check the result.
 
     Args:
-        values: the config, nested and plain.
-        changes: dotted keys with their values, which win.
-        whose: the config is, for messages.
+        values: the recorded config as nested dictionaries.
+        changes: dotted keys and their values; they override the recorded ones.
+        whose: whose config it is, for messages.
 
     Raises:
-        ConfigError: it is no valid config, or asks for what only the user may allow.
+        ConfigError: the config is invalid, or it asks for something that only the user may allow.
     """
     for key, value in changes.items():
         section, _, name = key.rpartition(".")
         place = values.setdefault(section, {}) if section else values
         if not isinstance(place, dict):
-            raise ConfigError(f"{section} of {whose} is no mapping but {place!r:.40}")
+            raise ConfigError(f"{section} of {whose} must be a mapping, got {place!r:.40}")
         place[name] = value
     config = from_dict(values)
     refuse_what_only_users_may_allow(config, changes)
@@ -59,28 +63,33 @@ def changed(values: dict[str, Any], changes: Mapping[str, Any], whose: str) -> C
 
 
 def refuse_what_only_users_may_allow(config: Config, changes: Mapping[str, Any]) -> None:
-    """Whatever of a record could run its author's code or read this machine's files, unless the user says it too.
+    """Reject recorded settings that could run the author's code or read this machine's files.
+
+    Args:
+        config: the recorded config with the changes applied.
+        changes: dotted keys that the user set; these are allowed.
 
     Raises:
-        ConfigError: there is such a thing, and it is not among `changes`.
+        ConfigError: there is such a setting, and it is not among `changes`.
     """
     if config.model.trust_remote_code and "model.trust_remote_code" not in changes:
         raise ConfigError(
-            "the record asks to run code from the model's repository; if you trust it: model.trust_remote_code=true"
+            "the recorded config runs code from the model's repository; if you trust it, "
+            "add model.trust_remote_code=true"
         )
     if (own := config.evaluation.lm_eval_include_path) and "evaluation.lm_eval_include_path" not in changes:
         raise ConfigError(
-            "the record asks for lm-eval's tasks from a folder, and they can run code; if you trust what is there: "
-            f"evaluation.lm_eval_include_path={own}"
+            "the recorded config uses lm-eval tasks from a folder, and these can run code; if you trust it, "
+            f"add evaluation.lm_eval_include_path={own}"
         )
     if (tasks := config.evaluation.lm_eval_tasks) and "evaluation.lm_eval_tasks" not in changes:
         raise ConfigError(
-            "the record asks for tasks of lm-eval, and some run what a model answers; if you trust them and the model: "
+            "the recorded config uses lm-eval tasks, and some run code that a model generates; if you trust both, add "
             f"evaluation.lm_eval_tasks=[{','.join(tasks)}]"
         )
     if "/" in (kernel := config.model.attn_implementation or "") and "model.attn_implementation" not in changes:
         raise ConfigError(
-            f"the record asks for a kernel of the hub; if you trust it: model.attn_implementation={kernel}"
+            f"the recorded config uses a kernel from the hub; if you trust it, add model.attn_implementation={kernel}"
         )
     paths: dict[str, Any] = {
         "model.model_name_or_path": config.model.model_name_or_path,
@@ -92,13 +101,13 @@ def refuse_what_only_users_may_allow(config: Config, changes: Mapping[str, Any])
     }
     for section, part in (("method", config.method), ("lora_variant", config.lora_variant)):
         paths |= {f"{section}.{key}": value for key, value in part.settings.items()}
-    for key, path in ((key, path) for key, found in paths.items() for path in _texts(found)):
+    for key, path in ((key, path) for key, value in paths.items() for path in _texts(value)):
         if not path or key in changes:
             continue
         if path.startswith(REASONING_GYM):
             raise ConfigError(
-                f"the record asks for a task of reasoning-gym, and some run what a model answers; if you want it: "
-                f"{key}={path}"
+                "the recorded config uses a reasoning-gym task, and some run code that a model generates; "
+                f"if you trust it, add {key}={path}"
             )
         if path.startswith(_NOT_FILES):
             continue
@@ -106,26 +115,27 @@ def refuse_what_only_users_may_allow(config: Config, changes: Mapping[str, Any])
         looks_local = local.exists() or path.startswith(("/", "~", ".")) or ".." in local.parts
         if looks_local and not local.resolve().is_relative_to(Path.cwd()):
             raise ConfigError(
-                f"the record names {path}, outside of this folder; to use it, or where it is here: {key}=PATH"
+                f"the recorded config names {path}, which is outside of this folder; to allow it, "
+                f"add {key}=PATH with its path on this machine"
             )
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text in a setting."""
+    """Yield every string in a setting."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        yield from (text for one in (*value, *value.values()) for text in _texts(one))
+        yield from (text for item in (*value, *value.values()) for text in _texts(item))
     elif isinstance(value, list | tuple):
-        yield from (text for one in value for text in _texts(one))
+        yield from (text for item in value for text in _texts(item))
 
 
 def given(words: Sequence[str]) -> dict[str, Any]:
-    """`key=value` words with YAML values.
+    """Parse `key=value` words, with YAML values, into a dictionary.
 
     Raises:
-        ConfigError: a word is not of that form.
+        ConfigError: a word has no `=`, or its value is not plain YAML.
     """
     if wrong := [word for word in words if "=" not in word]:
-        raise ConfigError(f"'{wrong[0]}' is no key=value")
+        raise ConfigError(f"'{wrong[0]}' is not KEY=VALUE")
     return {key: plain_yaml(value, key) for key, value in (word.split("=", 1) for word in words)}

@@ -1,4 +1,4 @@
-"""Check plain values against the schema, and explain what is wrong with them."""
+"""Check plain values against the schema, and explain errors."""
 
 import re
 from collections.abc import Iterator
@@ -11,14 +11,14 @@ from qlora_exp.config.schema import Config
 from qlora_exp.utils.errors import ConfigError, did_you_mean
 
 OPEN_SECTIONS = ("method", "lora_variant")
-"""Sections with PEFT's settings: `method.use_rslora=true` needs no `+`, and `schema` refuses what PEFT has not."""
+"""Sections with PEFT settings: `method.use_rslora=true` needs no `+`, and `schema` rejects settings PEFT lacks."""
 
 
 def from_dict(values: Any) -> Config:
-    """The typed config of plain nested values, e.g. of a recorded run.
+    """Build the typed config from nested dictionaries, e.g. those of a recorded run.
 
     Raises:
-        ConfigError: with every problem that was found, one a line.
+        ConfigError: the values are invalid; the message lists every problem, one per line.
     """
     try:
         config = Config.model_validate(values)
@@ -30,7 +30,7 @@ def from_dict(values: Any) -> Config:
 
 
 def known_keys() -> list[str]:
-    """Every dotted key that a config can have, PEFT's LoRA settings included."""
+    """List every dotted key that a config can have, including PEFT's LoRA settings."""
 
     def walk(prefix: str, section: type[BaseModel]) -> Iterator[str]:
         for name, field in section.model_fields.items():
@@ -43,11 +43,11 @@ def known_keys() -> list[str]:
 
 
 def no_such_key(key: str) -> str:
-    """Say that there is no such key, with the nearest ones that there are."""
+    """Return the message for an unknown key, with the most similar existing keys."""
     if key.rpartition(".")[2] in ("output_dir", "out", "output"):
         return f"{key}: no such key or group; the output folder is hydra.run.dir=FOLDER"
     if key.startswith("hydra."):
-        return f"{key}: no such key of Hydra's (--cfg hydra shows them); +{key}=VALUE adds one that a plugin takes"
+        return f"{key}: Hydra has no such key (--cfg hydra shows its keys); +{key}=VALUE adds one for a plugin"
     if (hint := did_you_mean(key, known_keys())) != ".":
         return f"{key}: no such key or group{hint}"
     section = key.rpartition(".")[0]
@@ -59,7 +59,7 @@ def _describe(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         return no_such_key(where)
     if problem["input"] is None or problem["type"] == "string_too_short":
-        return f"{where}: must be given: {where}=VALUE"
+        return f"{where}: must be given; add {where}=VALUE"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return message if message.startswith(f"{where}.") or not where else f"{where}: {message}"

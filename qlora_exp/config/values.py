@@ -1,4 +1,4 @@
-"""The config as plain values: flat, as YAML, and the part of it that can change a result."""
+"""Convert the config to plain values: flat, as YAML, or only the part that can change a result."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,16 +10,20 @@ from qlora_exp.config.schema import Config
 
 
 def to_yaml(config: Config) -> str:
-    """The whole config as YAML, which `from_dict(yaml.safe_load(...))` reads back to an equal config."""
+    """Return the complete config as YAML. `from_dict(yaml.safe_load(...))` turns it back into an equal config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 APART = ("tracking", "sweep", "search")
-"""Sections that change no run's result."""
+"""Sections that do not change a run's result."""
 
 
 def what_counts(values: dict[str, Any]) -> dict[str, Any]:
-    """Of a config as plain nested values, what can change a run's result: not how it is tracked, swept or planned."""
+    """Keep only the values that can change a run's result, not how the run is tracked, swept or planned.
+
+    Args:
+        values: a config as nested dictionaries.
+    """
     counts = {key: value for key, value in values.items() if key not in APART}
     return counts | {
         "model": {key: value for key, value in dict(counts.get("model") or {}).items() if key != "architecture"}
@@ -27,9 +31,9 @@ def what_counts(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def flatten(config: Config) -> dict[str, Any]:
-    """The config as dotted keys (`method.r`) and plain values; a free mapping or list is one value.
+    """Flatten the config to dotted keys (`method.r`) with plain values. A free mapping or list is one value.
 
-    `model.architecture`, which only plans read, is left out.
+    `model.architecture` is left out: only memory plans read it.
     """
 
     def walk(prefix: str, section: BaseModel) -> Iterator[tuple[str, Any]]:

@@ -1,6 +1,6 @@
-"""What is made once and used by every run: converted models, tokenized rows. Safe for processes side by side.
+"""Cache of folders that are built once and used by every run, such as converted models and tokenized rows.
 
-Knows nothing of what is in its folders.
+Several processes can use it at the same time. It does not interpret the contents of its folders.
 """
 
 import json
@@ -20,12 +20,16 @@ _MANIFEST = "qlora_exp_manifest.json"
 
 
 def cache_dir() -> Path:
-    """Where it all is: `$QLORA_EXP_CACHE`, else the user's cache folder."""
+    """Return the cache folder: `$QLORA_EXP_CACHE`, else `qlora_exp` in the user's cache folder."""
     return Path(os.environ.get("QLORA_EXP_CACHE") or platformdirs.user_cache_dir("qlora_exp"))
 
 
 def built(name: str, build: Callable[[Path], None]) -> Path:
-    """The folder `name` of the cache, whole: made by `build` if it is not there or damaged, once for all processes.
+    """Return the complete folder `name` of the cache; build it if it is missing or damaged, once for all processes.
+
+    Args:
+        name: name of the folder in the cache.
+        build: writes the contents into an empty folder.
 
     Raises:
         CacheError: the cache cannot be written.
@@ -35,7 +39,7 @@ def built(name: str, build: Callable[[Path], None]) -> Path:
         cache_dir().mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
             if not _intact(folder):
-                for leftover in (folder, *cache_dir().glob(f"{name}.*/")):  # also of builds that were killed
+                for leftover in (folder, *cache_dir().glob(f"{name}.*/")):  # also those of killed builds
                     shutil.rmtree(leftover, ignore_errors=True)
                 scratch = Path(tempfile.mkdtemp(prefix=f"{name}.", dir=cache_dir()))
                 try:
@@ -47,14 +51,14 @@ def built(name: str, build: Callable[[Path], None]) -> Path:
                     shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
         raise CacheError(
-            f"cannot write the cache {cache_dir()} ({error.strerror or error}): "
+            f"cannot write to the cache {cache_dir()} ({error.strerror or error}): "
             "free space there, or set QLORA_EXP_CACHE to another folder"
         ) from error
     return folder
 
 
 def _intact(folder: Path) -> bool:
-    """Whether every file is there with the contents that were written."""
+    """Return whether every file still has the contents that were written."""
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
         return all(file_digest(folder / name) == digest for name, digest in manifest.items())

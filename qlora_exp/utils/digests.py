@@ -1,7 +1,7 @@
 """Digests of values and files.
 
-Run keys, data fingerprints and sweep names that earlier versions recorded are compared with these: the same value must
-keep its digest.
+Run keys, data fingerprints and sweep names recorded by earlier versions are compared with these digests, so the same
+value must keep its digest.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def json_digest(values: Any, digits: int = 16) -> str:
-    """Digest plain values, whatever the order of their keys; what JSON does not have counts as its text."""
+    """Digest plain values, independent of the order of keys. A value without a JSON type is digested as its string."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:digits]
 
 
@@ -22,5 +22,5 @@ def file_digest(file: Path) -> str:
 
 
 def text_digest(text: str) -> bytes:
-    """Digest a text in 16 bytes: sets of these are smaller than sets of long texts."""
+    """Digest a string in 16 bytes, so that sets of digests take less memory than sets of long strings."""
     return hashlib.blake2b(text.encode(), digest_size=16).digest()

@@ -1,4 +1,4 @@
-"""What a user can mend: every such error is one of these, and is shown without a traceback."""
+"""Errors that a user can fix, shown without a traceback, and hints at the correct name."""
 
 import difflib
 import operator
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake or a missing thing outside the program; the message says what, where and what to do."""
+    """A mistake or missing thing outside the program. The message says what is wrong, where, and what to do."""
 
 
 class ConfigError(UserError):
@@ -15,7 +15,7 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """A dataset that cannot be read, or that a run would learn nothing from."""
+    """A dataset that cannot be read, or that has nothing to train on."""
 
 
 class ModelError(UserError):
@@ -23,50 +23,50 @@ class ModelError(UserError):
 
 
 class CacheError(UserError):
-    """A cache that cannot be written."""
+    """A cache that cannot be written to."""
 
 
 class TrackingError(UserError):
-    """An MLflow store that cannot be reached or written."""
+    """An MLflow store that cannot be reached or written to."""
 
 
 class JournalError(UserError):
-    """A file of an output folder that cannot be read, or a folder that is not the run's any more."""
+    """A file in an output folder that cannot be read, or an output folder that no longer belongs to the run."""
 
 
 class SweepError(UserError):
-    """Some jobs of a sweep did not end well; each has its own reason."""
+    """Some jobs of a sweep failed; each job records its own reason."""
 
 
 class PrunedError(Exception):
-    """A search has seen enough of a job that does worse than others did at that step."""
+    """A search stopped a job that did worse than other trials at the same step."""
 
 
 class TimeLimitError(BaseException):
-    """A job took longer than it was given; no handler of `Exception`, wherever it strikes, may swallow that."""
+    """A job exceeded its time limit. A `BaseException`, so that no `except Exception` anywhere can swallow it."""
 
 
 class DivergedError(Exception):
-    """The loss or the gradient is not a number any more."""
+    """The loss or the gradient is no longer a finite number."""
 
 
 def first_line(error: BaseException, most: int = 300) -> str:
-    """Give the first line of an error's text, at most `most` characters of it; its type if it has no text."""
+    """Return the first line of an error's text, cut to `most` characters, or its type if it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
 
 
 def last_line(error: BaseException) -> str:
-    """Give the last line of an error's text, which says what went wrong if all before it is a traceback."""
+    """Return the last line of an error's text, which says what went wrong if a traceback precedes it."""
     return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 def type_and_first_line(error: BaseException, most: int = 300) -> str:
-    """Name an error's type before the first line of its text, if it has any."""
+    """Return an error's type and the first line of its text, or the type alone if it has no text."""
     name, line = type(error).__name__, first_line(error, most)
     return name if line == name else f"{name}: {line}"
 
 
-# Names that other tools and papers use, with the libraries' own.
+# Names in other tools and papers -> the libraries' own names.
 _ALIASES = {
     "rank": "r",
     "lora_r": "r",
@@ -90,21 +90,21 @@ _ALIASES = {
     "name": "model_name_or_path",
 }
 _MOST_HINTS = 3
-_WHOLE_WORD = 3
-"""Letters that a word needs to be completed: shorter ones begin or end too many names."""
-_ALIKE, _ALIKE_ELSEWHERE = 0.6, 0.8
+_SHORTEST_PART = 3
+"""Fewest letters of a word that may begin or end a name: shorter words match too many names."""
+_SIMILAR, _SIMILAR_ELSEWHERE = 0.6, 0.8
 """Least similarity (difflib's ratio) of a name in the word's own section, and in another."""
-_MUCH_LESS_ALIKE = 0.05
-"""A name that much less similar than the best would only distract."""
+_MUCH_LESS_SIMILAR = 0.05
+"""A name that is less similar than the best by more than this is not listed: it would only distract."""
 
 
 def nearest(word: str, names: Iterable[str]) -> list[str]:
-    """List up to three of `names` that `word` may stand for, the likeliest first; empty if none is near.
+    """List up to three of `names` that `word` may mean, the most likely first; empty if none is similar.
 
-    Kinds of likeness, strongest first: an alias; the same but for case, separators or section; two letters exchanged;
-    the same letters in another order; a name that begins or ends with the word; a similar spelling. Only names of the
-    strongest kind that occurs are listed. Names of the word's own section (`training.` of `training.lr`) go first, but
-    a similar spelling there only after a stronger kind elsewhere.
+    Kinds of similarity, strongest first: an alias; the same except for case, separators or section; two letters
+    exchanged; the same letters in another order; a name that begins or ends with the word; a similar spelling. Only
+    names of the strongest kind that occurs are listed. Names in the word's own section (`training.` of `training.lr`)
+    come first, but a similar spelling there comes after a stronger kind elsewhere.
     """
     section, _, leaf = word.rpartition(".")
     spelled = _spelled(leaf)
@@ -121,21 +121,21 @@ def nearest(word: str, names: Iterable[str]) -> list[str]:
             own == spelled,
             same_letters and sum(map(operator.ne, own_leaf, leaf)) == 2,
             same_letters,
-            len(spelled) >= _WHOLE_WORD and (own.startswith(spelled) or own.endswith(spelled)),
-            matcher.quick_ratio() >= _ALIKE and matcher.ratio() >= (_ALIKE_ELSEWHERE if foreign else _ALIKE),
+            len(spelled) >= _SHORTEST_PART and (own.startswith(spelled) or own.endswith(spelled)),
+            matcher.quick_ratio() >= _SIMILAR and matcher.ratio() >= (_SIMILAR_ELSEWHERE if foreign else _SIMILAR),
         )
         if any(kinds) and name != word:
             kind = kinds.index(True)
             hints.append(((kind == len(kinds) - 1, foreign, kind), matcher.ratio(), name))
     hints.sort(key=lambda hint: (hint[0], -hint[1]))
-    strongest = [(alike, name) for kind, alike, name in hints if kind == hints[0][0]]
+    strongest = [(similarity, name) for kind, similarity, name in hints if kind == hints[0][0]]
     if hints and hints[0][0][0]:  # similar spellings only
-        strongest = [hint for hint in strongest if hint[0] >= strongest[0][0] - _MUCH_LESS_ALIKE]
+        strongest = [hint for hint in strongest if hint[0] >= strongest[0][0] - _MUCH_LESS_SIMILAR]
     return [name for _, name in strongest[:_MOST_HINTS]]
 
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:
-    """End a sentence about an unknown `word`: with a hint at the nearest of `names`, or just with a full stop."""
+    """Return the end of a sentence about an unknown `word`: a hint at the most similar `names`, or a full stop."""
     hints = [f"'{name}'" for name in nearest(word, names)]
     if not hints:
         return "."
@@ -143,5 +143,5 @@ def did_you_mean(word: str, names: Iterable[str]) -> str:
 
 
 def _spelled(name: str) -> str:
-    """The letters and digits of a name in lower case: what two spellings of it share."""
+    """Return the letters and digits of a name in lower case, which its different spellings share."""
     return re.sub(r"[\W_]+", "", name.casefold())

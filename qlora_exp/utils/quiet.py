@@ -1,4 +1,4 @@
-"""Keeps from the screen what libraries say and the user can do nothing about. `quiet` imports none of them."""
+"""Hide library messages and warnings that the user can do nothing about."""
 
 import logging
 import os
@@ -9,7 +9,7 @@ from qlora_exp.utils.secrets import RedactingFormatter
 
 
 def hide_bars() -> None:
-    """Of transformers, which is imported by now, where nobody would see them move."""
+    """Turn off transformers' progress bars if stderr is not a terminal. Call it after transformers is imported."""
     from transformers.utils import logging as transformers_logging
 
     if not sys.stderr.isatty():
@@ -17,12 +17,12 @@ def hide_bars() -> None:
 
 
 def quiet() -> None:
-    """Before the libraries are imported."""
+    """Turn down the logging of libraries. Call it before they are imported; it imports none of them."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # many short bars; ours cover what is long
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # many short bars; our own bars cover long tasks
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for handler in logging.getLogger().handlers:
@@ -40,6 +40,6 @@ def quiet() -> None:
         "bitsandbytes",
         "transformers",
         "torchao",
-        "torch.utils._pytree",  # on torchao's account
+        "torch.utils._pytree",  # torchao causes its warnings
     ):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""Keep secrets out of logs, artifacts and MLflow; take them in from a `.env` file."""
+"""Read secrets from a `.env` file, and keep them out of logs, artifacts and MLflow."""
 
 import logging
 import os
@@ -14,10 +14,10 @@ _USER_IN_URI = re.compile(r"(?<=://)[^/\s@]+@")
 
 
 def load_env_file() -> None:
-    """Set variables of `.env` in the working directory, without replacing those that are set.
+    """Set environment variables from `.env` in the working directory. Variables that are already set stay.
 
     Raises:
-        ConfigError: it cannot be read, or has a value that no variable can have.
+        ConfigError: the file cannot be read, or has a value that an environment variable cannot have.
     """
     try:
         load_dotenv(".env")
@@ -26,7 +26,7 @@ def load_env_file() -> None:
 
 
 def redact(text: str) -> str:
-    """`text` without the values of secret-looking environment variables, hub tokens, or users in URIs."""
+    """Replace values of secret-looking environment variables, hub tokens and users in URIs by `***`."""
     for name, value in os.environ.items():
         if _SECRET_NAME.search(name) and len(value) >= 8:
             text = text.replace(value, "***")
@@ -34,8 +34,8 @@ def redact(text: str) -> str:
 
 
 class RedactingFormatter(logging.Formatter):
-    """A formatter whose lines carry no secrets."""
+    """Log formatter that removes secrets from its lines."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record's line, tracebacks included, redacted."""
+        """Format a record, including its traceback, without secrets."""
         return redact(super().format(record))

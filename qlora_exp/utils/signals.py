@@ -1,4 +1,4 @@
-"""What the signals of a scheduler or of `kill` mean here: the run ends as with Ctrl-C, or as one out of time."""
+"""Turn signals of a scheduler or of `kill` into exceptions: a run ends as with Ctrl-C, or as at its time limit."""
 
 import faulthandler
 import os
@@ -13,87 +13,94 @@ from types import FrameType
 from qlora_exp.utils.errors import TimeLimitError
 
 OUT_OF_TIME = signal.SIGUSR1
+"""Signal that means: the time limit is over."""
 GRACE_SECONDS = 30.0
-"""What a process gets to write down how it ended, before it is killed."""
+"""Time that a process has to record how it ended, before it is killed."""
 
 
 @dataclass
-class _Held:
+class _Deferred:
+    """The first signal's exception inside `held`, and how many `held` blocks are open."""
+
     depth: int = 0
     first: BaseException | None = None
 
 
-_held = _Held()
+_deferred = _Deferred()
 
 
 @contextmanager
 def heeded() -> Iterator[None]:
-    """SIGTERM and Ctrl-C raise KeyboardInterrupt inside, `OUT_OF_TIME` TimeLimitError.
+    """Raise KeyboardInterrupt on SIGTERM and Ctrl-C inside, and TimeLimitError on `OUT_OF_TIME`.
 
-    Does nothing outside the main thread, and leaves Ctrl-C alone where somebody else sees to it.
+    Does nothing outside the main thread. Leaves Ctrl-C alone if another handler is installed for it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
-        _come(KeyboardInterrupt())
+        _raise_or_defer(KeyboardInterrupt())
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
-        _come(TimeLimitError("the time limit of the job is over"))
+        _raise_or_defer(TimeLimitError("the time limit of the job is over"))
 
-    acts = {signal.SIGTERM: interrupt, OUT_OF_TIME: stop}
+    handlers = {signal.SIGTERM: interrupt, OUT_OF_TIME: stop}
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        acts[signal.SIGINT] = interrupt
-    before = {number: signal.signal(number, act) for number, act in acts.items()}
+        handlers[signal.SIGINT] = interrupt
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
     finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def _come(error: BaseException) -> None:
-    if _held.depth and _held.first is None:
-        _held.first = error
+def _raise_or_defer(error: BaseException) -> None:
+    if _deferred.depth and _deferred.first is None:
+        _deferred.first = error
     else:
         raise error
 
 
 @contextmanager
 def held() -> Iterator[None]:
-    """What is heeded and comes inside is raised at the end; a second one at once.
+    """Defer the exception of a first signal inside until the end of the block; raise that of a second signal at once.
 
-    For work that must not be torn: an interrupted transaction of MLflow's SQL store leaves its database locked for as
-    long as the exception lives, and so could not even record how the run ended.
+    For work that must not be interrupted halfway: an interrupted transaction of MLflow's SQL store leaves its database
+    locked as long as the exception lives, so that not even the end of the run could be recorded.
     """
-    _held.depth += 1
+    _deferred.depth += 1
     try:
         yield
     finally:
-        _held.depth -= 1
-        if not _held.depth and (first := _held.first):
-            _held.first = None
+        _deferred.depth -= 1
+        if not _deferred.depth and (first := _deferred.first):
+            _deferred.first = None
             raise first
 
 
 @contextmanager
 def time_limit(seconds: float | None, note: Path) -> Iterator[None]:
-    """After `seconds` inside, this process gets `OUT_OF_TIME`; if it is still inside `GRACE_SECONDS` later, it ends.
+    """Send this process `OUT_OF_TIME` after `seconds` inside, and kill it if it is still inside `GRACE_SECONDS` later.
 
-    Then with the tracebacks of all threads on stderr, and however it hangs: that needs no lock of Python's. The file
-    `note` says to others that the time was over.
+    The kill prints the tracebacks of all threads on stderr. It needs no lock of Python's, so it also ends a process
+    that hangs.
+
+    Args:
+        seconds: time limit in seconds; None: no limit.
+        note: file that is created at the time limit, for other processes to see.
     """
     note.unlink(missing_ok=True)
     if seconds is None:
         yield
         return
 
-    def tell() -> None:
+    def send_signal() -> None:
         note.touch()
         os.kill(os.getpid(), OUT_OF_TIME)
 
-    timer = threading.Timer(seconds, tell)
+    timer = threading.Timer(seconds, send_signal)
     timer.daemon = True
     timer.start()
     faulthandler.dump_traceback_later(seconds + GRACE_SECONDS, exit=True)

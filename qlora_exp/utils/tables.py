@@ -2,23 +2,19 @@
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-if TYPE_CHECKING:
-    pass
-
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells are shown as they are: nothing in them is Markdown or HTML."""
+    """Return a Markdown table that shows cells as they are: Markdown and HTML in them is escaped."""
     lines = [headings, ["---"] * len(headings), *([_plain(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """On the terminal."""
+    """Print a table on the terminal."""
     table = Table(*headings, title=title, title_justify="left")
     for row in rows:
         table.add_row(*row)

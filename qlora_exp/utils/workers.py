@@ -1,4 +1,4 @@
-"""Work in processes beside this one, on all cores, that end when it does. Knows nothing of what is worked out."""
+"""Run work in several processes, on all cores. The processes end when the main process does."""
 
 import multiprocessing
 import os
@@ -16,19 +16,19 @@ MOST_WORKERS = 8
 
 @contextmanager
 def workers(most: int, start: str) -> Iterator[ProcessPoolExecutor]:
-    """A pool of at most `most` processes; an error or Ctrl-C inside ends them at once.
+    """Yield a pool of at most `most` processes. An error or Ctrl-C inside ends them at once.
 
     Args:
-        most: as there are things to do.
-        start: how they are started: fork, forkserver, spawn.
+        most: largest number of processes, such as the number of tasks; also limited by cores and `MOST_WORKERS`.
+        start: how processes start: fork, forkserver or spawn.
     """
     count = max(1, min(most, os.cpu_count() or 1, MOST_WORKERS))
     context = multiprocessing.get_context(start)
-    pool = ProcessPoolExecutor(count, context, _follow)
+    pool = ProcessPoolExecutor(count, context, _follow_parent)
     try:
         yield pool
-    except BaseException:  # Ctrl-C too: nobody waits any more for what they work on
-        for process in [*(pool._processes or {}).values()]:  # Python has no public way before 3.14
+    except BaseException:  # Ctrl-C too: nobody waits for the results any more
+        for process in [*(pool._processes or {}).values()]:  # Python has no public method for this before 3.14
             process.kill()
         pool.shutdown(wait=False, cancel_futures=True)
         raise
@@ -36,14 +36,17 @@ def workers(most: int, start: str) -> Iterator[ProcessPoolExecutor]:
 
 
 def result(future: Future[Any]) -> Any:
-    """What came of a job. Ctrl-C is heeded within half a second, even one that comes just as the waiting begins."""
+    """Wait for a task and return its result. Ctrl-C takes effect within half a second.
+
+    It waits in short intervals, so that this also holds for a Ctrl-C that comes just as the waiting begins.
+    """
     while not future.done():
         futures.wait([future], 0.5)
     return future.result()
 
 
-def _follow() -> None:
-    """In a worker: Ctrl-C is for the parent to heed, and nobody works on for one that is gone."""
+def _follow_parent() -> None:
+    """In a worker: leave Ctrl-C to the parent process, and end when the parent has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

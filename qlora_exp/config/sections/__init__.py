@@ -1,5 +1,5 @@
-"""The sections of the config, one file for each folder of conf/: every key with its type, default and meaning.
+"""Sections of the config, one file per folder of conf/: every key with its type, default and meaning.
 
-May import: utils, and the PEFT settings of config.
-Never here: checks across sections, which are in config/crosschecks.
+May import: utils, and `config.peft_methods`.
+Never here: checks across sections; they are in `config.crosschecks`.
 """

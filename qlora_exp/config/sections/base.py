@@ -1,4 +1,4 @@
-"""What every section of the config is made of, and the types that sections share."""
+"""Base classes of the config sections, and the types that sections share."""
 
 from typing import Annotated, Any, Literal
 
@@ -11,7 +11,7 @@ Interval = Literal["no", "steps", "epoch"]
 
 
 class Section(BaseModel):
-    """One section of the config: unknown keys are refused, attribute docstrings document the keys."""
+    """One section of the config. Unknown keys are rejected; attribute docstrings document the keys."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -23,11 +23,11 @@ class Section(BaseModel):
 
 
 class PeftSettings(Section):
-    """A section whose other keys are settings of a PEFT config."""
+    """Section that also accepts the settings of a PEFT config."""
 
     model_config = ConfigDict(extra="allow")
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The PEFT settings: every key that this class does not declare."""
+        """PEFT settings: every key that this class does not declare."""
         return dict(self.model_extra or {})

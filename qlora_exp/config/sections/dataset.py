@@ -1,4 +1,4 @@
-"""The sections `dataset` and `unrelated`: which text, in which prompt format, split how."""
+"""Sections `dataset` and `unrelated`: where rows come from, their prompt format, and how they are split."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -8,88 +8,96 @@ from pydantic import Field, PositiveInt, model_validator
 from qlora_exp.config.sections.base import Section, Share
 
 REASONING_GYM = "reasoning_gym:"
-"""What a dataset path begins with that names a task of reasoning-gym."""
+"""Prefix of a dataset path that names a reasoning-gym task."""
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-"""Suffixes of dataset files, with the names of their readers in `datasets`."""
+"""Reader in the library `datasets` for each file suffix."""
 
 
 class DatasetConfig(Section):
-    """Which text, in which prompt format, split how."""
+    """Training and held-out rows: where they come from, their prompt format, and how they are split."""
 
     name: str = "construction_faq"
+    """Label of the dataset in run names and tables."""
     path: str = "embedded:construction_faq"
-    """Hub id, a .jsonl/.json/.csv/.parquet file, `embedded:construction_faq` or `reasoning_gym:TASK`."""
+    """Hub id, .jsonl/.json/.csv/.parquet file, `embedded:construction_faq` (built-in) or `reasoning_gym:TASK`."""
     subset: str | None = None
-    """Hub datasets: the configuration name."""
+    """Hub datasets: name of the dataset's configuration."""
     revision: str | None = None
+    """Hub datasets: branch, tag or commit. null: the default branch."""
     split: str = "train"
+    """Hub datasets: split with the rows."""
     eval_path: str | None = None
-    """A file with the held-out rows; null splits them off `path`."""
+    """Where the held-out rows come from, written like `path`. null: split them off `path`."""
     eval_split: str | None = None
-    """A split of `path` with the held-out rows; null splits them off `split`."""
+    """Hub datasets: split of `path` with the held-out rows. null: split them off `split`."""
     eval_size: Share | Annotated[int, Field(gt=0, strict=True)] = 0.1
-    """Share or number of rows held out when there is no eval_path or eval_split."""
+    """Held-out rows, as a share (below 1) or a number of rows. Ignored with eval_path or eval_split."""
     split_seed: int = 42
-    """Seeds the split and the choice of rows, independently of the run's seed."""
+    """Random seed of the split, the choice of rows and reasoning_gym's tasks. Independent of the run's `seed`."""
     max_train_rows: PositiveInt | None = None
+    """Largest number of training rows. null: all."""
     max_eval_rows: PositiveInt | None = None
+    """Largest number of held-out rows. null: all."""
     format: Literal["alpaca", "chat", "prompt_completion", "text"] = "alpaca"
-    """alpaca: Alpaca's two prompts, with and without input; chat: the model's chat template; text: all tokens learn."""
+    """alpaca: Alpaca's two prompts, with and without input. chat: the model's chat template.
+    prompt_completion: the columns without a template. text: plain text, loss on all tokens."""
     prompt_column: str = "instruction"
+    """Column with the prompt (the instruction or question)."""
     input_column: str | None = "input"
-    """Optional context; appended to the prompt in chat and prompt_completion."""
+    """Column with optional context. chat, prompt_completion: appended to the prompt. null: no context."""
     completion_column: str = "output"
+    """Column with the answer."""
     messages_column: str | None = None
-    """chat: a column of whole dialogues; the last assistant turn is the completion."""
+    """chat: column with complete dialogues. The last assistant turn is the completion."""
     text_column: str = "text"
+    """text: column with the text."""
     system_message: str | None = None
-    """chat: null leaves it to the model's template."""
+    """chat: system message of every row. null: the model's template decides."""
     drop_matching: str | None = None
-    """Regular expression; rows whose completion matches are left out."""
+    """Regular expression. Rows whose completion contains a match are left out."""
     drop_duplicates: bool = True
-    """Keep only the first of rows with the same prompt and input; of dialogues, of those that are wholly the same."""
+    """Keep only the first of several rows with the same prompt and input (or with the same dialogue)."""
     drop_leaks: Literal["none", "exact", "near"] = "exact"
-    """Training rows to leave out because of a held-out row: exact: with the same prompt; near: with like text too."""
+    """Training rows to leave out. exact: same prompt as a held-out row; near: also rows with similar text."""
     leak_threshold: Annotated[float, Field(gt=0, le=1)] = 0.7
-    """Share of five-word sequences in common from which two rows count as near in the leak report."""
+    """Smallest share of common five-word sequences at which two rows count as near, in the leak report and for
+    drop_leaks."""
     streaming: bool = False
-    """Hub: fetch rows one by one and stop when there are enough: max_train_rows, and the held-out ones of eval_size."""
+    """Hub datasets: fetch rows one by one, only as many as max_train_rows and eval_size (a number of rows) need."""
     reasoning_gym_size: PositiveInt = 500
-    """reasoning_gym: rows generated, held-out ones included."""
+    """reasoning_gym: number of rows to generate, including the held-out rows."""
     reasoning_gym_config: dict[str, int | float | str | bool] = {}
-    """reasoning_gym: fields of the task's own config."""
+    """reasoning_gym: fields of the task's config."""
 
     @property
     def paths(self) -> list[str]:
-        """Where rows come from."""
+        """Sources of the rows: `path` and `eval_path` where they are set."""
         return [path for path in (self.path, self.eval_path) if path and path != "none"]
 
     @property
     def files(self) -> list[Path]:
-        """Those of `paths` that are local files, whether they are there or not."""
-        given = [Path(path) for path in self.paths]
-        return [path for path in given if path.suffix in FILE_FORMATS or path.exists()]
+        """Local files among `paths`, whether they exist or not."""
+        sources = [Path(path) for path in self.paths]
+        return [path for path in sources if path.suffix in FILE_FORMATS or path.exists()]
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.eval_path and self.eval_split:
-            raise ValueError("eval_path and eval_split exclude each other")
+            raise ValueError("eval_path and eval_split exclude each other: set one of them")
         if self.system_message and self.format != "chat":
-            raise ValueError(f"system_message has no place in format '{self.format}': use format=chat")
+            raise ValueError(f"format={self.format} has no system message: use format=chat, or system_message=null")
         if self.messages_column and self.format != "chat":
             raise ValueError("messages_column needs format=chat")
         if self.streaming and (self.max_train_rows is None or self.eval_size < 1):
-            raise ValueError("streaming needs to know when to stop: max_train_rows, and an eval_size in rows")
+            raise ValueError("streaming needs limits: set max_train_rows, and eval_size as a number of rows")
         return self
 
 
 class UnrelatedConfig(DatasetConfig):
-    """Text that the run is not about: its loss after training less that before is what the run made the model forget.
-
-    The rows that are held out of it are used; keys are those of a dataset.
-    """
+    """Text used to measure forgetting: how much the loss of its held-out rows rises. Keys as in `dataset`."""
 
     name: str = "none"
+    """Label of the text."""
     path: str = "none"
-    """As a dataset's, or `embedded:python_docs`; `none`: forgetting is not measured."""
+    """As `dataset.path`, or `embedded:python_docs` (built-in). none: forgetting is not measured."""
     format: Literal["alpaca", "chat", "prompt_completion", "text"] = "text"

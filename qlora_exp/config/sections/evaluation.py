@@ -1,4 +1,4 @@
-"""The section `evaluation`: what is measured before and after training."""
+"""Section `evaluation`: what is measured before and after training."""
 
 from typing import Literal
 
@@ -11,18 +11,20 @@ class EvaluationConfig(Section):
     """What is measured on the held-out rows, before and after training."""
 
     before: bool = True
-    """Measure the untrained model too."""
+    """Measure before training too."""
     generate_rows: NonNegative = 16
-    """Held-out rows to generate answers for; 0: none."""
+    """Number of held-out rows to generate answers for. 0: none."""
     max_new_tokens: PositiveInt = 64
+    """Largest number of tokens in a generated answer."""
     generation_batch_size: PositiveInt = 8
+    """Answers generated at the same time."""
     metrics: list[Literal["rouge", "exact_match"]] = ["rouge", "exact_match"]
-    """Of generated answers against the references. A dataset with its own scorer adds its score."""
+    """Metrics that compare generated answers with the references. A dataset with its own scorer adds its score."""
     lm_eval_tasks: list[str] = []
-    """Tasks and groups of lm-eval-harness, such as mmlu, before and after training."""
+    """Tasks and groups of lm-eval, such as mmlu, to run before and after training."""
     lm_eval_include_path: str | None = None
-    """A folder of task files of your own. They can run code: only those you trust."""
+    """Folder with your own lm-eval task files. They can run code: use only files that you trust."""
     lm_eval_num_fewshot: NonNegative | None = None
-    """null: as each task says."""
+    """Number of solved examples in the prompt. null: each task's own number."""
     lm_eval_limit: PositiveInt | None = None
-    """Items of each task; null: all."""
+    """Largest number of items per task. null: all."""

@@ -1,4 +1,4 @@
-"""The sections `method` and `lora_variant`: which parameters train. Their settings are PEFT's own."""
+"""Sections `method` and `lora_variant`: which parameters are trained. Most of their settings are PEFT's own."""
 
 from typing import Literal, Self
 
@@ -9,15 +9,16 @@ from qlora_exp.config.sections.base import PeftSettings
 
 
 class MethodConfig(PeftSettings):
-    """Which parameters train. Every other key is a setting of the PEFT config named by `peft_type`."""
+    """Which parameters are trained. Any further key is a setting of the PEFT config that belongs to `peft_type`."""
 
     name: str = "full"
+    """Label of the method in run names and tables."""
     peft_type: str | None = None
-    """PEFT's own name of the method (LORA, IA3, ...); null trains all parameters."""
+    """PEFT's name of the method (LORA, IA3, ...). null: full fine-tuning, which trains all parameters."""
     quantized_base: bool | None = None
-    """true: needs a quantized base; false: refuses one; null: takes those that it was seen to work on."""
+    """true: requires a quantized base; false: rejects one; null: rejects only those on which the method fails."""
     adapter_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the trainable adapter weights, whatever the base. auto: float32."""
+    """Data type of the trainable adapter weights, independent of the base. auto: float32."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -31,11 +32,12 @@ class MethodConfig(PeftSettings):
 
 
 class LoraVariantConfig(PeftSettings):
-    """How LoRA is scaled, split and initialised. Every other key is a setting of PEFT's LoraConfig."""
+    """How LoRA is scaled, split and initialized. Any further key is a setting of PEFT's LoraConfig."""
 
     name: str = "lora"
+    """Label of the variant in run names and tables."""
     init_rows: PositiveInt = 64
-    """Training rows that EVA, CorDA and LoRA-GA look at to start."""
+    """Number of training rows from which EVA, CorDA and LoRA-GA initialize the adapter."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,4 +1,4 @@
-"""The section `model`: which base model."""
+"""Section `model`: the base model."""
 
 from typing import Any, Literal
 
@@ -6,22 +6,24 @@ from qlora_exp.config.sections.base import Dtype, Section
 
 
 class ModelConfig(Section):
-    """Which base model."""
+    """The base model."""
 
     model_name_or_path: str = "embedded:smollm2-135m"
-    """Hub id, local folder, `embedded:smollm2-135m`, or `random:FAMILY` (opt, llama, qwen2: a tiny random model)."""
+    """Hub id, local folder, `embedded:smollm2-135m` (built-in), or `random:FAMILY`: a tiny random model of the family
+    opt, llama or qwen2."""
     revision: str | None = None
-    """Branch, tag or commit on the hub."""
+    """Hub models: branch, tag or commit. null: the default branch."""
     dtype: Literal["auto"] | Dtype = "auto"
-    """Of the base weights. auto: float32 on a CPU or for a full fine-tune, else bfloat16 (float16 on older GPUs)."""
+    """Data type of the base weights. auto: float32 on a CPU and for full fine-tuning, else bfloat16 (float16 on a GPU
+    without bfloat16)."""
     attn_implementation: str | None = None
-    """eager, sdpa, flash_attention_2, ...; null leaves it to transformers."""
+    """Attention implementation: eager, sdpa, flash_attention_2, ... null: transformers chooses."""
     device_map: str | dict[str, int | str] | None = None
-    """null puts the whole model on `device`; auto spreads it over GPUs."""
+    """Where the layers go. null: all on `device`; auto: spread over the GPUs."""
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Never taken from a recorded run."""
+    """Run Python code that comes with the model. Never taken over from a recorded run."""
     architecture: dict[str, Any] = {}
-    """For `plan`, where the model's files are not: fields of its transformers config, `model_type` and `_name_or_path`
-    (whose they are) among them."""
+    """For `plan` only, if the model's files are not on this machine: fields of its transformers config, including
+    `model_type` and `_name_or_path` (the model that they describe)."""
     random_config: dict[str, int | float | bool] = {}
-    """Only for `random:FAMILY`: fields of the family's transformers config."""
+    """Only with `random:FAMILY`: fields of the family's transformers config."""

@@ -1,4 +1,4 @@
-"""The section `optimizer`."""
+"""Section `optimizer`: the optimizer and its settings."""
 
 from typing import Annotated, Literal, Self
 
@@ -8,9 +8,10 @@ from qlora_exp.config.sections.base import Section
 
 
 class OptimizerConfig(Section):
-    """Fields of transformers' TrainingArguments that choose the optimizer."""
+    """The optimizer: fields of transformers' TrainingArguments, and PEFT's optimizers for LoRA."""
 
     name: str = "adamw_torch"
+    """Label of the optimizer in tables."""
     optim: Literal[
         "adamw_torch",
         "adamw_torch_fused",
@@ -26,19 +27,19 @@ class OptimizerConfig(Section):
         "rmsprop",
         "adagrad",
     ] = "adamw_torch"
-    """A paged optimizer falls back to the same one without paging where the device has no paging; that is recorded."""
+    """Name in transformers. Without paging on the device, a paged optimizer runs non-paged; the run records it."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
     lora_optimizer: Literal["loraplus", "lorafa", "riemannian"] | None = None
-    """What PEFT makes of `optim` for LoRA. lorafa is an AdamW of its own."""
+    """PEFT's optimizer for LoRA, which extends `optim`. lorafa replaces it by its own AdamW. null: `optim` alone."""
     loraplus_lr_ratio: Annotated[float, Field(ge=1)] = 16.0
-    """loraplus: the learning rate of LoRA's B is this times that of A."""
+    """loraplus: learning rate of LoRA's B divided by the learning rate of A."""
     riemannian_reg: Annotated[float, Field(gt=0)] = 0.01
     """riemannian: damping of the preconditioner."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.lora_optimizer == "lorafa" and self.optim != "adamw_torch":
-            raise ValueError("lora_optimizer=lorafa is an AdamW of its own: leave optim=adamw_torch")
+            raise ValueError("lora_optimizer=lorafa uses its own AdamW: set optim=adamw_torch")
         return self

@@ -1,4 +1,4 @@
-"""The sections `sweep` and `search`: how several jobs run."""
+"""Sections `sweep` and `search`: how several jobs run."""
 
 from typing import Annotated, Literal, Self
 
@@ -8,46 +8,48 @@ from qlora_exp.config.sections.base import Section
 
 
 class SweepConfig(Section):
-    """How a sweep (`-m`) goes about its jobs. Changes no job's result."""
+    """How a sweep (`-m`) runs its jobs. Changes no job's result."""
 
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] | None = None
-    """Of its folder and its MLflow run; null: made of the swept keys. The same name again goes on with that sweep."""
+    """Name of the sweep's folder and MLflow run. null: derived from the swept keys. Reusing a name
+    resumes that sweep."""
     n_jobs: PositiveInt = 1
-    """Jobs at once on this machine; they share the cores."""
+    """Number of jobs that run at the same time on this machine. They share its cores."""
     timeout_minutes: Annotated[float, Field(gt=0)] | None = None
-    """Of each job."""
+    """Time limit of each job. null: none."""
     fail_fast: bool = False
-    """Start no further job once one has failed."""
+    """Start no more jobs once a job has failed."""
     rerun: Literal["none", "failed", "all"] = "none"
-    """Which ended jobs to run again, from the start. Those that were cut off always go on."""
+    """Which finished jobs to run again from the start: none, failed ones, or all. Interrupted jobs always resume."""
     dry_run: bool = False
-    """List the jobs and what would happen to each; run nothing."""
+    """List the jobs and what would happen to each, but run nothing."""
     unfit: Literal["run", "skip", "refuse"] = "run"
-    """What becomes of jobs that are planned not to fit their device; refuse runs no job if there is one."""
+    """What to do with jobs whose predicted memory exceeds the device: run them, skip them, or refuse the sweep."""
     vram: Annotated[float, Field(gt=0)] | None = None
-    """GiB of the GPU that jobs will have, for `unfit`; null: of the device that is here."""
+    """GPU memory in GiB that `unfit` compares with. null: the memory of this machine's device."""
 
 
 class SearchConfig(Section):
     """How Optuna searches (`hydra/sweeper=optuna`). Changes no job's result."""
 
     n_trials: PositiveInt = 20
-    """Trials of the whole search; a search that was cut off goes on to this number."""
+    """Number of trials in total. An interrupted search resumes and continues up to this number."""
     metrics: Annotated[list[str], Field(min_length=1)] = ["after/loss"]
-    """What is optimized, by the names that runs log; several give a Pareto front."""
+    """Metrics to optimize, by the names under which runs log them. Several metrics give a Pareto front."""
     directions: list[Literal["minimize", "maximize"]] | None = None
-    """One for each metric; null minimizes losses, seconds and memory, and maximizes scores, except those of lm-eval,
-    for which it must be given."""
+    """One direction per metric. null: minimize losses, seconds and memory, maximize scores. Scores of lm-eval always
+    need a direction here."""
     sampler: Literal["tpe", "random"] = "tpe"
+    """tpe: Tree-structured Parzen Estimator; random: random values."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the sampler."""
+    """Random seed of the sampler."""
     prune: bool = False
     """Stop a job whose held-out loss during training is worse than the median of earlier trials."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.directions and len(self.directions) != len(self.metrics):
-            raise ValueError("directions: give one for each of metrics, or null")
+            raise ValueError("directions: give one direction per metric, or null")
         if self.prune and (self.metrics != ["after/loss"] or self.directions == ["maximize"]):
-            raise ValueError("prune judges by the held-out loss: it needs metrics=[after/loss], minimized")
+            raise ValueError("prune compares the held-out loss: it needs metrics=[after/loss], minimized")
         return self

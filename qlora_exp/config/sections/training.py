@@ -1,4 +1,4 @@
-"""The section `training`: fields of TRL's SFTConfig."""
+"""Section `training`: fields of TRL's SFTConfig."""
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -9,14 +9,16 @@ from qlora_exp.config.sections.base import Interval, NonNegative, Section
 
 
 class TrainingConfig(Section):
-    """Fields of TRL's SFTConfig, with `auto` where the device or method should choose."""
+    """Fields of TRL's SFTConfig. `auto` lets the device or the method decide."""
 
     num_train_epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the training rows."""
     max_steps: int = -1
-    """Positive: overrides num_train_epochs."""
+    """Number of optimizer steps; overrides num_train_epochs. -1: train for num_train_epochs."""
     per_device_train_batch_size: PositiveInt = 8
     per_device_eval_batch_size: PositiveInt = 8
     gradient_accumulation_steps: PositiveInt = 1
+    """Batches whose gradients are accumulated for one optimizer step."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     lr_scheduler_type: Literal[
         "linear",
@@ -28,52 +30,64 @@ class TrainingConfig(Section):
         "inverse_sqrt",
     ] = "linear"
     warmup_steps: Annotated[float, Field(ge=0)] = 0
-    """Below 1 it is a share of all steps."""
+    """Steps of learning rate warmup. Below 1: a share of all steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    """0 turns clipping off. The QLoRA paper clips at 0.3."""
+    """Gradient clipping: largest norm of the gradient. 0: no clipping. The QLoRA paper clips at 0.3."""
     bf16: Literal["auto"] | bool = "auto"
-    """Autocast to bfloat16. auto: only on a GPU that has it."""
+    """Autocast to bfloat16. auto: only on a GPU that supports it."""
     fp16: Literal["auto"] | bool = "auto"
     """Autocast to float16. auto: only on a GPU without bfloat16."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
-    """Recompute activations in the backward pass. auto: on for a GPU (if the method can), off for a CPU."""
+    """Recompute activations in the backward pass. auto: on for a GPU (if the method supports it), off for a CPU."""
     max_length: PositiveInt = 1024
-    """Tokens; longer rows are cut, and the label audit counts them."""
+    """Largest number of tokens in a row. Longer rows are truncated; the label audit counts them."""
     packing: bool = False
-    """Several rows in one sequence, with isolated attention; refused on a model that cannot isolate them."""
+    """Put several rows into one sequence, with isolated attention. Refused for a model that cannot isolate them."""
     packing_strategy: Literal["bfd", "bfd_split"] = "bfd"
-    """Best fit, decreasing: rows longer than max_length are cut, or (bfd_split) go on in another sequence."""
+    """Best-fit decreasing. Rows over max_length are truncated (bfd) or continued in another sequence (bfd_split)."""
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "random"
+    """Order of the training rows. group_by_length: rows of similar length together, for less padding."""
     completion_only_loss: bool = True
-    """Loss on the answer only; false: on the prompt too."""
+    """true: loss on the answer only; false: loss on the prompt too."""
     assistant_only_loss: bool = False
-    """Loss on every answer of a dialogue, not on the last alone; the chat template needs no generation marks."""
+    """Loss on every answer of a dialogue, not only on the last. The chat template needs no generation marks."""
     loss_type: Literal["nll", "dft"] = "nll"
+    """nll: negative log-likelihood (cross-entropy); dft: the loss of Dynamic Fine-Tuning."""
     neftune_noise_alpha: Annotated[float, Field(ge=0)] | None = None
+    """NEFTune: strength of the noise on embeddings during training. null: none."""
     logging_steps: PositiveInt = 1
+    """Steps between logged training losses."""
     logging_first_step: bool = False
     eval_strategy: Interval = "no"
+    """When to measure the held-out loss during training. steps: every eval_steps."""
     eval_steps: PositiveInt | None = None
+    """Steps between evaluations, with eval_strategy=steps."""
     save_strategy: Interval = "no"
+    """When to save a checkpoint. steps: every save_steps."""
     save_steps: PositiveInt = 500
+    """Steps between checkpoints, with save_strategy=steps."""
     save_total_limit: PositiveInt | None = 2
+    """Number of checkpoints to keep. null: all."""
     load_best_model_at_end: bool = False
-    """Best by held-out loss."""
+    """Load the checkpoint with the lowest held-out loss at the end."""
     early_stopping_patience: PositiveInt | None = None
-    """Evaluations without a better held-out loss before the run stops."""
+    """Stop training after this many evaluations without a better held-out loss. null: never."""
     early_stopping_threshold: Annotated[float, Field(ge=0)] = 0.0
+    """Decrease of the held-out loss that an evaluation must exceed to count as better."""
     resume_from_checkpoint: str | None = None
-    """A checkpoint folder, or an output folder whose newest checkpoint is taken."""
+    """Checkpoint folder, or an output folder, whose newest checkpoint is used."""
     dataloader_num_workers: NonNegative = 0
+    """Processes that load training rows. 0: the run's own process loads them."""
     torch_compile: bool = False
+    """Compile the model with torch.compile."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError("max_steps must be positive, or -1 to train for num_train_epochs")
         if self.bf16 is True and self.fp16 is True:
-            raise ValueError("bf16 and fp16 exclude each other")
+            raise ValueError("bf16 and fp16 exclude each other: set one of them")
         if self.load_best_model_at_end and (self.eval_strategy == "no" or self.save_strategy != self.eval_strategy):
             raise ValueError("load_best_model_at_end needs eval_strategy and save_strategy to be the same, not 'no'")
         if self.load_best_model_at_end and self.eval_strategy == "steps" and self.save_steps % (self.eval_steps or 1):
@@ -84,5 +98,5 @@ class TrainingConfig(Section):
             raise ValueError("eval_strategy=steps needs eval_steps")
         path = self.resume_from_checkpoint
         if path and not Path(path).is_dir():
-            raise ValueError(f"resume_from_checkpoint: no folder {path}")
+            raise ValueError(f"resume_from_checkpoint: folder not found: {path}")
         return self

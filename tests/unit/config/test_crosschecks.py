@@ -17,7 +17,7 @@ def test_random_config_without_a_random_model_is_rejected():
     [
         (["method=ia3"], "needs a LoRA method, not method=ia3"),
         (["method=full"], "needs a LoRA method"),
-        (["method=lora", "optimizer.lora_optimizer=lorafa", "optimizer.optim=sgd"], "an AdamW of its own"),
+        (["method=lora", "optimizer.lora_optimizer=lorafa", "optimizer.optim=sgd"], "its own AdamW"),
         (["method=lora", "optimizer.lora_optimizer=lorafa", "lora_variant=dora"], "trains LoRA's B only"),
         (["method=lora", "optimizer.loraplus_lr_ratio=0.5"], "greater than or equal to 1"),
     ],

@@ -15,7 +15,7 @@ from qlora_exp.utils.errors import ConfigError
         ({"evaluation": {"lm_eval_tasks": ["one", "two"]}}, r"evaluation.lm_eval_tasks=\[one,two\]"),
         (
             {"dataset": {"path": "reasoning_gym:string_insertion"}},
-            "run what a model answers; .* dataset.path=reasoning_gym:string_insertion",
+            "run code that a model generates; .* dataset.path=reasoning_gym:string_insertion",
         ),
         ({"dataset": {"eval_path": "reasoning_gym:n_queens"}}, "dataset.eval_path=reasoning_gym:n_queens"),
         ({"unrelated": {"path": "reasoning_gym:countdown"}}, "unrelated.path=reasoning_gym:countdown"),
@@ -47,7 +47,7 @@ def test_recorded_task_confirmed_by_the_user_is_allowed():
 
 
 def test_word_without_equals_sign_is_rejected():
-    with pytest.raises(ConfigError, match="'seed' is no key=value"):
+    with pytest.raises(ConfigError, match="'seed' is not KEY=VALUE"):
         untrusted.given(["seed"])
 
 
@@ -57,5 +57,5 @@ def test_word_without_equals_sign_is_rejected():
     ids=["a call", "cut off", "an alias", "no date", "too deep"],
 )
 def test_yaml_that_is_more_than_plain_data_is_rejected(text: str):
-    with pytest.raises(ConfigError, match="it is no plain YAML"):
+    with pytest.raises(ConfigError, match="it is not plain YAML"):
         untrusted.plain_yaml(text, "it")

@@ -93,14 +93,14 @@ def test_run_without_a_result_is_not_reproduced(bundle_path, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ("!!python/object/apply:os.system ['touch pwned']", "no plain YAML"),
+        ("!!python/object/apply:os.system ['touch pwned']", "not plain YAML"),
         ("just text", "is not a mapping"),
-        ("seed: 2020-99-99", "no plain YAML"),
-        ("seed: " + "9" * 5000, "no plain YAML"),
-        ("[" * 5000, "no plain YAML"),
-        ("a: &x [1]\nb: [*x, *x]", "no plain YAML: an alias"),
+        ("seed: 2020-99-99", "not plain YAML"),
+        ("seed: " + "9" * 5000, "not plain YAML"),
+        ("[" * 5000, "not plain YAML"),
+        ("a: &x [1]\nb: [*x, *x]", "not plain YAML: aliases"),
         ("tracking: 5", None),
-        ("model: {attn_implementation: someone/kernel}", "a kernel of the hub"),
+        ("model: {attn_implementation: someone/kernel}", "a kernel from the hub"),
         (
             "method: {peft_type: PROMPT_TUNING, tokenizer_name_or_path: /etc/secret}",
             "method.tokenizer_name_or_path=PATH",
@@ -136,7 +136,7 @@ def test_malicious_config_is_rejected(changed: str, message: str | None, bundle_
 def test_changes_to_a_section_that_is_no_mapping_are_rejected(bundle_path, tmp_path):
     config = yaml.safe_load((bundle_path / "qlora_exp.yaml").read_text()) | {"dataset": "hi"}
     found = bundle.read(damaged(bundle_path, tmp_path, "qlora_exp.yaml", yaml.safe_dump(config)))
-    with pytest.raises(ConfigError, match="dataset of run .* is no mapping"):
+    with pytest.raises(ConfigError, match="dataset of run .* must be a mapping"):
         recorded_config(found, {"dataset.path": "x"}, None)
 
 

@@ -14,7 +14,7 @@ def test_split_without_rows_on_both_sides_is_rejected(size: float):
 
 @pytest.mark.parametrize("words", [["dataset.eval_size=10"], ["dataset.max_train_rows=10"]])
 def test_streaming_without_row_limits_is_rejected(words: list[str]):
-    with pytest.raises(ConfigError, match="streaming needs to know when to stop"):
+    with pytest.raises(ConfigError, match="streaming needs limits"):
         compose(["dataset=own", "dataset.path=org/name", "dataset.streaming=true", *words])
 
 

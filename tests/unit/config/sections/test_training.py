@@ -19,7 +19,7 @@ def test_early_stopping_with_a_best_model_is_accepted():
         (["training.early_stopping_patience=2"], "early_stopping_patience"),
         (["training.bf16=true", "training.fp16=true"], "exclude each other"),
         (["training.max_steps=0"], "max_steps"),
-        (["training.resume_from_checkpoint=nowhere"], "no folder nowhere"),
+        (["training.resume_from_checkpoint=nowhere"], "folder not found: nowhere"),
     ],
 )
 def test_training_keys_that_contradict_each_other_are_rejected(overrides: list[str], message: str):
