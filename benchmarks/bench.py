@@ -74,14 +74,14 @@ def ours(folder: Path, *overrides: str) -> dict[str, Any]:
     subprocess.run([*command, *common, *overrides], capture_output=True, text=True, check=True)
     records = metrics(folder)
     steps = [record for record in records if "train/step_seconds" in record]
-    taken = {
+    elapsed = {
         record["step"]: sum(r["train/step_seconds"] for r in steps if r["step"] <= record["step"]) for record in records
     }
     return {
         "steps": [record["train/step_seconds"] for record in steps],
         "first_step": steps[0]["timestamp"] / 1000 - begin,
         "peak_mib": next(r["memory/rss_peak_mib"] for r in records if "memory/rss_peak_mib" in r),
-        "losses": [(taken[record["step"]], record["eval/loss"]) for record in records if "eval/loss" in record],
+        "losses": [(elapsed[record["step"]], record["eval/loss"]) for record in records if "eval/loss" in record],
     }
 
 
@@ -140,7 +140,7 @@ def main() -> None:
             seconds, target = slow["losses"][-1]
             race = [chosen, f"training.max_steps={options.race_steps}", f"training.eval_steps={interval}"]
             fast = ours(folder / "race", *race)
-            reached = next((taken for taken, loss in fast["losses"] if loss <= target), None)
+            reached = next((elapsed for elapsed, loss in fast["losses"] if loss <= target), None)
             print(f"Held-out loss {target:.4f}: TRL's defaults needed {seconds:.1f} s of training steps, ", end="")
             print(
                 f"qlora-exp {reached:.1f} s, ratio {reached / seconds:.3f}" if reached else "qlora-exp did not reach it"

@@ -37,7 +37,7 @@ FOLDER = Path("mlruns")
 """Folder of the fits: the one where local runs are tracked."""
 LEAST_RUNS = 3
 PHASES = ("first_step", "steady", "evaluation")
-"""Phases that are compared. Loading is not: what it needs besides the weights is not planned."""
+"""Phases that are compared. Loading is not: what it needs in addition to the weights is not planned."""
 _PLAN = "plan.json"
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]

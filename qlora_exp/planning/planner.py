@@ -85,8 +85,8 @@ class Planner:
         self._check(config.training.max_length)
         optim = "lorafa" if config.optimizer.lora_optimizer == "lorafa" else resolved.optim
         with self._explained():
-            whole = build_model(config, resolved, self._architecture, self._depth)
-            self._model = weigh(whole, partial(optimizer, optim, self._on_cuda))
+            model = build_model(config, resolved, self._architecture, self._depth)
+            self._model = weigh(model, partial(optimizer, optim, self._on_cuda))
 
     def predict(self, rows: int | None = None, length: int | None = None, evaluated: int | None = None) -> Prediction:
         """Predict memory and work.

@@ -38,7 +38,7 @@ _STEPS = 4
 
 
 class FailedError(Exception):
-    """A test failed; the message says briefly what does not work."""
+    """Failure of a test; the message says briefly what does not work."""
 
 
 def verdicts(words: Sequence[str], base: str, aspects: Sequence[str] = ASPECTS) -> dict[str, str]:

@@ -123,11 +123,11 @@ def _measure(weights: list[torch.Tensor], store: Store, blocksize: int) -> Loss:
     error = size = count = 0.0
     stored = 0
     for weight in weights:
-        back, taken = store(weight, blocksize)
-        error += float((back.double() - weight.double()).square().sum())
+        restored, nbytes = store(weight, blocksize)
+        error += float((restored.double() - weight.double()).square().sum())
         size += float(weight.double().square().sum())
         count += weight.numel()
-        stored += taken
+        stored += nbytes
     return Loss((error / size) ** 0.5, 8 * stored / count)
 
 
