@@ -1,10 +1,12 @@
-"""`qlora-exp train` against a plain script of the same libraries: ratios from one run, the two alternating.
+"""Compare `qlora-exp train` with a plain script that uses the same libraries, running the two alternately.
 
     nox -s bench                        # about a quarter of an hour on 2 cores; keep the machine quiet meanwhile
 
-1. Overhead: the same job (precision, batches, seed), so step time, peak memory and time to the first step compare.
-   Ours is the largest peak of all phases, the plain script's that of its whole process; both are reached in training.
-2. Choices: the same script with TRL's own precision, checkpointing and sampling; time in steps to one held-out loss.
+1. Overhead: both run the same job (precision, batches, seed). Compares step time, peak memory and time to the first
+   step. The peak of `qlora-exp` is the largest of all phases, that of the plain script is of its complete process; both
+   occur in training.
+2. Defaults: the plain script runs with TRL's own precision, checkpointing and sampling. Compares the time in training
+   steps until the same held-out loss.
 """
 
 import argparse
@@ -21,7 +23,7 @@ HERE = Path(__file__).parent
 
 
 def export(folder: Path, model: str) -> str:
-    """Write the default job's rows as prompt and completion; return the path of the converted base `model`."""
+    """Write the rows of the default job as prompt and completion; return the path of the converted base model."""
     from qlora_exp.config.hydra_compose import compose
     from qlora_exp.data import dataset
     from qlora_exp.data.prompts import render
@@ -33,14 +35,14 @@ def export(folder: Path, model: str) -> str:
     for name, part in (("train", rows.train), ("heldout", rows.heldout)):
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as lines:
             for row in part:
-                *asked, (answer, _) = render(row, config.dataset, tokenizer).pieces
-                prompt = "".join(piece for piece, _ in asked)
+                *before, (answer, _) = render(row, config.dataset, tokenizer).pieces
+                prompt = "".join(piece for piece, _ in before)
                 lines.write(json.dumps({"prompt": prompt, "completion": answer}) + "\n")
     return base.locate(config.model)
 
 
 def plain(model: str, data: Path, out: Path, *arguments: str) -> dict[str, Any]:
-    """Run the plain script; return what it printed."""
+    """Run the plain script; return the values that it printed."""
     command = [
         sys.executable,
         str(HERE / "plain.py"),
@@ -59,7 +61,7 @@ def plain(model: str, data: Path, out: Path, *arguments: str) -> dict[str, Any]:
 
 
 def ours(folder: Path, *overrides: str) -> dict[str, Any]:
-    """Run `qlora-exp train`; return the same figures, from what it left on disk."""
+    """Run `qlora-exp train`; return the same values, read from its output folder."""
     from qlora_exp.tracking.journal import metrics
 
     command = [sys.executable, "-m", "qlora_exp", "train", "device=cpu", f"hydra.run.dir={folder}"]
@@ -72,19 +74,19 @@ def ours(folder: Path, *overrides: str) -> dict[str, Any]:
     subprocess.run([*command, *common, *overrides], capture_output=True, text=True, check=True)
     records = metrics(folder)
     steps = [record for record in records if "train/step_seconds" in record]
-    taken = {
+    elapsed = {
         record["step"]: sum(r["train/step_seconds"] for r in steps if r["step"] <= record["step"]) for record in records
     }
     return {
         "steps": [record["train/step_seconds"] for record in steps],
         "first_step": steps[0]["timestamp"] / 1000 - begin,
         "peak_mib": next(r["memory/rss_peak_mib"] for r in records if "memory/rss_peak_mib" in r),
-        "losses": [(taken[record["step"]], record["eval/loss"]) for record in records if "eval/loss" in record],
+        "losses": [(elapsed[record["step"]], record["eval/loss"]) for record in records if "eval/loss" in record],
     }
 
 
 def report(name: str, mine: list[float], theirs: list[float]) -> None:
-    """Print medians and the ratio of each pair."""
+    """Print the medians, and the median and range of the ratios of the pairs."""
     ratios = [a / b for a, b in zip(mine, theirs, strict=True)]
     print(
         f"{name:<34} qlora-exp {statistics.median(mine):9.2f}   plain {statistics.median(theirs):9.2f}   "
@@ -97,9 +99,9 @@ def main() -> None:
     """Run both comparisons."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2_135m", help="option of the config group `model`")
-    parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=10, help="at least 2: the first is left out")
-    parser.add_argument("--race-steps", type=int, default=20, help="0: leave the second comparison out")
+    parser.add_argument("--pairs", type=int, default=3, help="number of alternating pairs")
+    parser.add_argument("--steps", type=int, default=10, help="steps of each run, at least 2: the first is not counted")
+    parser.add_argument("--race-steps", type=int, default=20, help="steps of the second comparison; 0: skip it")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -116,15 +118,15 @@ def main() -> None:
                 "dataset.max_eval_rows=1",
             ]
             mine.append(ours(folder / f"ours{pair}", *steps))
-        print(f"The same job, {options.pairs} alternating pairs of {options.steps} steps; medians, ratio of each pair:")
+        print(f"The same job, {options.pairs} alternating pairs of {options.steps} steps; medians and ratios:")
         for name, pick in (
-            ("step, seconds (first left out)", lambda run: statistics.median(run["steps"][1:])),
+            ("step, seconds (without the first)", lambda run: statistics.median(run["steps"][1:])),
             ("peak RSS, MiB", lambda run: run["peak_mib"]),
             ("command to first step, seconds", lambda run: run["first_step"]),
         ):
             report(name, [pick(run) for run in mine], [pick(run) for run in theirs])
         if options.race_steps:
-            every = max(1, options.race_steps // 10)
+            interval = max(1, options.race_steps // 10)
             slow = plain(
                 model,
                 folder,
@@ -132,14 +134,14 @@ def main() -> None:
                 "--steps",
                 str(options.race_steps),
                 "--eval-steps",
-                str(every),
+                str(interval),
                 "--trl-defaults",
             )
             seconds, target = slow["losses"][-1]
-            race = [chosen, f"training.max_steps={options.race_steps}", f"training.eval_steps={every}"]
+            race = [chosen, f"training.max_steps={options.race_steps}", f"training.eval_steps={interval}"]
             fast = ours(folder / "race", *race)
-            reached = next((taken for taken, loss in fast["losses"] if loss <= target), None)
-            print(f"Held-out loss {target:.4f}: TRL's defaults took {seconds:.1f} s of training steps; ", end="")
+            reached = next((elapsed for elapsed, loss in fast["losses"] if loss <= target), None)
+            print(f"Held-out loss {target:.4f}: TRL's defaults needed {seconds:.1f} s of training steps, ", end="")
             print(
                 f"qlora-exp {reached:.1f} s, ratio {reached / seconds:.3f}" if reached else "qlora-exp did not reach it"
             )

@@ -1,9 +1,9 @@
-"""Try every method and variant of LoRA on every kind of base; write the verdicts and the table that the docs show.
+"""Test every method and variant of LoRA on every kind of base; write the results and the page in `docs/`.
 
-    nox -s compatibility                   # all of them (about a quarter of an hour)
-    nox -s compatibility -- lora ia3       # these only; verdicts of others stay
+    nox -s compatibility                   # all methods (about a quarter of an hour)
+    nox -s compatibility -- lora ia3       # only these; results of other methods stay
 
-Prints what changed against the verdicts that were kept.
+Prints the results that differ from those in the file.
 """
 
 import argparse
@@ -30,28 +30,28 @@ HEADINGS = {
 INTRODUCTION = """\
 # What works together
 
-Every method and variant of LoRA that has a file in `conf/`, tried on a tiny model by `nox -s compatibility`
-({libraries}). Do not edit: that command writes this page and `qlora_exp/config/compatibility.json`, by
-which a run that would fail is refused before it starts. `tests/unit/studies/test_probe.py` tries some again. Nothing
-here was run on a GPU.
+Results of testing every method and every variant of LoRA with a file in `conf/` on a tiny model
+({libraries}). Do not edit this page: `nox -s compatibility` writes it, together with
+`qlora_exp/config/compatibility.json`. With that file, a run that would fail is refused before it starts.
+`tests/unit/studies/test_probe.py` repeats some of the tests. None of them ran on a GPU.
 
-**works**: trained for a few steps under the trainer, only what the method adds has changed; on a quantized base its
-gradients are those on an unquantized base of the same values (cosine above 0.999); saved and loaded again it gives the
-same logits. 4bit was tried as NF4 with double quantization (FP4 and single quantization take the same path), torchao as
-int8, quanto as int4.
+**works** means: after a few steps of training only the parameters of the method have changed; on a quantized base its
+gradients equal those on an unquantized base with the same values (cosine above 0.999); after saving and loading, the
+model gives the same logits. 4bit was tested as NF4 with double quantization (FP4 and single quantization use the same
+code), torchao as int8, quanto as int4.
 
-- gradient checkpointing: the same losses as without.
-- packing: rows in one sequence are computed as they are apart (the model must isolate them too).
-- best model at end: a checkpoint that is put back is the model that was measured there.
-- resume: the same losses as uninterrupted. A run that cannot be resumed starts over.
-- merge: without the adapter, its weights in the base's, the logits are the same. Into a quantized base that can be so
-  only within its rounding, so the column is that of an unquantized one.
+- gradient checkpointing: the losses are the same as without it.
+- packing: rows packed into one sequence give the same logits as separate rows (the model must isolate them too).
+- best model at end: a checkpoint that is loaded at the end gives the loss that was measured when it was saved.
+- resume: the losses are the same as without an interruption. A run that cannot be resumed starts over.
+- merge: the model gives the same logits after the adapter's weights are merged into the base. A merge into a quantized
+  base is exact only up to rounding, so this column is for an unquantized base.
 
 """
 
 
 def judge(words: tuple[str, ...], base: str) -> dict[str, str]:
-    """Try one in this process, which is its own."""
+    """Test one method on one base, in a worker process."""
     quiet()
     from transformers.utils import logging
 
@@ -62,12 +62,12 @@ def judge(words: tuple[str, ...], base: str) -> dict[str, str]:
 
 
 def table(verdicts: dict[str, dict[str, dict[str, str]]], libraries: dict[str, str]) -> str:
-    """Write the page."""
+    """Return the text of the page."""
     lines = [["method", *BASES, *HEADINGS.values()], ["---"] * (1 + len(BASES) + len(HEADINGS))]
     reasons = []
     for kind, words in kinds().items():
-        found = verdicts.get(kind, {})
-        trains = {base: found.get(base, {}).get("trains", "unknown") for base in BASES}
+        results = verdicts.get(kind, {})
+        trains = {base: results.get(base, {}).get("trains", "unknown") for base in BASES}
         cells = [_cell(verdict) for verdict in trains.values()]
         reasons += [
             (name_of(words), base, verdict, "training")
@@ -77,7 +77,7 @@ def table(verdicts: dict[str, dict[str, dict[str, str]]], libraries: dict[str, s
         able = [base for base in BASES if trains[base] == WORKS]
         for aspect in HEADINGS:
             bases = [base for base in able if aspect != "merge" or base == "plain"]
-            failing = [base for base in bases if found[base].get(aspect) != WORKS]
+            failing = [base for base in bases if results[base].get(aspect) != WORKS]
             cells.append(
                 "-"
                 if not bases
@@ -87,15 +87,15 @@ def table(verdicts: dict[str, dict[str, dict[str, str]]], libraries: dict[str, s
                 if failing == bases
                 else "not " + ", ".join(failing)
             )
-            reasons += [(name_of(words), base, found[base][aspect], HEADINGS[aspect]) for base in failing]
+            reasons += [(name_of(words), base, results[base][aspect], HEADINGS[aspect]) for base in failing]
         lines.append([name_of(words), *cells])
     text = INTRODUCTION.format(libraries=", ".join(f"{name} {number}" for name, number in sorted(libraries.items())))
     text += "\n".join(f"| {' | '.join(line)} |" for line in lines)
     text += "\n\n## Why refused\n\n| method | what | on | what happened |\n| --- | --- | --- | --- |\n"
     alike: dict[tuple[str, str, str], list[tuple[str, str]]] = {}
-    for name, base, why, what in reasons:  # the same but for numbers
-        told = re.sub("|".join((r"[\d.]+", *BASES.values())), "", why)
-        alike.setdefault((name, what, told), []).append((base, why))
+    for name, base, why, what in reasons:  # reasons that differ only in numbers are listed once
+        pattern = re.sub("|".join((r"[\d.]+", *BASES.values())), "", why)
+        alike.setdefault((name, what, pattern), []).append((base, why))
     for (name, what, _), cases in alike.items():
         text += f"| {name} | {what} | {', '.join(base for base, _ in cases)} | {cases[0][1].replace('|', '/')} |\n"
     return text
@@ -106,31 +106,37 @@ def _cell(verdict: str) -> str:
 
 
 def main() -> None:
-    """Try, print, write."""
-    every = kinds()
-    names = sorted(map(name_of, every.values()))
+    """Run the tests, print the changes, write the files."""
+    methods = kinds()
+    names = sorted(map(name_of, methods.values()))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(names)}")
-    parser.add_argument("--bases", nargs="+", choices=[*BASES], default=[*BASES], help="verdicts of others stay")
-    parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument(
+        "methods", nargs="*", metavar="METHOD", help=f"methods to test; default: all of {', '.join(names)}"
+    )
+    parser.add_argument(
+        "--bases", nargs="+", choices=[*BASES], default=[*BASES], help="kinds of base to test; results of others stay"
+    )
+    parser.add_argument("--check", action="store_true", help="only print the changes, write no file")
     options = parser.parse_args()
     if unknown := {*options.methods} - {*names}:
-        parser.error(f"no method {', '.join(sorted(unknown))}")
-    wanted = {kind: words for kind, words in every.items() if not options.methods or name_of(words) in options.methods}
+        parser.error(f"no such method: {', '.join(sorted(unknown))}")
+    wanted = {
+        kind: words for kind, words in methods.items() if not options.methods or name_of(words) in options.methods
+    }
     kept = json.loads(FILE.read_text("utf-8"))["verdicts"] if FILE.is_file() else {}
     jobs = [(kind, words, base) for kind, words in wanted.items() for base in options.bases]
-    found = {kind: dict(bases) for kind, bases in kept.items() if kind in every}
+    merged = {kind: dict(bases) for kind, bases in kept.items() if kind in methods}
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         results = pool.map(judge, *zip(*((words, base) for _, words, base in jobs), strict=True))
         for (kind, _, base), verdicts in zip(jobs, results, strict=True):
             before = kept.get(kind, {}).get(base)
-            print(kind, base, verdicts if verdicts != before else "as before", flush=True)
-            found.setdefault(kind, {})[base] = verdicts
+            print(kind, base, verdicts if verdicts != before else "unchanged", flush=True)
+            merged.setdefault(kind, {})[base] = verdicts
     if options.check:
         return
     libraries = {name: version(name).split("+")[0] for name in LIBRARIES}
-    FILE.write_text(json.dumps({"libraries": libraries, "verdicts": found}, indent=1, sort_keys=True) + "\n", "utf-8")
-    TABLE.write_text(table(found, libraries), "utf-8")
+    FILE.write_text(json.dumps({"libraries": libraries, "verdicts": merged}, indent=1, sort_keys=True) + "\n", "utf-8")
+    TABLE.write_text(table(merged, libraries), "utf-8")
     print(f"wrote {FILE} and {TABLE}; {len(ASPECTS)} aspects of {len(jobs)} combinations")
 
 

@@ -1,10 +1,10 @@
-"""Kill jobs, sweeps and the MLflow server at random, again and again; then count what was lost.
+"""Kill jobs, sweeps and the MLflow server at random times, many times; then count what was lost.
 
     nox -s faults                       # about a quarter of an hour on 2 cores
 
-Of every kill (-9) one in five hits the whole sweep, the others one of its jobs; the sweep is started again until all
-its jobs are done. Expected: no finished job run twice, one MLflow run for each job, every step's loss there once, the
-final losses as they are without kills, nothing RUNNING.
+One kill (-9) in five hits the sweep process, the others hit one of its jobs. The sweep is started again until all its
+jobs are done. Expected: no finished job runs twice, each job has one MLflow run with the loss of every step exactly
+once, the final losses equal those without kills, and no MLflow run is left RUNNING.
 """
 
 import argparse
@@ -26,14 +26,14 @@ from qlora_exp.sweeps.jobs import state
 
 @dataclass(frozen=True)
 class Size:
-    """How much each sweep does."""
+    """Number of jobs of each sweep, and of steps of each job."""
 
     jobs: int
     steps: int
 
 
 def command(folder: Path, uri: str, seeds: list[int], size: Size) -> list[str]:
-    """Give the command of a sweep over seeds of a tiny model, with six checkpoints."""
+    """Return the command of a sweep over seeds of a tiny model, whose jobs save six checkpoints."""
     return [
         sys.executable, "-m", "qlora_exp", "train", "-m", "model=tiny_llama", "device=cpu", "method=lora",
         f"training.max_steps={size.steps}", "training.save_strategy=steps",
@@ -45,7 +45,7 @@ def command(folder: Path, uri: str, seeds: list[int], size: Size) -> list[str]:
 
 
 def job_processes(parent: psutil.Process) -> list[psutil.Process]:
-    """List those of a sweep's processes that run a job: children of its fork server."""
+    """List the processes of a sweep that run a job: the children of its fork server."""
     try:
         return [job for child in parent.children() for job in child.children()]
     except psutil.NoSuchProcess:
@@ -55,7 +55,7 @@ def job_processes(parent: psutil.Process) -> list[psutil.Process]:
 def kill_at_random(
     folder: Path, uri: str, kills: int, chance: random.Random, size: Size
 ) -> tuple[Counter[str], dict[int, float], int]:
-    """Run sweeps and kill; return what was hit, the final losses by seed, and the finished jobs that were lost."""
+    """Run sweeps with kills; return the kills by target, the final losses by seed, and how many jobs were lost."""
     hit: Counter[str] = Counter()
     done: dict[str, str] = {}
     lost = 0
@@ -88,9 +88,9 @@ def kill_at_random(
 
 
 def check(uri: str, folder: Path, size: Size) -> dict[str, int]:
-    """Count what MLflow has, and what it should not."""
+    """Count jobs and MLflow runs, and the faults in MLflow."""
     mlflow = MlflowClient(uri)
-    runs = [run for each in mlflow.search_experiments() for run in mlflow.search_runs([each.experiment_id])]
+    runs = [run for experiment in mlflow.search_experiments() for run in mlflow.search_runs([experiment.experiment_id])]
     jobs = [run for run in runs if "run_key" in run.data.tags]
     keys = Counter(run.data.tags["run_key"] for run in jobs)
     missing = repeated = 0
@@ -110,7 +110,7 @@ def check(uri: str, folder: Path, size: Size) -> dict[str, int]:
 
 
 class Server:
-    """An MLflow server that is killed and started again."""
+    """An MLflow server that can be killed and started again."""
 
     def __init__(self, folder: Path, port: int) -> None:
         self.uri = f"http://127.0.0.1:{port}"
@@ -120,7 +120,7 @@ class Server:
         ]  # fmt: skip
 
     def start(self) -> None:
-        """Start, and wait until it answers."""
+        """Start the server, and wait until it answers."""
         environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
         self._process = psutil.Popen(
             self._words, env={**psutil.Process().environ(), **environment}, stdout=-3, stderr=-3
@@ -135,14 +135,14 @@ class Server:
         raise TimeoutError("the MLflow server does not start")
 
     def kill(self) -> None:
-        """Kill -9, its workers too."""
+        """Kill the server and its workers (-9)."""
         for process in [*self._process.children(recursive=True), self._process]:
             process.kill()
         self._process.wait()
 
 
 def outages(folder: Path, count: int, chance: random.Random, size: Size) -> dict[str, int]:
-    """Run sweeps whose server goes away and comes back `count` times; count what MLflow has in the end."""
+    """Run sweeps while the server is killed and started again `count` times; return the final counts of `check`."""
     server = Server(folder, 5077)
     server.start()
     begin = 0
@@ -158,28 +158,28 @@ def outages(folder: Path, count: int, chance: random.Random, size: Size) -> dict
                     server.kill()
                     time.sleep(chance.uniform(1.0, 8.0))
                     server.start()
-        print(f"{count} outages to go", flush=True)
+        print(f"{count} outages left", flush=True)
     subprocess.run([sys.executable, "-m", "qlora_exp", "sync", str(folder / "outages")], check=True)
-    found = check(server.uri, folder / "outages", size)
+    counts = check(server.uri, folder / "outages", size)
     server.kill()
-    print(f"Server outages: {found}", flush=True)
-    return found
+    print(f"Server outages: {counts}", flush=True)
+    return counts
 
 
-def wrong(found: dict[str, int]) -> bool:
-    """Tell whether anything was lost or doubled."""
-    numbers = list(found.values())
+def wrong(counts: dict[str, int]) -> bool:
+    """Check whether anything was lost or duplicated."""
+    numbers = list(counts.values())
     return numbers[0] != numbers[1] or any(numbers[2:])
 
 
 def main() -> None:
-    """Run both campaigns."""
+    """Run the kills, then the server outages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--outages", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", type=int, default=6, help="of each sweep")
-    parser.add_argument("--steps", type=int, default=60, help="of each job")
+    parser.add_argument("--kills", type=int, default=50, help="number of kills; 0: skip them")
+    parser.add_argument("--outages", type=int, default=10, help="number of server outages; 0: skip them")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of times and targets")
+    parser.add_argument("--jobs", type=int, default=6, help="jobs of each sweep")
+    parser.add_argument("--steps", type=int, default=60, help="steps of each job")
     options = parser.parse_args()
     size = Size(options.jobs, options.steps)
     chance = random.Random(options.seed)
@@ -188,19 +188,19 @@ def main() -> None:
         uri = f"sqlite:///{folder / 'mlflow.db'}"
         if options.kills:
             hit, losses, lost = kill_at_random(folder / "killed", uri, options.kills, chance, size)
-            found = check(uri, folder / "killed", size)
+            counts = check(uri, folder / "killed", size)
             calm = command(folder / "calm", f"sqlite:///{folder / 'calm.db'}", sorted(losses), size)
             subprocess.run(calm, capture_output=True, check=True)
             same = sum(
                 state(job)[1]["metrics"]["after/loss"] == losses[int(job.name.split("_")[0].removeprefix("seed-"))]
                 for job in (folder / "calm").glob("*/seed-*")
             )
-            print(f"Kills: {dict(hit)}; finished jobs lost {lost}; {found}")
-            print(f"Final loss as without kills, bit for bit: {same} of {len(losses)}", flush=True)
-            if lost or wrong(found) or same != len(losses):
-                sys.exit("something was lost")
+            print(f"Kills: {dict(hit)}; finished jobs lost: {lost}; {counts}")
+            print(f"Final loss bit-identical to that without kills: {same} of {len(losses)}", flush=True)
+            if lost or wrong(counts) or same != len(losses):
+                sys.exit("something was lost or duplicated: see the counts above")
         if options.outages and wrong(outages(folder, options.outages, chance, size)):
-            sys.exit("something was lost")
+            sys.exit("something was lost or duplicated: see the counts above")
 
 
 if __name__ == "__main__":

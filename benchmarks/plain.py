@@ -1,7 +1,7 @@
-"""The default job as a plain script of transformers, peft and TRL: what `qlora-exp train` is measured against.
+"""Run the default job as a plain script with transformers, peft and TRL, for comparison with `qlora-exp train`.
 
-Uses nothing of qlora_exp. With `--trl-defaults`, precision, checkpointing and sampling are TRL's own choices.
-Prints one JSON line: step times, the time of the first step's end, peak RSS, held-out losses.
+Does not import qlora_exp. With `--trl-defaults`, TRL chooses precision, checkpointing and sampling.
+Prints one JSON line: step times, time when the first step ended, peak RSS, held-out losses.
 """
 
 import argparse
@@ -45,7 +45,7 @@ chosen: dict[str, Any] = {} if options.trl_defaults else {"bf16": False, "gradie
 
 
 class Clock(TrainerCallback):
-    """Step times (data loading included, evaluation left out) and held-out losses."""
+    """Callback that measures step times (with data loading, without evaluation) and collects held-out losses."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
@@ -60,8 +60,8 @@ class Clock(TrainerCallback):
         self.first = self.first or time.time()
         self.mark = time.perf_counter()
 
-    def on_evaluate(self, *_: object, **sent: Any) -> None:
-        self.losses.append((sum(self.steps), sent["metrics"]["eval_loss"]))
+    def on_evaluate(self, *_: object, **arguments: Any) -> None:
+        self.losses.append((sum(self.steps), arguments["metrics"]["eval_loss"]))
         self.mark = time.perf_counter()
 
 
@@ -94,10 +94,10 @@ trainer = SFTTrainer(
 )
 adapted = trainer.model
 assert adapted is not None
-if not options.trl_defaults:  # the same job: TRL rounds the adapters of a quantized base to bfloat16
+if not options.trl_defaults:  # as in qlora-exp: TRL would round the adapters of a quantized base to bfloat16
     for parameter in adapted.parameters():
         parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
-for module in adapted.modules():  # without it, bitsandbytes' gradients are wrong after an evaluation on some CPUs
+for module in adapted.modules():  # otherwise bitsandbytes' gradients are wrong after an evaluation on some CPUs
     if isinstance(module, Linear4bit):
         module.support_avx512bf16_for_cpu = False
 trainer.train()

@@ -1,8 +1,8 @@
-"""Predicted against measured tensor memory of real runs of the built-in model on this CPU.
+"""Compare predicted with measured tensor memory of real runs of the built-in model on this CPU.
 
     nox -s memory -- planned_memory [METHOD ...]        # a few minutes on 2 cores
 
-Measured by torch's profiler, which sees every tensor's allocation; rows are as long as `max_length` lets them be.
+Memory is measured by torch's profiler, which records every allocation of a tensor. Rows have `max_length` tokens.
 """
 
 import argparse
@@ -38,12 +38,12 @@ METHODS = {
 
 
 def measured(config: Config) -> float:
-    """Return the MiB of tensors at the fullest moment of two steps."""
+    """Return the peak tensor memory of two steps, in MiB."""
     resolved = resolve(config, detect("cpu"))
     tokenizer = model.load_tokenizer(config.model)
     base = model.load_model(config.model, config.quantization, resolved)
     adapted = adapters.attach(base, adapters.peft_config(config, base), resolved.adapter_dtype)
-    # Of two lengths in turn, so that each batch has some padding, as most have.
+    # Rows alternate between two lengths, so that each batch has some padding, as most real batches have.
     ids = [[40 + (7 * row + place) % 900 for place in range(LENGTH - row % 2)] for row in range(16)]
     before = sum(_nbytes(layer) for layer in {id(layer): layer for layer in adapted.modules()}.values())
     before -= _tied(base)
@@ -64,26 +64,28 @@ def measured(config: Config) -> float:
 
 
 def _tied(base: Any) -> int:
-    """Return the bytes of the output layer, if it is the embedding too."""
+    """Return the bytes of the output layer if it shares its weight with the embedding, else 0."""
     head, embedding = base.get_output_embeddings().weight, base.get_input_embeddings().weight
     nbytes: int = head.nbytes
     return nbytes if head is embedding else 0
 
 
 def _nbytes(layer: torch.nn.Module) -> int:
-    """Return the bytes of a layer's own parameters, and of what a 4-bit one is scaled by."""
-    found = sum(parameter.nbytes for parameter in layer.parameters(recurse=False))
+    """Return the bytes of a layer's own parameters, and of the quantization constants of a 4-bit layer."""
+    nbytes = sum(parameter.nbytes for parameter in layer.parameters(recurse=False))
     if (state := getattr(getattr(layer, "weight", None), "quant_state", None)) is not None:
-        found += state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
-    return found
+        nbytes += state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
+    return nbytes
 
 
 def main() -> None:
-    """Predict, run, compare."""
+    """Predict and measure each run, and print the errors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"of {', '.join(METHODS)}")
+    parser.add_argument(
+        "methods", nargs="*", metavar="METHOD", help=f"methods to run; default: all of {', '.join(METHODS)}"
+    )
     parser.add_argument("--model", default="smollm2_135m", help="option of the config group `model`")
-    parser.add_argument("--batches", type=int, nargs="+", default=[2, 4], help="rows at once")
+    parser.add_argument("--batches", type=int, nargs="+", default=[2, 4], help="batch sizes")
     options = parser.parse_args()
     quiet()
     errors = []
@@ -105,10 +107,10 @@ def main() -> None:
                 )  # fmt: skip
                 phases = planner.Planner(config, resolve(config, detect("cpu"))).predict().phases
                 predicted = max(phases[phase].allocated for phase in ("first_step", "steady")) / MIB
-                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as alone:
-                    found = alone.submit(measured, config).result()
-                errors.append(abs(predicted / found - 1))
-                print(f"{label:28} {predicted:9.0f} {found:9.0f} {predicted / found - 1:+7.1%}", flush=True)
+                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                    actual = pool.submit(measured, config).result()
+                errors.append(abs(predicted / actual - 1))
+                print(f"{label:28} {predicted:9.0f} {actual:9.0f} {predicted / actual - 1:+7.1%}", flush=True)
     print(f"{len(errors)} runs: median error {median(errors):.1%}, worst {max(errors):.1%}")
 
 

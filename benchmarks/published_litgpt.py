@@ -1,12 +1,12 @@
-"""Predicted against published GPU memory: LitGPT's resource tables for LoRA of Llama 2 (one A100 of 40 GB).
+"""Compare predicted with published GPU memory: LitGPT's resource tables for LoRA on Llama 2 (one A100 40 GB).
 
     nox -s memory -- published_litgpt   # a few minutes; needs no GPU
 
-What they ran (LitGPT, tutorials/resource-tables.md and its `finetune/lora.py` of then): bfloat16 weights without
-autocast, LoRA r=8 on queries and values, dropout 0.05, no checkpointing, torch's AdamW, a longest row of 1,304 tokens;
-the figure is torch's `max_memory_allocated` in GB. Nothing is fitted, and transformers' Llama stands for theirs. With 4
-bits they used bitsandbytes 0.41, which kept the input of each layer for the backward pass, though it has no use for it;
-that is added.
+The published runs (LitGPT, tutorials/resource-tables.md and `finetune/lora.py` of that time) used bfloat16 weights
+without autocast, LoRA with r=8 on queries and values, dropout 0.05, no checkpointing, torch's AdamW, and a longest row
+of 1,304 tokens. The published figure is torch's `max_memory_allocated` in GB. The prediction has no fitted parameter,
+and uses transformers' Llama in place of LitGPT's. For 4-bit weights the runs used bitsandbytes 0.41, which kept the
+input of each layer for the backward pass without needing it; the prediction adds these bytes.
 """
 
 import argparse
@@ -36,17 +36,17 @@ PUBLISHED = {
     ("llama2_13b", "nf4", 1): 23.14,
     ("llama2_13b", "nf4_double", 1): 22.55,
 }
-"""Model, how it is stored, rows at once: GB."""
+"""Published peak in GB, by model, quantization and batch size."""
 
 
 def loss(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Compute the loss in bfloat16, as theirs; all logits."""
+    """Compute the loss in bfloat16 from all logits, as LitGPT does."""
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
 
 
 def allocated(name: str, stored: str, rows: int) -> float:
-    """Return the bytes at the fullest."""
+    """Return the predicted peak of allocated bytes."""
     words = [f"model={name}", "model.dtype=bfloat16", f"quantization={stored}"]
     config = compose([*words, "method=lora" if stored == "none" else "method=qlora"])
     resolved = resolve(config, Device("cuda", "GPU", bf16=True, paging=True))
@@ -66,27 +66,27 @@ def allocated(name: str, stored: str, rows: int) -> float:
         return model
 
     depth = architecture.num_hidden_layers
-    model = steps.weigh(build(depth), lambda whole: steps.optimizer("adamw_torch", True, whole))
+    model = steps.weigh(build(depth), lambda model: steps.optimizer("adamw_torch", True, model))
     with planner.as_it_runs(on_cuda=True):
         step = steps.record(build, depth, steps.Batch(rows, TOKENS, masked=False), loss=loss)
-    found = max(phase.allocated for phase in play(model, step, True, True).values())
-    if stored != "none":  # in bfloat16: what goes into attention, its output layer, the MLP, and the MLP's last layer
-        found += 2 * rows * TOKENS * depth * (3 * architecture.hidden_size + architecture.intermediate_size)
-    return found
+    nbytes = max(phase.allocated for phase in play(model, step, True, True).values())
+    if stored != "none":  # bfloat16 inputs of attention, its output layer, the MLP and the MLP's last layer
+        nbytes += 2 * rows * TOKENS * depth * (3 * architecture.hidden_size + architecture.intermediate_size)
+    return nbytes
 
 
 def main() -> None:
-    """Predict, compare."""
+    """Predict the memory of each run and print the errors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=len(PUBLISHED), help="the first of them only")
+    parser.add_argument("--runs", type=int, default=len(PUBLISHED), help="use only the first N runs")
     options = parser.parse_args()
     quiet()
     errors = []
     for (name, stored, rows), published in [*PUBLISHED.items()][: options.runs]:
-        found = allocated(name, stored, rows) / 1e9
-        errors.append(abs(found / published - 1))
-        error = found / published - 1
-        print(f"{name:12} {stored:12} {rows}  {found:6.2f} GB, published {published:6.2f}  {error:+.1%}")
+        predicted = allocated(name, stored, rows) / 1e9
+        errors.append(abs(predicted / published - 1))
+        error = predicted / published - 1
+        print(f"{name:12} {stored:12} {rows}  {predicted:6.2f} GB, published {published:6.2f}  {error:+.1%}")
     print(f"median error {median(errors):.1%}, worst {max(errors):.1%}")
 
 

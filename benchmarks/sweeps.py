@@ -1,11 +1,11 @@
-"""What a sweep costs beyond its training: against separate processes and against Hydra's basic launcher.
+"""Measure the overhead of a sweep, compared with separate processes and with Hydra's basic launcher.
 
     nox -s sweeps                       # about ten minutes on 2 cores; keep the machine quiet meanwhile
 
-1. Makespan of 8 short jobs on a tiny model: `qlora-exp train -m`, the same through Hydra's basic sweeper and launcher
-   (one process for all jobs), and 8 plain scripts one after the other.
+1. Total time of 8 short jobs on a tiny model: with `qlora-exp train -m`, with Hydra's basic sweeper and launcher (one
+   process for all jobs), and with 8 plain scripts one after the other.
 2. Memory of the sweep's own process after 5 and after 50 jobs.
-3. The time to see that 500 jobs are done.
+3. Time to detect that all of 500 jobs are already done.
 """
 
 import argparse
@@ -30,7 +30,7 @@ QUICK = [
 
 
 def sweep(folder: Path, jobs: int, *more: str) -> tuple[float, list[int]]:
-    """Return the seconds that a sweep took, and its own process's memory in bytes, seen at each finished job."""
+    """Return a sweep's seconds, and the peak bytes of its own process by the number of jobs finished until then."""
     where = [f"hydra.sweep.dir={folder}", f"tracking.uri=sqlite:///{folder.parent / folder.name}.db"]
     words = [sys.executable, "-m", "qlora_exp", "train", "-m", *QUICK, *where, f"seed=range(0,{jobs})", *more]
     begin, memory = time.perf_counter(), [0] * (jobs + 1)
@@ -46,7 +46,7 @@ def sweep(folder: Path, jobs: int, *more: str) -> tuple[float, list[int]]:
 
 
 def scripts(folder: Path, jobs: int) -> float:
-    """Return the seconds that the plain script took, `jobs` times."""
+    """Return the seconds that `jobs` runs of the plain script took, one after the other."""
     model = export(folder, "tiny_llama")
     words = [sys.executable, str(Path(__file__).parent / "plain.py"), "--model", model, "--data", str(folder)]
     begin = time.perf_counter()
@@ -58,11 +58,11 @@ def scripts(folder: Path, jobs: int) -> float:
 
 
 def main() -> None:
-    """Run all three."""
+    """Run all three measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=8, help="of the first comparison; 0: leave it out")
-    parser.add_argument("--many", type=int, default=50, help="jobs of the second; 0: leave it out")
-    parser.add_argument("--done", type=int, default=500, help="jobs of the third; 0: leave it out")
+    parser.add_argument("--jobs", type=int, default=8, help="jobs of the first measurement; 0: skip it")
+    parser.add_argument("--many", type=int, default=50, help="jobs of the second measurement; 0: skip it")
+    parser.add_argument("--done", type=int, default=500, help="jobs of the third measurement; 0: skip it")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -73,12 +73,14 @@ def main() -> None:
             few, many = (max(memory[: count + 1]) / MIB for count in (5, options.many))
             print(f"the sweep's own process: {few:.0f} MiB up to 5 jobs, {many:.0f} MiB up to {options.many}")
         if options.done:
-            one, all_ = decide(folder, options.done)
-            print(f"a sweep whose {options.done} jobs are done takes {all_:.2f} s, one whose only job is {one:.2f} s")
+            single, many = decide(folder, options.done)
+            print(
+                f"sweep with all {options.done} jobs already done: {many:.2f} s; with its only job done: {single:.2f} s"
+            )
 
 
 def makespan(folder: Path, jobs: int) -> None:
-    """Print how long `jobs` jobs take as a sweep, through the basic launcher, and as plain scripts."""
+    """Print how long `jobs` jobs take as a sweep, with the basic launcher, and as plain scripts."""
     ours, _ = sweep(folder / "ours", jobs)
     basic, _ = sweep(folder / "basic", jobs, "hydra/sweeper=basic", "hydra/launcher=basic")
     again, _ = sweep(folder / "ours2", jobs)
@@ -86,18 +88,18 @@ def makespan(folder: Path, jobs: int) -> None:
     mean = (ours + again) / 2
     print(f"{jobs} jobs, seconds: qlora-exp {ours:.1f}, {again:.1f}; basic launcher {basic:.1f}; ", end="")
     print(
-        f"plain scripts {separate:.1f}; ours is {mean / separate:.2f} of the scripts, {mean / basic:.2f} of basic",
+        f"plain scripts {separate:.1f}; ratio to scripts {mean / separate:.2f}, to basic launcher {mean / basic:.2f}",
         flush=True,
     )
 
 
 def decide(folder: Path, jobs: int) -> tuple[float, float]:
-    """Return the seconds of a command whose only job is done, and of one with `jobs` that are.
+    """Return the seconds of a sweep whose only job is done, and of one with `jobs` jobs that are done.
 
-    Their folders are copies of one real job's journal, with the keys of the others.
+    The folders of the other jobs are copies of one real job's journal, named with the other jobs' run keys.
     """
     sweep(folder / "done", 1, "sweep.name=done")
-    one, _ = sweep(folder / "done", 1, "sweep.name=done")
+    single, _ = sweep(folder / "done", 1, "sweep.name=done")
     (real,) = (folder / "done" / "done").glob("seed-*")
     first = compose([*QUICK, "seed=0"])
     for seed in range(1, jobs):
@@ -105,7 +107,7 @@ def decide(folder: Path, jobs: int) -> tuple[float, float]:
         (real.parent / f"seed-{seed}_{key}").mkdir()
         for file in (*real.glob("journal.*"), real / "delivered.json"):
             shutil.copy(file, real.parent / f"seed-{seed}_{key}")
-    return one, sweep(folder / "done", jobs, "sweep.name=done")[0]
+    return single, sweep(folder / "done", jobs, "sweep.name=done")[0]
 
 
 if __name__ == "__main__":

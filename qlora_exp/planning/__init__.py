@@ -1,5 +1,5 @@
-"""What a run will need before it runs: memory by phase, time of a step, what fits a device.
+"""Predict what a run needs before it starts: memory by phase, time per step, and whether it fits a device.
 
-May import: utils, libraries, config, environment, models, tracking (keys and files).
-Never here: past runs; what it learns from them is given to it.
+May import: utils, libraries, config, environment, models, tracking (run keys and files).
+Never here: reading past runs. Callers pass the runs that a calibration is fitted to.
 """

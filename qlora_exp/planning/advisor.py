@@ -1,7 +1,7 @@
-"""What fits a card: which methods, the largest batch, the longest rows, the largest model. Found by planning many runs.
+"""Advise what fits a GPU: which methods, the largest batch, the longest rows, the largest model.
 
-Nothing here is a formula or a table of experience. Knows nothing of recorded runs; imports nothing heavy until it
-plans.
+Every answer comes from planning many runs, not from a formula or a table of experience. This module does not read past
+runs, and it imports heavy libraries only when it starts to plan.
 """
 
 import sys
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from qlora_exp.planning.planner import Planner, Prediction
 
 CARDS = (4, 6, 8, 12, 16, 24, 40, 48, 80)
-"""GiB of those that are sold."""
+"""Memory sizes of GPUs on the market, in GiB."""
 LENGTH_STEP = 64
 MOST_ROWS = 1024
 MOST_TOKENS = 131_072
-"""Of a row, for models that do not say."""
+"""Longest row to consider, in tokens, for models that declare no `max_position_embeddings`."""
 METHODS = {
     "full, float32": ["method=full", "model.dtype=float32", "training.bf16=false", "training.fp16=false"],
     "full, bfloat16": ["method=full", "model.dtype=bfloat16"],
@@ -37,71 +37,76 @@ METHODS = {
     "DoRA": ["method=lora", "lora_variant=dora"],
     "QLoRA": ["method=qlora"],
 }
-"""What is compared unless methods are named."""
+"""Methods that are compared if the user names none, with the overrides that select each."""
 _APART = {word.split("=")[0] for words in METHODS.values() for word in words} | {"quantization"}
-"""Keys that tell METHODS apart."""
-_START = "fork" if sys.platform == "linux" else "spawn"  # elsewhere libraries do not survive a fork
+"""Config keys that differ between METHODS."""
+_START = "fork" if sys.platform == "linux" else "spawn"  # on other systems the libraries do not survive a fork
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How far an option goes on a card."""
+    """The largest batch and the longest row that an option can train with on one GPU."""
 
     rows: int
-    """The largest batch of rows of `max_length`; 0: not one row fits."""
+    """The largest batch of rows of `max_length` tokens; 0: not even one row fits."""
     length: int
-    """Tokens of the longest row, alone in its batch, in steps of LENGTH_STEP; 0: none fits."""
+    """Tokens of the longest row in a batch of one, a multiple of LENGTH_STEP; 0: no row fits."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to train, on one kind of GPU."""
+    """One way to train, planned for one kind of GPU."""
 
     name: str
     config: Config
     planned: "Prediction"
-    """As configured."""
+    """For the configured batch size and row length."""
     fits: dict[Gpu, Fit]
 
 
 def cards(gpu: Gpu) -> list[Gpu]:
-    """That GPU, or if its memory is not given, one of each size that is sold."""
+    """Return `[gpu]`, or, if its memory is not given, one GPU of each size in CARDS."""
     return [gpu] if gpu.memory_gib else [replace(gpu, memory_gib=size) for size in CARDS]
 
 
 def check(overrides: Sequence[str], models: bool) -> None:
-    """Refuse what cannot be advised on, before anything slow is imported.
+    """Check that the overrides can be advised on, before anything slow is imported.
 
     Raises:
-        ConfigError: why.
+        ConfigError: they cannot; the message gives the reason.
     """
     keys = {word.split("=")[0].lstrip("+~") for word in overrides}
     if models and keys & {"model", "model.model_name_or_path", "method"}:
-        raise ConfigError("advise --models: finds the models, for each method; leave out model= and method=")
+        raise ConfigError("advise --models tries every model with every method: leave out model= and method=")
     jobs = grid(overrides)
     if "method" not in keys:
-        if told := ", ".join(sorted(keys & _APART)):
-            raise ConfigError(f"advise compares what differs in {told}; name the methods too: method=lora,qlora")
+        if compared := ", ".join(sorted(keys & _APART)):
+            raise ConfigError(
+                f"advise sets {compared} itself to compare methods; to set it, name the methods too: method=lora,qlora"
+            )
         if len(jobs) > 1:
-            raise ConfigError("advise takes lists with the methods named: method=lora,qlora")
+            raise ConfigError("advise accepts lists of values only if the methods are named: method=lora,qlora")
     for words in jobs:
         if compose(words).device not in ("auto", "cuda"):
-            raise ConfigError("advise is about GPUs: leave out device=; `qlora-exp plan device=cpu` plans a CPU run")
+            raise ConfigError("advise is about GPUs: leave out device=. To plan a CPU run: `qlora-exp plan device=cpu`")
 
 
 def options(
     overrides: Sequence[str], gpu: Gpu, cards: Sequence[Gpu], report: Callable[[str], None]
 ) -> tuple[list[Option], dict[str, str]]:
-    """The ways to train that are asked for, or METHODS; and of those that cannot be, why.
+    """Plan the requested ways to train, or METHODS if no method is named.
 
     Args:
-        overrides: of the runs.
-        gpu: what they are planned for; its memory does not count.
-        cards: how far to look how far each goes.
-        report: told what is done.
+        overrides: config overrides of the runs.
+        gpu: the GPU that the runs are planned for; its memory size is not used.
+        cards: the GPUs on which to find the largest batch and the longest row of each option.
+        report: called with a progress message after each option.
+
+    Returns:
+        The options, and for each option that cannot be planned its name and the reason.
 
     Raises:
-        UserError: none can be.
+        UserError: no option can be planned.
     """
     if any(word.startswith("method=") for word in overrides):
         jobs = grid(overrides)
@@ -109,30 +114,30 @@ def options(
         named = {" ".join(word for word in job if word not in common): job for job in jobs}
     else:
         named = {name: [*words, *overrides] for name, words in METHODS.items()}
-    found, why = _at_once([(name, words, gpu, cards) for name, words in named.items()], report)
-    if not found:
+    planned, why = _plan_in_parallel([(name, words, gpu, cards) for name, words in named.items()], report)
+    if not planned:
         raise UserError("\n".join(dict.fromkeys(why.values())))
-    return found, why
+    return planned, why
 
 
-def _at_once(
+def _plan_in_parallel(
     jobs: Sequence[tuple[str, Sequence[str], Gpu, Sequence[Gpu]]], report: Callable[[str], None]
 ) -> tuple[list[Option], dict[str, str]]:
-    """Options, worked out side by side on all cores, and why others could not be."""
-    found, why = [], {}
+    """Plan options in parallel on all cores; return them, and by name the reason why others cannot be planned."""
+    planned, why = [], {}
     with workers.workers(len(jobs), _START) as pool:
         waiting = [pool.submit(_option, *job) for job in jobs]
         for number, (job, future) in enumerate(zip(jobs, waiting, strict=True), start=1):
             try:
-                found.append(workers.result(future))
+                planned.append(workers.result(future))
             except UserError as error:
                 why[job[0]] = str(error)
             report(f"{number} of {len(jobs)}")
-    return found, why
+    return planned, why
 
 
 def _option(name: str, words: Sequence[str], gpu: Gpu, cards: Sequence[Gpu]) -> Option:
-    """An option and how far it goes on each card."""
+    """Plan one option, and find its largest batch and longest row on each GPU."""
     from qlora_exp.planning.planner import planner
 
     config = compose(words)
@@ -142,12 +147,12 @@ def _option(name: str, words: Sequence[str], gpu: Gpu, cards: Sequence[Gpu]) -> 
 
 
 def _fits(config: Config, planned: "Prediction", plans: "Planner", cards: Sequence[Gpu]) -> dict[Gpu, Fit]:
-    asked, length = config.training.per_device_train_batch_size, config.training.max_length
+    configured, length = config.training.per_device_train_batch_size, config.training.max_length
     most = (plans.positions or MOST_TOKENS) // LENGTH_STEP
 
     @cache
     def of_rows(rows: int) -> int:
-        return planned.peak if rows == asked else plans.predict(rows, length, evaluated=0).peak
+        return planned.peak if rows == configured else plans.predict(rows, length, evaluated=0).peak
 
     @cache
     def of_length(steps: int) -> int:
@@ -156,31 +161,32 @@ def _fits(config: Config, planned: "Prediction", plans: "Planner", cards: Sequen
 
     return {
         card: Fit(
-            largest(of_rows, room(card), MOST_ROWS, asked),
+            largest(of_rows, room(card), MOST_ROWS, configured),
             LENGTH_STEP * largest(of_length, room(card), most, length // LENGTH_STEP),
         )
         for card in cards
     }
 
 
-def largest(need: Callable[[int], float], room: float, most: int, known: int) -> int:
-    """A count up to `most` whose need is within `room`, while that of one more is not; 0 if none was found.
+def largest(need: Callable[[int], float], room: float, most: int, start: int) -> int:
+    """Return the largest count up to `most` whose need is within `room`; 0 if there is none.
 
-    Needs grow nearly in proportion: the next guess lies where a line through two needs says.
+    Needs grow nearly in proportion to the count, so each next guess is the point where the line through two needs
+    reaches `room`.
 
     Args:
-        need: of a count; asked as seldom as can be.
-        room: for it.
-        most: the largest to look at.
-        known: a count whose need is known already: it and 1 are where the search begins.
+        need: computes the need of a count; called as rarely as possible, because each call plans a run.
+        room: the largest allowed need.
+        most: the largest count to try.
+        start: a count whose need is already computed. The search begins with it and with 1.
     """
-    known = max(1, min(known, most))
-    starts = [count for count in {1, known} if most > 0 and need(count) <= room]
+    start = max(1, min(start, most))
+    starts = [count for count in {1, start} if most > 0 and need(count) <= room]
     if not starts:
         return 0
     low = max(starts)
-    high = most + 1 if low == known else known
-    slope = (need(known) - need(1)) / (known - 1) if known > 1 else 0.0
+    high = most + 1 if low == start else start
+    slope = (need(start) - need(1)) / (start - 1) if start > 1 else 0.0
     while high - low > 1:
         ahead = int((room - need(low)) / slope) if slope > 0 else low
         guess = min(max(low + ahead, low + 1), high - 1)
@@ -190,15 +196,17 @@ def largest(need: Callable[[int], float], room: float, most: int, known: int) ->
 
 
 def choose(options: Sequence[Option], gpu: Gpu) -> tuple[str, str]:
-    """LoRA, QLoRA or neither, and why; nothing if one of them is not among the options."""
-    known = {option.name: option for option in options}
-    if not {"LoRA", "QLoRA"} <= known.keys():
+    """Choose LoRA, QLoRA or neither, and say why; return empty texts if one is not an option."""
+    by_name = {option.name: option for option in options}
+    if not {"LoRA", "QLoRA"} <= by_name.keys():
         return "", ""
-    lora, qlora = known["LoRA"], known["QLoRA"]
-    gib = {name: f"{expected(known[name].planned, gpu) / GIB:.1f}" for name in ("LoRA", "QLoRA")}
+    lora, qlora = by_name["LoRA"], by_name["QLoRA"]
+    gib = {name: f"{expected(by_name[name].planned, gpu) / GIB:.1f}" for name in ("LoRA", "QLoRA")}
     wanted, length = lora.config.training.per_device_train_batch_size, lora.config.training.max_length
     if rows := lora.fits[gpu].rows:
-        why = f"it fits, so nothing is lost to 4 bits; QLoRA would take {gib['QLoRA']} GiB, not {gib['LoRA']}"
+        why = (
+            f"it fits, so no accuracy is lost to 4-bit weights; QLoRA would take {gib['QLoRA']} GiB, not {gib['LoRA']}"
+        )
         times = [step_seconds(option.config, option.planned, gpu) for option in (lora, qlora)]
         if times[0] and times[1]:
             why += f", and {times[1] / times[0] - 1:+.0%} time at {gpu.rates}"
@@ -208,36 +216,40 @@ def choose(options: Sequence[Option], gpu: Gpu) -> tuple[str, str]:
         return "QLoRA", why + _fewer(rows, wanted)
     if longest := qlora.fits[gpu].length:
         return "QLoRA", f"with rows of at most {longest} tokens: training.max_length={longest}"
-    return "neither", "not even QLoRA with one short row fits; a smaller model (--models), or a larger card"
+    return "neither", "not even QLoRA with one short row fits: choose a smaller model (--models) or a larger GPU"
 
 
 def _fewer(rows: int, wanted: int) -> str:
     if rows >= wanted:
         return ""
-    told = "row" if rows == 1 else "rows"
-    return f"; with {rows} {told} at once, not {wanted}: training.gradient_accumulation_steps makes up for it"
+    unit = "row" if rows == 1 else "rows"
+    return f"; with {rows} {unit} per batch, not {wanted}: raise training.gradient_accumulation_steps to compensate"
 
 
 @dataclass(frozen=True)
 class Sized:
-    """A model, and what each of METHODS takes of it."""
+    """A model, and the memory that each of METHODS needs to train it."""
 
     name: str
     parameters: int
     needs: dict[str, int]
-    """Bytes reserved, by METHODS; one that cannot be planned is left out."""
+    """Reserved bytes by name of the method; a method that cannot be planned is left out."""
 
 
 def models(overrides: Sequence[str], gpu: Gpu, report: Callable[[str], None]) -> tuple[list[Sized], dict[str, str]]:
-    """Every shipped model whose architecture is known, smallest first, of two alike the first; why some are not there.
+    """Plan each of METHODS for each shipped model whose config file describes its architecture.
 
     Args:
-        overrides: of the runs.
-        gpu: what they are planned for; its memory does not count.
-        report: told what is done.
+        overrides: config overrides of the runs.
+        gpu: the GPU that the runs are planned for; its memory size is not used.
+        report: called with a progress message after each plan.
+
+    Returns:
+        The models, smallest first (of models with equal parameter counts only the first), and by name of model and
+        method the reason why a plan is missing.
 
     Raises:
-        UserError: nothing can be planned so.
+        UserError: nothing can be planned.
     """
     files = {name: conf_dir() / "model" / f"{name}.yaml" for name in configs.options("model")}
     names = [name for name, file in files.items() if yaml.safe_load(file.read_text("utf-8")).get("architecture")]
@@ -246,13 +258,13 @@ def models(overrides: Sequence[str], gpu: Gpu, report: Callable[[str], None]) ->
         for name in names
         for method, words in METHODS.items()
     ]
-    options, why = _at_once(jobs, report)
+    options, why = _plan_in_parallel(jobs, report)
     if not options:
         raise UserError("\n".join(dict.fromkeys(why.values())))
     planned = {option.name: option.planned for option in options}
-    found: dict[int, Sized] = {}
+    by_size: dict[int, Sized] = {}
     for name in names:
-        if of_it := {method: one for method in METHODS if (one := planned.get(f"{name}, {method}"))}:
-            size = max(one.total - (one.trainable if one.trainable < one.total else 0) for one in of_it.values())
-            found.setdefault(size, Sized(name, size, {method: one.peak for method, one in of_it.items()}))
-    return sorted(found.values(), key=lambda one: one.parameters), why
+        if plans := {method: plan for method in METHODS if (plan := planned.get(f"{name}, {method}"))}:
+            size = max(plan.total - (plan.trainable if plan.trainable < plan.total else 0) for plan in plans.values())
+            by_size.setdefault(size, Sized(name, size, {method: plan.peak for method, plan in plans.items()}))
+    return sorted(by_size.values(), key=lambda model: model.parameters), why

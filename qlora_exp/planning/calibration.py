@@ -1,8 +1,8 @@
-"""What runs took against what was planned for them, and what that says of the next plan, for each kind of device.
+"""Correct plans with what runs measured, for each kind of device.
 
-Each run logs `plan/PHASE_mib` before it loads anything and `plan/memory_ratio` at its end; `qlora-exp calibrate` fits
-what was measured as a line in what was planned, and keeps the fits in `mlruns/calibration.json`, which plans read.
-Imports nothing heavy until it must.
+Each run logs `plan/PHASE_mib` before it loads anything and `plan/memory_ratio` at its end. `qlora-exp calibrate` fits
+measured memory as a linear function of planned memory and writes the fits to `mlruns/calibration.json`, which later
+plans read. Heavy libraries are imported only when they are needed.
 """
 
 import json
@@ -34,17 +34,17 @@ log = logging.getLogger(__name__)
 
 FILE = "calibration.json"
 FOLDER = Path("mlruns")
-"""Of the fits, beside the runs that are tracked here."""
+"""Folder of the fits: the one where local runs are tracked."""
 LEAST_RUNS = 3
 PHASES = ("first_step", "steady", "evaluation")
-"""Those that are compared: what loading takes besides weights is not planned."""
+"""Phases that are compared. Loading is not: what it needs in addition to the weights is not planned."""
 _PLAN = "plan.json"
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class RecordedRun(Protocol):
-    """What `fit` reads of a past run; `results.records.Record` has it."""
+    """The attributes of a past run that `fit` reads; `results.records.Record` has them."""
 
     @property
     def outcome(self) -> str:
@@ -52,11 +52,11 @@ class RecordedRun(Protocol):
 
     @property
     def params(self) -> Mapping[str, str]:
-        """The parameters that it logged."""
+        """The logged parameters."""
 
     @property
     def tags(self) -> Mapping[str, str]:
-        """Its tags."""
+        """The tags of its MLflow run."""
 
     @property
     def metrics(self) -> Mapping[str, float]:
@@ -65,33 +65,36 @@ class RecordedRun(Protocol):
 
 @dataclass(frozen=True)
 class Calibration:
-    """What runs on one kind of device took: `offset_mib` + `slope` times what was planned."""
+    """Fit of the memory that runs on one kind of device took: `offset_mib` + `slope` x planned memory."""
 
     device: str
     runs: PositiveInt
     offset_mib: NotNegative
     slope: Positive
     median_error: NotNegative
-    """Share of what was expected by which a run took more or less, the fit being that to all runs of other plans."""
+    """Median relative error of the expected memory of a run, with the fit made without all runs of the same plan."""
     worst_error: NotNegative
     flops_per_second: Positive | None = None
-    """Of training, the median."""
+    """Median rate of training."""
     time_error: NotNegative | None = None
-    """Share by which the time of a step was missed by the median of all other runs, at worst."""
+    """Worst relative error of a step's time when it is predicted from the median rate of all other runs."""
 
     def expected(self, planned: float) -> float:
-        """Bytes that a run will take of which so many were planned."""
+        """Return the bytes that a run with `planned` bytes is expected to take."""
         return self.offset_mib * MIB + self.slope * planned
 
 
 def plan_run(config: "Config", resolved: "Resolved", longest: int, evaluated: int) -> dict[str, float]:
-    """What is planned for a run that is about to begin, as metrics; empty, with a word in the log, if it cannot be.
+    """Plan a run that is about to start.
 
     Args:
-        config: the run's.
-        resolved: what became of its `auto`.
+        config: the config of the run.
+        resolved: the values that its `auto` settings resolved to.
         longest: tokens of the longest training row.
         evaluated: tokens of the longest held-out row.
+
+    Returns:
+        Metrics `plan/PHASE_mib` and `plan/peak_mib`; empty if the run cannot be planned, with the reason in the log.
     """
     most = config.training.max_length
     longest, evaluated = most if config.training.packing else min(longest, most), min(evaluated, most)
@@ -99,33 +102,36 @@ def plan_run(config: "Config", resolved: "Resolved", longest: int, evaluated: in
     def plan(folder: Path) -> None:
         from qlora_exp.planning.planner import Planner
 
-        found = Planner(config, resolved).predict(length=longest, evaluated=evaluated)
-        metrics = {f"plan/{name}_mib": phase.reserved / MIB for name, phase in found.phases.items()}
-        (folder / _PLAN).write_text(json.dumps(metrics | {"plan/peak_mib": found.peak / MIB}), "utf-8")
+        prediction = Planner(config, resolved).predict(length=longest, evaluated=evaluated)
+        metrics = {f"plan/{name}_mib": phase.reserved / MIB for name, phase in prediction.phases.items()}
+        (folder / _PLAN).write_text(json.dumps(metrics | {"plan/peak_mib": prediction.peak / MIB}), "utf-8")
 
-    try:  # once for all runs that differ in nothing that counts: seeds, learning rates
+    try:  # runs that differ only in what memory does not depend on (seeds, learning rates) share one plan
         folder = cache.built(f"plan-{_digest(config, resolved, longest, evaluated)}", plan)
     except UserError as error:
         log.info("not planned: %s", error)
         return {}
     metrics: dict[str, float] = json.loads((folder / _PLAN).read_text("utf-8"))
-    log.info("planned: %s MiB at the fullest, the imports apart", f"{metrics['plan/peak_mib']:,.0f}")
+    log.info("planned peak memory: %s MiB, not counting imported libraries", f"{metrics['plan/peak_mib']:,.0f}")
     return metrics
 
 
 def _digest(config: "Config", resolved: "Resolved", longest: int, evaluated: int) -> str:
-    """Of what a plan may depend on."""
+    """Return a digest of everything that a plan may depend on."""
     apart = {*APART, "seed", "dataset", "unrelated", "evaluation"}
     values = config.model_dump(
         mode="json", exclude=dict.fromkeys(apart, True) | {"training": {"learning_rate", "max_steps"}}
     )
     base = run_key.model(config.model.model_name_or_path, config.model.revision)
-    every = values, asdict(resolved), longest, evaluated, base, run_key.code(), libraries()
-    return json_digest(every)
+    parts = values, asdict(resolved), longest, evaluated, base, run_key.code(), libraries()
+    return json_digest(parts)
 
 
 def measured(metrics: Mapping[str, float], phase: str) -> float | None:
-    """MiB at the fullest of a phase, of the kind that plans are of: reserved on a GPU, else without the imports."""
+    """Return the measured peak of a phase in MiB, in the kind of memory that plans predict; None if not measured.
+
+    That is reserved memory on a GPU, else resident memory beyond what the process had after its imports.
+    """
     if (reserved := metrics.get(f"memory/{phase}/reserved_peak_mib")) is not None:
         return reserved
     rss, before = (metrics.get(key) for key in (f"memory/{phase}/rss_peak_mib", "memory/baseline/rss_mib"))
@@ -133,7 +139,7 @@ def measured(metrics: Mapping[str, float], phase: str) -> float | None:
 
 
 def ratio(metrics: Mapping[str, float]) -> dict[str, float]:
-    """`plan/memory_ratio`: measured over planned, each at its fullest; empty if one of them is not known."""
+    """Return the metric `plan/memory_ratio`, measured peak over planned peak; empty if one of the two is missing."""
     pairs = _pairs(metrics)
     if not pairs:
         return {}
@@ -141,15 +147,18 @@ def ratio(metrics: Mapping[str, float]) -> dict[str, float]:
 
 
 def _pairs(metrics: Mapping[str, float]) -> list[tuple[float, float]]:
-    """MiB planned and measured, of each phase."""
+    """Return planned and measured MiB of each phase that has both."""
     pairs = [(metrics.get(f"plan/{phase}_mib"), measured(metrics, phase)) for phase in PHASES]
     return [(planned, took) for planned, took in pairs if planned and took and took > 0]
 
 
 def fit(records: Iterable[RecordedRun]) -> tuple[dict[str, Calibration], list[str]]:
-    """A calibration for each device that enough of these runs ran on, and what was left out.
+    """Fit a calibration for each device with at least LEAST_RUNS of the runs.
 
-    Runs of another version of this package count no more: it may have planned otherwise, or taken otherwise.
+    Runs of another version of this package are left out: its plans or its memory use may differ.
+
+    Returns:
+        Calibrations by name of the device, and messages about the runs that were left out.
     """
     groups: dict[str, list[Mapping[str, float]]] = {}
     older = 0
@@ -160,20 +169,20 @@ def fit(records: Iterable[RecordedRun]) -> tuple[dict[str, Calibration], list[st
             older += 1
             continue
         groups.setdefault(record.params.get("resolved.device_name", ""), []).append(record.metrics)
-    told = [f"{older} runs of another version of qlora_exp"] * bool(older)
-    told += [
-        f"{name}: {len(runs)} different runs, too few ({LEAST_RUNS} or more)"
+    left_out = [f"{older} runs of another version of qlora_exp"] * bool(older)
+    left_out += [
+        f"{name}: {len(runs)} different runs, too few ({LEAST_RUNS} are needed)"
         for name, runs in groups.items()
         if len(runs) < LEAST_RUNS
     ]
-    return {name: _fit(name, runs) for name, runs in groups.items() if len(runs) >= LEAST_RUNS}, told
+    return {name: _fit(name, runs) for name, runs in groups.items() if len(runs) >= LEAST_RUNS}, left_out
 
 
 def _fit(device: str, runs: Sequence[Mapping[str, float]]) -> Calibration:
     pairs = [_pairs(run) for run in runs]
     peaks = [(max(planned for planned, _ in own), max(took for _, took in own)) for own in pairs]
     errors = []
-    for planned, took in peaks:  # runs of the same plan know its answer: they are left out with it
+    for planned, took in peaks:  # runs of the same plan would give the answer away: they are left out too
         others = [
             own for own, (peak, _) in zip(pairs, peaks, strict=True) if not math.isclose(peak, planned, rel_tol=0.01)
         ]
@@ -189,14 +198,15 @@ def _fit(device: str, runs: Sequence[Mapping[str, float]]) -> Calibration:
 
 
 def _line(runs: Sequence[Sequence[tuple[float, float]]]) -> tuple[float, float]:
-    """Offset and slope, neither below zero, with the least squares of shares of the plan.
+    """Return offset and slope, neither below zero, that minimize the squared errors relative to the plan.
 
-    Through the origin if the plans are too much alike (of peaks the largest is not twice the smallest) to tell both.
+    The line goes through the origin if the plans are too similar to determine both (the largest peak is less than twice
+    the smallest).
     """
     import numpy as np
     from scipy.optimize import nnls
 
-    planned, took = (np.array(one) for one in zip(*(pair for own in runs for pair in own), strict=True))
+    planned, took = (np.array(values) for values in zip(*(pair for own in runs for pair in own), strict=True))
     peaks = [max(plan for plan, _ in own) for own in runs]
     if max(peaks) >= 2 * min(peaks):
         (offset, slope), _ = nnls(np.column_stack([1 / planned, np.ones_like(planned)]), took / planned)
@@ -205,26 +215,26 @@ def _line(runs: Sequence[Sequence[tuple[float, float]]]) -> tuple[float, float]:
     return 0.0, float(np.mean(took / planned))
 
 
-def write(found: Iterable[Calibration], folder: Path = FOLDER) -> Path:
-    """Keep the fits in `folder`, beside those of other devices that are there."""
+def write(fits: Iterable[Calibration], folder: Path = FOLDER) -> Path:
+    """Write the fits to FILE in `folder`; fits of other devices in that file stay. Return the path of the file."""
     folder.mkdir(parents=True, exist_ok=True)
-    every = {one.device: one for one in (*read(folder), *found)}
-    write_atomically(folder / FILE, json.dumps([asdict(one) for one in every.values()], indent=2) + "\n")
+    by_device = {fit.device: fit for fit in (*read(folder), *fits)}
+    write_atomically(folder / FILE, json.dumps([asdict(fit) for fit in by_device.values()], indent=2) + "\n")
     return folder / FILE
 
 
 def read(folder: Path = FOLDER) -> list[Calibration]:
-    """The fits that are kept in `folder`; none if there are none.
+    """Read the fits that `write` wrote to `folder`; an empty list if there is no file.
 
     Raises:
-        ConfigError: the file is not what `write` wrote.
+        ConfigError: the file is damaged.
     """
     if not (file := folder / FILE).is_file():
         return []
     try:
-        return [Calibration(**one) for one in json.loads(file.read_text("utf-8"))]
+        return [Calibration(**values) for values in json.loads(file.read_text("utf-8"))]
     except (ValueError, TypeError) as error:
         first = " ".join(str(error).split())
         raise ConfigError(
-            f"{file} is damaged: delete it, and `qlora-exp calibrate` makes it anew ({first:.200})"
+            f"{file} is damaged: delete it and run `qlora-exp calibrate` to write it again ({first:.200})"
         ) from error

@@ -1,6 +1,6 @@
-"""What torch's CUDA allocator reserves for a sequence of allocations: fragmentation, worked out without a GPU.
+"""Simulate torch's CUDA caching allocator, to compute reserved memory and fragmentation without a GPU.
 
-Source: c10/cuda/CUDACachingAllocator.cpp of torch 2.13, without expandable segments. Knows nothing of tensors.
+Source: c10/cuda/CUDACachingAllocator.cpp of torch 2.13, without expandable segments. Works on byte counts, not tensors.
 """
 
 from bisect import bisect_left, insort
@@ -9,15 +9,15 @@ from qlora_exp.utils.units import MIB
 
 _ROUND = 512
 _SMALL = MIB
-"""Up to here a block comes from the pool of small ones, and no large block is split to leave less."""
+"""Blocks up to this size come from the small pool. No large block is split so that this much or less remains."""
 _SMALL_SEGMENT = 2 * MIB
 _LARGE_SEGMENT = 20 * MIB
 _OWN_SEGMENT = 10 * MIB
-"""From here on a block that fits nowhere gets a segment of its own size."""
+"""A block of at least this size that fits no free block gets a segment of its own size."""
 
 
 class Block:
-    """A part of a segment, between its neighbours."""
+    """A part of a segment, linked to its left and right neighbours."""
 
     __slots__ = ("free", "left", "offset", "right", "segment", "size", "small")
 
@@ -29,7 +29,7 @@ class Block:
 
 
 class CachingAllocator:
-    """Blocks are given back to a pool, split when reused for less, joined with free neighbours; best fit first."""
+    """Allocator that reuses freed blocks: best fit first, split if too large, joined with free neighbours."""
 
     def __init__(self) -> None:
         self.allocated = self.reserved = 0
@@ -38,7 +38,7 @@ class CachingAllocator:
         self._segments = 0
 
     def malloc(self, nbytes: int) -> Block:
-        """A block for `nbytes`, of the smallest free one that holds it, or of a new segment."""
+        """Allocate a block for `nbytes`: from the smallest free block that is large enough, else from a new segment."""
         size = max(_ROUND, -(-nbytes // _ROUND) * _ROUND)
         small = size <= _SMALL
         pool = self._pools[small]
@@ -64,7 +64,7 @@ class CachingAllocator:
         return block
 
     def free(self, block: Block) -> None:
-        """Back to the pool, joined with free neighbours."""
+        """Return a block to its pool, joined with free neighbours."""
         self.allocated -= block.size
         block.free = True
         if (right := block.right) and right.free:
@@ -83,10 +83,10 @@ class CachingAllocator:
         self._put(block)
 
     def empty_cache(self) -> None:
-        """Give segments back in which nothing is allocated; start new peaks."""
+        """Release segments in which nothing is allocated, and reset the peaks."""
         for small, pool in self._pools.items():
-            whole = [entry for entry in pool if entry[3].left is None and entry[3].right is None]
-            self.reserved -= sum(entry[0] for entry in whole)
+            unused = [entry for entry in pool if entry[3].left is None and entry[3].right is None]
+            self.reserved -= sum(entry[0] for entry in unused)
             self._pools[small] = [entry for entry in pool if entry[3].left or entry[3].right]
         self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
 

@@ -1,7 +1,8 @@
-"""A model's real code without its weights: a recording of what a step allocates, and the same step of a deeper model.
+"""Record what a step of a model allocates, without its weights, and extend the recording to a deeper model.
 
-Runs on fake tensors (torch's FakeTensorMode): shapes, no values. A few layers are run; the recording of the middle one
-stands for all that a deeper model has more. Knows nothing of configs or of devices.
+The model's real code runs on fake tensors (torch's FakeTensorMode), which have shapes but no values. Only a few layers
+run; the recording of the middle layer is repeated for the additional layers of the deeper model. This module does not
+use configs or devices.
 """
 
 import weakref
@@ -23,51 +24,51 @@ from qlora_exp.libraries.torch import (
 )
 
 Group = tuple[str, int]
-"""Where in a step: (`forward`, layer), (`backward`, layer), (`start`, 0), (`loss`, 0), ..."""
+"""Part of a step: (`forward`, layer), (`backward`, layer), (`start`, 0), (`loss`, 0), ..."""
 LAYERS = 5
-"""That are run: the first, the last, and three between them that should be alike."""
+"""Number of layers that run: the first, the last, and three between them that should allocate alike."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """A storage that appears or goes away."""
+    """Allocation or release of a storage."""
 
     group: Group
     storage: int
     nbytes: int
-    """Negative: it goes away."""
+    """Negative: the storage is released."""
     kind: str = ""
 
 
 @dataclass
 class Work:
-    """Arithmetic and traffic of an operation or of many."""
+    """Arithmetic and memory traffic of one or more operations."""
 
     flops: float = 0.0
     nbytes: float = 0.0
-    """Read and written, each operand once, with nothing kept in caches between operations."""
+    """Bytes read and written, each operand once, assuming that nothing stays in caches between operations."""
 
 
 @dataclass
 class Recording:
-    """What a step allocated, freed and computed, in order."""
+    """Allocations, releases and operations of a step, in order."""
 
     events: list[Event] = field(default_factory=list)
     work: dict[Group, list[Work]] = field(default_factory=dict)
-    """One for each operation."""
+    """One entry for each operation."""
 
 
 class Recorder(TorchDispatchMode):
-    """Records storages as operations make them and as they are freed."""
+    """Dispatch mode that records storages when operations create them and when they are freed."""
 
     def __init__(self) -> None:
         super().__init__()
         self.recording = Recording()
         self.group: Group = ("start", 0)
         self.kind = "activations"
-        """Of what is made from now on."""
-        self._known: dict[int, int] = {}
-        """Storages that are alive, by address: their number."""
+        """Kind of the storages that are created from now on."""
+        self._numbers: dict[int, int] = {}
+        """Number of each storage that is alive, by address; -1 for storages that are not recorded."""
         self._count = 0
         self._inside = False
 
@@ -76,35 +77,35 @@ class Recorder(TorchDispatchMode):
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        """What is freed later, as the model is, is no part of what was recorded."""
+        """Stop recording: releases after this point, such as the model's own, are not part of the step."""
         self._inside = False
         super().__exit__(*error)
 
     def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Storages that were there before."""
+        """Mark storages that existed before the step, so that they are not recorded."""
         for tensor in tensors:
-            self._known[storage_address(tensor)] = -1
+            self._numbers[storage_address(tensor)] = -1
 
     def add(self, tensor: torch.Tensor, kind: str | None = None) -> None:
-        """Note a tensor's storage if it is new."""
+        """Record a tensor's storage if it is new."""
         storage = tensor.untyped_storage()
         address = storage_address(tensor)
-        if address in self._known or not (nbytes := storage.nbytes()):
+        if address in self._numbers or not (nbytes := storage.nbytes()):
             return
         kind = kind or ("loss" if self.group[0] == "loss" else self.kind)
         number, self._count = self._count, self._count + 1
-        self._known[address] = number
+        self._numbers[address] = number
         self.recording.events.append(Event(self.group, number, nbytes, kind))
         weakref.finalize(storage, self._gone, address, number, nbytes)
 
     def _gone(self, address: int, number: int, nbytes: int) -> None:
-        if self._known.pop(address, None) is not None and self._inside:
+        if self._numbers.pop(address, None) is not None and self._inside:
             self.recording.events.append(Event(self.group, number, -nbytes))
 
     def is_gradient(self, parameter: torch.Tensor) -> None:
-        """Tell what kind of storage a parameter's gradient, which was just made, is."""
+        """Mark the storage of a parameter's newly created gradient as kind `gradients`."""
         assert parameter.grad is not None
-        number = self._known.get(storage_address(parameter.grad))
+        number = self._numbers.get(storage_address(parameter.grad))
         for place in range(len(self.recording.events) - 1, -1, -1):
             event = self.recording.events[place]
             if event.storage == number and event.nbytes > 0:
@@ -112,32 +113,31 @@ class Recorder(TorchDispatchMode):
                 return
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation; note what it made and what it cost."""
+        """Run an operation; record the storages it creates and its work."""
         kwargs = kwargs or {}
         if func is VALUE_OF_SCALAR:
-            return (
-                0 if getattr(args[0], "says_any", False) else 1
-            )  # a choice that depends on values: all are so, and none is not
-        if (within := _WITHIN.get(str(func.overloadpacket))) is not None:
+            # Code branches on a value, which fake tensors lack: take it as true, or as false if it comes from `any`.
+            return 0 if getattr(args[0], "says_any", False) else 1
+        if (workspace_bytes := _WORKSPACES.get(str(func.overloadpacket))) is not None:
             workspace = self._count = self._count + 1
-            nbytes = within(*args, **kwargs)
+            nbytes = workspace_bytes(*args, **kwargs)
             self.recording.events += [
                 Event(self.group, -workspace, nbytes, "temporary"),
                 Event(self.group, -workspace, -nbytes),
             ]
-        found = func(*args, **kwargs)
+        output = func(*args, **kwargs)
         if func.overloadpacket is torch.ops.aten.any:
-            found.says_any = True
-        for leaf in tree_leaves(found):
+            output.says_any = True
+        for leaf in tree_leaves(output):
             if isinstance(leaf, torch.Tensor):
                 self.add(leaf)
         if not (func.is_view or func.namespace == "prim" or str(func.overloadpacket) in _WITHOUT_TRAFFIC):
-            # Of a table only its rows are read.
-            read = found if func.overloadpacket is torch.ops.aten.embedding else (args, kwargs)
-            moved = [leaf for leaf in tree_leaves((read, found)) if isinstance(leaf, torch.Tensor)]
+            # An embedding reads only the rows that it returns, not the complete table.
+            read = output if func.overloadpacket is torch.ops.aten.embedding else (args, kwargs)
+            moved = [leaf for leaf in tree_leaves((read, output)) if isinstance(leaf, torch.Tensor)]
             traffic = sum(leaf.numel() * leaf.element_size() for leaf in moved)
-            self.recording.work.setdefault(self.group, []).append(Work(flops_of(func, args, kwargs, found), traffic))
-        return found
+            self.recording.work.setdefault(self.group, []).append(Work(flops_of(func, args, kwargs, output), traffic))
+        return output
 
 
 def _dequantized_4bit(inputs: torch.Tensor, packed: torch.Tensor, *_: Any, **__: Any) -> int:
@@ -148,22 +148,22 @@ _WITHOUT_TRAFFIC = {
     UNSAFE_VIEW,
     *(f"aten.{name}" for name in ("empty", "empty_like", "empty_strided", "new_empty", "detach", "lift_fresh")),
 }
-_WITHIN: dict[str, Callable[..., int]] = {"bitsandbytes.gemm_4bit": _dequantized_4bit}
-"""Bytes that an operation takes for its own use, where that is much."""
+_WORKSPACES: dict[str, Callable[..., int]] = {"bitsandbytes.gemm_4bit": _dequantized_4bit}
+"""Operations that allocate large workspaces internally, with a function that returns the bytes of the workspace."""
 
 
 def materialize(model: torch.nn.Module, mode: FakeTensorMode, frozen: bool = True) -> None:
-    """Put fake CPU tensors in the place of a model's parameters and buffers on the meta device; ties stay.
+    """Replace a model's parameters and buffers on the meta device with fake CPU tensors; tied weights stay tied.
 
     Args:
-        model: whose.
-        mode: of the fake tensors.
-        frozen: those that do not train too.
+        model: the model to change.
+        mode: the mode that creates the fake tensors.
+        frozen: whether to replace frozen tensors too.
     """
     made: dict[int, Any] = {}
     for module in model.modules():
         own = module.named_parameters, module.named_buffers
-        for name, tensor in [one for each in own for one in each(recurse=False, remove_duplicate=False)]:
+        for name, tensor in [pair for named in own for pair in named(recurse=False, remove_duplicate=False)]:
             if frozen or tensor.requires_grad:
                 if id(tensor) not in made:
                     made[id(tensor)] = _like(tensor, mode)
@@ -172,7 +172,7 @@ def materialize(model: torch.nn.Module, mode: FakeTensorMode, frozen: bool = Tru
 
 def _like(tensor: Any, mode: FakeTensorMode) -> torch.Tensor:
     with mode:
-        if hasattr(tensor, "filled"):  # a weight that bitsandbytes stores
+        if hasattr(tensor, "filled"):  # a weight in the format of bitsandbytes
             return tensor.filled(torch.empty)
         fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
     return torch.nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, torch.nn.Parameter) else fake
@@ -180,15 +180,15 @@ def _like(tensor: Any, mode: FakeTensorMode) -> torch.Tensor:
 
 @contextmanager
 def layers_marked(recorder: Recorder, layers: list[torch.nn.Module]) -> Iterator[None]:
-    """Inside, `recorder.group` follows a forward pass into `layers`, and the backward pass out of them.
+    """Set `recorder.group` to the layer that runs, in forward and backward passes within the context.
 
-    After the last layer's forward the group is (`loss`, 0).
+    After the last layer's forward pass the group is (`loss`, 0).
     """
     inside_backward = False
 
     def enter(place: int) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            if not inside_backward:  # recomputed activations are the backward's
+            if not inside_backward:  # activations that are recomputed belong to the backward pass
                 recorder.group = ("forward", place)
 
         return hook
@@ -223,22 +223,22 @@ def layers_marked(recorder: Recorder, layers: list[torch.nn.Module]) -> Iterator
 
 
 class IrregularError(Exception):
-    """The layers that were run are not alike, so that none stands for those of a deeper model."""
+    """The layers that ran allocate differently, so that none can represent the layers of a deeper model."""
 
 
 def deepen(recording: Recording, depth: int) -> list[Event]:
-    """The events of a model of `depth` layers, from a recording of LAYERS of them.
+    """Derive the events of a model with `depth` layers from a recording of LAYERS layers.
 
-    A storage keeps its place among those of its group: what the middle layer frees of its neighbour's, each layer that
-    it stands for frees of its own neighbour's.
+    A storage is identified by its position among the storages of its group. If the middle layer frees a storage of its
+    neighbour, each layer that it represents frees the storage at the same position of its own neighbour.
 
     Raises:
-        IrregularError: neighbours of the middle layer make other storages than it does.
+        IrregularError: the neighbours of the middle layer create other storages than it does.
     """
     groups: dict[Group, list[Event]] = {}
     made: dict[Group, list[int]] = {}
     home: dict[int, tuple[Group, int]] = {}
-    """Of a storage: the group that made it, and its place among that group's."""
+    """For each storage, the group that created it and its position within that group."""
     for event in recording.events:
         groups.setdefault(event.group, []).append(event)
         if event.nbytes > 0:
@@ -248,18 +248,18 @@ def deepen(recording: Recording, depth: int) -> list[Event]:
     inner = range(middle, depth - (LAYERS - 1 - middle))
     for name in ("forward", "backward"):
         between = [made.get((name, layer), []) for layer in range(1, LAYERS - 1)]
-        if any(one != between[0] for one in between):
-            raise IrregularError(f"{name}: layers allocate {[len(one) for one in between]} storages")
+        if any(sizes != between[0] for sizes in between):
+            raise IrregularError(f"{name}: layers allocate {[len(sizes) for sizes in between]} storages")
 
     def depth_of(layer: int) -> int:
-        """Where a layer at the ends of those that were run is in the deeper model."""
+        """Return the index in the deeper model of one of the first or last layers that ran."""
         return layer if layer < middle else depth - LAYERS + layer
 
     alive: dict[tuple[str, int, int], int] = {}
     deeper: list[Event] = []
 
     def play(group: Group, layer: int) -> None:
-        """A group's events, as those of `layer`."""
+        """Append a group's events as events of `layer`."""
         name, place = group
         for event in groups[group]:
             (maker, origin), at = home[event.storage]
@@ -273,8 +273,8 @@ def deepen(recording: Recording, depth: int) -> list[Event]:
                 alive[maker, origins[0], at] = number = len(deeper)
                 deeper.append(Event((name, layer), number, event.nbytes, event.kind))
                 continue
-            for one in origins:
-                if (number := alive.pop((maker, one, at), -1)) >= 0:  # what is shared by layers, the first frees
+            for owner in origins:
+                if (number := alive.pop((maker, owner, at), -1)) >= 0:  # the first layer frees what layers share
                     deeper.append(Event((name, layer), number, event.nbytes))
 
     for group in groups:

@@ -1,4 +1,4 @@
-"""Whether what is planned fits a device, and how long a step takes there. Plans nothing itself."""
+"""Judge whether a prediction fits a device, and estimate the time of a step there. Does not plan runs itself."""
 
 from typing import TYPE_CHECKING
 
@@ -10,14 +10,21 @@ if TYPE_CHECKING:
     from qlora_exp.planning.planner import Prediction
 
 WORST_ERROR = 0.07
-"""Of plans for GPUs against what was measured (`benchmarks/published_*.py`, `benchmarks/measured_h100.py`)."""
+"""Worst relative error of plans for GPUs against measurements.
+
+Source: `benchmarks/published_*.py` and `benchmarks/measured_h100.py`.
+"""
 
 
 def step_seconds(config: Config, prediction: "Prediction", gpu: Gpu) -> float | None:
-    """Of an optimizer step: at the rate that runs reached on this kind of device, else at its maker's.
+    """Estimate the seconds of an optimizer step.
 
-    At the maker's rates each operation takes as long as its arithmetic or its traffic would. Source: the roofline model
-    (Williams et al. 2009). None if no rate is known; in float32 the makers' are not.
+    Uses the rate that runs reached on this kind of device, else the manufacturer's rates. With the latter, each
+    operation takes the longer of the time for its arithmetic and the time for its memory traffic. Source: the roofline
+    model (Williams et al. 2009).
+
+    Returns:
+        Seconds; None if there is no rate. Manufacturers' rates do not apply to float32.
     """
     passes = config.training.gradient_accumulation_steps
     if gpu.calibration and gpu.calibration.flops_per_second:
@@ -30,23 +37,28 @@ def step_seconds(config: Config, prediction: "Prediction", gpu: Gpu) -> float | 
 
 
 def expected(prediction: "Prediction", gpu: Gpu) -> float:
-    """Bytes at the fullest, as runs on this kind of device say; without any, as planned."""
+    """Return the expected peak in bytes: corrected by the device's calibration if there is one, else as planned."""
     return gpu.calibration.expected(prediction.peak) if gpu.calibration else prediction.peak
 
 
 def worst_error(gpu: Gpu) -> float:
-    """Share by which what was expected on such a device was off at worst."""
+    """Return the worst relative error of the expected peak on this kind of device."""
     return gpu.calibration.worst_error if gpu.calibration else WORST_ERROR
 
 
 def room(gpu: Gpu, sign: int = 1) -> float:
-    """Bytes that may be planned if what is expected is as far too low (-1: too high) as it ever was."""
-    taken = (gpu.memory_gib - DRIVER_GIB) * GIB / (1 + sign * min(worst_error(gpu), 0.99))
+    """Return the largest planned peak in bytes that still fits if the prediction is off by the worst error seen.
+
+    Args:
+        gpu: the device.
+        sign: 1: the prediction is too low; -1: it is too high.
+    """
+    usable = (gpu.memory_gib - DRIVER_GIB) * GIB / (1 + sign * min(worst_error(gpu), 0.99))
     if gpu.calibration:
-        return (taken - gpu.calibration.offset_mib * MIB) / gpu.calibration.slope
-    return taken
+        return (usable - gpu.calibration.offset_mib * MIB) / gpu.calibration.slope
+    return usable
 
 
 def verdict(prediction: "Prediction", gpu: Gpu) -> str:
-    """Whether the fullest phase and the driver fit."""
+    """Return `fits`, `may fit` or `does not fit` for the fullest phase together with the driver's memory."""
     return "fits" if prediction.peak <= room(gpu) else "may fit" if prediction.peak <= room(gpu, -1) else "does not fit"

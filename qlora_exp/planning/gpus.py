@@ -1,6 +1,7 @@
-"""What is known of GPUs: memory, arithmetic, bandwidth, as their makers publish them; what runs here said of them.
+"""List GPUs with the manufacturers' figures for memory, arithmetic and bandwidth, and attach calibrations to them.
 
-Sources: NVIDIA's data sheets and architecture papers; memory as the driver reports it. None of these was measured here.
+Sources: NVIDIA's data sheets and architecture papers; memory as the driver reports it. None of these figures was
+measured by this project.
 """
 
 import re
@@ -16,7 +17,7 @@ from qlora_exp.utils.errors import ConfigError, did_you_mean
 from qlora_exp.utils.units import GIB
 
 DRIVER_GIB = 0.6
-"""Taken on each GPU by the driver's context and the libraries' workspaces: an allowance, not a measurement."""
+"""Memory that the driver's context and the libraries' workspaces take on each GPU: an allowance, not a measurement."""
 
 
 @dataclass(frozen=True)
@@ -26,48 +27,51 @@ class Gpu:
     name: str
     memory_gib: float
     tflops: float = 0.0
-    """Dense matrix products in 16 bits, summed in float32; 0: not known."""
+    """Rate of dense matrix products in 16 bits with float32 accumulation; 0: unknown."""
     gb_per_s: float = 0.0
-    """Of its memory; 0: not known."""
+    """Memory bandwidth; 0: unknown."""
     bf16: bool = True
     type: str = "cuda"
     calibration: Calibration | None = None
 
     @property
     def device(self) -> Device:
-        """What a run on it would detect."""
+        """The device that a run on this GPU would detect."""
         return Device(self.type, self.name, bf16=self.bf16, paging=self.type == "cuda")
 
     @property
     def rates(self) -> str:
-        """Whose rates its times are at."""
+        """Description of the rates that step times are computed with."""
         if self.calibration and self.calibration.flops_per_second:
             return f"the median rate of {self.calibration.runs} runs on it"
-        return "the maker's rates"
+        return "the manufacturer's rates"
 
-    def calibrated(self, known: Iterable[Calibration]) -> "Gpu":
-        """With what runs on this kind said, if there were any; a driver says `NVIDIA GeForce RTX 4090`."""
-        known = [*known]
+    def calibrated(self, calibrations: Iterable[Calibration]) -> "Gpu":
+        """Return this GPU with the calibration of its kind, if there is one.
+
+        Calibrations carry the driver's name of the device, for example `NVIDIA GeForce RTX 4090`.
+        """
+        calibrations = [*calibrations]
         parts = set(self.name.removeprefix("rtx").split("-"))
-        named = [one for one in known if one.device == self.name]
-        named += [one for one in known if self.type == "cuda" and _is_called(parts, one.device)]
-        return replace(self, calibration=named[0]) if named else self
+        matching = [fit for fit in calibrations if fit.device == self.name]
+        matching += [fit for fit in calibrations if self.type == "cuda" and _matches_name(parts, fit.device)]
+        return replace(self, calibration=matching[0]) if matching else self
 
 
 _EXTRA = {"nvidia", "geforce", "tesla", "rtx", "sxm", "hbm"}
-"""Words of a driver's name that make it no other GPU; `ti`, `laptop`, `pcie`, `mig` do."""
+"""Words in a driver's name that do not denote another GPU; `ti`, `laptop`, `pcie` and `mig` do."""
 
 
 def _words(name: str) -> set[str]:
-    """Of a driver's name; `SXM4` and `HBM3` without their numbers."""
+    """Split a driver's name into words; `SXM4` and `HBM3` lose their numbers."""
     words = re.split(r"[^a-z0-9]+", name.lower())
     return {re.sub(r"^(sxm|hbm)\d\w?$", r"\1", word) for word in words}
 
 
-def _is_called(parts: set[str], driver: str) -> bool:
-    """Whether a driver's name has these parts, and no word more that would make it another GPU."""
-    said = _words(driver)
-    return parts <= said and not {word for word in said - parts - _EXTRA if not re.fullmatch(r"\d+gb", word)}
+def _matches_name(parts: set[str], driver: str) -> bool:
+    """Check that a driver's name has these parts, and no other word that denotes another GPU."""
+    words = _words(driver)
+    return parts <= words and not {word for word in words - parts - _EXTRA if not re.fullmatch(r"\d+gb", word)}
 
 
 GPUS = {
@@ -90,33 +94,37 @@ GPUS = {
 
 
 def find(name: str) -> Gpu:
-    """The GPU of that name.
+    """Return the GPU called `name` in GPUS.
 
     Raises:
-        ConfigError: it is not known.
+        ConfigError: GPUS does not list it.
     """
     if name not in GPUS:
-        raise ConfigError(f"--gpu {name}: not known{did_you_mean(name, GPUS)} Known: {', '.join(GPUS)}; or give --vram")
+        raise ConfigError(
+            f"--gpu {name}: not listed{did_you_mean(name, GPUS)} Choose from {', '.join(GPUS)}; or give --vram"
+        )
     return GPUS[name]
 
 
 def this_cpu() -> Gpu:
-    """This machine's CPU, whose memory is the machine's."""
+    """Return this machine's CPU, with the machine's memory."""
     return Gpu(cpu_name(), round(psutil.virtual_memory().total / GIB, 1), bf16=False, type="cpu")
 
 
 def here(config: Config, vram: float | None) -> Gpu:
-    """What a run will be on: a GPU of `vram` GiB, or what is here. Touches a GPU that is.
+    """Return the device of a run: a GPU of `vram` GiB if given, else the device of this machine.
+
+    Initializes a GPU that is present.
 
     Raises:
-        ConfigError: the device that `config` asks for is not here.
+        ConfigError: this machine does not have the device that `config` asks for.
     """
     if vram is not None and config.device != "cpu":
         return Gpu("GPU", vram)
-    found = detect(config.device, bitsandbytes=config.quantization.bitsandbytes)
-    if found.type == "cpu":
+    detected = detect(config.device, bitsandbytes=config.quantization.bitsandbytes)
+    if detected.type == "cpu":
         return this_cpu()
     import torch
 
-    memory = torch.cuda.get_device_properties(0).total_memory / GIB if found.type == "cuda" else 0.0
-    return Gpu(found.name, round(memory, 1), bf16=found.bf16, type=found.type)
+    memory = torch.cuda.get_device_properties(0).total_memory / GIB if detected.type == "cuda" else 0.0
+    return Gpu(detected.name, round(memory, 1), bf16=detected.bf16, type=detected.type)

@@ -1,4 +1,4 @@
-"""Quantized weights without values, for plans: shapes and sizes as bitsandbytes stores them."""
+"""Represent quantized weights without values, for plans: shapes and sizes as bitsandbytes stores them."""
 
 import math
 from collections.abc import Callable
@@ -17,10 +17,10 @@ from qlora_exp.utils.errors import ConfigError
 
 
 def quantize_meta(model: Any, quantization: QuantizationConfig, resolved: Resolved) -> None:
-    """Make a model on the meta device what it would be stored as, for working out what it takes.
+    """Give a model on the meta device the shapes and dtypes of its quantized weights, to compute its memory.
 
     Raises:
-        ConfigError: this is not known for the quantization.
+        ConfigError: this quantization cannot be planned.
     """
     if not quantization.quantized:
         return
@@ -31,11 +31,11 @@ def quantize_meta(model: Any, quantization: QuantizationConfig, resolved: Resolv
         if type(module).__name__ == "Linear4bit":
             module.weight = Params4bit(module.weight, getattr(torch, resolved.dtype), quantization)
             keep_trainable(module)
-            # DoRA asks for the values in a way that PEFT has for layers with a `W_q` (HQQ's), whatever their weight is.
+            # DoRA needs the layer's values. PEFT calls `dequantize` of any layer with a `W_q` (meant for HQQ layers).
             module.W_q, module.dequantize = module.weight, partial(_empty_values, module.weight)
         elif type(module).__name__ == "Linear8bitLt":
             module.weight = Int8Params(module.weight)
-            module.state.threshold = 0.0  # how many outliers there are is known when there are values
+            module.state.threshold = 0.0  # the number of outliers depends on values, which a plan does not have
     model.is_quantized = True
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = quantization.load_in_4bit, quantization.load_in_8bit
 
@@ -45,7 +45,7 @@ def _empty_values(weight: Any) -> torch.Tensor:
 
 
 class _Packed(torch.nn.Parameter):
-    """A weight as bitsandbytes stores it, without values."""
+    """Weight as bitsandbytes stores it, without values."""
 
     shape_of_values: torch.Size
     dtype_of_values: torch.dtype
@@ -57,10 +57,10 @@ class _Packed(torch.nn.Parameter):
 
 
 class Params4bit(_Packed):
-    """A packed weight without values, where bitsandbytes' own would quantize some; PEFT knows it by its name."""
+    """Packed 4-bit weight without values; bitsandbytes' own class would quantize values. PEFT checks the class name."""
 
     def __new__(cls, weight: torch.Tensor, dtype: torch.dtype, quantization: QuantizationConfig) -> "Params4bit":
-        """Of the unpacked weight's shape and device, and of its dtype when it was quantized."""
+        """Create a weight with the unpacked weight's shape and device, and the dtype it had before quantization."""
         packed = torch.empty(-(-weight.numel() // 2), 1, dtype=torch.uint8, device=weight.device)
         parameter = packed.as_subclass(cls)
         parameter.shape_of_values, parameter.dtype_of_values = weight.shape, dtype
@@ -70,31 +70,31 @@ class Params4bit(_Packed):
         return parameter
 
     def __deepcopy__(self, _memo: Any) -> "Params4bit":  # PEFT's DoRA copies layers
-        found = self.data.clone().as_subclass(Params4bit)
-        vars(found).update(vars(self))
-        return found
+        copy = self.data.clone().as_subclass(Params4bit)
+        vars(copy).update(vars(self))
+        return copy
 
     def filled(self, empty: Callable[..., torch.Tensor]) -> torch.nn.Parameter:
-        """As it is after loading, of tensors that `empty(*shape, dtype=...)` makes."""
+        """Return the weight as it is after loading, with tensors made by `empty(*shape, dtype=...)`."""
         count = math.prod(self.shape_of_values)
         blocks = -(-count // BLOCK)
-        found: Any = torch.nn.Parameter(empty(*self.shape, dtype=torch.uint8), False)
-        vars(found).update(vars(self))
+        weight: Any = torch.nn.Parameter(empty(*self.shape, dtype=torch.uint8), False)
+        vars(weight).update(vars(self))
         state = {"shape": self.shape_of_values, "blocksize": BLOCK, "quant_type": self.quant_type}
         constants: dict[str, Any] = {"absmax": empty(blocks, dtype=torch.float32)}
         if self.compress_statistics:
             inner = QuantState(empty(-(-blocks // 256), dtype=torch.float32), blocksize=256, code=empty(256))
             inner.dtype = torch.float32
             constants = {"absmax": empty(blocks, dtype=torch.uint8), "offset": empty(()), "state2": inner}
-        found.quant_state = QuantState(**constants, **state, code=empty(16), dtype=self.dtype_of_values)
-        return found
+        weight.quant_state = QuantState(**constants, **state, code=empty(16), dtype=self.dtype_of_values)
+        return weight
 
 
 class Int8Params(_Packed):
-    """An int8 weight without values; PEFT knows it by its name."""
+    """Int8 weight without values. PEFT checks the class name."""
 
     def __new__(cls, weight: torch.Tensor) -> "Int8Params":
-        """Of the unquantized weight's shape and device."""
+        """Create a weight with the unquantized weight's shape and device."""
         values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
         parameter = values.as_subclass(cls)
         parameter.CB = values
@@ -102,14 +102,14 @@ class Int8Params(_Packed):
         return parameter
 
     def filled(self, empty: Callable[..., torch.Tensor]) -> torch.nn.Parameter:
-        """As it is after loading, of tensors that `empty(*shape, dtype=...)` makes."""
-        found: Any = torch.nn.Parameter(empty(*self.shape, dtype=torch.int8), False)
-        found.CB, found.SCB = found.data, empty(self.shape[0], dtype=torch.float32)
-        return found
+        """Return the weight as it is after loading, with tensors made by `empty(*shape, dtype=...)`."""
+        weight: Any = torch.nn.Parameter(empty(*self.shape, dtype=torch.int8), False)
+        weight.CB, weight.SCB = weight.data, empty(self.shape[0], dtype=torch.float32)
+        return weight
 
 
 def stored_bytes(parameter: torch.Tensor) -> list[int] | None:
-    """Of a weight as bitsandbytes stores it: its values, then each kind of constants; None for a common tensor."""
+    """Return the bytes of a bitsandbytes weight: its values, then each kind of constants; None for other tensors."""
     if isinstance(parameter, Params4bit):
         blocks = -(-math.prod(parameter.shape_of_values) // BLOCK)
         return [

@@ -1,7 +1,7 @@
-"""What a run will need, before it runs: memory by phase, and the work of a step. No weights, no GPU, no hub.
+"""Predict the memory by phase and the work of a step of a run, without weights, GPU or hub.
 
-The run's model is built without values; `steps` runs its real code on fake tensors, and `footprint` plays what that
-allocates through a model of torch's allocator. Knows nothing of recorded runs.
+The run's model is built without values. `step` runs its real code on fake tensors, and `replay` plays the recorded
+allocations through a model of torch's allocator. This module does not read past runs.
 """
 
 from collections.abc import Iterator
@@ -29,41 +29,42 @@ from qlora_exp.utils.errors import ConfigError, ModelError, UserError, type_and_
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a run will need."""
+    """Predicted memory and work of a run."""
 
     phases: dict[str, Phase]
-    """load, first_step, steady, evaluation: as a run measures them."""
+    """Memory by phase: load, first_step, steady, evaluation, the phases that a run measures."""
     work: list[Work]
-    """Each operation of one forward and backward pass."""
+    """One entry for each operation of a forward and backward pass."""
     trainable: int
+    """Number of trainable parameters."""
     total: int
-    """Parameters."""
+    """Number of all parameters."""
     paged: int = 0
-    """Bytes of optimizer states that may be on the GPU or not, past its allocator."""
+    """Bytes of paged optimizer states, which may be on the GPU or not, outside its allocator."""
     in_16_bits: bool = True
-    """Whether matrix products are computed so."""
+    """Whether matrix products are computed in 16 bits."""
 
     @property
     def peak(self) -> int:
-        """Bytes reserved in the fullest phase."""
+        """Reserved bytes of the fullest phase."""
         return max(phase.reserved for phase in self.phases.values())
 
 
 def planner(config: Config, gpu: Device) -> "Planner":
-    """Of a run on that GPU, or on what `config.device` names. Raises as `Planner` does."""
+    """Return the planner of a run on `gpu`, or on the device that `config.device` names. Raises as `Planner` does."""
     other = Device(config.device, config.device, bf16=False, paging=False)
     return Planner(config, resolve(config, other if config.device in ("cpu", "mps") else gpu))
 
 
 class Planner:
-    """Plans a run, with its own batches or with others."""
+    """Planner of one run, for its configured batches or for others."""
 
     def __init__(self, config: Config, resolved: Resolved) -> None:
-        """Build what no batch changes.
+        """Compute everything that does not depend on the batch.
 
         Raises:
             ConfigError: the method does not apply, or the run cannot be planned.
-            ModelError: the architecture is not known here.
+            ModelError: the architecture is not available locally.
         """
         for key, asked in (
             ("training.torch_compile=true", config.training.torch_compile),
@@ -77,26 +78,26 @@ class Planner:
         stored = getattr(self._architecture, "quantization_config", None)
         quantization.check_files(name, config.quantization, stored)
         if (depth := getattr(self._architecture, "num_hidden_layers", None)) is None:
-            raise ModelError(f"{name}: an architecture ({self._architecture.model_type}) that cannot be planned yet")
+            raise ModelError(f"{name}: the architecture {self._architecture.model_type} cannot be planned yet")
         self._depth: int = depth
         self.positions: int | None = getattr(self._architecture, "max_position_embeddings", None)
-        """Tokens of the longest row that the model takes; None if it does not say."""
+        """Longest row that the model accepts, in tokens; None if its config does not declare it."""
         self._check(config.training.max_length)
         optim = "lorafa" if config.optimizer.lora_optimizer == "lorafa" else resolved.optim
         with self._explained():
-            whole = build_model(config, resolved, self._architecture, self._depth)
-            self._model = weigh(whole, partial(optimizer, optim, self._on_cuda))
+            model = build_model(config, resolved, self._architecture, self._depth)
+            self._model = weigh(model, partial(optimizer, optim, self._on_cuda))
 
     def predict(self, rows: int | None = None, length: int | None = None, evaluated: int | None = None) -> Prediction:
-        """Memory and work.
+        """Predict memory and work.
 
         Args:
-            rows: of a batch; None: as configured.
-            length: tokens of its longest row; None: as `max_length` lets it be.
-            evaluated: tokens of the longest row of evaluation; None: as many; 0: it is not planned.
+            rows: rows of a batch; None: as configured.
+            length: tokens of its longest row; None: `training.max_length`.
+            evaluated: tokens of the longest row of evaluation; None: as `length`; 0: evaluation is not planned.
 
         Raises:
-            ConfigError: the length cannot be, or code cannot be planned.
+            ConfigError: the length exceeds the model's positions, or the method's code cannot run on fake tensors.
         """
         training = self._config.training
         rows, length = rows or training.per_device_train_batch_size, length or training.max_length
@@ -120,25 +121,25 @@ class Planner:
 
     def _build(self, layers: int) -> Any:
         model = build_model(self._config, self._resolved, self._architecture, layers)
-        if self._config.optimizer.lora_optimizer == "lorafa":  # as the optimizer does, which is not there yet
+        if self._config.optimizer.lora_optimizer == "lorafa":  # freeze what its optimizer would freeze
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(parameter.requires_grad and "lora_A" not in name)
         return model
 
     def _check(self, length: int) -> None:
         if self.positions is not None and length > self.positions:
-            raise ConfigError(f"training.max_length={length}: this model has {self.positions} positions")
+            raise ConfigError(f"training.max_length={length}: this model has only {self.positions} positions")
 
     @property
     def _unmasked(self) -> bool:
-        return (self._config.model.attn_implementation or "").startswith("flash")  # which needs no mask
+        return (self._config.model.attn_implementation or "").startswith("flash")  # FlashAttention needs no mask
 
     def _batch(self, rows: int, length: int) -> Batch:
-        return Batch(rows, length, rows > 1 and not self._unmasked)  # a row alone has no padding
+        return Batch(rows, length, rows > 1 and not self._unmasked)  # a single row has no padding
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """Inside, what code says that was not made for fake tensors becomes an error that says what cannot be."""
+        """Turn errors of code that does not support fake tensors into errors that name what cannot be planned."""
         try:
             yield
         except UserError as error:
@@ -153,14 +154,14 @@ class Planner:
             AssertionError,
         ) as error:
             wants_values = isinstance(error, WANTS_VALUES) or "meta" in str(error).lower()
-            why = "its code looks at values, which a plan has none of: " if wants_values else ""
-            told = type_and_first_line(error, 120)
+            why = "its code reads values, which a plan does not have: " if wants_values else ""
+            message = type_and_first_line(error, 120)
             name = self._config.method.name
-            raise ConfigError(f"method={name} cannot be planned ({why}{told})") from error
+            raise ConfigError(f"method={name} cannot be planned ({why}{message})") from error
 
 
 def build_model(config: Config, resolved: Resolved, architecture: PretrainedConfig, layers: int) -> Any:
-    """The run's model with `layers` layers, quantized and with its adapter, on the meta device."""
+    """Build the run's model on the meta device with `layers` layers, quantized and with its adapter."""
     values = architecture.to_dict() | {"num_hidden_layers": layers}
     if (kinds := values.get("layer_types")) is not None:
         values["layer_types"] = kinds[:layers]
@@ -178,7 +179,8 @@ def build_model(config: Config, resolved: Resolved, architecture: PretrainedConf
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # as TRL does before PEFT
         settings: Any = adapters.peft_config(config, base)
         if config.lora_start is not None:
-            settings.init_lora_weights = True  # where LoRA starts changes no sizes, and would want weights and rows
+            # The initialization changes no sizes, but it would need weights and rows.
+            settings.init_lora_weights = True
         model = adapters.attach(base, settings, resolved.adapter_dtype)
     if resolved.gradient_checkpointing:
         if settings is not None:
@@ -188,25 +190,25 @@ def build_model(config: Config, resolved: Resolved, architecture: PretrainedConf
 
 
 def _attention(config: Config) -> str:
-    # FlashAttention keeps what torch's own fused attention keeps; its package need not be here.
+    # FlashAttention keeps the same tensors as torch's fused attention, which needs no extra package.
     return "eager" if config.model.attn_implementation == "eager" else "sdpa"
 
 
 def fused_loss(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """TRL's, which never has all logits at once."""
-    found = model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False, fused_lm_head=True)
-    return -found.log_probs.sum()
+    """Compute TRL's loss, which never holds all logits at once."""
+    outputs = model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False, fused_lm_head=True)
+    return -outputs.log_probs.sum()
 
 
 def computing(resolved: Resolved) -> AbstractContextManager[Any]:
-    """The precision that training computes in: a CPU's autocast."""
+    """Return the autocast context of training, for the CPU that the fake tensors are on."""
     half = torch.float16 if resolved.fp16 else torch.bfloat16
     return torch.autocast("cpu", half, enabled=resolved.bf16 or resolved.fp16)
 
 
 @contextmanager
 def as_it_runs(on_cuda: bool) -> Iterator[None]:
-    """Inside, fake tensors on the CPU are computed with as the run would, on a GPU if `on_cuda`."""
+    """Make fake tensors on the CPU follow the code paths of the real run, on a GPU if `on_cuda`."""
     with ExitStack() as patches:
         patches.enter_context(trl.every_token_scored())
         if on_cuda:

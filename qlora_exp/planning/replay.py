@@ -1,4 +1,4 @@
-"""Allocations through a model of torch's allocator: what each phase of a run takes. Knows nothing of models."""
+"""Replay recorded allocations through a model of torch's allocator, to get the memory of each phase of a run."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable
@@ -11,33 +11,34 @@ from qlora_exp.planning.step import Model, Step
 from qlora_exp.utils.units import MIB
 
 KINDS = ("weights", "quantization", "trainable", "gradients", "optimizer", "activations", "loss", "temporary")
-"""What memory is for; `loss` has the logits."""
+"""Kinds of memory; `loss` includes the logits."""
 _WORKSPACE = 32 * MIB
-"""Bytes that cuBLAS works in, for each thread that multiplies: backward passes have one of their own.
+"""Bytes of cuBLAS's workspace for each thread that multiplies matrices; the backward pass has its own thread.
 
-On Hopper; elsewhere 8 MiB, and what is planned is so much too high. Source: torch's ATen/cuda/CublasHandlePool.cpp.
+This is the size on Hopper. Other GPUs use 8 MiB, so plans for them are too high by the difference. Source: torch's
+ATen/cuda/CublasHandlePool.cpp.
 """
 
 
 @dataclass(frozen=True)
 class Phase:
-    """The fullest moment of a phase, bytes."""
+    """Peak memory of a phase, in bytes."""
 
     kinds: dict[str, int]
-    """What tensors took then, by KINDS."""
+    """Bytes of tensors at the fullest moment, by KINDS."""
     allocated: int
-    """At most, as torch counts it: in the allocator's blocks. On a CPU, which has none, what tensors took."""
+    """Peak as torch counts it, in the allocator's blocks. On a CPU, which has no such allocator: bytes of tensors."""
     reserved: int
-    """By the allocator, at most; on a CPU what tensors took."""
+    """Peak that the allocator reserves. On a CPU: bytes of tensors."""
 
     @property
     def tensors(self) -> int:
-        """All that tensors took."""
+        """Bytes of all tensors at the fullest moment."""
         return sum(self.kinds.values())
 
 
 def play(model: Model, step: Step, on_cuda: bool, accumulates: bool) -> dict[str, Phase]:
-    """The phases of a run through the allocator, its cache emptied before each, as a run does."""
+    """Replay the phases of a run. The allocator's cache is emptied before each phase, as in a run."""
     memory = Memory(on_cuda)
     if on_cuda:
         memory.take("temporary", _WORKSPACE)
@@ -49,7 +50,7 @@ def play(model: Model, step: Step, on_cuda: bool, accumulates: bool) -> dict[str
     for name, update in zip(("first_step", "steady"), model.updates, strict=True):
         memory.run(step.passes, keep=["gradients"])
         if accumulates:
-            memory.run(step.passes, brief=["gradients"])  # added to those that are there
+            memory.run(step.passes, brief=["gradients"])  # they are added to the existing gradients
         memory.run(update, keep=["optimizer"])
         memory.forget("gradients")
         phases[name] = memory.phase()
@@ -60,7 +61,7 @@ def play(model: Model, step: Step, on_cuda: bool, accumulates: bool) -> dict[str
 
 
 class Memory:
-    """Plays events; notes the fullest moment."""
+    """Replayer of events that keeps track of the fullest moment."""
 
     def __init__(self, on_cuda: bool) -> None:
         self._allocator = CachingAllocator()
@@ -70,42 +71,48 @@ class Memory:
         self._kept: dict[str, list[tuple[Any, int]]] = {}
 
     def take(self, kind: str, nbytes: int) -> Any:
-        """Allocate."""
+        """Allocate `nbytes` of memory of a kind; return the block, or None on a CPU."""
         self._now[kind] += nbytes
         if self._now.total() > self._most.total():
             self._most = self._now.copy()
         return self._allocator.malloc(nbytes) if self._on_cuda else None
 
-    def _give(self, kind: str, nbytes: int, block: Any) -> None:
+    def _free(self, kind: str, nbytes: int, block: Any) -> None:
         self._now[kind] -= nbytes
         if block is not None:
             self._allocator.free(block)
 
     def run(self, events: Iterable[Event], keep: Collection[str] = (), brief: Collection[str] = ()) -> None:
-        """Play events; what they leave is freed at the end, but for kinds that are kept; brief ones go at once."""
-        held: dict[int, tuple[str, int, Any]] = {}
+        """Replay events, then free the storages that they leave.
+
+        Args:
+            events: allocations and releases, in order.
+            keep: kinds that stay allocated until `forget`.
+            brief: kinds that are freed as soon as they are allocated.
+        """
+        alive: dict[int, tuple[str, int, Any]] = {}
         for event in events:
             if event.nbytes > 0:
-                one = event.kind, event.nbytes, self.take(event.kind, event.nbytes)
+                allocation = event.kind, event.nbytes, self.take(event.kind, event.nbytes)
                 if event.kind in brief:
-                    self._give(*one)
+                    self._free(*allocation)
                 else:
-                    held[event.storage] = one
-            elif event.storage in held:
-                self._give(*held.pop(event.storage))
-        for kind, nbytes, block in held.values():
+                    alive[event.storage] = allocation
+            elif event.storage in alive:
+                self._free(*alive.pop(event.storage))
+        for kind, nbytes, block in alive.values():
             if kind in keep:
                 self._kept.setdefault(kind, []).append((block, nbytes))
             else:
-                self._give(kind, nbytes, block)
+                self._free(kind, nbytes, block)
 
     def forget(self, kind: str) -> None:
-        """Free what was kept."""
+        """Free storages of a kind that `run` kept."""
         for block, nbytes in self._kept.pop(kind, []):
-            self._give(kind, nbytes, block)
+            self._free(kind, nbytes, block)
 
     def phase(self) -> Phase:
-        """What was fullest since the last phase; empties the cache."""
+        """End a phase: return its peak and empty the allocator's cache."""
         kinds = {kind: self._most[kind] for kind in KINDS if self._most[kind]}
         allocated = reserved = self._most.total()
         if self._on_cuda:

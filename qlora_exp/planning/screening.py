@@ -1,6 +1,7 @@
-"""Which jobs of a sweep would not fit their device, planned in processes of their own: they import, and touch a GPU.
+"""Find the jobs of a sweep that exceed the memory of their device.
 
-Imports nothing heavy in the sweep's own process.
+Planning runs in separate processes, because it imports heavy libraries and initializes a GPU; the sweep's own process
+does neither.
 """
 
 import logging
@@ -15,27 +16,31 @@ from qlora_exp.utils.quiet import quiet
 from qlora_exp.utils.units import GIB
 
 log = logging.getLogger(__name__)
-_START = "forkserver"  # where there are jobs, it has the libraries loaded
+_START = "forkserver"  # a sweep with jobs has a fork server with the libraries loaded
 
 
 def unfit(configs: Sequence[Config], vram: float | None) -> list[str]:
-    """For each run why it does not fit; empty if it does, may, or cannot be planned.
+    """Return for each run the reason why it does not fit; empty if it fits, may fit, or cannot be planned.
 
     Args:
-        configs: of the runs, whose rows are taken to be as long as `training.max_length`.
-        vram: GiB of the GPU that they will have; None is the device that is here.
+        configs: the configs of the runs. All rows are assumed to have `training.max_length` tokens.
+        vram: memory in GiB of the GPU that the runs will use; None: the device of this machine.
 
     Raises:
-        ConfigError: the calibration that is kept here is damaged, or a device is not here.
+        ConfigError: the calibration file is damaged, or this machine does not have the device.
     """
-    known = calibration.read()
-    kinds = {(one.device, one.quantization.bitsandbytes): one for one in configs}
-    with workers.workers(1, _START) as pool:  # one process asks the GPU, not all
-        asked = [pool.submit(here, one, vram) for one in kinds.values()]
-        gpus = {kind: workers.result(future).calibrated(known) for kind, future in zip(kinds, asked, strict=True)}
+    calibrations = calibration.read()
+    kinds = {(config.device, config.quantization.bitsandbytes): config for config in configs}
+    with workers.workers(1, _START) as pool:  # a single process initializes the GPU, not all of them
+        waiting = [pool.submit(here, config, vram) for config in kinds.values()]
+        gpus = {
+            kind: workers.result(future).calibrated(calibrations) for kind, future in zip(kinds, waiting, strict=True)
+        }
     with workers.workers(len(configs), _START) as pool:
-        waiting = [pool.submit(_why, one, gpus[one.device, one.quantization.bitsandbytes]) for one in configs]
-        return [workers.result(future) for future in waiting]
+        reasons = [
+            pool.submit(_why, config, gpus[config.device, config.quantization.bitsandbytes]) for config in configs
+        ]
+        return [workers.result(future) for future in reasons]
 
 
 def _why(config: Config, gpu: Gpu) -> str:
@@ -46,8 +51,9 @@ def _why(config: Config, gpu: Gpu) -> str:
     try:
         prediction = planner(config, gpu.device).predict()
     except UserError as error:
-        log.warning("not planned, so it is run: %s", error)
+        log.warning("cannot check whether a job fits, so it will run: %s", error)
         return ""
     if verdict(prediction, gpu) != "does not fit":
         return ""
-    return f"does not fit: {expected(prediction, gpu) / GIB:.1f} GiB are expected, {gpu.name} has {gpu.memory_gib:g}"
+    needed = expected(prediction, gpu) / GIB
+    return f"does not fit: needs about {needed:.1f} GiB, but {gpu.name} has {gpu.memory_gib:g} GiB"

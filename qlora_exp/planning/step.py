@@ -1,6 +1,6 @@
-"""What a training step allocates and computes: passes over a few layers, and the optimizer's update, on fake tensors.
+"""Record what a training step allocates and computes on fake tensors: passes over a few layers, and the update.
 
-Knows nothing of configs: it is told how to build a model, its loss and its optimizer.
+This module does not read configs. Callers pass functions that build the model, its loss and its optimizer.
 """
 
 import gc
@@ -30,26 +30,26 @@ from qlora_exp.planning.packed_weights import stored_bytes
 
 _EIGHT_BIT = {"adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1, "paged_lion_8bit": 1}
 _FOUR_BYTES = {"paged_adamw_32bit": 2, "lion_32bit": 1, "paged_lion_32bit": 1}
-"""bitsandbytes' optimizers: states for each trained value."""
+"""Optimizers of bitsandbytes, with the number of states for each trained value."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """What no batch changes."""
+    """The part of a run's memory that does not depend on the batch."""
 
     static: list[tuple[str, int]]
-    """Kind and bytes of weights, in the order of the model."""
+    """Kind and bytes of each weight, in the model's order."""
     updates: list[list[Event]]
-    """The optimizer's first step, and its second."""
+    """Events of the optimizer's first step and of its second."""
     parameters: tuple[int, int]
-    """Trained, and all."""
+    """Number of trainable parameters and of all parameters."""
     paged: int
     """Bytes of optimizer states that are paged."""
 
 
 @dataclass
 class Step:
-    """Bytes and order of what a training step allocates before the optimizer's, and of an evaluation step."""
+    """Events and work of a training step before the optimizer's update, and events of an evaluation step."""
 
     passes: list[Event] = field(default_factory=list)
     evaluation: list[Event] = field(default_factory=list)
@@ -58,35 +58,35 @@ class Step:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step computes at once."""
+    """Shape of a batch."""
 
     rows: int
     length: int
     masked: bool
-    """Attention is told what is padding, or where a packed row ends."""
+    """Whether attention gets a mask, for padding or for the ends of packed rows."""
 
 
 @dataclass
 class Kept:
-    """An optimizer to run, or what one keeps that only bitsandbytes makes."""
+    """An optimizer to run on fake tensors, or the size of the states of one that only bitsandbytes can create."""
 
     run: torch.optim.Optimizer | None = None
     nbytes: list[int] = field(default_factory=list)
-    """Of each tensor more that stays."""
+    """Bytes of each additional tensor that stays allocated."""
     paged: int = 0
     """Bytes in managed memory."""
 
 
 def optimizer(name: str, many: bool, model: Any) -> Kept:
-    """The run's.
+    """Build the run's optimizer, or compute the size of its states.
 
     Args:
-        name: transformers' name of it, or lorafa.
-        many: all parameters in one operation, as torch chooses on a GPU.
-        model: whose parameters it trains.
+        name: transformers' name of the optimizer, or `lorafa`.
+        many: update all parameters in one operation (`foreach`), as torch does on a GPU.
+        model: the model whose trainable parameters the optimizer updates.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [{"params": [one for one in parameters if (one.ndim > 1) is decays]} for decays in (True, False)]
+    groups = [{"params": [tensor for tensor in parameters if (tensor.ndim > 1) is decays]} for decays in (True, False)]
     groups = [group for group in groups if group["params"]]
     kept = Kept(nbytes=_importances(model))
     match name:
@@ -100,16 +100,16 @@ def optimizer(name: str, many: bool, model: Any) -> Kept:
             kept.run = torch.optim.RMSprop(groups, foreach=many)
         case "adagrad":
             kept.run = torch.optim.Adagrad(groups, foreach=many)
-        case "adafactor":  # as transformers sets it up
+        case "adafactor":  # with the settings of transformers
             kept.run = Adafactor(groups, lr=1e-3, scale_parameter=False, relative_step=False)
         case "lorafa":
             lora: Any = model.active_peft_config
             kept.run = create_lorafa_optimizer(model, lora.r, lora.lora_alpha, lr=1e-3)
-        case _:  # bitsandbytes'
+        case _:  # an optimizer of bitsandbytes
             tables = {id(layer.weight) for layer in model.modules() if isinstance(layer, torch.nn.Embedding)}
-            for one in parameters:
-                sizes = _states(name, one.numel(), id(one) in tables)
-                if name.startswith("paged") and one.numel() >= 100_000:
+            for parameter in parameters:
+                sizes = _states(name, parameter.numel(), id(parameter) in tables)
+                if name.startswith("paged") and parameter.numel() >= 100_000:
                     kept.paged += sum(sizes)
                 else:
                     kept.nbytes += sizes
@@ -117,28 +117,28 @@ def optimizer(name: str, many: bool, model: Any) -> Kept:
 
 
 def _states(name: str, count: int, table: bool) -> list[int]:
-    """Bytes of bitsandbytes' states for a tensor: 4 a value, or one and a scale for 256 of them.
+    """Return the bytes of bitsandbytes' states for a tensor: 4 per value, or in 8 bits 1 and a scale per 256 values.
 
-    Small tensors and embeddings (transformers sees to that) keep 4 bytes.
+    Small tensors and embeddings (as transformers configures them) always use 4 bytes per value.
     """
     sizes = [count, 4 * -(-count // 256)] if name in _EIGHT_BIT and count >= 4096 and not table else [4 * count]
     return sizes * {**_EIGHT_BIT, **_FOUR_BYTES}[name]
 
 
 def _importances(model: Any) -> list[int]:
-    """What AdaLoRA keeps to move ranks: three values for each of its own."""
+    """Return the bytes of AdaLoRA's importance scores: three values for each value of the adapter."""
     if getattr(getattr(model, "active_peft_config", None), "peft_type", None) != PeftType.ADALORA:
         return []
     return [p.numel() * p.element_size() for name, p in model.named_parameters() if "lora_" in name] * 3
 
 
-def weigh(whole: Any, optimizer: Callable[[Any], Kept]) -> Model:
-    """What a model on the meta device keeps, and its optimizer's steps, on fake tensors."""
-    static = [*_static(whole)]
+def weigh(model: Any, optimizer: Callable[[Any], Kept]) -> Model:
+    """Compute the static memory of a model on the meta device, and record its optimizer's steps on fake tensors."""
+    static = [*_static(model)]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    materialize(whole, mode, frozen=False)
-    kept = optimizer(whole)
-    return Model(static, _updates(kept, whole, mode), adapters.count_parameters(whole), kept.paged)
+    materialize(model, mode, frozen=False)
+    kept = optimizer(model)
+    return Model(static, _updates(kept, model, mode), adapters.count_parameters(model), kept.paged)
 
 
 def record(
@@ -150,15 +150,15 @@ def record(
     computing: Callable[[], AbstractContextManager[Any]] = nullcontext,
     evaluated: Batch | None = None,
 ) -> Step:
-    """Run a few layers on fake tensors.
+    """Record a training step, and an evaluation step if requested, by running a few layers on fake tensors.
 
     Args:
-        build: a model on the meta device with so many layers.
-        depth: layers of the real one.
-        batch: of training.
-        loss: of the model, ids and mask.
-        computing: context of forward passes.
-        evaluated: batch of evaluation; None for none.
+        build: builds the model on the meta device with the given number of layers.
+        depth: number of layers of the real model.
+        batch: batch of training.
+        loss: computes the loss from model, ids and mask.
+        computing: creates the context of forward passes.
+        evaluated: batch of evaluation; None: no evaluation.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     step = Step()
@@ -170,7 +170,7 @@ def record(
             if rest is not None:
                 step.evaluation = deepen(rest.recording, depth) if few != depth else rest.recording.events
         except IrregularError:
-            continue  # as deep as it is, which takes longer
+            continue  # record the model at its full depth, which takes longer
         extra = depth - few
         for (name, place), works in recorder.recording.work.items():
             alike = name in ("forward", "backward") and place == few // 2
@@ -187,7 +187,7 @@ def _passes(
     computing: Callable[[], AbstractContextManager[Any]],
     train: bool = True,
 ) -> Recorder:
-    """A forward pass and, if it trains, a backward pass."""
+    """Record a forward pass and, if `train`, a backward pass."""
     materialize(model, mode)
     model.train(train)
     recorder = Recorder()
@@ -199,20 +199,20 @@ def _passes(
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(recorder.is_gradient)
     marked = layers_marked(recorder, _layers(model))
-    with mode, recorder, marked, _nothing_collected(), torch.set_grad_enabled(train):
+    with mode, recorder, marked, _garbage_collector_off(), torch.set_grad_enabled(train):
         with computing():
-            found = loss(model, ids, mask)
+            value = loss(model, ids, mask)
         if train:
             recorder.kind = "temporary"
-            found.backward()
+            value.backward()
         recorder.group = ("end", 0)
-        del found
+        del value
     return recorder
 
 
 @contextmanager
-def _nothing_collected() -> Iterator[None]:
-    """Inside, Python collects no cycles: when it does would change what is recorded as freed."""
+def _garbage_collector_off() -> Iterator[None]:
+    """Disable Python's garbage collector: the moment when it runs would change which releases are recorded."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -223,13 +223,13 @@ def _nothing_collected() -> Iterator[None]:
 
 
 def _layers(model: Any) -> list[torch.nn.Module]:
-    """The decoder's layers: the longest list of modules of one kind."""
+    """Return the decoder's layers: the longest module list, of equally long ones the one with the most modules."""
     lists = [list(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     return max(lists, key=lambda layers: (len(layers), sum(len([*layer.modules()]) for layer in layers)))
 
 
 def _static(model: Any) -> Iterator[tuple[str, int]]:
-    """Kind and bytes of what stays: weights, constants of quantization, what trains."""
+    """Yield kind and bytes of what stays allocated: weights, quantization constants, trainable parameters."""
     seen: set[int] = set()
     for tensor in (*model.parameters(), *model.buffers()):
         if id(tensor) in seen:
@@ -244,7 +244,7 @@ def _static(model: Any) -> Iterator[tuple[str, int]]:
 
 
 def _updates(kept: Kept, model: Any, mode: FakeTensorMode) -> list[list[Event]]:
-    """What clipping and the optimizer allocate in a first and in a second step."""
+    """Record what gradient clipping and the optimizer allocate in a first and in a second step."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with mode:
         for parameter in trained:
@@ -253,7 +253,7 @@ def _updates(kept: Kept, model: Any, mode: FakeTensorMode) -> list[list[Event]]:
     recorder.ignore([*model.parameters(), *(parameter.grad for parameter in trained if parameter.grad is not None)])
     steps = []
     for kind in ("optimizer", "temporary"):
-        with mode, recorder, _nothing_collected():
+        with mode, recorder, _garbage_collector_off():
             recorder.kind = "temporary"
             torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
             recorder.kind = kind

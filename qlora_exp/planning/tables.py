@@ -1,4 +1,4 @@
-"""Plans and advice as tables: where memory goes, whether it fits, what a step takes. Plans nothing itself."""
+"""Print plans and advice as tables: where memory goes, whether it fits, the time of a step. Does not plan itself."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,27 +13,27 @@ from qlora_exp.utils.tables import print_table
 from qlora_exp.utils.units import GIB, MIB
 
 _BASIS = (
-    "most rows: of training.max_length tokens; longest row: alone in its batch; both with\n"
-    "training.per_device_eval_batch_size no larger than the rows that are trained at once"
+    "most rows: largest batch of rows of training.max_length tokens; longest row: in a batch of one row;\n"
+    "both assume that training.per_device_eval_batch_size is no larger than the training batch"
 )
-_LEFT_OUT = "left out: generation, data loading, several GPUs; rows are taken to be as long as training.max_length"
+_LEFT_OUT = "left out: generation, data loading, several GPUs; all rows are assumed to have training.max_length tokens"
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A run and what is expected of it."""
+    """A run and its prediction."""
 
     words: Sequence[str]
     config: Config | None
     prediction: Prediction | None
     gpu: Gpu
-    """What it was planned for."""
+    """The device that the run was planned for."""
     why: str = ""
-    """Why there is none."""
+    """Reason why there is no prediction."""
 
 
 def show_one(planned: Planned, price: float | None) -> None:
-    """Print phases and kinds, then what they come to."""
+    """Print the plan of one run: memory by phase and kind, then totals, work, time and error."""
     config, prediction, gpu = planned.config, planned.prediction, planned.gpu
     assert config is not None
     assert prediction is not None
@@ -43,11 +43,13 @@ def show_one(planned: Planned, price: float | None) -> None:
     if gpu.type != "cpu":
         rows.append(["allocator", *(f"{(phase.reserved - phase.tensors) / MIB:,.0f}" for phase in phases)])
     rows.append(["all", *(f"{phase.reserved / MIB:,.0f}" for phase in phases)])
-    print_table("MiB at the fullest moment of each phase", ["", *prediction.phases], rows)
+    print_table("peak memory of each phase, MiB", ["", *prediction.phases], rows)
     print(f"trained  {prediction.trainable:,} of {prediction.total:,} parameters")
-    print(f"memory   {expected(prediction, gpu) / GIB:.2f} GiB{_against(prediction, gpu)}")
+    print(f"memory   {expected(prediction, gpu) / GIB:.2f} GiB{_whether_it_fits(prediction, gpu)}")
     if prediction.paged:
-        print(f"paged    {prediction.paged / GIB:.2f} GiB of optimizer states besides, on the GPU while there is room")
+        print(
+            f"paged    {prediction.paged / GIB:.2f} GiB of optimizer states in addition, on the GPU while there is room"
+        )
     flops, traffic = (sum(getattr(work, name) for work in prediction.work) for name in ("flops", "nbytes"))
     print(f"work     {flops / 1e12:,.2f} TFLOP and {traffic / 1e9:,.0f} GB of traffic for a forward and backward pass")
     if (seconds := step_seconds(config, prediction, gpu)) is not None:
@@ -57,33 +59,33 @@ def show_one(planned: Planned, price: float | None) -> None:
 
 
 def show_many(planned: Sequence[Planned], price: float | None) -> None:
-    """Print a line for each run."""
+    """Print one line for each run."""
     rows = []
-    common = set.intersection(*(set(one.words) for one in planned))
-    for one in planned:
-        name = " ".join(word for word in one.words if word not in common)
-        if one.config is None or one.prediction is None:
-            rows.append([name, "-", "-", one.why])
+    common = set.intersection(*(set(run.words) for run in planned))
+    for run in planned:
+        name = " ".join(word for word in run.words if word not in common)
+        if run.config is None or run.prediction is None:
+            rows.append([name, "-", "-", run.why])
             continue
-        gpu = one.gpu
-        seconds = step_seconds(one.config, one.prediction, gpu)
+        gpu = run.gpu
+        seconds = step_seconds(run.config, run.prediction, gpu)
         rows.append(
             [
                 name,
-                f"{expected(one.prediction, gpu) / GIB:.2f}",
-                _verdict(one.prediction, gpu),
-                "" if seconds is None else _time(one.config, seconds, price),
+                f"{expected(run.prediction, gpu) / GIB:.2f}",
+                _verdict(run.prediction, gpu),
+                "" if seconds is None else _time(run.config, seconds, price),
             ]
         )
     shared = f", all with {' '.join(word for word in planned[0].words if word in common)}" if common else ""
     print_table(f"{len(rows)} runs{shared}", ["run", "GiB", "", "time"], rows)
-    for gpu in dict.fromkeys(one.gpu for one in planned):
+    for gpu in dict.fromkeys(run.gpu for run in planned):
         print(f"{gpu.name}: times at {gpu.rates}; error {_error(gpu)}")
     print(_LEFT_OUT)
 
 
 def show_card(options: Sequence[Option], why: Mapping[str, str], gpu: Gpu) -> None:
-    """Print what each option comes to on one card, and which to choose."""
+    """Print memory, largest batch and speed of each option on one GPU, and which option to choose."""
     timed = bool(gpu.tflops or (gpu.calibration and gpu.calibration.flops_per_second))
     rows = []
     for option in options:
@@ -107,7 +109,7 @@ def show_card(options: Sequence[Option], why: Mapping[str, str], gpu: Gpu) -> No
     title = f"{options[0].config.model.model_name_or_path} in {gpu.memory_gib:g} GiB ({gpu.name}), batches of {batch}"
     headings = ["", "trained", "GiB", "", "most rows", "longest row", "tokens/s"]
     print_table(title, headings if timed else headings[:-1], rows)
-    _show_refused(why)
+    _show_reasons(why)
     chosen, reason = choose(options, gpu)
     if chosen:
         print(f"choose   {chosen}: {reason}")
@@ -116,21 +118,23 @@ def show_card(options: Sequence[Option], why: Mapping[str, str], gpu: Gpu) -> No
 
 
 def show_cards(options: Sequence[Option], why: Mapping[str, str], cards: Sequence[Gpu]) -> None:
-    """Print how far each option goes on cards of every size."""
+    """Print the largest batch and the longest row of each option on GPUs of several sizes."""
     length = options[0].config.training.max_length
     rows = []
     for card in cards:
-        reaches = [_reach(option.fits[card]) for option in options]
+        reaches = [_rows_and_length(option.fits[card]) for option in options]
         rows.append([f"{card.memory_gib:g}", *reaches, choose(options, card)[0]])
-    title = f"{options[0].config.model.model_name_or_path}: most rows of {length} tokens | longest row alone"
+    title = (
+        f"{options[0].config.model.model_name_or_path}: most rows of {length} tokens | longest row in a batch of one"
+    )
     print_table(title, ["GiB", *(option.name for option in options), "choose"], rows)
-    _show_refused(why)
+    _show_reasons(why)
     print(_BASIS)
     _show_room(cards[0])
 
 
 def show_models(models: Sequence[Sized], why: Mapping[str, str], cards: Sequence[Gpu]) -> None:
-    """Print the largest model for each card and each way to train."""
+    """Print the largest model for each GPU size and each method."""
     names = dict.fromkeys(name for model in models for name in model.needs)
     rows = []
     for card in cards:
@@ -139,9 +143,9 @@ def show_models(models: Sequence[Sized], why: Mapping[str, str], cards: Sequence
             fitting = [model for model in models if name in model.needs and model.needs[name] <= room(card)]
             cells.append(_billions(fitting[-1]) if fitting else "-")
         rows.append([f"{card.memory_gib:g}", *cells])
-    print_table("the largest model for a card", ["GiB", *names], rows)
-    print("of", ", ".join(f"{_billions(model)} {model.name}" for model in models))
-    _show_refused(why)
+    print_table("largest model for each GPU size", ["GiB", *names], rows)
+    print("models  ", ", ".join(f"{_billions(model)} {model.name}" for model in models))
+    _show_reasons(why)
     _show_room(cards[0])
 
 
@@ -149,55 +153,58 @@ def _billions(model: Sized) -> str:
     return f"{model.parameters / 1e9:.1f} B"
 
 
-def _reach(fit: Fit) -> str:
+def _rows_and_length(fit: Fit) -> str:
     return f"{fit.rows:,} | {fit.length:,}" if fit.rows or fit.length else "-"
 
 
-def _show_refused(why: Mapping[str, str]) -> None:
-    for said in dict.fromkeys(why.values()):
-        print(f"{'; '.join(name for name, one in why.items() if one == said)}: {said}")
+def _show_reasons(why: Mapping[str, str]) -> None:
+    for reason in dict.fromkeys(why.values()):
+        print(f"{'; '.join(name for name, own in why.items() if own == reason)}: {reason}")
 
 
 def _verdict(prediction: Prediction, gpu: Gpu) -> str:
-    """Empty where there is nothing to judge by: a CPU's plan is of tensors only, until runs said what else is taken."""
+    """Return whether a run fits, as text; empty if that cannot be judged.
+
+    A CPU's plan covers tensors only, so it needs a calibration from past runs to account for the rest.
+    """
     if not gpu.memory_gib or (gpu.type == "cpu" and gpu.calibration is None):
         return ""
     return f"{verdict(prediction, gpu)} in {gpu.memory_gib:g} GiB ({gpu.name})"
 
 
-def _against(prediction: Prediction, gpu: Gpu) -> str:
+def _whether_it_fits(prediction: Prediction, gpu: Gpu) -> str:
     if not gpu.memory_gib:
-        return " (--gpu NAME or --vram GIB says whether it fits)"
-    if not (told := _verdict(prediction, gpu)):
+        return " (add --gpu NAME or --vram GIB to see whether it fits)"
+    if not (judged := _verdict(prediction, gpu)):
         return f" of tensors, in {gpu.memory_gib:g} GiB ({gpu.name})"
-    return f"; {told} with {DRIVER_GIB} GiB for the driver"
+    return f"; {judged} with {DRIVER_GIB} GiB for the driver"
 
 
 def _error(gpu: Gpu) -> str:
-    if (known := gpu.calibration) is not None:
+    if (fit := gpu.calibration) is not None:
         return (
-            f"median {known.median_error:.1%}, worst {known.worst_error:.1%} of {known.runs} runs on {known.device}, "
-            f"each expected as the others say: {known.offset_mib:,.0f} MiB + {known.slope:.3f} x the plan"
+            f"median {fit.median_error:.1%}, worst {fit.worst_error:.1%} over {fit.runs} runs on {fit.device}, each "
+            f"predicted from the others; fit to all: {fit.offset_mib:,.0f} MiB + {fit.slope:.3f} x the plan"
         )
     if gpu.type == "cpu":
-        return "not known: the plan is of tensors only (`qlora-exp calibrate` learns from runs what is taken besides)"
-    return f"{WORST_ERROR:.1%} at worst for 19 published GPU runs and 7 of ours"
+        return "unknown: the plan covers tensors only (`qlora-exp calibrate` estimates the rest from past runs)"
+    return f"{WORST_ERROR:.1%} at worst, over 19 published GPU runs and 7 runs of this project"
 
 
 def _time_error(gpu: Gpu) -> str:
     if gpu.calibration and gpu.calibration.time_error is not None:
-        return f" (up to {gpu.calibration.time_error:.0%} off)"
+        return f" (error up to {gpu.calibration.time_error:.0%})"
     return ""
 
 
 def _show_room(gpu: Gpu) -> None:
-    print(f"fits     if what is expected is {worst_error(gpu):.1%} too low, with {DRIVER_GIB} GiB for the driver")
+    print(f"fits     even if the prediction is {worst_error(gpu):.1%} too low, with {DRIVER_GIB} GiB for the driver")
 
 
 def _time(config: Config, seconds: float, price: float | None) -> str:
     steps = config.training.max_steps
-    told = f"{seconds:.3g} s a step"
+    text = f"{seconds:.3g} s per step"
     if steps <= 0:
-        return told
-    told += f", {steps * seconds / 3600:.3g} h for {steps} steps"
-    return told if price is None else f"{told}, {price * steps * seconds / 3600:.3g} at {price:g} an hour"
+        return text
+    text += f", {steps * seconds / 3600:.3g} h for {steps} steps"
+    return text if price is None else f"{text}, cost {price * steps * seconds / 3600:.3g} at {price:g} per hour"

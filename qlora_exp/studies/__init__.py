@@ -1,5 +1,5 @@
-"""Measurements over methods and models: compatibility probe, quantization error, deployment gap.
+"""Measure methods and models: compatibility probe, quantization error, deployment gap.
 
 May import: every room above.
-Never here: what a run needs; no room but cli imports studies.
+Never here: code that a training run needs. Only cli imports studies.
 """

@@ -1,7 +1,7 @@
-"""What deployment costs: the same held-out rows scored on a model as it was trained and in each form it may be used in.
+"""Measure what deployment costs: score the same held-out rows on the model as trained and in each export format.
 
-Each form is made and measured in a process of its own. Knows nothing of how forms are made (`exporting`) or how quality
-is measured (`evaluation`).
+Each format is exported and measured in a separate process. `deploy.export` exports, and `training.evaluation` measures
+quality.
 """
 
 import gc
@@ -24,111 +24,112 @@ from qlora_exp.utils import workers
 from qlora_exp.utils.errors import ConfigError, UserError
 
 QUALITY = {"loss": True, "rougeL": False, "exact_match": False, "task_score": False}
-"""What is compared, and whether less is better."""
+"""Metrics that are compared, and whether lower values are better."""
 _START = "forkserver"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One form on the held-out rows."""
+    """Results of one export format on the held-out rows."""
 
     form: str
     about: str
-    """Which weights it has."""
+    """Description of the weights it contains."""
     bytes: int
-    """Of all weights, base and adapter, as they are stored."""
+    """Stored size of all weights, base and adapter."""
     metrics: dict[str, float]
-    """Of `evaluation.evaluate`; and `memory_mib`, the peak of generation beyond what a process has before it loads.
+    """Metrics of `evaluation.evaluate`, and `memory_mib`: peak memory of generation minus the memory before loading.
 
-    What a GGUF file answers is llama.cpp's own, and is absent where that is not installed.
+    Answers of a GGUF file come from llama.cpp; their metrics are absent if it is not installed.
     """
     losses: list[dict[str, float]]
     samples: list[dict[str, Any]]
 
     def items(self, metric: str) -> Any:
-        """(1, rows, 2): each row's numerator and weight; None if it was not measured."""
+        """Return each row's numerator and weight of a metric, shape (1, rows, 2); None if it was not measured."""
         if metric == "loss":
             return np.array([[[row["nll"], row["tokens"]] for row in self.losses]], float)
-        found = [[float(sample[metric]), 1.0] for sample in self.samples if metric in sample]
-        return np.array([found]) if found else None
+        scores = [[float(sample[metric]), 1.0] for sample in self.samples if metric in sample]
+        return np.array([scores]) if scores else None
 
 
 @dataclass(frozen=True)
 class Gap:
-    """How a form differs from the model as it was trained, on the same rows."""
+    """Difference between an export format and the model as trained, on the same rows."""
 
     metric: str
     value: float
     low: float
     high: float
     p: float
-    """Adjusted for the number of forms (Holm)."""
+    """p-value, adjusted for the number of formats (Holm)."""
 
 
 def forms_of(config: Config, adapter: bool, names: Sequence[str] = ()) -> list[str]:
-    """The forms to measure: those that are named, or all that make sense; the model as it was trained is the first.
+    """Return the export formats to measure: the named ones, or all that apply. The model as trained comes first.
 
     Raises:
-        ConfigError: there is no such form, or it makes no sense for this model.
+        ConfigError: there is no such format, or it does not apply to this model.
     """
     if unknown := [name for name in names if name not in DEPLOYED]:
-        raise ConfigError(f"--forms {unknown[0]}: choose of {', '.join(DEPLOYED)}")
-    senseless = {name for name in ("merged", "merged_trained") if not adapter}
+        raise ConfigError(f"--forms {unknown[0]}: no such format; choose from {', '.join(DEPLOYED)}")
+    inapplicable = {name for name in ("merged", "merged_trained") if not adapter}
     missing = set() if importlib.util.find_spec("gptqmodel") else {"gptq"}
     if not config.quantization.quantized:
-        senseless.add("merged_trained")
-    if wrong := [name for name in names if name in senseless]:
-        raise ConfigError(f"--forms {wrong[0]}: makes no sense for a {'plain base' if adapter else 'whole model'}")
-    chosen = names or [name for name in DEPLOYED if name not in senseless | missing]
+        inapplicable.add("merged_trained")
+    if wrong := [name for name in names if name in inapplicable]:
+        model = "an adapter on an unquantized base" if adapter else "a model without an adapter"
+        raise ConfigError(f"--forms {wrong[0]}: does not apply to {model}; leave it out")
+    chosen = names or [name for name in DEPLOYED if name not in inapplicable | missing]
     return [TRAINED, *(name for name in chosen if name != TRAINED)]
 
 
 def study(
     source: str, uri: str | None, config: Config, forms: Sequence[str], out: Path, report: Callable[[str], None]
 ) -> list[Measured]:
-    """Make each form under `out`, and measure it.
+    """Export each format to a folder under `out`, and measure it.
 
     Args:
         source: an MLflow run id, a `models:/...` URI, or a folder.
-        uri: the MLflow store.
-        config: of the run: which rows, and how they are measured.
-        forms: of DEPLOYED.
-        out: a folder for what is made; what was made of the same source before is measured as it is.
-        report: told what is being done.
+        uri: URI of the MLflow store.
+        config: config of the run; it determines the held-out rows and how they are measured.
+        forms: names of formats in DEPLOYED.
+        out: folder for the exports. An existing export of the same source is measured without exporting again.
+        report: called with a progress message before each piece of work.
 
     Raises:
-        UserError: a form cannot be made, or the rows are not here.
+        UserError: a format cannot be exported, or the rows are not available.
     """
     from qlora_exp.deploy import llama_cpp
 
     multiprocessing.get_context(_START).set_forkserver_preload(["qlora_exp.sweeps.launchers.preload"])
-    found = []
+    measured = []
     for form in forms:
         where = str(out / form)
         if form != TRAINED:
-            report(f"{form}: making it")
-            _alone(_make, source, uri, where, form, config)
-        report(f"{form}: measuring it")
-        given = (source if form == TRAINED else where, uri, config, form)
-        found.append(_alone(_measure, *given))
+            report(f"{form}: exporting")
+            _in_own_process(_make, source, uri, where, form, config)
+        report(f"{form}: measuring")
+        arguments = (source if form == TRAINED else where, uri, config, form)
+        measured.append(_in_own_process(_measure, *arguments))
         if DEPLOYED[form].get("form") == "gguf" and config.evaluation.generate_rows and llama_cpp.installed():
-            metrics, samples = _alone(_ask_llama_cpp, *given)
-            found[-1] = replace(found[-1], metrics=found[-1].metrics | metrics, samples=samples)
-    return found
+            metrics, samples = _in_own_process(_ask_llama_cpp, *arguments)
+            measured[-1] = replace(measured[-1], metrics=measured[-1].metrics | metrics, samples=samples)
+    return measured
 
 
-def _alone(work: Callable[..., Any], *given: Any) -> Any:
+def _in_own_process(work: Callable[..., Any], *arguments: Any) -> Any:
     try:
         with workers.workers(1, _START) as pool:
-            return workers.result(pool.submit(work, *given))
+            return workers.result(pool.submit(work, *arguments))
     except BrokenProcessPool as error:
-        raise UserError("a process that makes or measures a form was killed, most likely for want of memory") from error
+        raise UserError("the process that exports or measures a format was killed, probably out of memory") from error
 
 
 def _make(source: str, uri: str | None, where: str, form: str, config: Config) -> None:
     from qlora_exp.deploy import export, load
 
-    gc.enable()  # the fork server turns it off
+    gc.enable()  # the fork server turns the garbage collector off
     saved = load.find(source, uri, "cpu")
     if not export.is_there(saved, Path(where), **DEPLOYED[form]):
         export.export(saved, Path(where), **DEPLOYED[form], rows_of=config)
@@ -148,10 +149,10 @@ def _measure(source: str, uri: str | None, config: Config, form: str) -> Measure
     saved = load.find(source, uri, config.device)
     heldout = _heldout(config, saved)
     facts = saved.folder / export.FACTS_FILE
-    about = json.loads(facts.read_text("utf-8"))["base"] if facts.is_file() else f"{source}, as it was trained"
+    about = json.loads(facts.read_text("utf-8"))["base"] if facts.is_file() else f"{source}, as trained"
     file = saved.folder / load.GGUF_FILE
     asked = _one_at_a_time(config)
-    if file.is_file():  # read into common tensors here: what it answers, and what that costs, llama.cpp is asked
+    if file.is_file():  # transformers measures only its loss; llama.cpp measures its answers and their cost
         asked = asked.model_copy(update={"generate_rows": 0})
     memory = MemoryMonitor(detect(config.device, bitsandbytes=config.quantization.bitsandbytes).type)
     model = load.load_saved(saved)
@@ -186,12 +187,12 @@ def _ask_llama_cpp(source: str, uri: str | None, config: Config, form: str) -> t
         generate = llama_cpp.generator(server, asked.max_new_tokens)
         score = sources.scorer(config.dataset)
         metrics, samples = evaluation.answers(generate, *heldout, asked, score=score, label=f"{form}: ")
-    metrics.pop("token_seconds_p95", None)  # it tells each answer's mean only
+    metrics.pop("token_seconds_p95", None)  # llama.cpp reports only the mean time per token of each answer
     return metrics | _memory(memory), samples
 
 
 def _heldout(config: Config, saved: Any) -> tuple[Any, Any, Any]:
-    """The tokenizer, and the held-out rows as text and as tokens."""
+    """Return the tokenizer, and the held-out rows as text and as tokens."""
     from qlora_exp.data import dataset
 
     tokenizer = saved.tokenizer()
@@ -200,66 +201,68 @@ def _heldout(config: Config, saved: Any) -> tuple[Any, Any, Any]:
 
 
 def _one_at_a_time(config: Config) -> EvaluationConfig:
-    """As somebody waits for an answer."""
+    """Return the evaluation config with a batch of one, as in interactive use."""
     return config.evaluation.model_copy(update={"generation_batch_size": 1})
 
 
 def _memory(memory: Any) -> dict[str, float]:
     peaks = memory.peaks.get("generate", {})
-    of = "allocated" if "allocated" in peaks else "rss"
-    return {"memory_mib": peaks[of] - memory.baseline.get(of, 0.0)} if of in peaks else {}
+    kind = "allocated" if "allocated" in peaks else "rss"
+    return {"memory_mib": peaks[kind] - memory.baseline.get(kind, 0.0)} if kind in peaks else {}
 
 
 def gaps(measured: Sequence[Measured]) -> dict[str, list[Gap]]:
-    """By form, how each measure of quality differs from that of the first; paired by row."""
-    first, *others = measured
-    found: dict[str, list[Gap]] = {one.form: [] for one in others}
+    """Compute for each format how its metrics differ from those of the first one, paired by row."""
+    trained, *exported = measured
+    by_form: dict[str, list[Gap]] = {result.form: [] for result in exported}
     for metric in QUALITY:
-        theirs = first.items(metric)
-        ours = {one.form: one.items(metric) for one in others}
-        known = {form: items for form, items in ours.items() if items is not None and theirs is not None}
-        differences = {form: stats.difference_of_items(items, theirs) for form, items in known.items()}
-        adjusted = stats.holm([one.p for one in differences.values()])
-        for (form, one), p in zip(differences.items(), adjusted, strict=True):
-            found[form].append(Gap(metric, one.value, one.low, one.high, p))
-    return found
+        reference = trained.items(metric)
+        scored = {result.form: result.items(metric) for result in exported}
+        pairs = {form: items for form, items in scored.items() if items is not None and reference is not None}
+        differences = {form: stats.difference_of_items(items, reference) for form, items in pairs.items()}
+        adjusted = stats.holm([difference.p for difference in differences.values()])
+        for (form, difference), p in zip(differences.items(), adjusted, strict=True):
+            by_form[form].append(Gap(metric, difference.value, difference.low, difference.high, p))
+    return by_form
 
 
 def tables(measured: Sequence[Measured]) -> list[tuple[list[str], list[list[str]]]]:
-    """Headings and rows, as people read them: loss and cost, then the answers' scores, those that ever differ."""
-    changes = {(form, gap.metric): gap for form, found in gaps(measured).items() for gap in found}
+    """Return headings and rows as text: loss and cost first, then a table for each score that differs."""
+    changes = {(form, gap.metric): gap for form, own in gaps(measured).items() for gap in own}
 
-    def quality(one: Measured, metric: str) -> list[str]:
-        gap = changes.get((one.form, metric))
-        value = f"{one.metrics[metric]:.4f}" if metric in one.metrics else "-"
+    def quality(item: Measured, metric: str) -> list[str]:
+        gap = changes.get((item.form, metric))
+        value = f"{item.metrics[metric]:.4f}" if metric in item.metrics else "-"
         return [value, "-" if gap is None else f"{gap.value:+.3f} [{gap.low:+.3f}, {gap.high:+.3f}]"]
 
-    def cost(one: Measured) -> list[str]:
-        found = [f"{one.bytes / 1e6:,.0f}"]
+    def cost(item: Measured) -> list[str]:
+        cells = [f"{item.bytes / 1e6:,.0f}"]
         for key, shape in (("memory_mib", ",.0f"), ("token_seconds_p50", ".3f")):
-            found.append(format(one.metrics[key], shape) if key in one.metrics else "-")
-        return found
+            cells.append(format(item.metrics[key], shape) if key in item.metrics else "-")
+        return cells
 
-    scores = [name for name in QUALITY if len({one.metrics.get(name) for one in measured}) > 1 and name != "loss"]
-    made = [
+    scores = [name for name in QUALITY if len({item.metrics.get(name) for item in measured}) > 1 and name != "loss"]
+    result = [
         (
-            ["form", "loss", "change", "MB", "MiB", "s/token"],
-            [[one.form, *quality(one, "loss"), *cost(one)] for one in measured],
+            ["format", "loss", "change", "MB", "MiB", "s/token"],
+            [[item.form, *quality(item, "loss"), *cost(item)] for item in measured],
         )
     ]
-    made += [(["form", name, "change"], [[one.form, *quality(one, name)] for one in measured]) for name in scores]
-    return made
+    result += [
+        (["format", name, "change"], [[item.form, *quality(item, name)] for item in measured]) for name in scores
+    ]
+    return result
 
 
 def told(measured: Sequence[Measured], source: str) -> dict[str, Any]:
-    """Everything, for files."""
+    """Return all results as JSON values."""
     changes = gaps(measured)
     return {
         "source": source,
         "forms": [
-            {"form": one.form, "about": one.about, "bytes": one.bytes, "metrics": one.metrics}
-            | {"gaps": [asdict(gap) for gap in changes.get(one.form, [])]}
-            | {"losses": one.losses, "samples": one.samples}
-            for one in measured
+            {"form": item.form, "about": item.about, "bytes": item.bytes, "metrics": item.metrics}
+            | {"gaps": [asdict(gap) for gap in changes.get(item.form, [])]}
+            | {"losses": item.losses, "samples": item.samples}
+            for item in measured
         ],
     }

@@ -1,7 +1,7 @@
-"""Tries a method on a tiny model: does it train, on which bases, and under what trainers do?
+"""Test a method on a tiny model: whether it trains on each kind of base, and which trainer features work with it.
 
-`nox -s compatibility` keeps what this finds in `compatibility.json`; `qlora-exp probe` asks for the versions installed
-here. Knows nothing of MLflow.
+`nox -s compatibility` writes the results to `compatibility.json`. `qlora-exp probe` runs the same tests with the
+installed versions of the libraries. This module does not use MLflow.
 """
 
 import tempfile
@@ -18,7 +18,7 @@ from transformers import set_seed
 
 from qlora_exp.config import compatibility
 from qlora_exp.config.compatibility import ASPECTS, BASES, WORKS
-from qlora_exp.config.hydra_compose import compose
+from qlora_exp.config.hydra_compose import compose, conf_dir, options
 from qlora_exp.config.peft_methods import moves_base
 from qlora_exp.config.schema import Config
 from qlora_exp.data.dataset import IGNORED
@@ -38,35 +38,38 @@ _STEPS = 4
 
 
 class FailedError(Exception):
-    """What does not work, in a few words."""
+    """Failure of a test; the message says briefly what does not work."""
 
 
 def verdicts(words: Sequence[str], base: str, aspects: Sequence[str] = ASPECTS) -> dict[str, str]:
-    """What works, by aspect: `works`, or why not. If it does not train, the other aspects are not tried.
+    """Test a method on one kind of base. If it does not train, the other aspects are not tested.
 
     Args:
-        words: overrides that choose the method, e.g. `["method=lora", "lora_variant=dora"]`.
+        words: overrides that select the method, e.g. `["method=lora", "lora_variant=dora"]`.
         base: one of BASES.
-        aspects: which of ASPECTS to try.
+        aspects: which of ASPECTS to test.
+
+    Returns:
+        For each tested aspect `works`, or the reason why it does not.
     """
-    found: dict[str, str] = {}
+    results: dict[str, str] = {}
     for aspect in aspects:
-        if found.get("trains", WORKS) != WORKS:
+        if results.get("trains", WORKS) != WORKS:
             break
         torch.manual_seed(0)
         try:
             with compatibility.ignored():
                 _TRIALS[aspect](_Trial(words, base))
-            found[aspect] = WORKS
+            results[aspect] = WORKS
         except FailedError as error:
-            found[aspect] = str(error)
-        except Exception as error:  # whatever a library makes of it is the answer
-            found[aspect] = type_and_first_line(error, 120)
-    return found
+            results[aspect] = str(error)
+        except Exception as error:  # any error that a library raises is a result
+            results[aspect] = type_and_first_line(error, 120)
+    return results
 
 
 class _Trial:
-    """One method on one base: builds models, rows and trainers of it."""
+    """One method on one kind of base, with functions that build its models, rows and trainers."""
 
     def __init__(self, words: Sequence[str], base: str) -> None:
         self.method = words
@@ -74,16 +77,21 @@ class _Trial:
         self.words = [*words, *_NEEDED.get(words[0], []), "method.quantized_base=null", *stored]
         self.quantized = base != "plain"
         ids = [[40 + (7 * row + place) % 60 for place in range(length)] for row, length in enumerate(_LENGTHS)]
-        self.rows = Dataset.from_dict({"input_ids": ids, "labels": [[IGNORED, *one[1:]] for one in ids]})
+        self.rows = Dataset.from_dict({"input_ids": ids, "labels": [[IGNORED, *row[1:]] for row in ids]})
 
     def config(self, *more: str) -> Config:
-        """Everything but dropout, which draws other numbers where it is asked another number of times."""
+        """Compose the config without dropout, whose random numbers depend on how often it is called."""
         config = compose(["device=cpu", "model=tiny_llama", *self.words, "training.learning_rate=1e-2", *more])
         still = {name: 0.0 for name in config.method.settings if name.endswith("dropout")}
         return config.model_copy(update={"method": config.method.model_copy(update=still)})
 
     def begin(self, *more: str, values_of: Any = None) -> tuple[Config, Resolved, Any]:
-        """An adapted model, the same at each call; `values_of`: an unquantized base takes the values of that one's."""
+        """Build the adapted model, the same at each call.
+
+        Args:
+            more: additional overrides.
+            values_of: a model whose weights replace those of the unquantized base.
+        """
         config = self.config(*more)
         resolved = resolve(config, _CPU)
         set_seed(1)
@@ -92,14 +100,14 @@ class _Trial:
             if (weight := quantization.weight_of(layer)) is not None:
                 base.get_submodule(name).weight.data = weight
         settings = adapters.peft_config(config, model.skeleton(config.model))
-        found = lora_init.batches(self.rows, 8, 1 if config.lora_start == "corda" else 8, 64, 0)
-        lora_init.prepare(config.lora_start, base, settings, found)
+        batches = lora_init.batches(self.rows, 8, 1 if config.lora_start == "corda" else 8, 64, 0)
+        lora_init.prepare(config.lora_start, base, settings, batches)
         adapted = adapters.attach(base, settings, resolved.adapter_dtype)
-        lora_init.finish(config.lora_start, adapted, found, lambda: model.load_unquantized(config.model))
+        lora_init.finish(config.lora_start, adapted, batches, lambda: model.load_unquantized(config.model))
         return config, resolved, adapted
 
     def perturbed(self, **options: Any) -> Any:
-        """An adapted model away from its start, where many methods do nothing."""
+        """Build an adapted model with perturbed parameters: at their initialization many methods have no effect."""
         _, _, adapted = self.begin(**options)
         torch.manual_seed(2)
         for parameter in adapted.parameters():
@@ -108,7 +116,7 @@ class _Trial:
         return adapted
 
     def train(self, folder: Path, *more: str, checkpoint: Path | None = None) -> tuple[Any, list[float]]:
-        """A trainer that is done, and its losses."""
+        """Train; return the trainer and its losses."""
         steps = [f"training.max_steps={_STEPS}", "training.per_device_train_batch_size=2"]
         config, resolved, adapted = self.begin(*steps, *more)
         tokenizer = model.load_tokenizer(config.model)
@@ -126,7 +134,7 @@ class _Trial:
 
 
 def _logits(adapted: Any, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
-    """Of one row, without what a method puts before it: (tokens, vocabulary)."""
+    """Return the logits of one row, without tokens that a method prepends: (tokens, vocabulary)."""
     adapted.eval()
     with torch.no_grad():
         mask = {} if inputs else {"attention_mask": torch.ones_like(ids)}
@@ -134,7 +142,7 @@ def _logits(adapted: Any, ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
 
 
 def _trains(trial: _Trial) -> None:
-    """Only what the method adds changes, along the right gradients, and all of it is saved."""
+    """Check that only what the method adds changes, along the right gradients, and that all of it is saved."""
     if trial.quantized:
         _check_gradients(trial)
     ids = torch.tensor(trial.rows[0]["input_ids"])[None]
@@ -162,9 +170,9 @@ def _trains(trial: _Trial) -> None:
 
 
 def _check_gradients(trial: _Trial) -> None:
-    """On a quantized base gradients are those on a base of the same values."""
+    """Check that gradients on a quantized base equal those on an unquantized base with the same values."""
     quantized = trial.perturbed()
-    # LoftQ starts on quantized bases only, QA-LoRA's sums over groups are GPTQ's.
+    # LoftQ can only start on a quantized base, so it is dropped here. (QA-LoRA sums over groups only with GPTQ.)
     plain_trial = _Trial([word for word in trial.method if word != "lora_variant=loftq"], "plain")
     config = trial.config()
     values = model.load_model(config.model, config.quantization, resolve(config, _CPU))
@@ -173,13 +181,13 @@ def _check_gradients(trial: _Trial) -> None:
     for name, parameter in quantized.named_parameters():
         if parameter.requires_grad:
             same[name].data.copy_(parameter.data)
-    found, expected = (_gradients(adapted, trial.rows) for adapted in (quantized, plain))
-    if found.keys() != expected.keys():
+    actual, expected = (_gradients(adapted, trial.rows) for adapted in (quantized, plain))
+    if actual.keys() != expected.keys():
         raise FailedError("gradients are missing")
     cosines = [
-        cosine_similarity(found[name].flatten(), one.flatten(), dim=0).item()
-        for name, one in expected.items()
-        if one.norm() > 1e-9
+        cosine_similarity(actual[name].flatten(), gradient.flatten(), dim=0).item()
+        for name, gradient in expected.items()
+        if gradient.norm() > 1e-9
     ]
     if not cosines or min(cosines) < 0.999:
         raise FailedError(f"gradients are not those of the base's values (cosine {min(cosines, default=0):.2f})")
@@ -193,16 +201,16 @@ def _gradients(adapted: Any, rows: Dataset) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad and p.grad is not None}
 
 
-def _check_close(what: str, found: torch.Tensor, expected: torch.Tensor) -> None:
-    worst = (found - expected).abs().max().item()
+def _check_close(what: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
+    worst = (actual - expected).abs().max().item()
     if not worst <= 1e-3 * max(1.0, expected.abs().max().item()):
         raise FailedError(f"{what} (logits differ by {worst:.2g})")
 
 
-def _same_losses(what: str, found: list[float], expected: list[float]) -> None:
-    if len(found) != len(expected) or any(abs(a - b) > 1e-3 for a, b in zip(found, expected, strict=False)):
-        told = [" ".join(f"{loss:.3f}" for loss in losses) for losses in (found, expected)]
-        raise FailedError(f"{what} (losses {told[0]}, not {told[1]})")
+def _check_same_losses(what: str, actual: list[float], expected: list[float]) -> None:
+    if len(actual) != len(expected) or any(abs(a - b) > 1e-3 for a, b in zip(actual, expected, strict=False)):
+        shown = [" ".join(f"{loss:.3f}" for loss in losses) for losses in (actual, expected)]
+        raise FailedError(f"{what} (losses {shown[0]}, not {shown[1]})")
 
 
 def _checkpoints_gradients(trial: _Trial) -> None:
@@ -210,27 +218,27 @@ def _checkpoints_gradients(trial: _Trial) -> None:
         plain, recomputed = (
             trial.train(Path(folder), f"training.gradient_checkpointing={on}")[1] for on in ("false", "true")
         )
-    _same_losses("training is another with activations recomputed", recomputed, plain)
+    _check_same_losses("training is another with activations recomputed", recomputed, plain)
 
 
 def _packs(trial: _Trial) -> None:
-    """Rows in one sequence, told apart by their positions, are computed as they are apart."""
+    """Check that rows packed into one sequence, separated by their positions, give the same logits as separate rows."""
     adapted = trial.perturbed()
     rows = [torch.tensor(row)[None] for row in trial.rows["input_ids"][:3]]
     positions = torch.cat([torch.arange(row.shape[1]) for row in rows])[None]
     packed = _logits(adapted, torch.cat(rows, dim=1), position_ids=positions, use_cache=False)
-    apart = torch.cat([_logits(adapted, row) for row in rows])
-    _check_close("packed rows are not computed as they are apart", packed, apart)
+    separate = torch.cat([_logits(adapted, row) for row in rows])
+    _check_close("packed rows are not computed as they are apart", packed, separate)
 
 
 def _keeps_best(trial: _Trial) -> None:
-    """A checkpoint that is put back at the end is the model that was measured there."""
-    every = ["training.eval_strategy=steps", "training.eval_steps=1", "training.save_strategy=steps"]
-    every += ["training.save_steps=1", "training.save_total_limit=null"]
+    """Check that a checkpoint loaded at the end gives the same held-out loss as when it was saved."""
+    each_step = ["training.eval_strategy=steps", "training.eval_steps=1", "training.save_strategy=steps"]
+    each_step += ["training.save_steps=1", "training.save_total_limit=null"]
     with tempfile.TemporaryDirectory() as folder:
-        trainer, _ = trial.train(Path(folder), *every)
+        trainer, _ = trial.train(Path(folder), *each_step)
         losses = {line["step"]: line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line}
-        for step in range(1, _STEPS):  # whichever was the best
+        for step in range(1, _STEPS):  # any of them may be the best
             trainer.state.best_model_checkpoint = f"{folder}/checkpoint-{step}"
             load_best_checkpoint(trainer)
             now = trainer.evaluate()["eval_loss"]
@@ -241,18 +249,18 @@ def _keeps_best(trial: _Trial) -> None:
 def _resumes(trial: _Trial) -> None:
     saving = ["training.save_strategy=steps", "training.save_steps=2"]
     with tempfile.TemporaryDirectory() as folder:
-        _, whole = trial.train(Path(folder), *saving)
+        _, uninterrupted = trial.train(Path(folder), *saving)
         _, rest = trial.train(Path(folder) / "again", *saving, checkpoint=checkpoints(Path(folder))[0])
-    _same_losses("a resumed run is not the uninterrupted one", rest, whole[2:])
+    _check_same_losses("a resumed run is not the uninterrupted one", rest, uninterrupted[2:])
 
 
 def _merges(trial: _Trial) -> None:
-    """Without the adapter, its weights in the base's, the model says the same."""
+    """Check that the model gives the same logits after the adapter's weights are merged into the base."""
     adapted = trial.perturbed()
     ids = torch.tensor(trial.rows[0]["input_ids"])[None]
     expected = _logits(adapted, ids)
     if not isinstance(adapted, PeftModel):
-        return  # all parameters are the base's
+        return  # a full fine-tune has no adapter to merge
     if adapted.active_peft_config.is_prompt_learning or not hasattr(adapted.base_model, "merge_and_unload"):
         raise FailedError("has no weights that could be merged into the base's")
     merged = adapted.merge_and_unload()
@@ -270,21 +278,19 @@ _TRIALS: dict[str, Callable[[_Trial], None]] = {
 
 
 def kinds() -> dict[str, tuple[str, ...]]:
-    """Every kind that has a file in `conf/`, with the overrides that choose it; methods of one type are one kind."""
-    from qlora_exp.config.hydra_compose import (
-        conf_dir,
-        options,  # which asks this module
-    )
+    """List the kinds of methods with a file in `conf/`, each with the overrides that select it.
 
-    found: dict[str, tuple[str, ...]] = {}
+    Methods of the same PEFT type count as one kind.
+    """
+    by_kind: dict[str, tuple[str, ...]] = {}
     for method in sorted({*options("method")} - {"qlora"}):
         settings = yaml.safe_load((conf_dir() / "method" / f"{method}.yaml").read_text("utf-8"))["method"]
-        found[settings.get("peft_type") or "FULL"] = (f"method={method}",)
+        by_kind[settings.get("peft_type") or "FULL"] = (f"method={method}",)
     for variant in sorted({*options("lora_variant")} - {"lora"}):
-        found[f"LORA+{variant}"] = ("method=lora", f"lora_variant={variant}")
-    return found
+        by_kind[f"LORA+{variant}"] = ("method=lora", f"lora_variant={variant}")
+    return by_kind
 
 
 def name_of(words: tuple[str, ...]) -> str:
-    """How a kind is called, of the overrides that choose it: `ia3`, `lora dora`."""
+    """Return the name of a kind from the overrides that select it: `ia3`, `lora dora`."""
     return " ".join(word.split("=")[1] for word in words)

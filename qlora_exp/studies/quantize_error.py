@@ -1,7 +1,7 @@
-"""What storing weights in few bits loses: error on weights and on normal samples, bits, and what the model then says.
+"""Measure quantization error: on weights and on normal samples, with bits per value and the model's loss.
 
-Quantizes as bitsandbytes does when it loads a base; uniform 4-bit levels are there to compare with. Knows nothing
-of runs.
+Quantizes as bitsandbytes does when it loads a base model. Uniform 4-bit levels are included for comparison. Works on
+models, not on runs.
 """
 
 import json
@@ -28,35 +28,36 @@ from qlora_exp.utils.files import write_atomically
 from qlora_exp.utils.tables import markdown_table
 
 Stored = tuple[torch.Tensor, int]
-"""A matrix as it comes back, and the bytes that it was stored in."""
+"""A matrix after quantization and dequantization, and its stored size in bytes."""
 Store = Callable[[torch.Tensor, int], Stored]
+"""Quantizes and dequantizes a matrix with the given block size."""
 
 
 def _four_bits(weight: torch.Tensor, blocksize: int, quant_type: str, double: bool) -> Stored:
     packed, state = bnb.quantize_4bit(weight, blocksize=blocksize, compress_statistics=double, quant_type=quant_type)
     constants = [state.absmax, state.state2.absmax, state.offset] if double else [state.absmax]
-    stored = packed.nbytes + sum(one.nbytes for one in constants)
+    stored = packed.nbytes + sum(tensor.nbytes for tensor in constants)
     return bnb.dequantize_4bit(packed, state).to(weight.dtype), stored
 
 
 def uniform(weight: torch.Tensor, blocksize: int, levels: int = 16) -> Stored:
-    """Evenly spaced levels from -1 to 1 times the largest absolute value of each block, kept in float32."""
+    """Quantize to evenly spaced levels from -1 to 1 times each block's largest absolute value (stored in float32)."""
     blocks = torch.nn.functional.pad(weight.flatten(), (0, -weight.numel() % blocksize)).view(-1, blocksize)
     scales = blocks.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(weight.dtype).tiny)
     step = 2 / (levels - 1)
     nearest = ((blocks / scales + 1) / step).round() * step - 1
-    found = (nearest * scales).flatten()[: weight.numel()].view_as(weight)
-    return found, weight.numel() // 2 + scales.numel() * 4
+    restored = (nearest * scales).flatten()[: weight.numel()].view_as(weight)
+    return restored, weight.numel() // 2 + scales.numel() * 4
 
 
 def _int8(weight: torch.Tensor, blocksize: int) -> Stored:
-    """LLM.int8's storage: one scale a row, whatever the block size."""
+    """Quantize as LLM.int8 does: one scale per row, whatever the block size."""
     values, scales, _ = bnb.int8_vectorwise_quant(weight.half())
     return (values.to(weight.dtype) * scales[:, None].to(weight.dtype) / 127), values.nbytes + scales.nbytes
 
 
 def _as_layer(weight: torch.Tensor, _blocksize: int, quant_method: str, weights: str) -> Stored:
-    """As torchao or Quanto stores a layer's weight; they choose what shares a scale."""
+    """Quantize as torchao or Quanto does for a layer; these libraries choose which values share a scale."""
     layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight.data = weight
     model = torch.nn.Sequential(layer)
@@ -74,7 +75,7 @@ def _as_layer(weight: torch.Tensor, _blocksize: int, quant_method: str, weights:
 
 
 def _nbytes(tensor: Any) -> int:
-    """Of the common tensors that one of a library's own kinds is made of."""
+    """Return the bytes of a tensor; for a library's tensor subclass, those of the plain tensors in it."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return int(tensor.nbytes)
     return sum(_nbytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
@@ -95,25 +96,25 @@ FORMATS: dict[str, Store] = {
         for weights in kinds
     },
 }
-"""By name, as `conf/quantization` has them: (weight (rows, columns), blocksize) -> as it comes back, bytes.
+"""Formats by name in `conf/quantization`: (weight (rows, columns), blocksize) -> dequantized weight, stored bytes.
 
-Those of torchao and Quanto where they are installed."""
+Formats of torchao and Quanto are included if these are installed."""
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What one format loses."""
+    """Error and size of one format."""
 
     rmse: float
-    """Root of the mean squared error over that of the values themselves: 0 is exact."""
+    """Relative RMSE: root of the mean squared error divided by the root mean square of the values; 0 is exact."""
     bits: float
-    """Stored for each value, constants included."""
+    """Stored bits per value, quantization constants included."""
     loss: float | None = None
-    """Of the model with such weights on some text, nats a token."""
+    """Loss of the model with such weights on some text, in nats per token."""
 
 
 def of_samples(blocksize: int = 64, count: int = 2**20, seed: int = 0) -> dict[str, Loss]:
-    """Each format on samples of a standard normal distribution, as one matrix of 1024 columns."""
+    """Measure each format on samples of a standard normal distribution, as one matrix of 1024 columns."""
     samples = torch.randn(count // 1024, 1024, generator=torch.Generator().manual_seed(seed))
     return {name: _measure([samples], store, blocksize) for name, store in FORMATS.items()}
 
@@ -122,17 +123,17 @@ def _measure(weights: list[torch.Tensor], store: Store, blocksize: int) -> Loss:
     error = size = count = 0.0
     stored = 0
     for weight in weights:
-        back, taken = store(weight, blocksize)
-        error += float((back.double() - weight.double()).square().sum())
+        restored, nbytes = store(weight, blocksize)
+        error += float((restored.double() - weight.double()).square().sum())
         size += float(weight.double().square().sum())
         count += weight.numel()
-        stored += taken
+        stored += nbytes
     return Loss((error / size) ** 0.5, 8 * stored / count)
 
 
 @torch.no_grad()
 def text_loss(model: Any, tokens: Dataset) -> float:
-    """The model's mean loss on rows of `input_ids` and `labels`, nats a token that carries loss."""
+    """Return the model's mean loss on rows of `input_ids` and `labels`, in nats per token that carries loss."""
     nll = count = 0.0
     for row in tokens:
         ids, labels = (torch.tensor(row[key], device=model.device) for key in ("input_ids", "labels"))
@@ -144,37 +145,40 @@ def text_loss(model: Any, tokens: Dataset) -> float:
 
 @torch.no_grad()
 def of_model(model: Any, loss_of: Callable[[Any], float], blocksize: int = 64, width: int = 32) -> dict[str, Loss]:
-    """Each format on the weights that a quantized base would store in it: the linear layers, without the output layer.
+    """Measure each format on the weights that a quantized base would store in it.
 
-    Needs the memory of the model's weights a second time.
+    These are the weights of the linear layers, without the output layer. Needs twice the memory of the model's weights.
 
     Args:
-        model: unquantized; left as it was.
-        loss_of: the model's loss on some text. What it is unquantized is under `none`.
-        blocksize: values that share a scale.
+        model: an unquantized model; its weights are restored afterwards.
+        loss_of: computes the model's loss on some text.
+        blocksize: number of values that share a scale.
         width: bits of a weight in the model's files.
+
+    Returns:
+        Results by format; `none` has the loss of the unquantized model.
     """
     layers = [model.get_submodule(name) for name in linear_layers(model)]
     originals = [layer.weight.data for layer in layers]
-    found = {"none": Loss(0.0, width, loss_of(model))}
+    results = {"none": Loss(0.0, width, loss_of(model))}
     for name, store in tqdm(FORMATS.items(), desc="formats", leave=False, disable=None):
         measured = _measure(originals, store, blocksize)
         try:
             for layer, original in zip(layers, originals, strict=True):
                 layer.weight.data = store(original, blocksize)[0]
-            found[name] = Loss(measured.rmse, measured.bits, loss_of(model))
+            results[name] = Loss(measured.rmse, measured.bits, loss_of(model))
         finally:
             for layer, original in zip(layers, originals, strict=True):
                 layer.weight.data = original
-    return found
+    return results
 
 
 def study(config: Config, blocksize: int, folder: Path) -> tuple[list[str], list[list[str]]]:
-    """Each format on the config's model: a table, written to `quantize_error.json` and `.md` too, with a picture.
+    """Measure each format on the config's model; write `quantize_error.json`, `.md` and `.svg` to `folder`.
 
     Returns:
-        Headings and rows, as text: bits for each weight, relative RMSE on weights and on normal samples with its ratio
-        to NF4's, what is added to the loss on the text, perplexity.
+        Headings and rows of a table, as text: bits per weight, relative RMSE on weights and on normal samples each with
+        its ratio to NF4's, increase of the loss on the text, perplexity.
     """
     model = load_unquantized(config.model)
     width = model.dtype.itemsize * 8
@@ -183,16 +187,16 @@ def study(config: Config, blocksize: int, folder: Path) -> tuple[list[str], list
     weights = of_model(model, partial(text_loss, tokens=tokens), blocksize, width)
     samples = of_samples(blocksize)
     draw(model, folder / "quantize_error.svg", blocksize)
-    found = {"weights": weights, "normal samples": samples}
-    values = {of: {name: asdict(loss) for name, loss in losses.items()} for of, losses in found.items()}
+    losses_by_data = {"weights": weights, "normal samples": samples}
+    values = {data: {name: asdict(loss) for name, loss in losses.items()} for data, losses in losses_by_data.items()}
     settings = {"model": config.model.model_name_or_path, "text": config.unrelated.path, "blocksize": blocksize}
     write_atomically(folder / "quantize_error.json", json.dumps(settings | values, indent=1))
     headings = ["format", "bits", "RMSE", "/nf4", "normal", "/nf4", "loss +", "perplexity"]
     rows = []
     for name, loss in weights.items():
         normal = samples.get(name, Loss(0.0, loss.bits))
-        ratios = [one.rmse / all_of["nf4"].rmse for one, all_of in ((loss, weights), (normal, samples))]
-        told = float(loss.loss or 0.0)
+        ratios = [own.rmse / formats["nf4"].rmse for own, formats in ((loss, weights), (normal, samples))]
+        nats = float(loss.loss or 0.0)
         rows.append(
             [
                 name,
@@ -201,8 +205,8 @@ def study(config: Config, blocksize: int, folder: Path) -> tuple[list[str], list
                 f"{ratios[0]:.2f}",
                 f"{normal.rmse:.4f}",
                 f"{ratios[1]:.2f}",
-                f"{told - float(weights['none'].loss or 0.0):+.4f}",
-                f"{math.exp(told):.2f}",
+                f"{nats - float(weights['none'].loss or 0.0):+.4f}",
+                f"{math.exp(nats):.2f}",
             ]
         )
     write_atomically(folder / "quantize_error.md", markdown_table(headings, rows) + "\n")
@@ -210,12 +214,12 @@ def study(config: Config, blocksize: int, folder: Path) -> tuple[list[str], list
 
 
 def levels(quant_type: str) -> list[float]:
-    """The values that a 4-bit type of bitsandbytes can take, between -1 and 1."""
+    """Return the values between -1 and 1 that a 4-bit type of bitsandbytes can represent."""
     return sorted(bnb.get_4bit_type(quant_type, device="cpu").tolist())
 
 
 def draw(model: Any, file: Path, blocksize: int = 64) -> None:
-    """Each 4-bit type's levels over the histogram of the model's weights, scaled as blocks are."""
+    """Draw the levels of each 4-bit type over the histogram of the model's weights, which are scaled block by block."""
     from matplotlib.figure import Figure
 
     density = torch.zeros(201)
@@ -236,6 +240,6 @@ def draw(model: Any, file: Path, blocksize: int = 64) -> None:
         axes.vlines(marks, 0, float(density.quantile(0.99)), color="#D55E00", linewidth=1)
         axes.set_ylabel(name)
         axes.set_yticks([])
-    axes.set_xlabel(f"weight over the largest of its block of {blocksize}")
-    figure.suptitle("levels of 4-bit types over the model's weights")
+    axes.set_xlabel(f"weight divided by the largest absolute weight in its block of {blocksize}")
+    figure.suptitle("levels of 4-bit types and the distribution of the model's weights")
     figure.savefig(file)

@@ -46,7 +46,7 @@ def test_benchmark_shows_its_help(name: str, tmp_path: Path):
         ("measured_h100", "--runs 1", r"the default run .*%"),
         ("planned_memory", "lora --model tiny_llama --batches 2", r"lora batch 2 checkpointing .*%"),
         ("published_litgpt", "--runs 1", r"llama2_7b .*%"),
-        ("sweeps", "--jobs 0 --many 0 --done 2", r"a sweep whose 2 jobs are done"),
+        ("sweeps", "--jobs 0 --many 0 --done 2", r"sweep with all 2 jobs already done"),
     ],
 )
 def test_benchmark_runs_at_its_smallest_size(name: str, arguments: str, shown: str, tmp_path: Path):

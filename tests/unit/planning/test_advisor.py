@@ -71,10 +71,14 @@ def option(name: str, gib: float, rows: int, length: int, flops: float = 1.0) ->
 @pytest.mark.parametrize(
     ("lora", "qlora", "says"),
     [
-        ((14, 6848), (39, 8192), "LoRA: it fits, so nothing is lost to 4 bits; QLoRA would take 7.0 GiB, not 18.0"),
-        ((2, 1024), (39, 8192), "with 2 rows at once, not 4: training.gradient_accumulation_steps"),
+        (
+            (14, 6848),
+            (39, 8192),
+            "LoRA: it fits, so no accuracy is lost to 4-bit weights; QLoRA would take 7.0 GiB, not 18.0",
+        ),
+        ((2, 1024), (39, 8192), "with 2 rows per batch, not 4: raise training.gradient_accumulation_steps"),
         ((0, 0), (39, 8192), "QLoRA: LoRA does not fit with one row of 512 tokens (it takes 18.0 GiB with 4)"),
-        ((0, 0), (1, 512), "with 1 row at once"),
+        ((0, 0), (1, 512), "with 1 row per batch"),
         ((0, 0), (0, 256), "training.max_length=256"),
         ((0, 0), (0, 0), "neither"),
     ],
@@ -155,7 +159,7 @@ def test_advise_command_says_what_to_choose(capsys, monkeypatch):
         (["device=cpu"], "advise is about GPUs"),
         (["--gpu", "rtx4091"], "did you mean"),
         (["method=lora,qlorra"], "did you mean"),
-        (["method.r=4,8"], "lists with the methods named"),
+        (["method.r=4,8"], "only if the methods are named"),
         (["model.dtype=float16"], "name the methods too"),
         (["quantization=nf4"], "name the methods too"),
     ],

@@ -45,7 +45,7 @@ def test_step_time_is_the_larger_of_arithmetic_and_traffic():
     config = compose(["method=lora", "training.gradient_accumulation_steps=2"])
     work = Work(int(165e12), 0), Work(0, int(1008e9)), Work(int(1e12), int(1008e9))
     assert step_seconds(config, planned(1, *work), GPU) == pytest.approx(6)
-    assert GPU.rates == "the maker's rates"
+    assert GPU.rates == "the manufacturer's rates"
 
 
 def test_float32_step_has_a_time_only_with_calibration():

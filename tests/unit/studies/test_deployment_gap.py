@@ -59,8 +59,8 @@ def test_measured_formats_are_those_that_make_sense(words, adapter, forms, monke
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert forms_of(config, adapter) == forms
     assert forms_of(config, adapter, ["int8"]) == ["trained", "int8"]
-    with pytest.raises(ConfigError, match="choose of trained, merged"):
+    with pytest.raises(ConfigError, match="choose from trained, merged"):
         forms_of(config, adapter, ["int9"])
     if "merged_trained" not in forms:
-        with pytest.raises(ConfigError, match="makes no sense"):
+        with pytest.raises(ConfigError, match="does not apply"):
             forms_of(config, adapter, ["merged_trained"])
