@@ -14,16 +14,17 @@ from qlora_exp.utils.secrets import redact
 def exit_code(command: Callable[[], None]) -> int:
     """Call `command`: 0 if it succeeds, 1 if it fails, 130 if it is interrupted.
 
-    What a user can mend is shown as one message; any other error is a fault of this program, shown with its traceback.
+    An error that the user can fix is shown as one message. Any other error is a bug of this program and is shown with
+    its traceback.
     """
     try:
         command()
-        print(end="", flush=True)  # here, where a reader that is gone is handled
+        print(end="", flush=True)  # flush here, where a closed pipe is handled
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output is gone; without this, Python would complain at exit.
+        # The reader of our output has exited; without this, Python would print an error at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Exception, TimeLimitError) as error:
@@ -33,7 +34,7 @@ def exit_code(command: Callable[[], None]) -> int:
 
 
 def _message(error: BaseException) -> str:
-    # Only a process that has imported torch can raise its error; importing it here would take seconds.
+    # Only a process that has imported torch can raise torch's error; importing torch here would take seconds.
     expected = (DivergedError, getattr(sys.modules.get("torch"), "OutOfMemoryError", DivergedError))
     if isinstance(error, UserError | TimeLimitError):
         return f"error: {error}"

@@ -24,30 +24,42 @@ def add_parsers(commands: Commands) -> None:
     device = argparse.ArgumentParser(add_help=False)
     device.add_argument("--device", choices=DEVICES, default="auto", help="device to run on; default: auto")
     sampling = argparse.ArgumentParser(add_help=False)
-    adapter = "load another adapter of the same base model under a name; may be repeated"
+    adapter = "load another adapter of the same base model as NAME; SOURCE: RUN, MODEL or FOLDER; may be repeated"
     sampling.add_argument("--adapter", action="append", default=[], metavar="NAME=SOURCE", help=adapter)
     quantization = "quantization of the base model: nf4_double, int8, none, ...; default: as in training"
     sampling.add_argument("--quantization", metavar="NAME", help=quantization)
-    sampling.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer; default: 256")
     sampling.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 (default): always the most likely token"
+        "--max-new-tokens", type=int, default=256, metavar="N", help="most tokens of an answer; default: 256"
     )
-    top_p = "sample from the most likely tokens that have this share of probability; 1 (default): from all"
+    sampling.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="randomness; 0 (default): always the most likely token",
+    )
+    top_p = "sample only from the most likely tokens, with total probability P; 1 (default): from all"
     sampling.add_argument("--top-p", type=float, default=1.0, metavar="P", help=top_p)
-    top_k = "sample from the K most likely tokens; 0 (default): from all"
+    top_k = "sample only from the K most likely tokens; 0 (default): from all"
     sampling.add_argument("--top-k", type=int, default=0, metavar="K", help=top_k)
-    penalty = "above 1: repeat less; default: 1"
+    penalty = "above 1: the model repeats itself less; default: 1 (no penalty)"
     sampling.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help=penalty)
     sampling.add_argument(
         "--seed", type=int, metavar="N", help="random seed of sampling; default: a different one each time"
     )
 
     parser = add_command(commands, "generate", generate, [SOURCE, URI, sampling, device])
-    parser.add_argument("--prompt", metavar="TEXT", help="one prompt; the answer is printed")
-    file = "file of prompts: one a line, or .jsonl with {prompt, input} or {messages}, and {adapter} to choose one"
+    parser.add_argument("--prompt", metavar="TEXT", help="prompt to answer; the answer is printed")
+    file = (
+        "file of prompts, one per line; in .jsonl each line is an object with 'prompt' (and optionally 'input') or "
+        "'messages', and optionally 'adapter', the NAME of an adapter"
+    )
     parser.add_argument("--file", type=Path, metavar="FILE", help=file)
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help=".jsonl file for the answers to --file; default: standard output"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help=".jsonl file to write the answers to --file to; default: standard output",
     )
 
     parser = add_command(commands, "chat", chat, [SOURCE, URI, sampling, device])
@@ -56,8 +68,8 @@ def add_parsers(commands: Commands) -> None:
     parser = add_command(commands, "serve", serve, [SOURCE, URI, device])
     server = "server program to start; default: transformers"
     parser.add_argument("--with", dest="server", choices=SERVERS, default="transformers", help=server)
-    parser.add_argument("--print", action="store_true", help="print the commands that start servers; start none")
-    out = "folder for the merged model; default: outputs/served/RUN_ID"
+    parser.add_argument("--print", action="store_true", help="only print the commands that start several servers")
+    out = "folder to write the merged model to; default: outputs/served/RUN_ID"
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=out)
     parser.add_argument("--host", default="127.0.0.1", help="address to serve on; default: this machine only")
     parser.add_argument("--port", type=int, default=8000, help="port to serve on; default: 8000")
@@ -84,7 +96,7 @@ def generate(options: argparse.Namespace) -> None:
         print()
         return
     requests = [*chatting.read_requests(options.file)]
-    for number, request in enumerate(requests, 1):  # mistakes are reported before hours of answers
+    for number, request in enumerate(requests, 1):  # report mistakes before hours of generation
         try:
             talker.encoded(request, sampling)
         except UserError as error:
@@ -107,7 +119,7 @@ _CHAT_HELP = (
 def chat(options: argparse.Namespace) -> None:
     """Talk with a trained model in the terminal.
 
-    Commands while talking: /adapter NAME, /system TEXT, /reset, /exit.
+    Commands during the dialogue: /adapter NAME, /system TEXT, /reset, /exit.
 
     examples:
       qlora-exp chat RUN_ID
@@ -143,7 +155,7 @@ def chat(options: argparse.Namespace) -> None:
                 answer = talker.answer(request, sampling, _print_at_once)
                 print(flush=True)
                 messages = [*asked, {"role": "assistant", "content": answer}]
-        except UserError as error:  # the conversation goes on
+        except UserError as error:  # report it, and continue the dialogue
             print(f"error: {redact(str(error))}", file=sys.stderr)
 
 
@@ -157,12 +169,14 @@ def _talker(options: argparse.Namespace) -> "tuple[Talker, Sampling]":
     for word in options.adapter:
         name, equals, source = word.partition("=")
         if not equals or not name or name in sources:
-            raise ConfigError(f"--adapter {word}: must be NAME=SOURCE, with a name that is not taken")
+            raise ConfigError(
+                f"--adapter {word}: must be NAME=SOURCE, and each NAME used once ('default' is the first SOURCE)"
+            )
         sources[name] = source
     from qlora_exp.deploy import chat as chatting
 
     sampling = chatting.Sampling(**{name: getattr(options, name) for name in chatting.Sampling.__dataclass_fields__})
-    sampling.settings([0], 0)  # wrong values are reported before anything is loaded
+    sampling.settings([0], 0)  # report wrong values before loading anything
     return chatting.open_talker(sources, options.uri, options.device, options.quantization), sampling
 
 
@@ -192,8 +206,11 @@ def serve(options: argparse.Namespace) -> None:
     if options.server == "mlflow":
         folder = serving.mlflow_model(folder, out.with_name(f"{out.name}.mlflow"))
     server = serving.server(options.server, folder, options.host, options.port, options.device)
-    print(f"{options.server} serves {folder} at {server.url} in a while (Ctrl-C ends it). To try it:\n{server.example}")
+    print(
+        f"{options.server} will serve {folder} at {server.url} in a moment (Ctrl-C stops it). "
+        f"To try it:\n{server.example}"
+    )
     sys.stdout.flush()
-    Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # transformers' `/v1/models` fails where there is none
-    # In place of this process, so that whatever ends it ends the server.
+    Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # transformers' `/v1/models` fails if this folder is missing
+    # Replace this process by the server, so that whatever ends the process ends the server.
     os.execvpe(server.command[0], server.command, dict(os.environ) | server.environment)

@@ -1,4 +1,4 @@
-"""`keys`: the reference of the config."""
+"""`keys`: explain the keys of the config."""
 
 import argparse
 from types import NoneType, UnionType
@@ -11,7 +11,7 @@ from qlora_exp.utils.errors import ConfigError, did_you_mean
 def add_parsers(commands: Commands) -> None:
     """Add `keys`."""
     parser = add_command(commands, "keys", keys)
-    what = "part of the config, such as training, or a key in it; default: all"
+    what = "section of the config, such as training, or one key, such as training.max_steps; default: all"
     parser.add_argument("chosen", nargs="?", metavar="SECTION|KEY", help=what)
 
 
@@ -55,11 +55,11 @@ def keys(options: argparse.Namespace) -> None:
             if key in ("", inner_name):
                 print(_describe(f"  {inner_name}", inner, getattr(value, inner_name)))
         if issubclass(kind, PeftSettings) and key not in kind.model_fields:
-            print(f"  and for LoRA: {', '.join(peft_methods.settings('LORA'))}")
+            print(f"  further keys for LoRA: {', '.join(peft_methods.settings('LORA'))}")
 
 
 def _describe(name: str, field: Any, value: Any) -> str:
-    """Describe one key; `value` is what the default run has."""
+    """Describe one key; `value` is its value in the default run."""
     differs = value != field.default and not isinstance(value, dict)
     also = f"; {value!r} in the default run" if differs else ""
     meaning = "".join(f"\n      {line}" for line in (field.description or "").splitlines())

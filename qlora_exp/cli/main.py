@@ -1,4 +1,4 @@
-"""Dispatch a command line to its command."""
+"""Parse a command line and call the handler of its command."""
 
 import argparse
 import atexit
@@ -17,7 +17,7 @@ FAMILIES = {
     "run, compare, repeat": (train, runs),
     "use and share trained models": (inference, models),
 }
-"""Modules with an `add_parsers`, under the titles that `--help` lists their commands by."""
+"""Modules that add commands, by the title under which `--help` lists these commands."""
 
 _ABOUT = "Run experiments in efficient fine-tuning: compose a configuration, train, measure, track, compare."
 _EPILOG = """\
@@ -35,7 +35,7 @@ first steps:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit with its status."""
     words = list(sys.argv[1:] if argv is None else argv)
-    atexit.register(gc.freeze)  # at exit Python searches all that was imported for garbage: 2 s for nothing
+    atexit.register(gc.freeze)  # at exit Python would search all imports for garbage, 2 s for nothing
     options = _parse(words)
 
     def run() -> None:
@@ -51,7 +51,7 @@ def _parse(words: list[str]) -> argparse.Namespace:
         return parser.parse_args(words)  # --help, --version or an error: exits
     command = commands.choices[words[0]]
     options, unknown = command.parse_known_intermixed_args(words[1:])
-    if unknown and options.handler is not train.train:  # Hydra reads the rest of `train`'s words
+    if unknown and options.handler is not train.train:  # Hydra reads the remaining words of `train`
         command.error(f"unrecognized arguments: {' '.join(unknown)}")
     options.unknown = unknown
     return options

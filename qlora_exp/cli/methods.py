@@ -8,13 +8,13 @@ from qlora_exp.config import compatibility
 from qlora_exp.utils.errors import ConfigError
 from qlora_exp.utils.quiet import quiet
 
-_BLOCK_SIZES = [64 * 2**power for power in range(7)]  # those of bitsandbytes
+_BLOCK_SIZES = [64 * 2**power for power in range(7)]  # the sizes that bitsandbytes supports
 
 
 def add_parsers(commands: Commands) -> None:
     """Add both commands."""
     parser = add_command(commands, "probe", probe)
-    add_overrides(parser, "method=NAME and further settings, as for `train`", nargs="+")
+    add_overrides(parser, "method=NAME and further keys, as for `train`", nargs="+")
     bases = {name: f"{name} ({quantization})" for name, quantization in compatibility.BASES.items()}
     parser.add_argument(
         "--base",
@@ -24,10 +24,10 @@ def add_parsers(commands: Commands) -> None:
     )
 
     parser = add_command(commands, "quantize-error", quantize_error)
-    add_overrides(parser, "model=NAME, unrelated=NAME (text to measure the loss on), as for `train`")
-    size = "weights that share one scale; default: 64"
+    add_overrides(parser, "model=NAME, unrelated=NAME (text to measure the loss on) and further keys, as for `train`")
+    size = "number of weights that share one scale; default: 64"
     parser.add_argument("--blocksize", type=int, default=64, choices=_BLOCK_SIZES, help=size)
-    out = "folder for table and plot; default: outputs/quantize_error"
+    out = "folder to write table and plot to; default: outputs/quantize_error"
     parser.add_argument("--out", type=Path, default=Path("outputs/quantize_error"), metavar="FOLDER", help=out)
 
 
@@ -45,7 +45,7 @@ def probe(options: argparse.Namespace) -> None:
     from qlora_exp.config import hydra_compose
 
     bases = list(dict.fromkeys(options.base or ["plain"]))
-    with compatibility.ignored():  # mistakes are reported before the slow imports
+    with compatibility.ignored():  # report mistakes before the slow imports
         stored = f"quantization={compatibility.BASES[bases[0]]}"
         name = hydra_compose.compose([*options.overrides, stored, "method.quantized_base=null"]).method.name
     from transformers.utils import logging as transformers_logging
@@ -74,7 +74,7 @@ def quantize_error(options: argparse.Namespace) -> None:
 
     config = compose(["method=lora", *options.overrides])
     if not config.unrelated.paths:
-        raise ConfigError("quantize-error measures the loss on unrelated text: choose one, unrelated=python_docs")
+        raise ConfigError("quantize-error measures the loss on a text: choose one, such as unrelated=python_docs")
     from qlora_exp.studies.quantize_error import study
     from qlora_exp.utils.tables import print_table
 

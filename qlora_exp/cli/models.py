@@ -1,4 +1,4 @@
-"""`merge`, `export`, `register` and `deployment-gap`: take a trained model away, and measure what that costs."""
+"""`merge`, `export`, `register` and `deployment-gap`: export a trained model, and measure what that costs."""
 
 import argparse
 import json
@@ -26,37 +26,42 @@ def add_parsers(commands: Commands) -> None:
         "--base",
         choices=("auto", "files", "trained"),
         default="auto",
-        help="weights to merge the adapter of a quantized run into: those in the base model's files, or the quantized "
-        "ones that it was trained on; default: auto",
+        help="if training quantized the base model, weights to merge into: those in its files, or the quantized ones "
+        "that the adapter was trained on (trained); auto (default): files, unless the files are quantized",
     )
 
     add_command(commands, "merge", merge, [SOURCE, URI, out])
 
     parser = add_command(commands, "export", export, [SOURCE, URI, out])
     add_overrides(
-        parser, "keys to change in the run's config when gptq or awq reads its rows, such as dataset.path=FILE"
+        parser, "keys of the run's config to change when gptq or awq reads its rows, such as dataset.path=FILE"
     )
     parser.add_argument("--to", choices=FORMS, required=True, help="format to write")
     parser.add_argument(
-        "--type", default="q8_0", help=f"weights of a GGUF file: {', '.join(GGUF_TYPES)}; default: q8_0"
+        "--type", default="q8_0", help=f"type of the weights in a GGUF file: {', '.join(GGUF_TYPES)}; default: q8_0"
     )
 
     parser = add_command(commands, "register", register, [RUN, URI])
     parser.add_argument("--name", required=True, help="name of the registered model")
-    parser.add_argument("--alias", help="alias to move to this version, such as champion")
+    parser.add_argument("--alias", help="MLflow alias to set to this version, such as champion")
     parser.add_argument("--card", type=Path, metavar="FILE", help="also write the model card to this file")
     parser.add_argument("--push", metavar="ORG/NAME", help="also upload to the Hugging Face hub (needs HF_TOKEN)")
-    parser.add_argument("--public", action="store_true", help="make a new hub repository public; default: private")
+    parser.add_argument(
+        "--public", action="store_true", help="with --push: make a new hub repository public; default: private"
+    )
 
     parser = add_command(commands, "deployment-gap", deployment_gap, [RUN, URI])
-    add_overrides(parser, "keys to change in the run's config, such as dataset.path=FILE or evaluation.generate_rows=8")
+    add_overrides(parser, "keys of the run's config to change, such as dataset.path=FILE or evaluation.generate_rows=8")
     parser.add_argument(
         "--forms",
         metavar="LIST",
-        help=f"formats, separated by commas, of {', '.join(DEPLOYED)}; default: all that apply",
+        help=f"formats to measure, separated by commas: {', '.join(DEPLOYED)}; default: all that are possible",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="folder for the exported models; default: outputs/deployment/RUN_ID"
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="folder to write the exported models to; default: outputs/deployment/RUN_ID",
     )
 
 
@@ -72,7 +77,8 @@ def merge(options: argparse.Namespace) -> None:
 def export(options: argparse.Namespace) -> None:
     """Export a trained model: merged, as GGUF, or quantized to 4 or 8 bits.
 
-    gptq and awq are calibrated on the run's training rows, which must be at hand.
+    gptq and awq need the run's training rows. If their file is elsewhere on this
+    machine, name it with dataset.path=FILE.
 
     examples:
       qlora-exp export RUN_ID --to gguf --out gguf      for llama.cpp and Ollama
@@ -85,7 +91,7 @@ def export(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace, form: str, gguf_type: str = "", overrides: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     quiet()
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # GPTQModel's layers would be compiled, one by one
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # GPTQModel's layers would be compiled one by one
     from qlora_exp.config.untrusted import changed, given
     from qlora_exp.deploy import export as exporting
     from qlora_exp.deploy import load
@@ -93,14 +99,14 @@ def _export(options: argparse.Namespace, form: str, gguf_type: str = "", overrid
     saved = load.find(options.source, options.uri, "cpu")
     rows_of = None
     if overrides:
-        rows_of = changed(saved.config.model_dump(mode="json"), given(overrides), "the record")
+        rows_of = changed(saved.config.model_dump(mode="json"), given(overrides), "the recorded config")
     made = exporting.export(saved, options.out, form, options.dtype, options.base, gguf_type, rows_of)
     print(f"base    {made.base}; {made.weights}")
     print(
-        f"check   logits differ by {made.max_logit_difference:.2g} at most (they reach {made.max_logit:.3g}), KL "
-        f"{made.mean_kl:.2g} nats a token, the same first choice after {made.same_first_choice:.1%} of tokens"
+        f"check   logits differ by at most {made.max_logit_difference:.2g} (largest logit: {made.max_logit:.3g}), KL "
+        f"{made.mean_kl:.2g} nats per token, the same first choice after {made.same_first_choice:.1%} of tokens"
     )
-    print(f"answer  {made.same_answer_tokens} of {made.answer_tokens} tokens as before: {made.answer!r}")
+    print(f"answer  {made.same_answer_tokens} of {made.answer_tokens} tokens are as before the export: {made.answer!r}")
     print(f"folder  {made.folder} ({made.bytes / 1e6:,.1f} MB)")
 
 
@@ -125,7 +131,7 @@ def register(options: argparse.Namespace) -> None:
 
 
 def deployment_gap(options: argparse.Namespace) -> None:
-    """Measure what merging and quantizing a trained model cost in quality.
+    """Measure how much quality a trained model loses when it is merged or quantized.
 
     Exports the model in each format and evaluates it on the run's held-out rows:
     loss, quality of answers, size, memory, time per token.
@@ -155,8 +161,9 @@ def deployment_gap(options: argparse.Namespace) -> None:
     for headings, rows in gap.tables(measured):
         print_table(f"{record.name}, on the same held-out rows", headings, rows)
     print(
-        "change: from the model as it was trained, with a 95 % confidence interval over these rows. MB: all weights. "
-        "MiB: memory of generation without imports. GGUF: loss of its weights in transformers, the rest by llama.cpp"
+        "change: difference from the model as it was trained, with a 95 % confidence interval over these rows. MB: "
+        "size of all weights. MiB: memory for generation, without imported libraries. GGUF: the loss is measured with "
+        "transformers, everything else with llama.cpp"
     )
     file = out / "deployment_gap.json"
     write_atomically(file, json.dumps(gap.told(measured, record.run_id), indent=1, ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""Parsers and arguments that several commands share."""
+"""Define the parsers and arguments that several commands share."""
 
 import argparse
 import inspect
@@ -13,12 +13,12 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 URI = argparse.ArgumentParser(add_help=False)
 URI.add_argument("--uri", help="MLflow tracking URI; default: SQLite in ./mlruns")
 RUN = argparse.ArgumentParser(add_help=False)
-RUN.add_argument("run", metavar="RUN", help="id, run key or name of a recorded run")
+RUN.add_argument("run", metavar="RUN", help="run id, run key or name of a recorded run")
 SOURCE = argparse.ArgumentParser(add_help=False)
 SOURCE.add_argument(
     "source",
     metavar="RUN|MODEL|FOLDER",
-    help="id of a run; models:/NAME@ALIAS in MLflow's registry; or a folder with a saved adapter or model",
+    help="run id; models:/NAME@ALIAS in MLflow's registry; or a folder with a saved adapter or model",
 )
 
 
@@ -43,7 +43,7 @@ def add_command(
 
 
 def add_overrides(parser: argparse.ArgumentParser, purpose: str, nargs: str = "*") -> None:
-    """Let a command take KEY=VALUE words, anywhere among its options, as `options.overrides`."""
+    """Let a command accept KEY=VALUE words anywhere among its options, as `options.overrides`."""
     parser.add_argument("overrides", nargs=nargs, type=_key_value, metavar="KEY=VALUE", help=purpose)
 
 

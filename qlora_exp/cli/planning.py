@@ -1,4 +1,4 @@
-"""`plan`, `advise` and `calibrate`: memory and time before anything runs."""
+"""`plan`, `advise` and `calibrate`: predict memory and time before anything runs."""
 
 import argparse
 import gc
@@ -14,12 +14,19 @@ from qlora_exp.utils.quiet import quiet
 def add_parsers(commands: Commands) -> None:
     """Add the three commands."""
     gpu = argparse.ArgumentParser(add_help=False)
-    gpu.add_argument("--gpu", metavar="NAME", help=f"one of {', '.join(gpus.GPUS)}")
-    gpu.add_argument("--vram", type=float, metavar="GIB", help="memory of a GPU, if --gpu does not list it")
+    gpu.add_argument("--gpu", metavar="NAME", help=f"GPU to plan for: {', '.join(gpus.GPUS)}")
+    gpu.add_argument("--vram", type=float, metavar="GIB", help="memory of the GPU in GiB, if --gpu does not list it")
 
     parser = add_command(commands, "plan", plan, [gpu])
-    add_overrides(parser, "as for `train`; a list of values (KEY=A,B) gives a row for each combination")
-    parser.add_argument("--price", type=float, metavar="PER_HOUR", help="price of the GPU; adds the cost of the run")
+    add_overrides(
+        parser, "keys of the config, as for `train`; a list of values (KEY=A,B) gives a row for each combination"
+    )
+    parser.add_argument(
+        "--price",
+        type=float,
+        metavar="PER_HOUR",
+        help="price of the GPU per hour, to show the cost of the run; needs --gpu",
+    )
 
     parser = add_command(commands, "advise", advise, [gpu])
     add_overrides(parser, "model=NAME, training.max_length=N, method=A,B, ..., as for `train`")
@@ -33,7 +40,7 @@ def plan(options: argparse.Namespace) -> None:
     """Predict the memory and the step time of a run before it starts.
 
     Needs no GPU and downloads no weights. Shows memory by phase of the run and by
-    kind (weights, gradients, ...); with --gpu or --vram, whether it fits.
+    kind (weights, gradients, ...); with --gpu or --vram also whether the run fits.
 
     examples:
       qlora-exp plan model=llama3_8b --gpu rtx4090 training.max_length=1024
@@ -50,7 +57,7 @@ def plan(options: argparse.Namespace) -> None:
     gpu, cpu = _gpu(options), gpus.this_cpu().calibrated(calibration.read())
     jobs = hydra_compose.grid(options.overrides)
     composed: list[Config | UserError] = []
-    for words in jobs:  # mistakes are reported before the slow imports
+    for words in jobs:  # report mistakes before the slow imports
         try:
             composed.append(hydra_compose.compose(words))
         except UserError as error:
@@ -82,7 +89,8 @@ def advise(options: argparse.Namespace) -> None:
     """Recommend method, batch size and sequence length for a GPU.
 
     Shows for each method its largest batch and its longest sequence, and says
-    whether to use LoRA or QLoRA and why. Without --gpu or --vram: for GPUs of 4 to 80 GiB.
+    whether to use LoRA or QLoRA and why. Without --gpu or --vram, shows this for GPUs
+    of 4 to 80 GiB.
 
     examples:
       qlora-exp advise model=llama3_8b --gpu rtx4090
@@ -144,7 +152,9 @@ def calibrate(options: argparse.Namespace) -> None:
     ]
     headings = ["device", "runs", "MiB", "median error", "worst error", "GFLOP/s", "time error"]
     if rows:
-        print_table("memory fitted to plans; errors on plans that the fit did not see", headings, rows)
+        print_table(
+            "measured memory predicted from planned memory; errors on plans left out of the fit", headings, rows
+        )
         print(f"file  {calibration.write(fits.values())}, which `plan` and `advise` read")
     for reason in left_out:
         print(f"left out  {reason}")
@@ -158,7 +168,7 @@ def _refuse_options_as_keys(options: argparse.Namespace) -> None:
 
 
 def _gpu(options: argparse.Namespace) -> Gpu:
-    """Return the GPU of --gpu or --vram, with this machine's calibration."""
+    """Return the GPU of --gpu or --vram, with the correction that `calibrate` wrote."""
     if options.gpu and options.vram:
         raise ConfigError("--gpu and --vram: give one of them")
     if options.vram is not None and not 0 < options.vram < 10_000:
@@ -168,8 +178,9 @@ def _gpu(options: argparse.Namespace) -> Gpu:
 
 
 def _import_planner() -> None:
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # nothing is compiled, and its imports take a second
-    gc.disable()  # a fifth of the imports' time
+    # Nothing is compiled here, and importing the compiler takes a second.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    gc.disable()  # saves a fifth of the imports' time
     from transformers.utils import logging as transformers_logging
 
     import qlora_exp.planning.planner  # noqa: F401

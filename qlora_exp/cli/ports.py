@@ -9,7 +9,7 @@ def require_free(host: str, port: int) -> None:
     """Refuse an address that no server can listen on.
 
     Raises:
-        ConfigError: the port is taken, reserved or no port, or the host is not this machine.
+        ConfigError: the port is in use, reserved or not a port number, or the host is not this machine.
     """
     try:
         with socket.socket() as probe:

@@ -1,4 +1,4 @@
-"""`compare`, `ui`, `reproduce`, `bundle` and `sync`: what recorded runs say."""
+"""`compare`, `ui`, `reproduce`, `bundle` and `sync`: use recorded runs."""
 
 import argparse
 import logging
@@ -14,29 +14,33 @@ from qlora_exp.utils.quiet import quiet
 from qlora_exp.utils.secrets import redact
 
 _USUAL_FOLDERS = (Path("outputs"), Path("multirun"))
-"""Where `train` puts runs and sweeps."""
+"""Folders in which `train` writes runs and sweeps."""
 
 
 def add_parsers(commands: Commands) -> None:
     """Add the five commands."""
     parser = add_command(commands, "compare", compare, [URI])
-    chosen = "names of sweeps; ids, run keys or names of runs; default: the newest sweep"
+    chosen = "names of sweeps; run ids, run keys or names of runs; default: the newest sweep"
     parser.add_argument("chosen", nargs="*", metavar="SWEEP|RUN", help=chosen)
     parser.add_argument(
-        "--experiment", metavar="NAME", help="compare runs of this MLflow experiment; without SWEEP|RUN: all"
+        "--experiment", metavar="NAME", help="compare runs of this MLflow experiment; without SWEEP|RUN: all its runs"
     )
-    parser.add_argument("--filter", help="MLflow filter of runs, such as \"params.`method.name` = 'lora'\"")
+    parser.add_argument(
+        "--filter", help="compare only runs that match this MLflow filter, such as \"params.`method.name` = 'lora'\""
+    )
     baseline = "row to compare with, by a part of its name, such as method=lora; default: the first row"
     parser.add_argument("--baseline", metavar="ROW", help=baseline)
-    metrics = "loss (default), rougeL, exact_match, task_score, unrelated_loss or lm_eval/TASK/METRIC"
+    metrics = (
+        "metric to compare: loss (default), rougeL, exact_match, task_score, unrelated_loss or lm_eval/TASK/METRIC"
+    )
     parser.add_argument("--metric", default="loss", help=metrics)
     parser.add_argument(
         "--preset",
         default="all",
-        help="columns: all (default), seed1, short or shortest (quality only)",
+        help="columns: all (default), seed1 (those of the project's benchmark), short, or shortest (only quality)",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="also write the table there as .csv, .json, .md and .html"
+        "--out", type=Path, metavar="FOLDER", help="folder to write the table to as well, as .csv, .json, .md and .html"
     )
     parser.add_argument("--log", action="store_true", help="also save the table with the sweep's run in MLflow")
 
@@ -45,9 +49,11 @@ def add_parsers(commands: Commands) -> None:
     parser.add_argument("--port", type=int, default=5000, help="port to serve on; default: 5000")
 
     parser = add_command(commands, "reproduce", reproduce, [URI])
-    parser.add_argument("run", metavar="RUN|BUNDLE", help="id, run key or name of a run, or a bundle of one")
+    parser.add_argument(
+        "run", metavar="RUN|BUNDLE", help="run id, run key or name of a run; or a file or folder that `bundle` wrote"
+    )
     add_overrides(parser, "keys to change for this machine, such as dataset.path=FILE")
-    parser.add_argument("--check-only", action="store_true", help="list differences from the recorded run; run nothing")
+    parser.add_argument("--check-only", action="store_true", help="only list what differs from the recorded run")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="output folder; default: outputs/reproduced/RUN_ID")
 
     parser = add_command(commands, "bundle", bundle, [RUN, URI])
@@ -55,7 +61,11 @@ def add_parsers(commands: Commands) -> None:
 
     parser = add_command(commands, "sync", sync)
     parser.add_argument(
-        "folders", nargs="*", type=Path, metavar="FOLDER", help="folders with runs; default: outputs and multirun"
+        "folders",
+        nargs="*",
+        type=Path,
+        metavar="FOLDER",
+        help="folders to search for runs; default: outputs and multirun",
     )
     parser.add_argument("--uri", help="MLflow tracking URI; default: the one each run was started with")
 
@@ -93,10 +103,10 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def ui(options: argparse.Namespace) -> None:
-    """Open MLflow's UI on the runs recorded here.
+    """Start MLflow's web page for the runs recorded here.
 
-    Serves the store in ./mlruns until Ctrl-C and prints the page's address. If --uri
-    is a tracking server, prints the address of the page there and starts nothing.
+    Serves the MLflow store in ./mlruns until Ctrl-C and prints the page's address. If
+    --uri is a tracking server, only prints the address of its page.
     """
     store = Path.cwd() / "mlruns" / "mlflow.db"
     if options.uri is None and not store.is_file():
@@ -111,10 +121,10 @@ def ui(options: argparse.Namespace) -> None:
         print(f"MLflow's UI: {redact(records.page(options.uri, address))}")
         return
     page = records.page(options.uri, f"http://{options.host}:{options.port}")
-    print(f"MLflow's UI on {redact(address)}, in a few seconds (Ctrl-C ends it):\n{page}", flush=True)
+    print(f"MLflow's UI for {redact(address)} starts in a few seconds (Ctrl-C stops it):\n{page}", flush=True)
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | dict(os.environ)
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", address, "--workers", "1"]
-    # In place of this process, so that whatever ends it ends the server.
+    # Replace this process by the server, so that whatever ends the process ends the server.
     os.execve(sys.executable, [*command, "--host", options.host, "--port", str(options.port)], environment)
 
 
@@ -122,12 +132,13 @@ def reproduce(options: argparse.Namespace) -> None:
     """Repeat a recorded run and check that the result is the same.
 
     First lists what differs from the recorded run: config, data, base model, code,
-    libraries, threads. Fails if the new result drifts from the recorded one.
+    libraries, threads. Fails if the new result is not the same and the difference is
+    larger than between recorded runs with other seeds.
 
     examples:
       qlora-exp reproduce RUN_ID --check-only
       qlora-exp reproduce RUN_ID dataset.path=here/rows.jsonl
-      qlora-exp reproduce RUN_ID.zip                     from `bundle`, without the store
+      qlora-exp reproduce RUN_ID.zip                     written by `bundle`; needs no MLflow store
     """
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     quiet()
@@ -169,16 +180,16 @@ def bundle(options: argparse.Namespace) -> None:
     print(f"{target}: run {record.run_id} {record.name}")
     repeat = f"qlora-exp reproduce {target}"
     if record.outcome == "ok":
-        print(f"to repeat it anywhere: {repeat}")
+        print(f"to repeat the run on any machine: {repeat}")
     else:
-        print(f"the run ended {record.outcome}: {repeat} --check-only")
+        print(f"the outcome of this run is {record.outcome}, so only differences can be listed: {repeat} --check-only")
 
 
 def sync(options: argparse.Namespace) -> None:
-    """Send MLflow what runs recorded while its server was away.
+    """Send MLflow what runs recorded while its server was unreachable.
 
-    Marks runs whose process died as killed; leaves runs that are still going alone.
-    Fails, after sending the others, if a run cannot be read or sent whole.
+    Marks runs whose process died as killed, and skips runs that are still running.
+    Fails, after sending the other runs, if a run cannot be read or sent completely.
     """
     from qlora_exp.tracking import journal
 
@@ -204,9 +215,9 @@ def sync(options: argparse.Namespace) -> None:
         except (JournalError, OSError) as error:
             unread.append(error)
     for problem in unread:
-        print(f"warning: cannot be read whole: {redact(str(problem))}", file=sys.stderr)
-    problems = [f"{len(unread)} runs or folders could not be read whole (above)"] * bool(unread)
-    problems += [f"MLflow did not take everything of {', '.join(map(str, late))}; try again later"] * bool(late)
+        print(f"warning: cannot be read completely: {redact(str(problem))}", file=sys.stderr)
+    problems = [f"{len(unread)} runs or folders could not be read completely (see the warnings)"] * bool(unread)
+    problems += [f"MLflow did not accept everything of {', '.join(map(str, late))}; try again later"] * bool(late)
     if problems:
         raise TrackingError(f"{sent} runs sent; {'; '.join(problems)}")
     print(f"{sent} runs sent; MLflow has everything of all runs under {', '.join(map(str, folders))}")

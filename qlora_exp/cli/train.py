@@ -1,4 +1,4 @@
-"""`train`: hand over to Hydra, which composes a run or the jobs of a sweep."""
+"""`train`: pass the command line to Hydra, which composes a run or the jobs of a sweep."""
 
 import argparse
 import gc
@@ -13,7 +13,7 @@ from qlora_exp.cli.parents import Commands, add_command
 from qlora_exp.utils.errors import ConfigError
 from qlora_exp.utils.quiet import quiet
 
-# Flags with which Hydra runs nothing and composes no run.
+# Flags with which Hydra only prints something.
 _SHOWS_SOMETHING_ELSE = {"--help", "-h", "--hydra-help", "--version", "--shell-completion", "-sc", "--info", "-i"}
 
 
@@ -25,7 +25,7 @@ def add_parsers(commands: Commands) -> None:
 
 def train(options: argparse.Namespace) -> None:
     """Fine-tune one configuration, or with -m every combination (a sweep)."""
-    gc.disable()  # until there is something to run: a fifth of the imports' time
+    gc.disable()  # until the run starts: saves a fifth of the imports' time
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -38,7 +38,7 @@ def train(options: argparse.Namespace) -> None:
     if not (_SHOWS_SOMETHING_ELSE | {"-m", "--multirun"}) & set(words):
         check_command(words)  # a sweep checks all its jobs itself
     register()
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises its errors, and we explain them
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let Hydra raise its errors, so that we can explain them
     sys.argv = ["qlora-exp train", *words]
     try:
         hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(_job)()
@@ -51,7 +51,7 @@ def train(options: argparse.Namespace) -> None:
 
 
 def _job(composed: Any) -> None:
-    """Run what Hydra composed: a job of a sweep, or a run of its own."""
+    """Run what Hydra composed: a job of a sweep, or a single run."""
     from hydra.core.hydra_config import HydraConfig
 
     from qlora_exp.config.hydra_compose import check
@@ -68,14 +68,16 @@ def _job(composed: Any) -> None:
 
 
 def _single_run(composed: Any, output_dir: Path) -> None:
-    """Run a configuration that is no job of a sweep."""
+    """Run a configuration that is not a job of a sweep."""
     from qlora_exp.config.hydra_compose import check
 
     try:
         checked = check(composed)
         quiet()
         if checked.sweep.dry_run:
-            print("nothing is wrong with this run; add -m for a sweep, or --cfg job to see the whole config")
+            print(
+                "this run is valid; it was not started. Add -m for a sweep, or --cfg job to print the complete config"
+            )
             return
         logging.getLogger(__name__).info("starting: loading the libraries takes a few seconds")
         from qlora_exp.recipe.finetune import run
@@ -86,13 +88,13 @@ def _single_run(composed: Any, output_dir: Path) -> None:
         from qlora_exp.training.checkpoints import checkpoints, is_whole
 
         if any(is_whole(checkpoint) for checkpoint in checkpoints(output_dir / "checkpoints")):
-            print(f"to go on: the same command with hydra.run.dir={output_dir}", file=sys.stderr)
+            print(f"to resume: run the same command with hydra.run.dir={output_dir}", file=sys.stderr)
         raise
     finally:
         _remove_if_empty(output_dir)
 
 
 def _remove_if_empty(folder: Path) -> None:
-    """Leave nothing behind of a run that was refused."""
+    """Remove the empty output folder of a run that was refused."""
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

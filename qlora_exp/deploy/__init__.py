@@ -1,4 +1,4 @@
-"""A trained model, taken away: loaded, merged, exported, served, registered.
+"""Load, merge, export, serve and register trained models.
 
 May import: every room above but sweeps.
 Never here: training.

@@ -1,6 +1,7 @@
-"""Talking to trained models: prompts in the format that each was trained with, answers as they come.
+"""Prompt trained models, each in the format that it was trained with, and pass answers on while they are generated.
 
-Several adapters share one base in memory, and each request names its own. Knows nothing of terminals or servers.
+Several adapters share one base model in memory; each request names its adapter. Does not deal with terminals or
+servers.
 """
 
 import json
@@ -23,32 +24,36 @@ from qlora_exp.training.evaluation import stop_tokens
 from qlora_exp.utils.errors import ConfigError, DataError, ModelError, did_you_mean, first_line
 
 BASE = "base"
-"""Names the base without an adapter."""
+"""Name of the base model without an adapter, in place of an adapter's name."""
 Message = dict[str, str]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; fields are those of transformers' GenerationConfig."""
+    """How the next token is chosen. Except for `seed`, the fields are those of transformers' GenerationConfig."""
 
     max_new_tokens: int = 256
     temperature: float = 0.0
-    """0: the likeliest token, always."""
+    """0: always the most likely token."""
     top_p: float = 1.0
     top_k: int = 0
-    """0: of all tokens."""
+    """0: choose from all tokens."""
     repetition_penalty: float = 1.0
     seed: int | None = None
 
     def settings(self, stops: Sequence[int], pad: int) -> GenerationConfig:
-        """As transformers takes it.
+        """Return the settings for transformers.
+
+        Args:
+            stops: ids of the tokens that end an answer.
+            pad: id of the padding token.
 
         Raises:
-            ConfigError: it does not take a value.
+            ConfigError: a value is out of range.
         """
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.repetition_penalty <= 0:
             raise ConfigError(
-                "sampling: temperature and top_k are not negative, 0 < top_p <= 1, and repetition_penalty is above 0"
+                "sampling: temperature and top_k must be at least 0, repetition_penalty above 0, and 0 < top_p <= 1"
             )
         sampled = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         try:
@@ -66,14 +71,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked, of which adapter."""
+    """A dialogue to answer, and the adapter that answers it."""
 
     messages: list[Message]
-    """From the system or the user; the last is the user's."""
+    """The dialogue. It begins with a message of the system or the user; the last message is the user's."""
     input: str = ""
-    """Alpaca's second column, of a single question."""
+    """The `input` column of Alpaca's format; only for a single question."""
     adapter: str | None = None
-    """Its name; None is the first."""
+    """Name of the adapter; None: the first one."""
 
 
 @dataclass(frozen=True)
@@ -83,21 +88,23 @@ class Talker:
     model: Any
     tokenizer: Any
     saved: dict[str, Saved]
-    """By the adapter's name, the first one is the default."""
+    """What was loaded, by name; the first is the default."""
     templates: dict[str, str | None]
-    """Of each, the prompts that it was trained with, as Jinja; None of one that was trained on plain text."""
+    """Prompt format that each was trained with, as a Jinja template; None if it was trained on plain text."""
 
     def prompt(self, request: Request) -> tuple[str, bool]:
-        """The text that the model is given, and whether special tokens are written in it.
+        """Return the prompt as text, and whether the text contains the special tokens.
 
         Raises:
             ConfigError: there is no such adapter.
-            DataError: the format has no place for what is asked.
+            DataError: the adapter's prompt format cannot express the request.
         """
         name = self.named(request.adapter)
         config, messages = self.saved[name].config.dataset, request.messages
         if request.input and (config.format != "alpaca" or len(messages) > 1):
-            raise DataError("an input beside the prompt has a place in Alpaca's format only, in a single question")
+            raise DataError(
+                "an `input` besides the prompt is possible only in Alpaca's format and for a single question"
+            )
         if request.input:
             row = {"prompt": messages[-1]["content"], "input": request.input, "completion": ""}
             return "".join(piece for piece, _ in render(row, config, self.tokenizer).pieces[:-1]), False
@@ -108,52 +115,54 @@ class Talker:
             text: str = self.tokenizer.apply_chat_template(
                 messages, chat_template=template, tokenize=False, add_generation_prompt=True
             )
-        except Exception as error:  # whatever a template raises, it is about these messages
+        except Exception as error:  # templates raise errors of any kind; each is about these messages
             raise DataError(f"the prompt format of {self.saved[name].source} refuses this dialogue: {error}") from error
         return text, True
 
-    def answer(self, request: Request, sampling: Sampling, told: Callable[[str], None] = lambda _: None) -> str:
-        """The answer; pieces are `told` as soon as they are there.
+    def answer(self, request: Request, sampling: Sampling, on_text: Callable[[str], None] = lambda _: None) -> str:
+        """Return the answer; pass its pieces to `on_text` as soon as they are generated.
 
         Raises:
-            ConfigError: there is no such adapter, or a value of `sampling` is wrong.
-            DataError: the format has no place for what is asked, or the dialogue is longer than the model can see.
+            ConfigError: there is no such adapter, or a value of `sampling` is out of range.
+            DataError: the adapter's prompt format cannot express the request, or the dialogue exceeds the model's
+                context.
         """
         ids = self.encoded(request, sampling)
         settings = sampling.settings(stop_tokens(self.model, self.tokenizer), self.tokenizer.pad_token_id)
         if sampling.seed is not None:
             set_seed(sampling.seed)
-        given = torch.tensor([ids], device=self.model.device)
-        with torch.no_grad(), self._with(request.adapter):
-            found = self.model.generate(
-                input_ids=given,
-                attention_mask=torch.ones_like(given),
+        prompt = torch.tensor([ids], device=self.model.device)
+        with torch.no_grad(), self._active(request.adapter):
+            generated = self.model.generate(
+                input_ids=prompt,
+                attention_mask=torch.ones_like(prompt),
                 generation_config=settings,
-                streamer=_Teller(self.tokenizer, told),
+                streamer=_CallbackStreamer(self.tokenizer, on_text),
             )
-        return str(self.tokenizer.decode(found[0, len(ids) :], skip_special_tokens=True)).strip()
+        return str(self.tokenizer.decode(generated[0, len(ids) :], skip_special_tokens=True)).strip()
 
     def encoded(self, request: Request, sampling: Sampling) -> list[int]:
-        """The tokens that the model is given, at least one.
+        """Return the token ids of the prompt, at least one.
 
         Raises:
             ConfigError: there is no such adapter.
-            DataError: the format has no place for what is asked, or it is empty, or longer than the model can see.
+            DataError: the adapter's prompt format cannot express the request, or the prompt is empty or exceeds the
+                model's context.
         """
         text, has_special_tokens = self.prompt(request)
         ids: list[int] = self.tokenizer(text, add_special_tokens=not has_special_tokens)["input_ids"]
         if not ids:
-            raise DataError("an empty prompt: a model that was trained on plain text continues what it is given")
+            raise DataError("an empty prompt: this model was trained on plain text and needs a text to continue")
         most = getattr(self.model.config, "max_position_embeddings", None)
         if most and len(ids) + sampling.max_new_tokens > most:
             raise DataError(
-                f"the dialogue has {len(ids)} tokens, and with {sampling.max_new_tokens} new ones is longer than the "
-                f"{most} that the model can see: begin anew, or ask for a shorter answer"
+                f"the dialogue has {len(ids)} tokens and with {sampling.max_new_tokens} new ones is longer than the "
+                f"{most} of the model's context: start a new dialogue, or lower max_new_tokens"
             )
         return ids
 
     def named(self, adapter: str | None) -> str:
-        """The adapter whose prompts count: the first one if none is named, and for the base alone.
+        """Return the adapter whose prompt format is used: the first one if none is named, and for the base model alone.
 
         Raises:
             ConfigError: there is no such adapter.
@@ -161,16 +170,16 @@ class Talker:
         if adapter is None or adapter == BASE:
             return next(iter(self.saved))
         if adapter not in self.saved:
-            known = [*self.saved, BASE] if isinstance(self.model, PeftModel) else [*self.saved]
-            raise ConfigError(f"no adapter '{adapter}'{did_you_mean(adapter, known)} Known: {', '.join(known)}")
+            names = [*self.saved, BASE] if isinstance(self.model, PeftModel) else [*self.saved]
+            raise ConfigError(f"no adapter '{adapter}'{did_you_mean(adapter, names)} Adapters: {', '.join(names)}")
         return adapter
 
-    def _with(self, adapter: str | None) -> AbstractContextManager[Any]:
-        """Inside, the model answers with this adapter."""
+    def _active(self, adapter: str | None) -> AbstractContextManager[Any]:
+        """Make the model answer with this adapter inside the `with` block."""
         name = self.named(adapter)
         if not isinstance(self.model, PeftModel):
             if adapter == BASE:
-                raise ConfigError(f"no adapter '{BASE}': this is a whole model, without a base")
+                raise ConfigError(f"no adapter '{BASE}': this is a complete model, without a base model")
             return nullcontext()
         if adapter == BASE:
             return self.model.disable_adapter()
@@ -178,43 +187,43 @@ class Talker:
         return nullcontext()
 
 
-class _Teller(TextStreamer):
-    """Passes whole words on, where transformers' own prints them."""
+class _CallbackStreamer(TextStreamer):
+    """A streamer that passes complete words to a function; TextStreamer prints them."""
 
-    def __init__(self, tokenizer: Any, told: Callable[[str], None]) -> None:
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._told = told
+        self._on_text = on_text
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if text:
-            self._told(text)
+            self._on_text(text)
 
 
 def open_talker(
     sources: dict[str, str], tracking_uri: str | None = None, device: str = "auto", quantization: str | None = None
 ) -> Talker:
-    """Load a model and, if it is an adapter, more adapters on the same base.
+    """Load a model and, if it is an adapter, further adapters of the same base model.
 
     Args:
-        sources: by name: an MLflow run id, a `models:/...` URI, or a folder; the first decides the base.
-        tracking_uri: the MLflow store; None is the one in `mlruns/`.
+        sources: by name, an MLflow run id, a `models:/...` URI, or a folder; the first decides the base model.
+        tracking_uri: the MLflow store; None: the one in `mlruns/`.
         device: auto, cpu, cuda.
-        quantization: how to store the base instead of as it was trained: nf4_double, int8, none, ...
+        quantization: quantization of the base model: nf4_double, int8, none, ...; None: as in training.
 
     Raises:
-        ModelError: one of them is not there, or they do not share a base.
-        ConfigError: a name that cannot be one, or no such quantization.
+        ModelError: a source does not exist, or the adapters do not share a base model.
+        ConfigError: a name is not allowed, or there is no such quantization.
     """
     if wrong := [name for name in sources if not re.fullmatch(r"[\w-]+", name) or name == BASE]:
         raise ConfigError(
-            f"an adapter cannot be called '{wrong[0]}': letters, digits, _ and - make a name, and '{BASE}' is the base"
+            f"an adapter cannot be called '{wrong[0]}': use letters, digits, _ and - ('{BASE}' is the base model alone)"
         )
-    found = {name: load.find(source, tracking_uri, device) for name, source in sources.items()}
-    (first, saved), *others = found.items()
+    saved_by_name = {name: load.find(source, tracking_uri, device) for name, source in sources.items()}
+    (first, saved), *others = saved_by_name.items()
     for name, other in others:
         if not (saved.adapter and other.adapter):
-            whole = other if saved.adapter else saved
-            raise ModelError(f"{whole.source} is a whole model: only adapters share a base")
+            complete = other if saved.adapter else saved
+            raise ModelError(f"{complete.source} is a complete model: only adapters can share a base model")
         if _base(other) != _base(saved):
             raise ModelError(
                 f"{name}: {other.source} was trained on {' at '.join(_base(other))}, not on {' at '.join(_base(saved))}"
@@ -222,8 +231,8 @@ def open_talker(
     model = load.load_saved(saved, quantization, first)
     for name, other in others:
         model = load.with_adapter(model, other, name)
-    templates = {name: chat_template(one.config.dataset, one.tokenizer()) for name, one in found.items()}
-    return Talker(model.eval(), saved.tokenizer(), found, templates)
+    templates = {name: chat_template(each.config.dataset, each.tokenizer()) for name, each in saved_by_name.items()}
+    return Talker(model.eval(), saved.tokenizer(), saved_by_name, templates)
 
 
 def _base(saved: Saved) -> tuple[str, str]:
@@ -232,13 +241,17 @@ def _base(saved: Saved) -> tuple[str, str]:
 
 
 def read_requests(file: Path) -> Iterator[Request]:
-    """One request a line: text, or in a `.jsonl` file an object: `prompt` (and `input`) or `messages`, and `adapter`.
+    """Yield one request for each line of a file.
+
+    A line is a prompt as text, or in a `.jsonl` file an object with `prompt` (and optionally `input`) or `messages`,
+    and optionally `adapter`.
 
     Raises:
-        DataError: there is no such file, or a line is none of this.
+        DataError: there is no such file, or a line is neither of these.
     """
     try:
-        lines = file.read_text("utf-8").split("\n")  # other signs that end a line may be in a text
+        # `splitlines` would also split at other characters, which a text may contain.
+        lines = file.read_text("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: {error}") from error
     for number, line in enumerate(lines, 1):
@@ -247,23 +260,25 @@ def read_requests(file: Path) -> Iterator[Request]:
 
 
 def asked(prompt: str, adapter: str | None = None) -> Request:
-    """A single question."""
+    """Return the request for a single question."""
     return Request([{"role": "user", "content": prompt}], adapter=adapter)
 
 
 def _request(line: str, where: str) -> Request:
     try:
-        given = json.loads(line)
-        messages = given.get("messages") or [{"role": "user", "content": given["prompt"]}]
-        clean = [{"role": str(one["role"]), "content": str(one["content"])} for one in messages]
-        adapter = given.get("adapter")
-        return Request(clean, str(given.get("input") or ""), None if adapter is None else str(adapter))
+        fields = json.loads(line)
+        messages = fields.get("messages") or [{"role": "user", "content": fields["prompt"]}]
+        clean = [{"role": str(message["role"]), "content": str(message["content"])} for message in messages]
+        adapter = fields.get("adapter")
+        return Request(clean, str(fields.get("input") or ""), None if adapter is None else str(adapter))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{where}: no object with prompt or messages (role, content): {error!r}") from error
+        raise DataError(
+            f"{where}: not an object with `prompt` or with `messages` of role and content: {error!r}"
+        ) from error
 
 
 def answers(talker: Talker, requests: Iterable[Request], sampling: Sampling) -> Iterator[dict[str, Any]]:
-    """Each request with its answer, in order."""
+    """Yield each request with its answer, in order."""
     for request in requests:
-        asked_ = {"messages": request.messages, "input": request.input, "adapter": request.adapter}
-        yield {key: value for key, value in asked_.items() if value} | {"answer": talker.answer(request, sampling)}
+        fields = {"messages": request.messages, "input": request.input, "adapter": request.adapter}
+        yield {key: value for key, value in fields.items() if value} | {"answer": talker.answer(request, sampling)}

@@ -1,6 +1,7 @@
-"""What a run trained, in the form in which it is to be used: written whole or not at all, read back and compared.
+"""Export a trained model in the format in which it will be used, and check the result.
 
-Knows the forms; how an adapter gets into its base is `merging`'s, what a GGUF file holds `gguf_file`'s.
+The output folder appears complete or not at all. The exported model is read back and compared with the base model and
+its adapter. `merge` merges an adapter into its base model; `gguf` writes GGUF files.
 """
 
 import json
@@ -41,33 +42,34 @@ log = logging.getLogger(__name__)
 
 FACTS_FILE = "export.json"
 _ROUNDINGS = 32
-"""How many roundings of the largest logit a model may be off: layers after one another add theirs."""
+"""Allowed difference of logits, in roundings of the largest logit: the rounding errors of successive layers add up."""
 _KL_OF_ROUNDING = 2.0
-"""Nats a token for each unit of rounding (its eps): a sixth of it was seen in bfloat16, three times it without half of
-an adapter."""
+"""Allowed KL divergence in nats per token, for each unit of rounding (the dtype's eps). In bfloat16 a sixth of this
+limit was measured; without half of an adapter, three times the limit."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What was made."""
+    """Result of an export, and how it compares with the base model and its adapter, before merging."""
 
     folder: str
     form: str
     base: str
     """Which weights the adapter was merged into, and why."""
     weights: str
-    """What most of them are stored as."""
+    """How most of the exported weights are stored."""
     max_logit: float
+    """Largest absolute logit before merging, on a paragraph of text."""
     max_logit_difference: float
-    """Of the model as it was read back, from base and adapter apart, on a paragraph of text."""
+    """Largest difference of a logit of the model as read back, on the same paragraph."""
     mean_kl: float
-    """Nats a token, of its next tokens from theirs."""
+    """Mean KL divergence between the distributions of the next token, in nats per token."""
     same_first_choice: float
-    """Share of tokens after which both find the same next token likeliest."""
+    """Share of tokens after which both predict the same most likely next token."""
     answer: str
-    """Greedy, to a question in the format that the run was trained with."""
+    """Greedy answer to a fixed question, in the prompt format that the run was trained with."""
     same_answer_tokens: int
-    """Of it, from the start: as that of base and adapter apart."""
+    """Number of tokens at the start of the answer that are the same as before merging."""
     answer_tokens: int
     bytes: int
 
@@ -75,29 +77,31 @@ class Exported:
 def is_there(
     saved: Saved, out: Path, form: str = "merged", dtype: str = "auto", base: Base = "auto", type_: str = "q8_0"
 ) -> bool:
-    """Whether `out` holds what `export` would make.
+    """Return whether `out` already contains what `export` would write with these arguments.
 
     Raises:
-        ConfigError: it holds something else.
+        ConfigError: it contains something else.
     """
     if not out.exists():
         return False
     facts = out / FACTS_FILE
     if facts.is_file() and _json(facts).get("asked") == _asked(saved, form, dtype, base, type_):
         return True
-    raise ConfigError(f"--out {out}: is there already, and holds something else; choose another, or delete it")
+    raise ConfigError(
+        f"--out {out}: exists already and contains something else; choose another folder or delete this one"
+    )
 
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text("utf-8"))
+        values = json.loads(file.read_text("utf-8"))
     except ValueError as error:
         raise ModelError(f"{file} is damaged: {error}") from error
-    return found if isinstance(found, dict) else {}
+    return values if isinstance(values, dict) else {}
 
 
 def _asked(saved: Saved, form: str, dtype: str, base: Base, type_: str) -> dict[str, str]:
-    """What tells one export from another: the weights that it is of, and what was asked for."""
+    """Return what distinguishes one export from another: the weights that it was made from, and the options."""
     wanted = {"form": form, "dtype": dtype, "base": base} | ({"type": type_} if form == "gguf" else {})
     return {"weights": run_key.weights(saved.folder), **wanted}
 
@@ -111,68 +115,72 @@ def export(
     type_: str = "q8_0",
     rows_of: Config | None = None,
 ) -> Exported:
-    """Write what a run trained as a folder that needs neither PEFT nor this project, and tell the run in MLflow.
+    """Write what a run trained as a folder that needs neither PEFT nor this project, and log it to the run in MLflow.
 
     Args:
-        saved: what a run saved, or a whole model that was exported before.
-        out: a folder that is not there yet; it appears whole or not at all.
-        form: one of FORMS.
-        dtype: of the merged weights, before they are quantized: float32, bfloat16, float16; auto: as the base's files.
-        base: which weights an adapter is merged into, as `merging.whole` takes it.
-        type_: of a GGUF file's weights: one of GGUF_TYPES.
-        rows_of: the config whose training rows GPTQ and AWQ are calibrated on; None is the run's own, if it names no
-            files that only the user may name.
+        saved: adapter or model that a run saved, or a complete model that was exported before.
+        out: folder to write; must not exist. It appears complete or not at all.
+        form: export format, one of FORMS.
+        dtype: dtype of the merged weights, before they are quantized: float32, bfloat16, float16; auto: that of the
+            base model's files.
+        base: which weights an adapter is merged into; see `merge.whole`.
+        type_: type of a GGUF file's weights, one of GGUF_TYPES.
+        rows_of: config whose training rows GPTQ and AWQ calibrate on. None: the run's own config, which is refused if
+            it names files that only the user may name.
 
     Raises:
-        ConfigError: there is nothing to merge, it cannot be merged or written so, or there is no room for it.
-        ModelError: base and adapter do not belong together, a file is damaged, or what was written says other things.
+        ConfigError: there is nothing to merge, the model cannot be merged or written in this format, or the disk has
+            too little space.
+        ModelError: base model and adapter do not belong together, a file is damaged, or the exported model's outputs
+            differ by more than rounding explains.
     """
     if out.exists():
-        raise ConfigError(f"--out {out}: is there already; choose another, or delete it")
+        raise ConfigError(f"--out {out}: exists already; choose another folder or delete it")
     if form == "merged" and not saved.adapter:
-        raise ConfigError(f"{saved.folder}: a full model already, without an adapter to merge")
-    write = _writer(saved, form, type_, rows_of)  # what cannot be written is refused before anything is loaded
+        raise ConfigError(f"{saved.folder} is a full model already; there is no adapter to merge")
+    write = _writer(saved, form, type_, rows_of)  # refuse what cannot be written before loading anything
     asked = _asked(saved, form, dtype, base, type_)
     whole = merge.whole(saved, dtype, base)
     size = sum(tensor.nbytes for tensor in whole.model.state_dict().values())
-    # What is quantized is beside what is not for a while, and a file of float32 may be twice its model's.
+    # For a while both the quantized and the unquantized files exist, and a float32 file may be twice its model's size.
     with heeded(), _appearing(out, size if form == "merged" else 2 * size) as part:
         stored, exact = write(whole, part)
         whole.tokenizer.save_pretrained(part)
         shutil.copy(saved.folder / CONFIG_FILE, part)
         dtype, whole.model = whole.dtype, None
-        back = load_whole(replace(saved, folder=part, adapter=False), "auto")
-        made = _compared(whole, back, str(out), form, stored, size_on_disk(part))
+        reloaded = load_whole(replace(saved, folder=part, adapter=False), "auto")
+        made = _compare(whole, reloaded, str(out), form, stored, size_on_disk(part))
         _check(made, dtype, exact)
         facts = asdict(made) | {"asked": asked, "source": saved.source, "libraries": libraries()}
         model = saved.config.model
         facts |= {"model_name_or_path": model.model_name_or_path, "revision": model.revision}
         (part / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
-        for file in part.iterdir():  # safetensors keeps its files from others
+        for file in part.iterdir():  # safetensors makes its files readable by their owner only
             file.chmod((part / FACTS_FILE).stat().st_mode)
-    _tell(saved, facts)
+    _log_to_run(saved, facts)
     return made
 
 
-def _compared(whole: Whole, back: Any, folder: str, form: str, stored: str, size: int) -> Exported:
-    """What the model as it was read back says, beside what base and adapter said apart."""
-    again = merge.answer(back, whole.tokenizer)
+def _compare(whole: Whole, reloaded: Any, folder: str, form: str, stored: str, size: int) -> Exported:
+    """Compare the outputs of the model as read back with those of the base model and its adapter."""
+    answer = merge.answer(reloaded, whole.tokenizer)
     return Exported(
         folder,
         form,
         whole.base,
         stored,
         whole.expected.abs().max().item(),
-        *_distance(merge.logits(back, whole.ids), whole.expected),
-        whole.tokenizer.decode(again, skip_special_tokens=True),
-        sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole.answer, again, strict=False))),
-        len(again),
+        *_distance(merge.logits(reloaded, whole.ids), whole.expected),
+        whole.tokenizer.decode(answer, skip_special_tokens=True),
+        sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole.answer, answer, strict=False))),
+        len(answer),
         size,
     )
 
 
 Writer = Callable[[Whole, Path], tuple[str, torch.dtype | None]]
-"""Writes into a folder; what the weights are stored as, and the dtype if nothing but rounding was lost."""
+"""Writes the model into a folder. Returns how the weights are stored, and their dtype if nothing but rounding was lost,
+else None."""
 
 
 def _writer(saved: Saved, form: str, type_: str, rows_of: Config | None) -> Writer:
@@ -187,8 +195,8 @@ def _writer(saved: Saved, form: str, type_: str, rows_of: Config | None) -> Writ
         gptq.check(form)
         if rows_of is None:
             refuse_what_only_users_may_allow(saved.config, {})
-        given = gptq.rows(rows_of or saved.config, saved.tokenizer())
-        return lambda whole, part: (gptq.write(whole.model, whole.tokenizer, given, part, form), None)
+        examples = gptq.rows(rows_of or saved.config, saved.tokenizer())
+        return lambda whole, part: (gptq.write(whole.model, whole.tokenizer, examples, part, form), None)
     raise ConfigError(f"--to {form}: choose one of {', '.join(FORMS)}")
 
 
@@ -209,48 +217,54 @@ def _write_gguf(whole: Whole, part: Path, type_: str, saved: Saved) -> tuple[str
 def _write_bitsandbytes(whole: Whole, part: Path, form: str) -> tuple[str, None]:
     config = compose(["method=lora", f"quantization={form}"])
     resolved = replace(resolve(config, detect("cpu")), dtype=whole.dtype, compute_dtype=whole.dtype)
-    how = quantization_config(config.quantization, resolved)
+    settings = quantization_config(config.quantization, resolved)
     with tempfile.TemporaryDirectory(prefix=".merged.", dir=part) as plain:
         whole.model.save_pretrained(plain, max_shard_size="4GB")
-        model = type(whole.model).from_pretrained(plain, dtype=whole.model.dtype, quantization_config=how)
+        model = type(whole.model).from_pretrained(plain, dtype=whole.model.dtype, quantization_config=settings)
         model.save_pretrained(part, max_shard_size="4GB")
     return form, None
 
 
-def _distance(found: torch.Tensor, expected: torch.Tensor) -> tuple[float, float, float]:
-    """Largest difference, mean KL divergence in nats, share of tokens with the same first choice; (tokens, words)."""
-    apart, together = (torch.log_softmax(one, -1) for one in (expected, found))
-    kl = torch.nn.functional.kl_div(together, apart, log_target=True, reduction="none").sum(-1)
-    same = (found.argmax(-1) == expected.argmax(-1)).float().mean()
-    return (found - expected).abs().max().item(), kl.mean().item(), same.item()
+def _distance(actual: torch.Tensor, expected: torch.Tensor) -> tuple[float, float, float]:
+    """Return largest difference, mean KL divergence in nats, and share of tokens with the same first choice.
+
+    Both arguments are logits, (tokens, vocabulary).
+    """
+    log_expected, log_actual = (torch.log_softmax(logits, -1) for logits in (expected, actual))
+    kl = torch.nn.functional.kl_div(log_actual, log_expected, log_target=True, reduction="none").sum(-1)
+    same = (actual.argmax(-1) == expected.argmax(-1)).float().mean()
+    return (actual - expected).abs().max().item(), kl.mean().item(), same.item()
 
 
 def _check(made: Exported, dtype: str, exact: torch.dtype | None) -> None:
-    """Refuse a model that says something else than rounding explains; of quantization only that it is numbers."""
+    """Refuse a model whose outputs differ by more than rounding explains; if quantized, only one with NaN or inf."""
     if not math.isfinite(made.mean_kl) or not math.isfinite(made.max_logit_difference):
-        raise ModelError(f"as {made.form}, the model's logits are no numbers any more; nothing was written")
+        raise ModelError(f"exported as {made.form}, the model has logits that are NaN or infinite; nothing was written")
     if exact is None:
         return
     rounding = max(torch.finfo(exact).eps, torch.finfo(getattr(torch, dtype)).eps, 1e-6)
     most, most_kl = _ROUNDINGS * rounding * made.max_logit, _KL_OF_ROUNDING * rounding
     if made.max_logit_difference > most or made.mean_kl > most_kl:
         raise ModelError(
-            f"as {made.form}, the model says something else: logits differ by {made.max_logit_difference:.3g} and by "
-            f"{made.mean_kl:.3g} nats a token, and rounding to {made.weights} explains {most:.3g} and {most_kl:.3g}; "
+            f"exported as {made.form}, the model gives other outputs: logits differ by up to "
+            f"{made.max_logit_difference:.3g} and by {made.mean_kl:.3g} nats per token, but rounding to {made.weights} "
+            f"explains only {most:.3g} and {most_kl:.3g}; "
             "nothing was written"
         )
 
 
 @contextmanager
 def _appearing(out: Path, needed: int) -> Iterator[Path]:
-    """A folder to write into that becomes `out` at the end, and is gone if there is an error.
+    """Yield a folder to write into. It becomes `out` at the end, or is removed if there is an error.
 
-    One that was left by a process that was killed goes with the next that writes there.
+    A folder that a killed process left behind is removed by the next export to `out`.
     """
     parent = out.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
     if (free := shutil.disk_usage(parent).free) < needed:
-        raise ConfigError(f"--out {out}: needs {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} are free")
+        raise ConfigError(
+            f"--out {out}: needs {needed / 1e9:.1f} GB of disk space, but only {free / 1e9:.1f} GB are free"
+        )
     for old in parent.glob(f".{out.name}.*"):
         if old.suffix[1:].isdigit() and not psutil.pid_exists(int(old.suffix[1:])):
             shutil.rmtree(old)
@@ -259,14 +273,14 @@ def _appearing(out: Path, needed: int) -> Iterator[Path]:
     try:
         yield part
         part.rename(out)
-    except SafetensorError as error:  # what it makes of a disk that takes no more
+    except SafetensorError as error:  # raised by safetensors when the disk is full
         raise ConfigError(f"--out {out}: cannot be written: {error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _tell(saved: Saved, facts: dict[str, Any]) -> None:
-    """The run in MLflow what was made of it; what was made stays if MLflow does not answer."""
+def _log_to_run(saved: Saved, facts: dict[str, Any]) -> None:
+    """Log the export to its run in MLflow. If MLflow does not answer, keep the export and warn."""
     if saved.run_id is None:
         return
     form = facts["form"] if facts["weights"].startswith(facts["form"]) else f"{facts['form']}-{facts['weights']}"
@@ -275,4 +289,4 @@ def _tell(saved: Saved, facts: dict[str, Any]) -> None:
         mlflow.log_dict(saved.run_id, facts, f"exports/{form}.json")
         mlflow.set_tag(saved.run_id, f"export.{form}", Path(facts["folder"]).name)
     except (MlflowException, TrackingError, OSError) as error:
-        log.warning("MLflow was not told of %s: %s", facts["folder"], first_line(error))
+        log.warning("the export %s was not logged to MLflow: %s", facts["folder"], first_line(error))

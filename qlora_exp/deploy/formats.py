@@ -1,13 +1,14 @@
-"""The forms that a trained model can be taken away in, and who serves them: names only, for what must be light."""
+"""Names of the export formats and of the servers. Imports nothing heavy, so that the command line starts quickly."""
 
 from typing import Any
 
 BITSANDBYTES = ("nf4", "nf4_double", "fp4", "fp4_double", "int8")
 CALIBRATED = ("gptq", "awq")
 FORMS = ("merged", "gguf", *BITSANDBYTES, *CALIBRATED)
-"""What `export` makes."""
+"""Formats that `export` writes."""
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
-"""What the `gguf` library can store weights as; llama.cpp's `llama-quantize` makes others of an f16 or bf16 file."""
+"""Types in which the `gguf` library can store weights. llama.cpp's `llama-quantize` makes other types from an f16 or
+bf16 file."""
 SERVERS = ("transformers", "mlflow", "vllm", "llama.cpp")
 TRAINED = "trained"
 DEPLOYED: dict[str, dict[str, Any]] = {
@@ -20,4 +21,5 @@ DEPLOYED: dict[str, dict[str, Any]] = {
     "gguf_q8_0": {"form": "gguf", "type_": "q8_0"},
     "gguf_q4_0": {"form": "gguf", "type_": "q4_0"},
 }
-"""What `deployment-gap` measures, by name: what `exporting.export` is asked for; nothing of the model as trained."""
+"""Formats that `deployment-gap` measures, by name, with their arguments of `export.export`. `TRAINED`, the model as it
+was trained, is not exported and has none."""

@@ -1,7 +1,7 @@
-"""A model stored in 4 bits as GPTQ or AWQ choose them: so that what it computes on given rows changes least.
+"""Quantize a model to 4 bits with GPTQ or AWQ, which choose values so that outputs on given rows change least.
 
-The only place that makes such files, with GPTQModel. Checked with GPTQModel 7.6.0 and GPTQ on a CPU; AWQ needs a GPU,
-and was never run.
+The only module that writes such files; it uses GPTQModel. Checked with GPTQModel 7.6.0 and GPTQ on a CPU. AWQ needs a
+GPU and was never run.
 """
 
 import importlib.util
@@ -23,67 +23,76 @@ log = logging.getLogger(__name__)
 
 BITS = 4
 ROWS = 128
-"""Of the run's training rows; more change little (Frantar et al. 2022, https://arxiv.org/abs/2210.17323, take 128)."""
+"""Number of the run's training rows to use. More rows change little (Frantar et al. 2022,
+https://arxiv.org/abs/2210.17323, use 128)."""
 _SHORTEST = 10
 _GROUPS = (128, 64, 32)
 
 
 def check(form: str) -> None:
-    """That files of this form can be made here.
+    """Check that files in the format `form` can be written here.
 
     Raises:
-        ConfigError: they cannot; what is missing.
+        ConfigError: they cannot; the message says what is missing.
     """
     if importlib.util.find_spec("gptqmodel") is None:
-        raise ConfigError(f"--to {form} needs packages that `nox -s gptq` installs: GPTQModel and optimum")
+        raise ConfigError(f"--to {form} needs the packages GPTQModel and optimum; `nox -s gptq` installs them")
     if form == "awq" and not torch.cuda.is_available():
-        raise ConfigError("--to awq: GPTQModel makes AWQ files on a GPU only; --to gptq is made on a CPU too")
+        raise ConfigError("--to awq: GPTQModel writes AWQ files on a GPU only; --to gptq also works on a CPU")
 
 
 def rows(config: Config, tokenizer: Any) -> list[dict[str, list[int]]]:
-    """What to calibrate with: the first training rows of the run, as it was given them.
+    """Return the rows that GPTQ and AWQ calibrate on: the first training rows of the run, truncated as in training.
 
     Raises:
-        ConfigError: there are none of ten tokens and more.
-        DataError: the rows are not here.
+        ConfigError: no row has ten tokens or more.
+        DataError: the rows cannot be read on this machine.
     """
     tokens = dataset.tokenize(dataset.load_rows(config.dataset).train, config, tokenizer)
-    cut = [row["input_ids"][: config.training.max_length] for row in tokens.select(range(min(ROWS, len(tokens))))]
-    if not (long := [ids for ids in cut if len(ids) >= _SHORTEST]):
-        raise ConfigError(f"to calibrate takes rows of {_SHORTEST} tokens and more, and {config.dataset.path} has none")
+    truncated = [row["input_ids"][: config.training.max_length] for row in tokens.select(range(min(ROWS, len(tokens))))]
+    if not (long := [ids for ids in truncated if len(ids) >= _SHORTEST]):
+        raise ConfigError(
+            f"{config.dataset.path}: no training row has {_SHORTEST} tokens or more, which GPTQ and AWQ need; "
+            "choose other rows or raise training.max_length"
+        )
     return [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in long]
 
 
-def write(model: Any, tokenizer: Any, given: list[dict[str, list[int]]], folder: Path, form: str) -> str:
-    """Write the model's files; what its weights are stored as.
+def write(model: Any, tokenizer: Any, examples: list[dict[str, list[int]]], folder: Path, form: str) -> str:
+    """Quantize the model and write its files.
 
     Args:
-        model: on the CPU, unquantized.
-        tokenizer: of the model.
-        given: `rows`.
-        folder: where to.
+        model: unquantized model on the CPU.
+        tokenizer: tokenizer of the model.
+        examples: rows to calibrate on, from `rows`.
+        folder: folder to write to.
         form: gptq or awq.
 
+    Returns:
+        How the weights are stored: the format and the size of a group.
+
     Raises:
-        ConfigError: no group of weights that is known fits the model's layers.
+        ConfigError: no group size fits the model's layers.
     """
-    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, os.cpu_count() or 1)))  # 7.6 wants two
+    os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, os.cpu_count() or 1)))  # 7.6 needs at least two
     from gptqmodel import GPTQModel, QuantizeConfig
 
     head = model.get_output_embeddings()
-    layers = [one for one in model.modules() if isinstance(one, torch.nn.Linear) and one is not head]
-    group = next((size for size in _GROUPS if all(one.in_features % size == 0 for one in layers)), None)
+    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
+    group = next((size for size in _GROUPS if all(layer.in_features % size == 0 for layer in layers)), None)
     if group is None:
-        raise ConfigError(f"--to {form}: groups of {', '.join(map(str, _GROUPS))} weights do not fit its layers")
-    how = {"quant_method": "awq", "format": "gemm"} if form == "awq" else {}
-    log.info("%s: calibrating on %d rows, which takes minutes and more", form, len(given))
-    # Its own log of each layer is hundreds of lines long.
+        raise ConfigError(
+            f"--to {form}: the model's layers do not divide into groups of {', '.join(map(str, _GROUPS))} weights"
+        )
+    settings = {"quant_method": "awq", "format": "gemm"} if form == "awq" else {}
+    log.info("%s: quantizing with %d rows; this takes several minutes or longer", form, len(examples))
+    # GPTQModel prints hundreds of lines about the layers: hide them.
     with tempfile.TemporaryDirectory(prefix=".merged.", dir=folder) as plain, redirect_stdout(io.StringIO()):
         model.save_pretrained(plain, max_shard_size="4GB")
         tokenizer.save_pretrained(plain)
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
-        made = GPTQModel.load(plain, QuantizeConfig(bits=BITS, group_size=group, **how), device=device)
-        made.quantize(given, batch_size=1)
-        made.save(str(folder))
+        quantized = GPTQModel.load(plain, QuantizeConfig(bits=BITS, group_size=group, **settings), device=device)
+        quantized.quantize(examples, batch_size=1)
+        quantized.save(str(folder))
     (folder / "quant_log.csv").unlink(missing_ok=True)
     return f"{form}, groups of {group}"

@@ -1,6 +1,6 @@
-"""llama.cpp itself, in this process, where its package is installed: answers of a GGUF file, and what they cost.
+"""Run llama.cpp in this process, if its package is installed: answer prompts with a GGUF file and time the answers.
 
-Knows nothing of how such files are made. Checked with xllamacpp 2026.10.
+Does not write such files. Checked with xllamacpp 2026.10.
 """
 
 import importlib.util
@@ -11,17 +11,17 @@ from qlora_exp.training.evaluation import Answers, Generate
 
 
 def installed() -> bool:
-    """Whether llama.cpp is here."""
+    """Return whether the package of llama.cpp is installed."""
     return importlib.util.find_spec("xllamacpp") is not None
 
 
 def load(file: Path, context: int, threads: int) -> Any:
-    """llama.cpp's server with the model in `file`, on the CPU; it says nothing.
+    """Start llama.cpp's server with the model in `file`, on the CPU and without log output.
 
     Args:
         file: the GGUF file.
-        context: tokens of prompt and answer together.
-        threads: to compute with.
+        context: largest number of tokens of prompt and answer together.
+        threads: number of threads to compute with.
     """
     import xllamacpp
 
@@ -30,28 +30,33 @@ def load(file: Path, context: int, threads: int) -> Any:
     settings.cpuparams.n_threads, settings.n_parallel = threads, 1
     settings.warmup, settings.verbosity = False, 0
     server = xllamacpp.Server(settings)
-    complete(server, [0], 1)  # one that is let go before its thread is at work waits for it for ever
+    complete(server, [0], 1)  # a server released before its thread has started waits for it forever
     return server
 
 
 def complete(server: Any, prompt: list[int] | str, max_new_tokens: int) -> dict[str, Any]:
-    """The likeliest continuation, with its `timings`, as llama.cpp's server answers."""
-    asked = {"prompt": prompt, "n_predict": max_new_tokens, "temperature": 0, "cache_prompt": False}
-    found: dict[str, Any] = server.handle_completions(asked)
-    return found
+    """Return the most likely continuation, with its `timings`, as llama.cpp's server returns it."""
+    request = {"prompt": prompt, "n_predict": max_new_tokens, "temperature": 0, "cache_prompt": False}
+    response: dict[str, Any] = server.handle_completions(request)
+    return response
 
 
 def generator(server: Any, max_new_tokens: int) -> Generate:
-    """What answers prompts with the model, greedily, one after the other; of the steps of one it tells the mean."""
+    """Return a function that answers prompts greedily, one after the other.
+
+    llama.cpp reports only the mean time per token of an answer, so all steps of an answer get this time.
+    """
 
     def generate(prompts: list[list[int]]) -> Answers:
-        found = [complete(server, prompt, max_new_tokens) for prompt in prompts]
-        timings = [one["timings"] for one in found]
-        steps = [one["predicted_per_token_ms"] / 1000 for one in timings for _ in range(one["predicted_n"] - 1)]
+        responses = [complete(server, prompt, max_new_tokens) for prompt in prompts]
+        timings = [response["timings"] for response in responses]
+        steps = [
+            timing["predicted_per_token_ms"] / 1000 for timing in timings for _ in range(timing["predicted_n"] - 1)
+        ]
         return Answers(
-            [one["choices"][0]["text"] for one in found],
-            sum(one["predicted_n"] for one in timings),
-            sum(one["prompt_ms"] + one["predicted_ms"] for one in timings) / 1000,
+            [response["choices"][0]["text"] for response in responses],
+            sum(timing["predicted_n"] for timing in timings),
+            sum(timing["prompt_ms"] + timing["predicted_ms"] for timing in timings) / 1000,
             timings[0]["prompt_ms"] / 1000,
             steps,
         )

@@ -1,6 +1,6 @@
-"""A trained model back from MLflow or from a folder, on its base as it was trained.
+"""Load a trained model from MLflow or from a folder, on the base model that it was trained on.
 
-What was recorded is data: nothing in it can make code run.
+What was recorded is only data: nothing in it can make code run.
 """
 
 import json
@@ -36,41 +36,41 @@ GGUF_FILE = "model.gguf"
 
 @dataclass(frozen=True)
 class Saved:
-    """What a run saved."""
+    """An adapter or a complete model that a run saved."""
 
     source: str
-    """As it was asked for."""
+    """The run id, URI or folder that the user named."""
     folder: Path
     config: Config
     adapter: bool
-    """Else it is a whole model."""
+    """True for an adapter, false for a complete model."""
     run_id: str | None = None
-    """MLflow's, of the run that it is from; None if that is not known."""
+    """Id of the MLflow run that saved it; None if unknown."""
     tracking_uri: str | None = None
-    """Of the store that knows the run; None is the one in `mlruns/`."""
+    """MLflow store that contains the run; None: the one in `mlruns/`."""
 
     def tokenizer(self) -> Any:
-        """Its tokenizer.
+        """Load the tokenizer that was saved with the model.
 
         Raises:
-            ModelError: there is none.
+            ModelError: the tokenizer is missing or incomplete.
         """
         try:
             return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         except (OSError, ValueError, TypeError) as error:
-            raise ModelError(f"{self.folder}: no whole tokenizer: {first_line(error)}") from error
+            raise ModelError(f"{self.folder}: the tokenizer is missing or incomplete: {first_line(error)}") from error
 
 
 def find(source: str, tracking_uri: str | None = None, device: str = "auto") -> Saved:
-    """What a run saved, with its config as it was recorded, on the base that it was trained on.
+    """Find what a run saved, with the recorded config and the version of the base model that it was trained on.
 
     Args:
         source: an MLflow run id, a `models:/...` URI, or a folder that a run saved or `export` wrote.
-        tracking_uri: the MLflow store; None is the one in `mlruns/`.
-        device: where it is to be put: auto, cpu, cuda.
+        tracking_uri: the MLflow store; None: the one in `mlruns/`.
+        device: device to load it on: auto, cpu, cuda.
 
     Raises:
-        ModelError: there is no such model, it is not one that a run saved, or its base is another now.
+        ModelError: there is no such model, it was not saved by a run, or its base model has changed since training.
     """
     if Path(source).is_dir():
         folder, run_id = Path(source), None
@@ -79,7 +79,7 @@ def find(source: str, tracking_uri: str | None = None, device: str = "auto") -> 
             try:
                 run_id = journal.run_id(folder.parent, mlflow_store.store_uri(tracking_uri))
             except JournalError as error:
-                raise ModelError(f"{folder.parent}: what tells of its run is damaged: {error}") from error
+                raise ModelError(f"{folder.parent}: the journal of its run is damaged: {error}") from error
     else:
         folder, run_id = _download(source, tracking_uri)
     adapter = (folder / "adapter_config.json").is_file()
@@ -88,28 +88,30 @@ def find(source: str, tracking_uri: str | None = None, device: str = "auto") -> 
         raise ModelError(f"{source}: not a model that a run saved (no {CONFIG_FILE}, or no .safetensors)")
     try:
         recorded = plain_yaml((folder / CONFIG_FILE).read_text("utf-8"), CONFIG_FILE)
-        # A stranger's record must not run a stranger's code: neither the model's nor a kernel of the hub.
+        # A config from somebody else must not run their code: neither the model's own code nor a kernel of the hub.
         recorded["model"] |= {"trust_remote_code": False, "attn_implementation": None}
         recorded["training"]["resume_from_checkpoint"] = None
     except (ConfigError, KeyError, TypeError) as error:
         raise ModelError(f"{source}: {CONFIG_FILE} is damaged: {error}") from error
     try:
-        with compatibility.ignored():  # it was trained: what would be refused now did work then
+        with compatibility.ignored():  # it was trained, so what would be refused now worked then
             config = from_dict(recorded | {"device": device})
     except ConfigError as error:
-        raise ModelError(f"{source}: its config is not one of this version: {error}") from error
+        raise ModelError(f"{source}: its config does not match this version of qlora_exp: {error}") from error
     if adapter:
         config = _on_its_base(config, folder)
     elif kernels := sorted(_kernels(_model_config(folder))):
-        raise ModelError(f"{source}: its config.json asks for a kernel of the hub, which is code: {', '.join(kernels)}")
+        raise ModelError(
+            f"{source}: its config.json asks for a kernel of the hub, whose code would run: {', '.join(kernels)}"
+        )
     return Saved(source, folder, config, adapter, run_id, tracking_uri)
 
 
 def _on_its_base(config: Config, folder: Path) -> Config:
-    """The config, with the version of the base that the adapter in `folder` was trained on.
+    """Return the config with the version of the base model that the adapter in `folder` was trained on.
 
     Raises:
-        ModelError: the base is another now.
+        ModelError: the base model has changed since training.
     """
     if not (folder / run_key.BASE_FILE).is_file():  # saved by an older version
         return config
@@ -121,26 +123,29 @@ def _on_its_base(config: Config, folder: Path) -> Config:
     if re.fullmatch(r"[0-9a-f]{40}", then):  # a commit on the hub
         return config.model_copy(update={"model": config.model.model_copy(update={"revision": then})})
     if (now := run_key.model(name, config.model.revision)) != then:
-        raise ModelError(f"{name} is not the base that the adapter was trained on (version {then} then, {now} now)")
+        raise ModelError(
+            f"{name} is not the base model that the adapter was trained on (version {then} then, {now} now)"
+        )
     return config
 
 
 def load(
     source: str, tracking_uri: str | None = None, device: str = "auto", quantization: str | None = None
 ) -> tuple[Any, Any]:
-    """A trained model, ready to generate: the base as it was trained on (quantized or not) with its adapter.
+    """Load a trained model, ready to generate: the base model as in training (quantized or not), with its adapter.
 
     Args:
         source: an MLflow run id, a `models:/...` URI, or a folder that a run saved or `export` wrote.
-        tracking_uri: the MLflow store; None is the one in `mlruns/`.
-        device: where to put it: auto, cpu, cuda.
-        quantization: how to store the base instead: an option of that group, such as nf4_double, int8, none.
+        tracking_uri: the MLflow store; None: the one in `mlruns/`.
+        device: device to load it on: auto, cpu, cuda.
+        quantization: quantization of the base model: an option of that config group, such as nf4_double, int8, none;
+            None: as in training.
 
     Returns:
         The model, in eval mode, and its tokenizer.
 
     Raises:
-        ModelError: there is no such model, it is not one that a run saved, or its base is another now.
+        ModelError: there is no such model, it was not saved by a run, or its base model has changed since training.
         ConfigError: there is no such quantization.
     """
     saved = find(source, tracking_uri, device)
@@ -149,7 +154,7 @@ def load(
 
 
 def load_saved(saved: Saved, quantization: str | None = None, name: str = "default") -> Any:
-    """The model that `load` gives; its adapter goes by `name`."""
+    """Load a saved model as `load` does; `name` is the name of its adapter."""
     config = saved.config
     if quantization is not None:
         chosen = compose(["method=lora", f"quantization={quantization}"]).quantization
@@ -161,17 +166,17 @@ def load_saved(saved: Saved, quantization: str | None = None, name: str = "defau
         base = load_model(config.model, config.quantization, resolved)
         model = with_adapter(base, saved, name)
     else:
-        how = None if quantization is None else quantization_config(config.quantization, resolved)
-        model = load_whole(saved, resolved.dtype, resolved.device, how)
+        settings = None if quantization is None else quantization_config(config.quantization, resolved)
+        model = load_whole(saved, resolved.dtype, resolved.device, settings)
     model.config.use_cache = True
     return model.eval()
 
 
 def with_adapter(model: Any, saved: Saved, name: str = "default") -> PeftModel:
-    """The base `model` with the adapter that a run saved; a model that has one already gets one more.
+    """Add a saved adapter to the base model `model`, or one more to a model that has adapters already.
 
     Raises:
-        ModelError: a file is damaged, or it fits another base.
+        ModelError: a file is damaged, or the adapter does not fit the base model.
     """
     try:
         if isinstance(model, PeftModel):
@@ -186,10 +191,10 @@ def with_adapter(model: Any, saved: Saved, name: str = "default") -> PeftModel:
 
 
 def load_whole(saved: Saved, dtype: str, device: str = "cpu", quantization: Any = None) -> Any:
-    """A model that is no adapter: what a full fine-tune saved, or what `export` wrote.
+    """Load a complete model, not an adapter: one that full fine-tuning saved or `export` wrote.
 
     Raises:
-        ModelError: a file is damaged, or not to be stored so.
+        ModelError: a file is damaged, or the model cannot be quantized like this.
     """
     hide_bars()
     arguments: dict[str, Any] = {"device_map": {"": device}, "trust_remote_code": False}
@@ -197,7 +202,7 @@ def load_whole(saved: Saved, dtype: str, device: str = "cpu", quantization: Any 
         arguments["quantization_config"] = quantization
     elif (saved.folder / GGUF_FILE).is_file():
         arguments |= {"gguf_file": GGUF_FILE, "quantization_config": GgufConfig(dequantize=True)}
-        if (saved.folder / "config.json").is_file():  # transformers reads not all of it in the file
+        if (saved.folder / "config.json").is_file():  # transformers does not read all of the config from the GGUF file
             arguments["config"] = AutoConfig.from_pretrained(saved.folder, trust_remote_code=False)
     elif (stored := stored_as(saved.folder)) in ("gptq", "awq"):
         chosen = compose(["method=lora", f"quantization={stored}"])
@@ -212,10 +217,10 @@ def load_whole(saved: Saved, dtype: str, device: str = "cpu", quantization: Any 
 
 
 def _model_config(folder: Path) -> dict[str, Any]:
-    """What a model's own config.json says; nothing if there is none.
+    """Return the content of a model's config.json; empty if there is none.
 
     Raises:
-        ModelError: it is damaged.
+        ModelError: the file is damaged.
     """
     file = folder / "config.json"
     try:
@@ -223,47 +228,51 @@ def _model_config(folder: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ModelError(f"{file} is damaged: {error}") from error
     if not isinstance(values, dict) or not isinstance(values.get("quantization_config") or {}, dict):
-        raise ModelError(f"{file} is damaged: no object, or a quantization_config that is none")
+        raise ModelError(f"{file} is damaged: it and its quantization_config must be JSON objects")
     return values
 
 
 def stored_as(folder: Path) -> str | None:
-    """How the files of a whole model are quantized (`quant_method`), None if they are not.
+    """Return how the files of a complete model are quantized (`quant_method`); None if they are not.
 
     Raises:
-        ModelError: its config.json is damaged.
+        ModelError: the model's config.json is damaged.
     """
     method = (_model_config(folder).get("quantization_config") or {}).get("quant_method")
     return None if method is None else str(method)
 
 
 def _kernels(values: Any) -> set[str]:
-    """Implementations in a config, at any depth, that transformers would fetch from a repository of the hub and run."""
+    """Return the implementations, at any depth of a config, that transformers would download from the hub and run."""
     if isinstance(values, list):
-        return {found for value in values for found in _kernels(value)}
+        return {kernel for value in values for kernel in _kernels(value)}
     if not isinstance(values, dict):
         return set()
     own = {value for key, value in values.items() if key.endswith("implementation") and "/" in str(value)}
-    return {str(value) for value in own} | {found for value in values.values() for found in _kernels(value)}
+    return {str(value) for value in own} | {kernel for value in values.values() for kernel in _kernels(value)}
 
 
 def models_of(mlflow: MlflowClient, run_id: str) -> list[Any]:
-    """What a run logged as its models, oldest first.
+    """Return the models that a run logged, oldest first.
 
     Raises:
         ModelError: it logged none.
     """
     outputs = mlflow.get_run(run_id).outputs
     if outputs is None or not outputs.model_outputs:
-        raise ModelError(f"run {run_id} left no model in MLflow (tracking.log_adapter, tracking.log_full_model)")
+        raise ModelError(
+            f"run {run_id} logged no model to MLflow; see the keys tracking.log_adapter and tracking.log_full_model"
+        )
     return list(outputs.model_outputs)
 
 
 def _download(source: str, tracking_uri: str | None) -> tuple[Path, str | None]:
-    """A logged model's folder, and the run that it is from."""
+    """Download a logged model; return its folder and the id of the run that logged it."""
     address = mlflow_store.store_uri(tracking_uri)
     if tracking_uri is None and not Path(address.removeprefix("sqlite:///")).is_file():
-        raise ModelError(f"{source}: not a folder, and there is no MLflow store at {address}; give tracking_uri")
+        raise ModelError(
+            f"{source}: not a folder, and there is no MLflow store at {address}; pass --uri (tracking_uri)"
+        )
     mlflow = mlflow_store.client(tracking_uri)
     try:
         if not source.startswith("models:/"):
@@ -271,13 +280,13 @@ def _download(source: str, tracking_uri: str | None) -> tuple[Path, str | None]:
         else:
             model_id = source.removeprefix("models:/")
             version = None
-            if "/" in model_id:  # a registered one: models:/NAME/VERSION
+            if "/" in model_id:  # a registered model: models:/NAME/VERSION
                 version = mlflow.get_model_version(*model_id.split("/", 1))
             elif "@" in model_id:  # models:/NAME@ALIAS
                 version = mlflow.get_model_version_by_alias(*model_id.split("@", 1))
             if version is not None:
                 model_id = str(version.source).removeprefix("models:/")
-        # By its own location: MLflow resolves models:/ on its global tracking URI only.
+        # Use the location of its files: MLflow resolves models:/ on its global tracking URI only.
         logged = mlflow.get_logged_model(model_id)
         folder = download_artifacts(
             artifact_uri=logged.artifact_location, tracking_uri=mlflow_store.store_uri(tracking_uri)

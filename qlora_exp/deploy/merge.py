@@ -1,6 +1,6 @@
-"""An adapter's weights in its base's: a model that needs no adapter, in memory, beside what the two said apart.
+"""Merge an adapter into its base model, in memory, and record the outputs before merging, to check the result against.
 
-Works on the CPU, a layer at a time. Knows nothing of files but what a run saved, and of what becomes of the model.
+Works on the CPU, one layer at a time. Reads what a run saved, and writes no files.
 """
 
 from dataclasses import dataclass
@@ -33,68 +33,72 @@ _ANSWER_TOKENS = 24
 
 @dataclass
 class Whole:
-    """A model without an adapter, and what it has to say."""
+    """A model without an adapter, and the outputs that it must have."""
 
     model: Any
     tokenizer: Any
     base: str
     """Which weights the adapter was merged into, and why."""
     ids: torch.Tensor
-    """(1, tokens) of a paragraph."""
+    """Token ids of a paragraph, (1, tokens)."""
     expected: torch.Tensor
-    """(tokens, vocabulary), float32: logits there, of base and adapter apart."""
+    """Logits on `ids` before merging, from base model and adapter: (tokens, vocabulary), float32."""
     answer: list[int]
-    """What these two answer to a question, greedily, in the format that the run was trained with."""
+    """Token ids of the greedy answer to a fixed question before merging, in the prompt format of the training."""
 
     @property
     def dtype(self) -> str:
-        """Of the weights."""
+        """Dtype of the weights, such as float32."""
         return str(self.model.dtype).removeprefix("torch.")
 
 
 def whole(saved: Saved, dtype: str = "auto", base: Base = "auto") -> Whole:
-    """What a run trained as a model without an adapter.
+    """Return what a run trained as a model without an adapter.
 
     Args:
-        saved: what a run saved: an adapter, which is merged, or a whole model, which is taken as it is.
-        dtype: of the merged weights: float32, bfloat16, float16; auto is that of the base's files.
-        base: `files`, the base as its files are; `trained`, what the quantized weights that it was trained on stand
-            for; auto is `files`, unless those are quantized themselves.
+        saved: an adapter, which is merged, or a complete model, which is used as it is.
+        dtype: dtype of the merged weights: float32, bfloat16, float16; auto: that of the base model's files.
+        base: weights to merge the adapter into. `files`: those in the base model's files; `trained`: the quantized
+            weights that the adapter was trained on, dequantized; auto: `files`, unless the files are quantized.
 
     Raises:
-        ConfigError: it cannot be merged.
-        ModelError: base and adapter do not belong together, or a file is damaged.
+        ConfigError: the model cannot be merged.
+        ModelError: base model and adapter do not belong together, or a file is damaged.
     """
     tokenizer = saved.tokenizer()
     tokenizer.chat_template = chat_template(saved.config.dataset, tokenizer)
     ids = tokenizer(_TEXT, return_tensors="pt").input_ids
     if not saved.adapter:
         if base != "auto":
-            raise ConfigError(f"--base {base}: {saved.folder} is a whole model, and is not merged into any")
-        model, told = load_whole(saved, dtype), f"{saved.source}, a whole model"
+            raise ConfigError(
+                f"--base {base}: {saved.folder} is a complete model, not an adapter to merge; leave --base out"
+            )
+        model, description = load_whole(saved, dtype), f"{saved.source}, a whole model"
         if (stored := stored_as(saved.folder)) is not None:
             model = quantization.dequantized(model, model.dtype)
-            told += f", what its weights stored by {stored} stand for"
-        return Whole(model, tokenizer, told, ids, logits(model, ids), answer(model, tokenizer))
+            description += f", what its weights stored by {stored} stand for"
+        return Whole(model, tokenizer, description, ids, logits(model, ids), answer(model, tokenizer))
     config = saved.config
     kind = compatibility.kind_of(config.method.peft_type, config.lora_variant.name)
     if why := compatibility.refusal(kind, "plain", "merge"):
         raise ConfigError(f"method={config.method.name} cannot be merged: {why}")
-    model, told = _base(config, dtype, base)
+    model, description = _base(config, dtype, base)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
-        raise ModelError(f"the tokenizer has {len(tokenizer)} tokens, the base only {rows}: it is for another base")
+        raise ModelError(
+            f"the tokenizer has {len(tokenizer)} tokens, but the base model has {rows}: they do not belong together"
+        )
     adapted = with_adapter(model, saved).eval()
     expected, answered = logits(adapted, ids), answer(adapted, tokenizer)
-    return Whole(_merged(adapted), tokenizer, told, ids, expected, answered)
+    return Whole(_merged(adapted), tokenizer, description, ids, expected, answered)
 
 
 def _base(config: Config, dtype: str, base: Base) -> tuple[Any, str]:
-    """The weights to merge into, and which they are and why."""
+    """Return the base model to merge into, and a description of which weights it has and why."""
     name, stored = config.model.model_name_or_path, config.quantization
     files_are_quantized = stored.quant_method in ("gptq", "awq")
     if base == "files" and files_are_quantized:
-        raise ConfigError("--base files: those are quantized themselves; use --base trained")
+        raise ConfigError("--base files: the base model's files are quantized themselves; use --base trained")
     if not stored.quantized:
         return load_unquantized(config.model, dtype), f"{name}, as its files are"
     if base == "trained" or files_are_quantized:
@@ -112,32 +116,34 @@ def _base(config: Config, dtype: str, base: Base) -> tuple[Any, str]:
 
 @torch.no_grad()
 def _merged(adapted: PeftModel) -> Any:
-    """The base with the adapter's weights; each layer is merged in float32 and rounded once."""
+    """Return the base model with the adapter merged in; each layer is merged in float32 and rounded once."""
     tuner: Any = adapted.base_model
     if adapted.active_peft_config.is_prompt_learning or not hasattr(tuner, "merge_and_unload"):
-        raise ConfigError(f"{adapted.active_peft_config.peft_type} has no weights that could be merged into the base's")
+        raise ConfigError(
+            f"{adapted.active_peft_config.peft_type} cannot be merged: it has no weights to add to the base model's"
+        )
     try:
         for layer in [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]:
-            own: Any = layer.get_base_layer()
-            dtypes = {name: tensor.dtype for name, tensor in own.named_parameters(recurse=False)}
+            base_layer: Any = layer.get_base_layer()
+            dtypes = {name: tensor.dtype for name, tensor in base_layer.named_parameters(recurse=False)}
             for name in dtypes:
-                getattr(own, name).data = getattr(own, name).data.float()
+                getattr(base_layer, name).data = getattr(base_layer, name).data.float()
             layer.merge(safe_merge=True)
             for name, dtype in dtypes.items():
-                getattr(own, name).data = getattr(own, name).data.to(dtype)
-        whole = tuner.unload()
+                getattr(base_layer, name).data = getattr(base_layer, name).data.to(dtype)
+        merged = tuner.unload()
     except (NotImplementedError, ValueError) as error:
-        raise ConfigError(f"cannot be merged: {error}") from error
-    whole.config.use_cache = True
-    return whole
+        raise ConfigError(f"the adapter cannot be merged: {error}") from error
+    merged.config.use_cache = True
+    return merged
 
 
 @torch.no_grad()
 def answer(model: Any, tokenizer: Any) -> list[int]:
-    """The first tokens of what the likeliest answer to a question is, in the format of the chat template."""
+    """Return the first tokens of the greedy answer to a fixed question, in the format of the chat template."""
     chats = bool(tokenizer.chat_template)
-    asked = [{"role": "user", "content": _QUESTION}]
-    text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) if chats else _QUESTION
+    messages = [{"role": "user", "content": _QUESTION}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) if chats else _QUESTION
     batch = tokenizer(text, return_tensors="pt", add_special_tokens=not chats)
     settings = GenerationConfig(
         max_new_tokens=_ANSWER_TOKENS,
@@ -145,13 +151,13 @@ def answer(model: Any, tokenizer: Any) -> list[int]:
         eos_token_id=stop_tokens(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
-    given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    found = model.generate(**given, generation_config=settings, use_cache=True)
-    new: list[int] = found[0, batch["input_ids"].shape[1] :].tolist()
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    generated = model.generate(**inputs, generation_config=settings, use_cache=True)
+    new: list[int] = generated[0, batch["input_ids"].shape[1] :].tolist()
     return new
 
 
 @torch.no_grad()
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """(tokens, vocabulary), float32, of (1, tokens)."""
+    """Return logits, (tokens, vocabulary), float32 on the CPU, for token ids, (1, tokens)."""
     return model.eval()(input_ids=ids.to(model.device)).logits[0].float().cpu()

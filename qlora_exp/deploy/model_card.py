@@ -1,6 +1,6 @@
-"""A model card: what a recorded run trained, on what, with which result, and how to load it. Plain Markdown.
+"""Write a model card in Markdown: what a recorded run trained, on which data, with which result, and how to load it.
 
-Says only what was recorded; what is not known is said to be so. Knows nothing of MLflow.
+States only what was recorded, and says so where something is unknown. Does not use MLflow.
 """
 
 import json
@@ -37,28 +37,28 @@ LICENSES = {
     "yahma/alpaca-cleaned": "cc-by-nc-4.0",
     "databricks/databricks-dolly-15k": "cc-by-sa-3.0",
 }
-"""Of the models and datasets that have an option in `conf/`, by their name there."""
+"""Licences of the models and datasets that have an option in `conf/`, by the name used there."""
 UNKNOWN = "not known here: look it up"
 _HUB_NAMES = {"embedded:smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
 def license_of(name: str) -> str:
-    """Of a model or a dataset."""
+    """Return the licence of a model or a dataset; `UNKNOWN` if it is not listed here."""
     if name.startswith("random:"):
         return "none: random weights"
     return LICENSES.get(name.partition(":")[0] if name.startswith("reasoning_gym") else name, UNKNOWN)
 
 
 def write(record: Record, config: Config, source: str) -> str:
-    """The README.md of a model.
+    """Return the text of a model's README.md.
 
     Args:
-        record: the run.
-        config: its own, as it was recorded.
-        source: what `qlora_exp.load` takes.
+        record: the recorded run.
+        config: the run's recorded config.
+        source: argument with which `qlora_exp.load` loads this model.
     """
     model, data = config.model.model_name_or_path, config.dataset.path
-    # The hub takes names of its own there, and a path of this machine is nobody's business.
+    # The hub accepts only its own names in these fields, and a path on this machine must not be published.
     bases, datasets = ([name] if _is_hub_id(name) else [] for name in (_HUB_NAMES.get(model, model), data))
     head = {
         **({"base_model": bases[0]} if bases else {}),
@@ -73,16 +73,17 @@ def write(record: Record, config: Config, source: str) -> str:
         f"{config.method.name} fine-tune of `{model}`, made by qlora_exp.",
         markdown_table(["", ""], _facts(record, config)),
         "## Results",
-        "On the held-out rows, with intervals of 95 % over these rows (one run: another seed would differ too).",
+        "On the held-out rows, with 95 % confidence intervals over these rows. "
+        "This is one run: with another random seed the results would differ too.",
         markdown_table(["", "before", "after", "change"], _results(record)),
         "## Cost",
         markdown_table(["", ""], summary.cost(record.metrics)),
         "## Use",
         f'```python\nimport qlora_exp\n\nmodel, tokenizer = qlora_exp.load("{source}")\n```',
-        f"`qlora-exp chat {source}` asks it in the format that it was trained with ({config.dataset.format}); "
-        f"`qlora-exp merge {source} --out FOLDER` makes a model that needs no adapter.",
+        f"`qlora-exp chat {source}` prompts it in the format that it was trained with ({config.dataset.format}); "
+        f"`qlora-exp merge {source} --out FOLDER` writes a model that needs no adapter.",
         "## Licences",
-        f"Base model: {license_of(model)}. Data: {license_of(data)}. Both hold for what was made of them.",
+        f"Base model: {license_of(model)}. Data: {license_of(data)}. Both apply to this model.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -93,8 +94,8 @@ def _is_hub_id(name: str) -> bool:
 
 def _facts(record: Record, config: Config) -> list[list[str]]:
     params, training = record.params, config.training
-    trained = f"{record.metrics.get('steps', 0):,.0f} steps of {training.per_device_train_batch_size}"
-    trained += f" x {training.gradient_accumulation_steps} rows, learning rate {training.learning_rate:g}, "
+    training_text = f"{record.metrics.get('steps', 0):,.0f} steps of {training.per_device_train_batch_size}"
+    training_text += f" x {training.gradient_accumulation_steps} rows, learning rate {training.learning_rate:g}, "
     settings = config.peft_settings
     return [
         ["base model", model_and_revision(config)],
@@ -105,7 +106,10 @@ def _facts(record: Record, config: Config) -> list[list[str]]:
             f"{config.dataset.path}, {params.get('data.training_rows', '?')} rows, format {config.dataset.format}",
         ],
         ["held-out rows", params.get("data.evaluation_rows", "?")],
-        ["training", trained + f"optimizer {params.get('resolved.optim', config.optimizer.optim)}, seed {config.seed}"],
+        [
+            "training",
+            training_text + f"optimizer {params.get('resolved.optim', config.optimizer.optim)}, seed {config.seed}",
+        ],
         ["device", params.get("resolved.device_name", "?")],
         ["run", record.run_id],
         ["code", record.tags.get("git.sha", record.tags.get("identity.code", "?"))],
@@ -113,7 +117,7 @@ def _facts(record: Record, config: Config) -> list[list[str]]:
 
 
 def model_and_revision(config: Config) -> str:
-    """The base model's name, with its revision if one was asked for."""
+    """Return the base model's name, with its revision if the config has one."""
     return config.model.model_name_or_path + (f"@{config.model.revision}" if config.model.revision else "")
 
 
@@ -136,18 +140,18 @@ def _results(record: Record) -> list[list[str]]:
 
 
 def _losses(text: str) -> Any:
-    """(1, rows, 2) of nats and tokens; None if they were not kept."""
-    found = [json.loads(line) for line in text.splitlines()]
-    return np.array([[[row["nll"], row["tokens"]] for row in found]]) if found else None
+    """Return (1, rows, 2): loss in nats and number of tokens of each row; None if they were not recorded."""
+    rows = [json.loads(line) for line in text.splitlines()]
+    return np.array([[[row["nll"], row["tokens"]] for row in rows]]) if rows else None
 
 
 def _interval(ours: Any, theirs: Any) -> str:
-    found = stats.difference_of_items(ours, theirs)
-    return f"{found.value:.4f} [{found.low:.4f}, {found.high:.4f}]"
+    change = stats.difference_of_items(ours, theirs)
+    return f"{change.value:.4f} [{change.low:.4f}, {change.high:.4f}]"
 
 
 def tags(config: Config) -> Sequence[tuple[str, str]]:
-    """What a registered version is found by."""
+    """Return tags by which a registered version can be searched for."""
     return (
         ("base_model", model_and_revision(config)),
         ("method", config.method.name),

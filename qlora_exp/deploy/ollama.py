@@ -1,6 +1,7 @@
-"""An Ollama Modelfile for a GGUF file: how a dialogue is written, and where an answer ends. Knows nothing of weights.
+"""Write an Ollama Modelfile for a GGUF file: the prompt format of a dialogue, and where an answer ends.
 
-Ollama's templates are Go's (https://docs.ollama.com/modelfile); ours is read off what the chat template renders.
+Ollama uses Go templates (https://docs.ollama.com/modelfile); this one is derived from what the tokenizer's chat
+template renders. Does not read weights.
 """
 
 from typing import Any
@@ -13,38 +14,38 @@ _SYSTEM, _ASKED, _ANSWER = "\x01system\x01", "\x01asked\x01", "\x01answer\x01"
 
 
 def modelfile(tokenizer: Any, file: str) -> str:
-    """A Modelfile for the GGUF file `file` beside it.
+    """Return the text of a Modelfile for the GGUF file `file` in the same folder.
 
     Args:
-        tokenizer: with the chat template of the format that the model was trained with; one without a template gets
-            a Modelfile that continues what it is given.
-        file: the GGUF file's name.
+        tokenizer: has the chat template of the format that the model was trained with. If it has none, the Modelfile
+            lets the model continue the prompt as plain text.
+        file: name of the GGUF file.
 
     Returns:
-        Its text; a template that a Modelfile cannot hold is left out, and Ollama reads the GGUF file's own.
+        The text. A template that a Modelfile cannot contain is left out; Ollama then uses the GGUF file's own.
     """
     template, system = _template(tokenizer) if tokenizer.chat_template else ("{{ .Prompt }}{{ .Response }}", None)
-    told = [("TEMPLATE", template), ("SYSTEM", system or ""), ("PARAMETER stop", tokenizer.eos_token)]
-    # What holds three quotes would end there and could go on with directives of its own.
-    written = [f'{name} """{text}"""' for name, text in told if text and '"""' not in text and text[-1] != '"']
+    directives = [("TEMPLATE", template), ("SYSTEM", system or ""), ("PARAMETER stop", tokenizer.eos_token)]
+    # Three quotes in a text would end its directive there, and the rest could be read as further directives.
+    written = [f'{name} """{text}"""' for name, text in directives if text and '"""' not in text and text[-1] != '"']
     return "\n".join([f"FROM ./{file}", *written]) + "\n"
 
 
 def _template(tokenizer: Any) -> tuple[str, str | None]:
-    """The Go template of one turn, and the system message that is told where a dialogue begins without one."""
+    """Return the Go template of one turn, and the default system message (None if the chat template inserts none)."""
 
     def render(*messages: tuple[str, str], ask: bool = True) -> str:
-        told = [{"role": role, "content": text} for role, text in messages]
-        text: str = tokenizer.apply_chat_template(told, tokenize=False, add_generation_prompt=ask)
-        return text.removeprefix(tokenizer.bos_token) if adds_bos(tokenizer) else text  # llama.cpp puts it there itself
+        dialogue = [{"role": role, "content": text} for role, text in messages]
+        text: str = tokenizer.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=ask)
+        return text.removeprefix(tokenizer.bos_token) if adds_bos(tokenizer) else text  # llama.cpp adds it itself
 
     asked, answer = ("user", _ASKED), ("assistant", _ANSWER)
     after = render(asked, answer, ask=False).split(_ANSWER, 1)[1]
-    turn = render(asked, answer, asked).split(_ANSWER, 1)[1].removeprefix(after)  # a later one: nothing else is told
+    turn = render(asked, answer, asked).split(_ANSWER, 1)[1].removeprefix(after)  # a later turn, without system message
     first = render(asked)
     try:
         with_system = render(("system", _SYSTEM), asked)
-    except TemplateError:  # a format that knows none
+    except TemplateError:  # a format without system messages
         with_system = ""
     if _SYSTEM not in with_system:
         return _go(first) + "{{ .Response }}" + after, None

@@ -1,4 +1,4 @@
-"""A run's model in MLflow's registry, under a name and an alias, with its card; and on the hub if that is asked for."""
+"""Register a run's model in MLflow's registry, with a model card, and upload it to the Hugging Face hub on request."""
 
 import shutil
 import tempfile
@@ -15,60 +15,60 @@ from qlora_exp.utils.errors import ConfigError, TrackingError, first_line
 from qlora_exp.utils.secrets import load_env_file, redact
 
 _CARD = "README.md"
-_MOST_DESCRIPTION = 5000
-"""Characters of a version's description that MLflow keeps on every database."""
+_MAX_DESCRIPTION = 5000
+"""Length of a version's description, in characters, that MLflow can store in every kind of database."""
 
 
 @dataclass(frozen=True)
 class Registered:
-    """A version in the registry."""
+    """A version of a registered model."""
 
     name: str
     version: str
     alias: str | None
     uri: str
-    """What `qlora_exp.load` takes."""
+    """Argument with which `qlora_exp.load` loads it."""
 
 
 def register(uri: str | None, run: str, name: str, alias: str | None = None) -> tuple[Registered, str]:
-    """Give a run's logged model a name in the registry; once registered so, the same version is found again.
+    """Register a run's logged model under a name. Registering it again returns the same version.
 
     Args:
-        uri: MLflow's tracking URI; None is SQLite in ./mlruns.
-        run: a run's id, key or name.
-        name: of the registered model.
-        alias: to move to this version.
+        uri: MLflow tracking URI; None: SQLite in ./mlruns.
+        run: id, run key or name of the run.
+        name: name of the registered model.
+        alias: alias to move to this version.
 
     Returns:
-        The version, and the model card, which is kept with the run, the model and the version.
+        The version, and the model card, which is saved with the run, the model and the version.
 
     Raises:
-        ConfigError: a name or an alias that MLflow does not take.
-        TrackingError: there is no such run or store.
-        ModelError: the run left no model.
+        ConfigError: MLflow does not accept the name or the alias.
+        TrackingError: there is no such run or MLflow store.
+        ModelError: the run logged no model.
     """
     record = reproduce.one_record(uri, run)
     saved = load.find(record.run_id, uri, "cpu")
     mlflow = mlflow_store.client(uri)
     try:
-        (model_id,) = [one.model_id for one in load.models_of(mlflow, record.run_id)][-1:]
-        found = _version(mlflow, name, model_id, record.run_id)
+        (model_id,) = [output.model_id for output in load.models_of(mlflow, record.run_id)][-1:]
+        version = _version(mlflow, name, model_id, record.run_id)
         if alias is not None:
-            mlflow.set_registered_model_alias(name, alias, found)
+            mlflow.set_registered_model_alias(name, alias, version)
     except MlflowException as error:
         if error.error_code == "INVALID_PARAMETER_VALUE":
-            raise ConfigError(f"register: {first_line(error)}") from error
+            raise ConfigError(f"register: MLflow refuses the name or the alias: {first_line(error)}") from error
         raise TrackingError(f"MLflow: {first_line(error)}") from error
-    address = f"models:/{name}@{alias}" if alias else f"models:/{name}/{found}"
+    address = f"models:/{name}@{alias}" if alias else f"models:/{name}/{version}"
     text = model_card.write(record, saved.config, address)
     with records.explained(), tempfile.TemporaryDirectory() as folder:
         (Path(folder) / _CARD).write_text(text, "utf-8")
         mlflow.log_artifact(record.run_id, str(Path(folder) / _CARD))
         mlflow.log_model_artifact(model_id, str(Path(folder) / _CARD))
-        mlflow.update_model_version(name, found, text[:_MOST_DESCRIPTION])
+        mlflow.update_model_version(name, version, text[:_MAX_DESCRIPTION])
         for key, value in model_card.tags(saved.config):
-            mlflow.set_model_version_tag(name, found, key, redact(value))
-    return Registered(name, found, alias, address), text
+            mlflow.set_model_version_tag(name, version, key, redact(value))
+    return Registered(name, version, alias, address), text
 
 
 def _version(mlflow: MlflowClient, name: str, model_id: str, run_id: str) -> str:
@@ -78,11 +78,11 @@ def _version(mlflow: MlflowClient, name: str, model_id: str, run_id: str) -> str
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-        for known in mlflow.search_model_versions(f"run_id = '{run_id}'"):
-            if known.name == name and known.source == source:
-                return str(known.version)
+        for existing in mlflow.search_model_versions(f"run_id = '{run_id}'"):
+            if existing.name == name and existing.source == source:
+                return str(existing.version)
     before = get_tracking_uri()
-    set_tracking_uri(mlflow.tracking_uri)  # on which alone MLflow resolves models:/
+    set_tracking_uri(mlflow.tracking_uri)  # MLflow resolves models:/ on its global tracking URI only
     try:
         return str(mlflow.create_model_version(name, source, run_id, model_id=model_id).version)
     finally:
@@ -90,10 +90,10 @@ def _version(mlflow: MlflowClient, name: str, model_id: str, run_id: str) -> str
 
 
 def push(uri: str | None, source: str, repository: str, text: str, private: bool = True) -> str:
-    """Upload a registered model with its card to the hub; the address of the commit.
+    """Upload a registered model with its card to the hub and return the address of the commit.
 
     Raises:
-        ConfigError: the hub refuses, or there is no HF_TOKEN.
+        ConfigError: the hub refuses the upload, or HF_TOKEN is not set.
     """
     load_env_file()
     from huggingface_hub import HfApi
@@ -106,5 +106,5 @@ def push(uri: str | None, source: str, repository: str, text: str, private: bool
             (Path(part) / _CARD).write_text(text, "utf-8")
             api.create_repo(repository, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repository, folder_path=part))
-    except Exception as error:  # whatever the hub, its client's checks or the network raise: the model is registered
+    except Exception as error:  # of any kind: from the hub, its client's checks or the network
         raise ConfigError(f"--push {repository}: {redact(first_line(error))}") from error

@@ -1,6 +1,6 @@
-"""What a run trained behind an OpenAI-compatible endpoint: the commands of servers that exist, and a folder for them.
+"""Serve a trained model at an OpenAI-compatible endpoint: commands of existing servers, and the folder that they need.
 
-Knows which server wants what; runs none itself.
+Starts no server itself.
 """
 
 import importlib.util
@@ -19,56 +19,56 @@ from qlora_exp.utils.errors import ConfigError
 
 @dataclass(frozen=True)
 class Server:
-    """How to start one, and how to ask it."""
+    """How to start a server, and how to send it a request."""
 
     command: list[str]
     environment: dict[str, str]
     url: str
-    """Takes OpenAI's chat completions."""
+    """Address of the server for OpenAI's chat completions."""
     model: str
-    """The model's name there."""
+    """Name of the model in a request."""
 
     @property
     def line(self) -> str:
-        """What to type."""
+        """Shell command that starts the server."""
         settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
         return " ".join([*settings, shlex.join(self.command)])
 
     @property
     def example(self) -> str:
-        """A shell command that asks it something."""
-        asked = {"model": self.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}
-        return f"curl {self.url} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(asked))}"
+        """Shell command that sends the server a question."""
+        request = {"model": self.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}
+        return f"curl {self.url} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(request))}"
 
 
 def check(server: str, saved: Saved) -> None:
-    """That the server is here, and can serve what was saved.
+    """Check that the server is installed and can serve what was saved.
 
     Raises:
-        ConfigError: it is not, or cannot; what to do instead.
+        ConfigError: it is not, or cannot; the message says what to do instead.
     """
     is_gguf = (saved.folder / GGUF_FILE).is_file()
     if is_gguf != (server == "llama.cpp"):
         raise ConfigError(
-            "--with llama.cpp: needs a GGUF file: qlora-exp export ... --to gguf, and serve that folder"
+            "--with llama.cpp needs a GGUF file: run qlora-exp export ... --to gguf, and serve its folder"
             if server == "llama.cpp"
-            else f"{saved.folder}: a GGUF file is served --with llama.cpp"
+            else f"{saved.folder} contains a GGUF file, which can only be served --with llama.cpp"
         )
     missing = {
         "transformers": not importlib.util.find_spec("openai") and "pip install 'qlora-exp[serve]'",
         "vllm": not shutil.which("vllm") and "pip install vllm, in an environment of its own, and put it on the PATH",
-        "llama.cpp": not shutil.which("llama-server") and "install llama.cpp, so that `llama-server` is found",
+        "llama.cpp": not shutil.which("llama-server") and "install llama.cpp, and put `llama-server` on the PATH",
     }
-    if how := missing.get(server):
-        raise ConfigError(f"--with {server} needs it to be installed: {how}; --print shows its command")
+    if advice := missing.get(server):
+        raise ConfigError(f"--with {server}: this server is not installed: {advice}; --print only shows commands")
 
 
 def folder_of(saved: Saved, out: Path) -> Path:
-    """The folder of a whole model to serve: an adapter is merged into `out` first, unless it was before.
+    """Return the folder of a complete model to serve; an adapter is merged into `out` first, unless that was done.
 
     Raises:
-        ConfigError: `out` holds something else, or the adapter cannot be merged.
-        ModelError: base and adapter do not belong together, or a file is damaged.
+        ConfigError: `out` contains something else, or the adapter cannot be merged.
+        ModelError: base model and adapter do not belong together, or a file is damaged.
     """
     if not saved.adapter:
         return saved.folder
@@ -78,11 +78,12 @@ def folder_of(saved: Saved, out: Path) -> Path:
 
 
 def mlflow_model(folder: Path, made: Path) -> Path:
-    """Write MLflow's model of the transformers folder, which `mlflow models serve` takes, to `made`, always anew."""
+    """Write a transformers folder as an MLflow model for `mlflow models serve`; replace `made` if it exists."""
     import mlflow.transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # MLflow 3.17 takes no path of a folder with transformers 5, and asks the hub about a name that could be one there.
+    # With transformers 5, MLflow 3.17 does not accept the path of a folder, so the model is loaded. MLflow also asks
+    # the hub about a name that could exist there, so the path is made absolute.
     folder = folder.resolve()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
     components = {"model": model, "tokenizer": AutoTokenizer.from_pretrained(folder, trust_remote_code=False)}
@@ -93,7 +94,7 @@ def mlflow_model(folder: Path, made: Path) -> Path:
 
 
 def server(name: str, folder: Path, host: str, port: int, device: str = "auto") -> Server:
-    """How the server `name` serves the model in `folder`."""
+    """Return how the server `name` serves the model in `folder`."""
     chat = f"http://{host}:{port}/v1/chat/completions"
     binaries, where = Path(sys.executable).parent, ["--host", host, "--port", str(port)]
     offline = {"HF_HUB_OFFLINE": "1"}
@@ -110,29 +111,31 @@ def server(name: str, folder: Path, host: str, port: int, device: str = "auto") 
 
 
 def commands(saved: Saved, out: Path, host: str, port: int) -> list[str]:
-    """What to type for each server that takes a folder or a file: a comment, then commands, then a question."""
+    """Return shell lines for each server that takes a folder or a file: a comment, commands, and an example request."""
     if (saved.folder / GGUF_FILE).is_file():
-        named = [("llama.cpp", server("llama.cpp", saved.folder, host, port))]
+        servers = [("llama.cpp", server("llama.cpp", saved.folder, host, port))]
     else:
         folder = out if saved.adapter else saved.folder
-        named = [(name, server(name, folder, host, port)) for name in ("transformers", "vllm")]
-    if (without := adapter_on_vllm(saved, host, port)) is not None:
-        named.append(("vllm, the adapter beside its base", without))
+        servers = [(name, server(name, folder, host, port)) for name in ("transformers", "vllm")]
+    if (unmerged := adapter_on_vllm(saved, host, port)) is not None:
+        servers.append(("vllm, base model and adapter without merging", unmerged))
     merging = ["qlora-exp", "merge", saved.source, "--out", str(out)]
     merging += ["--uri", saved.tracking_uri] if saved.tracking_uri else []
-    made = [shlex.join(merging)] if saved.adapter else []
+    merge_first = [shlex.join(merging)] if saved.adapter else []
     return [
-        line for name, one in named for line in (f"# {name}", *([] if one is without else made), one.line, one.example)
+        line
+        for name, each in servers
+        for line in (f"# {name}", *([] if each is unmerged else merge_first), each.line, each.example)
     ]
 
 
 def adapter_on_vllm(saved: Saved, host: str, port: int) -> Server | None:
-    """How vLLM serves a LoRA adapter beside its base, without merging; None for what it does not take so."""
+    """Return how vLLM serves a LoRA adapter on its base model without merging; None if vLLM cannot."""
     config = saved.config
     settings = config.peft_settings
     if not saved.adapter or config.method.peft_type != "LORA" or settings.get("use_dora"):
         return None
-    if config.model.model_name_or_path.startswith(("embedded:", "random:")):  # made here, known nowhere else
+    if config.model.model_name_or_path.startswith(("embedded:", "random:")):  # these models exist only in this project
         return None
     name = saved.run_id or "adapter"
     rank = max([settings.get("r", 8), *settings.get("rank_pattern", {}).values()])

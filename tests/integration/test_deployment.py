@@ -135,5 +135,5 @@ def test_deployment_gap_command_measures_each_format(mlflow_uri, tmp_path, capsy
     other = tmp_path / "gap" / "int8"
     other.mkdir()
     assert exit_code("deployment-gap", result.run_id, "--uri", mlflow_uri, "--forms", "int8", "--out", "gap") == 1
-    assert "holds something else" in capsys.readouterr().err
+    assert "contains something else" in capsys.readouterr().err
     assert "deployment_gap.json" in [one.path for one in client(mlflow_uri).list_artifacts(result.run_id)]

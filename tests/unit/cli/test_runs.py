@@ -81,7 +81,7 @@ def test_sync_sends_all_that_it_can_read(what: str, mlflow_uri, tmp_path, monkey
     uri = f"sqlite:///{tmp_path / 'other.db'}"
     assert exit_code("sync", "outputs", "--uri", uri) == 1
     shown = capsys.readouterr().err.splitlines()
-    assert shown[-1].startswith("error: 2 runs sent; 1 runs or folders could not be read whole")
+    assert shown[-1].startswith("error: 2 runs sent; 1 runs or folders could not be read completely")
     (warning,) = [line for line in shown if line.startswith("warning: ")]
     assert "outputs/a" in warning
     if what == "line":

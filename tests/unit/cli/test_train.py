@@ -13,7 +13,7 @@ def test_an_interrupted_run_says_how_to_go_on(make_config, tmp_path, monkeypatch
 
     monkeypatch.setattr("qlora_exp.recipe.finetune.run", interrupted)
     composed, folder = OmegaConf.create(make_config().model_dump(mode="json")), tmp_path / "run"
-    for hint in ("", f"to go on: the same command with hydra.run.dir={folder}\n"):
+    for hint in ("", f"to resume: run the same command with hydra.run.dir={folder}\n"):
         with pytest.raises(KeyboardInterrupt):
             train._single_run(composed, folder)
         assert capsys.readouterr().err == hint

@@ -89,7 +89,7 @@ def test_request_that_does_not_fit_the_format_is_rejected(talker):
     with pytest.raises(DataError, match="refuses this dialogue.*has only user and assistant turns"):
         talker.answer(Request(system), SHORT)
     assert "system\nBe brief." in talker.prompt(Request(system, adapter="same_kind"))[0]
-    with pytest.raises(DataError, match="an input beside the prompt"):
+    with pytest.raises(DataError, match="an `input` besides the prompt"):
         talker.answer(Request(asked("Why?").messages, "rain", "same_kind"), SHORT)
     with pytest.raises(DataError, match="longer than the 2048"):
         talker.answer(asked("a" * 3000), SHORT)
@@ -100,7 +100,7 @@ def test_request_that_does_not_fit_the_format_is_rejected(talker):
 def test_full_model_answers_and_has_no_base(trained_adapters):
     whole = open_talker({"default": str(trained_adapters("method=full", "tracking.log_full_model=true"))}, device="cpu")
     assert isinstance(whole.answer(asked("Why?"), SHORT), str)
-    with pytest.raises(ConfigError, match="a whole model, without a base"):
+    with pytest.raises(ConfigError, match="a complete model, without a base"):
         whole.answer(asked("Why?", BASE), SHORT)
 
 
@@ -115,7 +115,7 @@ def test_adapters_of_different_bases_are_rejected(trained_adapters):
     llama, opt = str(trained_adapters()), str(trained_adapters("model=tiny_opt"))
     with pytest.raises(ModelError, match="was trained on random:opt"):
         open_talker({"default": llama, "b": opt}, device="cpu")
-    with pytest.raises(ModelError, match="is a whole model"):
+    with pytest.raises(ModelError, match="is a complete model"):
         open_talker(
             {"default": llama, "b": str(trained_adapters("method=full", "tracking.log_full_model=true"))}, device="cpu"
         )
@@ -145,7 +145,7 @@ def test_requests_are_read_from_text_and_jsonl(tmp_path):
 @pytest.mark.parametrize("line", ["{", "[]", '"a"', '{"question": "a"}', '{"messages": [{"role": "user"}]}', "3"])
 def test_invalid_request_line_is_named(line, tmp_path):
     (tmp_path / "b.jsonl").write_text(f'{{"prompt": "a"}}\n{line}\n')
-    with pytest.raises(DataError, match=r"b\.jsonl:2: no object with prompt"):
+    with pytest.raises(DataError, match=r"b\.jsonl:2: not an object with `prompt`"):
         list(read_requests(tmp_path / "b.jsonl"))
     with pytest.raises(DataError, match="none"):
         list(read_requests(tmp_path / "none.txt"))

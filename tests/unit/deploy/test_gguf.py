@@ -95,13 +95,13 @@ def test_sentencepiece_tokenizer_has_scores_and_bytes(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"model_type": "gpt2", "n_embd": 64, "n_head": 4}, "of type gpt2 are not known here"),
-        ({"model_type": "llama", "pre": pre_tokenizers.Whitespace()}, "name of this tokenizer is not known"),
+        ({"model_type": "gpt2", "n_embd": 64, "n_head": 4}, "of type gpt2 are not supported"),
+        ({"model_type": "llama", "pre": pre_tokenizers.Whitespace()}, "this tokenizer is not supported"),
         ({"model_type": "llama", "pre": SPLITS["gpt-2"], "rope_parameters": {
-            "rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type dynamic are not known"),
+            "rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type dynamic are not supported"),
         ({"model_type": "qwen2", "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
-            "original_max_position_embeddings": 32, "attention_factor": 1.7}}, "with attention_factor are not known"),
-        ({"model_type": "mistral", "sliding_window": 16}, "sliding window is not known"),
+            "original_max_position_embeddings": 32, "attention_factor": 1.7}}, "attention_factor are not supported"),
+        ({"model_type": "mistral", "sliding_window": 16}, "sliding window is not supported"),
     ],
 )  # fmt: skip
 def test_model_that_llama_cpp_would_misread_is_rejected(fields, says, tmp_path):

@@ -29,7 +29,7 @@ def test_calibration_uses_the_runs_training_rows():
     found = gptq.rows(config, load_tokenizer(config.model))
     assert len(found) == gptq.ROWS
     assert {len(one["input_ids"]) for one in found} == {50}
-    with pytest.raises(ConfigError, match="rows of 10 tokens and more"):
+    with pytest.raises(ConfigError, match="no training row has 10 tokens"):
         gptq.rows(compose(["model=tiny_llama", "training.max_length=9"]), load_tokenizer(config.model))
 
 

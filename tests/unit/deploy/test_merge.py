@@ -34,5 +34,5 @@ def test_full_model_is_used_as_it_is(trained_adapters):
     saved = load.find(str(trained_adapters("method=full", "tracking.log_full_model=true")), device="cpu")
     assert "a whole model" in whole(saved).base
     assert whole(saved, dtype="bfloat16").dtype == "bfloat16"
-    with pytest.raises(ConfigError, match="is not merged into any"):
+    with pytest.raises(ConfigError, match="is a complete model"):
         whole(saved, base="files")

@@ -73,7 +73,7 @@ def test_invalid_model_name_or_alias_is_rejected(name, alias, run_id, mlflow_uri
 
 def test_run_without_a_model_is_rejected(run_quick, mlflow_uri):
     result = run_quick("method=lora", "evaluation=loss_only", "tracking.log_adapter=false")
-    with pytest.raises(ModelError, match="left no model"):
+    with pytest.raises(ModelError, match="logged no model"):
         registry.register(mlflow_uri, result.run_id, "none")
     with pytest.raises(TrackingError, match="no runs"):
         registry.register(mlflow_uri, "no such run", "none")

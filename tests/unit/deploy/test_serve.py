@@ -21,7 +21,7 @@ def test_adapter_is_merged_once_for_serving(trained_adapters, tmp_path):
     whole = load.find(str(tmp_path / "served"), device="cpu")
     assert serve.folder_of(whole, tmp_path / "unused") == whole.folder
     other = load.find(str(trained_adapters("lora_variant=dora")), device="cpu")
-    with pytest.raises(ConfigError, match="holds something else"):
+    with pytest.raises(ConfigError, match="contains something else"):
         serve.folder_of(other, tmp_path / "served")
 
 

@@ -131,7 +131,7 @@ def test_quantize_error_command_prints_and_writes_a_table(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["unrelated=none"], "choose one, unrelated=python_docs"),
+        (["unrelated=none"], "choose one, such as unrelated=python_docs"),
         (["--blocksize", "63"], "invalid choice: 63"),
         (["model=tiny_lama"], "no option 'tiny_lama'"),
     ],
