@@ -37,7 +37,7 @@ def add_parsers(commands: Commands) -> None:
     parser.add_argument(
         "--preset",
         default="all",
-        help="columns: all (default), seed1 (those of the project's benchmark), short, or shortest (only quality)",
+        help="columns: all (default), cost (parameters, memory, time, perplexity, ROUGE-L), short, or shortest (only quality)",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="folder to write the table to as well, as .csv, .json, .md and .html"
