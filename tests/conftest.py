@@ -140,12 +140,12 @@ def recorded_run(mlflow_uri: str, tmp_path_factory: pytest.TempPathFactory, _imp
     """Give the record of a run, whose experiment has two more seeds of it."""
     from qlora_exp.config.hydra_compose import compose
     from qlora_exp.recipe.finetune import run
-    from qlora_exp.results.reproduce import one_record
+    from qlora_exp.results.reproduce import find_run
 
     words = [*QUICK, f"tracking.uri={mlflow_uri}", "tracking.experiment_name=recorded", "method=lora"]
     folder = tmp_path_factory.mktemp("recorded")
     seeds = {seed: run(compose([*words, f"seed={seed}"]), folder / str(seed)) for seed in (2, 3, 1)}
-    return one_record(mlflow_uri, seeds[1].run_id)
+    return find_run(mlflow_uri, seeds[1].run_id)
 
 
 @pytest.fixture(params=["shared", "shared.zip"])

@@ -150,7 +150,7 @@ def deployment_gap(options: argparse.Namespace) -> None:
     from qlora_exp.utils.files import write_atomically
     from qlora_exp.utils.tables import print_table
 
-    record = reproduce.one_record(options.uri, options.run)
+    record = reproduce.find_run(options.uri, options.run)
     config = reproduce.recorded_config(record, untrusted.given(options.overrides), options.uri)
     saved = load.find(record.run_id, options.uri, "cpu")
     forms = gap.forms_of(config, saved.adapter, options.forms.split(",") if options.forms else ())

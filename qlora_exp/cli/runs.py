@@ -37,7 +37,7 @@ def add_parsers(commands: Commands) -> None:
     parser.add_argument(
         "--preset",
         default="all",
-        help="columns: all (default), cost (parameters, memory, time, perplexity, ROUGE-L), short, or shortest (only quality)",
+        help="columns: all (default), cost (parameters, memory, time, quality), short, or shortest (only quality)",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="folder to write the table to as well, as .csv, .json, .md and .html"
@@ -146,7 +146,7 @@ def reproduce(options: argparse.Namespace) -> None:
     from qlora_exp.results import records
     from qlora_exp.results import reproduce as reproducing
 
-    record = reproducing.one_record(options.uri, options.run)
+    record = reproducing.find_run(options.uri, options.run)
     config = reproducing.recorded_config(record, given(options.overrides), options.uri)
     print(f"run {record.run_id} {record.name}")
     for line in (differences := reproducing.differences(record, config)):
@@ -155,7 +155,7 @@ def reproduce(options: argparse.Namespace) -> None:
         print("nothing that was recorded differs: config, data, base model, code, libraries, threads")
     if options.check_only:
         return
-    folder = options.out or reproducing.free_folder(record)
+    folder = options.out or reproducing.repetition_folder(record)
     run_id = reproducing.start(record, config, folder)
     (repeated,) = records.find(options.uri, [run_id])
     verdict = reproducing.judge(record, repeated, config)
@@ -174,7 +174,7 @@ def bundle(options: argparse.Namespace) -> None:
     from qlora_exp.results import bundle as bundles
     from qlora_exp.results import reproduce as reproducing
 
-    record = reproducing.one_record(options.uri, options.run)
+    record = reproducing.find_run(options.uri, options.run)
     target = options.out or Path(f"{record.run_id}.zip")
     bundles.write(record, target)
     print(f"{target}: run {record.run_id} {record.name}")
@@ -203,7 +203,7 @@ def sync(options: argparse.Namespace) -> None:
     walk = (entry for root in folders for entry in os.walk(root, onerror=unread.append))
     for folder in sorted(Path(path) for path, below, files in walk if journal.FILE in (*below, *files)):
         try:
-            if journal.is_settled(folder, options.uri) or journal.is_held(folder):
+            if journal.is_delivered(folder, options.uri) or journal.is_locked(folder):
                 continue
             quiet()
             from qlora_exp.tracking import recovery

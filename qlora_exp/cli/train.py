@@ -85,9 +85,9 @@ def _single_run(composed: Any, output_dir: Path) -> None:
 
         show(run(checked, output_dir), checked.tracking.uri)
     except KeyboardInterrupt:
-        from qlora_exp.training.checkpoints import checkpoints, is_whole
+        from qlora_exp.training.checkpoints import checkpoints, is_complete
 
-        if any(is_whole(checkpoint) for checkpoint in checkpoints(output_dir / "checkpoints")):
+        if any(is_complete(checkpoint) for checkpoint in checkpoints(output_dir / "checkpoints")):
             print(f"to resume: run the same command with hydra.run.dir={output_dir}", file=sys.stderr)
         raise
     finally:

@@ -57,7 +57,7 @@ def _lora(config: Config) -> Iterator[str]:
         return
     if twice := method.settings.keys() & variant.settings.keys():
         yield f"set in both method and lora_variant: {', '.join(sorted(twice))}"
-    if config.quantization.quantized and (name := peft_methods.needs_plain_base(settings)):
+    if config.quantization.quantized and (name := peft_methods.needs_unquantized_base(settings)):
         yield (
             f"{name}={settings[name]} needs the base's own weights, which a base stored as {config.quantization.name} "
             "does not have any more: choose quantization=none, or another lora_variant (loftq, eva, dora, rslora, lora)"
@@ -66,7 +66,7 @@ def _lora(config: Config) -> Iterator[str]:
         yield f"init_lora_weights=loftq needs the base's own weights, which {stored} files have lost"
     elif start == "loftq" and not config.quantization.quantized:
         yield "init_lora_weights=loftq makes up for a quantized base: choose quantization=nf4_double"
-    if peft_methods.moves_base(start):
+    if peft_methods.moves_base_weights(start):
         uneven = settings.get("rank_pattern") or settings.get("alpha_pattern")
         for name, setting in (
             ("use_dora=true", settings.get("use_dora")),

@@ -124,12 +124,12 @@ def _other_version() -> str:
     return f" (settings are those of PEFT {made_for}; installed is {installed}: `nox -s peft-methods` updates them)"
 
 
-def moves_base(start: str | None) -> bool:
+def moves_base_weights(start: str | None) -> bool:
     """Return whether this initialization (`init_lora_weights`) moves a part of the base weights into the adapter."""
     return start is not None and re.fullmatch(_MOVES_BASE, start) is not None
 
 
-def needs_plain_base(settings: dict[str, Any]) -> str | None:
+def needs_unquantized_base(settings: dict[str, Any]) -> str | None:
     """Return the name of a LoRA setting that does not work on a quantized base; None if all work.
 
     Initializations that factor weights fail there, and so does VeLoRA. MonteCLoRA would silently be plain LoRA.

@@ -58,11 +58,11 @@ def changed(values: dict[str, Any], changes: Mapping[str, Any], whose: str) -> C
             raise ConfigError(f"{section} of {whose} must be a mapping, got {place!r:.40}")
         place[name] = value
     config = from_dict(values)
-    refuse_what_only_users_may_allow(config, changes)
+    refuse_user_only_settings(config, changes)
     return config
 
 
-def refuse_what_only_users_may_allow(config: Config, changes: Mapping[str, Any]) -> None:
+def refuse_user_only_settings(config: Config, changes: Mapping[str, Any]) -> None:
     """Reject recorded settings that could run the author's code or read this machine's files.
 
     Args:

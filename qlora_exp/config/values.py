@@ -18,7 +18,7 @@ APART = ("tracking", "sweep", "search")
 """Sections that do not change a run's result."""
 
 
-def what_counts(values: dict[str, Any]) -> dict[str, Any]:
+def result_values(values: dict[str, Any]) -> dict[str, Any]:
     """Keep only the values that can change a run's result, not how the run is tracked, swept or planned.
 
     Args:

@@ -112,7 +112,7 @@ class Scorer:
         return process
 
 
-def score_alone(judge: Any, answer: str, entry: dict[str, Any], seconds: int) -> dict[str, Any]:
+def score_in_fork(judge: Any, answer: str, entry: dict[str, Any], seconds: int) -> dict[str, Any]:
     """Score one answer in a fork without rights.
 
     Returns:
@@ -200,11 +200,11 @@ def _serve(task: str, settings: dict[str, Any]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # some tasks print
     warnings.simplefilter("ignore")  # about the code in an answer; printing a warning would read files
-    if _FORBIDDEN not in str(score_alone(_Spy(), "", {}, SECONDS)):
+    if _FORBIDDEN not in str(score_in_fork(_Spy(), "", {}, SECONDS)):
         sys.exit("error: answers cannot be scored safely: seccomp, which restricts a process, does not work here")
     judge = prepared(task, settings)
     for line in sys.stdin:
-        print(json.dumps(score_alone(judge, **json.loads(line))), file=answers, flush=True)
+        print(json.dumps(score_in_fork(judge, **json.loads(line))), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -237,7 +237,7 @@ def open_talker(
 
 def _base(saved: Saved) -> tuple[str, str]:
     model = saved.config.model
-    return model.model_name_or_path, run_key.model(model.model_name_or_path, model.revision)
+    return model.model_name_or_path, run_key.model_version(model.model_name_or_path, model.revision)
 
 
 def read_requests(file: Path) -> Iterator[Request]:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.schema import Config
-from qlora_exp.config.untrusted import refuse_what_only_users_may_allow
+from qlora_exp.config.untrusted import refuse_user_only_settings
 from qlora_exp.deploy import gguf, gptq, merge, ollama
 from qlora_exp.deploy.formats import BITSANDBYTES, CALIBRATED, FORMS
 from qlora_exp.deploy.load import GGUF_FILE, Saved, load_whole
@@ -36,7 +36,7 @@ from qlora_exp.tracking import mlflow_store, run_key
 from qlora_exp.tracking.journal import CONFIG_FILE
 from qlora_exp.utils.errors import ConfigError, ModelError, TrackingError, first_line
 from qlora_exp.utils.files import size_on_disk
-from qlora_exp.utils.signals import heeded
+from qlora_exp.utils.signals import handle_signals
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def _json(file: Path) -> dict[str, Any]:
 def _asked(saved: Saved, form: str, dtype: str, base: Base, type_: str) -> dict[str, str]:
     """Return what distinguishes one export from another: the weights that it was made from, and the options."""
     wanted = {"form": form, "dtype": dtype, "base": base} | ({"type": type_} if form == "gguf" else {})
-    return {"weights": run_key.weights(saved.folder), **wanted}
+    return {"weights": run_key.weights_digest(saved.folder), **wanted}
 
 
 def export(
@@ -143,7 +143,7 @@ def export(
     whole = merge.whole(saved, dtype, base)
     size = sum(tensor.nbytes for tensor in whole.model.state_dict().values())
     # For a while both the quantized and the unquantized files exist, and a float32 file may be twice its model's size.
-    with heeded(), _appearing(out, size if form == "merged" else 2 * size) as part:
+    with handle_signals(), _appearing(out, size if form == "merged" else 2 * size) as part:
         stored, exact = write(whole, part)
         whole.tokenizer.save_pretrained(part)
         shutil.copy(saved.folder / CONFIG_FILE, part)
@@ -194,7 +194,7 @@ def _writer(saved: Saved, form: str, type_: str, rows_of: Config | None) -> Writ
     if form in CALIBRATED:
         gptq.check(form)
         if rows_of is None:
-            refuse_what_only_users_may_allow(saved.config, {})
+            refuse_user_only_settings(saved.config, {})
         examples = gptq.rows(rows_of or saved.config, saved.tokenizer())
         return lambda whole, part: (gptq.write(whole.model, whole.tokenizer, examples, part, form), None)
     raise ConfigError(f"--to {form}: choose one of {', '.join(FORMS)}")

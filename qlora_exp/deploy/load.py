@@ -122,7 +122,7 @@ def _on_its_base(config: Config, folder: Path) -> Config:
     name = config.model.model_name_or_path
     if re.fullmatch(r"[0-9a-f]{40}", then):  # a commit on the hub
         return config.model_copy(update={"model": config.model.model_copy(update={"revision": then})})
-    if (now := run_key.model(name, config.model.revision)) != then:
+    if (now := run_key.model_version(name, config.model.revision)) != then:
         raise ModelError(
             f"{name} is not the base model that the adapter was trained on (version {then} then, {now} now)"
         )

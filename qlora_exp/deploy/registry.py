@@ -47,7 +47,7 @@ def register(uri: str | None, run: str, name: str, alias: str | None = None) -> 
         TrackingError: there is no such run or MLflow store.
         ModelError: the run logged no model.
     """
-    record = reproduce.one_record(uri, run)
+    record = reproduce.find_run(uri, run)
     saved = load.find(record.run_id, uri, "cpu")
     mlflow = mlflow_store.client(uri)
     try:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from qlora_exp.config.peft_methods import moves_base
+from qlora_exp.config.peft_methods import moves_base_weights
 from qlora_exp.models.quantization import weight_of
 from qlora_exp.utils.errors import ConfigError
 
@@ -172,7 +172,7 @@ def remember(start: str | None, adapted: Any, folder: Path) -> bool:
     """
     earlier = load_file(folder / _WEIGHTS) if (folder / _WEIGHTS).is_file() else {}
     shutil.rmtree(folder, ignore_errors=True)  # it may even belong to a run with another config
-    if not moves_base(start):
+    if not moves_base_weights(start):
         return True
     adapted.save_pretrained(str(folder))
     now = load_file(folder / _WEIGHTS)

@@ -122,8 +122,8 @@ def _digest(config: "Config", resolved: "Resolved", longest: int, evaluated: int
     values = config.model_dump(
         mode="json", exclude=dict.fromkeys(apart, True) | {"training": {"learning_rate", "max_steps"}}
     )
-    base = run_key.model(config.model.model_name_or_path, config.model.revision)
-    parts = values, asdict(resolved), longest, evaluated, base, run_key.code(), libraries()
+    base = run_key.model_version(config.model.model_name_or_path, config.model.revision)
+    parts = values, asdict(resolved), longest, evaluated, base, run_key.code_digest(), libraries()
     return json_digest(parts)
 
 
@@ -165,7 +165,7 @@ def fit(records: Iterable[RecordedRun]) -> tuple[dict[str, Calibration], list[st
     for record in records:
         if record.outcome != "ok" or not _pairs(record.metrics):
             continue
-        if record.tags.get("identity.code") != run_key.code():
+        if record.tags.get("identity.code") != run_key.code_digest():
             older += 1
             continue
         groups.setdefault(record.params.get("resolved.device_name", ""), []).append(record.metrics)

@@ -19,7 +19,7 @@ from qlora_exp.tracking.tracker import LOG_FILE, Tracker
 from qlora_exp.utils.errors import ConfigError
 from qlora_exp.utils.quiet import hide_bars
 from qlora_exp.utils.secrets import RedactingFormatter
-from qlora_exp.utils.signals import heeded
+from qlora_exp.utils.signals import handle_signals
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def open_run(
         gc.freeze()
     hide_bars()
     folder = _writable(output_dir)
-    with _logging_to(folder / LOG_FILE), heeded(), lifecycle.start(config, folder, tags, must_reach) as tracker:
+    with _logging_to(folder / LOG_FILE), handle_signals(), lifecycle.start(config, folder, tags, must_reach) as tracker:
         log.info("run %s in %s on %s", tracker.run_id, folder, resolved.place)
         if resolved.optim_fallback:
             log.info("optimizer %s: %s", resolved.optim, resolved.optim_fallback)

@@ -4,7 +4,7 @@ import json
 import logging
 from typing import Literal
 
-from qlora_exp.config.peft_methods import moves_base
+from qlora_exp.config.peft_methods import moves_base_weights
 from qlora_exp.environment.device import autocast
 from qlora_exp.models.adapters import base_alone
 from qlora_exp.recipe.context import RunContext
@@ -25,7 +25,7 @@ def measure(
     log.info("evaluating %s training", moment)
     model, config = trainable.trainer.model, run.config
     # If the initialization moved a part of the base into the adapter, only both together are the base model.
-    without_adapter = moment == "before" and not moves_base(config.lora_start)
+    without_adapter = moment == "before" and not moves_base_weights(config.lora_start)
     with run.memory.phase(f"evaluate_{moment}"), autocast(run.resolved):
         measured = evaluation.evaluate(
             model,

@@ -36,7 +36,7 @@ def save(run: RunContext, tokens: Tokens, trainable: Trainable) -> None:
     adapters.make_portable(folder, config.model.model_name_or_path)
     shutil.copy(run.output_dir / CONFIG_FILE, folder)
     if trainable.peft_config is not None:
-        version = run_key.model(config.model.model_name_or_path, config.model.revision)
+        version = run_key.model_version(config.model.model_name_or_path, config.model.revision)
         (folder / run_key.BASE_FILE).write_text(json.dumps({"version": version}) + "\n", "utf-8")
     _log_sizes(run, trainable)
 

@@ -18,7 +18,7 @@ from qlora_exp.environment import hub, provenance
 from qlora_exp.results import bundle, stats
 from qlora_exp.results.records import Record, find
 from qlora_exp.tracking import run_key
-from qlora_exp.tracking.journal import LOCK_FILE, is_over, last_message
+from qlora_exp.tracking.journal import LOCK_FILE, has_ended, last_message
 from qlora_exp.utils.errors import ConfigError, TrackingError
 
 BIT_IDENTICAL = "bit-identical"
@@ -40,7 +40,7 @@ class Verdict:
     """Reason for the grade, with losses, first difference and likely cause."""
 
 
-def one_record(uri: str | None, word: str) -> Record:
+def find_run(uri: str | None, word: str) -> Record:
     """Return the run in a bundle, or the run with this id, run key or name.
 
     Args:
@@ -80,7 +80,7 @@ def recorded_config(record: Record, changes: Mapping[str, Any], uri: str | None)
 
 def differences(record: Record, config: Config) -> list[str]:
     """List what has changed since the recorded run, most likely cause first; empty if nothing recorded differs."""
-    now, lines = run_key.parts(config), []
+    now, lines = run_key.digests(config), []
     if record.tags.get("identity.config") != now["config"]:
         lines.append(f"config: {_changed_keys(record, config)}")
     for part in ("data", "model"):
@@ -172,11 +172,11 @@ def _data(record: Record, again: Record) -> list[str]:
     return [f"{key}: {record.params.get(key)} then, {again.params.get(key)} now" for key in changed]
 
 
-def free_folder(record: Record) -> Path:
+def repetition_folder(record: Record) -> Path:
     """Return the output folder of a repetition: a new folder, or that of an interrupted repetition, to resume it."""
     folder = Path("outputs", "reproduced", record.run_id)
     number = 1
-    while (last := last_message(folder)) is not None and is_over(last):
+    while (last := last_message(folder)) is not None and has_ended(last):
         number += 1
         folder = folder.with_name(f"{record.run_id}.{number}")
     return folder
@@ -199,7 +199,7 @@ def start(record: Record, config: Config, folder: Path) -> str:
     """
     if "after/loss" not in record.metrics:
         raise ConfigError(f"run {record.run_id} has no held-out loss ({record.outcome}): nothing to compare with")
-    if (last := last_message(folder)) is not None and is_over(last):
+    if (last := last_message(folder)) is not None and has_ended(last):
         raise ConfigError(
             f"{folder}: contains a run that has ended ({last['outcome']}); choose another folder: --out FOLDER"
         )

@@ -19,7 +19,7 @@ from transformers import set_seed
 from qlora_exp.config import compatibility
 from qlora_exp.config.compatibility import ASPECTS, BASES, WORKS
 from qlora_exp.config.hydra_compose import compose, conf_dir, options
-from qlora_exp.config.peft_methods import moves_base
+from qlora_exp.config.peft_methods import moves_base_weights
 from qlora_exp.config.schema import Config
 from qlora_exp.data.dataset import IGNORED
 from qlora_exp.environment.device import Device, Resolved, resolve
@@ -159,7 +159,7 @@ def _trains(trial: _Trial) -> None:
             )
         if isinstance(trainer.model, PeftModel):
             config = trial.config()
-            if moves_base(config.lora_start):
+            if moves_base_weights(config.lora_start):
                 lora_init.remember(config.lora_start, adapted, Path(folder) / "first")
                 lora_init.save_difference(trainer.model, Path(folder) / "saved", Path(folder) / "first")
             else:

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from qlora_exp.config.schema import Config
 from qlora_exp.tracking import run_key
-from qlora_exp.tracking.journal import FILE, is_held, last_message, read
-from qlora_exp.training.checkpoints import checkpoints, is_whole, step
+from qlora_exp.tracking.journal import FILE, is_locked, last_message, read
+from qlora_exp.training.checkpoints import checkpoints, is_complete, step
 from qlora_exp.utils.digests import json_digest
 from qlora_exp.utils.errors import JournalError
 
@@ -23,7 +23,7 @@ JOB_FILE = "job.json"
 """File with what a job needs besides its config: tags, parts of the run key, `fail_fast`, time limit, pruning."""
 _STOP_FILE = "stop"
 """File in the sweep's folder: while it exists, no further job starts."""
-LATE_FILE = "out_of_time"
+TIME_LIMIT_FILE = "out_of_time"
 """File in a job's folder: the job has exceeded its time limit."""
 GOOD = ("ok", "pruned", "unfit")
 """Outcomes that do not count as failures."""
@@ -44,7 +44,7 @@ class Job:
     """Hydra overrides from which its config is composed."""
     config: Config
     parts: Mapping[str, str]
-    """Parts of the run key (`run_key.parts`), computed when the sweep was planned."""
+    """Parts of the run key (`run_key.digests`), computed when the sweep was planned."""
     key: str
     """Run key."""
     folder: Path
@@ -85,8 +85,8 @@ def jobs(
     """
     jobs_by_key: dict[str, Job] = {}
     for config, values, job_overrides in zip(configs, swept, overrides, strict=True):
-        parts = run_key.parts(config)
-        key = run_key.key_of(parts)
+        parts = run_key.digests(config)
+        key = run_key.combine(parts)
         label = re.sub(r"[^\w.+-]+", "-", "_".join(f"{name.split('.')[-1]}-{value}" for name, value in values.items()))
         jobs_by_key.setdefault(
             key, Job(values, job_overrides, config, parts, key, folder / f"{label[:100]}_{key}".lstrip("_"))
@@ -104,10 +104,10 @@ def default_name(swept: Sequence[str], overrides: Sequence[str]) -> str:
 
 def state(folder: Path) -> tuple[State, dict[str, Any]]:
     """Return the state of the job in `folder`, and the last message of its journal."""
-    is_locked = is_held(folder)
+    under_way = is_locked(folder)
     try:
         last = last_message(folder) or {}
-        if is_locked:
+        if under_way:
             return "running", last
         if not last:
             return "new", last
@@ -116,7 +116,7 @@ def state(folder: Path) -> tuple[State, dict[str, Any]]:
         for _ in read(folder / FILE):  # the job can resume only if every message is readable
             pass
     except JournalError as error:
-        return ("running", {}) if is_locked else ("damaged", {"failure": str(error)})
+        return ("running", {}) if under_way else ("damaged", {"failure": str(error)})
     return "cut off", last
 
 
@@ -137,7 +137,7 @@ def decide(job: Job, rerun: str) -> tuple[Action, str]:
         return RUNNING
     if job_state == "cut off":
         saved_steps = [
-            step(checkpoint) for checkpoint in checkpoints(job.folder / "checkpoints") if is_whole(checkpoint)
+            step(checkpoint) for checkpoint in checkpoints(job.folder / "checkpoints") if is_complete(checkpoint)
         ]
         from_step = max(saved_steps, default=0)
         resumes = f"resumes from step {from_step}" if from_step else "no checkpoint yet"
@@ -167,9 +167,9 @@ def _why_new(job: Job) -> str:
     return "new"
 
 
-def was_late(folder: Path) -> bool:
+def exceeded_time_limit(folder: Path) -> bool:
     """Return whether the job in `folder` has exceeded its time limit."""
-    return (folder / LATE_FILE).exists()
+    return (folder / TIME_LIMIT_FILE).exists()
 
 
 def stop(folder: Path) -> None:
@@ -177,7 +177,7 @@ def stop(folder: Path) -> None:
     (folder / _STOP_FILE).touch()
 
 
-def let_start(folder: Path) -> None:
+def allow_starts(folder: Path) -> None:
     """Allow jobs of the sweep in `folder` to start again."""
     (folder / _STOP_FILE).unlink(missing_ok=True)
 

@@ -19,18 +19,18 @@ from qlora_exp.sweeps.jobs import (
     Ending,
     Job,
     Launch,
+    allow_starts,
     decide,
-    let_start,
+    exceeded_time_limit,
     state,
     stopped,
-    was_late,
 )
 from qlora_exp.sweeps.tables import row, show_plan, show_rows
 from qlora_exp.tracking import mlflow_views
-from qlora_exp.tracking.journal import is_held, is_settled, run_id
+from qlora_exp.tracking.journal import is_delivered, is_locked, run_id
 from qlora_exp.utils.errors import JournalError, SweepError, TrackingError
 from qlora_exp.utils.files import write_atomically
-from qlora_exp.utils.signals import heeded
+from qlora_exp.utils.signals import handle_signals
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ class Sweep:
                 for job in new_jobs
                 if job.key in self._elsewhere
             }
-        with heeded():
+        with handle_signals():
             plan |= self._screen([job for job in jobs if plan[job.key][0] != "skip"])
         waiting = [job for job in jobs if plan[job.key][0] != "skip"]
         show_plan(jobs, plan, self.folder)
@@ -151,7 +151,7 @@ class Sweep:
             job_file = {"tags": tags, "parts": job.parts, "fail_fast": self._settings.fail_fast}
             job_file |= {"time_limit": minutes and 60 * minutes, "pruning": (pruning or {}).get(job.key)}
             write_atomically(job.folder / JOB_FILE, json.dumps(job_file))
-        with heeded():
+        with handle_signals():
             not_started = self._launch_some(waiting)
             # If the launcher failed before it started all jobs, launch the others, as long as that starts at least one.
             while not_started and len(not_started) < len(waiting) and not stopped(self.folder):
@@ -184,7 +184,7 @@ class Sweep:
         from qlora_exp.tracking import lifecycle
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        let_start(self.folder)
+        allow_starts(self.folder)
         settings = job.config.tracking
         tags = {"sweep": self.folder.name, "sweep.keys": ", ".join(job.swept)}
         name = self.folder.name
@@ -204,11 +204,11 @@ class Sweep:
             for job, ending in zip(waiting, endings, strict=True):
                 if ending is not None or state(job.folder)[0] == "cut off":
                     died = ending or Ending("killed", "its process is gone")
-                    if was_late(job.folder):
+                    if exceeded_time_limit(job.folder):
                         died = Ending("timeout", "the time limit of the job is over")
                     try:
                         tags = json.loads((job.folder / JOB_FILE).read_text("utf-8"))["tags"]
-                        lifecycle.record_death(job.config, job.folder, tags, died.outcome, died.failure)
+                        lifecycle.record_dead_process(job.config, job.folder, tags, died.outcome, died.failure)
                     except (JournalError, OSError) as error:  # folder deleted or damaged: continue with the others
                         log.error("%s: cannot record how the job ended: %s", job.name, error)  # noqa: TRY400
         return [job for job in waiting if state(job.folder)[0] == "new" and (job.folder / JOB_FILE).is_file()]
@@ -217,7 +217,7 @@ class Sweep:
         """Send MLflow what it lacks about the jobs; if `complete`, also about a sweep that was itself killed."""
         jobs = list(self._jobs.values())
         try:
-            if complete and jobs and self._parent is None and not is_settled(self.folder):
+            if complete and jobs and self._parent is None and not is_delivered(self.folder):
                 self._open(jobs[0])
         except JournalError as error:
             log.warning("cannot open the MLflow run of the sweep: %s", error)
@@ -226,7 +226,7 @@ class Sweep:
             return
         for job in jobs:
             try:
-                if not is_settled(job.folder) and not is_held(job.folder):
+                if not is_delivered(job.folder) and not is_locked(job.folder):
                     from qlora_exp.tracking import recovery
 
                     recovery.finish(job.folder, "killed", "its process is gone")

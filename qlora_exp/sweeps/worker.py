@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qlora_exp.config.schema import Config
-from qlora_exp.sweeps.jobs import JOB_FILE, LATE_FILE, stop, stopped
+from qlora_exp.sweeps.jobs import JOB_FILE, TIME_LIMIT_FILE, stop, stopped
 from qlora_exp.tracking import run_key
 from qlora_exp.tracking.journal import last_message
 from qlora_exp.utils.errors import ConfigError, JournalError, PrunedError, TimeLimitError
-from qlora_exp.utils.signals import heeded, time_limit
+from qlora_exp.utils.signals import handle_signals, time_limit
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def run_job(config: Config, folder: Path) -> None:
 
     try:
         _check_unchanged(config, job["parts"])
-        with heeded(), time_limit(job["time_limit"], folder / LATE_FILE):
+        with handle_signals(), time_limit(job["time_limit"], folder / TIME_LIMIT_FILE):
             result = run(config, folder, job["tags"], must_reach=False, pruning=job["pruning"])
         show(result, config.tracking.uri)
     except PrunedError as error:
@@ -53,5 +53,5 @@ def run_job(config: Config, folder: Path) -> None:
 
 def _check_unchanged(config: Config, planned: Mapping[str, str]) -> None:
     """Refuse a job whose run key no longer matches its work, e.g. because the data changed since the sweep began."""
-    if changed := [part for part, digest in run_key.parts(config).items() if digest != planned[part]]:
+    if changed := [part for part, digest in run_key.digests(config).items() if digest != planned[part]]:
         raise ConfigError(f"not the same {', '.join(changed)} any more as when the sweep began; start the sweep again")

@@ -151,7 +151,7 @@ class Journal:
         self._own: BinaryIO | None = None
         """The file, open for as long as the journal is locked: until then no other file can get its inode number."""
         try:
-            self._lock.acquire(timeout=1)  # not 0: another process may be in `is_held`, which locks it for a moment
+            self._lock.acquire(timeout=1)  # not 0: another process may be in `is_locked`, which locks it for a moment
             _cut_torn_line(self.file)
             if self.file.is_file():
                 self._own = self.file.open("rb")
@@ -219,15 +219,15 @@ class Journal:
         """Iterate over the messages that MLflow has not received, each with the offset to `note` after sending it."""
         return read(self.file, self.state["offset"])
 
-    def note(self, **facts: Any) -> None:
+    def save_state(self, **facts: Any) -> None:
         """Save how much MLflow has received (`offset`), or what it answered."""
         self.state |= facts
         write_atomically(self.folder / _STATE, json.dumps(_states(self.folder) | {self._uri: self.state}))
 
-    def forget(self) -> None:
+    def reset_delivery(self) -> None:
         """Reset the state of the MLflow store in use to "nothing received", because the store has lost the run."""
         self.state = {"offset": 0}
-        self.note()
+        self.save_state()
 
 
 def read(file: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
@@ -303,12 +303,12 @@ def last_message(folder: Path) -> dict[str, Any] | None:
             block *= 8
 
 
-def is_over(last: dict[str, Any]) -> bool:
+def has_ended(last: dict[str, Any]) -> bool:
     """Check whether the run with this last message has ended for good; a killed run can be resumed."""
     return bool(last["op"] == "end" and last["outcome"] != "killed")
 
 
-def is_settled(folder: Path, uri: str | None = None) -> bool:
+def is_delivered(folder: Path, uri: str | None = None) -> bool:
     """Check whether the run in `folder` has ended and MLflow has received all its messages; true without a journal.
 
     `uri` is the MLflow store to check; default: the one that the run was started with.
@@ -338,7 +338,7 @@ def run_id(folder: Path, uri: str) -> str | None:
     return _states(folder).get(uri, {}).get("run_id")
 
 
-def is_held(folder: Path) -> bool:
+def is_locked(folder: Path) -> bool:
     """Check whether a running process has locked the journal in `folder`.
 
     Raises:

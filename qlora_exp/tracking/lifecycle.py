@@ -14,10 +14,10 @@ from mlflow.exceptions import MlflowException
 
 from qlora_exp.config.schema import Config
 from qlora_exp.config.untrusted import plain_yaml
-from qlora_exp.config.values import APART, flatten, to_yaml, what_counts
+from qlora_exp.config.values import APART, flatten, result_values, to_yaml
 from qlora_exp.environment import provenance
 from qlora_exp.tracking import run_key
-from qlora_exp.tracking.journal import CONFIG_FILE, LOCK_FILE, Journal, is_over, last_message
+from qlora_exp.tracking.journal import CONFIG_FILE, LOCK_FILE, Journal, has_ended, last_message
 from qlora_exp.tracking.mlflow_store import store_uri
 from qlora_exp.tracking.recovery import finish, reap
 from qlora_exp.tracking.tracker import Tracker, now_ms
@@ -141,7 +141,7 @@ def _in_its_folder(tracker: Tracker) -> Iterator[None]:
 
 def _begin(config: Config, output_dir: Path, tags: Mapping[str, str], must_reach: bool) -> Tracker:
     _check_folder(config, output_dir)
-    parts = {f"identity.{part}": digest for part, digest in run_key.parts(config).items()}
+    parts = {f"identity.{part}": digest for part, digest in run_key.digests(config).items()}
     all_tags = {**config.tracking.tags, **tags, **parts, "run_key": run_key.run_key(config)}
     name = config.tracking.run_name or all_tags.pop("mlflow.runName", None) or run_name(config)
     return open_run(output_dir, config.tracking.uri, config.tracking.experiment_name, name, all_tags, must_reach)
@@ -164,7 +164,7 @@ def _check_folder(config: Config, folder: Path) -> None:
     last = last_message(folder)
     if last is None:
         return
-    if is_over(last):
+    if has_ended(last):
         raise ConfigError(
             f"{folder}: contains a run that has ended ({last['outcome']}); choose another folder: hydra.run.dir=FOLDER"
         )
@@ -174,13 +174,13 @@ def _check_folder(config: Config, folder: Path) -> None:
         return
     if not isinstance(recorded, dict) or not isinstance(recorded.get("model"), dict):
         raise ConfigError(f"{file} contains no config; choose another folder: hydra.run.dir=FOLDER")
-    if what_counts(recorded) != what_counts(config.model_dump(mode="json")):
+    if result_values(recorded) != result_values(config.model_dump(mode="json")):
         raise ConfigError(
             f"{folder}: contains an unfinished run of another config; choose another folder: hydra.run.dir=FOLDER"
         )
 
 
-def record_death(config: Config, folder: Path, tags: Mapping[str, str], outcome: str, failure: str) -> None:
+def record_dead_process(config: Config, folder: Path, tags: Mapping[str, str], outcome: str, failure: str) -> None:
     """Record how a job ended whose process died before it could record that itself; start its run if there is none."""
     if last_message(folder) is None:
         tracker = _begin(config, folder, tags, must_reach=False)

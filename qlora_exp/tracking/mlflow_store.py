@@ -101,12 +101,12 @@ def has_lost(error: Exception, mlflow: MlflowClient | None, run_id: str | None) 
     return False
 
 
-def tell(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> None:
+def send(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> None:
     """Send MLflow one message; sending it twice (after a kill) has the same effect as sending it once."""
     run_id = journal.state.get("run_id", "")
     match message:
         case {"op": "start"}:
-            journal.note(**_create(mlflow, journal, message))
+            journal.save_state(**_create(mlflow, journal, message))
         case {"op": "resume", "tags": tags}:
             mlflow.update_run(run_id, status="RUNNING")
             mlflow.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
@@ -148,7 +148,7 @@ def _create(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> 
         runs = mlflow.search_runs([experiment_id], f"tags.`attempt` = '{tags['attempt']}'")
         if runs:
             return {"run_id": runs[0].info.run_id, "experiment_id": experiment_id}
-    journal.note(creating=True)
+    journal.save_state(creating=True)
     run = mlflow.create_run(experiment_id, message["timestamp"], tags, message["run_name"])
     return {"run_id": run.info.run_id, "experiment_id": experiment_id}
 

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from qlora_exp.environment import provenance
-from qlora_exp.tracking.journal import FILE, Journal, is_held, last_message, read
+from qlora_exp.tracking.journal import FILE, Journal, is_locked, last_message, read
 from qlora_exp.tracking.tracker import Tracker
 from qlora_exp.utils.errors import JournalError, first_line, type_and_first_line
 from qlora_exp.utils.secrets import redact
@@ -72,7 +72,7 @@ def reap(mlflow: MlflowClient, experiment: str, uri: str | None) -> None:
             if not provenance.is_dead({key: tags.get(f"process.{key}", "") for key in process_keys}):
                 continue
             _check_stale(folder, tags.get("attempt"))
-            if not finish(folder, "killed", "its process is gone", uri) and is_held(folder):  # another process runs it
+            if not finish(folder, "killed", "its process is gone", uri) and is_locked(folder):  # it still runs
                 continue
         # Anybody may have written tags and folder: what is wrong there must not stop the run that starts now.
         except Exception as error:

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from qlora_exp.config.schema import Config
-from qlora_exp.config.values import what_counts
+from qlora_exp.config.values import result_values
 from qlora_exp.environment import hub, provenance
 from qlora_exp.utils.digests import file_digest, json_digest
 from qlora_exp.utils.units import MIB
@@ -24,30 +24,30 @@ _SAMPLED_ABOVE = 64 * MIB
 
 def run_key(config: Config) -> str:
     """Return the run key of a config: 16 hexadecimal digits, the digest of all its `parts`."""
-    return key_of(parts(config))
+    return combine(digests(config))
 
 
-def key_of(digests: Mapping[str, str]) -> str:
+def combine(digests: Mapping[str, str]) -> str:
     """Return the run key of the digests that `parts` returned."""
     return json_digest(digests)
 
 
-def parts(config: Config) -> dict[str, str]:
+def digests(config: Config) -> dict[str, str]:
     """Return a digest of each thing that a run's result depends on, so that one can say what differs between runs."""
     return {
-        "config": json_digest(what_counts(config.model_dump(mode="json"))),
-        "model": model(config.model.model_name_or_path, config.model.revision),
+        "config": json_digest(result_values(config.model_dump(mode="json"))),
+        "model": model_version(config.model.model_name_or_path, config.model.revision),
         "data": "+".join(
-            [data(path, dataset.revision) for dataset in config.datasets for path in dataset.paths]
+            [data_version(path, dataset.revision) for dataset in config.datasets for path in dataset.paths]
             + ([_folder(Path(tasks))] if (tasks := config.evaluation.lm_eval_include_path) else [])
         ),
-        "code": code(),
+        "code": code_digest(),
         "libraries": json_digest(provenance.libraries(config.quantization.quant_method)),
     }
 
 
 @functools.cache
-def model(name_or_path: str, revision: str | None) -> str:
+def model_version(name_or_path: str, revision: str | None) -> str:
     """Return the version of a base model.
 
     This is the digest of its files for a local folder, the commit for a model on the hub, and the version of the
@@ -66,7 +66,7 @@ def model(name_or_path: str, revision: str | None) -> str:
 
 
 @functools.cache
-def data(path: str, revision: str | None) -> str:
+def data_version(path: str, revision: str | None) -> str:
     """Return the version of a dataset.
 
     This is the digest of a local file, the commit of a dataset on the hub, or the version of the package that contains
@@ -82,13 +82,13 @@ def data(path: str, revision: str | None) -> str:
 
 
 @functools.cache
-def code() -> str:
+def code_digest() -> str:
     """Return the digest of this package's sources: uncommitted changes count, a change of the README does not."""
     package = Path(__file__).parents[1]
     return json_digest({str(file.relative_to(package)): file_digest(file) for file in sorted(package.rglob("*.py"))})
 
 
-def weights(folder: Path) -> str:
+def weights_digest(folder: Path) -> str:
     """Return a digest of the weights of a model or an adapter in `folder`, and of the adapter's config."""
     kinds = ("*.safetensors", "*.gguf", "adapter_config.json")
     return json_digest({file.name: _weights(file) for kind in kinds for file in sorted(folder.glob(kind))})

@@ -15,10 +15,10 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from qlora_exp.tracking.journal import Journal
-from qlora_exp.tracking.mlflow_store import client, has_lost, is_refused, store_uri, tell
+from qlora_exp.tracking.mlflow_store import client, has_lost, is_refused, send, store_uri
 from qlora_exp.utils.errors import JournalError, TrackingError, first_line
 from qlora_exp.utils.secrets import redact
-from qlora_exp.utils.signals import held
+from qlora_exp.utils.signals import defer_signals
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class Tracker:
             TrackingError: the store does not answer.
         """
         if self._mlflow is None:
-            with held():
+            with defer_signals():
                 self._mlflow = client(self._uri)
         return self._mlflow
 
@@ -159,14 +159,14 @@ class Tracker:
         """
         for message, offset in self._journal.undelivered():
             try:
-                with held():
-                    tell(self.connect(), self._journal, message)
+                with defer_signals():
+                    send(self.connect(), self._journal, message)
             except JournalError:
                 raise
             except Exception as error:  # training must continue, whatever the store or its artifact store raises
                 if has_lost(error, self._mlflow, self.run_id):
                     log.warning("MLflow has lost this run: all of it is sent again, as a new run")
-                    self._journal.forget()
+                    self._journal.reset_delivery()
                     return self.deliver(strict)
                 if strict and not is_refused(error, message):
                     raise
@@ -182,7 +182,7 @@ class Tracker:
                     # Wait longer each time: every try at a store that hangs costs the run the request timeout.
                     self._patience = min(2 * self._patience, _LONGEST_RETRY_SECONDS)
                     return False
-            self._journal.note(offset=offset)
+            self._journal.save_state(offset=offset)
         self._retry_at, self._patience = 0.0, _RETRY_SECONDS
         return True
 
@@ -212,7 +212,7 @@ class Tracker:
                 log.error("the journal cannot be written: %s", journal_error)  # noqa: TRY400
             try:
                 for message in ({"op": "tags", "values": {"outcome": outcome, **why}}, {"op": "end", **last}):
-                    tell(self.connect(), self._journal, message)
+                    send(self.connect(), self._journal, message)
             except (MlflowException, TrackingError) as error:
                 log.error("MLflow did not accept the end of the run: %s", redact(first_line(error)))  # noqa: TRY400
         if self._retry_at:

@@ -20,7 +20,7 @@ def step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def is_whole(checkpoint: Path) -> bool:
+def is_complete(checkpoint: Path) -> bool:
     """Check whether a checkpoint is complete.
 
     The trainer state is written last: it is missing or truncated if the process was killed while it saved.
@@ -52,12 +52,12 @@ def checkpoint_to_resume(config: Config, output_dir: Path, resumed: bool, same_s
         log.info("training starts over: method=%s cannot be resumed (%s)", config.method.name, why)
         return None
     configured = config.training.resume_from_checkpoint
-    own = [folder for folder in checkpoints(output_dir / "checkpoints") if is_whole(folder)] if resumed else []
+    own = [folder for folder in checkpoints(output_dir / "checkpoints") if is_complete(folder)] if resumed else []
     if own or configured is None:
         return own[-1] if own else None
     path = Path(configured)
-    candidates = [path] if is_whole(path) else [*checkpoints(path), *checkpoints(path / "checkpoints")]
-    complete = [folder for folder in candidates if is_whole(folder)]
+    candidates = [path] if is_complete(path) else [*checkpoints(path), *checkpoints(path / "checkpoints")]
+    complete = [folder for folder in candidates if is_complete(folder)]
     if not complete:
         raise ConfigError(
             f"training.resume_from_checkpoint: no checkpoint in {configured}; give a checkpoint or an output folder"

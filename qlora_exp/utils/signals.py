@@ -20,7 +20,7 @@ GRACE_SECONDS = 30.0
 
 @dataclass
 class _Deferred:
-    """The first signal's exception inside `held`, and how many `held` blocks are open."""
+    """The first signal's exception inside `defer_signals`, and how many such blocks are open."""
 
     depth: int = 0
     first: BaseException | None = None
@@ -30,7 +30,7 @@ _deferred = _Deferred()
 
 
 @contextmanager
-def heeded() -> Iterator[None]:
+def handle_signals() -> Iterator[None]:
     """Raise KeyboardInterrupt on SIGTERM and Ctrl-C inside, and TimeLimitError on `OUT_OF_TIME`.
 
     Does nothing outside the main thread. Leaves Ctrl-C alone if another handler is installed for it.
@@ -64,7 +64,7 @@ def _raise_or_defer(error: BaseException) -> None:
 
 
 @contextmanager
-def held() -> Iterator[None]:
+def defer_signals() -> Iterator[None]:
     """Defer the exception of a first signal inside until the end of the block; raise that of a second signal at once.
 
     For work that must not be interrupted halfway: an interrupted transaction of MLflow's SQL store leaves its database

@@ -7,16 +7,16 @@ from support import exit_code
 
 from qlora_exp.results import bundle, reproduce
 from qlora_exp.results.records import find
-from qlora_exp.results.reproduce import BIT_IDENTICAL, DRIFTED, WITHIN_NOISE, judge, one_record, recorded_config, start
+from qlora_exp.results.reproduce import BIT_IDENTICAL, DRIFTED, WITHIN_NOISE, find_run, judge, recorded_config, start
 from qlora_exp.utils.errors import DataError, TrackingError
 
 
 def again(store: str, first_run_id: str, folder, **changes):
     """The verdict on a run and its repetition with other settings."""
-    record = one_record(store, first_run_id)
+    record = find_run(store, first_run_id)
     given = {key.replace("__", "."): value for key, value in changes.items()}
     config = recorded_config(record, given, store)
-    second = one_record(store, reproduce.start(record, config, folder))
+    second = find_run(store, reproduce.start(record, config, folder))
     return judge(record, second, config)
 
 
@@ -36,7 +36,7 @@ def test_repetition_with_the_same_config_is_bit_identical(first_run_id: str, mlf
 
 
 def test_repetition_does_not_replace_its_original_in_searches(first_run_id: str, mlflow_uri, tmp_path):
-    record = one_record(mlflow_uri, first_run_id)
+    record = find_run(mlflow_uri, first_run_id)
     copy = reproduce.start(record, recorded_config(record, {}, mlflow_uri), tmp_path / "again")
     assert [one.run_id for one in find(mlflow_uri, [record.tags["run_key"]])] == [first_run_id]
     assert [one.run_id for one in find(mlflow_uri, [copy, first_run_id])] == [
@@ -45,10 +45,10 @@ def test_repetition_does_not_replace_its_original_in_searches(first_run_id: str,
 
 
 def test_repetition_has_its_own_folder(first_run_id: str, mlflow_uri, tmp_path):
-    record = one_record(mlflow_uri, first_run_id)
-    assert reproduce.free_folder(record) == Path("outputs", "reproduced", first_run_id)
-    reproduce.start(record, recorded_config(record, {}, mlflow_uri), reproduce.free_folder(record))
-    assert reproduce.free_folder(record) == Path("outputs", "reproduced", f"{first_run_id}.2")
+    record = find_run(mlflow_uri, first_run_id)
+    assert reproduce.repetition_folder(record) == Path("outputs", "reproduced", first_run_id)
+    reproduce.start(record, recorded_config(record, {}, mlflow_uri), reproduce.repetition_folder(record))
+    assert reproduce.repetition_folder(record) == Path("outputs", "reproduced", f"{first_run_id}.2")
 
 
 def test_changed_setting_is_named_as_the_cause_of_drift(first_run_id: str, mlflow_uri, tmp_path):
@@ -93,7 +93,7 @@ def test_bundle_contains_neither_paths_nor_training_rows(run_quick, mlflow_uri, 
     heldout = write_jsonl([{"prompt": f"other {n}?", "completion": f"answer {n}"} for n in range(4)], "heldout.jsonl")
     words = ["dataset=own", f"dataset.path={path}", f"dataset.eval_path={heldout}", "method=lora"]
     result = run_quick(*words, "evaluation=loss_only", "+tracking.tags.team=ours")
-    bundle.write(one_record(mlflow_uri, result.run_id), tmp_path / "it.zip")
+    bundle.write(find_run(mlflow_uri, result.run_id), tmp_path / "it.zip")
     found = bundle.read(tmp_path / "it.zip")
     everything = "".join(found.text(name) for name in (*bundle._FILES, "run.json"))
     assert "rows.jsonl" in everything
@@ -105,10 +105,10 @@ def test_bundle_contains_neither_paths_nor_training_rows(run_quick, mlflow_uri, 
 
 
 def test_run_is_reproduced_from_its_bundle_without_its_store(bundle_path, make_store, tmp_path):
-    found = one_record(None, str(bundle_path))
+    found = find_run(None, str(bundle_path))
     uri = make_store("mine.db")
     config = recorded_config(found, {}, uri)
-    again = one_record(uri, start(found, config, tmp_path / "again"))
+    again = find_run(uri, start(found, config, tmp_path / "again"))
     verdict = judge(found, again, config)
     assert verdict.grade == BIT_IDENTICAL
     assert again.tags["reproduces"] == found.run_id
@@ -118,7 +118,7 @@ def test_drift_is_judged_by_the_seeds_in_the_bundle(bundle_path, make_store, tmp
     found = bundle.read(bundle_path)
     uri = make_store("mine.db")
     config = recorded_config(found, {"training.learning_rate": 0.05}, uri)
-    verdict = judge(found, one_record(uri, start(found, config, tmp_path / "again")), config)
+    verdict = judge(found, find_run(uri, start(found, config, tmp_path / "again")), config)
     assert "over 3 seeds the loss varies by" in verdict.why
     assert "training.learning_rate 0.0002 then, 0.05 now" in verdict.why
 

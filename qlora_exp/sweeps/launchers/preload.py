@@ -71,5 +71,5 @@ with _without_cuda(_GPUS):
         with contextlib.suppress(ImportError):  # a job that needs the package reports that it is missing
             importlib.import_module(_name)
 if _CODE_IS_LOADED:  # jobs run the loaded code even if files change later, so compute its digest now
-    run_key.code()
+    run_key.code_digest()
 signal.signal(signal.SIGINT, signal.default_int_handler)  # for the jobs; the fork server itself still ignores Ctrl-C

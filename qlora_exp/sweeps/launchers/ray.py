@@ -18,7 +18,7 @@ from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from qlora_exp.sweeps.jobs import Ending
 from qlora_exp.sweeps.launchers.local import OUTPUT_FILE, Task, write_into
 from qlora_exp.utils.errors import ConfigError, first_line
-from qlora_exp.utils.signals import GRACE_SECONDS, heeded
+from qlora_exp.utils.signals import GRACE_SECONDS, handle_signals
 
 
 def run_all(
@@ -50,7 +50,7 @@ def run_all(
         options = _resources(n_jobs, remote, init.get("address") or os.environ.get("RAY_ADDRESS"))
         options |= {"max_retries": 0, "max_calls": 1}
         call = ray.remote(**options)(_call)
-        with heeded():  # ray.init has installed its own signal handler
+        with handle_signals():  # ray.init has installed its own signal handler
             object_refs = [call.remote(task.call, task.folder / OUTPUT_FILE, Path.cwd()) for task in tasks]
             endings: dict[Any, Ending | None] = {}
             try:

@@ -116,7 +116,7 @@ def test_isolated_scores_equal_direct_scores():
     script = """
 import json, warnings
 from reasoning_gym.factory import DATASETS
-from qlora_exp.data.scoring import prepared, score_alone
+from qlora_exp.data.scoring import prepared, score_in_fork
 warnings.simplefilter("ignore")
 MATHS = ["1", "[1, 2]", "(3 + 4)*2", "x**3/3 + C", "exp(x)*sin(x) + log(x)", "Piecewise((x, x > 0), (0, True))"]
 differ, count = [], 0
@@ -125,7 +125,7 @@ for name in sorted({*DATASETS} - {"composite"}):  # which is made of others
     entry = next(iter(judge))
     own = str(entry["answer"])
     for answer in [own, own + " ", "surely wrong", *(MATHS if "integration" in name or name == "countdown" else [])]:
-        found, count = score_alone(judge, answer, entry, 10), count + 1
+        found, count = score_in_fork(judge, answer, entry, 10), count + 1
         try:
             right = {"score": float(judge.score_answer(answer, entry))}
         except ValueError:

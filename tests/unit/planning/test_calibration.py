@@ -18,7 +18,7 @@ def record(took, rates=1e9, device="GPU", outcome="ok", code=None, **planned):
     metrics = {f"plan/{phase}_mib": mib for phase, mib in planned.items()}
     metrics |= {f"memory/{phase}/reserved_peak_mib": took(mib) for phase, mib in planned.items()}
     metrics["flops_per_second"] = rates
-    tags = {"identity.code": code or run_key.code()}
+    tags = {"identity.code": code or run_key.code_digest()}
     return SimpleNamespace(outcome=outcome, params={"resolved.device_name": device}, metrics=metrics, tags=tags)
 
 

@@ -3,7 +3,7 @@ import yaml
 from support import exit_code
 
 from qlora_exp.config.hydra_compose import compose
-from qlora_exp.results.reproduce import one_record, recorded_config
+from qlora_exp.results.reproduce import find_run, recorded_config
 from qlora_exp.tracking.mlflow_store import client
 from qlora_exp.utils.errors import TrackingError
 
@@ -26,7 +26,7 @@ def test_users_path_replaces_the_recorded_one(mlflow_uri, tmp_path):
     values = compose(["method=lora", "dataset=own", "dataset.path=rows.jsonl"]).model_dump(mode="json")
     values["dataset"]["path"] = "/home/author/rows.jsonl"
     values["tracking"]["uri"] = "http://evil.example"
-    record = one_record(mlflow_uri, recorded(client(mlflow_uri), yaml.safe_dump(values)))
+    record = find_run(mlflow_uri, recorded(client(mlflow_uri), yaml.safe_dump(values)))
     config = recorded_config(record, {"dataset.path": str(rows)}, mlflow_uri)
     assert config.dataset.path == str(rows)
     assert config.tracking.uri == mlflow_uri
@@ -47,4 +47,4 @@ def test_broken_recorded_config_is_rejected_with_a_message(text: str, mlflow_uri
 
 def test_unknown_run_is_not_reproduced(run_quick, mlflow_uri):
     with pytest.raises(TrackingError, match="no runs of"):
-        one_record(mlflow_uri, "0123456789abcdef")
+        find_run(mlflow_uri, "0123456789abcdef")

@@ -86,9 +86,9 @@ def test_job_folder_and_name_show_swept_keys(make_jobs):
 
 def test_changed_job_says_what_changed(make_jobs, monkeypatch):
     (job,) = make_jobs("seed", ["1"])
-    parts = {f"identity.{part}": digest for part, digest in run_key.parts(job.config).items()}
+    parts = {f"identity.{part}": digest for part, digest in run_key.digests(job.config).items()}
     write(job.folder, START | {"tags": parts})
-    monkeypatch.setattr("qlora_exp.tracking.run_key.code", lambda: "edited")
+    monkeypatch.setattr("qlora_exp.tracking.run_key.code_digest", lambda: "edited")
     (again,) = make_jobs("seed", ["1"])
     assert again.folder != job.folder
     assert decide(again, "none") == ("run", "new: not the same code as in the previous run")

@@ -25,7 +25,7 @@ def start_job(make_config, mlflow_uri, tmp_path, monkeypatch):
         config = make_config("method=lora", f"tracking.uri={mlflow_uri}", "tracking.experiment_name=worker")
         folder = tmp_path / "sweep" / "job"
         folder.mkdir(parents=True, exist_ok=True)
-        job = {"fail_fast": fail_fast, "parts": run_key.parts(config) | parts, "time_limit": None, "tags": {}}
+        job = {"fail_fast": fail_fast, "parts": run_key.digests(config) | parts, "time_limit": None, "tags": {}}
         (folder / JOB_FILE).write_text(json.dumps(job | {"pruning": None}))
         run_job(config, folder)
         return folder

@@ -8,7 +8,7 @@ from filelock import Timeout
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_exp.tracking.journal import FILE, Journal, is_held, is_settled, last_message, metrics, read, run_id
+from qlora_exp.tracking.journal import FILE, Journal, is_delivered, is_locked, last_message, metrics, read, run_id
 from qlora_exp.utils.errors import JournalError
 
 START = {"op": "start", "experiment": "e", "uri": "sqlite:///x", "run_name": "r", "timestamp": 1, "tags": {}}
@@ -48,7 +48,7 @@ def test_delivered_messages_are_not_repeated(tmp_path):
         journal.append(numbered(number))
     journal.use("sqlite:///a")
     first = next(journal.undelivered())
-    journal.note(offset=first[1], run_id="abc")
+    journal.save_state(offset=first[1], run_id="abc")
     journal.close()
     again = Journal(tmp_path)
     again.use("sqlite:///a")
@@ -60,7 +60,7 @@ def test_delivered_messages_are_not_repeated(tmp_path):
     again.note(run_id="def")
     again.use("sqlite:///a")
     assert again.state["run_id"] == "abc"
-    again.forget()
+    again.reset_delivery()
     assert len(list(again.undelivered())) == 3
     again.close()
 
@@ -70,7 +70,7 @@ def test_messages_lost_after_delivery_do_not_shift_the_rest(tmp_path):
     journal.use("sqlite:///a")
     journal.append(START)
     journal.append(numbered(1))
-    journal.note(offset=journal.file.stat().st_size)
+    journal.save_state(offset=journal.file.stat().st_size)
     journal.close()
     journal.file.write_bytes(journal.file.read_bytes().splitlines(keepends=True)[0])
     again = Journal(tmp_path)
@@ -94,17 +94,17 @@ def test_journal_is_locked_by_one_process(tmp_path):
         "import sys, pathlib; from qlora_exp.tracking.journal import Journal\n"
         f"j = Journal(pathlib.Path({str(tmp_path)!r})); print('held', flush=True); sys.stdin.read()"
     )
-    assert not is_held(tmp_path)
+    assert not is_locked(tmp_path)
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        assert is_held(tmp_path)
+        assert is_locked(tmp_path)
         with pytest.raises(Timeout):
             Journal(tmp_path)
         other.kill()
-    assert not is_held(tmp_path)
+    assert not is_locked(tmp_path)
 
 
 def test_folder_without_a_journal_has_no_messages(tmp_path):
@@ -139,7 +139,7 @@ def test_arbitrary_journal_raises_only_journal_error(tmp_path_factory, content, 
         lambda: given_first.extend(message for message, _ in read(folder / FILE)),
         lambda: last_message(folder),
         lambda: metrics(folder),
-        lambda: is_settled(folder),
+        lambda: is_delivered(folder),
         lambda: run_id(folder, "sqlite:///x"),
     ):
         try:

@@ -36,10 +36,10 @@ def test_tracking_and_sweep_settings_do_not_change_the_key(change: str):
 def test_changed_rows_change_the_key(tmp_path, write_jsonl):
     words = ["dataset=own", f"dataset.path={tmp_path / 'rows.jsonl'}"]
     write_jsonl([{"prompt": "a", "completion": "b"}])
-    first = run_key.parts(compose(words))
+    first = run_key.digests(compose(words))
     run_key.data.cache_clear()
     write_jsonl([{"prompt": "a", "completion": "c"}])
-    second = run_key.parts(compose(words))
+    second = run_key.digests(compose(words))
     assert {part for part in first if first[part] != second[part]} == {"data"}
 
 
@@ -47,12 +47,12 @@ def test_changed_row_of_a_large_file_changes_the_key(tmp_path):
     rows = tmp_path / "rows.jsonl"
     words = ["dataset=own", f"dataset.path={rows}"]
     rows.write_bytes(bytes(80 * 1024**2))
-    first = run_key.parts(compose(words))
+    first = run_key.digests(compose(words))
     run_key.data.cache_clear()
     with rows.open("rb+") as file:
         file.seek(3 * 1024**2)
         file.write(b"1")
-    assert run_key.parts(compose(words))["data"] != first["data"]
+    assert run_key.digests(compose(words))["data"] != first["data"]
 
 
 @pytest.mark.parametrize("size", [1000, 70 * 1024**2])
@@ -62,18 +62,18 @@ def test_changed_weights_change_the_key(size: int, tmp_path):
     weights = folder / "model.safetensors"
     words = [f"model.model_name_or_path={folder}"]
     weights.write_bytes(bytes(size))
-    first = run_key.parts(compose(words))
+    first = run_key.digests(compose(words))
     run_key.model.cache_clear()
     with weights.open("rb+") as file:
         file.seek(size - 1)
         file.write(b"1")
-    second = run_key.parts(compose(words))
+    second = run_key.digests(compose(words))
     assert {part for part in first if first[part] != second[part]} == {"model"}
 
 
 def test_hub_model_is_identified_by_its_commit(monkeypatch):
     monkeypatch.setattr("qlora_exp.environment.hub.commit", lambda repo, revision, kind: f"{kind} {repo} {revision}")
-    found = run_key.parts(compose(["model=opt_125m", "dataset=dolly_15k", "unrelated=wikitext"]))
+    found = run_key.digests(compose(["model=opt_125m", "dataset=dolly_15k", "unrelated=wikitext"]))
     assert found["model"] == "model facebook/opt-125m None"
     assert found["data"] == "dataset databricks/databricks-dolly-15k None+dataset Salesforce/wikitext None"
 

@@ -14,10 +14,10 @@ from mlflow.exceptions import MlflowException
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.validate import from_dict
 from qlora_exp.tracking import lifecycle, recovery, tracker
-from qlora_exp.tracking.journal import FILE, Journal, is_settled, metrics
+from qlora_exp.tracking.journal import FILE, Journal, is_delivered, metrics
 from qlora_exp.tracking.mlflow_store import client
 from qlora_exp.utils.errors import ConfigError, JournalError, TrackingError
-from qlora_exp.utils.signals import heeded
+from qlora_exp.utils.signals import handle_signals
 
 
 def test_successful_run_is_finished(mlflow_uri, mlflow_client, tmp_path):
@@ -175,7 +175,7 @@ def test_sending_everything_again_changes_nothing(mlflow_uri, mlflow_client, tmp
     journal = Journal(tmp_path)
     journal.use(mlflow_uri)
     journal.state.pop("run_id")
-    journal.note(offset=0)
+    journal.save_state(offset=0)
     journal.close()
     assert recovery.finish(tmp_path, "killed", "not used") is True
     assert mlflow_client.get_run(tracked.run_id).to_dictionary() == before
@@ -232,10 +232,10 @@ def test_other_store_receives_everything(mlflow_uri, mlflow_client, tmp_path, ma
     with start_run(mlflow_uri, tmp_path / "run") as tracked:
         tracked.metrics({"loss": 2.0}, 1)
     other = make_store("other.db")
-    assert not is_settled(tmp_path / "run", other)
+    assert not is_delivered(tmp_path / "run", other)
     assert recovery.finish(tmp_path / "run", "killed", "not used", other) is True
-    assert is_settled(tmp_path / "run", other)
-    assert is_settled(tmp_path / "run")
+    assert is_delivered(tmp_path / "run", other)
+    assert is_delivered(tmp_path / "run")
     there = client(other)
     (copy,) = there.search_runs([there.get_experiment_by_name("qlora_exp").experiment_id])
     assert (copy.info.status, copy.data.metrics) == ("FINISHED", {"loss": 2.0})
@@ -291,16 +291,16 @@ def test_dead_run_naming_another_folder_changes_nothing_there(mlflow_uri, mlflow
 
 def test_interrupt_waits_for_the_message_being_sent(mlflow_uri, mlflow_client, tmp_path, monkeypatch):
     # Torn in a transaction it would leave the store locked for this process, and the run RUNNING.
-    tell, whole = tracker.tell, []
+    send, whole = tracker.send, []
 
     def interrupted(*message):
         if message[-1]["op"] == "metrics" and not whole:
             os.kill(os.getpid(), signal.SIGTERM)
-        tell(*message)
+        send(*message)
         whole.append(message[-1]["op"])
 
-    with pytest.raises(KeyboardInterrupt), heeded(), start_run(mlflow_uri, tmp_path) as tracked:
-        monkeypatch.setattr(tracker, "tell", interrupted)
+    with pytest.raises(KeyboardInterrupt), handle_signals(), start_run(mlflow_uri, tmp_path) as tracked:
+        monkeypatch.setattr(tracker, "send", interrupted)
         tracked.metrics({"train/loss": 2.5}, 3)
         pytest.fail("the interrupt came late")
     run = mlflow_client.get_run(tracked.run_id)
@@ -405,7 +405,7 @@ def test_messages_before_a_damaged_line_are_sent(mlflow_uri, mlflow_client, tmp_
         return run.info.status, [one.value for one in there.get_metric_history(run.info.run_id, "loss")]
 
     assert told() == ("RUNNING", [2.0])
-    assert not is_settled(tmp_path / "run", uri)
+    assert not is_delivered(tmp_path / "run", uri)
     with pytest.raises(JournalError):  # and nothing was added
         recovery.finish(tmp_path / "run", "killed", "not used", uri)
     (tmp_path / "run" / FILE).write_bytes(whole)

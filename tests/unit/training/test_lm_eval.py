@@ -45,8 +45,8 @@ def test_missing_lm_eval_package_is_named(monkeypatch, task_folder):
 
 
 def test_changed_lm_eval_task_changes_the_run_key(task_folder):
-    before = run_key.parts(compose(task_overrides(task_folder)))
+    before = run_key.digests(compose(task_overrides(task_folder)))
     with (task_folder / "rows.jsonl").open("a") as rows:
         rows.write('{"question": "1 + 1", "choices": ["2", "3"], "answer": 0}\n')
-    after = run_key.parts(compose(task_overrides(task_folder)))
+    after = run_key.digests(compose(task_overrides(task_folder)))
     assert {part for part in before if before[part] != after[part]} == {"data"}

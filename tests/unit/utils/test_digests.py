@@ -30,11 +30,11 @@ def test_recorded_names_and_fingerprints_stay_the_same(tmp_path: Path):
     """Stores of earlier versions hold these: a sweep is resumed by its name, and data are compared by fingerprint."""
     assert default_name(["method.r"], ["method.r=4,8", "seed=1,2", "sweep.n_jobs=2"]) == "r_1c7c12"
     assert fingerprint([{"task": "a", "item": "1"}, {"task": "b", "item": "2"}]) == "ddc7523b594d0dff"
-    assert run_key.key_of({"config": "1", "code": "2"}) == "fef42425fb20d7d2"
+    assert run_key.combine({"config": "1", "code": "2"}) == "fef42425fb20d7d2"
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    assert run_key.weights(tmp_path) == "758bed0194f35c14"
+    assert run_key.weights_digest(tmp_path) == "758bed0194f35c14"
     (tmp_path / "model.safetensors").write_bytes(bytes(65 * 1024**2))
-    assert run_key.weights(tmp_path) == "914216d7f67c4c36"
+    assert run_key.weights_digest(tmp_path) == "914216d7f67c4c36"
 
 
 def test_digest_of_a_file_is_its_sha256(tmp_path: Path):

@@ -8,12 +8,12 @@ import time
 import pytest
 
 from qlora_exp.utils.errors import TimeLimitError
-from qlora_exp.utils.signals import OUT_OF_TIME, heeded, held, time_limit
+from qlora_exp.utils.signals import OUT_OF_TIME, defer_signals, handle_signals, time_limit
 
 
 def test_time_limit_raises_through_handlers_of_exceptions(tmp_path):
     begin = time.monotonic()
-    with pytest.raises(TimeLimitError), heeded(), time_limit(0.2, tmp_path / "late"):
+    with pytest.raises(TimeLimitError), handle_signals(), time_limit(0.2, tmp_path / "late"):
         try:
             time.sleep(20)
         except Exception:
@@ -25,7 +25,7 @@ def test_time_limit_raises_through_handlers_of_exceptions(tmp_path):
 @pytest.mark.parametrize("seconds", [None, 0.3])
 def test_time_limit_not_reached_has_no_later_effect(seconds: float | None, tmp_path):
     (tmp_path / "late").touch()  # of an earlier attempt
-    with heeded():
+    with handle_signals():
         with time_limit(seconds, tmp_path / "late"):
             pass
         time.sleep(0.6)
@@ -55,8 +55,8 @@ with signals.time_limit(0.3, pathlib.Path("late")):
 def test_signal_inside_critical_section_is_raised_after_it(number, error):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     done = []
-    with pytest.raises(error), heeded():
-        with held(), held():
+    with pytest.raises(error), handle_signals():
+        with defer_signals(), defer_signals():
             os.kill(os.getpid(), number)
             done.append("inside")
         done.append("after")
@@ -67,20 +67,20 @@ def test_signal_inside_critical_section_is_raised_after_it(number, error):
 
 def test_second_signal_interrupts_a_critical_section():
     done = []
-    with pytest.raises(KeyboardInterrupt), heeded(), held():
+    with pytest.raises(KeyboardInterrupt), handle_signals(), defer_signals():
         os.kill(os.getpid(), signal.SIGTERM)
         done.append("once")
         os.kill(os.getpid(), signal.SIGTERM)
         done.append("twice")
     assert done == ["once"]
-    with heeded(), held():
+    with handle_signals(), defer_signals():
         pass  # nothing is left over
 
 
 def test_ignored_interrupt_stays_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with heeded():
+        with handle_signals():
             os.kill(os.getpid(), signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
