@@ -4,8 +4,8 @@
 
 The runs: the built-in model (`qlora-exp train`, and two jobs of `-m sweep=cost_comparison`), and six steps of a model
 in the shape of Llama 2 7B with random weights (`evaluation=loss_only training.eval_strategy=no
-dataset.max_train_rows=64`, and the overrides in the table). Plans assume that all rows are as long as the longest, and that more tokens carry loss
-than did in the runs.
+dataset.max_train_rows=64`, and the overrides in the table). Plans assume that all rows are as long as the longest,
+and that more tokens carry loss than did in the runs.
 """
 
 import argparse

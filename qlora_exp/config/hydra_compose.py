@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qlora_exp.config.schema import Config
 from qlora_exp.config.validate import OPEN_SECTIONS, from_dict, no_such_key
+from qlora_exp.libraries.hydra import every_combination
 from qlora_exp.utils.errors import ConfigError, did_you_mean
 
 
