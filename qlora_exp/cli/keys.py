@@ -35,10 +35,10 @@ def keys(options: argparse.Namespace) -> None:
 
     chosen: str = options.chosen or ""
     sections = Config.model_fields
-    known = [*sections, *known_keys()]
-    if chosen and chosen not in known:
-        same_name = [key for key in known if key.endswith(f".{chosen}")]
-        hint = f"; did you mean '{same_name[0]}'?" if same_name else did_you_mean(chosen, known)
+    names = [*sections, *known_keys()]
+    if chosen and chosen not in names:
+        same_name = [key for key in names if key.endswith(f".{chosen}")]
+        hint = f"; did you mean '{same_name[0]}'?" if same_name else did_you_mean(chosen, names)
         raise ConfigError(f"no section or key '{chosen}'{hint} Sections: {', '.join(sections)}")
     section, _, key = chosen.partition(".")
     default_run = hydra_compose.compose([])
