@@ -16,7 +16,7 @@ from qlora_exp.utils.quiet import quiet
 from qlora_exp.utils.secrets import redact
 
 if TYPE_CHECKING:
-    from qlora_exp.deploy.chat import Sampling, Talker
+    from qlora_exp.deploy.chat import ChatModel, Sampling
 
 
 def add_parsers(commands: Commands) -> None:
@@ -163,7 +163,7 @@ def _print_at_once(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def _talker(options: argparse.Namespace) -> "tuple[Talker, Sampling]":
+def _talker(options: argparse.Namespace) -> "tuple[ChatModel, Sampling]":
     quiet()
     sources = {"default": options.source}
     for word in options.adapter:
@@ -177,7 +177,7 @@ def _talker(options: argparse.Namespace) -> "tuple[Talker, Sampling]":
 
     sampling = chatting.Sampling(**{name: getattr(options, name) for name in chatting.Sampling.__dataclass_fields__})
     sampling.settings([0], 0)  # report wrong values before loading anything
-    return chatting.open_talker(sources, options.uri, options.device, options.quantization), sampling
+    return chatting.load_chat_model(sources, options.uri, options.device, options.quantization), sampling
 
 
 def serve(options: argparse.Namespace) -> None:

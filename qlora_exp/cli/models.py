@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from qlora_exp.cli.parents import RUN, SOURCE, URI, Commands, add_command, add_overrides
-from qlora_exp.deploy.formats import DEPLOYED, FORMS, GGUF_TYPES
+from qlora_exp.deploy.formats import DEPLOYED, EXPORT_FORMATS, GGUF_TYPES
 from qlora_exp.utils.errors import ConfigError
 from qlora_exp.utils.quiet import quiet
 
@@ -36,7 +36,7 @@ def add_parsers(commands: Commands) -> None:
     add_overrides(
         parser, "keys of the run's config to change when gptq or awq reads its rows, such as dataset.path=FILE"
     )
-    parser.add_argument("--to", choices=FORMS, required=True, help="format to write")
+    parser.add_argument("--to", choices=EXPORT_FORMATS, required=True, help="format to write")
     parser.add_argument(
         "--type", default="q8_0", help=f"type of the weights in a GGUF file: {', '.join(GGUF_TYPES)}; default: q8_0"
     )
@@ -153,7 +153,7 @@ def deployment_gap(options: argparse.Namespace) -> None:
     record = reproduce.find_run(options.uri, options.run)
     config = reproduce.recorded_config(record, untrusted.given(options.overrides), options.uri)
     saved = load.find(record.run_id, options.uri, "cpu")
-    forms = gap.forms_of(config, saved.adapter, options.forms.split(",") if options.forms else ())
+    forms = gap.formats_of(config, saved.adapter, options.forms.split(",") if options.forms else ())
     out = options.out or Path("outputs") / "deployment" / record.run_id
     out.mkdir(parents=True, exist_ok=True)
     with Console(stderr=True).status("") as status:
@@ -167,6 +167,6 @@ def deployment_gap(options: argparse.Namespace) -> None:
     )
     file = out / "deployment_gap.json"
     write_atomically(file, json.dumps(gap.told(measured, record.run_id), indent=1, ensure_ascii=False))
-    with records.explained():
+    with records.mlflow_errors_explained():
         mlflow_store.client(options.uri).log_artifact(record.run_id, str(file))
     print(f"file  {file}, saved with run {record.run_id} in MLflow too; the exported models are next to it")

@@ -82,7 +82,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Talker:
+class ChatModel:
     """A model with its adapters, ready to answer."""
 
     model: Any
@@ -199,9 +199,9 @@ class _CallbackStreamer(TextStreamer):
             self._on_text(text)
 
 
-def open_talker(
+def load_chat_model(
     sources: dict[str, str], tracking_uri: str | None = None, device: str = "auto", quantization: str | None = None
-) -> Talker:
+) -> ChatModel:
     """Load a model and, if it is an adapter, further adapters of the same base model.
 
     Args:
@@ -232,7 +232,7 @@ def open_talker(
     for name, other in others:
         model = load.with_adapter(model, other, name)
     templates = {name: chat_template(each.config.dataset, each.tokenizer()) for name, each in saved_by_name.items()}
-    return Talker(model.eval(), saved.tokenizer(), saved_by_name, templates)
+    return ChatModel(model.eval(), saved.tokenizer(), saved_by_name, templates)
 
 
 def _base(saved: Saved) -> tuple[str, str]:
@@ -277,7 +277,7 @@ def _request(line: str, where: str) -> Request:
         ) from error
 
 
-def answers(talker: Talker, requests: Iterable[Request], sampling: Sampling) -> Iterator[dict[str, Any]]:
+def answers(talker: ChatModel, requests: Iterable[Request], sampling: Sampling) -> Iterator[dict[str, Any]]:
     """Yield each request with its answer, in order."""
     for request in requests:
         fields = {"messages": request.messages, "input": request.input, "adapter": request.adapter}

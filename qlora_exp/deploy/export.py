@@ -26,8 +26,8 @@ from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.schema import Config
 from qlora_exp.config.untrusted import refuse_user_only_settings
 from qlora_exp.deploy import gguf, gptq, merge, ollama
-from qlora_exp.deploy.formats import BITSANDBYTES, CALIBRATED, FORMS
-from qlora_exp.deploy.load import GGUF_FILE, Saved, load_whole
+from qlora_exp.deploy.formats import BITSANDBYTES, EXPORT_FORMATS, GPTQ_FORMATS
+from qlora_exp.deploy.load import GGUF_FILE, Saved, load_complete_model
 from qlora_exp.deploy.merge import Base, Whole
 from qlora_exp.environment.device import detect, resolve
 from qlora_exp.environment.provenance import libraries
@@ -74,7 +74,7 @@ class Exported:
     bytes: int
 
 
-def is_there(
+def is_exported(
     saved: Saved, out: Path, form: str = "merged", dtype: str = "auto", base: Base = "auto", type_: str = "q8_0"
 ) -> bool:
     """Return whether `out` already contains what `export` would write with these arguments.
@@ -120,7 +120,7 @@ def export(
     Args:
         saved: adapter or model that a run saved, or a complete model that was exported before.
         out: folder to write; must not exist. It appears complete or not at all.
-        form: export format, one of FORMS.
+        form: export format, one of EXPORT_FORMATS.
         dtype: dtype of the merged weights, before they are quantized: float32, bfloat16, float16; auto: that of the
             base model's files.
         base: which weights an adapter is merged into; see `merge.whole`.
@@ -148,7 +148,7 @@ def export(
         whole.tokenizer.save_pretrained(part)
         shutil.copy(saved.folder / CONFIG_FILE, part)
         dtype, whole.model = whole.dtype, None
-        reloaded = load_whole(replace(saved, folder=part, adapter=False), "auto")
+        reloaded = load_complete_model(replace(saved, folder=part, adapter=False), "auto")
         made = _compare(whole, reloaded, str(out), form, stored, size_on_disk(part))
         _check(made, dtype, exact)
         facts = asdict(made) | {"asked": asked, "source": saved.source, "libraries": libraries()}
@@ -191,13 +191,13 @@ def _writer(saved: Saved, form: str, type_: str, rows_of: Config | None) -> Writ
         return lambda whole, part: _write_gguf(whole, part, type_, saved)
     if form in BITSANDBYTES:
         return lambda whole, part: _write_bitsandbytes(whole, part, form)
-    if form in CALIBRATED:
+    if form in GPTQ_FORMATS:
         gptq.check(form)
         if rows_of is None:
             refuse_user_only_settings(saved.config, {})
         examples = gptq.rows(rows_of or saved.config, saved.tokenizer())
         return lambda whole, part: (gptq.write(whole.model, whole.tokenizer, examples, part, form), None)
-    raise ConfigError(f"--to {form}: choose one of {', '.join(FORMS)}")
+    raise ConfigError(f"--to {form}: choose one of {', '.join(EXPORT_FORMATS)}")
 
 
 def _write_merged(whole: Whole, part: Path) -> tuple[str, torch.dtype]:

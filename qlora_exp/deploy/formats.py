@@ -3,8 +3,8 @@
 from typing import Any
 
 BITSANDBYTES = ("nf4", "nf4_double", "fp4", "fp4_double", "int8")
-CALIBRATED = ("gptq", "awq")
-FORMS = ("merged", "gguf", *BITSANDBYTES, *CALIBRATED)
+GPTQ_FORMATS = ("gptq", "awq")
+EXPORT_FORMATS = ("merged", "gguf", *BITSANDBYTES, *GPTQ_FORMATS)
 """Formats that `export` writes."""
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 """Types in which the `gguf` library can store weights. llama.cpp's `llama-quantize` makes other types from an f16 or

@@ -167,7 +167,7 @@ def load_saved(saved: Saved, quantization: str | None = None, name: str = "defau
         model = with_adapter(base, saved, name)
     else:
         settings = None if quantization is None else quantization_config(config.quantization, resolved)
-        model = load_whole(saved, resolved.dtype, resolved.device, settings)
+        model = load_complete_model(saved, resolved.dtype, resolved.device, settings)
     model.config.use_cache = True
     return model.eval()
 
@@ -190,7 +190,7 @@ def with_adapter(model: Any, saved: Saved, name: str = "default") -> PeftModel:
         raise ModelError(f"{saved.folder}: does not fit {model.config.name_or_path}: {first:.300}") from error
 
 
-def load_whole(saved: Saved, dtype: str, device: str = "cpu", quantization: Any = None) -> Any:
+def load_complete_model(saved: Saved, dtype: str, device: str = "cpu", quantization: Any = None) -> Any:
     """Load a complete model, not an adapter: one that full fine-tuning saved or `export` wrote.
 
     Raises:

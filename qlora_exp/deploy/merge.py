@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from qlora_exp.config import compatibility
 from qlora_exp.config.schema import Config
 from qlora_exp.data.prompts import chat_template
-from qlora_exp.deploy.load import Saved, load_whole, stored_as, with_adapter
+from qlora_exp.deploy.load import Saved, load_complete_model, stored_as, with_adapter
 from qlora_exp.environment.device import Device, resolve
 from qlora_exp.models import quantization
 from qlora_exp.models.base import load_model, load_unquantized
@@ -73,7 +73,7 @@ def whole(saved: Saved, dtype: str = "auto", base: Base = "auto") -> Whole:
             raise ConfigError(
                 f"--base {base}: {saved.folder} is a complete model, not an adapter to merge; leave --base out"
             )
-        model, description = load_whole(saved, dtype), f"{saved.source}, a whole model"
+        model, description = load_complete_model(saved, dtype), f"{saved.source}, a whole model"
         if (stored := stored_as(saved.folder)) is not None:
             model = quantization.dequantized(model, model.dtype)
             description += f", what its weights stored by {stored} stand for"

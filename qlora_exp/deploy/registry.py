@@ -61,7 +61,7 @@ def register(uri: str | None, run: str, name: str, alias: str | None = None) -> 
         raise TrackingError(f"MLflow: {first_line(error)}") from error
     address = f"models:/{name}@{alias}" if alias else f"models:/{name}/{version}"
     text = model_card.write(record, saved.config, address)
-    with records.explained(), tempfile.TemporaryDirectory() as folder:
+    with records.mlflow_errors_explained(), tempfile.TemporaryDirectory() as folder:
         (Path(folder) / _CARD).write_text(text, "utf-8")
         mlflow.log_artifact(record.run_id, str(Path(folder) / _CARD))
         mlflow.log_model_artifact(model_id, str(Path(folder) / _CARD))

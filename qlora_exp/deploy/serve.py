@@ -72,7 +72,7 @@ def folder_of(saved: Saved, out: Path) -> Path:
     """
     if not saved.adapter:
         return saved.folder
-    if not export.is_there(saved, out):
+    if not export.is_exported(saved, out):
         export.export(saved, out)
     return out
 

@@ -139,7 +139,7 @@ class MlflowRecord(Record):
 
     def curve(self, metric: str) -> list[tuple[int, float]]:
         """Return every value of a metric with its step, in order."""
-        with explained():
+        with mlflow_errors_explained():
             points = self.mlflow.get_metric_history(self.run_id, metric)
         return sorted({point.step: float(point.value) for point in points}.items())
 
@@ -150,7 +150,7 @@ class MlflowRecord(Record):
                 where = {"artifact_uri": f"{self.artifact_uri}/{path}", "tracking_uri": self.mlflow.tracking_uri}
                 return Path(download_artifacts(**where, dst_path=folder)).read_text("utf-8")
             except (MlflowException, OSError) as error:
-                with explained():
+                with mlflow_errors_explained():
                     files = self.mlflow.list_artifacts(self.run_id, path.rpartition("/")[0] or None)
                 if path in [file.path for file in files]:
                     raise TrackingError(
@@ -162,7 +162,7 @@ class MlflowRecord(Record):
         """Return the held-out losses of all runs (this one included) that differ from it in the seed only."""
         known_params = ((key, self.params.get(key, "")) for key in ("model.model_name_or_path", "method.name"))
         where = " and ".join(f"params.`{key}` = '{value}'" for key, value in known_params if "'" not in value)
-        with explained():
+        with mlflow_errors_explained():
             runs = list(_search(self.mlflow, [self.experiment_id], where, None))
         records = [MlflowRecord.of(run, self.mlflow) for run in runs]
         same_config = [record for record in records if record.config == self.config and record.outcome == "ok"]
@@ -196,7 +196,7 @@ def find(
         TrackingError: the store cannot be reached, or has no such runs.
     """
     mlflow = _reader(uri)
-    with explained():
+    with mlflow_errors_explained():
         return [MlflowRecord.of(run, mlflow) for run in _find(mlflow, chosen, experiment, where)]
 
 
@@ -207,12 +207,12 @@ def by_ids(uri: str | None, run_ids: Sequence[str]) -> list[MlflowRecord]:
         TrackingError: the store cannot be reached, or lacks one of the runs.
     """
     mlflow = _reader(uri)
-    with explained():
+    with mlflow_errors_explained():
         return [MlflowRecord.of(mlflow.get_run(run_id), mlflow) for run_id in run_ids]
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def mlflow_errors_explained() -> Iterator[None]:
     """Raise errors of MLflow as `TrackingError`."""
     try:
         yield
@@ -260,7 +260,7 @@ def page(uri: str | None, server: str) -> str:
         TrackingError: the store does not exist or cannot be reached.
     """
     mlflow = _reader(uri)
-    with explained():
+    with mlflow_errors_explained():
         experiments = {experiment.experiment_id: experiment for experiment in mlflow.search_experiments()}
         newest = mlflow.search_runs(list(experiments), max_results=1)
     if not newest:

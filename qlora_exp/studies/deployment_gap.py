@@ -65,7 +65,7 @@ class Gap:
     """p-value, adjusted for the number of formats (Holm)."""
 
 
-def forms_of(config: Config, adapter: bool, names: Sequence[str] = ()) -> list[str]:
+def formats_of(config: Config, adapter: bool, names: Sequence[str] = ()) -> list[str]:
     """Return the export formats to measure: the named ones, or all that apply. The model as trained comes first.
 
     Raises:
@@ -131,7 +131,7 @@ def _make(source: str, uri: str | None, where: str, form: str, config: Config) -
 
     gc.enable()  # the fork server turns the garbage collector off
     saved = load.find(source, uri, "cpu")
-    if not export.is_there(saved, Path(where), **DEPLOYED[form]):
+    if not export.is_exported(saved, Path(where), **DEPLOYED[form]):
         export.export(saved, Path(where), **DEPLOYED[form], rows_of=config)
 
 

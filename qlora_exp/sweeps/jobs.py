@@ -25,7 +25,7 @@ _STOP_FILE = "stop"
 """File in the sweep's folder: while it exists, no further job starts."""
 TIME_LIMIT_FILE = "out_of_time"
 """File in a job's folder: the job has exceeded its time limit."""
-GOOD = ("ok", "pruned", "unfit")
+NOT_FAILED = ("ok", "pruned", "unfit")
 """Outcomes that do not count as failures."""
 
 State = Literal["new", "running", "cut off", "damaged", "ok", "pruned", "oom", "nan", "timeout", "error"]
@@ -144,7 +144,7 @@ def decide(job: Job, rerun: str) -> tuple[Action, str]:
         return "resume", f"was interrupted; {resumes}"
     if job_state == "damaged":  # its result cannot be read; its files are kept in a renamed folder
         return "rerun", last["failure"]
-    if job_state in GOOD:
+    if job_state in NOT_FAILED:
         done = "done" if job_state == "ok" else job_state
         done_in = f"{done} in {last['seconds']:.0f} s" if "seconds" in last else done
         return ("rerun", f"{done} before") if rerun == "all" else ("skip", done_in)

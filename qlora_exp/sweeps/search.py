@@ -29,7 +29,7 @@ from optuna.trial import FrozenTrial, TrialState
 from qlora_exp.config.metric_direction import lower_is_better
 from qlora_exp.config.sections.sweep import SearchConfig, SweepConfig
 from qlora_exp.libraries.hydra import as_written
-from qlora_exp.sweeps.jobs import GOOD, Job
+from qlora_exp.sweeps.jobs import NOT_FAILED, Job
 from qlora_exp.sweeps.sweep import Sweep
 from qlora_exp.utils.errors import ConfigError, did_you_mean
 from qlora_exp.utils.files import write_atomically
@@ -104,7 +104,7 @@ def search(
             elif outcomes == {"ok"}:
                 values = [_values(ending["metrics"], settings.metrics) for ending in endings]
                 study.tell(trial.number, [statistics.fmean(column) for column in zip(*values, strict=True)])
-            elif outcomes <= {*GOOD, "oom", "nan", "timeout", "error"}:
+            elif outcomes <= {*NOT_FAILED, "oom", "nan", "timeout", "error"}:
                 study.tell(trial.number, state=TrialState.FAIL)
         if any(sweep.ended(job)["outcome"] == "not started" for repeats in jobs.values() for job in repeats):
             break  # the launcher failed, or jobs may not start; these trials resume when the search is started again

@@ -12,8 +12,8 @@ from typing import Any, Self
 
 from qlora_exp.config.sections.sweep import SweepConfig
 from qlora_exp.sweeps.jobs import (
-    GOOD,
     JOB_FILE,
+    NOT_FAILED,
     RUNNING,
     Action,
     Ending,
@@ -88,7 +88,7 @@ class Sweep:
             if advice := _advice([row["outcome"] for row in rows]):
                 raise SweepError(advice)
         if isinstance(error, KeyboardInterrupt) and self._jobs:
-            done = sum(self.ended(job)["outcome"] in GOOD for job in self._jobs.values())
+            done = sum(self.ended(job)["outcome"] in NOT_FAILED for job in self._jobs.values())
             print(f"{done} of {len(self._jobs)} jobs are done; run the same command again to resume the others")
 
     def _end(self, error: BaseException | None) -> None:
@@ -253,7 +253,7 @@ class Sweep:
     def _record(self) -> None:
         """Log the outcomes of the jobs to MLflow."""
         rows = self.rows()
-        failed = sum(row["outcome"] not in GOOD for row in rows)
+        failed = sum(row["outcome"] not in NOT_FAILED for row in rows)
         self._parent.metrics({"jobs": len(rows), "jobs_failed": failed})
         columns = dict.fromkeys(name for row in rows for name in row)
         self._parent.table({name: [row.get(name, "") for row in rows] for name in columns}, "jobs.json")
@@ -278,7 +278,7 @@ class Sweep:
 def _advice(outcomes: Sequence[str]) -> str:
     """Return advice about jobs that did not end well; empty if all did."""
     unfinished = sum(outcome in ("killed", "cut off", "not started", "running") for outcome in outcomes)
-    failed = len(outcomes) - unfinished - sum(outcome in GOOD for outcome in outcomes)
+    failed = len(outcomes) - unfinished - sum(outcome in NOT_FAILED for outcome in outcomes)
     parts = [f"{failed} failed: sweep.rerun=failed runs them again"] * bool(failed)
     parts += [f"{unfinished} did not finish: the same command resumes them"] * bool(unfinished)
     return f"{failed + unfinished} of {len(outcomes)} jobs did not end well; {'; '.join(parts)}" if parts else ""

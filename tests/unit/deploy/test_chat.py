@@ -9,7 +9,7 @@ from support import exit_code
 
 from qlora_exp.data.prompts import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
 from qlora_exp.deploy import load
-from qlora_exp.deploy.chat import BASE, Request, Sampling, answers, asked, open_talker, read_requests
+from qlora_exp.deploy.chat import BASE, Request, Sampling, answers, asked, load_chat_model, read_requests
 from qlora_exp.utils.errors import ConfigError, DataError, ModelError
 
 pytestmark = pytest.mark.slow
@@ -22,7 +22,7 @@ CHAT = "dataset.format=chat"
 def talker(trained_adapters):
     """Two adapters on one base, trained in different formats."""
     sources = {"default": str(trained_adapters("training.max_steps=9")), "same_kind": str(trained_adapters(CHAT))}
-    return open_talker(sources, device="cpu")
+    return load_chat_model(sources, device="cpu")
 
 
 def test_prompt_has_the_format_the_adapter_was_trained_with(talker):
@@ -40,7 +40,7 @@ def test_prompt_has_the_format_the_adapter_was_trained_with(talker):
 @pytest.mark.parametrize("format_", ["text", "prompt_completion"])
 def test_plain_formats_leave_the_prompt_unchanged(format_, trained_adapters):
     words = (f"dataset.format={format_}", *(["dataset.text_column=output"] if format_ == "text" else []))
-    plain = open_talker({"default": str(trained_adapters(*words))}, device="cpu")
+    plain = load_chat_model({"default": str(trained_adapters(*words))}, device="cpu")
     assert plain.prompt(asked("Why?"))[0] == "Why?"
 
 
@@ -98,7 +98,9 @@ def test_request_that_does_not_fit_the_format_is_rejected(talker):
 
 
 def test_full_model_answers_and_has_no_base(trained_adapters):
-    whole = open_talker({"default": str(trained_adapters("method=full", "tracking.log_full_model=true"))}, device="cpu")
+    whole = load_chat_model(
+        {"default": str(trained_adapters("method=full", "tracking.log_full_model=true"))}, device="cpu"
+    )
     assert isinstance(whole.answer(asked("Why?"), SHORT), str)
     with pytest.raises(ConfigError, match="a complete model, without a base"):
         whole.answer(asked("Why?", BASE), SHORT)
@@ -106,7 +108,7 @@ def test_full_model_answers_and_has_no_base(trained_adapters):
 
 @pytest.mark.parametrize(("quantization", "stored"), [("nf4", "Params4bit"), ("int8", "Int8Params")])
 def test_base_is_quantized_on_request(quantization, stored, trained_adapters):
-    small = open_talker({"default": str(trained_adapters())}, device="cpu", quantization=quantization)
+    small = load_chat_model({"default": str(trained_adapters())}, device="cpu", quantization=quantization)
     kinds = {type(one).__name__ for one in small.model.parameters()}
     assert stored in kinds
 
@@ -114,18 +116,18 @@ def test_base_is_quantized_on_request(quantization, stored, trained_adapters):
 def test_adapters_of_different_bases_are_rejected(trained_adapters):
     llama, opt = str(trained_adapters()), str(trained_adapters("model=tiny_opt"))
     with pytest.raises(ModelError, match="was trained on random:opt"):
-        open_talker({"default": llama, "b": opt}, device="cpu")
+        load_chat_model({"default": llama, "b": opt}, device="cpu")
     with pytest.raises(ModelError, match="is a complete model"):
-        open_talker(
+        load_chat_model(
             {"default": llama, "b": str(trained_adapters("method=full", "tracking.log_full_model=true"))}, device="cpu"
         )
     for name in (BASE, "v1.0", ""):
         with pytest.raises(ConfigError, match=f"cannot be called '{name}'"):
-            open_talker({name: llama}, device="cpu")
+            load_chat_model({name: llama}, device="cpu")
 
 
 def test_empty_prompt_in_plain_format_is_rejected(trained_adapters):
-    plain = open_talker(
+    plain = load_chat_model(
         {"default": str(trained_adapters("dataset.format=text", "dataset.text_column=output"))}, device="cpu"
     )
     with pytest.raises(DataError, match="an empty prompt"):

@@ -246,15 +246,15 @@ def test_leftovers_of_a_killed_export_are_removed(trained_adapters, tmp_path):
 
 def test_existing_export_is_identified_by_weights_and_options(trained_adapters, tmp_path):
     saved = find(trained_adapters())
-    assert not export.is_there(saved, tmp_path / "made")
+    assert not export.is_exported(saved, tmp_path / "made")
     export.export(saved, tmp_path / "made", "gguf", type_="q8_0")
     named = export.replace(saved, source="by another name")
-    assert export.is_there(named, tmp_path / "made", "gguf", type_="q8_0")
+    assert export.is_exported(named, tmp_path / "made", "gguf", type_="q8_0")
     for other in ({"form": "merged"}, {"form": "gguf", "type_": "q4_0"}):
         with pytest.raises(ConfigError, match="contains something else"):
-            export.is_there(saved, tmp_path / "made", **other)
+            export.is_exported(saved, tmp_path / "made", **other)
     with pytest.raises(ConfigError, match="contains something else"):
-        export.is_there(find(trained_adapters("lora_variant=dora")), tmp_path / "made", "gguf")
+        export.is_exported(find(trained_adapters("lora_variant=dora")), tmp_path / "made", "gguf")
 
 
 @pytest.mark.parametrize("form", ["nf4", "int8"])

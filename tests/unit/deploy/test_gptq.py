@@ -4,12 +4,12 @@ import pytest
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.deploy import export, gptq, load
-from qlora_exp.deploy.formats import CALIBRATED
+from qlora_exp.deploy.formats import GPTQ_FORMATS
 from qlora_exp.models.base import load_tokenizer
 from qlora_exp.utils.errors import ConfigError
 
 
-@pytest.mark.parametrize("form", CALIBRATED)
+@pytest.mark.parametrize("form", GPTQ_FORMATS)
 def test_missing_gptq_package_is_named(form, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match="nox -s gptq"):

@@ -6,7 +6,7 @@ import pytest
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.deploy.formats import DEPLOYED
 from qlora_exp.studies import deployment_gap
-from qlora_exp.studies.deployment_gap import Measured, forms_of, gaps
+from qlora_exp.studies.deployment_gap import Measured, formats_of, gaps
 from qlora_exp.utils.errors import ConfigError
 
 
@@ -57,10 +57,10 @@ def test_only_differing_scores_are_shown():
 def test_measured_formats_are_those_that_make_sense(words, adapter, forms, monkeypatch):
     config = compose(words)
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    assert forms_of(config, adapter) == forms
-    assert forms_of(config, adapter, ["int8"]) == ["trained", "int8"]
+    assert formats_of(config, adapter) == forms
+    assert formats_of(config, adapter, ["int8"]) == ["trained", "int8"]
     with pytest.raises(ConfigError, match="choose from trained, merged"):
-        forms_of(config, adapter, ["int9"])
+        formats_of(config, adapter, ["int9"])
     if "merged_trained" not in forms:
         with pytest.raises(ConfigError, match="does not apply"):
-            forms_of(config, adapter, ["merged_trained"])
+            formats_of(config, adapter, ["merged_trained"])
