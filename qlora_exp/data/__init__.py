@@ -1,5 +1,5 @@
 """Training and held-out rows: sources, prompts, tokens, the audit of labels, and leaks between the two.
 
 May import: utils, libraries, config, environment.
-Not allowed here: models and training.
+Never here: models and training.
 """

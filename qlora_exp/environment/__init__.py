@@ -1,5 +1,5 @@
 """The environment of a run: device, hub, memory, speed and energy, versions of code and libraries.
 
 May import: utils, libraries, config.
-Not allowed here: models, rows, MLflow.
+Never here: models, rows, MLflow.
 """
