@@ -25,12 +25,12 @@ HERE = Path(__file__).parent
 def export(folder: Path, model: str) -> str:
     """Write the rows of the default job as prompt and completion; return the path of the converted base model."""
     from qlora_exp.config.hydra_compose import compose
-    from qlora_exp.data import dataset
     from qlora_exp.data.prompts import render
+    from qlora_exp.data.rows import load_rows
     from qlora_exp.models import base
 
     config = compose([f"model={model}"])
-    rows = dataset.load_rows(config.dataset)
+    rows = load_rows(config.dataset)
     tokenizer = base.load_tokenizer(config.model)
     for name, part in (("train", rows.train), ("heldout", rows.heldout)):
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as lines:

@@ -5,7 +5,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from qlora_exp.data.dataset import IGNORED
+from qlora_exp.data.tokenization import IGNORED
 from qlora_exp.utils.errors import DataError
 
 

@@ -1,6 +1,6 @@
 """Find training rows that give a held-out row away: the same prompt, or nearly the same text.
 
-Depends only on the columns that `data.dataset` creates.
+Depends only on the columns that `data.rows` creates.
 """
 
 import re

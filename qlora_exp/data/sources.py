@@ -1,6 +1,6 @@
 """Read rows from their source: the built-in FAQ, Python's documentation, reasoning-gym tasks, files, the hub.
 
-Rows keep the columns of their source; `data.dataset` makes the columns uniform.
+Rows keep the columns of their source; `data.rows` makes the columns uniform.
 """
 
 import importlib.util

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from qlora_exp.config.schema import Config
-from qlora_exp.data import dataset
+from qlora_exp.data import tokenization
+from qlora_exp.data.rows import load_rows
 from qlora_exp.utils.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def rows(config: Config, tokenizer: Any) -> list[dict[str, list[int]]]:
         ConfigError: no row has ten tokens or more.
         DataError: the rows cannot be read on this machine.
     """
-    tokens = dataset.tokenize(dataset.load_rows(config.dataset).train, config, tokenizer)
+    tokens = tokenization.tokenize(load_rows(config.dataset).train, config, tokenizer)
     truncated = [row["input_ids"][: config.training.max_length] for row in tokens.select(range(min(ROWS, len(tokens))))]
     if not (long := [ids for ids in truncated if len(ids) >= _SHORTEST]):
         raise ConfigError(

@@ -14,7 +14,7 @@ from qlora_exp.utils.secrets import load_env_file
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from qlora_exp.data.dataset import Rows
+    from qlora_exp.data.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,12 @@ def read_inputs(config: Config) -> Inputs:
     load_env_file()
     if hub.is_needed(config):
         hub.go_offline_if_unreachable()  # must come before huggingface_hub is imported
-    from qlora_exp.data import dataset, sources
+    from qlora_exp.data import sources
+    from qlora_exp.data.rows import load_heldout, load_rows
     from qlora_exp.training import lm_eval
 
-    rows = dataset.load_rows(config.dataset)
-    unrelated = dataset.load_heldout(config.unrelated) if config.unrelated.paths else None
+    rows = load_rows(config.dataset)
+    unrelated = load_heldout(config.unrelated) if config.unrelated.paths else None
     tasks = lm_eval.load_tasks(config.evaluation) if config.evaluation.lm_eval_tasks else {}
     score = sources.scorer(config.dataset)
     resolved = resolve(config, detect(config.device, bitsandbytes=config.quantization.bitsandbytes))

@@ -6,7 +6,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from qlora_exp.data import dataset, label_audit
+from qlora_exp.data import label_audit, tokenization
+from qlora_exp.data.rows import fingerprint
 from qlora_exp.models.base import load_tokenizer
 from qlora_exp.planning import calibration
 from qlora_exp.recipe.context import RunContext
@@ -39,18 +40,18 @@ def tokenize(run: RunContext, inputs: Inputs) -> Tokens:
     """
     config, max_length = run.config, run.config.training.max_length
     tokenizer = load_tokenizer(config.model)
-    train = dataset.tokenize(inputs.rows.train, config, tokenizer)
+    train = tokenization.tokenize(inputs.rows.train, config, tokenizer)
     audit = label_audit.audit(train, max_length, tokenizer)
-    heldout_tokens = dataset.tokenize(inputs.rows.heldout, config, tokenizer)
-    heldout_rows, heldout = dataset.cut(inputs.rows.heldout, heldout_tokens, max_length)
+    heldout_tokens = tokenization.tokenize(inputs.rows.heldout, config, tokenizer)
+    heldout_rows, heldout = tokenization.cut(inputs.rows.heldout, heldout_tokens, max_length)
     _log_labels(run, inputs, audit)
     parts = [("training", config.dataset, inputs.rows.train), ("evaluation", config.dataset, heldout_rows)]
     unrelated = None
     if inputs.unrelated is not None:
-        unrelated_rows, unrelated = dataset.unrelated(inputs.unrelated, config, tokenizer)
+        unrelated_rows, unrelated = tokenization.unrelated(inputs.unrelated, config, tokenizer)
         parts.append(("unrelated", config.unrelated, unrelated_rows))
     for part, source, rows in parts:
-        digest = dataset.fingerprint(rows)
+        digest = fingerprint(rows)
         run.tracker.params({f"data.{part}_rows": len(rows), f"data.{part}_fingerprint": digest})
         run.tracker.dataset(f"{source.name}-{part}", digest, source.path, part, len(rows))
     return Tokens(tokenizer, train, heldout, heldout_rows, unrelated)

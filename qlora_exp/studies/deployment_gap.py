@@ -193,11 +193,14 @@ def _ask_llama_cpp(source: str, uri: str | None, config: Config, form: str) -> t
 
 def _heldout(config: Config, saved: Any) -> tuple[Any, Any, Any]:
     """Return the tokenizer, and the held-out rows as text and as tokens."""
-    from qlora_exp.data import dataset
+    from qlora_exp.data import tokenization
+    from qlora_exp.data.rows import load_rows
 
     tokenizer = saved.tokenizer()
-    rows = dataset.load_rows(config.dataset).heldout
-    return tokenizer, *dataset.cut(rows, dataset.tokenize(rows, config, tokenizer), config.training.max_length)
+    rows = load_rows(config.dataset).heldout
+    return tokenizer, *tokenization.cut(
+        rows, tokenization.tokenize(rows, config, tokenizer), config.training.max_length
+    )
 
 
 def _one_at_a_time(config: Config) -> EvaluationConfig:

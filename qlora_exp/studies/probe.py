@@ -21,7 +21,7 @@ from qlora_exp.config.compatibility import ASPECTS, BASES, WORKS
 from qlora_exp.config.hydra_compose import compose, conf_dir, options
 from qlora_exp.config.peft_methods import moves_base_weights
 from qlora_exp.config.schema import Config
-from qlora_exp.data.dataset import IGNORED
+from qlora_exp.data.tokenization import IGNORED
 from qlora_exp.environment.device import Device, Resolved, resolve
 from qlora_exp.environment.memory import MemoryMonitor
 from qlora_exp.libraries.transformers import load_best_checkpoint

@@ -18,17 +18,17 @@ from qlora_exp.utils.digests import file_digest, json_digest
 from qlora_exp.utils.units import MIB
 
 BASE_FILE = "base.json"
-"""File in an adapter's folder with the `version` of the base model that it was trained on, as `model` returns it."""
+"""File in an adapter's folder with the `version` (`model_version`) of the base model that it was trained on."""
 _SAMPLED_ABOVE = 64 * MIB
 
 
 def run_key(config: Config) -> str:
-    """Return the run key of a config: 16 hexadecimal digits, the digest of all its `parts`."""
+    """Return the run key of a config: 16 hexadecimal digits, the digest of all its `digests`."""
     return combine(digests(config))
 
 
 def combine(digests: Mapping[str, str]) -> str:
-    """Return the run key of the digests that `parts` returned."""
+    """Return the run key of the digests that `digests` returned."""
     return json_digest(digests)
 
 

@@ -21,7 +21,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl.trainer.sft_trainer import SFTTrainer
 
 from qlora_exp.config.schema import Config
-from qlora_exp.data.dataset import IGNORED
+from qlora_exp.data.tokenization import IGNORED
 from qlora_exp.environment.device import Resolved
 from qlora_exp.environment.efficiency import FlopCounter
 from qlora_exp.environment.memory import MemoryMonitor

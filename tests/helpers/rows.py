@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.sections.dataset import DatasetConfig
-from qlora_exp.data import dataset
+from qlora_exp.data import tokenization
 
 TEXT = st.text(min_size=1, max_size=60, alphabet=st.characters(blacklist_categories=("Cs",))).filter(str.strip)
 
@@ -27,4 +27,4 @@ composed = cache(lambda *overrides: compose(overrides))
 
 def tokenized(rows: list[dict], tokenizer, *overrides: str) -> Dataset:
     """Tokenize rows with the default config, changed by the given overrides."""
-    return dataset.tokenize(Dataset.from_list(rows), composed(*overrides), tokenizer)
+    return tokenization.tokenize(Dataset.from_list(rows), composed(*overrides), tokenizer)

@@ -8,7 +8,8 @@ from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftType
 from torch.nn.functional import cross_entropy
 
 from qlora_exp.config.hydra_compose import compose
-from qlora_exp.data import dataset
+from qlora_exp.data import tokenization
+from qlora_exp.data.rows import load_rows
 from qlora_exp.deploy.load import load
 from qlora_exp.utils.errors import ConfigError
 
@@ -35,10 +36,10 @@ def test_saved_model_has_the_loss_that_was_measured(name: str, run_quick):
     line = (result.output_dir / "evaluation" / "after_losses.jsonl").read_text().splitlines()[0]
     model, tokenizer = load(str(result.output_dir))
     config = compose(["dataset.max_eval_rows=4", "dataset.max_train_rows=16"])
-    heldout = dataset.load_rows(config.dataset).heldout
-    _, tokens = dataset.cut(heldout, dataset.tokenize(heldout, config, tokenizer), config.training.max_length)
+    heldout = load_rows(config.dataset).heldout
+    _, tokens = tokenization.cut(heldout, tokenization.tokenize(heldout, config, tokenizer), config.training.max_length)
     ids, labels = (torch.tensor(tokens[0][key]) for key in ("input_ids", "labels"))
-    loss = cross_entropy(logits(model, ids[None])[:-1], labels[1:], ignore_index=dataset.IGNORED, reduction="sum")
+    loss = cross_entropy(logits(model, ids[None])[:-1], labels[1:], ignore_index=tokenization.IGNORED, reduction="sum")
     assert loss.item() == pytest.approx(json.loads(line)["nll"], rel=1e-4)
 
 

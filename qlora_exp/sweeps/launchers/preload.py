@@ -23,7 +23,8 @@ _ALWAYS = (
     "evaluate",
     "rouge_score.rouge_scorer",
     "mlflow.store.tracking.sqlalchemy_store",
-    "qlora_exp.data.dataset",
+    "qlora_exp.data.rows",
+    "qlora_exp.data.tokenization",
     "qlora_exp.tracking.lifecycle",
     "qlora_exp.recipe.summary",
 )

@@ -2,7 +2,7 @@ import pytest
 from datasets import Dataset
 from helpers.rows import tokenized
 
-from qlora_exp.data import dataset, label_audit
+from qlora_exp.data import label_audit, tokenization
 from qlora_exp.utils.errors import DataError
 
 
@@ -33,4 +33,4 @@ def test_rows_without_supervised_tokens_are_rejected(tiny_tokenizer):
     with pytest.raises(DataError, match="no token of the 1 training rows carries loss"):
         label_audit.audit(tokens, 50, tiny_tokenizer)
     with pytest.raises(DataError, match="no held-out row"):
-        dataset.cut(Dataset.from_list([{"prompt": "p"}]), tokens, 50)
+        tokenization.cut(Dataset.from_list([{"prompt": "p"}]), tokens, 50)

@@ -3,12 +3,13 @@ from datasets import Dataset, IterableDataset
 from helpers.rows import ROWS, own_dataset
 
 from qlora_exp.config.hydra_compose import compose
-from qlora_exp.data import dataset, sources
+from qlora_exp.data import sources
+from qlora_exp.data.rows import load_rows
 from qlora_exp.utils.errors import DataError
 
 
 def test_builtin_faq_has_its_rows():
-    rows = dataset.load_rows(compose().dataset)
+    rows = load_rows(compose().dataset)
     assert len(rows.train) + len(rows.heldout) == 435
     assert not any("Zaragoza" in row["completion"] for row in rows.train)
 
@@ -18,7 +19,7 @@ def test_own_file_of_each_kind_is_read(kind: str, tmp_path):
     file = tmp_path / f"rows.{kind}"
     table = Dataset.from_list(ROWS)
     {"jsonl": table.to_json, "csv": table.to_csv, "parquet": table.to_parquet}[kind](file)
-    rows = dataset.load_rows(own_dataset(str(file)))
+    rows = load_rows(own_dataset(str(file)))
     assert sorted(row["completion"] for part in (rows.train, rows.heldout) for row in part) == sorted(
         row["completion"] for row in ROWS
     )
@@ -26,7 +27,7 @@ def test_own_file_of_each_kind_is_read(kind: str, tmp_path):
 
 def test_reasoning_gym_scores_its_reference_answers_as_right():
     config = compose(["dataset=reasoning_gym", "dataset.reasoning_gym_size=20"]).dataset
-    rows, score = dataset.load_rows(config), sources.scorer(config)
+    rows, score = load_rows(config), sources.scorer(config)
     assert all(score(row["completion"], row) == 1.0 for row in rows.heldout)
     assert score("certainly not a number", rows.heldout[0]) < 1.0
 
@@ -46,19 +47,19 @@ def test_reasoning_gym_scores_its_reference_answers_as_right():
 )
 def test_unreadable_source_is_rejected_with_its_reason(changes: dict, message: str, write_jsonl):
     with pytest.raises(DataError, match=message):
-        dataset.load_rows(own_dataset(**({"path": write_jsonl(ROWS)} | changes)))
+        load_rows(own_dataset(**({"path": write_jsonl(ROWS)} | changes)))
 
 
 def test_empty_file_is_rejected(tmp_path):
     (tmp_path / "rows.csv").write_text("")
     with pytest.raises(DataError, match="the file is empty"):
-        dataset.load_rows(own_dataset(str(tmp_path / "rows.csv")))
+        load_rows(own_dataset(str(tmp_path / "rows.csv")))
 
 
 def test_damaged_file_is_rejected(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion"')
     with pytest.raises(DataError, match="cannot be read as json"):
-        dataset.load_rows(own_dataset(str(tmp_path / "rows.jsonl")))
+        load_rows(own_dataset(str(tmp_path / "rows.jsonl")))
 
 
 def test_stream_is_read_no_further_than_needed(monkeypatch):
@@ -74,6 +75,6 @@ def test_stream_is_read_no_further_than_needed(monkeypatch):
         return IterableDataset.from_generator(rows)
 
     monkeypatch.setattr(sources, "load_dataset", load)
-    found = dataset.load_rows(own_dataset("org/name", streaming=True, max_train_rows=6, eval_size=2))
+    found = load_rows(own_dataset("org/name", streaming=True, max_train_rows=6, eval_size=2))
     assert (len(found.train), len(found.heldout)) == (6, 2)
     assert len(read) <= 13

@@ -7,7 +7,8 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 
 from qlora_exp.config.hydra_compose import compose
-from qlora_exp.data.dataset import load_rows, tokenize
+from qlora_exp.data.rows import load_rows
+from qlora_exp.data.tokenization import tokenize
 from qlora_exp.environment.device import Device, resolve
 from qlora_exp.models import adapters, lora_init
 from qlora_exp.models.base import load_model, load_unquantized

@@ -7,7 +7,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.sections.evaluation import EvaluationConfig
-from qlora_exp.data import dataset
+from qlora_exp.data import tokenization
 from qlora_exp.models.builtin import folder_of
 from qlora_exp.training import evaluation
 
@@ -24,7 +24,7 @@ def load(family: str = "llama"):
 
 def measure(model, tokenizer, batch_size: int = 2, score=None, **settings):
     rows = Dataset.from_list(ROWS)
-    tokens = dataset.tokenize(rows, compose(), tokenizer)
+    tokens = tokenization.tokenize(rows, compose(), tokenizer)
     config = EvaluationConfig(**({"generate_rows": 3, "max_new_tokens": 4, "generation_batch_size": 2} | settings))
     return evaluation.evaluate(model, tokenizer, rows, tokens, config, batch_size=batch_size, score=score)
 
@@ -32,7 +32,7 @@ def measure(model, tokenizer, batch_size: int = 2, score=None, **settings):
 def test_loss_averages_supervised_tokens_of_all_rows(tiny_tokenizer):
     model = load()
     total = count = 0.0
-    for row in dataset.tokenize(Dataset.from_list(ROWS), compose(), tiny_tokenizer):
+    for row in tokenization.tokenize(Dataset.from_list(ROWS), compose(), tiny_tokenizer):
         logits = model(torch.tensor([row["input_ids"]])).logits[0, :-1].detach()
         labels = torch.tensor(row["labels"][1:])
         total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()

@@ -1,0 +1,89 @@
+"""Turn rows into tokens with labels. Does not depend on models: a tokenizer is enough."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from datasets import Dataset, load_from_disk
+from tqdm import tqdm
+
+from qlora_exp.config.schema import Config
+from qlora_exp.data.prompts import render
+from qlora_exp.data.rows import CACHE_LAYOUT, fingerprint
+from qlora_exp.utils.cache import built
+from qlora_exp.utils.digests import json_digest
+from qlora_exp.utils.errors import DataError
+
+IGNORED = -100
+"""Label of a token that carries no loss, as in torch's cross entropy."""
+
+
+def tokenize(rows: Dataset, config: Config, tokenizer: Any) -> Dataset:
+    """Return `input_ids` and `labels` of each row, not truncated; labels are -100 where no loss is taken.
+
+    Prompt and completion are tokenized separately, so that the prompt has the same tokens in training as in generation.
+    The result is cached: other runs with the same rows, format and tokenizer read it from there.
+    """
+    learned = [config.training.completion_only_loss, config.training.assistant_only_loss]
+    inputs = [fingerprint(rows), config.dataset.format, config.dataset.system_message, learned]
+    inputs += [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map]
+    folder = built(
+        f"tokens-{json_digest([CACHE_LAYOUT, *inputs])}", lambda part: _tokenize(rows, config, tokenizer, part)
+    )
+    tokens = load_from_disk(str(folder))
+    assert isinstance(tokens, Dataset)
+    return tokens
+
+
+def _tokenize(rows: Dataset, config: Config, tokenizer: Any, folder: Path) -> None:
+    eos, learn_all = tokenizer.eos_token_id, not config.training.completion_only_loss
+
+    def encode(row: dict[str, Any]) -> dict[str, Any]:
+        text = render(row, config.dataset, tokenizer, config.training.assistant_only_loss)
+        ids: list[int] = []
+        labels: list[int] = []
+        prompt_length = 0
+        for place, (piece, learned) in enumerate(text.pieces):
+            first = place == 0 and not text.has_special_tokens
+            tokens = tokenizer(piece, add_special_tokens=first and not learned)["input_ids"]
+            if first and len(tokens) > 1 and tokens[-1] == eos:
+                tokens = tokens[:-1]  # this tokenizer ends every text with EOS; the prompt must not have it
+            prompt_length = len(ids)
+            ids += tokens
+            labels += tokens if learned or learn_all else [IGNORED] * len(tokens)
+        if not text.has_special_tokens:
+            ids, labels = [*ids, eos], [*labels, eos]
+        bar.update()
+        return {"input_ids": ids, "labels": labels, "prompt_length": prompt_length}
+
+    with (
+        tqdm(total=len(rows), desc="tokenizing", unit="row", leave=False, disable=None) as bar,
+        TemporaryDirectory(prefix="qlora_exp-") as scratch,
+    ):
+        options: dict[str, Any] = {"load_from_cache_file": False, "cache_file_name": f"{scratch}/tokens.arrow"}
+        rows.map(encode, remove_columns=rows.column_names, **options).save_to_disk(str(folder))
+
+
+def cut(rows: Dataset, tokens: Dataset, max_length: int) -> tuple[Dataset, Dataset]:
+    """Return the held-out rows as text and as tokens truncated to `max_length`.
+
+    Rows that have no answer token within `max_length` are left out.
+
+    Raises:
+        DataError: no rows are left.
+    """
+    keep = [i for i, labels in enumerate(tokens["labels"]) if any(label != IGNORED for label in labels[1:max_length])]
+    if not keep:
+        raise DataError(f"no held-out row has an answer token within training.max_length={max_length}; raise it")
+    shorter = tokens.select(keep).map(
+        lambda row: {"input_ids": row["input_ids"][:max_length], "labels": row["labels"][:max_length]},
+        load_from_cache_file=False,
+        keep_in_memory=True,
+    )
+    return rows.select(keep), shorter
+
+
+def unrelated(rows: Dataset, config: Config, tokenizer: Any) -> tuple[Dataset, Dataset]:
+    """Return `rows` of the text that measures forgetting, and their tokens, truncated as the held-out rows are."""
+    as_dataset = config.model_copy(update={"dataset": config.unrelated})
+    return cut(rows, tokenize(rows, as_dataset, tokenizer), config.training.max_length)

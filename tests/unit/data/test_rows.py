@@ -1,0 +1,107 @@
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from helpers.rows import ROWS, own_dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_exp.config.sections.dataset import DatasetConfig
+from qlora_exp.data import sources
+from qlora_exp.data.rows import fingerprint, load_rows, order
+from qlora_exp.utils.errors import DataError
+
+# Reading
+
+
+def test_dialogue_ends_with_its_last_answer(write_jsonl):
+    turns = [{"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "a"), ("user", "thanks"))]
+    path = write_jsonl([{"chat": [{**turns[0], "content": f"q{i}"}, *turns[1:]]} for i in range(4)])
+    rows = load_rows(DatasetConfig(path=path, format="chat", messages_column="chat"))
+    assert rows.train[0]["completion"] == "a"
+    assert len(rows.train[0]["messages"]) == 2
+
+
+def test_dialogue_with_other_fields_is_rejected(write_jsonl):
+    path = write_jsonl([{"chat": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}] * 4)
+    with pytest.raises(DataError, match="needs role and content; the first has from, value"):
+        load_rows(DatasetConfig(path=path, format="chat", messages_column="chat"))
+
+
+# Cleaning and splitting
+
+
+def test_empty_duplicate_and_unwanted_rows_are_dropped_and_counted(write_jsonl):
+    bad = [
+        {"prompt": "p", "completion": " "},
+        {"prompt": None, "completion": "x"},
+        ROWS[0],
+        {"prompt": "q", "completion": "SPAM"},
+    ]
+    rows = load_rows(own_dataset(write_jsonl(ROWS + bad), drop_matching="SPAM"))
+    assert rows.dropped == {"empty": 2, "matching drop_matching": 1, "duplicates": 1, "leaks": 0}
+    assert len(rows.train) + len(rows.heldout) == len(ROWS)
+
+
+@given(size=st.floats(0.01, 0.9), seed=st.integers(0, 1000))
+@settings(max_examples=15, deadline=None)
+def test_split_is_disjoint_complete_and_deterministic(size: float, seed: int, tmp_path_factory):
+    file = tmp_path_factory.mktemp("split") / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    config = own_dataset(str(file), eval_size=size, split_seed=seed)
+    first, again = load_rows(config), load_rows(config)
+    train, heldout = (set(part["prompt"]) for part in (first.train, first.heldout))
+    assert not train & heldout
+    assert len(train | heldout) == len(ROWS)
+    assert fingerprint(first.train) == fingerprint(again.train)
+
+
+def test_fingerprint_depends_on_every_row(write_jsonl):
+    changed = [*ROWS[:-1], {"prompt": "question 19", "completion": "other"}]
+    assert fingerprint(Dataset.from_list(ROWS)) != fingerprint(Dataset.from_list(changed))
+    assert fingerprint(Dataset.from_list(ROWS)) != fingerprint(Dataset.from_list(ROWS[::-1]))
+    assert fingerprint(Dataset.from_list(ROWS)) == fingerprint(sources._read_file(Path(write_jsonl(ROWS))))
+
+
+def test_row_limits_and_held_out_file_are_respected(write_jsonl):
+    rows = load_rows(
+        own_dataset(
+            write_jsonl(ROWS, "a.jsonl"), eval_path=write_jsonl(ROWS[:5], "b.jsonl"), max_train_rows=3, max_eval_rows=2
+        )
+    )
+    assert (len(rows.train), len(rows.heldout)) == (3, 2)
+
+
+LEAKING = [{"prompt": f"question {number}", "completion": f"answer {number}"} for number in range(4)]
+
+
+@pytest.mark.parametrize(("drop", "left"), [("none", 5), ("exact", 4), ("near", 3)])
+def test_leaking_training_rows_are_dropped(drop: str, left: int, write_jsonl):
+    text = "one two three four five six seven eight nine ten"
+    train = [*LEAKING[:3], {"prompt": "Question  3!", "completion": "?"}, {"prompt": "a", "completion": text}]
+    heldout = [LEAKING[3], {"prompt": "b", "completion": text}]
+    path, eval_path = write_jsonl(train, "train.jsonl"), write_jsonl(heldout, "heldout.jsonl")
+    rows = load_rows(own_dataset(path, eval_path=eval_path, drop_leaks=drop))
+    assert len(rows.train) == left
+    assert len(rows.heldout) == 2
+    assert sorted(one.kind for one in rows.leaks) == ["exact", "near"]
+    assert rows.dropped["leaks"] == 5 - left
+
+
+def test_cleaned_rows_are_cached_on_disk(write_jsonl):
+    config = own_dataset(write_jsonl([{"prompt": f"q{n}", "completion": "a"} for n in range(9)]))
+    first, second = load_rows(config), load_rows(config)
+    assert first.train.cache_files == second.train.cache_files != []
+    assert fingerprint(first.train) == fingerprint(second.train)
+    other_split = load_rows(config.model_copy(update={"split_seed": 1, "name": "other"}))
+    assert other_split.train.cache_files == first.train.cache_files
+    assert fingerprint(other_split.train) != fingerprint(first.train)
+
+
+def test_shuffle_and_split_equal_those_of_datasets():
+    rows = Dataset.from_list([{"n": number} for number in range(50)])
+    shuffled = order(50, 7)
+    assert shuffled == rows.shuffle(seed=7)["n"][:]
+    parts = rows.train_test_split(test_size=5, seed=7)
+    assert (shuffled[:5], shuffled[5:]) == (parts["test"]["n"][:], parts["train"]["n"][:])

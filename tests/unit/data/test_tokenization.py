@@ -1,0 +1,92 @@
+import pytest
+from datasets import Dataset
+from helpers.rows import TEXT, tokenized
+from hypothesis import given, settings
+
+from qlora_exp.data import tokenization
+from qlora_exp.data.rows import load_heldout, load_rows
+from qlora_exp.data.tokenization import IGNORED
+
+
+@given(prompt=TEXT, completion=TEXT)
+@settings(max_examples=25, deadline=None)
+def test_only_answer_and_eos_carry_loss(prompt: str, completion: str, tiny_tokenizer):
+    row = tokenized([{"prompt": prompt, "input": "", "completion": completion}], tiny_tokenizer)[0]
+    learned = [label for label in row["labels"] if label != IGNORED]
+    assert tiny_tokenizer.decode(learned[:-1]) == completion
+    assert learned[-1] == tiny_tokenizer.eos_token_id
+    assert row["labels"][: row["prompt_length"]] == [IGNORED] * row["prompt_length"]
+    assert [x for x, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED] == learned
+
+
+def test_prompt_carries_loss_on_request(tiny_tokenizer):
+    row = tokenized(
+        [{"prompt": "p", "input": "", "completion": "c"}], tiny_tokenizer, "training.completion_only_loss=false"
+    )[0]
+    assert row["labels"] == row["input_ids"]
+
+
+def test_cut_keeps_text_and_tokens_aligned(tiny_tokenizer):
+    rows = [
+        {"prompt": "p" * 600, "input": "", "completion": "gone"},
+        {"prompt": "p", "input": "", "completion": "kept"},
+    ]
+    text, tokens = tokenization.cut(Dataset.from_list(rows), tokenized(rows, tiny_tokenizer), 300)
+    assert text["completion"][:] == ["kept"]
+    assert len(tokens) == 1
+
+
+def test_tokenized_rows_are_cached(make_config, tiny_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("QLORA_EXP_CACHE", str(tmp_path / "cache"))
+    rows = load_rows(make_config().dataset).train
+    first = tokenization.tokenize(rows, make_config(), tiny_tokenizer)
+    monkeypatch.setattr(tokenization, "_tokenize", lambda *_: pytest.fail("tokenized again"))
+    again = tokenization.tokenize(rows, make_config("seed=1", "method.r=4", "training.max_length=77"), tiny_tokenizer)
+    assert again.to_list() == first.to_list()
+    for change in ("dataset.format=prompt_completion", "training.completion_only_loss=false"):
+        with pytest.raises(pytest.fail.Exception, match="tokenized again"):
+            tokenization.tokenize(rows, make_config(change), tiny_tokenizer)
+    with pytest.raises(pytest.fail.Exception, match="tokenized again"):
+        tokenization.tokenize(rows.select(range(3)), make_config(), tiny_tokenizer)
+
+
+def test_unrelated_text_is_deterministic_and_fully_supervised(make_config, tiny_tokenizer):
+    checked = make_config("unrelated=python_docs", "training.max_length=100000")
+    found = load_heldout(checked.unrelated)
+    rows, tokens = tokenization.unrelated(found, checked, tiny_tokenizer)
+    assert rows["completion"][:] == load_heldout(checked.unrelated)["completion"][:]
+    assert len(rows) == 8
+    assert all(len(text) >= 1000 for text in rows["completion"])
+    assert all(label != tokenization.IGNORED for labels in tokens["labels"] for label in labels)
+    _, shorter = tokenization.unrelated(
+        found, make_config("unrelated=python_docs", "training.max_length=50"), tiny_tokenizer
+    )
+    assert {len(labels) for labels in shorter["labels"]} == {50}
+
+
+def test_unrelated_text_is_read_from_a_file(make_config, tiny_tokenizer, write_jsonl):
+    path = write_jsonl([{"text": f"passage {number}"} for number in range(6)])
+    checked = make_config(f"unrelated.path={path}", "unrelated.eval_size=3")
+    rows, _ = tokenization.unrelated(load_heldout(checked.unrelated), checked, tiny_tokenizer)
+    assert len(rows) == 3
+
+
+def test_assistant_only_loss_covers_every_answer(make_config, tiny_tokenizer, write_jsonl):
+    turns = [("user", "hi"), ("assistant", "hello"), ("user", "2+3?"), ("assistant", "5")]
+    dialogue = {"chat": [{"role": role, "content": content} for role, content in turns]}
+    path = write_jsonl([dialogue, {"chat": [*dialogue["chat"][:1], {"role": "assistant", "content": "no"}]}])
+    words = [
+        f"dataset.path={path}",
+        "dataset.format=chat",
+        "dataset.messages_column=chat",
+        "dataset.input_column=null",
+    ]
+    found = []
+    for every in ("true", "false"):
+        checked = make_config(*words, f"training.assistant_only_loss={every}", "dataset.eval_size=1")
+        rows = load_rows(checked.dataset)
+        whole = rows.train if len(rows.train[0]["messages"]) == 4 else rows.heldout
+        (row,) = tokenization.tokenize(whole, checked, tiny_tokenizer)
+        found.append(tiny_tokenizer.decode([label for label in row["labels"] if label != tokenization.IGNORED]))
+        assert tiny_tokenizer.decode(row["input_ids"][: row["prompt_length"]]).endswith("<|im_start|>assistant\n")
+    assert found == ["hello<|im_end|>\n5<|im_end|>\n", "5<|im_end|>\n"]
