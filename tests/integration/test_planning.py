@@ -41,7 +41,7 @@ def test_calibrate_command_fits_recorded_runs_and_plan_uses_the_fit(run_quick, m
         exit_code("plan", "model=tiny_llama", architecture, "method=lora", "device=cpu", "training.max_length=64") == 0
     )
     shown = capsys.readouterr().out
-    assert f"of 3 runs on {kept['device']}" in shown
+    assert f"over 3 runs on {kept['device']}" in shown
     assert "at the median rate of 3 runs on it" in shown
 
 
