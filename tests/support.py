@@ -30,6 +30,9 @@ def exit_code(*words: str) -> int:
 
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
+    if absl := sys.modules.get("absl.logging"):
+        # Hydra closes all handlers when it configures logging, and absl's closes its stream: pytest's captured one.
+        absl.get_absl_handler().python_handler.stream = sys.__stderr__
     try:
         with pytest.raises(SystemExit) as end:
             main(list(words))

@@ -148,7 +148,7 @@ def test_trained_model_is_kept_when_a_later_step_fails(words, moment, run_quick,
     saved = tmp_path / "failed" / "model"
     contents = {file.name for file in saved.iterdir()}
     assert contents == {file.name for file in (whole.output_dir / "model").iterdir()}
-    assert "what was trained is in" in (tmp_path / "failed" / "run.log").read_text()
+    assert "the trained model is in" in (tmp_path / "failed" / "run.log").read_text()
     for one, other in zip(
         *(
             load(str(folder), mlflow_uri, device="cpu")[0].parameters()

@@ -327,7 +327,7 @@ def test_job_whose_data_were_edited_is_rejected(make_jobs, read_runs, write_json
     own = ["dataset=own", f"dataset.path={rows}"]
     todo = make_jobs("seed", ["1"], *own)
     Path(rows).write_text(Path(rows).read_text().replace("7+1=", "7 + 1="))
-    run_key.data.cache_clear()
+    run_key.data_version.cache_clear()
     with pytest.raises(SweepError):
         execute(todo)
     _, (child,) = read_runs()

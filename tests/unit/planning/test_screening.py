@@ -22,7 +22,7 @@ def test_oversized_config_is_explained_and_unplannable_config_is_kept():
     small, too_large, unknown = unfit(configs, 3.0)
     assert (small, unknown) == ("", "")
     assert too_large.startswith("does not fit: ")
-    assert too_large.endswith("GPU has 3")
+    assert too_large.endswith("GPU has 3 GiB")
 
 
 def test_damaged_calibration_is_reported_before_planning(tmp_path, monkeypatch):

@@ -42,8 +42,8 @@ def test_sweep_expression_is_expanded(words: list[str], jobs: list[str], tmp_pat
         (["method.r=4,8", "search.n_trials=3"], "add hydra/sweeper=optuna"),
         (["hydra/sweeper=optuna", "training.learning_rate=interval(1e-2,1e-4)"], "search space"),
         (["hydra/sweeper=optuna", "training.learning_rate=tag(log,interval(0,1e-2))"], "search space"),
-        (["hydra/sweeper=optuna", "method.r=4,8", "seed=1,2", "search.prune=true"], "leave one seed"),
-        (["hydra.sweep.dir='a\\b'", "seed=1"], "no folder with a backslash"),
+        (["hydra/sweeper=optuna", "method.r=4,8", "seed=1,2", "search.prune=true"], "use one seed only"),
+        (["hydra.sweep.dir='a\\b'", "seed=1"], "does not accept a folder with a backslash"),
     ],
 )
 def test_invalid_sweep_is_rejected_before_any_job(words: list[str], message: str, tmp_path, capsys):

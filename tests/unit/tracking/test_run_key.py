@@ -7,8 +7,8 @@ from qlora_exp.tracking import run_key
 @pytest.fixture(autouse=True)
 def _forget():
     """Files change within a test; within a process of the tool they do not."""
-    run_key.model.cache_clear()
-    run_key.data.cache_clear()
+    run_key.model_version.cache_clear()
+    run_key.data_version.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_changed_rows_change_the_key(tmp_path, write_jsonl):
     words = ["dataset=own", f"dataset.path={tmp_path / 'rows.jsonl'}"]
     write_jsonl([{"prompt": "a", "completion": "b"}])
     first = run_key.digests(compose(words))
-    run_key.data.cache_clear()
+    run_key.data_version.cache_clear()
     write_jsonl([{"prompt": "a", "completion": "c"}])
     second = run_key.digests(compose(words))
     assert {part for part in first if first[part] != second[part]} == {"data"}
@@ -48,7 +48,7 @@ def test_changed_row_of_a_large_file_changes_the_key(tmp_path):
     words = ["dataset=own", f"dataset.path={rows}"]
     rows.write_bytes(bytes(80 * 1024**2))
     first = run_key.digests(compose(words))
-    run_key.data.cache_clear()
+    run_key.data_version.cache_clear()
     with rows.open("rb+") as file:
         file.seek(3 * 1024**2)
         file.write(b"1")
@@ -63,7 +63,7 @@ def test_changed_weights_change_the_key(size: int, tmp_path):
     words = [f"model.model_name_or_path={folder}"]
     weights.write_bytes(bytes(size))
     first = run_key.digests(compose(words))
-    run_key.model.cache_clear()
+    run_key.model_version.cache_clear()
     with weights.open("rb+") as file:
         file.seek(size - 1)
         file.write(b"1")
