@@ -96,7 +96,7 @@ def test_prediction_matches_a_profiled_step(words: list[str], tmp_path: Path):
     ("words", "error", "says"),
     [
         (["quantization=quanto_int4", "method=lora"], ConfigError, "cannot be planned yet"),
-        (["method=lora", "++model.architecture.max_position_embeddings=32"], ConfigError, "has 32 positions"),
+        (["method=lora", "++model.architecture.max_position_embeddings=32"], ConfigError, "has only 32 positions"),
         (["method=lora", "++model.architecture.model_type=lama"], ModelError, "model.architecture"),
         (["method=boft"], ConfigError, "method=boft cannot be planned .its code reads values"),
         (["method=lora", "training.torch_compile=true"], ConfigError, "torch_compile=true cannot be planned yet"),

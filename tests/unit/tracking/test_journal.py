@@ -57,7 +57,7 @@ def test_delivered_messages_are_not_repeated(tmp_path):
     again.use("sqlite:///b")  # another store has nothing
     assert [message["op"] for message, _ in again.undelivered()] == ["start", "metrics", "metrics"]
     assert "run_id" not in again.state
-    again.note(run_id="def")
+    again.save_state(run_id="def")
     again.use("sqlite:///a")
     assert again.state["run_id"] == "abc"
     again.reset_delivery()
