@@ -1,6 +1,6 @@
 """Which metrics are better when they are higher. All others (losses, seconds, bytes) are better when lower."""
 
-_HIGHER = ("rougeL", "exact_match", "task_score", "token_accuracy", "tokens_per_second", "tokens_per_gb_second", "mfu")
+_HIGHER = ("rougeL", "exact_match", "task_score", "token_accuracy", "_per_second", "tokens_per_gb_second", "mfu")
 
 
 def lower_is_better(metric: str) -> bool:

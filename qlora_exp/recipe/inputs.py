@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora_exp.config import crosschecks
 from qlora_exp.config.schema import Config
 from qlora_exp.environment import hub
 from qlora_exp.environment.device import Resolved, detect, refuse_several_processes, resolve, take
-from qlora_exp.utils.errors import DataError
+from qlora_exp.utils.errors import ConfigError, DataError
 from qlora_exp.utils.secrets import load_env_file
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ def read_inputs(config: Config) -> Inputs:
         DataError: a file is missing or damaged, or no row is left.
     """
     refuse_several_processes()
+    if problems := [*crosschecks.problems(config)]:  # a `Config` may be made without `compose`
+        raise ConfigError("\n".join(problems))
     for section, source in (("dataset", config.dataset), ("unrelated", config.unrelated)):
         for file in source.files:
             if not file.is_file():

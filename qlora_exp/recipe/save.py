@@ -17,6 +17,7 @@ from qlora_exp.recipe.tokens import Tokens
 from qlora_exp.tracking import lifecycle, run_key
 from qlora_exp.tracking.journal import CONFIG_FILE
 from qlora_exp.training.checkpoints import checkpoints
+from qlora_exp.utils.errors import JournalError
 from qlora_exp.utils.files import size_on_disk
 
 log = logging.getLogger(__name__)
@@ -58,7 +59,10 @@ def model_logged_on_error(run: RunContext, trainable: Trainable) -> Iterator[Non
         yield
     except Exception:
         log.warning("the evaluation after training failed; the trained model is in %s", run.saved_model)
-        log_model(run, trainable)
+        try:
+            log_model(run, trainable)
+        except (OSError, JournalError) as second:  # must not hide the first error, which says how the run failed
+            log.error("the trained model is not logged to MLflow: %s", second)  # noqa: TRY400
         raise
     shutil.rmtree(run.first_adapter, ignore_errors=True)  # a run interrupted before here needs it again
 

@@ -216,7 +216,7 @@ class Journal:
         return (message for message, _ in read(self.file))
 
     def undelivered(self) -> Iterator[tuple[dict[str, Any], int]]:
-        """Iterate over the messages that MLflow has not received, each with the offset to `note` after sending it."""
+        """Iterate over the messages that MLflow has not received, each with the offset to save once it is sent."""
         return read(self.file, self.state["offset"])
 
     def save_state(self, **facts: Any) -> None:

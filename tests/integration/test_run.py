@@ -296,3 +296,13 @@ def test_run_starts_in_a_store_with_a_damaged_run(run_quick, mlflow_uri, mlflow_
     done = run_quick("tracking.experiment_name=stale", "method=lora")
     assert mlflow_client.get_run(done.run_id).info.status == "FINISHED"
     assert mlflow_client.get_run(died).info.status == "KILLED"
+
+
+def test_config_that_was_made_by_hand_is_checked_before_it_runs(make_config, tmp_path):
+    from qlora_exp.recipe.finetune import run
+
+    config = make_config("method=qlora")
+    unquantized = config.model_copy(update={"quantization": make_config("method=lora").quantization})
+    with pytest.raises(ConfigError, match="needs a quantized base"):
+        run(unquantized, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -35,6 +35,10 @@ _IF_UNTOUCHED = (
     "qlora_exp.training.evaluation",
     "qlora_exp.planning.planner",
     "qlora_exp.recipe.finetune",
+    # Its stages are imported when a run starts: jobs must not read other code than the run key stands for.
+    "qlora_exp.recipe.measure",
+    "qlora_exp.recipe.save",
+    "qlora_exp.recipe.train",
 )
 
 

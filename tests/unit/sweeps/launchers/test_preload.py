@@ -2,9 +2,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from support import take_interrupts
+
+from qlora_exp import recipe
 
 pytestmark = pytest.mark.slow
 
@@ -18,6 +21,8 @@ def test_preloading_skips_modules_that_touch_a_present_gpu(gpus: str, loaded: bo
     *modules, initialized = result.stdout.split()
     assert {"datasets", "evaluate", "mlflow", "transformers.models.llama.modeling_llama"} <= set(modules)
     assert ("qlora_exp.training.trainer" in modules) is loaded
+    stages = {f"qlora_exp.recipe.{file.stem}" for file in Path(recipe.__file__).parent.glob("[!_]*.py")}
+    assert (stages <= set(modules)) is loaded
     assert ("bitsandbytes" in modules) is loaded
     assert initialized == "False"
 
