@@ -166,7 +166,7 @@ def deployment_gap(options: argparse.Namespace) -> None:
         "transformers, everything else with llama.cpp"
     )
     file = out / "deployment_gap.json"
-    write_atomically(file, json.dumps(gap.told(measured, record.run_id), indent=1, ensure_ascii=False))
+    write_atomically(file, json.dumps(gap.as_json(measured, record.run_id), indent=1, ensure_ascii=False))
     with records.mlflow_errors_explained():
         mlflow_store.client(options.uri).log_artifact(record.run_id, str(file))
     print(f"file  {file}, saved with run {record.run_id} in MLflow too; the exported models are next to it")

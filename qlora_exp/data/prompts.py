@@ -34,7 +34,7 @@ def render(row: dict[str, Any], config: DatasetConfig, tokenizer: Any, every_ans
     """Render `row` as text in the configured format.
 
     Args:
-        row: a row of `dataset.load_rows`, with `prompt`, `input`, `completion`, and `messages` if it is a complete
+        row: a row of `rows.load_rows`, with `prompt`, `input`, `completion`, and `messages` if it is a complete
             dialogue.
         config: the dataset's config; `format` and `system_message` are used.
         tokenizer: used for its chat template only, which needs no `{% generation %}` marks.

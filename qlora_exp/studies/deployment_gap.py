@@ -257,7 +257,7 @@ def tables(measured: Sequence[Measured]) -> list[tuple[list[str], list[list[str]
     return result
 
 
-def told(measured: Sequence[Measured], source: str) -> dict[str, Any]:
+def as_json(measured: Sequence[Measured], source: str) -> dict[str, Any]:
     """Return all results as JSON values."""
     changes = gaps(measured)
     return {

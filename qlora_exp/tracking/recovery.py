@@ -74,6 +74,9 @@ def reap(mlflow: MlflowClient, experiment: str, uri: str | None) -> None:
             _check_stale(folder, tags.get("attempt"))
             if not finish(folder, "killed", "its process is gone", uri) and is_locked(folder):  # it still runs
                 continue
+        except PermissionError as error:  # its own user's next run ends it; here its process may only be hidden
+            log.info("run %s stays RUNNING: %s", run_id, error)
+            continue
         # Anybody may have written tags and folder: what is wrong there must not stop the run that starts now.
         except Exception as error:
             why = type_and_first_line(error)
@@ -98,12 +101,15 @@ def _check_stale(folder: Path, attempt: str | None) -> None:
 
     Raises:
         JournalError: it does not, or it cannot be read.
+        PermissionError: it belongs to another user, or cannot be read.
         OSError: it does not exist.
     """
     for path in (folder, folder / FILE):
         status = path.lstat()
-        if stat.S_ISLNK(status.st_mode) or status.st_uid != os.getuid():
-            raise JournalError(f"{path}: is a link, or another user's file")
+        if status.st_uid != os.getuid():
+            raise PermissionError(f"{path} belongs to another user")
+        if stat.S_ISLNK(status.st_mode):
+            raise JournalError(f"{path} is a link")
     begin = next((message for message, _ in read(folder / FILE)), None)
     if begin is None or attempt is None or begin["tags"].get("attempt") != attempt:
         raise JournalError(f"{folder}: contains another run")

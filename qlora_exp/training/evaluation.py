@@ -74,7 +74,7 @@ def evaluate(
         model: a model with TRL's fused LM head (SFTTrainer adds it), which needs no memory for full logits.
         tokenizer: the model's tokenizer.
         rows: held-out rows as text.
-        tokens: the same rows as tokens, as returned by `data.cut`.
+        tokens: the same rows as tokens, as returned by `data.tokenization.cut`.
         config: what to measure.
         batch_size: rows in one forward pass of the loss.
         unrelated: tokens of text unrelated to the training data.

@@ -48,6 +48,7 @@ def test_sync_looks_for_the_usual_folders_when_it_runs(tmp_path, capsys):
     assert capsys.readouterr().out == "0 runs sent; MLflow has everything of all runs under multirun\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["line", "first", "delivered.json", "folder", "unreadable", "lock"])
 def test_sync_sends_all_that_it_can_read(what: str, mlflow_uri, tmp_path, monkeypatch, capsys):
     from qlora_exp.config.hydra_compose import compose

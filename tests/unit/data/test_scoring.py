@@ -81,18 +81,21 @@ def test_answer_cannot_change_the_score_of_another():
     assert score("wrong", row) < 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("written", [b"nan", b"7", b"-1", b"1" * 1000, b"\xff", b"no number", b""])
 def test_forged_score_counts_as_zero(written: bytes):
     score, row = task("string_insertion")
     assert score(f"[__import__('os').write({scoring._PIPE}, {written!r}), __import__('os')._exit(0)]", row) == 0.0
 
 
+@pytest.mark.slow
 def test_answer_that_breaks_its_scorer_scores_zero(caplog):
     score, row = task("prime_factorization")
     assert score("no number", row) == 0.0
     assert "the scorer raised an error" in caplog.text
 
 
+@pytest.mark.slow
 def test_scoring_process_has_no_secrets_and_ends_with_its_scorer(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     score, row = task.__wrapped__("chain_sum")

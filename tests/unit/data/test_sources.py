@@ -25,6 +25,7 @@ def test_own_file_of_each_kind_is_read(kind: str, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_reasoning_gym_scores_its_reference_answers_as_right():
     config = compose(["dataset=reasoning_gym", "dataset.reasoning_gym_size=20"]).dataset
     rows, score = load_rows(config), sources.scorer(config)

@@ -151,6 +151,7 @@ def test_loftq_leaves_unquantized_layers_unchanged(make_lora):
     assert found["model.layers.0.self_attn.q_proj"].lora_B["default"].weight.abs().max() > 0
 
 
+@pytest.mark.slow
 def test_initialization_that_keeps_the_base_is_not_stored(make_lora, tmp_path):
     lora_init.remember("eva", make_lora("lora_variant=eva")[0], tmp_path / "first")
     assert not (tmp_path / "first").exists()

@@ -209,6 +209,7 @@ def test_interrupted_run_resumes_as_the_same_run(mlflow_uri, mlflow_client, tmp_
     assert (run.info.status, run.data.tags["outcome"]) == ("FINISHED", "ok")
 
 
+@pytest.mark.slow
 def test_folder_accepts_only_its_own_run(mlflow_uri, tmp_path):
     with pytest.raises(KeyboardInterrupt), start_run(mlflow_uri, tmp_path):
         raise KeyboardInterrupt
@@ -378,13 +379,14 @@ def test_invalid_tags_of_a_stale_run_do_not_stop_the_next_run(tags, mlflow_uri, 
     assert not [one.message for one in caplog.records if other in one.message]
 
 
-def test_folder_of_another_user_is_not_read(mlflow_uri, mlflow_client, tmp_path, monkeypatch, caplog):
+def test_run_of_another_user_is_left_alone(mlflow_uri, mlflow_client, tmp_path, monkeypatch, caplog):
     died = leave_stale_run(mlflow_uri, mlflow_client, tmp_path / "died")
     before = (tmp_path / "died" / FILE).read_bytes()
     monkeypatch.setattr("os.getuid", lambda: 12345)
     recovery.reap(mlflow_client, "stale", mlflow_uri)
-    assert mlflow_client.get_run(died).info.status == "KILLED"
-    assert "another user's" in caplog.text
+    # Its process may live: where /proc hides processes (hidepid) it looks gone.
+    assert mlflow_client.get_run(died).info.status == "RUNNING"
+    assert not [record for record in caplog.records if record.levelname != "INFO"]
     assert (tmp_path / "died" / FILE).read_bytes() == before
 
 

@@ -37,6 +37,7 @@ def test_error_inside_the_block_ends_the_workers():
     assert pool._processes is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_workers_end_with_their_parent(how, tmp_path):
     (tmp_path / "slow.py").write_text(SLEEP)

@@ -45,6 +45,7 @@ def test_crash_of_one_job_does_not_affect_others(tmp_path):
     assert "exit code 3" in endings[4].failure
 
 
+@pytest.mark.slow
 def test_at_most_n_jobs_run_at_once(tmp_path):
     def job(number: int):
         def call() -> None:
