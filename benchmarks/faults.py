@@ -2,9 +2,10 @@
 
     nox -s faults                       # about a quarter of an hour on 2 cores
 
-One kill (-9) in five hits the sweep process, the others hit one of its jobs. The sweep is started again until all its
-jobs are done. Expected: no finished job runs twice, each job has one MLflow run with the loss of every step exactly
-once, the final losses equal those without kills, and no MLflow run is left RUNNING.
+One kill (-9) in five hits the sweep process, one in four a job that evaluates after its training, the others any of
+its jobs. Sweeps take turns in the learning rate schedules. A sweep is started again until all its jobs are done.
+Expected: no finished job runs twice, each job has one MLflow run with the loss of every step exactly once and of no
+further step, the final losses equal those without kills, and no MLflow run is left RUNNING.
 """
 
 import argparse
@@ -17,11 +18,16 @@ import urllib.request
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import psutil
 from mlflow import MlflowClient
 
+from qlora_exp.config.sections.training import TrainingConfig
 from qlora_exp.sweeps.jobs import state
+from qlora_exp.tracking.tracker import LOG_FILE
+
+SCHEDULES = get_args(TrainingConfig.model_fields["lr_scheduler_type"].annotation)
 
 
 @dataclass(frozen=True)
@@ -32,13 +38,23 @@ class Size:
     steps: int
 
 
-def command(folder: Path, uri: str, seeds: list[int], size: Size) -> list[str]:
-    """Return the command of a sweep over seeds of a tiny model, whose jobs save six checkpoints."""
+def command(folder: Path, uri: str, sweep: int, size: Size) -> list[str]:
+    """Return the command of a sweep over seeds of a tiny model, whose jobs save six checkpoints.
+
+    Args:
+        folder: folder of all sweeps.
+        uri: MLflow tracking URI.
+        sweep: number of the sweep, from 0; it decides the seeds and the learning rate schedule.
+        size: number of jobs and steps.
+    """
+    seeds = range(sweep * size.jobs, (sweep + 1) * size.jobs)
     return [
         sys.executable, "-m", "qlora_exp", "train", "-m", "model=tiny_llama", "device=cpu", "method=lora",
         f"training.max_steps={size.steps}", "training.save_strategy=steps",
         f"training.save_steps={max(1, size.steps // 6)}", "training.per_device_train_batch_size=2",
-        "training.eval_strategy=no", "evaluation=loss_only", "dataset.max_train_rows=64", "dataset.max_eval_rows=4",
+        "training.eval_strategy=no", "dataset.max_train_rows=64", "dataset.max_eval_rows=16",
+        "evaluation.before=false", "evaluation.generate_rows=8", "evaluation.max_new_tokens=24",
+        f"training.lr_scheduler_type={SCHEDULES[sweep % len(SCHEDULES)]}",
         "sweep.n_jobs=2", "sweep.rerun=failed",
         f"tracking.uri={uri}", f"hydra.sweep.dir={folder}", f"seed={','.join(map(str, seeds))}",
     ]  # fmt: skip
@@ -52,39 +68,49 @@ def job_processes(parent: psutil.Process) -> list[psutil.Process]:
         return []
 
 
+def evaluates(job: psutil.Process) -> bool:
+    """Check whether a job has ended its training and is evaluating."""
+    try:
+        logs = [Path(file.path) for file in job.open_files() if Path(file.path).name == LOG_FILE]
+    except psutil.NoSuchProcess:
+        return False
+    return any("evaluating after training" in log.read_text("utf-8") for log in logs)
+
+
 def kill_at_random(
     folder: Path, uri: str, kills: int, chance: random.Random, size: Size
-) -> tuple[Counter[str], dict[int, float], int]:
-    """Run sweeps with kills; return the kills by target, the final losses by seed, and how many jobs were lost."""
+) -> tuple[Counter[str], dict[str, float], int, int]:
+    """Run sweeps with kills; return the kills by target, the final losses by job, the lost jobs and the sweeps."""
     hit: Counter[str] = Counter()
     done: dict[str, str] = {}
-    lost = 0
-    losses: dict[int, float] = {}
-    begin = 0
-    while hit.total() < kills or losses.keys() != set(range(begin)):
-        if losses.keys() == set(range(begin)):
-            begin += size.jobs
-        words = command(folder, uri, list(range(begin - size.jobs, begin)), size)
+    lost = sweeps = 0
+    losses: dict[str, float] = {}
+    while hit.total() < kills or len(losses) < sweeps * size.jobs:
+        if len(losses) == sweeps * size.jobs:
+            sweeps += 1
+        words = command(folder, uri, sweeps - 1, size)
         with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             parent = psutil.Process(process.pid)
             while process.poll() is None:
                 time.sleep(chance.uniform(0.5, 6.0))
-                jobs = job_processes(parent)
-                if not jobs or hit.total() >= kills:
-                    continue
-                victim = process if chance.random() < 0.2 else chance.choice(jobs)
-                hit["sweep" if victim is process else "job"] += 1
-                victim.kill()
+                target = chance.choices(["sweep", "evaluation", "job"], [4, 5, 11])[0]
+                while process.poll() is None and hit.total() < kills and (jobs := job_processes(parent)):
+                    if target == "evaluation" and not (jobs := [job for job in jobs if evaluates(job)]):
+                        time.sleep(0.05)
+                        continue
+                    hit[target] += 1
+                    (process if target == "sweep" else chance.choice(jobs)).kill()
+                    break
         for job in folder.glob("*/seed-*"):
             outcome, last = state(job)
             if outcome == "ok":
-                losses[int(job.name.split("_")[0].removeprefix("seed-"))] = last["metrics"]["after/loss"]
+                losses[job.name] = last["metrics"]["after/loss"]
                 lost += done.get(job.name, last["timestamp"]) != last["timestamp"]
                 done[job.name] = last["timestamp"]
             elif job.name in done:
                 lost += 1
         print(f"{hit.total()} kills {dict(hit)}, {len(done)} jobs done, {lost} lost", flush=True)
-    return hit, losses, lost
+    return hit, losses, lost, sweeps
 
 
 def check(uri: str, folder: Path, size: Size) -> dict[str, int]:
@@ -93,11 +119,12 @@ def check(uri: str, folder: Path, size: Size) -> dict[str, int]:
     runs = [run for experiment in mlflow.search_experiments() for run in mlflow.search_runs([experiment.experiment_id])]
     jobs = [run for run in runs if "run_key" in run.data.tags]
     keys = Counter(run.data.tags["run_key"] for run in jobs)
-    missing = repeated = 0
+    missing = repeated = beyond = 0
     for run in jobs:
         steps = Counter(point.step for point in mlflow.get_metric_history(run.info.run_id, "train/loss"))
         missing += sum(step not in steps for step in range(1, size.steps + 1))
         repeated += sum(count - 1 for count in steps.values())
+        beyond += sum(step > size.steps for step in steps)
     return {
         "jobs": len({folder.name for folder in folder.glob("*/seed-*") if "." not in folder.name}),
         "MLflow runs of jobs": len(jobs),
@@ -106,6 +133,7 @@ def check(uri: str, folder: Path, size: Size) -> dict[str, int]:
         "runs not FINISHED": sum(run.info.status != "FINISHED" for run in jobs),
         "steps missing": missing,
         "steps logged twice": repeated,
+        "steps after the last": beyond,
     }
 
 
@@ -145,10 +173,10 @@ def outages(folder: Path, count: int, chance: random.Random, size: Size) -> dict
     """Run sweeps while the server is killed and started again `count` times; return the final counts of `check`."""
     server = Server(folder, 5077)
     server.start()
-    begin = 0
+    sweep = 0
     while count > 0:
-        begin += size.jobs
-        words = command(folder / "outages", server.uri, list(range(1000 + begin - size.jobs, 1000 + begin)), size)
+        words = command(folder / "outages", server.uri, sweep, size)
+        sweep += 1
         with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             parent = psutil.Process(process.pid)
             while process.poll() is None:
@@ -187,13 +215,13 @@ def main() -> None:
         folder = Path(scratch)
         uri = f"sqlite:///{folder / 'mlflow.db'}"
         if options.kills:
-            hit, losses, lost = kill_at_random(folder / "killed", uri, options.kills, chance, size)
+            hit, losses, lost, sweeps = kill_at_random(folder / "killed", uri, options.kills, chance, size)
             counts = check(uri, folder / "killed", size)
-            calm = command(folder / "calm", f"sqlite:///{folder / 'calm.db'}", sorted(losses), size)
-            subprocess.run(calm, capture_output=True, check=True)
+            for sweep in range(sweeps):
+                calm = command(folder / "calm", f"sqlite:///{folder / 'calm.db'}", sweep, size)
+                subprocess.run(calm, capture_output=True, check=True)
             same = sum(
-                state(job)[1]["metrics"]["after/loss"] == losses[int(job.name.split("_")[0].removeprefix("seed-"))]
-                for job in (folder / "calm").glob("*/seed-*")
+                state(job)[1]["metrics"]["after/loss"] == losses[job.name] for job in (folder / "calm").glob("*/seed-*")
             )
             print(f"Kills: {dict(hit)}; finished jobs lost: {lost}; {counts}")
             print(f"Final loss bit-identical to that without kills: {same} of {len(losses)}", flush=True)

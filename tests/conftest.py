@@ -42,6 +42,22 @@ def _caches(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_waiting_for_disks() -> Iterator[None]:
+    """Do not wait until files are on the disk, half a second in each run: tests kill processes, but not the machine."""
+    from sqlalchemy import Engine, event
+
+    def connected(connection: Any, _record: Any) -> None:
+        if type(connection).__module__.startswith("sqlite3"):
+            connection.execute("PRAGMA synchronous=OFF")
+
+    event.listen(Engine, "connect", connected)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda _: None)
+        yield
+    event.remove(Engine, "connect", connected)
+
+
 @pytest.fixture(autouse=True)
 def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Run every test in its own folder."""

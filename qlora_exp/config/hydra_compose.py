@@ -4,6 +4,7 @@ The place of the shipped `conf/` folder is defined here. Imports must stay light
 module.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from itertools import pairwise
@@ -38,6 +39,7 @@ def conf_dir() -> Path:
     raise ConfigError(f"no conf/config.yaml next to or inside {package}: the installation is incomplete")
 
 
+@functools.cache
 def register() -> None:
     """Register the schema's keys and defaults in Hydra as config `schema`, the root that every group overrides."""
     node = OmegaConf.create(Config().model_dump(mode="json"))

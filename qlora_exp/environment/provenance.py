@@ -52,15 +52,20 @@ def environment() -> dict[str, str]:
 
     setuptools' own copies of packages are left out: whether Python sees them depends on earlier imports.
     """
+    return dict(_installed(tuple(folder for folder in sys.path if Path(folder).name != "_vendor")))
+
+
+@functools.cache
+def _installed(folders: tuple[str, ...]) -> dict[str, str]:
+    """Return each package in `folders` with its version, sorted; reading them takes a tenth of a second or more."""
     versions: dict[str, str] = {}
-    installed = [folder for folder in sys.path if Path(folder).name != "_vendor"]
-    for distribution in distributions(path=installed):
+    for distribution in distributions(path=[*folders]):
         try:
             metadata: Any = distribution.metadata
-            if metadata and (name := metadata.get("Name")):
-                versions.setdefault(str(name), distribution.version)
         except OSError:  # an interrupted pip leaves folders without metadata
             continue
+        if metadata and (name := metadata.get("Name")):
+            versions.setdefault(str(name), str(metadata["Version"]))
     return dict(sorted(versions.items(), key=lambda pair: pair[0].lower()))
 
 

@@ -1,10 +1,10 @@
 """Benchmarks that nobody runs rot: each shows its help and, where that takes a minute at most, runs at its smallest."""
 
 import csv
-import os
 import re
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,32 +30,41 @@ PEFT_RUN = {
 pytestmark = pytest.mark.slow
 
 
-def run(name: str, *arguments: str, folder: Path) -> str:
-    """Run a benchmark in an empty folder; return what it printed."""
-    environment = os.environ | {"PYTHONPATH": str(FOLDER.parent)}
-    command = [sys.executable, str(FOLDER / f"{name}.py"), *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a benchmark in an empty folder and give what it printed; in this process, which has its imports already."""
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))  # for the processes that it starts
+
+    def start(name: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+        try:
+            runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+        except SystemExit as end:
+            if end.code:
+                pytest.fail(str(end.code))
+        return capsys.readouterr().out
+
+    return start
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_benchmark_that_takes_too_long_here_shows_its_help(name: str, tmp_path: Path):
-    shown = run(name, "--help", folder=tmp_path)
+def test_benchmark_that_takes_too_long_here_shows_its_help(name: str, run, tmp_path: Path):
+    shown = run(name, "--help")
     assert "usage:" in shown
     assert re.search(r"nox -s \w+", shown)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", RUN_HERE)
-def test_benchmark_runs_at_its_smallest_size(name: str, tmp_path: Path):
+def test_benchmark_runs_at_its_smallest_size(name: str, run):
     arguments, shown = RUN_HERE[name]
-    assert re.search(shown, run(name, *arguments.split(), folder=tmp_path))
+    assert re.search(shown, run(name, *arguments.split()))
 
 
-def test_published_memory_reads_a_table(tmp_path: Path):
+def test_published_memory_reads_a_table(run, tmp_path: Path):
     with (tmp_path / "published.csv").open("w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, [*PEFT_RUN])
         table.writeheader()
         table.writerow(PEFT_RUN)
-    assert PEFT_RUN["record"] in run("published_memory", "published.csv", "--length", "300", folder=tmp_path)
+    assert PEFT_RUN["record"] in run("published_memory", "published.csv", "--length", "300")

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import yaml
-from support import QUICK, command
+from support import QUICK, command, exit_code
 
 
 @pytest.mark.parametrize(
@@ -67,26 +67,26 @@ def test_mistakes_get_one_clear_message_and_leave_nothing(overrides: list[str], 
 def test_a_sweep_runs_every_combination_and_reports(device: str, mlflow_uri, tmp_path):
     from qlora_exp.tracking.tracker import client
 
-    result = command(
-        "train", "-m", *QUICK, f"tracking.uri={mlflow_uri}", f"tracking.experiment_name=sweep_{device}",
-        f"device={device}",
-        "method=lora", "method.r=2,4", "seed=1,2", "evaluation=loss_only", cwd=tmp_path,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    words = [
+        *QUICK, f"tracking.uri={mlflow_uri}", f"tracking.experiment_name=sweep_{device}", f"device={device}",
+        "method=lora", "method.r=2,4", "seed=1,2", "evaluation=loss_only", "sweep.n_jobs=2",
+    ]  # fmt: skip
+    assert exit_code("train", "-m", *words) == 0
     mlflow = client(mlflow_uri)
     runs = mlflow.search_runs([mlflow.get_experiment_by_name(f"sweep_{device}").experiment_id], "params.seed LIKE '%'")
     assert {(run.data.params["method.r"], run.data.params["seed"]) for run in runs} == {
         (r, s) for r in "24" for s in "12"
     }
-    assert result.stdout.count("held-out loss") == 4
+    logs = [*(tmp_path / "multirun").glob("*/*/output.log")]
+    assert ["held-out loss" in log.read_text() for log in logs] == [True] * 4
     assert len(list((tmp_path / "multirun").glob("*/*/journal.jsonl"))) == 4
 
 
-def test_a_failure_is_shown_without_a_traceback_and_ends_with_1(mlflow_uri, tmp_path):
-    result = command("train", "model=tiny_llama", f"tracking.uri={mlflow_uri}", "training.max_length=5", cwd=tmp_path)
-    assert result.returncode == 1
-    assert "error: no token of the" in result.stderr
-    assert "Traceback" not in result.stderr
+def test_a_failure_is_shown_without_a_traceback_and_ends_with_1(mlflow_uri, capfd):
+    assert exit_code("train", "model=tiny_llama", f"tracking.uri={mlflow_uri}", "training.max_length=5") == 1
+    shown = capfd.readouterr().err
+    assert "error: no token of the" in shown
+    assert "Traceback" not in shown
 
 
 def test_wrong_usage_ends_with_2():

@@ -11,6 +11,7 @@ import contextlib
 import gc
 import importlib
 
+from qlora_exp.environment import provenance
 from qlora_exp.environment.device import nvml_handles
 from qlora_exp.sweeps.launchers.local import visible_gpus
 from qlora_exp.tracking import run_key
@@ -77,4 +78,5 @@ with _without_cuda(_GPUS):
             importlib.import_module(_name)
 if _CODE_IS_LOADED:  # jobs run the loaded code even if files change later, so compute its digest now
     run_key.code_digest()
+provenance.environment()  # kept for each job's record
 signal.signal(signal.SIGINT, signal.default_int_handler)  # for the jobs; the fork server itself still ignores Ctrl-C

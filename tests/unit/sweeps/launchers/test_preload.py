@@ -11,39 +11,29 @@ from qlora_exp import recipe
 
 pytestmark = pytest.mark.slow
 
-LOADED = "import sys, qlora_exp.sweeps.launchers.preload, torch; print(*sys.modules, torch.cuda.is_initialized())"
+LOADED = """
+print('begun', flush=True)
+import signal, sys, qlora_exp.sweeps.launchers.preload, torch
+print(*sys.modules, torch.cuda.is_initialized(), signal.getsignal(signal.SIGINT).__name__)
+"""
 
 
 @pytest.mark.parametrize(("gpus", "loaded"), [("", True), ("0", False)])
-def test_preloading_skips_modules_that_touch_a_present_gpu(gpus: str, loaded: bool, monkeypatch):
+def test_preloading_ignores_ctrl_c_and_skips_modules_that_touch_a_present_gpu(gpus: str, loaded: bool, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
-    result = subprocess.run([sys.executable, "-c", LOADED], capture_output=True, text=True, check=True)
-    *modules, initialized = result.stdout.split()
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOADED], stdout=subprocess.PIPE, text=True, preexec_fn=take_interrupts
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(1)  # it loads libraries for seconds
+    process.send_signal(signal.SIGINT)
+    *modules, initialized, handler = process.stdout.read().split()
+    assert process.wait() == 0
     assert {"datasets", "evaluate", "mlflow", "transformers.models.llama.modeling_llama"} <= set(modules)
     assert ("qlora_exp.training.trainer" in modules) is loaded
     stages = {f"qlora_exp.recipe.{file.stem}" for file in Path(recipe.__file__).parent.glob("[!_]*.py")}
     assert (stages <= set(modules)) is loaded
     assert ("bitsandbytes" in modules) is loaded
     assert initialized == "False"
-
-
-INTERRUPTED = """
-print('begun', flush=True)
-import qlora_exp.sweeps.launchers.preload, signal
-print(signal.getsignal(signal.SIGINT))
-"""
-
-
-def test_preloading_ignores_ctrl_c():
-    process = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED],
-        stdout=subprocess.PIPE,
-        text=True,
-        preexec_fn=take_interrupts,
-    )
-    assert process.stdout is not None
-    process.stdout.readline()
-    time.sleep(1)  # it loads libraries for seconds
-    process.send_signal(signal.SIGINT)
-    assert "default_int_handler" in process.stdout.read()  # of the jobs
-    assert process.wait() == 0
+    assert handler == "default_int_handler"  # of the jobs
