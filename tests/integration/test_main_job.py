@@ -10,7 +10,12 @@ def test_builtin_model_learns(mlflow_uri, tmp_path, read_losses):
     from qlora_exp.config.hydra_compose import compose
     from qlora_exp.recipe.finetune import run
 
-    training = ["training.max_steps=4", "training.eval_strategy=no", "training.learning_rate=1e-3"]
+    training = [
+        "training.max_steps=4",
+        "training.per_device_train_batch_size=4",
+        "training.eval_strategy=no",
+        "training.learning_rate=1e-3",
+    ]
     measuring = ["dataset.max_eval_rows=4", "evaluation.generate_rows=2", "evaluation.max_new_tokens=8"]
     measuring += ["unrelated.max_eval_rows=2"]
     config = compose([f"tracking.uri={mlflow_uri}", "device=cpu", *training, *measuring])
