@@ -104,16 +104,19 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 def peak_flops(device: str, dtype: torch.dtype) -> float:
     """Measure the FLOP/s of a large matrix product on this device, in this dtype, with the current threads.
 
-    This takes about 0.1 s, and on a GPU temporarily 100 MB. The peaks that vendors publish are higher, but no program
-    reaches them.
+    Products grow until 0.1 s have passed: a processor without instructions for this dtype may take seconds for a large
+    one. On a GPU they take 100 MB for a moment. The peaks that vendors publish are higher, but no program reaches them.
     """
-    n = 4096 if device == "cuda" else 1024
-    a, b = (torch.ones(n, n, device=device, dtype=dtype) for _ in range(2))
-    best = 0.0
-    for _ in range(5):
-        begin = time.perf_counter()
-        float((a @ b)[0, 0])  # reading a value waits until a GPU is done
-        best = max(best, 2 * n**3 / (time.perf_counter() - begin))
+    best, end = 0.0, math.inf
+    for n in (256, 512, 1024, 2048, 4096):
+        a, b = (torch.ones(n, n, device=device, dtype=dtype) for _ in range(2))
+        for _ in range(4):
+            begin = time.perf_counter()
+            float((a @ b)[0, 0])  # reading a value waits until a GPU is done
+            best = max(best, 2 * n**3 / (time.perf_counter() - begin))
+            end = min(end, time.perf_counter() + 0.1)  # the first product also loads libraries
+        if time.perf_counter() > end:
+            break
     return best
 
 

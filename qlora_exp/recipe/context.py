@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from qlora_exp.config.schema import Config
-from qlora_exp.environment import efficiency, provenance
-from qlora_exp.environment.device import Resolved, computes_in
+from qlora_exp.environment import provenance
+from qlora_exp.environment.device import Resolved
 from qlora_exp.environment.memory import MemoryMonitor, reuse_freed_memory
 from qlora_exp.planning import calibration
 from qlora_exp.recipe import summary
@@ -33,8 +33,6 @@ class RunContext:
     output_dir: Path
     tracker: Tracker
     memory: MemoryMonitor
-    peak_flops: float
-    """Highest FLOP/s that this device reached in a matrix product, in the precision that training computes in."""
     metrics: dict[str, float] = field(default_factory=dict)
     """Last value of each metric that is measured once in a run."""
 
@@ -100,8 +98,7 @@ def open_run(
         tracker.params({f"resolved.{key}": value for key, value in asdict(resolved).items() if value is not None})
         tracker.tags({f"hardware.{key}": value for key, value in provenance.hardware().items()})
         reuse_freed_memory()
-        peak_flops = efficiency.peak_flops(resolved.device, computes_in(resolved))
-        run = RunContext(config, resolved, folder, tracker, MemoryMonitor(resolved.device), peak_flops)
+        run = RunContext(config, resolved, folder, tracker, MemoryMonitor(resolved.device))
         try:
             yield run
         finally:  # after a failure too: for a run that is out of memory, the peaks matter most

@@ -7,6 +7,7 @@ from typing import Any
 from transformers import set_seed
 
 from qlora_exp.environment import efficiency
+from qlora_exp.environment.device import computes_in
 from qlora_exp.recipe.context import RunContext
 from qlora_exp.recipe.setup import Trainable
 from qlora_exp.training import trainer
@@ -41,7 +42,11 @@ def train(run: RunContext, trainable: Trainable, pruning: Mapping[str, Any] | No
         from qlora_exp.training import pruning as search  # needs the extra `optuna`
 
         judge = search.judge(pruning)
+    precision = run.resolved.device, computes_in(run.resolved)
+    before = efficiency.peak_flops(*precision)
     with efficiency.EnergyMeter() as energy:
         run.log_metrics(trainer.train(trainable.trainer, run.tracker.metrics, checkpoint, judge))
     joules = None if checkpoint else energy.joules  # of a resumed run only a part is measured
-    run.log_metrics(efficiency.of_training(run.metrics, run.memory.peaks, run.peak_flops, joules))
+    # The best of two moments: in one alone the machine may be busy with something else.
+    peak = max(before, efficiency.peak_flops(*precision))
+    run.log_metrics(efficiency.of_training(run.metrics, run.memory.peaks, peak, joules))

@@ -7,7 +7,7 @@ This module does not use MLflow.
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,8 @@ _SKIPPED = {
     "eval_entropy",
     "eval_num_tokens",
 }
+_COUNTED_STEPS = frozenset(2**power for power in range(2, 32))
+"""Steps whose operations are counted, besides the first: few, because counting takes time."""
 
 
 class _ByLength(LengthGroupedSampler):
@@ -68,9 +70,12 @@ class Trainer(SFTTrainer):
 
     def __init__(self, *args: Any, memory: MemoryMonitor, **kwargs: Any) -> None:
         self.memory = memory
-        self.seen: Any = torch.zeros(3, dtype=torch.long)  # counts of tokens, supervised tokens and sequences
-        self.flops_per_token: float | None = None
-        """Counted on the first batch; None before it, and for a compiled model; NaN if it cannot be counted."""
+        self.seen: Any = torch.zeros(4, dtype=torch.long)
+        """Numbers of tokens, supervised tokens, sequences, and positions (tokens and padding)."""
+        self.counts_flops = False
+        """Whether to count the operations of the current step."""
+        self.counted: list[tuple[float, int, int]] = []
+        """Operations, positions and supervised tokens of each batch whose operations were counted."""
         super().__init__(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -81,12 +86,13 @@ class Trainer(SFTTrainer):
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         tokens = mask.sum() if mask is not None else ids.new_tensor(ids.numel())
         supervised = (inputs["labels"] != IGNORED).sum()
-        self.seen = self.seen.to(ids.device) + torch.stack([tokens, supervised, ids.new_tensor(len(ids))])
-        if self.flops_per_token is not None or self.args.torch_compile:
+        counts = torch.stack([tokens, supervised, ids.new_tensor(len(ids)), ids.new_tensor(ids.numel())])
+        self.seen = self.seen.to(ids.device) + counts
+        if not self.counts_flops:
             return super().training_step(model, inputs, *args, **kwargs)
         with FlopCounter() as counter:
             loss = super().training_step(model, inputs, *args, **kwargs)
-        self.flops_per_token = counter.flops / int(tokens)
+        self.counted.append((counter.flops, ids.numel(), int(supervised)))
         return loss
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any) -> Any:
@@ -155,7 +161,9 @@ class Watcher(TrainerCallback):
     def __init__(self, trainer: Trainer, log: Log, judge: Callable[[float, int], None] | None = None) -> None:
         self.step_seconds: list[float] = []
         self.step_counts: list[list[int]] = []
-        """Numbers of tokens, supervised tokens and sequences of each step."""
+        """Numbers of tokens, supervised tokens, sequences and positions of each step."""
+        self.untimed: list[int] = [0]
+        """Indices of the steps that rates leave out: the first allocates and warms up, others count operations."""
         self._trainer = trainer
         self._log = log
         self._judge = judge
@@ -178,6 +186,7 @@ class Watcher(TrainerCallback):
         self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", disable=None)
         self._steady.enter_context(self._trainer.memory.phase("steady"))
         self._first_step.enter_context(self._trainer.memory.phase("first_step"))
+        self._trainer.counts_flops = not args.torch_compile
         self._restart()
 
     def _restart(self) -> None:
@@ -192,6 +201,10 @@ class Watcher(TrainerCallback):
         self._first_step.close()
         if self._bar is not None:
             self._bar.update()
+        if self._trainer.counts_flops:
+            self.untimed.append(len(self.step_seconds) - 1)
+        can_count = bool(self._trainer.counted) and math.isfinite(self._trainer.counted[-1][0])
+        self._trainer.counts_flops = can_count and state.global_step + 1 in _COUNTED_STEPS
         self._restart()
 
     def on_evaluate(self, *_: Any, **__: Any) -> None:
@@ -239,17 +252,16 @@ class Watcher(TrainerCallback):
             self._bar.close()
 
     def throughput(self) -> dict[str, float]:
-        """Return rates over all steps but the first, which also allocates and warms up; empty after a single step."""
-        seconds = self.step_seconds[1:]
-        if not seconds:
+        """Return rates over all steps but those in `untimed`; empty if there are no others."""
+        timed = [step for step in range(len(self.step_seconds)) if step not in self.untimed]
+        if not timed:
             return {}
+        seconds = [self.step_seconds[step] for step in timed]
         total = sum(seconds)
-        tokens, supervised, sequences = (sum(counts) for counts in zip(*self.step_counts[1:], strict=True))
-        per_token = self._trainer.flops_per_token
-        if per_token is None or math.isnan(per_token):
-            arithmetic = {}
-        else:
-            arithmetic = {"flops_per_second": per_token * tokens / total}
+        counts = zip(*(self.step_counts[step] for step in timed), strict=True)
+        tokens, supervised, sequences, positions = (sum(numbers) for numbers in counts)
+        flops = _flops(self._trainer.counted, positions, supervised)
+        arithmetic = {} if math.isnan(flops) else {"flops_per_second": flops / total}
         return {
             "step_seconds_p50": float(np.median(seconds)),
             "step_seconds_mean": total / len(seconds),
@@ -258,6 +270,19 @@ class Watcher(TrainerCallback):
             "samples_per_second": sequences / total,
             **arithmetic,
         }
+
+
+def _flops(counted: Sequence[tuple[float, int, int]], positions: int, supervised: int) -> float:
+    """Estimate the operations of all steps from those of some batches; NaN if they could not be counted.
+
+    The layers take operations for each position, padding included; the output layer for each supervised token.
+    """
+    if not counted or not all(math.isfinite(flops) for flops, *_ in counted):
+        return math.nan
+    flops, *sizes = np.array(counted, dtype=float).T
+    used = 2 if len(counted) > 2 else 1  # too few batches tell positions from supervised tokens by chance only
+    per_size = np.linalg.lstsq(np.stack(sizes[:used], axis=1), flops)[0]
+    return float(per_size @ [positions, supervised][:used])
 
 
 def build(

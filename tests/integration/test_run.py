@@ -10,8 +10,10 @@ from support import QUICK, exit_code
 from qlora_exp.config.validate import from_dict
 from qlora_exp.config.values import APART, flatten
 from qlora_exp.environment import efficiency
+from qlora_exp.tracking import journal
 from qlora_exp.tracking.journal import FILE, Journal
 from qlora_exp.tracking.mlflow_store import client
+from qlora_exp.training.trainer import Trainer
 from qlora_exp.utils.errors import ConfigError, DataError, DivergedError, UserError
 
 
@@ -247,10 +249,34 @@ def test_peak_memory_of_generation_is_measured(run_quick):
     assert metrics["after/generated_tokens_per_second"] > 0
 
 
-def test_mfu_is_relative_to_the_peak_of_the_device(run_quick):
-    metrics = run_quick("method=lora", "evaluation=loss_only").metrics
+def test_mfu_is_what_all_steps_computed_relative_to_the_peak_of_the_device(run_quick, monkeypatch):
+    every: list[tuple[float, int, int]] = []
+    step = Trainer.training_step
+
+    def count_every(self, *arguments, **more):
+        chosen, self.counts_flops = self.counts_flops, True
+        loss = step(self, *arguments, **more)
+        every.append(self.counted[-1])
+        if not chosen:
+            self.counted.pop()
+        self.counts_flops = chosen
+        return loss
+
+    monkeypatch.setattr(Trainer, "training_step", count_every)
+    words = ["dataset.max_train_rows=80", "training.max_steps=20", "training.per_device_train_batch_size=4"]
+    result = run_quick("method=lora", "evaluation=loss_only", *words)
+    metrics = result.metrics
     assert metrics["mfu"] == metrics["flops_per_second"] / metrics["peak_flops_per_second"]
     assert "forgetting" not in metrics
+    timed = [number for number in range(20) if number + 1 not in (1, 4, 8, 16)]
+    seconds = [
+        line["train/step_seconds"] for line in journal.metrics(result.output_dir) if "train/step_seconds" in line
+    ]
+    assert metrics["step_seconds_mean"] == pytest.approx(sum(seconds[step] for step in timed) / len(timed))
+    counted = sum(every[step][0] for step in timed)
+    off = abs(metrics["flops_per_second"] * sum(seconds[step] for step in timed) / counted - 1)
+    first = abs(every[0][0] / every[0][1] * sum(every[step][1] for step in timed) / counted - 1)
+    assert off < 0.04 < first  # the first batch alone is not like the others
 
 
 def test_leaks_are_counted_and_logged(run_quick, write_jsonl, caplog):

@@ -80,6 +80,12 @@ def test_peak_flops_of_the_device_are_measured():
     assert peak_flops("cpu", torch.float32) > 1e8
 
 
+def test_peak_flops_of_a_slow_dtype_are_measured_quickly(monkeypatch):
+    clock = iter(range(1000))  # seconds: each look at the clock is one later
+    monkeypatch.setattr(efficiency.time, "perf_counter", lambda: next(clock))
+    assert peak_flops("cpu", torch.float32) == 2 * 256**3  # one size, not all five
+
+
 def counters(folder: Path, **joules: float) -> None:
     for name, value in joules.items():
         zone = folder / f"intel-rapl:{name[1:].replace('_', ':')}"
