@@ -48,11 +48,12 @@ class DatasetConfig(Section):
     completion_column: str = "output"
     """Column with the answer."""
     messages_column: str | None = None
-    """chat: column with complete dialogues. The last assistant turn is the completion."""
+    """chat: column with complete dialogues: lists of messages, or their JSON text. The last assistant turn is the
+    completion. A column `tools` holds the schemas of functions, if the template renders them."""
     text_column: str = "text"
     """text: column with the text."""
     system_message: str | None = None
-    """chat: system message of every row. null: the model's template decides."""
+    """chat: system message of every row that has none of its own. null: the model's template decides."""
     drop_matching: str | None = None
     """Regular expression. Rows whose completion contains a match are left out."""
     drop_duplicates: Literal["exact", "prompt"] | bool = "exact"
