@@ -84,7 +84,7 @@ class Report:
         ]
         told += [(logging.INFO, f"{name}: {what}: {count} rows") for what, count in self.notes.items()]
         if self.unused:
-            told.append((logging.INFO, f"{name}: columns that are not used: {', '.join(self.unused)}"))
+            told.append((logging.INFO, f"{name}: columns that are not used: {', '.join(map(_visible, self.unused))}"))
         return told
 
     def _such_as(self, reason: str) -> str:
@@ -128,10 +128,12 @@ def _columns(config: DatasetConfig) -> dict[str, str]:
 
 def _no_column(path: str, missing: str, source: Source) -> str:
     _, first = next(iter(source.rows(source.columns)), ("", {}))
-    lists = [name for name, value in first.items() if isinstance(value, list) and dialogues.is_rows(value)]
+    lists = {name: value for name, value in first.items() if dialogues.is_rows(value)}
     hint = did_you_mean(missing, source.columns)
-    if len(lists) == 1:
-        hint = f". If {lists[0]!r} is the list of rows, write that list alone into the file."
+    if dialogue := next((name for name, value in lists.items() if {"role", "from"} & value[0].keys()), None):
+        hint = f"; a dialogue is read with dataset.format=chat dataset.messages_column={dialogue}."
+    elif lists:
+        hint = f". If {next(iter(lists))!r} is the list of rows, write that list alone into the file."
     return (
         f"{path}: no column {missing!r}; it has {', '.join(map(_visible, source.columns))}{hint} "
         "Set dataset.prompt_column, dataset.completion_column, ... to yours"
@@ -139,8 +141,8 @@ def _no_column(path: str, missing: str, source: Source) -> str:
 
 
 def _visible(name: str) -> str:
-    """Return a column's name, in quotes if blanks at its ends would not be seen."""
-    return name if name == name.strip() and name else repr(name)
+    """Return a column's name, in quotes if a part of it would not be seen."""
+    return name if name == name.strip() and name.isprintable() and name else repr(name)
 
 
 def _decoded(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:

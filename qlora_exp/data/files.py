@@ -92,7 +92,8 @@ def rows(file: Path, wanted: Collection[str] | None = None) -> Iterator[Row]:
 
 def _not_utf8(file: Path) -> DataError:
     with file.open("rb") as stream:
-        encoding = "UTF-16" if stream.read(2) in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
+        begin = stream.read(4)
+        encoding = "UTF-16" if begin[:2] in (b"\xff\xfe", b"\xfe\xff") or 0 in begin else "WINDOWS-1252"
         stream.seek(0)
         number = next(number for number, line in enumerate(stream, 1) if not _is_utf8(line))
     return DataError(
@@ -221,7 +222,7 @@ def _csv_rows(stream: TextIO, file: Path) -> Iterator[Row]:
 
 
 def _check_names(names: list[str], file: Path) -> None:
-    (name, count), *_ = Counter(names).most_common(1) or [("", 0)]
+    (name, count), *_ = Counter(filter(None, names)).most_common(1) or [("", 0)]
     if count > 1:
         raise DataError(f"{file}: {count} columns have the name {name!r}; rename or remove all but one")
 

@@ -89,7 +89,7 @@ class TemplateCheck:
 
     def _ignored(self, what: str) -> DataError:
         return DataError(
-            f"dataset.format=chat: this model's chat template does not render {what}, so it would not be learned; "
+            f"dataset.format=chat: this model's chat template does not render {what}, so it would be lost; "
             "remove it from the file, or use a model whose template renders it"
         )
 

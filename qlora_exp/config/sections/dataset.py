@@ -1,5 +1,6 @@
 """Sections `dataset` and `unrelated`: where rows come from, their prompt format, and how they are split."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -88,6 +89,15 @@ class DatasetConfig(Section):
         if isinstance(path, list | tuple):
             raise ValueError("must be one file; join several first: cat FILES > rows.jsonl")  # noqa: TRY004
         return path
+
+    @field_validator("drop_matching")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        return pattern
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -112,6 +112,10 @@ def test_rows_of_another_shape_are_counted(write_jsonl):
             "If 'data' is the list of rows, write that list",
         ),
         ('{"prompt": "a", " completion": "b"}', "did you mean ' completion'"),
+        (
+            '{"conversations": [{"from": "human", "value": "a"}]}',
+            "dataset.format=chat dataset.messages_column=conversations",
+        ),
         ("[]", "it has no rows"),
     ],
 )

@@ -26,3 +26,8 @@ def test_system_message_without_the_chat_format_is_rejected():
 def test_list_of_files_is_rejected():
     with pytest.raises(ConfigError, match="must be one file; join several first"):
         compose(["dataset=own", "dataset.path=[a.jsonl,b.jsonl]"])
+
+
+def test_invalid_regular_expression_is_rejected():
+    with pytest.raises(ConfigError, match="dataset.drop_matching: .* is no regular expression"):
+        compose(["dataset.drop_matching='['"])
