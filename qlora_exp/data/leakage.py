@@ -3,6 +3,7 @@
 Depends only on the columns that `data.rows` creates.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from qlora_exp.data.dialogues import said
 from qlora_exp.utils.digests import text_digest
 
 _WORDS = 5
@@ -81,8 +83,9 @@ def _question(row: Mapping[str, Any]) -> bytes:
 
 def _texts(row: Mapping[str, Any]) -> list[str]:
     """Return all texts of a row in order, the answer last."""
-    turns = [turn["content"] for turn in row.get("messages") or ()]
-    return turns or [row["prompt"], row["input"], row["completion"]]
+    tools = [json.dumps(row["tools"])] if row.get("tools") else []
+    turns = [said(turn) for turn in row.get("messages") or ()]
+    return [*tools, *turns] or [row["prompt"], row["input"], row["completion"]]
 
 
 def _shingles(row: Mapping[str, Any]) -> set[int]:

@@ -4,10 +4,12 @@ The two Alpaca prompts are copied from tatsu-lab/stanford_alpaca. Does not depen
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from qlora_exp.config.sections.dataset import DatasetConfig
-from qlora_exp.utils.errors import DataError
+from qlora_exp.data.dialogues import SYSTEM_ROLES, Message
+from qlora_exp.utils.errors import DataError, first_line
 
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -34,14 +36,15 @@ def render(row: dict[str, Any], config: DatasetConfig, tokenizer: Any, every_ans
     """Render `row` as text in the configured format.
 
     Args:
-        row: a row of `rows.load_rows`, with `prompt`, `input`, `completion`, and `messages` if it is a complete
-            dialogue.
+        row: a row of `rows.load_rows`, with `prompt`, `input`, `completion`, and `messages` (and `tools`) if it is a
+            complete dialogue.
         config: the dataset's config; `format` and `system_message` are used.
         tokenizer: used for its chat template only, which needs no `{% generation %}` marks.
         every_answer: learn all assistant turns of a dialogue, instead of the last one only.
 
     Raises:
-        DataError: format `chat`, and the tokenizer has no chat template, or one that rewrites earlier turns.
+        DataError: format `chat`, and the tokenizer has no chat template, or one that refuses the dialogue or rewrites
+            earlier turns.
     """
     if config.format == "text":
         return Rendered([("", False), (row["completion"], True)], False)
@@ -49,26 +52,15 @@ def render(row: dict[str, Any], config: DatasetConfig, tokenizer: Any, every_ans
         template = ALPACA_WITH_INPUT if row["input"] else ALPACA_WITHOUT_INPUT
         alpaca_prompt = template.format(prompt=row["prompt"], input=row["input"])
         return Rendered([(alpaca_prompt, False), (row["completion"], True)], False)
-    prompt = f"{row['prompt']}\n\n{row['input']}" if row["input"] else row["prompt"]
     if config.format == "prompt_completion":
-        return Rendered([(prompt, False), (row["completion"], True)], False)
-
-    messages = row.get("messages") or [
-        {"role": "user", "content": prompt},
-        {"role": "assistant", "content": row["completion"]},
-    ]
-    if config.system_message:
-        messages = [{"role": "system", "content": config.system_message}, *messages]
-    if not tokenizer.chat_template:
-        raise DataError(
-            "dataset.format=chat: this model's tokenizer has no chat template; use dataset.format=alpaca, "
-            "or an instruction-tuned model"
-        )
-    answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        return Rendered([(_asked(row), False), (row["completion"], True)], False)
+    dialogue = messages(row, config)
+    tools = row.get("tools")
+    answers = [place for place, message in enumerate(dialogue) if message["role"] == "assistant"]
     pieces, rendered = [], ""
     for place in answers if every_answer else answers[-1:]:
-        before = tokenizer.apply_chat_template(messages[:place], tokenize=False, add_generation_prompt=True)
-        through_answer = tokenizer.apply_chat_template(messages[: place + 1], tokenize=False)
+        before = apply_template(tokenizer, dialogue[:place], tools, add_generation_prompt=True)
+        through_answer = apply_template(tokenizer, dialogue[: place + 1], tools)
         if not (before.startswith(rendered) and through_answer.startswith(before)):
             raise DataError(
                 "dataset.format=chat: this model's chat template renders a dialogue differently once it has an answer, "
@@ -78,6 +70,44 @@ def render(row: dict[str, Any], config: DatasetConfig, tokenizer: Any, every_ans
         pieces += [(before[len(rendered) :], False), (through_answer[len(before) :], True)]
         rendered = through_answer
     return Rendered(pieces, True)
+
+
+def messages(row: Mapping[str, Any], config: DatasetConfig) -> list[Message]:
+    """Return a row's dialogue, with the config's system message unless it has its own."""
+    dialogue: list[Message] = row.get("messages") or [
+        {"role": "user", "content": _asked(row)},
+        {"role": "assistant", "content": row["completion"]},
+    ]
+    if config.system_message and dialogue[0]["role"] not in SYSTEM_ROLES:
+        return [{"role": "system", "content": config.system_message}, *dialogue]
+    return dialogue
+
+
+def apply_template(tokenizer: Any, dialogue: list[Message], tools: Any, **options: Any) -> str:
+    """Render a dialogue with the tokenizer's chat template.
+
+    Raises:
+        DataError: there is no template, or it refuses the dialogue.
+    """
+    if not tokenizer.chat_template:
+        raise DataError(
+            "dataset.format=chat: this model's tokenizer has no chat template; use dataset.format=alpaca, "
+            "or an instruction-tuned model"
+        )
+    if tools:
+        options["tools"] = tools
+    try:
+        return str(tokenizer.apply_chat_template(dialogue, tokenize=False, **options))
+    except Exception as error:  # templates raise errors of any kind; each is about this dialogue
+        roles = ", ".join(message["role"] for message in dialogue) or "none, since the dialogue begins with an answer"
+        raise DataError(
+            f"dataset.format=chat: this model's chat template refuses a dialogue with the roles {roles}: "
+            f"{first_line(error)}. Change the dialogue (or dataset.system_message), or use another model or format"
+        ) from error
+
+
+def _asked(row: Mapping[str, Any]) -> str:
+    return "\n\n".join(filter(None, [row["prompt"], row["input"]]))
 
 
 def chat_template(config: DatasetConfig, tokenizer: Any) -> str | None:
@@ -101,7 +131,7 @@ def chat_template(config: DatasetConfig, tokenizer: Any) -> str | None:
             return own
         message = json.dumps(config.system_message, ensure_ascii=False)  # llama.cpp does not support \u escapes
         begin = (
-            "{% if messages[0]['role'] != 'system' %}"
+            "{% if messages[0]['role'] != 'system' and messages[0]['role'] != 'developer' %}"
             f"{{% set messages = [{{'role': 'system', 'content': {message}}}] + messages %}}{{% endif %}}"
         )
         return own if own.startswith(begin) else begin + own

@@ -1,11 +1,13 @@
 """Read rows from their source: the built-in FAQ, Python's documentation, reasoning-gym tasks, files, the hub.
 
-Rows keep the columns of their source; `data.rows` makes the columns uniform.
+Rows keep the columns of their source; `data.cleaning` makes the columns uniform.
 """
 
 import importlib.util
 import json
 import logging
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,11 @@ from datasets.exceptions import DatasetNotFoundError
 from tqdm import tqdm
 
 from qlora_exp.config.sections.dataset import FILE_FORMATS, REASONING_GYM, DatasetConfig
+from qlora_exp.data import files
+from qlora_exp.data.files import Row
 from qlora_exp.data.scoring import Scorer, is_possible
+from qlora_exp.libraries.datasets import content_key
+from qlora_exp.utils.digests import file_digest, json_digest
 from qlora_exp.utils.errors import DataError, did_you_mean, last_line
 
 log = logging.getLogger(__name__)
@@ -23,25 +29,40 @@ FAQ = "embedded:construction_faq"
 PYTHON_DOCS = "embedded:python_docs"
 
 
-def read(config: DatasetConfig, path: str, split: str) -> Dataset:
-    """Return the rows of `path`, with the columns of their source.
+@dataclass(frozen=True)
+class Source:
+    """Rows with the columns of their source."""
+
+    columns: list[str]
+    """Names of the columns; of a JSON file, those of its first rows."""
+    key: str
+    """Digest of the content."""
+    rows: Callable[[Collection[str]], Iterable[Row]]
+    """Reads the rows, each with its place in the source; values of columns other than the given ones may be missing."""
+    fills_with_null: bool = False
+    """Whether all dictionaries in a column have the same keys, with null for what a dictionary does not have."""
+
+
+def read(config: DatasetConfig, path: str, split: str) -> Source:
+    """Find the rows of `path`.
 
     Raises:
         DataError: the rows cannot be found, fetched or read.
     """
     if path == FAQ:
-        return _read_file(_faq_file())
+        return _file(_faq_file())
     if path.startswith(REASONING_GYM):
-        return _generate(path.removeprefix(REASONING_GYM), config)
+        return _listed(_generate(path.removeprefix(REASONING_GYM), config))
     if path == PYTHON_DOCS:
-        return _python_docs()
+        return _listed(_python_docs())
     if path.startswith("embedded:"):
         raise DataError(f"dataset.path: there is no '{path}'{did_you_mean(path, [FAQ, PYTHON_DOCS])}")
-    if Path(path).suffix in FILE_FORMATS or Path(path).exists():
-        return _read_file(Path(path))
+    if files.looks_local(path):
+        files.check(path)
+        return _file(Path(path))
     try:
         rows = load_dataset(path, config.subset, split=split, revision=config.revision, streaming=config.streaming)
-        return _fetch_first(rows, config) if isinstance(rows, IterableDataset) else rows
+        return _listed(_first(rows, config)) if isinstance(rows, IterableDataset) else _dataset(rows)
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
         raise DataError(
             f"dataset.path: '{path}' is not a file, and cannot be fetched from the hub; check the name and the network "
@@ -51,25 +72,38 @@ def read(config: DatasetConfig, path: str, split: str) -> Dataset:
         raise DataError(f"{path}: {last_line(error)}") from error
 
 
-def _fetch_first(rows: IterableDataset, config: DatasetConfig) -> Dataset:
+def _file(file: Path) -> Source:
+    return Source(
+        files.columns(file),
+        file_digest(file),
+        lambda wanted: files.rows(file, wanted),
+        fills_with_null=FILE_FORMATS[file.suffix] == "parquet",
+    )
+
+
+def _listed(rows: list[dict[str, Any]]) -> Source:
+    """Return rows that are in memory, as few as they are, as a source."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    return Source(columns, json_digest(rows), lambda _: _numbered(rows), fills_with_null=True)
+
+
+def _dataset(rows: Dataset) -> Source:
+    return Source(
+        rows.column_names,
+        content_key(rows),
+        lambda wanted: _numbered(rows.select_columns([name for name in rows.column_names if name in wanted])),
+        fills_with_null=True,
+    )
+
+
+def _numbered(rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
+    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def _first(rows: IterableDataset, config: DatasetConfig) -> list[dict[str, Any]]:
     """Fetch the first rows: as many as a run can need, and half as many again for those that will be left out."""
     count = round(1.5 * ((config.max_train_rows or 0) + config.eval_size))
-    return Dataset.from_list(list(tqdm(rows.take(count), total=count, desc="fetching", unit="row", disable=None)))
-
-
-def _read_file(file: Path) -> Dataset:
-    if not file.is_file():
-        raise DataError(f"dataset.path: there is no file {file}")
-    if file.suffix not in FILE_FORMATS:
-        raise DataError(f"{file}: unknown file format; use one of {', '.join(FILE_FORMATS)}")
-    if not file.stat().st_size:
-        raise DataError(f"{file}: the file is empty")
-    try:
-        return load_dataset(FILE_FORMATS[file.suffix], data_files=str(file), split="train")
-    except Exception as error:  # readers of different formats raise different errors for a damaged file
-        raise DataError(
-            f"{file}: cannot be read as {FILE_FORMATS[file.suffix]}: {last_line(error.__cause__ or error)}"
-        ) from error
+    return list(tqdm(rows.take(count), total=count, desc="fetching", unit="row", disable=None))
 
 
 def _faq_file() -> Path:
@@ -79,7 +113,7 @@ def _faq_file() -> Path:
     return Path(spec.submodule_search_locations[0]) / "data" / "faq-en-alpaca.jsonl"
 
 
-def _python_docs() -> Dataset:
+def _python_docs() -> list[dict[str, Any]]:
     """Return passages of complete paragraphs, about 1000 characters each, of Python's own language reference."""
     from pydoc_data.topics import topics
 
@@ -91,7 +125,7 @@ def _python_docs() -> Dataset:
             if len(passage) >= 1000:
                 passages.append(passage.strip())
                 passage = ""
-    return Dataset.from_dict({"text": passages})
+    return [{"text": passage} for passage in passages]
 
 
 def _gym(task: str) -> Any:
@@ -107,23 +141,21 @@ def _gym(task: str) -> Any:
     return reasoning_gym
 
 
-def _generate(task: str, config: DatasetConfig) -> Dataset:
+def _generate(task: str, config: DatasetConfig) -> list[dict[str, Any]]:
     try:
         entries = _gym(task).create_dataset(
             task, size=config.reasoning_gym_size, seed=config.split_seed, **config.reasoning_gym_config
         )
     except (TypeError, AssertionError, ValueError) as error:
         raise DataError(f"dataset.reasoning_gym_config: {error}") from error
-    rows = [
+    return [
         {
             "question": entry["question"],
-            "answer": str(entry["answer"]),
+            "answer": None if entry["answer"] is None else str(entry["answer"]),
             "entry": json.dumps(entry, default=str),
         }
         for entry in entries
-        if entry["answer"] is not None
     ]
-    return Dataset.from_list(rows)
 
 
 def scorer(config: DatasetConfig) -> Scorer | None:

@@ -1,5 +1,6 @@
 """Turn rows into tokens with labels. Does not depend on models: a tokenizer is enough."""
 
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -8,8 +9,10 @@ from datasets import Dataset, load_from_disk
 from tqdm import tqdm
 
 from qlora_exp.config.schema import Config
+from qlora_exp.data.cleaning import CACHE_LAYOUT
 from qlora_exp.data.prompts import render
-from qlora_exp.data.rows import CACHE_LAYOUT, fingerprint
+from qlora_exp.data.rows import fingerprint
+from qlora_exp.data.template_checks import TemplateCheck
 from qlora_exp.utils.cache import built
 from qlora_exp.utils.digests import json_digest
 from qlora_exp.utils.errors import DataError
@@ -22,6 +25,7 @@ def tokenize(rows: Dataset, config: Config, tokenizer: Any) -> Dataset:
     """Return `input_ids` and `labels` of each row, not truncated; labels are -100 where no loss is taken.
 
     Prompt and completion are tokenized separately, so that the prompt has the same tokens in training as in generation.
+    `reference` is the learned answer as text without special tokens, as generated answers are decoded.
     The result is cached: other runs with the same rows, format and tokenizer read it from there.
     """
     learned = [config.training.completion_only_loss, config.training.assistant_only_loss]
@@ -38,30 +42,44 @@ def tokenize(rows: Dataset, config: Config, tokenizer: Any) -> Dataset:
 def _tokenize(rows: Dataset, config: Config, tokenizer: Any, folder: Path) -> None:
     eos, learn_all = tokenizer.eos_token_id, not config.training.completion_only_loss
 
+    eos_text = re.escape(tokenizer.eos_token)  # exported answers often end with it, and get it below or by the template
+    template = TemplateCheck(config.dataset, tokenizer)
+
     def encode(row: dict[str, Any]) -> dict[str, Any]:
-        text = render(row, config.dataset, tokenizer, config.training.assistant_only_loss)
+        try:
+            if config.dataset.format == "chat":
+                template.check(row)
+            text = render(row, config.dataset, tokenizer, config.training.assistant_only_loss)
+        except DataError as error:
+            raise DataError(f"{' or '.join(config.dataset.paths)}, {row.get('place')}: {error}") from error
         ids: list[int] = []
         labels: list[int] = []
         prompt_length = 0
         for place, (piece, learned) in enumerate(text.pieces):
             first = place == 0 and not text.has_special_tokens
+            if text.has_special_tokens:
+                piece = re.sub(f"(?:{eos_text}\\s*)+(?={eos_text})", "", piece)
+            elif learned:
+                piece = re.sub(f"(?:{eos_text}\\s*)+$", "", piece)
             tokens = tokenizer(piece, add_special_tokens=first and not learned)["input_ids"]
             if first and len(tokens) > 1 and tokens[-1] == eos:
                 tokens = tokens[:-1]  # this tokenizer ends every text with EOS; the prompt must not have it
             prompt_length = len(ids)
             ids += tokens
             labels += tokens if learned or learn_all else [IGNORED] * len(tokens)
+        reference = tokenizer.decode(tokens, skip_special_tokens=True).strip()
         if not text.has_special_tokens:
             ids, labels = [*ids, eos], [*labels, eos]
         bar.update()
-        return {"input_ids": ids, "labels": labels, "prompt_length": prompt_length}
+        return {"input_ids": ids, "labels": labels, "prompt_length": prompt_length, "reference": reference}
 
     with (
         tqdm(total=len(rows), desc="tokenizing", unit="row", leave=False, disable=None) as bar,
         TemporaryDirectory(prefix="qlora_exp-") as scratch,
     ):
         options: dict[str, Any] = {"load_from_cache_file": False, "cache_file_name": f"{scratch}/tokens.arrow"}
-        rows.map(encode, remove_columns=rows.column_names, **options).save_to_disk(str(folder))
+        encoded = rows.map(encode, remove_columns=rows.column_names, **options)
+        encoded.with_format(None).save_to_disk(str(folder))  # without the transform of the rows
 
 
 def cut(rows: Dataset, tokens: Dataset, max_length: int) -> tuple[Dataset, Dataset]:

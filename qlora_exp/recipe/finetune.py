@@ -42,11 +42,12 @@ def run(
     from qlora_exp.recipe.measure import log_changes, measure
     from qlora_exp.recipe.save import log_model, model_logged_on_error, save
     from qlora_exp.recipe.setup import build
-    from qlora_exp.recipe.tokens import plan_memory, tokenize
+    from qlora_exp.recipe.tokens import log_data, plan_memory, tokenize
     from qlora_exp.recipe.train import train
 
+    tokens = tokenize(config, inputs)
     with open_run(config, inputs.resolved, output_dir, tags, must_reach) as context:
-        tokens = tokenize(context, inputs)
+        log_data(context, inputs, tokens)
         plan_memory(context, tokens)
         trainable = build(context, tokens)
         before = measure(context, inputs, tokens, trainable, "before") if config.evaluation.before else None

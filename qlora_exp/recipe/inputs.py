@@ -2,14 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_exp.config import crosschecks
 from qlora_exp.config.schema import Config
+from qlora_exp.data import files
 from qlora_exp.environment import hub
 from qlora_exp.environment.device import Resolved, detect, refuse_several_processes, resolve, take
-from qlora_exp.utils.errors import ConfigError, DataError
+from qlora_exp.utils.errors import ConfigError
 from qlora_exp.utils.secrets import load_env_file
 
 if TYPE_CHECKING:
@@ -45,9 +45,8 @@ def read_inputs(config: Config) -> Inputs:
     if problems := [*crosschecks.problems(config)]:  # a `Config` may be made without `compose`
         raise ConfigError("\n".join(problems))
     for section, source in (("dataset", config.dataset), ("unrelated", config.unrelated)):
-        for file in source.files:
-            if not file.is_file():
-                raise DataError(f"{section}.path: no file {file} (working directory: {Path.cwd()})")
+        for path in filter(files.looks_local, source.paths):
+            files.check(path, f"{section}.path")
     load_env_file()
     if hub.is_needed(config):
         hub.go_offline_if_unreachable()  # must come before huggingface_hub is imported

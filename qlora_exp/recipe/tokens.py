@@ -6,6 +6,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from qlora_exp.config.schema import Config
 from qlora_exp.data import label_audit, tokenization
 from qlora_exp.data.rows import fingerprint
 from qlora_exp.models.base import load_tokenizer
@@ -29,46 +30,77 @@ class Tokens:
     """The rows of `heldout` as text."""
     unrelated: Dataset | None
     """Rows of unrelated text; None if forgetting is not measured."""
+    unrelated_rows: Dataset | None
+    """The rows of `unrelated` as text."""
+    audit: label_audit.LabelAudit
+    """Which tokens of the training rows carry loss."""
 
 
-def tokenize(run: RunContext, inputs: Inputs) -> Tokens:
-    """Tokenize all rows; log the label audit, leaks, and a fingerprint of each part of the data.
+def tokenize(config: Config, inputs: Inputs) -> Tokens:
+    """Tokenize all rows and audit their labels. An error here leaves no run behind.
 
     Raises:
         ModelError: the tokenizer cannot be loaded.
         DataError: no token carries loss, or no held-out row is left within `training.max_length`.
     """
-    config, max_length = run.config, run.config.training.max_length
+    max_length = config.training.max_length
     tokenizer = load_tokenizer(config.model)
     train = tokenization.tokenize(inputs.rows.train, config, tokenizer)
     audit = label_audit.audit(train, max_length, tokenizer)
     heldout_tokens = tokenization.tokenize(inputs.rows.heldout, config, tokenizer)
     heldout_rows, heldout = tokenization.cut(inputs.rows.heldout, heldout_tokens, max_length)
-    _log_labels(run, inputs, audit)
-    parts = [("training", config.dataset, inputs.rows.train), ("evaluation", config.dataset, heldout_rows)]
-    unrelated = None
+    unrelated_rows = unrelated = None
     if inputs.unrelated is not None:
         unrelated_rows, unrelated = tokenization.unrelated(inputs.unrelated, config, tokenizer)
-        parts.append(("unrelated", config.unrelated, unrelated_rows))
+    return Tokens(tokenizer, train, heldout, heldout_rows, unrelated, unrelated_rows, audit)
+
+
+def log_data(run: RunContext, inputs: Inputs, tokens: Tokens) -> None:
+    """Log the label audit, the rows that were left out, leaks, and a fingerprint of each part of the data."""
+    config = run.config
+    _log_rows(inputs, tokens, config)
+    _log_labels(run, inputs, tokens.audit)
+    parts = [("training", config.dataset, inputs.rows.train), ("evaluation", config.dataset, tokens.heldout_rows)]
+    if tokens.unrelated_rows is not None:
+        parts.append(("unrelated", config.unrelated, tokens.unrelated_rows))
     for part, source, rows in parts:
         digest = fingerprint(rows)
         run.tracker.params({f"data.{part}_rows": len(rows), f"data.{part}_fingerprint": digest})
         run.tracker.dataset(f"{source.name}-{part}", digest, source.path, part, len(rows))
-    return Tokens(tokenizer, train, heldout, heldout_rows, unrelated)
+
+
+def _log_rows(inputs: Inputs, tokens: Tokens, config: Config) -> None:
+    """Log how many rows were left out or changed, and why."""
+    for level, line in inputs.rows.report.lines(config.dataset.name):
+        log.log(level, "%s", line)
+    too_long = len(inputs.rows.heldout) - len(tokens.heldout_rows)
+    for kind, count in (
+        ("held-out", too_long),
+        ("training", round(tokens.audit.dropped_rows_share * tokens.audit.rows)),
+    ):
+        if count:
+            log.warning(
+                "%s: %d %s rows have no answer token within training.max_length=%d, so they are not used; raise it",
+                config.dataset.name,
+                count,
+                kind,
+                config.training.max_length,
+            )
 
 
 def _log_labels(run: RunContext, inputs: Inputs, audit: label_audit.LabelAudit) -> None:
-    """Log which tokens carry loss, how many rows were left out, and which training rows leak a held-out row."""
-    leaks, dropped = inputs.rows.leaks, inputs.rows.dropped
-    run.tracker.json(asdict(audit) | {"left_out": dropped}, "label_audit.json")
+    """Log which tokens carry loss, and which training rows leak a held-out row."""
+    leaks, report = inputs.rows.leaks, inputs.rows.report
+    left_out = {"left_out": report.dropped, "left_out_examples": report.examples, "changed": report.notes}
+    run.tracker.json(asdict(audit) | left_out, "label_audit.json")
     counts = {kind: sum(leak.kind == kind for leak in leaks) for kind in ("exact", "near")}
     if leaks:
         log.warning(
             "leaks: %d training rows have the question of a held-out row, %d more are similar to one (see leaks.json); "
-            "%d were left out",
+            "%d were left out (dataset.drop_leaks=none keeps them)",
             len(leaks) - counts["near"],
             counts["near"],
-            dropped["leaks"],
+            report.dropped["leaks"],
         )
         run.tracker.json([asdict(leak) for leak in leaks], "leaks.json")
     run.log_metrics({f"leaks/{kind}": count for kind, count in counts.items()})

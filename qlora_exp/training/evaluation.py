@@ -216,8 +216,8 @@ def _answer(
         prompts = [row["input_ids"][: row["prompt_length"]] for row in tokens.select(chosen)]
         prompts = [prompt or [_first_token(tokenizer)] for prompt in prompts]
         batches.append(generate(prompts))
-        for prompt, text, row in zip(prompts, batches[-1].texts, rows.select(chosen), strict=True):
-            samples.append({"prompt": tokenizer.decode(prompt), "reference": row["completion"], "answer": text.strip()})
+        for prompt, text, row in zip(prompts, batches[-1].texts, tokens.select(chosen), strict=True):
+            samples.append({"prompt": tokenizer.decode(prompt), "reference": row["reference"], "answer": text.strip()})
     latency = {
         "first_token_seconds_p50": float(np.median([batch.first_token_seconds for batch in batches])),
         "generated_tokens_per_second": sum(batch.tokens for batch in batches) / sum(batch.seconds for batch in batches),

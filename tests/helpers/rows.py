@@ -18,7 +18,7 @@ ROWS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(
 def own_dataset(path: str, **more) -> DatasetConfig:
     """Configure a dataset of prompts and completions in a file."""
     fields = {"format": "prompt_completion", "prompt_column": "prompt", "completion_column": "completion"}
-    return DatasetConfig(path=path, input_column=None, **(fields | more))
+    return DatasetConfig(path=path, **({"input_column": None} | fields | more))
 
 
 composed = cache(lambda *overrides: compose(overrides))

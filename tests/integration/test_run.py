@@ -96,9 +96,7 @@ def test_sampled_answers_before_and_after_share_their_prompts(run_quick):
 @pytest.mark.parametrize(
     ("overrides", "error"),
     [
-        (["training.max_length=10"], DataError),
         (["method.target_modules=[nope]"], ConfigError),
-        (["model.model_name_or_path=./gone"], UserError),
     ],
 )
 def test_config_errors_are_recorded_before_weights_are_loaded(
@@ -117,9 +115,11 @@ def test_config_errors_are_recorded_before_weights_are_loaded(
         (["dataset.drop_matching=."], DataError),
         (["dataset=reasoning_gym", "dataset.path=reasoning_gym:nope"], DataError),
         (["device=mps"], ConfigError),
+        (["training.max_length=10"], DataError),
+        (["model.model_name_or_path=./gone"], UserError),
     ],
 )
-def test_invalid_data_or_device_is_rejected_before_a_run_exists(overrides, error, run_quick, tmp_path):
+def test_invalid_data_tokenizer_or_device_is_rejected_before_a_run_exists(overrides, error, run_quick, tmp_path):
     with pytest.raises(error):
         run_quick(*overrides)
     assert not (tmp_path / "run0").exists()
@@ -279,15 +279,24 @@ def test_mfu_is_what_all_steps_computed_relative_to_the_peak_of_the_device(run_q
     assert off < 0.04 < first  # the first batch alone is not like the others
 
 
-def test_leaks_are_counted_and_logged(run_quick, write_jsonl, caplog):
-    path = write_jsonl([{"prompt": f"q {number}", "completion": "a"} for number in range(8)], "train.jsonl")
-    eval_path = write_jsonl([{"prompt": "Q 3", "completion": "b"}], "heldout.jsonl")
+def test_leaks_and_rows_left_out_are_counted_and_logged(run_quick, write_jsonl, caplog):
+    rows = [{"prompt": f"q {number}", "completion": "a"} for number in range(8)]
+    rows += [{"prompt": "q 9", "completion": "a" * 2000}, {"prompt": "q 5", "completion": "a"}, {"prompt": "q 8"}]
+    path = write_jsonl(rows, "train.jsonl")
+    heldout = [{"prompt": "Q 3", "completion": "b"}, {"prompt": "long" * 600, "completion": "b"}]
+    eval_path = write_jsonl(heldout, "heldout.jsonl")
     words = [f"dataset.path={path}", f"dataset.eval_path={eval_path}", "dataset.input_column=null"]
     words += ["dataset.prompt_column=prompt", "dataset.completion_column=completion", "evaluation=loss_only"]
     result = run_quick("method=lora", *words)
     assert result.metrics["leaks/exact"] == 1
     assert "1 training rows have the question of a held-out row" in caplog.text
     assert json.loads((result.output_dir / "leaks.json").read_text())[0]["kind"] == "exact"
+    assert "1 of 13 rows left out: duplicates (such as line 10; dataset.drop_duplicates=false" in caplog.text
+    assert "1 of 13 rows left out: without the columns (such as line 11, which has prompt" in caplog.text
+    assert "1 held-out rows have no answer token within training.max_length" in caplog.text
+    audit = json.loads((result.output_dir / "label_audit.json").read_text())
+    assert audit["left_out"]["duplicates"] == 1
+    assert audit["left_out_examples"]["duplicates"] == "line 10"
 
 
 def test_uncountable_arithmetic_does_not_stop_training(monkeypatch, run_quick, caplog):

@@ -1,9 +1,10 @@
 """Sections `dataset` and `unrelated`: where rows come from, their prompt format, and how they are split."""
 
+import re
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from qlora_exp.config.sections.base import Section, Share
 
@@ -48,15 +49,17 @@ class DatasetConfig(Section):
     completion_column: str = "output"
     """Column with the answer."""
     messages_column: str | None = None
-    """chat: column with complete dialogues. The last assistant turn is the completion."""
+    """chat: column with complete dialogues: lists of messages, or their JSON text. The last assistant turn is the
+    completion. A column `tools` holds the schemas of functions, if the template renders them."""
     text_column: str = "text"
     """text: column with the text."""
     system_message: str | None = None
-    """chat: system message of every row. null: the model's template decides."""
+    """chat: system message of every row that has none of its own. null: the model's template decides."""
     drop_matching: str | None = None
     """Regular expression. Rows whose completion contains a match are left out."""
-    drop_duplicates: bool = True
-    """Keep only the first of several rows with the same prompt and input (or with the same dialogue)."""
+    drop_duplicates: Literal["exact", "prompt"] | bool = "exact"
+    """Rows to leave out after the first of their kind. exact: rows with the same prompt, input and answer (or the same
+    dialogue). prompt (or true): rows with the same prompt and input, whatever the answer. false: none."""
     drop_leaks: Literal["none", "exact", "near"] = "exact"
     """Training rows to leave out. exact: same prompt as a held-out row; near: also rows with similar text."""
     leak_threshold: Annotated[float, Field(gt=0, le=1)] = 0.7
@@ -79,6 +82,22 @@ class DatasetConfig(Section):
         """Local files among `paths`, whether they exist or not."""
         sources = [Path(path) for path in self.paths]
         return [path for path in sources if path.suffix in FILE_FORMATS or path.exists()]
+
+    @field_validator("path", "eval_path", mode="before")
+    @classmethod
+    def _one_file(cls, path: Any) -> Any:
+        if isinstance(path, list | tuple):
+            raise ValueError("must be one file; join several first: cat FILES > rows.jsonl")  # noqa: TRY004
+        return path
+
+    @field_validator("drop_matching")
+    @classmethod
+    def _compiles(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        return pattern
 
     @model_validator(mode="after")
     def _check(self) -> Self:

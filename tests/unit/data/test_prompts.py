@@ -50,6 +50,32 @@ def test_chat_format_uses_the_models_template(tiny_tokenizer):
     assert completion == ("5<|im_end|>\n", True)
 
 
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_rows_own_system_message_replaces_the_configs(role: str, tiny_tokenizer):
+    config = CHAT.model_copy(update={"system_message": "Be kind."})
+    turns = [{"role": role, "content": "Be terse."}, *DIALOGUE["messages"]]
+    learned = "".join(text for text, _ in render(DIALOGUE | {"messages": turns}, config, tiny_tokenizer).pieces)
+    served = prompts.chat_template(config, tiny_tokenizer)
+    assert learned == tiny_tokenizer.apply_chat_template(turns, chat_template=served, tokenize=False)
+    assert "Be kind." not in learned
+
+
+@pytest.mark.parametrize(
+    "messages", [DIALOGUE["messages"][1:], [{"role": "system", "content": "x"}, *DIALOGUE["messages"]]]
+)
+def test_dialogue_that_the_template_refuses_is_rejected(messages: list, tiny_tokenizer):
+    strict = copy.copy(tiny_tokenizer)
+    refuse = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('Roles must alternate') }}{% endif %}"
+    strict.chat_template = refuse + tiny_tokenizer.chat_template
+    with pytest.raises(DataError, match="refuses a dialogue with the roles .*: Roles must alternate. Change"):
+        render(DIALOGUE | {"messages": messages}, CHAT, strict)
+
+
+def test_prompt_without_instruction_is_its_input():
+    row = {"prompt": "", "input": " full\n", "completion": "c"}
+    assert render(row, DatasetConfig(format="prompt_completion"), None).pieces[0] == (" full\n", False)
+
+
 def test_chat_format_keeps_earlier_turns_in_the_prompt(tiny_tokenizer):
     (prompt, _), (completion, _) = render(DIALOGUE, CHAT, tiny_tokenizer).pieces
     assert "hello" in prompt

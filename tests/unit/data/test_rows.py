@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -9,6 +8,7 @@ from hypothesis import strategies as st
 
 from qlora_exp.config.sections.dataset import DatasetConfig
 from qlora_exp.data import sources
+from qlora_exp.data.cleaning import clean
 from qlora_exp.data.rows import fingerprint, load_rows, order
 from qlora_exp.utils.errors import DataError
 
@@ -61,7 +61,9 @@ def test_fingerprint_depends_on_every_row(write_jsonl):
     changed = [*ROWS[:-1], {"prompt": "question 19", "completion": "other"}]
     assert fingerprint(Dataset.from_list(ROWS)) != fingerprint(Dataset.from_list(changed))
     assert fingerprint(Dataset.from_list(ROWS)) != fingerprint(Dataset.from_list(ROWS[::-1]))
-    assert fingerprint(Dataset.from_list(ROWS)) == fingerprint(sources._read_file(Path(write_jsonl(ROWS))))
+    path = write_jsonl(ROWS)
+    read, _ = clean(sources.read(own_dataset(path), path, "train"), own_dataset(path), path)
+    assert fingerprint(read) == fingerprint(Dataset.from_list([{**row, "input": ""} for row in ROWS]))
 
 
 def test_row_limits_and_held_out_file_are_respected(write_jsonl):

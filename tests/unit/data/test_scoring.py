@@ -49,7 +49,8 @@ def task(name: str) -> tuple[scoring.Scorer, dict[str, str]]:
     config = DatasetConfig(path=f"{REASONING_GYM}{name}", reasoning_gym_size=1)
     score = sources.scorer(config)
     assert score is not None
-    return score, sources.read(config, config.path, "train")[0]
+    (_, row), *_ = sources.read(config, config.path, "train").rows(["answer", "entry"])
+    return score, row
 
 
 @pytest.mark.slow

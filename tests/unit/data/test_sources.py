@@ -1,10 +1,13 @@
+import datetime
+
 import pytest
 from datasets import Dataset, IterableDataset
 from helpers.rows import ROWS, own_dataset
 
 from qlora_exp.config.hydra_compose import compose
+from qlora_exp.config.sections.dataset import DatasetConfig
 from qlora_exp.data import sources
-from qlora_exp.data.rows import load_rows
+from qlora_exp.data.rows import fingerprint, load_rows
 from qlora_exp.utils.errors import DataError
 
 
@@ -12,6 +15,8 @@ def test_builtin_faq_has_its_rows():
     rows = load_rows(compose().dataset)
     assert len(rows.train) + len(rows.heldout) == 435
     assert not any("Zaragoza" in row["completion"] for row in rows.train)
+    # Records of earlier versions have these fingerprints.
+    assert (fingerprint(rows.train), fingerprint(rows.heldout)) == ("0aaa29b24165452d", "e5c76b2b5f706fc5")
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
@@ -79,3 +84,16 @@ def test_stream_is_read_no_further_than_needed(monkeypatch):
     found = load_rows(own_dataset("org/name", streaming=True, max_train_rows=6, eval_size=2))
     assert (len(found.train), len(found.heldout)) == (6, 2)
     assert len(read) <= 13
+
+
+def test_hub_dataset_is_read_with_its_types(monkeypatch):
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}
+    turns = [{"role": "user", "content": "q"}, call, {"role": "assistant", "content": "a"}]
+    day = datetime.date(2024, 7, 16)
+    hub = Dataset.from_list([{"m": turns, "p": "q", "at": day}, {"m": turns[:2], "p": "q", "at": day}])
+    monkeypatch.setattr(sources, "load_dataset", lambda *_, **__: hub)
+    rows = load_rows(DatasetConfig(path="org/name", format="chat", messages_column="m", eval_size=1, drop_leaks="none"))
+    assert sorted((part[0]["messages"] for part in (rows.train, rows.heldout)), key=len) == [turns[:2], turns]
+    assert rows.report.unused == ["p", "at"]
+    with pytest.raises(DataError, match="org/name, row 1: column 'at': 2024-07-16 is of the type date"):
+        load_rows(own_dataset("org/name", prompt_column="p", completion_column="at"))

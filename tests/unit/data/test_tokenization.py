@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 from datasets import Dataset
 from helpers.rows import TEXT, tokenized
@@ -6,6 +8,7 @@ from hypothesis import given, settings
 from qlora_exp.data import tokenization
 from qlora_exp.data.rows import load_heldout, load_rows
 from qlora_exp.data.tokenization import IGNORED
+from qlora_exp.utils.errors import DataError
 
 
 @given(prompt=TEXT, completion=TEXT)
@@ -24,6 +27,44 @@ def test_prompt_carries_loss_on_request(tiny_tokenizer):
         [{"prompt": "p", "input": "", "completion": "c"}], tiny_tokenizer, "training.completion_only_loss=false"
     )[0]
     assert row["labels"] == row["input_ids"]
+
+
+@pytest.mark.parametrize("format_", ["prompt_completion", "chat"])
+@pytest.mark.parametrize("end", ["", "<|im_end|>", " <|im_end|>\n<|im_end|>\n"])
+def test_eos_is_learned_once(format_: str, end: str, tiny_tokenizer):
+    rows = [{"prompt": "p", "input": "", "completion": f"a6{end}"}]
+    row = tokenized(rows, tiny_tokenizer, f"dataset.format={format_}")[0]
+    learned = [label for label in row["labels"] if label != IGNORED]
+    assert learned.count(tiny_tokenizer.eos_token_id) == 1
+    assert tiny_tokenizer.decode(learned).split("<|im_end|>")[0].strip() == row["reference"] == "a6"
+
+
+def test_reference_is_the_learned_answer(tiny_tokenizer):
+    """Calls and reasoning are part of the answer; special tokens are decoded as those of generated answers are."""
+    template = (
+        "{% for m in messages %}{{ m.content or '' }}{{ m.tool_calls | tojson if m.tool_calls }}<|im_end|>{% endfor %}"
+    )
+    tokenizer = copy.copy(tiny_tokenizer)
+    tokenizer.chat_template = template
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}]}
+    dialogue = {"prompt": "", "input": "", "completion": "", "messages": [{"role": "user", "content": "q"}, call]}
+    assert tokenized([dialogue], tokenizer, "dataset.format=chat")["reference"][:] == ['[{"name": "f"}]']
+    marked = {"prompt": "p", "input": "", "completion": "<|im_start|>0<|im_start|>"}
+    assert tokenized([marked], tokenizer)["reference"][:] == ["0"]
+
+
+def test_row_that_cannot_be_rendered_is_named(make_config, tiny_tokenizer, write_jsonl):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]
+    path = write_jsonl([{"messages": [turns[0], turns[1] | {"content": f"{number}"}]} for number in range(3)])
+    words = [
+        f"dataset.path={path}",
+        "dataset.format=chat",
+        "dataset.messages_column=messages",
+        "dataset.drop_leaks=none",
+    ]
+    config = make_config(*words)
+    with pytest.raises(DataError, match=r"rows.jsonl, line \d: .* does not render the key 'weight'"):
+        tokenization.tokenize(load_rows(config.dataset).train, config, tiny_tokenizer)
 
 
 def test_cut_keeps_text_and_tokens_aligned(tiny_tokenizer):

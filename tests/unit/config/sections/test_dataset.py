@@ -21,3 +21,13 @@ def test_streaming_without_row_limits_is_rejected(words: list[str]):
 def test_system_message_without_the_chat_format_is_rejected():
     with pytest.raises(ConfigError, match="format=chat"):
         compose(["dataset.system_message=hi"])
+
+
+def test_list_of_files_is_rejected():
+    with pytest.raises(ConfigError, match="must be one file; join several first"):
+        compose(["dataset=own", "dataset.path=[a.jsonl,b.jsonl]"])
+
+
+def test_invalid_regular_expression_is_rejected():
+    with pytest.raises(ConfigError, match="dataset.drop_matching: .* is no regular expression"):
+        compose(["dataset.drop_matching='['"])

@@ -1,0 +1,287 @@
+"""Give rows of any source the same columns, and leave out empty, unwanted and repeated ones; each is counted."""
+
+import json
+import logging
+import re
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Features, Value
+from datasets.arrow_writer import ArrowWriter
+from tqdm import tqdm
+
+from qlora_exp.config.sections.dataset import REASONING_GYM, DatasetConfig
+from qlora_exp.data import dialogues
+from qlora_exp.data.sources import Source
+from qlora_exp.data.values import as_text
+from qlora_exp.utils.cache import built
+from qlora_exp.utils.digests import json_digest, text_digest
+from qlora_exp.utils.errors import DataError, did_you_mean
+
+CACHE_LAYOUT = 3  # increase it when cached rows and tokens of older code must not be used any more
+_ROWS, _REPORT = "rows.arrow", "report.json"
+_MANY = 0.1
+_REMEDIES = {
+    "empty": "no prompt, no answer or a message without content: correct the file, or name other columns "
+    "(dataset.prompt_column, ...)",
+    "without the columns": "correct the file, so that every row has the columns that the config names",
+    "matching drop_matching": "dataset.drop_matching=null keeps them",
+    "duplicates": "dataset.drop_duplicates=false keeps them",
+    "leaks": "the same prompt as a held-out row, or a similar text: dataset.drop_leaks=none keeps them",
+}
+
+
+@dataclass
+class Report:
+    """What cleaning did to the rows of a source."""
+
+    read: int = 0
+    """Number of rows that the source has."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Number of rows left out, by reason."""
+    examples: dict[str, str] = field(default_factory=dict)
+    """Place of the first row that was left out, by reason."""
+    notes: dict[str, int] = field(default_factory=dict)
+    """Number of rows that were changed, by what was changed."""
+    unused: list[str] = field(default_factory=list)
+    """Columns of the source that are not used."""
+
+    def drop(self, reason: str, place: str) -> None:
+        """Count a row that is left out."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        self.examples.setdefault(reason, place)
+
+    def plus(self, other: "Report") -> "Report":
+        """Return the report of both sources together."""
+        return Report(
+            self.read + other.read,
+            {
+                reason: self.dropped.get(reason, 0) + other.dropped.get(reason, 0)
+                for reason in {**self.dropped, **other.dropped}
+            },
+            other.examples | self.examples,
+            dict(Counter(self.notes) + Counter(other.notes)),
+            list(dict.fromkeys(self.unused + other.unused)),
+        )
+
+    def why(self) -> str:
+        """Say in one line how many rows were left out, and what to do about it."""
+        counts = {reason: count for reason, count in self.dropped.items() if count}
+        parts = [f"{count} {reason} ({self._such_as(reason)}{_REMEDIES[reason]})" for reason, count in counts.items()]
+        return f"{self.read} rows read" + "".join(f"; left out: {part}" for part in parts)
+
+    def lines(self, name: str) -> list[tuple[int, str]]:
+        """Return a log level and a line for each reason that rows were left out or changed for."""
+        told = [
+            (
+                logging.WARNING if count > _MANY * self.read else logging.INFO,
+                f"{name}: {count} of {self.read} rows left out: {reason} ({self._such_as(reason)}{_REMEDIES[reason]})",
+            )
+            for reason, count in self.dropped.items()
+            if count and reason != "leaks"  # which have a line of their own
+        ]
+        told += [(logging.INFO, f"{name}: {what}: {count} rows") for what, count in self.notes.items()]
+        if self.unused:
+            told.append((logging.INFO, f"{name}: columns that are not used: {', '.join(map(_visible, self.unused))}"))
+        return told
+
+    def _such_as(self, reason: str) -> str:
+        return f"such as {self.examples[reason]}; " if reason in self.examples else ""
+
+
+def clean(source: Source, config: DatasetConfig, path: str) -> tuple[Dataset, Report]:
+    """Give rows the columns `prompt`, `input` and `completion`, for dialogues also `messages` and `tools`.
+
+    The result is a file in the cache, so that the rows are never all in memory. `place` says where a row is in its
+    source.
+
+    Returns:
+        The rows, and what was left out and changed.
+
+    Raises:
+        DataError: a column is missing, or a value cannot be learned as it is.
+    """
+    columns = _columns(config)
+    if not source.columns:
+        raise DataError(f"{path}: it has no rows")
+    if missing := [column for column in columns.values() if column not in source.columns]:
+        raise DataError(_no_column(path, missing[0], source))
+    settings = [columns, config.format, config.drop_matching, config.drop_duplicates]
+    name = f"rows-{json_digest([CACHE_LAYOUT, source.key, *settings])}"
+    folder = built(name, lambda part: _Cleaner(source, config, columns, path).write(part))
+    report = Report(**json.loads((folder / _REPORT).read_text("utf-8")))
+    rows = Dataset.from_file(str(folder / _ROWS))
+    return rows.with_transform(_decoded) if "messages" in rows.column_names else rows, report
+
+
+def _columns(config: DatasetConfig) -> dict[str, str]:
+    """Return the column of the source that each of the uniform columns comes from."""
+    if config.format == "text":
+        return {"completion": config.text_column}
+    if config.messages_column:
+        return {"messages": config.messages_column}
+    columns = {"prompt": config.prompt_column, "completion": config.completion_column}
+    return columns | ({"input": config.input_column} if config.input_column else {})
+
+
+def _no_column(path: str, missing: str, source: Source) -> str:
+    _, first = next(iter(source.rows(source.columns)), ("", {}))
+    lists = {name: value for name, value in first.items() if dialogues.is_rows(value)}
+    hint = did_you_mean(missing, source.columns)
+    if dialogue := next((name for name, value in lists.items() if {"role", "from"} & value[0].keys()), None):
+        hint = f"; a dialogue is read with dataset.format=chat dataset.messages_column={dialogue}."
+    elif lists:
+        hint = f". If {next(iter(lists))!r} is the list of rows, write that list alone into the file."
+    return (
+        f"{path}: no column {missing!r}; it has {', '.join(map(_visible, source.columns))}{hint} "
+        "Set dataset.prompt_column, dataset.completion_column, ... to yours"
+    )
+
+
+def _visible(name: str) -> str:
+    """Return a column's name, in quotes if a part of it would not be seen."""
+    return name if name == name.strip() and name.isprintable() and name else repr(name)
+
+
+def _decoded(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Read the JSON of messages and tools; as JSON they keep exactly the keys that each message has."""
+    for name in {"messages", "tools"} & batch.keys():
+        batch[name] = [None if text is None else json.loads(text) for text in batch[name]]
+    return batch
+
+
+class _Cleaner:
+    """Writes the rows of a source with uniform columns."""
+
+    def __init__(self, source: Source, config: DatasetConfig, columns: dict[str, str], path: str) -> None:
+        self._source, self._config, self._columns, self._path = source, config, columns, path
+        self._extra = ["tools"] if config.format == "chat" else ["entry"] if path.startswith(REASONING_GYM) else []
+        self._unwanted = re.compile(config.drop_matching) if config.drop_matching else None
+        self._seen: set[bytes] = set()
+        wanted = [*columns.values(), *self._extra]
+        self._report = Report(
+            dropped={"empty": 0, "matching drop_matching": 0, "duplicates": 0},
+            unused=[column for column in source.columns if column not in wanted],
+        )
+        self._rows = source.rows(wanted)
+
+    def write(self, folder: Path) -> None:
+        names = ["prompt", "input", "completion", "place"]
+        names += ["messages", "tools"] if self._config.format == "chat" else self._extra
+        with ArrowWriter(
+            path=str(folder / _ROWS), features=Features({name: Value("string") for name in names})
+        ) as writer:
+            for place, values in tqdm(self._rows, desc="reading", unit="row", leave=False, disable=None):
+                self._report.read += 1
+                if absent := [
+                    column for role, column in self._columns.items() if role != "input" and column not in values
+                ]:
+                    has = f"{place}, which has {', '.join(map(_visible, values))} and no {absent[0]}"
+                    self._report.drop("without the columns", has)
+                    continue
+                row = self._uniform(values, f"{self._path}, {place}")
+                if reason := self._reason(row, f"{self._path}, {place}"):
+                    self._report.drop(reason, place)
+                else:
+                    writer.write({name: row.get(name) for name in names} | {"place": place})
+            writer.finalize()
+        (folder / _REPORT).write_text(json.dumps(asdict(self._report)), "utf-8")
+
+    def _reason(self, row: dict[str, Any], where: str) -> str | None:
+        """Return why a row is left out; None if it is not."""
+        config, completion = self._config, row["completion"]
+        asked = row["prompt"].strip() or row["input"] or config.format == "text"
+        if not completion.strip() or not asked:
+            return "empty"
+        if self._unwanted and self._unwanted.search(completion):
+            return "matching drop_matching"
+        parts = [row["prompt"], row["input"], row.get("messages"), row.get("tools")]
+        if config.drop_duplicates == "exact" or config.format == "text":
+            parts.append(completion)
+        try:
+            digest = text_digest(json.dumps(parts, ensure_ascii=False))
+            completion.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}: half of a surrogate pair cannot be encoded; correct the text") from error
+        if config.drop_duplicates:
+            if digest in self._seen:
+                return "duplicates"
+            self._seen.add(digest)
+        return None
+
+    def _uniform(self, values: dict[str, Any], where: str) -> dict[str, Any]:
+        """Return a row as text; messages and tools as JSON."""
+        dialogue = self._dialogue(values, where)
+        if dialogue is not None:
+            return dialogue
+        row = {role: self._text(values.get(column), column, where) for role, column in self._columns.items()}
+        row = {"prompt": "", "input": ""} | row
+        if not row["input"].strip():
+            row["input"] = ""
+        return row | {name: values.get(name) for name in self._extra if name == "entry"}
+
+    def _text(self, value: Any, column: str, where: str) -> str:
+        if dialogues.is_dialogue(value):
+            raise DataError(f"{where}: column {column!r} is a list of messages, which needs dataset.format=chat")
+        try:
+            text = as_text(value)
+        except ValueError as error:
+            raise DataError(f"{where}: column {column!r}: {error}; write it as text in the file") from error
+        if not isinstance(value, str | None):
+            self._note(f"{column} is not text and is learned as JSON")
+        return text
+
+    def _dialogue(self, values: dict[str, Any], where: str) -> dict[str, Any] | None:
+        """Return a row with messages; None if it is a prompt and an answer of text."""
+        if self._config.format != "chat":
+            return None
+        filled = self._source.fills_with_null
+        tools = dialogues.tools(values.get("tools"), where, filled)
+        if "messages" in self._columns:
+            turns = dialogues.messages(values[self._columns["messages"]], self._columns["messages"], where, filled)
+        elif tools or any(dialogues.is_dialogue(values[self._columns[role]]) for role in ("prompt", "completion")):
+            turns = self._joined(values, where)
+        else:
+            return None
+        answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+        last = answers[-1] if answers else -1
+        if turns[last + 1 :] and answers:
+            self._note("the turns after the last answer are not learned")
+        turns = turns[: last + 1]
+        whole = all(turn.get("content") is not None or turn.keys() - {"role", "content"} for turn in turns)
+        row = {
+            "prompt": dialogues.said(turns[-2]) if whole and len(turns) > 1 else "",
+            "input": "",
+            "completion": dialogues.said(turns[-1]) if whole and turns else "",
+        }
+        try:
+            parts = {
+                name: json.dumps(part, ensure_ascii=False, allow_nan=False)
+                for name, part in (("messages", turns), ("tools", tools))
+                if part
+            }
+        except ValueError as error:
+            raise DataError(f"{where}: a number is not finite, which has no form in JSON; correct the file") from error
+        return row | parts
+
+    def _joined(self, values: dict[str, Any], where: str) -> list[dialogues.Message]:
+        """Return the messages of a prompt and its answer, each a list of messages or a text."""
+        turns: list[list[dialogues.Message]] = []
+        for column, role in ((self._columns["prompt"], "user"), (self._columns["completion"], "assistant")):
+            if dialogues.is_dialogue(values[column]):
+                turns.append(dialogues.messages(values[column], column, where, self._source.fills_with_null))
+            else:
+                turns.append([{"role": role, "content": self._text(values[column], column, where)}])
+        if "input" in self._columns and values.get(self._columns["input"]):
+            raise DataError(f"{where}: an input beside messages has no place; set dataset.input_column=null")
+        if [turn["role"] for turn in turns[1]] != ["assistant"]:
+            raise DataError(
+                f"{where}: column {self._columns['completion']!r} must be one message of the assistant; write "
+                "the whole dialogue into one column and name it by dataset.messages_column"
+            )
+        return turns[0] + turns[1]
+
+    def _note(self, what: str) -> None:
+        self._report.notes[what] = self._report.notes.get(what, 0) + 1

@@ -1,0 +1,117 @@
+"""Read dialogues from a row: lists of messages with everything that a chat template may render, and tools.
+
+What a message says is kept or refused by name. Does not depend on templates: `data.template_checks` does.
+"""
+
+import json
+from typing import Any
+
+from qlora_exp.data.values import as_text
+from qlora_exp.utils.errors import DataError, did_you_mean
+
+Message = dict[str, Any]
+
+SYSTEM_ROLES = ("system", "developer")
+ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool", "function", "ipython", "observation")
+_OTHER_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant"}
+
+
+def is_dialogue(value: Any) -> bool:
+    """Return whether a value is a list of messages."""
+    return is_rows(value) and all("role" in item for item in value)
+
+
+def is_rows(value: Any) -> bool:
+    """Return whether a value is a list of objects."""
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
+
+
+def messages(value: Any, column: str, where: str, fills_with_null: bool) -> list[Message]:
+    """Return the messages of a column's value.
+
+    Keys without a value are left out. Content is text, or None beside other keys.
+
+    Args:
+        value: a list of messages, or its JSON text.
+        column: name of the column, for errors.
+        where: place of the row, for errors.
+        fills_with_null: whether the source writes null for keys that a message does not have, at any depth.
+
+    Raises:
+        DataError: a message has no role or content, an unknown role, or content that is not text.
+    """
+    filled = fills_with_null and not isinstance(value, str)
+    listed = _parsed(value, column, where, "a list of messages with role and content")
+    return [_message(item, f"{where}: {column}[{place}]", filled) for place, item in enumerate(listed)]
+
+
+def tools(value: Any, where: str, fills_with_null: bool) -> list[dict[str, Any]]:
+    """Return the tools of a row: a list of schemas, or its JSON text; empty if it has none.
+
+    Raises:
+        DataError: the value is something else.
+    """
+    listed: list[dict[str, Any]] = _parsed(value, "tools", where, "a list of schemas of functions")
+    return _without_nulls(listed) if fills_with_null and not isinstance(value, str) else listed
+
+
+def _parsed(value: Any, column: str, where: str, kind: str) -> list[dict[str, Any]]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except ValueError as error:
+            raise DataError(f"{where}: {column} must be {kind}, or its JSON text; this is no JSON: {error}") from error
+    if not isinstance(value, list | None) or not all(isinstance(item, dict) for item in value or ()):
+        raise DataError(f"{where}: {column} must be {kind}; this is {str(value)[:40]!r}")
+    return value or []
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _message(item: dict[str, Any], where: str, filled: bool) -> Message:
+    content = item.get("content")
+    more = {key: value for key, value in item.items() if key not in ("role", "content") and value not in (None, [])}
+    missing = {"role", "content"} - item.keys() - ({"content"} if more and "role" in item else set())
+    if missing:
+        hint = ""
+        if {"from", "value"} <= item.keys():
+            hint = "; rename from to role (human: user, gpt: assistant) and value to content in the file"
+        raise DataError(
+            f"{where}: a message needs role and content; the first has {', '.join(item)}"
+            f" and no {' or '.join(sorted(missing))}{hint}"
+        )
+    role = item["role"]
+    if role not in ROLES:
+        name = str(role).casefold()
+        meant = f"; did you mean '{_OTHER_NAMES[name]}'?" if name in _OTHER_NAMES else did_you_mean(name, ROLES)
+        if name in ROLES:
+            meant = f"; did you mean '{name}'?"
+        raise DataError(f"{where}: unknown role {role!r}{meant} Roles are {', '.join(ROLES)}")
+    said_ = {"content": None if content is None else _content(content, where)} if "content" in item else {}
+    return {"role": role, **said_, **(_without_nulls(more) if filled else more)}
+
+
+def _content(content: Any, where: str) -> str:
+    if not isinstance(content, list):
+        try:
+            return as_text(content)
+        except ValueError as error:
+            raise DataError(f"{where}.content: {error}; write it as text in the file") from error
+    for part in content:
+        keys = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
+        if keys.keys() != {"type", "text"} or keys["type"] != "text" or not isinstance(keys["text"], str):
+            raise DataError(
+                f"{where}.content: the part {str(keys or part)[:60]} cannot be learned as text; parts must be "
+                '{"type": "text", "text": "..."}, or the content a text'
+            )
+    return "".join(part["text"] for part in content)
+
+
+def said(message: Message) -> str:
+    """Return what a message says, as text: its content, and the other keys but the role as JSON."""
+    more = {key: value for key, value in message.items() if key not in ("role", "content")}
+    return "\n".join(filter(None, [message.get("content"), json.dumps(more, ensure_ascii=False) if more else ""]))

@@ -1,0 +1,180 @@
+"""What is learned is what the row says; what is left out or changed is counted."""
+
+import datetime
+import json
+import logging
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers.rows import ROWS, own_dataset
+
+from qlora_exp.config.sections.dataset import DatasetConfig
+from qlora_exp.data import sources
+from qlora_exp.data.cleaning import Report, clean
+from qlora_exp.data.rows import load_rows
+from qlora_exp.utils.errors import DataError
+
+
+def cleaned(path: str, **more) -> tuple[list[dict], Report]:
+    config = own_dataset(path, **more)
+    rows, report = clean(sources.read(config, path, "train"), config, path)
+    return list(rows), report
+
+
+CHAT = {"format": "chat", "messages_column": "messages"}
+
+
+@pytest.mark.parametrize(
+    ("value", "learned"),
+    [
+        ('"2024-07-16"', "2024-07-16"),
+        ('" 2024-07-16T12:00:00+02:00\\n"', " 2024-07-16T12:00:00+02:00\n"),
+        ("3", "3"),
+        ("4.50", "4.50"),
+        ("true", "true"),
+        ('{"item": "pipe", "price": 2.5, "ok": true}', '{"item": "pipe", "price": 2.5, "ok": true}'),
+        ('["red", "blue"]', '["red", "blue"]'),
+        ('"NA"', "NA"),
+    ],
+)
+def test_answer_is_learned_as_it_is_written(value: str, learned: str, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(f'{{"prompt": "a", "completion": {value}}}\n{{"prompt": "b", "completion": 4.5}}\n')
+    rows, report = cleaned(str(file))
+    assert [row["completion"] for row in rows] == [learned, "4.5"]
+    assert report.notes == {"completion is not text and is learned as JSON": 1 if value.startswith('"') else 2}
+
+
+def test_context_keeps_its_blanks(write_jsonl):
+    path = write_jsonl([{"prompt": "", "input": " code\n", "completion": "a"}, {"prompt": "p", "input": " "}])
+    rows, _ = cleaned(path, input_column="input")
+    assert [(row["prompt"], row["input"]) for row in rows] == [("", " code\n")]
+
+
+@pytest.mark.parametrize("value", [datetime.datetime(2024, 7, 16), datetime.date(2024, 7, 16), b"x", float("nan")])
+def test_parquet_value_without_a_written_form_is_rejected(value, tmp_path):
+    pq.write_table(pa.table({"prompt": ["a", "b"], "completion": [None, value]}), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"rows.parquet, row 2: column 'completion': .* write it as text"):
+        cleaned(str(tmp_path / "rows.parquet"))
+
+
+def test_half_a_surrogate_pair_is_rejected(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "\\ud800"}')
+    with pytest.raises(DataError, match="line 1: half of a surrogate pair"):
+        cleaned(str(tmp_path / "rows.jsonl"))
+
+
+# Left out
+
+
+def test_rows_with_other_answers_are_no_duplicates(write_jsonl):
+    rows = [{"prompt": f"p{n % 3}", "completion": f"a{n % 6}"} for n in range(12)]
+    path = write_jsonl(rows)
+    assert len(cleaned(path)[0]) == 6
+    assert len(cleaned(path, drop_duplicates="prompt")[0]) == len(cleaned(path, drop_duplicates=True)[0]) == 3
+    assert len(cleaned(path, drop_duplicates=False)[0]) == 12
+    _, report = cleaned(path)
+    ((level, line),) = report.lines("own")
+    assert level == logging.WARNING
+    assert line.startswith("own: 6 of 12 rows left out: duplicates (such as line 7; dataset.drop_duplicates=false")
+
+
+def test_few_rows_left_out_are_no_warning(write_jsonl):
+    _, report = cleaned(write_jsonl([*ROWS, {"prompt": "p", "completion": None, "id": 3}]))
+    (level, line), (_, unused) = report.lines("own")
+    assert (level, "1 of 21 rows left out: empty (such as line 21" in line) == (logging.INFO, True)
+    assert unused == "own: columns that are not used: id"
+
+
+def test_refusal_names_the_key_that_keeps_rows(write_jsonl):
+    one_prompt = write_jsonl([{"prompt": "Write a haiku.", "completion": f"answer {n}"} for n in range(30)])
+    with pytest.raises(DataError, match=r"28 leaks \(such as line .*dataset.drop_leaks=none keeps them"):
+        load_rows(own_dataset(one_prompt, eval_size=2))
+    assert len(load_rows(own_dataset(one_prompt, eval_size=2, drop_leaks="none")).train) == 28
+    same = write_jsonl([ROWS[0]] * 5, "same.jsonl")
+    with pytest.raises(DataError, match=r"4 duplicates \(such as line 2; dataset.drop_duplicates=false"):
+        load_rows(own_dataset(same))
+
+
+def test_rows_of_another_shape_are_counted(write_jsonl):
+    other = [{"question": "q", "answer": "a"}] * 4
+    rows, report = cleaned(write_jsonl([*ROWS, *other]))
+    assert (len(rows), report.dropped["without the columns"]) == (20, 4)
+    assert "such as line 21, which has question, answer and no prompt" in report.lines("own")[0][1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            '{"version": 1, "data": [{"prompt": "a", "completion": "b"}]}',
+            "If 'data' is the list of rows, write that list",
+        ),
+        ('{"prompt": "a", " completion": "b"}', "did you mean ' completion'"),
+        (
+            '{"conversations": [{"from": "human", "value": "a"}]}',
+            "dataset.format=chat dataset.messages_column=conversations",
+        ),
+        ("[]", "it has no rows"),
+    ],
+)
+def test_hint_at_missing_column(content: str, message: str, tmp_path):
+    (tmp_path / "rows.json").write_text(content)
+    with pytest.raises(DataError, match=message):
+        cleaned(str(tmp_path / "rows.json"))
+
+
+# Dialogues
+
+USER, ANSWER = {"role": "user", "content": "2024-01-08"}, {"role": "assistant", "content": "hi"}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"default": None, "multipleOf": 0.01}}}]
+
+
+def test_dialogue_and_tools_are_kept_whole(write_jsonl):
+    first, second = [USER, CALL], [USER, CALL, {"role": "tool", "tool_call_id": "c", "content": "x"}, ANSWER, USER]
+    rows, report = cleaned(write_jsonl([{"tools": TOOLS, "messages": first}, {"messages": second}]), **CHAT)
+    assert [row["messages"] for row in rows] == [first, second[:-1]]
+    assert [row["tools"] for row in rows] == [TOOLS, None]
+    assert '"name": "f"' in rows[0]["completion"]
+    assert report.notes == {"the turns after the last answer are not learned": 1}
+
+
+def test_dialogue_is_read_from_json_text(tmp_path):
+    text = json.dumps([USER, ANSWER]).replace('"', '""')
+    (tmp_path / "rows.csv").write_text(f'messages,tools\n"{text}",\n')
+    rows, _ = cleaned(str(tmp_path / "rows.csv"), **CHAT)
+    assert (rows[0]["messages"], rows[0]["tools"]) == ([USER, ANSWER], None)
+
+
+def test_parquet_dialogue_has_the_keys_that_its_messages_had(tmp_path):
+    pq.write_table(pa.Table.from_pylist([{"messages": [USER, CALL, ANSWER]}]), tmp_path / "rows.parquet")
+    rows, _ = cleaned(str(tmp_path / "rows.parquet"), **CHAT)
+    assert rows[0]["messages"] == [USER, CALL, ANSWER]
+
+
+def test_prompt_and_completion_may_be_messages(write_jsonl):
+    path = write_jsonl([{"prompt": [USER], "completion": [ANSWER]}, {"prompt": [USER], "completion": "yes"}])
+    rows, _ = cleaned(path, format="chat")
+    assert [row["messages"] for row in rows] == [[USER, ANSWER], [USER, {"role": "assistant", "content": "yes"}]]
+    with pytest.raises(DataError, match="column 'prompt' is a list of messages, which needs dataset.format=chat"):
+        cleaned(path)
+    longer = write_jsonl([{"prompt": [USER], "completion": [ANSWER, USER, ANSWER]}], "longer.jsonl")
+    with pytest.raises(DataError, match="must be one message of the assistant"):
+        cleaned(longer, format="chat")
+
+
+def test_dialogue_without_answer_or_with_empty_message_is_left_out(write_jsonl):
+    nothing = {"role": "user", "content": None}
+    path = write_jsonl([{"messages": turns} for turns in ([USER], None, [nothing, ANSWER], [USER, ANSWER])])
+    rows, report = cleaned(path, **CHAT)
+    assert (len(rows), report.dropped["empty"]) == (1, 3)
+
+
+def test_dialogues_are_no_duplicates_if_tools_differ(write_jsonl):
+    path = write_jsonl([{"messages": [USER, ANSWER]}, {"messages": [USER, ANSWER], "tools": TOOLS}] * 2)
+    rows, report = cleaned(path, **CHAT)
+    assert (len(rows), report.dropped["duplicates"]) == (2, 2)
+    config = DatasetConfig(path=path, eval_path=path, drop_leaks="none", **CHAT)
+    assert [leak.kind for leak in load_rows(config).leaks] == ["exact", "exact"]

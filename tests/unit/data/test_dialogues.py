@@ -1,0 +1,71 @@
+import json
+
+import pytest
+
+from qlora_exp.data import dialogues
+from qlora_exp.utils.errors import DataError
+
+CALL = {"id": "c", "type": "function", "function": {"name": "weather", "arguments": {"town": "T", "day": None}}}
+
+
+def messages(value, *, fills_with_null: bool = False) -> list[dict]:
+    return dialogues.messages(value, "chat", "rows.jsonl, line 3", fills_with_null)
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (
+            {"role": "user", "content": [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]},
+            {"content": "a b"},
+        ),
+        ({"role": "assistant", "content": None, "tool_calls": [CALL]}, {"content": None, "tool_calls": [CALL]}),
+        ({"role": "assistant", "tool_calls": [CALL], "name": None}, {"tool_calls": [CALL]}),
+        ({"role": "assistant", "content": "a", "tool_calls": []}, {"content": "a"}),
+        ({"role": "assistant", "content": "8", "reasoning_content": "r"}, {"content": "8", "reasoning_content": "r"}),
+        ({"role": "tool", "content": {"n": 1}, "tool_call_id": "c"}, {"content": '{"n": 1}', "tool_call_id": "c"}),
+        ({"role": "user", "content": None}, {"content": None}),
+    ],
+)
+def test_everything_that_a_message_says_is_kept(given: dict, kept: dict):
+    expected = [{"role": given["role"], **kept}]
+    assert messages([given]) == messages(json.dumps([given])) == expected
+
+
+def test_nulls_that_a_column_type_adds_are_left_out():
+    given = {"role": "assistant", "content": "a", "tool_calls": [CALL], "name": None}
+    arguments = messages([given], fills_with_null=True)[0]["tool_calls"][0]["function"]["arguments"]
+    assert arguments == {"town": "T"}
+    assert messages(json.dumps([given]), fills_with_null=True)[0]["tool_calls"] == [CALL]
+    assert dialogues.tools([{"a": {"b": None, "c": 0}}], "", True) == [{"a": {"c": 0}}]
+    assert dialogues.tools([{"a": {"b": None}}], "", False) == [{"a": {"b": None}}]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            [{"role": "Assistant", "content": "a"}],
+            r"line 3: chat\[0\]: unknown role 'Assistant'; did you mean 'assistant'",
+        ),
+        ([{"role": "gpt", "content": "a"}], "unknown role 'gpt'; did you mean 'assistant'"),
+        ([{"role": None, "content": "a"}], "unknown role None"),
+        ([{"from": "human", "value": "a"}], "needs role and content.* rename from to role"),
+        ([{"role": "user"}], "no content"),
+        ([{"role": "user", "content": [{"type": "image", "url": "u"}]}], "'image'.* cannot be learned as text"),
+        ([{"role": "user", "content": ["a"]}], "the part a cannot be learned"),
+        ([{"role": "user", "content": float("nan")}], "not a finite number"),
+        ("[{'role': 'user'}]", "this is no JSON"),
+        ("hello", "this is no JSON"),
+        (3, "must be a list of messages"),
+        (["a"], "must be a list of messages"),
+    ],
+)
+def test_message_that_cannot_be_kept_is_rejected(given, message: str):
+    with pytest.raises(DataError, match=message):
+        messages(given)
+
+
+def test_said_includes_calls():
+    assert dialogues.said({"role": "user", "content": "a"}) == "a"
+    assert "weather" in dialogues.said({"role": "assistant", "content": None, "tool_calls": [CALL]})

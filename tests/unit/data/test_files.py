@@ -1,0 +1,119 @@
+"""Files are read as they are written: no value is guessed, no row is lost, and what is damaged is named."""
+
+import csv
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_exp.data import files
+from qlora_exp.data.values import as_text
+from qlora_exp.utils.errors import DataError
+
+
+def read(file: Path, content: bytes | str) -> list[dict]:
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    files.check(str(file))
+    return [row for _, row in files.rows(file)]
+
+
+@pytest.mark.parametrize("number", ["1.10", "1e5", "-0", "0.1234567890123456789", "123456789012345678901234567890"])
+def test_number_of_a_json_file_keeps_its_digits(number: str, tmp_path):
+    (row,) = read(tmp_path / "rows.jsonl", f'{{"a": {number}, "b": [{number}]}}')
+    assert (as_text(row["a"]), as_text(row["b"])) == (number, f"[{number}]")
+
+
+def test_messages_of_a_json_file_keep_their_own_keys(tmp_path):
+    rows = [{"m": [{"role": "user"}, {"role": "tool", "n": None, "at": "2024-01-08"}]}, {"m": 3, "k": {"a": {}}}]
+    assert read(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows))) == rows
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_list_of_rows_is_read_piece_by_piece(indent: int | None, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_PIECE", 7)
+    rows = [{"text": f"é {'x' * number}", "n": -number, "more": [True, {}]} for number in range(30)]
+    assert read(tmp_path / "rows.json", json.dumps(rows, indent=indent)) == rows
+    assert read(tmp_path / "rows.jsonl", "\n\r\n".join(map(json.dumps, rows))) == rows
+    assert [place for place, _ in files.rows(tmp_path / "rows.jsonl")][-1] == "line 59"
+
+
+CELLS = st.lists(st.text(st.characters(blacklist_categories=("Cs",))), min_size=2, max_size=2)
+
+
+@given(cells=st.lists(CELLS, min_size=1, max_size=5))
+@settings(max_examples=50, deadline=None)
+def test_cells_are_the_text_that_was_written(cells: list[list[str]], tmp_path_factory):
+    file = tmp_path_factory.mktemp("csv") / "rows.csv"
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream, quoting=csv.QUOTE_ALL).writerows([["prompt", "completion"], *cells])
+    assert [list(row.values()) for _, row in files.rows(file)] == cells
+
+
+def test_csv_words_and_zeros_stay_text(tmp_path):
+    words = ["01006", "11", "", "true", "NA", "None", "null", "N/A", "nan", "1.10", "2024-07-16", "x" * 200_000]
+    rows = read(tmp_path / "rows.csv", b"\xef\xbb\xbfa,b\r\n" + "".join(f"x,{word}\r\n" for word in words).encode())
+    assert [row["b"] for row in rows] == words
+
+
+def test_parquet_values_keep_their_type(tmp_path):
+    columns = {
+        "short": pa.array([0.1], pa.float32()),
+        "list": [["red", "blue"]],
+        "map": pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64())),
+        "label": pa.array(["a"]).dictionary_encode(),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
+    ((place, row),) = files.rows(tmp_path / "rows.parquet")
+    assert (place, row) == ("row 1", {"short": 0.1, "list": ["red", "blue"], "map": {"k": 1}, "label": "a"})
+    assert list(files.rows(tmp_path / "rows.parquet", ["label"])) == [("row 1", {"label": "a"})]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"a": 1}\n{"a": 007}', "line 2: cannot be read as json: Expecting ','"),
+        ("a.jsonl", '{"a": "b}\n{"a": "b"}', "line 1: cannot be read as json: Invalid control character"),
+        ("a.jsonl", '{"a": "b"}\n{"a": "b', "line 2: cannot be read as json: Unterminated"),
+        ("a.jsonl", '{"a": 1, "a": 2}', "line 1: .* the key 'a' occurs twice"),
+        ("a.jsonl", '{"a": ' + "9" * 5000 + "}", "line 1: .*digits"),
+        ("a.jsonl", '{"a": ' + "[" * 200_000, "line 1: .*recursion"),
+        ("a.jsonl", "3", 'line 1: a row must be an object such as {"prompt"'),
+        ("a.json", '[{"a": 1}\n{"a": 1}]', "line 2: .* a comma or the end of the list is missing"),
+        ("a.json", '[{"a": 1},\n', "line 2: .* the list of rows is cut off"),
+        ("a.json", '[{"a": 1}]\nx', "line 2: .* text behind the list"),
+        ("a.jsonl", '{"a": "ok"}\n{"a": "é"}'.encode("latin-1"), "line 2: .*not UTF-8.* iconv -f WINDOWS-1252"),
+        ("a.csv", "a,b\nok,ok\né,é".encode("cp1252"), "line 3: .*not UTF-8.* iconv -f WINDOWS-1252"),
+        ("a.jsonl", '{"a": "é"}'.encode("utf-16"), "line 1: .*iconv -f UTF-16"),
+        ("a.csv", "a;b\n1;2", "separated by ';'"),
+        ("a.csv", "a,b,a\n1,2,3", "2 columns have the name 'a'"),
+        ("a.csv", "a,b\n1,2\n\n3", "line 4: 1 cells where the header has 2"),
+        ("a.csv", 'a,b\n1,"2\n3,4', "line 3: cannot be read as csv: unexpected end"),
+        ("a.parquet", "PAR1", "cannot be read as parquet"),
+        ("a.tsv", "a\tb", "unknown file format; use one of .jsonl"),
+        ("a.jsonl", "", "the file is empty"),
+        ("a.jsonl.gz", "x", "is packed; unpack it first: gunzip"),
+    ],
+)
+def test_damaged_file_is_rejected_with_its_line(name: str, content: bytes | str, message: str, tmp_path):
+    with pytest.raises(DataError, match=message):
+        read(tmp_path / name, content)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        (".", "is a folder; name one file, or join"),
+        ("many/*", "several files must be joined first"),
+        ("a.jsonl,b.jsonl", "several files must be joined first"),
+        ("gone.csv", "no file gone.csv"),
+    ],
+)
+def test_path_of_anything_but_one_file_is_rejected(path: str, message: str):
+    assert files.looks_local(path)
+    with pytest.raises(DataError, match=message):
+        files.check(path)
+    assert not files.looks_local("owner/name")
