@@ -100,7 +100,7 @@ def faults(session: nox.Session) -> None:
 
 @nox.session
 def compatibility(session: nox.Session) -> None:
-    """Try every method on every kind of base and write what works (about a quarter of an hour)."""
+    """Try every method on every kind of base and family of models; write what works (about half an hour)."""
     install(session, "quantizers")
     session.run(sys.executable, "benchmarks/compatibility.py", *session.posargs)
 

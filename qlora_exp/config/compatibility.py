@@ -1,8 +1,9 @@
 """Look up which combinations of method, kind of base and trainer feature work.
 
 `studies.probe` tests them with the pinned library versions; `nox -s compatibility` writes the verdicts to
-`compatibility.json`. A combination that the file does not list was never tested, and is not rejected. This module must
-not import torch: a combination that fails is rejected within a second.
+`compatibility.json`, on each kind of base and on tiny models of each family. A combination that the file does not list
+was never tested, and is not rejected. This module must not import torch: a combination that fails on a kind of base is
+rejected within a second.
 """
 
 import json
@@ -10,9 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 FILE = Path(__file__).with_suffix(".json")
 WORKS = "works"
+REFUSED = "refused: "
+"""Start of a family's verdict if `models.checks` refuses the combination: by what the model has, not by its family."""
 ASPECTS = ("trains", "gradient_checkpointing", "packing", "load_best_model_at_end", "resume", "merge")
 """Tested aspects. `trains`: only the added parameters change, gradients match those of the base's (dequantized)
 weights, and the saved and reloaded model is the same."""
@@ -34,6 +38,17 @@ def refusal(kind: str, base: str, aspect: str) -> str | None:
     return None if verdict == WORKS else verdict
 
 
+def family_refusal(kind: str, family: str) -> str | None:
+    """Return in a few words why a method fails on all models of a family; None if no test found that.
+
+    Args:
+        kind: as for `refusal`.
+        family: transformers' `model_type`.
+    """
+    verdict: str = _results().get("families", {}).get(family, {}).get(kind, WORKS)
+    return None if _ignored or verdict == WORKS or verdict.startswith(REFUSED) else verdict
+
+
 def kind_of(peft_type: str | None, variant: str) -> str:
     """Return the name under which the verdicts list a method."""
     if peft_type != "LORA" or variant == "lora":
@@ -52,6 +67,16 @@ def ignored() -> Iterator[None]:
         _ignored = False
 
 
+def is_ignored() -> bool:
+    """Return whether no combination is rejected now, so that it can be tested."""
+    return _ignored
+
+
 @cache
+def _results() -> dict[str, Any]:
+    return json.loads(FILE.read_text("utf-8")) if FILE.is_file() else {}
+
+
 def _verdicts() -> dict[str, dict[str, dict[str, str]]]:
-    return json.loads(FILE.read_text("utf-8"))["verdicts"] if FILE.is_file() else {}
+    verdicts: dict[str, dict[str, dict[str, str]]] = _results().get("verdicts", {})
+    return verdicts

@@ -3,32 +3,40 @@
 Does not depend on training. `keep_dtypes` is here because the trainer would change dtypes that this module sets.
 """
 
+import copy
 import json
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType, TaskType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers import PreTrainedModel
 
 import qlora_exp.models.bottleneck  # noqa: F401 - registers its method with PEFT
+from qlora_exp.config import compatibility
 from qlora_exp.config.schema import Config
 from qlora_exp.libraries.peft import follow_forward_of_base, loss_of_adapter
-from qlora_exp.utils.errors import ConfigError, did_you_mean
+from qlora_exp.models.targets import fused_experts, linear_layers, parts_without_text, resolve_targets, shortest_names
+from qlora_exp.utils.errors import ConfigError, first_line, is_out_of_memory
 
 _UNKNOWN_STEPS = 10**9
 """Placeholder: AdaLoRA needs the number of steps before it is determined. `fit_schedule` sets the real one later."""
-PRESETS = ("all-linear", "attention", "mlp", "q_v", "outputs")
-_OUTPUT = re.compile(r"(o|out|c|down)_proj|wo|w2|fc2|fc_out|dense|dense_4h_to_h")
-_QUERY_OR_VALUE = re.compile(r"(q|v|query|value|wq|wv)(_proj|_lin)?")
+_NOT_ON_EXPERTS = ("use_dora", "lora_bias", "kasa_config", "monteclora_config", "velora_config")
+_NO_START_ON_EXPERTS = ("pissa", "olora", "orthogonal", "eva", "mica")
+_FROM_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
+"""Methods that put learned keys and values into the attention's cache."""
 
 
 def peft_config(config: Config, skeleton: PreTrainedModel) -> PeftConfig | None:
     """Return PEFT's config of the method, with target modules that exist in the model.
+
+    Text does not pass through all parts of a multimodal model; the others are never adapted.
 
     Args:
         config: the run's config.
@@ -38,7 +46,7 @@ def peft_config(config: Config, skeleton: PreTrainedModel) -> PeftConfig | None:
         None for a full fine-tune, which trains all parameters.
 
     Raises:
-        ConfigError: PEFT refuses a setting, or target modules match no module.
+        ConfigError: PEFT refuses a setting, target modules match no module, or the method cannot train this model.
     """
     method = config.method
     if method.peft_type is None:
@@ -54,69 +62,51 @@ def peft_config(config: Config, skeleton: PreTrainedModel) -> PeftConfig | None:
     if settings.get("target_modules") == "all-linear" and needs_names:
         # For these starts PEFT looks for the layers before it expands "all-linear". Layers of these quantizers are not
         # linear layers to PEFT.
-        settings["target_modules"] = sorted({name.rpartition(".")[2] for name in linear_layers(skeleton)})
+        settings["target_modules"] = shortest_names(linear_layers(skeleton), skeleton)
     try:
-        return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.peft_type)](task_type=TaskType.CAUSAL_LM, **settings)
+        checked = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.peft_type)](task_type=TaskType.CAUSAL_LM, **settings)
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"method={method.name}: PEFT refuses its settings: {error}") from error
+    if not compatibility.is_ignored() and (why := next(_unfit(config, checked, skeleton), None)):
+        variant = "" if config.lora_variant.name == "lora" else f" lora_variant={config.lora_variant.name}"
+        raise ConfigError(f"method={method.name}{variant} cannot train {config.model.model_name_or_path}: {why}")
+    return checked
 
 
-def resolve_targets(wanted: str | list[str], skeleton: PreTrainedModel) -> str | list[str]:
-    """Return the names of the modules to adapt, checked against the model's modules.
+def _unfit(config: Config, settings: Any, skeleton: PreTrainedModel) -> Iterator[str]:
+    """Yield what is known to fail, with a remedy, that PEFT itself does not refuse, or not in clear words."""
+    method, experts = config.method, fused_experts(skeleton)
+    if method.peft_type in _FROM_CACHE and experts:
+        yield "in a mixture of experts, the router's loss counts the positions that this method adds; use method=lora"
+    kind = compatibility.kind_of(method.peft_type, config.lora_variant.name)
+    family = skeleton.config.get_text_config().model_type
+    if method.peft_type == "LORA":
+        start = config.lora_start or ""
+        if start == "olora" and any(type(layer).__name__ == "Conv1D" for layer in skeleton.modules()):
+            yield "PEFT's OLoRA does not work on Conv1D layers, which this model has; use lora_variant=pissa or lora"
+        if experts and _adapts_experts(settings, skeleton):
+            adapted = f"adapted are also the experts of this model, which are fused parameters ({experts[0]}, ...)"
+            remedy = "adapt the attention only: method.target_modules=attention"
+            if settings.lora_dropout:
+                yield f"{adapted}; LoRA on them has no dropout: set method.lora_dropout=0, or {remedy}"
+            names = [name for name in _NOT_ON_EXPERTS if getattr(settings, name, None)]
+            if start.startswith(_NO_START_ON_EXPERTS):
+                names.append(f"init_lora_weights={start}")
+            if names:
+                yield f"{adapted}; {', '.join(names)} does not work on them: use lora_variant=lora, or {remedy}"
+    if why := compatibility.family_refusal(kind, family):
+        yield f"{why} (tested on a tiny {family} model; see docs/compatibility.md)"
 
-    `attention`, `mlp`, `q_v` and `outputs` (the last layers of attention and MLP blocks) become the model's own names
-    (OPT's `out_proj`, `fc1`, ...). `all-linear` and regular expressions are unchanged, since PEFT expands them itself.
 
-    Raises:
-        ConfigError: a name, preset or regular expression matches no module.
-    """
-    names = [name for name, _ in skeleton.named_modules() if name]
-    linear = linear_layers(skeleton)
-    if isinstance(wanted, list):
-        for target in wanted:
-            if not any(name == target or name.endswith(f".{target}") for name in names):
-                raise ConfigError(_matches_nothing(target, linear))
-        return wanted
-    if wanted == "all-linear":
-        return wanted
-    if wanted in PRESETS:
-        attention = {name.rpartition(".")[2] for name in linear if re.search(r"attn|attention", name)}
-        layers = {name.rpartition(".")[2] for name in linear}
-        chosen = {
-            "attention": attention,
-            "mlp": layers - attention,
-            "q_v": {name for name in attention if _QUERY_OR_VALUE.fullmatch(name)},
-            "outputs": {name for name in layers if _OUTPUT.fullmatch(name)},
-        }[wanted]
-        if not chosen:
-            raise ConfigError(_matches_nothing(wanted, linear))
-        return sorted(chosen)
+def _adapts_experts(settings: PeftConfig, skeleton: PreTrainedModel) -> bool:
+    """Return whether PEFT adapts fused experts: it does so for all-linear, and for the names of transformers 4."""
+    converted: Any = copy.deepcopy(settings)
     try:
-        if any(re.fullmatch(wanted, name) for name in names):
-            return wanted
-    except re.error as error:
-        raise ConfigError(
-            f"method.target_modules: '{wanted}' is neither a preset nor a valid regular expression: {error}"
-        ) from error
-    raise ConfigError(_matches_nothing(wanted, linear))
-
-
-def linear_layers(model: PreTrainedModel) -> list[str]:
-    """Return the full names of the linear layers (GPT-2's Conv1D too), without the output layer."""
-    head = model.get_output_embeddings()
-    return [
-        name
-        for name, module in model.named_modules()
-        if module is not head and (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D")
-    ]
-
-
-def _matches_nothing(target: str, linear: Iterable[str]) -> str:
-    leaves = sorted({name.rpartition(".")[2] for name in linear})
-    return (
-        f"method.target_modules: '{target}' matches no module of this model{did_you_mean(target, [*leaves, *PRESETS])} "
-        f"Its linear layers: {', '.join(leaves)}; presets: {', '.join(PRESETS)}"
-    )
+        convert_peft_config_for_transformers(converted, skeleton, None)
+    except ValueError as error:
+        raise ConfigError(f"method.target_modules: {first_line(error)}") from error
+    names = tuple(f".{name}" for name in converted.target_parameters or ())
+    return any(f".{parameter}".endswith(names) for parameter in fused_experts(skeleton))
 
 
 def attach(
@@ -133,11 +123,19 @@ def attach(
         ConfigError: PEFT cannot adapt this model with this method.
     """
     if settings is None:
+        for name in parts_without_text(model):  # they would have no gradients, but would count as trained
+            model.get_submodule(name).requires_grad_(False)
         return model.train()
     try:
-        adapted = get_peft_model(model, settings)
-    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
-        raise ConfigError(f"PEFT cannot adapt this model with {settings.peft_type}: {error}") from error
+        with warnings.catch_warnings():
+            # PEFT 0.21 says so of its own entries for fused experts, which it does use; `checks` checks the user's.
+            warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
+            adapted = get_peft_model(model, settings)
+    except (ValueError, TypeError, ImportError, AttributeError, LookupError, RuntimeError) as error:
+        if is_out_of_memory(error) or lacks_values(error):
+            raise
+        reason = re.sub(r"(Target module \w+)\(.*\) is", r"\1 is", str(error), flags=re.DOTALL)  # it prints the module
+        raise ConfigError(f"PEFT cannot adapt this model with {settings.peft_type}: {reason}") from error
     if settings.peft_type == PeftType.ADAPTION_PROMPT:
         follow_forward_of_base(adapted)
     for parameter in adapted.parameters():
@@ -146,9 +144,36 @@ def attach(
     return adapted
 
 
-def base_alone(model: Any) -> AbstractContextManager[Any]:
-    """Disable the adapter inside the context: an untrained prefix already changes the base model's output."""
-    return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
+def lacks_values(error: BaseException) -> bool:
+    """Return whether code failed because it reads values, which a model on the meta device does not have."""
+    return re.search(r"\bmeta\b", str(error), re.IGNORECASE) is not None
+
+
+def trainable_set(model: torch.nn.Module) -> set[str]:
+    """Return the names of the parameters that are trained."""
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def set_trainable(model: torch.nn.Module, names: set[str]) -> None:
+    """Train these parameters, and no others."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad != (name in names):
+            parameter.requires_grad_(name in names)
+
+
+@contextmanager
+def base_alone(model: Any) -> Iterator[None]:
+    """Disable the adapter inside the context: an untrained prefix already changes the base model's output.
+
+    The same parameters are trained after the context as before. PEFT would train all of the adapter, also what LoRA-FA
+    has frozen.
+    """
+    trained = trainable_set(model)
+    try:
+        with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+            yield
+    finally:
+        set_trainable(model, trained)
 
 
 def penalty(model: Any) -> torch.Tensor | float:

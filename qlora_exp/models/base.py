@@ -44,6 +44,11 @@ def locate(config: ModelConfig) -> str:
         return str(builtin.folder_of(name, dict(config.random_config)))
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise ModelError(f"model.model_name_or_path: there is no folder {name}")
+    if (Path(name).expanduser() / "adapter_config.json").is_file():
+        raise ModelError(
+            f"model.model_name_or_path: {name} holds an adapter, not a model; merge it into its base first "
+            "(`qlora-exp merge RUN --out FOLDER`), then use that folder"
+        )
     return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
 
 

@@ -23,25 +23,35 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-TINY: dict[str, dict[str, Any]] = {
-    "llama": {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 2048,
-    },
-    "opt": {
-        "hidden_size": 64,
-        "word_embed_proj_dim": 64,
-        "ffn_dim": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 2048,
-    },
+_SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 2048,
 }
-TINY["qwen2"] = TINY["llama"]
+_LIKE_LLAMA: dict[str, Any] = {"intermediate_size": 128, "num_key_value_heads": 2}
+_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2}
+TINY: dict[str, dict[str, Any]] = {
+    "llama": _SIZES | _LIKE_LLAMA,
+    "opt": _SIZES | {"word_embed_proj_dim": 64, "ffn_dim": 128},
+    "qwen2": _SIZES | _LIKE_LLAMA,
+    "qwen3": _SIZES | _LIKE_LLAMA | {"head_dim": 16},
+    "qwen3_moe": _SIZES | _LIKE_LLAMA | _EXPERTS | {"head_dim": 16, "num_experts": 4, "moe_intermediate_size": 32},
+    "mistral": _SIZES | _LIKE_LLAMA,
+    "mixtral": _SIZES | _LIKE_LLAMA | _EXPERTS | {"num_local_experts": 4},
+    "gemma2": _SIZES | _LIKE_LLAMA | {"head_dim": 16},
+    "gemma3_text": _SIZES | _LIKE_LLAMA | {"head_dim": 16},
+    "phi3": _SIZES | _LIKE_LLAMA,
+    "stablelm": _SIZES | _LIKE_LLAMA,
+    "gpt_oss": _SIZES | _LIKE_LLAMA | _EXPERTS | {"head_dim": 16, "num_local_experts": 4},
+    "gpt2": _SIZES,
+    "gpt_bigcode": _SIZES,
+    "gpt_neox": _SIZES | {"intermediate_size": 128},
+    "gptj": _SIZES | {"rotary_dim": 8},
+    "falcon": _SIZES | {"new_decoder_architecture": False, "multi_query": True, "bias": False},
+    "bloom": _SIZES,
+}
+"""Families of tiny models, by transformers' `model_type`, with their sizes."""
 
 
 def folder_of(name: str, random_config: dict[str, Any] | None = None) -> Path:
@@ -113,7 +123,7 @@ def _create_random(folder: Path, family: str, fields: dict[str, Any]) -> None:
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        model_max_length=fields["max_position_embeddings"],
+        model_max_length=fields.get("max_position_embeddings", 2048),
     )
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(folder)

@@ -25,7 +25,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from qlora_exp.config.peft_methods import moves_base_weights
 from qlora_exp.models.quantization import weight_of
-from qlora_exp.utils.errors import ConfigError
+from qlora_exp.utils.errors import ConfigError, first_line, is_out_of_memory
 
 Batch = dict[str, torch.Tensor]
 _EVA_PASSES = 100
@@ -71,9 +71,11 @@ def prepare(start: str | None, base: PreTrainedModel, settings: Any, row_batches
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="Full backward hook is firing")  # it only counts
                 preprocess_loraga(base, settings, train_step=lambda: run_batches(True))
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # torch raises the second for layers that hooks do not work on
+        if is_out_of_memory(error):
+            raise
         raise ConfigError(
-            f"init_lora_weights={start} cannot be initialized from these rows and layers: {error}"
+            f"init_lora_weights={start} cannot be initialized from these rows and layers: {first_line(error)}"
         ) from error
 
 
@@ -122,8 +124,10 @@ def _initialize_eva(adapted: PeftModel, row_batches: list[Batch]) -> None:
             prepare_layer_inputs_fn=_inputs_at,
             show_progress_bar=False,
         )
-    except ValueError as error:
-        raise ConfigError(f"lora_variant=eva: {error}") from error
+    except (ValueError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ConfigError(f"lora_variant=eva: {first_line(error)}") from error
 
 
 def _used_positions(batch: Batch, settings: Any) -> torch.Tensor:

@@ -179,9 +179,11 @@ def build_model(config: Config, resolved: Resolved, architecture: PretrainedConf
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # as TRL does before PEFT
         settings: Any = adapters.peft_config(config, base)
         if config.lora_start is not None:
-            # The initialization changes no sizes, but it would need weights and rows.
+            # The initialization would need weights and rows. It changes no sizes, but for EVA's ranks.
             settings.init_lora_weights = True
         model = adapters.attach(base, settings, resolved.adapter_dtype)
+        if config.lora_start == "mica":  # it learns LoRA's A only
+            adapters.set_trainable(model, {name for name in adapters.trainable_set(model) if ".lora_B." not in name})
     if resolved.gradient_checkpointing:
         if settings is not None:
             base.enable_input_require_grads()

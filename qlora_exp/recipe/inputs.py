@@ -38,8 +38,9 @@ def read_inputs(config: Config) -> Inputs:
     """Read rows and tasks and choose the device.
 
     Raises:
-        ConfigError: the device is not available, or a launcher started several processes.
-        DataError: a file is missing or damaged, or no row is left.
+        ConfigError: the device is not available, a launcher started several processes, or the adapter does not fit.
+        DataError: a file is missing or damaged, no row is left, or a row has a token that the model lacks.
+        ModelError: the model or its tokenizer cannot be loaded or used.
     """
     refuse_several_processes()
     if problems := [*crosschecks.problems(config)]:  # a `Config` may be made without `compose`
@@ -50,14 +51,17 @@ def read_inputs(config: Config) -> Inputs:
     load_env_file()
     if hub.is_needed(config):
         hub.go_offline_if_unreachable()  # must come before huggingface_hub is imported
-    from qlora_exp.data import sources
+    from qlora_exp.data import sources, tokenization
     from qlora_exp.data.rows import load_heldout, load_rows
+    from qlora_exp.models.checks import check_model
     from qlora_exp.training import lm_eval
 
     rows = load_rows(config.dataset)
     unrelated = load_heldout(config.unrelated) if config.unrelated.paths else None
     tasks = lm_eval.load_tasks(config.evaluation) if config.evaluation.lm_eval_tasks else {}
     score = sources.scorer(config.dataset)
+    parts = {"training": rows.train, "held-out": rows.heldout}
+    check_model(config, lambda tokenizer: {k: tokenization.tokenize(v, config, tokenizer) for k, v in parts.items()})
     resolved = resolve(config, detect(config.device, bitsandbytes=config.quantization.bitsandbytes))
     take(resolved)
     return Inputs(rows, unrelated, tasks, score, resolved)

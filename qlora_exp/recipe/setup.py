@@ -9,6 +9,7 @@ from transformers import set_seed
 
 from qlora_exp.environment.device import places
 from qlora_exp.models import adapters, base, lora_init
+from qlora_exp.models.targets import summary
 from qlora_exp.recipe.context import RunContext
 from qlora_exp.recipe.tokens import Tokens
 from qlora_exp.training import trainer
@@ -16,6 +17,15 @@ from qlora_exp.training.evaluation import isolates_packed_rows
 from qlora_exp.utils.errors import ConfigError
 
 log = logging.getLogger(__name__)
+
+_SUMMARY = {
+    "adapted": (logging.INFO, "adapted layers: %s"),
+    "left_out": (
+        logging.WARNING,
+        "method.target_modules=all-linear leaves out %s (LoRA's method.target_parameters adds some)",
+    ),
+    "without_text": (logging.INFO, "not trained, as text does not pass through: %s"),
+}
 
 
 @dataclass(frozen=True)
@@ -41,7 +51,8 @@ def build(run: RunContext, tokens: Tokens) -> Trainable:
     """
     config, resolved = run.config, run.resolved
     set_seed(config.seed)
-    peft_config = adapters.peft_config(config, base.skeleton(config.model))
+    bare = base.skeleton(config.model)
+    peft_config = adapters.peft_config(config, bare)
     if peft_config is not None:
         run.tracker.json(peft_config.to_dict(), "peft_config.json")
         if targets := getattr(peft_config, "target_modules", None):
@@ -54,6 +65,9 @@ def build(run: RunContext, tokens: Tokens) -> Trainable:
         log.info("model.device_map=%s spreads the model over %s", config.model.device_map, ", ".join(used))
     base_parameters = adapters.count_parameters(model)[1]
     adapted, same_start = _attach(run, tokens, model, peft_config)
+    for what, layers in summary(adapted, bare, config.method.settings.get("target_modules")).items():
+        run.tracker.params({f"resolved.{what}_layers": layers})
+        log.log(_SUMMARY[what][0], _SUMMARY[what][1], layers)
     if config.training.packing and not isolates_packed_rows(adapted):
         raise ConfigError(
             f"training.packing: {config.model.model_name_or_path} does not keep packed rows apart, so the result "

@@ -27,9 +27,10 @@ from qlora_exp.environment.memory import MemoryMonitor
 from qlora_exp.libraries.transformers import load_best_checkpoint
 from qlora_exp.models import adapters, lora_init, quantization
 from qlora_exp.models import base as model
+from qlora_exp.models.checks import check_adapter
 from qlora_exp.training import trainer as training
 from qlora_exp.training.checkpoints import checkpoints
-from qlora_exp.utils.errors import type_and_first_line
+from qlora_exp.utils.errors import ConfigError, type_and_first_line
 
 _CPU = Device("cpu", "CPU", bf16=False, paging=False)
 _NEEDED = {"method=trainable_tokens": ["method.token_indices=[41,42]"]}
@@ -68,6 +69,30 @@ def verdicts(words: Sequence[str], base: str, aspects: Sequence[str] = ASPECTS) 
     return results
 
 
+def family_verdict(words: Sequence[str], family: str) -> str:
+    """Test whether a method trains a tiny model of a family.
+
+    Args:
+        words: overrides that select the method.
+        family: one of `models.builtin.TINY`.
+
+    Returns:
+        `works`, or the reason why it does not. The reason starts with `compatibility.REFUSED` if a run is refused
+        without knowing this verdict.
+    """
+    words = [*words, f"model.model_name_or_path=random:{family}"]
+    base = "4bit" if "lora_variant=loftq" in words else "plain"
+    verdict = verdicts(words, base, ["trains"])["trains"]
+    if verdict == WORKS:
+        return WORKS
+    config = _Trial(words, base).config()
+    try:
+        check_adapter(config, model.skeleton(config.model))
+    except ConfigError as error:
+        return compatibility.REFUSED + str(error).partition(f"{config.model.model_name_or_path}: ")[2]
+    return verdict
+
+
 class _Trial:
     """One method on one kind of base, with functions that build its models, rows and trainers."""
 
@@ -101,7 +126,8 @@ class _Trial:
         base = model.load_model(config.model, config.quantization, resolved)
         for name, layer in values_of.named_modules() if values_of is not None else ():
             if (weight := quantization.weight_of(layer)) is not None:
-                base.get_submodule(name).weight.data = weight
+                same = base.get_submodule(name)
+                same.weight.data = weight.T if type(same).__name__ == "Conv1D" else weight
         settings = adapters.peft_config(config, model.skeleton(config.model))
         batches = lora_init.batches(self.rows, 8, 1 if config.lora_start == "corda" else 8, 64, 0)
         lora_init.prepare(config.lora_start, base, settings, batches)

@@ -29,13 +29,12 @@ from qlora_exp.utils.errors import (
     TimeLimitError,
     TrackingError,
     first_line,
+    is_out_of_memory,
     type_and_first_line,
 )
 from qlora_exp.utils.secrets import redact
 
 log = logging.getLogger(__name__)
-
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
 
 
 def open_run(
@@ -205,9 +204,7 @@ def _outcome(error: BaseException) -> str:
             return "timeout"
         case PrunedError():
             return "pruned"
-        case MemoryError():
-            return "oom"
-        case RuntimeError() if any(words in str(error).lower() for words in _OUT_OF_MEMORY):
+        case _ if is_out_of_memory(error):
             return "oom"
         case _:
             return "error"

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from peft.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from qlora_exp.config.sections.optimizer import OptimizerConfig
+from qlora_exp.models.adapters import set_trainable, trainable_set
 
 
 def lora_optimizer(model: Any, config: OptimizerConfig, arguments: TrainingArguments) -> torch.optim.Optimizer | None:
@@ -34,6 +35,18 @@ def lora_optimizer(model: Any, config: OptimizerConfig, arguments: TrainingArgum
         group.update(betas=settings["betas"], eps=settings["eps"])
     optimizer.register_load_state_dict_post_hook(move_states)
     return optimizer
+
+
+class KeepTrainableSet(TrainerCallback):
+    """Train the same parameters after a checkpoint was loaded as before: PEFT then trains all of the adapter."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._trained = trainable_set(model)
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Restore the set, after the trainer has loaded a checkpoint and before its first step."""
+        set_trainable(self._model, self._trained)
 
 
 def move_states(optimizer: torch.optim.Optimizer) -> None:

@@ -28,7 +28,7 @@ from qlora_exp.environment.memory import MemoryMonitor
 from qlora_exp.libraries import trl
 from qlora_exp.models.adapters import allocates, fit_schedule, keep_dtypes, penalty
 from qlora_exp.training.arguments import arguments
-from qlora_exp.training.optimizers import lora_optimizer
+from qlora_exp.training.optimizers import KeepTrainableSet, lora_optimizer
 from qlora_exp.utils.errors import DivergedError
 
 log = logging.getLogger(__name__)
@@ -317,6 +317,7 @@ def build(
             callbacks=callbacks,
         )
     trainer.remove_callback(PrinterCallback)  # prints raw dictionaries
+    trainer.add_callback(KeepTrainableSet(model))
     return trainer
 
 

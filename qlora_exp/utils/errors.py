@@ -50,6 +50,17 @@ class DivergedError(Exception):
     """The loss or the gradient is no longer a finite number."""
 
 
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory ran out, on the device or on the host; torch raises a RuntimeError for both."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY)
+    )
+
+
 def first_line(error: BaseException, most: int = 300) -> str:
     """Return the first line of an error's text, cut to `most` characters, or its type if it has no text."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:most]

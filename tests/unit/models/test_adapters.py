@@ -3,10 +3,17 @@ import math
 import pytest
 import torch
 
+from qlora_exp.config import compatibility
 from qlora_exp.config.hydra_compose import compose
+from qlora_exp.config.sections.method import LoraVariantConfig
 from qlora_exp.config.sections.model import ModelConfig
+from qlora_exp.environment.device import Device, resolve
 from qlora_exp.models import adapters
-from qlora_exp.models.base import load_unquantized, skeleton
+from qlora_exp.models.base import load_model, load_unquantized, skeleton
+from qlora_exp.models.lora_init import FROM_ROWS
+from qlora_exp.studies import probe
+from qlora_exp.training.arguments import arguments
+from qlora_exp.training.optimizers import lora_optimizer
 from qlora_exp.utils.errors import ConfigError
 
 ATTENTION = {
@@ -30,40 +37,11 @@ def real(family: str = "llama"):
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "qwen2"])
-def test_target_presets_resolve_to_the_models_module_names(family: str):
-    model = bare(family)
-    assert adapters.resolve_targets("attention", model) == ATTENTION[family]
-    assert adapters.resolve_targets("mlp", model) == MLP[family]
-    assert adapters.resolve_targets("q_v", model) == ["q_proj", "v_proj"]
-    assert adapters.resolve_targets("all-linear", model) == "all-linear"
-
-
-@pytest.mark.parametrize("family", ["llama", "opt", "qwen2"])
 def test_all_linear_adapts_attention_and_mlp_and_not_the_head(family: str):
     config = compose([f"model=tiny_{family}", "method=lora"])
     model = adapters.attach(real(family), adapters.peft_config(config, bare(family)), "float32")
     adapted = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in model.named_parameters() if ".lora_A" in name}
     assert adapted == {*ATTENTION[family], *MLP[family]}
-
-
-def test_target_lists_and_regular_expressions_are_kept():
-    assert adapters.resolve_targets(["q_proj", "mlp.up_proj"], bare()) == ["q_proj", "mlp.up_proj"]
-    assert adapters.resolve_targets(r".*\.0\..*q_proj", bare()) == r".*\.0\..*q_proj"
-
-
-@pytest.mark.parametrize(
-    ("wanted", "message"),
-    [
-        (["q_proj", "w_proj"], "'w_proj' matches no module"),
-        ("atention", "did you mean 'attention'"),
-        ("[", "nor a valid regular expression"),
-        (["fc1"], "Its linear layers: down_proj"),
-    ],
-)
-def test_targets_that_match_nothing_are_rejected(wanted, message: str):
-    with pytest.raises(ConfigError) as error:
-        adapters.resolve_targets(wanted, bare())
-    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -124,3 +102,32 @@ def test_any_method_of_peft_works_by_name():
     )
     model = adapters.attach(real(), adapters.peft_config(config, bare()), "float32")
     assert all("ia3_" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+METHODS = [words for kind, words in probe.kinds().items() if kind != "LORA+qalora"]  # it needs GPTQ files
+
+
+@pytest.mark.parametrize("words", [*METHODS, ("method=lora", "optimizer=lorafa")], ids=probe.name_of)
+def test_same_parameters_are_trained_after_the_base_was_used_alone(words: tuple[str, ...], tmp_path):
+    quantized = "nf4" if "lora_variant=loftq" in words else "none"
+    given = [*words, "model=tiny_llama", f"quantization={quantized}", "device=cpu"]
+    if "method=trainable_tokens" in words:
+        given.append("method.token_indices=[41,42]")
+    with compatibility.ignored():
+        config = compose(given)
+    resolved = resolve(config, Device("cpu", "CPU", bf16=False, paging=False))
+    start = config.lora_start
+    if start in FROM_ROWS:  # rows only choose values
+        config = config.model_copy(update={"lora_variant": LoraVariantConfig()})
+    base = load_model(config.model, config.quantization, resolved)
+    model = adapters.attach(base, adapters.peft_config(config, bare()), "float32")
+    lora_optimizer(model, config.optimizer, arguments(config, resolved, tmp_path))
+    trained = adapters.trainable_set(model)
+    assert trained
+    with adapters.base_alone(model):
+        pass
+    assert adapters.trainable_set(model) == trained
+    frozen = {"mica": "lora_B", None: "lora_A" if config.optimizer.lora_optimizer else "nothing"}.get(start, "nothing")
+    assert not [name for name in trained if frozen in name]
+    parameters = dict(model.named_parameters())
+    assert adapters.count_parameters(model)[0] == sum(parameters[name].numel() for name in trained)

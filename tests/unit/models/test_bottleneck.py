@@ -5,9 +5,9 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from qlora_exp.config.sections.model import ModelConfig
-from qlora_exp.models.adapters import resolve_targets
 from qlora_exp.models.base import load_unquantized, skeleton
 from qlora_exp.models.bottleneck import BottleneckConfig, BottleneckLayer
+from qlora_exp.models.targets import resolve_targets
 
 TINY = ModelConfig(model_name_or_path="random:llama")
 IDS = torch.arange(40, 72)[None]

@@ -10,7 +10,7 @@ from qlora_exp.config.hydra_compose import compose
 from qlora_exp.data.rows import load_rows
 from qlora_exp.data.tokenization import tokenize
 from qlora_exp.environment.device import Device, resolve
-from qlora_exp.models import adapters, lora_init
+from qlora_exp.models import adapters, lora_init, targets
 from qlora_exp.models.base import load_model, load_unquantized
 from qlora_exp.utils.errors import ConfigError
 
@@ -84,7 +84,7 @@ def test_eva_distributes_ranks_within_the_budget(make_lora):
     found = layers(adapted)
     ranks = [layer.r["default"] for layer in found.values()]
     # Layers whose input is the same share their directions; a layer of rank 0 is no LoRA any more.
-    assert sum(ranks) == 4 * len(adapters.linear_layers(untouched))
+    assert sum(ranks) == 4 * len(targets.linear_layers(untouched))
     assert len(set(ranks)) > 1
     for layer in found.values():
         a = layer.lora_A["default"].weight.detach()

@@ -1,0 +1,167 @@
+"""Check that a model, its tokenizer and an adapter fit together, before weights are loaded and a run is begun.
+
+The model's modules are built on the meta device, without values; the adapter is attached to them, and one batch without
+values goes through. So what PEFT cannot adapt is refused by name, in architectures that nobody tested too.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
+from transformers import PreTrainedModel
+
+from qlora_exp.config import compatibility
+from qlora_exp.config.schema import Config
+from qlora_exp.models.adapters import attach, lacks_values, peft_config, trainable_set
+from qlora_exp.models.base import Tokenizer, load_tokenizer, skeleton
+from qlora_exp.models.lora_init import FROM_ROWS
+from qlora_exp.models.targets import adapted_names, is_within, parts_without_text, unused_entries
+from qlora_exp.utils.errors import ConfigError, DataError, ModelError, first_line
+
+TextRows = Iterable[dict[str, Any]]
+
+
+def check_model(config: Config, tokenize: Callable[[Tokenizer], dict[str, TextRows]]) -> None:
+    """Check the model's tokenizer and the adapter of the run.
+
+    Args:
+        config: the run's config.
+        tokenize: function that returns the tokenized parts of the data (`input_ids`) by name. It is called only if the
+            tokenizer has more tokens than the model.
+
+    Raises:
+        ModelError: the model or its tokenizer cannot be loaded, or the tokenizer cannot be used.
+        DataError: a row has a token for which the model has no embedding.
+        ConfigError: the adapter does not fit the model.
+    """
+    tokenizer, model = load_tokenizer(config.model), skeleton(config.model)
+    _check_tokens(config.model.model_name_or_path, tokenizer, _embeddings(model), tokenize)
+    if not compatibility.is_ignored():
+        check_adapter(config, model)
+
+
+def _check_tokens(
+    name: str, tokenizer: Tokenizer, embeddings: int, tokenize: Callable[[Tokenizer], dict[str, TextRows]]
+) -> None:
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        raise ModelError(
+            f"{name}: its tokenizer ({type(tokenizer).__name__}) is not one of the tokenizers library, which is needed "
+            "here; save it as a fast tokenizer (tokenizer.json), or choose another model"
+        )
+    if max(tokenizer.vocab_size - 1, *tokenizer.added_tokens_decoder) < embeddings:
+        return
+    remedy = (
+        f"the model has {embeddings} embeddings (0 to {embeddings - 1}), fewer than its tokenizer has tokens: enlarge "
+        "them (`resize_token_embeddings` in transformers) and save the model, or use the tokenizer that belongs to it"
+    )
+    for role in ("eos", "pad", "bos"):
+        if (token := getattr(tokenizer, f"{role}_token_id")) is not None and token >= embeddings:
+            raise ModelError(
+                f"{name}: its {role} token {tokenizer.convert_ids_to_tokens(token)!r} is {token}; {remedy}"
+            )
+    for part, rows in tokenize(tokenizer).items():
+        for place, row in enumerate(rows):
+            if (token := max(row["input_ids"], default=0)) >= embeddings:
+                text = tokenizer.convert_ids_to_tokens(token)
+                raise DataError(f"{part} row {place} has the token {text!r} ({token}) of {name}; {remedy}")
+
+
+def check_adapter(config: Config, model: PreTrainedModel) -> None:
+    """Check that the method can adapt the model.
+
+    Args:
+        config: the run's config.
+        model: the base model on the meta device; it is changed.
+
+    Raises:
+        ConfigError: it cannot; the message says why and what to do.
+    """
+    settings = peft_config(config, model)
+    if settings is None or config.quantization.quant_method in ("gptq", "awq"):
+        return  # the layers of these quantizers are built by their own packages only
+    modules, apart, base_error = [name for name, _ in model.named_modules()], parts_without_text(model), _try(model)
+    if too_large := [token for token in _chosen_tokens(settings) if not 0 <= token < _embeddings(model)]:
+        raise ConfigError(
+            f"{_named(config)}: it has no tokens {', '.join(map(str, too_large))}; they go from 0 to "
+            f"{_embeddings(model) - 1} (method.token_indices, method.trainable_token_indices)"
+        )
+    trial: Any = copy.deepcopy(settings)
+    if config.lora_start in FROM_ROWS:
+        trial.init_lora_weights = True  # there are no rows here
+    with torch.device("meta"):
+        try:
+            adapted = attach(model, trial, None)
+        except ConfigError as error:
+            raise ConfigError(f"{_named(config)}: {error}") from error
+        except RuntimeError as error:
+            if lacks_values(error):
+                return  # this method starts from values of the weights
+            raise
+    for problem in _problems(adapted, settings, modules, apart):
+        raise ConfigError(f"{_named(config)}: {problem}")
+    failure = None if base_error else _try(adapted)
+    if failure is not None and not lacks_values(failure):
+        raise ConfigError(f"{_named(config)}: {first_line(failure)}") from failure
+
+
+def _embeddings(model: PreTrainedModel) -> int:
+    embedding: Any = model.get_input_embeddings()
+    return len(embedding.weight)
+
+
+def _chosen_tokens(settings: Any) -> list[int]:
+    """Return the tokens whose embeddings are trained; PEFT also takes lists by the name of an embedding."""
+    chosen = getattr(settings, "trainable_token_indices", None) or getattr(settings, "token_indices", None) or []
+    return [token for tokens in chosen.values() for token in tokens] if isinstance(chosen, dict) else chosen
+
+
+def _named(config: Config) -> str:
+    variant = "" if config.lora_variant.name == "lora" else f" lora_variant={config.lora_variant.name}"
+    return f"method={config.method.name}{variant} cannot train {config.model.model_name_or_path}"
+
+
+def _try(model: Any) -> Exception | None:
+    """Run a batch without values through the model; return the error, if there is one."""
+    ids = torch.zeros(2, 4, dtype=torch.long, device="meta")
+    try:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
+    except Exception as error:  # the caller knows whether the base has it too
+        return error
+    return None
+
+
+def _problems(adapted: Any, settings: PeftConfig, modules: list[str], apart: list[str]) -> Iterator[str]:
+    """Yield what is wrong with an adapter that PEFT attached.
+
+    Args:
+        adapted: the base model with the adapter.
+        settings: PEFT's config, as the user gave it.
+        modules: the names of the base model's modules.
+        apart: the names of its parts that text does not pass through.
+    """
+    if not (trained := trainable_set(adapted)):
+        yield "it adapts none of its layers, which are of a type that the method does not support"
+    yield from unused_entries(settings, modules, adapted_names(adapted))
+    head = adapted.get_base_model().get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper | TrainableTokensLayer):
+        yield (
+            "its output layer shares the embedding's weights (tie_word_embeddings), and training reads them directly, "
+            "without the trained tokens: train no single tokens, or use a model whose weights are not tied"
+        )
+    elif isinstance(head, BaseTunerLayer):
+        yield (
+            "an adapter on the output layer would not learn, because training reads its weights directly: leave it out "
+            "of method.target_modules; to train it as a whole: method.modules_to_save=[lm_head]"
+        )
+    prefix = "base_model.model."
+    if useless := sorted({name for name in trained if is_within(name.removeprefix(prefix), apart)}):
+        yield (
+            f"text does not pass through {', '.join(apart)}, so {len(useless)} trained tensors there "
+            f"({useless[0].removeprefix(prefix)}, ...) would not learn: name other layers in method.target_modules and "
+            "method.modules_to_save"
+        )
