@@ -16,13 +16,13 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import PreTrainedModel
 
 import qlora_exp.models.bottleneck  # noqa: F401 - registers its method with PEFT
+from qlora_exp.config.peft_methods import PRESETS
 from qlora_exp.config.schema import Config
 from qlora_exp.libraries.peft import follow_forward_of_base, loss_of_adapter
 from qlora_exp.utils.errors import ConfigError, did_you_mean
 
 _UNKNOWN_STEPS = 10**9
 """Placeholder: AdaLoRA needs the number of steps before it is determined. `fit_schedule` sets the real one later."""
-PRESETS = ("all-linear", "attention", "mlp", "q_v", "outputs")
 _OUTPUT = re.compile(r"(o|out|c|down)_proj|wo|w2|fc2|fc_out|dense|dense_4h_to_h")
 _QUERY_OR_VALUE = re.compile(r"(q|v|query|value|wq|wv)(_proj|_lin)?")
 
