@@ -28,14 +28,14 @@ def keys(options: argparse.Namespace) -> None:
     """
     from pydantic import BaseModel
 
-    from qlora_exp.config import hydra_compose, peft_methods
+    from qlora_exp.config import hydra_compose, idle, peft_methods
     from qlora_exp.config.schema import Config
     from qlora_exp.config.sections.base import PeftSettings
     from qlora_exp.config.validate import known_keys
 
     chosen: str = options.chosen or ""
     sections = Config.model_fields
-    names = [*sections, *known_keys()]
+    names = [*sections, *(known for known in known_keys() if known not in idle.ALWAYS)]
     if chosen and chosen not in names:
         same_name = [key for key in names if key.endswith(f".{chosen}")]
         hint = f"; did you mean '{same_name[0]}'?" if same_name else did_you_mean(chosen, names)
@@ -52,7 +52,7 @@ def keys(options: argparse.Namespace) -> None:
         if not key:
             print(f"\n{name}: {(kind.__doc__ or '').strip()}")
         for inner_name, inner in kind.model_fields.items():
-            if key in ("", inner_name):
+            if key in ("", inner_name) and f"{name}.{inner_name}" not in idle.ALWAYS:
                 print(_describe(f"  {inner_name}", inner, getattr(value, inner_name)))
         if issubclass(kind, PeftSettings) and key not in kind.model_fields:
             print(f"  further keys for LoRA: {', '.join(peft_methods.settings('LORA'))}")

@@ -19,6 +19,13 @@ def problems(config: Config) -> Iterator[str]:
     yield from _device(config)
     if not config.model.model_name_or_path.startswith("random:") and config.model.random_config:
         yield "model.random_config needs model.model_name_or_path=random:FAMILY"
+    for section, data in (("dataset", config.dataset), ("unrelated", config.unrelated)):
+        if data.eval_split and data.paths and not data.hub_paths:
+            yield (
+                f"{section}.eval_split={data.eval_split}: only datasets of the hub have splits; use "
+                f"{section}.eval_path, "
+                f"or {section}.eval_size to split rows off {data.path}"
+            )
     if config.search.prune and config.training.eval_strategy == "no":
         yield "search.prune needs a held-out loss during training: set training.eval_strategy=steps"
     elif config.search.prune and 0 < config.training.max_steps <= (config.training.eval_steps or 0):

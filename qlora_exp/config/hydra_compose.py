@@ -20,6 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from qlora_exp.config import idle
 from qlora_exp.config.schema import Config
 from qlora_exp.config.validate import OPEN_SECTIONS, from_dict, no_such_key
 from qlora_exp.libraries.hydra import every_combination
@@ -43,8 +44,13 @@ def conf_dir() -> Path:
 def register() -> None:
     """Register the schema's keys and defaults in Hydra as config `schema`, the root that every group overrides."""
     node = OmegaConf.create(Config().model_dump(mode="json"))
-    for section in OPEN_SECTIONS:
-        OmegaConf.set_struct(node[section], False)
+    for section in node.values():
+        if isinstance(section, DictConfig):
+            for value in section.values():
+                if isinstance(value, DictConfig):  # a free mapping, such as tracking.tags
+                    OmegaConf.set_struct(value, False)
+    for name in OPEN_SECTIONS:
+        OmegaConf.set_struct(node[name], False)
     ConfigStore.instance().store(name="schema", node=node)
 
 
@@ -56,8 +62,15 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
         config_dir: folder with your own groups and options, searched after the shipped ones.
 
     Raises:
-        ConfigError: the config is invalid; the message names the key and the nearest valid spelling.
+        ConfigError: the config is invalid; the message names the key and the nearest valid spelling. Or an override
+            would change nothing.
     """
+    config = _compose(overrides, config_dir)
+    _refuse_idle_keys(config, overrides, sweeping=True)  # a config may be that of a sweep's job
+    return config
+
+
+def _compose(overrides: Sequence[str], config_dir: str | Path | None) -> Config:
     register()
     search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     try:
@@ -78,7 +91,15 @@ def check_command(arguments: Sequence[str]) -> None:
     """
     config_dir = next((later for flag, later in pairwise(arguments) if flag in ("--config-dir", "-cd")), None)
     config_dir = next((word.split("=", 1)[1] for word in arguments if word.startswith("--config-dir=")), config_dir)
-    compose([word for word in arguments if "=" in word and not word.startswith("-")], config_dir)
+    words = [word for word in arguments if "=" in word and not word.startswith("-")]
+    config = _compose(words, config_dir)
+    if not any(word.startswith("sweep=") for word in words):  # a sweep checks its jobs itself
+        _refuse_idle_keys(config, words, sweeping=False)
+
+
+def _refuse_idle_keys(config: Config, overrides: Sequence[str], sweeping: bool) -> None:
+    if problems := [*idle.problems([config], overrides, sweeping)]:
+        raise ConfigError("\n".join(problems))
 
 
 def grid(overrides: Sequence[str]) -> list[list[str]]:

@@ -10,6 +10,7 @@ Of the config this module needs only a PEFT type and its settings.
 
 import json
 import re
+from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -40,14 +41,22 @@ _NOT_SETTINGS = frozenset(
         "loftq_config",
         "megatron_config",
         "megatron_core",
+        "num_attention_heads",
+        "num_layers",
+        "num_transformer_submodules",
         "peft_type",
         "peft_version",
         "revision",
         "runtime_config",
         "task_type",
+        "token_dim",
         "total_step",
     }
 )
+PRESETS = ("all-linear", "attention", "mlp", "q_v", "outputs")
+"""Values of `target_modules` for which a run finds the modules; it lists the names of all but the first for PEFT."""
+FROM_ROWS = ("corda", "eva", "lora_ga")
+"""Initializations of LoRA (`init_lora_weights`) that use training rows."""
 _READS_FILES = ("cache_file", "covariance_file")
 _MOVES_BASE = r"pissa(_niter_\d+)?|olora|corda|lora_ga"
 _ON_PLAIN_BASE = rf"{_MOVES_BASE}|mica|orthogonal"
@@ -56,6 +65,41 @@ _STARTS = rf"{_ON_PLAIN_BASE}|gaussian|eva|loftq"
 # Types of fields whose annotation in PEFT is incomplete.
 _CORRECTED = {"init_lora_weights": bool | Annotated[str, Field(pattern=rf"^({_STARTS})$")]}
 _POSITIVE = frozenset({"bottleneck_size", "r", "lora_alpha", "init_r", "target_r", "num_virtual_tokens"})
+
+_OF_LORA_ONLY = ("r", "alpha_pattern", "lora_bias", "qalora_group_size", "use_bdlora", "use_qalora", "use_rslora")
+_UNUSED = {
+    "ADALORA": (*_OF_LORA_ONLY, *(f"{name}_config" for name in ("arrow", "corda", "eva", "kasa", "lora_ga", "velora"))),
+    "LOHA": ("use_effective_conv2d",),
+    "LOKR": ("use_effective_conv2d",),
+}
+"""Settings that PEFT accepts and never uses for a language model with this method."""
+_SWITCHED: dict[str, list[tuple[str, Any, tuple[str, ...]]]] = {
+    "ADAMSS": [
+        ("use_asa", True, ("init_warmup", "final_warmup", "mask_interval", "asa_target_subspaces")),
+        ("use_asa", True, ("asa_importance_beta", "asa_uncertainty_beta", "asa_schedule_exponent")),
+        ("use_dynamic_rank", True, ("svd_threshold",)),
+    ],
+    "LOKR": [("rank_dropout", ..., ("rank_dropout_scale",))],
+    "LORA": [
+        ("use_qalora", True, ("qalora_group_size",)),
+        ("init_lora_weights", "eva", ("eva_config",)),
+        ("init_lora_weights", "corda", ("corda_config",)),
+        ("init_lora_weights", "lora_ga", ("lora_ga_config",)),
+        ("modules_to_save", ..., ("ensure_weight_tying",)),
+    ],
+    "MISS": [("init_weights", "mini", ("mini_r",))],
+    "OFT": [("coft", True, ("eps",))],
+    "PREFIX_TUNING": [("prefix_projection", True, ("encoder_hidden_size",))],
+    "PROMPT_TUNING": [
+        ("prompt_tuning_init", "TEXT", ("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"))
+    ],
+    "PSOFT": [
+        ("use_cayley_neumann", True, ("num_cayley_neumann_terms", "cayley_neumann_eps")),
+        ("psoft_svd", "lowrank", ("psoft_svd_lowrank_niter", "random_seed")),
+    ],
+    "P_TUNING": [("encoder_reparameterization_type", "LSTM", ("encoder_dropout", "encoder_num_layers"))],
+}
+"""By method: a setting, the value that it must have (`...`: any but zero and null), and the settings that need it."""
 
 
 _NEEDS_MORE = {
@@ -137,6 +181,19 @@ def needs_unquantized_base(settings: dict[str, Any]) -> str | None:
     if re.fullmatch(_ON_PLAIN_BASE, str(settings.get("init_lora_weights"))):
         return "init_lora_weights"
     return next((name for name in _PLAIN_BASE_ONLY if settings.get(name) is not None), None)
+
+
+def idle(peft_type: str, given: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield each setting that changes nothing with this method and its other settings, with the reason."""
+    yield "fan_in_fan_out", "PEFT sets it by the type of each layer"
+    for name in _UNUSED.get(peft_type, ()):
+        yield name, f"PEFT's {methods()[peft_type]} does not use it"
+    for switch, value, names in _SWITCHED.get(peft_type, ()):
+        if given.get(switch) != value if value is not ... else not given.get(switch):
+            yield from ((name, f"it needs {switch}" + (f"={value}" if value is not ... else "")) for name in names)
+    targets = given.get("target_modules")
+    if isinstance(targets, str) and targets not in PRESETS[1:]:
+        yield "layers_to_transform", f"PEFT ignores it with target_modules={targets}: list the names of modules"
 
 
 @cache

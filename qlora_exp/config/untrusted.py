@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from qlora_exp.config import idle
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.dataset import REASONING_GYM
 from qlora_exp.config.validate import from_dict
@@ -58,6 +59,8 @@ def changed(values: dict[str, Any], changes: Mapping[str, Any], whose: str) -> C
             raise ConfigError(f"{section} of {whose} must be a mapping, got {place!r:.40}")
         place[name] = value
     config = from_dict(values)
+    if problems := [*idle.problems([config], [*changes])]:
+        raise ConfigError("\n".join(problems))
     refuse_user_only_settings(config, changes)
     return config
 

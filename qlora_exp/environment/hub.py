@@ -20,14 +20,8 @@ log = logging.getLogger(__name__)
 
 def is_needed(config: Config) -> bool:
     """Return whether `config` needs the hub, for its model, datasets or lm-eval tasks."""
-    model = config.model.model_name_or_path
-    local_model = model.startswith(("embedded:", "random:")) or Path(model).expanduser().is_dir()
-    local_data = all(
-        dataset.path.startswith(("embedded:", "reasoning_gym:")) or Path(dataset.path) in dataset.files
-        for dataset in config.datasets
-    )
     local_tasks = not config.evaluation.lm_eval_tasks or config.evaluation.lm_eval_include_path is not None
-    return not (local_model and local_data and local_tasks)
+    return config.model.from_hub or any(dataset.hub_paths for dataset in config.datasets) or not local_tasks
 
 
 def go_offline_if_unreachable(timeout: float = 3.0) -> None:

@@ -1,5 +1,6 @@
-"""Replace attributes of other libraries' modules temporarily."""
+"""Replace attributes of other libraries' modules and classes temporarily."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -7,15 +8,17 @@ from typing import Any
 
 
 @contextmanager
-def patched(module: ModuleType, **attributes: Any) -> Iterator[None]:
-    """Replace attributes of a module within the context, and restore them afterwards, also after an error.
+def patched(owner: ModuleType | type, **attributes: Any) -> Iterator[None]:
+    """Replace attributes of a module or class within the context, and restore them afterwards, also after an error.
 
     Raises:
-        AttributeError: the module has no such attribute, so the replacement would have no effect.
+        AttributeError: the owner has no such attribute, so the replacement would have no effect.
     """
-    before = {name: getattr(module, name) for name in attributes}
+    before = {name: inspect.getattr_static(owner, name) for name in attributes}
     try:
-        vars(module).update(attributes)
+        for name, value in attributes.items():
+            setattr(owner, name, value)
         yield
     finally:
-        vars(module).update(before)
+        for name, value in before.items():
+            setattr(owner, name, value)

@@ -40,6 +40,55 @@ UNSAFE_VIEW = "aten._unsafe_view"
 """`aten::_unsafe_view`: an operation that moves no memory, though torch does not mark it as a view."""
 
 
+class AssumedValues(TorchDispatchMode):
+    """Dispatch mode that answers what code asks about values which tensors on the meta device do not have.
+
+    See `assumed`. What is copied to the CPU stays on the meta device.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run an operation, or answer it."""
+        kwargs = kwargs or {}
+        if func.overloadpacket is torch.ops.aten._to_copy and args[0].is_meta:
+            return func(*args, **kwargs | {"device": torch.device("meta")})
+        answer = assumed(func, args, kwargs)
+        output = func(*args, **kwargs) if answer is None else answer
+        if func.overloadpacket is torch.ops.aten.any:
+            output.says_any = True
+        return output
+
+
+def assumed(func: Any, args: Any, kwargs: Any) -> Any:
+    """Return the result of an operation that depends on values, for tensors without values; None for all others.
+
+    A scalar is 1 (0 if it comes from `any`), and every element of a mask is true.
+    """
+    aten: Any = torch.ops.aten
+    tensor: Any = args[0] if args else None
+    if not isinstance(tensor, torch.Tensor) or not (tensor.is_meta or isinstance(tensor, fake_tensor.FakeTensor)):
+        return None
+    match func.overloadpacket:
+        case aten._local_scalar_dense:
+            return 0 if getattr(tensor, "says_any", False) else 1
+        case aten.bincount:
+            length = kwargs.get("minlength", args[2] if len(args) > 2 else 0)
+            return torch.empty(length, dtype=torch.long, device=tensor.device)
+        case aten.nonzero:
+            return torch.empty(tensor.numel(), tensor.ndim, dtype=torch.long, device=tensor.device)
+        case aten.index | aten.index_put | aten.index_put_ if any(_is_mask(index) for index in args[1]):
+            places = [place for index in args[1] for place in (_places(index) if _is_mask(index) else [index])]
+            return func(tensor, places, *args[2:], **kwargs)
+    return None
+
+
+def _is_mask(index: Any) -> bool:
+    return index is not None and index.dtype == torch.bool
+
+
+def _places(mask: torch.Tensor) -> list[torch.Tensor]:
+    return [torch.empty(mask.numel(), dtype=torch.long, device=mask.device) for _ in range(mask.ndim)]
+
+
 def storage_address(tensor: torch.Tensor) -> int:
     """Return the address of a tensor's storage object (`UntypedStorage._cdata`).
 
@@ -81,15 +130,38 @@ def gpus_without_cuda(capability: tuple[int, int]) -> Iterator[None]:
 
 
 @contextmanager
-def computing_as_on_gpu() -> Iterator[None]:
+def factors_as_on_cpu() -> Iterator[None]:
+    """Return singular vectors in the memory layout of a CPU within the context (replaces `torch.linalg.svd`).
+
+    LAPACK stores the right vectors by columns, so that a slice of them is copied where it must be contiguous. CUDA, and
+    the meta device with it, stores them by rows: there the slice is a view, which keeps all of them in memory.
+    """
+    svd = torch.linalg.svd
+
+    def by_columns(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
+        left, values, right = svd(*args, **kwargs)
+        return left, values, right.mT.contiguous().mT
+
+    with patched(torch.linalg, svd=by_columns):
+        yield
+
+
+@contextmanager
+def computing_as_on_gpu(flash: bool = False) -> Iterator[None]:
     """Compute on the CPU as a GPU would, within the context: an operation stores tensors of the same sizes.
 
     Replaces `torch.nn.functional.layer_norm` (a GPU's autocast computes it in float32, also when a checkpointed layer
-    is recomputed), `torch.nn.functional.dropout` (a GPU stores one byte per value) and `torch.is_autocast_enabled`
-    (without a device, as PEFT calls it, it means CUDA; here it means the CPU).
+    is recomputed), `torch.nn.functional.dropout` (a GPU stores one byte per value), `scaled_dot_product_attention` (a
+    GPU's fused kernels have dropout and keep no mask of it; a CPU's have none, and whole score matrices would be kept)
+    and `torch.is_autocast_enabled` (without a device, as PEFT calls it, it means CUDA; here it means the CPU).
+
+    Args:
+        flash: whether the model runs FlashAttention, which accepts fewer heads of keys and values than of queries.
+            Torch's own fused kernels do not, unless they are asked for that, and fall back to whole score matrices.
     """
     functions = torch.nn.functional
     norm, dropout, is_autocast = functions.layer_norm, functions.dropout, torch.is_autocast_enabled
+    attention = functions.scaled_dot_product_attention
 
     def in_float32(x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
         if is_autocast("cpu"):
@@ -102,8 +174,15 @@ def computing_as_on_gpu() -> Iterator[None]:
             return dropout(x, p, training, inplace)
         return torch.native_dropout(x, p, training)[0]
 
+    def fused_attention(
+        query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, *args: Any, **kwargs: Any
+    ) -> Any:
+        if flash and key.shape[1] == 1:
+            key, value = (tensor.expand(-1, query.shape[1], -1, -1) for tensor in (key, value))
+        return attention(query, key, value, attn_mask, 0.0, *args, **kwargs)
+
     with (
-        patched(functions, layer_norm=in_float32, dropout=fused_dropout),
+        patched(functions, layer_norm=in_float32, dropout=fused_dropout, scaled_dot_product_attention=fused_attention),
         patched(torch, is_autocast_enabled=lambda device="cpu": is_autocast(device)),
     ):
         yield

@@ -76,6 +76,7 @@ def model_config(config: ModelConfig) -> PretrainedConfig:
 
     Raises:
         ModelError: the config cannot be loaded, or `model.architecture` is not valid.
+        ConfigError: a field of `model.architecture` is misspelled.
     """
     if config.architecture and "_name_or_path" not in config.architecture:
         raise ModelError(
@@ -84,9 +85,11 @@ def model_config(config: ModelConfig) -> PretrainedConfig:
     if config.architecture.get("_name_or_path") != config.model_name_or_path:
         return _from_pretrained(AutoConfig, config)
     try:
-        return AutoConfig.for_model(**config.architecture)
+        described = AutoConfig.for_model(**config.architecture)
     except (KeyError, TypeError, ValueError, AttributeError, StrictDataclassError) as error:
         raise ModelError(f"model.architecture: {first_line(error)}") from error
+    builtin.check_fields("model.architecture", described.model_type, config.architecture, only_misspelled=True)
+    return described
 
 
 def skeleton(config: ModelConfig) -> PreTrainedModel:

@@ -11,7 +11,7 @@ from typing import Any
 
 from qlora_exp.utils.cache import built
 from qlora_exp.utils.digests import file_digest, json_digest
-from qlora_exp.utils.errors import ConfigError, ModelError, did_you_mean
+from qlora_exp.utils.errors import ConfigError, ModelError, did_you_mean, nearest
 
 SMOLLM2 = "embedded:smollm2-135m"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -72,6 +72,29 @@ def folder_of(name: str, random_config: dict[str, Any] | None = None) -> Path:
     fields = TINY[family] | (random_config or {})
     digest = json_digest(fields, digits=12)
     return built(f"random-{family}-{_LAYOUT}-{digest}", lambda folder: _create_random(folder, family, fields))
+
+
+def check_fields(key: str, model_type: str, fields: dict[str, Any], only_misspelled: bool = False) -> None:
+    """Check that a family's transformers config has these fields: transformers keeps others and ignores them.
+
+    Args:
+        key: config key with the fields, for messages.
+        model_type: the family.
+        fields: the fields.
+        only_misspelled: accept unknown fields that resemble no field, as in files of models on the hub.
+
+    Raises:
+        ConfigError: a field is unknown.
+    """
+    from transformers import AutoConfig, PretrainedConfig
+
+    config = AutoConfig.for_model(model_type)
+    known = {*type(config).__dataclass_fields__, *config.attribute_map, *config.to_dict()}
+    taken = {name for name in fields if name.startswith("rope_")} | {"torch_dtype"}  # transformers converts them
+    for name in fields.keys() - known - taken:
+        own = known - PretrainedConfig.__dataclass_fields__.keys()
+        if not only_misspelled or nearest(name, own):
+            raise ConfigError(f"{key}.{name}: {model_type} has no such field{did_you_mean(name, own)}")
 
 
 def _convert_smollm2(folder: Path) -> None:

@@ -16,10 +16,10 @@ from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel
 
 from qlora_exp.config import compatibility
+from qlora_exp.config.peft_methods import FROM_ROWS
 from qlora_exp.config.schema import Config
 from qlora_exp.models.adapters import attach, lacks_values, peft_config, trainable_set
 from qlora_exp.models.base import Tokenizer, load_tokenizer, skeleton
-from qlora_exp.models.lora_init import FROM_ROWS
 from qlora_exp.models.targets import adapted_names, is_within, parts_without_text, unused_entries
 from qlora_exp.utils.errors import ConfigError, DataError, ModelError, first_line
 

@@ -30,8 +30,6 @@ from qlora_exp.utils.errors import ConfigError, first_line, is_out_of_memory
 Batch = dict[str, torch.Tensor]
 _EVA_PASSES = 100
 _WEIGHTS = "adapter_model.safetensors"
-FROM_ROWS = ("corda", "eva", "lora_ga")
-"""Initializations that use training rows."""
 
 
 def batches(tokens: Dataset, rows: int, batch_size: int, max_length: int, pad_token_id: int) -> list[Batch]:

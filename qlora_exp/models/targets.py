@@ -8,9 +8,9 @@ import torch
 from peft import PeftConfig
 from transformers import PreTrainedModel
 
+from qlora_exp.config.peft_methods import PRESETS
 from qlora_exp.utils.errors import ConfigError, did_you_mean
 
-PRESETS = ("all-linear", "attention", "mlp", "q_v", "outputs")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn|feed_?forward|\bff\b|\bfc|moe|expert|intermediate|output", re.IGNORECASE)
 _ROUTER = re.compile(r"(.*_)?gate|router")

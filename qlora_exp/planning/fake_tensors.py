@@ -16,9 +16,9 @@ import torch
 from qlora_exp.environment.efficiency import flops_of
 from qlora_exp.libraries.torch import (
     UNSAFE_VIEW,
-    VALUE_OF_SCALAR,
     FakeTensorMode,
     TorchDispatchMode,
+    assumed,
     storage_address,
     tree_leaves,
 )
@@ -115,9 +115,6 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation; record the storages it creates and its work."""
         kwargs = kwargs or {}
-        if func is VALUE_OF_SCALAR:
-            # Code branches on a value, which fake tensors lack: take it as true, or as false if it comes from `any`.
-            return 0 if getattr(args[0], "says_any", False) else 1
         if (workspace_bytes := _WORKSPACES.get(str(func.overloadpacket))) is not None:
             workspace = self._count = self._count + 1
             nbytes = workspace_bytes(*args, **kwargs)
@@ -125,7 +122,10 @@ class Recorder(TorchDispatchMode):
                 Event(self.group, -workspace, nbytes, "temporary"),
                 Event(self.group, -workspace, -nbytes),
             ]
-        output = func(*args, **kwargs)
+        answer = assumed(func, args, kwargs)
+        if isinstance(answer, int):
+            return answer
+        output = func(*args, **kwargs) if answer is None else answer
         if func.overloadpacket is torch.ops.aten.any:
             output.says_any = True
         for leaf in tree_leaves(output):

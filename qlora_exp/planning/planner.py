@@ -17,7 +17,8 @@ from trl.trainer.utils import add_fused_lm_head
 from qlora_exp.config.schema import Config
 from qlora_exp.environment.device import Device, Resolved, resolve
 from qlora_exp.libraries import trl
-from qlora_exp.libraries.torch import WANTS_VALUES, computing_as_on_gpu
+from qlora_exp.libraries.peft import create_samplers, without_values
+from qlora_exp.libraries.torch import WANTS_VALUES, AssumedValues, computing_as_on_gpu, factors_as_on_cpu
 from qlora_exp.models import adapters, quantization
 from qlora_exp.models.base import model_config
 from qlora_exp.planning.fake_tensors import Work
@@ -69,6 +70,10 @@ class Planner:
         for key, asked in (
             ("training.torch_compile=true", config.training.torch_compile),
             ("device=mps", resolved.device == "mps"),
+            (
+                "method.use_dynamic_rank=true",
+                config.method.settings.get("use_dynamic_rank"),
+            ),  # ranks follow the weights
         ):
             if asked:
                 raise ConfigError(f"{key} cannot be planned yet")
@@ -84,7 +89,7 @@ class Planner:
         """Longest row that the model accepts, in tokens; None if its config does not declare it."""
         self._check(config.training.max_length)
         optim = "lorafa" if config.optimizer.lora_optimizer == "lorafa" else resolved.optim
-        with self._explained():
+        with self._explained(), as_it_runs(self._on_cuda):
             model = build_model(config, resolved, self._architecture, self._depth)
             self._model = weigh(model, partial(optimizer, optim, self._on_cuda))
 
@@ -105,8 +110,8 @@ class Planner:
         self._check(max(length, evaluated))
         batch = self._batch(rows, length)
         if training.packing:
-            batch = Batch(1, rows * length, not self._unmasked)
-        with self._explained(), as_it_runs(self._on_cuda):
+            batch = Batch(1, rows * length, not self._flash)
+        with self._explained(), as_it_runs(self._on_cuda, self._flash):
             step = record(
                 self._build,
                 self._depth,
@@ -131,11 +136,11 @@ class Planner:
             raise ConfigError(f"training.max_length={length}: this model has only {self.positions} positions")
 
     @property
-    def _unmasked(self) -> bool:
+    def _flash(self) -> bool:
         return (self._config.model.attn_implementation or "").startswith("flash")  # FlashAttention needs no mask
 
     def _batch(self, rows: int, length: int) -> Batch:
-        return Batch(rows, length, rows > 1 and not self._unmasked)  # a single row has no padding
+        return Batch(rows, length, rows > 1 and not self._flash)  # a single row has no padding
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -167,7 +172,7 @@ def build_model(config: Config, resolved: Resolved, architecture: PretrainedConf
         values["layer_types"] = kinds[:layers]
     shorter = type(architecture)(**values)
     dtype = getattr(torch, resolved.dtype)
-    with torch.device("meta"):
+    with torch.device("meta"), AssumedValues():
         base = AutoModelForCausalLM.from_config(
             shorter,
             dtype=dtype,
@@ -184,6 +189,7 @@ def build_model(config: Config, resolved: Resolved, architecture: PretrainedConf
         model = adapters.attach(base, settings, resolved.adapter_dtype)
         if config.lora_start == "mica":  # it learns LoRA's A only
             adapters.set_trainable(model, {name for name in adapters.trainable_set(model) if ".lora_B." not in name})
+        create_samplers(model)
     if resolved.gradient_checkpointing:
         if settings is not None:
             base.enable_input_require_grads()
@@ -191,9 +197,16 @@ def build_model(config: Config, resolved: Resolved, architecture: PretrainedConf
     return model
 
 
-def _attention(config: Config) -> str:
+def _attention(config: Config) -> str | None:
     # FlashAttention keeps the same tensors as torch's fused attention, which needs no extra package.
-    return "eager" if config.model.attn_implementation == "eager" else "sdpa"
+    return "sdpa" if (chosen := config.model.attn_implementation) not in (None, "eager") else chosen
+
+
+def dequantized(weight: Any, state: Any = None) -> torch.Tensor:
+    """Return a tensor as large as the values of a bitsandbytes weight that has none."""
+    if (shape := getattr(weight, "shape_of_values", None)) is not None:
+        return torch.empty(shape, dtype=weight.dtype_of_values)
+    return torch.empty(weight.shape, dtype=torch.float32)
 
 
 def fused_loss(model: Any, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -209,11 +222,19 @@ def computing(resolved: Resolved) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def as_it_runs(on_cuda: bool) -> Iterator[None]:
-    """Make fake tensors on the CPU follow the code paths of the real run, on a GPU if `on_cuda`."""
+def as_it_runs(on_cuda: bool, flash: bool = False) -> Iterator[None]:
+    """Make fake tensors on the CPU follow the code paths of the real run.
+
+    Args:
+        on_cuda: whether it runs on a GPU.
+        flash: whether it runs FlashAttention there.
+    """
     with ExitStack() as patches:
         patches.enter_context(trl.every_token_scored())
+        patches.enter_context(without_values(dequantized))
         if on_cuda:
             patches.enter_context(trl.loss_as_on_gpu())
-            patches.enter_context(computing_as_on_gpu())
+            patches.enter_context(computing_as_on_gpu(flash))
+        else:
+            patches.enter_context(factors_as_on_cpu())
         yield

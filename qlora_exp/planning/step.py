@@ -14,7 +14,7 @@ from peft import PeftType
 from peft.optimizers import create_lorafa_optimizer
 from transformers.optimization import Adafactor
 
-from qlora_exp.libraries.torch import FakeTensorMode
+from qlora_exp.libraries.torch import FakeTensorMode, storage_address
 from qlora_exp.models import adapters
 from qlora_exp.planning.fake_tensors import (
     LAYERS,
@@ -232,15 +232,16 @@ def _static(model: Any) -> Iterator[tuple[str, int]]:
     """Yield kind and bytes of what stays allocated: weights, quantization constants, trainable parameters."""
     seen: set[int] = set()
     for tensor in (*model.parameters(), *model.buffers()):
-        if id(tensor) in seen:
+        # A view keeps all of its storage alive, such as a slice of a factor; several views of one keep it once.
+        if (storage := storage_address(tensor)) in seen:
             continue
-        seen.add(id(tensor))
+        seen.add(storage)
         if (sizes := stored_bytes(tensor)) is not None:
             yield "weights", sizes[0]
             for constant in sizes[1:]:
                 yield "quantization", constant
         else:
-            yield "trainable" if tensor.requires_grad else "weights", tensor.numel() * tensor.element_size()
+            yield "trainable" if tensor.requires_grad else "weights", tensor.untyped_storage().nbytes()
 
 
 def _updates(kept: Kept, model: Any, mode: FakeTensorMode) -> list[list[Event]]:

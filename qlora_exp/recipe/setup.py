@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import set_seed
 
+from qlora_exp.config.peft_methods import FROM_ROWS
 from qlora_exp.environment.device import places
 from qlora_exp.models import adapters, base, lora_init
 from qlora_exp.models.targets import summary
@@ -93,7 +94,7 @@ def _attach(run: RunContext, tokens: Tokens, model: Any, peft_config: Any) -> tu
     with run.memory.phase("initialize" if start else "load"):
         batches = lora_init.batches(
             tokens.train,
-            config.lora_variant.init_rows if start in lora_init.FROM_ROWS else 0,
+            config.lora_variant.init_rows if start in FROM_ROWS else 0,
             1 if start == "corda" else config.training.per_device_train_batch_size,  # PEFT's CorDA accepts one row
             config.training.max_length,
             tokens.tokenizer.pad_token_id,

@@ -2,6 +2,7 @@
 
 import gc
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from qlora_exp.config import idle
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.sweep import SweepConfig
 from qlora_exp.config.validate import from_dict
@@ -105,6 +107,12 @@ class _Sweeper(Sweeper):
         return sweep.Sweep(folder, settings, launch, lambda: local and launcher.warm(settings.n_jobs))
 
 
+def _refuse_idle_keys(configs: Sequence[Config], arguments: Sequence[str]) -> None:
+    """Refuse overrides that would change nothing in any job."""
+    if problems := [*idle.problems(configs, arguments, sweeping=True)]:
+        raise ConfigError("\n".join(problems))
+
+
 def _quoted(text: str) -> str:
     """Quote text as a value in Hydra's override grammar."""
     return "'" + text.replace("'", r"\'") + "'"
@@ -126,6 +134,7 @@ class GridSweeper(_Sweeper):
         values = [[word.split("=", 1) for word in combination[shared:]] for combination in combinations]
         swept = [{key.lstrip("+"): value for key, value in pairs} for pairs in values]
         configs = [self.check(combination[:shared], combination[shared:]) for combination in combinations]
+        _refuse_idle_keys(configs, arguments)
         settings = configs[0].sweep
         folder = self.folder(overrides, settings)
         with self.begin(folder, settings) as running:
@@ -163,7 +172,15 @@ class OptunaSweeper(_Sweeper):
             swept = [shown | ({"seed": _seed(repeat)} if len(repeats) > 1 else {}) for repeat in repeats]
             return jobs.jobs([self.check(repeat, chosen) for repeat in repeats], swept, combinations, folder)
 
-        first_config = self.check(repeats[0], [f"{key}={search.example(choices)}" for key, choices in space.items()])
+        example = {key: search.example(choices) for key, choices in space.items()}
+        first_config = self.check(repeats[0], [f"{key}={value}" for key, value in example.items()])
+        configs = [first_config]
+        for key, choices in space.items():
+            for choice in getattr(choices, "choices", ()):
+                with suppress(ConfigError):  # an invalid combination fails as a trial
+                    words = [f"{name}={value}" for name, value in (example | {key: choice}).items()]
+                    configs.append(self.check(repeats[0], words))
+        _refuse_idle_keys(configs, arguments)
         if first_config.search.prune and len(repeats) > 1:
             raise ConfigError("search.prune judges single jobs: use one seed only, or remove search.prune")
         folder = self.folder(overrides, first_config.sweep, "search")

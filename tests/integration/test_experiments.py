@@ -20,7 +20,8 @@ def test_shipped_experiment_runs_on_a_tiny_model(name: str, run_quick, write_jso
         "model.attn_implementation=sdpa", "model.device_map=null",
         f"training.eval_strategy={config.training.eval_strategy}", "training.max_steps=2",
         "training.logging_steps=1",
-        "training.eval_steps=1", "training.save_steps=1",
+        *(["training.eval_steps=1"] if config.training.eval_strategy == "steps" else []),
+        *(["training.save_steps=1"] if config.training.save_strategy == "steps" else []),
         "training.max_length=600", "training.gradient_accumulation_steps=2",
     ]  # fmt: skip
     if config.dataset.path in COLUMNS:

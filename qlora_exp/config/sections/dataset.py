@@ -32,7 +32,7 @@ class DatasetConfig(Section):
     eval_split: str | None = None
     """Hub datasets: split of `path` with the held-out rows. null: split them off `split`."""
     eval_size: Share | Annotated[int, Field(gt=0, strict=True)] = 0.1
-    """Held-out rows, as a share (below 1) or a number of rows. Ignored with eval_path or eval_split."""
+    """Held-out rows, as a share (below 1) or a number of rows. Not with eval_path or eval_split."""
     split_seed: int = 42
     """Random seed of the split, the choice of rows and reasoning_gym's tasks. Independent of the run's `seed`."""
     max_train_rows: PositiveInt | None = None
@@ -98,6 +98,15 @@ class DatasetConfig(Section):
         except re.error as error:
             raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
         return pattern
+
+    @property
+    def hub_paths(self) -> list[str]:
+        """Datasets of the hub among `paths`."""
+        return [
+            path
+            for path in self.paths
+            if not path.startswith(("embedded:", REASONING_GYM)) and Path(path) not in self.files
+        ]
 
     @model_validator(mode="after")
     def _check(self) -> Self:

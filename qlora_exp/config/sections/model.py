@@ -1,5 +1,6 @@
 """Section `model`: the base model."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 from qlora_exp.config.sections.base import Dtype, Section
@@ -27,3 +28,9 @@ class ModelConfig(Section):
     `model_type` and `_name_or_path` (the model that they describe)."""
     random_config: dict[str, int | float | bool] = {}
     """Only with `random:FAMILY`: fields of the family's transformers config."""
+
+    @property
+    def from_hub(self) -> bool:
+        """Whether the model is neither built in nor a local folder."""
+        name = self.model_name_or_path
+        return not name.startswith(("embedded:", "random:")) and not Path(name).expanduser().is_dir()

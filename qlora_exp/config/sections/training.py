@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
+from qlora_exp.config import schedules
 from qlora_exp.config.sections.base import Interval, NonNegative, Section
 
 
@@ -24,11 +25,19 @@ class TrainingConfig(Section):
         "linear",
         "cosine",
         "cosine_with_restarts",
+        "cosine_with_min_lr",
+        "cosine_warmup_with_min_lr",
         "polynomial",
         "constant",
         "constant_with_warmup",
         "inverse_sqrt",
+        "warmup_stable_decay",
     ] = "linear"
+    """Shape of the learning rate over the steps, by transformers' names. constant: without warmup."""
+    lr_scheduler_kwargs: dict[str, int | float | bool | str] = {}
+    """Settings of the schedule, by transformers' names. cosine_with_restarts: num_cycles. cosine_with_min_lr: min_lr or
+    min_lr_rate. polynomial: lr_end, power. inverse_sqrt: timescale. warmup_stable_decay: num_decay_steps, decay_type,
+    min_lr_ratio."""
     warmup_steps: Annotated[float, Field(ge=0)] = 0
     """Steps of learning rate warmup. Below 1: a share of all steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -86,6 +95,9 @@ class TrainingConfig(Section):
     def _check(self) -> Self:
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError("max_steps must be positive, or -1 to train for num_train_epochs")
+        rate, warmup, steps = self.learning_rate, self.warmup_steps, self.max_steps
+        if wrong := [*schedules.problems(self.lr_scheduler_type, self.lr_scheduler_kwargs, rate, warmup, steps)]:
+            raise ValueError("\n".join(f"training.{problem}" for problem in wrong))
         if self.bf16 is True and self.fp16 is True:
             raise ValueError("bf16 and fp16 exclude each other: set one of them")
         if self.load_best_model_at_end and (self.eval_strategy == "no" or self.save_strategy != self.eval_strategy):

@@ -70,6 +70,14 @@ def test_unknown_key_or_option_is_rejected_with_a_suggestion(overrides: list[str
     assert message in str(error.value)
 
 
+def test_keys_inside_free_mappings_need_no_plus():
+    words = ["model.random_config.hidden_size=32", "model.architecture={model_type: llama}", "tracking.tags.team=a"]
+    config = compose(["model=tiny_llama", *words, "+tracking.tags.more=b"])
+    assert config.model.random_config == {"hidden_size": 32}
+    assert config.model.architecture == {"model_type": "llama"}
+    assert config.tracking.tags == {"team": "a", "more": "b"}
+
+
 @pytest.mark.parametrize("flags", [["--config-dir", "own"], ["--config-dir=own"], ["-cd", "own"]])
 def test_command_is_checked_with_the_users_options(flags: list[str], tmp_path):
     (tmp_path / "own" / "training").mkdir(parents=True)

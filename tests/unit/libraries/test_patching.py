@@ -19,3 +19,14 @@ def test_an_attribute_that_upstream_renamed_is_an_error():
     with pytest.raises(AttributeError), patched(module, gone=1):
         pass
     assert not hasattr(module, "gone")
+
+
+def test_methods_of_classes_are_put_back_as_they_were():
+    class Owner:
+        @staticmethod
+        def name() -> str:
+            return "own"
+
+    with patched(Owner, name=staticmethod(lambda: "replaced")):
+        assert Owner().name() == "replaced"
+    assert Owner().name() == "own"

@@ -7,6 +7,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qlora_exp.libraries import peft as private
+from qlora_exp.libraries.torch import AssumedValues
 
 
 def test_a_type_is_added_to_the_enumeration():
@@ -66,3 +67,17 @@ def test_tuners_have_the_hooks_that_bottleneck_adapters_use():
     moved = inspect.signature(BaseTunerLayer._move_adapter_to_device_of_base_layer).parameters
     assert [*moved][:2] == ["self", "adapter_name"]
     assert "self._active_adapter" in inspect.getsource(BaseTunerLayer)
+
+
+@pytest.mark.parametrize(("variant", "trained"), [("kasa_config", {}), ("monteclora_config", {"num_samples": 3})])
+def test_variants_of_lora_defer_what_needs_values_and_plans_need_none(variant: str, trained: dict):
+    from peft import KasaConfig, MontecloraConfig
+
+    settings = {variant: KasaConfig() if variant == "kasa_config" else MontecloraConfig(**trained)}
+    with torch.device("meta"):
+        model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), LoraConfig(target_modules=["0"], **settings))
+    with private.without_values(lambda weight, **_: weight), AssumedValues():
+        private.create_samplers(model)
+        model(torch.empty(2, 8, device="meta"))  # would truncate the base's weight, or create a sampler
+    samplers = [name for name, _ in model.named_parameters() if "sampler" in name]
+    assert len(samplers) == 2 * bool(trained)

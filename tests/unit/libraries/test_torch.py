@@ -111,5 +111,36 @@ def test_on_a_gpu_layer_norms_are_in_float32_dropout_keeps_a_byte_a_value_and_au
         assert torch.nn.LayerNorm(8)(x).dtype == torch.float32
         assert dropped() == [torch.bool]
         assert torch.is_autocast_enabled()
+        with Seen() as seen:  # fused in spite of dropout, which a CPU's kernel does not have
+            functional.scaled_dot_product_attention(*(torch.ones(1, 2, 8, 16) for _ in range(3)), dropout_p=0.5)
+        assert private.FUSED_ATTENTION[0] in {str(one.overloadpacket) for one in seen.operations}
+    query, one_head = torch.ones(1, 4, 8, 16), torch.ones(1, 1, 8, 16)
+    for flash in (False, True):  # FlashAttention takes one head of keys and values for all queries
+        with private.computing_as_on_gpu(flash), Seen() as seen:
+            functional.scaled_dot_product_attention(query, one_head, one_head)
+        assert (private.FUSED_ATTENTION[0] in {str(one.overloadpacket) for one in seen.operations}) is flash
     with torch.autocast("cpu", torch.bfloat16):
         assert not torch.is_autocast_enabled()  # of CUDA
+
+
+def test_what_depends_on_values_is_answered_for_tensors_without_any():
+    real = torch.tensor([1, 0, 3])
+    with torch.device("meta"), private.AssumedValues():
+        x = torch.empty(4, 3)
+        assert (int(x[0, 0].item()), bool((x > 0).any())) == (1, False)
+        assert x.nonzero().shape == (12, 2)
+        assert x[:, torch.empty(3, dtype=torch.bool)].shape == (4, 3)
+        x[torch.empty(4, dtype=torch.bool)] = 0.0
+        assert torch.bincount(torch.empty(9, dtype=torch.long), minlength=7).shape == (7,)
+        assert x.double().cpu().is_meta
+        assert (real.max().item(), real.nonzero().shape) == (3, (2, 1))  # values that exist are read
+    with pytest.raises(RuntimeError):  # else it is not needed any more
+        torch.empty(4, device="meta").nonzero()
+
+
+def test_singular_vectors_have_the_layout_of_the_device():
+    matrix = torch.empty(6, 4, device="meta")
+    assert torch.linalg.svd(matrix, full_matrices=False)[2][:2].is_contiguous()  # as with CUDA: a view
+    assert not torch.linalg.svd(torch.ones(6, 4), full_matrices=False)[2][:2].is_contiguous()
+    with private.factors_as_on_cpu():
+        assert not torch.linalg.svd(matrix, full_matrices=False)[2][:2].is_contiguous()

@@ -5,12 +5,12 @@ import torch
 
 from qlora_exp.config import compatibility
 from qlora_exp.config.hydra_compose import compose
+from qlora_exp.config.peft_methods import FROM_ROWS
 from qlora_exp.config.sections.method import LoraVariantConfig
 from qlora_exp.config.sections.model import ModelConfig
 from qlora_exp.environment.device import Device, resolve
 from qlora_exp.models import adapters
 from qlora_exp.models.base import load_model, load_unquantized, skeleton
-from qlora_exp.models.lora_init import FROM_ROWS
 from qlora_exp.studies import probe
 from qlora_exp.training.arguments import arguments
 from qlora_exp.training.optimizers import lora_optimizer

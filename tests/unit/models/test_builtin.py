@@ -3,7 +3,9 @@ import multiprocessing
 import pytest
 
 from qlora_exp.models import builtin
-from qlora_exp.models.builtin import folder_of
+from qlora_exp.models.base import model_config
+from qlora_exp.models.builtin import check_fields, folder_of
+from qlora_exp.recipe.inputs import read_inputs
 from qlora_exp.utils.errors import ConfigError, ModelError
 
 
@@ -61,3 +63,18 @@ def test_concurrent_processes_share_one_model_folder(cache_folder):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         assert len(set(pool.map(build, range(2)))) == 1
     assert [path.suffix for path in sorted(cache_folder.iterdir())] == ["", ".lock"]
+
+
+def test_field_that_the_family_does_not_have_is_rejected_before_a_run(make_config):
+    with pytest.raises(ConfigError, match=r"random_config.hidden_siz: llama has .* did you mean 'hidden_size'"):
+        read_inputs(make_config("model.random_config.hidden_siz=32"))
+    with pytest.raises(ConfigError, match=r"model.architecture.hidden_siz: gpt2 .* did you mean 'hidden_size'"):
+        fields = "{_name_or_path: random:llama, model_type: gpt2, hidden_siz: 8}"
+        model_config(make_config(f"model.architecture={fields}").model)
+    files = {
+        "auto_map": {},
+        "torch_dtype": "float32",
+        "rope_theta": 1.0,
+        "_name_or_path": "a",
+    }  # as in files on the hub
+    check_fields("model.architecture", "llama", files, only_misspelled=True)

@@ -7,10 +7,11 @@ import pytest
 import torch
 from helpers.planning import ARCHITECTURE, CPU, GPU, HIDDEN, INNER, LAYERS, LINEAR, REST, VOCABULARY, predict
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModelForCausalLM
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.environment.device import resolve
-from qlora_exp.models import base
+from qlora_exp.models import adapters, base
 from qlora_exp.planning import planner
 from qlora_exp.planning.fake_tensors import Recorder
 from qlora_exp.utils.errors import ConfigError, ModelError
@@ -98,7 +99,7 @@ def test_prediction_matches_a_profiled_step(words: list[str], tmp_path: Path):
         (["quantization=quanto_int4", "method=lora"], ConfigError, "cannot be planned yet"),
         (["method=lora", "++model.architecture.max_position_embeddings=32"], ConfigError, "has only 32 positions"),
         (["method=lora", "++model.architecture.model_type=lama"], ModelError, "model.architecture"),
-        (["method=boft"], ConfigError, "method=boft cannot be planned .its code reads values"),
+        (["method=adamss", "method.use_dynamic_rank=true"], ConfigError, "use_dynamic_rank=true cannot be planned yet"),
         (["method=lora", "training.torch_compile=true"], ConfigError, "torch_compile=true cannot be planned yet"),
         (["method=lora", "++model.architecture.num_attention_heads=7"], ModelError, "model.architecture"),
         (["method=lora", "~model.architecture._name_or_path"], ModelError, "does not name its model"),
@@ -109,9 +110,82 @@ def test_config_that_cannot_be_planned_is_rejected_with_its_reason(words: list[s
         predict(*words)
 
 
+# Methods whose code looks at values, which a plan does not have.
+@pytest.mark.parametrize(
+    "words",
+    [
+        *([f"method={name}"] for name in ("adamss", "boft", "frod", "psoft", "shira", "unilora", "waveft")),
+        *(["method=lora", f"lora_variant={name}"] for name in ("kasa", "monteclora")),
+    ],
+    ids=lambda words: words[-1],
+)
+def test_method_that_looks_at_values_is_planned_as_it_is_built(words: list[str]):
+    words = ["model=tiny_llama", ARCHITECTURE, "training.max_length=16", "device=cpu", *words]
+    config = compose([*words, "++model.architecture.num_hidden_layers=2"])
+    prediction = planner.planner(config, CPU).predict(evaluated=0)
+    torch.manual_seed(0)
+    skeleton = AutoModelForCausalLM.from_config(base.model_config(config.model))
+    model = adapters.attach(skeleton, adapters.peft_config(config, skeleton), None)
+    assert (prediction.trainable, prediction.total) == adapters.count_parameters(model)
+    storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
+    static = sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
+    assert prediction.phases["load"].allocated == static
+    assert prediction.phases["first_step"].allocated > static
+
+
+@pytest.mark.parametrize("method", ["hira", "shira"])
+def test_method_that_dequantizes_weights_is_planned_on_4_bits(method: str):
+    words = [f"method={method}", "++model.architecture.num_hidden_layers=2", "training.max_length=16"]
+    assert predict(*words, "quantization=nf4").trainable == predict(*words).trainable
+
+
+def test_view_of_a_factor_keeps_all_of_it_on_a_gpu():
+    """PSOFT keeps a slice of the right singular vectors of each weight: CUDA's are stored by rows."""
+    slices = predict("method=psoft", device=CPU), predict("method=psoft")
+    on_cpu, on_gpu = (found.phases["load"].kinds["weights"] for found in slices)
+    rank, shapes = 16, [*[(HIDDEN, HIDDEN)] * 4, *[(INNER, HIDDEN)] * 2, (HIDDEN, INNER)]
+    more = LAYERS * sum(4 * inputs * (min(outputs, inputs) - rank) for outputs, inputs in shapes)
+    assert on_gpu == on_cpu - 2 * (LINEAR + REST) + more
+
+
+SMALL = "vocab_size: 512, hidden_size: 128, num_hidden_layers: 2, num_attention_heads: 4"
+GPT = "vocab_size: 512, n_embd: 128, n_layer: 2, n_head: 4"
+
+
+def planned(architecture: str, *words: str) -> int:
+    described = f"model.architecture={{_name_or_path: random:llama, {architecture}}}"
+    words = (described, "training.max_length=256", "method=full", "training.gradient_checkpointing=false", *words)
+    return planner.planner(compose(["model=tiny_llama", *words]), GPU).predict(evaluated=0).peak
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        f"model_type: llama, intermediate_size: 256, {SMALL}, attention_dropout: ",
+        f"model_type: gpt_bigcode, {GPT}, attn_pdrop: ",
+    ],
+    ids=["llama", "gpt_bigcode"],
+)
+def test_attention_with_dropout_is_planned_as_fused_kernels_keep_it(architecture: str):
+    without, with_dropout = planned(f"{architecture}0.0"), planned(f"{architecture}0.1")
+    assert with_dropout == without
+    assert planned(f"{architecture}0.1", "model.attn_implementation=eager") > with_dropout
+
+
+def test_attention_with_one_head_of_keys_is_fused_with_flash_attention_only():
+    falcon = f"model_type: falcon, {SMALL}, multi_query: true, new_decoder_architecture: false"
+    fused, whole = (planned(falcon, *words) for words in (["model.attn_implementation=flash_attention_2"], []))
+    assert fused < whole
+
+
+def test_model_without_fused_attention_is_planned_with_its_own():
+    bloom = f"model_type: bloom, {GPT.replace('n_embd', 'hidden_size')}"
+    assert planned(bloom) == planned(bloom, "model.attn_implementation=eager")
+
+
 def test_architecture_of_another_model_is_not_used():
     with pytest.raises(ModelError, match="nobody/none"):
-        predict("method=lora", "model.model_name_or_path=nobody/none")
+        planner.planner(compose(["model=llama3_8b", "model.model_name_or_path=nobody/none"]), GPU)
 
 
 def test_packed_batch_is_planned_as_one_long_row():

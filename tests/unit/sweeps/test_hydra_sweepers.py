@@ -18,6 +18,7 @@ from qlora_exp.sweeps.hydra_sweepers import _quoted
             ["method.target_modules=[q_proj],[q_proj,v_proj]", "+tracking.tags.note='a b'"],
             ["method.target_modules=[q_proj]", "method.target_modules=[q_proj,v_proj]"],
         ),
+        (["optimizer=adamw_torch,loraplus", "optimizer.loraplus_lr_ratio=8"], ["optimizer=loraplus"]),
         (["sweep=rank_scaling"], ["lora_variant=rslora method.r=128"]),
         (["sweep=rank_scaling", "method.r=2,4"], ["lora_variant=lora method.r=2", "lora_variant=rslora method.r=4"]),
     ],
@@ -43,6 +44,8 @@ def test_sweep_expression_is_expanded(words: list[str], jobs: list[str], tmp_pat
         (["hydra/sweeper=optuna", "training.learning_rate=interval(1e-2,1e-4)"], "search space"),
         (["hydra/sweeper=optuna", "training.learning_rate=tag(log,interval(0,1e-2))"], "search space"),
         (["hydra/sweeper=optuna", "method.r=4,8", "seed=1,2", "search.prune=true"], "use one seed only"),
+        (["seed=1,2", "optimizer.loraplus_lr_ratio=8"], "would change nothing: it is for optimizer=loraplus"),
+        (["hydra/sweeper=optuna", "method.r=4,8", "training.save_steps=9"], "it needs training.save_strategy=steps"),
         (["hydra.sweep.dir='a\\b'", "seed=1"], "does not accept a folder with a backslash"),
     ],
 )

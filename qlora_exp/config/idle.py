@@ -1,0 +1,179 @@
+"""Find keys that change nothing in a run, so that a key that the user sets for nothing is refused.
+
+What option files set is not checked: they may set more than a run needs. Values that contradict each other are checked
+in the sections and in `crosschecks`. Must not import torch.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from qlora_exp.config import peft_methods
+from qlora_exp.config.schema import Config
+from qlora_exp.config.sections.dataset import REASONING_GYM, DatasetConfig, UnrelatedConfig
+
+log = logging.getLogger(__name__)
+
+ALWAYS = {
+    "unrelated.drop_leaks": "unrelated text is not trained on",
+    "unrelated.leak_threshold": "unrelated text is not trained on",
+}
+"""Keys that a section inherits, and that change nothing in any run."""
+SWEEP_ONLY = ("sweep", "search")
+"""Sections that act in a sweep only."""
+_OF_ANSWERS = tuple(f"evaluation.{key}" for key in ("max_new_tokens", "generation_batch_size", "metrics"))
+_ADAM = ("adam_beta1", "adam_beta2")
+
+
+def problems(configs: Sequence[Config], words: Sequence[str], sweeping: bool = False) -> Iterator[str]:
+    """Yield a message for each key that the user set to another value than its default, and that changes nothing.
+
+    Keys of generated answers are only logged: `evaluation.generate_rows=0` is the usual way to shorten any run.
+
+    Args:
+        configs: the config of the run, or those of all jobs of a sweep: a key may act in one of them only.
+        words: the user's overrides, such as `training.packing=true`.
+        sweeping: whether they are the overrides of a sweep.
+    """
+    keys = dict.fromkeys(word.partition("=")[0].lstrip("+") for word in words if not word.startswith("~"))
+    reasons = [dict(idle(config, sweeping)) for config in configs]
+    for key in keys:
+        parts = key.split(".")
+        names = {".".join(parts[:end]) for end in range(1, len(parts) + 1)}
+        why = [next((reason for name, reason in idle_keys.items() if name in names), "") for idle_keys in reasons]
+        values = [value for config in configs if (value := _set_to(config, key)) is not None]
+        if all(why) and values:
+            if key in _OF_ANSWERS:
+                log.warning("%s=%s changes nothing: %s", key, values[0], why[0])
+            else:
+                yield f"{key}={values[0]} would change nothing: {why[0]}"
+
+
+def _set_to(config: Config, key: str) -> str | None:
+    """Return the value of a key as text; None if it is the default or null, which asks for nothing."""
+    node: Any = config
+    default: Any = None
+    for name in key.split("."):
+        if isinstance(node, BaseModel):
+            field = type(node).model_fields.get(name)
+            default = field.default if field else None
+            node = getattr(node, name, None)
+        elif isinstance(node, dict):
+            node, default = node.get(name), None
+    if node in (default, None):
+        return None
+    return str(node).lower() if isinstance(node, bool) else str(node)
+
+
+def idle(config: Config, sweeping: bool = False) -> Iterator[tuple[str, str]]:
+    """Yield each key that changes nothing in a run of this config, whatever its value, with the reason."""
+    yield from ALWAYS.items()
+    yield from _model(config)
+    yield from _adapter(config)
+    yield from _storage_and_optimizer(config)
+    yield from _rows("dataset", config.dataset)
+    if config.unrelated.path == "none":
+        others = (key for key in UnrelatedConfig.model_fields if key != "path")
+        yield from ((f"unrelated.{key}", "unrelated.path=none measures no forgetting") for key in others)
+    else:
+        yield from _rows("unrelated", config.unrelated)
+    yield from _training(config)
+    yield from _measuring(config)
+    if not sweeping:
+        sections = ((name, type(getattr(config, name)).model_fields) for name in SWEEP_ONLY)
+        keys = (f"{name}.{key}" for name, fields in sections for key in fields)
+        why = "it is for sweeps, and this is a single run: add -m"
+        yield from ((key, why) for key in keys if key != "sweep.dry_run")
+    if config.sweep.unfit == "run":
+        yield "sweep.vram", "sweep.unfit=run asks no job whether it fits: set sweep.unfit=skip or refuse"
+
+
+def _model(config: Config) -> Iterator[tuple[str, str]]:
+    model = config.model
+    if not model.from_hub:
+        yield "model.revision", "only models of the hub have revisions"
+    if model.model_name_or_path.startswith(("embedded:", "random:")):
+        yield "model.trust_remote_code", "a built-in model comes without code"
+    if (described := model.architecture.get("_name_or_path", model.model_name_or_path)) != model.model_name_or_path:
+        yield "model.architecture", f"it describes {described}, not model.model_name_or_path={model.model_name_or_path}"
+
+
+def _adapter(config: Config) -> Iterator[tuple[str, str]]:
+    method, start = config.method, config.lora_start
+    if method.peft_type is None:
+        yield "method.adapter_dtype", "full fine-tuning has no adapter: set model.dtype"
+        return
+    for section in ("method", "lora_variant"):
+        for name, why in peft_methods.idle(method.peft_type, config.peft_settings):
+            yield f"{section}.{name}", why
+    if start not in peft_methods.FROM_ROWS:
+        yield "lora_variant.init_rows", f"init_lora_weights is none of {', '.join(peft_methods.FROM_ROWS)}"
+
+
+def _storage_and_optimizer(config: Config) -> Iterator[tuple[str, str]]:
+    quantization, optimizer = config.quantization, config.optimizer
+    if not quantization.load_in_4bit:
+        for key in ("quant_type", "use_double_quant", "compute_dtype"):
+            yield f"quantization.bnb_4bit_{key}", "bitsandbytes does not store this base in 4 bits"
+    if not quantization.load_in_8bit:
+        yield "quantization.llm_int8_threshold", "bitsandbytes does not store this base in 8 bits"
+    if "adam" not in optimizer.optim:
+        unused = ("adam_epsilon",) if "lion" in optimizer.optim else (*_ADAM, "adam_epsilon")
+        yield from ((f"optimizer.{key}", f"optim={optimizer.optim} does not use it") for key in unused)
+    for lora_optimizer, key in (("loraplus", "loraplus_lr_ratio"), ("riemannian", "riemannian_reg")):
+        if optimizer.lora_optimizer != lora_optimizer:
+            yield f"optimizer.{key}", f"it is for optimizer={lora_optimizer}"
+
+
+def _rows(section: str, data: DatasetConfig) -> Iterator[tuple[str, str]]:
+    if not data.hub_paths:
+        for key in ("subset", "revision", "split", "streaming"):
+            yield f"{section}.{key}", f"it is for datasets of the hub, not {data.path}, which is read as a whole"
+    if not any(path.startswith(REASONING_GYM) for path in data.paths):
+        for key in ("reasoning_gym_size", "reasoning_gym_config"):
+            yield f"{section}.{key}", f"{section}.path={data.path} is no reasoning_gym:TASK"
+    if (data.eval_path or data.eval_split) and not data.streaming:
+        source = "eval_path" if data.eval_path else "eval_split"
+        yield f"{section}.eval_size", f"{section}.{source} has the held-out rows: use {section}.max_eval_rows"
+    columns = ("prompt_column", "input_column", "completion_column")
+    if data.format == "text" or data.messages_column:
+        why = f"{section}.format=text reads text_column" if data.format == "text" else "messages_column has it all"
+        yield from ((f"{section}.{key}", why) for key in columns)
+    if data.format != "text":
+        yield f"{section}.text_column", f"it is for format=text, not format={data.format}"
+    if isinstance(data, UnrelatedConfig) and not data.streaming:
+        yield f"{section}.max_train_rows", "unrelated text is not trained on: use unrelated.max_eval_rows"
+
+
+def _training(config: Config) -> Iterator[tuple[str, str]]:
+    training = config.training
+    if training.max_steps > 0:
+        yield (
+            "training.num_train_epochs",
+            f"training.max_steps={training.max_steps} overrides it: set training.max_steps=-1",
+        )
+    if training.lr_scheduler_type == "constant":
+        yield "training.warmup_steps", "lr_scheduler_type=constant has no warmup: use constant_with_warmup"
+    if not training.packing:
+        yield "training.packing_strategy", "it needs training.packing=true"
+    if training.eval_strategy != "steps":
+        yield "training.eval_steps", f"it needs training.eval_strategy=steps, not {training.eval_strategy}"
+    if training.save_strategy != "steps":
+        yield "training.save_steps", f"it needs training.save_strategy=steps, not {training.save_strategy}"
+    if training.save_strategy == "no":
+        yield "training.save_total_limit", "training.save_strategy=no saves no checkpoint"
+    if training.early_stopping_patience is None:
+        yield "training.early_stopping_threshold", "it needs training.early_stopping_patience"
+
+
+def _measuring(config: Config) -> Iterator[tuple[str, str]]:
+    evaluation = config.evaluation
+    if not evaluation.generate_rows:
+        yield from ((key, "evaluation.generate_rows=0 generates no answers") for key in _OF_ANSWERS)
+    if not evaluation.lm_eval_tasks:
+        for key in ("include_path", "num_fewshot", "limit"):
+            yield f"evaluation.lm_eval_{key}", "it needs evaluation.lm_eval_tasks"
+    if config.method.peft_type is not None:
+        yield "tracking.log_full_model", f"method={config.method.name} trains an adapter: use tracking.log_adapter"
