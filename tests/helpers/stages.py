@@ -24,7 +24,7 @@ ROWS: list[dict[str, Any]] = [
     }
     for n in range(18)
 ]
-ROWS.append(ROWS[1] | {"answer": "again"})
+ROWS += [ROWS[1] | {"answer": "again"}, ROWS[2]]
 
 
 class Stages:
@@ -73,7 +73,7 @@ class Stages:
 
         built: list[Any] = []
         self.patch.setattr(trainer, "Trainer", lambda **given: built.append(given) or SimpleNamespace(
-            remove_callback=lambda _: None))  # fmt: skip
+            remove_callback=lambda _: None, add_callback=lambda _: None))  # fmt: skip
         rows = SimpleNamespace(select_columns=lambda _: None)
         model = SimpleNamespace(named_parameters=list)
         trainer.build(model, None, rows, rows, config, resolve(config, CPU), Path("out"), None)
@@ -243,6 +243,7 @@ class Stages:
         self.patch.setattr(finetune, "read_inputs", lambda _: SimpleNamespace(resolved=None))
         self.patch.setattr(context, "open_run", opened)
         self.patch.setattr(tokens, "tokenize", lambda *_: SimpleNamespace(train=part, heldout=part))
+        self.patch.setattr(tokens, "log_data", lambda *_: None)
         self.patch.setattr(tokens.calibration, "plan_run", note("plan"))
         self.patch.setattr(setup, "build", lambda *_: trainable)
         self.patch.setattr(measure, "measure", note("measure"))

@@ -85,7 +85,7 @@ def test_keep_dtypes_restores_dtypes_and_values():
 
 
 def test_settings_rejected_by_peft_are_reported():
-    config = compose(["method=lora", "method.layers_to_transform=[0]", "method.target_modules=all-linear"])
+    config = compose(["method=lora", "method.layers_pattern=[layers]", "method.target_modules=[q_proj]"])
     with pytest.raises(ConfigError, match="PEFT refuses"):
         adapters.peft_config(config, bare())
 

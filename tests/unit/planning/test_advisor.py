@@ -100,26 +100,18 @@ def test_nothing_is_chosen_unless_both_methods_were_planned():
 
 
 @pytest.mark.slow
-def test_named_methods_are_compared_and_unplannable_ones_explained():
-    words = [*TINY, "method=lora,boft", "lora_variant=lora"]
-    card = Gpu("GPU", 0.72)
-    found, why = advisor.options(words, card, [card], lambda _: None)
-    assert [one.name for one in found] == ["method=lora"]
-    assert "cannot be planned" in why["method=boft"]
-    fit = found[0].fits[card]
-    assert fit.length == 256  # all that the model takes
-    assert 1 < fit.rows < advisor.MOST_ROWS
-    with pytest.raises(UserError, match="cannot be planned"):
-        advisor.options([*TINY, "method=boft"], card, [card], lambda _: None)
-
-
-@pytest.mark.slow
-def test_larger_card_fits_at_least_as_many_rows():
+def test_named_ways_are_compared_and_unplannable_ones_explained():
+    words = [*TINY, "method=lora", "quantization=none,quanto_int4", "lora_variant=lora"]
     cards = [Gpu("GPU", size) for size in (0.68, 0.72)]
-    found, _ = advisor.options([*TINY, "method=qlora"], cards[0], cards, lambda _: None)
-    rows = [found[0].fits[card].rows for card in cards]
-    assert rows == sorted(rows)
-    assert rows[0] < rows[-1]
+    found, why = advisor.options(words, cards[0], cards, lambda _: None)
+    assert [one.name for one in found] == ["method=lora quantization=none"]
+    assert "cannot be planned" in why["method=lora quantization=quanto_int4"]
+    smaller, larger = (found[0].fits[card] for card in cards)
+    assert larger.length == 256  # all that the model takes
+    assert smaller.rows < larger.rows
+    assert 1 < larger.rows < advisor.MOST_ROWS
+    with pytest.raises(UserError, match="cannot be planned"):
+        advisor.options([*TINY, "method=lora", "quantization=quanto_int4"], cards[0], cards, lambda _: None)
 
 
 @pytest.mark.slow

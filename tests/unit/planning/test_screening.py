@@ -18,7 +18,7 @@ TINY = [
 
 def test_oversized_config_is_explained_and_unplannable_config_is_kept():
     large = "++model.architecture.hidden_size=8192"
-    configs = [compose([*TINY, *words]) for words in ([], [large], ["method=boft"])]
+    configs = [compose([*TINY, *words]) for words in ([], [large], ["quantization=quanto_int4"])]
     small, too_large, unknown = unfit(configs, 3.0)
     assert (small, unknown) == ("", "")
     assert too_large.startswith("does not fit: ")
