@@ -19,7 +19,7 @@ CARD = Gpu("GPU", 24.0)
 TINY = [
     "model=tiny_llama",
     "+model.architecture={_name_or_path: random:llama, model_type: llama, vocab_size: 512, hidden_size: 128,"
-    " intermediate_size: 256, num_hidden_layers: 6, num_attention_heads: 4, num_key_value_heads: 4,"
+    " intermediate_size: 256, num_hidden_layers: 3, num_attention_heads: 4, num_key_value_heads: 4,"
     " max_position_embeddings: 256}",
     "training.max_length=64",
 ]
