@@ -74,18 +74,16 @@ class Report:
 
     def lines(self, name: str) -> list[tuple[int, str]]:
         """Return a log level and a line for each reason that rows were left out or changed for."""
-        told = [
-            (
-                logging.WARNING if count > _MANY * self.read else logging.INFO,
-                f"{name}: {count} of {self.read} rows left out: {reason} ({self._such_as(reason)}{_REMEDIES[reason]})",
-            )
-            for reason, count in self.dropped.items()
-            if count and reason != "leaks"  # which have a line of their own
-        ]
-        told += [(logging.INFO, f"{name}: {what}: {count} rows") for what, count in self.notes.items()]
+        lines = []
+        for reason, count in self.dropped.items():
+            if count and reason != "leaks":  # which have a line of their own
+                share = f"{count} of {self.read} rows ({count / self.read:.0%}) left out"
+                level = logging.WARNING if count > _MANY * self.read else logging.INFO
+                lines.append((level, f"{name}: {share}: {reason} ({self._such_as(reason)}{_REMEDIES[reason]})"))
+        lines += [(logging.INFO, f"{name}: {what}: {count} rows") for what, count in self.notes.items()]
         if self.unused:
-            told.append((logging.INFO, f"{name}: columns that are not used: {', '.join(map(_visible, self.unused))}"))
-        return told
+            lines.append((logging.INFO, f"{name}: columns that are not used: {', '.join(map(_visible, self.unused))}"))
+        return lines
 
     def _such_as(self, reason: str) -> str:
         return f"such as {self.examples[reason]}; " if reason in self.examples else ""
@@ -108,7 +106,7 @@ def clean(source: Source, config: DatasetConfig, path: str) -> tuple[Dataset, Re
         raise DataError(f"{path}: it has no rows")
     if missing := [column for column in columns.values() if column not in source.columns]:
         raise DataError(_no_column(path, missing[0], source))
-    settings = [columns, config.format, config.drop_matching, config.drop_duplicates]
+    settings = [columns, config.format, config.drop_matching, config.drop_duplicates, bool(config.system_message)]
     name = f"rows-{json_digest([CACHE_LAYOUT, source.key, *settings])}"
     folder = built(name, lambda part: _Cleaner(source, config, columns, path).write(part))
     report = Report(**json.loads((folder / _REPORT).read_text("utf-8")))
@@ -250,6 +248,8 @@ class _Cleaner:
         if turns[last + 1 :] and answers:
             self._note("the turns after the last answer are not learned")
         turns = turns[: last + 1]
+        if self._config.system_message and turns and turns[0]["role"] in dialogues.SYSTEM_ROLES:
+            self._note("dataset.system_message is replaced by the row's own")
         whole = all(turn.get("content") is not None or turn.keys() - {"role", "content"} for turn in turns)
         row = {
             "prompt": dialogues.said(turns[-2]) if whole and len(turns) > 1 else "",

@@ -6,7 +6,7 @@ What a message says is kept or refused by name. Does not depend on templates: `d
 import json
 from typing import Any
 
-from qlora_exp.data.values import as_text
+from qlora_exp.data.values import DECODER, as_text
 from qlora_exp.utils.errors import DataError, did_you_mean
 
 Message = dict[str, Any]
@@ -58,8 +58,8 @@ def tools(value: Any, where: str, fills_with_null: bool) -> list[dict[str, Any]]
 def _parsed(value: Any, column: str, where: str, kind: str) -> list[dict[str, Any]]:
     if isinstance(value, str):
         try:
-            value = json.loads(value) if value.strip() else None
-        except ValueError as error:
+            value = DECODER.decode(value) if value.strip() else None
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: {column} must be {kind}, or its JSON text; this is no JSON: {error}") from error
     if not isinstance(value, list | None) or not all(isinstance(item, dict) for item in value or ()):
         raise DataError(f"{where}: {column} must be {kind}; this is {str(value)[:40]!r}")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from qlora_exp.config.sections.dataset import FILE_FORMATS
-from qlora_exp.data.values import Number
+from qlora_exp.data.values import DECODER
 from qlora_exp.utils.errors import DataError, last_line
 
 Row = tuple[str, dict[str, Any]]
@@ -113,21 +113,6 @@ def _is_utf8(line: bytes) -> bool:
 # JSON
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        (name, _), *_ = Counter(key for key, _ in pairs).most_common(1)
-        raise DataError(f"the key {name!r} occurs twice in one object")
-    return values
-
-
-_DECODER = json.JSONDecoder(
-    object_pairs_hook=_object,
-    parse_float=Number,
-    parse_int=lambda text: Number(text) if text == "-0" else int(text),
-)
-
-
 class _JsonReader:
     """Values of a JSON text, which is read in pieces: values one after another, or the elements of one list."""
 
@@ -171,14 +156,14 @@ class _JsonReader:
     def _value(self) -> Any:
         while True:
             try:
-                value, end = _DECODER.raw_decode(self._text, self._at)
+                value, end = DECODER.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
                 cut_off = error.msg.startswith("Unterminated") or error.pos > len(self._text) - _LONGEST_WORD
                 if cut_off and self._more():
                     continue
                 self._line += self._text.count("\n", self._at, error.pos)
                 raise self._damaged(error.msg) from error
-            except (ValueError, RecursionError, DataError) as error:  # too long a number, too deep a nesting
+            except (ValueError, RecursionError) as error:  # a repeated key, too long a number, too deep a nesting
                 raise self._damaged(str(error)) from error
             self._line += self._text.count("\n", self._at, end)
             self._at = end

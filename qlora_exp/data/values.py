@@ -1,7 +1,8 @@
-"""Write values of data files as text: text unchanged, anything else as JSON. Depends on nothing else."""
+"""Read JSON without loss, and write values as text: text unchanged, anything else as JSON."""
 
 import json
 import math
+from collections import Counter
 from decimal import Decimal
 from typing import Any
 
@@ -16,6 +17,22 @@ class Number(float):
         number = super().__new__(cls, text)
         number.text = text
         return number
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        ((name, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {name!r} occurs twice in one object")
+    return values
+
+
+DECODER = json.JSONDecoder(
+    object_pairs_hook=_object,
+    parse_float=Number,
+    parse_int=lambda text: Number(text) if text == "-0" else int(text),
+)
+"""Reads JSON so that numbers keep how they are written; refuses an object with a key twice (`ValueError`)."""
 
 
 def as_text(value: Any) -> str:

@@ -291,8 +291,8 @@ def test_leaks_and_rows_left_out_are_counted_and_logged(run_quick, write_jsonl, 
     assert result.metrics["leaks/exact"] == 1
     assert "1 training rows have the question of a held-out row" in caplog.text
     assert json.loads((result.output_dir / "leaks.json").read_text())[0]["kind"] == "exact"
-    assert "1 of 13 rows left out: duplicates (such as line 10; dataset.drop_duplicates=false" in caplog.text
-    assert "1 of 13 rows left out: without the columns (such as line 11, which has prompt" in caplog.text
+    assert "1 of 13 rows (8%) left out: duplicates (such as line 10; dataset.drop_duplicates=false" in caplog.text
+    assert "1 of 13 rows (8%) left out: without the columns (such as line 11, which has prompt" in caplog.text
     assert "1 held-out rows have no answer token within training.max_length" in caplog.text
     audit = json.loads((result.output_dir / "label_audit.json").read_text())
     assert audit["left_out"]["duplicates"] == 1

@@ -77,13 +77,15 @@ def test_rows_with_other_answers_are_no_duplicates(write_jsonl):
     _, report = cleaned(path)
     ((level, line),) = report.lines("own")
     assert level == logging.WARNING
-    assert line.startswith("own: 6 of 12 rows left out: duplicates (such as line 7; dataset.drop_duplicates=false")
+    assert line.startswith(
+        "own: 6 of 12 rows (50%) left out: duplicates (such as line 7; dataset.drop_duplicates=false"
+    )
 
 
 def test_few_rows_left_out_are_no_warning(write_jsonl):
     _, report = cleaned(write_jsonl([*ROWS, {"prompt": "p", "completion": None, "id": 3}]))
     (level, line), (_, unused) = report.lines("own")
-    assert (level, "1 of 21 rows left out: empty (such as line 21" in line) == (logging.INFO, True)
+    assert (level, "1 of 21 rows (5%) left out: empty (such as line 21" in line) == (logging.INFO, True)
     assert unused == "own: columns that are not used: id"
 
 
@@ -139,6 +141,13 @@ def test_dialogue_and_tools_are_kept_whole(write_jsonl):
     assert [row["tools"] for row in rows] == [TOOLS, None]
     assert '"name": "f"' in rows[0]["completion"]
     assert report.notes == {"the turns after the last answer are not learned": 1}
+
+
+def test_own_system_message_is_noted_if_the_config_has_one(write_jsonl):
+    path = write_jsonl([{"messages": [{"role": "system", "content": "s"}, USER, ANSWER]}])
+    assert cleaned(path, **CHAT)[1].notes == {}
+    _, report = cleaned(path, **CHAT, system_message="Be kind.")
+    assert report.notes == {"dataset.system_message is replaced by the row's own": 1}
 
 
 def test_dialogue_is_read_from_json_text(tmp_path):

@@ -32,6 +32,10 @@ def test_everything_that_a_message_says_is_kept(given: dict, kept: dict):
     assert messages([given]) == messages(json.dumps([given])) == expected
 
 
+def test_number_in_json_text_keeps_its_digits():
+    assert messages('[{"role": "user", "content": 1.10}]') == [{"role": "user", "content": "1.10"}]
+
+
 def test_nulls_that_a_column_type_adds_are_left_out():
     given = {"role": "assistant", "content": "a", "tool_calls": [CALL], "name": None}
     arguments = messages([given], fills_with_null=True)[0]["tool_calls"][0]["function"]["arguments"]
@@ -57,6 +61,7 @@ def test_nulls_that_a_column_type_adds_are_left_out():
         ([{"role": "user", "content": float("nan")}], "not a finite number"),
         ("[{'role': 'user'}]", "this is no JSON"),
         ("hello", "this is no JSON"),
+        ('[{"role": "user", "role": "tool"}]', "the key 'role' occurs twice"),
         (3, "must be a list of messages"),
         (["a"], "must be a list of messages"),
     ],
