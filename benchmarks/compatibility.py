@@ -117,6 +117,7 @@ def _alike(verdict: str) -> str:
             r".*(type|module|a) (<class '[\w.]*\.)?(Conv1D|FalconLinear)\b.*",
             r"its layers are \3, which the method does not support",
         ),
+        (r" of PeftType\.\w+ for a \w+ model", ""),
         (r"(Unsupported model type) for adaption prompt: .*", r"\1"),
         (r" \(model\.layers[\w.]*, \.\.\.\)", ""),
         (r"[\w=]+ does not work on them", "the variant does not work on them"),

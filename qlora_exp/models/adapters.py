@@ -134,6 +134,11 @@ def attach(
     except (ValueError, TypeError, ImportError, AttributeError, LookupError, RuntimeError) as error:
         if is_out_of_memory(error) or lacks_values(error):
             raise
+        if "specify `target_modules`" in str(error):
+            raise ConfigError(
+                f"PEFT has no default layers of {settings.peft_type} for a {model.config.model_type} model: name some "
+                "in method.target_modules (for IA3, those of the MLP in method.feedforward_modules too)"
+            ) from error
         reason = re.sub(r"(Target module \w+)\(.*\) is", r"\1 is", str(error), flags=re.DOTALL)  # it prints the module
         raise ConfigError(f"PEFT cannot adapt this model with {settings.peft_type}: {reason}") from error
     if settings.peft_type == PeftType.ADAPTION_PROMPT:
@@ -146,7 +151,7 @@ def attach(
 
 def lacks_values(error: BaseException) -> bool:
     """Return whether code failed because it reads values, which a model on the meta device does not have."""
-    return re.search(r"\bmeta\b", str(error), re.IGNORECASE) is not None
+    return re.search(r"(?<![a-z])meta(?![a-z])", str(error), re.IGNORECASE) is not None  # register_meta too
 
 
 def trainable_set(model: torch.nn.Module) -> set[str]:

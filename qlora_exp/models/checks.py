@@ -20,7 +20,7 @@ from qlora_exp.config.peft_methods import FROM_ROWS
 from qlora_exp.config.schema import Config
 from qlora_exp.models.adapters import attach, lacks_values, peft_config, trainable_set
 from qlora_exp.models.base import Tokenizer, load_tokenizer, skeleton
-from qlora_exp.models.targets import adapted_names, is_within, parts_without_text, unused_entries
+from qlora_exp.models.targets import adapted_names, is_within, misunderstood, parts_without_text
 from qlora_exp.utils.errors import ConfigError, DataError, ModelError, first_line
 
 TextRows = Iterable[dict[str, Any]]
@@ -127,9 +127,9 @@ def _named(config: Config) -> str:
 
 def _try(model: Any) -> Exception | None:
     """Run a batch without values through the model; return the error, if there is one."""
-    ids = torch.zeros(2, 4, dtype=torch.long, device="meta")
+    ids = torch.zeros(2, 4, dtype=torch.long, device="meta")  # no attention mask: its values would be read
     try:
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
+        model(input_ids=ids, labels=ids)
     except Exception as error:  # the caller knows whether the base has it too
         return error
     return None
@@ -146,7 +146,7 @@ def _problems(adapted: Any, settings: PeftConfig, modules: list[str], apart: lis
     """
     if not (trained := trainable_set(adapted)):
         yield "it adapts none of its layers, which are of a type that the method does not support"
-    yield from unused_entries(settings, modules, adapted_names(adapted))
+    yield from misunderstood(settings, modules, adapted_names(adapted))
     head = adapted.get_base_model().get_output_embeddings()
     if isinstance(head, TrainableTokensWrapper | TrainableTokensLayer):
         yield (

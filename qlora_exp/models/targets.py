@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
+from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import PreTrainedModel
 
 from qlora_exp.config.peft_methods import PRESETS
@@ -42,6 +43,8 @@ def resolve_targets(wanted: str | list[str], model: PreTrainedModel) -> str | li
             raise ConfigError(_no_match(wanted, model, linear))
         return shortest_names(chosen, model)
     matched: set[str] = set()
+    if not wanted:
+        return wanted  # with target_parameters only
     for target in [wanted] if isinstance(wanted, str) else wanted:
         matching = {*_matching("target_modules", target if wanted == target else _ends_with(target), names)}
         if not matching:
@@ -152,25 +155,47 @@ def adapted_names(adapted: Any) -> list[str]:
     return [*getattr(tuner, "targeted_module_names", []), *getattr(tuner, "targeted_parameter_names", [])]
 
 
-def unused_entries(settings: PeftConfig, modules: Collection[str], adapted: Collection[str]) -> Iterator[str]:
-    """Yield a message for each entry of a setting that names modules and matches none: PEFT would ignore it.
+def misunderstood(settings: PeftConfig, modules: Collection[str], adapted: Collection[str]) -> Iterator[str]:
+    """Yield a message for each entry that names modules and that PEFT would ignore, or match to other modules too.
 
     Args:
         settings: PEFT's config.
         modules: the names of the base model's modules.
-        adapted: the names of those that are adapted.
+        adapted: the names of those that are adapted, and of adapted parameters.
     """
+    kinds = ", ".join(count_kinds(adapted))
     for setting in ("rank_pattern", "alpha_pattern"):
         for key in getattr(settings, setting, None) or {}:
             if not [*_matching(setting, rf"(.*\.)?({key})", adapted)]:
-                yield f"method.{setting}: '{key}' matches no adapted layer; adapted: {', '.join(count_kinds(adapted))}"
+                yield f"method.{setting}: '{key}' matches no adapted layer; adapted: {kinds}"
+    for key in getattr(settings, "target_parameters", None) or []:
+        if not [*_matching("target_parameters", _ends_with(key), adapted)]:
+            yield f"method.target_parameters: '{key}' matches no parameter of this model; adapted: {kinds}"
+    numbers = {int(part) for name in adapted for part in name.split(".") if part.isdigit()}
+    chosen = getattr(settings, "layers_to_transform", None)
+    for number in [chosen] if isinstance(chosen, int) else chosen or []:
+        if number not in numbers:
+            yield f"method.layers_to_transform: no adapted layer has the number {number}; adapted: {kinds}"
+    named = getattr(settings, "target_modules", None) not in (None, "all-linear")
+    missing = [name for name in modules if named and check_target_module_exists(settings, name) and name not in adapted]
+    if missing:
+        yield (
+            f"method.target_modules: PEFT does not adapt {', '.join(count_kinds(missing))}: in a mixture of experts it "
+            "takes these names for those of the fused experts; name other layers"
+        )
     for setting in ("modules_to_save", "exclude_modules"):
         wanted = getattr(settings, setting, None) or []
         for key in [wanted] if isinstance(wanted, str) else sorted(wanted):
             pattern = key if isinstance(wanted, str) else _ends_with(key)
-            if not [*_matching(setting, pattern, modules)]:
+            if not (matching := {*_matching(setting, pattern, modules)}):
                 leaves = {name.rpartition(".")[2] for name in modules} - {""}
                 yield f"method.{setting}: '{key}' matches no module of this model{did_you_mean(key, sorted(leaves))}"
+            more = sorted({name for name in modules if name.endswith(key)} - matching)
+            if setting == "modules_to_save" and matching and more:
+                yield (
+                    f"method.modules_to_save: PEFT would also train {', '.join(count_kinds(more))}, whose names end "
+                    f"like '{key}'; write {', '.join(sorted(matching))}"
+                )
 
 
 def _preset(preset: str, model: PreTrainedModel, linear: list[str]) -> set[str]:
@@ -221,5 +246,7 @@ def _no_match(target: str, model: PreTrainedModel, linear: Iterable[str], is_ite
         start = f"method.target_modules: '{target}' is a preset, not the name of a module: write it without a list"
     elif target not in PRESETS:
         start += did_you_mean(target, [*sorted({name.rpartition(".")[2] for name in linear}), *PRESETS])
+        if not is_item and any(re.search(target, name) for name in linear):
+            start += f" A regular expression must match whole names: '.*({target})'"
     end = f"; its experts are fused parameters ({experts}): name them in method.target_parameters" if experts else ""
     return f"{start.rstrip('.')}; name some of its linear layers in a list: {kinds}{end}; presets: {', '.join(PRESETS)}"

@@ -44,7 +44,8 @@ def show_one(planned: Planned, price: float | None) -> None:
         rows.append(["allocator", *(f"{(phase.reserved - phase.tensors) / MIB:,.0f}" for phase in phases)])
     rows.append(["all", *(f"{phase.reserved / MIB:,.0f}" for phase in phases)])
     print_table("peak memory of each phase, MiB", ["", *prediction.phases], rows)
-    print(f"trained  {prediction.trainable:,} of {prediction.total:,} parameters")
+    moved = ", before EVA moves ranks between layers" if config.lora_start == "eva" else ""
+    print(f"trained  {prediction.trainable:,} of {prediction.total:,} parameters{moved}")
     print(f"memory   {expected(prediction, gpu) / GIB:.2f} GiB{_whether_it_fits(prediction, gpu)}")
     if prediction.paged:
         print(

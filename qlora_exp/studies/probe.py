@@ -86,6 +86,8 @@ def family_verdict(words: Sequence[str], family: str) -> str:
     if verdict == WORKS:
         return WORKS
     config = _Trial(words, base).config()
+    if compatibility.family_refusal(compatibility.kind_of(config.method.peft_type, config.lora_variant.name), family):
+        return verdict  # it is refused because of an earlier verdict
     try:
         check_adapter(config, model.skeleton(config.model))
     except ConfigError as error:

@@ -1,19 +1,20 @@
 import math
+from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 
-from qlora_exp.config import compatibility
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.peft_methods import FROM_ROWS
-from qlora_exp.config.sections.method import LoraVariantConfig
 from qlora_exp.config.sections.model import ModelConfig
 from qlora_exp.environment.device import Device, resolve
 from qlora_exp.models import adapters
-from qlora_exp.models.base import load_model, load_unquantized, skeleton
+from qlora_exp.models.base import load_model, load_unquantized, model_config, skeleton
+from qlora_exp.planning.planner import build_model
 from qlora_exp.studies import probe
 from qlora_exp.training.arguments import arguments
-from qlora_exp.training.optimizers import lora_optimizer
+from qlora_exp.training.optimizers import KeepTrainableSet, lora_optimizer
 from qlora_exp.utils.errors import ConfigError
 
 ATTENTION = {
@@ -108,26 +109,44 @@ METHODS = [words for kind, words in probe.kinds().items() if kind != "LORA+qalor
 
 
 @pytest.mark.parametrize("words", [*METHODS, ("method=lora", "optimizer=lorafa")], ids=probe.name_of)
-def test_same_parameters_are_trained_after_the_base_was_used_alone(words: tuple[str, ...], tmp_path):
+def test_same_parameters_are_planned_and_trained_over_every_context(words: tuple[str, ...], tmp_path):
     quantized = "nf4" if "lora_variant=loftq" in words else "none"
     given = [*words, "model=tiny_llama", f"quantization={quantized}", "device=cpu"]
     if "method=trainable_tokens" in words:
         given.append("method.token_indices=[41,42]")
-    with compatibility.ignored():
-        config = compose(given)
+    config = compose(given)
     resolved = resolve(config, Device("cpu", "CPU", bf16=False, paging=False))
     start = config.lora_start
-    if start in FROM_ROWS:  # rows only choose values
-        config = config.model_copy(update={"lora_variant": LoraVariantConfig()})
     base = load_model(config.model, config.quantization, resolved)
-    model = adapters.attach(base, adapters.peft_config(config, bare()), "float32")
+    settings: Any = adapters.peft_config(config, bare())
+    if start in FROM_ROWS:  # rows choose values, and EVA's ranks
+        settings.init_lora_weights = True
+    model = adapters.attach(base, settings, "float32")
     lora_optimizer(model, config.optimizer, arguments(config, resolved, tmp_path))
     trained = adapters.trainable_set(model)
+    frozen = "lora_B" if start == "mica" else "lora_A" if config.optimizer.lora_optimizer else "base_layer"
     assert trained
+    assert not [name for name in trained if frozen in name and settings is not None]
+    callback = KeepTrainableSet(model)
     with adapters.base_alone(model):
         pass
     assert adapters.trainable_set(model) == trained
-    frozen = {"mica": "lora_B", None: "lora_A" if config.optimizer.lora_optimizer else "nothing"}.get(start, "nothing")
-    assert not [name for name in trained if frozen in name]
-    parameters = dict(model.named_parameters())
-    assert adapters.count_parameters(model)[0] == sum(parameters[name].numel() for name in trained)
+    if isinstance(model, PeftModel):
+        model.set_adapter("default")  # as when a checkpoint is loaded
+    callback.on_train_begin()
+    assert adapters.trainable_set(model) == trained
+    count = adapters.count_parameters(model)[0]
+    assert count == sum(parameter.numel() for name, parameter in model.named_parameters() if name in trained)
+    if not config.optimizer.lora_optimizer:
+        assert planned_count(config, resolved) in (None, count)
+
+
+def planned_count(config, resolved) -> int | None:
+    """The number of parameters that a plan calls trained; None if the method cannot be planned."""
+    try:
+        planned = build_model(config, resolved, model_config(config.model), 2)
+    except RuntimeError as error:
+        if adapters.lacks_values(error):
+            return None
+        raise
+    return adapters.count_parameters(planned)[0]

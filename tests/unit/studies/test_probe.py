@@ -13,7 +13,8 @@ from qlora_exp.studies.probe import kinds
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("_quanto")]
 
-KEPT = json.loads(compatibility.FILE.read_text("utf-8"))["verdicts"]
+RECORDED = json.loads(compatibility.FILE.read_text("utf-8"))
+KEPT = RECORDED["verdicts"]
 KINDS = kinds()
 METHODS = [kind for kind in KINDS if "+" not in kind]
 VARIANTS = [f"LORA+{name}" for name in ("dora", "kasa", "monteclora", "olora", "velora")]
@@ -43,6 +44,24 @@ def test_recorded_verdicts_of_all_aspects_are_reproduced(kind: str):
     assert {aspect: outcome(verdict) for aspect, verdict in found.items()} == {
         aspect: outcome(verdict) for aspect, verdict in KEPT[kind]["plain"].items()
     }, found
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [
+        ("LORA", "gpt_bigcode"),
+        ("LORA", "qwen3_moe"),
+        ("IA3", "gpt2"),
+        ("IA3", "phi3"),
+        ("LORA+lora_ga", "falcon"),
+        ("LORA+olora", "gpt2"),
+        ("LORA+pissa", "mixtral"),
+        ("OSF", "gpt2"),
+        ("TRAINABLE_TOKENS", "gemma2"),
+    ],
+)
+def test_recorded_verdict_of_a_family_is_reproduced(kind: str, family: str):
+    assert probe.family_verdict(KINDS[kind], family) == RECORDED["families"][family].get(kind, WORKS)
 
 
 def test_changed_frozen_weights_are_detected(monkeypatch):
