@@ -25,7 +25,7 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 _PIECE = 1 << 20
 _LONGEST_WORD = 16
 """Number of characters of JSON's longest word, -Infinity, and some more."""
-_FIRST_ROWS = 100
+_FIRST_ROWS = 1000
 
 
 def looks_local(path: str) -> bool:
