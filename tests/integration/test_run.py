@@ -91,20 +91,10 @@ def test_sampled_answers_before_and_after_share_their_prompts(run_quick):
     assert answers["after"][0]["reference"]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "error"),
-    [
-        (["training.max_length=10"], DataError),
-        (["method.target_modules=[nope]"], ConfigError),
-        (["model.model_name_or_path=./gone"], UserError),
-    ],
-)
-def test_config_errors_are_recorded_before_weights_are_loaded(
-    overrides, error, run_quick, mlflow_uri, monkeypatch, tmp_path
-):
+def test_data_error_is_recorded_before_weights_are_loaded(run_quick, mlflow_uri, monkeypatch, tmp_path):
     monkeypatch.setattr("qlora_exp.models.base.load_model", lambda *_: pytest.fail("weights were loaded"))
-    with pytest.raises(error):
-        run_quick(*overrides)
+    with pytest.raises(DataError):
+        run_quick("training.max_length=10")
     run_id = (tmp_path / "run0" / "run.log").read_text().split("run ", 1)[1].split()[0]
     assert client(mlflow_uri).get_run(run_id).info.status == "FAILED"
 
@@ -115,9 +105,11 @@ def test_config_errors_are_recorded_before_weights_are_loaded(
         (["dataset.drop_matching=."], DataError),
         (["dataset=reasoning_gym", "dataset.path=reasoning_gym:nope"], DataError),
         (["device=mps"], ConfigError),
+        (["method.target_modules=[nope]"], ConfigError),
+        (["model.model_name_or_path=./gone"], UserError),
     ],
 )
-def test_invalid_data_or_device_is_rejected_before_a_run_exists(overrides, error, run_quick, tmp_path):
+def test_invalid_data_device_or_model_is_rejected_before_a_run_exists(overrides, error, run_quick, tmp_path):
     with pytest.raises(error):
         run_quick(*overrides)
     assert not (tmp_path / "run0").exists()
