@@ -131,7 +131,7 @@ def attach(
             # PEFT 0.21 says so of its own entries for fused experts, which it does use; `checks` checks the user's.
             warnings.filterwarnings("ignore", message=r"The following (rank|alpha)_pattern keys did not match")
             adapted = get_peft_model(model, settings)
-    except (ValueError, TypeError, ImportError, AttributeError, LookupError, RuntimeError) as error:
+    except (ValueError, TypeError, ImportError, AttributeError, LookupError, AssertionError, RuntimeError) as error:
         if is_out_of_memory(error) or lacks_values(error):
             raise
         if "specify `target_modules`" in str(error):

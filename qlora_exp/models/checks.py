@@ -53,7 +53,7 @@ def _check_tokens(
             f"{name}: its tokenizer ({type(tokenizer).__name__}) is not one of the tokenizers library, which is needed "
             "here; save it as a fast tokenizer (tokenizer.json), or choose another model"
         )
-    if max(tokenizer.vocab_size - 1, *tokenizer.added_tokens_decoder) < embeddings:
+    if max([tokenizer.vocab_size - 1, *tokenizer.added_tokens_decoder]) < embeddings:
         return
     remedy = (
         f"the model has {embeddings} embeddings (0 to {embeddings - 1}), fewer than its tokenizer has tokens: enlarge "

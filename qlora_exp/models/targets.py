@@ -100,7 +100,7 @@ def fused_experts(model: torch.nn.Module) -> list[str]:
 
 def shortest_names(chosen: Collection[str], model: torch.nn.Module) -> list[str]:
     """Return the shortest ends of names that the chosen modules have, and no others."""
-    others = {end for name, _ in model.named_modules() if name not in {*chosen} for end in _ends(name)}
+    others = {end for name in {name for name, _ in model.named_modules()} - {*chosen} for end in _ends(name)}
     return sorted({next((end for end in _ends(name) if end not in others), name) for name in chosen})
 
 
@@ -109,7 +109,7 @@ def parts_without_text(model: PreTrainedModel) -> list[str]:
     if model.config.get_text_config() is model.config:
         return []
     decoder, head = model.get_decoder(), model.get_output_embeddings()
-    path = next(name for name, module in model.named_modules() if module is decoder)
+    path = next((name for name, module in model.named_modules() if module is decoder), "")
     parents = {".".join(path.split(".")[:depth]) for depth in range(path.count(".") + 1)} if path else set()
     return [
         name

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_exp.config.sections.model import ModelConfig
@@ -149,3 +149,28 @@ def test_summary_names_what_is_adapted_and_what_all_linear_leaves_out(multimodal
     assert found["adapted"].startswith("model.layers.*.self_attn.q_proj (2)")
     assert found["left_out"] == "model.layers.*.mlp.experts.gate_up_proj (2), model.layers.*.mlp.experts.down_proj (2)"
     assert targets.summary(multimodal, multimodal, None)["without_text"].startswith("model.vision_tower (1)")
+
+
+@pytest.mark.parametrize(
+    ("family", "preset"), [("gpt2", "attention"), ("gpt_bigcode", "mlp"), ("gemma3", "all-linear")]
+)
+def test_saved_adapter_of_a_preset_is_loaded_and_merged_by_peft(family: str, preset: str, multimodal, tmp_path):
+    ids = torch.arange(40, 60)[None]
+
+    def base():
+        torch.manual_seed(0)
+        config = multimodal.config if family == "gemma3" else bare(family).config
+        return AutoModelForCausalLM.from_config(config).eval()
+
+    settings = LoraConfig(target_modules=targets.resolve_targets(preset, base()), task_type="CAUSAL_LM")
+    made = get_peft_model(base(), settings).eval()
+    for name, parameter in made.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.1)
+    made.save_pretrained(str(tmp_path))
+    again = PeftModel.from_pretrained(base(), tmp_path).eval()
+    with torch.no_grad():
+        expected = made(input_ids=ids).logits
+        assert not torch.allclose(base()(input_ids=ids).logits, expected, atol=1e-3)
+        torch.testing.assert_close(again(input_ids=ids).logits, expected)
+        torch.testing.assert_close(again.merge_and_unload()(input_ids=ids).logits, expected, rtol=1e-3, atol=1e-3)
