@@ -93,8 +93,12 @@ def check_command(arguments: Sequence[str]) -> None:
     config_dir = next((word.split("=", 1)[1] for word in arguments if word.startswith("--config-dir=")), config_dir)
     words = [word for word in arguments if "=" in word and not word.startswith("-")]
     config = _compose(words, config_dir)
-    if not any(word.startswith("sweep=") for word in words):  # a sweep checks its jobs itself
+    if not any(word.startswith(("sweep=", "hydra.mode=")) for word in words):  # a sweep checks its jobs itself
         _refuse_idle_keys(config, words, sweeping=False)
+        shows_config = any(word in ("-c", "--cfg") or word.startswith("--cfg=") for word in arguments)
+        for word in [] if shows_config else words:
+            if word.lstrip("+").startswith(("hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweep")):
+                raise ConfigError(f"{word} would change nothing: {idle.SINGLE_RUN}")
 
 
 def _refuse_idle_keys(config: Config, overrides: Sequence[str], sweeping: bool) -> None:

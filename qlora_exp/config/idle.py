@@ -21,6 +21,7 @@ ALWAYS = {
     "unrelated.leak_threshold": "unrelated text is not trained on",
 }
 """Keys that a section inherits, and that change nothing in any run."""
+SINGLE_RUN = "it is for sweeps, and this is a single run: add -m"
 SWEEP_ONLY = ("sweep", "search")
 """Sections that act in a sweep only."""
 _OF_ANSWERS = tuple(f"evaluation.{key}" for key in ("max_new_tokens", "generation_batch_size", "metrics"))
@@ -84,8 +85,7 @@ def idle(config: Config, sweeping: bool = False) -> Iterator[tuple[str, str]]:
     if not sweeping:
         sections = ((name, type(getattr(config, name)).model_fields) for name in SWEEP_ONLY)
         keys = (f"{name}.{key}" for name, fields in sections for key in fields)
-        why = "it is for sweeps, and this is a single run: add -m"
-        yield from ((key, why) for key in keys if key != "sweep.dry_run")
+        yield from ((key, SINGLE_RUN) for key in keys if key != "sweep.dry_run")
     if config.sweep.unfit == "run":
         yield "sweep.vram", "sweep.unfit=run asks no job whether it fits: set sweep.unfit=skip or refuse"
 

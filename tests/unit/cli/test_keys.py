@@ -16,3 +16,10 @@ def test_keys_finds_one_key(capsys):
     assert capsys.readouterr().out.startswith("  eval_steps: int | null = None; 12 in the default run\n")
     assert exit_code("keys", "learning_rate") == 1
     assert "did you mean 'training.learning_rate'" in capsys.readouterr().err
+
+
+def test_keys_does_not_list_what_never_acts(capsys):
+    assert exit_code("keys", "unrelated") == 0
+    assert "drop_leaks" not in capsys.readouterr().out
+    assert exit_code("keys", "unrelated.drop_leaks") == 1
+    assert "did you mean 'dataset.drop_leaks'" in capsys.readouterr().err
