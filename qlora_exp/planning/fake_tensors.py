@@ -85,7 +85,8 @@ class Recorder(TorchDispatchMode):
     def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
         """Mark storages that existed before the step, so that they are not recorded.
 
-        They are kept alive: if a layer replaces one (bitsandbytes casts biases), the next storage could have its address.
+        They are kept alive: if a layer replaces one, as bitsandbytes does with biases, the next storage could have its
+        address.
         """
         for tensor in tensors:
             self._ignored.append(tensor.untyped_storage())
