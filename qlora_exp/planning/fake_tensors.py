@@ -69,6 +69,7 @@ class Recorder(TorchDispatchMode):
         """Kind of the storages that are created from now on."""
         self._numbers: dict[int, int] = {}
         """Number of each storage that is alive, by address; -1 for storages that are not recorded."""
+        self._ignored: list[Any] = []
         self._count = 0
         self._inside = False
 
@@ -82,8 +83,13 @@ class Recorder(TorchDispatchMode):
         super().__exit__(*error)
 
     def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Mark storages that existed before the step, so that they are not recorded."""
+        """Mark storages that existed before the step, so that they are not recorded.
+
+        They are kept alive: if a layer replaces one, as bitsandbytes does with biases, the next storage could have its
+        address.
+        """
         for tensor in tensors:
+            self._ignored.append(tensor.untyped_storage())
             self._numbers[storage_address(tensor)] = -1
 
     def add(self, tensor: torch.Tensor, kind: str | None = None) -> None:

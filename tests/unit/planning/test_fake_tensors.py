@@ -117,3 +117,16 @@ def test_frees_after_the_recording_are_not_recorded():
         del goes
     del stays
     assert [event.nbytes for event in recorder.recording.events] == [32, 16, -16]
+
+
+def test_storage_at_the_address_of_a_replaced_weight_is_recorded():
+    recorder = Recorder()
+    with FakeTensorMode():
+        weights = [torch.nn.Parameter(torch.empty(8)) for _ in range(50)]
+        recorder.ignore(weights)
+        with recorder:
+            for weight in weights:  # as bitsandbytes does with biases in another dtype
+                weight.data = weight.data.to(torch.bfloat16)
+            kept = [torch.empty(3) for _ in range(50)]
+    assert [event.nbytes for event in recorder.recording.events] == [16] * 50 + [12] * 50
+    assert len(kept) == 50
