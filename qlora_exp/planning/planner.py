@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from trl.trainer.utils import add_fused_lm_head
 
@@ -185,11 +184,6 @@ def build_model(config: Config, resolved: Resolved, architecture: PretrainedConf
         model = adapters.attach(base, settings, resolved.adapter_dtype)
         if config.lora_start == "mica":  # it learns LoRA's A only
             adapters.set_trainable(model, {name for name in adapters.trainable_set(model) if ".lora_B." not in name})
-        if sampled := getattr(settings, "monteclora_config", None):  # without values PEFT leaves its parameters out
-            for layer in model.modules():
-                if isinstance(layer, LoraLayer):
-                    priors = torch.nn.Parameter(torch.empty(layer.r["default"] + sampled.num_samples))
-                    layer.register_parameter("monteclora_priors", priors)
     if resolved.gradient_checkpointing:
         if settings is not None:
             base.enable_input_require_grads()
