@@ -5,6 +5,8 @@ Does not depend on adapters or training.
 
 import errno
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from qlora_exp.config.sections.dataset import DatasetConfig
 from qlora_exp.config.sections.model import ModelConfig
 from qlora_exp.config.sections.quantization import QuantizationConfig
+from qlora_exp.data.end_of_turn import end_of_turn
+from qlora_exp.data.prompts import chat_template
 from qlora_exp.environment.device import Resolved
 from qlora_exp.models import builtin
 from qlora_exp.models.quantization import check_files, guard_layers, quantization_config
@@ -113,6 +118,46 @@ def load_model(config: ModelConfig, quantization: QuantizationConfig, resolved: 
     if quantizer_config is not None:
         _copy_from_file(model)
     return model
+
+
+@contextmanager
+def keep_router_setting(model: Any, inside: bool | None = None) -> Iterator[None]:
+    """Restore `output_router_logits` of a mixture-of-experts model after the context; do nothing for other models.
+
+    TRL turns it on in the config. That would break generation from padded batches, and would be saved with the model.
+    TRL's loss does not need it in the config: it asks for the router's logits in each call.
+
+    Args:
+        model: the model, with or without an adapter.
+        inside: the value within the context; None: unchanged.
+    """
+    config = model.config.get_text_config()
+    before = getattr(config, "output_router_logits", None)
+    if before is not None and inside is not None:
+        config.output_router_logits = inside
+    try:
+        yield
+    finally:
+        if before is not None:
+            config.output_router_logits = before
+
+
+def stop_at_end_of_turn(model: Any, dataset: DatasetConfig, tokenizer: Tokenizer) -> None:
+    """Add the token that ends an answer in this prompt format to those that end the model's generation.
+
+    It is saved with the model, in generation_config.json. A base model often has EOS only, whatever ends the turns of
+    the chat template.
+    """
+    end = end_of_turn(tokenizer, chat_template(dataset, tokenizer)).token
+    own = stop_tokens(model, tokenizer)
+    if end is not None and end not in own:
+        model.generation_config.eos_token_id = [*own, end]
+
+
+def stop_tokens(model: Any, tokenizer: Tokenizer) -> list[int]:
+    """List all tokens that end an answer: the tokenizer's EOS token and those of the model's generation config."""
+    own = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own] if own is not None else [])})
 
 
 def _copy_from_file(model: PreTrainedModel) -> None:

@@ -48,6 +48,7 @@ def build(run: RunContext, tokens: Tokens) -> Trainable:
             run.tracker.params({"resolved.target_modules": targets if isinstance(targets, str) else sorted(targets)})
     with run.memory.phase("load"):
         model = base.load_model(config.model, config.quantization, resolved)
+    base.stop_at_end_of_turn(model, config.dataset, tokens.tokenizer)
     used = places(model)
     run.tracker.params({"resolved.places": ", ".join(used)})
     if len(used) > 1:

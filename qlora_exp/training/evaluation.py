@@ -20,6 +20,7 @@ from transformers import GenerationConfig, StoppingCriteria
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from qlora_exp.config.sections.evaluation import EvaluationConfig
+from qlora_exp.models.base import keep_router_setting, stop_tokens
 
 Score = Callable[[str, dict[str, Any]], float]
 
@@ -110,7 +111,7 @@ def _evaluating(model: Any) -> Iterator[None]:
     training, use_cache = model.training, model.config.use_cache
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), keep_router_setting(model, inside=False):
             yield
     finally:
         model.train(training)
@@ -230,12 +231,6 @@ def _answer(
 def _first_token(tokenizer: Any) -> int:
     """Return the token that an empty prompt (of plain text) is replaced with, since a model cannot start from none."""
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-
-
-def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """List all tokens that end an answer: the tokenizer's EOS token and those of the model's generation config."""
-    own = model.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own] if own is not None else [])})
 
 
 def _scores(samples: list[dict[str, Any]], config: EvaluationConfig) -> list[str]:

@@ -18,6 +18,7 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.sft_trainer import SFTTrainer
 
 from qlora_exp.config.schema import Config
@@ -27,6 +28,7 @@ from qlora_exp.environment.efficiency import FlopCounter
 from qlora_exp.environment.memory import MemoryMonitor
 from qlora_exp.libraries import trl
 from qlora_exp.models.adapters import allocates, fit_schedule, keep_dtypes, penalty
+from qlora_exp.models.base import keep_router_setting
 from qlora_exp.training.arguments import arguments
 from qlora_exp.training.optimizers import lora_optimizer
 from qlora_exp.utils.errors import DivergedError
@@ -36,14 +38,8 @@ log = logging.getLogger(__name__)
 Log = Callable[[dict[str, float], int], None]
 
 # Our names for values that the trainer logs under a less clear name.
-_CURVES = {"eval_loss": "eval/loss", "eval_mean_token_accuracy": "eval/token_accuracy"}
-_SKIPPED = {
-    "eval_runtime",
-    "eval_samples_per_second",
-    "eval_steps_per_second",
-    "eval_entropy",
-    "eval_num_tokens",
-}
+_CURVES = {"eval_loss": "eval/loss", "eval_token_accuracy": "eval/token_accuracy"}
+_SKIPPED = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
 
 
 class _ByLength(LengthGroupedSampler):
@@ -68,9 +64,11 @@ class Trainer(SFTTrainer):
 
     def __init__(self, *args: Any, memory: MemoryMonitor, **kwargs: Any) -> None:
         self.memory = memory
-        self.seen: Any = torch.zeros(3, dtype=torch.long)  # counts of tokens, supervised tokens and sequences
-        self.flops_per_token: float | None = None
-        """Counted on the first batch; None before it, and for a compiled model; NaN if it cannot be counted."""
+        # Counts of tokens, supervised tokens, sequences, and positions of the batches, padding included.
+        self.seen: Any = torch.zeros(4, dtype=torch.long)
+        self._batches = 0
+        self._heldout = torch.zeros(3, dtype=torch.double)  # sums over the tokens of an evaluation
+        self._counted = [0.0, 0]  # FLOPs and positions of the batches whose FLOPs are counted
         super().__init__(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -81,13 +79,23 @@ class Trainer(SFTTrainer):
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         tokens = mask.sum() if mask is not None else ids.new_tensor(ids.numel())
         supervised = (inputs["labels"] != IGNORED).sum()
-        self.seen = self.seen.to(ids.device) + torch.stack([tokens, supervised, ids.new_tensor(len(ids))])
-        if self.flops_per_token is not None or self.args.torch_compile:
+        sizes = [tokens, supervised, ids.new_tensor(len(ids)), ids.new_tensor(ids.numel())]
+        self.seen = self.seen.to(ids.device) + torch.stack(sizes)
+        self._batches += 1
+        # Counting slows a batch down, so that only batches 1, 2, 4, 8, ... are counted.
+        if self._batches & (self._batches - 1) or self.args.torch_compile:
             return super().training_step(model, inputs, *args, **kwargs)
         with FlopCounter() as counter:
             loss = super().training_step(model, inputs, *args, **kwargs)
-        self.flops_per_token = counter.flops / int(tokens)
+        self._counted[0] += counter.flops
+        self._counted[1] += ids.numel()
         return loss
+
+    @property
+    def flops_per_position(self) -> float | None:
+        """FLOPs for each position of a batch, padding included; None if none were counted, or they cannot be."""
+        flops, positions = self._counted
+        return flops / positions if positions and not math.isnan(flops) else None
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any) -> Any:
         """Compute TRL's loss; in training, add the adapter's penalty to it."""
@@ -102,6 +110,30 @@ class Trainer(SFTTrainer):
         devices = [torch.cuda.current_device()] if self.args.device.type == "cuda" else []
         with self.memory.phase("evaluation"), torch.random.fork_rng(devices):
             return super().evaluate(*args, **kwargs)
+
+    def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> tuple[torch.Tensor, None, None]:
+        """Add the loss of a batch to the sums of `evaluation_loop`.
+
+        It is the loss that the evaluation after training measures: without the loss of a router, in nats, not DFT's.
+        """
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        sums = [-outputs.log_probs.float().sum(dim=1), outputs.is_top1.sum(dim=1), outputs.label_mask.sum(dim=1)]
+        self._heldout = self._heldout + torch.stack([part.cpu().double().sum() for part in sums])
+        return sums[0].sum() / sums[2].sum(), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Measure the held-out loss as the mean over tokens.
+
+        Transformers' own is a mean over batches, which depends on how rows are put into batches.
+        """
+        self._heldout = torch.zeros(3, dtype=torch.double)
+        output = super().evaluation_loop(*args, **kwargs)
+        assert output.metrics is not None
+        nll, correct, tokens = self._heldout.tolist()
+        output.metrics.update({"eval_loss": nll / tokens, "eval_token_accuracy": correct / tokens})
+        return output
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:  # transformers 5.23; no public hook for a sampler
         sampler = super()._get_train_sampler(train_dataset)
@@ -155,7 +187,7 @@ class Watcher(TrainerCallback):
     def __init__(self, trainer: Trainer, log: Log, judge: Callable[[float, int], None] | None = None) -> None:
         self.step_seconds: list[float] = []
         self.step_counts: list[list[int]] = []
-        """Numbers of tokens, supervised tokens and sequences of each step."""
+        """Numbers of tokens, supervised tokens, sequences and positions of each step."""
         self._trainer = trainer
         self._log = log
         self._judge = judge
@@ -244,12 +276,9 @@ class Watcher(TrainerCallback):
         if not seconds:
             return {}
         total = sum(seconds)
-        tokens, supervised, sequences = (sum(counts) for counts in zip(*self.step_counts[1:], strict=True))
-        per_token = self._trainer.flops_per_token
-        if per_token is None or math.isnan(per_token):
-            arithmetic = {}
-        else:
-            arithmetic = {"flops_per_second": per_token * tokens / total}
+        tokens, supervised, sequences, positions = (sum(counts) for counts in zip(*self.step_counts[1:], strict=True))
+        flops = self._trainer.flops_per_position
+        arithmetic = {} if flops is None else {"flops_per_second": flops * positions / total}
         return {
             "step_seconds_p50": float(np.median(seconds)),
             "step_seconds_mean": total / len(seconds),
@@ -280,7 +309,7 @@ def build(
     if allocates(model):
         callbacks.append(_Allocation(model))
     settings = arguments(config, resolved, output_dir)
-    with keep_dtypes(model):
+    with keep_dtypes(model), keep_router_setting(model):
         trainer = Trainer(
             memory=memory,
             model=model,
