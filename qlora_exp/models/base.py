@@ -5,6 +5,7 @@ Does not depend on adapters or training.
 
 import errno
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,11 +36,14 @@ from qlora_exp.config.sections.quantization import QuantizationConfig
 from qlora_exp.data.end_of_turn import end_of_turn
 from qlora_exp.data.prompts import chat_template
 from qlora_exp.environment.device import Resolved
+from qlora_exp.libraries.transformers import with_bitsandbytes_layers
 from qlora_exp.models import builtin
-from qlora_exp.models.quantization import check_files, guard_layers, quantization_config
+from qlora_exp.models.quantization import check_files, check_stored, guard_layers, quantization_config, stored
 from qlora_exp.utils.errors import ModelError, first_line
 
 Tokenizer = PreTrainedTokenizerBase
+_POSITIONS = re.compile(r"(^|\.)wpe(\.|$)|pos(ition)?s?_|_pos(ition)?s?(\.|$)")
+"""Names of position tables: wpe (GPT-2), embed_positions (OPT, GPT-J), position_embeddings, positions_embed."""
 
 
 def locate(config: ModelConfig) -> str:
@@ -94,6 +98,37 @@ def skeleton(config: ModelConfig) -> PreTrainedModel:
     model_config = _from_pretrained(AutoConfig, config)
     with init_empty_weights():
         return AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+
+
+def check_quantization(
+    config: ModelConfig, quantization: QuantizationConfig, resolved: Resolved, skeleton: PreTrainedModel
+) -> str | None:
+    """Return a sentence about what bitsandbytes would leave unquantized, before the weights are loaded; None: little.
+
+    Args:
+        config: the model's config.
+        quantization: the run's quantization; None is returned for other libraries than bitsandbytes.
+        resolved: dtypes of the run.
+        skeleton: the model without weights; its layers are replaced.
+
+    Raises:
+        ModelError: most of the model would stay as it is.
+    """
+    if not quantization.bitsandbytes:
+        return None
+    with_bitsandbytes_layers(skeleton, quantization_config(quantization, resolved))
+    return check_stored(config.model_name_or_path, quantization, stored(skeleton), getattr(torch, resolved.dtype))
+
+
+def learned_positions(model: Any) -> int | None:
+    """Return the longest row that a model with a table of positions can take; None if there is no such table.
+
+    Beyond a table (learned, as in GPT-2 and OPT, or of sines, as in GPT-J) the model fails. Rotary positions have none.
+    """
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    embeddings = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)]
+    tables = [name for name, buffer in model.named_buffers() if buffer.ndim == 2]
+    return most if any(_POSITIONS.search(name) for name in [*embeddings, *tables]) else None
 
 
 def load_model(config: ModelConfig, quantization: QuantizationConfig, resolved: Resolved) -> PreTrainedModel:

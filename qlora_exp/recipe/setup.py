@@ -1,6 +1,7 @@
 """Load the base model, attach the adapter, and build the trainer."""
 
 import logging
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from transformers import set_seed
 
 from qlora_exp.environment.device import places
 from qlora_exp.models import adapters, base, lora_init
+from qlora_exp.models.quantization import stored
 from qlora_exp.recipe.context import RunContext
 from qlora_exp.recipe.tokens import Tokens
 from qlora_exp.training import trainer
@@ -41,13 +43,22 @@ def build(run: RunContext, tokens: Tokens) -> Trainable:
     """
     config, resolved = run.config, run.resolved
     set_seed(config.seed)
-    peft_config = adapters.peft_config(config, base.skeleton(config.model))
+    skeleton = base.skeleton(config.model)
+    _check_lengths(run, tokens, base.learned_positions(skeleton))
+    peft_config = adapters.peft_config(config, skeleton)
+    experts = stored(skeleton).experts
+    if experts and getattr(peft_config, "lora_dropout", 0):
+        _check_dropout(run, peft_config)
+    if why := base.check_quantization(config.model, config.quantization, resolved, skeleton):
+        log.warning("%s", why)
     if peft_config is not None:
         run.tracker.json(peft_config.to_dict(), "peft_config.json")
         if targets := getattr(peft_config, "target_modules", None):
             run.tracker.params({"resolved.target_modules": targets if isinstance(targets, str) else sorted(targets)})
     with run.memory.phase("load"):
         model = base.load_model(config.model, config.quantization, resolved)
+    if config.quantization.quantized:
+        run.log_metrics({"quantized_share": stored(model).share})
     base.stop_at_end_of_turn(model, config.dataset, tokens.tokenizer)
     used = places(model)
     run.tracker.params({"resolved.places": ", ".join(used)})
@@ -55,6 +66,11 @@ def build(run: RunContext, tokens: Tokens) -> Trainable:
         log.info("model.device_map=%s spreads the model over %s", config.model.device_map, ", ".join(used))
     base_parameters = adapters.count_parameters(model)[1]
     adapted, same_start = _attach(run, tokens, model, peft_config)
+    if experts and peft_config is not None:
+        adapts = any(type(module).__name__ == "ParamWrapper" for module in adapted.modules())
+        log.info(
+            "the adapter %s the model's experts (%s weights)", "includes" if adapts else "leaves out", f"{experts:,}"
+        )
     if config.training.packing and not isolates_packed_rows(adapted):
         raise ConfigError(
             f"training.packing: {config.model.model_name_or_path} does not keep packed rows apart, so the result "
@@ -68,6 +84,46 @@ def build(run: RunContext, tokens: Tokens) -> Trainable:
         {"trainable_parameters": trainable, "total_parameters": total, "trainable_share": trainable / total}
     )
     return Trainable(built, peft_config, base_parameters, same_start)
+
+
+def _check_lengths(run: RunContext, tokens: Tokens, most: int | None) -> None:
+    """Check that each row fits a model that has a table of positions.
+
+    Raises:
+        ConfigError: a row is longer.
+    """
+    if most is None:
+        return
+    prefix = run.config.peft_settings.get("num_virtual_tokens", 0)
+    parts = [part for part in (tokens.train, tokens.heldout, tokens.unrelated) if part is not None]
+    longest = min(max(max(map(len, part["input_ids"])) for part in parts), run.config.training.max_length)
+    if longest + prefix > most:
+        raise ConfigError(
+            f"training.max_length={run.config.training.max_length}: the longest row has {longest} tokens"
+            + (f" and the prefix {prefix}" if prefix else "")
+            + f", but {run.config.model.model_name_or_path} has {most} positions: "
+            f"use training.max_length={most - prefix}"
+        )
+
+
+def _check_dropout(run: RunContext, peft_config: Any) -> None:
+    """Check on a model without weights that PEFT can adapt the experts: it cannot with dropout.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    plain = copy(peft_config)
+    plain.init_lora_weights = True  # other starts need weights
+    try:
+        adapters.attach(base.skeleton(run.config.model), plain, None)
+    except ConfigError as error:
+        if "lora_dropout" not in str(error):
+            raise
+        raise ConfigError(
+            f"method.lora_dropout={peft_config.lora_dropout}: PEFT cannot adapt the experts of "
+            f"{run.config.model.model_name_or_path} with dropout: use method.lora_dropout=0, or leave the experts out "
+            "with method.target_modules=attention"
+        ) from error
 
 
 def _attach(run: RunContext, tokens: Tokens, model: Any, peft_config: Any) -> tuple[Any, bool]:

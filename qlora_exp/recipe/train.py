@@ -7,6 +7,7 @@ from typing import Any
 from transformers import set_seed
 
 from qlora_exp.environment import efficiency
+from qlora_exp.environment.device import computes_in
 from qlora_exp.recipe.context import RunContext
 from qlora_exp.recipe.setup import Trainable
 from qlora_exp.training import trainer
@@ -44,4 +45,6 @@ def train(run: RunContext, trainable: Trainable, pruning: Mapping[str, Any] | No
     with efficiency.EnergyMeter() as energy:
         run.log_metrics(trainer.train(trainable.trainer, run.tracker.metrics, checkpoint, judge))
     joules = None if checkpoint else energy.joules  # of a resumed run only a part is measured
-    run.log_metrics(efficiency.of_training(run.metrics, run.memory.peaks, run.peak_flops, joules))
+    # One sample may fall into a busy moment.
+    peak = max(run.peak_flops, efficiency.peak_flops(run.resolved.device, computes_in(run.resolved)))
+    run.log_metrics(efficiency.of_training(run.metrics, run.memory.peaks, peak, joules))

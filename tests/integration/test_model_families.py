@@ -8,6 +8,7 @@ from helpers import tiny_models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_exp.deploy.load import load
+from qlora_exp.utils.errors import ConfigError
 
 WORDS = ["tap", "pipe", "roof", "wall", "door", "lamp"]
 
@@ -79,3 +80,36 @@ def test_the_end_of_the_templates_turns_ends_answers(write_jsonl, tiny_model, ru
         if method == "full":  # for programs that read the folder
             saved = json.loads((done.output_dir / "model" / "generation_config.json").read_text("utf-8"))
             assert saved["eos_token_id"] == stops
+
+
+@pytest.mark.slow
+def test_experts_stay_unquantized_and_it_is_said(rows, tiny_model, run_quick, caplog):
+    model = tiny_model("mixtral", num_local_experts=4, num_experts_per_tok=2)
+    mixtral = (*rows, "model=hub", f"model.model_name_or_path={model}", "method=qlora")
+    with pytest.raises(
+        ConfigError, match=r"method.lora_dropout=0.1: PEFT cannot .* experts .*use method.lora_dropout=0"
+    ):
+        run_quick(*mixtral, "method.lora_dropout=0.1")
+    done = run_quick(*mixtral, "method.lora_dropout=0")
+    attention, experts, router = 2 * 64 * (64 + 32 + 32 + 64), 2 * 4 * 3 * 64 * 128, 2 * 4 * 64
+    assert done.metrics["quantized_share"] == pytest.approx(attention / (attention + experts + router))
+    assert "only 11.1% of" in caplog.text
+    assert "the adapter includes the model's experts (196,608" in caplog.text
+
+
+@pytest.mark.slow
+def test_positions_of_a_table_limit_rows_and_answers(write_jsonl, tiny_model, run_quick, caplog):
+    model = tiny_model("gpt2", max_position_embeddings=64)
+    file = write_jsonl([{"prompt": f"q{i}" + "x" * 57, "completion": "a"} for i in range(6)])
+    long = (
+        "dataset=own",
+        f"dataset.path={file}",
+        "dataset.eval_size=2",
+        "model=hub",
+        f"model.model_name_or_path={model}",
+    )
+    done = run_quick(*long, "training.max_length=64", "evaluation.max_new_tokens=9")
+    assert done.metrics["after/loss"] > 0
+    assert "answers are cut where the model's 64 positions end" in caplog.text
+    with pytest.raises(ConfigError, match=r"longest row has 6\d tokens and the prefix 8, but .* has 64 positions"):
+        run_quick(*long, "training.max_length=64", "method=prompt_tuning", "method.num_virtual_tokens=8")
