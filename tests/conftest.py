@@ -130,6 +130,23 @@ def run_quick(mlflow_uri: str, tmp_path: Path, _imported: None) -> Callable[...,
     return start
 
 
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Give the folder of a tiny model of a family, with the fields of `helpers.tiny_models.save`; each is made once."""
+    from helpers import tiny_models
+
+    folders: dict[str, str] = {}
+
+    def folder(kind: str, tokenizer: Any = None, **fields: Any) -> str:
+        key = json.dumps([kind, str(tokenizer and id(tokenizer)), fields])
+        if key not in folders:
+            made = tiny_models.tokenizer() if tokenizer is None else tokenizer
+            folders[key] = tiny_models.save(tmp_path_factory.mktemp(kind), kind, made, **fields)
+        return folders[key]
+
+    return folder
+
+
 SAVED = ("method=lora", "training.learning_rate=1e-2", "tracking.log_adapter=false", "evaluation=loss_only")
 
 

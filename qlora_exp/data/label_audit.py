@@ -1,12 +1,19 @@
 """The label audit: count and show which tokens of the training rows carry loss."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
 
+from qlora_exp.data.end_of_turn import EndOfTurn
 from qlora_exp.data.tokenization import IGNORED
 from qlora_exp.utils.errors import DataError
+
+log = logging.getLogger(__name__)
+
+_FEW = 0.9
+"""Share of rows with a learned end below which a warning is logged."""
 
 
 @dataclass(frozen=True)
@@ -22,18 +29,28 @@ class LabelAudit:
     dropped_rows_share: float
     """Share of rows truncated before their first answer token: nothing is learned from them."""
     eos_learned_share: float
-    """Share of rows whose EOS carries loss."""
+    """Share of rows in which the token that ends an answer carries loss: the chat template's own, else EOS."""
+    end_token: str | None
+    """That token; None if the chat template puts no token after an answer."""
     sample: str
     """First row that carries loss, decoded, with [[the tokens that carry loss]] in double brackets."""
 
 
-def audit(tokens: Dataset, max_length: int, tokenizer: Any) -> LabelAudit:
+def audit(tokens: Dataset, max_length: int, tokenizer: Any, end: EndOfTurn) -> LabelAudit:
     """Count the tokens and rows that carry loss, and mark these tokens in a sample row.
+
+    Warn if most rows do not teach the model where an answer ends.
+
+    Args:
+        tokens: rows as tokens, not truncated.
+        max_length: number of tokens that a row is truncated to.
+        tokenizer: the model's tokenizer.
+        end: what the prompt format puts after an answer.
 
     Raises:
         DataError: no token of any row would carry loss.
     """
-    total = supervised = truncated = dropped = eos = 0
+    total = supervised = truncated = dropped = ended = 0
     sample = ""
     for row in tokens:
         ids, labels = row["input_ids"][:max_length], row["labels"][:max_length]
@@ -42,7 +59,7 @@ def audit(tokens: Dataset, max_length: int, tokenizer: Any) -> LabelAudit:
         dropped += not learned
         total += len(ids)
         supervised += len(learned)
-        eos += tokenizer.eos_token_id in learned
+        ended += (tokenizer.eos_token_id if end.token is None else end.token) in learned
         if learned and not sample:
             sample = _mark(ids, labels, tokenizer)
     if not supervised:
@@ -51,6 +68,8 @@ def audit(tokens: Dataset, max_length: int, tokenizer: Any) -> LabelAudit:
             f"training.max_length={max_length}; raise it, or shorten the prompts"
         )
     count = len(tokens)
+    if ended < _FEW * count:
+        log.warning("%s", _endless(ended / count, truncated / count, tokenizer, end))
     return LabelAudit(
         rows=count,
         tokens=total,
@@ -58,8 +77,25 @@ def audit(tokens: Dataset, max_length: int, tokenizer: Any) -> LabelAudit:
         supervised_share=supervised / total,
         truncated_rows_share=truncated / count,
         dropped_rows_share=dropped / count,
-        eos_learned_share=eos / count,
+        eos_learned_share=ended / count,
+        end_token=None if end.token is None else tokenizer.convert_ids_to_tokens(end.token),
         sample=sample,
+    )
+
+
+def _endless(share: float, truncated: float, tokenizer: Any, end: EndOfTurn) -> str:
+    """Say why the rows do not teach the model to stop, and what to do."""
+    if end.token is not None:
+        token = tokenizer.convert_ids_to_tokens(end.token)
+        return (
+            f"labels: {token}, which ends an answer, carries loss in only {share:.0%} of rows ({truncated:.0%} are "
+            "truncated): the model does not learn where an answer ends; raise training.max_length, or shorten the rows"
+        )
+    after = f"only the text {end.text!r}" if end.text.strip() else "nothing"
+    return (
+        f"labels: the chat template puts {after} after an answer, and no token of its own: generation cannot stop "
+        "there, and answers run on to evaluation.max_new_tokens; use dataset.format=prompt_completion, whose answers "
+        "end with EOS, or a chat template that ends its turns with a special token"
     )
 
 

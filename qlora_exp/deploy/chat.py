@@ -19,8 +19,8 @@ from transformers import GenerationConfig, TextStreamer, set_seed
 from qlora_exp.data.prompts import chat_template, render
 from qlora_exp.deploy import load
 from qlora_exp.deploy.load import Saved
+from qlora_exp.models.base import stop_tokens
 from qlora_exp.tracking import run_key
-from qlora_exp.training.evaluation import stop_tokens
 from qlora_exp.utils.errors import ConfigError, DataError, ModelError, did_you_mean, first_line
 
 BASE = "base"

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from qlora_exp.data.end_of_turn import end_of_turn
 from qlora_exp.data.prompts import adds_bos
 from qlora_exp.deploy.formats import GGUF_TYPES
 from qlora_exp.utils.errors import ConfigError
@@ -180,6 +181,9 @@ def _add_tokenizer(writer: Any, tokenizer: Any, folder: Path, rows: int) -> None
             getattr(writer, f"add_{role}_token_id")(token_id)
     writer.add_add_bos_token(adds_bos(tokenizer))
     if tokenizer.chat_template:
+        end = end_of_turn(tokenizer, tokenizer.get_chat_template()).token
+        if end not in (None, tokenizer.eos_token_id):
+            writer.add_eot_token_id(end)  # llama.cpp ends an answer at it, as at EOS
         writer.add_chat_template(tokenizer.get_chat_template())
 
 

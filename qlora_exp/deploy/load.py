@@ -24,7 +24,7 @@ from qlora_exp.config.schema import Config
 from qlora_exp.config.untrusted import plain_yaml
 from qlora_exp.config.validate import from_dict
 from qlora_exp.environment.device import detect, resolve
-from qlora_exp.models.base import load_model
+from qlora_exp.models.base import load_model, stop_at_end_of_turn
 from qlora_exp.models.quantization import check_files, quantization_config
 from qlora_exp.tracking import journal, mlflow_store, run_key
 from qlora_exp.tracking.journal import CONFIG_FILE, FILE
@@ -169,6 +169,7 @@ def load_saved(saved: Saved, quantization: str | None = None, name: str = "defau
         settings = None if quantization is None else quantization_config(config.quantization, resolved)
         model = load_complete_model(saved, resolved.dtype, resolved.device, settings)
     model.config.use_cache = True
+    stop_at_end_of_turn(model, config.dataset, saved.tokenizer())
     return model.eval()
 
 

@@ -17,8 +17,7 @@ from qlora_exp.data.prompts import chat_template
 from qlora_exp.deploy.load import Saved, load_complete_model, stored_as, with_adapter
 from qlora_exp.environment.device import Device, resolve
 from qlora_exp.models import quantization
-from qlora_exp.models.base import load_model, load_unquantized
-from qlora_exp.training.evaluation import stop_tokens
+from qlora_exp.models.base import load_model, load_unquantized, stop_at_end_of_turn, stop_tokens
 from qlora_exp.utils.errors import ConfigError, ModelError
 
 Base = Literal["auto", "files", "trained"]
@@ -74,6 +73,7 @@ def whole(saved: Saved, dtype: str = "auto", base: Base = "auto") -> Whole:
                 f"--base {base}: {saved.folder} is a complete model, not an adapter to merge; leave --base out"
             )
         model, description = load_complete_model(saved, dtype), f"{saved.source}, a whole model"
+        stop_at_end_of_turn(model, saved.config.dataset, tokenizer)
         if (stored := stored_as(saved.folder)) is not None:
             model = quantization.dequantized(model, model.dtype)
             description += f", what its weights stored by {stored} stand for"
@@ -83,6 +83,7 @@ def whole(saved: Saved, dtype: str = "auto", base: Base = "auto") -> Whole:
     if why := compatibility.refusal(kind, "plain", "merge"):
         raise ConfigError(f"method={config.method.name} cannot be merged: {why}")
     model, description = _base(config, dtype, base)
+    stop_at_end_of_turn(model, config.dataset, tokenizer)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ModelError(

@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
+from qlora_exp.data.end_of_turn import end_of_turn
 from qlora_exp.data.prompts import adds_bos
 
 _SYSTEM, _ASKED, _ANSWER = "\x01system\x01", "\x01asked\x01", "\x01answer\x01"
@@ -25,7 +26,10 @@ def modelfile(tokenizer: Any, file: str) -> str:
         The text. A template that a Modelfile cannot contain is left out; Ollama then uses the GGUF file's own.
     """
     template, system = _template(tokenizer) if tokenizer.chat_template else ("{{ .Prompt }}{{ .Response }}", None)
-    directives = [("TEMPLATE", template), ("SYSTEM", system or ""), ("PARAMETER stop", tokenizer.eos_token)]
+    end = end_of_turn(tokenizer, tokenizer.get_chat_template()).token if tokenizer.chat_template else None
+    stops = [tokenizer.eos_token] if end is None else [tokenizer.eos_token, tokenizer.convert_ids_to_tokens(end)]
+    directives = [("TEMPLATE", template), ("SYSTEM", system or "")]
+    directives += [("PARAMETER stop", stop) for stop in dict.fromkeys(stops)]
     # Three quotes in a text would end its directive there, and the rest could be read as further directives.
     written = [f'{name} """{text}"""' for name, text in directives if text and '"""' not in text and text[-1] != '"']
     return "\n".join([f"FROM ./{file}", *written]) + "\n"

@@ -5,6 +5,9 @@ Does not depend on adapters or training.
 
 import errno
 import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +30,20 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from qlora_exp.config.sections.dataset import DatasetConfig
 from qlora_exp.config.sections.model import ModelConfig
 from qlora_exp.config.sections.quantization import QuantizationConfig
+from qlora_exp.data.end_of_turn import end_of_turn
+from qlora_exp.data.prompts import chat_template
 from qlora_exp.environment.device import Resolved
+from qlora_exp.libraries.transformers import with_bitsandbytes_layers
 from qlora_exp.models import builtin
-from qlora_exp.models.quantization import check_files, guard_layers, quantization_config
+from qlora_exp.models.quantization import check_files, check_stored, guard_layers, quantization_config, stored
 from qlora_exp.utils.errors import ModelError, first_line
 
 Tokenizer = PreTrainedTokenizerBase
+_POSITIONS = re.compile(r"(^|\.)wpe(\.|$)|pos(ition)?s?_|_pos(ition)?s?(\.|$)")
+"""Names of position tables: wpe (GPT-2), embed_positions (OPT, GPT-J), position_embeddings, positions_embed."""
 
 
 def locate(config: ModelConfig) -> str:
@@ -99,6 +108,37 @@ def skeleton(config: ModelConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
 
 
+def check_quantization(
+    config: ModelConfig, quantization: QuantizationConfig, resolved: Resolved, skeleton: PreTrainedModel
+) -> str | None:
+    """Return a sentence about what bitsandbytes would leave unquantized, before the weights are loaded; None: little.
+
+    Args:
+        config: the model's config.
+        quantization: the run's quantization; None is returned for other libraries than bitsandbytes.
+        resolved: dtypes of the run.
+        skeleton: the model without weights; its layers are replaced.
+
+    Raises:
+        ModelError: most of the model would stay as it is.
+    """
+    if not quantization.bitsandbytes:
+        return None
+    with_bitsandbytes_layers(skeleton, quantization_config(quantization, resolved))
+    return check_stored(config.model_name_or_path, quantization, stored(skeleton), getattr(torch, resolved.dtype))
+
+
+def learned_positions(model: Any) -> int | None:
+    """Return the longest row that a model with a table of positions can take; None if there is no such table.
+
+    Beyond a table (learned, as in GPT-2 and OPT, or of sines, as in GPT-J) the model fails. Rotary positions have none.
+    """
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    embeddings = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)]
+    tables = [name for name, buffer in model.named_buffers() if buffer.ndim == 2]
+    return most if any(_POSITIONS.search(name) for name in [*embeddings, *tables]) else None
+
+
 def load_model(config: ModelConfig, quantization: QuantizationConfig, resolved: Resolved) -> PreTrainedModel:
     """Load the base model on its device, in its dtype, quantized as configured.
 
@@ -121,6 +161,46 @@ def load_model(config: ModelConfig, quantization: QuantizationConfig, resolved: 
     if quantizer_config is not None:
         _copy_from_file(model)
     return model
+
+
+@contextmanager
+def keep_router_setting(model: Any, inside: bool | None = None) -> Iterator[None]:
+    """Restore `output_router_logits` of a mixture-of-experts model after the context; do nothing for other models.
+
+    TRL turns it on in the config. That would break generation from padded batches, and would be saved with the model.
+    TRL's loss does not need it in the config: it asks for the router's logits in each call.
+
+    Args:
+        model: the model, with or without an adapter.
+        inside: the value within the context; None: unchanged.
+    """
+    config = model.config.get_text_config()
+    before = getattr(config, "output_router_logits", None)
+    if before is not None and inside is not None:
+        config.output_router_logits = inside
+    try:
+        yield
+    finally:
+        if before is not None:
+            config.output_router_logits = before
+
+
+def stop_at_end_of_turn(model: Any, dataset: DatasetConfig, tokenizer: Tokenizer) -> None:
+    """Add the token that ends an answer in this prompt format to those that end the model's generation.
+
+    It is saved with the model, in generation_config.json. A base model often has EOS only, whatever ends the turns of
+    the chat template.
+    """
+    end = end_of_turn(tokenizer, chat_template(dataset, tokenizer)).token
+    own = stop_tokens(model, tokenizer)
+    if end is not None and end not in own:
+        model.generation_config.eos_token_id = [*own, end]
+
+
+def stop_tokens(model: Any, tokenizer: Tokenizer) -> list[int]:
+    """List all tokens that end an answer: the tokenizer's EOS token and those of the model's generation config."""
+    own = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own] if own is not None else [])})
 
 
 def _copy_from_file(model: PreTrainedModel) -> None:

@@ -18,29 +18,35 @@ from transformers import PreTrainedModel
 from qlora_exp.config import compatibility
 from qlora_exp.config.peft_methods import FROM_ROWS
 from qlora_exp.config.schema import Config
+from qlora_exp.environment.device import Resolved
 from qlora_exp.models.adapters import attach, lacks_values, peft_config, trainable_set
-from qlora_exp.models.base import Tokenizer, load_tokenizer, skeleton
+from qlora_exp.models.base import Tokenizer, check_quantization, learned_positions, load_tokenizer, skeleton
 from qlora_exp.models.targets import adapted_names, is_within, misunderstood, parts_without_text
 from qlora_exp.utils.errors import ConfigError, DataError, ModelError, first_line
 
 TextRows = Iterable[dict[str, Any]]
 
 
-def check_model(config: Config, tokenize: Callable[[Tokenizer], dict[str, TextRows]]) -> None:
-    """Check the model's tokenizer and the adapter of the run.
+def check_model(config: Config, resolved: Resolved, tokenize: Callable[[Tokenizer], dict[str, TextRows]]) -> None:
+    """Check the model's tokenizer, positions and quantization, and the adapter of the run.
 
     Args:
         config: the run's config.
+        resolved: dtypes of the run.
         tokenize: function that returns the tokenized parts of the data (`input_ids`) by name. It is called only if the
-            tokenizer has more tokens than the model.
+            tokenizer has more tokens than the model, or the model has a table of positions.
 
     Raises:
-        ModelError: the model or its tokenizer cannot be loaded, or the tokenizer cannot be used.
+        ModelError: the model or its tokenizer cannot be loaded or used, or most of the model would stay unquantized.
         DataError: a row has a token for which the model has no embedding.
-        ConfigError: the adapter does not fit the model.
+        ConfigError: a row is longer than the model's table of positions, or the adapter does not fit the model.
     """
     tokenizer, model = load_tokenizer(config.model), skeleton(config.model)
     _check_tokens(config.model.model_name_or_path, tokenizer, _embeddings(model), tokenize)
+    if (positions := learned_positions(model)) is not None:
+        _check_lengths(config, positions, tokenize(tokenizer))
+    if config.quantization.bitsandbytes:
+        check_quantization(config.model, config.quantization, resolved, skeleton(config.model))
     if not compatibility.is_ignored():
         check_adapter(config, model)
 
@@ -69,6 +75,19 @@ def _check_tokens(
             if (token := max(row["input_ids"], default=0)) >= embeddings:
                 text = tokenizer.convert_ids_to_tokens(token)
                 raise DataError(f"{part} row {place} has the token {text!r} ({token}) of {name}; {remedy}")
+
+
+def _check_lengths(config: Config, positions: int, parts: dict[str, TextRows]) -> None:
+    prefix = config.peft_settings.get("num_virtual_tokens", 0)
+    longest = max((len(row["input_ids"]) for rows in parts.values() for row in rows), default=0)
+    longest = min(longest, config.training.max_length)
+    if longest + prefix > positions:
+        raise ConfigError(
+            f"training.max_length={config.training.max_length}: the longest row has {longest} tokens"
+            + (f" and the prefix {prefix}" if prefix else "")
+            + f", but {config.model.model_name_or_path} has {positions} positions: "
+            f"use training.max_length={positions - prefix}"
+        )
 
 
 def check_adapter(config: Config, model: PreTrainedModel) -> None:

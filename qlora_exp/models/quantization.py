@@ -3,11 +3,15 @@
 This is the only module with code for each quantizer. It does not depend on adapters or runs.
 """
 
+from collections import Counter
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from peft.utils.integrations import dequantize_module_weight
+from torch.nn.modules.conv import _ConvNd
 from transformers import AwqConfig, BitsAndBytesConfig, GPTQConfig, QuantoConfig, TorchAoConfig
 from transformers.utils.quantization_config import AwqBackend
 
@@ -18,6 +22,9 @@ from qlora_exp.utils.errors import ModelError
 
 BLOCK = 64
 """Number of weights that share a constant in bitsandbytes' 4-bit types."""
+_MOST = 0.9
+"""Share of weights in few bits from which on nothing is said about the others."""
+_TENSOR_CLASSES = ("torchao", "optimum.quanto")
 _EXTRA, _GPTQMODEL = "qlora-exp[quantizers]", "GPTQModel' 'optimum"
 _PACKAGES = {
     "torchao": ("torchao", _EXTRA),
@@ -109,6 +116,66 @@ def check_files(name: str, quantization: QuantizationConfig, stored: Any) -> Non
         raise ModelError(f"{name}: its files are quantized already ({method}): choose {choice}")
 
 
+@dataclass(frozen=True)
+class Stored:
+    """How many weights of a model's layers are stored in few bits; embeddings and the output layer do not count."""
+
+    few_bits: int
+    experts: int
+    """Weights of fused experts: tensors of three dimensions and no layers, which quantizers leave as they are."""
+    others: dict[str, int]
+    """Further matrices that stay as they are: number of weights by the class of their layer."""
+
+    @property
+    def share(self) -> float:
+        """Share of the weights that is stored in few bits; 0 if there are none."""
+        return self.few_bits / max(self.few_bits + self.experts + sum(self.others.values()), 1)
+
+
+def stored(model: Any) -> Stored:
+    """Count how the weights of a model are stored; a model on the meta device needs its quantized layers in place."""
+    few_bits, experts = 0, 0
+    others: Counter[str] = Counter()
+    for module in model.modules():
+        if module is model.get_output_embeddings() or isinstance(module, torch.nn.Embedding | _ConvNd):
+            continue
+        weight = getattr(module, "weight", None)
+        if isinstance(module, Linear4bit | Linear8bitLt) or hasattr(module, "qweight"):
+            few_bits += module.in_features * module.out_features
+        elif isinstance(weight, torch.Tensor) and type(weight).__module__.startswith(_TENSOR_CLASSES):
+            few_bits += weight.numel()
+        else:
+            for parameter in module.parameters(recurse=False):
+                experts += parameter.numel() if parameter.ndim > 2 else 0
+                others[type(module).__name__] += parameter.numel() if parameter.ndim == 2 else 0
+    return Stored(few_bits, experts, +others)
+
+
+def check_stored(name: str, quantization: QuantizationConfig, found: Stored, dtype: torch.dtype) -> str | None:
+    """Return a sentence about what a quantized base keeps unquantized; None if that is less than a tenth.
+
+    Raises:
+        ModelError: apart from fused experts, less than half of the weights would be stored in few bits.
+    """
+    left = sum(found.others.values())
+    if found.few_bits <= left:
+        kinds = ", ".join(sorted(found.others, key=found.others.__getitem__, reverse=True)[:3])
+        raise ModelError(
+            f"{name}: quantization={quantization.name} would leave {1 - found.share:.0%} of its weights as they are, "
+            f"because it does not quantize layers of class {kinds or 'of this model'}: choose quantization=none with "
+            "method=lora, or another model"
+        )
+    if found.share >= _MOST:
+        return None
+    kinds = "in fused experts" if found.experts > left else f"in {', '.join(found.others)}"
+    count = found.experts + left
+    return (
+        f"quantization={quantization.name}: only {found.share:.1%} of {name}'s weights are stored in few bits; "
+        f"{count:,} weights, most of them {kinds}, stay in {str(dtype).removeprefix('torch.')} and take "
+        f"{count * dtype.itemsize / 1e9:,.2f} GB"
+    )
+
+
 def guard_layers(model: torch.nn.Module) -> None:
     """Correct the layers that these libraries get wrong in training; tests/unit/models/test_quantization.py shows each.
 
@@ -163,7 +230,7 @@ def dequantized(model: Any, dtype: torch.dtype) -> Any:
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
     """Convert a tensor of a library's own class (torchao, Quanto) to an ordinary one; return others unchanged."""
-    return tensor.dequantize() if type(tensor).__module__.startswith(("torchao", "optimum.quanto")) else tensor
+    return tensor.dequantize() if type(tensor).__module__.startswith(_TENSOR_CLASSES) else tensor
 
 
 def torchao_config(weights: str | None) -> Any:

@@ -12,7 +12,7 @@ from qlora_exp.config.sections.quantization import QuantizationConfig
 from qlora_exp.environment.device import Resolved
 from qlora_exp.libraries.bitsandbytes import keep_trainable
 from qlora_exp.libraries.transformers import with_bitsandbytes_layers
-from qlora_exp.models.quantization import BLOCK, quantization_config
+from qlora_exp.models.quantization import BLOCK, check_stored, quantization_config, stored
 from qlora_exp.utils.errors import ConfigError
 
 
@@ -21,12 +21,14 @@ def quantize_meta(model: Any, quantization: QuantizationConfig, resolved: Resolv
 
     Raises:
         ConfigError: this quantization cannot be planned.
+        ModelError: it would leave most of the model as it is.
     """
     if not quantization.quantized:
         return
     if not quantization.bitsandbytes:
         raise ConfigError(f"quantization={quantization.name} cannot be planned yet: choose nf4_double or int8")
     with_bitsandbytes_layers(model, quantization_config(quantization, resolved))
+    check_stored(model.config.name_or_path, quantization, stored(model), getattr(torch, resolved.dtype))
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
             module.weight = Params4bit(module.weight, getattr(torch, resolved.dtype), quantization)

@@ -64,8 +64,17 @@ def read_inputs(config: Config) -> Inputs:
     unrelated = load_heldout(config.unrelated) if config.unrelated.paths else None
     tasks = lm_eval.load_tasks(config.evaluation) if config.evaluation.lm_eval_tasks else {}
     score = sources.scorer(config.dataset)
-    parts = {"training": rows.train, "held-out": rows.heldout}
-    check_model(config, lambda tokenizer: {k: tokenization.tokenize(v, config, tokenizer) for k, v in parts.items()})
     resolved = resolve(config, detect(config.device, bitsandbytes=config.quantization.bitsandbytes))
     take(resolved)
+
+    def tokenize(tokenizer: Any) -> dict[str, "Dataset"]:
+        parts = {"training": rows.train, "held-out": rows.heldout}
+        tokens = {name: tokenization.tokenize(part, config, tokenizer) for name, part in parts.items()}
+        return (
+            tokens
+            if unrelated is None
+            else tokens | {"unrelated": tokenization.unrelated(unrelated, config, tokenizer)[1]}
+        )
+
+    check_model(config, resolved, tokenize)
     return Inputs(rows, unrelated, tasks, score, resolved)

@@ -10,6 +10,7 @@ from transformers import set_seed
 from qlora_exp.config.peft_methods import FROM_ROWS
 from qlora_exp.environment.device import places
 from qlora_exp.models import adapters, base, lora_init
+from qlora_exp.models.quantization import stored
 from qlora_exp.models.targets import summary
 from qlora_exp.recipe.context import RunContext
 from qlora_exp.recipe.tokens import Tokens
@@ -54,12 +55,18 @@ def build(run: RunContext, tokens: Tokens) -> Trainable:
     set_seed(config.seed)
     bare = base.skeleton(config.model)
     peft_config = adapters.peft_config(config, bare)
+    experts = stored(bare).experts
+    if why := base.check_quantization(config.model, config.quantization, resolved, bare):
+        log.warning("%s", why)
     if peft_config is not None:
         run.tracker.json(peft_config.to_dict(), "peft_config.json")
         if targets := getattr(peft_config, "target_modules", None):
             run.tracker.params({"resolved.target_modules": targets if isinstance(targets, str) else sorted(targets)})
     with run.memory.phase("load"):
         model = base.load_model(config.model, config.quantization, resolved)
+    if config.quantization.quantized:
+        run.log_metrics({"quantized_share": stored(model).share})
+    base.stop_at_end_of_turn(model, config.dataset, tokens.tokenizer)
     used = places(model)
     run.tracker.params({"resolved.places": ", ".join(used)})
     if len(used) > 1:
@@ -69,6 +76,11 @@ def build(run: RunContext, tokens: Tokens) -> Trainable:
     for what, layers in summary(adapted, bare, config.method.settings.get("target_modules")).items():
         run.tracker.params({f"resolved.{what}_layers": layers})
         log.log(_SUMMARY[what][0], _SUMMARY[what][1], layers)
+    if experts and peft_config is not None:
+        adapts = any(type(module).__name__ == "ParamWrapper" for module in adapted.modules())
+        log.info(
+            "the adapter %s the model's experts (%s weights)", "includes" if adapts else "leaves out", f"{experts:,}"
+        )
     if config.training.packing and not isolates_packed_rows(adapted):
         raise ConfigError(
             f"training.packing: {config.model.model_name_or_path} does not keep packed rows apart, so the result "

@@ -45,6 +45,8 @@ def cost(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
             f"({metrics['trainable_share']:.3%})",
         )
     ]
+    if "quantized_share" in metrics:
+        rows.append(("weights in few bits", f"{metrics['quantized_share']:.1%} of the layers'"))
     if "tokens_per_second" in metrics:
         rows.append(("tokens/s", f"{metrics['tokens_per_second']:.0f} ({metrics['step_seconds_p50']:.2f} s a step)"))
     if "mfu" in metrics:

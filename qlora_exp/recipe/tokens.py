@@ -8,6 +8,8 @@ from datasets import Dataset
 
 from qlora_exp.config.schema import Config
 from qlora_exp.data import label_audit, tokenization
+from qlora_exp.data.end_of_turn import end_of_turn
+from qlora_exp.data.prompts import chat_template
 from qlora_exp.data.rows import fingerprint
 from qlora_exp.models.base import load_tokenizer
 from qlora_exp.planning import calibration
@@ -46,7 +48,8 @@ def tokenize(config: Config, inputs: Inputs) -> Tokens:
     max_length = config.training.max_length
     tokenizer = load_tokenizer(config.model)
     train = tokenization.tokenize(inputs.rows.train, config, tokenizer)
-    audit = label_audit.audit(train, max_length, tokenizer)
+    end = end_of_turn(tokenizer, chat_template(config.dataset, tokenizer))
+    audit = label_audit.audit(train, max_length, tokenizer, end)
     heldout_tokens = tokenization.tokenize(inputs.rows.heldout, config, tokenizer)
     heldout_rows, heldout = tokenization.cut(inputs.rows.heldout, heldout_tokens, max_length)
     unrelated_rows = unrelated = None
@@ -105,13 +108,14 @@ def _log_labels(run: RunContext, inputs: Inputs, audit: label_audit.LabelAudit) 
         run.tracker.json([asdict(leak) for leak in leaks], "leaks.json")
     run.log_metrics({f"leaks/{kind}": count for kind, count in counts.items()})
     log.info(
-        "labels: %.0f%% of %s tokens carry loss; %.0f%% of rows are truncated; EOS carries loss in %.0f%% of rows",
+        "labels: %.0f%% of %s tokens carry loss; %.0f%% of rows are truncated; %s carries loss in %.0f%% of rows",
         100 * audit.supervised_share,
         f"{audit.tokens:,}",
         100 * audit.truncated_rows_share,
+        audit.end_token or "EOS",
         100 * audit.eos_learned_share,
     )
-    run.log_metrics({f"labels/{key}": value for key, value in asdict(audit).items() if not isinstance(value, str)})
+    run.log_metrics({f"labels/{key}": value for key, value in asdict(audit).items() if isinstance(value, int | float)})
 
 
 def plan_memory(run: RunContext, tokens: Tokens) -> None:

@@ -4,6 +4,7 @@ Evaluation restores the model's state (mode, cache setting) and draws no random 
 training.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,9 @@ from transformers import GenerationConfig, StoppingCriteria
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from qlora_exp.config.sections.evaluation import EvaluationConfig
+from qlora_exp.models.base import keep_router_setting, learned_positions, stop_tokens
+
+log = logging.getLogger(__name__)
 
 Score = Callable[[str, dict[str, Any]], float]
 
@@ -110,7 +114,7 @@ def _evaluating(model: Any) -> Iterator[None]:
     training, use_cache = model.training, model.config.use_cache
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), keep_router_setting(model, inside=False):
             yield
     finally:
         model.train(training)
@@ -156,8 +160,23 @@ def generator(model: Any, tokenizer: Any, config: EvaluationConfig) -> Generate:
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
     )
+    most, said = learned_positions(model), list[int]()
 
     def generate(prompts: list[list[int]]) -> Answers:
+        room = config.max_new_tokens if most is None else most - _prefix(model) - max(map(len, prompts))
+        if room < config.max_new_tokens and len(prompts) > 1:  # a long prompt must not cut the answers to others
+            return _joined([generate([prompt]) for prompt in prompts])
+        if room < config.max_new_tokens and not said:
+            said.append(room)
+            log.warning(
+                "answers are cut where the model's %d positions end: for a prompt of %d tokens to %d new ones "
+                "(evaluation.max_new_tokens=%d)",
+                most,
+                len(prompts[0]),
+                room,
+                config.max_new_tokens,
+            )
+        settings.max_new_tokens = min(room, config.max_new_tokens)
         batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
         clock, begin = _Clock(), time.perf_counter()
         output = model.generate(
@@ -173,6 +192,22 @@ def generator(model: Any, tokenizer: Any, config: EvaluationConfig) -> Generate:
         return Answers(texts, generated, seconds, clock.times[0] - begin, np.diff(clock.times).tolist())
 
     return generate
+
+
+def _prefix(model: Any) -> int:
+    """Return the number of positions that a trained prompt takes."""
+    active = getattr(model, "active_peft_config", None)
+    return getattr(active, "num_virtual_tokens", None) or 0
+
+
+def _joined(parts: list[Answers]) -> Answers:
+    return Answers(
+        [text for part in parts for text in part.texts],
+        sum(part.tokens for part in parts),
+        sum(part.seconds for part in parts),
+        parts[0].first_token_seconds,
+        [seconds for part in parts for seconds in part.step_seconds],
+    )
 
 
 def answers(
@@ -230,12 +265,6 @@ def _answer(
 def _first_token(tokenizer: Any) -> int:
     """Return the token that an empty prompt (of plain text) is replaced with, since a model cannot start from none."""
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-
-
-def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """List all tokens that end an answer: the tokenizer's EOS token and those of the model's generation config."""
-    own = model.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own] if own is not None else [])})
 
 
 def _scores(samples: list[dict[str, Any]], config: EvaluationConfig) -> list[str]:

@@ -18,6 +18,7 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.sft_trainer import SFTTrainer
 
 from qlora_exp.config.schema import Config
@@ -27,6 +28,7 @@ from qlora_exp.environment.efficiency import FlopCounter
 from qlora_exp.environment.memory import MemoryMonitor
 from qlora_exp.libraries import trl
 from qlora_exp.models.adapters import allocates, fit_schedule, keep_dtypes, penalty
+from qlora_exp.models.base import keep_router_setting
 from qlora_exp.training.arguments import arguments
 from qlora_exp.training.optimizers import KeepTrainableSet, lora_optimizer
 from qlora_exp.utils.errors import DivergedError
@@ -36,14 +38,8 @@ log = logging.getLogger(__name__)
 Log = Callable[[dict[str, float], int], None]
 
 # Our names for values that the trainer logs under a less clear name.
-_CURVES = {"eval_loss": "eval/loss", "eval_mean_token_accuracy": "eval/token_accuracy"}
-_SKIPPED = {
-    "eval_runtime",
-    "eval_samples_per_second",
-    "eval_steps_per_second",
-    "eval_entropy",
-    "eval_num_tokens",
-}
+_CURVES = {"eval_loss": "eval/loss", "eval_token_accuracy": "eval/token_accuracy"}
+_SKIPPED = {"eval_runtime", "eval_samples_per_second", "eval_steps_per_second"}
 _COUNTED_STEPS = frozenset(2**power for power in range(2, 32))
 """Steps whose operations are counted, besides the first: few, because counting takes time."""
 
@@ -76,6 +72,7 @@ class Trainer(SFTTrainer):
         """Whether to count the operations of the current step."""
         self.counted: list[tuple[float, int, int]] = []
         """Operations, positions and supervised tokens of each batch whose operations were counted."""
+        self._heldout = torch.zeros(3, dtype=torch.double)  # sums over the tokens of an evaluation
         super().__init__(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -108,6 +105,30 @@ class Trainer(SFTTrainer):
         devices = [torch.cuda.current_device()] if self.args.device.type == "cuda" else []
         with self.memory.phase("evaluation"), torch.random.fork_rng(devices):
             return super().evaluate(*args, **kwargs)
+
+    def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> tuple[torch.Tensor, None, None]:
+        """Add the loss of a batch to the sums of `evaluation_loop`.
+
+        It is the loss that the evaluation after training measures: without the loss of a router, in nats, not DFT's.
+        """
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        sums = [-outputs.log_probs.float().sum(dim=1), outputs.is_top1.sum(dim=1), outputs.label_mask.sum(dim=1)]
+        self._heldout = self._heldout + torch.stack([part.cpu().double().sum() for part in sums])
+        return sums[0].sum() / sums[2].sum(), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
+        """Measure the held-out loss as the mean over tokens.
+
+        Transformers' own is a mean over batches, which depends on how rows are put into batches.
+        """
+        self._heldout = torch.zeros(3, dtype=torch.double)
+        output = super().evaluation_loop(*args, **kwargs)
+        assert output.metrics is not None
+        nll, correct, tokens = self._heldout.tolist()
+        output.metrics.update({"eval_loss": nll / tokens, "eval_token_accuracy": correct / tokens})
+        return output
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:  # transformers 5.23; no public hook for a sampler
         sampler = super()._get_train_sampler(train_dataset)
@@ -305,7 +326,7 @@ def build(
     if allocates(model):
         callbacks.append(_Allocation(model))
     settings = arguments(config, resolved, output_dir)
-    with keep_dtypes(model):
+    with keep_dtypes(model), keep_router_setting(model):
         trainer = Trainer(
             memory=memory,
             model=model,

@@ -55,8 +55,8 @@ def tokenizer(
     return made
 
 
-def save(folder: Path | str, kind: str, tokenizer: Any, **fields: Any) -> None:
-    """Save a model of transformers' `model_type` with fixed random weights, and the tokenizer, in a folder.
+def save(folder: Path | str, kind: str, tokenizer: Any, **fields: Any) -> str:
+    """Save a model of transformers' `model_type` with fixed random weights, and the tokenizer; return the folder.
 
     Args:
         folder: where to save both.
@@ -81,3 +81,4 @@ def save(folder: Path | str, kind: str, tokenizer: Any, **fields: Any) -> None:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | fields))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -1,8 +1,11 @@
 import pytest
 from datasets import Dataset
+from helpers import tiny_models
 from helpers.rows import tokenized
+from helpers.tiny_models import CHATML
 
 from qlora_exp.data import label_audit, tokenization
+from qlora_exp.data.end_of_turn import end_of_turn
 from qlora_exp.utils.errors import DataError
 
 
@@ -11,26 +14,43 @@ def test_audit_marks_supervised_text(style: str, tiny_tokenizer):
     tokens = tokenized(
         [{"prompt": "why?", "input": "", "completion": "because"}], tiny_tokenizer, f"dataset.format={style}"
     )
-    audit = label_audit.audit(tokens, 512, tiny_tokenizer)
+    audit = label_audit.audit(tokens, 512, tiny_tokenizer, end_of_turn(tiny_tokenizer, None))
     assert "[[because<|im_end|>" in audit.sample
     assert "why?" in audit.sample.split("[[")[0]
     assert (audit.rows, audit.eos_learned_share, audit.truncated_rows_share) == (1, 1.0, 0.0)
     assert audit.supervised_share == audit.supervised_tokens / audit.tokens
 
 
-def test_audit_counts_truncated_rows(tiny_tokenizer):
+def test_audit_counts_truncated_rows(tiny_tokenizer, caplog):
     rows = [{"prompt": "p", "input": "", "completion": "c" * n} for n in (5, 500)] + [
         {"prompt": "p" * 600, "input": "", "completion": "c"}
     ]
-    audit = label_audit.audit(tokenized(rows, tiny_tokenizer), 300, tiny_tokenizer)
+    audit = label_audit.audit(tokenized(rows, tiny_tokenizer), 300, tiny_tokenizer, end_of_turn(tiny_tokenizer, None))
     assert audit.truncated_rows_share == pytest.approx(2 / 3)
     assert audit.dropped_rows_share == pytest.approx(1 / 3)
     assert audit.eos_learned_share == pytest.approx(1 / 3)
+    assert "<|im_end|>, which ends an answer, carries loss in only 33% of rows (67% are truncated)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("after", "token", "share", "warning"),
+    [
+        ("<|im_end|>\n", "<|im_end|>", 1.0, None),
+        ("", None, 0.0, "puts nothing after an answer"),
+        ("</turn>\n", None, 0.0, "only the text '</turn>\\n' after an answer"),
+    ],
+)
+def test_audit_counts_the_end_of_the_chat_template(after: str, token: str | None, share: float, warning, caplog):
+    tokenizer = tiny_models.tokenizer(template=CHATML.replace("<|im_end|>\n", after), eos_token="<|endoftext|>")
+    tokens = tokenized([{"prompt": "why?", "input": "", "completion": "because"}], tokenizer, "dataset.format=chat")
+    found = label_audit.audit(tokens, 512, tokenizer, end_of_turn(tokenizer, tokenizer.chat_template))
+    assert (found.end_token, found.eos_learned_share) == (token, share)
+    assert (warning in caplog.text) if warning else not caplog.records
 
 
 def test_rows_without_supervised_tokens_are_rejected(tiny_tokenizer):
     tokens = tokenized([{"prompt": "p" * 100, "input": "", "completion": "c"}], tiny_tokenizer)
     with pytest.raises(DataError, match="no token of the 1 training rows carries loss"):
-        label_audit.audit(tokens, 50, tiny_tokenizer)
+        label_audit.audit(tokens, 50, tiny_tokenizer, end_of_turn(tiny_tokenizer, None))
     with pytest.raises(DataError, match="no held-out row"):
         tokenization.cut(Dataset.from_list([{"prompt": "p"}]), tokens, 50)

@@ -86,3 +86,34 @@ def test_quantized_model_releases_its_mapped_file():
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if ".safetensors" in line]
     mapped = [range(*(int(end, 16) for end in line[0].split("-"))) for line in lines]
     assert not [name for name, tensor in model.named_parameters() if any(tensor.data_ptr() in one for one in mapped)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "positions"),
+    [
+        ("gpt2", {}, 2048),
+        ("gptj", {"rotary_dim": 8}, 2048),
+        ("gpt_bigcode", {}, 2048),
+        ("opt", {}, 2048),
+        ("llama", {}, None),
+        ("gpt_neox", {}, None),
+        ("bloom", {}, None),
+    ],
+)
+def test_only_tables_limit_positions(kind: str, fields: dict[str, int], positions: int | None, tiny_model):
+    found = base.skeleton(ModelConfig(model_name_or_path=tiny_model(kind, **fields)))
+    assert base.learned_positions(found) == positions
+
+
+def test_base_that_would_stay_unquantized_is_refused(tiny_model):
+    config = compose(["method=qlora"])
+    resolved = resolve(config, CPU)
+
+    def check(model: ModelConfig) -> str | None:
+        return base.check_quantization(model, config.quantization, resolved, base.skeleton(model))
+
+    falcon = tiny_model("falcon", new_decoder_architecture=False, multi_query=True, alibi=False)
+    with pytest.raises(ModelError, match="does not quantize layers of class FalconLinear"):
+        check(ModelConfig(model_name_or_path=falcon))
+    for kind in ("gpt2", "bloom", "llama"):
+        assert check(ModelConfig(model_name_or_path=tiny_model(kind))) is None

@@ -7,11 +7,13 @@ import pytest
 from helpers.tiny_models import SPECIAL, save, tokenizer
 
 from qlora_exp.config.hydra_compose import compose
+from qlora_exp.environment.device import Device, resolve
 from qlora_exp.models import checks
 from qlora_exp.models.base import skeleton
 from qlora_exp.utils.errors import ConfigError, DataError, ModelError
 
 Q_PROJ = ["method=lora", "method.target_modules=[q_proj]"]
+RESOLVED = resolve(compose(["device=cpu", "method=lora"]), Device("cpu", "CPU", bf16=False, paging=False))
 EXPERTS = ["method=lora", "method.target_modules=[]", "method.lora_dropout=0"]
 
 
@@ -120,7 +122,7 @@ def test_model_that_does_not_fit_leaves_no_run(
 
 def test_more_tokens_than_embeddings_are_accepted_if_no_row_has_them(folders: Path):
     config = compose(["model=hub", f"model.model_name_or_path={folders / 'added'}", "method=lora"])
-    checks.check_model(config, lambda made: {"training": [{"input_ids": made("call 0")["input_ids"]}]})
+    checks.check_model(config, RESOLVED, lambda made: {"training": [{"input_ids": made("call 0")["input_ids"]}]})
 
 
 @pytest.mark.parametrize(
@@ -136,4 +138,4 @@ def test_tokenizer_in_python_only_is_rejected(monkeypatch):
     slow = SimpleNamespace(eos_token="</s>")
     monkeypatch.setattr(checks, "load_tokenizer", lambda _: slow)
     with pytest.raises(ModelError, match="its tokenizer \\(SimpleNamespace\\) is not one of the tokenizers library"):
-        checks.check_model(compose(["model=tiny_llama"]), lambda _: {})
+        checks.check_model(compose(["model=tiny_llama"]), RESOLVED, lambda _: {})

@@ -1,0 +1,48 @@
+"""Find the token that ends an answer: the one that the chat template puts after it, else EOS."""
+
+from typing import Any, NamedTuple
+
+from jinja2.exceptions import TemplateError
+
+from qlora_exp.utils.errors import DataError
+
+_QUESTION, _ANSWER = "What is 6 times 7?", "SampleAnswer42"
+
+
+class EndOfTurn(NamedTuple):
+    """What a prompt format puts after an answer."""
+
+    token: int | None
+    """Id of the token that ends an answer; None if the format has none."""
+    text: str
+    """The text after an answer."""
+
+
+def end_of_turn(tokenizer: Any, template: str | None) -> EndOfTurn:
+    """Return what ends an answer in a prompt format.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        template: the format as a Jinja chat template (`prompts.chat_template`); None: plain text, which ends with EOS.
+
+    Raises:
+        DataError: the template refuses a question with its answer.
+    """
+    if template is None:
+        return EndOfTurn(tokenizer.eos_token_id, tokenizer.eos_token)
+    text = _rendered(tokenizer, template).rpartition(_ANSWER)[2]
+    added = tokenizer.added_tokens_decoder  # its tokens are never a part of other text
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    marks = [token for token in ids if token in added and added[token].content.strip()]
+    special = [token for token in marks if added[token].special]
+    return EndOfTurn(next(iter([*special, *marks]), None), text)
+
+
+def _rendered(tokenizer: Any, template: str) -> str:
+    turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
+    for messages in (turns, [{"role": "system", "content": "Be brief."}, *turns]):
+        try:
+            return str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
+        except TemplateError as error:  # some templates need a system message
+            refused = error
+    raise DataError(f"this model's chat template refuses a question with its answer: {refused}") from refused

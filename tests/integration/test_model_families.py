@@ -1,0 +1,115 @@
+"""Runs on tiny models of families that differ from Llama in what they need."""
+
+import json
+import random
+
+import pytest
+from helpers import tiny_models
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora_exp.deploy.load import load
+from qlora_exp.utils.errors import ConfigError
+
+WORDS = ["tap", "pipe", "roof", "wall", "door", "lamp"]
+
+
+@pytest.fixture
+def rows(write_jsonl):
+    """Write rows of unequal length; give the overrides that read them."""
+    draw = random.Random(0)
+    prompts, answers = ([" ".join(draw.choices(WORDS, k=draw.randint(1, 20))) for _ in range(20)] for _ in range(2))
+    file = write_jsonl([{"prompt": p, "completion": a} for p, a in zip(prompts, answers, strict=True)])
+    return ("dataset=own", f"dataset.path={file}", "dataset.eval_size=9", "evaluation.before=false")
+
+
+def held_out_loss(result) -> float:
+    lines = [json.loads(line) for line in (result.output_dir / "journal.jsonl").read_text("utf-8").splitlines()]
+    return [line["values"]["eval/loss"] for line in lines if "eval/loss" in line.get("values", {})][-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "fields", "method"),
+    [
+        ("llama", {}, "lora"),
+        ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, "full"),
+        (
+            "qwen3_moe",
+            {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+            "lora",
+        ),
+    ],
+)
+def test_held_out_loss_in_training_is_that_after_it(kind, fields, method, rows, tiny_model, run_quick):
+    model = tiny_model(kind, **fields)
+    for batch in (1, 4):
+        done = run_quick(
+            *rows,
+            "model=hub",
+            f"model.model_name_or_path={model}",
+            f"method={method}",
+            *([] if method == "full" else ["method.target_modules=attention"]),
+            f"training.per_device_eval_batch_size={batch}",
+            "training.eval_strategy=steps",
+            "training.eval_steps=3",
+            f"evaluation.generate_rows={2 if batch == 1 else 0}",  # two prompts of unequal length: a padded batch
+        )
+        assert held_out_loss(done) == pytest.approx(done.metrics["after/loss"], abs=1e-6)
+    if method == "full":
+        saved, tokenizer = (
+            each.from_pretrained(done.output_dir / "model") for each in (AutoModelForCausalLM, AutoTokenizer)
+        )
+        assert saved.config.output_router_logits is False
+        saved.generate(**tokenizer(["tap", "a longer prompt"], padding=True, return_tensors="pt"), max_new_tokens=2)
+
+
+@pytest.mark.slow
+def test_the_end_of_the_templates_turns_ends_answers(write_jsonl, tiny_model, run_quick):
+    tokenizer = tiny_models.tokenizer(eos_token="<|endoftext|>")
+    model = tiny_model("llama", tokenizer)
+    turns = ("user", "Greet {}"), ("assistant", "Hi {}!")
+    rows = [[{"role": role, "content": text.format(word)} for role, text in turns] for word in WORDS]
+    file = write_jsonl([{"messages": messages} for messages in rows])
+    stops = [tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|im_end|>")]
+    chat = ("dataset=own", f"dataset.path={file}", "dataset.format=chat", "dataset.messages_column=messages")
+    for method in ("full", "lora"):
+        done = run_quick(
+            *chat, "dataset.eval_size=2", "model=hub", f"model.model_name_or_path={model}", f"method={method}"
+        )
+        assert load(str(done.output_dir))[0].generation_config.eos_token_id == stops
+        if method == "full":  # for programs that read the folder
+            saved = json.loads((done.output_dir / "model" / "generation_config.json").read_text("utf-8"))
+            assert saved["eos_token_id"] == stops
+
+
+@pytest.mark.slow
+def test_experts_stay_unquantized_and_it_is_said(rows, tiny_model, run_quick, caplog):
+    model = tiny_model("mixtral", num_local_experts=4, num_experts_per_tok=2)
+    mixtral = (*rows, "model=hub", f"model.model_name_or_path={model}", "method=qlora")
+    with pytest.raises(
+        ConfigError, match=r"experts of this model.* LoRA on them has no dropout: set method.lora_dropout=0"
+    ):
+        run_quick(*mixtral, "method.lora_dropout=0.1")
+    done = run_quick(*mixtral, "method.lora_dropout=0")
+    attention, experts, router = 2 * 64 * (64 + 32 + 32 + 64), 2 * 4 * 3 * 64 * 128, 2 * 4 * 64
+    assert done.metrics["quantized_share"] == pytest.approx(attention / (attention + experts + router))
+    assert "only 11.1% of" in caplog.text
+    assert "the adapter includes the model's experts (196,608" in caplog.text
+
+
+@pytest.mark.slow
+def test_positions_of_a_table_limit_rows_and_answers(write_jsonl, tiny_model, run_quick, caplog):
+    model = tiny_model("gpt2", max_position_embeddings=64)
+    file = write_jsonl([{"prompt": f"q{i}" + "x" * 57, "completion": "a"} for i in range(6)])
+    long = (
+        "dataset=own",
+        f"dataset.path={file}",
+        "dataset.eval_size=2",
+        "model=hub",
+        f"model.model_name_or_path={model}",
+    )
+    done = run_quick(*long, "training.max_length=64", "evaluation.max_new_tokens=9")
+    assert done.metrics["after/loss"] > 0
+    assert "answers are cut where the model's 64 positions end" in caplog.text
+    with pytest.raises(ConfigError, match=r"longest row has 6\d tokens and the prefix 8, but .* has 64 positions"):
+        run_quick(*long, "training.max_length=64", "method=prompt_tuning", "method.num_virtual_tokens=8")
