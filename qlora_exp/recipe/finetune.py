@@ -41,10 +41,11 @@ def run(
     from qlora_exp.recipe.context import open_run
     from qlora_exp.recipe.measure import log_changes, measure
     from qlora_exp.recipe.save import log_model, model_logged_on_error, save
-    from qlora_exp.recipe.setup import build
+    from qlora_exp.recipe.setup import build, check
     from qlora_exp.recipe.tokens import plan_memory, tokenize
     from qlora_exp.recipe.train import train
 
+    check(config, inputs.resolved)
     with open_run(config, inputs.resolved, output_dir, tags, must_reach) as context:
         tokens = tokenize(context, inputs)
         plan_memory(context, tokens)

@@ -1,6 +1,7 @@
 """Load the base model, attach the adapter, and build the trainer."""
 
 import logging
+import warnings
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
@@ -8,9 +9,10 @@ from typing import Any
 
 from transformers import set_seed
 
-from qlora_exp.environment.device import places
+from qlora_exp.config.schema import Config
+from qlora_exp.environment.device import Resolved, places
 from qlora_exp.models import adapters, base, lora_init
-from qlora_exp.models.quantization import stored
+from qlora_exp.models.quantization import check_stored, stored
 from qlora_exp.recipe.context import RunContext
 from qlora_exp.recipe.tokens import Tokens
 from qlora_exp.training import trainer
@@ -34,6 +36,20 @@ class Trainable:
     """Whether the adapter has the same initial weights as in the process that started this run."""
 
 
+def check(config: Config, resolved: Resolved) -> None:
+    """Check on the model without weights that it can be quantized and adapted as the config says, before a run begins.
+
+    Raises:
+        ModelError: the model cannot be found, or would stay unquantized.
+        ConfigError: the method does not apply to the model.
+    """
+    skeleton = base.skeleton(config.model)
+    peft_config = adapters.peft_config(config, skeleton)
+    if stored(skeleton).experts and getattr(peft_config, "lora_dropout", 0):
+        _check_dropout(config, peft_config)
+    base.check_quantization(config.model, config.quantization, resolved, skeleton)
+
+
 def build(run: RunContext, tokens: Tokens) -> Trainable:
     """Load the base model, attach the adapter and build the trainer; the seed is set before any random number is drawn.
 
@@ -41,14 +57,12 @@ def build(run: RunContext, tokens: Tokens) -> Trainable:
         ModelError: the base model cannot be loaded.
         ConfigError: the model cannot be trained as the config says.
     """
-    config, resolved = run.config, run.resolved
+    config, resolved, name = run.config, run.resolved, run.config.model.model_name_or_path
     set_seed(config.seed)
     skeleton = base.skeleton(config.model)
     _check_lengths(run, tokens, base.learned_positions(skeleton))
     peft_config = adapters.peft_config(config, skeleton)
     experts = stored(skeleton).experts
-    if experts and getattr(peft_config, "lora_dropout", 0):
-        _check_dropout(run, peft_config)
     if why := base.check_quantization(config.model, config.quantization, resolved, skeleton):
         log.warning("%s", why)
     if peft_config is not None:
@@ -58,7 +72,12 @@ def build(run: RunContext, tokens: Tokens) -> Trainable:
     with run.memory.phase("load"):
         model = base.load_model(config.model, config.quantization, resolved)
     if config.quantization.quantized:
-        run.log_metrics({"quantized_share": stored(model).share})
+        found = stored(model)
+        run.log_metrics({"quantized_share": found.share})
+        if not config.quantization.bitsandbytes and (
+            why := check_stored(name, config.quantization, found, model.dtype)
+        ):
+            log.warning("%s", why)
     base.stop_at_end_of_turn(model, config.dataset, tokens.tokenizer)
     used = places(model)
     run.tracker.params({"resolved.places": ", ".join(used)})
@@ -106,7 +125,7 @@ def _check_lengths(run: RunContext, tokens: Tokens, most: int | None) -> None:
         )
 
 
-def _check_dropout(run: RunContext, peft_config: Any) -> None:
+def _check_dropout(config: Config, peft_config: Any) -> None:
     """Check on a model without weights that PEFT can adapt the experts: it cannot with dropout.
 
     Raises:
@@ -115,13 +134,13 @@ def _check_dropout(run: RunContext, peft_config: Any) -> None:
     plain = copy(peft_config)
     plain.init_lora_weights = True  # other starts need weights
     try:
-        adapters.attach(base.skeleton(run.config.model), plain, None)
+        adapters.attach(base.skeleton(config.model), plain, None)
     except ConfigError as error:
         if "lora_dropout" not in str(error):
             raise
         raise ConfigError(
             f"method.lora_dropout={peft_config.lora_dropout}: PEFT cannot adapt the experts of "
-            f"{run.config.model.model_name_or_path} with dropout: use method.lora_dropout=0, or leave the experts out "
+            f"{config.model.model_name_or_path} with dropout: use method.lora_dropout=0, or leave the experts out "
             "with method.target_modules=attention"
         ) from error
 
@@ -142,6 +161,9 @@ def _attach(run: RunContext, tokens: Tokens, model: Any, peft_config: Any) -> tu
             tokens.tokenizer.pad_token_id,
         )
         lora_init.prepare(start, model, peft_config, batches)
-        adapted = adapters.attach(model, peft_config, run.resolved.adapter_dtype)
+        with warnings.catch_warnings():
+            # PEFT's own patterns for fused experts; it applies them, and then says of its layers alone that none fits.
+            warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys .*(gate_up|down)_proj")
+            adapted = adapters.attach(model, peft_config, run.resolved.adapter_dtype)
         lora_init.finish(start, adapted, batches, partial(base.load_unquantized, config.model))
         return adapted, lora_init.remember(start, adapted, run.first_adapter)
