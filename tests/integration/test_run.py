@@ -95,8 +95,6 @@ def test_sampled_answers_before_and_after_share_their_prompts(run_quick):
     ("overrides", "error"),
     [
         (["training.max_length=10"], DataError),
-        (["method.target_modules=[nope]"], ConfigError),
-        (["model.model_name_or_path=./gone"], UserError),
     ],
 )
 def test_config_errors_are_recorded_before_weights_are_loaded(
@@ -115,9 +113,11 @@ def test_config_errors_are_recorded_before_weights_are_loaded(
         (["dataset.drop_matching=."], DataError),
         (["dataset=reasoning_gym", "dataset.path=reasoning_gym:nope"], DataError),
         (["device=mps"], ConfigError),
+        (["method.target_modules=[nope]"], ConfigError),
+        (["model.model_name_or_path=./gone"], UserError),
     ],
 )
-def test_invalid_data_or_device_is_rejected_before_a_run_exists(overrides, error, run_quick, tmp_path):
+def test_invalid_data_device_or_model_is_rejected_before_a_run_exists(overrides, error, run_quick, tmp_path):
     with pytest.raises(error):
         run_quick(*overrides)
     assert not (tmp_path / "run0").exists()
