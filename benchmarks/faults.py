@@ -18,16 +18,21 @@ import urllib.request
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import psutil
 from mlflow import MlflowClient
 
-from qlora_exp.config.sections.training import TrainingConfig
+from qlora_exp.config.schedules import SETTINGS
 from qlora_exp.sweeps.jobs import state
 from qlora_exp.tracking.tracker import LOG_FILE
 
-SCHEDULES = get_args(TrainingConfig.model_fields["lr_scheduler_type"].annotation)
+_NEEDS_A_MINIMUM = ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
+SCHEDULES = [
+    *((name, "{}") for name in SETTINGS if name not in ("warmup_stable_decay", *_NEEDS_A_MINIMUM)),
+    *((name, "{min_lr_rate: 0.5}") for name in _NEEDS_A_MINIMUM),
+    ("warmup_stable_decay", "{num_decay_steps: 4, min_lr_ratio: 0.5}"),
+]
+"""Every learning rate schedule, with settings that it needs."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +53,14 @@ def command(folder: Path, uri: str, sweep: int, size: Size) -> list[str]:
         size: number of jobs and steps.
     """
     seeds = range(sweep * size.jobs, (sweep + 1) * size.jobs)
+    schedule, settings = SCHEDULES[sweep % len(SCHEDULES)]
     return [
         sys.executable, "-m", "qlora_exp", "train", "-m", "model=tiny_llama", "device=cpu", "method=lora",
         f"training.max_steps={size.steps}", "training.save_strategy=steps",
         f"training.save_steps={max(1, size.steps // 6)}", "training.per_device_train_batch_size=2",
         "training.eval_strategy=no", "dataset.max_train_rows=64", "dataset.max_eval_rows=16",
         "evaluation.before=false", "evaluation.generate_rows=8", "evaluation.max_new_tokens=24",
-        f"training.lr_scheduler_type={SCHEDULES[sweep % len(SCHEDULES)]}",
+        f"training.lr_scheduler_type={schedule}", f"training.lr_scheduler_kwargs={settings}",
         "sweep.n_jobs=2", "sweep.rerun=failed",
         f"tracking.uri={uri}", f"hydra.sweep.dir={folder}", f"seed={','.join(map(str, seeds))}",
     ]  # fmt: skip

@@ -10,7 +10,7 @@ from transformers import set_seed
 from qlora_exp.config.peft_methods import FROM_ROWS
 from qlora_exp.environment.device import places
 from qlora_exp.models import adapters, base, lora_init
-from qlora_exp.models.quantization import stored
+from qlora_exp.models.quantization import check_stored, stored
 from qlora_exp.models.targets import summary
 from qlora_exp.recipe.context import RunContext
 from qlora_exp.recipe.tokens import Tokens
@@ -51,7 +51,7 @@ def build(run: RunContext, tokens: Tokens) -> Trainable:
         ModelError: the base model cannot be loaded.
         ConfigError: the model cannot be trained as the config says.
     """
-    config, resolved = run.config, run.resolved
+    config, resolved, name = run.config, run.resolved, run.config.model.model_name_or_path
     set_seed(config.seed)
     bare = base.skeleton(config.model)
     peft_config = adapters.peft_config(config, bare)
@@ -65,7 +65,12 @@ def build(run: RunContext, tokens: Tokens) -> Trainable:
     with run.memory.phase("load"):
         model = base.load_model(config.model, config.quantization, resolved)
     if config.quantization.quantized:
-        run.log_metrics({"quantized_share": stored(model).share})
+        found = stored(model)
+        run.log_metrics({"quantized_share": found.share})
+        if not config.quantization.bitsandbytes and (
+            why := check_stored(name, config.quantization, found, model.dtype)
+        ):
+            log.warning("%s", why)
     base.stop_at_end_of_turn(model, config.dataset, tokens.tokenizer)
     used = places(model)
     run.tracker.params({"resolved.places": ", ".join(used)})

@@ -75,7 +75,7 @@ class Stages:
         self.patch.setattr(trainer, "Trainer", lambda **given: built.append(given) or SimpleNamespace(
             remove_callback=lambda _: None, add_callback=lambda _: None))  # fmt: skip
         rows = SimpleNamespace(select_columns=lambda _: None)
-        model = SimpleNamespace(named_parameters=list, config=SimpleNamespace())
+        model = SimpleNamespace(named_parameters=list, config=SimpleNamespace(get_text_config=SimpleNamespace))
         trainer.build(model, None, rows, rows, config, resolve(config, CPU), Path("out"), None)
         return [vars(callback) for callback in built[0]["callbacks"]]
 

@@ -83,13 +83,14 @@ def test_the_end_of_the_templates_turns_ends_answers(write_jsonl, tiny_model, ru
 
 
 @pytest.mark.slow
-def test_experts_stay_unquantized_and_it_is_said(rows, tiny_model, run_quick, caplog):
+def test_experts_stay_unquantized_and_it_is_said(rows, tiny_model, run_quick, tmp_path, caplog):
     model = tiny_model("mixtral", num_local_experts=4, num_experts_per_tok=2)
     mixtral = (*rows, "model=hub", f"model.model_name_or_path={model}", "method=qlora")
     with pytest.raises(
         ConfigError, match=r"experts of this model.* LoRA on them has no dropout: set method.lora_dropout=0"
     ):
         run_quick(*mixtral, "method.lora_dropout=0.1")
+    assert not (tmp_path / "run0").exists()
     done = run_quick(*mixtral, "method.lora_dropout=0")
     attention, experts, router = 2 * 64 * (64 + 32 + 32 + 64), 2 * 4 * 3 * 64 * 128, 2 * 4 * 64
     assert done.metrics["quantized_share"] == pytest.approx(attention / (attention + experts + router))
