@@ -4,10 +4,11 @@ import gguf
 import pytest
 import torch
 from helpers.gguf_models import LLAMA3, SPLITS, TEXT, write_tiny_gguf
-from tokenizers import pre_tokenizers
+from tokenizers import AddedToken, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from qlora_exp.deploy.gguf import write
 from qlora_exp.utils.errors import ConfigError
 
 
@@ -77,6 +78,17 @@ def test_tokenizer_has_the_name_llama_cpp_gives_it(pre, tmp_path):
     (tmp_path / "read").mkdir()
     back = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
     assert back.decode(tokenizer(TEXT)["input_ids"]) == TEXT
+
+
+def test_end_of_turn_that_is_not_eos_ends_answers_in_llama_cpp(tmp_path):
+    model, tokenizer = write_tiny_gguf(tmp_path, "llama")
+    tokenizer.add_tokens([AddedToken("<|im_end|>", special=True)])
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<|im_end|>\n{% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    write(model, tokenizer, tmp_path, tmp_path / "turns.gguf", "f32", "tiny")
+    fields = gguf.GGUFReader(tmp_path / "turns.gguf").fields
+    assert fields["tokenizer.ggml.eot_token_id"].contents() == tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert fields["tokenizer.ggml.eos_token_id"].contents() == tokenizer.eos_token_id
 
 
 def test_sentencepiece_tokenizer_has_scores_and_bytes(tmp_path):

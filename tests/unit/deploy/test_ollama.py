@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from helpers.tiny_models import tokenizer
 from tokenizers import processors
 
 from qlora_exp.config.hydra_compose import compose
@@ -88,3 +89,9 @@ def test_template_cannot_inject_modelfile_directives(own_tokenizer):
 def test_modelfile_without_chat_template_continues_text(own_tokenizer):
     own_tokenizer.chat_template = None
     assert 'TEMPLATE """{{ .Prompt }}{{ .Response }}"""' in modelfile(own_tokenizer, "x.gguf")
+
+
+def test_ollama_stops_at_the_end_of_the_chat_templates_turns():
+    text = modelfile(tokenizer(eos_token="<|endoftext|>"), "model.gguf")
+    assert 'PARAMETER stop """<|endoftext|>"""' in text
+    assert 'PARAMETER stop """<|im_end|>"""' in text
