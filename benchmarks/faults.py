@@ -9,6 +9,7 @@ further step, the final losses equal those without kills, and no MLflow run is l
 """
 
 import argparse
+import math
 import random
 import subprocess
 import sys
@@ -91,6 +92,7 @@ def kill_at_random(
     done: dict[str, str] = {}
     lost = sweeps = 0
     losses: dict[str, float] = {}
+    share = math.ceil(kills / len(SCHEDULES))  # every schedule gets some of the kills
     while hit.total() < kills or len(losses) < sweeps * size.jobs:
         if len(losses) == sweeps * size.jobs:
             sweeps += 1
@@ -100,7 +102,8 @@ def kill_at_random(
             while process.poll() is None:
                 time.sleep(chance.uniform(0.5, 6.0))
                 target = chance.choices(["sweep", "evaluation", "job"], [4, 5, 11])[0]
-                while process.poll() is None and hit.total() < kills and (jobs := job_processes(parent)):
+                most = min(kills, share * sweeps)
+                while process.poll() is None and hit.total() < most and (jobs := job_processes(parent)):
                     if target == "evaluation" and not (jobs := [job for job in jobs if evaluates(job)]):
                         time.sleep(0.05)
                         continue
