@@ -95,6 +95,9 @@ def _single_run(composed: Any, output_dir: Path) -> None:
 
 
 def _remove_if_empty(folder: Path) -> None:
-    """Remove the empty output folder of a run that was refused."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    """Remove the empty output folder of a run that was refused, and the empty folders around it."""
+    kept = {Path.cwd(), *Path.cwd().parents}
+    for empty in (folder, *folder.parents):
+        if empty in kept or not empty.is_dir() or any(empty.iterdir()):
+            return
+        empty.rmdir()

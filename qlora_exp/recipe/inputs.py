@@ -53,6 +53,11 @@ def read_inputs(config: Config) -> Inputs:
         hub.go_offline_if_unreachable()  # must come before huggingface_hub is imported
     from qlora_exp.data import sources, tokenization
     from qlora_exp.data.rows import load_heldout, load_rows
+
+    rows = load_rows(config.dataset)
+    unrelated = load_heldout(config.unrelated) if config.unrelated.paths else None
+    score = sources.scorer(config.dataset)
+    # Imported after the rows are read: these modules import torch, which takes seconds.
     from qlora_exp.models import builtin
     from qlora_exp.models.checks import check_model
     from qlora_exp.training import lm_eval
@@ -60,10 +65,7 @@ def read_inputs(config: Config) -> Inputs:
     family = config.model.model_name_or_path.removeprefix("random:")
     if family in builtin.TINY:
         builtin.check_fields("model.random_config", family, dict(config.model.random_config))
-    rows = load_rows(config.dataset)
-    unrelated = load_heldout(config.unrelated) if config.unrelated.paths else None
     tasks = lm_eval.load_tasks(config.evaluation) if config.evaluation.lm_eval_tasks else {}
-    score = sources.scorer(config.dataset)
     resolved = resolve(config, detect(config.device, bitsandbytes=config.quantization.bitsandbytes))
     take(resolved)
 
