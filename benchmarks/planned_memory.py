@@ -90,27 +90,27 @@ def main() -> None:
     quiet()
     errors = []
     print(f"{'run':28} {'predicted':>9} {'measured':>9} {'error':>7}  MiB")
-    for name, words in METHODS.items():
-        for checkpointing in (False, True):
-            for batch in options.batches:
-                label = f"{name} batch {batch}{' checkpointing' if checkpointing else ''}"
-                if options.methods and name not in options.methods:
-                    continue
-                config = compose(
-                    [
-                        *words, f"model={options.model}", "device=cpu",
-                        f"training.max_length={LENGTH}", "training.max_steps=2",
-                        f"training.per_device_train_batch_size={batch}", "training.eval_strategy=no",
-                        f"training.gradient_checkpointing={str(checkpointing).lower()}", "training.save_strategy=no",
-                        "training.train_sampling_strategy=sequential",
-                    ]
-                )  # fmt: skip
-                phases = planner.Planner(config, resolve(config, detect("cpu"))).predict().phases
-                predicted = max(phases[phase].allocated for phase in ("first_step", "steady")) / MIB
-                with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # one without the planner's tensors
+        for name, words in METHODS.items():
+            for checkpointing in (False, True):
+                for batch in options.batches:
+                    label = f"{name} batch {batch}{' checkpointing' if checkpointing else ''}"
+                    if options.methods and name not in options.methods:
+                        continue
+                    config = compose(
+                        [
+                            *words, f"model={options.model}", "device=cpu",
+                            f"training.max_length={LENGTH}", "training.max_steps=2",
+                            f"training.per_device_train_batch_size={batch}", "training.eval_strategy=no",
+                            f"training.gradient_checkpointing={str(checkpointing).lower()}",
+                            "training.train_sampling_strategy=sequential", "training.save_strategy=no",
+                        ]
+                    )  # fmt: skip
+                    phases = planner.Planner(config, resolve(config, detect("cpu"))).predict().phases
+                    predicted = max(phases[phase].allocated for phase in ("first_step", "steady")) / MIB
                     actual = pool.submit(measured, config).result()
-                errors.append(abs(predicted / actual - 1))
-                print(f"{label:28} {predicted:9.0f} {actual:9.0f} {predicted / actual - 1:+7.1%}", flush=True)
+                    errors.append(abs(predicted / actual - 1))
+                    print(f"{label:28} {predicted:9.0f} {actual:9.0f} {predicted / actual - 1:+7.1%}", flush=True)
     print(f"{len(errors)} runs: median error {median(errors):.1%}, worst {max(errors):.1%}")
 
 

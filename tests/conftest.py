@@ -9,7 +9,9 @@ os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
 
 import json
 import shutil
+import sqlite3
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,8 +50,9 @@ def _no_waiting_for_disks() -> Iterator[None]:
     from sqlalchemy import Engine, event
 
     def connected(connection: Any, _record: Any) -> None:
-        if type(connection).__module__.startswith("sqlite3"):
-            connection.execute("PRAGMA synchronous=OFF")
+        if isinstance(connection, sqlite3.Connection):
+            with suppress(sqlite3.DatabaseError):  # a damaged file, which the test is about
+                connection.execute("PRAGMA synchronous=OFF")
 
     event.listen(Engine, "connect", connected)
     with pytest.MonkeyPatch.context() as patched:

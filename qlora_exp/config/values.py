@@ -16,6 +16,8 @@ def to_yaml(config: Config) -> str:
 
 APART = ("tracking", "sweep", "search")
 """Sections that do not change a run's result."""
+_EMPTY_IN_OLDER_RECORDS = (("training", "lr_scheduler_kwargs"),)
+"""Keys that records of older versions lack; empty, they say the same."""
 
 
 def result_values(values: dict[str, Any]) -> dict[str, Any]:
@@ -25,9 +27,12 @@ def result_values(values: dict[str, Any]) -> dict[str, Any]:
         values: a config as nested dictionaries.
     """
     counts = {key: value for key, value in values.items() if key not in APART}
-    return counts | {
-        "model": {key: value for key, value in dict(counts.get("model") or {}).items() if key != "architecture"}
-    }
+    for section, key in (("model", "architecture"), *_EMPTY_IN_OLDER_RECORDS):
+        kept = dict(counts.get(section) or {})
+        if key == "architecture" or not kept.get(key):
+            kept.pop(key, None)
+        counts[section] = kept
+    return counts
 
 
 def flatten(config: Config) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from peft.utils.integrations import dequantize_module_weight
-from torch.nn.modules.conv import _ConvNd
 from transformers import AwqConfig, BitsAndBytesConfig, GPTQConfig, QuantoConfig, TorchAoConfig
 from transformers.utils.quantization_config import AwqBackend
 
@@ -24,6 +23,7 @@ BLOCK = 64
 """Number of weights that share a constant in bitsandbytes' 4-bit types."""
 _MOST = 0.9
 """Share of weights in few bits from which on nothing is said about the others."""
+_CONVOLUTIONS = torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d
 _TENSOR_CLASSES = ("torchao", "optimum.quanto")
 _EXTRA, _GPTQMODEL = "qlora-exp[quantizers]", "GPTQModel' 'optimum"
 _PACKAGES = {
@@ -137,7 +137,7 @@ def stored(model: Any) -> Stored:
     few_bits, experts = 0, 0
     others: Counter[str] = Counter()
     for module in model.modules():
-        if module is model.get_output_embeddings() or isinstance(module, torch.nn.Embedding | _ConvNd):
+        if module is model.get_output_embeddings() or isinstance(module, torch.nn.Embedding | _CONVOLUTIONS):
             continue
         weight = getattr(module, "weight", None)
         if isinstance(module, Linear4bit | Linear8bitLt) or hasattr(module, "qweight"):

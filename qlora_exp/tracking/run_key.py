@@ -38,7 +38,7 @@ def digests(config: Config) -> dict[str, str]:
         "config": json_digest(result_values(config.model_dump(mode="json"))),
         "model": model_version(config.model.model_name_or_path, config.model.revision),
         "data": "+".join(
-            [data_version(path, dataset.revision) for dataset in config.datasets for path in dataset.paths]
+            [data_version(_absolute(path), dataset.revision) for dataset in config.datasets for path in dataset.paths]
             + ([_folder(Path(tasks))] if (tasks := config.evaluation.lm_eval_include_path) else [])
         ),
         "code": code_digest(),
@@ -63,6 +63,11 @@ def model_version(name_or_path: str, revision: str | None) -> str:
     if name_or_path.startswith((".", "/", "~")):
         return "missing"
     return hub.commit(name_or_path, revision, "model")
+
+
+def _absolute(path: str) -> str:
+    """Return the absolute path of a file: versions are cached, and the working directory may change."""
+    return str(Path(path).absolute()) if Path(path).is_file() else path
 
 
 @functools.cache

@@ -16,8 +16,8 @@ def test_builtin_model_learns(mlflow_uri, tmp_path, read_losses):
         "training.eval_strategy=no",
         "training.learning_rate=1e-3",
     ]
-    measuring = ["dataset.max_eval_rows=4", "evaluation.generate_rows=2", "evaluation.max_new_tokens=8"]
-    measuring += ["unrelated.max_eval_rows=2"]
+    measuring = ["dataset.max_eval_rows=3", "evaluation.generate_rows=1", "evaluation.max_new_tokens=8"]
+    measuring += ["unrelated.max_eval_rows=1"]
     config = compose([f"tracking.uri={mlflow_uri}", "device=cpu", *training, *measuring])
     result = run(config, tmp_path / "run")
     assert len(read_losses(result)) == 4

@@ -21,10 +21,10 @@ def test_planning_does_not_change_losses(run_quick, read_losses):
 
 
 def test_run_that_cannot_be_planned_still_runs(run_quick, caplog):
-    found = run_quick("tracking.plan=true", "method=boft").metrics
+    found = run_quick("tracking.plan=true", "method=lora", "quantization=torchao_int8").metrics
     assert "after/loss" in found
     assert "plan/peak_mib" not in found
-    assert "not planned: method=boft cannot be planned" in caplog.text
+    assert "quantization=torchao_int8 cannot be planned yet: choose nf4_double" in caplog.text
 
 
 def test_calibrate_command_fits_recorded_runs_and_plan_uses_the_fit(run_quick, mlflow_uri, capsys, tmp_path):

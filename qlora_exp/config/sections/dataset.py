@@ -57,9 +57,9 @@ class DatasetConfig(Section):
     """chat: system message of every row that has none of its own. null: the model's template decides."""
     drop_matching: str | None = None
     """Regular expression. Rows whose completion contains a match are left out."""
-    drop_duplicates: Literal["exact", "prompt"] | bool = "exact"
+    drop_duplicates: Literal["exact"] | bool = "exact"
     """Rows to leave out after the first of their kind. exact: rows with the same prompt, input and answer (or the same
-    dialogue). prompt (or true): rows with the same prompt and input, whatever the answer. false: none."""
+    dialogue). true: rows with the same prompt and input, whatever the answer. false: none."""
     drop_leaks: Literal["none", "exact", "near"] = "exact"
     """Training rows to leave out. exact: same prompt as a held-out row; near: also rows with similar text."""
     leak_threshold: Annotated[float, Field(gt=0, le=1)] = 0.7

@@ -8,6 +8,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.singleton import Singleton
+from hydra.core.utils import setup_globals
 from omegaconf import OmegaConf
 
 from qlora_exp.config.hydra_compose import conf_dir
@@ -47,6 +48,7 @@ def test_a_value_is_written_so_that_it_is_read_again(text: str):
 
 
 def test_singletons_are_restored_from_their_pickle():
+    setup_globals()  # as in any process that Hydra started
     before = Singleton.get_state()
     try:
         ConfigStore.instance().store(name="marker", node={"a": 1})

@@ -34,6 +34,7 @@ def test_transformers_calls_what_our_trainer_overrides():
     source = inspect.getsource(Trainer)
     assert "sampler_fn=self._get_train_sampler," in source
     assert "self._run_epoch(" in source
+    assert "self._prepare_inputs(inputs)" in source
     assert "self._save_checkpoint(model, trial)" in source
     assert isinstance(TrainingArguments.n_gpu, property)
     assert "self.n_gpu" in inspect.getsource(TrainingArguments.train_batch_size.fget)
