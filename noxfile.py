@@ -50,7 +50,7 @@ def tests(session: nox.Session) -> None:
     """Set up, then check style and types and run all tests, one real training of the embedded model among them."""
     install(session, *TESTED)
     lint(session)
-    pytest(session, *(session.posargs or TWO_WORKERS))
+    pytest(session, *(session.posargs or (*TWO_WORKERS, "--durations=60")))
 
 
 @nox.session
