@@ -181,13 +181,13 @@ def main() -> None:
         "methods", nargs="*", metavar="METHOD", help=f"methods to test; default: all of {', '.join(names)}"
     )
     parser.add_argument(
-        "--bases", nargs="+", choices=[*BASES], default=[*BASES], help="kinds of base to test; results of others stay"
+        "--bases", nargs="+", choices=[*BASES], help="kinds of base to test; no families unless they are named too"
     )
     parser.add_argument(
         "--families",
         nargs="*",
         choices=[*TINY],
-        help="families of models to test, and no kinds of base; all: none named",
+        help="families of models to test (none named: all); no kinds of base unless they are named too",
     )
     parser.add_argument("--check", action="store_true", help="only print the changes, write no file")
     options = parser.parse_args()
@@ -199,16 +199,19 @@ def main() -> None:
     kept = json.loads(FILE.read_text("utf-8")) if FILE.is_file() else {}
     merged = {kind: dict(bases) for kind, bases in kept.get("verdicts", {}).items() if kind in methods}
     families: dict[str, dict[str, str]] = kept.get("families", {})
-    bases = options.bases if options.families is None else []
+    everything = options.bases is None and options.families is None
+    bases = [*BASES] if everything else options.bases or []
     jobs = [(kind, words, base) for kind, words in wanted.items() for base in bases]
     trained = {kind: words for kind, words in wanted.items() if kind != "LORA+qalora"}  # it needs GPTQ files
-    chosen = options.families or [*TINY]
+    chosen = [*TINY] if everything or options.families == [] else options.families or []
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         results = pool.map(judge, [words for _, words, _ in jobs], [base for *_, base in jobs])
         for (kind, _, base), verdicts in zip(jobs, results, strict=True):
             before = merged.get(kind, {}).get(base)
             print(kind, base, verdicts if verdicts != before else "unchanged", flush=True)
             merged.setdefault(kind, {})[base] = verdicts
+        if jobs and not options.check:
+            write(merged, families)
         for family, failing in zip(chosen, pool.map(judge_family, chosen, [trained] * len(chosen)), strict=True):
             before = families.get(family, {})
             now = {kind: why for kind, why in before.items() if kind in methods and kind not in trained} | failing

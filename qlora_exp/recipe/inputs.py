@@ -1,4 +1,7 @@
-"""Read the inputs of a run before the slow imports: rows, tasks, the device. An error here leaves no run behind."""
+"""Read and check the inputs of a run: rows, tasks, the device, then the model without weights.
+
+An error here leaves no run behind. Rows are read first, before the slow imports.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

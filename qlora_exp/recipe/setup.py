@@ -55,7 +55,6 @@ def build(run: RunContext, tokens: Tokens) -> Trainable:
     set_seed(config.seed)
     bare = base.skeleton(config.model)
     peft_config = adapters.peft_config(config, bare)
-    experts = stored(bare).experts
     if why := base.check_quantization(config.model, config.quantization, resolved, bare):
         log.warning("%s", why)
     if peft_config is not None:
@@ -81,11 +80,6 @@ def build(run: RunContext, tokens: Tokens) -> Trainable:
     for what, layers in summary(adapted, bare, config.method.settings.get("target_modules")).items():
         run.tracker.params({f"resolved.{what}_layers": layers})
         log.log(_SUMMARY[what][0], _SUMMARY[what][1], layers)
-    if experts and peft_config is not None:
-        adapts = any(type(module).__name__ == "ParamWrapper" for module in adapted.modules())
-        log.info(
-            "the adapter %s the model's experts (%s weights)", "includes" if adapts else "leaves out", f"{experts:,}"
-        )
     if config.training.packing and not isolates_packed_rows(adapted):
         raise ConfigError(
             f"training.packing: {config.model.model_name_or_path} does not keep packed rows apart, so the result "
