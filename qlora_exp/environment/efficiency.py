@@ -20,6 +20,8 @@ from qlora_exp.utils.units import MIB
 
 log = logging.getLogger(__name__)
 _POWERCAP = Path("/sys/class/powercap")
+PEAK_SECONDS = 0.1
+"""How long `peak_flops` measures, roughly."""
 
 
 def _product(a: Any, b: Any, *_: Any, **__: Any) -> int:
@@ -104,8 +106,9 @@ def flops_of(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 def peak_flops(device: str, dtype: torch.dtype) -> float:
     """Measure the FLOP/s of a large matrix product on this device, in this dtype, with the current threads.
 
-    Products grow until 0.1 s have passed: a processor without instructions for this dtype may take seconds for a large
-    one. On a GPU they take 100 MB for a moment. The peaks that vendors publish are higher, but no program reaches them.
+    Products grow until `PEAK_SECONDS` have passed: a processor without instructions for this dtype may take seconds for
+    a large one. On a GPU they take 100 MB for a moment. The peaks that vendors publish are higher, but no program
+    reaches them.
     """
     best, end = 0.0, math.inf
     for n in (256, 512, 1024, 2048, 4096):
@@ -114,7 +117,7 @@ def peak_flops(device: str, dtype: torch.dtype) -> float:
             begin = time.perf_counter()
             float((a @ b)[0, 0])  # reading a value waits until a GPU is done
             best = max(best, 2 * n**3 / (time.perf_counter() - begin))
-            end = min(end, time.perf_counter() + 0.1)  # the first product also loads libraries
+            end = min(end, time.perf_counter() + PEAK_SECONDS)  # the first product also loads libraries
         if time.perf_counter() > end:
             break
     return best

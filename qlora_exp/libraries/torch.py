@@ -30,6 +30,9 @@ tree_leaves: Callable[[Any], list[Any]] = _pytree.tree_leaves
 VALUE_OF_SCALAR = torch.ops.aten._local_scalar_dense.default
 """`aten::_local_scalar_dense`: the operation of `Tensor.item`, which reads a value."""
 
+DEVICE_OF: Any = torch.ops.prim.device.default
+"""`prim::device`: what `tensor.device` of a fake tensor calls."""
+
 FUSED_ATTENTION = tuple(
     f"aten._scaled_dot_product_{kernel}"
     for kernel in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
@@ -87,6 +90,16 @@ def _is_mask(index: Any) -> bool:
 
 def _places(mask: torch.Tensor) -> list[torch.Tensor]:
     return [torch.empty(mask.numel(), dtype=torch.long, device=mask.device) for _ in range(mask.ndim)]
+
+
+def fake_device(tensor: Any) -> torch.device | None:
+    """Return the device that a fake tensor stands for (`FakeTensor.fake_device`), which its mode takes long to answer.
+
+    None outside of fake tensors, and while a kernel runs on the meta device.
+    """
+    if not isinstance(tensor, fake_tensor.FakeTensor) or tensor.fake_mode.in_kernel_invocation:
+        return None
+    return tensor.fake_device
 
 
 def storage_address(tensor: torch.Tensor) -> int:

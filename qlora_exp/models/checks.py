@@ -103,7 +103,7 @@ def check_adapter(config: Config, model: PreTrainedModel) -> None:
     settings = peft_config(config, model)
     if settings is None or config.quantization.quant_method in ("gptq", "awq"):
         return  # the layers of these quantizers are built by their own packages only
-    modules, apart, base_error = [name for name, _ in model.named_modules()], parts_without_text(model), _try(model)
+    modules, apart = [name for name, _ in model.named_modules()], parts_without_text(model)
     if too_large := [token for token in _chosen_tokens(settings) if not 0 <= token < _embeddings(model)]:
         raise ConfigError(
             f"{_named(config)}: it has no tokens {', '.join(map(str, too_large))}; they go from 0 to "
@@ -123,8 +123,8 @@ def check_adapter(config: Config, model: PreTrainedModel) -> None:
             raise
     for problem in _problems(adapted, settings, modules, apart):
         raise ConfigError(f"{_named(config)}: {problem}")
-    failure = None if base_error else _try(adapted)
-    if failure is not None and not lacks_values(failure):
+    failure = _try(adapted)
+    if failure is not None and not lacks_values(failure) and _try(skeleton(config.model)) is None:
         raise ConfigError(f"{_named(config)}: {first_line(failure)}") from failure
 
 
@@ -149,7 +149,7 @@ def _try(model: Any) -> Exception | None:
     ids = torch.zeros(2, 4, dtype=torch.long, device="meta")  # no attention mask: its values would be read
     try:
         model(input_ids=ids, labels=ids)
-    except Exception as error:  # the caller knows whether the base has it too
+    except Exception as error:  # the caller checks whether the base has it too
         return error
     return None
 

@@ -26,7 +26,7 @@ LINEAR = LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * INNER)
 REST = 2 * VOCABULARY * HIDDEN + (2 * LAYERS + 1) * HIDDEN
 
 
-def predict(*words: str, device: Device = GPU) -> planner.Prediction:
-    """Predict what a run of the tiny architecture takes."""
+def predict(*words: str, device: Device = GPU, evaluated: int | None = 0) -> planner.Prediction:
+    """Predict what a run of the tiny architecture takes; without evaluation, unless rows of that length are asked for."""
     config = compose(["model=tiny_llama", ARCHITECTURE, "training.max_length=64", *words])
-    return planner.Planner(config, resolve(config, device)).predict()
+    return planner.Planner(config, resolve(config, device)).predict(evaluated=evaluated)

@@ -57,8 +57,8 @@ def highest(events: list[Event]) -> int:
     ids=str,
 )
 def test_deepened_recording_equals_that_of_the_deeper_model(words: list[str]):
-    found = deepen(recorded(LAYERS, *words), 8)
-    expected = recorded(8, *words).events
+    found = deepen(recorded(LAYERS, *words), LAYERS + 2)
+    expected = recorded(LAYERS + 2, *words).events
     assert made(found) == made(expected)
     assert freed(found) == freed(expected)
     assert highest(found) == highest(expected)

@@ -15,7 +15,7 @@ def test_paged_states_are_counted_separately():
 
 
 def test_lorafa_trains_and_keeps_states_of_b_only():
-    both, one = (predict("method=lora", f"optimizer={name}") for name in ("adamw_torch", "lorafa"))
+    both, one = (predict("method=lora", f"optimizer={name}", evaluated=8) for name in ("adamw_torch", "lorafa"))
     assert one.trainable == LAYERS * 16 * (4 * HIDDEN + 2 * INNER + HIDDEN)  # every B
     assert one.phases["evaluation"].kinds["optimizer"] == 2 * 4 * one.trainable
     assert both.trainable == one.trainable + LAYERS * 16 * (6 * HIDDEN + INNER)
@@ -23,6 +23,7 @@ def test_lorafa_trains_and_keeps_states_of_b_only():
 
 
 def test_adafactor_keeps_a_row_and_a_column_per_matrix():
-    kinds = predict("method=full", "optimizer.optim=adafactor", "model.dtype=float32").phases["evaluation"].kinds
+    words = ["method=full", "optimizer.optim=adafactor", "model.dtype=float32"]
+    kinds = predict(*words, evaluated=8).phases["evaluation"].kinds
     matrices = LAYERS * (4 * 2 * HIDDEN + 3 * (HIDDEN + INNER)) + 2 * (VOCABULARY + HIDDEN)
     assert 4 * matrices <= kinds["optimizer"] < 4.5 * (matrices + (2 * LAYERS + 1) * HIDDEN)
