@@ -1,5 +1,6 @@
 """Wrap MLflow's private parts. Checked on MLflow 3.17.2."""
 
+from mlflow import MlflowClient
 from mlflow.store.db.utils import _initialize_tables, create_sqlalchemy_engine_with_retry
 
 
@@ -17,3 +18,13 @@ def create_tables(database: str) -> None:
         _initialize_tables(engine)
     finally:
         engine.dispose()
+
+
+def reopen(mlflow: MlflowClient) -> None:
+    """Let a client of an SQLite store use a new file at the same path (`SqlAlchemyStore._dispose_engine` and others).
+
+    MLflow keeps its connections to a file that was deleted, for as long as the process runs.
+    """
+    store = mlflow._tracking_client.store
+    store._dispose_engine()
+    store._initialize_store_state()

@@ -19,7 +19,7 @@ from qlora_exp.utils.secrets import redact
 log = logging.getLogger(__name__)
 
 
-def finish(folder: Path, outcome: str, failure: str, uri: str | None = None) -> bool:
+def finish(folder: Path, outcome: str, failure: str, uri: str | None = None, again: bool = False) -> list[str]:
     """Send the undelivered messages of the run in `folder`; end it with `outcome` if its process did not end it.
 
     Args:
@@ -27,9 +27,11 @@ def finish(folder: Path, outcome: str, failure: str, uri: str | None = None) -> 
         outcome: outcome of a run whose process is gone.
         failure: one line that says why it ended.
         uri: MLflow store to send to; default: the one that the run was started with.
+        again: read the run back from MLflow even if that was done before.
 
     Returns:
-        Whether MLflow has received everything. False also while a running process has locked the folder.
+        What MLflow lacks, one line each; empty if everything was read back. A running process that has locked the
+        folder is one such line.
 
     Raises:
         JournalError: a message cannot be read; those before it are sent, and the run is not ended.
@@ -37,11 +39,11 @@ def finish(folder: Path, outcome: str, failure: str, uri: str | None = None) -> 
     try:
         journal = Journal(folder)
     except Timeout:
-        return False
+        return ["a running process has locked the folder"]
     try:
         begin = next(journal.messages(), None)
         if begin is None:
-            return True
+            return []
         try:
             tracker = Tracker(journal, uri or begin["uri"], resumed=True)
         except JournalError:
@@ -51,7 +53,8 @@ def finish(folder: Path, outcome: str, failure: str, uri: str | None = None) -> 
         last = last_message(folder)
         if last is not None and last["op"] != "end":
             tracker.end("KILLED" if outcome == "killed" else "FAILED", outcome, failure)
-        return tracker.deliver()
+        tracker.send_left_out()
+        return tracker.settle(again)
     finally:
         journal.close()
 
@@ -72,8 +75,10 @@ def reap(mlflow: MlflowClient, experiment: str, uri: str | None) -> None:
             if not provenance.is_dead({key: tags.get(f"process.{key}", "") for key in process_keys}):
                 continue
             _check_stale(folder, tags.get("attempt"))
-            if not finish(folder, "killed", "its process is gone", uri) and is_locked(folder):  # it still runs
+            problems = finish(folder, "killed", "its process is gone", uri)
+            if problems and is_locked(folder):  # it still runs
                 continue
+            why = "; ".join(problems) or why
         except PermissionError as error:  # its own user's next run ends it; here its process may only be hidden
             log.info("run %s stays RUNNING: %s", run_id, error)
             continue

@@ -216,7 +216,7 @@ def test_old_sweep_synced_late_does_not_replace_the_newest_view(make_jobs, mlflo
     mlflow.set_experiment_tag(experiment.experiment_id, key, newer)
     folder = tmp_path / "multirun" / "test"
     (folder / "delivered.json").unlink()
-    assert recovery.finish(folder, "killed", "not used")
+    assert recovery.finish(folder, "killed", "not used") == []
     assert mlflow.get_experiment(experiment.experiment_id).tags[key] == newer
 
 

@@ -1,7 +1,7 @@
 from mlflow import MlflowClient
 from sqlalchemy import create_engine, inspect
 
-from qlora_exp.libraries.mlflow import create_tables
+from qlora_exp.libraries.mlflow import create_tables, reopen
 
 
 def test_a_store_with_these_tables_is_opened_as_it_is(tmp_path):
@@ -13,3 +13,13 @@ def test_a_store_with_these_tables_is_opened_as_it_is(tmp_path):
     assert MlflowClient(address, registry_uri=address).create_experiment("new")
     assert inspect(engine).get_table_names() == tables
     engine.dispose()
+
+
+def test_a_client_uses_a_store_that_was_created_again(tmp_path, make_store):
+    mlflow = MlflowClient(make_store("store.db"))
+    mlflow.create_experiment("old")
+    (tmp_path / "store.db").unlink()
+    make_store("store.db")
+    reopen(mlflow)
+    assert mlflow.create_experiment("new")
+    assert sorted(one.name for one in mlflow.search_experiments()) == ["Default", "new"]
