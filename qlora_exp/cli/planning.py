@@ -62,8 +62,8 @@ def plan(options: argparse.Namespace) -> None:
             composed.append(hydra_compose.compose(words))
         except UserError as error:
             composed.append(error)
-    if isinstance(composed[0], UserError) and len(jobs) == 1:
-        raise composed[0]
+    if not any(isinstance(config, Config) for config in composed):
+        raise ConfigError("\n".join(dict.fromkeys(map(str, composed))))
     _import_planner()
     from qlora_exp.planning import tables
     from qlora_exp.planning.planner import planner

@@ -13,9 +13,6 @@ from qlora_exp.cli.parents import Commands, add_command
 from qlora_exp.utils.errors import ConfigError
 from qlora_exp.utils.quiet import quiet
 
-# Flags with which Hydra only prints something.
-_SHOWS_SOMETHING_ELSE = {"--help", "-h", "--hydra-help", "--version", "--shell-completion", "-sc", "--info", "-i"}
-
 
 def add_parsers(commands: Commands) -> None:
     """Add `train`."""
@@ -26,28 +23,47 @@ def add_parsers(commands: Commands) -> None:
 def train(options: argparse.Namespace) -> None:
     """Fine-tune one configuration, or with -m every combination (a sweep)."""
     gc.disable()  # until the run starts: saves a fifth of the imports' time
-    import hydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    from qlora_exp.config.hydra_compose import check_command, conf_dir, explain, register
+    from qlora_exp.config import hydra_compose
+    from qlora_exp.config.overrides import readable
     from qlora_exp.environment.device import refuse_several_processes
+    from qlora_exp.libraries import hydra
 
     refuse_several_processes()
-    words = [*options.unknown, *["sweep.dry_run=true"] * options.dry_run]
-    if not (_SHOWS_SOMETHING_ELSE | {"-m", "--multirun"}) & set(words):
-        check_command(words)  # a sweep checks all its jobs itself
-    register()
+    sys.argv = ["qlora-exp train", *options.unknown, *["sweep.dry_run=true"] * options.dry_run]
+    arguments = hydra.parse(sys.argv[1:])
+    _refuse_flags(arguments)
+    shows_config = arguments.cfg is not None
+    if not (arguments.help or arguments.hydra_help or arguments.shell_completion or arguments.info):
+        arguments.overrides = readable(arguments.overrides)
+        names_sweep = any(word.startswith("sweep=") for word in arguments.overrides)
+        arguments.multirun |= names_sweep and not (shows_config or arguments.run)
+        if arguments.multirun:  # a sweep checks its jobs itself
+            if arguments.config_dir is not None:
+                hydra_compose.check_own_options(Path(arguments.config_dir))
+        else:
+            hydra_compose.check_command(arguments.overrides, arguments.config_dir, shows_config)
+    hydra_compose.register()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let Hydra raise its errors, so that we can explain them
-    sys.argv = ["qlora-exp train", *words]
     try:
-        hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(_job)()
-    except (HydraException, OmegaConfBaseException) as error:
-        raise explain(error) from error
+        with hydra_compose.errors_explained():
+            hydra.main(arguments, _job, hydra_compose.conf_dir(), "config")
     except OSError as error:
-        raise ConfigError(
-            f"cannot write to the output folder: {error}; choose another: hydra.run.dir=FOLDER"
-        ) from error
+        key = "hydra.sweep.dir" if arguments.multirun else "hydra.run.dir"
+        raise ConfigError(f"cannot write to the output folder: {error}; choose another: {key}=FOLDER") from error
+
+
+def _refuse_flags(arguments: argparse.Namespace) -> None:
+    """Refuse flags of Hydra that do not go together, or that this command does not support."""
+    if arguments.experimental_rerun is not None:
+        raise ConfigError("--experimental-rerun is not supported; to repeat a run: qlora-exp reproduce RUN")
+    alternatives = ("run", "multirun", "cfg", "info", "shell_completion")
+    given = [f"--{name.replace('_', '-')}" for name in alternatives if getattr(arguments, name)]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)}: give one of them")
+    if (arguments.resolve or arguments.package) and not (arguments.cfg or arguments.help):
+        raise ConfigError("--resolve and --package are about the config that --cfg prints: add --cfg job")
+    if "${" in str(Path.cwd()):
+        raise ConfigError(f"Hydra does not accept a working folder with ${{ in its path: {Path.cwd()}")
 
 
 def _job(composed: Any) -> None:

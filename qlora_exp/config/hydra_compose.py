@@ -5,26 +5,35 @@ module.
 """
 
 import functools
-import re
-from collections.abc import Sequence
-from itertools import pairwise
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
+from hydra.conf import HydraConf
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qlora_exp.config import idle
+from qlora_exp.config.composition_errors import explain
+from qlora_exp.config.overrides import GROUPS, OPTIONAL, combinations, no_option, of_job, readable
 from qlora_exp.config.schema import Config
-from qlora_exp.config.validate import OPEN_SECTIONS, from_dict, no_such_key
-from qlora_exp.libraries.hydra import every_combination
+from qlora_exp.config.validate import OPEN_SECTIONS, from_dict
+from qlora_exp.libraries.hydra import initialized
 from qlora_exp.utils.errors import ConfigError, did_you_mean
+
+log = logging.getLogger(__name__)
+
+SWEEPING = {"sweeper": "grid", "launcher": "local"}
+"""The default sweeper and launcher, which option files and the command line can change."""
 
 
 def conf_dir() -> Path:
@@ -42,7 +51,10 @@ def conf_dir() -> Path:
 
 @functools.cache
 def register() -> None:
-    """Register the schema's keys and defaults in Hydra as config `schema`, the root that every group overrides."""
+    """Register the schema's keys and defaults in Hydra as config `schema`, the root that every group overrides.
+
+    Also make this package's sweeper and launcher Hydra's defaults.
+    """
     node = OmegaConf.create(Config().model_dump(mode="json"))
     for section in node.values():
         if isinstance(section, DictConfig):
@@ -52,6 +64,12 @@ def register() -> None:
     for name in OPEN_SECTIONS:
         OmegaConf.set_struct(node[name], False)
     ConfigStore.instance().store(name="schema", node=node)
+    # Defaults of Hydra itself, because an `override` in conf/config.yaml would win over those of the user's files.
+    defaults: dict[Any, Any] = {"help": "qlora_exp", "job_logging": "stdout", **SWEEPING}
+    entries = [
+        {group: defaults.get(group, option)} for entry in HydraConf().defaults for group, option in entry.items()
+    ]
+    ConfigStore.instance().store("config", HydraConf(defaults=entries), group="hydra", provider="hydra")
 
 
 def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Config:
@@ -65,40 +83,103 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
         ConfigError: the config is invalid; the message names the key and the nearest valid spelling. Or an override
             would change nothing.
     """
-    config = _compose(overrides, config_dir)
+    config, _ = _compose(overrides, config_dir)
     _refuse_idle_keys(config, overrides, sweeping=True)  # a config may be that of a sweep's job
     return config
 
 
-def _compose(overrides: Sequence[str], config_dir: str | Path | None) -> Config:
+def _compose(overrides: Sequence[str], config_dir: str | Path | None) -> tuple[Config, Mapping[str, Any]]:
+    """Compose and check a config; return it and the options that were chosen, by group."""
     register()
-    search = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
-    try:
-        with initialize_config_dir(str(conf_dir()), version_base="1.3"):
-            return check(hydra_compose("config", overrides=[*search, *overrides]))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise explain(error) from error
+    if config_dir is not None:
+        check_own_options(Path(config_dir))
+    with errors_explained(), initialized(conf_dir(), config_dir):
+        composed = hydra_compose("config", overrides=readable(overrides), return_hydra_config=True)
+        choices = composed.hydra.runtime.choices
+        refuse_missing_options(choices)
+        return check(without_hydra(composed)), choices
 
 
-def check_command(arguments: Sequence[str]) -> None:
-    """Check the config of a command line before anything runs.
+def check_command(overrides: Sequence[str], config_dir: str | None = None, shows_config: bool = False) -> None:
+    """Check the config of a single run before anything runs.
 
     Args:
-        arguments: overrides and Hydra's flags, as after `qlora-exp train`.
+        overrides: overrides of the command line.
+        config_dir: `--config-dir`.
+        shows_config: whether the config is only printed.
 
     Raises:
         ConfigError: the config is invalid; the message lists every problem.
     """
-    config_dir = next((later for flag, later in pairwise(arguments) if flag in ("--config-dir", "-cd")), None)
-    config_dir = next((word.split("=", 1)[1] for word in arguments if word.startswith("--config-dir=")), config_dir)
-    words = [word for word in arguments if "=" in word and not word.startswith("-")]
-    config = _compose(words, config_dir)
-    if not any(word.startswith(("sweep=", "hydra.mode=")) for word in words):  # a sweep checks its jobs itself
-        _refuse_idle_keys(config, words, sweeping=False)
-        shows_config = any(word in ("-c", "--cfg") or word.startswith("--cfg=") for word in arguments)
-        for word in [] if shows_config else words:
-            if word.lstrip("+").startswith(("hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweep")):
-                raise ConfigError(f"{word} would change nothing: {idle.SINGLE_RUN}")
+    config, choices = _compose(overrides, config_dir)
+    if shows_config or any(
+        word.startswith(("sweep=", "hydra.mode=")) for word in overrides
+    ):  # a sweep checks its jobs itself
+        return
+    _refuse_idle_keys(config, overrides, sweeping=False)
+    for word in overrides:
+        if word.lstrip("+").startswith(("hydra/launcher", "hydra/sweeper", "hydra.launcher", "hydra.sweep")):
+            raise ConfigError(f"{word} would change nothing: {idle.SINGLE_RUN}")
+    for group, default in SWEEPING.items():
+        if choices[f"hydra/{group}"] != default:  # by a file, which may be for single runs and sweeps
+            chosen = f"hydra/{group}={choices[f'hydra/{group}']}"
+            log.warning("%s of an option file is not used: %s", chosen, idle.SINGLE_RUN)
+
+
+@contextmanager
+def errors_explained() -> Iterator[None]:
+    """Raise errors of composing as `ConfigError`.
+
+    Raises:
+        ConfigError: an override, an option or a file is wrong; the message says which.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", r"provider=.* is not\s+available", UserWarning)
+            yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise explain(error) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"an option file is not valid YAML: {' '.join(str(error).split())}") from error
+    except UserWarning as error:
+        raise ConfigError(
+            f"hydra.searchpath: there is no folder {str(error).partition('path=')[2].split()[0]}"
+        ) from error
+
+
+def check_own_options(config_dir: Path) -> None:
+    """Check a folder with the user's own options: it must exist; say which of its files are not used.
+
+    Raises:
+        ConfigError: the folder does not exist.
+    """
+    if not config_dir.is_dir():
+        raise ConfigError(f"--config-dir: there is no folder {config_dir.absolute()}")
+    if "${" in str(config_dir.absolute()):
+        raise ConfigError(f"--config-dir: Hydra does not accept a folder with ${{ in its path: {config_dir.absolute()}")
+    shipped = conf_dir()
+    for file in sorted(config_dir.rglob("*.yaml")):
+        other = shipped / file.relative_to(config_dir)
+        if other.is_file() and not other.samefile(file) and other.read_bytes() != file.read_bytes():
+            log.warning("%s is not used: an option of this name is shipped, and is used instead; rename the file", file)
+
+
+def refuse_missing_options(choices: Mapping[str, Any]) -> None:
+    """Refuse a config without an option of each group: the schema's defaults would silently replace the option.
+
+    Args:
+        choices: the options that Hydra chose (`hydra.runtime.choices`).
+
+    Raises:
+        ConfigError: a group has no option.
+    """
+    if missing := [group for group in GROUPS if group not in OPTIONAL and choices.get(group) is None]:
+        raise ConfigError(no_option(missing[0]))
+
+
+def without_hydra(composed: DictConfig) -> DictConfig:
+    """Return a composed config without its `hydra` node."""
+    return OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
 
 
 def _refuse_idle_keys(config: Config, overrides: Sequence[str], sweeping: bool) -> None:
@@ -112,6 +193,7 @@ def grid(overrides: Sequence[str]) -> list[list[str]]:
     Raises:
         ConfigError: an override cannot be read.
     """
+    overrides = readable(overrides)
     name = next((word.split("=", 1)[1] for word in reversed(overrides) if word.startswith("sweep=")), None)
     params: dict[str, str] = {}
     if name is not None:
@@ -121,10 +203,9 @@ def grid(overrides: Sequence[str]) -> list[list[str]]:
         params = values["hydra"]["sweeper"]["params"]
     overridden = {word.split("=", 1)[0] for word in overrides}
     words = [*(f"{key}={value}" for key, value in params.items() if key not in overridden), *overrides]
-    try:
-        return every_combination(OverridesParser.create().parse_overrides(words))
-    except HydraException as error:
-        raise explain(error) from error
+    with errors_explained(), initialized(conf_dir(), None):
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        return [of_job(job) for job in combinations(parser.parse_overrides(words))]
 
 
 def check(composed: DictConfig) -> Config:
@@ -151,19 +232,3 @@ def plain(composed: DictConfig) -> Any:
 def options(group: str) -> list[str]:
     """List the shipped options of a config group."""
     return sorted(file.stem for file in (conf_dir() / group).glob("*.yaml"))
-
-
-def explain(error: Exception) -> ConfigError:
-    """Turn an error of Hydra or OmegaConf into a `ConfigError` that names the nearest valid spelling."""
-    text = str(error)
-    if match := re.search(r"Could not override '([^']+)'", text):
-        return ConfigError(no_such_key(match[1].split("@")[0].lstrip("+~")))
-    if match := re.search(r"Could not find '((?:hydra/)?[^'/]+)/([^']+)'", text):
-        group, option = match.groups()
-        shipped = options(group)
-        hub = f"; for a model of the hub: model=hub model.model_name_or_path={option}" if group == "model" else ""
-        return ConfigError(
-            f"{group}: no option '{option}'{did_you_mean(option, shipped)} Shipped options: {', '.join(shipped)}{hub}"
-        )
-    cause = f"\n{error.__cause__}" if error.__cause__ else ""
-    return ConfigError(f"{text}{cause}")

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ValidationError
 
 from qlora_exp.config import crosschecks, peft_methods
 from qlora_exp.config.schema import Config
+from qlora_exp.config.sections.sweep import SearchConfig
 from qlora_exp.utils.errors import ConfigError, did_you_mean
 
 OPEN_SECTIONS = ("method", "lora_variant")
@@ -46,6 +47,13 @@ def no_such_key(key: str) -> str:
     """Return the message for an unknown key, with the most similar existing keys."""
     if key.rpartition(".")[2] in ("output_dir", "out", "output"):
         return f"{key}: no such key or group; the output folder is hydra.run.dir=FOLDER"
+    if (setting := key.removeprefix("hydra.sweeper.")) != key:
+        own = {"direction": "search.directions", "n_jobs": "sweep.n_jobs"}
+        own |= {name: f"search.{name}" for name in SearchConfig.model_fields}
+        hint = f"; did you mean '{own[setting]}'?" if setting in own else did_you_mean(setting, own.values())
+        return f"{key}: Hydra has no such key{hint} `qlora-exp keys search` lists the settings of searches"
+    if key == "hydra.launcher.n_jobs":
+        return f"{key}: this launcher has no such key; did you mean 'sweep.n_jobs'?"
     if key.startswith("hydra."):
         return f"{key}: Hydra has no such key (--cfg hydra shows its keys); +{key}=VALUE adds one for a plugin"
     if (hint := did_you_mean(key, known_keys())) != ".":
@@ -57,6 +65,12 @@ def no_such_key(key: str) -> str:
 def _describe(problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("literal["))
     if problem["type"] == "extra_forbidden":
+        group, _, inner = where.partition(".")
+        if group == "experiment" or inner.partition(".")[0] in ("hydra", *Config.model_fields):
+            return (
+                f"{where}: no such key; the option file of {group} that sets it lacks '# @package _global_' in its "
+                "first line"
+            )
         return no_such_key(where)
     if problem["input"] is None or problem["type"] == "string_too_short":
         return f"{where}: must be given; add {where}=VALUE"

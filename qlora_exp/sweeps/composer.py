@@ -8,8 +8,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf
 
-from qlora_exp.config.hydra_compose import plain
+from qlora_exp.config.hydra_compose import plain, refuse_missing_options, without_hydra
 from qlora_exp.libraries.hydra import apply_overrides, is_group
+from qlora_exp.utils.errors import ConfigError
 
 
 class Composer:
@@ -43,9 +44,16 @@ class Composer:
 
     def _compose(self, overrides: Sequence[str]) -> DictConfig:
         composed = self._loader.load_sweep_config(self._master, list(overrides))
-        without_hydra = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
-        OmegaConf.set_struct(without_hydra, True)
-        return without_hydra
+        refuse_missing_options(composed.hydra.runtime.choices)
+        for key in ("sweeper", "launcher", "sweep"):
+            if composed.hydra[key] != self._master.hydra[key]:
+                raise ConfigError(
+                    f"hydra.{key}: must be the same for all jobs, but an option that is swept sets it; "
+                    f"set it on the command line, or do not sweep over that option"
+                )
+        config = without_hydra(composed)
+        OmegaConf.set_struct(config, True)
+        return config
 
     def _is_value(self, override: Override) -> bool:
         if override.is_delete() or override.is_hydra_override() or override.package:

@@ -35,6 +35,9 @@ class _Launcher(Launcher):
         """Store what Hydra passes before it calls `launch`."""
         if self.package and find_spec(self.package) is None:
             raise ConfigError(f"this hydra/launcher needs an extra package: pip install 'qlora-exp[{self.extra}]'")
+        if not str(config.hydra.sweeper["_target_"]).startswith("hydra_plugins.qlora_exp_plugins."):
+            choice = config.hydra.runtime.choices.get("hydra/sweeper")
+            raise ConfigError(f"hydra/sweeper={choice}: this launcher needs hydra/sweeper=grid or optuna")
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:

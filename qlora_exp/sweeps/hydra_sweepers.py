@@ -1,8 +1,9 @@
 """Implement the sweepers for Hydra: grid and Optuna."""
 
 import gc
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from qlora_exp.config import idle
+from qlora_exp.config.overrides import combinations, of_job, quoted
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.sweep import SweepConfig
 from qlora_exp.config.validate import from_dict
-from qlora_exp.libraries.hydra import every_combination
 from qlora_exp.sweeps import jobs, sweep
 from qlora_exp.sweeps.composer import Composer
 from qlora_exp.sweeps.hydra_launchers import LocalLauncher
@@ -97,9 +98,9 @@ class _Sweeper(Sweeper):
         gc.enable()
 
         def launch(waiting: Sequence[jobs.Job]) -> list[Any]:
-            sweep_dir = f"hydra.sweep.dir={_quoted(str(folder))}"
+            sweep_dir = f"hydra.sweep.dir={quoted(str(folder))}"
             job_overrides = [
-                [*job.overrides, sweep_dir, f"hydra.sweep.subdir={_quoted(job.folder.name)}"] for job in waiting
+                [*job.overrides, sweep_dir, f"hydra.sweep.subdir={quoted(job.folder.name)}"] for job in waiting
             ]
             return [job_return.return_value for job_return in self.launcher.launch(job_overrides, initial_job_idx=0)]
 
@@ -113,11 +114,6 @@ def _refuse_idle_keys(configs: Sequence[Config], arguments: Sequence[str]) -> No
         raise ConfigError("\n".join(problems))
 
 
-def _quoted(text: str) -> str:
-    """Quote text as a value in Hydra's override grammar."""
-    return "'" + text.replace("'", r"\'") + "'"
-
-
 class GridSweeper(_Sweeper):
     """Runs every combination of the swept values that has not been run yet."""
 
@@ -125,20 +121,20 @@ class GridSweeper(_Sweeper):
         """Run the sweep; Hydra calls this with the overrides of the command line."""
         overrides = self.parse(arguments)
         for override in overrides:
-            if override.key_or_group.startswith("search.") or (
-                override.is_sweep_override() and override.is_interval_sweep()
-            ):
+            if override.key_or_group.startswith("search."):
                 raise ConfigError(f"{override.input_line}: this works only in a search; add hydra/sweeper=optuna")
-        combinations = every_combination(overrides)
+        chosen = combinations(overrides)
         shared = sum(not override.is_sweep_override() for override in overrides)
-        values = [[word.split("=", 1) for word in combination[shared:]] for combination in combinations]
+        values = [[word.split("=", 1) for word in combination[shared:]] for combination in chosen]
         swept = [{key.lstrip("+"): value for key, value in pairs} for pairs in values]
-        configs = [self.check(combination[:shared], combination[shared:]) for combination in combinations]
+        job_overrides = [of_job(combination) for combination in chosen]
+        fixed = job_overrides[0][:shared]
+        configs = [self.check(fixed, words[shared:]) for words in job_overrides]
         _refuse_idle_keys(configs, arguments)
         settings = configs[0].sweep
         folder = self.folder(overrides, settings)
         with self.begin(folder, settings) as running:
-            running.run(jobs.jobs(configs, swept, combinations, folder))
+            running.run(jobs.jobs(configs, swept, job_overrides, folder))
 
 
 class OptunaSweeper(_Sweeper):
@@ -157,45 +153,99 @@ class OptunaSweeper(_Sweeper):
             override for override in overrides if override.is_sweep_override() and override.key_or_group != "seed"
         ]
         fixed = [override for override in overrides if override not in searched]
+        if seeds := [override for override in fixed if override.is_sweep_override() and override.is_interval_sweep()]:
+            raise ConfigError(f"{seeds[0].input_line}: seeds are repeats of a trial: list them, such as seed=1,2,3")
         if not searched:
             raise ConfigError(
                 "hydra/sweeper=optuna: no key to search; give one, such as method.r=4,8,16 or "
                 "training.learning_rate=interval(1e-5,1e-3)"
             )
-        repeats = every_combination(fixed)
-        space = {override.get_key_element(): search.distribution(override.value()) for override in searched}
+        repeats = [of_job(repeat) for repeat in combinations(fixed)]
+        space = {override.get_key_element(): search.distribution(override) for override in searched}
+
+        def checked(repeat: Sequence[str], values: Mapping[str, Any]) -> Config:
+            return self.check(repeat, of_job([f"{key}={value}" for key, value in values.items()]))
 
         def jobs_of(values: Mapping[str, Any]) -> list[jobs.Job]:
-            chosen = [f"{key}={value}" for key, value in values.items()]
-            combinations = [[*repeat, *chosen] for repeat in repeats]
+            chosen = of_job([f"{key}={value}" for key, value in values.items()])
+            words = [[*repeat, *chosen] for repeat in repeats]
             shown = {key.lstrip("+"): _short(value) for key, value in values.items()}
             swept = [shown | ({"seed": _seed(repeat)} if len(repeats) > 1 else {}) for repeat in repeats]
-            return jobs.jobs([self.check(repeat, chosen) for repeat in repeats], swept, combinations, folder)
+            return jobs.jobs([self.check(repeat, chosen) for repeat in repeats], swept, words, folder)
 
-        example = {key: search.example(choices) for key, choices in space.items()}
-        first_config = self.check(repeats[0], [f"{key}={value}" for key, value in example.items()])
-        configs = [first_config]
-        for key, choices in space.items():
-            for choice in getattr(choices, "choices", ()):
-                with suppress(ConfigError):  # an invalid combination fails as a trial
-                    words = [f"{name}={value}" for name, value in (example | {key: choice}).items()]
-                    configs.append(self.check(repeats[0], words))
-        _refuse_idle_keys(configs, arguments)
-        if first_config.search.prune and len(repeats) > 1:
+        valid, refused = _configs(lambda values: checked(repeats[0], values), space, searched)
+        _refuse_idle_keys([config for _, config in valid], arguments)
+        values, config = valid[0]
+        for repeat in repeats[1:]:
+            checked(repeat, values)
+        settings, how = config.search, config.sweep
+        if settings.prune and len(repeats) > 1:
             raise ConfigError("search.prune judges single jobs: use one seed only, or remove search.prune")
-        folder = self.folder(overrides, first_config.sweep, "search")
-        if first_config.sweep.dry_run:
-            print(
-                f"would search {', '.join(space)} in {folder}: {search.progress(folder, first_config.search.n_trials)}"
+        folder = self.folder(overrides, how, "search")
+        if refused and not (folder / search.STUDY_FILE).exists():  # a study that was begun goes on without them
+            raise ConfigError(
+                f"{len(refused)} of the combinations to search cannot run; remove them from the search:\n"
+                + "\n".join(dict.fromkeys(refused[:3]))
             )
+        if how.dry_run:
+            print(f"would search {', '.join(space)} in {folder}: {search.progress(folder, settings.n_trials)}")
             return
-        with self.begin(folder, first_config.sweep) as running:
-            best = search.search(running, space, jobs_of, first_config.search, first_config.sweep)
-        for trial in best:
-            values = zip(first_config.search.metrics, trial.values, strict=True)
-            means = ", ".join(f"{metric} {value:.6g}" for metric, value in values)
-            chosen = " ".join(f"{key}={_short(value)}" for key, value in trial.params.items())
-            print(f"best: {chosen} ({means}; trial {trial.number + 1})")
+        best: Sequence[Any] = ()
+        try:
+            with self.begin(folder, how) as running:
+                best = search.search(running, space, jobs_of, settings, how)
+        finally:  # also if trials failed
+            for trial in best:
+                results = zip(settings.metrics, trial.values, strict=True)
+                means = ", ".join(f"{metric} {value:.6g}" for metric, value in results)
+                chosen = " ".join(f"{key}={_short(value)}" for key, value in trial.params.items())
+                print(f"best: {chosen} ({means}; trial {trial.number + 1})")
+
+
+_CHECKED = 400
+"""Most combinations of choices that are all checked before a search: about a second."""
+
+
+def _configs(
+    check: Callable[[Mapping[str, Any]], Config], space: Mapping[str, Any], searched: Sequence[Override]
+) -> tuple[list[tuple[Mapping[str, Any], Config]], list[str]]:
+    """Check the combinations of the choices of a search: all, or if there are too many, those of each two keys.
+
+    Returns:
+        The values that can run with their configs, and why the others cannot.
+
+    Raises:
+        ConfigError: none can run.
+    """
+    from qlora_exp.sweeps import search
+
+    example = {key: search.example(choices) for key, choices in space.items()}
+    choices = {key: getattr(values, "choices", (example[key],)) for key, values in space.items()}
+    if math.prod(map(len, choices.values())) <= _CHECKED:
+        candidates = [dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())]
+    else:
+        candidates = [example]
+        for first, second in itertools.combinations(choices, 2):
+            pairs = itertools.product(choices[first], choices[second])
+            candidates += [example | {first: one, second: other} for one, other in pairs]
+    valid: list[tuple[Mapping[str, Any], Config]] = []
+    refused: list[str] = []
+    for candidate in itertools.islice(candidates, _CHECKED):
+        try:
+            valid.append((candidate, check(candidate)))
+        except ConfigError as error:
+            refused.append(str(error))
+    if valid:
+        return valid, refused
+    whole = {key: round(value) if isinstance(value, float) else value for key, value in example.items()}
+    try:
+        check(whole)
+    except ConfigError:
+        raise ConfigError(refused[0]) from None
+    intervals = [str(override.input_line) for override in searched if override.is_interval_sweep()]
+    raise ConfigError(
+        f"{', '.join(intervals)}: a key that takes whole numbers needs KEY=int(interval(A,B)); {refused[0]}"
+    )
 
 
 def _short(value: Any) -> str:

@@ -7,14 +7,17 @@ value of a trial is the mean over its seeds. Needs the extra `optuna`.
 import itertools
 import json
 import logging
+import math
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
 from filelock import FileLock, Timeout
+from hydra.core.override_parser.types import Glob, Override
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -73,14 +76,16 @@ def search(
     except Timeout as error:
         raise ConfigError(f"{sweep.folder}: another process is searching in this folder") from error
     study = _study(sweep.folder, settings, space)
+    replaced = {trial.number for trial in study.trials if trial.state == TrialState.FAIL and how.rerun == "failed"}
     unfinished_trials = _unfinished(study, space, retry_failed=how.rerun == "failed")
     for trial in study.trials:
         if trial.state.is_finished() and trial.params:
             failed = trial.state == TrialState.FAIL  # a failed job without a folder exceeded memory and was not run
-            sweep.register([job for job in jobs_of(trial.params) if job.folder.exists() or not failed])
+            with suppress(*[ConfigError] * failed):  # its values cannot run
+                sweep.register([job for job in jobs_of(trial.params) if job.folder.exists() or not failed])
 
     def proposed() -> int:
-        return sum(trial.state != TrialState.FAIL or how.rerun != "failed" for trial in study.trials)
+        return sum(trial.number not in replaced for trial in study.trials)
 
     while unfinished_trials or proposed() < settings.n_trials:
         batch = unfinished_trials[: how.n_jobs]
@@ -91,7 +96,10 @@ def search(
             number = study.ask(dict(space)).number
             batch.append(study.trials[number])
         log.info("trials %s of %d", ", ".join(str(trial.number + 1) for trial in batch), settings.n_trials)
-        jobs = {trial.number: jobs_of(trial.params) for trial in batch}
+        jobs = _jobs(study, batch, jobs_of)
+        if not jobs:
+            continue
+        batch = [trial for trial in batch if trial.number in jobs]
         pruning = (
             {jobs[trial.number][0].key: _pruning(sweep.folder, trial) for trial in batch} if settings.prune else {}
         )
@@ -103,7 +111,9 @@ def search(
                 study.tell(trial.number, state=TrialState.PRUNED)
             elif outcomes == {"ok"}:
                 values = [_values(ending["metrics"], settings.metrics) for ending in endings]
-                study.tell(trial.number, [statistics.fmean(column) for column in zip(*values, strict=True)])
+                means = [statistics.fmean(column) for column in zip(*values, strict=True)]
+                measured = all(map(math.isfinite, means))
+                study.tell(trial.number, means if measured else None, None if measured else TrialState.FAIL)
             elif outcomes <= {*NOT_FAILED, "oom", "nan", "timeout", "error"}:
                 study.tell(trial.number, state=TrialState.FAIL)
         if any(sweep.ended(job)["outcome"] == "not started" for repeats in jobs.values() for job in repeats):
@@ -117,6 +127,20 @@ def search(
     return best_trials
 
 
+def _jobs(
+    study: optuna.Study, batch: Sequence[FrozenTrial], jobs_of: Callable[[Mapping[str, Any]], list[Job]]
+) -> dict[int, list[Job]]:
+    """Return the jobs of each trial by its number; a trial whose values cannot run has failed, and has none."""
+    jobs = {}
+    for trial in batch:
+        try:
+            jobs[trial.number] = jobs_of(trial.params)
+        except ConfigError as error:  # no reason to end the search: other values can run
+            log.warning("trial %d cannot run and counts as failed: %s", trial.number + 1, str(error))
+            study.tell(trial.number, state=TrialState.FAIL)
+    return jobs
+
+
 def progress(folder: Path, n_trials: int) -> str:
     """Describe how many trials of the search in `folder` are done."""
     done = 0
@@ -127,19 +151,24 @@ def progress(folder: Path, n_trials: int) -> str:
     return f"{done} trials are done, {max(0, n_trials - done)} to run"
 
 
-def distribution(value: Any) -> BaseDistribution:
-    """Convert a Hydra sweep to an Optuna distribution: `a,b`, `range(1,9)`, `tag(log,interval(a,b))`.
+def distribution(override: Override) -> BaseDistribution:
+    """Convert a Hydra sweep to an Optuna distribution: `a,b`, `glob(a*)`, `range(1,9)`, `tag(log,interval(a,b))`.
 
     Raises:
-        ConfigError: Optuna rejects the values.
+        ConfigError: nothing matches, or Optuna rejects the values.
     """
     try:
-        return _distribution(value)
-    except ValueError as error:  # raised by Optuna, e.g. for bounds in the wrong order
-        raise ConfigError(f"search space {value}: {error}") from error
+        return _distribution(override)
+    except ValueError as error:  # raised by Optuna, e.g. for bounds in the wrong order or no choice
+        raise ConfigError(f"search space {override.input_line}: {error}") from error
 
 
-def _distribution(value: Any) -> BaseDistribution:
+def _distribution(override: Override) -> BaseDistribution:
+    value: Any = override.value()
+    if isinstance(value, Glob):
+        if not (names := list(override.sweep_string_iterator())):
+            raise ValueError("nothing matches")
+        return CategoricalDistribution(names)
     log = "log" in value.tags
     if hasattr(value, "list"):
         return CategoricalDistribution([_plain(choice) for choice in value.list])

@@ -23,19 +23,39 @@ def test_an_interrupted_run_says_how_to_go_on(make_config, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    ("words", "handed_over"),
+    ("words", "flags", "overrides"),
     [
-        (["-m", "method.r=4,8", "--cfg", "job", "~tracking"], ["-m", "method.r=4,8", "--cfg", "job", "~tracking"]),
-        (["method.r=4", "--dry-run", "-cd", "conf"], ["method.r=4", "-cd", "conf", "sweep.dry_run=true"]),
-        (["--config-dir=x", "--dry"], ["--config-dir=x", "--dry"]),
+        (["-m", "method.r=4,8", "seed=1"], ["multirun"], ["method.r=4,8", "seed=1"]),
+        (["method=lora", "-m", "seed=1,2"], ["multirun"], ["method=lora", "seed=1,2"]),
+        (["seed=1", "-cd", "conf", "method.r=4", "-r"], ["config_dir", "run"], ["seed=1", "method.r=4"]),
+        (["--dry-run", "seed=1"], [], ["seed=1", "sweep.dry_run=true"]),
+        (["--config-dir=conf", "seed=1", "--cfg", "job", "~method.r"], ["config_dir", "cfg"], ["seed=1", "~method.r"]),
+        (["sweep=rank_scaling"], ["multirun"], ["sweep=rank_scaling"]),
+        (["sweep=rank_scaling", "sweep=null"], [], []),
     ],
-)
-def test_hydra_gets_every_word_but_dry_run(words, handed_over, monkeypatch):
-    def stop(*_, **__):
-        return lambda job: lambda: None
-
-    monkeypatch.setattr("hydra.main", stop)
-    monkeypatch.setattr("qlora_exp.config.hydra_compose.check_command", lambda _: None)
+)  # fmt: skip
+def test_hydra_gets_flags_and_overrides_in_any_order(words, flags, overrides, tmp_path, monkeypatch):
+    (tmp_path / "conf").mkdir()
+    handed_over = []
+    monkeypatch.setattr("qlora_exp.libraries.hydra.main", lambda arguments, *_: handed_over.append(arguments))
+    monkeypatch.setattr("qlora_exp.config.hydra_compose.check_command", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["pytest"])
     assert exit_code("train", *words) == 0
-    assert sys.argv == ["qlora-exp train", *handed_over]
+    (arguments,) = handed_over
+    assert arguments.overrides == overrides
+    assert {name for name, value in vars(arguments).items() if value and name != "overrides"} == {*flags}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-m", "seed=1,2", "--cfg", "job"], "--multirun and --cfg: give one of them"),
+        (["--resolve"], "add --cfg job"),
+        (["--experimental-rerun", "config.pickle"], "qlora-exp reproduce RUN"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_rejected(words, message, capsys):
+    assert exit_code("train", *words) == 1
+    shown = capsys.readouterr().err
+    assert message in shown
+    assert "Traceback" not in shown

@@ -60,7 +60,14 @@ def test_command_line_overrides_method_and_experiment():
         (["+training.max_step=1"], "did you mean 'training.max_steps'"),
         (["+sed=1"], "did you mean 'seed'"),
         (["hydra.launcher.tasks=1"], "+hydra.launcher.tasks=VALUE adds one"),
-        (["quantization=nf5"], "Shipped options: awq, fp4"),
+        (["quantization=nf5"], "quantization: no option 'nf5'; did you mean 'nf4'? Options: awq, fp4"),
+        (["hydra/launcher=lokal"], "hydra/launcher: no option 'lokal'; did you mean 'local'"),
+        (["+method=lora"], "write method=OPTION without '+'"),
+        (["++method=lora"], "++method=lora: write method=lora"),
+        (["seed=${hydra:job.num}"], "seed: values of ${hydra:...} are not available"),
+        (["hydra.sweeper.n_trials=5"], "did you mean 'search.n_trials'"),
+        (["hydra.sweeper.direction=minimize"], "did you mean 'search.directions'"),
+        (["hydra.launcher.n_jobs=5"], "did you mean 'sweep.n_jobs'"),
         (["experiment=smollm2_faq_lorra"], "did you mean 'smollm2_faq_lora'"),
     ],
 )
@@ -78,12 +85,78 @@ def test_keys_inside_free_mappings_need_no_plus():
     assert config.tracking.tags == {"team": "a", "more": "b"}
 
 
-@pytest.mark.parametrize("flags", [["--config-dir", "own"], ["--config-dir=own"], ["-cd", "own"]])
-def test_command_is_checked_with_the_users_options(flags: list[str], tmp_path):
-    (tmp_path / "own" / "training").mkdir(parents=True)
-    (tmp_path / "own" / "training" / "mine.yaml").write_text("max_steps: 0\n")
+ODD = ["Übung", "a=b", "it's", "(x", "[x]", "#x", "{x", "a,b", "100%", "a%20b", "a?b", 'q"', "a;b", " a", "~a", "a\\"]
+
+
+def test_users_folder_may_have_any_name(tmp_path, monkeypatch):
+    for name in ODD:
+        write_options(tmp_path / name, {"training/mine": "max_steps: 0"})
+    for name in ODD:
+        with pytest.raises(ConfigError, match="max_steps must be positive"):
+            check_command(["training=mine"], str(tmp_path / name))
+    monkeypatch.chdir(tmp_path / "a,b")
     with pytest.raises(ConfigError, match="max_steps must be positive"):
-        check_command([*flags, "training=mine"])
+        compose(["training=mine"], config_dir=".")
+    with pytest.raises(ConfigError, match=r"--config-dir: there is no folder .*/nothing"):
+        compose([], config_dir="nothing")
+    with pytest.raises(ConfigError, match=r"there is no folder /nowhere"):
+        compose(["hydra.searchpath=[file:///nowhere]"])
+
+
+def write_options(folder, files):
+    """Write option files, given by their path without suffix."""
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.yaml").write_text(text)
+
+
+HEADER = "# @package _global_\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seed: 1", "experiment: no such key; the option file of experiment that sets it lacks '# @package _global_'"),
+        (f"{HEADER}defaults: [override /sweep: rank_scaling]", "cannot choose the option of sweep, which comes after"),
+        (f"{HEADER}defaults: [method: lora]", "to choose method=lora, write `override /method: lora`"),
+        (f"{HEADER}defaults: [/method: lora]", "`override /method: OPTION` in the defaults of a file"),
+        (f"{HEADER}defaults: [override method: lora]", "relative to this file's group: write `override /method"),
+        (f"{HEADER}defaults: [override /metod: lora]", "did you mean 'method'"),
+        (f"{HEADER}defaults: [override /method: mylor]", "did you mean 'mylora'"),
+        (f"{HEADER}defaults: [override /method: null]", "that is method=full"),
+        (f"{HEADER}defaults: [override /method: []]", "that is method=full"),
+        (f"{HEADER}training: [", "experiment/mine.yaml"),
+    ],
+)
+def test_mistake_in_a_users_file_is_explained(text: str, message: str, tmp_path):
+    write_options(tmp_path, {"experiment/mine": text, "method/mylora": "name: mylora"})
+    with pytest.raises(ConfigError) as error:
+        compose(["experiment=mine"], config_dir=tmp_path)
+    assert message in str(error.value)
+    write_options(
+        tmp_path, {"dataset/nested": "dataset: {path: x}", "model/early": "defaults: [override /method: ia3]"}
+    )
+    with pytest.raises(ConfigError, match=r"dataset\.dataset: no such key; the option file of dataset"):
+        compose(["dataset=nested"], config_dir=tmp_path)
+    with pytest.raises(ConfigError, match="a file of model cannot choose the option of method"):
+        compose(["model=early"], config_dir=tmp_path)
+
+
+def test_option_files_choose_sweeper_and_launcher(tmp_path, caplog):
+    text = f"{HEADER}defaults: [override /hydra/launcher: slurm, override /hydra/sweeper: optuna]"
+    write_options(tmp_path, {"experiment/mine": text, "experiment/1": f"{HEADER}seed: 77"})
+    check_command(["experiment=mine"], str(tmp_path))
+    for chosen in ("hydra/launcher=slurm", "hydra/sweeper=optuna"):
+        assert f"{chosen} of an option file is not used: it is for sweeps" in caplog.text
+    assert compose(["experiment=1"], config_dir=tmp_path).seed == 77
+
+
+def test_users_option_with_a_shipped_name_is_reported(tmp_path, caplog):
+    same = (conf_dir() / "method" / "lora.yaml").read_text("utf-8")
+    write_options(tmp_path, {"method/lora": same.replace("r: 16", "r: 3"), "method/full": same, "model/mine": ""})
+    write_options(tmp_path, {"method/ia3": (conf_dir() / "method" / "ia3.yaml").read_text("utf-8")})
+    assert compose(["method=lora"], config_dir=tmp_path).method.settings["r"] == 16
+    assert [line.split(" is not used")[0].rpartition("/")[2] for line in caplog.messages] == ["full.yaml", "lora.yaml"]
 
 
 def test_users_config_folder_adds_options(tmp_path):
@@ -104,6 +177,10 @@ def test_missing_config_folder_is_an_error(monkeypatch):
 
 def test_grid_expands_lists_and_named_sweeps():
     assert grid(["method.r=4,8", "seed=1"]) == [["method.r=4", "seed=1"], ["method.r=8", "seed=1"]]
+    assert grid(["experiment=null,smollm2_faq_lora"]) == [[], ["experiment=smollm2_faq_lora"]]
+    assert grid(["sweep=null", "quantization=glob(fp4*)"]) == [["quantization=fp4"], ["quantization=fp4_double"]]
+    with pytest.raises(ConfigError, match=r"method=glob\(nothing\): no value matches"):
+        grid(["method=glob(nothing)"])
     named = grid(["sweep=rank_scaling", "method.r=2,4"])
     assert len(named) == 4
     assert all("sweep=rank_scaling" in words for words in named)  # what the sweep sets besides is theirs too

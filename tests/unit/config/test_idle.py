@@ -80,7 +80,7 @@ def test_key_of_a_sweep_must_act_in_one_job_only():
 def test_named_sweep_without_m_may_set_keys_of_sweeps():
     check_command(["sweep=rank_scaling", "sweep.timeout_minutes=60"])
     check_command(["sweep.dry_run=true"])
-    check_command(["--cfg", "hydra", "-p", "hydra.launcher", "hydra/launcher=slurm"])
+    check_command(["hydra/launcher=slurm"], shows_config=True)
     for word in ("sweep.timeout_minutes=60", "search.n_trials=2", "hydra/launcher=slurm", "hydra.sweep.dir=here"):
         with pytest.raises(ConfigError, match=rf"{word}(\.0)? would change nothing: .* single run: add -m"):
             check_command([word])

@@ -3,7 +3,7 @@ import sys
 
 import cloudpickle
 import pytest
-from hydra import initialize_config_dir
+from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -39,6 +39,24 @@ def test_a_key_is_a_group_if_conf_has_such_a_folder():
         loader = GlobalHydra.instance().config_loader()
         assert private.is_group(loader, "method")
         assert not private.is_group(loader, "method.r")
+
+
+def test_flags_may_stand_anywhere_among_overrides():
+    arguments = private.parse(["a=1", "-m", "b=2", "--config-dir", "x=y", "c=3"])
+    assert arguments.overrides == ["a=1", "b=2", "c=3"]
+    assert (arguments.multirun, arguments.config_dir) == (True, "x=y")
+
+
+def test_main_prints_a_config(capsys):
+    private.main(private.parse(["--cfg", "job", "-p", "seed", "seed=7"]), lambda _: None, conf_dir(), "config")
+    assert capsys.readouterr().out.strip() == "7"
+
+
+def test_own_folder_is_searched_whatever_its_name(tmp_path):
+    (tmp_path / "a,b=ü" / "seed").mkdir(parents=True)
+    (tmp_path / "a,b=ü" / "seed" / "nine.yaml").write_text("n: 9")
+    with private.initialized(conf_dir(), tmp_path / "a,b=ü"):
+        assert compose("config", overrides=["+seed@tracking.tags=nine"]).tracking.tags.n == 9
 
 
 @pytest.mark.parametrize("text", ["[q,v]", "{a:1}", "'a b'", "null", "x"])

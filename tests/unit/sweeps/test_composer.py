@@ -17,7 +17,7 @@ from qlora_exp.sweeps.composer import Composer
         ["quantization=fp4", "lora_variant=dora", "method.lora_alpha=8"],
         ["experiment=opt125m_dolly_lora", "training.max_steps=5", "+tracking.tags.a=b"],
         ["method.target_modules=[q_proj,v_proj]", "~tracking.tags", "training.learning_rate=1e-3"],
-        ["sweep=rank_scaling", "hydra.verbose=true", "model=tiny_opt"],
+        ["experiment=smollm2_faq_lora", "hydra.verbose=true", "model=tiny_opt"],
         ["training.max_steps=1.0", "training.bf16=true", "tracking.experiment_name='a: $b'", "method.lora_alpha='8'"],
         ["training.learning_rate=null", "tracking.experiment_name=run-${seed}", "seed=7"],
         ["model=hub", "model.model_name_or_path=a/b", "+model.random_config={hidden_size:8}", "model.dtype=null"],

@@ -1,11 +1,5 @@
 import pytest
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from omegaconf import OmegaConf
 from support import exit_code
-
-from qlora_exp.sweeps.hydra_sweepers import _quoted
 
 
 @pytest.mark.parametrize(
@@ -19,6 +13,9 @@ from qlora_exp.sweeps.hydra_sweepers import _quoted
             ["method.target_modules=[q_proj]", "method.target_modules=[q_proj,v_proj]"],
         ),
         (["optimizer=adamw_torch,loraplus", "optimizer.loraplus_lr_ratio=8"], ["optimizer=loraplus"]),
+        (["experiment=null,smollm2_faq_lora"], ["experiment=null", "experiment=smollm2_faq_lora"]),
+        (["sweep=null", "seed=1,2"], ["seed=1", "seed=2"]),
+        (["hydra/sweeper=optuna", "optimizer=glob(adamw_t*)"], ["would search optimizer"]),
         (["sweep=rank_scaling"], ["lora_variant=rslora method.r=128"]),
         (["sweep=rank_scaling", "method.r=2,4"], ["lora_variant=lora method.r=2", "lora_variant=rslora method.r=4"]),
     ],
@@ -46,6 +43,23 @@ def test_sweep_expression_is_expanded(words: list[str], jobs: list[str], tmp_pat
         (["hydra/sweeper=optuna", "method.r=4,8", "seed=1,2", "search.prune=true"], "use one seed only"),
         (["seed=1,2", "optimizer.loraplus_lr_ratio=8"], "would change nothing: it is for optimizer=loraplus"),
         (["hydra/sweeper=optuna", "method.r=4,8", "training.save_steps=9"], "it needs training.save_strategy=steps"),
+        (["optimizer=glob(nothing*)"], "optimizer=glob(nothing*): no value matches"),
+        (["method.r=range(4,4)"], "no value matches"),
+        (["hydra/sweeper=optuna", "optimizer=glob(nothing*)"], "nothing matches"),
+        (["hydra/sweeper=optuna", "method.r=range(4,4)"], "method.r=range(4,4)"),
+        (["experiment=1,2"], "experiment: no option '1'"),
+        (["experiment=null", "method=null,lora"], "method: a run needs an option"),
+        (["sweep=rank_scaling,quant_types"], "hydra.sweeper: must be the same for all jobs"),
+        (["hydra/sweeper=basic", "seed=1,2"], "hydra/sweeper=basic: this launcher needs hydra/sweeper=grid or optuna"),
+        (["seed=${hydra:job.num},7"], "seed: values of ${hydra:...} are not available"),
+        (["hydra/sweeper=optuna", "method.r=interval(2,9)"], "needs KEY=int(interval(A,B))"),
+        (["hydra/sweeper=optuna", "method.r=4,8", "seed=interval(1,3)"], "seeds are repeats of a trial: list them"),
+        (["hydra/sweeper=optuna", "method.r=4,8", "seed=1,-1"], "seed: Input should be greater"),
+        (["hydra/sweeper=optuna", "method.r=4,8", "+hydra.sweeper.n_trials=5"], "did you mean 'search.n_trials'"),
+        (
+            ["hydra/sweeper=optuna", "method=lora,ia3", "method.lora_alpha=4,8"],
+            "2 of the combinations to search cannot",
+        ),
         (["hydra.sweep.dir='a\\b'", "seed=1"], "does not accept a folder with a backslash"),
     ],
 )
@@ -60,12 +74,3 @@ def test_invalid_sweep_is_rejected_before_any_job(words: list[str], message: str
 def test_named_sweep_needs_no_multirun_flag(capsys):
     assert exit_code("train", "sweep=quant_types", "--dry-run") == 0
     assert capsys.readouterr().out.count("new") == 5
-
-
-@settings(max_examples=200)
-@given(st.text(alphabet="a'\"$}=, ~ü#%", min_size=1))
-def test_quoted_folder_survives_the_override_grammar(name: str):
-    text = f"/tmp/{name}"
-    parsed = OverridesParser.create().parse_override(f"key={_quoted(text)}").value()
-    config = OmegaConf.create({"key": parsed, "a": "wrong"})
-    assert config.key == text

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 )
 def test_sweep_expression_becomes_a_distribution(text: str, expected):
     override = OverridesParser.create().parse_override(f"key={text}")
-    assert search.distribution(override.value()) == expected
+    assert search.distribution(override) == expected
     assert search.example(expected) in (4, "lora", "[q_proj]", True, 2, 0.1, 1e-5, 1)
 
 
@@ -252,3 +252,29 @@ def test_changed_metrics_are_rejected(run_search):
     run_search(n_trials=1)
     with pytest.raises(ConfigError, match=r"sweep\.name=ANOTHER"):
         run_search(n_trials=2, metrics=["memory/rss_peak_mib"])
+
+
+IMPOSSIBLE = {"quantization": CategoricalDistribution(["none", "nf4"]), "method": CategoricalDistribution(["qlora"])}
+
+
+def test_values_that_cannot_run_are_a_failed_trial(run_search, caplog):
+    run_search(n_trials=4, space={**IMPOSSIBLE, "training.warmup_steps": IntDistribution(0, 9)}, sampler="random")
+    trials = run_search.trials()
+    assert len(trials) == 4
+    states = {trial.params["quantization"]: trial.state for trial in trials}
+    assert states == {"none": TrialState.FAIL, "nf4": TrialState.COMPLETE}
+    assert "cannot run and counts as failed: method=qlora needs a quantized base" in caplog.text
+    run_search(n_trials=6, space={**IMPOSSIBLE, "training.warmup_steps": IntDistribution(0, 9)}, sampler="random")
+    assert len(run_search.trials()) == 6
+
+
+def test_search_with_a_stuck_trial_goes_on(run_search, tmp_path):
+    (tmp_path / "search").mkdir()
+    study = search._study(tmp_path / "search", SearchConfig(), IMPOSSIBLE)
+    study.enqueue_trial({"quantization": "none", "method": "qlora"})
+    study.ask(IMPOSSIBLE)  # a process that was stopped here left it running
+    (best,) = run_search(n_trials=2, space=IMPOSSIBLE)
+    assert best.params["quantization"] == "nf4"
+    assert [trial.state for trial in run_search.trials()] == [TrialState.FAIL, TrialState.COMPLETE]
+    run_search(n_trials=2, space=IMPOSSIBLE, how=SweepConfig(rerun="failed"))  # ends, although one fails again
+    assert TrialState.RUNNING not in [trial.state for trial in run_search.trials()]
