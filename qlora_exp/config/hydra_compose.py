@@ -23,8 +23,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qlora_exp.config import idle
+from qlora_exp.config.composer import Composer, plain
 from qlora_exp.config.composition_errors import explain
-from qlora_exp.config.overrides import GROUPS, OPTIONAL, combinations, no_option, of_job, readable
+from qlora_exp.config.overrides import combinations, of_job, readable
 from qlora_exp.config.schema import Config
 from qlora_exp.config.validate import OPEN_SECTIONS, from_dict
 from qlora_exp.libraries.hydra import initialized
@@ -94,10 +95,19 @@ def _compose(overrides: Sequence[str], config_dir: str | Path | None) -> tuple[C
     if config_dir is not None:
         check_own_options(Path(config_dir))
     with errors_explained(), initialized(conf_dir(), config_dir):
-        composed = hydra_compose("config", overrides=readable(overrides), return_hydra_config=True)
-        choices = composed.hydra.runtime.choices
-        refuse_missing_options(choices)
-        return check(without_hydra(composed)), choices
+        composer = _shipped() if config_dir is None else _composer()
+        values, choices = composer([], readable(overrides))
+        return from_dict(values), choices
+
+
+def _composer() -> Composer:
+    """Return a composer of the options that Hydra is initialized with."""
+    loader = GlobalHydra.instance().config_loader()
+    return Composer(loader, lambda words: hydra_compose("config", overrides=words, return_hydra_config=True))
+
+
+_shipped = functools.cache(_composer)
+"""The composer of the shipped options, which no file changes while a process runs."""
 
 
 def check_command(overrides: Sequence[str], config_dir: str | None = None, shows_config: bool = False) -> None:
@@ -164,24 +174,6 @@ def check_own_options(config_dir: Path) -> None:
             log.warning("%s is not used: an option of this name is shipped, and is used instead; rename the file", file)
 
 
-def refuse_missing_options(choices: Mapping[str, Any]) -> None:
-    """Refuse a config without an option of each group: the schema's defaults would silently replace the option.
-
-    Args:
-        choices: the options that Hydra chose (`hydra.runtime.choices`).
-
-    Raises:
-        ConfigError: a group has no option.
-    """
-    if missing := [group for group in GROUPS if group not in OPTIONAL and choices.get(group) is None]:
-        raise ConfigError(no_option(missing[0]))
-
-
-def without_hydra(composed: DictConfig) -> DictConfig:
-    """Return a composed config without its `hydra` node."""
-    return OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-
-
 def _refuse_idle_keys(config: Config, overrides: Sequence[str], sweeping: bool) -> None:
     if problems := [*idle.problems([config], overrides, sweeping)]:
         raise ConfigError("\n".join(problems))
@@ -215,18 +207,6 @@ def check(composed: DictConfig) -> Config:
         ConfigError: the config is invalid; the message lists every problem, one per line.
     """
     return from_dict(plain(composed))
-
-
-def plain(composed: DictConfig) -> Any:
-    """Turn a composed config into nested dictionaries.
-
-    Raises:
-        ConfigError: a value is missing, or an interpolation cannot be resolved.
-    """
-    try:
-        return OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise explain(error) from error
 
 
 def options(group: str) -> list[str]:

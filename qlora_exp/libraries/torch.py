@@ -30,9 +30,6 @@ tree_leaves: Callable[[Any], list[Any]] = _pytree.tree_leaves
 VALUE_OF_SCALAR = torch.ops.aten._local_scalar_dense.default
 """`aten::_local_scalar_dense`: the operation of `Tensor.item`, which reads a value."""
 
-DEVICE_OF: Any = torch.ops.prim.device.default
-"""`prim::device`: what `tensor.device` of a fake tensor calls."""
-
 FUSED_ATTENTION = tuple(
     f"aten._scaled_dot_product_{kernel}"
     for kernel in ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
@@ -92,14 +89,16 @@ def _places(mask: torch.Tensor) -> list[torch.Tensor]:
     return [torch.empty(mask.numel(), dtype=torch.long, device=mask.device) for _ in range(mask.ndim)]
 
 
-def fake_device(tensor: Any) -> torch.device | None:
-    """Return the device that a fake tensor stands for (`FakeTensor.fake_device`), which its mode takes long to answer.
+def fake_device(func: Any, args: Any) -> torch.device | None:
+    """Return the device of a fake tensor if an operation asks for it (`prim::device`); None for all other operations.
 
-    None outside of fake tensors, and while a kernel runs on the meta device.
+    Most operations of fake tensors are this one, and their mode takes long to answer it.
     """
-    if not isinstance(tensor, fake_tensor.FakeTensor) or tensor.fake_mode.in_kernel_invocation:
+    if func is not torch.ops.prim.device.default or not isinstance(args[0], fake_tensor.FakeTensor):
         return None
-    return tensor.fake_device
+    if args[0].fake_mode.in_kernel_invocation:  # the kernel runs on the meta device
+        return None
+    return args[0].fake_device
 
 
 def storage_address(tensor: torch.Tensor) -> int:

@@ -15,7 +15,6 @@ import torch
 
 from qlora_exp.environment.efficiency import flops_of
 from qlora_exp.libraries.torch import (
-    DEVICE_OF,
     UNSAFE_VIEW,
     FakeTensorMode,
     TorchDispatchMode,
@@ -122,8 +121,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation; record the storages it creates and its work."""
-        if func is DEVICE_OF and (device := fake_device(args[0])) is not None:
-            return device  # four of five calls
+        if (device := fake_device(func, args)) is not None:
+            return device
         kwargs = kwargs or {}
         if (workspace_bytes := _WORKSPACES.get(str(func.overloadpacket))) is not None:
             workspace = self._count = self._count + 1

@@ -52,6 +52,7 @@ def build(run: RunContext, tokens: Tokens) -> Trainable:
         ConfigError: the model cannot be trained as the config says.
     """
     config, resolved, name = run.config, run.resolved, run.config.model.model_name_or_path
+    run.tracker.deliver_now()
     set_seed(config.seed)
     bare = base.skeleton(config.model)
     peft_config = adapters.peft_config(config, bare)

@@ -42,6 +42,7 @@ def train(run: RunContext, trainable: Trainable, pruning: Mapping[str, Any] | No
         from qlora_exp.training import pruning as search  # needs the extra `optuna`
 
         judge = search.judge(pruning)
+    run.tracker.deliver_now()
     precision = run.resolved.device, computes_in(run.resolved)
     before = efficiency.peak_flops(*precision)
     with efficiency.EnergyMeter() as energy:

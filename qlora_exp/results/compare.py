@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from qlora_exp.config.metric_direction import lower_is_better
 from qlora_exp.results import stats
+from qlora_exp.results.metric_direction import lower_is_better
 from qlora_exp.results.records import Record
 from qlora_exp.utils.errors import ConfigError
 

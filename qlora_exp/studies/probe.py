@@ -104,16 +104,13 @@ class _Trial:
         self.words = [*words, *_NEEDED.get(words[0], []), "method.quantized_base=null", *stored]
         self.quantized = base != "plain"
         ids = [[40 + (7 * row + place) % 60 for place in range(length)] for row, length in enumerate(_LENGTHS)]
-        self._configs: dict[tuple[str, ...], Config] = {}
         self.rows = Dataset.from_dict({"input_ids": ids, "labels": [[IGNORED, *row[1:]] for row in ids]})
 
     def config(self, *more: str) -> Config:
         """Compose the config without dropout, whose random numbers depend on how often it is called."""
-        if more not in self._configs:
-            config = compose(["device=cpu", "model=tiny_llama", *self.words, "training.learning_rate=1e-2", *more])
-            still = {name: 0.0 for name in config.method.settings if name.endswith("dropout")}
-            self._configs[more] = config.model_copy(update={"method": config.method.model_copy(update=still)})
-        return self._configs[more]
+        config = compose(["device=cpu", "model=tiny_llama", *self.words, "training.learning_rate=1e-2", *more])
+        still = {name: 0.0 for name in config.method.settings if name.endswith("dropout")}
+        return config.model_copy(update={"method": config.method.model_copy(update=still)})
 
     def begin(self, *more: str, values_of: Any = None) -> tuple[Config, Resolved, Any]:
         """Build the adapted model, the same at each call.

@@ -16,12 +16,12 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
 from qlora_exp.config import idle
+from qlora_exp.config.composer import Composer
 from qlora_exp.config.overrides import combinations, of_job, quoted
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.sweep import SweepConfig
 from qlora_exp.config.validate import from_dict
 from qlora_exp.sweeps import jobs, sweep
-from qlora_exp.sweeps.composer import Composer
 from qlora_exp.sweeps.hydra_launchers import LocalLauncher
 from qlora_exp.sweeps.launchers import local as launcher
 from qlora_exp.utils.errors import ConfigError
@@ -41,10 +41,20 @@ class _Sweeper(Sweeper):
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Store what Hydra passes before it calls `sweep`, and create the launcher."""
         self.hydra_context, self.config = hydra_context, config
-        self.compose = Composer(hydra_context.config_loader, config)
+        self.composer = Composer(hydra_context.config_loader, self._compose)
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
+
+    def _compose(self, overrides: list[str]) -> DictConfig:
+        composed = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+        for key in ("sweeper", "launcher", "sweep"):
+            if composed.hydra[key] != self.config.hydra[key]:
+                raise ConfigError(
+                    f"hydra.{key}: must be the same for all jobs, but an option that is swept sets it; "
+                    f"set it on the command line, or do not sweep over that option"
+                )
+        return composed
 
     def parse(self, arguments: Sequence[str]) -> list[Override]:
         """Parse the overrides of a named sweep, then those of the command line, which win.
@@ -88,7 +98,8 @@ class _Sweeper(Sweeper):
             ConfigError: the config is invalid; the message includes the overrides.
         """
         try:
-            return from_dict(self.compose(fixed, chosen))
+            values, _ = self.composer(fixed, chosen)
+            return from_dict(values)
         except ConfigError as error:
             raise ConfigError(f"{error}\nin: {' '.join([*fixed, *chosen])}") from error
 

@@ -29,9 +29,9 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
-from qlora_exp.config.metric_direction import lower_is_better
 from qlora_exp.config.sections.sweep import SearchConfig, SweepConfig
 from qlora_exp.libraries.hydra import as_written
+from qlora_exp.results.metric_direction import lower_is_better
 from qlora_exp.sweeps.jobs import NOT_FAILED, Job
 from qlora_exp.sweeps.sweep import Sweep
 from qlora_exp.utils.errors import ConfigError, did_you_mean

@@ -29,7 +29,7 @@ LOG_FILE = "run.log"
 CURVES = ("train/", "eval/")
 """Prefixes of metrics that have a value at many steps."""
 _DELIVERY_SECONDS = 1.0
-"""Least seconds between two deliveries of curves: each costs the training a transaction."""
+"""Least seconds between two deliveries: each costs the run transactions."""
 _RETRY_SECONDS = 30.0
 _LONGEST_RETRY_SECONDS = 600.0
 
@@ -151,9 +151,12 @@ class Tracker:
 
     def _send(self, **message: Any) -> None:
         self._journal.append(message)
-        now = time.monotonic()
-        is_curve = message["op"] == "metrics" and all(key.startswith(CURVES) for key in message["values"])
-        if now >= (max(self._retry_at, self._delivered_at + _DELIVERY_SECONDS) if is_curve else self._retry_at):
+        if time.monotonic() >= max(self._retry_at, self._delivered_at + _DELIVERY_SECONDS):
+            self.deliver()
+
+    def deliver_now(self) -> None:
+        """Deliver what waits, before work that takes long."""
+        if time.monotonic() >= self._retry_at:
             self.deliver()
 
     def connect(self) -> MlflowClient:

@@ -27,6 +27,6 @@ REST = 2 * VOCABULARY * HIDDEN + (2 * LAYERS + 1) * HIDDEN
 
 
 def predict(*words: str, device: Device = GPU, evaluated: int | None = 0) -> planner.Prediction:
-    """Predict what a run of the tiny architecture takes; without evaluation, unless rows of that length are asked for."""
+    """Predict what a run of the tiny architecture takes, without evaluation unless its length is given."""
     config = compose(["model=tiny_llama", ARCHITECTURE, "training.max_length=64", *words])
     return planner.Planner(config, resolve(config, device)).predict(evaluated=evaluated)

@@ -69,6 +69,17 @@ def test_views_share_a_storage_address_and_others_do_not(fake: bool):
         check()
 
 
+def test_the_device_of_a_fake_tensor_is_what_its_mode_answers():
+    asks, mode = torch.ops.prim.device.default, private.FakeTensorMode()
+    with mode:
+        tensor = torch.empty(3, device="cuda")
+    assert private.fake_device(asks, (tensor,)) == asks(tensor) == torch.device("cuda", 0)
+    mode.in_kernel_invocation = True
+    assert private.fake_device(asks, (tensor,)) is None
+    assert private.fake_device(torch.ops.aten.neg.default, (tensor,)) is None
+    assert private.fake_device(asks, (torch.empty(3),)) is None
+
+
 def test_gpus_can_be_counted_through_nvml():
     assert not inspect.signature(torch.cuda._device_count_nvml).parameters
     assert private.counts_gpus_without_cuda() == (torch.cuda._device_count_nvml() > 0)

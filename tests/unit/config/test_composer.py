@@ -6,8 +6,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from qlora_exp.config.composer import Composer
 from qlora_exp.config.hydra_compose import conf_dir, register
-from qlora_exp.sweeps.composer import Composer
 
 
 @pytest.mark.parametrize(
@@ -29,11 +29,12 @@ def test_composed_job_equals_hydras(words: list[str]):
         loader = GlobalHydra.instance().config_loader()
         master = loader.load_configuration("config", [], run_mode=RunMode.MULTIRUN)
         expected = loader.load_sweep_config(master, words)
-        compose = Composer(loader, master)
+        compose = Composer(loader, lambda words: loader.load_sweep_config(master, words))
         for shared in (len(words) - 1, 1, 0, 0):  # the last time from what the one before kept
-            composed = compose(words[:shared], words[shared:])
+            composed, choices = compose(words[:shared], words[shared:])
             rest = OmegaConf.masked_copy(expected, [key for key in expected if key != "hydra"])
             plain = OmegaConf.to_container(rest, resolve=True)
             assert json.dumps(composed) == json.dumps(plain)  # 1 is not 1.0
+            assert choices == expected.hydra.runtime.choices
     with pytest.raises(Exception, match="max_step"), initialize_config_dir(str(conf_dir()), version_base="1.3"):
         compose([], ["training.max_step=1"])
