@@ -160,23 +160,33 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     return folder
 
 
+@pytest.fixture(scope="session")
+def shared_run(mlflow_uri: str, tmp_path_factory: pytest.TempPathFactory, _imported: None) -> Callable[..., Any]:
+    """Give the result of a quick run with the given overrides, for tests that only read it; each is trained once."""
+    from qlora_exp.config.hydra_compose import compose
+    from qlora_exp.recipe.finetune import run
+
+    results: dict[tuple[str, ...], Any] = {}
+
+    def result(*overrides: str) -> Any:
+        if overrides not in results:
+            words = [*QUICK, f"tracking.uri={mlflow_uri}", *overrides]
+            results[overrides] = run(compose(words), tmp_path_factory.mktemp("run"))
+        return results[overrides]
+
+    return result
+
+
 SAVED = ("method=lora", "training.learning_rate=1e-2", "tracking.log_adapter=false", "evaluation=loss_only")
 
 
 @pytest.fixture(scope="session")
-def trained_adapters(mlflow_uri: str, tmp_path_factory: pytest.TempPathFactory, _imported: None) -> Callable[..., Path]:
+def trained_adapters(shared_run: Callable[..., Any]) -> Callable[..., Path]:
     """Give the folder of a model that was trained with the given overrides; each is trained once."""
-    from qlora_exp.config.hydra_compose import compose
-    from qlora_exp.recipe.finetune import run
-
-    folders: dict[tuple[str, ...], Path] = {}
 
     def saved(*overrides: str) -> Path:
-        if overrides not in folders:
-            folder = tmp_path_factory.mktemp("run")
-            run(compose([*QUICK, f"tracking.uri={mlflow_uri}", *SAVED, *overrides]), folder)
-            folders[overrides] = folder / "model"
-        return folders[overrides]
+        folder: Path = shared_run(*SAVED, *overrides).output_dir / "model"
+        return folder
 
     return saved
 

@@ -9,6 +9,7 @@ import logging
 import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from mlflow import MlflowClient
@@ -275,8 +276,11 @@ class Tracker:
         except (OSError, JournalError) as journal_error:  # MLflow must get the outcome even if the disk is full
             if str(journal_error) not in (failure or ""):
                 log.error("the journal cannot be written: %s", journal_error)  # noqa: TRY400
+            waiting = []
+            with suppress(OSError, JournalError):  # the folder may be gone
+                waiting = [message for message, _ in self._journal.undelivered()]
             try:
-                for message in ({"op": "tags", "values": {"outcome": outcome, **why}}, {"op": "end", **last}):
+                for message in (*waiting, {"op": "tags", "values": {"outcome": outcome, **why}}, {"op": "end", **last}):
                     send(self.connect(), self._journal, message)
             except (MlflowException, TrackingError) as error:
                 log.error("MLflow did not accept the end of the run: %s", cause(error))  # noqa: TRY400

@@ -127,11 +127,11 @@ def test_resumed_run_starts_from_the_same_initialized_base(run_quick, read_losse
 
 
 @pytest.mark.parametrize("name", ["loraplus", "lorafa", "riemannian"])
-def test_lora_optimizer_trains_and_resumes(name: str, run_quick, read_losses):
+def test_lora_optimizer_trains_and_resumes(name: str, shared_run, run_quick, read_losses):
     words = [f"optimizer={name}", "method=lora", "evaluation=loss_only", "training.max_steps=4"]
     words += ["training.save_strategy=steps", "training.save_steps=2"]
     whole = run_quick(*words)
-    plain = run_quick("method=lora", "evaluation=loss_only", "training.max_steps=4")
+    plain = shared_run("method=lora", "evaluation=loss_only", "training.max_steps=4")
     assert read_losses(whole)[0] == read_losses(plain)[0]
     assert read_losses(whole)[3] != read_losses(plain)[3]
     fewer = whole.metrics["trainable_parameters"] < plain.metrics["trainable_parameters"]

@@ -76,8 +76,8 @@ def test_run_is_recorded_in_mlflow(run_quick, mlflow_uri):
     assert json.loads(tags["mlflow.sharedViewState.qlora_exp_all_runs"])["name"] == "All runs"
 
 
-def test_saved_model_names_no_temporary_paths(run_quick):
-    result = run_quick("method=lora")
+def test_saved_model_names_no_temporary_paths(shared_run):
+    result = shared_run("method=lora")
     saved = result.output_dir / "model"
     assert json.loads((saved / "adapter_config.json").read_text())["base_model_name_or_path"] == "random:llama"
     assert not list(saved.glob("*.bin"))
@@ -86,8 +86,8 @@ def test_saved_model_names_no_temporary_paths(run_quick):
     )
 
 
-def test_sampled_answers_before_and_after_share_their_prompts(run_quick):
-    result = run_quick()
+def test_sampled_answers_before_and_after_share_their_prompts(shared_run):
+    result = shared_run("method=qlora")
     answers = json.loads((result.output_dir / "evaluation" / "answers.json").read_text())
     assert [row["prompt"] for row in answers["before"]] == [row["prompt"] for row in answers["after"]]
     assert answers["after"][0]["reference"]
@@ -228,8 +228,8 @@ def test_forgetting_is_measured_on_unrelated_text(run_quick):
     assert sum(row["nll"] for row in rows) / sum(row["tokens"] for row in rows) == metrics["after/unrelated_loss"]
 
 
-def test_peak_memory_of_generation_is_measured(run_quick):
-    metrics = run_quick("method=lora").metrics
+def test_peak_memory_of_generation_is_measured(shared_run):
+    metrics = shared_run("method=lora").metrics
     assert metrics["memory/generate_after/rss_peak_mib"] > 0
     assert metrics["after/generated_tokens_per_second"] > 0
 
@@ -295,8 +295,8 @@ def test_uncountable_arithmetic_does_not_stop_training(monkeypatch, run_quick, c
     assert caplog.text.count("arithmetic is not counted: torch's formula for aten.mm.default") == 1
 
 
-def test_recomputation_counts_as_arithmetic(run_quick):
-    plain = run_quick("method=lora", "evaluation=loss_only")
+def test_recomputation_counts_as_arithmetic(shared_run, run_quick):
+    plain = shared_run("method=lora", "evaluation=loss_only")
     recomputed = run_quick("method=lora", "evaluation=loss_only", "training.gradient_checkpointing=true")
     per_token = [
         result.metrics["flops_per_second"] / result.metrics["tokens_per_second"] for result in (plain, recomputed)
@@ -304,8 +304,8 @@ def test_recomputation_counts_as_arithmetic(run_quick):
     assert 1.2 < per_token[1] / per_token[0] < 1.6  # a third forward to a forward and a backward
 
 
-def test_four_bit_weights_count_as_full_parameters(run_quick):
-    lora, qlora = run_quick("method=lora"), run_quick("method=qlora")
+def test_four_bit_weights_count_as_full_parameters(shared_run):
+    lora, qlora = shared_run("method=lora"), shared_run("method=qlora")
     for name in ("trainable_parameters", "total_parameters"):
         assert lora.metrics[name] == qlora.metrics[name]
 

@@ -14,26 +14,27 @@ from qlora_exp.utils.errors import ConfigError, DivergedError
 @pytest.mark.parametrize(
     "choice", [["method=lora"], ["method=qlora"], ["method=full"], ["method=qlora", "quantization=int8"]]
 )
-def test_repeated_run_has_bit_identical_losses(choice: list[str], run_quick, read_losses):
-    first, again = run_quick(*choice), run_quick(*choice)
+def test_repeated_run_has_bit_identical_losses(choice: list[str], shared_run, run_quick, read_losses):
+    first, again = shared_run(*choice), run_quick(*choice)
     assert read_losses(first) == read_losses(again)
     assert len(read_losses(first)) == 3
     assert first.metrics["after/loss"] == again.metrics["after/loss"]
 
 
-def test_other_seed_gives_other_losses(run_quick, read_losses):
-    assert read_losses(run_quick("seed=1")) != read_losses(run_quick("seed=2"))
+def test_other_seed_gives_other_losses(shared_run, run_quick, read_losses):
+    assert read_losses(run_quick("method=qlora", "seed=1")) != read_losses(shared_run("method=qlora"))
 
 
-def test_evaluation_before_training_does_not_change_losses(run_quick, read_losses):
-    with_it = run_quick("method=qlora")
+def test_evaluation_before_training_does_not_change_losses(shared_run, run_quick, read_losses):
+    with_it = shared_run("method=qlora")
     without = run_quick("method=qlora", "evaluation.before=false", "evaluation.generate_rows=0")
     assert read_losses(with_it) == read_losses(without)
 
 
-def test_evaluation_during_training_does_not_change_losses(run_quick, read_losses):
-    quiet = run_quick("training.eval_strategy=no")
-    assert read_losses(run_quick("training.eval_strategy=steps", "training.eval_steps=1")) == read_losses(quiet)
+def test_evaluation_during_training_does_not_change_losses(shared_run, run_quick, read_losses):
+    quiet = shared_run("method=qlora")
+    loud = run_quick("method=qlora", "training.eval_strategy=steps", "training.eval_steps=1")
+    assert read_losses(loud) == read_losses(quiet)
 
 
 def test_gradient_accumulation_equals_the_whole_batch(run_quick, read_losses):
@@ -112,16 +113,16 @@ def test_divergence_stops_the_run(run_quick):
         run_quick("method=full", "training.learning_rate=1e30", "training.max_steps=6", "training.max_grad_norm=0")
 
 
-def test_adapters_of_a_quantized_base_stay_in_float32(run_quick):
+def test_adapters_of_a_quantized_base_stay_in_float32(shared_run):
     from safetensors import safe_open
 
-    result = run_quick("method=qlora")
+    result = shared_run("method=qlora")
     with safe_open(result.output_dir / "model" / "adapter_model.safetensors", "pt") as tensors:
         assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {torch.float32}  # noqa: SIM118
 
 
-def test_throughput_excludes_the_first_step(run_quick):
-    metrics = run_quick("training.max_steps=3").metrics
+def test_throughput_excludes_the_first_step(shared_run, run_quick):
+    metrics = shared_run("method=qlora").metrics
     assert metrics["tokens_per_second"] > metrics["supervised_tokens_per_second"] > 0
     assert metrics["samples_per_second"] == pytest.approx(2 / metrics["step_seconds_mean"])
     assert "tokens_per_second" not in run_quick("training.max_steps=1").metrics
@@ -151,15 +152,9 @@ def test_every_optimizer_trains(optimizer: str, run_quick, read_losses):
         "dataset.format=chat",
     ],
 )
-def test_key_changes_the_losses(change: str, run_quick, read_losses):
-    settings = ["training.max_steps=4", "training.learning_rate=5e-3", "evaluation=loss_only"]
-    if not _reference:
-        _reference.extend(read_losses(run_quick(*settings)))
-    assert read_losses(run_quick(*settings, change)) != _reference
-
-
-_reference: list[float] = []
-"""Losses of the run that no key changes, which is trained once for each process."""
+def test_key_changes_the_losses(change: str, shared_run, run_quick, read_losses):
+    settings = ["training.learning_rate=5e-3", "evaluation=loss_only", "evaluation.before=false"]
+    assert read_losses(run_quick(*settings, change)) != read_losses(shared_run(*settings))
 
 
 def test_metrics_are_on_disk_for_each_step(run_quick):
