@@ -239,15 +239,6 @@ class Tracker:
         left_out = self._journal.state.get("left_out", {}).items()
         return [*lacks, *(f"{what}{_times(each['count'])}: {each['why']}" for what, each in left_out)]
 
-    def send_left_out(self) -> None:
-        """Send again what was left out, where that may help: files that were gone may be back."""
-        try:
-            delivery.retry(self.connect(), self._journal)
-        except JournalError:
-            raise
-        except Exception as error:  # as in `deliver`
-            log.warning("MLflow did not accept a message: %s", cause(error))
-
     def close(self) -> None:
         """Release the lock on the output folder."""
         self._journal.close()
