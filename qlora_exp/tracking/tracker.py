@@ -269,7 +269,11 @@ class Tracker:
             except (MlflowException, TrackingError) as error:
                 log.error("MLflow did not accept the end of the run: %s", cause(error))  # noqa: TRY400
             return
-        if problems := self.settle():
+        try:
+            problems = self.settle()
+        except (OSError, JournalError) as error:  # must not hide why the run failed
+            problems = [str(error)]
+        if problems:
             log.error(
                 "MLflow did not receive everything of this run: %s. It is in %s, and `qlora-exp sync` sends it again",
                 "; ".join(problems),
