@@ -10,6 +10,7 @@ from pathlib import Path
 from qlora_exp.cli import ports
 from qlora_exp.cli.parents import RUN, URI, Commands, add_command, add_overrides
 from qlora_exp.utils.errors import ConfigError, TrackingError
+from qlora_exp.utils.names import valid_names
 from qlora_exp.utils.quiet import quiet
 from qlora_exp.utils.secrets import redact
 
@@ -92,7 +93,8 @@ def compare(options: argparse.Namespace) -> None:
     if options.preset not in report.PRESETS:
         raise ConfigError(f"--preset {options.preset}: choose one of {', '.join(report.PRESETS)}")
     runs = records.find(options.uri, options.chosen, options.experiment, options.filter)
-    comparison = comparing.compare(runs, options.metric, options.baseline)
+    metric = valid_names([options.metric])[options.metric]  # as a run names it
+    comparison = comparing.compare(runs, metric, options.baseline)
     report.show(comparison, options.preset)
     for file in report.write(comparison, options.out, options.preset) if options.out else ():
         print(f"file  {file}")

@@ -24,6 +24,7 @@ from qlora_exp.config.untrusted import plain_yaml
 from qlora_exp.config.values import APART
 from qlora_exp.tracking import mlflow_views
 from qlora_exp.tracking.journal import CONFIG_FILE
+from qlora_exp.tracking.limits import lost_its_end
 from qlora_exp.tracking.mlflow_store import client, store_uri
 from qlora_exp.utils.errors import ConfigError, TrackingError, first_line
 
@@ -86,7 +87,11 @@ class Record(ABC):
         """The params that identify a configuration: runs that are equal in them differ in the seed only."""
         ignored = (*APART, "resolved", "data", "seed", "device")
         set_params = {key: value for key, value in self.params.items() if value != "None"}
-        return {key: value for key, value in set_params.items() if key.split(".")[0] not in ignored}
+        config = {key: value for key, value in set_params.items() if key.split(".")[0] not in ignored}
+        if any(lost_its_end(value) for value in config.values()):
+            # What was cut may differ. The digest also covers the seed, so such runs do not form one row.
+            config["identity.config"] = self.tags.get("identity.config", self.run_id)
+        return config
 
     @cached_property
     def losses(self) -> list[dict[str, float]]:

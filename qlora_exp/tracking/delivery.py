@@ -10,7 +10,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from qlora_exp.tracking.journal import Journal, read
+from qlora_exp.tracking.journal import Journal
 from qlora_exp.tracking.mlflow_store import UnsendableError, send
 from qlora_exp.tracking.refusals import LeftOut, cause, has_lost, is_refused
 from qlora_exp.utils.errors import JournalError
@@ -20,8 +20,6 @@ log = logging.getLogger(__name__)
 
 _METRICS_PER_REQUEST = 1000
 """Most metrics that MLflow accepts in one request."""
-_ENTRIES = ("params", "tags", "resume", "metrics")
-"""Messages that are logged entry by entry if MLflow refuses them."""
 
 
 def deliver(mlflow: MlflowClient, journal: Journal) -> None:
@@ -42,67 +40,49 @@ def deliver(mlflow: MlflowClient, journal: Journal) -> None:
 
 
 def _deliver(mlflow: MlflowClient, journal: Journal) -> None:
-    for messages, begin, end in _batches(journal):
+    for messages, end in _batches(journal):
         with defer_signals():
-            _note(journal, _send(mlflow, journal, messages), begin)
-            journal.save_state(offset=end)
+            left_out = _send(mlflow, journal, messages)
+            journal.save_state(offset=end, left_out=_noted(journal, left_out))
 
 
-def retry(mlflow: MlflowClient, journal: Journal) -> None:
-    """Send again what was left out and may be sendable now: a file may be back, or this version knows more messages.
-
-    Raises:
-        Exception: the store does not accept a message now.
-    """
-    left_out: dict[str, dict[str, Any]] = journal.state.get("left_out", {})
-    for begin in sorted({each["at"] for each in left_out.values()}):
-        message, _ = next(read(journal.file, begin))
-        if message["op"] in _ENTRIES:  # the same content is refused again
-            continue
-        kept = {what: each for what, each in journal.state["left_out"].items() if each["at"] != begin}
-        with defer_signals():
-            again = _send(mlflow, journal, [message])
-            journal.state["left_out"] = kept
-            _note(journal, again, begin)
-            journal.save_state(verified=0)
-
-
-def _note(journal: Journal, left_out: list[LeftOut], begin: int) -> None:
-    """Add to the journal's state what was left out of the messages at offset `begin`."""
-    noted = journal.state.setdefault("left_out", {})
+def _noted(journal: Journal, left_out: list[LeftOut]) -> dict[str, dict[str, Any]]:
+    """Return what was left out so far, with `left_out` added."""
+    noted: dict[str, dict[str, Any]] = dict(journal.state.get("left_out", {}))
     for what, why in left_out:
         if what not in noted:
             log.error("MLflow does not get %s: %s", what, why)
-            noted[what] = {"why": why, "count": 0, "at": begin}
-        noted[what]["count"] += 1
+        noted[what] = {"why": why, "count": noted.get(what, {"count": 0})["count"] + 1}
+    return noted
 
 
-def _batches(journal: Journal) -> Iterator[tuple[list[dict[str, Any]], int, int]]:
+def _batches(journal: Journal) -> Iterator[tuple[list[dict[str, Any]], int]]:
     """Group the undelivered messages; a group is one message, or several of metrics that fit into one request.
 
     Yields:
-        The messages of a group, and the offsets of its begin and end.
+        The messages of a group, and the offset of its end.
 
     Raises:
         JournalError: a message cannot be read; the groups before it were already yielded.
     """
     group: list[dict[str, Any]] = []
-    begin = end = journal.state["offset"]
+    end = journal.state["offset"]
     size = 0
     problem = None
     try:
         for message, offset in journal.undelivered():
-            more = len(message["values"]) if message["op"] == "metrics" else _METRICS_PER_REQUEST
-            if group and size + more > _METRICS_PER_REQUEST:
-                yield group, begin, end
-                group, begin, size = [], end, 0
+            more = len(message["values"]) if message["op"] == "metrics" else 0
+            joins = message["op"] == "metrics" == group[0]["op"] if group else True
+            if not joins or size + more > _METRICS_PER_REQUEST:
+                yield group, end
+                group, size = [], 0
             group.append(message)
             size += more
             end = offset
     except JournalError as error:
         problem = error
     if group:
-        yield group, begin, end
+        yield group, end
     if problem is not None:
         raise problem
 

@@ -110,8 +110,6 @@ class _LeftOut(BaseModel):
     model_config = ConfigDict(strict=True)
     why: str
     count: int
-    at: NonNegativeInt
-    """Offset of the first message that was left out, or of which a part was."""
 
 
 class _State(BaseModel):

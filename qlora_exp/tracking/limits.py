@@ -5,6 +5,7 @@ so only PostgreSQL and others show what is too long.
 """
 
 import hashlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,14 +35,19 @@ def fit_message(message: dict[str, Any]) -> dict[str, Any]:
 def fit(text: str, limit: int) -> str:
     """Cut a text, and end it with a digest of all of it, so that different texts stay different.
 
-    NUL, which PostgreSQL does not accept, is replaced.
+    NUL, which PostgreSQL does not accept, is replaced. What is added may also stand in a model's name.
     """
     text = text.replace("\0", "\N{REPLACEMENT CHARACTER}")
     if len(text) <= limit:
         return text
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-    mark = f"... ({len(text)} characters, SHA-256 {digest})"
+    mark = f" ({len(text)} characters, SHA-256 {digest})"
     return text[: limit - len(mark)] + mark
+
+
+def lost_its_end(param: str) -> bool:
+    """Check whether an older version cut the value of a param, without a digest."""
+    return len(param) == _PARAM and not re.search(r"SHA-256 [0-9a-f]{16}\)$", param)
 
 
 def _fit_values(values: Mapping[str, str], limit: int) -> dict[str, str]:

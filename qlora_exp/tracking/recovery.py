@@ -53,7 +53,8 @@ def finish(folder: Path, outcome: str, failure: str, uri: str | None = None, aga
         last = last_message(folder)
         if last is not None and last["op"] != "end":
             tracker.end("KILLED" if outcome == "killed" else "FAILED", outcome, failure)
-        tracker.send_left_out()
+        if journal.state.get("left_out"):  # files may be back, and this version may send more than the one before
+            journal.save_state(offset=0, verified=0, left_out={})
         return tracker.settle(again)
     finally:
         journal.close()

@@ -13,7 +13,7 @@ from mlflow.entities import LifecycleStage, Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
 
 from qlora_exp.tracking.journal import Journal
-from qlora_exp.utils.errors import DeletedError, TrackingError, first_line
+from qlora_exp.utils.errors import DeletedError, TrackingError, UserError, first_line
 from qlora_exp.utils.secrets import redact
 
 Entry = Metric | Param | RunTag
@@ -27,6 +27,8 @@ _KINDS = {Metric: "metric", Param: "param", RunTag: "tag"}
 
 def cause(error: BaseException) -> str:
     """Return the first line of an error that says what went wrong, without SQLAlchemy's hint before it."""
+    if isinstance(error, UserError):
+        return redact(str(error))
     lines = [line for line in str(error).splitlines() if not line.startswith("(raised as a result of")]
     return redact(first_line(Exception("\n".join(lines).strip() or type(error).__name__)))
 

@@ -93,7 +93,7 @@ def _lost(uri: str, folders: Iterable[Path]) -> set[Path]:
     """
     if not exists(uri):
         return set(folders)
-    states = {folder: received(folder, uri) for folder in folders}
+    states = {folder: {"run_id": "", "experiment_id": ""} | received(folder, uri) for folder in folders}
     ids = sorted({state["run_id"] for state in states.values()})
     experiments = sorted({state["experiment_id"] for state in states.values()})
     tags: dict[str, dict[str, str]] = {}

@@ -243,15 +243,6 @@ class Tracker:
         left_out = self._journal.state.get("left_out", {}).items()
         return [*lacks, *(f"{what}{_times(each['count'])}: {each['why']}" for what, each in left_out)]
 
-    def send_left_out(self) -> None:
-        """Send again what was left out, where that may help: files that were gone may be back."""
-        try:
-            delivery.retry(self.connect(), self._journal)
-        except JournalError:
-            raise
-        except Exception as error:  # as in `deliver`
-            log.warning("MLflow did not accept a message: %s", cause(error))
-
     def close(self) -> None:
         """Release the lock on the output folder."""
         self._journal.close()
@@ -285,7 +276,11 @@ class Tracker:
             except (MlflowException, TrackingError) as error:
                 log.error("MLflow did not accept the end of the run: %s", cause(error))  # noqa: TRY400
             return
-        if problems := self.settle():
+        try:
+            problems = self.settle()
+        except (OSError, JournalError) as error:  # must not hide why the run failed
+            problems = [str(error)]
+        if problems:
             log.error(
                 "MLflow did not receive everything of this run: %s. It is in %s, and `qlora-exp sync` sends it again",
                 "; ".join(problems),

@@ -23,7 +23,7 @@ def valid_names(names: Iterable[str]) -> dict[str, str]:
             new_name = _valid(name)
             valid[name] = _with_digest(new_name, name) if new_name in taken else new_name
             taken.add(valid[name])
-    return valid
+    return {name: valid[name] for name in names}
 
 
 def _valid(name: str) -> str:
