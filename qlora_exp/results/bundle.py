@@ -172,7 +172,7 @@ def read(path: Path) -> BundledRecord:
     try:
         if not (text := read_text(RUN_FILE)):
             raise ConfigError(
-                f"{path}: neither a bundle of qlora-exp nor the output folder of a run: {RUN_FILE} is missing"
+                f"{path}: not a bundle of qlora-exp, nor the output folder of a run: {RUN_FILE} is missing"
             )
         run_file = _Run.model_validate_json(text)
     except ValidationError as error:

@@ -56,6 +56,9 @@ class _Sweeper(Sweeper):
         words = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
         overrides = OverridesParser.create(config_loader=self.hydra_context.config_loader).parse_overrides(words)
         last = {override.key_or_group: override for override in overrides}
+        for word in self.config.hydra.overrides.hydra:
+            if word.lstrip("+").startswith(("hydra.sweep.subdir=", "hydra.run.")):
+                raise ConfigError(f"{word} would change nothing: jobs' folders are named by their values")
         return sorted(last.values(), key=Override.is_sweep_override)
 
     def folder(self, overrides: Sequence[Override], settings: SweepConfig, kind: str = "") -> Path:
