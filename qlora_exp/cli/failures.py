@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from qlora_exp.utils.errors import DivergedError, TimeLimitError, UserError
+from qlora_exp.utils.errors import DivergedError, TimeLimitError, UserError, is_out_of_memory, type_and_first_line
 from qlora_exp.utils.secrets import redact
 
 
@@ -42,4 +42,6 @@ def _message(error: BaseException) -> str:
         return f"error: {type(error).__name__}: {error}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"error: no space left on the disk of {error.filename or Path.cwd()}"
+    if is_out_of_memory(error):
+        return f"error: out of memory: {type_and_first_line(error)}"
     return "".join(traceback.format_exception(error))

@@ -13,7 +13,7 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 URI = argparse.ArgumentParser(add_help=False)
 URI.add_argument("--uri", help="MLflow tracking URI; default: SQLite in ./mlruns")
 RUN = argparse.ArgumentParser(add_help=False)
-RUN.add_argument("run", metavar="RUN", help="run id, run key or name of a recorded run")
+RUN.add_argument("run", metavar="RUN", help="run id, run key, name or output folder of a recorded run")
 SOURCE = argparse.ArgumentParser(add_help=False)
 SOURCE.add_argument(
     "source",

@@ -21,7 +21,7 @@ _USUAL_FOLDERS = (Path("outputs"), Path("multirun"))
 def add_parsers(commands: Commands) -> None:
     """Add the five commands."""
     parser = add_command(commands, "compare", compare, [URI])
-    chosen = "names of sweeps; run ids, run keys or names of runs; default: the newest sweep"
+    chosen = "names of sweeps; run ids, run keys, names or output folders of runs; default: the newest sweep"
     parser.add_argument("chosen", nargs="*", metavar="SWEEP|RUN", help=chosen)
     parser.add_argument(
         "--experiment", metavar="NAME", help="compare runs of this MLflow experiment; without SWEEP|RUN: all its runs"
@@ -51,7 +51,9 @@ def add_parsers(commands: Commands) -> None:
 
     parser = add_command(commands, "reproduce", reproduce, [URI])
     parser.add_argument(
-        "run", metavar="RUN|BUNDLE", help="run id, run key or name of a run; or a file or folder that `bundle` wrote"
+        "run",
+        metavar="RUN|BUNDLE",
+        help="run id, run key, name or output folder of a run; or a file or folder that `bundle` wrote",
     )
     add_overrides(parser, "keys to change for this machine, such as dataset.path=FILE")
     parser.add_argument("--check-only", action="store_true", help="only list what differs from the recorded run")

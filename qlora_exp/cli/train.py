@@ -1,6 +1,7 @@
 """`train`: pass the command line to Hydra, which composes a run or the jobs of a sweep."""
 
 import argparse
+import errno
 import gc
 import logging
 import os
@@ -33,10 +34,11 @@ def train(options: argparse.Namespace) -> None:
     arguments = hydra.parse(sys.argv[1:])
     _refuse_flags(arguments)
     shows_config = arguments.cfg is not None
-    if not (arguments.help or arguments.hydra_help or arguments.shell_completion or arguments.info):
+    if not arguments.shell_completion:  # its last word may be a part of an override
         arguments.overrides = readable(arguments.overrides)
-        names_sweep = any(word.startswith("sweep=") for word in arguments.overrides)
-        arguments.multirun |= names_sweep and not (shows_config or arguments.run)
+    if not (arguments.help or arguments.hydra_help or arguments.shell_completion or arguments.info):
+        is_sweep = any(word.startswith(("sweep=", "hydra.mode=MULTIRUN")) for word in arguments.overrides)
+        arguments.multirun |= is_sweep and not (shows_config or arguments.run)
         if arguments.multirun:  # a sweep checks its jobs itself
             if arguments.config_dir is not None:
                 hydra_compose.check_own_options(Path(arguments.config_dir))
@@ -100,6 +102,10 @@ def _single_run(composed: Any, output_dir: Path) -> None:
         from qlora_exp.recipe.summary import show
 
         show(run(checked, output_dir), checked.tracking.uri)
+    except OSError as error:
+        if error.errno == errno.ENOSPC and error.filename is None:  # the message names the disk that is full
+            error.filename = str(output_dir)
+        raise
     except KeyboardInterrupt:
         from qlora_exp.training.checkpoints import checkpoints, is_complete
 

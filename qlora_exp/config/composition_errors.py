@@ -17,7 +17,11 @@ def explain(error: Exception) -> ConfigError:
     text = str(error)
     where = f"{file[1]}.yaml: " if (file := re.match(r"In '([^']+)': ", text)) else ""
     if match := re.search(r"Could not override '([^']+)'", text):
-        return ConfigError(f"{where}{_not_overridden(match[1], where)}")
+        inner = re.search(r"full_key: (\S+)", str(error.__cause__))  # of a value that is a mapping
+        key = inner[1] if inner and inner[1].startswith(f"{match[1]}.") else match[1]
+        return ConfigError(f"{where}{_not_overridden(key, where)}")
+    if match := re.search(r"Could not delete (?:from config\. )?'([^'=]+)", text):
+        return ConfigError(no_such_key(match[1]))
     if match := re.search(r"Multiple values for ([\w/]+)\. To override a value use", text):
         return ConfigError(
             f"{match[1]}: an option is chosen already: write {match[1]}=OPTION without '+' on the command line, or "

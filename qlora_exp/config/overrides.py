@@ -23,6 +23,7 @@ GROUPS = (
 """The shipped config groups."""
 OPTIONAL = ("experiment", "sweep")
 """Groups without which a config is complete."""
+_CALL = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag|int|float|str|bool|json_str)\(")
 
 
 def readable(words: Sequence[str]) -> list[str]:
@@ -83,7 +84,11 @@ def combinations(overrides: Sequence[Override]) -> list[list[str]]:
             continue
         if override.is_interval_sweep():
             raise ConfigError(f"{override.input_line}: this works only in a search; add hydra/sweeper=optuna")
-        if not list(override.sweep_string_iterator()):
+        try:
+            values = list(override.sweep_string_iterator())
+        except ValueError as error:  # from Python's range()
+            raise ConfigError(f"{override.input_line}: {error}") from error
+        if not values:
             raise ConfigError(f"{override.input_line}: no value matches, so there is no job")
     return every_combination(overrides)
 
@@ -115,6 +120,10 @@ def _parse(word: str) -> Override:
 def unreadable(word: str) -> str:
     """Return the message for an override that is not in Hydra's grammar, with a spelling that is."""
     key, _, value = word.partition("=")
+    if call := _CALL.match(value):
+        return f"{word:.200}: not a valid {call[1]}(...): https://hydra.cc/docs/advanced/override_grammar/extended"
+    if value[:1] in ("[", "{") and _is_open(value):
+        return f"{word:.200}: a bracket is not closed; quote the whole override for the shell, as in 'KEY={{A: B}}'"
     spelled = [f"{key}={_written(value)}"]
     if "," in value and value[0] not in "[{":
         spelled.append(f"{key}={','.join(map(_written, value.split(',')))}")
@@ -122,6 +131,10 @@ def unreadable(word: str) -> str:
     if not valid:
         return f"{word:.200}: Hydra cannot read this override; https://hydra.cc/docs/advanced/override_grammar/basic"
     return f"{word:.200}: this value must be quoted: {' or, as values of a sweep, '.join(valid)}"
+
+
+def _is_open(value: str) -> bool:
+    return any(value.count(opening) > value.count(closing) for opening, closing in ("[]", "{}"))
 
 
 def _is_readable(word: str) -> bool:

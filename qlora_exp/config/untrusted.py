@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from qlora_exp.config import idle
+from qlora_exp.config.overrides import GROUPS
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.dataset import REASONING_GYM
 from qlora_exp.config.validate import from_dict
@@ -53,10 +54,16 @@ def changed(values: dict[str, Any], changes: Mapping[str, Any], whose: str) -> C
         ConfigError: the config is invalid, or it asks for something that only the user may allow.
     """
     for key, value in changes.items():
-        section, _, name = key.rpartition(".")
-        place = values.setdefault(section, {}) if section else values
-        if not isinstance(place, dict):
-            raise ConfigError(f"{section} of {whose} must be a mapping, got {place!r:.40}")
+        place: Any = values
+        *sections, name = key.split(".")
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"{section} of {whose} must be a mapping, got {place!r:.40}")
+        if not sections and name in GROUPS and not isinstance(value, dict):
+            raise ConfigError(
+                f"{key}={value}: only keys of {whose} can be changed, such as {name}.KEY=VALUE, not options"
+            )
         place[name] = value
     config = from_dict(values)
     if problems := [*idle.problems([config], [*changes])]:

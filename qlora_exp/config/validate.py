@@ -77,6 +77,8 @@ def _describe(problem: Any) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return message if message.startswith(f"{where}.") or not where else f"{where}: {message}"
+    if problem["type"] == "string_type" and isinstance(problem["input"], bool | int | float):
+        return f"{where}: must be text, got {problem['input']}; quote it: {where}='\"{problem['input']}\"'"
     values = re.findall("'([^']*)'", problem["ctx"]["expected"]) if problem["type"] == "literal_error" else []
     hint = did_you_mean(str(problem["input"]), values).removesuffix(".")
     return f"{where}: {message}, got {problem['input']!r:.200}{hint}"

@@ -4,6 +4,7 @@ import functools
 import getpass
 import os
 import platform
+import shlex
 import socket
 import subprocess
 import sys
@@ -101,8 +102,9 @@ def hardware() -> dict[str, Any]:
 
 
 def command() -> str:
-    """Return the command line of this process."""
-    return " ".join(["qlora-exp" if "qlora" in Path(sys.argv[0]).name else sys.argv[0], *sys.argv[1:]])
+    """Return the command line of this process, so that it can be pasted into a shell."""
+    program = Path(sys.argv[0]).name  # `train` sets "qlora-exp train" for Hydra
+    return shlex.join([*(program.split() if program.startswith("qlora-exp") else [sys.argv[0]]), *sys.argv[1:]])
 
 
 def user() -> str:

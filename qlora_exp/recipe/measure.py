@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from typing import Literal
 
 from qlora_exp.config.peft_methods import moves_base_weights
@@ -12,6 +13,7 @@ from qlora_exp.recipe.inputs import Inputs
 from qlora_exp.recipe.setup import Trainable
 from qlora_exp.recipe.tokens import Tokens
 from qlora_exp.training import evaluation, lm_eval
+from qlora_exp.utils.errors import DivergedError
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,8 @@ def measure(
             on_unrelated=base_alone(model) if without_adapter else None,
             generating=run.memory.phase(f"generate_{moment}"),
         )
+    if not math.isfinite(measured.metrics["loss"]):
+        raise DivergedError(f"the held-out loss {moment} training is {measured.metrics['loss']}")
     run.log_metrics({f"{moment}/{key}": value for key, value in measured.metrics.items()})
     if inputs.lm_eval_tasks:
         _run_lm_eval(run, inputs, tokens, trainable, moment)

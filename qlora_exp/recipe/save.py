@@ -17,7 +17,7 @@ from qlora_exp.recipe.tokens import Tokens
 from qlora_exp.tracking import lifecycle, run_key
 from qlora_exp.tracking.journal import CONFIG_FILE
 from qlora_exp.training.checkpoints import checkpoints
-from qlora_exp.utils.errors import JournalError
+from qlora_exp.utils.errors import DivergedError, JournalError
 from qlora_exp.utils.files import size_on_disk
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,8 @@ def model_logged_on_error(run: RunContext, trainable: Trainable) -> Iterator[Non
     """Log the saved model even if the `with` block fails; an interrupted run has it on disk only."""
     try:
         yield
+    except DivergedError:  # such a model is of no use
+        raise
     except Exception:
         log.warning("the evaluation after training failed; the trained model is in %s", run.saved_model)
         try:

@@ -82,7 +82,7 @@ def show(result: "RunResult", tracking_uri: str | None) -> None:
     costs = Table("", "", title="Cost", title_justify="left", show_header=False)
     for row in cost(result.metrics):
         costs.add_row(*row)
-    console = Console()
+    console = Console(markup=False)
     console.print(Group(quality, costs))
     ui = "qlora-exp ui" if tracking_uri is None else f"qlora-exp ui --uri {redact(tracking_uri)}"
     console.print(f"files  {result.output_dir}\nrun    {result.run_id}\nopen   {ui}", highlight=False, soft_wrap=True)

@@ -171,7 +171,9 @@ def read(path: Path) -> BundledRecord:
 
     try:
         if not (text := read_text(RUN_FILE)):
-            raise ConfigError(f"{path}: not a bundle of qlora-exp: {RUN_FILE} is missing")
+            raise ConfigError(
+                f"{path}: not a bundle of qlora-exp, nor the output folder of a run: {RUN_FILE} is missing"
+            )
         run_file = _Run.model_validate_json(text)
     except ValidationError as error:
         first_error = error.errors()[0]

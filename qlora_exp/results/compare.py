@@ -16,6 +16,7 @@ from qlora_exp.results import stats
 from qlora_exp.results.metric_direction import lower_is_better
 from qlora_exp.results.records import Record
 from qlora_exp.utils.errors import ConfigError
+from qlora_exp.utils.text import shortened
 
 METRICS = ("loss", "rougeL", "exact_match", "task_score", "unrelated_loss")
 """Measures of quality, taken after training on held-out rows. Perplexity is not listed: the loss is its logarithm.
@@ -66,18 +67,28 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The row's label as text, with complete keys."""
-        return " ".join(f"{key}={value}" for key, value in self.label.items()) or "all"
+        """The row's label as text, with complete keys and shortened values."""
+        return " ".join(f"{key}={shortened(value)}" for key, value in self.label.items()) or "all"
 
     @property
     def short(self) -> str:
         """The same with short keys, for plots."""
-        return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in self.label.items()) or "all"
+        return (
+            " ".join(f"{key.rpartition('.')[2]}={shortened(value, 40)}" for key, value in self.label.items()) or "all"
+        )
 
     def mean(self, metric: str) -> stats.Estimate | None:
-        """Return the mean of a metric over the seeds; None unless every run has the metric."""
-        values = [record.metrics[metric] for record in self.records if metric in record.metrics]
-        return stats.mean(values) if values and len(values) == len(self.records) else None
+        """Return the mean of a metric over the seeds; None unless every run has the metric, as a finite number."""
+        if not self.records or self.unmeasured(metric):
+            return None
+        return stats.mean([record.metrics[metric] for record in self.records])
+
+    def unmeasured(self, metric: str) -> str:
+        """Say in how many runs a metric is missing or not a number; empty if all have it."""
+        missing = sum(metric not in record.metrics for record in self.records)
+        wrong = sum(not math.isfinite(record.metrics.get(metric, 0.0)) for record in self.records)
+        counts = {"not measured": missing, "not a number": wrong}
+        return "; ".join(f"{what} in {count} of {len(self.records)} runs" for what, count in counts.items() if count)
 
 
 @dataclass(frozen=True)

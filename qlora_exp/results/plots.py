@@ -14,12 +14,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from qlora_exp.results.compare import Comparison, Row
+from qlora_exp.utils.text import shortened
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 MARKERS = "osD^vP*X"
 LINES = ("-", "--", "-.", ":")
 NAMED = 12
 """Number of rows that colours and markers can distinguish; with more, only the best and the baseline are named."""
+_NAME = 50
+"""Most characters of a row's label."""
 HATCHES = ("", "//", "\\\\", "..", "xx", "++", "oo", "**")
 PHASES = {
     "imports": "memory/baseline/{}_mib",
@@ -70,14 +73,14 @@ def memory_and_quality(comparison: Comparison) -> Figure | None:
             color=COLOURS[index % len(COLOURS)] if few_points else (COLOURS[0] if index in front else COLOURS[-1]),
             markersize=9 if index in front else 6,
             markeredgecolor="black" if index in front else "none",
-            label=point.row.short if few_points else None,
+            label=_name(point.row) if few_points else None,
         )
     line = sorted((points[index].memory, points[index].value) for index in front)
     axes.step(*zip(*line, strict=True), where="post", color="black", linewidth=0.8, label="no row is better in both")
     if len(points) > NAMED:
         for index in front:
             point = points[index]
-            axes.annotate(point.row.short, (point.memory, point.value), (6, 4), textcoords="offset points", fontsize=7)
+            axes.annotate(_name(point.row), (point.memory, point.value), (6, 4), textcoords="offset points", fontsize=7)
     axes.set_xlabel("peak memory, MiB")
     axes.set_ylabel(_named(comparison))
     _legend(axes)
@@ -142,7 +145,7 @@ def curves(comparison: Comparison) -> Figure | None:
                 marker=MARKERS[index % len(MARKERS)] if len(line) <= 20 and shown else None,
                 linewidth=1.5 if shown else 0.7,
                 zorder=2 if shown else 1,
-                label=row.short if shown else None,
+                label=_name(row) if shown else None,
             )
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("step")
@@ -264,15 +267,21 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
     return figure, figure.subplots()
 
 
+def _name(row: Row) -> str:
+    """Return a row's label, short enough to leave room for the axes."""
+    return shortened(row.short, _NAME)
+
+
 def _rest(row: Row, *drawn: str) -> str:
     """Return a row's label without the keys that the axes show."""
-    return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in row.label.items() if key not in drawn)
+    rest = {key: value for key, value in row.label.items() if key not in drawn}
+    return shortened(" ".join(f"{key.rpartition('.')[2]}={value}" for key, value in rest.items()), _NAME)
 
 
 def _rows_figure(rows: Sequence[Row], height: float, baseline: Row) -> tuple[Figure, Any]:
     """Return a figure and axes with one line for each row, from the bottom up."""
     figure, axes = _figure(7, 1 + height * len(rows))
-    names = [f"{row.short} (baseline)" if row is baseline else row.short for row in rows]
+    names = [f"{_name(row)} (baseline)" if row is baseline else _name(row) for row in rows]
     axes.set_yticks(range(len(rows)), names, fontsize=8 if len(rows) <= 30 else 6)
     axes.set_ylim(-0.7, len(rows) - 0.3)
     return figure, axes

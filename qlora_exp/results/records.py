@@ -23,10 +23,12 @@ from mlflow.exceptions import MlflowException
 from qlora_exp.config.untrusted import plain_yaml
 from qlora_exp.config.values import APART
 from qlora_exp.tracking import mlflow_views
-from qlora_exp.tracking.journal import CONFIG_FILE
+from qlora_exp.tracking.journal import CONFIG_FILE, run_id
+from qlora_exp.tracking.journal import FILE as JOURNAL_FILE
 from qlora_exp.tracking.limits import lost_its_end
 from qlora_exp.tracking.mlflow_store import client, store_uri
 from qlora_exp.utils.errors import ConfigError, TrackingError, first_line
+from qlora_exp.utils.secrets import redact
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
@@ -192,8 +194,8 @@ def find(
 
     Args:
         uri: MLflow tracking URI. Default: SQLite in ./mlruns.
-        chosen: names of sweeps or runs, run ids (the id of a sweep stands for its jobs) or run keys. Default: the
-            newest sweep, or all runs if `experiment` or `where` is given.
+        chosen: names of sweeps or runs, output folders, run ids (the id of a sweep stands for its jobs) or run keys.
+            Default: the newest sweep, or all runs if `experiment` or `where` is given.
         experiment: name of the only MLflow experiment to search.
         where: filter in MLflow's syntax, such as `params.method.name = 'lora'`; applied in addition to `chosen`.
 
@@ -201,8 +203,9 @@ def find(
         TrackingError: the store cannot be reached, or has no such runs.
     """
     mlflow = _reader(uri)
+    words = [_word(word, store_uri(uri)) for word in chosen]
     with mlflow_errors_explained():
-        return [MlflowRecord.of(run, mlflow) for run in _find(mlflow, chosen, experiment, where)]
+        return [MlflowRecord.of(run, mlflow) for run in _find(mlflow, words, experiment, where)]
 
 
 def by_ids(uri: str | None, run_ids: Sequence[str]) -> list[MlflowRecord]:
@@ -226,12 +229,15 @@ def mlflow_errors_explained() -> Iterator[None]:
 
 
 def _find(mlflow: MlflowClient, chosen: Sequence[str], experiment: str | None, where: str | None) -> list[Run]:
-    # A sweep's folder has the sweep's name.
-    chosen = [Path(word).name if Path(word).is_dir() else word for word in chosen]
     experiments = [mlflow.get_experiment_by_name(experiment)] if experiment else mlflow.search_experiments()
     if experiments == [None]:
         names = ", ".join(existing.name for existing in mlflow.search_experiments())
         raise TrackingError(f"MLflow has no experiment '{experiment}'; existing experiments: {names}")
+    if deleted := [entry for entry in experiments if entry is not None and entry.lifecycle_stage != "active"]:
+        raise TrackingError(
+            f"experiment '{experiment}' was deleted in MLflow; MlflowClient().restore_experiment"
+            f"('{deleted[0].experiment_id}') restores it"
+        )
     ids = [entry.experiment_id for entry in experiments if entry is not None]
     filters = [_filter(mlflow, ids, word) for word in chosen]
     if not filters:
@@ -302,10 +308,29 @@ def _filter(mlflow: MlflowClient, ids: list[str], word: str) -> str:
         return f"tags.`mlflow.parentRunId` = '{word}'" if is_sweep else f"attributes.run_id = '{word}'"
     if _RUN_KEY.fullmatch(word):
         return f"tags.run_key = '{word}'"
-    if "'" in word:
-        raise TrackingError(f"{word}: MLflow cannot search for a name that contains a quote; give the run id")
-    of_sweep = f"tags.sweep = '{word}'"
-    return of_sweep if mlflow.search_runs(ids, of_sweep, max_results=1) else f"attributes.run_name = '{word}'"
+    if "'" in word and '"' in word:
+        raise TrackingError(
+            f"{word}: MLflow cannot search for a name that contains both kinds of quotes; give the run id"
+        )
+    quoted = f'"{word}"' if "'" in word else f"'{word}'"
+    of_sweep = f"tags.sweep = {quoted}"
+    return of_sweep if mlflow.search_runs(ids, of_sweep, max_results=1) else f"attributes.run_name = {quoted}"
+
+
+def _word(word: str, uri: str) -> str:
+    """Return what to search for: for an output folder the id of its run, for any other folder its name."""
+    try:
+        folder = Path(word).resolve() if Path(word).is_dir() else None
+    except OSError:  # too long for a path
+        return word
+    if folder is None:
+        return word
+    if not (folder / JOURNAL_FILE).is_file():
+        return folder.name
+    if (found := run_id(folder, uri)) is None:
+        at = redact(uri)
+        raise TrackingError(f"{folder}: MLflow at {at} has no run of this folder: give its --uri, or qlora-exp sync")
+    return found
 
 
 def _newest_sweep(mlflow: MlflowClient, ids: list[str]) -> str:

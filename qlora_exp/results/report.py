@@ -10,6 +10,7 @@ import json
 import math
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from qlora_exp.tracking.mlflow_store import client
 from qlora_exp.utils.errors import ConfigError
 from qlora_exp.utils.files import write_atomically
 from qlora_exp.utils.tables import markdown_table
+from qlora_exp.utils.text import shortened
 
 _MEMORY = ("allocated", "rss")
 # Heading, metric, number format. A metric that no run has gets no column.
@@ -78,11 +80,12 @@ def table(comparison: Comparison, preset: str = "all") -> tuple[list[str], list[
     ]
     rows = []
     for row in sorted(comparison.rows, key=lambda row: not row.records):
-        verdict = comparison.verdicts.get(row.name)
-        verdict_or_failure = "baseline" if row is comparison.baseline else verdict.text if verdict else _failures(row)
+        verdict_or_failure = "baseline" if row is comparison.baseline else _verdict(row, comparison)
         seeds = str(len(row.records)) + "".join(f" (+{count} {name})" for name, count in _not_ended(row).items())
         ties = comparison.ties.get(row.name, "")
-        rows.append([*row.label.values(), seeds, *(read(row) for _, read in columns), verdict_or_failure, ties])
+        rows.append(
+            [*map(shortened, row.label.values()), seeds, *(read(row) for _, read in columns), verdict_or_failure, ties]
+        )
     return headings, rows
 
 
@@ -125,10 +128,14 @@ def _seconds(row: Row) -> float | None:
     return step.value * steps.value if step and steps else None
 
 
-def _failures(row: Row) -> str:
-    return ", ".join(
-        sorted({f"{record.outcome}: {record.tags.get('failure', '')}".strip(": ") for record in row.failed})
-    )
+def _verdict(row: Row, comparison: Comparison) -> str:
+    """Return the verdict on a row, or why there is none."""
+    if verdict := comparison.verdicts.get(row.name):
+        return verdict.text
+    failures = {f"{record.outcome}: {record.tags.get('failure', '')}".strip(": ") for record in row.failed}
+    return "; ".join(
+        [*filter(None, [row.unmeasured(f"after/{comparison.metric}")]), ", ".join(sorted(failures))]
+    ).strip("; ")
 
 
 def _not_ended(row: Row) -> dict[str, int]:
@@ -156,9 +163,8 @@ def show(comparison: Comparison, preset: str = "all") -> None:
     console.print(f"{comparison.metric} against the baseline, {comparison.baseline.name}:")
     for configuration in comparison.rows:
         if configuration is not comparison.baseline:
-            verdict = comparison.verdicts.get(configuration.name)
-            verdict_or_failure = verdict.text if verdict else _failures(configuration)
-            console.print(f"  {configuration.name}: {verdict_or_failure}", soft_wrap=True, highlight=False)
+            text = _verdict(configuration, comparison)
+            console.print(f"  {configuration.name}: {text}", soft_wrap=True, highlight=False)
     for line in _notes(comparison):
         console.print(line, soft_wrap=True, highlight=False)
 
@@ -268,7 +274,10 @@ def _page(comparison: Comparison, headings: list[str], rows: list[list[str]]) ->
     for title, draw in PLOTS.items():
         if figure := draw(comparison):
             picture = io.StringIO()
-            figure.savefig(picture, format="svg")
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # the browser's font has it
+                warnings.filterwarnings("ignore", "constrained_layout not applied", UserWarning)  # many or long labels
+                figure.savefig(picture, format="svg")
             svg = picture.getvalue()
             body.append(f"<h2>{title}</h2>{svg[svg.index('<svg') :]}")
     return _PAGE.format(

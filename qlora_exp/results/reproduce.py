@@ -14,10 +14,12 @@ import numpy as np
 from qlora_exp.config.schema import Config
 from qlora_exp.config.untrusted import changed
 from qlora_exp.config.values import APART, flatten
+from qlora_exp.data import files
 from qlora_exp.environment import hub, provenance
 from qlora_exp.results import bundle, stats
 from qlora_exp.results.records import Record, find
 from qlora_exp.tracking import run_key
+from qlora_exp.tracking.journal import FILE as JOURNAL_FILE
 from qlora_exp.tracking.journal import LOCK_FILE, has_ended, last_message
 from qlora_exp.utils.errors import ConfigError, TrackingError
 
@@ -45,13 +47,13 @@ def find_run(uri: str | None, word: str) -> Record:
 
     Args:
         uri: MLflow tracking URI.
-        word: path of a bundle, or id, run key or name of a run.
+        word: path of a bundle, or output folder, id, run key or name of a run.
 
     Raises:
         ConfigError: the path is not a valid bundle.
         TrackingError: no run or several runs match.
     """
-    if bundle.is_bundle(word):
+    if bundle.is_bundle(word) and not (Path(word) / JOURNAL_FILE).is_file():  # not an output folder
         return bundle.read(Path(word))
     matches = find(uri, [word])
     if len(matches) > 1:
@@ -70,12 +72,18 @@ def recorded_config(record: Record, changes: Mapping[str, Any], uri: str | None)
 
     Raises:
         ConfigError: the config is invalid, or uses a setting that only the user may allow.
+        DataError: a file that the user names cannot be used.
     """
     values = record.yaml()
     recorded_tracking = values.get("tracking")
     name = recorded_tracking.get("experiment_name", "qlora_exp") if isinstance(recorded_tracking, dict) else "qlora_exp"
     values |= {"tracking": {"uri": uri, "experiment_name": name}, "sweep": {}, "search": {}}
-    return changed(values, changes, f"run {record.run_id}")
+    config = changed(values, changes, f"run {record.run_id}")
+    for section, source in (("dataset", config.dataset), ("unrelated", config.unrelated)):
+        given = {f"{section}.path", f"{section}.eval_path"} & changes.keys()
+        for path in filter(files.looks_local, source.paths if given else ()):
+            files.check(path, f"{section}.path")
+    return config
 
 
 def differences(record: Record, config: Config) -> list[str]:

@@ -26,6 +26,7 @@ from qlora_exp.sweeps.hydra_launchers import LocalLauncher
 from qlora_exp.sweeps.launchers import local as launcher
 from qlora_exp.utils.errors import ConfigError
 from qlora_exp.utils.quiet import quiet
+from qlora_exp.utils.text import FILE_NAME, shortened
 
 
 class _Sweeper(Sweeper):
@@ -65,6 +66,9 @@ class _Sweeper(Sweeper):
         words = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
         overrides = OverridesParser.create(config_loader=self.hydra_context.config_loader).parse_overrides(words)
         last = {override.key_or_group: override for override in overrides}
+        for word in self.config.hydra.overrides.hydra:
+            if word.lstrip("+").startswith(("hydra.sweep.subdir=", "hydra.run.")):
+                raise ConfigError(f"{word} would change nothing: jobs' folders are named by their values")
         return sorted(last.values(), key=Override.is_sweep_override)
 
     def folder(self, overrides: Sequence[Override], settings: SweepConfig, kind: str = "") -> Path:
@@ -80,6 +84,8 @@ class _Sweeper(Sweeper):
         """
         swept = [kind] * bool(kind) + [override.key_or_group for override in overrides if override.is_sweep_override()]
         name = settings.name or jobs.default_name(swept, [str(override.input_line) for override in overrides])
+        if len(name.encode()) > FILE_NAME:
+            raise ConfigError(f"sweep.name: longer than {FILE_NAME} bytes, too long for the name of a folder")
         folder = Path(self.config.hydra.sweep.dir, name).resolve()
         if "\\" in str(folder) or "${" in str(folder):
             raise ConfigError(
@@ -101,7 +107,8 @@ class _Sweeper(Sweeper):
             values, _ = self.composer(fixed, chosen)
             return from_dict(values)
         except ConfigError as error:
-            raise ConfigError(f"{error}\nin: {' '.join([*fixed, *chosen])}") from error
+            words = " ".join(shortened(word) for word in (*fixed, *chosen))
+            raise ConfigError(f"{error}\nin: {words}") from error
 
     def begin(self, folder: Path, settings: SweepConfig) -> sweep.Sweep:
         """Return a sweep that passes its jobs to the launcher."""
@@ -209,7 +216,7 @@ class OptunaSweeper(_Sweeper):
             for trial in best:
                 results = zip(settings.metrics, trial.values, strict=True)
                 means = ", ".join(f"{metric} {value:.6g}" for metric, value in results)
-                chosen = " ".join(f"{key}={_short(value)}" for key, value in trial.params.items())
+                chosen = " ".join(f"{key}={shortened(_short(value))}" for key, value in trial.params.items())
                 print(f"best: {chosen} ({means}; trial {trial.number + 1})")
 
 

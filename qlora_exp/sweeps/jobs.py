@@ -16,6 +16,7 @@ from qlora_exp.tracking.journal import FILE, is_locked, last_message, read
 from qlora_exp.training.checkpoints import checkpoints, is_complete, step
 from qlora_exp.utils.digests import json_digest
 from qlora_exp.utils.errors import JournalError
+from qlora_exp.utils.text import FILE_NAME, RUN_NAME, cut_to_bytes, shortened
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,8 @@ _STOP_FILE = "stop"
 """File in the sweep's folder: while it exists, no further job starts."""
 TIME_LIMIT_FILE = "out_of_time"
 """File in a job's folder: the job has exceeded its time limit."""
+_LABEL = 100
+"""Most bytes of the swept values in a job's folder name; the run key after them tells jobs apart."""
 NOT_FAILED = ("ok", "pruned", "unfit")
 """Outcomes that do not count as failures."""
 
@@ -51,8 +54,9 @@ class Job:
 
     @property
     def name(self) -> str:
-        """The swept keys and values as text."""
-        return " ".join(f"{key}={value}" for key, value in self.swept.items()) or self.config.method.name
+        """The swept keys and values as text, short enough for a table and for the name of an MLflow run."""
+        values = (f"{key}={shortened(value)}" for key, value in self.swept.items())
+        return shortened(" ".join(values), RUN_NAME) or self.config.method.name
 
 
 @dataclass(frozen=True)
@@ -88,9 +92,8 @@ def jobs(
         parts = run_key.digests(config)
         key = run_key.combine(parts)
         label = re.sub(r"[^\w.+-]+", "-", "_".join(f"{name.split('.')[-1]}-{value}" for name, value in values.items()))
-        jobs_by_key.setdefault(
-            key, Job(values, job_overrides, config, parts, key, folder / f"{_cut(label, 100)}_{key}".lstrip("_"))
-        )
+        name = f"{cut_to_bytes(label, _LABEL)}_{key}".lstrip("_")
+        jobs_by_key.setdefault(key, Job(values, job_overrides, config, parts, key, folder / name))
     return list(jobs_by_key.values())
 
 
@@ -99,12 +102,8 @@ def default_name(swept: Sequence[str], overrides: Sequence[str]) -> str:
     keys = [key.split(".")[-1] for key in swept]
     ignored = ("sweep.", "search.", "hydra", "tracking.")
     relevant = [word for word in overrides if not word.lstrip("+~").startswith(ignored)]
-    return "_".join([*([_cut("_".join(keys), 200)] if keys else []), json_digest(sorted(relevant), digits=6)])
-
-
-def _cut(name: str, most: int) -> str:
-    """Cut a part of a folder's name to `most` bytes. A file system limits bytes (most to 255), not characters."""
-    return name.encode()[:most].decode(errors="ignore")
+    digest = f"_{json_digest(sorted(relevant), digits=6)}"
+    return (cut_to_bytes("_".join(keys), FILE_NAME - len(digest)) + digest).lstrip("_")
 
 
 def state(folder: Path) -> tuple[State, dict[str, Any]]:

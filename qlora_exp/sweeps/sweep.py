@@ -5,6 +5,7 @@ This module does not depend on Hydra, nor on how jobs are launched.
 
 import json
 import logging
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from qlora_exp.tracking import mlflow_views
 from qlora_exp.tracking.journal import is_delivered, run_id
 from qlora_exp.utils.errors import JournalError, SweepError, TrackingError
 from qlora_exp.utils.files import write_atomically
+from qlora_exp.utils.secrets import redact
 from qlora_exp.utils.signals import handle_signals
 
 log = logging.getLogger(__name__)
@@ -84,12 +86,17 @@ class Sweep:
             self._end(error)
         if ended_well:
             if self.folder.is_dir():  # otherwise every job was done elsewhere
-                print(f"files  {self.folder}\ntable  qlora-exp compare {self.folder.name}")
+                print(f"files  {self.folder}\ntable  {self._compare_command()}")
             if advice := _advice([row["outcome"] for row in rows]):
                 raise SweepError(advice)
         if isinstance(error, KeyboardInterrupt) and self._jobs:
             done = sum(self.ended(job)["outcome"] in NOT_FAILED for job in self._jobs.values())
             print(f"{done} of {len(self._jobs)} jobs are done; run the same command again to resume the others")
+
+    def _compare_command(self) -> str:
+        uri = next(iter(self._jobs.values())).config.tracking.uri
+        words = ["qlora-exp", "compare", self.folder.name, *(["--uri", redact(uri)] if uri else [])]
+        return shlex.join(words)
 
     def _end(self, error: BaseException | None) -> None:
         """Record the end of the sweep in MLflow."""

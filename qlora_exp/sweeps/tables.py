@@ -8,6 +8,10 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_exp.sweeps.jobs import Action, Job
+from qlora_exp.utils.text import shortened
+
+_NOTE = 300
+"""Most characters of a failure in a table."""
 
 
 def row(job: Job, last: Mapping[str, Any]) -> dict[str, Any]:
@@ -45,7 +49,7 @@ def show_rows(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     columns = sorted((name for name in names if name != "key"), key="note".__eq__)  # the longest text comes last
     table = Table(*columns, title=folder.name, title_justify="left")
     for row in rows:
-        table.add_row(*(str(row.get(name, "")) for name in columns))
+        table.add_row(*(shortened(str(row.get(name, "")), _NOTE if name == "note" else 80) for name in columns))
     _print(table)
 
 

@@ -81,9 +81,20 @@ def client(uri: str | None = None) -> MlflowClient:
             mlflow = MlflowClient(address, registry_uri=address)
             mlflow.search_experiments(max_results=1)
     except (MlflowException, OSError, SQLAlchemyError) as error:
-        why = redact(f"MLflow at {address} does not answer or cannot be written: {cause(error)}")
+        why = redact(f"MLflow at {address} does not answer or cannot be written: {cause(error)}{_hint(error)}")
         raise TrackingError(f"tracking.uri: {why}") from error
     return mlflow
+
+
+def _hint(error: Exception) -> str:
+    """Return what to do about some errors that MLflow explains at length or not at all."""
+    if "CERTIFICATE_VERIFY_FAILED" in str(error):
+        return "; MLFLOW_TRACKING_SERVER_CERT_PATH=FILE names a certificate to trust"
+    if "MLFLOW_ALLOW_FILE_STORE" in str(error):
+        return (
+            "; MLFLOW_ALLOW_FILE_STORE=true allows a store of files; a database is better: tracking.uri=sqlite:///FILE"
+        )
+    return ""
 
 
 def _create_store(file: Path) -> None:

@@ -65,9 +65,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def first_line(error: BaseException, most: int = 300) -> str:
-    """Return the first line of an error's text, cut to `most` characters, or its type if it has no text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
+def first_line(error: BaseException, most: int | None = None) -> str:
+    """Return the first line of an error's text, or its type if it has no text.
+
+    The line is cut to `most` characters, by default to 300 if it is not a message of this package. What caused the
+    error, which `requests` writes at the end, is kept.
+    """
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if most is None and isinstance(error, UserError):
+        return line
+    most = most or 300
+    if len(line) > most and (cause := line.find("Caused by ")) >= 0:
+        line = f"{line[: most // 3]} ... ({line[cause:]}"
+    return line[:most]
 
 
 def last_line(error: BaseException) -> str:
@@ -75,7 +85,7 @@ def last_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
-def type_and_first_line(error: BaseException, most: int = 300) -> str:
+def type_and_first_line(error: BaseException, most: int | None = None) -> str:
     """Return an error's type and the first line of its text, or the type alone if it has no text."""
     name, line = type(error).__name__, first_line(error, most)
     return name if line == name else f"{name}: {line}"

@@ -18,7 +18,7 @@ def print_table(title: str, headings: Sequence[str], rows: Sequence[Sequence[str
     table = Table(*headings, title=title, title_justify="left")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def _plain(cell: str) -> str:

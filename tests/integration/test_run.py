@@ -162,6 +162,15 @@ def test_diverged_model_is_not_saved(run_quick, tmp_path):
     assert not (tmp_path / "failed" / "model").exists()
 
 
+def test_model_that_diverged_in_its_last_step_is_not_ok(run_quick, tmp_path):
+    with pytest.raises(DivergedError, match="the held-out loss after training is nan"):
+        run_quick("method=lora", "training.learning_rate=1e30", "training.max_steps=1", "training.warmup_steps=0",
+                  "evaluation=loss_only", folder="failed")  # fmt: skip
+    last = journal.last_message(tmp_path / "failed")
+    assert last["outcome"] == "nan"
+    assert "after/loss" not in last["metrics"]
+
+
 @pytest.mark.parametrize("words", [["train"], ["train", "-m", "seed=1,2"]])
 def test_multi_process_launcher_is_rejected_before_anything_is_written(words, run_quick, tmp_path, monkeypatch, capsys):
     for key, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):

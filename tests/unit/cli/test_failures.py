@@ -19,6 +19,12 @@ class OutOfMemoryError(RuntimeError):
         (TimeLimitError("60 minutes are over"), 1, "error: 60 minutes are over\n"),
         (DivergedError("loss is nan"), 1, "error: DivergedError: loss is nan\n"),
         (OutOfMemoryError("no GiB"), 1, "error: OutOfMemoryError: no GiB\n"),
+        (MemoryError("of the host"), 1, "error: out of memory: MemoryError: of the host\n"),
+        (
+            RuntimeError("can't allocate memory: 9\nat x"),
+            1,
+            "error: out of memory: RuntimeError: can't allocate memory: 9\n",
+        ),
         (OSError(errno.ENOSPC, "no space", "file"), 1, "error: no space left on the disk of file\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (ConfigError("at http://me:password@host/x with a-secret-value"), 1, "error: at http://***@host/x with ***\n"),

@@ -31,6 +31,8 @@ def test_an_interrupted_run_says_how_to_go_on(make_config, tmp_path, monkeypatch
         (["--dry-run", "seed=1"], [], ["seed=1", "sweep.dry_run=true"]),
         (["--config-dir=conf", "seed=1", "--cfg", "job", "~method.r"], ["config_dir", "cfg"], ["seed=1", "~method.r"]),
         (["sweep=rank_scaling"], ["multirun"], ["sweep=rank_scaling"]),
+        (["hydra.mode=MULTIRUN", "seed=1,2"], ["multirun"], ["hydra.mode=MULTIRUN", "seed=1,2"]),
+        (["sweep=null", "--info", "defaults"], ["info"], []),
         (["sweep=rank_scaling", "sweep=null"], [], []),
     ],
 )  # fmt: skip

@@ -44,7 +44,8 @@ def test_options_are_chosen_by_name_or_not_at_all(words: list[str], expected: li
         (["method=[lora,ia3]"], "for a sweep over them: -m method=lora,ia3"),
         (["dataset@unrelated=own"], "set the keys of unrelated instead"),
         (["ö=1"], "Hydra cannot read this override"),
-        (["x={a: 1"], "Hydra cannot read this override"),
+        (["x={a:", "1}"], "a bracket is not closed; quote the whole override for the shell"),
+        (["seed=choice(1,2"], "not a valid choice(...)"),
     ],
 )
 def test_override_that_would_mean_something_else_is_rejected(words: list[str], message: str):

@@ -59,3 +59,11 @@ def test_word_without_equals_sign_is_rejected():
 def test_yaml_that_is_more_than_plain_data_is_rejected(text: str):
     with pytest.raises(ConfigError, match="it is not plain YAML"):
         untrusted.plain_yaml(text, "it")
+
+
+def test_users_changes_reach_keys_at_any_depth_but_no_options():
+    values = compose(["method=lora"]).model_dump(mode="json")
+    config = untrusted.changed(values, {"tracking.tags.owner": "me", "seed": 3}, "run x")
+    assert config.tracking.tags == {"owner": "me"}
+    with pytest.raises(ConfigError, match=r"method=ia3: only keys of run x can be changed, such as method\.KEY=VALUE"):
+        untrusted.changed(values, {"method": "ia3"}, "run x")

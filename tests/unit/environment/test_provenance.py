@@ -1,4 +1,5 @@
 import os
+import shlex
 import sys
 
 import pytest
@@ -60,3 +61,10 @@ def test_importing_setuptools_does_not_change_the_packages(tmp_path, monkeypatch
     (folder / "METADATA").write_text("Name: carried\nVersion: 1\n")
     monkeypatch.setattr(sys, "path", [*sys.path, str(folder.parent)])  # as importing it does
     assert provenance.environment() == before
+
+
+def test_command_can_be_pasted(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["qlora-exp train", "method=lora", "dataset.name='a b'"])
+    assert shlex.split(provenance.command()) == ["qlora-exp", "train", "method=lora", "dataset.name='a b'"]
+    monkeypatch.setattr("sys.argv", ["/usr/bin/qlora-exp", "reproduce", "x"])
+    assert provenance.command() == "qlora-exp reproduce x"

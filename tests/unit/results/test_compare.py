@@ -2,8 +2,11 @@ import pytest
 from helpers.past_runs import ROWS, shifted
 from mlflow.exceptions import MlflowException
 
+from qlora_exp.results import report
 from qlora_exp.results.compare import compare
 from qlora_exp.results.records import find
+from qlora_exp.results.reproduce import find_run
+from qlora_exp.tracking.journal import Journal
 from qlora_exp.tracking.limits import fit
 from qlora_exp.utils.errors import ConfigError, TrackingError
 
@@ -190,3 +193,49 @@ def test_values_that_older_versions_cut_are_told_apart_by_the_digest_of_the_conf
         past_runs(ROWS, dataset__system_message=6000 * "x", tags={"identity.config": digest})
     found = compare(find(past_runs.uri, experiment=past_runs.experiment))
     assert [row.name for row in found.rows] == ["identity.config=A", "identity.config=B"]
+
+
+def test_missing_and_infinite_measurements_are_said(past_runs, capsys):
+    for seed in (1, 2):
+        past_runs(shifted(seed / 100), seed=seed)
+        past_runs(shifted(seed / 90), seed=seed, method__r=8)
+        past_runs(shifted(seed / 80), seed=seed, method__r=16)
+    past_runs(seed=3, method__r=8)
+    past_runs(seed=3, method__r=16, metrics={"after/loss": float("nan")})
+    found = compare(find(past_runs.uri, experiment=past_runs.experiment))
+    assert found.verdicts == {}
+    assert [row.unmeasured("after/loss") for row in found.rows] == [
+        "", "not measured in 1 of 3 runs", "not a number in 1 of 3 runs",
+    ]  # fmt: skip
+    report.show(found)
+    shown = capsys.readouterr().out
+    assert "  method.r=8: not measured in 1 of 3 runs\n" in shown
+    assert "  method.r=16: not a number in 1 of 3 runs\n" in shown
+
+
+def test_runs_are_found_by_names_with_quotes_and_by_their_folder(past_runs, tmp_path):
+    run = past_runs(ROWS)
+    past_runs.mlflow.set_tag(run, "mlflow.runName", "dataset.name='a,b'")
+    (found,) = find(past_runs.uri, ["dataset.name='a,b'"])
+    assert found.run_id == run
+    with pytest.raises(TrackingError, match="both kinds of quotes"):
+        find(past_runs.uri, ["'\""])
+    folder = tmp_path / "output"
+    folder.mkdir()
+    journal = Journal(folder)
+    journal.append({"op": "start"})
+    journal.use(past_runs.uri)
+    with pytest.raises(TrackingError, match=r"has no run of this folder: give its --uri, or qlora-exp sync"):
+        find(past_runs.uri, [str(folder)])
+    journal.save_state(run_id=run)
+    journal.close()
+    assert [record.run_id for record in find(past_runs.uri, [str(folder)])] == [run]
+    assert find_run(past_runs.uri, str(folder)).run_id == run
+
+
+def test_deleted_experiment_is_named(past_runs):
+    past_runs(ROWS)
+    experiment = past_runs.mlflow.get_experiment_by_name(past_runs.experiment)
+    past_runs.mlflow.delete_experiment(experiment.experiment_id)
+    with pytest.raises(TrackingError, match="was deleted in MLflow; .*restore_experiment"):
+        find(past_runs.uri, experiment=past_runs.experiment)

@@ -119,3 +119,16 @@ def test_every_phase_that_raises_the_peak_has_a_look_of_its_own(past_runs):
     (axes,) = plots.memory_by_phase(compare(find(past_runs.uri, experiment=past_runs.experiment))).axes
     looks = {(bars[0].get_facecolor(), bars[0].get_hatch()) for bars in axes.containers}
     assert len(looks) == len(plots.PHASES) > len(plots.COLOURS)
+
+
+@pytest.mark.filterwarnings("error")
+def test_long_and_foreign_labels_are_drawn_quietly(past_runs, tmp_path):
+    for seed in (1, 2):
+        for number, value in enumerate(("数据" * 30, "x" * 3000 + "A", "x" * 3000 + "B")):
+            params = {f"training__a_long_name_{key}": f"{value}{key}" for key in range(12)}
+            past_runs(shifted(number / 10), seed=seed, metrics={"memory/rss_peak_mib": 900.0 + number}, **params)
+    found = compare(find(past_runs.uri, experiment=past_runs.experiment))
+    assert len(found.rows) == 3
+    files = report.write(found, tmp_path)
+    assert max(map(len, report.markdown(found).splitlines())) < 2000
+    assert any("x" * 3000 in file.read_text("utf-8") for file in files if file.suffix == ".csv")

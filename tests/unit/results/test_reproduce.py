@@ -5,7 +5,7 @@ from support import exit_code
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.results.reproduce import find_run, recorded_config
 from qlora_exp.tracking.mlflow_store import client
-from qlora_exp.utils.errors import TrackingError
+from qlora_exp.utils.errors import DataError, TrackingError
 
 
 def recorded(mlflow, text: str) -> str:
@@ -30,6 +30,8 @@ def test_users_path_replaces_the_recorded_one(mlflow_uri, tmp_path):
     config = recorded_config(record, {"dataset.path": str(rows)}, mlflow_uri)
     assert config.dataset.path == str(rows)
     assert config.tracking.uri == mlflow_uri
+    with pytest.raises(DataError, match=r"dataset\.path: no file missing\.jsonl"):
+        recorded_config(record, {"dataset.path": "missing.jsonl"}, mlflow_uri)
 
 
 @pytest.mark.parametrize(

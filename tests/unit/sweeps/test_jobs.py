@@ -95,3 +95,19 @@ def test_changed_job_says_what_changed(make_jobs, monkeypatch):
     (again,) = make_jobs("seed", ["1"])
     assert again.folder != job.folder
     assert decide(again, "none") == ("run", "new: not the same code as in the previous run")
+
+
+def test_long_values_make_names_that_fit_and_stay_different(make_jobs):
+    long = ["文" * 95, "文" * 94 + "字", "x" * 9600 + "A", "x" * 9600 + "B", "b\nc", "b c"]
+    made = make_jobs("dataset.name", [f"'{value}'" for value in long])
+    assert len({job.name for job in made}) == len({job.folder for job in made}) == len(long)
+    assert all(len(job.folder.name.encode()) <= 140 and len(job.name) <= 250 for job in made)
+    for job in made:
+        job.folder.mkdir(parents=True)
+    many = [f"training.a_long_name_of_a_key_{number}" for number in range(20)]
+    names = {default_name(many, [f"{key}=1" for key in many]), default_name(many, [f"{key}=2" for key in many])}
+    assert len(names) == 2
+    assert all(len(name.encode()) <= 240 for name in names)
+    swept = {f"key_{number}": "v" * 30 for number in range(20)}
+    job = Job(swept, [], made[0].config, {}, "", made[0].folder)
+    assert len(job.name) == 250

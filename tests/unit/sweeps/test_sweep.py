@@ -1,6 +1,8 @@
 import pytest
 
-from qlora_exp.sweeps.sweep import _advice
+from qlora_exp.config.sections.sweep import SweepConfig
+from qlora_exp.sweeps.jobs import Job
+from qlora_exp.sweeps.sweep import Sweep, _advice
 
 
 @pytest.mark.parametrize(
@@ -15,3 +17,11 @@ from qlora_exp.sweeps.sweep import _advice
 def test_advice_names_what_to_do_about_failed_jobs(outcomes: list[str], expected: str):
     assert _advice(outcomes).startswith(expected)
     assert bool(_advice(outcomes)) is bool(expected)
+
+
+def test_closing_line_can_be_pasted(make_config, tmp_path):
+    for words, option in (([], ""), (["tracking.uri=http://h:5000"], " --uri http://h:5000")):
+        config = make_config("method=lora", *words)
+        sweep = Sweep(tmp_path / "a b", SweepConfig(), lambda waiting: [])
+        sweep.register([Job({}, [], config, {}, "key", tmp_path)])
+        assert sweep._compare_command() == f"qlora-exp compare 'a b'{option}"

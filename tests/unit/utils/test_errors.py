@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from qlora_exp.config import peft_methods
 from qlora_exp.config.hydra_compose import conf_dir, options
 from qlora_exp.config.validate import known_keys
-from qlora_exp.utils.errors import did_you_mean, first_line, last_line, nearest, type_and_first_line
+from qlora_exp.utils.errors import ConfigError, did_you_mean, first_line, last_line, nearest, type_and_first_line
 
 GROUPS = sorted(folder.name for folder in conf_dir().iterdir() if folder.is_dir() and folder.name != "hydra")
 NAMES = {group: options(group) for group in GROUPS} | {"keys": known_keys(), "LoRA": [*peft_methods.settings("LORA")]}
@@ -136,3 +136,13 @@ def test_lines_of_a_longer_error():
     assert last_line(error) == "at the end"
     assert type_and_first_line(error, 2) == "ValueError: aa"
     assert type_and_first_line(ValueError()) == "ValueError"
+
+
+def test_cause_of_a_long_line_is_kept():
+    error = OSError(f"API request to https://h failed: {'x' * 300} (Caused by SSLError('CERTIFICATE_VERIFY_FAILED'))")
+    line = first_line(error)
+    assert line.startswith("API request")
+    assert "(Caused by SSLError('CERTIFICATE_VERIFY_FAILED'))" in line
+    assert len(line) <= 300
+    assert first_line(ConfigError("y" * 400)) == "y" * 400
+    assert len(first_line(ConfigError("y" * 400), 120)) == 120

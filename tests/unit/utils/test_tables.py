@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_exp.utils.tables import markdown_table
+from qlora_exp.utils.tables import markdown_table, print_table
 
 
 @given(st.lists(st.tuples(st.text(), st.text()), min_size=1, max_size=4))
@@ -15,3 +15,9 @@ def test_cell_text_cannot_break_a_markdown_table(rows: list[tuple[str, str]]):
 
 def test_html_in_a_cell_is_escaped():
     assert "\\<script>" in markdown_table(["a"], [["<script>"]])
+
+
+def test_brackets_are_printed(capsys):
+    print_table("of [x]", ["[key]"], [["[q_proj]"]])
+    shown = capsys.readouterr().out
+    assert all(text in shown for text in ("of [x]", "[key]", "[q_proj]"))
