@@ -1,9 +1,10 @@
 """Deliver a run's journal to an MLflow store, in order, and note in the journal what was sent and what was left out.
 
-Metrics messages that follow each other are sent together.
+Params, tags and metrics that follow each other are sent together.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,8 +19,8 @@ from qlora_exp.utils.signals import defer_signals
 
 log = logging.getLogger(__name__)
 
-_METRICS_PER_REQUEST = 1000
-"""Most metrics that MLflow accepts in one request."""
+_MOST = {"metrics": 1000, "params": 100, "tags": 100}
+"""Most entries of each kind that MLflow accepts in one request."""
 
 
 def deliver(mlflow: MlflowClient, journal: Journal) -> None:
@@ -57,7 +58,7 @@ def _noted(journal: Journal, left_out: list[LeftOut]) -> dict[str, dict[str, Any
 
 
 def _batches(journal: Journal) -> Iterator[tuple[list[dict[str, Any]], int]]:
-    """Group the undelivered messages; a group is one message, or several of metrics that fit into one request.
+    """Group the undelivered messages; a group is one message, or several whose entries fit into one request.
 
     Yields:
         The messages of a group, and the offset of its end.
@@ -66,18 +67,26 @@ def _batches(journal: Journal) -> Iterator[tuple[list[dict[str, Any]], int]]:
         JournalError: a message cannot be read; the groups before it were already yielded.
     """
     group: list[dict[str, Any]] = []
+    sizes: Counter[str] = Counter()
+    names: set[tuple[str, str]] = set()
     end = journal.state["offset"]
-    size = 0
     problem = None
     try:
         for message, offset in journal.undelivered():
-            more = len(message["values"]) if message["op"] == "metrics" else 0
-            joins = message["op"] == "metrics" == group[0]["op"] if group else True
-            if not joins or size + more > _METRICS_PER_REQUEST:
+            op, values = message["op"], message.get("values", {})
+            own = set() if op == "metrics" else {(op, key) for key in values}  # of a name only the last value counts
+            joins = (
+                {op, *sizes} <= _MOST.keys()
+                and not own & names
+                and sizes[op] + len(values) <= _MOST[op]
+                and sizes.total() + len(values) <= max(_MOST.values())
+            )
+            if group and not joins:
                 yield group, end
-                group, size = [], 0
+                group, sizes, names = [], Counter(), set()
             group.append(message)
-            size += more
+            sizes[op] += len(values)
+            names |= own
             end = offset
     except JournalError as error:
         problem = error

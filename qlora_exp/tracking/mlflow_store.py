@@ -37,7 +37,7 @@ from qlora_exp.tracking import mlflow_views
 from qlora_exp.tracking.journal import FILE, Journal, read
 from qlora_exp.tracking.journal import run_id as run_id_at
 from qlora_exp.tracking.limits import fit_message
-from qlora_exp.tracking.refusals import LeftOut, cause, log_entries, no_content
+from qlora_exp.tracking.refusals import Entry, LeftOut, cause, log_entries, no_content
 from qlora_exp.utils.errors import JournalError, TrackingError
 from qlora_exp.utils.secrets import redact
 
@@ -110,7 +110,9 @@ def _create_store(file: Path) -> None:
 
 
 def send(mlflow: MlflowClient, journal: Journal, *messages: dict[str, Any]) -> list[LeftOut]:
-    """Send MLflow a message, or several of metrics; sending twice (after a kill) has the same effect as sending once.
+    """Send MLflow a message, or several of params, tags and metrics.
+
+    Sending twice (after a kill) has the same effect as sending once.
 
     Returns:
         Metrics, params and tags that MLflow refuses for good, with the reason.
@@ -122,20 +124,8 @@ def send(mlflow: MlflowClient, journal: Journal, *messages: dict[str, Any]) -> l
         case {"op": "resume", "tags": tags}:
             mlflow.update_run(run_id, status="RUNNING")
             return log_entries(mlflow, journal, [RunTag(key, value) for key, value in tags.items()])
-        case {"op": "params", "values": values}:
-            return log_entries(mlflow, journal, [Param(key, value) for key, value in values.items()])
-        case {"op": "tags", "values": values}:
-            return log_entries(mlflow, journal, [RunTag(key, value) for key, value in values.items()])
-        case {"op": "metrics"}:
-            return log_entries(
-                mlflow,
-                journal,
-                [
-                    Metric(key, float(value), message["timestamp"], message["step"])
-                    for message in messages
-                    for key, value in message["values"].items()
-                ],
-            )
+        case {"op": "params" | "tags" | "metrics"}:
+            return log_entries(mlflow, journal, [entry for message in messages for entry in _entries(message)])
         case {"op": "file", "path": path}:
             (file,) = _files(journal.folder, [path])
             mlflow.log_artifact(run_id, str(file), str(Path(path).parent) if Path(path).parent.name else None)
@@ -157,6 +147,18 @@ def send(mlflow: MlflowClient, journal: Journal, *messages: dict[str, Any]) -> l
             mlflow.set_terminated(run_id, status, timestamp)
         case {"op": op}:
             raise UnsendableError(f"a newer version of qlora-exp wrote a message '{op}'; update this one")
+    return []
+
+
+def _entries(message: dict[str, Any]) -> list[Entry]:
+    """Return the params, tags or metrics of a message."""
+    match fit_message(message):
+        case {"op": "params", "values": values}:
+            return [Param(key, value) for key, value in values.items()]
+        case {"op": "tags", "values": values}:
+            return [RunTag(key, value) for key, value in values.items()]
+        case {"values": values, "timestamp": timestamp, "step": step}:
+            return [Metric(key, float(value), timestamp, step) for key, value in values.items()]
     return []
 
 

@@ -79,12 +79,30 @@ def test_waiting_metrics_share_requests(tmp_path):
     gateway = Gateway(MemoryMlflow())
     assert settle(tmp_path, gateway) == []
     batches = [args[1] for name, args, _ in gateway.requests if name == "log_batch"]
-    assert [len(batch) for batch in batches] == [1000, 1000, 1000, 400, 0]
+    assert [len(batch) for batch in batches] == [1000, 1000, 1000, 400]
     names = [name for name, _, _ in gateway.requests]
     assert names.count("get_metric_history") == 1  # one of two metrics that are always logged together
     gateway.requests.clear()
     assert settle(tmp_path, gateway) == []
     assert gateway.requests == []
+
+
+def test_params_tags_and_metrics_share_requests_within_mlflows_limits(tmp_path):
+    values = {f"p{number}": "1" for number in range(70)}
+    written = [{"op": "params", "values": values}, metrics(1, a=1.0), {"op": "tags", "values": {"t": "1"}}]
+    written += [{"op": "params", "values": {f"q{number}": "1" for number in range(40)}}]
+    written += [metrics(2, a=2.0), {"op": "tags", "values": {"t": "2"}}, {"op": "tags", "values": {"t": "3", "u": "1"}}]
+    write_journal(tmp_path, *written)
+    gateway = Gateway(MemoryMlflow())
+    assert settle(tmp_path, gateway) == []
+    sizes = [[len(part) for part in args[1:]] for name, args, _ in gateway.requests if name == "log_batch"]
+    assert sizes == [
+        [1, 70, 1],
+        [1, 40, 1],
+        [0, 0, 2],
+    ]  # 100 params at most; a tag ends as its last value
+    (run,) = gateway._mlflow.runs.values()
+    assert run["tags"]["t"] == "3"
 
 
 def test_one_refused_name_leaves_out_nothing_else(tmp_path, caplog):
@@ -284,6 +302,7 @@ def test_what_is_missing_is_named_and_sent_again(lost: str, mlflow_uri, mlflow_c
     monkeypatch.setattr(tracker, "client", lambda _: gateway)
     with start_run(mlflow_uri, tmp_path) as tracked:
         tracked.metrics({"loss": 1.0}, 1)
+        tracked.deliver_now()
         gateway.answer = lambda name: "empty" if name == refused else "on"
         tracked.metrics({"loss": 2.0}, 2)
         tracked.params({"only.here": 1})
@@ -300,7 +319,7 @@ def test_what_is_missing_is_named_and_sent_again(lost: str, mlflow_uri, mlflow_c
     assert recovery.finish(tmp_path, "killed", "not used") == []
 
 
-def test_curves_are_delivered_once_a_second(mlflow_uri, mlflow_client, tmp_path, monkeypatch):
+def test_messages_are_delivered_once_a_second(mlflow_uri, mlflow_client, tmp_path, monkeypatch):
     clock = itertools.count(1000.0, 0.1)
     monkeypatch.setattr("qlora_exp.tracking.tracker.time.monotonic", lambda: next(clock))
     gateway = Gateway(mlflow_client)
@@ -310,7 +329,8 @@ def test_curves_are_delivered_once_a_second(mlflow_uri, mlflow_client, tmp_path,
         for step in range(50):
             tracked.metrics({"train/loss": float(step)}, step)
         assert 4 <= len([name for name, _, _ in gateway.requests if name == "log_batch"]) <= 10
-        tracked.metrics({"after/loss": 1.0})  # measured once: sent at once, with the curve's last points
+        tracked.metrics({"after/loss": 1.0})
+        tracked.deliver_now()
         assert mlflow_client.get_run(tracked.run_id).data.metrics == {"train/loss": 49.0, "after/loss": 1.0}
     assert len(mlflow_client.get_metric_history(tracked.run_id, "train/loss")) == 50
 
