@@ -1,4 +1,4 @@
-import multiprocessing
+import os
 
 import pytest
 
@@ -6,6 +6,7 @@ from qlora_exp.models import builtin
 from qlora_exp.models.base import model_config
 from qlora_exp.models.builtin import check_fields, folder_of
 from qlora_exp.recipe.inputs import read_inputs
+from qlora_exp.sweeps.launchers.local import warm
 from qlora_exp.utils.errors import ConfigError, ModelError
 
 
@@ -54,14 +55,15 @@ def test_missing_package_of_the_builtin_model_is_named(cache_folder, monkeypatch
         folder_of(builtin.SMOLLM2)
 
 
-def build(_: int) -> str:
+def build(cache: str) -> str:
+    os.environ["QLORA_EXP_CACHE"] = cache
     return str(folder_of("random:qwen2"))
 
 
 @pytest.mark.slow
 def test_concurrent_processes_share_one_model_folder(cache_folder):
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        assert len(set(pool.map(build, range(2)))) == 1
+    with warm(1).Pool(2) as pool:
+        assert len(set(pool.map(build, [str(cache_folder)] * 2))) == 1
     assert [path.suffix for path in sorted(cache_folder.iterdir())] == ["", ".lock"]
 
 

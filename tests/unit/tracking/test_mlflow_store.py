@@ -1,11 +1,11 @@
 """A store is whole or not there."""
 
-import multiprocessing
 import os
 
 import pytest
 from helpers.tracking import start_run
 
+from qlora_exp.sweeps.launchers.local import warm
 from qlora_exp.tracking import mlflow_store
 from qlora_exp.tracking.mlflow_store import client, finished_runs
 from qlora_exp.utils.errors import TrackingError
@@ -42,7 +42,7 @@ def create(uri: str) -> str:
 @pytest.mark.slow
 def test_concurrent_processes_share_one_database(tmp_path):
     uri = f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}"
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
+    with warm(1).Pool(3) as pool:
         assert len(set(pool.map(create, [uri] * 3))) == 3
 
 
