@@ -1,5 +1,6 @@
 """Processes that tests kill. They are forked from one that has the libraries already: loading them takes seconds."""
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -16,11 +17,23 @@ def start(call: Callable[..., None], *arguments: Any) -> Any:
     return process
 
 
-def command(words: Sequence[str]) -> None:
-    """Run the command line."""
+def command(words: Sequence[str], folder: Path | None = None) -> None:
+    """Run the command line; with a folder, there, and write what it prints to `FOLDER.stdout` and `FOLDER.stderr`."""
     from qlora_exp.cli.main import main
 
+    gc.enable()
+    if folder is not None:
+        os.chdir(folder)
+        for stream, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(f"{folder}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     main(words)
+
+
+def finished_command(words: Sequence[str], folder: Path) -> tuple[int, str, str]:
+    """Run the command line in a folder; give its exit code and what it wrote to stdout and stderr."""
+    process = start(command, words, folder)
+    process.join()
+    return process.exitcode, *(Path(f"{folder}.{name}").read_text() for name in ("stdout", "stderr"))
 
 
 def killed_after_its_start(words: Sequence[str], folder: Path) -> None:

@@ -1,10 +1,8 @@
 """Sweeps through each launcher, as a user starts them."""
 
-import subprocess
-import sys
-
 import pytest
-from support import QUICK
+from helpers.processes import finished_command
+from support import QUICK, command
 
 from qlora_exp.tracking.mlflow_store import client
 
@@ -13,7 +11,7 @@ from qlora_exp.tracking.mlflow_store import client
     ("launcher", "more"), [("local", []), ("joblib", []), ("slurm", ["hydra.launcher.cluster=local"])]
 )
 def test_every_launcher_runs_a_sweep_and_skips_finished_jobs(launcher: str, more: list[str], mlflow_uri, tmp_path):
-    words = [sys.executable, "-m", "qlora_exp", "train", "-m", f"hydra/launcher={launcher}", *more, *QUICK]
+    words = ["train", "-m", f"hydra/launcher={launcher}", *more, *QUICK]
     words += ["evaluation=loss_only", "method=lora", "training.max_length=5,300", f"tracking.uri={mlflow_uri}"]
     words += [f"tracking.experiment_name={launcher}"]
     # A name that shells, Hydra and SQL would read as something else; MLflow cannot create its own default store there.
@@ -21,14 +19,18 @@ def test_every_launcher_runs_a_sweep_and_skips_finished_jobs(launcher: str, more
     folder = tmp_path / 'it\'s here, {1}="2"'
     folder.mkdir()
     for again in ([], [] if launcher == "local" else ["--dry-run"]):
-        result = subprocess.run([*words, *again], capture_output=True, text=True, check=False, cwd=folder)
-        assert "Traceback" not in result.stderr
+        if launcher == "joblib":  # its workers end at the end of an interpreter, which a forked process does not have
+            done = command(*words, *again, cwd=folder)
+            code, shown, errors = done.returncode, done.stdout, done.stderr
+        else:
+            code, shown, errors = finished_command([*words, *again], folder)
+        assert "Traceback" not in errors
         if not again:
-            assert result.returncode == 1, result.stderr  # one of the two must fail
-            assert "1 of 2 jobs did not end well" in result.stderr
+            assert code == 1, errors  # one of the two must fail
+            assert "1 of 2 jobs did not end well" in errors
     assert len(list(folder.glob("multirun/*/*/model"))) == 1
-    assert "sweep.rerun=failed" in result.stdout
-    assert "done in" in result.stdout
+    assert "sweep.rerun=failed" in shown
+    assert "done in" in shown
     runs = mlflow.search_runs([mlflow.get_experiment_by_name(launcher).experiment_id])
     (parent,) = [run for run in runs if "sweep.keys" in run.data.tags]
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
