@@ -235,7 +235,7 @@ class Sweep:
         except TrackingError as error:
             log.warning("%s; run `qlora-exp sync` later to send it", error)
             return
-        settled = settle([self.folder, *(job.folder for job in jobs)])
+        settled = settle([*[self.folder] * complete, *(job.folder for job in jobs)])
         for folder, lacks in settled.lacks.items():
             log.warning("MLflow lacks a part of %s: %s", folder, "; ".join(lacks))
         for why in settled.unread:

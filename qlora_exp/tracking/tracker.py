@@ -224,7 +224,8 @@ class Tracker:
             if state.get("verified") == state["offset"] and not again:
                 break
             try:
-                lacks = read_back.missing(self.connect(), self._journal)
+                with defer_signals():
+                    lacks = read_back.missing(self.connect(), self._journal)
             except JournalError:
                 raise
             except Exception as error:  # as in `deliver`
@@ -277,7 +278,7 @@ class Tracker:
                 log.error("MLflow did not accept the end of the run: %s", cause(error))  # noqa: TRY400
             return
         try:
-            problems = self.settle()
+            problems = [self._waits_for] if self._waits_for else self.settle()  # a moment ago it did not answer
         except (OSError, JournalError) as error:  # must not hide why the run failed
             problems = [str(error)]
         if problems:

@@ -78,6 +78,13 @@ def test_sweep_moves_to_another_store(sweep, store, tmp_path, capsys):
     assert capsys.readouterr().out.startswith("0 runs sent; MLflow has everything")
 
 
+def test_jobs_are_created_in_their_sweep(sweep, make_store, monkeypatch):
+    other = make_store("other.db")
+    monkeypatch.setattr("qlora_exp.tracking.read_back.missing", lambda *_: [])  # which would correct it
+    assert exit_code("sync", "--uri", other) == 0
+    check(other, sweep)
+
+
 def test_one_job_takes_its_sweep_along(sweep, tmp_path, monkeypatch):
     monkeypatch.chdir(sweep / "job1")
     assert exit_code("sync", ".", "--uri", "sqlite:///other.db") == 0
