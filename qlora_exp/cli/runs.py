@@ -10,6 +10,7 @@ from pathlib import Path
 from qlora_exp.cli import ports
 from qlora_exp.cli.parents import RUN, URI, Commands, add_command, add_overrides
 from qlora_exp.utils.errors import ConfigError, JournalError, TrackingError
+from qlora_exp.utils.notice import notice_if_slow
 from qlora_exp.utils.quiet import quiet
 from qlora_exp.utils.secrets import redact
 
@@ -210,7 +211,9 @@ def sync(options: argparse.Namespace) -> None:
             quiet()
             from qlora_exp.tracking import recovery
 
-            if recovery.finish(folder, "killed", "its process is gone", options.uri):
+            with notice_if_slow(f"waiting for MLflow to accept the run in {folder}"):
+                complete = recovery.finish(folder, "killed", "its process is gone", options.uri)
+            if complete:
                 sent += 1
             else:
                 late.append(folder)
