@@ -85,6 +85,7 @@ def test_users_files_choose_sweeper_and_launcher(tmp_path, capsys):
         ("experiment/on_ray", "defaults: [override /hydra/launcher: ray]"),
         ("sweep/ranks", "defaults: [override /hydra/sweeper: optuna]\nhydra: {sweeper: {params: {method.r: '4,8'}}}"),
         ("sweep/seeds", "hydra: {sweeper: {params: {seed: '1,2'}}}"),
+        ("sweep/names", "hydra: {sweeper: {params: {dataset.name: 'ü,b'}}}"),
     ):
         file = tmp_path / "own" / f"{name}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +97,8 @@ def test_users_files_choose_sweeper_and_launcher(tmp_path, capsys):
     assert "would search method.r" in capsys.readouterr().out
     assert exit_code("train", *own, "sweep=seeds", "--dry-run") == 0
     assert "2 jobs" in capsys.readouterr().out
+    assert exit_code("train", *own, "sweep=names", "--dry-run") == 1
+    assert "dataset.name=ü,b: this value must be quoted" in capsys.readouterr().err
     assert exit_code("train", *own, "-m", "experiment=null,on_ray", "--dry-run") == 1
     shown = capsys.readouterr().err
     assert "hydra.launcher: must be the same for all jobs" in shown
