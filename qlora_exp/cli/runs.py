@@ -11,6 +11,7 @@ from qlora_exp.cli import ports
 from qlora_exp.cli.parents import RUN, URI, Commands, add_command, add_overrides
 from qlora_exp.utils.errors import ConfigError, TrackingError
 from qlora_exp.utils.names import valid_names
+from qlora_exp.utils.notice import notice_if_slow
 from qlora_exp.utils.quiet import quiet
 from qlora_exp.utils.secrets import redact
 
@@ -212,7 +213,8 @@ def sync(options: argparse.Namespace) -> None:
         quiet()
         from qlora_exp.tracking.sync import settle
 
-        settled = settle(runs, options.uri)
+        with notice_if_slow("waiting for MLflow"):
+            settled = settle(runs, options.uri)
         sent = settled.sent
         unread += settled.unread
         for run, lacks in settled.lacks.items():

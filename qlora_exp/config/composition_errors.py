@@ -4,7 +4,7 @@ import re
 
 from hydra.errors import MissingConfigException
 
-from qlora_exp.config.overrides import GROUPS
+from qlora_exp.config.overrides import GROUPS, no_hydra_values
 from qlora_exp.config.validate import no_such_key
 from qlora_exp.utils.errors import ConfigError, did_you_mean
 
@@ -35,9 +35,7 @@ def explain(error: Exception) -> ConfigError:
         return ConfigError(no_such_key(f"{match[2]}.{match[1]}"))
     if "HydraConfig was not set" in text:
         key = re.search(r"full_key: (\S+)", text)
-        return ConfigError(
-            f"{key[1] if key else 'a key'}: values of ${{hydra:...}} are not available in the config of a run or job"
-        )
+        return ConfigError(no_hydra_values(key[1] if key else "a key"))
     cause = f"\n{error.__cause__}" if error.__cause__ else ""
     return ConfigError(f"{text}{cause}")
 

@@ -38,6 +38,8 @@ def readable(words: Sequence[str]) -> list[str]:
     for word in words:
         override = _parse(word)
         key = override.key_or_group
+        if not key.startswith("hydra") and re.search(r"(?<!\\)\$\{hydra:", word):
+            raise ConfigError(no_hydra_values(key))
         is_option = key in GROUPS or key.startswith("hydra/")
         if is_option and override.package is not None and not override.is_add():
             raise ConfigError(
@@ -71,6 +73,11 @@ def no_option(group: str) -> str:
     """Return the message for a group from which no option is chosen."""
     full = " (without one, all parameters would be trained: that is method=full)" if group == "method" else ""
     return f"{group}: a run needs an option of this group{full}; choose one: {group}=OPTION"
+
+
+def no_hydra_values(key: str) -> str:
+    """Return the message for a key whose value is taken from Hydra's own config."""
+    return f"{key}: values of ${{hydra:...}} are not available in the config of a run or job"
 
 
 def combinations(overrides: Sequence[Override]) -> list[list[str]]:

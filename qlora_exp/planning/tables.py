@@ -10,6 +10,7 @@ from qlora_exp.planning.gpus import DRIVER_GIB, Gpu
 from qlora_exp.planning.planner import Prediction
 from qlora_exp.planning.replay import KINDS
 from qlora_exp.utils.tables import print_table
+from qlora_exp.utils.text import shortened
 from qlora_exp.utils.units import GIB, MIB
 
 _BASIS = (
@@ -64,7 +65,7 @@ def show_many(planned: Sequence[Planned], price: float | None) -> None:
     rows = []
     common = set.intersection(*(set(run.words) for run in planned))
     for run in planned:
-        name = " ".join(word for word in run.words if word not in common)
+        name = " ".join(shortened(word) for word in run.words if word not in common)
         if run.config is None or run.prediction is None:
             rows.append([name, "-", "-", run.why])
             continue
@@ -78,7 +79,7 @@ def show_many(planned: Sequence[Planned], price: float | None) -> None:
                 "" if seconds is None else _time(run.config, seconds, price),
             ]
         )
-    shared = f", all with {' '.join(word for word in planned[0].words if word in common)}" if common else ""
+    shared = f", all with {' '.join(shortened(word) for word in planned[0].words if word in common)}" if common else ""
     print_table(f"{len(rows)} runs{shared}", ["run", "GiB", "", "time"], rows)
     for gpu in dict.fromkeys(run.gpu for run in planned):
         print(f"{gpu.name}: times at {gpu.rates}; error {_error(gpu)}")

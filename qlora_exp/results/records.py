@@ -28,6 +28,7 @@ from qlora_exp.tracking.journal import FILE as JOURNAL_FILE
 from qlora_exp.tracking.limits import lost_its_end
 from qlora_exp.tracking.mlflow_store import client, store_uri
 from qlora_exp.utils.errors import ConfigError, TrackingError, first_line
+from qlora_exp.utils.notice import notice_if_slow
 from qlora_exp.utils.secrets import redact
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -287,7 +288,8 @@ def _reader(uri: str | None) -> MlflowClient:
         raise TrackingError(
             f"no runs yet: {file} does not exist; start this in the folder where you train, or give --uri"
         )
-    return client(uri)
+    with notice_if_slow(f"waiting for MLflow at {redact(store_uri(uri))}"):
+        return client(uri)
 
 
 def _search(mlflow: MlflowClient, ids: list[str], selection: str, where: str | None) -> Iterator[Run]:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig
 
 from qlora_exp.config import idle
 from qlora_exp.config.composer import Composer
-from qlora_exp.config.overrides import combinations, of_job, quoted
+from qlora_exp.config.overrides import combinations, of_job, quoted, readable
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.sweep import SweepConfig
 from qlora_exp.config.validate import from_dict
@@ -63,7 +63,7 @@ class _Sweeper(Sweeper):
         Returns:
             The last override of each key; swept keys come last.
         """
-        words = [*(f"{key}={value}" for key, value in self.params.items()), *arguments]
+        words = readable([*(f"{key}={value}" for key, value in self.params.items()), *arguments])
         overrides = OverridesParser.create(config_loader=self.hydra_context.config_loader).parse_overrides(words)
         last = {override.key_or_group: override for override in overrides}
         for word in self.config.hydra.overrides.hydra:

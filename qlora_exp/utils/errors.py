@@ -69,9 +69,10 @@ def first_line(error: BaseException, most: int | None = None) -> str:
     """Return the first line of an error's text, or its type if it has no text.
 
     The line is cut to `most` characters, by default to 300 if it is not a message of this package. What caused the
-    error, which `requests` writes at the end, is kept.
+    error, which `requests` writes at the end, is kept. The advice that SQLAlchemy writes first is left out.
     """
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    line = next((text for text in lines if not text.startswith("(raised as a result of")), lines[0])
     if most is None and isinstance(error, UserError):
         return line
     most = most or 300

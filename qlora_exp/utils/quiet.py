@@ -43,3 +43,5 @@ def quiet() -> None:
         "torch.utils._pytree",  # torchao causes its warnings
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # It logs the traceback of each error that it raises as well.
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)

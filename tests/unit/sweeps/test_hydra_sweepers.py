@@ -77,3 +77,29 @@ def test_invalid_sweep_is_rejected_before_any_job(words: list[str], message: str
 def test_named_sweep_needs_no_multirun_flag(capsys):
     assert exit_code("train", "sweep=quant_types", "--dry-run") == 0
     assert capsys.readouterr().out.count("new") == 5
+
+
+def test_users_files_choose_sweeper_and_launcher(tmp_path, capsys):
+    header = "# @package _global_\n"
+    for name, text in (
+        ("experiment/on_ray", "defaults: [override /hydra/launcher: ray]"),
+        ("sweep/ranks", "defaults: [override /hydra/sweeper: optuna]\nhydra: {sweeper: {params: {method.r: '4,8'}}}"),
+        ("sweep/seeds", "hydra: {sweeper: {params: {seed: '1,2'}}}"),
+        ("sweep/names", "hydra: {sweeper: {params: {dataset.name: 'ü,b'}}}"),
+    ):
+        file = tmp_path / "own" / f"{name}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(header + text)
+    own = ["--config-dir", "own"]
+    assert exit_code("train", *own, "experiment=on_ray", "--cfg", "hydra", "-p", "hydra.launcher") == 0
+    assert "RayLauncher" in capsys.readouterr().out
+    assert exit_code("train", *own, "sweep=ranks", "search.n_trials=3", "--dry-run") == 0
+    assert "would search method.r" in capsys.readouterr().out
+    assert exit_code("train", *own, "sweep=seeds", "--dry-run") == 0
+    assert "2 jobs" in capsys.readouterr().out
+    assert exit_code("train", *own, "sweep=names", "--dry-run") == 1
+    assert "dataset.name=ü,b: this value must be quoted" in capsys.readouterr().err
+    assert exit_code("train", *own, "-m", "experiment=null,on_ray", "--dry-run") == 1
+    shown = capsys.readouterr().err
+    assert "hydra.launcher: must be the same for all jobs" in shown
+    assert "experiment=on_ray" in shown

@@ -4,6 +4,7 @@ import os
 
 import pytest
 from helpers.tracking import start_run
+from mlflow.exceptions import MlflowException
 
 from qlora_exp.sweeps.launchers.local import warm
 from qlora_exp.tracking import mlflow_store
@@ -60,3 +61,16 @@ def test_finished_runs_are_found_by_their_key(mlflow_uri, mlflow_client, tmp_pat
     assert finished_runs(mlflow_uri, "no such experiment", [key]) == {}
     assert finished_runs(f"sqlite:///{tmp_path / 'none.db'}", "finished", [key]) == {}
     assert not (tmp_path / "none.db").exists()
+
+
+def test_error_of_a_store_says_what_to_do(tmp_path, monkeypatch):
+    with pytest.raises(TrackingError, match="MLFLOW_ALLOW_FILE_STORE=true allows a store of files"):
+        client((tmp_path / "mlruns").as_uri())
+    text = f"API request failed: {'x' * 400} (Caused by SSLError('CERTIFICATE_VERIFY_FAILED'))"
+
+    def fail(*_: object, **__: object) -> None:
+        raise MlflowException(text)
+
+    monkeypatch.setattr("mlflow.MlflowClient.search_experiments", fail)
+    with pytest.raises(TrackingError, match=r"Caused by SSLError.*MLFLOW_TRACKING_SERVER_CERT_PATH=FILE names"):
+        client("https://host")

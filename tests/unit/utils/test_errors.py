@@ -144,5 +144,7 @@ def test_cause_of_a_long_line_is_kept():
     assert line.startswith("API request")
     assert "(Caused by SSLError('CERTIFICATE_VERIFY_FAILED'))" in line
     assert len(line) <= 300
+    autoflush = "(raised as a result of Query-invoked autoflush; consider using a session.no_autoflush block)"
+    assert first_line(OSError(f"{autoflush}\nvalue too long for type character varying(250)")).startswith("value too")
     assert first_line(ConfigError("y" * 400)) == "y" * 400
     assert len(first_line(ConfigError("y" * 400), 120)) == 120
