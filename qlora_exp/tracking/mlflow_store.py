@@ -37,7 +37,7 @@ from qlora_exp.tracking import mlflow_views
 from qlora_exp.tracking.journal import FILE, Journal, read
 from qlora_exp.tracking.journal import run_id as run_id_at
 from qlora_exp.tracking.limits import fit_message
-from qlora_exp.tracking.refusals import Entry, LeftOut, cause, log_entries, no_content
+from qlora_exp.tracking.refusals import Entry, LeftOut, cause, log_entries, no_content, read_run
 from qlora_exp.utils.errors import JournalError, TrackingError
 from qlora_exp.utils.secrets import redact
 
@@ -167,10 +167,13 @@ class UnsendableError(Exception):
 
 
 def _create(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> dict[str, str]:
-    """Create the run; return its id and that of its experiment.
+    """Create the run, unless it was created before; return its id and that of its experiment.
 
     If an earlier attempt may have created the run, that run is searched for first.
     """
+    if "run_id" in journal.state:  # all of the run is sent again
+        info = read_run(mlflow, journal).info
+        return {"run_id": info.run_id, "experiment_id": info.experiment_id}
     experiment_id = _experiment(mlflow, message["experiment"], journal.uri)
     attempt = message["tags"].get("attempt")
     if journal.state.get("creating") and attempt:

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from helpers.gateway import ANSWERS, Gateway, MemoryMlflow
 from helpers.tracking import start_run
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow.entities import LoggedModelStatus, ViewType
 
@@ -47,21 +47,22 @@ OTHERS = st.lists(
 )
 
 
-@given(MESSAGES, OTHERS, st.lists(st.sampled_from(["on", "on", *ANSWERS]), max_size=60))
-def test_whatever_a_gateway_answers_mlflow_has_the_run_once_it_is_said_to(tmp_path_factory, steps, others, answers):
+WINDOWS = st.lists(st.tuples(st.sampled_from(["on", *ANSWERS]), st.integers(6, 20)), max_size=6)
+"""What a gateway answers, and to how many requests: more than one decision takes."""
+
+
+@settings(max_examples=50)
+@given(MESSAGES, OTHERS, WINDOWS)
+def test_whatever_a_gateway_answers_mlflow_has_the_run_once_it_is_said_to(tmp_path_factory, steps, others, windows):
     folder = tmp_path_factory.mktemp("run")
     write_journal(folder, *steps[:4], *others, *steps[4:])
+    answers = [answer for answer, times in windows for _ in range(times)]
     memory, upcoming = MemoryMlflow(), iter(answers)
     gateway = Gateway(memory, lambda _: next(upcoming, "on"))
     tries = 0
     while settle(folder, gateway):
         tries += 1
         assert tries <= len(answers) + 1
-        journal = Journal(folder)
-        journal.use("memory")
-        if journal.state.get("left_out"):  # refused three times in a row, between other answers
-            journal.save_state(offset=0, verified=0, left_out={})
-        journal.close()
     (run,) = memory.runs.values()
     expected: dict[str, set] = {}
     for message in steps:
