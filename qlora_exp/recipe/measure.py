@@ -25,6 +25,7 @@ def measure(
 ) -> evaluation.Evaluation:
     """Evaluate the model and log its metrics as `MOMENT/...`, with the losses of each row as artifacts."""
     log.info("evaluating %s training", moment)
+    run.tracker.deliver_now()
     model, config = trainable.trainer.model, run.config
     # If the initialization moved a part of the base into the adapter, only both together are the base model.
     without_adapter = moment == "before" and not moves_base_weights(config.lora_start)

@@ -54,10 +54,13 @@ def _log_sizes(run: RunContext, trainable: Trainable) -> None:
 
 @contextmanager
 def model_logged_on_error(run: RunContext, trainable: Trainable) -> Iterator[None]:
-    """Log the saved model even if the `with` block fails; an interrupted run has it on disk only."""
+    """Log the saved model even if the `with` block fails, unless the model diverged.
+
+    An interrupted run, and one that diverged, has it on disk only.
+    """
     try:
         yield
-    except DivergedError:  # such a model is of no use
+    except DivergedError:
         raise
     except Exception:
         log.warning("the evaluation after training failed; the trained model is in %s", run.saved_model)

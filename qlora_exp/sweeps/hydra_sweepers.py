@@ -227,7 +227,9 @@ _CHECKED = 400
 def _configs(
     check: Callable[[Mapping[str, Any]], Config], space: Mapping[str, Any], searched: Sequence[Override]
 ) -> tuple[list[tuple[Mapping[str, Any], Config]], list[str]]:
-    """Check the combinations of the choices of a search: all, or if there are too many, those of each two keys.
+    """Check combinations of the choices of a search: all, or if they are too many, as many of each two keys.
+
+    What is not checked here is checked when it is drawn: values that cannot run are a failed trial.
 
     Returns:
         The values that can run with their configs, and why the others cannot.

@@ -10,15 +10,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_exp.utils.names import LONGEST_NAME, valid_names
+from qlora_exp.utils.text import RUN_NAME
 
-_RUN_NAME, _TAG, _PARAM, _DATASET_NAME, _SOURCE, _MODEL_NAME = 250, 8000, 6000, 500, 10_000, 500
+_TAG, _PARAM, _DATASET_NAME, _SOURCE, _MODEL_NAME = 8000, 6000, 500, 10_000, 500
 
 
 def fit_message(message: dict[str, Any]) -> dict[str, Any]:
     """Return a message with every text as it is sent; a fitting message is returned unchanged."""
     match message:
         case {"op": "start", "tags": tags, "run_name": name}:
-            return message | {"tags": _fit_values(tags, _TAG), "run_name": fit(name, _RUN_NAME)}
+            return message | {"tags": _fit_values(tags, _TAG), "run_name": fit(name, RUN_NAME)}
         case {"op": "resume", "tags": tags}:
             return message | {"tags": _fit_values(tags, _TAG)}
         case {"op": "tags", "values": values}:

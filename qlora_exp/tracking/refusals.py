@@ -26,11 +26,8 @@ _KINDS = {Metric: "metric", Param: "param", RunTag: "tag"}
 
 
 def cause(error: BaseException) -> str:
-    """Return the first line of an error that says what went wrong, without SQLAlchemy's hint before it."""
-    if isinstance(error, UserError):
-        return redact(str(error))
-    lines = [line for line in str(error).splitlines() if not line.startswith("(raised as a result of")]
-    return redact(first_line(Exception("\n".join(lines).strip() or type(error).__name__)))
+    """Return the line of an error that says what went wrong, without secrets; messages of this package as they are."""
+    return redact(str(error) if isinstance(error, UserError) else first_line(error))
 
 
 def no_content(uri: str) -> TrackingError:
