@@ -389,7 +389,8 @@ def test_run_of_another_user_is_left_alone(mlflow_uri, mlflow_client, tmp_path, 
     recovery.reap(mlflow_client, "stale", mlflow_uri)
     # Its process may live: where /proc hides processes (hidepid) it looks gone.
     assert mlflow_client.get_run(died).info.status == "RUNNING"
-    assert not [record for record in caplog.records if record.levelname != "INFO"]
+    # Other tests may have left runs in this experiment.
+    assert not [record for record in caplog.records if record.levelname != "INFO" and died in record.getMessage()]
     assert (tmp_path / "died" / FILE).read_bytes() == before
 
 
