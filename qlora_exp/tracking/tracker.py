@@ -17,6 +17,7 @@ from mlflow.exceptions import MlflowException
 from qlora_exp.tracking.journal import Journal
 from qlora_exp.tracking.mlflow_store import client, has_lost, is_refused, send, store_uri
 from qlora_exp.utils.errors import JournalError, TrackingError, first_line
+from qlora_exp.utils.files import write_atomically
 from qlora_exp.utils.secrets import redact
 from qlora_exp.utils.signals import defer_signals
 
@@ -83,7 +84,7 @@ class Tracker:
         self._journal.check()  # else `mkdir` would create a deleted output folder again
         file = self.output_dir / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(redact(text), encoding="utf-8")
+        write_atomically(file, redact(text))
         self.file(name)
 
     def json(self, value: Any, name: str) -> None:
