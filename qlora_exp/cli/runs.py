@@ -67,7 +67,8 @@ def add_parsers(commands: Commands) -> None:
         metavar="FOLDER",
         help="folders to search for runs; default: outputs and multirun",
     )
-    parser.add_argument("--uri", help="MLflow tracking URI; default: the one each run was started with")
+    uri = "MLflow tracking URI; default: the one each run was started with, if you have sent runs there before"
+    parser.add_argument("--uri", help=uri)
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -116,6 +117,7 @@ def ui(options: argparse.Namespace) -> None:
         ports.require_free(options.host, options.port)
     quiet()
     from qlora_exp.results import records
+    from qlora_exp.tracking import sqlite_store
 
     if address.startswith("http"):
         print(f"MLflow's UI: {redact(records.page(options.uri, address))}")
@@ -123,6 +125,8 @@ def ui(options: argparse.Namespace) -> None:
     page = records.page(options.uri, f"http://{options.host}:{options.port}")
     print(f"MLflow's UI for {redact(address)} starts in a few seconds (Ctrl-C stops it):\n{page}", flush=True)
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | dict(os.environ)
+    if (file := sqlite_store.sqlite_file(address)) is not None and not os.access(file, os.W_OK):
+        address = sqlite_store.read_only_uri(file)
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", address, "--workers", "1"]
     # Replace this process by the server, so that whatever ends the process ends the server.
     os.execve(sys.executable, [*command, "--host", options.host, "--port", str(options.port)], environment)
@@ -198,6 +202,7 @@ def sync(options: argparse.Namespace) -> None:
     if missing := [folder for folder in folders if not folder.is_dir()]:
         raise ConfigError(f"no folder {', '.join(map(str, missing))} in {Path.cwd()}")
     unread: list[OSError | JournalError] = []
+    unnamed: list[TrackingError] = []
     late: list[Path] = []
     sent = 0
     walk = (entry for root in folders for entry in os.walk(root, onerror=unread.append))
@@ -214,9 +219,14 @@ def sync(options: argparse.Namespace) -> None:
                 late.append(folder)
         except (JournalError, OSError) as error:
             unread.append(error)
+        except TrackingError as error:
+            unnamed.append(error)
     for problem in unread:
         print(f"warning: cannot be read completely: {redact(str(problem))}", file=sys.stderr)
+    for refusal in unnamed:
+        print(f"warning: {refusal}", file=sys.stderr)
     problems = [f"{len(unread)} runs or folders could not be read completely (see the warnings)"] * bool(unread)
+    problems += [f"{len(unnamed)} runs were not sent (see the warnings)"] * bool(unnamed)
     problems += [f"MLflow did not accept everything of {', '.join(map(str, late))}; try again later"] * bool(late)
     if problems:
         raise TrackingError(f"{sent} runs sent; {'; '.join(problems)}")

@@ -228,8 +228,9 @@ class Sweep:
             try:
                 if not is_delivered(job.folder) and not is_locked(job.folder):
                     from qlora_exp.tracking import recovery
+                    from qlora_exp.tracking.mlflow_store import store_uri
 
-                    recovery.finish(job.folder, "killed", "its process is gone")
+                    recovery.finish(job.folder, "killed", "its process is gone", store_uri(job.config.tracking.uri))
             except (JournalError, OSError) as error:  # continue with the others
                 log.warning("%s: MLflow lacks a part of this run: %s", job.name, error)
 

@@ -7,7 +7,9 @@ the process is killed after it sent a message and before it noted that in the jo
 
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -30,44 +32,106 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from qlora_exp.libraries.mlflow import create_tables
-from qlora_exp.tracking import mlflow_views
+from qlora_exp.libraries.mlflow import create_tables, schema_version
+from qlora_exp.tracking import artifacts, mlflow_views, sqlite_store
 from qlora_exp.tracking.journal import Journal
 from qlora_exp.utils.errors import TrackingError, first_line
+from qlora_exp.utils.files import open_inside, own_user, scratch_folder
 from qlora_exp.utils.secrets import redact
 
 _REFUSED = "INVALID_PARAMETER_VALUE"
+_RELATIVE = re.compile(r"^sqlite(\+\w+)?:///(?!/|:memory:|file:)")
 
 
 def store_uri(uri: str | None) -> str:
-    """Return the tracking URI: `uri` if set, else that of an SQLite database in `mlruns/` of the working directory."""
-    return uri or f"sqlite:///{Path.cwd() / 'mlruns' / 'mlflow.db'}"
+    """Return the tracking URI: `uri` if set, else that of an SQLite database in `mlruns/`.
+
+    A relative SQLite path is relative to the working directory, as for MLflow.
+    """
+    here = str(Path.cwd()).replace("%", "%25").replace("?", "%3F")  # SQLAlchemy decodes them
+    return _RELATIVE.sub(lambda match: f"{match[0]}{here}/", uri or "sqlite:///mlruns/mlflow.db", count=1)
 
 
 def client(uri: str | None = None) -> MlflowClient:
     """Return a client of a store that answers; a missing SQLite store is created first, by one process at a time.
 
     Raises:
-        TrackingError: the store cannot be reached or created.
+        TrackingError: the store cannot be reached or created, or is another database.
     """
     address = store_uri(uri)
+    file = sqlite_store.sqlite_file(address)
+    with _errors_explained(address, "written"):
+        if file is None:
+            return _connected(address)
+        # Several processes that create the database at the same time would damage it permanently.
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock"):
+            if not file.exists():
+                _create_store(file)
+            sqlite_store.check(file)
+            artifacts.relocate(file)
+            return _connected(address)
+
+
+def reader(uri: str | None = None) -> MlflowClient:
+    """Return a client that only reads. An SQLite store is not changed, not even by a lock; a missing one not created.
+
+    Raises:
+        TrackingError: the store does not exist, cannot be reached, or is another database.
+    """
+    address = store_uri(uri)
+    file = sqlite_store.sqlite_file(address)
+    with _errors_explained(address, "read"):
+        if file is None:
+            return _connected(address)
+        if not file.is_file():
+            raise TrackingError(
+                f"no runs yet: {file} does not exist; start this in the folder where you train, or give --uri"
+            )
+        sqlite_store.check_readable(file, schema_version())
+        return _connected(sqlite_store.read_only_uri(file))
+
+
+@contextmanager
+def _errors_explained(address: str, used: str) -> Iterator[None]:
     try:
-        if address.startswith("sqlite:///"):
-            # Several processes that create the database at the same time would damage it permanently.
-            file = Path(address.removeprefix("sqlite:///"))
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{file}.lock"):
-                if not file.exists():
-                    _create_store(file)
-                mlflow = MlflowClient(address, registry_uri=address)
-                mlflow.search_experiments(max_results=1)
-        else:
-            mlflow = MlflowClient(address, registry_uri=address)
-            mlflow.search_experiments(max_results=1)
+        yield
     except (MlflowException, OSError, SQLAlchemyError) as error:
-        why = redact(f"MLflow at {address} does not answer or cannot be written: {first_line(error)}")
+        why = redact(f"MLflow at {address} does not answer or cannot be {used}: {first_line(error)}")
         raise TrackingError(f"tracking.uri: {why}") from error
+
+
+def _connected(address: str) -> MlflowClient:
+    mlflow = _Client(address, registry_uri=address)
+    mlflow.search_experiments(max_results=1)
     return mlflow
+
+
+class _Client(MlflowClient):
+    """A client that writes artifacts only where the store may have them."""
+
+    def log_artifact(self, run_id: str, local_path: str, artifact_path: str | None = None) -> None:
+        self._check(self.get_run(run_id).info.artifact_uri, local_path, artifact_path)
+        super().log_artifact(run_id, local_path, artifact_path)
+
+    def log_artifacts(self, run_id: str, local_dir: str, artifact_path: str | None = None) -> None:
+        self._check(self.get_run(run_id).info.artifact_uri, local_dir, artifact_path)
+        super().log_artifacts(run_id, local_dir, artifact_path)
+
+    def log_model_artifact(self, model_id: str, local_path: str, artifact_path: str | None = None) -> None:
+        self._check(self.get_logged_model(model_id).artifact_location, local_path, artifact_path)
+        super().log_model_artifact(model_id, local_path, artifact_path)
+
+    def log_model_artifacts(self, model_id: str, local_dir: str, artifact_path: str | None = None) -> None:
+        self._check(self.get_logged_model(model_id).artifact_location, local_dir, artifact_path)
+        super().log_model_artifacts(model_id, local_dir, artifact_path)
+
+    def _check(self, place: str, local: str, artifact_path: str | None) -> None:
+        source = Path(local)
+        files = source.rglob("*") if source.is_dir() else [source]
+        for file in files:  # a link in the store could lead out of it
+            name = file.relative_to(source if source.is_dir() else source.parent)
+            artifacts.require_own(place, self.tracking_uri, str(Path(artifact_path or "", name)))
 
 
 def _create_store(file: Path) -> None:
@@ -75,11 +139,9 @@ def _create_store(file: Path) -> None:
 
     MLflow takes seconds to create it, and cannot use an incomplete one.
     """
-    part = file.with_name(f".{file.name}.part")
-    for leftover in file.parent.glob(f"{part.name}*"):  # of a process that was killed here
-        leftover.unlink()
-    create_tables(f"sqlite:///{part}")
-    part.replace(file)
+    with scratch_folder(file.parent) as scratch:
+        create_tables(store_uri(f"sqlite:///{scratch / file.name}"))
+        (scratch / file.name).rename(file)
 
 
 def is_refused(error: Exception, message: dict[str, Any]) -> bool:
@@ -142,7 +204,7 @@ def _create(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> 
 
     If an earlier attempt was interrupted while it created the run, that run is searched for first.
     """
-    experiment_id = _experiment(mlflow, message["experiment"], message["uri"])
+    experiment_id = _experiment(mlflow, message["experiment"])
     tags = message["tags"]
     if journal.state.get("creating"):
         runs = mlflow.search_runs([experiment_id], f"tags.`attempt` = '{tags['attempt']}'")
@@ -155,9 +217,10 @@ def _create(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> 
 
 def _log_model(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> None:
     run_id, experiment_id = journal.state["run_id"], journal.state["experiment_id"]
-    folder = _inside(journal.folder, message["folder"])
+    folder = journal.folder / message["folder"]
     for file in folder.rglob("*"):  # MLflow would follow links to files outside
-        _inside(journal.folder, str(file))
+        if file.is_symlink() or not file.is_dir():
+            _inside(journal.folder, str(file.relative_to(journal.folder)))
     models = mlflow.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
     model_id = next((model.model_id for model in models if model.name == message["name"]), None)
     if model_id is None:
@@ -191,25 +254,23 @@ def _metrics_of_model(journal: Journal, model: dict[str, Any], model_id: str) ->
 
 
 def _inside(folder: Path, path: str) -> Path:
-    """Return the path of a file in the run's folder; refuse one outside.
+    """Return the path of a file in the run's folder; refuse links, files of other users, and what is no file.
 
-    Without this a journal that somebody else wrote could upload other files of this machine.
+    Without this, a journal or folder of somebody else could upload other files of this machine. MLflow opens the file
+    again, by its path: who can write into the folder can still replace the file between the check and that.
     """
     try:
-        file = (folder / path).resolve()
-    except (ValueError, RuntimeError) as error:  # not a valid name, or links in a circle
-        raise FileNotFoundError(f"{path!r} is not in {folder}: {error}") from error
-    if not file.is_relative_to(folder.resolve()):
-        raise FileNotFoundError(f"{path} is not in {folder}")
-    return file
+        open_inside(folder, path, own_user(folder)).close()
+    except OSError as error:
+        raise FileNotFoundError(f"{error.filename} is not sent: {error.strerror}") from error
+    return folder / path
 
 
-def _experiment(mlflow: MlflowClient, name: str, uri: str) -> str:
+def _experiment(mlflow: MlflowClient, name: str) -> str:
     experiment = mlflow.get_experiment_by_name(name)
     if experiment is None:
-        location = None
-        if uri.startswith("sqlite:///"):
-            location = (Path(uri.removeprefix("sqlite:///")).parent / "artifacts").as_uri()
+        file = sqlite_store.sqlite_file(mlflow.tracking_uri)
+        location = None if file is None else (file.parent / "artifacts").as_uri()
         try:
             experiment = mlflow.get_experiment(mlflow.create_experiment(name, artifact_location=location))
         except MlflowException:  # another process may have created it just now
@@ -219,6 +280,7 @@ def _experiment(mlflow: MlflowClient, name: str, uri: str) -> str:
         raise TrackingError(
             f"tracking.experiment_name: '{name}' was deleted in MLflow; restore it there or choose another name"
         )
+    artifacts.require_own(experiment.artifact_location, mlflow.tracking_uri)
     key, view = mlflow_views.all_runs()
     if experiment.tags.get(key) != view:
         mlflow.set_experiment_tag(experiment.experiment_id, key, view)
@@ -233,10 +295,10 @@ def finished_runs(uri: str | None, experiment: str, run_keys: Iterable[str]) -> 
     Returns:
         For each run key that has such a run: its `run_id`, `outcome`, `metrics` and `seconds`.
     """
-    address = store_uri(uri)
-    if address.startswith("sqlite:///") and not Path(address.removeprefix("sqlite:///")).is_file():
+    file = sqlite_store.sqlite_file(store_uri(uri))
+    if file is not None and not file.exists():
         return {}
-    mlflow = client(uri)
+    mlflow = reader(uri)
     found_experiment = mlflow.get_experiment_by_name(experiment)
     if found_experiment is None:
         return {}
