@@ -220,7 +220,7 @@ def _log_model(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) 
     folder = journal.folder / message["folder"]
     for file in folder.rglob("*"):  # MLflow would follow links to files outside
         if file.is_symlink() or not file.is_dir():
-            _inside(journal.folder, str(file.relative_to(journal.folder)))
+            _inside(journal.folder, f"{message['folder']}/{file.relative_to(folder)}")
     models = mlflow.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
     model_id = next((model.model_id for model in models if model.name == message["name"]), None)
     if model_id is None:

@@ -46,7 +46,7 @@ def finish(folder: Path, outcome: str, failure: str, uri: str | None = None) -> 
         begin = next(journal.messages(), None)
         if begin is None:
             return True
-        store = uri or _store_of(folder, begin["uri"])
+        store = uri or store_of(folder, begin["uri"])
         try:
             tracker = Tracker(journal, store, resumed=True)
         except JournalError:
@@ -61,7 +61,7 @@ def finish(folder: Path, outcome: str, failure: str, uri: str | None = None) -> 
         journal.close()
 
 
-def _store_of(folder: Path, uri: str) -> str:
+def store_of(folder: Path, uri: str) -> str:
     """Return the store that a journal names, if runs may be sent there.
 
     Raises:

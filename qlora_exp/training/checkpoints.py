@@ -105,22 +105,23 @@ def _json(file: Path) -> Any:
         return None
 
 
-def _newest_whole(folders: list[Path], best: bool) -> Path | None:
-    """Return the newest checkpoint without damage, and say which newer ones are damaged.
+def _newest_whole(folders: list[Path], best: bool) -> tuple[Path | None, str]:
+    """Return the newest checkpoint without damage, and which files of newer ones are damaged.
 
     Args:
         folders: checkpoints, oldest first.
         best: whether training ends with the best checkpoint: then that must be without damage too.
     """
+    damaged: list[str] = []
     for folder in reversed(folders):
         used = [folder]
         if best and (named := (_json(folder / _STATE) or {}).get("best_model_checkpoint")):
             used.append(Path(named))
-        damage = next((f"{each}/{name}" for each in used if (name := damaged_file(each)) is not None), None)
+        damage = next((f"{each.name}/{name}" for each in used if (name := damaged_file(each)) is not None), None)
         if damage is None:
-            return folder
-        log.warning("%s is not used: %s is missing or damaged", folder, damage)
-    return None
+            return folder, ", ".join(damaged)
+        damaged.append(damage)
+    return None, ", ".join(dict.fromkeys(damaged))
 
 
 def checkpoint_to_resume(config: Config, output_dir: Path, resumed: bool, same_start: bool = True) -> Path | None:
@@ -145,17 +146,17 @@ def checkpoint_to_resume(config: Config, output_dir: Path, resumed: bool, same_s
     configured = config.training.resume_from_checkpoint
     best = config.training.load_best_model_at_end
     own = checkpoints(output_dir / "checkpoints") if resumed else []
-    if (whole := _newest_whole(own, best)) is not None:
+    whole, damaged = _newest_whole(own, best)
+    if damaged:
+        log.warning("missing or damaged: %s; training %s", damaged, f"resumes from {whole}" if whole else "starts over")
+    if whole or configured is None:
         return whole
-    if configured is None:
-        if own:
-            log.warning("training starts over: none of the %d checkpoints is without damage", len(own))
-        return None
     path = Path(configured)
     candidates = [path] if (path / _STATE).exists() else [*checkpoints(path), *checkpoints(path / "checkpoints")]
-    if (whole := _newest_whole(candidates, best)) is None:
-        raise ConfigError(
-            f"training.resume_from_checkpoint: no checkpoint in {configured} that is complete and without damage; give "
-            "a checkpoint or an output folder"
-        )
+    whole, damaged = _newest_whole(candidates, best)
+    if whole is None:
+        why = f"missing or damaged: {damaged}" if damaged else "give a checkpoint or an output folder"
+        raise ConfigError(f"training.resume_from_checkpoint: no checkpoint in {configured} is complete; {why}")
+    if damaged:
+        log.warning("missing or damaged: %s; training resumes from %s", damaged, whole)
     return whole

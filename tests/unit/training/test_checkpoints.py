@@ -97,16 +97,19 @@ def test_newest_checkpoint_without_damage_is_used(tmp_path, caplog):
     assert not caplog.records
     changed(folders[2] / "optimizer.pt")
     assert checkpoint_to_resume(config(), tmp_path, True) == folders[1]
-    assert caplog.messages == [f"{folders[2]} is not used: {folders[2]}/optimizer.pt is missing or damaged"]
+    assert caplog.messages == [f"missing or damaged: checkpoint-10/optimizer.pt; training resumes from {folders[1]}"]
     elsewhere = shutil.copytree(tmp_path / "checkpoints", tmp_path / "other" / "checkpoints")
     for folder in folders[:2]:
         empty(folder / "scheduler.pt")
     caplog.clear()
     assert checkpoint_to_resume(config(), tmp_path, True) is None
-    assert caplog.messages[-1] == "training starts over: none of the 3 checkpoints is without damage"
+    assert caplog.messages == [
+        "missing or damaged: checkpoint-10/optimizer.pt, checkpoint-4/scheduler.pt, checkpoint-2/scheduler.pt; "
+        "training starts over"
+    ]
     for configured in (elsewhere.parent, elsewhere, elsewhere / "checkpoint-4"):
         assert checkpoint_to_resume(config(str(configured)), tmp_path, True) == elsewhere / "checkpoint-4"
-    with pytest.raises(ConfigError, match="that is complete and without damage"):
+    with pytest.raises(ConfigError, match="is complete; missing or damaged: checkpoint-10/optimizer.pt"):
         checkpoint_to_resume(config(str(elsewhere / "checkpoint-10")), tmp_path, False)
 
 
