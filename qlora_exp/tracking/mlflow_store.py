@@ -34,6 +34,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from qlora_exp.libraries.mlflow import create_tables, schema_version
 from qlora_exp.tracking import artifacts, mlflow_views, sqlite_store
+from qlora_exp.tracking.guarded_client import GuardedClient
 from qlora_exp.tracking.journal import Journal
 from qlora_exp.utils.errors import TrackingError, first_line
 from qlora_exp.utils.files import open_inside, own_user, scratch_folder
@@ -102,36 +103,9 @@ def _errors_explained(address: str, used: str) -> Iterator[None]:
 
 
 def _connected(address: str) -> MlflowClient:
-    mlflow = _Client(address, registry_uri=address)
+    mlflow = GuardedClient(address, registry_uri=address)
     mlflow.search_experiments(max_results=1)
     return mlflow
-
-
-class _Client(MlflowClient):
-    """A client that writes artifacts only where the store may have them."""
-
-    def log_artifact(self, run_id: str, local_path: str, artifact_path: str | None = None) -> None:
-        self._check(self.get_run(run_id).info.artifact_uri, local_path, artifact_path)
-        super().log_artifact(run_id, local_path, artifact_path)
-
-    def log_artifacts(self, run_id: str, local_dir: str, artifact_path: str | None = None) -> None:
-        self._check(self.get_run(run_id).info.artifact_uri, local_dir, artifact_path)
-        super().log_artifacts(run_id, local_dir, artifact_path)
-
-    def log_model_artifact(self, model_id: str, local_path: str, artifact_path: str | None = None) -> None:
-        self._check(self.get_logged_model(model_id).artifact_location, local_path, artifact_path)
-        super().log_model_artifact(model_id, local_path, artifact_path)
-
-    def log_model_artifacts(self, model_id: str, local_dir: str, artifact_path: str | None = None) -> None:
-        self._check(self.get_logged_model(model_id).artifact_location, local_dir, artifact_path)
-        super().log_model_artifacts(model_id, local_dir, artifact_path)
-
-    def _check(self, place: str, local: str, artifact_path: str | None) -> None:
-        source = Path(local)
-        files = source.rglob("*") if source.is_dir() else [source]
-        for file in files:  # a link in the store could lead out of it
-            name = file.relative_to(source if source.is_dir() else source.parent)
-            artifacts.require_own(place, self.tracking_uri, str(Path(artifact_path or "", name)))
 
 
 def _create_store(file: Path) -> None:
