@@ -211,8 +211,10 @@ def sync(options: argparse.Namespace) -> None:
             if journal.is_delivered(folder, options.uri) or journal.is_locked(folder):
                 continue
             quiet()
-            from qlora_exp.tracking import recovery
+            from qlora_exp.tracking import known_stores, recovery
 
+            if options.uri is not None:
+                known_stores.remember(options.uri)
             if recovery.finish(folder, "killed", "its process is gone", options.uri):
                 sent += 1
             else:

@@ -94,7 +94,8 @@ def reap(mlflow: MlflowClient, experiment: str, uri: str | None) -> None:
             if not provenance.is_dead({key: tags.get(f"process.{key}", "") for key in process_keys}):
                 continue
             _check_stale(folder, tags.get("attempt"))
-            if not finish(folder, "killed", "its process is gone", uri) and is_locked(folder):  # it still runs
+            is_ended = finish(folder, "killed", "its process is gone", store_uri(uri))
+            if not is_ended and is_locked(folder):  # it still runs
                 continue
         except PermissionError as error:  # its own user's next run ends it; here its process may only be hidden
             log.info("run %s stays RUNNING: %s", run_id, error)

@@ -79,6 +79,8 @@ def test_store_that_the_user_chose_is_used(how, mlflow_uri, make_store, tmp_path
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     assert exit_code("sync", *(["--uri", uri] if how == "--uri" else [])) == 0
     assert uri in json.loads((folder / "delivered.json").read_text())
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert known_stores.is_known(uri) == (how != "environment")
 
 
 def test_store_of_the_working_directory_is_created_and_one_that_was_moved_is_not(tmp_path, mlflow_uri, capsys):
