@@ -15,6 +15,8 @@ from qlora_exp.tracking.mlflow_store import store_uri
 from qlora_exp.utils.files import write_atomically
 
 _MOST = 1000
+_named: set[str] = set()
+"""Stores that the user of this process named: the file may not be writable."""
 
 
 def is_known(uri: str) -> bool:
@@ -22,11 +24,12 @@ def is_known(uri: str) -> bool:
 
     It is the store of the working directory, that of `MLFLOW_TRACKING_URI`, or one that this user has named before.
     """
-    return uri in (store_uri(None), os.environ.get("MLFLOW_TRACKING_URI"), *_remembered())
+    return uri in (store_uri(None), os.environ.get("MLFLOW_TRACKING_URI"), *_named, *_remembered())
 
 
 def remember(uri: str) -> None:
-    """Remember a store that the user has named. If that cannot be written, `sync` will ask for `--uri`."""
+    """Remember a store that the user has named. If that cannot be written, `sync` will ask for `--uri` later."""
+    _named.add(uri)
     known = _remembered()
     if uri not in known:
         with suppress(OSError):

@@ -37,6 +37,7 @@ def server():
 @pytest.fixture(autouse=True)
 def _own_state(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(known_stores, "_named", set())
 
 
 def received(folder, uri: str, mlflow_uri: str):
@@ -93,13 +94,17 @@ def test_store_of_the_working_directory_is_created_and_one_that_was_moved_is_not
 
 def test_damaged_list_is_an_empty_one(tmp_path):
     known_stores.remember("http://a")
+    known_stores._named.clear()  # as in another process
+    assert known_stores.is_known("http://a")
     (file,) = (tmp_path / "state").rglob("stores.json")
     for text in ("", "{", "3", "[1, null]"):
         file.write_text(text)
+        known_stores._named.clear()
         assert not known_stores.is_known("http://a")
         known_stores.remember("http://a")
         assert known_stores.is_known("http://a")
     file.unlink()
     file.parent.chmod(0o500)
     known_stores.remember("http://b")  # cannot be written, unless by root: a run starts all the same
+    assert known_stores.is_known("http://b")
     file.parent.chmod(0o700)
