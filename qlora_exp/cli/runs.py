@@ -9,7 +9,8 @@ from pathlib import Path
 
 from qlora_exp.cli import ports
 from qlora_exp.cli.parents import RUN, URI, Commands, add_command, add_overrides
-from qlora_exp.utils.errors import ConfigError, JournalError, TrackingError
+from qlora_exp.utils.errors import ConfigError, TrackingError
+from qlora_exp.utils.names import valid_names
 from qlora_exp.utils.quiet import quiet
 from qlora_exp.utils.secrets import redact
 
@@ -93,7 +94,8 @@ def compare(options: argparse.Namespace) -> None:
     if options.preset not in report.PRESETS:
         raise ConfigError(f"--preset {options.preset}: choose one of {', '.join(report.PRESETS)}")
     runs = records.find(options.uri, options.chosen, options.experiment, options.filter)
-    comparison = comparing.compare(runs, options.metric, options.baseline)
+    metric = valid_names([options.metric])[options.metric]  # as a run names it
+    comparison = comparing.compare(runs, metric, options.baseline)
     report.show(comparison, options.preset)
     for file in report.write(comparison, options.out, options.preset) if options.out else ():
         print(f"file  {file}")
@@ -190,10 +192,11 @@ def bundle(options: argparse.Namespace) -> None:
 
 
 def sync(options: argparse.Namespace) -> None:
-    """Send MLflow what runs recorded while its server was unreachable.
+    """Send MLflow what it lacks of recorded runs, and check that it has them.
 
     Marks runs whose process died as killed, and skips runs that are still running.
-    Fails, after sending the other runs, if a run cannot be read or sent completely.
+    Sends a run again if the store has lost it. Fails, after sending the other runs,
+    if MLflow lacks a part of a run, or if a run cannot be read.
     """
     from qlora_exp.tracking import journal
 
@@ -201,35 +204,29 @@ def sync(options: argparse.Namespace) -> None:
     folders: list[Path] = options.folders or existing or [_USUAL_FOLDERS[0]]
     if missing := [folder for folder in folders if not folder.is_dir()]:
         raise ConfigError(f"no folder {', '.join(map(str, missing))} in {Path.cwd()}")
-    unread: list[OSError | JournalError] = []
-    unnamed: list[TrackingError] = []
-    late: list[Path] = []
-    sent = 0
-    walk = (entry for root in folders for entry in os.walk(root, onerror=unread.append))
-    for folder in sorted(Path(path) for path, below, files in walk if journal.FILE in (*below, *files)):
-        try:
-            if journal.is_delivered(folder, options.uri) or journal.is_locked(folder):
-                continue
-            quiet()
-            from qlora_exp.tracking import known_stores, recovery
+    unread: list[str] = []
+    walk = (entry for root in folders for entry in os.walk(root, onerror=lambda error: unread.append(str(error))))
+    runs = {Path(os.path.abspath(path)) for path, below, files in walk if journal.FILE in (*below, *files)}
+    runs |= {run.parent for run in runs if (run.parent / journal.FILE).is_file()}  # the sweep of a job
+    sent, problems = 0, []
+    still = ""
+    if runs:
+        quiet()
+        from qlora_exp.tracking.sync import settle
 
-            if options.uri is not None:
-                known_stores.remember(options.uri)
-            if recovery.finish(folder, "killed", "its process is gone", options.uri):
-                sent += 1
-            else:
-                late.append(folder)
-        except (JournalError, OSError) as error:
-            unread.append(error)
-        except TrackingError as error:
-            unnamed.append(error)
-    for problem in unread:
-        print(f"warning: cannot be read completely: {redact(str(problem))}", file=sys.stderr)
-    for refusal in unnamed:
-        print(f"warning: {refusal}", file=sys.stderr)
-    problems = [f"{len(unread)} runs or folders could not be read completely (see the warnings)"] * bool(unread)
-    problems += [f"{len(unnamed)} runs were not sent (see the warnings)"] * bool(unnamed)
-    problems += [f"MLflow did not accept everything of {', '.join(map(str, late))}; try again later"] * bool(late)
+        settled = settle(runs, options.uri)
+        sent = settled.sent
+        unread += settled.unread
+        for run, lacks in settled.lacks.items():
+            for line in lacks:
+                print(f"warning: MLflow lacks a part of {run}: {redact(line)}", file=sys.stderr)
+        problems += [f"MLflow lacks a part of {len(settled.lacks)} runs (see the warnings)"] * bool(settled.lacks)
+        problems += [f"{redact(why)}; try again later, it has not received all of {count} runs"
+                     for why, count in settled.away.items()]  # fmt: skip
+        still = f"; {settled.running} are still running and were left alone" if settled.running else ""
+    for line in unread:
+        print(f"warning: cannot be read completely: {redact(line)}", file=sys.stderr)
+    problems[:0] = [f"{len(unread)} runs or folders could not be read completely (see the warnings)"] * bool(unread)
     if problems:
-        raise TrackingError(f"{sent} runs sent; {'; '.join(problems)}")
-    print(f"{sent} runs sent; MLflow has everything of all runs under {', '.join(map(str, folders))}")
+        raise TrackingError(f"{sent} runs sent; {'; '.join(problems)}{still}")
+    print(f"{sent} runs sent; MLflow has everything of all runs under {', '.join(map(str, folders))}{still}")

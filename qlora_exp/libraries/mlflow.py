@@ -8,6 +8,7 @@ from pathlib import Path
 from sys import intern
 from typing import Any
 
+from mlflow import MlflowClient
 from mlflow.store.db.utils import _get_latest_schema_revision, _initialize_tables, create_sqlalchemy_engine_with_retry
 
 
@@ -80,3 +81,13 @@ def stored_runs(file: Path, experiments: Iterable[str], tags: Mapping[str, str |
         for run_id, key, number, is_nan in rows("run_uuid, key, value, is_nan", "latest_metrics"):
             runs[run_id].metrics[intern(key)] = float("nan") if is_nan else number
     return list(runs.values())
+
+
+def reopen(mlflow: MlflowClient) -> None:
+    """Let a client of an SQLite store use a new file at the same path (`SqlAlchemyStore._dispose_engine` and others).
+
+    MLflow keeps its connections to a file that was deleted, for as long as the process runs.
+    """
+    store = mlflow._tracking_client.store
+    store._dispose_engine()
+    store._initialize_store_state()

@@ -25,6 +25,7 @@ from qlora_exp.config.values import APART
 from qlora_exp.libraries.mlflow import stored_runs
 from qlora_exp.tracking import artifacts, mlflow_views
 from qlora_exp.tracking.journal import CONFIG_FILE
+from qlora_exp.tracking.limits import lost_its_end
 from qlora_exp.tracking.mlflow_store import reader
 from qlora_exp.tracking.sqlite_store import sqlite_file
 from qlora_exp.utils.errors import ConfigError, TrackingError, first_line
@@ -93,7 +94,11 @@ class Record(ABC):
         """The params that identify a configuration: runs that are equal in them differ in the seed only."""
         ignored = (*APART, "resolved", "data", "seed", "device")
         set_params = {key: value for key, value in self.params.items() if value != "None"}
-        return {key: value for key, value in set_params.items() if key.split(".")[0] not in ignored}
+        config = {key: value for key, value in set_params.items() if key.split(".")[0] not in ignored}
+        if any(lost_its_end(value) for value in config.values()):
+            # What was cut may differ. The digest also covers the seed, so such runs do not form one row.
+            config["identity.config"] = self.tags.get("identity.config", self.run_id)
+        return config
 
     @property
     def losses(self) -> list[dict[str, float]]:

@@ -89,7 +89,7 @@ def jobs(
         key = run_key.combine(parts)
         label = re.sub(r"[^\w.+-]+", "-", "_".join(f"{name.split('.')[-1]}-{value}" for name, value in values.items()))
         jobs_by_key.setdefault(
-            key, Job(values, job_overrides, config, parts, key, folder / f"{label[:100]}_{key}".lstrip("_"))
+            key, Job(values, job_overrides, config, parts, key, folder / f"{_cut(label, 100)}_{key}".lstrip("_"))
         )
     return list(jobs_by_key.values())
 
@@ -99,7 +99,12 @@ def default_name(swept: Sequence[str], overrides: Sequence[str]) -> str:
     keys = [key.split(".")[-1] for key in swept]
     ignored = ("sweep.", "search.", "hydra", "tracking.")
     relevant = [word for word in overrides if not word.lstrip("+~").startswith(ignored)]
-    return "_".join([*keys, json_digest(sorted(relevant), digits=6)])
+    return "_".join([*([_cut("_".join(keys), 200)] if keys else []), json_digest(sorted(relevant), digits=6)])
+
+
+def _cut(name: str, most: int) -> str:
+    """Cut a part of a folder's name to `most` bytes. A file system limits bytes (most to 255), not characters."""
+    return name.encode()[:most].decode(errors="ignore")
 
 
 def state(folder: Path) -> tuple[State, dict[str, Any]]:

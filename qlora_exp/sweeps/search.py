@@ -33,6 +33,7 @@ from qlora_exp.sweeps.jobs import NOT_FAILED, Job
 from qlora_exp.sweeps.sweep import Sweep
 from qlora_exp.utils.errors import ConfigError, did_you_mean
 from qlora_exp.utils.files import write_atomically
+from qlora_exp.utils.names import valid_names
 
 log = logging.getLogger(__name__)
 STUDY_FILE = "optuna.log"
@@ -225,6 +226,8 @@ def _study(folder: Path, settings: SearchConfig, space: Mapping[str, BaseDistrib
 
 
 def _values(metrics: Mapping[str, float], names: Sequence[str]) -> list[float]:
+    valid = valid_names(names)  # as a run names them
+    names = [name if name in metrics else valid[name] for name in names]
     if missing := [name for name in names if name not in metrics]:
         raise ConfigError(f"search.metrics: jobs have no metric '{missing[0]}'{did_you_mean(missing[0], metrics)}")
     return [metrics[name] for name in names]

@@ -27,7 +27,7 @@ from qlora_exp.sweeps.jobs import (
 )
 from qlora_exp.sweeps.tables import row, show_plan, show_rows
 from qlora_exp.tracking import mlflow_views
-from qlora_exp.tracking.journal import is_delivered, is_locked, run_id
+from qlora_exp.tracking.journal import is_delivered, run_id
 from qlora_exp.utils.errors import JournalError, SweepError, TrackingError
 from qlora_exp.utils.files import write_atomically
 from qlora_exp.utils.signals import handle_signals
@@ -215,24 +215,26 @@ class Sweep:
 
     def _settle(self, complete: bool) -> None:
         """Send MLflow what it lacks about the jobs; if `complete`, also about a sweep that was itself killed."""
+        from qlora_exp.tracking.sync import settle
+
         jobs = list(self._jobs.values())
         try:
             if complete and jobs and self._parent is None and not is_delivered(self.folder):
                 self._open(jobs[0])
+            elif self._parent is not None:  # if the store has lost it, it is sent again before its jobs
+                self._parent.settle(again=True)
         except JournalError as error:
             log.warning("cannot open the MLflow run of the sweep: %s", error)
         except TrackingError as error:
             log.warning("%s; run `qlora-exp sync` later to send it", error)
             return
-        for job in jobs:
-            try:
-                if not is_delivered(job.folder) and not is_locked(job.folder):
-                    from qlora_exp.tracking import recovery
-                    from qlora_exp.tracking.mlflow_store import store_uri
-
-                    recovery.finish(job.folder, "killed", "its process is gone", store_uri(job.config.tracking.uri))
-            except (JournalError, OSError) as error:  # continue with the others
-                log.warning("%s: MLflow lacks a part of this run: %s", job.name, error)
+        settled = settle([*[self.folder] * complete, *(job.folder for job in jobs)])
+        for folder, lacks in settled.lacks.items():
+            log.warning("MLflow lacks a part of %s: %s", folder, "; ".join(lacks))
+        for why in settled.unread:
+            log.warning("MLflow lacks a part of a run: %s", why)
+        for why in settled.away:
+            log.warning("%s; run `qlora-exp sync` later", why)
 
     def ended(self, job: Job) -> dict[str, Any]:
         """Return how a job ended: `outcome`, `metrics`, `seconds`.

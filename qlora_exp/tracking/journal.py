@@ -73,6 +73,8 @@ class _Model(_Message):
     name: str
     params: dict[str, str]
     step: int
+    files: list[str] = []
+    """Files that the folder had, relative to it; messages of older versions do not list them."""
 
 
 class _View(_Message):
@@ -104,12 +106,22 @@ _SCHEMAS: Mapping[str, type[_Message]] = {
 """The fields that each `op` must have. An `op` of a newer version is not listed: its message needs no other field."""
 
 
+class _LeftOut(BaseModel):
+    model_config = ConfigDict(strict=True)
+    why: str
+    count: int
+
+
 class _State(BaseModel):
     model_config = ConfigDict(strict=True)
     offset: NonNegativeInt
     run_id: str = ""
     experiment_id: str = ""
     creating: bool = False
+    verified: NonNegativeInt = 0
+    """Offset up to which everything was read back from MLflow."""
+    left_out: dict[str, _LeftOut] = {}
+    """What MLflow refuses for good, and files that are gone."""
 
 
 _STATES = TypeAdapter(dict[str, _State])
@@ -160,13 +172,14 @@ class Journal:
         except OSError as error:
             self._lock.release()
             raise JournalError(f"{folder}: {error.strerror or error}") from error
-        self._uri = ""
+        self.uri = ""
+        """The MLflow store in use."""
         self.state: dict[str, Any] = {}
         """What the MLflow store in use has received: `offset` in bytes, and what it answered, such as `run_id`."""
 
     def use(self, uri: str) -> None:
         """Select the MLflow store to deliver to; each store has its own `state`."""
-        self._uri, self.state = uri, {"offset": 0} | _states(self.folder).get(uri, {})
+        self.uri, self.state = uri, received(self.folder, uri)
         size = self.file.stat().st_size if self.file.is_file() else 0
         # A power failure may have removed lines from the file that were already sent.
         self.state["offset"] = min(self.state["offset"], size)
@@ -201,7 +214,8 @@ class Journal:
         """
         self.check()
         try:
-            with open(self.file, "a", encoding="utf-8", opener=not_a_link) as lines:
+            # Folder names and arguments may have bytes that are not UTF-8: they become question marks.
+            with open(self.file, "a", encoding="utf-8", errors="replace", opener=not_a_link) as lines:
                 lines.write(json.dumps(message, ensure_ascii=False) + "\n")
                 if message["op"] != "metrics":
                     lines.flush()
@@ -222,11 +236,14 @@ class Journal:
     def save_state(self, **facts: Any) -> None:
         """Save how much MLflow has received (`offset`), or what it answered."""
         self.state |= facts
-        write_atomically(self.folder / _STATE, json.dumps(_states(self.folder) | {self._uri: self.state}))
+        write_atomically(self.folder / _STATE, json.dumps(_states(self.folder) | {self.uri: self.state}))
 
     def reset_delivery(self) -> None:
-        """Reset the state of the MLflow store in use to "nothing received", because the store has lost the run."""
-        self.state = {"offset": 0}
+        """Reset the state of the MLflow store in use to "nothing received", because the store has lost the run.
+
+        `creating` lets the run be searched for before it is created again, in case the store was only mistaken.
+        """
+        self.state = {"offset": 0, "creating": True}
         self.save_state()
 
 
@@ -309,7 +326,7 @@ def has_ended(last: dict[str, Any]) -> bool:
 
 
 def is_delivered(folder: Path, uri: str | None = None) -> bool:
-    """Check whether the run in `folder` has ended and MLflow has received all its messages; true without a journal.
+    """Check whether the run in `folder` has ended and MLflow was seen to have all of it; true without a journal.
 
     `uri` is the MLflow store to check; default: the one that the run was started with.
     """
@@ -317,8 +334,8 @@ def is_delivered(folder: Path, uri: str | None = None) -> bool:
     if last is None or last["op"] != "end":
         return last is None
     begin, _ = next(read(folder / FILE))
-    received = _states(folder).get(uri or begin["uri"], {"offset": 0})
-    return bool(received["offset"] == (folder / FILE).stat().st_size)
+    state, size = received(folder, uri or begin["uri"]), (folder / FILE).stat().st_size
+    return bool(state["offset"] == state.get("verified") == size) and not state.get("left_out")
 
 
 def _states(folder: Path) -> dict[str, dict[str, Any]]:
@@ -333,9 +350,14 @@ def _states(folder: Path) -> dict[str, dict[str, Any]]:
     return {uri: state.model_dump(exclude_unset=True) for uri, state in states.items()}
 
 
+def received(folder: Path, uri: str) -> dict[str, Any]:
+    """Return what the MLflow store at `uri` has received of the run in `folder`: see `Journal.state`."""
+    return _states(folder).get(uri, {"offset": 0})
+
+
 def run_id(folder: Path, uri: str) -> str | None:
     """Return MLflow's id of the run in `folder` at `uri`; None if nothing was sent to that store yet."""
-    return _states(folder).get(uri, {}).get("run_id")
+    return received(folder, uri).get("run_id")
 
 
 def is_locked(folder: Path) -> bool:

@@ -20,6 +20,7 @@ from qlora_exp.tracking import known_stores, run_key
 from qlora_exp.tracking.journal import CONFIG_FILE, LOCK_FILE, Journal, has_ended, last_message
 from qlora_exp.tracking.mlflow_store import store_uri
 from qlora_exp.tracking.recovery import finish, reap
+from qlora_exp.tracking.refusals import cause
 from qlora_exp.tracking.tracker import Tracker, now_ms
 from qlora_exp.utils.errors import (
     ConfigError,
@@ -28,7 +29,6 @@ from qlora_exp.utils.errors import (
     PrunedError,
     TimeLimitError,
     TrackingError,
-    first_line,
     is_out_of_memory,
     type_and_first_line,
 )
@@ -83,7 +83,7 @@ def open_run(
             journal.file.unlink(missing_ok=True)
         journal.close()
         if isinstance(error, MlflowException):
-            raise TrackingError(f"MLflow at {redact(store_uri(uri))}: {redact(first_line(error))}") from error
+            raise TrackingError(f"MLflow at {redact(store_uri(uri))}: {cause(error)}") from error
         raise
     return tracker
 

@@ -1,4 +1,4 @@
-"""Connect to an MLflow store, and send it messages of a run's journal.
+"""Connect to an MLflow store, and send it messages of a run's journal, cut to what its database can hold.
 
 This module uses the client with explicit run ids, never MLflow's global active run, so that nothing else in the process
 can end or overwrite a run. Sending a message twice has the same effect as sending it once, so that nothing is lost if
@@ -6,9 +6,10 @@ the process is killed after it sent a message and before it noted that in the jo
 """
 
 import json
+import logging
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
@@ -28,19 +29,26 @@ from mlflow.entities import (
     Metric,
     Param,
     RunTag,
+    ViewType,
 )
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from qlora_exp.libraries.mlflow import create_tables, schema_version
+from qlora_exp.libraries.mlflow import create_tables, reopen, schema_version
 from qlora_exp.tracking import artifacts, mlflow_views, sqlite_store
 from qlora_exp.tracking.guarded_client import GuardedClient
-from qlora_exp.tracking.journal import Journal
-from qlora_exp.utils.errors import TrackingError, first_line
+from qlora_exp.tracking.journal import FILE, Journal, read
+from qlora_exp.tracking.journal import run_id as run_id_at
+from qlora_exp.tracking.limits import fit_message
+from qlora_exp.tracking.refusals import LeftOut, cause, log_entries, no_content
+from qlora_exp.utils.errors import JournalError, TrackingError
 from qlora_exp.utils.files import open_inside, own_user, scratch_folder
 from qlora_exp.utils.secrets import redact
 
-_REFUSED = "INVALID_PARAMETER_VALUE"
+log = logging.getLogger(__name__)
+
+PARENT_TAG = "mlflow.parentRunId"
+"""Tag with the id of the sweep's run in a job's run."""
 _RELATIVE = re.compile(r"^sqlite(\+\w+)?:///(?!/|:memory:|file:)")
 
 
@@ -51,6 +59,12 @@ def store_uri(uri: str | None) -> str:
     """
     here = str(Path.cwd()).replace("%", "%25").replace("?", "%3F")  # SQLAlchemy decodes them
     return _RELATIVE.sub(lambda match: f"{match[0]}{here}/", uri or "sqlite:///mlruns/mlflow.db", count=1)
+
+
+def exists(uri: str | None = None) -> bool:
+    """Check whether a store may exist: false only for an SQLite database whose file does not."""
+    file = sqlite_store.sqlite_file(store_uri(uri))
+    return file is None or file.is_file()
 
 
 def client(uri: str | None = None) -> MlflowClient:
@@ -67,11 +81,11 @@ def client(uri: str | None = None) -> MlflowClient:
         # Several processes that create the database at the same time would damage it permanently.
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):
-            if not file.exists():
+            if is_new := not file.exists():
                 _create_store(file)
             sqlite_store.check(file)
             artifacts.relocate(file)
-            return _connected(address)
+            return _connected(address, is_new)
 
 
 def reader(uri: str | None = None) -> MlflowClient:
@@ -98,12 +112,14 @@ def _errors_explained(address: str, used: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, OSError, SQLAlchemyError) as error:
-        why = redact(f"MLflow at {address} does not answer or cannot be {used}: {first_line(error)}")
+        why = redact(f"MLflow at {address} does not answer or cannot be {used}: {cause(error)}")
         raise TrackingError(f"tracking.uri: {why}") from error
 
 
-def _connected(address: str) -> MlflowClient:
+def _connected(address: str, is_new: bool = False) -> MlflowClient:
     mlflow = GuardedClient(address, registry_uri=address)
+    if is_new:  # this process may have used an earlier file
+        reopen(mlflow)
     mlflow.search_experiments(max_results=1)
     return mlflow
 
@@ -118,48 +134,41 @@ def _create_store(file: Path) -> None:
         (scratch / file.name).rename(file)
 
 
-def is_refused(error: Exception, message: dict[str, Any]) -> bool:
-    """Check whether the store refuses a message for good, so that sending it again cannot help."""
-    if message["op"] == "start":  # without it no other message can be sent: the run waits for its store
-        return False
-    return isinstance(error, FileNotFoundError) or getattr(error, "error_code", None) == _REFUSED
+def send(mlflow: MlflowClient, journal: Journal, *messages: dict[str, Any]) -> list[LeftOut]:
+    """Send MLflow a message, or several of metrics; sending twice (after a kill) has the same effect as sending once.
 
-
-def has_lost(error: Exception, mlflow: MlflowClient | None, run_id: str | None) -> bool:
-    """Check whether a store raised `error` because it no longer has a run that was created there."""
-    missing = "RESOURCE_DOES_NOT_EXIST"
-    if mlflow is None or run_id is None or getattr(error, "error_code", None) != missing:
-        return False
-    try:
-        mlflow.get_run(run_id)
-    except MlflowException as run_error:
-        return bool(run_error.error_code == missing)
-    return False
-
-
-def send(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> None:
-    """Send MLflow one message; sending it twice (after a kill) has the same effect as sending it once."""
+    Returns:
+        Metrics, params and tags that MLflow refuses for good, with the reason.
+    """
     run_id = journal.state.get("run_id", "")
-    match message:
-        case {"op": "start"}:
+    match fit_message(messages[0]):
+        case {"op": "start"} as message:
             journal.save_state(**_create(mlflow, journal, message))
         case {"op": "resume", "tags": tags}:
             mlflow.update_run(run_id, status="RUNNING")
-            mlflow.log_batch(run_id, tags=[RunTag(key, value) for key, value in tags.items()])
+            return log_entries(mlflow, journal, [RunTag(key, value) for key, value in tags.items()])
         case {"op": "params", "values": values}:
-            mlflow.log_batch(run_id, params=[Param(key, value) for key, value in values.items()])
+            return log_entries(mlflow, journal, [Param(key, value) for key, value in values.items()])
         case {"op": "tags", "values": values}:
-            mlflow.log_batch(run_id, tags=[RunTag(key, value) for key, value in values.items()])
-        case {"op": "metrics", "values": values, "step": step, "timestamp": timestamp}:
-            mlflow.log_batch(run_id, metrics=[Metric(key, value, timestamp, step) for key, value in values.items()])
+            return log_entries(mlflow, journal, [RunTag(key, value) for key, value in values.items()])
+        case {"op": "metrics"}:
+            return log_entries(
+                mlflow,
+                journal,
+                [
+                    Metric(key, float(value), message["timestamp"], message["step"])
+                    for message in messages
+                    for key, value in message["values"].items()
+                ],
+            )
         case {"op": "file", "path": path}:
-            folder = str(Path(path).parent) if Path(path).parent.name else None
-            mlflow.log_artifact(run_id, str(_inside(journal.folder, path)), folder)
+            (file,) = _files(journal.folder, [path])
+            mlflow.log_artifact(run_id, str(file), str(Path(path).parent) if Path(path).parent.name else None)
         case {"op": "dataset", "name": name, "digest": digest, "source": source, "context": context, "rows": rows}:
             inputs = mlflow.get_run(run_id).inputs
             logged = [item.dataset for item in inputs.dataset_inputs] if inputs else []
             if (name, digest) in [(dataset.name, dataset.digest) for dataset in logged]:
-                return
+                return []
             profile = json.dumps({"rows": rows})
             entity = Dataset(name, digest, "local", json.dumps({"path": source}), profile=profile)
             mlflow.log_inputs(run_id, datasets=[DatasetInput(entity, [InputTag("mlflow.data.context", context)])])
@@ -167,34 +176,87 @@ def send(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> Non
             experiment = mlflow.get_experiment(journal.state["experiment_id"])
             if not mlflow_views.is_older(value, experiment.tags.get(key)):
                 mlflow.set_experiment_tag(experiment.experiment_id, key, value)
-        case {"op": "model"}:
-            _log_model(mlflow, journal, message)
+        case {"op": "model"} as message:
+            return _log_model(mlflow, journal, message)
         case {"op": "end", "status": status, "timestamp": timestamp}:
             mlflow.set_terminated(run_id, status, timestamp)
+        case {"op": op}:
+            raise UnsendableError(f"a newer version of qlora-exp wrote a message '{op}'; update this one")
+    return []
+
+
+class UnsendableError(Exception):
+    """A message whose files are not there, or that a newer version wrote."""
 
 
 def _create(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> dict[str, str]:
     """Create the run; return its id and that of its experiment.
 
-    If an earlier attempt was interrupted while it created the run, that run is searched for first.
+    If an earlier attempt may have created the run, that run is searched for first.
     """
     experiment_id = _experiment(mlflow, message["experiment"])
-    tags = message["tags"]
-    if journal.state.get("creating"):
-        runs = mlflow.search_runs([experiment_id], f"tags.`attempt` = '{tags['attempt']}'")
+    attempt = message["tags"].get("attempt")
+    if journal.state.get("creating") and attempt:
+        runs = mlflow.search_runs([experiment_id], f"tags.`attempt` = '{attempt}'", ViewType.ALL)
         if runs:
             return {"run_id": runs[0].info.run_id, "experiment_id": experiment_id}
+    tags = _with_parent(journal, message)
     journal.save_state(creating=True)
     run = mlflow.create_run(experiment_id, message["timestamp"], tags, message["run_name"])
+    if not run.info.run_id:
+        raise no_content(journal.uri)
     return {"run_id": run.info.run_id, "experiment_id": experiment_id}
 
 
-def _log_model(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> None:
+def _with_parent(journal: Journal, message: dict[str, Any]) -> dict[str, str]:
+    """Return the tags of a `start` message, with the id that its sweep's run has in the store in use.
+
+    Raises:
+        TrackingError: the sweep was not sent to this store yet.
+    """
+    tags: dict[str, str] = message["tags"]
+    if PARENT_TAG not in tags:
+        return tags
+    parent_id = parent_run_id(journal.folder, tags, journal.uri)
+    if parent_id is None and journal.uri != message["uri"]:
+        log.warning("%s: its sweep's folder is not there, so MLflow shows it outside of a sweep", journal.folder)
+        return {key: value for key, value in tags.items() if key != PARENT_TAG}
+    return tags if parent_id is None else tags | {PARENT_TAG: parent_id}
+
+
+def parent_run_id(folder: Path, tags: Mapping[str, str], uri: str) -> str | None:
+    """Return the id at `uri` of the sweep to which the run in `folder` belongs; None if its folder is not there.
+
+    Args:
+        folder: the run's output folder.
+        tags: tags of the run when it started.
+        uri: the MLflow store.
+
+    Raises:
+        TrackingError: the sweep was not sent to this store yet, or what is in its folder cannot be read.
+    """
+    sweep = Path(os.path.abspath(folder)).parent
+    try:
+        sweep_tags: dict[str, str] = next((message["tags"] for message, _ in read(sweep / FILE)), {})
+        if "sweep.keys" not in sweep_tags or sweep_tags.get("sweep") != tags.get("sweep"):
+            return None
+        parent_id = run_id_at(sweep, uri)
+    except JournalError as error:  # it must not look like an error of this run's folder
+        raise TrackingError(f"the sweep of this job cannot be read: {error}") from error
+    if parent_id is None:
+        raise TrackingError(f"the sweep of this job is not in the store yet; send it first: `qlora-exp sync {sweep}`")
+    return parent_id
+
+
+def _log_model(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> list[LeftOut]:
     run_id, experiment_id = journal.state["run_id"], journal.state["experiment_id"]
     folder = journal.folder / message["folder"]
-    for file in folder.rglob("*"):  # MLflow would follow links to files outside
-        if file.is_symlink() or not file.is_dir():
-            _inside(journal.folder, f"{message['folder']}/{file.relative_to(folder)}")
+    listed = [f"{message['folder']}/{name}" for name in message.get("files", [])]
+    files = [file for file in folder.rglob("*") if file.is_symlink() or not file.is_dir()]
+    there = [f"{message['folder']}/{file.relative_to(folder)}" for file in files]
+    # MLflow sends the whole folder, and would follow links to files outside.
+    if not _files(journal.folder, [*listed, *there]):
+        raise UnsendableError(f"{folder} has no files")
     models = mlflow.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
     model_id = next((model.model_id for model in models if model.name == message["name"]), None)
     if model_id is None:
@@ -207,24 +269,39 @@ def _log_model(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) 
         ).model_id
     mlflow.log_model_artifacts(model_id, str(folder))
     mlflow.finalize_logged_model(model_id, LoggedModelStatus.READY)
-    mlflow.log_batch(run_id, metrics=_metrics_of_model(journal, message, model_id))
     outputs = mlflow.get_run(run_id).outputs
     if not outputs or model_id not in [output.model_id for output in outputs.model_outputs]:
         mlflow.log_outputs(run_id, [LoggedModelOutput(model_id, message["step"])])
+    return log_entries(mlflow, journal, _metrics_of_model(journal, message, model_id))
 
 
 def _metrics_of_model(journal: Journal, model: dict[str, Any], model_id: str) -> list[Metric]:
     """List the metrics `after/...` that the run logged before its model, for the logged model and the held-out rows."""
     heldout: dict[str, Any] = {}
     metrics = []
-    for message in takewhile(model.__ne__, journal.messages()):
+    for message in takewhile(model.__ne__, map(fit_message, journal.messages())):
         if message["op"] == "dataset" and message["context"] == "evaluation":
             heldout = {"dataset_name": message["name"], "dataset_digest": message["digest"]}
         elif message["op"] == "metrics":
             when = message["timestamp"], message["step"]
-            after = {key: value for key, value in message["values"].items() if key.startswith("after/")}
+            after = {key: float(value) for key, value in message["values"].items() if key.startswith("after/")}
             metrics += [Metric(key, value, *when, model_id, **heldout) for key, value in after.items()]
     return metrics
+
+
+def _files(folder: Path, paths: Iterable[str]) -> list[Path]:
+    """Return files of the run's folder.
+
+    Raises:
+        UnsendableError: one does not exist, or is outside of the folder.
+    """
+    try:
+        files = [_inside(folder, path) for path in paths]
+    except FileNotFoundError as error:
+        raise UnsendableError(str(error)) from error
+    if missing := [str(file) for file in files if not file.is_file()]:
+        raise UnsendableError(f"{', '.join(missing)}: no such file")
+    return files
 
 
 def _inside(folder: Path, path: str) -> Path:
@@ -250,9 +327,13 @@ def _experiment(mlflow: MlflowClient, name: str) -> str:
         except MlflowException:  # another process may have created it just now
             if (experiment := mlflow.get_experiment_by_name(name)) is None:
                 raise
+    if not experiment.experiment_id:
+        raise no_content(mlflow.tracking_uri)
     if experiment.lifecycle_stage != "active":
         raise TrackingError(
-            f"tracking.experiment_name: '{name}' was deleted in MLflow; restore it there or choose another name"
+            f"tracking.experiment_name: '{name}' was deleted in MLflow; choose another name or restore it there "
+            f"(MLFLOW_TRACKING_URI={redact(mlflow.tracking_uri)} mlflow experiments restore --experiment-id "
+            f"{experiment.experiment_id})"
         )
     artifacts.require_own(experiment.artifact_location, mlflow.tracking_uri)
     key, view = mlflow_views.all_runs()
@@ -269,8 +350,7 @@ def finished_runs(uri: str | None, experiment: str, run_keys: Iterable[str]) -> 
     Returns:
         For each run key that has such a run: its `run_id`, `outcome`, `metrics` and `seconds`.
     """
-    file = sqlite_store.sqlite_file(store_uri(uri))
-    if file is not None and not file.exists():
+    if not exists(uri):
         return {}
     mlflow = reader(uri)
     found_experiment = mlflow.get_experiment_by_name(experiment)

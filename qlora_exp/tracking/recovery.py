@@ -22,7 +22,7 @@ from qlora_exp.utils.secrets import redact
 log = logging.getLogger(__name__)
 
 
-def finish(folder: Path, outcome: str, failure: str, uri: str | None = None) -> bool:
+def finish(folder: Path, outcome: str, failure: str, uri: str | None = None, again: bool = False) -> list[str]:
     """Send the undelivered messages of the run in `folder`; end it with `outcome` if its process did not end it.
 
     Args:
@@ -30,9 +30,11 @@ def finish(folder: Path, outcome: str, failure: str, uri: str | None = None) -> 
         outcome: outcome of a run whose process is gone.
         failure: one line that says why it ended.
         uri: MLflow store to send to; default: the one that the run was started with, if this user has used it before.
+        again: read the run back from MLflow even if that was done before.
 
     Returns:
-        Whether MLflow has received everything. False also while a running process has locked the folder.
+        What MLflow lacks, one line each; empty if everything was read back. A running process that has locked the
+        folder is one such line.
 
     Raises:
         JournalError: a message cannot be read; those before it are sent, and the run is not ended.
@@ -41,11 +43,11 @@ def finish(folder: Path, outcome: str, failure: str, uri: str | None = None) -> 
     try:
         journal = Journal(folder)
     except Timeout:
-        return False
+        return ["a running process has locked the folder"]
     try:
         begin = next(journal.messages(), None)
         if begin is None:
-            return True
+            return []
         store = uri or store_of(folder, begin["uri"])
         try:
             tracker = Tracker(journal, store, resumed=True)
@@ -56,7 +58,9 @@ def finish(folder: Path, outcome: str, failure: str, uri: str | None = None) -> 
         last = last_message(folder)
         if last is not None and last["op"] != "end":
             tracker.end("KILLED" if outcome == "killed" else "FAILED", outcome, failure)
-        return tracker.deliver()
+        if journal.state.get("left_out"):  # files may be back, and this version may send more than the one before
+            journal.save_state(offset=0, verified=0, left_out={})
+        return tracker.settle(again)
     finally:
         journal.close()
 
@@ -94,9 +98,10 @@ def reap(mlflow: MlflowClient, experiment: str, uri: str | None) -> None:
             if not provenance.is_dead({key: tags.get(f"process.{key}", "") for key in process_keys}):
                 continue
             _check_stale(folder, tags.get("attempt"))
-            is_ended = finish(folder, "killed", "its process is gone", store_uri(uri))
-            if not is_ended and is_locked(folder):  # it still runs
+            problems = finish(folder, "killed", "its process is gone", store_uri(uri))
+            if problems and is_locked(folder):  # it still runs
                 continue
+            why = "; ".join(problems) or why
         except PermissionError as error:  # its own user's next run ends it; here its process may only be hidden
             log.info("run %s stays RUNNING: %s", run_id, error)
             continue

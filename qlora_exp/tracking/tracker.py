@@ -14,10 +14,13 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from qlora_exp.tracking import delivery, read_back
 from qlora_exp.tracking.journal import Journal
-from qlora_exp.tracking.mlflow_store import client, has_lost, is_refused, send, store_uri
-from qlora_exp.utils.errors import JournalError, TrackingError, first_line
+from qlora_exp.tracking.mlflow_store import client, send, store_uri
+from qlora_exp.tracking.refusals import cause, has_lost
+from qlora_exp.utils.errors import DeletedError, JournalError, TrackingError
 from qlora_exp.utils.files import write_atomically
+from qlora_exp.utils.names import valid_names
 from qlora_exp.utils.secrets import redact
 from qlora_exp.utils.signals import defer_signals
 
@@ -26,7 +29,8 @@ log = logging.getLogger(__name__)
 LOG_FILE = "run.log"
 CURVES = ("train/", "eval/")
 """Prefixes of metrics that have a value at many steps."""
-PARAM_LIMIT = 6000
+_DELIVERY_SECONDS = 1.0
+"""Least seconds between two deliveries of curves: each costs the training a transaction."""
 _RETRY_SECONDS = 30.0
 _LONGEST_RETRY_SECONDS = 600.0
 
@@ -44,6 +48,10 @@ class Tracker:
         self._mlflow: MlflowClient | None = None
         self._retry_at = 0.0
         self._patience = _RETRY_SECONDS
+        self._delivered_at = 0.0
+        self._waits_for = ""
+        """Why MLflow did not accept the last message that was sent; empty if it did."""
+        self._params: dict[str, str] = {}
         self._logged: dict[tuple[int, str], float] = {}
         self._summary: dict[str, float] = {}
         if resumed:
@@ -51,6 +59,8 @@ class Tracker:
                 if message["op"] == "metrics":
                     self._logged |= {(message["step"], key): value for key, value in message["values"].items()}
                     self._summary |= _without_curves(message["values"])
+                elif message["op"] == "params":
+                    self._params |= message["values"]
 
     @property
     def run_id(self) -> str | None:
@@ -58,8 +68,12 @@ class Tracker:
         return self._journal.state.get("run_id")
 
     def params(self, values: dict[str, Any]) -> None:
-        """Log parameters; values longer than MLflow's 6000 characters are truncated, and are complete in artifacts."""
-        self._send(op="params", values={key: redact(str(value))[:PARAM_LIMIT] for key, value in values.items()})
+        """Log parameters. MLflow cannot change one: a resumed run logs another value as a tag `resumed.KEY`."""
+        new = {key: redact(str(value)) for key, value in values.items()}
+        changed = {key: value for key, value in new.items() if self._params.setdefault(key, value) != value}
+        self._send(op="params", values={key: value for key, value in new.items() if key not in changed})
+        if changed:
+            self.tags({f"resumed.{key}": value for key, value in changed.items()})
 
     def tags(self, values: dict[str, Any]) -> None:
         """Set tags of the run."""
@@ -68,8 +82,11 @@ class Tracker:
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Log metrics of one step; values that are measured once go to step 0, which MLflow draws as bars.
 
-        A resumed run does not log a point of a curve twice, nor a value that it already logged.
+        A resumed run does not log a point of a curve twice, nor a value that it already logged. Names that MLflow does
+        not accept are changed by `valid_names`.
         """
+        names = valid_names(values)
+        values = {names[key]: value for key, value in values.items()}
         new = {
             key: value
             for key, value in values.items()
@@ -111,8 +128,11 @@ class Tracker:
         The metrics `after/...` logged so far are attached to it, as measured on the dataset `evaluation`.
         """
         clean = {key: redact(str(value))[:500] for key, value in params.items()}
+        path = self.output_dir / folder
+        files = sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file())
         # MLflow allows these characters in names of runs, but not of models.
-        self._send(op="model", folder=folder, name=re.sub(r"[/:.%\"']", "-", name), params=clean, step=step)
+        name = re.sub(r"[/:.%\"']", "-", name)
+        self._send(op="model", folder=folder, name=name, params=clean, step=step, files=files)
 
     def check(self) -> None:
         """Check that the output folder still belongs to this run.
@@ -132,7 +152,9 @@ class Tracker:
 
     def _send(self, **message: Any) -> None:
         self._journal.append(message)
-        if time.monotonic() >= self._retry_at:
+        now = time.monotonic()
+        is_curve = message["op"] == "metrics" and all(key.startswith(CURVES) for key in message["values"])
+        if now >= (max(self._retry_at, self._delivered_at + _DELIVERY_SECONDS) if is_curve else self._retry_at):
             self.deliver()
 
     def connect(self) -> MlflowClient:
@@ -146,46 +168,78 @@ class Tracker:
                 self._mlflow = client(self._uri)
         return self._mlflow
 
-    def deliver(self, strict: bool = False) -> bool:
+    def deliver(self, strict: bool = False, warn: bool = True) -> bool:
         """Send the messages that MLflow has not received yet, in order.
 
         Args:
             strict: raise errors of the store instead of keeping the messages for later.
+            warn: log the first error.
 
         Returns:
-            Whether MLflow has received everything.
+            Whether MLflow has accepted everything, or refused it for good.
 
         Raises:
             JournalError: a message cannot be read; those before it are sent.
         """
-        for message, offset in self._journal.undelivered():
+        try:
+            delivery.deliver(self.connect(), self._journal)
+        except JournalError:
+            raise
+        except Exception as error:  # training must continue, whatever the store or its artifact store raises
+            if strict and not isinstance(error, DeletedError):  # what was deleted does not stop the run
+                raise
+            self._waits_for = cause(error)
+            if warn and self._retry_at == 0.0:
+                log.warning(
+                    "MLflow did not accept a message; the run continues and sends it later: %s", self._waits_for
+                )
+            self._retry_at = time.monotonic() + self._patience
+            # Wait longer each time: every try at a store that hangs costs the run the request timeout.
+            self._patience = min(2 * self._patience, _LONGEST_RETRY_SECONDS)
+            return False
+        self._retry_at, self._patience, self._waits_for = 0.0, _RETRY_SECONDS, ""
+        self._delivered_at = time.monotonic()
+        return True
+
+    def settle(self, again: bool = False) -> list[str]:
+        """Deliver everything, read it back from MLflow, and send once more what is missing there.
+
+        Args:
+            again: read back also what was read back before.
+
+        Returns:
+            What MLflow lacks or waits for, one line each; empty if it has everything.
+
+        Raises:
+            JournalError: a message cannot be read; those before it are sent.
+        """
+        lacks: list[str] = []
+        for is_last in (False, True):
+            if not self.deliver(warn=False):
+                return [self._waits_for]
+            state = self._journal.state
+            if state.get("verified") == state["offset"] and not again:
+                break
             try:
                 with defer_signals():
-                    send(self.connect(), self._journal, message)
+                    lacks = read_back.missing(self.connect(), self._journal)
             except JournalError:
                 raise
-            except Exception as error:  # training must continue, whatever the store or its artifact store raises
-                if has_lost(error, self._mlflow, self.run_id):
-                    log.warning("MLflow has lost this run: all of it is sent again, as a new run")
-                    self._journal.reset_delivery()
-                    return self.deliver(strict)
-                if strict and not is_refused(error, message):
-                    raise
-                if is_refused(error, message):  # for good: the messages after it must not wait
-                    log.error("MLflow refuses a message; it is skipped: %s", redact(first_line(error)))  # noqa: TRY400
-                else:
-                    if self._retry_at == 0.0:
-                        log.warning(
-                            "MLflow did not accept a message; the run continues and sends it later: %s",
-                            redact(first_line(error)),
-                        )
-                    self._retry_at = time.monotonic() + self._patience
-                    # Wait longer each time: every try at a store that hangs costs the run the request timeout.
-                    self._patience = min(2 * self._patience, _LONGEST_RETRY_SECONDS)
-                    return False
-            self._journal.save_state(offset=offset)
-        self._retry_at, self._patience = 0.0, _RETRY_SECONDS
-        return True
+            except Exception as error:  # as in `deliver`
+                if not has_lost(error, self.connect(), self._journal):
+                    return [cause(error)]
+                log.warning("MLflow has lost this run: all of it is sent again, as a new run")
+                self._journal.reset_delivery()
+                lacks = ["the run, which MLflow has lost again"]
+                continue
+            if not lacks:
+                self._journal.save_state(verified=state["offset"])
+                break
+            if not is_last:
+                log.info("MLflow lacks %s of %s: all of it is sent again", "; ".join(lacks), self.output_dir)
+                self._journal.save_state(offset=0, verified=0, left_out={})
+        left_out = self._journal.state.get("left_out", {}).items()
+        return [*lacks, *(f"{what}{_times(each['count'])}: {each['why']}" for what, each in left_out)]
 
     def close(self) -> None:
         """Release the lock on the output folder."""
@@ -215,12 +269,22 @@ class Tracker:
                 for message in ({"op": "tags", "values": {"outcome": outcome, **why}}, {"op": "end", **last}):
                     send(self.connect(), self._journal, message)
             except (MlflowException, TrackingError) as error:
-                log.error("MLflow did not accept the end of the run: %s", redact(first_line(error)))  # noqa: TRY400
-        if self._retry_at:
+                log.error("MLflow did not accept the end of the run: %s", cause(error))  # noqa: TRY400
+            return
+        try:
+            problems = [self._waits_for] if self._waits_for else self.settle()  # a moment ago it did not answer
+        except (OSError, JournalError) as error:  # must not hide why the run failed
+            problems = [str(error)]
+        if problems:
             log.error(
-                "MLflow did not receive everything of this run; the rest is in %s, and `qlora-exp sync` sends it",
+                "MLflow did not receive everything of this run: %s. It is in %s, and `qlora-exp sync` sends it again",
+                "; ".join(problems),
                 self.output_dir,
             )
+
+
+def _times(count: int) -> str:
+    return f" ({count} times)" if count > 1 else ""
 
 
 def _without_curves(values: Mapping[str, float]) -> dict[str, float]:

@@ -6,12 +6,14 @@ draws no random numbers of its own, so that measuring does not change training.
 
 import logging
 import math
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from qlora_exp.config.sections.evaluation import EvaluationConfig
 from qlora_exp.utils.digests import json_digest
 from qlora_exp.utils.errors import ConfigError, DataError, first_line
+from qlora_exp.utils.names import valid_names
 
 
 def load_tasks(config: EvaluationConfig) -> dict[Any, Any]:
@@ -62,7 +64,7 @@ def evaluate(
     Returns:
         The scores `lm_eval/TASK/METRIC` of each task and group, and details: `items` (for each item its `task`, its
         metrics, and `item`, a digest of its text), `groups` (the tasks of each group) and `lower_is_better` (names of
-        scores where lower is better).
+        scores where lower is better). Names are changed where MLflow does not accept them: `recall@5` -> `recall-5`.
     """
     from lm_eval.evaluator import evaluate as run_tasks
     from lm_eval.models.huggingface import HFLM
@@ -71,24 +73,31 @@ def evaluate(
         task.set_fewshot_seed(0)
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     output = run_tasks(wrapped, tasks, limit=config.lm_eval_limit, bootstrap_iters=0, log_samples=True)
-    scores = {
-        f"lm_eval/{task}/{_name(metric)}": float(value)
-        for task, values in output["results"].items()
-        for metric, value in values.items()
-        if "," in metric and "_stderr" not in metric and isinstance(value, int | float) and math.isfinite(value)
-    }
+    results, all_samples = output["results"], output["samples"]
+    task_names = valid_names([*results, *all_samples, *chain.from_iterable(output["group_subtasks"].values())])
+    metric_names = valid_names(
+        [_name(metric) for values in results.values() for metric in values]
+        + [_name(name) for samples in all_samples.values() for sample in samples for name in _of_sample(sample)]
+    )
+    scores, lower = {}, []
+    for task, values in results.items():
+        for metric, value in values.items():
+            if "," in metric and "_stderr" not in metric and isinstance(value, int | float) and math.isfinite(value):
+                name = f"lm_eval/{task_names[task]}/{metric_names[_name(metric)]}"
+                scores[name] = float(value)
+                if output["higher_is_better"].get(task, {}).get(metric.partition(",")[0]) is False:
+                    lower.append(name)
     items: dict[tuple[str, str], dict[str, Any]] = {}
-    for task, samples in output["samples"].items():
+    for task, samples in all_samples.items():
         for sample in samples:  # an item has one sample per filter (lm-eval's ways to extract the answer)
-            item = items.setdefault((task, sample["doc_hash"]), {"task": task, "item": sample["doc_hash"][:16]})
-            values = {name: sample[name] for name in sample["metrics"] if isinstance(sample[name], int | float)}
-            item |= {_name(f"{name},{sample['filter']}"): value for name, value in values.items()}
-    lower = [
-        name
-        for name in scores
-        if output["higher_is_better"].get(name.split("/")[1], {}).get(name.split("/")[2]) is False
-    ]
-    groups = {group: subtasks for group, subtasks in output["group_subtasks"].items() if subtasks}
+            names = {"task": task_names[task], "item": sample["doc_hash"][:16]}
+            item = items.setdefault((task, sample["doc_hash"]), names)
+            item |= {metric_names[_name(name)]: value for name, value in _of_sample(sample).items()}
+    groups = {
+        task_names.get(group, group): [task_names[task] for task in subtasks]
+        for group, subtasks in output["group_subtasks"].items()
+        if subtasks
+    }
     return scores, {"items": [*items.values()], "groups": groups, "lower_is_better": lower}
 
 
@@ -100,6 +109,15 @@ def fingerprint(items: list[dict[str, Any]]) -> str:
 def _single(tasks: dict[Any, Any]) -> list[Any]:
     """List the single tasks; groups may contain tasks and groups."""
     return [single for task in tasks.values() for single in (_single(task) if isinstance(task, dict) else [task])]
+
+
+def _of_sample(sample: dict[str, Any]) -> dict[str, float]:
+    """Return the metrics of a sample, named METRIC,FILTER as in lm-eval's results."""
+    return {
+        f"{name},{sample['filter']}": sample[name]
+        for name in sample["metrics"]
+        if isinstance(sample[name], int | float)
+    }
 
 
 def _name(metric: str) -> str:

@@ -30,6 +30,10 @@ class TrackingError(UserError):
     """An MLflow store that cannot be reached or written to."""
 
 
+class DeletedError(TrackingError):
+    """A run, or its experiment, that was deleted in MLflow and can be restored there."""
+
+
 class JournalError(UserError):
     """A file in an output folder that cannot be read, or an output folder that no longer belongs to the run."""
 

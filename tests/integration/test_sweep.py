@@ -2,6 +2,7 @@ import csv
 import json
 import re
 import shutil
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -216,7 +217,7 @@ def test_old_sweep_synced_late_does_not_replace_the_newest_view(make_jobs, mlflo
     mlflow.set_experiment_tag(experiment.experiment_id, key, newer)
     folder = tmp_path / "multirun" / "test"
     (folder / "delivered.json").unlink()
-    assert recovery.finish(folder, "killed", "not used")
+    assert recovery.finish(folder, "killed", "not used") == []
     assert mlflow.get_experiment(experiment.experiment_id).tags[key] == newer
 
 
@@ -416,3 +417,19 @@ def test_deleted_job_folder_does_not_stop_other_jobs(make_jobs, read_runs, monke
     _, children = read_runs()
     assert sorted(child.info.status for child in children) == ["FAILED", "FINISHED"]
     assert not (folder / FILE).exists()
+
+
+def test_restarted_sweep_sends_runs_that_the_store_lost(make_jobs, read_runs, mlflow_uri):
+    todo = make_jobs("seed", ["1"])
+    execute(todo)
+    (parents, children) = read_runs()
+    with sqlite3.connect(mlflow_uri.removeprefix("sqlite:///")) as database:
+        for run in (*parents, *children):
+            for table in ("latest_metrics", "metrics", "params", "tags", "runs"):
+                database.execute(f"DELETE FROM {table} WHERE run_uuid = ?", (run.info.run_id,))
+    database.close()
+    execute(todo, never)
+    ((parent,), (child,)) = read_runs()
+    assert (parent.info.status, child.info.status) == ("FINISHED", "FINISHED")
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert child.data.metrics == children[0].data.metrics

@@ -4,7 +4,7 @@ import sqlite3
 from mlflow import MlflowClient
 from sqlalchemy import create_engine, inspect
 
-from qlora_exp.libraries.mlflow import create_tables, schema_version, stored_runs
+from qlora_exp.libraries.mlflow import create_tables, reopen, schema_version, stored_runs
 
 
 def test_a_store_with_these_tables_is_opened_as_it_is(tmp_path):
@@ -45,3 +45,13 @@ def test_stored_runs_are_those_that_the_client_gives(make_store, tmp_path):
                 assert (ours.name, ours.status, ours.start_time) == (info.run_name, info.status, info.start_time)
                 assert (ours.experiment_id, ours.artifact_uri) == (info.experiment_id, info.artifact_uri)
                 assert (ours.params, ours.tags, str(ours.metrics)) == (data.params, data.tags, str(data.metrics))
+
+
+def test_a_client_uses_a_store_that_was_created_again(tmp_path, make_store):
+    mlflow = MlflowClient(make_store("store.db"))
+    mlflow.create_experiment("old")
+    (tmp_path / "store.db").unlink()
+    make_store("store.db")
+    reopen(mlflow)
+    assert mlflow.create_experiment("new")
+    assert sorted(one.name for one in mlflow.search_experiments()) == ["Default", "new"]

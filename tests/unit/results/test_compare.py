@@ -4,6 +4,7 @@ from mlflow.exceptions import MlflowException
 
 from qlora_exp.results.compare import compare
 from qlora_exp.results.records import find
+from qlora_exp.tracking.limits import fit
 from qlora_exp.utils.errors import ConfigError, TrackingError
 
 
@@ -175,3 +176,18 @@ def test_missing_run_or_experiment_is_reported(chosen: str, past_runs):
         find(past_runs.uri, [chosen])
     with pytest.raises(TrackingError, match="no experiment 'x'; existing experiments: "):
         find(past_runs.uri, experiment="x")
+
+
+def test_long_values_that_differ_at_their_end_are_two_rows(past_runs):
+    for end in "AB":
+        for seed in (1, 2):
+            past_runs(ROWS, seed=seed, dataset__system_message=fit(9660 * "x" + end, 6000))
+    found = compare(find(past_runs.uri, experiment=past_runs.experiment))
+    assert [len(row.records) for row in found.rows] == [2, 2]
+
+
+def test_values_that_older_versions_cut_are_told_apart_by_the_digest_of_the_config(past_runs):
+    for digest in "AB":
+        past_runs(ROWS, dataset__system_message=6000 * "x", tags={"identity.config": digest})
+    found = compare(find(past_runs.uri, experiment=past_runs.experiment))
+    assert [row.name for row in found.rows] == ["identity.config=A", "identity.config=B"]

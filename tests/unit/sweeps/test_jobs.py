@@ -81,6 +81,9 @@ def test_job_folder_and_name_show_swept_keys(make_jobs):
     assert first.name == "method.r=4"
     assert first.folder.name == f"r-4_{first.key}"
     assert default_name(["method.r"], ["method.r=4,8"]).startswith("r_")
+    assert len(default_name(["training.per_device_train_batch_size"] * 16, ["a=1"]).encode()) < 255
+    (chinese,) = make_jobs("dataset.name", ["数" * 95])
+    assert len(chinese.folder.name.encode()) < 255
     assert default_name([], ["a=1"]) == default_name([], ["a=1", "sweep.n_jobs=2", "tracking.uri=x"])
 
 

@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.validate import from_dict
-from qlora_exp.tracking import artifacts, lifecycle, mlflow_store, recovery, tracker
+from qlora_exp.tracking import artifacts, delivery, lifecycle, mlflow_store, recovery, tracker
 from qlora_exp.tracking.journal import FILE, Journal, is_delivered, metrics
 from qlora_exp.tracking.mlflow_store import client
 from qlora_exp.utils.errors import ConfigError, JournalError, TrackingError
@@ -95,7 +95,7 @@ def test_message_rejected_by_mlflow_does_not_block_others(mlflow_uri, mlflow_cli
     found = mlflow_client.get_run(tracked.run_id)
     assert (found.info.status, found.data.metrics["loss"]) == ("FINISHED", 1.0)
     assert "layers.0.*q_proj" in found.data.params["method.rank_pattern"]
-    assert "MLflow refuses a message" in caplog.text
+    assert "MLflow does not get param what(is)this" in caplog.text
 
 
 class Unsteady:
@@ -137,9 +137,11 @@ def test_permanent_server_outage_keeps_everything_on_disk(mlflow_uri, mlflow_cli
     assert "did not receive everything" in caplog.text
     assert metrics(tmp_path)[-1]["loss"] == 2.0
     assert mlflow_client.get_run(tracked.run_id).info.status == "RUNNING"
-    assert recovery.finish(tmp_path, "killed", "not used: the run ended by itself", mlflow_uri) is False  # still away
+    assert recovery.finish(tmp_path, "killed", "not used: the run ended by itself", mlflow_uri) == [
+        "connection refused"
+    ]
     unsteady.away = False
-    assert recovery.finish(tmp_path, "killed", "not used: the run ended by itself", mlflow_uri) is True
+    assert recovery.finish(tmp_path, "killed", "not used: the run ended by itself", mlflow_uri) == []
     run = mlflow_client.get_run(tracked.run_id)
     assert (run.info.status, run.data.metrics, run.data.tags["outcome"]) == ("FINISHED", {"loss": 2.0}, "ok")
 
@@ -177,7 +179,7 @@ def test_sending_everything_again_changes_nothing(mlflow_uri, mlflow_client, tmp
     journal.state.pop("run_id")
     journal.save_state(offset=0)
     journal.close()
-    assert recovery.finish(tmp_path, "killed", "not used") is True
+    assert recovery.finish(tmp_path, "killed", "not used") == []
     assert mlflow_client.get_run(tracked.run_id).to_dictionary() == before
     assert len(mlflow_client.get_metric_history(tracked.run_id, "loss")) == 1
     assert (
@@ -234,7 +236,7 @@ def test_other_store_receives_everything(mlflow_uri, mlflow_client, tmp_path, ma
         tracked.metrics({"loss": 2.0}, 1)
     other = make_store("other.db")
     assert not is_delivered(tmp_path / "run", other)
-    assert recovery.finish(tmp_path / "run", "killed", "not used", other) is True
+    assert recovery.finish(tmp_path / "run", "killed", "not used", other) == []
     assert is_delivered(tmp_path / "run", other)
     assert is_delivered(tmp_path / "run")
     there = client(other)
@@ -292,17 +294,17 @@ def test_dead_run_naming_another_folder_changes_nothing_there(mlflow_uri, mlflow
 
 def test_interrupt_waits_for_the_message_being_sent(mlflow_uri, mlflow_client, tmp_path, monkeypatch):
     # Torn in a transaction it would leave the store locked for this process, and the run RUNNING.
-    send, whole = tracker.send, []
+    send, whole = delivery.send, []
 
     def interrupted(*message):
         if message[-1]["op"] == "metrics" and not whole:
             os.kill(os.getpid(), signal.SIGTERM)
-        send(*message)
         whole.append(message[-1]["op"])
+        return send(*message)
 
     with pytest.raises(KeyboardInterrupt), handle_signals(), start_run(mlflow_uri, tmp_path) as tracked:
-        monkeypatch.setattr(tracker, "send", interrupted)
-        tracked.metrics({"train/loss": 2.5}, 3)
+        monkeypatch.setattr(delivery, "send", interrupted)
+        tracked.metrics({"loss": 2.5}, 3)
         pytest.fail("the interrupt came late")
     run = mlflow_client.get_run(tracked.run_id)
     assert whole[0] == "metrics"
@@ -411,7 +413,7 @@ def test_messages_before_a_damaged_line_are_sent(mlflow_uri, mlflow_client, tmp_
     with pytest.raises(JournalError):  # and nothing was added
         recovery.finish(tmp_path / "run", "killed", "not used", uri)
     (tmp_path / "run" / FILE).write_bytes(whole)
-    assert recovery.finish(tmp_path / "run", "killed", "not used", uri)
+    assert recovery.finish(tmp_path / "run", "killed", "not used", uri) == []
     assert told() == ("FINISHED", [2.0, 1.0])
 
 

@@ -50,3 +50,22 @@ def test_changed_lm_eval_task_changes_the_run_key(task_folder):
         rows.write('{"question": "1 + 1", "choices": ["2", "3"], "answer": 0}\n')
     after = run_key.digests(compose(task_overrides(task_folder)))
     assert {part for part in before if before[part] != after[part]} == {"data"}
+
+
+def test_names_of_scores_and_items_are_valid_metric_names(monkeypatch):
+    results = {"qa (v2)": {"recall@5,none": 0.5, "recall-5,none": 0.25, "alias": "x"}, "all": {"acc,a=b": 1.0}}
+    sample = {"doc_hash": "d" * 64, "metrics": ["recall@5", "recall-5"], "filter": "none", "recall@5": 1, "recall-5": 0}
+    output = {
+        "results": results, "samples": {"qa (v2)": [sample]}, "group_subtasks": {"all": ["qa (v2)"], "qa (v2)": []},
+        "higher_is_better": {"qa (v2)": {"recall@5": False}},
+    }  # fmt: skip
+    monkeypatch.setattr("lm_eval.evaluator.evaluate", lambda *_, **__: output)
+    monkeypatch.setattr("lm_eval.models.huggingface.HFLM", lambda **_: None)
+    scores, told = evaluate(None, None, {}, compose([]).evaluation, 2)
+    renamed, kept, filtered = scores
+    assert (kept, filtered) == ("lm_eval/qa -v2-/recall-5", "lm_eval/all/acc/a-b")
+    assert renamed.startswith("lm_eval/qa -v2-/recall-5-")
+    assert list(scores.values()) == [0.5, 0.25, 1.0]
+    (item,) = told["items"]
+    assert (item["task"], item[renamed.rpartition("/")[2]], item["recall-5"]) == ("qa -v2-", 1, 0)
+    assert (told["groups"], told["lower_is_better"]) == ({"all": ["qa -v2-"]}, [renamed])
