@@ -194,7 +194,7 @@ def _create(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> 
 
     If an earlier attempt may have created the run, that run is searched for first.
     """
-    experiment_id = _experiment(mlflow, message["experiment"])
+    experiment_id = _experiment(mlflow, message["experiment"], journal.uri)
     attempt = message["tags"].get("attempt")
     if journal.state.get("creating") and attempt:
         runs = mlflow.search_runs([experiment_id], f"tags.`attempt` = '{attempt}'", ViewType.ALL)
@@ -295,13 +295,13 @@ def _files(folder: Path, paths: Iterable[str]) -> list[Path]:
     Raises:
         UnsendableError: one does not exist, or is outside of the folder.
     """
+    paths = list(paths)
+    if missing := [str(folder / path) for path in paths if "\0" not in path and not os.path.lexists(folder / path)]:
+        raise UnsendableError(f"{', '.join(missing)}: no such file")
     try:
-        files = [_inside(folder, path) for path in paths]
+        return [_inside(folder, path) for path in paths]
     except FileNotFoundError as error:
         raise UnsendableError(str(error)) from error
-    if missing := [str(file) for file in files if not file.is_file()]:
-        raise UnsendableError(f"{', '.join(missing)}: no such file")
-    return files
 
 
 def _inside(folder: Path, path: str) -> Path:
@@ -317,10 +317,10 @@ def _inside(folder: Path, path: str) -> Path:
     return folder / path
 
 
-def _experiment(mlflow: MlflowClient, name: str) -> str:
+def _experiment(mlflow: MlflowClient, name: str, uri: str) -> str:
     experiment = mlflow.get_experiment_by_name(name)
     if experiment is None:
-        file = sqlite_store.sqlite_file(mlflow.tracking_uri)
+        file = sqlite_store.sqlite_file(uri)
         location = None if file is None else (file.parent / "artifacts").as_uri()
         try:
             experiment = mlflow.get_experiment(mlflow.create_experiment(name, artifact_location=location))
@@ -328,14 +328,14 @@ def _experiment(mlflow: MlflowClient, name: str) -> str:
             if (experiment := mlflow.get_experiment_by_name(name)) is None:
                 raise
     if not experiment.experiment_id:
-        raise no_content(mlflow.tracking_uri)
+        raise no_content(uri)
     if experiment.lifecycle_stage != "active":
         raise TrackingError(
             f"tracking.experiment_name: '{name}' was deleted in MLflow; choose another name or restore it there "
-            f"(MLFLOW_TRACKING_URI={redact(mlflow.tracking_uri)} mlflow experiments restore --experiment-id "
+            f"(MLFLOW_TRACKING_URI={redact(uri)} mlflow experiments restore --experiment-id "
             f"{experiment.experiment_id})"
         )
-    artifacts.require_own(experiment.artifact_location, mlflow.tracking_uri)
+    artifacts.require_own(experiment.artifact_location, uri)
     key, view = mlflow_views.all_runs()
     if experiment.tags.get(key) != view:
         mlflow.set_experiment_tag(experiment.experiment_id, key, view)

@@ -11,7 +11,7 @@ from mlflow.exceptions import MlflowException
 
 from qlora_exp.tracking import known_stores
 from qlora_exp.tracking.journal import FILE, is_delivered, is_locked, read, received
-from qlora_exp.tracking.mlflow_store import PARENT_TAG, client, exists, parent_run_id
+from qlora_exp.tracking.mlflow_store import PARENT_TAG, client, exists, parent_run_id, store_uri
 from qlora_exp.tracking.recovery import finish, store_of
 from qlora_exp.tracking.refusals import cause
 from qlora_exp.utils.errors import JournalError, TrackingError
@@ -44,6 +44,7 @@ def settle(folders: Iterable[Path], uri: str | None = None) -> Settled:
     """
     result = Settled()
     if uri is not None:
+        uri = store_uri(uri)
         known_stores.remember(uri)
     stores: dict[str, dict[Path, bool]] = {}
     for folder in sorted(Path(os.path.abspath(folder)) for folder in folders):
