@@ -42,6 +42,7 @@ def _caches(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """Keep converted models between test runs, but no datasets."""
     os.environ["QLORA_EXP_CACHE"] = str(request.config.cache.mkdir("models").absolute())
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -12,6 +12,7 @@ from qlora_exp.cli import ports
 from qlora_exp.cli.parents import DEVICES, SOURCE, URI, Commands, add_command
 from qlora_exp.deploy.formats import SERVERS
 from qlora_exp.utils.errors import ConfigError, UserError
+from qlora_exp.utils.files import replacing
 from qlora_exp.utils.quiet import quiet
 from qlora_exp.utils.secrets import redact
 
@@ -101,12 +102,10 @@ def generate(options: argparse.Namespace) -> None:
             talker.encoded(request, sampling)
         except UserError as error:
             raise type(error)(f"{options.file}, request {number}: {error}") from error
-    part = None if options.out is None else options.out.with_name(f"{options.out.name}.part")
-    with nullcontext(sys.stdout) if part is None else part.open("w", encoding="utf-8") as lines:
+    with nullcontext(sys.stdout) if options.out is None else replacing(options.out) as lines:
         for answered in tqdm(chatting.answers(talker, requests, sampling), total=len(requests), disable=None):
             print(json.dumps(answered, ensure_ascii=False), file=lines, flush=True)
-    if part is not None:
-        part.rename(options.out)
+    if options.out is not None:
         print(f"{len(requests)} answers in {options.out}")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from qlora_exp.cli.parents import RUN, SOURCE, URI, Commands, add_command, add_overrides
 from qlora_exp.deploy.formats import DEPLOYED, EXPORT_FORMATS, GGUF_TYPES
 from qlora_exp.utils.errors import ConfigError
+from qlora_exp.utils.files import write_atomically
 from qlora_exp.utils.quiet import quiet
 
 
@@ -124,7 +125,7 @@ def register(options: argparse.Namespace) -> None:
     version, card = registry.register(options.uri, options.run, options.name, options.alias)
     print(f"version  {version.version} of {version.name}\nload     qlora_exp.load({version.uri!r})")
     if options.card is not None:
-        options.card.write_text(card, "utf-8")
+        write_atomically(options.card, card)
         print(f"card     {options.card}")
     if options.push is not None:
         print(f"hub      {registry.push(options.uri, version.uri, options.push, card, not options.public)}")
@@ -147,7 +148,6 @@ def deployment_gap(options: argparse.Namespace) -> None:
     from qlora_exp.results import records, reproduce
     from qlora_exp.studies import deployment_gap as gap
     from qlora_exp.tracking import mlflow_store
-    from qlora_exp.utils.files import write_atomically
     from qlora_exp.utils.tables import print_table
 
     record = reproduce.find_run(options.uri, options.run)

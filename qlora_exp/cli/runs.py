@@ -71,7 +71,8 @@ def add_parsers(commands: Commands) -> None:
         metavar="FOLDER",
         help="folders to search for runs; default: outputs and multirun",
     )
-    parser.add_argument("--uri", help="MLflow tracking URI; default: the one each run was started with")
+    uri = "MLflow tracking URI; default: the one each run was started with, if you have sent runs there before"
+    parser.add_argument("--uri", help=uri)
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -121,6 +122,7 @@ def ui(options: argparse.Namespace) -> None:
         ports.require_free(options.host, options.port)
     quiet()
     from qlora_exp.results import records
+    from qlora_exp.tracking import sqlite_store
 
     if address.startswith("http"):
         print(f"MLflow's UI: {redact(records.page(options.uri, address))}")
@@ -128,6 +130,8 @@ def ui(options: argparse.Namespace) -> None:
     page = records.page(options.uri, f"http://{options.host}:{options.port}")
     print(f"MLflow's UI for {redact(address)} starts in a few seconds (Ctrl-C stops it):\n{page}", flush=True)
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | dict(os.environ)
+    if (file := sqlite_store.sqlite_file(address)) is not None and not os.access(file, os.W_OK):
+        address = sqlite_store.read_only_uri(file)
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", address, "--workers", "1"]
     # Replace this process by the server, so that whatever ends the process ends the server.
     os.execve(sys.executable, [*command, "--host", options.host, "--port", str(options.port)], environment)

@@ -7,7 +7,6 @@ its adapter. `merge` merges an adapter into its base model; `gguf` writes GGUF f
 import json
 import logging
 import math
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,7 +16,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from mlflow.exceptions import MlflowException
 from safetensors import SafetensorError
@@ -35,7 +33,7 @@ from qlora_exp.models.quantization import quantization_config
 from qlora_exp.tracking import mlflow_store, run_key
 from qlora_exp.tracking.journal import CONFIG_FILE
 from qlora_exp.utils.errors import ConfigError, ModelError, TrackingError, first_line
-from qlora_exp.utils.files import size_on_disk
+from qlora_exp.utils.files import scratch_folder, size_on_disk
 from qlora_exp.utils.signals import handle_signals
 
 log = logging.getLogger(__name__)
@@ -257,7 +255,7 @@ def _check(made: Exported, dtype: str, exact: torch.dtype | None) -> None:
 def _appearing(out: Path, needed: int) -> Iterator[Path]:
     """Yield a folder to write into. It becomes `out` at the end, or is removed if there is an error.
 
-    A folder that a killed process left behind is removed by the next export to `out`.
+    A folder that a killed process left behind is removed by the next export into the same parent folder.
     """
     parent = out.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
@@ -265,18 +263,14 @@ def _appearing(out: Path, needed: int) -> Iterator[Path]:
         raise ConfigError(
             f"--out {out}: needs {needed / 1e9:.1f} GB of disk space, but only {free / 1e9:.1f} GB are free"
         )
-    for old in parent.glob(f".{out.name}.*"):
-        if old.suffix[1:].isdigit() and not psutil.pid_exists(int(old.suffix[1:])):
-            shutil.rmtree(old)
-    part = parent / f".{out.name}.{os.getpid()}"
-    part.mkdir()
-    try:
-        yield part
-        part.rename(out)
-    except SafetensorError as error:  # raised by safetensors when the disk is full
-        raise ConfigError(f"--out {out}: cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    with scratch_folder(parent) as scratch:
+        part = scratch / out.name
+        part.mkdir()
+        try:
+            yield part
+            part.rename(out)
+        except SafetensorError as error:  # raised by safetensors when the disk is full
+            raise ConfigError(f"--out {out}: cannot be written: {error}") from error
 
 
 def _log_to_run(saved: Saved, facts: dict[str, Any]) -> None:

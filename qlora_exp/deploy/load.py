@@ -26,9 +26,9 @@ from qlora_exp.config.validate import from_dict
 from qlora_exp.environment.device import detect, resolve
 from qlora_exp.models.base import load_model, stop_at_end_of_turn
 from qlora_exp.models.quantization import check_files, quantization_config
-from qlora_exp.tracking import journal, mlflow_store, run_key
+from qlora_exp.tracking import artifacts, journal, mlflow_store, run_key
 from qlora_exp.tracking.journal import CONFIG_FILE, FILE
-from qlora_exp.utils.errors import ConfigError, JournalError, ModelError, first_line
+from qlora_exp.utils.errors import ConfigError, JournalError, ModelError, TrackingError, first_line
 from qlora_exp.utils.quiet import hide_bars
 
 GGUF_FILE = "model.gguf"
@@ -269,12 +269,10 @@ def models_of(mlflow: MlflowClient, run_id: str) -> list[Any]:
 
 def _download(source: str, tracking_uri: str | None) -> tuple[Path, str | None]:
     """Download a logged model; return its folder and the id of the run that logged it."""
-    address = mlflow_store.store_uri(tracking_uri)
-    if tracking_uri is None and not Path(address.removeprefix("sqlite:///")).is_file():
-        raise ModelError(
-            f"{source}: not a folder, and there is no MLflow store at {address}; pass --uri (tracking_uri)"
-        )
-    mlflow = mlflow_store.client(tracking_uri)
+    try:
+        mlflow = mlflow_store.reader(tracking_uri)
+    except TrackingError as error:
+        raise ModelError(f"{source}: not a folder, and cannot be searched for in MLflow: {error}") from error
     try:
         if not source.startswith("models:/"):
             model_id = models_of(mlflow, source)[-1].model_id
@@ -289,9 +287,12 @@ def _download(source: str, tracking_uri: str | None) -> tuple[Path, str | None]:
                 model_id = str(version.source).removeprefix("models:/")
         # Use the location of its files: MLflow resolves models:/ on its global tracking URI only.
         logged = mlflow.get_logged_model(model_id)
-        folder = download_artifacts(
-            artifact_uri=logged.artifact_location, tracking_uri=mlflow_store.store_uri(tracking_uri)
-        )
-        return Path(folder), logged.source_run_id
-    except MlflowException as error:
+        folder = artifacts.folder(logged.artifact_location, mlflow.tracking_uri)
+        if folder is None:
+            location = logged.artifact_location
+            folder = Path(download_artifacts(artifact_uri=location, tracking_uri=mlflow.tracking_uri))
+        elif not folder.is_dir():
+            raise ModelError(f"{source}: its files were in {folder}, which is not there")
+    except (MlflowException, TrackingError) as error:
         raise ModelError(f"{source}: {error}") from error
+    return folder, logged.source_run_id

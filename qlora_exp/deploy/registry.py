@@ -1,6 +1,5 @@
 """Register a run's model in MLflow's registry, with a model card, and upload it to the Hugging Face hub on request."""
 
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,9 @@ from mlflow.exceptions import MlflowException
 
 from qlora_exp.deploy import load, model_card
 from qlora_exp.results import records, reproduce
-from qlora_exp.tracking import mlflow_store
+from qlora_exp.tracking import artifacts, mlflow_store
 from qlora_exp.utils.errors import ConfigError, TrackingError, first_line
+from qlora_exp.utils.files import copy_without_links
 from qlora_exp.utils.secrets import load_env_file, redact
 
 _CARD = "README.md"
@@ -52,6 +52,9 @@ def register(uri: str | None, run: str, name: str, alias: str | None = None) -> 
     mlflow = mlflow_store.client(uri)
     try:
         (model_id,) = [output.model_id for output in load.models_of(mlflow, record.run_id)][-1:]
+        of_run = mlflow.get_run(record.run_id).info.artifact_uri
+        for place in (of_run, mlflow.get_logged_model(model_id).artifact_location):
+            artifacts.require_own(place, mlflow.tracking_uri, _CARD)  # refuse before anything is registered
         version = _version(mlflow, name, model_id, record.run_id)
         if alias is not None:
             mlflow.set_registered_model_alias(name, alias, version)
@@ -102,7 +105,7 @@ def push(uri: str | None, source: str, repository: str, text: str, private: bool
     api = HfApi()
     try:
         with tempfile.TemporaryDirectory() as part:
-            shutil.copytree(folder, part, dirs_exist_ok=True)
+            copy_without_links(folder, Path(part))
             (Path(part) / _CARD).write_text(text, "utf-8")
             api.create_repo(repository, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repository, folder_path=part))

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -109,9 +110,9 @@ def _writable(folder: str | Path) -> Path:
     path = Path(folder).resolve()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".writable"
-        probe.write_bytes(bytes(1024))
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(bytes(1024))
+            probe.flush()
     except OSError as error:
         raise ConfigError(
             f"cannot write to the output folder {path}: {error.strerror}; choose another folder: hydra.run.dir=FOLDER"

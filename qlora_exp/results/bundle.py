@@ -7,7 +7,6 @@ result, and no paths.
 
 import json
 import shutil
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from qlora_exp.config.values import APART
 from qlora_exp.results.records import Record
 from qlora_exp.tracking.journal import CONFIG_FILE, LOCK_FILE
 from qlora_exp.utils.errors import ConfigError
+from qlora_exp.utils.files import scratch_folder
 from qlora_exp.utils.secrets import redact
 from qlora_exp.utils.units import MIB
 
@@ -118,8 +118,8 @@ def write(record: Record, target: Path) -> None:
     )
     files[RUN_FILE] = run_file.model_dump_json(indent=1)
     try:
-        with tempfile.TemporaryDirectory(dir=target.parent) as temporary:  # the target appears only once it is complete
-            complete = Path(temporary, "bundle")
+        with scratch_folder(target.parent) as temporary:  # the target appears only once it is complete
+            complete = temporary / "bundle"
             for name, text in files.items():
                 (complete / name).parent.mkdir(parents=True, exist_ok=True)
                 (complete / name).write_text(redact(text), encoding="utf-8")

@@ -120,6 +120,8 @@ class Comparison:
     """What differs and makes the comparison unfair, by name: tokens, batch, dtypes, data, versions, hardware."""
     settings: list[str] = field(default_factory=list)
     """Other config keys that differ, with their values; the keys in the row labels are not repeated."""
+    without_artifacts: str = ""
+    """How many runs have no artifacts that can be read, and why; their differences are not tested item by item."""
 
 
 def compare(records: Sequence[Record], metric: str = "loss", baseline: str | None = None) -> Comparison:
@@ -162,7 +164,7 @@ def compare(records: Sequence[Record], metric: str = "loss", baseline: str | Non
         name: Verdict(difference, adjusted[name], _verdict_text(difference, adjusted[name], lower_wins))
         for name, difference in differences.items()
     }
-    conditions = _about(records), _unfair(ended), _settings(ended)
+    conditions = _about(records), _unfair(ended), _settings(ended), _lost(ended)
     return Comparison(rows, baseline_row, metric, lower_wins, verdicts, _ties(ended, metric, lower_wins), *conditions)
 
 
@@ -227,8 +229,9 @@ def _baseline(rows: Sequence[Row], name: str | None, all_rows: Sequence[Row]) ->
 
 def _lower_is_better(metric: str, rows: Sequence[Row]) -> bool:
     """Return whether a lower value is better; for lm-eval metrics, the task defines it."""
-    lower = {name for row in rows for record in row.records for name in record.lm_eval.get("lower_is_better", ())}
-    return metric in lower if metric.startswith("lm_eval/") else lower_is_better(metric)
+    if not metric.startswith("lm_eval/"):
+        return lower_is_better(metric)
+    return any(metric in record.lm_eval.get("lower_is_better", ()) for row in rows for record in row.records)
 
 
 @lru_cache(maxsize=2 * TIED)
@@ -341,6 +344,11 @@ def _unfair(rows: Sequence[Row]) -> list[str]:
         if len(values := dict.fromkeys(record.tags.get(key, "none") for record in records)) > 1:
             lines.append(f"{key.removeprefix('version.')} version: {_listed(values)}")
     return lines
+
+
+def _lost(rows: Sequence[Row]) -> str:
+    reasons = [record.lost for row in rows for record in row.records if record.lost]
+    return f"{len(reasons)} runs have no artifacts: {reasons[0]}" if reasons else ""
 
 
 def _settings(rows: Sequence[Row]) -> list[str]:

@@ -22,13 +22,15 @@ from mlflow.exceptions import MlflowException
 
 from qlora_exp.config.untrusted import plain_yaml
 from qlora_exp.config.values import APART
-from qlora_exp.tracking import mlflow_views
+from qlora_exp.libraries.mlflow import stored_runs
+from qlora_exp.tracking import artifacts, mlflow_views
 from qlora_exp.tracking.journal import CONFIG_FILE, run_id
 from qlora_exp.tracking.journal import FILE as JOURNAL_FILE
 from qlora_exp.tracking.limits import lost_its_end
-from qlora_exp.tracking.mlflow_store import client, store_uri
+from qlora_exp.tracking.mlflow_store import reader
+from qlora_exp.tracking.sqlite_store import sqlite_file
 from qlora_exp.utils.errors import ConfigError, TrackingError, first_line
-from qlora_exp.utils.notice import notice_if_slow
+from qlora_exp.utils.files import open_inside
 from qlora_exp.utils.secrets import redact
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -65,6 +67,11 @@ class Record(ABC):
     def seed_losses(self) -> list[float]:
         """Return the held-out losses of all runs (this one included) that differ from it in the seed only."""
 
+    @property
+    def lost(self) -> str | None:
+        """Why no artifact can be read; None if they can."""
+        return None
+
     def yaml(self) -> dict[str, Any]:
         """Return the complete config that the run was started with.
 
@@ -72,9 +79,8 @@ class Record(ABC):
             ConfigError: the run has no config, or the config is not plain YAML.
         """
         if not (text := self.text(CONFIG_FILE)):
-            raise ConfigError(
-                f"run {self.run_id} has no {CONFIG_FILE}: it was not made by qlora-exp, or failed before it started"
-            )
+            why = self.lost or "it was not made by qlora-exp, or failed before it started"
+            raise ConfigError(f"run {self.run_id} has no {CONFIG_FILE}: {why}")
         config = plain_yaml(text, f"{CONFIG_FILE} of run {self.run_id}")
         if not isinstance(config, dict):
             raise ConfigError(f"{CONFIG_FILE} of run {self.run_id} is not a mapping of keys to values")
@@ -96,23 +102,25 @@ class Record(ABC):
             config["identity.config"] = self.tags.get("identity.config", self.run_id)
         return config
 
-    @cached_property
+    @property
     def losses(self) -> list[dict[str, float]]:
         """For each held-out row after training: `nll` (sum, nats) and `tokens`; empty if they were not saved."""
-        text = self.text("evaluation/after_losses.jsonl")
-        return [json.loads(line) for line in text.splitlines()]
+        return self._lines("evaluation/after_losses.jsonl")
 
-    @cached_property
+    @property
     def answers(self) -> list[dict[str, Any]]:
         """Each answer generated after training, with its scores; empty if none was generated."""
         text = self.text("evaluation/answers.json")
         return json.loads(text)["after"] if text else []
 
-    @cached_property
+    @property
     def unrelated_losses(self) -> list[dict[str, float]]:
         """Like `losses`, for each row of the unrelated text that measures forgetting."""
-        text = self.text("evaluation/after_unrelated_losses.jsonl")
-        return [json.loads(line) for line in text.splitlines()]
+        return self._lines("evaluation/after_unrelated_losses.jsonl")
+
+    def _lines(self, path: str) -> list[dict[str, float]]:
+        lines: list[dict[str, float]] = json.loads(f"[{','.join(self.text(path).splitlines())}]")
+        return lines
 
     @cached_property
     def lm_eval(self) -> dict[str, Any]:
@@ -127,6 +135,7 @@ class MlflowRecord(Record):
 
     experiment_id: str
     artifact_uri: str
+    start_time: int
     mlflow: MlflowClient
 
     @classmethod
@@ -142,6 +151,7 @@ class MlflowRecord(Record):
             data.metrics,
             info.experiment_id,
             info.artifact_uri,
+            info.start_time,
             mlflow,
         )
 
@@ -151,12 +161,38 @@ class MlflowRecord(Record):
             points = self.mlflow.get_metric_history(self.run_id, metric)
         return sorted({point.step: float(point.value) for point in points}.items())
 
+    @cached_property
+    def _artifacts(self) -> tuple[Path | None, str | None]:
+        """The folder with the artifacts, None if MLflow has to download them; and why they cannot be read."""
+        try:
+            folder = artifacts.folder(self.artifact_uri, self.mlflow.tracking_uri)
+        except TrackingError as error:
+            return None, str(error)
+        is_there = folder is None or folder.is_dir()
+        return folder, None if is_there else f"its artifacts were in {folder}, which is not there"
+
+    @property
+    def lost(self) -> str | None:
+        """Why no artifact can be read; None if they can."""
+        return self._artifacts[1]
+
     def text(self, path: str) -> str:
         """Return the text of an artifact; empty if there is none."""
-        with tempfile.TemporaryDirectory() as folder:
+        folder, lost = self._artifacts
+        if lost:
+            return ""
+        if folder is not None:
+            try:
+                with open_inside(folder, path) as file:
+                    return file.read().decode("utf-8")
+            except FileNotFoundError:
+                return ""  # older runs and failed runs do not have every file
+            except (OSError, ValueError) as error:
+                raise TrackingError(f"run {self.run_id}: {path} cannot be read: {first_line(error)}") from error
+        with tempfile.TemporaryDirectory() as target:
             try:
                 where = {"artifact_uri": f"{self.artifact_uri}/{path}", "tracking_uri": self.mlflow.tracking_uri}
-                return Path(download_artifacts(**where, dst_path=folder)).read_text("utf-8")
+                return Path(download_artifacts(**where, dst_path=target)).read_text("utf-8")
             except (MlflowException, OSError) as error:
                 with mlflow_errors_explained():
                     files = self.mlflow.list_artifacts(self.run_id, path.rpartition("/")[0] or None)
@@ -164,15 +200,14 @@ class MlflowRecord(Record):
                     raise TrackingError(
                         f"MLflow lists {path} but does not return it, for run {self.run_id}: {first_line(error)}"
                     ) from error
-                return ""  # older runs and failed runs do not have every file
+                return ""
 
     def seed_losses(self) -> list[float]:
         """Return the held-out losses of all runs (this one included) that differ from it in the seed only."""
         known_params = ((key, self.params.get(key, "")) for key in ("model.model_name_or_path", "method.name"))
         where = " and ".join(f"params.`{key}` = '{value}'" for key, value in known_params if "'" not in value)
         with mlflow_errors_explained():
-            runs = list(_search(self.mlflow, [self.experiment_id], where, None))
-        records = [MlflowRecord.of(run, self.mlflow) for run in runs]
+            records = list(_search(self.mlflow, [self.experiment_id], None, where))
         same_config = [record for record in records if record.config == self.config and record.outcome == "ok"]
         by_seed = {
             record.params.get("seed"): record.metrics["after/loss"]
@@ -203,10 +238,10 @@ def find(
     Raises:
         TrackingError: the store cannot be reached, or has no such runs.
     """
-    mlflow = _reader(uri)
+    mlflow = reader(uri)
     words = [_word(word, store_uri(uri)) for word in chosen]
     with mlflow_errors_explained():
-        return [MlflowRecord.of(run, mlflow) for run in _find(mlflow, words, experiment, where)]
+        return _find(mlflow, words, experiment, where)
 
 
 def by_ids(uri: str | None, run_ids: Sequence[str]) -> list[MlflowRecord]:
@@ -215,7 +250,7 @@ def by_ids(uri: str | None, run_ids: Sequence[str]) -> list[MlflowRecord]:
     Raises:
         TrackingError: the store cannot be reached, or lacks one of the runs.
     """
-    mlflow = _reader(uri)
+    mlflow = reader(uri)
     with mlflow_errors_explained():
         return [MlflowRecord.of(mlflow.get_run(run_id), mlflow) for run_id in run_ids]
 
@@ -229,7 +264,7 @@ def mlflow_errors_explained() -> Iterator[None]:
         raise TrackingError(f"MLflow: {first_line(error)}") from error
 
 
-def _find(mlflow: MlflowClient, chosen: Sequence[str], experiment: str | None, where: str | None) -> list[Run]:
+def _find(mlflow: MlflowClient, chosen: Sequence[str], experiment: str | None, where: str | None) -> list[MlflowRecord]:
     experiments = [mlflow.get_experiment_by_name(experiment)] if experiment else mlflow.search_experiments()
     if experiments == [None]:
         names = ", ".join(existing.name for existing in mlflow.search_experiments())
@@ -240,20 +275,18 @@ def _find(mlflow: MlflowClient, chosen: Sequence[str], experiment: str | None, w
             f"('{deleted[0].experiment_id}') restores it"
         )
     ids = [entry.experiment_id for entry in experiments if entry is not None]
-    filters = [_filter(mlflow, ids, word) for word in chosen]
-    if not filters:
-        filters = [""] if experiment or where else [_newest_sweep(mlflow, ids)]
-    results = [_search(mlflow, ids, selection, where) for selection in filters]
+    selections: list[_Selection | None] = [_selection(mlflow, ids, word) for word in chosen]
+    if not selections:
+        selections = [None] if experiment or where else [_newest_sweep(mlflow, ids)]
+    results = [_search(mlflow, ids, selection, where) for selection in selections]
     # Only `reproduce` judges repetitions: in a table, a repetition would replace the run that it repeats.
     runs = [
         run
-        for selection, group in zip(filters, results, strict=True)
-        for run in sorted(group, key=lambda run: run.info.start_time)
-        if "reproduces" not in run.data.tags or selection.startswith("attributes.") or "reproduces" in (where or "")
+        for selection, group in zip(selections, results, strict=True)
+        for run in sorted(group, key=lambda run: run.start_time)
+        if "reproduces" not in run.tags or (selection and selection.attribute) or "reproduces" in (where or "")
     ]
-    newest = {
-        run.data.tags["run_key"]: run for run in sorted(runs, key=lambda run: run.data.tags.get("outcome") == "ok")
-    }
+    newest = {run.tags["run_key"]: run for run in sorted(runs, key=lambda run: run.outcome == "ok")}
     if not newest and chosen and where:
         raise TrackingError(f"--filter {where}: no run of {', '.join(chosen)} matches this filter")
     if not newest and chosen:
@@ -262,7 +295,7 @@ def _find(mlflow: MlflowClient, chosen: Sequence[str], experiment: str | None, w
         raise TrackingError(f"MLflow has no runs of {', '.join(chosen)}; sweeps in the store: {names or 'none'}")
     if not newest:
         raise TrackingError(f"MLflow has no runs of {', '.join([*chosen, where or '']).strip(', ') or 'this tool'} yet")
-    return [run for run in runs if newest[run.data.tags["run_key"]] is run]
+    return [run for run in runs if newest[run.tags["run_key"]] is run]
 
 
 def page(uri: str | None, server: str) -> str:
@@ -271,7 +304,7 @@ def page(uri: str | None, server: str) -> str:
     Raises:
         TrackingError: the store does not exist or cannot be reached.
     """
-    mlflow = _reader(uri)
+    mlflow = reader(uri)
     with mlflow_errors_explained():
         experiments = {experiment.experiment_id: experiment for experiment in mlflow.search_experiments()}
         newest = mlflow.search_runs(list(experiments), max_results=1)
@@ -281,42 +314,55 @@ def page(uri: str | None, server: str) -> str:
     return mlflow_views.address(server, newest[0].info.experiment_id, list(tags), "sweep" in newest[0].data.tags)
 
 
-def _reader(uri: str | None) -> MlflowClient:
-    """Return a client of an existing store. MLflow would create a missing SQLite file; this raises instead."""
-    file = Path(store_uri(uri).removeprefix("sqlite:///"))
-    if store_uri(uri).startswith("sqlite:///") and not file.is_file():
-        raise TrackingError(
-            f"no runs yet: {file} does not exist; start this in the folder where you train, or give --uri"
-        )
-    with notice_if_slow(f"waiting for MLflow at {redact(store_uri(uri))}"):
-        return client(uri)
+@dataclass(frozen=True)
+class _Selection:
+    """Runs with this value of a tag, or of an attribute that names runs themselves."""
+
+    key: str
+    value: str
+    attribute: bool = False
+
+    def __str__(self) -> str:
+        """Return it as an MLflow filter."""
+        quoted = f'"{self.value}"' if "'" in self.value else f"'{self.value}'"
+        return f"{'attributes' if self.attribute else 'tags'}.`{self.key}` = {quoted}"
 
 
-def _search(mlflow: MlflowClient, ids: list[str], selection: str, where: str | None) -> Iterator[Run]:
-    """Iterate over the runs made by qlora-exp that match, page by page."""
+def _search(
+    mlflow: MlflowClient, ids: list[str], selection: _Selection | None, where: str | None
+) -> Iterator[MlflowRecord]:
+    """Iterate over the runs made by qlora-exp that match."""
+    file = sqlite_file(mlflow.tracking_uri)
+    if file is not None and where is None and not (selection and selection.attribute):
+        tags_wanted = {"run_key": None} | ({selection.key: selection.value} if selection else {})
+        for run in stored_runs(file, ids, tags_wanted):
+            tags = {"outcome": run.status.lower()} | run.tags
+            place = run.experiment_id, run.artifact_uri, run.start_time
+            yield MlflowRecord(run.run_id, run.name, run.params, tags, run.metrics, *place, mlflow)
+        return
     token = None
-    filter_string = " and ".join(part for part in (selection, where, "tags.run_key LIKE '%'") if part)
+    filter_string = " and ".join(str(part) for part in (selection, where, "tags.run_key LIKE '%'") if part)
     while True:
         runs = mlflow.search_runs(ids, filter_string, max_results=_PAGE, page_token=token)
-        yield from runs
+        yield from (MlflowRecord.of(run, mlflow) for run in runs)
         if not (token := runs.token):
             return
 
 
-def _filter(mlflow: MlflowClient, ids: list[str], word: str) -> str:
-    """Return the MLflow filter for one word of `chosen`."""
+def _selection(mlflow: MlflowClient, ids: list[str], word: str) -> _Selection:
+    """Return the runs that one word of `chosen` names."""
     if _RUN_ID.fullmatch(word):
         is_sweep = "sweep.keys" in mlflow.get_run(word).data.tags
-        return f"tags.`mlflow.parentRunId` = '{word}'" if is_sweep else f"attributes.run_id = '{word}'"
+        return _Selection("mlflow.parentRunId", word) if is_sweep else _Selection("run_id", word, attribute=True)
     if _RUN_KEY.fullmatch(word):
-        return f"tags.run_key = '{word}'"
+        return _Selection("run_key", word)
     if "'" in word and '"' in word:
         raise TrackingError(
             f"{word}: MLflow cannot search for a name that contains both kinds of quotes; give the run id"
         )
-    quoted = f'"{word}"' if "'" in word else f"'{word}'"
-    of_sweep = f"tags.sweep = {quoted}"
-    return of_sweep if mlflow.search_runs(ids, of_sweep, max_results=1) else f"attributes.run_name = {quoted}"
+    sweep = _Selection("sweep", word)
+    is_sweep = bool(mlflow.search_runs(ids, str(sweep), max_results=1))
+    return sweep if is_sweep else _Selection("run_name", word, attribute=True)
 
 
 def _word(word: str, uri: str) -> str:
@@ -335,6 +381,6 @@ def _word(word: str, uri: str) -> str:
     return found
 
 
-def _newest_sweep(mlflow: MlflowClient, ids: list[str]) -> str:
+def _newest_sweep(mlflow: MlflowClient, ids: list[str]) -> _Selection | None:
     newest = mlflow.search_runs(ids, "tags.`sweep.keys` LIKE '%'", max_results=1)
-    return f"tags.`mlflow.parentRunId` = '{newest[0].info.run_id}'" if newest else ""
+    return _Selection("mlflow.parentRunId", newest[0].info.run_id) if newest else None

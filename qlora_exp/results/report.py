@@ -186,6 +186,8 @@ def _notes(comparison: Comparison) -> list[str]:
     ]
     if intervals:
         lines.append("± is the 95 % interval of the mean over seeds (Student's t).")
+    if comparison.without_artifacts:
+        lines.append(f"Not compared on single held-out items, because {comparison.without_artifacts}.")
     if comparison.warnings:
         lines.append("The comparison may be unfair, because these conditions differ:")
         lines += [f"  {line}" for line in comparison.warnings]

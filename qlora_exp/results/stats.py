@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtr, stdtrit
 
 Items = np.ndarray[Any, np.dtype[np.float64]]
 """Shape (seeds, items, 2): for each held-out item a numerator (nats, or a score) and a weight (tokens, or 1).
@@ -100,7 +100,7 @@ def _difference(differences: Items, of_items: float, item_count: int) -> Differe
         return Difference(value, value, value, float(value == 0), seeds, item_count, of_seeds, of_items)
     error = math.sqrt(variance)
     half = quantile(freedom) * error
-    p = float(2 * student.sf(abs(value) / error, freedom))
+    p = float(2 * stdtr(freedom, -abs(value) / error))
     return Difference(value, value - half, value + half, p, seeds, item_count, of_seeds, of_items)
 
 
@@ -121,7 +121,7 @@ def _combined(of_seeds: float, seeds: int, of_items: float, items: int) -> tuple
 
 def quantile(freedom: float) -> float:
     """Return the quantile of Student's t: half the width of the interval at `LEVEL`, in standard errors."""
-    return float(student.ppf((1 + LEVEL) / 2, freedom))
+    return float(stdtrit(freedom, (1 + LEVEL) / 2))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

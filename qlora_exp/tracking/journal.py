@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, TypeAdapter, Validat
 from pydantic_core import from_json
 
 from qlora_exp.utils.errors import JournalError
-from qlora_exp.utils.files import write_atomically
+from qlora_exp.utils.files import not_a_link, open_inside, write_atomically
 
 FILE = "journal.jsonl"
 CONFIG_FILE = "qlora_exp.yaml"
@@ -215,7 +215,7 @@ class Journal:
         self.check()
         try:
             # Folder names and arguments may have bytes that are not UTF-8: they become question marks.
-            with self.file.open("a", encoding="utf-8", errors="replace") as lines:
+            with open(self.file, "a", encoding="utf-8", errors="replace", opener=not_a_link) as lines:
                 lines.write(json.dumps(message, ensure_ascii=False) + "\n")
                 if message["op"] != "metrics":
                     lines.flush()
@@ -279,7 +279,7 @@ def _opened(file: Path) -> Iterator[BinaryIO | None]:
     """
     try:
         if file.is_file():
-            with file.open("rb") as content:
+            with open_inside(file.parent, file.name) as content:
                 yield content
         elif file.exists():
             raise JournalError(f"{file}: not a file; remove what is there")
@@ -383,7 +383,7 @@ def _cut_torn_line(file: Path) -> None:
     """Remove an incomplete last line that a kill or a power failure left: it was never sent."""
     if not file.is_file():
         return
-    with file.open("rb+") as lines:
+    with open(file, "rb+", opener=not_a_link) as lines:
         size = lines.seek(0, os.SEEK_END)
         end = size
         while end > 0:

@@ -16,7 +16,7 @@ from qlora_exp.config.schema import Config
 from qlora_exp.config.untrusted import plain_yaml
 from qlora_exp.config.values import APART, flatten, result_values, to_yaml
 from qlora_exp.environment import provenance
-from qlora_exp.tracking import run_key
+from qlora_exp.tracking import known_stores, run_key
 from qlora_exp.tracking.journal import CONFIG_FILE, LOCK_FILE, Journal, has_ended, last_message
 from qlora_exp.tracking.mlflow_store import store_uri
 from qlora_exp.tracking.recovery import finish, reap
@@ -67,6 +67,7 @@ def open_run(
     process_tags |= {"mlflow.source.type": "LOCAL", "mlflow.user": provenance.user()}
     try:
         tracker = Tracker(journal, uri, resumed)
+        known_stores.remember(store_uri(uri))
         if must_reach:
             reap(tracker.connect(), experiment, uri)
         if resumed:
@@ -185,7 +186,7 @@ def record_dead_process(config: Config, folder: Path, tags: Mapping[str, str], o
         tracker = _begin(config, folder, tags, must_reach=False)
         _describe(tracker, config)
         tracker.close()
-    finish(folder, outcome, failure)
+    finish(folder, outcome, failure, store_uri(config.tracking.uri))
 
 
 def record_failure(config: Config, folder: Path, tags: Mapping[str, str], error: BaseException) -> None:

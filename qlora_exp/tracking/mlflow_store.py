@@ -8,7 +8,9 @@ the process is killed after it sent a message and before it noted that in the jo
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -32,57 +34,95 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from qlora_exp.libraries.mlflow import create_tables, reopen
-from qlora_exp.tracking import mlflow_views
+from qlora_exp.libraries.mlflow import create_tables, reopen, schema_version
+from qlora_exp.tracking import artifacts, mlflow_views, sqlite_store
+from qlora_exp.tracking.guarded_client import GuardedClient
 from qlora_exp.tracking.journal import FILE, Journal, read
 from qlora_exp.tracking.journal import run_id as run_id_at
 from qlora_exp.tracking.limits import fit_message
 from qlora_exp.tracking.refusals import Entry, LeftOut, cause, log_entries, no_content, read_run
 from qlora_exp.utils.errors import JournalError, TrackingError
+from qlora_exp.utils.files import open_inside, own_user, scratch_folder
+from qlora_exp.utils.notice import notice_if_slow
 from qlora_exp.utils.secrets import redact
 
 log = logging.getLogger(__name__)
 
 PARENT_TAG = "mlflow.parentRunId"
 """Tag with the id of the sweep's run in a job's run."""
+_RELATIVE = re.compile(r"^sqlite(\+\w+)?:///(?!/|:memory:|file:)")
 
 
 def store_uri(uri: str | None) -> str:
-    """Return the tracking URI: `uri` if set, else that of an SQLite database in `mlruns/` of the working directory."""
-    return uri or f"sqlite:///{Path.cwd() / 'mlruns' / 'mlflow.db'}"
+    """Return the tracking URI: `uri` if set, else that of an SQLite database in `mlruns/`.
+
+    A relative SQLite path is relative to the working directory, as for MLflow.
+    """
+    here = str(Path.cwd()).replace("%", "%25").replace("?", "%3F")  # SQLAlchemy decodes them
+    return _RELATIVE.sub(lambda match: f"{match[0]}{here}/", uri or "sqlite:///mlruns/mlflow.db", count=1)
 
 
 def exists(uri: str | None = None) -> bool:
     """Check whether a store may exist: false only for an SQLite database whose file does not."""
-    address = store_uri(uri)
-    return not address.startswith("sqlite:///") or Path(address.removeprefix("sqlite:///")).is_file()
+    file = sqlite_store.sqlite_file(store_uri(uri))
+    return file is None or file.is_file()
 
 
 def client(uri: str | None = None) -> MlflowClient:
     """Return a client of a store that answers; a missing SQLite store is created first, by one process at a time.
 
     Raises:
-        TrackingError: the store cannot be reached or created.
+        TrackingError: the store cannot be reached or created, or is another database.
     """
     address = store_uri(uri)
+    file = sqlite_store.sqlite_file(address)
+    with _errors_explained(address, "written"):
+        if file is None:
+            return _connected(address)
+        # Several processes that create the database at the same time would damage it permanently.
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock"):
+            if is_new := not file.exists():
+                _create_store(file)
+            sqlite_store.check(file)
+            artifacts.relocate(file)
+            return _connected(address, is_new)
+
+
+def reader(uri: str | None = None) -> MlflowClient:
+    """Return a client that only reads. An SQLite store is not changed, not even by a lock; a missing one not created.
+
+    Raises:
+        TrackingError: the store does not exist, cannot be reached, or is another database.
+    """
+    address = store_uri(uri)
+    file = sqlite_store.sqlite_file(address)
+    with _errors_explained(address, "read"):
+        if file is None:
+            with notice_if_slow(f"waiting for MLflow at {redact(address)}"):
+                return _connected(address)
+        if not file.is_file():
+            raise TrackingError(
+                f"no runs yet: {file} does not exist; start this in the folder where you train, or give --uri"
+            )
+        sqlite_store.check_readable(file, schema_version())
+        return _connected(sqlite_store.read_only_uri(file))
+
+
+@contextmanager
+def _errors_explained(address: str, used: str) -> Iterator[None]:
     try:
-        if address.startswith("sqlite:///"):
-            # Several processes that create the database at the same time would damage it permanently.
-            file = Path(address.removeprefix("sqlite:///"))
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{file}.lock"):
-                if is_new := not file.exists():
-                    _create_store(file)
-                mlflow = MlflowClient(address, registry_uri=address)
-                if is_new:  # this process may have used an earlier file
-                    reopen(mlflow)
-                mlflow.search_experiments(max_results=1)
-        else:
-            mlflow = MlflowClient(address, registry_uri=address)
-            mlflow.search_experiments(max_results=1)
+        yield
     except (MlflowException, OSError, SQLAlchemyError) as error:
-        why = redact(f"MLflow at {address} does not answer or cannot be written: {cause(error)}{_hint(error)}")
+        why = redact(f"MLflow at {address} does not answer or cannot be {used}: {cause(error)}{_hint(error)}")
         raise TrackingError(f"tracking.uri: {why}") from error
+
+
+def _connected(address: str, is_new: bool = False) -> MlflowClient:
+    mlflow = GuardedClient(address, registry_uri=address)
+    if is_new:  # this process may have used an earlier file
+        reopen(mlflow)
+    mlflow.search_experiments(max_results=1)
     return mlflow
 
 
@@ -102,11 +142,9 @@ def _create_store(file: Path) -> None:
 
     MLflow takes seconds to create it, and cannot use an incomplete one.
     """
-    part = file.with_name(f".{file.name}.part")
-    for leftover in file.parent.glob(f"{part.name}*"):  # of a process that was killed here
-        leftover.unlink()
-    create_tables(f"sqlite:///{part}")
-    part.replace(file)
+    with scratch_folder(file.parent) as scratch:
+        create_tables(store_uri(f"sqlite:///{scratch / file.name}"))
+        (scratch / file.name).rename(file)
 
 
 def send(mlflow: MlflowClient, journal: Journal, *messages: dict[str, Any]) -> list[LeftOut]:
@@ -232,7 +270,8 @@ def _log_model(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) 
     run_id, experiment_id = journal.state["run_id"], journal.state["experiment_id"]
     folder = journal.folder / message["folder"]
     listed = [f"{message['folder']}/{name}" for name in message.get("files", [])]
-    there = [str(file.relative_to(journal.folder)) for file in folder.rglob("*") if not file.is_dir()]
+    files = [file for file in folder.rglob("*") if file.is_symlink() or not file.is_dir()]
+    there = [f"{message['folder']}/{file.relative_to(folder)}" for file in files]
     # MLflow sends the whole folder, and would follow links to files outside.
     if not _files(journal.folder, [*listed, *there]):
         raise UnsendableError(f"{folder} has no files")
@@ -274,35 +313,33 @@ def _files(folder: Path, paths: Iterable[str]) -> list[Path]:
     Raises:
         UnsendableError: one does not exist, or is outside of the folder.
     """
+    paths = list(paths)
+    if missing := [str(folder / path) for path in paths if "\0" not in path and not os.path.lexists(folder / path)]:
+        raise UnsendableError(f"{', '.join(missing)}: no such file")
     try:
-        files = [_inside(folder, path) for path in paths]
+        return [_inside(folder, path) for path in paths]
     except FileNotFoundError as error:
         raise UnsendableError(str(error)) from error
-    if missing := [str(file) for file in files if not file.is_file()]:
-        raise UnsendableError(f"{', '.join(missing)}: no such file")
-    return files
 
 
 def _inside(folder: Path, path: str) -> Path:
-    """Return the path of a file in the run's folder; refuse one outside.
+    """Return the path of a file in the run's folder; refuse links, files of other users, and what is no file.
 
-    Without this a journal that somebody else wrote could upload other files of this machine.
+    Without this, a journal or folder of somebody else could upload other files of this machine. MLflow opens the file
+    again, by its path: who can write into the folder can still replace the file between the check and that.
     """
     try:
-        file = (folder / path).resolve()
-    except (ValueError, RuntimeError) as error:  # not a valid name, or links in a circle
-        raise FileNotFoundError(f"{path!r} is not in {folder}: {error}") from error
-    if not file.is_relative_to(folder.resolve()):
-        raise FileNotFoundError(f"{path} is not in {folder}")
-    return file
+        open_inside(folder, path, own_user(folder)).close()
+    except OSError as error:
+        raise FileNotFoundError(f"{error.filename} is not sent: {error.strerror}") from error
+    return folder / path
 
 
 def _experiment(mlflow: MlflowClient, name: str, uri: str) -> str:
     experiment = mlflow.get_experiment_by_name(name)
     if experiment is None:
-        location = None  # a server decides itself
-        if uri.startswith("sqlite:///"):
-            location = (Path(uri.removeprefix("sqlite:///")).absolute().parent / "artifacts").as_uri()
+        file = sqlite_store.sqlite_file(uri)
+        location = None if file is None else (file.parent / "artifacts").as_uri()
         try:
             experiment = mlflow.get_experiment(mlflow.create_experiment(name, artifact_location=location))
         except MlflowException:  # another process may have created it just now
@@ -313,8 +350,10 @@ def _experiment(mlflow: MlflowClient, name: str, uri: str) -> str:
     if experiment.lifecycle_stage != "active":
         raise TrackingError(
             f"tracking.experiment_name: '{name}' was deleted in MLflow; choose another name or restore it there "
-            f"(MLFLOW_TRACKING_URI={redact(uri)} mlflow experiments restore --experiment-id {experiment.experiment_id})"
+            f"(MLFLOW_TRACKING_URI={redact(uri)} mlflow experiments restore --experiment-id "
+            f"{experiment.experiment_id})"
         )
+    artifacts.require_own(experiment.artifact_location, uri)
     key, view = mlflow_views.all_runs()
     if experiment.tags.get(key) != view:
         mlflow.set_experiment_tag(experiment.experiment_id, key, view)
@@ -331,7 +370,7 @@ def finished_runs(uri: str | None, experiment: str, run_keys: Iterable[str]) -> 
     """
     if not exists(uri):
         return {}
-    mlflow = client(uri)
+    mlflow = reader(uri)
     found_experiment = mlflow.get_experiment_by_name(experiment)
     if found_experiment is None:
         return {}

@@ -11,9 +11,12 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from qlora_exp.environment import provenance
+from qlora_exp.tracking import known_stores
 from qlora_exp.tracking.journal import FILE, Journal, is_locked, last_message, read
+from qlora_exp.tracking.mlflow_store import store_uri
+from qlora_exp.tracking.sqlite_store import sqlite_file
 from qlora_exp.tracking.tracker import Tracker
-from qlora_exp.utils.errors import JournalError, first_line, type_and_first_line
+from qlora_exp.utils.errors import JournalError, TrackingError, first_line, type_and_first_line
 from qlora_exp.utils.secrets import redact
 
 log = logging.getLogger(__name__)
@@ -26,7 +29,7 @@ def finish(folder: Path, outcome: str, failure: str, uri: str | None = None, aga
         folder: the run's output folder.
         outcome: outcome of a run whose process is gone.
         failure: one line that says why it ended.
-        uri: MLflow store to send to; default: the one that the run was started with.
+        uri: MLflow store to send to; default: the one that the run was started with, if this user has used it before.
         again: read the run back from MLflow even if that was done before.
 
     Returns:
@@ -35,6 +38,7 @@ def finish(folder: Path, outcome: str, failure: str, uri: str | None = None, aga
 
     Raises:
         JournalError: a message cannot be read; those before it are sent, and the run is not ended.
+        TrackingError: only the journal names the store, and this user has never sent runs there.
     """
     try:
         journal = Journal(folder)
@@ -44,11 +48,12 @@ def finish(folder: Path, outcome: str, failure: str, uri: str | None = None, aga
         begin = next(journal.messages(), None)
         if begin is None:
             return []
+        store = uri or store_of(folder, begin["uri"])
         try:
-            tracker = Tracker(journal, uri or begin["uri"], resumed=True)
+            tracker = Tracker(journal, store, resumed=True)
         except JournalError:
             with suppress(JournalError):  # the same error, raised below
-                Tracker(journal, uri or begin["uri"]).deliver()
+                Tracker(journal, store).deliver()
             raise
         last = last_message(folder)
         if last is not None and last["op"] != "end":
@@ -58,6 +63,23 @@ def finish(folder: Path, outcome: str, failure: str, uri: str | None = None, aga
         return tracker.settle(again)
     finally:
         journal.close()
+
+
+def store_of(folder: Path, uri: str) -> str:
+    """Return the store that a journal names, if runs may be sent there.
+
+    Raises:
+        TrackingError: this user has never sent runs there, or the folder of an SQLite store is gone.
+    """
+    if not known_stores.is_known(uri):
+        raise TrackingError(
+            f"{folder}: its journal says to send the run to {redact(uri)}, where you have not sent runs before; "
+            f"if that is right: --uri {redact(uri)}"
+        )
+    file = sqlite_file(uri)
+    if file is not None and uri != store_uri(None) and not file.parent.is_dir():
+        raise TrackingError(f"{folder}: the folder of its store {file} is not there; name another store: --uri URI")
+    return uri
 
 
 def reap(mlflow: MlflowClient, experiment: str, uri: str | None) -> None:
@@ -76,7 +98,7 @@ def reap(mlflow: MlflowClient, experiment: str, uri: str | None) -> None:
             if not provenance.is_dead({key: tags.get(f"process.{key}", "") for key in process_keys}):
                 continue
             _check_stale(folder, tags.get("attempt"))
-            problems = finish(folder, "killed", "its process is gone", uri)
+            problems = finish(folder, "killed", "its process is gone", store_uri(uri))
             if problems and is_locked(folder):  # it still runs
                 continue
             why = "; ".join(problems) or why

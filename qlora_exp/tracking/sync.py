@@ -9,9 +9,10 @@ from pathlib import Path
 from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 
+from qlora_exp.tracking import known_stores
 from qlora_exp.tracking.journal import FILE, is_delivered, is_locked, read, received
-from qlora_exp.tracking.mlflow_store import PARENT_TAG, client, exists, parent_run_id
-from qlora_exp.tracking.recovery import finish
+from qlora_exp.tracking.mlflow_store import PARENT_TAG, client, exists, parent_run_id, store_uri
+from qlora_exp.tracking.recovery import finish, store_of
 from qlora_exp.tracking.refusals import cause
 from qlora_exp.utils.errors import JournalError, TrackingError
 
@@ -42,14 +43,19 @@ def settle(folders: Iterable[Path], uri: str | None = None) -> Settled:
         uri: the MLflow store; default: the one that each run was started with.
     """
     result = Settled()
+    if uri is not None:
+        uri = store_uri(uri)
+        known_stores.remember(uri)
     stores: dict[str, dict[Path, bool]] = {}
     for folder in sorted(Path(os.path.abspath(folder)) for folder in folders):
         try:
             if is_locked(folder):
                 result.running += 1
             elif (begin := next((message for message, _ in read(folder / FILE)), None)) is not None:
-                address = uri or begin["uri"]
+                address = uri or store_of(folder, begin["uri"])
                 stores.setdefault(address, {})[folder] = is_delivered(folder, address)
+        except TrackingError as error:  # a store that only the journal names
+            result.lacks[folder] = [str(error)]
         except (JournalError, OSError) as error:
             result.unread.append(str(error))
     for address, runs in stores.items():

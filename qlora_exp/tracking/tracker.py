@@ -20,6 +20,7 @@ from qlora_exp.tracking.journal import Journal
 from qlora_exp.tracking.mlflow_store import client, send, store_uri
 from qlora_exp.tracking.refusals import cause, has_lost
 from qlora_exp.utils.errors import DeletedError, JournalError, TrackingError
+from qlora_exp.utils.files import write_atomically
 from qlora_exp.utils.names import valid_names
 from qlora_exp.utils.secrets import redact
 from qlora_exp.utils.signals import defer_signals
@@ -101,7 +102,7 @@ class Tracker:
         self._journal.check()  # else `mkdir` would create a deleted output folder again
         file = self.output_dir / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(redact(text), encoding="utf-8")
+        write_atomically(file, redact(text))
         self.file(name)
 
     def json(self, value: Any, name: str) -> None:

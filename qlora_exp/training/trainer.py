@@ -18,7 +18,7 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from trl.trainer.sft_trainer import SFTTrainer
 
 from qlora_exp.config.schema import Config
@@ -30,6 +30,7 @@ from qlora_exp.libraries import trl
 from qlora_exp.models.adapters import allocates, fit_schedule, keep_dtypes, penalty
 from qlora_exp.models.base import keep_router_setting
 from qlora_exp.training.arguments import arguments
+from qlora_exp.training.checkpoints import seal
 from qlora_exp.training.optimizers import KeepTrainableSet, lora_optimizer
 from qlora_exp.utils.errors import DivergedError
 
@@ -143,7 +144,10 @@ class Trainer(SFTTrainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:  # transformers 5.23; no public hook before a save
         with self.memory.phase("save"):
+            folder = Path(str(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
             super()._save_checkpoint(*args, **kwargs)
+            if self.args.should_save:
+                seal(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write no model card: TRL's would contain paths of this machine, and MLflow has the facts about the run."""

@@ -3,11 +3,14 @@
 Several processes can use it at the same time. It does not interpret the contents of its folders.
 """
 
+import errno
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import platformdirs
@@ -15,13 +18,18 @@ from filelock import FileLock
 
 from qlora_exp.utils.digests import file_digest
 from qlora_exp.utils.errors import CacheError
+from qlora_exp.utils.files import own_user
 
 _MANIFEST = "qlora_exp_manifest.json"
 
 
 def cache_dir() -> Path:
-    """Return the cache folder: `$QLORA_EXP_CACHE`, else `qlora_exp` in the user's cache folder."""
-    return Path(os.environ.get("QLORA_EXP_CACHE") or platformdirs.user_cache_dir("qlora_exp"))
+    """Return this user's cache folder: `user-ID` in `$QLORA_EXP_CACHE`, else `qlora_exp` in the user's cache folder.
+
+    Several users can set the same `$QLORA_EXP_CACHE`. What another user writes there is not used.
+    """
+    shared = os.environ.get("QLORA_EXP_CACHE")
+    return Path(shared, f"user-{os.geteuid()}") if shared else Path(platformdirs.user_cache_dir("qlora_exp"))
 
 
 def built(name: str, build: Callable[[Path], None]) -> Path:
@@ -36,7 +44,7 @@ def built(name: str, build: Callable[[Path], None]) -> Path:
     """
     folder = cache_dir() / name
     try:
-        cache_dir().mkdir(parents=True, exist_ok=True)
+        _make_own(cache_dir())
         with FileLock(f"{folder}.lock"):
             if not _intact(folder):
                 for leftover in (folder, *cache_dir().glob(f"{name}.*/")):  # also those of killed builds
@@ -50,11 +58,29 @@ def built(name: str, build: Callable[[Path], None]) -> Path:
                 finally:
                     shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
+        denied = isinstance(error, PermissionError)
+        remedy = "let its users make folders there (chmod 1777)" if denied else "free space there"
         raise CacheError(
             f"cannot write to the cache {cache_dir()} ({error.strerror or error}): "
-            "free space there, or set QLORA_EXP_CACHE to another folder"
+            f"{remedy}, or set QLORA_EXP_CACHE to another folder"
         ) from error
     return folder
+
+
+def _make_own(folder: Path) -> None:
+    """Make a folder that only this user can enter, or check that the existing one belongs to this user.
+
+    Raises:
+        OSError: it belongs to another user, is a link in a folder of several users, or cannot be made.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.stat(follow_symlinks="QLORA_EXP_CACHE" not in os.environ)
+    if not stat.S_ISDIR(status.st_mode):
+        raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(folder))
+    if status.st_uid != own_user(folder):
+        raise PermissionError(errno.EPERM, "belongs to another user", str(folder))
 
 
 def _intact(folder: Path) -> bool:

@@ -138,3 +138,24 @@ def test_lora_optimizer_trains_and_resumes(name: str, shared_run, run_quick, rea
     assert fewer == (name == "lorafa")
     again = run_quick(*words, f"training.resume_from_checkpoint={whole.output_dir}/checkpoints/checkpoint-2")
     assert read_losses(again) == read_losses(whole)[2:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damaged", ["newest", "all"])
+def test_damaged_checkpoint_changes_no_result(damaged, run_quick, read_losses, tmp_path, monkeypatch, caplog):
+    from qlora_exp.training import evaluation
+
+    words = [*CONSTANT, "training.max_steps=4", "training.save_strategy=steps", "training.save_steps=2"]
+    words.append("training.save_total_limit=9")
+    whole = run_quick(*words)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(evaluation, "evaluate", interrupt)
+        run_quick(*words, folder="cut")
+    for step in (4,) if damaged == "newest" else (2, 4):
+        file = tmp_path / "cut" / "checkpoints" / f"checkpoint-{step}" / "optimizer.pt"
+        file.write_bytes(file.read_bytes()[:1000])
+    again = run_quick(*words, folder="cut")
+    assert read_losses(again) == read_losses(whole)
+    assert again.metrics["after/loss"] == whole.metrics["after/loss"]
+    assert "missing or damaged: checkpoint-4/optimizer.pt" in caplog.text
+    assert ("; training starts over" in caplog.text) == (damaged == "all")

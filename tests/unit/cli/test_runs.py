@@ -7,13 +7,16 @@ import pytest
 from support import exit_code
 
 from qlora_exp.tracking.journal import FILE
+from qlora_exp.tracking.sqlite_store import read_only_uri
 
 
 @pytest.fixture
-def runs_here(tmp_path) -> Path:
-    """Make the file of an MLflow store in the working directory."""
+def runs_here(make_store, tmp_path) -> Path:
+    """Make an MLflow store in the working directory."""
+    from qlora_exp.tracking.mlflow_store import client
+
     (tmp_path / "mlruns").mkdir()
-    (tmp_path / "mlruns" / "mlflow.db").write_text("")
+    client(make_store("mlruns/mlflow.db"))
     return tmp_path / "mlruns" / "mlflow.db"
 
 
@@ -38,6 +41,13 @@ def test_ui_opens_the_store_in_mlruns(runs_here, monkeypatch, capsys):
     assert exit_code("ui", "--port", "5001") == 0
     assert f"sqlite:///{runs_here}" in started[0]
     assert "http://127.0.0.1:5001" in capsys.readouterr().out
+    monkeypatch.setattr("os.access", lambda path, _: path != runs_here)  # the store of another user
+    assert exit_code("ui", "--port", "5001") == 0
+    assert read_only_uri(runs_here) in started[1]
+    runs_here.write_bytes(b"")
+    assert exit_code("ui", "--port", "5001") == 1
+    assert "is not an MLflow store" in capsys.readouterr().err
+    assert runs_here.stat().st_size == 0
 
 
 def test_sync_looks_for_the_usual_folders_when_it_runs(tmp_path, capsys):
@@ -69,7 +79,7 @@ def test_sync_sends_all_that_it_can_read(what: str, mlflow_uri, tmp_path, monkey
         scan = os.scandir
 
         def refused(path):
-            if Path(path).absolute() == bad:
+            if not isinstance(path, int) and Path(path).absolute() == bad:
                 raise PermissionError(errno.EACCES, "Permission denied", str(path))
             return scan(path)
 

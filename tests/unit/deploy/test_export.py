@@ -238,10 +238,11 @@ def test_export_beyond_the_file_size_limit_is_reported(broken_adapter, tmp_path)
 
 
 def test_leftovers_of_a_killed_export_are_removed(trained_adapters, tmp_path):
-    (tmp_path / ".made.999999999").mkdir()
+    (tmp_path / ".qlora_exp.killed.part" / "made").mkdir(parents=True)
     (tmp_path / ".made.txt").mkdir()
     export.export(find(trained_adapters()), tmp_path / "made")
     assert sorted(one.name for one in tmp_path.iterdir()) == [".made.txt", "made"]
+    assert (tmp_path / "made").stat().st_mode == (tmp_path / ".made.txt").stat().st_mode
 
 
 def test_existing_export_is_identified_by_weights_and_options(trained_adapters, tmp_path):

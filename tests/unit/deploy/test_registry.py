@@ -1,11 +1,16 @@
 """A registered model is found by its alias, with a card that says what it is."""
 
+import shutil
+import sqlite3
+from contextlib import closing
+
 import pytest
 import torch
 from support import exit_code
 
 from qlora_exp.deploy import load, registry
 from qlora_exp.tracking.mlflow_store import client
+from qlora_exp.tracking.sqlite_store import sqlite_file
 from qlora_exp.utils.errors import ConfigError, ModelError, TrackingError
 
 pytestmark = pytest.mark.slow
@@ -112,3 +117,38 @@ def test_register_command_says_how_to_load_the_model(run_id, mlflow_uri, tmp_pat
     assert exit_code("register", run_id, *words) == 0
     assert "qlora_exp.load('models:/told@best')" in capsys.readouterr().out
     assert "random:llama" in (tmp_path / "card.md").read_text()
+
+
+@pytest.mark.parametrize("table", ["runs", "logged_models"])
+def test_record_chooses_no_folder_to_write_into(table, run_id, mlflow_uri, tmp_path):
+    file = sqlite_file(mlflow_uri)
+    shutil.copytree(file.parent, tmp_path / "shared")
+    uri = f"sqlite:///{tmp_path / 'shared' / file.name}"
+    model_id = load.models_of(client(uri), run_id)[-1].model_id  # its artifacts are those of the copy now
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "README.md").write_text("mine")
+    column = {"runs": "artifact_uri", "logged_models": "artifact_location"}[table]
+    with closing(sqlite3.connect(tmp_path / "shared" / file.name)) as store, store:
+        store.execute(f"UPDATE {table} SET {column} = ?", (victim.as_uri(),))
+    if table == "logged_models":
+        model = tmp_path / "shared" / "artifacts" / "models" / model_id / "artifacts"
+        shutil.copytree(model, victim, dirs_exist_ok=True)
+        (victim / "README.md").write_text("mine")
+    with pytest.raises(TrackingError, match="nothing is written there"):
+        registry.register(uri, run_id, "theirs")
+    assert (victim / "README.md").read_text() == "mine"
+    assert not client(uri).search_model_versions("name = 'theirs'")
+    with closing(sqlite3.connect(tmp_path / "shared" / file.name)) as store, store:
+        store.execute(f"UPDATE {table} SET {column} = 'http://127.0.0.1:9/api/2.0/mlflow-artifacts/artifacts/1/x'")
+    with pytest.raises((TrackingError, ModelError), match="neither read nor written"):
+        registry.register(uri, run_id, "theirs")
+
+
+def test_links_in_a_model_are_not_pushed(run_id, mlflow_uri, tmp_path, monkeypatch):
+    folder = shutil.copytree(load.find(run_id, mlflow_uri, "cpu").folder, tmp_path / "model")
+    (folder / "notes.txt").symlink_to(tmp_path / "private")
+    (tmp_path / "private").write_text("key")
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: pytest.fail("created"))
+    with pytest.raises(ConfigError, match=r"--push a/b: .*notes.txt"):
+        registry.push(mlflow_uri, str(folder), "a/b", "card")

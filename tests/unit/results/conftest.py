@@ -6,6 +6,7 @@ import json
 import pytest
 
 from qlora_exp.tracking.mlflow_store import client
+from qlora_exp.tracking.sqlite_store import sqlite_file
 
 BASE = {
     "model.model_name_or_path": "m", "method.name": "lora", "method.r": "4", "training.loss_type": "nll",
@@ -18,7 +19,9 @@ BASE = {
 def past_runs(mlflow_uri, tmp_path):
     """An experiment of the test's own; `past(...)` adds a run with one loss for each held-out row."""
     mlflow = client(mlflow_uri)
-    experiment = mlflow.create_experiment(tmp_path.name, artifact_location=(tmp_path / "artifacts").as_uri())
+    experiment = mlflow.create_experiment(
+        tmp_path.name, artifact_location=(sqlite_file(mlflow_uri).parent / "artifacts").as_uri()
+    )
     count = iter(range(10**6))
 
     def add(losses=(), *, seed=1, outcome="ok", tags=None, metrics=None, weights=None, **params):

@@ -111,6 +111,7 @@ def test_store_error_is_not_taken_for_a_missing_file(past_runs, monkeypatch):
         raise MlflowException("503")
 
     monkeypatch.setattr("qlora_exp.results.records.download_artifacts", fails)
+    monkeypatch.setattr("qlora_exp.results.records.artifacts.folder", lambda *_: None)  # as of a server
     with pytest.raises(TrackingError, match="lists evaluation/after_losses.jsonl but does not return it"):
         compare(records)
     assert records[0].text("evaluation/answers.json") == ""

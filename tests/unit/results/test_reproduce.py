@@ -5,13 +5,15 @@ from support import exit_code
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.results.reproduce import find_run, recorded_config
 from qlora_exp.tracking.mlflow_store import client
+from qlora_exp.tracking.sqlite_store import sqlite_file
 from qlora_exp.utils.errors import DataError, TrackingError
 
 
 def recorded(mlflow, text: str) -> str:
     """A run that somebody else wrote."""
     experiment = mlflow.get_experiment_by_name("others")
-    experiment_id = experiment.experiment_id if experiment else mlflow.create_experiment("others")
+    location = (sqlite_file(mlflow.tracking_uri).parent / "artifacts").as_uri()
+    experiment_id = experiment.experiment_id if experiment else mlflow.create_experiment("others", location)
     run_id = mlflow.create_run(experiment_id, tags={"run_key": "e" * 16, "outcome": "ok"}).info.run_id
     mlflow.log_metric(run_id, "after/loss", 4.0)
     if text:

@@ -32,7 +32,7 @@ def test_interrupted_creation_of_a_store_is_repeated(tmp_path, monkeypatch):
 
 def test_file_that_is_no_database_is_reported(tmp_path):
     (tmp_path / "mlflow.db").write_text("no database " * 100)
-    with pytest.raises(TrackingError, match="does not answer or cannot be written"):
+    with pytest.raises(TrackingError, match="mlflow.db is not an MLflow store: file is not a database"):
         mlflow_store.client(f"sqlite:///{tmp_path / 'mlflow.db'}")
 
 

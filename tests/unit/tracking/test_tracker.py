@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.validate import from_dict
-from qlora_exp.tracking import delivery, lifecycle, recovery, tracker
+from qlora_exp.tracking import artifacts, delivery, lifecycle, mlflow_store, recovery, tracker
 from qlora_exp.tracking.journal import FILE, Journal, is_delivered, metrics
 from qlora_exp.tracking.mlflow_store import client
 from qlora_exp.utils.errors import ConfigError, JournalError, TrackingError
@@ -463,13 +463,52 @@ def test_run_whose_folder_is_deleted_fails(away, then, mlflow_uri, mlflow_client
     assert (sorted(folder.iterdir()) if folder.is_dir() else None) == left
 
 
-def test_links_in_a_model_send_no_local_files(mlflow_uri, mlflow_client, tmp_path):
-    (tmp_path / "secret").write_text("mine")
-    with start_run(mlflow_uri, tmp_path / "run") as tracked:
-        (tmp_path / "run" / "model").mkdir()
-        (tmp_path / "run" / "model" / "notes.txt").symlink_to(tmp_path / "secret")
-        tracked.model("model", "m", {}, 1)
-        tracked.file("a\0b")
+def test_links_in_a_run_send_no_local_files(mlflow_uri, mlflow_client, tmp_path):
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "key").write_text("mine")
+    folder = tmp_path / "run"
+    with start_run(mlflow_uri, folder) as tracked:
+        for name in ("link", "links"):
+            (folder / name).mkdir()
+            (folder / name / "config.json").write_text("{}")
+        (folder / "link" / "notes.txt").symlink_to(secret / "key")
+        (folder / "links" / "below").symlink_to(secret)
+        (folder / "linked").symlink_to(secret)
+        (folder / "inner").symlink_to(folder / "link" / "config.json")  # of the run, but it could be changed any time
+        (folder / "samples.json").symlink_to(secret / "key")
+        for model in ("link", "links", "linked", "../secret", str(secret)):
+            tracked.model(model, "m", {}, 1)
+        for file in ("linked/key", "links/below/key", "inner", "../secret/key", str(secret / "key"), "a\0b"):
+            tracked.file(file)
+        tracked.text("new", "samples.json")
+    assert (secret / "key").read_text() == "mine"
     run = mlflow_client.get_run(tracked.run_id)
     assert run.info.status == "FINISHED"
     assert not run.outputs.model_outputs
+    place = artifacts.folder(run.info.artifact_uri, mlflow_uri)
+    assert not {"key", "inner", "notes.txt", "below"} & {file.name for file in place.rglob("*")}
+    assert (place / "samples.json").read_text() == "new"
+    assert not list(place.parents[1].glob("models/*/artifacts/**/notes.txt"))
+
+
+def test_files_of_other_users_are_not_sent(mlflow_uri, mlflow_client, tmp_path, monkeypatch):
+    with start_run(mlflow_uri, tmp_path / "run") as tracked:
+        tracked.text("mine", "mine.txt")
+        monkeypatch.setattr(mlflow_store, "own_user", lambda _: os.geteuid() + 1)
+        tracked.text("theirs", "theirs.txt")
+        monkeypatch.undo()
+    sent = [file.path for file in mlflow_client.list_artifacts(tracked.run_id)]
+    assert "mine.txt" in sent
+    assert "theirs.txt" not in sent
+
+
+def test_journal_that_is_a_link_is_neither_read_nor_changed(mlflow_uri, tmp_path):
+    (tmp_path / "notes").write_text("first line\nsecond line without an end")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / FILE).symlink_to(tmp_path / "notes")
+    with pytest.raises(JournalError):
+        recovery.finish(tmp_path / "run", "killed", "gone", mlflow_uri)
+    with pytest.raises(JournalError), start_run(mlflow_uri, tmp_path / "run"):
+        pass
+    assert (tmp_path / "notes").read_text() == "first line\nsecond line without an end"

@@ -1,3 +1,6 @@
+import os
+import stat
+
 import pytest
 
 from qlora_exp.utils.cache import built, cache_dir
@@ -47,3 +50,18 @@ def test_unwritable_cache_is_reported(tmp_path, monkeypatch):
     monkeypatch.setenv("QLORA_EXP_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(CacheError, match="QLORA_EXP_CACHE"):
         built("name", lambda folder: None)
+
+
+def test_users_do_not_share_what_is_in_a_common_folder(tmp_path, monkeypatch):
+    folder = built("name", lambda folder: (folder / "file").write_text("mine"))
+    assert folder.is_relative_to(tmp_path / "cache" / f"user-{os.geteuid()}")
+    assert stat.S_IMODE(cache_dir().stat().st_mode) == 0o700
+    monkeypatch.setattr("qlora_exp.utils.cache.own_user", lambda _: os.geteuid() + 1)
+    with pytest.raises(CacheError, match="belongs to another user"):
+        built("name", lambda folder: pytest.fail("built"))
+    monkeypatch.undo()
+    monkeypatch.setenv("QLORA_EXP_CACHE", str(tmp_path / "common"))
+    cache_dir().parent.mkdir()
+    cache_dir().symlink_to(tmp_path / "cache")
+    with pytest.raises(CacheError, match="not a folder"):
+        built("name", lambda folder: pytest.fail("built"))

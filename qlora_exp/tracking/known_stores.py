@@ -1,0 +1,49 @@
+"""Remember to which MLflow stores this user sends runs, so that the journal of somebody else cannot choose one.
+
+`sync` reads the store from the journal of each run. MLflow sends the user's token to a tracking server, and creates an
+SQLite file that does not exist: neither may happen because of a folder that was only received.
+"""
+
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import platformdirs
+
+from qlora_exp.tracking.mlflow_store import store_uri
+from qlora_exp.utils.files import write_atomically
+
+_MOST = 1000
+_named: set[str] = set()
+"""Stores that the user of this process named: the file may not be writable."""
+
+
+def is_known(uri: str) -> bool:
+    """Check whether a run may be sent to this store although the user does not name it now.
+
+    It is the store of the working directory, that of `MLFLOW_TRACKING_URI`, or one that this user has named before.
+    """
+    return uri in (store_uri(None), os.environ.get("MLFLOW_TRACKING_URI"), *_named, *_remembered())
+
+
+def remember(uri: str) -> None:
+    """Remember a store that the user has named. If that cannot be written, `sync` will ask for `--uri` later."""
+    _named.add(uri)
+    known = _remembered()
+    if uri not in known:
+        with suppress(OSError):
+            _file().parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            write_atomically(_file(), json.dumps([*known, uri][-_MOST:], indent=1))
+
+
+def _file() -> Path:
+    return Path(platformdirs.user_state_dir("qlora_exp"), "stores.json")
+
+
+def _remembered() -> list[str]:
+    try:
+        known = json.loads(_file().read_text("utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [str(uri) for uri in known] if isinstance(known, list) else []
