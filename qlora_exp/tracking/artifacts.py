@@ -66,7 +66,7 @@ def relocate(file: Path) -> None:
     cannot change a location.
     """
     with closing(sqlite3.connect(file, timeout=20)) as store, store:
-        for (recorded,) in store.execute("SELECT artifact_location FROM experiments").fetchall():
+        for (recorded,) in store.execute("SELECT DISTINCT artifact_location FROM experiments").fetchall():
             local = _local(recorded)
             if local is None or local.name != "artifacts" or _is_own(local, file):
                 continue

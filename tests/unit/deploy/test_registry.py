@@ -124,16 +124,15 @@ def test_record_chooses_no_folder_to_write_into(table, run_id, mlflow_uri, tmp_p
     file = sqlite_file(mlflow_uri)
     shutil.copytree(file.parent, tmp_path / "shared")
     uri = f"sqlite:///{tmp_path / 'shared' / file.name}"
-    client(uri)  # its artifacts are those of the copy now
+    model_id = load.models_of(client(uri), run_id)[-1].model_id  # its artifacts are those of the copy now
     victim = tmp_path / "victim"
     victim.mkdir()
     (victim / "README.md").write_text("mine")
     column = {"runs": "artifact_uri", "logged_models": "artifact_location"}[table]
     with closing(sqlite3.connect(tmp_path / "shared" / file.name)) as store, store:
-        (place,) = store.execute("SELECT artifact_uri FROM runs WHERE run_uuid = ?", (run_id,)).fetchone()
         store.execute(f"UPDATE {table} SET {column} = ?", (victim.as_uri(),))
     if table == "logged_models":
-        (model,) = {*(tmp_path / "shared" / "artifacts" / "models").glob("*/artifacts")} - {place}
+        model = tmp_path / "shared" / "artifacts" / "models" / model_id / "artifacts"
         shutil.copytree(model, victim, dirs_exist_ok=True)
         (victim / "README.md").write_text("mine")
     with pytest.raises(TrackingError, match="nothing is written there"):
