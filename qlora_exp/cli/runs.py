@@ -122,7 +122,7 @@ def ui(options: argparse.Namespace) -> None:
         ports.require_free(options.host, options.port)
     quiet()
     from qlora_exp.results import records
-    from qlora_exp.tracking import sqlite_store
+    from qlora_exp.tracking.stores import sqlite_store
 
     if address.startswith("http"):
         print(f"MLflow's UI: {redact(records.page(options.uri, address))}")

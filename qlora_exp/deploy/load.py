@@ -26,8 +26,9 @@ from qlora_exp.config.validate import from_dict
 from qlora_exp.environment.device import detect, resolve
 from qlora_exp.models.base import load_model, stop_at_end_of_turn
 from qlora_exp.models.quantization import check_files, quantization_config
-from qlora_exp.tracking import artifacts, journal, mlflow_store, run_key
+from qlora_exp.tracking import journal, mlflow_store, run_key
 from qlora_exp.tracking.journal import CONFIG_FILE, FILE
+from qlora_exp.tracking.stores import artifacts, uris
 from qlora_exp.utils.errors import ConfigError, JournalError, ModelError, TrackingError, first_line
 from qlora_exp.utils.quiet import hide_bars
 
@@ -77,7 +78,7 @@ def find(source: str, tracking_uri: str | None = None, device: str = "auto") -> 
         folder = folder / "model" if (folder / "model").is_dir() else folder  # a run's output folder
         if (folder.parent / FILE).is_file():
             try:
-                run_id = journal.run_id(folder.parent, mlflow_store.store_uri(tracking_uri))
+                run_id = journal.run_id(folder.parent, uris.store_uri(tracking_uri))
             except JournalError as error:
                 raise ModelError(f"{folder.parent}: the journal of its run is damaged: {error}") from error
     else:

@@ -9,7 +9,8 @@ from mlflow.exceptions import MlflowException
 
 from qlora_exp.deploy import load, model_card
 from qlora_exp.results import records, reproduce
-from qlora_exp.tracking import artifacts, mlflow_store
+from qlora_exp.tracking import mlflow_store
+from qlora_exp.tracking.stores import artifacts
 from qlora_exp.utils.errors import ConfigError, TrackingError, first_line
 from qlora_exp.utils.files import copy_without_links
 from qlora_exp.utils.secrets import load_env_file, redact

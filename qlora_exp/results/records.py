@@ -23,12 +23,13 @@ from mlflow.exceptions import MlflowException
 from qlora_exp.config.untrusted import plain_yaml
 from qlora_exp.config.values import APART
 from qlora_exp.libraries.mlflow import stored_runs
-from qlora_exp.tracking import artifacts, mlflow_views
 from qlora_exp.tracking.journal import CONFIG_FILE, run_id
 from qlora_exp.tracking.journal import FILE as JOURNAL_FILE
 from qlora_exp.tracking.limits import lost_its_end
 from qlora_exp.tracking.mlflow_store import reader
-from qlora_exp.tracking.sqlite_store import sqlite_file
+from qlora_exp.tracking.stores import artifacts, mlflow_views
+from qlora_exp.tracking.stores.sqlite_store import sqlite_file
+from qlora_exp.tracking.stores.uris import store_uri
 from qlora_exp.utils.errors import ConfigError, TrackingError, first_line
 from qlora_exp.utils.files import open_inside
 from qlora_exp.utils.secrets import redact

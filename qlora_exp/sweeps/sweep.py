@@ -27,8 +27,8 @@ from qlora_exp.sweeps.jobs import (
     stopped,
 )
 from qlora_exp.sweeps.tables import row, show_plan, show_rows
-from qlora_exp.tracking import mlflow_views
 from qlora_exp.tracking.journal import is_delivered, run_id
+from qlora_exp.tracking.stores import mlflow_views
 from qlora_exp.utils.errors import JournalError, SweepError, TrackingError
 from qlora_exp.utils.files import write_atomically
 from qlora_exp.utils.secrets import redact
@@ -271,7 +271,7 @@ class Sweep:
     def _compare(self) -> None:
         """Compare the jobs: write files in the sweep's folder and log them to the sweep's MLflow run."""
         from qlora_exp.results import compare, records, report
-        from qlora_exp.tracking.mlflow_store import store_uri
+        from qlora_exp.tracking.stores.uris import store_uri
 
         uri = next(iter(self._jobs.values())).config.tracking.uri
         try:

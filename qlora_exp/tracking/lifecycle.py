@@ -16,11 +16,12 @@ from qlora_exp.config.schema import Config
 from qlora_exp.config.untrusted import plain_yaml
 from qlora_exp.config.values import APART, flatten, result_values, to_yaml
 from qlora_exp.environment import provenance
-from qlora_exp.tracking import known_stores, run_key
+from qlora_exp.tracking import run_key
 from qlora_exp.tracking.journal import CONFIG_FILE, LOCK_FILE, Journal, has_ended, last_message
-from qlora_exp.tracking.mlflow_store import store_uri
 from qlora_exp.tracking.recovery import finish, reap
 from qlora_exp.tracking.refusals import cause
+from qlora_exp.tracking.stores import known_stores
+from qlora_exp.tracking.stores.uris import store_uri
 from qlora_exp.tracking.tracker import Tracker, now_ms
 from qlora_exp.utils.errors import (
     ConfigError,

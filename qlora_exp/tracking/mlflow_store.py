@@ -8,7 +8,6 @@ the process is killed after it sent a message and before it noted that in the jo
 import json
 import logging
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import takewhile
@@ -35,12 +34,13 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from qlora_exp.libraries.mlflow import create_tables, reopen, schema_version
-from qlora_exp.tracking import artifacts, mlflow_views, sqlite_store
-from qlora_exp.tracking.guarded_client import GuardedClient
 from qlora_exp.tracking.journal import FILE, Journal, read
 from qlora_exp.tracking.journal import run_id as run_id_at
 from qlora_exp.tracking.limits import fit_message
 from qlora_exp.tracking.refusals import Entry, LeftOut, cause, log_entries, no_content, read_run
+from qlora_exp.tracking.stores import artifacts, mlflow_views, sqlite_store
+from qlora_exp.tracking.stores.guarded_client import GuardedClient
+from qlora_exp.tracking.stores.uris import exists, store_uri
 from qlora_exp.utils.errors import JournalError, TrackingError
 from qlora_exp.utils.files import open_inside, own_user, scratch_folder
 from qlora_exp.utils.notice import notice_if_slow
@@ -50,22 +50,6 @@ log = logging.getLogger(__name__)
 
 PARENT_TAG = "mlflow.parentRunId"
 """Tag with the id of the sweep's run in a job's run."""
-_RELATIVE = re.compile(r"^sqlite(\+\w+)?:///(?!/|:memory:|file:)")
-
-
-def store_uri(uri: str | None) -> str:
-    """Return the tracking URI: `uri` if set, else that of an SQLite database in `mlruns/`.
-
-    A relative SQLite path is relative to the working directory, as for MLflow.
-    """
-    here = str(Path.cwd()).replace("%", "%25").replace("?", "%3F")  # SQLAlchemy decodes them
-    return _RELATIVE.sub(lambda match: f"{match[0]}{here}/", uri or "sqlite:///mlruns/mlflow.db", count=1)
-
-
-def exists(uri: str | None = None) -> bool:
-    """Check whether a store may exist: false only for an SQLite database whose file does not."""
-    file = sqlite_store.sqlite_file(store_uri(uri))
-    return file is None or file.is_file()
 
 
 def client(uri: str | None = None) -> MlflowClient:

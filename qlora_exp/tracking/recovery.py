@@ -11,10 +11,10 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from qlora_exp.environment import provenance
-from qlora_exp.tracking import known_stores
 from qlora_exp.tracking.journal import FILE, Journal, is_locked, last_message, read
-from qlora_exp.tracking.mlflow_store import store_uri
-from qlora_exp.tracking.sqlite_store import sqlite_file
+from qlora_exp.tracking.stores import known_stores
+from qlora_exp.tracking.stores.sqlite_store import sqlite_file
+from qlora_exp.tracking.stores.uris import store_uri
 from qlora_exp.tracking.tracker import Tracker
 from qlora_exp.utils.errors import JournalError, TrackingError, first_line, type_and_first_line
 from qlora_exp.utils.secrets import redact

@@ -9,11 +9,12 @@ from pathlib import Path
 from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 
-from qlora_exp.tracking import known_stores
 from qlora_exp.tracking.journal import FILE, is_delivered, is_locked, read, received
-from qlora_exp.tracking.mlflow_store import PARENT_TAG, client, exists, parent_run_id, store_uri
+from qlora_exp.tracking.mlflow_store import PARENT_TAG, client, parent_run_id
 from qlora_exp.tracking.recovery import finish, store_of
 from qlora_exp.tracking.refusals import cause
+from qlora_exp.tracking.stores import known_stores
+from qlora_exp.tracking.stores.uris import exists, store_uri
 from qlora_exp.utils.errors import JournalError, TrackingError
 
 _RUNS_PER_REQUEST = 200

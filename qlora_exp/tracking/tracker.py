@@ -17,8 +17,9 @@ from mlflow.exceptions import MlflowException
 
 from qlora_exp.tracking import delivery, read_back
 from qlora_exp.tracking.journal import Journal
-from qlora_exp.tracking.mlflow_store import client, send, store_uri
+from qlora_exp.tracking.mlflow_store import client, send
 from qlora_exp.tracking.refusals import cause, has_lost
+from qlora_exp.tracking.stores.uris import store_uri
 from qlora_exp.utils.errors import DeletedError, JournalError, TrackingError
 from qlora_exp.utils.files import write_atomically
 from qlora_exp.utils.names import valid_names

@@ -7,7 +7,7 @@ import pytest
 from support import exit_code
 
 from qlora_exp.tracking.journal import FILE
-from qlora_exp.tracking.sqlite_store import read_only_uri
+from qlora_exp.tracking.stores.sqlite_store import read_only_uri
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from support import exit_code
 
 from qlora_exp.deploy import load, registry
 from qlora_exp.tracking.mlflow_store import client
-from qlora_exp.tracking.sqlite_store import sqlite_file
+from qlora_exp.tracking.stores.sqlite_store import sqlite_file
 from qlora_exp.utils.errors import ConfigError, ModelError, TrackingError
 
 pytestmark = pytest.mark.slow

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from qlora_exp.tracking.mlflow_store import client
-from qlora_exp.tracking.sqlite_store import sqlite_file
+from qlora_exp.tracking.stores.sqlite_store import sqlite_file
 
 BASE = {
     "model.model_name_or_path": "m", "method.name": "lora", "method.r": "4", "training.loss_type": "nll",

@@ -8,7 +8,7 @@ import pytest
 
 from qlora_exp.results import records
 from qlora_exp.results.compare import compare
-from qlora_exp.tracking.sqlite_store import sqlite_file
+from qlora_exp.tracking.stores.sqlite_store import sqlite_file
 from qlora_exp.utils.errors import ConfigError
 
 

@@ -5,7 +5,7 @@ from support import exit_code
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.results.reproduce import find_run, recorded_config
 from qlora_exp.tracking.mlflow_store import client
-from qlora_exp.tracking.sqlite_store import sqlite_file
+from qlora_exp.tracking.stores.sqlite_store import sqlite_file
 from qlora_exp.utils.errors import DataError, TrackingError
 
 

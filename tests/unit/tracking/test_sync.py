@@ -11,11 +11,12 @@ from support import exit_code
 from qlora_exp.results import records
 from qlora_exp.tracking import lifecycle
 from qlora_exp.tracking.mlflow_store import client
+from qlora_exp.tracking.stores.uris import store_uri
 from qlora_exp.tracking.sync import settle
 
 
 def run_id(folder, uri: str) -> str:
-    return str(json.loads((folder / "delivered.json").read_text())[uri]["run_id"])
+    return str(json.loads((folder / "delivered.json").read_text())[store_uri(uri)]["run_id"])
 
 
 @pytest.fixture

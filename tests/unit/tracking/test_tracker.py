@@ -13,9 +13,10 @@ from mlflow.exceptions import MlflowException
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.validate import from_dict
-from qlora_exp.tracking import artifacts, delivery, lifecycle, mlflow_store, recovery, tracker
+from qlora_exp.tracking import delivery, lifecycle, mlflow_store, recovery, tracker
 from qlora_exp.tracking.journal import FILE, Journal, is_delivered, metrics
 from qlora_exp.tracking.mlflow_store import client
+from qlora_exp.tracking.stores import artifacts
 from qlora_exp.utils.errors import ConfigError, JournalError, TrackingError
 from qlora_exp.utils.signals import handle_signals
 
@@ -495,9 +496,10 @@ def test_links_in_a_run_send_no_local_files(mlflow_uri, mlflow_client, tmp_path)
 def test_files_of_other_users_are_not_sent(mlflow_uri, mlflow_client, tmp_path, monkeypatch):
     with start_run(mlflow_uri, tmp_path / "run") as tracked:
         tracked.text("mine", "mine.txt")
+        tracked.deliver_now()
         monkeypatch.setattr(mlflow_store, "own_user", lambda _: os.geteuid() + 1)
         tracked.text("theirs", "theirs.txt")
-        monkeypatch.undo()
+    monkeypatch.undo()
     sent = [file.path for file in mlflow_client.list_artifacts(tracked.run_id)]
     assert "mine.txt" in sent
     assert "theirs.txt" not in sent

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from qlora_exp.libraries.mlflow import create_tables
-from qlora_exp.tracking.mlflow_store import client, finished_runs, reader, store_uri
-from qlora_exp.tracking.sqlite_store import read_only_uri, sqlite_file
+from qlora_exp.tracking.mlflow_store import client, finished_runs, reader
+from qlora_exp.tracking.stores.sqlite_store import read_only_uri, sqlite_file
+from qlora_exp.tracking.stores.uris import store_uri
 from qlora_exp.utils.errors import TrackingError
 
 

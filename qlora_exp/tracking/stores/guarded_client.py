@@ -4,7 +4,7 @@ from pathlib import Path
 
 from mlflow import MlflowClient
 
-from qlora_exp.tracking import artifacts
+from qlora_exp.tracking.stores import artifacts
 
 
 class GuardedClient(MlflowClient):

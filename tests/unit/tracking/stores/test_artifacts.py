@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from mlflow.tracking._tracking_service.utils import _artifact_repos_cache
 
-from qlora_exp.tracking import artifacts
 from qlora_exp.tracking.mlflow_store import client, reader
-from qlora_exp.tracking.sqlite_store import read_only_uri
+from qlora_exp.tracking.stores import artifacts
+from qlora_exp.tracking.stores.sqlite_store import read_only_uri
 from qlora_exp.utils.errors import TrackingError
 
 RUN = "0123456789abcdef0123456789abcdef"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import platformdirs
 
-from qlora_exp.tracking.mlflow_store import store_uri
+from qlora_exp.tracking.stores.uris import store_uri
 from qlora_exp.utils.files import write_atomically
 
 _MOST = 1000

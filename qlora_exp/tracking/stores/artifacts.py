@@ -12,7 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from qlora_exp.tracking.sqlite_store import sqlite_file
+from qlora_exp.tracking.stores.sqlite_store import sqlite_file
 from qlora_exp.utils.errors import TrackingError
 from qlora_exp.utils.secrets import redact
 

@@ -8,9 +8,9 @@ import pytest
 from helpers.tracking import start_run
 from support import exit_code
 
-from qlora_exp.tracking import known_stores
 from qlora_exp.tracking.journal import FILE
 from qlora_exp.tracking.mlflow_store import client
+from qlora_exp.tracking.stores import known_stores
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 import json
 
-from qlora_exp.tracking import mlflow_views
+from qlora_exp.tracking.stores import mlflow_views
 
 ALL, SWEEP = "mlflow.sharedViewState.qlora_exp_all_runs", "mlflow.sharedViewState.qlora_exp_newest_sweep"
 
