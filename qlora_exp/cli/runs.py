@@ -4,14 +4,15 @@ import argparse
 import logging
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
 from qlora_exp.cli import ports
 from qlora_exp.cli.parents import RUN, URI, Commands, add_command, add_overrides
+from qlora_exp.utils.display import say
 from qlora_exp.utils.errors import ConfigError, JournalError, TrackingError
 from qlora_exp.utils.quiet import quiet
-from qlora_exp.utils.secrets import redact
 
 _USUAL_FOLDERS = (Path("outputs"), Path("multirun"))
 """Folders in which `train` writes runs and sweeps."""
@@ -67,7 +68,8 @@ def add_parsers(commands: Commands) -> None:
         metavar="FOLDER",
         help="folders to search for runs; default: outputs and multirun",
     )
-    parser.add_argument("--uri", help="MLflow tracking URI; default: the one each run was started with")
+    uri = "MLflow tracking URI; default: the one each run was started with, also if MLFLOW_TRACKING_URI is another"
+    parser.add_argument("--uri", help=uri)
 
 
 def compare(options: argparse.Namespace) -> None:
@@ -95,7 +97,7 @@ def compare(options: argparse.Namespace) -> None:
     comparison = comparing.compare(runs, options.metric, options.baseline)
     report.show(comparison, options.preset)
     for file in report.write(comparison, options.out, options.preset) if options.out else ():
-        print(f"file  {file}")
+        say(f"file  {file}")
     if options.log:
         if (parent := report.log(comparison, options.uri, options.preset)) is None:
             raise ConfigError("--log: these runs do not belong to one sweep")
@@ -108,20 +110,22 @@ def ui(options: argparse.Namespace) -> None:
     Serves the MLflow store in ./mlruns until Ctrl-C and prints the page's address. If
     --uri is a tracking server, only prints the address of its page.
     """
-    store = Path.cwd() / "mlruns" / "mlflow.db"
-    if options.uri is None and not store.is_file():
-        raise TrackingError(f"no runs yet: {store} does not exist; run `qlora-exp train` here first")
-    address = options.uri or f"sqlite:///{store}"
+    from qlora_exp.tracking import uris
+
+    address = uris.store_uri(options.uri)
+    if (file := uris.sqlite_file(address)) is not None and not file.is_file():
+        raise TrackingError(f"no runs yet: {file} does not exist; run `qlora-exp train` here first, or give --uri")
     if not address.startswith("http"):
         ports.require_free(options.host, options.port)
     quiet()
     from qlora_exp.results import records
 
     if address.startswith("http"):
-        print(f"MLflow's UI: {redact(records.page(options.uri, address))}")
+        say(f"MLflow's UI: {records.page(options.uri, address)}")
         return
     page = records.page(options.uri, f"http://{options.host}:{options.port}")
-    print(f"MLflow's UI for {redact(address)} starts in a few seconds (Ctrl-C stops it):\n{page}", flush=True)
+    say(f"MLflow's UI for {address} starts in a few seconds (Ctrl-C stops it):", page)
+    sys.stdout.flush()
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | dict(os.environ)
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", address, "--workers", "1"]
     # Replace this process by the server, so that whatever ends the process ends the server.
@@ -148,9 +152,9 @@ def reproduce(options: argparse.Namespace) -> None:
 
     record = reproducing.find_run(options.uri, options.run)
     config = reproducing.recorded_config(record, given(options.overrides), options.uri)
-    print(f"run {record.run_id} {record.name}")
-    for line in (differences := reproducing.differences(record, config)):
-        print(f"differs  {line}")
+    say(f"run {record.run_id} {record.name}")
+    differences = reproducing.differences(record, config)
+    say(*(f"differs  {line}" for line in differences))
     if not differences:
         print("nothing that was recorded differs: config, data, base model, code, libraries, threads")
     if options.check_only:
@@ -159,7 +163,7 @@ def reproduce(options: argparse.Namespace) -> None:
     run_id = reproducing.start(record, config, folder)
     (repeated,) = records.find(options.uri, [run_id])
     verdict = reproducing.judge(record, repeated, config)
-    print(f"files  {folder}\nrun    {run_id}\n{verdict.grade}: {verdict.why}")
+    say(f"files  {folder}", f"run    {run_id}", f"{verdict.grade}: {verdict.why}")
     if verdict.grade == reproducing.DRIFTED:
         raise TrackingError(f"run {run_id} does not reproduce run {record.run_id}")
 
@@ -177,12 +181,12 @@ def bundle(options: argparse.Namespace) -> None:
     record = reproducing.find_run(options.uri, options.run)
     target = options.out or Path(f"{record.run_id}.zip")
     bundles.write(record, target)
-    print(f"{target}: run {record.run_id} {record.name}")
-    repeat = f"qlora-exp reproduce {target}"
+    say(f"{target}: run {record.run_id} {record.name}")
+    repeat = shlex.join(["qlora-exp", "reproduce", str(target)])
     if record.outcome == "ok":
-        print(f"to repeat the run on any machine: {repeat}")
+        say(f"to repeat the run on any machine: {repeat}")
     else:
-        print(f"the outcome of this run is {record.outcome}, so only differences can be listed: {repeat} --check-only")
+        say(f"the outcome of this run is {record.outcome}, so only differences can be listed: {repeat} --check-only")
 
 
 def sync(options: argparse.Namespace) -> None:
@@ -193,11 +197,15 @@ def sync(options: argparse.Namespace) -> None:
     """
     from qlora_exp.tracking import journal
 
+    if options.uri is not None:
+        from qlora_exp.tracking.uris import store_uri
+
+        options.uri = store_uri(options.uri)  # what was sent is noted under the complete URI
     existing = [folder for folder in _USUAL_FOLDERS if folder.is_dir()]
     folders: list[Path] = options.folders or existing or [_USUAL_FOLDERS[0]]
     if missing := [folder for folder in folders if not folder.is_dir()]:
         raise ConfigError(f"no folder {', '.join(map(str, missing))} in {Path.cwd()}")
-    unread: list[OSError | JournalError] = []
+    unread: list[OSError | ConfigError | JournalError] = []
     late: list[Path] = []
     sent = 0
     walk = (entry for root in folders for entry in os.walk(root, onerror=unread.append))
@@ -212,12 +220,12 @@ def sync(options: argparse.Namespace) -> None:
                 sent += 1
             else:
                 late.append(folder)
-        except (JournalError, OSError) as error:
+        except (ConfigError, JournalError, OSError) as error:  # ConfigError: an older version recorded a URI's password
             unread.append(error)
     for problem in unread:
-        print(f"warning: cannot be read completely: {redact(str(problem))}", file=sys.stderr)
+        say(f"warning: cannot be read completely: {problem}", file=sys.stderr)
     problems = [f"{len(unread)} runs or folders could not be read completely (see the warnings)"] * bool(unread)
     problems += [f"MLflow did not accept everything of {', '.join(map(str, late))}; try again later"] * bool(late)
     if problems:
         raise TrackingError(f"{sent} runs sent; {'; '.join(problems)}")
-    print(f"{sent} runs sent; MLflow has everything of all runs under {', '.join(map(str, folders))}")
+    say(f"{sent} runs sent; MLflow has everything of all runs under {', '.join(map(str, folders))}")

@@ -24,7 +24,8 @@ from qlora_exp.config.untrusted import plain_yaml
 from qlora_exp.config.values import APART
 from qlora_exp.tracking import mlflow_views
 from qlora_exp.tracking.journal import CONFIG_FILE
-from qlora_exp.tracking.mlflow_store import client, store_uri
+from qlora_exp.tracking.mlflow_store import client
+from qlora_exp.tracking.uris import sqlite_file, store_uri
 from qlora_exp.utils.errors import ConfigError, TrackingError, first_line
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -271,8 +272,8 @@ def page(uri: str | None, server: str) -> str:
 
 def _reader(uri: str | None) -> MlflowClient:
     """Return a client of an existing store. MLflow would create a missing SQLite file; this raises instead."""
-    file = Path(store_uri(uri).removeprefix("sqlite:///"))
-    if store_uri(uri).startswith("sqlite:///") and not file.is_file():
+    file = sqlite_file(store_uri(uri))
+    if file is not None and not file.is_file():
         raise TrackingError(
             f"no runs yet: {file} does not exist; start this in the folder where you train, or give --uri"
         )

@@ -23,8 +23,10 @@ from qlora_exp.sweeps import jobs, sweep
 from qlora_exp.sweeps.composer import Composer
 from qlora_exp.sweeps.hydra_launchers import LocalLauncher
 from qlora_exp.sweeps.launchers import local as launcher
+from qlora_exp.utils.display import say
 from qlora_exp.utils.errors import ConfigError
 from qlora_exp.utils.quiet import quiet
+from qlora_exp.utils.secrets import redact
 
 
 class _Sweeper(Sweeper):
@@ -69,6 +71,8 @@ class _Sweeper(Sweeper):
         """
         swept = [kind] * bool(kind) + [override.key_or_group for override in overrides if override.is_sweep_override()]
         name = settings.name or jobs.default_name(swept, [str(override.input_line) for override in overrides])
+        if redact(name) != name:
+            raise ConfigError("sweep.name: contains a secret, and would be the name of a folder; change the name")
         folder = Path(self.config.hydra.sweep.dir, name).resolve()
         if "\\" in str(folder) or "${" in str(folder):
             raise ConfigError(
@@ -99,12 +103,22 @@ class _Sweeper(Sweeper):
         def launch(waiting: Sequence[jobs.Job]) -> list[Any]:
             sweep_dir = f"hydra.sweep.dir={_quoted(str(folder))}"
             job_overrides = [
-                [*job.overrides, sweep_dir, f"hydra.sweep.subdir={_quoted(job.folder.name)}"] for job in waiting
+                [*job.overrides, *_of_environment(job), sweep_dir, f"hydra.sweep.subdir={_quoted(job.folder.name)}"]
+                for job in waiting
             ]
             return [job_return.return_value for job_return in self.launcher.launch(job_overrides, initial_job_idx=0)]
 
         local = isinstance(self.launcher, LocalLauncher)
         return sweep.Sweep(folder, settings, launch, lambda: local and launcher.warm(settings.n_jobs))
+
+
+def _of_environment(job: jobs.Job) -> list[str]:
+    """Return overrides with what MLflow's variables say, as they may be other ones where the job runs."""
+    from qlora_exp.tracking import uris  # imported late: SQLAlchemy takes half a second
+
+    config, resolved = job.config.tracking, uris.resolved(job.config).tracking
+    values = {"uri": (config.uri, resolved.uri), "experiment_name": (config.experiment_name, resolved.experiment_name)}
+    return [f"tracking.{key}={_quoted(str(used))}" for key, (own, used) in values.items() if used != own]
 
 
 def _refuse_idle_keys(configs: Sequence[Config], arguments: Sequence[str]) -> None:
@@ -185,9 +199,7 @@ class OptunaSweeper(_Sweeper):
             raise ConfigError("search.prune judges single jobs: use one seed only, or remove search.prune")
         folder = self.folder(overrides, first_config.sweep, "search")
         if first_config.sweep.dry_run:
-            print(
-                f"would search {', '.join(space)} in {folder}: {search.progress(folder, first_config.search.n_trials)}"
-            )
+            say(f"would search {', '.join(space)} in {folder}: {search.progress(folder, first_config.search.n_trials)}")
             return
         with self.begin(folder, first_config.sweep) as running:
             best = search.search(running, space, jobs_of, first_config.search, first_config.sweep)
@@ -195,7 +207,7 @@ class OptunaSweeper(_Sweeper):
             values = zip(first_config.search.metrics, trial.values, strict=True)
             means = ", ".join(f"{metric} {value:.6g}" for metric, value in values)
             chosen = " ".join(f"{key}={_short(value)}" for key, value in trial.params.items())
-            print(f"best: {chosen} ({means}; trial {trial.number + 1})")
+            say(f"best: {chosen} ({means}; trial {trial.number + 1})")
 
 
 def _short(value: Any) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from qlora_exp.config.sections.sweep import SweepConfig
+from qlora_exp.environment import provenance
 from qlora_exp.sweeps.jobs import (
     JOB_FILE,
     NOT_FAILED,
@@ -28,8 +29,10 @@ from qlora_exp.sweeps.jobs import (
 from qlora_exp.sweeps.tables import row, show_plan, show_rows
 from qlora_exp.tracking import mlflow_views
 from qlora_exp.tracking.journal import is_delivered, is_locked, run_id
+from qlora_exp.utils.display import pasteable, say
 from qlora_exp.utils.errors import JournalError, SweepError, TrackingError
 from qlora_exp.utils.files import write_atomically
+from qlora_exp.utils.secrets import redacted
 from qlora_exp.utils.signals import handle_signals
 
 log = logging.getLogger(__name__)
@@ -84,7 +87,8 @@ class Sweep:
             self._end(error)
         if ended_well:
             if self.folder.is_dir():  # otherwise every job was done elsewhere
-                print(f"files  {self.folder}\ntable  qlora-exp compare {self.folder.name}")
+                uri = next(iter(self._jobs.values())).config.tracking.uri
+                say(f"files  {self.folder}", f"table  {pasteable('compare', self.folder.name, uri=uri)}")
             if advice := _advice([row["outcome"] for row in rows]):
                 raise SweepError(advice)
         if isinstance(error, KeyboardInterrupt) and self._jobs:
@@ -147,8 +151,9 @@ class Sweep:
             job.folder.mkdir(parents=True, exist_ok=True)
             tags = {"mlflow.parentRunId": str(self._parent.run_id), "mlflow.runName": job.name}
             tags |= {"sweep": self.folder.name, **{f"sweep.{key}": value for key, value in job.swept.items()}}
+            tags |= {"mlflow.source.name": provenance.command()}  # a scheduler starts the job with another one
             minutes = self._settings.timeout_minutes
-            job_file = {"tags": tags, "parts": job.parts, "fail_fast": self._settings.fail_fast}
+            job_file = {"tags": redacted(tags), "parts": job.parts, "fail_fast": self._settings.fail_fast}
             job_file |= {"time_limit": minutes and 60 * minutes, "pruning": (pruning or {}).get(job.key)}
             write_atomically(job.folder / JOB_FILE, json.dumps(job_file))
         with handle_signals():
@@ -261,7 +266,7 @@ class Sweep:
     def _compare(self) -> None:
         """Compare the jobs: write files in the sweep's folder and log them to the sweep's MLflow run."""
         from qlora_exp.results import compare, records, report
-        from qlora_exp.tracking.mlflow_store import store_uri
+        from qlora_exp.tracking.uris import store_uri
 
         uri = next(iter(self._jobs.values())).config.tracking.uri
         try:

@@ -21,12 +21,14 @@ from pydantic_core import from_json
 
 from qlora_exp.utils.errors import JournalError
 from qlora_exp.utils.files import write_atomically
+from qlora_exp.utils.secrets import redacted
 
 FILE = "journal.jsonl"
 CONFIG_FILE = "qlora_exp.yaml"
 LOCK_FILE = "environment.txt"
 """All installed packages with their versions, as a constraints file for pip."""
 _STATE = "delivered.json"
+_PLACES = ("op", "uri", "folder")
 
 
 class _Message(BaseModel):
@@ -191,7 +193,7 @@ class Journal:
         raise JournalError(f"{self.folder}: the output folder was deleted or replaced while the run wrote into it")
 
     def append(self, message: dict[str, Any]) -> None:
-        """Append a message; it is on disk when this returns.
+        """Append a message, without secrets; it is on disk when this returns.
 
         Metrics are not synced to the disk: a power failure can lose them, the death of the process cannot.
 
@@ -202,7 +204,7 @@ class Journal:
         self.check()
         try:
             with self.file.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(message, ensure_ascii=False) + "\n")
+                lines.write(json.dumps(_redacted(message), ensure_ascii=False) + "\n")
                 if message["op"] != "metrics":
                     lines.flush()
                     os.fsync(lines.fileno())
@@ -355,6 +357,16 @@ def is_locked(folder: Path) -> bool:
         raise JournalError(f"{folder}: {error.strerror or error}") from error
     lock.release()
     return False
+
+
+def _redacted(message: dict[str, Any]) -> dict[str, Any]:
+    """Replace secrets in what a message says; places, which later messages are found by, stay as they are."""
+    if message["op"] in ("metrics", "file", "view"):
+        return message
+    clean = {key: value if key in _PLACES else redacted(value) for key, value in message.items()}
+    if "tags" in message:
+        clean["tags"] |= {key: value for key, value in message["tags"].items() if key.startswith("process.")}
+    return clean
 
 
 def _cut_torn_line(file: Path) -> None:

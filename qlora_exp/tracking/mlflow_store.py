@@ -28,33 +28,31 @@ from mlflow.entities import (
     RunTag,
 )
 from mlflow.exceptions import MlflowException
+from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
 
 from qlora_exp.libraries.mlflow import create_tables
 from qlora_exp.tracking import mlflow_views
 from qlora_exp.tracking.journal import Journal
+from qlora_exp.tracking.uris import check_driver, experiment_name, origin, sqlite_file, store_uri
 from qlora_exp.utils.errors import TrackingError, first_line
 from qlora_exp.utils.secrets import redact
 
 _REFUSED = "INVALID_PARAMETER_VALUE"
 
 
-def store_uri(uri: str | None) -> str:
-    """Return the tracking URI: `uri` if set, else that of an SQLite database in `mlruns/` of the working directory."""
-    return uri or f"sqlite:///{Path.cwd() / 'mlruns' / 'mlflow.db'}"
-
-
 def client(uri: str | None = None) -> MlflowClient:
     """Return a client of a store that answers; a missing SQLite store is created first, by one process at a time.
 
     Raises:
+        ConfigError: the URI cannot be used, or the driver of its database is missing.
         TrackingError: the store cannot be reached or created.
     """
     address = store_uri(uri)
+    check_driver(address)
     try:
-        if address.startswith("sqlite:///"):
+        if (file := sqlite_file(address)) is not None:
             # Several processes that create the database at the same time would damage it permanently.
-            file = Path(address.removeprefix("sqlite:///"))
             file.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{file}.lock"):
                 if not file.exists():
@@ -66,7 +64,7 @@ def client(uri: str | None = None) -> MlflowClient:
             mlflow.search_experiments(max_results=1)
     except (MlflowException, OSError, SQLAlchemyError) as error:
         why = redact(f"MLflow at {address} does not answer or cannot be written: {first_line(error)}")
-        raise TrackingError(f"tracking.uri: {why}") from error
+        raise TrackingError(f"{origin(uri)}: {why}") from error
     return mlflow
 
 
@@ -78,7 +76,7 @@ def _create_store(file: Path) -> None:
     part = file.with_name(f".{file.name}.part")
     for leftover in file.parent.glob(f"{part.name}*"):  # of a process that was killed here
         leftover.unlink()
-    create_tables(f"sqlite:///{part}")
+    create_tables(URL.create("sqlite", database=str(part)).render_as_string())
     part.replace(file)
 
 
@@ -208,8 +206,8 @@ def _experiment(mlflow: MlflowClient, name: str, uri: str) -> str:
     experiment = mlflow.get_experiment_by_name(name)
     if experiment is None:
         location = None
-        if uri.startswith("sqlite:///"):
-            location = (Path(uri.removeprefix("sqlite:///")).parent / "artifacts").as_uri()
+        if (file := sqlite_file(uri)) is not None:
+            location = (file.parent / "artifacts").as_uri()
         try:
             experiment = mlflow.get_experiment(mlflow.create_experiment(name, artifact_location=location))
         except MlflowException:  # another process may have created it just now
@@ -225,7 +223,7 @@ def _experiment(mlflow: MlflowClient, name: str, uri: str) -> str:
     return str(experiment.experiment_id)
 
 
-def finished_runs(uri: str | None, experiment: str, run_keys: Iterable[str]) -> dict[str, dict[str, Any]]:
+def finished_runs(uri: str | None, experiment: str | None, run_keys: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Search an experiment for successfully finished runs with one of `run_keys`.
 
     A store that does not exist yet is not created.
@@ -233,11 +231,11 @@ def finished_runs(uri: str | None, experiment: str, run_keys: Iterable[str]) -> 
     Returns:
         For each run key that has such a run: its `run_id`, `outcome`, `metrics` and `seconds`.
     """
-    address = store_uri(uri)
-    if address.startswith("sqlite:///") and not Path(address.removeprefix("sqlite:///")).is_file():
+    file = sqlite_file(store_uri(uri))
+    if file is not None and not file.is_file():
         return {}
     mlflow = client(uri)
-    found_experiment = mlflow.get_experiment_by_name(experiment)
+    found_experiment = mlflow.get_experiment_by_name(experiment_name(experiment))
     if found_experiment is None:
         return {}
     runs: dict[str, dict[str, Any]] = {}

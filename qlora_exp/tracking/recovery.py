@@ -14,7 +14,6 @@ from qlora_exp.environment import provenance
 from qlora_exp.tracking.journal import FILE, Journal, is_locked, last_message, read
 from qlora_exp.tracking.tracker import Tracker
 from qlora_exp.utils.errors import JournalError, first_line, type_and_first_line
-from qlora_exp.utils.secrets import redact
 
 log = logging.getLogger(__name__)
 
@@ -86,12 +85,12 @@ def reap(mlflow: MlflowClient, experiment: str, uri: str | None) -> None:
                     "the process of run %s in %s is gone; the run is set to KILLED, with what MLflow has of it: %s",
                     run_id,
                     folder,
-                    redact(why),
+                    why,
                 )
                 mlflow.set_tag(run_id, "outcome", "killed")
                 mlflow.set_terminated(run_id, "KILLED")
         except MlflowException as error:  # for example, somebody deleted the run just now
-            log.warning("run %s in %s stays RUNNING in MLflow: %s", run_id, folder, redact(first_line(error)))
+            log.warning("run %s in %s stays RUNNING in MLflow: %s", run_id, folder, first_line(error))
 
 
 def _check_stale(folder: Path, attempt: str | None) -> None:

@@ -15,9 +15,10 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from qlora_exp.tracking.journal import Journal
-from qlora_exp.tracking.mlflow_store import client, has_lost, is_refused, send, store_uri
+from qlora_exp.tracking.mlflow_store import client, has_lost, is_refused, send
+from qlora_exp.tracking.uris import store_uri
 from qlora_exp.utils.errors import JournalError, TrackingError, first_line
-from qlora_exp.utils.secrets import redact
+from qlora_exp.utils.secrets import redact, redacted
 from qlora_exp.utils.signals import defer_signals
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class Tracker:
 
     def tags(self, values: dict[str, Any]) -> None:
         """Set tags of the run."""
-        self._send(op="tags", values={key: redact(str(value)) for key, value in values.items()})
+        self._send(op="tags", values={key: str(value) for key, value in values.items()})
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Log metrics of one step; values that are measured once go to step 0, which MLflow draws as bars.
@@ -79,16 +80,21 @@ class Tracker:
             self._send(op="metrics", step=step, timestamp=now_ms(), values=new)
 
     def text(self, text: str, name: str) -> None:
-        """Write a text file to the output folder and log it as an artifact."""
+        """Write a text file to the output folder, without secrets, and log it as an artifact."""
+        self._write(redact(text), name)
+
+    def _write(self, text: str, name: str) -> None:
         self._journal.check()  # else `mkdir` would create a deleted output folder again
         file = self.output_dir / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(redact(text), encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
         self.file(name)
 
     def json(self, value: Any, name: str) -> None:
-        """Write a JSON file to the output folder and log it as an artifact."""
-        self.text(json.dumps(value, indent=1, ensure_ascii=False, default=str), name)
+        """Write a JSON file to the output folder, without secrets, and log it as an artifact."""
+        # Before they are written: a secret has other characters in JSON, and may be a number in it.
+        plain = json.loads(json.dumps(value, default=str))
+        self._write(json.dumps(redacted(plain), indent=1, ensure_ascii=False), name)
 
     def table(self, columns: dict[str, list[Any]], name: str) -> None:
         """Log a table in the format that the MLflow UI shows as a table."""
@@ -102,7 +108,7 @@ class Tracker:
 
     def dataset(self, name: str, digest: str, source: str, context: str, rows: int) -> None:
         """Log a dataset as an input of the run; `digest` covers all rows (MLflow's own only the first 10,000)."""
-        self._send(op="dataset", name=name, digest=digest, source=redact(source), context=context, rows=rows)
+        self._send(op="dataset", name=name, digest=digest, source=source, context=context, rows=rows)
 
     def model(self, folder: str, name: str, params: dict[str, Any], step: int) -> None:
         """Log a trained adapter or model, saved in `folder` of the output folder, as a logged model, for `load`.
@@ -123,7 +129,7 @@ class Tracker:
 
     def describe(self, markdown: str) -> None:
         """Set the description that MLflow shows at the top of the run's page; truncated to its 8000 characters."""
-        self.tags({"mlflow.note.content": markdown[:8000]})
+        self.tags({"mlflow.note.content": redact(markdown)[:8000]})
 
     def view(self, key: str, value: str) -> None:
         """Save a view of the experiment's runs (see `mlflow_views`)."""
@@ -171,12 +177,12 @@ class Tracker:
                 if strict and not is_refused(error, message):
                     raise
                 if is_refused(error, message):  # for good: the messages after it must not wait
-                    log.error("MLflow refuses a message; it is skipped: %s", redact(first_line(error)))  # noqa: TRY400
+                    log.error("MLflow refuses a message; it is skipped: %s", first_line(error))  # noqa: TRY400
                 else:
                     if self._retry_at == 0.0:
                         log.warning(
                             "MLflow did not accept a message; the run continues and sends it later: %s",
-                            redact(first_line(error)),
+                            first_line(error),
                         )
                     self._retry_at = time.monotonic() + self._patience
                     # Wait longer each time: every try at a store that hangs costs the run the request timeout.
@@ -199,7 +205,7 @@ class Tracker:
             failure: one line that says why the run failed.
             facts: further fields of the journal's last message, for listing runs without MLflow.
         """
-        why = {} if failure is None else {"failure": redact(failure)}
+        why = {} if failure is None else {"failure": redact(failure)}  # it may be sent without the journal
         last = {"status": status, "outcome": outcome, "timestamp": now_ms(), **why, **facts, "metrics": self._summary}
         self._retry_at = 0.0
         try:
@@ -214,7 +220,7 @@ class Tracker:
                 for message in ({"op": "tags", "values": {"outcome": outcome, **why}}, {"op": "end", **last}):
                     send(self.connect(), self._journal, message)
             except (MlflowException, TrackingError) as error:
-                log.error("MLflow did not accept the end of the run: %s", redact(first_line(error)))  # noqa: TRY400
+                log.error("MLflow did not accept the end of the run: %s", first_line(error))  # noqa: TRY400
         if self._retry_at:
             log.error(
                 "MLflow did not receive everything of this run; the rest is in %s, and `qlora-exp sync` sends it",

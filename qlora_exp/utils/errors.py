@@ -5,6 +5,8 @@ import operator
 import re
 from collections.abc import Iterable
 
+from qlora_exp.utils.secrets import redact
+
 
 class UserError(Exception):
     """A mistake or missing thing outside the program. The message says what is wrong, where, and what to do."""
@@ -62,13 +64,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException, most: int = 300) -> str:
-    """Return the first line of an error's text, cut to `most` characters, or its type if it has no text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:most]
+    """Return the first line of an error's text without secrets, cut to `most` characters; its type if it has none."""
+    return (redact(str(error)).strip() or type(error).__name__).splitlines()[0][:most]
 
 
 def last_line(error: BaseException) -> str:
-    """Return the last line of an error's text, which says what went wrong if a traceback precedes it."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+    """Return the last line of an error's text without secrets: it says what went wrong if a traceback precedes it."""
+    return (redact(str(error)).strip() or type(error).__name__).splitlines()[-1]
 
 
 def type_and_first_line(error: BaseException, most: int = 300) -> str:

@@ -60,3 +60,25 @@ def test_importing_setuptools_does_not_change_the_packages(tmp_path, monkeypatch
     (folder / "METADATA").write_text("Name: carried\nVersion: 1\n")
     monkeypatch.setattr(sys, "path", [*sys.path, str(folder.parent)])  # as importing it does
     assert provenance.environment() == before
+
+
+@pytest.mark.parametrize(
+    ("argv", "command"),
+    [
+        (
+            ["qlora-exp train", "-m", "seed=1,2", "tracking.run_name=it's a"],
+            """train -m seed=1,2 'tracking.run_name=it'"'"'s a'""",
+        ),
+        (["/venv/bin/qlora-exp", "reproduce", "RUN"], "reproduce RUN"),
+        (["/site/qlora_exp/__main__.py", "reproduce", "RUN"], "reproduce RUN"),
+        (["qlora-exp train", "+tracking.tags.note=hf_abcdefghijklmnopqrst"], "train '+tracking.tags.note=***'"),
+    ],
+)
+def test_command_line_can_be_pasted(argv, command, monkeypatch):
+    monkeypatch.setattr("sys.argv", argv)
+    assert provenance.command() == f"qlora-exp {command}"
+
+
+def test_command_line_of_another_program_is_named(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["my script.py", "a"])
+    assert provenance.command() == "python 'my script.py' a"
