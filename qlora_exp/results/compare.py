@@ -15,6 +15,7 @@ import numpy as np
 from qlora_exp.config.metric_direction import lower_is_better
 from qlora_exp.results import stats
 from qlora_exp.results.records import Record
+from qlora_exp.utils.display import visible
 from qlora_exp.utils.errors import ConfigError
 
 METRICS = ("loss", "rougeL", "exact_match", "task_score", "unrelated_loss")
@@ -72,7 +73,7 @@ class Row:
     @property
     def short(self) -> str:
         """The same with short keys, for plots."""
-        return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in self.label.items()) or "all"
+        return visible(" ".join(f"{key.rpartition('.')[2]}={value}" for key, value in self.label.items())) or "all"
 
     def mean(self, metric: str) -> stats.Estimate | None:
         """Return the mean of a metric over the seeds; None unless every run has the metric."""
