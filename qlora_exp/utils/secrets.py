@@ -19,8 +19,9 @@ HIDDEN = "***"
 _SECRET_NAME = re.compile(
     r"""
     TOKEN(?!IZ) | PASSW | PASSPHRASE | PASSCODE | SECRET | CREDENTIAL | WEBHOOK | (?:API|ACCESS|PRIVATE)[_-]?KEY
-    | (?<!BY)(?<!COM)PASS(?![A-Z]) | PWD(?![A-Z]) | (?<!COM)PAT(?![A-Z]) | (?<!SA)CREDS?(?![A-Z])
-    | (?<![A-Z])PW(?![A-Z]) | CONN(?:ECTION)?_?STR | KEYS?(?:_ID|_?\d+)?$ | (?:AUTH|COOKIE|JWT)$
+    | (?<!BY)(?<!COM)PASS(?![A-Z]) | PWD(?![A-Z]) | (?<!COM)PAT(?![A-Z])
+    | (?<!SA)CREDS?(?![A-Z]) | (?<![A-Z])CRED(?!IT|IB) | (?<![A-Z])PW(?![A-Z])
+    | CONN(?:ECTION)?_?STR | KEYS?(?:_ID|_?\d+)?$ | (?:AUTH|COOKIE|JWT)$
     """,
     re.IGNORECASE | re.VERBOSE,
 )
@@ -35,7 +36,7 @@ _LONGEST_WORD = 11
 _NO_SECRETS = {"localhost", "default", "disabled", "enabled", "required", "optional", "unknown"}
 _SHORTEST_LINE = 16
 """Fewest characters of a line that is searched for, of a secret with several lines."""
-_SECRET_QUERY_KEYS = {"passfile", "sig", "signature", "code"}
+_SECRET_QUERY_KEY = re.compile(r"^(?:passfile|sig|.*signature)$", re.IGNORECASE)
 """Keys in URIs that concern secrets although their names do not say so."""
 _FILES_IN_QUERY = {"sslkey", "ssl_key"}
 """Keys in URIs whose values are files, although their names are those of secrets."""
@@ -46,7 +47,7 @@ _TOKENS = re.compile(
     _START
     + r"""(?:
     hf_[A-Za-z0-9]{16,} | api_org_\w{16,}
-    | sk-(?=[\w-]{0,200}\d)[\w-]{16,} | [spr]k_(?:live|test)_\w{10,}
+    | sk-(?:[A-Za-z0-9]{20,}|(?=[\w-]{0,200}\d)[\w-]{16,}) | [spr]k_(?:live|test)_\w{10,}
     | gh[opsur]_\w{16,} | github_pat_\w{16,} | gl(?:pat|ptt|rt|dt|ft|cbt|soat|agent)-[\w.-]{16,}
     | A(?:KIA|SIA|GPA|IDA|ROA)[A-Z0-9]{12,}
     | xox[a-z]-[\w-]{8,} | xapp-[\w-]{10,}
@@ -68,12 +69,13 @@ _HEADER = re.compile(
     re.IGNORECASE,
 )
 _BASIC = re.compile(r"\b(basic\s+)([A-Za-z0-9+/]{4,}={0,2})", re.IGNORECASE)
-_BEARER = re.compile(r"\b(bearer\s+)(?=\S{0,200}\d)[\w.~+/=-]{12,}", re.IGNORECASE)
-_PAIR = re.compile(
-    r"(?<!\w)((?:ssl)?password|passwd|passphrase|pwd|(?:client_)?secret|api[_-]?key|(?:access|auth)[_-]?token"
-    r"|token)(=|%3D)([^\s&;,]+)",
-    re.IGNORECASE,
+_BEARER = re.compile(r"\b(bearer\s+)(?:[\w.~+/=-]{30,}|(?=\S{0,200}\d)[\w.~+/=-]{12,})", re.IGNORECASE)
+_SECRET_FIELD = (
+    r"(?:(?<![A-Za-z0-9])(?:(?:ssl)?password|passwd|passphrase|pwd|secret|(?:secret|access|api|account)[_-]?key"
+    r"|(?:access|auth)[_-]?token)|(?<!\w)token)"
 )
+_PAIR = re.compile(rf"({_SECRET_FIELD})(=|%3D)([^\s&;,]+)", re.IGNORECASE)
+_JSON_PAIR = re.compile(rf"({_SECRET_FIELD}(['\"])\s*:\s*)(['\"])[^'\"\n]+\3", re.IGNORECASE)
 _VARIABLE = re.compile(r"\b([A-Z][A-Z0-9_]*)(=)['\"]?([^\s'\"]+)")
 _QUERY = re.compile(r"((?:[?&]|%3F|%26))([\w.-]+)(=|%3D)([^&\s'\"<>#]+)", re.IGNORECASE)
 _USER_IN_URI = re.compile(r"((?:https?|wss?)://)[^/\s?#'\"<>]{0,999}@|(://)[^/\s?#'\"<>:@]{20,999}@")
@@ -144,7 +146,7 @@ def secret_in_uri(uri: str) -> str | None:
     except ValueError:  # not a URI, which MLflow will say
         fields = []
     for key, _ in fields:
-        if key.lower() in _SECRET_QUERY_KEYS or (is_secret_name(key) and key.lower() not in _FILES_IN_QUERY):
+        if _is_secret_field(key):
             return f"'{key}'"
     plain = unquote(uri)
     strong = [value for value in _values(tuple(os.environ.items())) if not _is_word(value)]
@@ -162,7 +164,8 @@ def _password_of_database(uri: str) -> str | None:
     try:
         return make_url(uri).password
     except ArgumentError:  # not the URI of a database
-        return None
+        match = _PASSWORD_IN_URI.search(uri)
+        return match and match[0]
 
 
 def _is_path(value: str) -> bool:
@@ -228,6 +231,7 @@ def _without_credentials(text: str) -> str:
 def _without_tokens(text: str) -> str:
     text = _TOKENS.sub(HIDDEN, _WEBHOOK.sub(HIDDEN, _PRIVATE_KEY.sub(HIDDEN, text)))
     text = _BASIC.sub(_basic_hidden, _BEARER.sub(rf"\1{HIDDEN}", _HEADER.sub(rf"\1\2\3{HIDDEN}", text)))
+    text = _JSON_PAIR.sub(rf"\1\3{HIDDEN}\3", text)
     if "=" not in text and "%3" not in text:
         return text
     text = _VARIABLE.sub(_variable_hidden, _PAIR.sub(rf"\1\2{HIDDEN}", text))
@@ -250,5 +254,8 @@ def _variable_hidden(match: re.Match[str]) -> str:
 
 def _field_hidden(match: re.Match[str]) -> str:
     mark, key, equals, _ = match.groups()
-    is_file = key.lower() in _FILES_IN_QUERY
-    return f"{mark}{key}{equals}{HIDDEN}" if is_secret_name(key) and not is_file else match[0]
+    return f"{mark}{key}{equals}{HIDDEN}" if _is_secret_field(key) else match[0]
+
+
+def _is_secret_field(key: str) -> bool:
+    return bool(_SECRET_QUERY_KEY.search(key)) or (is_secret_name(key) and key.lower() not in _FILES_IN_QUERY)

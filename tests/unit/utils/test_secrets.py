@@ -11,6 +11,7 @@ from qlora_exp.utils.secrets import redact, redacted, redacted_tags, secret_in_u
 TOKENS = {
     "hub": "hf_" + "a" * 30,
     "openai": "sk-proj-abcdefgh12345678XYZ",
+    "openai_old": "sk-abcdefghijklmnopqrstuvwxyz",
     "stripe": "sk_live_abcdefghij1234",
     "github": "ghp_abcdefghijklmnopqrstuvwxyz0123456789",
     "github_new": "github_pat_11ABCDEFG0abcdefghij_xyz",
@@ -23,8 +24,8 @@ TOKENS = {
 """Text in the form of a secret."""
 NAMES = [
     "HF_TOKEN", "DB_PASS", "SMTP_PWD", "ROOT_PASSWD", "GITHUB_PAT", "GHPAT", "SLACK_WEBHOOK_URL", "PGPASSWORD",
-    "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "DBPASS", "OTHER_CRED", "MY_CREDS", "db_password", "OPENAI_API_KEY",
-    "STRIPE_KEY", "REDIS_AUTH", "CONNECTION_STRING",
+    "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "DBPASS", "OTHER_CRED", "MY_CREDS", "CRED_X", "db_password",
+    "OPENAI_API_KEY", "STRIPE_KEY", "REDIS_AUTH", "CONNECTION_STRING",
 ]  # fmt: skip
 
 
@@ -57,6 +58,7 @@ def test_name_says_that_a_variable_is_secret(name: str, monkeypatch):
         ("PASSWORD_FILE", "/run/secrets/absent"),
         ("GOOGLE_APPLICATION_CREDENTIALS", "/etc/hosts"),
         ("COMPASS", "northwest"),
+        ("CREDIT", "not-a-secret"),
         ("PATH_PATTERN", "somewhere"),
     ],
 )
@@ -103,9 +105,14 @@ def test_token_of_a_service_is_redacted(token: str):
         ("postgresql://u:a/b?c@host/db", "postgresql://***@host/db"),
         ("postgresql://u@host/db", "postgresql://u@host/db"),
         ("http://host/?a=1&token=x&sslkey=/f", "http://host/?a=1&token=***&sslkey=/f"),
+        ("s3://b/k?X-Amz-Signature=abc&X-Amz-Date=1", "s3://b/k?X-Amz-Signature=***&X-Amz-Date=1"),
+        ("AccountKey=abc==;EndpointSuffix=x", "AccountKey=***;EndpointSuffix=x"),
         ("http://host/%3Fpassword%3Dx", "http://host/%3Fpassword%3D***"),
         ("host=h password=x dbname=d", "host=h password=*** dbname=d"),
         ("--token=x tracking.tags.password=y", "--token=*** tracking.tags.password=***"),
+        ("aws_secret_access_key=x db_password=y", "aws_secret_access_key=*** db_password=***"),
+        ("{'password': 'x', \"api_key\": \"y\"}", "{'password': '***', \"api_key\": \"***\"}"),
+        ("Bearer abcdefghijklmnopqrstuvwxyzabcdef", "Bearer ***"),
         ("DB_PASS=abcdef1 N=2", "DB_PASS=*** N=2"),
         ("Authorization: Basic YWxpY2U6d29uZA==", "Authorization: Basic ***"),
         ("{'authorization': 'Bearer abc'}", "{'authorization': 'Bearer ***'}"),
@@ -125,7 +132,7 @@ def test_credentials_in_text_are_redacted(text: str, clean: str):
         "Basic training; a bearer understanding-everything",
         "risk-averse-1234567890123456 eos_token=</s> method.num_virtual_tokens=16 training.max_length=512",
         "sk-learn-has-many-estimators",
-        "the token = x, password: none",
+        "the token = x, password: none, {'eos_token': '</s>'}",
     ],
 )
 def test_other_text_is_not_redacted(text: str):
@@ -150,6 +157,8 @@ def test_nested_values_and_tags_are_redacted(monkeypatch):
         ("postgresql://h/db?sslpassword=x", "'sslpassword'"),
         ("postgresql://h/db?passfile=/x", "'passfile'"),
         ("mysql+pymysql://h/db?passwd=x", "'passwd'"),
+        (" postgresql://u:p@h/db", "a password"),
+        ("https://h/c?sig=abc", "'sig'"),
         ("mssql+pyodbc:///?odbc_connect=DRIVER%3DX%3BPWD%3Dx", "a token or password"),
         ("http://me:p@host", "a user or password"),
         ("https://a-token@host", "a user or password"),
