@@ -7,8 +7,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from qlora_exp.utils.display import NEWLINES, shown
 from qlora_exp.utils.errors import DivergedError, TimeLimitError, UserError, is_out_of_memory, type_and_first_line
-from qlora_exp.utils.secrets import redact
 
 
 def exit_code(command: Callable[[], None]) -> int:
@@ -28,7 +28,7 @@ def exit_code(command: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Exception, TimeLimitError) as error:
-        print(redact(_message(error)), file=sys.stderr)
+        print(shown(_message(error), keep=NEWLINES), file=sys.stderr)
         return 1
     return 0
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from qlora_exp.cli import ports
 from qlora_exp.cli.parents import DEVICES, SOURCE, URI, Commands, add_command
 from qlora_exp.deploy.formats import SERVERS
+from qlora_exp.utils.display import NEWLINES, say, shown, visible, visible_json
 from qlora_exp.utils.errors import ConfigError, UserError
 from qlora_exp.utils.files import replacing
 from qlora_exp.utils.quiet import quiet
-from qlora_exp.utils.secrets import redact
 
 if TYPE_CHECKING:
     from qlora_exp.deploy.chat import ChatModel, Sampling
@@ -104,7 +104,7 @@ def generate(options: argparse.Namespace) -> None:
             raise type(error)(f"{options.file}, request {number}: {error}") from error
     with nullcontext(sys.stdout) if options.out is None else replacing(options.out) as lines:
         for answered in tqdm(chatting.answers(talker, requests, sampling), total=len(requests), disable=None):
-            print(json.dumps(answered, ensure_ascii=False), file=lines, flush=True)
+            print(visible_json(json.dumps(answered, ensure_ascii=False)), file=lines, flush=True)
     if options.out is not None:
         print(f"{len(requests)} answers in {options.out}")
 
@@ -155,11 +155,11 @@ def chat(options: argparse.Namespace) -> None:
                 print(flush=True)
                 messages = [*asked, {"role": "assistant", "content": answer}]
         except UserError as error:  # report it, and continue the dialogue
-            print(f"error: {redact(str(error))}", file=sys.stderr)
+            print(f"error: {shown(error, keep=NEWLINES)}", file=sys.stderr)
 
 
 def _print_at_once(text: str) -> None:
-    print(text, end="", flush=True)
+    print(visible(text, keep=NEWLINES), end="", flush=True)
 
 
 def _talker(options: argparse.Namespace) -> "tuple[ChatModel, Sampling]":
@@ -197,7 +197,7 @@ def serve(options: argparse.Namespace) -> None:
     saved = load.find(options.source, options.uri, "cpu")
     out = options.out or Path("outputs") / "served" / (saved.run_id or saved.folder.resolve().parent.name)
     if options.print:
-        print("\n".join(serving.commands(saved, out, options.host, options.port)))
+        say(*serving.commands(saved, out, options.host, options.port))
         return
     serving.check(options.server, saved)
     ports.require_free(options.host, options.port)
@@ -205,9 +205,9 @@ def serve(options: argparse.Namespace) -> None:
     if options.server == "mlflow":
         folder = serving.mlflow_model(folder, out.with_name(f"{out.name}.mlflow"))
     server = serving.server(options.server, folder, options.host, options.port, options.device)
-    print(
-        f"{options.server} will serve {folder} at {server.url} in a moment (Ctrl-C stops it). "
-        f"To try it:\n{server.example}"
+    say(
+        f"{options.server} will serve {folder} at {server.url} in a moment (Ctrl-C stops it). To try it:",
+        server.example,
     )
     sys.stdout.flush()
     Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # transformers' `/v1/models` fails if this folder is missing

@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import gc
+import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -10,7 +11,8 @@ from importlib.metadata import version
 from qlora_exp.cli import inference, keys, methods, models, planning, runs, train
 from qlora_exp.cli.failures import exit_code
 from qlora_exp.cli.parents import Commands
-from qlora_exp.utils.secrets import load_env_file
+from qlora_exp.utils.display import shown
+from qlora_exp.utils.env_file import load_env_file
 
 FAMILIES = {
     "prepare a run": (keys, planning, methods),
@@ -19,6 +21,7 @@ FAMILIES = {
 }
 """Modules that add commands, by the title under which `--help` lists these commands."""
 
+_STORE = "MLFLOW_TRACKING_URI"
 _ABOUT = "Run experiments in efficient fine-tuning: compose a configuration, train, measure, track, compare."
 _EPILOG = """\
 `qlora-exp COMMAND --help` explains a command. Variables of a .env file in the working directory are set first,
@@ -40,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def run() -> None:
         load_env_file()
+        if getattr(options, "reads_store", False) and options.uri is None and (uri := os.environ.get(_STORE)):
+            print(shown(f"MLflow: {uri} ({_STORE})"), file=sys.stderr)
         options.handler(options)
 
     sys.exit(exit_code(run))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from qlora_exp.cli.parents import RUN, SOURCE, URI, Commands, add_command, add_overrides
 from qlora_exp.deploy.formats import DEPLOYED, EXPORT_FORMATS, GGUF_TYPES
+from qlora_exp.utils.display import say
 from qlora_exp.utils.errors import ConfigError
 from qlora_exp.utils.files import write_atomically
 from qlora_exp.utils.quiet import quiet
@@ -102,13 +103,13 @@ def _export(options: argparse.Namespace, form: str, gguf_type: str = "", overrid
     if overrides:
         rows_of = changed(saved.config.model_dump(mode="json"), given(overrides), "the recorded config")
     made = exporting.export(saved, options.out, form, options.dtype, options.base, gguf_type, rows_of)
-    print(f"base    {made.base}; {made.weights}")
-    print(
+    say(f"base    {made.base}; {made.weights}")
+    say(
         f"check   logits differ by at most {made.max_logit_difference:.2g} (largest logit: {made.max_logit:.3g}), KL "
         f"{made.mean_kl:.2g} nats per token, the same first choice after {made.same_first_choice:.1%} of tokens"
     )
-    print(f"answer  {made.same_answer_tokens} of {made.answer_tokens} tokens are as before the export: {made.answer!r}")
-    print(f"folder  {made.folder} ({made.bytes / 1e6:,.1f} MB)")
+    say(f"answer  {made.same_answer_tokens} of {made.answer_tokens} tokens are as before the export: {made.answer!r}")
+    say(f"folder  {made.folder} ({made.bytes / 1e6:,.1f} MB)")
 
 
 def register(options: argparse.Namespace) -> None:
@@ -123,12 +124,12 @@ def register(options: argparse.Namespace) -> None:
     from qlora_exp.deploy import registry
 
     version, card = registry.register(options.uri, options.run, options.name, options.alias)
-    print(f"version  {version.version} of {version.name}\nload     qlora_exp.load({version.uri!r})")
+    say(f"version  {version.version} of {version.name}", f"load     qlora_exp.load({version.uri!r})")
     if options.card is not None:
         write_atomically(options.card, card)
-        print(f"card     {options.card}")
+        say(f"card     {options.card}")
     if options.push is not None:
-        print(f"hub      {registry.push(options.uri, version.uri, options.push, card, not options.public)}")
+        say(f"hub      {registry.push(options.uri, version.uri, options.push, card, not options.public)}")
 
 
 def deployment_gap(options: argparse.Namespace) -> None:
@@ -169,4 +170,4 @@ def deployment_gap(options: argparse.Namespace) -> None:
     write_atomically(file, json.dumps(gap.as_json(measured, record.run_id), indent=1, ensure_ascii=False))
     with records.mlflow_errors_explained():
         mlflow_store.client(options.uri).log_artifact(record.run_id, str(file))
-    print(f"file  {file}, saved with run {record.run_id} in MLflow too; the exported models are next to it")
+    say(f"file  {file}, saved with run {record.run_id} in MLflow too; the exported models are next to it")

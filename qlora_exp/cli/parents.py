@@ -11,7 +11,8 @@ Handler = Callable[[argparse.Namespace], None]
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 URI = argparse.ArgumentParser(add_help=False)
-URI.add_argument("--uri", help="MLflow tracking URI; default: SQLite in ./mlruns")
+URI.add_argument("--uri", help="MLflow tracking URI; default: MLFLOW_TRACKING_URI, else SQLite in ./mlruns")
+URI.set_defaults(reads_store=True)
 RUN = argparse.ArgumentParser(add_help=False)
 RUN.add_argument("run", metavar="RUN", help="run id, run key, name or output folder of a recorded run")
 SOURCE = argparse.ArgumentParser(add_help=False)

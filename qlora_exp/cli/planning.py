@@ -7,6 +7,7 @@ import os
 from qlora_exp.cli.parents import URI, Commands, add_command, add_overrides
 from qlora_exp.planning import calibration, gpus
 from qlora_exp.planning.gpus import Gpu
+from qlora_exp.utils.display import say
 from qlora_exp.utils.errors import ConfigError, UserError
 from qlora_exp.utils.quiet import quiet
 
@@ -157,7 +158,7 @@ def calibrate(options: argparse.Namespace) -> None:
         )
         print(f"file  {calibration.write(fits.values())}, which `plan` and `advise` read")
     for reason in left_out:
-        print(f"left out  {reason}")
+        say(f"left out  {reason}")
 
 
 def _refuse_options_as_keys(options: argparse.Namespace) -> None:

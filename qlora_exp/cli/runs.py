@@ -4,16 +4,17 @@ import argparse
 import logging
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
 from qlora_exp.cli import ports
 from qlora_exp.cli.parents import RUN, URI, Commands, add_command, add_overrides
+from qlora_exp.utils.display import say
 from qlora_exp.utils.errors import ConfigError, TrackingError
 from qlora_exp.utils.names import valid_names
 from qlora_exp.utils.notice import notice_if_slow
 from qlora_exp.utils.quiet import quiet
-from qlora_exp.utils.secrets import redact
 
 _USUAL_FOLDERS = (Path("outputs"), Path("multirun"))
 """Folders in which `train` writes runs and sweeps."""
@@ -71,7 +72,10 @@ def add_parsers(commands: Commands) -> None:
         metavar="FOLDER",
         help="folders to search for runs; default: outputs and multirun",
     )
-    uri = "MLflow tracking URI; default: the one each run was started with, if you have sent runs there before"
+    uri = (
+        "MLflow tracking URI; default: the one each run was started with, if you have sent runs there before (also if "
+        "MLFLOW_TRACKING_URI is another)"
+    )
     parser.add_argument("--uri", help=uri)
 
 
@@ -101,7 +105,7 @@ def compare(options: argparse.Namespace) -> None:
     comparison = comparing.compare(runs, metric, options.baseline)
     report.show(comparison, options.preset)
     for file in report.write(comparison, options.out, options.preset) if options.out else ():
-        print(f"file  {file}")
+        say(f"file  {file}")
     if options.log:
         if (parent := report.log(comparison, options.uri, options.preset)) is None:
             raise ConfigError("--log: these runs do not belong to one sweep")
@@ -114,23 +118,25 @@ def ui(options: argparse.Namespace) -> None:
     Serves the MLflow store in ./mlruns until Ctrl-C and prints the page's address. If
     --uri is a tracking server, only prints the address of its page.
     """
-    store = Path.cwd() / "mlruns" / "mlflow.db"
-    if options.uri is None and not store.is_file():
-        raise TrackingError(f"no runs yet: {store} does not exist; run `qlora-exp train` here first")
-    address = options.uri or f"sqlite:///{store}"
+    from qlora_exp.tracking.stores import sqlite_store, uris
+
+    address = uris.store_uri(options.uri)
+    file = sqlite_store.sqlite_file(address)
+    if file is not None and not file.is_file():
+        raise TrackingError(f"no runs yet: {file} does not exist; run `qlora-exp train` here first, or give --uri")
     if not address.startswith("http"):
         ports.require_free(options.host, options.port)
     quiet()
     from qlora_exp.results import records
-    from qlora_exp.tracking.stores import sqlite_store
 
     if address.startswith("http"):
-        print(f"MLflow's UI: {redact(records.page(options.uri, address))}")
+        say(f"MLflow's UI: {records.page(options.uri, address)}")
         return
     page = records.page(options.uri, f"http://{options.host}:{options.port}")
-    print(f"MLflow's UI for {redact(address)} starts in a few seconds (Ctrl-C stops it):\n{page}", flush=True)
+    say(f"MLflow's UI for {address} starts in a few seconds (Ctrl-C stops it):", page)
+    sys.stdout.flush()
     environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | dict(os.environ)
-    if (file := sqlite_store.sqlite_file(address)) is not None and not os.access(file, os.W_OK):
+    if file is not None and not os.access(file, os.W_OK):
         address = sqlite_store.read_only_uri(file)
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", address, "--workers", "1"]
     # Replace this process by the server, so that whatever ends the process ends the server.
@@ -157,9 +163,9 @@ def reproduce(options: argparse.Namespace) -> None:
 
     record = reproducing.find_run(options.uri, options.run)
     config = reproducing.recorded_config(record, given(options.overrides), options.uri)
-    print(f"run {record.run_id} {record.name}")
-    for line in (differences := reproducing.differences(record, config)):
-        print(f"differs  {line}")
+    say(f"run {record.run_id} {record.name}")
+    differences = reproducing.differences(record, config)
+    say(*(f"differs  {line}" for line in differences))
     if not differences:
         print("nothing that was recorded differs: config, data, base model, code, libraries, threads")
     if options.check_only:
@@ -168,7 +174,7 @@ def reproduce(options: argparse.Namespace) -> None:
     run_id = reproducing.start(record, config, folder)
     (repeated,) = records.find(options.uri, [run_id])
     verdict = reproducing.judge(record, repeated, config)
-    print(f"files  {folder}\nrun    {run_id}\n{verdict.grade}: {verdict.why}")
+    say(f"files  {folder}", f"run    {run_id}", f"{verdict.grade}: {verdict.why}")
     if verdict.grade == reproducing.DRIFTED:
         raise TrackingError(f"run {run_id} does not reproduce run {record.run_id}")
 
@@ -186,12 +192,12 @@ def bundle(options: argparse.Namespace) -> None:
     record = reproducing.find_run(options.uri, options.run)
     target = options.out or Path(f"{record.run_id}.zip")
     bundles.write(record, target)
-    print(f"{target}: run {record.run_id} {record.name}")
-    repeat = f"qlora-exp reproduce {target}"
+    say(f"{target}: run {record.run_id} {record.name}")
+    repeat = shlex.join(["qlora-exp", "reproduce", str(target)])
     if record.outcome == "ok":
-        print(f"to repeat the run on any machine: {repeat}")
+        say(f"to repeat the run on any machine: {repeat}")
     else:
-        print(f"the outcome of this run is {record.outcome}, so only differences can be listed: {repeat} --check-only")
+        say(f"the outcome of this run is {record.outcome}, so only differences can be listed: {repeat} --check-only")
 
 
 def sync(options: argparse.Namespace) -> None:
@@ -203,6 +209,10 @@ def sync(options: argparse.Namespace) -> None:
     """
     from qlora_exp.tracking import journal
 
+    if options.uri is not None:
+        from qlora_exp.tracking.stores.uris import store_uri
+
+        options.uri = store_uri(options.uri)  # what was sent is noted under the complete URI
     existing = [folder for folder in _USUAL_FOLDERS if folder.is_dir()]
     folders: list[Path] = options.folders or existing or [_USUAL_FOLDERS[0]]
     if missing := [folder for folder in folders if not folder.is_dir()]:
@@ -223,14 +233,14 @@ def sync(options: argparse.Namespace) -> None:
         unread += settled.unread
         for run, lacks in settled.lacks.items():
             for line in lacks:
-                print(f"warning: MLflow lacks a part of {run}: {redact(line)}", file=sys.stderr)
+                say(f"warning: MLflow lacks a part of {run}: {line}", file=sys.stderr)
         problems += [f"MLflow lacks a part of {len(settled.lacks)} runs (see the warnings)"] * bool(settled.lacks)
-        problems += [f"{redact(why)}; try again later, it has not received all of {count} runs"
+        problems += [f"{why}; try again later, it has not received all of {count} runs"
                      for why, count in settled.away.items()]  # fmt: skip
         still = f"; {settled.running} are still running and were left alone" if settled.running else ""
     for line in unread:
-        print(f"warning: cannot be read completely: {redact(line)}", file=sys.stderr)
+        say(f"warning: cannot be read completely: {line}", file=sys.stderr)
     problems[:0] = [f"{len(unread)} runs or folders could not be read completely (see the warnings)"] * bool(unread)
     if problems:
         raise TrackingError(f"{sent} runs sent; {'; '.join(problems)}{still}")
-    print(f"{sent} runs sent; MLflow has everything of all runs under {', '.join(map(str, folders))}{still}")
+    say(f"{sent} runs sent; MLflow has everything of all runs under {', '.join(map(str, folders))}{still}")

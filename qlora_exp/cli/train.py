@@ -3,14 +3,18 @@
 import argparse
 import errno
 import gc
+import io
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from qlora_exp.cli.failures import exit_code
 from qlora_exp.cli.parents import Commands, add_command
+from qlora_exp.utils.display import NEWLINES, shown
 from qlora_exp.utils.errors import ConfigError
 from qlora_exp.utils.quiet import quiet
 
@@ -47,7 +51,7 @@ def train(options: argparse.Namespace) -> None:
     hydra_compose.register()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let Hydra raise its errors, so that we can explain them
     try:
-        with hydra_compose.errors_explained():
+        with hydra_compose.errors_explained(), _secrets_hidden(shows_config):
             hydra.main(arguments, _job, hydra_compose.conf_dir(), "config")
     except OSError as error:
         key = "hydra.sweep.dir" if arguments.multirun else "hydra.run.dir"
@@ -68,6 +72,20 @@ def _refuse_flags(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"Hydra does not accept a working folder with ${{ in its path: {Path.cwd()}")
 
 
+@contextmanager
+def _secrets_hidden(shows_config: bool) -> Iterator[None]:
+    """Print the config that Hydra shows without secrets."""
+    if not shows_config:
+        yield
+        return
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            yield
+    finally:
+        print(shown(printed.getvalue(), keep=NEWLINES), end="")
+
+
 def _job(composed: Any) -> None:
     """Run what Hydra composed: a job of a sweep, or a single run."""
     from hydra.core.hydra_config import HydraConfig
@@ -77,10 +95,10 @@ def _job(composed: Any) -> None:
     from qlora_exp.sweeps.worker import run_job
 
     output_dir = Path(HydraConfig.get().runtime.output_dir)
+    os.chdir(HydraConfig.get().runtime.cwd)  # with hydra.job.chdir, MLflow's store and the data would not be found
+    quiet()
     if (output_dir / jobs.JOB_FILE).is_file():
-        checked = check(composed)
-        quiet()
-        run_job(checked, output_dir)
+        run_job(check(composed), output_dir)
     elif code := exit_code(lambda: _single_run(composed, output_dir)):  # Hydra would print a line before each error
         sys.exit(code)
 
@@ -91,7 +109,6 @@ def _single_run(composed: Any, output_dir: Path) -> None:
 
     try:
         checked = check(composed)
-        quiet()
         if checked.sweep.dry_run:
             print(
                 "this run is valid; it was not started. Add -m for a sweep, or --cfg job to print the complete config"

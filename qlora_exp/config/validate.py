@@ -10,6 +10,7 @@ from qlora_exp.config import crosschecks, peft_methods
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.sweep import SearchConfig
 from qlora_exp.utils.errors import ConfigError, did_you_mean
+from qlora_exp.utils.secrets import redact
 
 OPEN_SECTIONS = ("method", "lora_variant")
 """Sections with PEFT settings: `method.use_rslora=true` needs no `+`, and `schema` rejects settings PEFT lacks."""
@@ -81,4 +82,4 @@ def _describe(problem: Any) -> str:
         return f"{where}: must be text, got {problem['input']}; quote it: {where}='\"{problem['input']}\"'"
     values = re.findall("'([^']*)'", problem["ctx"]["expected"]) if problem["type"] == "literal_error" else []
     hint = did_you_mean(str(problem["input"]), values).removesuffix(".")
-    return f"{where}: {message}, got {problem['input']!r:.200}{hint}"
+    return f"{where}: {message}, got {redact(repr(problem['input'])):.200}{hint}"

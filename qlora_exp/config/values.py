@@ -1,17 +1,78 @@
 """Convert the config to plain values: flat, as YAML, or only the part that can change a result."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import PurePath, PureWindowsPath
 from typing import Any
 
 import yaml
 from pydantic import BaseModel
 
 from qlora_exp.config.schema import Config
+from qlora_exp.utils.secrets import redacted, redacted_tags
 
 
 def to_yaml(config: Config) -> str:
-    """Return the complete config as YAML. `from_dict(yaml.safe_load(...))` turns it back into an equal config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """Return the complete config as YAML, without secrets.
+
+    `from_dict(yaml.safe_load(...))` turns it back into an equal config, if it has none.
+    """
+    return values_to_yaml(config.model_dump(mode="json"))
+
+
+def values_to_yaml(values: Mapping[str, Any]) -> str:
+    """Return a config, given as nested dictionaries, as YAML without secrets."""
+    # Before they are written: `***` in YAML text would be a reference to an anchor.
+    clean = redacted(dict(values))
+    if "tracking" in values:
+        clean["tracking"]["tags"] = redacted_tags(values["tracking"]["tags"])
+    return yaml.safe_dump(clean, sort_keys=False, allow_unicode=True)
+
+
+_NAMES_FILES = re.compile(
+    r"(?:model|method|lora_variant)\..*|(?:dataset|unrelated)\.(?:eval_)?path|evaluation\.lm_eval_include_path"
+    r"|training\.resume_from_checkpoint"
+)
+"""Keys whose values may be files or folders."""
+_ABSOLUTE = re.compile(r"(?:[/~\\]|[A-Za-z]:[\\/])[^\n]*")
+
+
+def without_places(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Remove from a config what is valid on this machine only, to share it.
+
+    Section `tracking` is left out. An absolute path becomes the file's name in the working folder, `./NAME`.
+
+    Args:
+        values: a config as nested dictionaries, or with dotted keys.
+    """
+    shared: dict[str, Any] = {}
+    for key, value in values.items():
+        if key.split(".")[0] == "tracking":
+            continue
+        if isinstance(value, Mapping) and "." not in key:
+            shared[key] = {name: _without_place(f"{key}.{name}", item) for name, item in value.items()}
+        else:
+            shared[key] = _without_place(key, value)
+    return shared
+
+
+def _without_place(key: str, value: Any) -> Any:
+    return _names_only(value) if _NAMES_FILES.fullmatch(key) else value
+
+
+def _names_only(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {_names_only(name): _names_only(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_names_only(item) for item in value]
+    if not isinstance(value, str):
+        return value
+    if value.startswith(("[", "{")):  # a list or a mapping as text
+        return re.sub(r"(['\"])([^'\"]*)\1", lambda match: f"{match[1]}{_names_only(match[2])}{match[1]}", value)
+    if not _ABSOLUTE.fullmatch(value):
+        return value
+    path = PureWindowsPath(value) if "\\" in value else PurePath(value)
+    return f"./{path.name}"
 
 
 APART = ("tracking", "sweep", "search")

@@ -23,9 +23,10 @@ from safetensors import SafetensorError
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.schema import Config
 from qlora_exp.config.untrusted import refuse_user_only_settings
+from qlora_exp.config.values import without_places
 from qlora_exp.deploy import gguf, gptq, merge, ollama
 from qlora_exp.deploy.formats import BITSANDBYTES, EXPORT_FORMATS, GPTQ_FORMATS
-from qlora_exp.deploy.load import GGUF_FILE, Saved, load_complete_model
+from qlora_exp.deploy.load import GGUF_FILE, Saved, load_complete_model, remove_places
 from qlora_exp.deploy.merge import Base, Whole
 from qlora_exp.environment.device import detect, resolve
 from qlora_exp.environment.provenance import libraries
@@ -34,7 +35,7 @@ from qlora_exp.tracking import mlflow_store, run_key
 from qlora_exp.tracking.journal import CONFIG_FILE
 from qlora_exp.utils.errors import ConfigError, ModelError, TrackingError, first_line
 from qlora_exp.utils.files import scratch_folder, size_on_disk
-from qlora_exp.utils.signals import handle_signals
+from qlora_exp.utils.processes.signals import handle_signals
 
 log = logging.getLogger(__name__)
 
@@ -145,13 +146,16 @@ def export(
         stored, exact = write(whole, part)
         whole.tokenizer.save_pretrained(part)
         shutil.copy(saved.folder / CONFIG_FILE, part)
+        remove_places(part)
         dtype, whole.model = whole.dtype, None
         reloaded = load_complete_model(replace(saved, folder=part, adapter=False), "auto")
         made = _compare(whole, reloaded, str(out), form, stored, size_on_disk(part))
         _check(made, dtype, exact)
-        facts = asdict(made) | {"asked": asked, "source": saved.source, "libraries": libraries()}
+        facts = asdict(made) | {"asked": asked, "libraries": libraries()}
         model = saved.config.model
-        facts |= {"model_name_or_path": model.model_name_or_path, "revision": model.revision}
+        places = {"model_name_or_path": model.model_name_or_path, "source": saved.source, "folder": made.folder}
+        facts |= without_places({"model": places})["model"] | {"revision": model.revision}
+        facts["base"] = made.base.replace(model.model_name_or_path, facts["model_name_or_path"])
         (part / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
         for file in part.iterdir():  # safetensors makes its files readable by their owner only
             file.chmod((part / FACTS_FILE).stat().st_mode)

@@ -5,6 +5,7 @@ What was recorded is only data: nothing in it can make code run.
 
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.schema import Config
 from qlora_exp.config.untrusted import plain_yaml
 from qlora_exp.config.validate import from_dict
+from qlora_exp.config.values import values_to_yaml, without_places
 from qlora_exp.environment.device import detect, resolve
 from qlora_exp.models.base import load_model, stop_at_end_of_turn
 from qlora_exp.models.quantization import check_files, quantization_config
+from qlora_exp.results import records
 from qlora_exp.tracking import journal, mlflow_store, run_key
 from qlora_exp.tracking.journal import CONFIG_FILE, FILE
 from qlora_exp.tracking.stores import artifacts, uris
@@ -89,9 +92,11 @@ def find(source: str, tracking_uri: str | None = None, device: str = "auto") -> 
         raise ModelError(f"{source}: not a model that a run saved (no {CONFIG_FILE}, or no .safetensors)")
     try:
         recorded = plain_yaml((folder / CONFIG_FILE).read_text("utf-8"), CONFIG_FILE)
+        recorded = _with_places(recorded, folder, run_id, tracking_uri)
         # A config from somebody else must not run their code: neither the model's own code nor a kernel of the hub.
         recorded["model"] |= {"trust_remote_code": False, "attn_implementation": None}
         recorded["training"]["resume_from_checkpoint"] = None
+        recorded["tracking"] = {}
     except (ConfigError, KeyError, TypeError) as error:
         raise ModelError(f"{source}: {CONFIG_FILE} is damaged: {error}") from error
     try:
@@ -106,6 +111,35 @@ def find(source: str, tracking_uri: str | None = None, device: str = "auto") -> 
             f"{source}: its config.json asks for a kernel of the hub, whose code would run: {', '.join(kernels)}"
         )
     return Saved(source, folder, config, adapter, run_id, tracking_uri)
+
+
+def _with_places(recorded: Any, folder: Path, run_id: str | None, tracking_uri: str | None) -> Any:
+    """Return the config of a saved model with the paths of this machine, which only its run's own config has.
+
+    Without the run's config, a path stays that of a file or folder in the working folder.
+    """
+    sections = [each for each in (recorded.values() if isinstance(recorded, dict) else ()) if isinstance(each, dict)]
+    if not any(str(value).startswith("./") for section in sections for value in section.values()):
+        return recorded
+    text = ""
+    if (folder.parent / FILE).is_file() and (folder.parent / CONFIG_FILE).is_file():
+        text = (folder.parent / CONFIG_FILE).read_text("utf-8")
+    elif run_id is not None:
+        with suppress(TrackingError):  # the run may be gone while its model is not
+            text = records.by_ids(tracking_uri, [run_id])[0].text(CONFIG_FILE)
+    complete = plain_yaml(text, CONFIG_FILE) if text else None
+    same = isinstance(complete, dict) and without_places(complete) == without_places(recorded)
+    return complete if same else recorded
+
+
+def remove_places(folder: Path) -> None:
+    """Remove from the files of a saved model what is valid on this machine only, as in newly saved ones."""
+    values = without_places(plain_yaml((folder / CONFIG_FILE).read_text("utf-8"), CONFIG_FILE))
+    (folder / CONFIG_FILE).write_text(values_to_yaml(values), "utf-8")
+    file = folder / "adapter_config.json"
+    if file.is_file():
+        base = {"base_model_name_or_path": values["model"]["model_name_or_path"]}
+        file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | base, indent=2, sort_keys=True), "utf-8")
 
 
 def _on_its_base(config: Config, folder: Path) -> Config:
@@ -123,7 +157,12 @@ def _on_its_base(config: Config, folder: Path) -> Config:
     name = config.model.model_name_or_path
     if re.fullmatch(r"[0-9a-f]{40}", then):  # a commit on the hub
         return config.model_copy(update={"model": config.model.model_copy(update={"revision": then})})
-    if (now := run_key.model_version(name, config.model.revision)) != then:
+    if (now := run_key.model_version(name, config.model.revision)) == "missing":
+        raise ModelError(
+            f"the base model of the adapter is not at {Path(name).expanduser().absolute()}: put the folder, or a link "
+            "to it, there"
+        )
+    if now != then:
         raise ModelError(
             f"{name} is not the base model that the adapter was trained on (version {then} then, {now} now)"
         )

@@ -13,10 +13,15 @@ from typing import Any
 import numpy as np
 import yaml
 
+from qlora_exp.config import compatibility
 from qlora_exp.config.schema import Config
+from qlora_exp.config.validate import from_dict
+from qlora_exp.config.values import without_places
 from qlora_exp.recipe import summary
 from qlora_exp.results import stats
 from qlora_exp.results.records import Record
+from qlora_exp.utils.display import markdown, markdown_code, pasteable
+from qlora_exp.utils.secrets import redact, redacted
 from qlora_exp.utils.tables import markdown_table
 
 LICENSES = {
@@ -57,8 +62,9 @@ def write(record: Record, config: Config, source: str) -> str:
         config: the run's recorded config.
         source: argument with which `qlora_exp.load` loads this model.
     """
+    config = shared(config)
     model, data = config.model.model_name_or_path, config.dataset.path
-    # The hub accepts only its own names in these fields, and a path on this machine must not be published.
+    # The hub accepts only its own names in these fields.
     bases, datasets = ([name] if _is_hub_id(name) else [] for name in (_HUB_NAMES.get(model, model), data))
     head = {
         **({"base_model": bases[0]} if bases else {}),
@@ -67,10 +73,12 @@ def write(record: Record, config: Config, source: str) -> str:
         **({"datasets": datasets} if datasets else {}),
         "tags": ["qlora_exp", config.method.name],
     }
+    commands = ("chat", source), ("merge", source, "--out", "FOLDER")
+    chat, merge = (markdown_code(pasteable(*words)) for words in commands)
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-        f"# {record.name}",
-        f"{config.method.name} fine-tune of `{model}`, made by qlora_exp.",
+        f"# {markdown(redact(record.name))}",
+        f"{markdown(config.method.name)} fine-tune of {markdown_code(model)}, made by qlora_exp.",
         markdown_table(["", ""], _facts(record, config)),
         "## Results",
         "On the held-out rows, with 95 % confidence intervals over these rows. "
@@ -79,13 +87,21 @@ def write(record: Record, config: Config, source: str) -> str:
         "## Cost",
         markdown_table(["", ""], summary.cost(record.metrics)),
         "## Use",
-        f'```python\nimport qlora_exp\n\nmodel, tokenizer = qlora_exp.load("{source}")\n```',
-        f"`qlora-exp chat {source}` prompts it in the format that it was trained with ({config.dataset.format}); "
-        f"`qlora-exp merge {source} --out FOLDER` writes a model that needs no adapter.",
+        f"```python\nimport qlora_exp\n\nmodel, tokenizer = qlora_exp.load({json.dumps(source)})\n```",
+        f"{chat} prompts it in the format that it was trained with ({config.dataset.format}); {merge} writes a model "
+        "that needs no adapter.",
         "## Licences",
         f"Base model: {license_of(model)}. Data: {license_of(data)}. Both apply to this model.",
     ]
-    return "\n\n".join(parts) + "\n"
+    return redact("\n\n".join(parts)) + "\n"
+
+
+def shared(config: Config) -> Config:
+    """Return a config without secrets and without what is valid on this machine only, to publish it."""
+    with compatibility.ignored():  # the run was trained, so what would be refused now worked then
+        values = without_places(config.model_dump(mode="json"))
+        values["training"]["resume_from_checkpoint"] = None
+        return from_dict(redacted(values))
 
 
 def _is_hub_id(name: str) -> bool:
@@ -152,6 +168,7 @@ def _interval(ours: Any, theirs: Any) -> str:
 
 def tags(config: Config) -> Sequence[tuple[str, str]]:
     """Return tags by which a registered version can be searched for."""
+    config = shared(config)
     return (
         ("base_model", model_and_revision(config)),
         ("method", config.method.name),

@@ -1,6 +1,9 @@
 """Register a run's model in MLflow's registry, with a model card, and upload it to the Hugging Face hub on request."""
 
+import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +14,11 @@ from qlora_exp.deploy import load, model_card
 from qlora_exp.results import records, reproduce
 from qlora_exp.tracking import mlflow_store
 from qlora_exp.tracking.stores import artifacts
+from qlora_exp.tracking.stores.uris import VARIABLE
+from qlora_exp.utils.env_file import load_env_file
 from qlora_exp.utils.errors import ConfigError, TrackingError, first_line
 from qlora_exp.utils.files import copy_without_links
-from qlora_exp.utils.secrets import load_env_file, redact
+from qlora_exp.utils.secrets import redact
 
 _CARD = "README.md"
 _MAX_DESCRIPTION = 5000
@@ -85,12 +90,25 @@ def _version(mlflow: MlflowClient, name: str, model_id: str, run_id: str) -> str
         for existing in mlflow.search_model_versions(f"run_id = '{run_id}'"):
             if existing.name == name and existing.source == source:
                 return str(existing.version)
-    before = get_tracking_uri()
-    set_tracking_uri(mlflow.tracking_uri)  # MLflow resolves models:/ on its global tracking URI only
-    try:
+    with _global_tracking_uri(mlflow.tracking_uri):  # MLflow resolves models:/ on it only
         return str(mlflow.create_model_version(name, source, run_id, model_id=model_id).version)
+
+
+@contextmanager
+def _global_tracking_uri(uri: str) -> Iterator[None]:
+    """Set MLflow's global tracking URI inside the `with` block.
+
+    MLflow also writes it to the environment, where it would become the default of everything that follows.
+    """
+    before, in_environment = get_tracking_uri(), os.environ.get(VARIABLE)
+    set_tracking_uri(uri)
+    try:
+        yield
     finally:
         set_tracking_uri(before)
+        os.environ.pop(VARIABLE, None)
+        if in_environment is not None:
+            os.environ[VARIABLE] = in_environment
 
 
 def push(uri: str | None, source: str, repository: str, text: str, private: bool = True) -> str:
@@ -108,7 +126,8 @@ def push(uri: str | None, source: str, repository: str, text: str, private: bool
         with tempfile.TemporaryDirectory() as part:
             copy_without_links(folder, Path(part))
             (Path(part) / _CARD).write_text(text, "utf-8")
+            load.remove_places(Path(part))  # runs of older versions have them in their models
             api.create_repo(repository, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repository, folder_path=part))
     except Exception as error:  # of any kind: from the hub, its client's checks or the network
-        raise ConfigError(f"--push {repository}: {redact(first_line(error))}") from error
+        raise ConfigError(f"--push {repository}: {first_line(error)}") from error

@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from qlora_exp.utils.secrets import redact
 from qlora_exp.utils.units import MIB
 
 LIBRARIES = (
@@ -102,9 +103,14 @@ def hardware() -> dict[str, Any]:
 
 
 def command() -> str:
-    """Return the command line of this process, so that it can be pasted into a shell."""
-    program = Path(sys.argv[0]).name  # `train` sets "qlora-exp train" for Hydra
-    return shlex.join([*(program.split() if program.startswith("qlora-exp") else [sys.argv[0]]), *sys.argv[1:]])
+    """Return the command line of this process, without secrets, as it can be typed again."""
+    first, *words = sys.argv
+    program = Path(first)
+    if first.startswith("qlora-exp "):  # `train` passes the rest to Hydra
+        words = [*first.split()[1:], *words]
+    elif program.stem not in ("qlora-exp", "qlora_exp") and program.parts[-2:] != ("qlora_exp", "__main__.py"):
+        return shlex.join(["python", redact(first), *map(redact, words)])
+    return shlex.join(["qlora-exp", *map(redact, words)])
 
 
 def user() -> str:

@@ -17,8 +17,8 @@ from qlora_exp.config.hydra_compose import compose, conf_dir, grid
 from qlora_exp.config.schema import Config
 from qlora_exp.planning.fit import expected, room, step_seconds
 from qlora_exp.planning.gpus import Gpu
-from qlora_exp.utils import workers
 from qlora_exp.utils.errors import ConfigError, UserError
+from qlora_exp.utils.processes import workers
 from qlora_exp.utils.units import GIB
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from qlora_exp.config.schema import Config
 from qlora_exp.planning import calibration
 from qlora_exp.planning.gpus import Gpu, here
-from qlora_exp.utils import workers
 from qlora_exp.utils.errors import UserError
+from qlora_exp.utils.processes import workers
 from qlora_exp.utils.quiet import quiet
 from qlora_exp.utils.units import GIB
 

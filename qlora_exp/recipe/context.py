@@ -17,10 +17,10 @@ from qlora_exp.recipe import summary
 from qlora_exp.recipe.result import RunResult
 from qlora_exp.tracking import lifecycle
 from qlora_exp.tracking.tracker import LOG_FILE, Tracker
+from qlora_exp.utils.display import RedactingFormatter
 from qlora_exp.utils.errors import ConfigError
+from qlora_exp.utils.processes.signals import handle_signals
 from qlora_exp.utils.quiet import hide_bars
-from qlora_exp.utils.secrets import RedactingFormatter
-from qlora_exp.utils.signals import handle_signals
 
 log = logging.getLogger(__name__)
 

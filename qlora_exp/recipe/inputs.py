@@ -12,8 +12,9 @@ from qlora_exp.config.schema import Config
 from qlora_exp.data import files
 from qlora_exp.environment import hub
 from qlora_exp.environment.device import Resolved, detect, refuse_several_processes, resolve, take
+from qlora_exp.tracking.stores import uris
+from qlora_exp.utils.env_file import load_env_file
 from qlora_exp.utils.errors import ConfigError
-from qlora_exp.utils.secrets import load_env_file
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -52,6 +53,8 @@ def read_inputs(config: Config) -> Inputs:
         for path in filter(files.looks_local, source.paths):
             files.check(path, f"{section}.path")
     load_env_file()
+    uris.check_driver(uris.store_uri(config.tracking.uri))
+    uris.experiment_name(config.tracking.experiment_name)
     if hub.is_needed(config):
         hub.go_offline_if_unreachable()  # must come before huggingface_hub is imported
     from qlora_exp.data import sources, tokenization

@@ -9,6 +9,7 @@ from copy import copy
 
 import torch
 
+from qlora_exp.config.values import values_to_yaml, without_places
 from qlora_exp.data import prompts
 from qlora_exp.models import adapters, lora_init
 from qlora_exp.recipe.context import RunContext
@@ -34,8 +35,9 @@ def save(run: RunContext, tokens: Tokens, trainable: Trainable) -> None:
         if (template := prompts.chat_template(config.dataset, tokenizer)) is not None:
             tokenizer.chat_template = template  # so that users of the model prompt it in the format of its training
         tokenizer.save_pretrained(folder)
-    adapters.make_portable(folder, config.model.model_name_or_path)
-    shutil.copy(run.output_dir / CONFIG_FILE, folder)
+    shared = without_places(config.model_dump(mode="json"))
+    adapters.make_portable(folder, shared["model"]["model_name_or_path"])
+    (folder / CONFIG_FILE).write_text(values_to_yaml(shared), "utf-8")
     if trainable.peft_config is not None:
         version = run_key.model_version(config.model.model_name_or_path, config.model.revision)
         (folder / run_key.BASE_FILE).write_text(json.dumps({"version": version}) + "\n", "utf-8")
@@ -78,10 +80,9 @@ def log_model(run: RunContext, trainable: Trainable) -> None:
     is_adapter = trainable.peft_config is not None
     if not (config.tracking.log_adapter if is_adapter else config.tracking.log_full_model):
         return
-    params = {
-        **config.peft_settings,
-        "model_name_or_path": config.model.model_name_or_path,
-        "quantization": config.quantization.name,
-    }
+    settings = {f"method.{key}": value for key, value in config.peft_settings.items()}
+    settings |= {"model.model_name_or_path": config.model.model_name_or_path}
+    params = {key.partition(".")[2]: value for key, value in without_places(settings).items()}
+    params |= {"quantization": config.quantization.name}
     name = lifecycle.run_name(config)
     run.tracker.model(run.saved_model.name, name, params, trainable.trainer.state.global_step)

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console, Group
 from rich.table import Table
 
-from qlora_exp.utils.secrets import redact
+from qlora_exp.utils.display import pasteable, say
+from qlora_exp.utils.tables import make_table, markdown_table
 
 if TYPE_CHECKING:
     from qlora_exp.recipe.result import RunResult
-from qlora_exp.utils.tables import markdown_table
 
 QUALITY = (
     ("loss", "held-out loss", ".4f"),
@@ -76,13 +76,10 @@ def markdown(metrics: Mapping[str, float]) -> str:
 
 def show(result: "RunResult", tracking_uri: str | None) -> None:
     """Print quality before and after training, cost, and where to find the files and the MLflow run."""
-    quality = Table("", "before", "after", title="Quality on held-out rows", title_justify="left")
-    for line in _quality(result.metrics):
-        quality.add_row(*line)
+    quality = make_table(["", "before", "after"], _quality(result.metrics), "Quality on held-out rows")
     costs = Table("", "", title="Cost", title_justify="left", show_header=False)
     for row in cost(result.metrics):
         costs.add_row(*row)
-    console = Console(markup=False)
-    console.print(Group(quality, costs))
-    ui = "qlora-exp ui" if tracking_uri is None else f"qlora-exp ui --uri {redact(tracking_uri)}"
-    console.print(f"files  {result.output_dir}\nrun    {result.run_id}\nopen   {ui}", highlight=False, soft_wrap=True)
+    Console(markup=False).print(Group(quality, costs))
+    ui = pasteable("ui", uri=tracking_uri)
+    say(f"files  {result.output_dir}", f"run    {result.run_id}", f"open   {ui}")

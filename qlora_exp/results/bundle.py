@@ -12,17 +12,16 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from qlora_exp.config.values import APART
+from qlora_exp.config.values import APART, values_to_yaml, without_places
 from qlora_exp.results.records import Record
 from qlora_exp.tracking.journal import CONFIG_FILE, LOCK_FILE
 from qlora_exp.utils.errors import ConfigError
 from qlora_exp.utils.files import scratch_folder
-from qlora_exp.utils.secrets import redact
+from qlora_exp.utils.secrets import redact, redacted
 from qlora_exp.utils.units import MIB
 
 RUN_FILE = "run.json"
@@ -102,16 +101,16 @@ def write(record: Record, target: Path) -> None:
             f"cannot write {target}: a bundle is a .zip file or a folder without suffix, inside an existing folder"
         )
     config = {key: value for key, value in record.yaml().items() if key not in APART}
-    files = {name: text for name in _FILES if (text := record.text(name))}
+    files = {name: redact(text) for name in _FILES if (text := record.text(name))}
     if audit := files.get("label_audit.json"):  # leave out the example of a training row
         files["label_audit.json"] = json.dumps(json.loads(audit) | {"sample": None}, indent=1)
-    files[CONFIG_FILE] = yaml.safe_dump(_without_folders(config), sort_keys=False)
+    files[CONFIG_FILE] = values_to_yaml(without_places(config))
     run_file = _Run(
         format=1,
         run_id=record.run_id,
-        name=record.name,
-        params=_without_folders(record.params),
-        tags={key: value for key, value in record.tags.items() if key.startswith(_TAGS)},
+        name=redact(record.name),
+        params=redacted(without_places(record.params)),
+        tags=redacted({key: value for key, value in record.tags.items() if key.startswith(_TAGS)}),
         metrics=record.metrics,
         curves={metric: curve for metric in METRICS if (curve := record.curve(metric))},
         seed_losses=record.seed_losses(),
@@ -122,7 +121,7 @@ def write(record: Record, target: Path) -> None:
             complete = temporary / "bundle"
             for name, text in files.items():
                 (complete / name).parent.mkdir(parents=True, exist_ok=True)
-                (complete / name).write_text(redact(text), encoding="utf-8")
+                (complete / name).write_text(text, encoding="utf-8")
             if target.suffix == ".zip":
                 complete = Path(shutil.make_archive(str(complete), "zip", complete))
             complete.rename(target)
@@ -130,17 +129,6 @@ def write(record: Record, target: Path) -> None:
         raise ConfigError(
             f"cannot write {target}: {error.strerror or error}; choose another path: --out PATH"
         ) from error
-
-
-def _without_folders(value: Any) -> Any:
-    """Replace absolute paths by their file names: locations on this machine are of no use to others."""
-    if isinstance(value, dict):
-        return {key: _without_folders(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_folders(item) for item in value]
-    if isinstance(value, str) and value.startswith(("/", "~")) and "\n" not in value:
-        return Path(value).name
-    return value
 
 
 def is_bundle(word: str) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 from qlora_exp.results import stats
 from qlora_exp.results.metric_direction import lower_is_better
 from qlora_exp.results.records import Record
+from qlora_exp.utils.display import visible
 from qlora_exp.utils.errors import ConfigError
 from qlora_exp.utils.text import shortened
 
@@ -73,9 +74,8 @@ class Row:
     @property
     def short(self) -> str:
         """The same with short keys, for plots."""
-        return (
-            " ".join(f"{key.rpartition('.')[2]}={shortened(value, 40)}" for key, value in self.label.items()) or "all"
-        )
+        words = (f"{key.rpartition('.')[2]}={shortened(value, 40)}" for key, value in self.label.items())
+        return visible(" ".join(words)) or "all"
 
     def mean(self, metric: str) -> stats.Estimate | None:
         """Return the mean of a metric over the seeds; None unless every run has the metric, as a finite number."""

@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from qlora_exp.results.compare import Comparison, Row
 from qlora_exp.tracking.mlflow_store import client
+from qlora_exp.utils.display import csv_cell, say, shown
+from qlora_exp.utils.display import markdown as as_markdown
 from qlora_exp.utils.errors import ConfigError
 from qlora_exp.utils.files import write_atomically
-from qlora_exp.utils.tables import markdown_table
+from qlora_exp.utils.secrets import redacted
+from qlora_exp.utils.tables import make_table, markdown_table
 from qlora_exp.utils.text import shortened
 
 _MEMORY = ("allocated", "rss")
@@ -147,26 +149,22 @@ def _not_ended(row: Row) -> dict[str, int]:
 
 def show(comparison: Comparison, preset: str = "all") -> None:
     """Print the table, followed by the conditions that differ between the runs."""
-    console = Console(markup=False)
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:  # output to a file has no width
         console.width = 250
     for column_set in (preset, *_NARROWER):
         headings, rows = table(comparison, column_set)
-        shown = Table(*headings[:-2], headings[-1])
-        for row in rows:
-            shown.add_row(*row[:-2], row[-1])
+        narrow = make_table([*headings[:-2], headings[-1]], [[*row[:-2], row[-1]] for row in rows])
         if _width(headings, rows) <= console.width:
             break
-    console.print(shown)
+    console.print(narrow)
     if column_set != preset:
         console.print("(use a wider terminal, or --out FOLDER, to see more columns)")
-    console.print(f"{comparison.metric} against the baseline, {comparison.baseline.name}:")
+    console.print(shown(f"{comparison.metric} against the baseline, {comparison.baseline.name}:"))
     for configuration in comparison.rows:
         if configuration is not comparison.baseline:
-            text = _verdict(configuration, comparison)
-            console.print(f"  {configuration.name}: {text}", soft_wrap=True, highlight=False)
-    for line in _notes(comparison):
-        console.print(line, soft_wrap=True, highlight=False)
+            say(f"  {configuration.name}: {_verdict(configuration, comparison)}")
+    say(*_notes(comparison))
 
 
 def _width(headings: list[str], rows: list[list[str]]) -> int:
@@ -239,14 +237,17 @@ def write(comparison: Comparison, folder: Path, preset: str = "all", name: str |
         raise ConfigError(f"cannot write to {folder}: {error.strerror}; choose another folder") from error
     headings, rows = table(comparison, preset)
     text = io.StringIO()
-    numbers = [_numbers(row, comparison) for row in comparison.rows]
+    numbers = [
+        {str(csv_cell(key)): csv_cell(redacted(value)) for key, value in _numbers(row, comparison).items()}
+        for row in comparison.rows
+    ]
     writer = csv.DictWriter(text, dict.fromkeys(key for line in numbers for key in line))
     writer.writeheader()
     writer.writerows(numbers)
     name = name or f"comparison_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     contents = {
         "csv": text.getvalue(),
-        "json": json.dumps(_everything(comparison), indent=1),
+        "json": json.dumps(redacted(_everything(comparison)), indent=1),
         "md": markdown(comparison, preset),
         "html": _page(comparison, headings, rows),
     }
@@ -260,7 +261,7 @@ def write(comparison: Comparison, folder: Path, preset: str = "all", name: str |
 def markdown(comparison: Comparison, preset: str = "all") -> str:
     """Return the table and the notes below it as Markdown."""
     headings, rows = table(comparison, preset)
-    return "\n\n".join([markdown_table(headings, rows), *_notes(comparison)]) + "\n"
+    return "\n\n".join([markdown_table(headings, rows), *map(as_markdown, _notes(comparison))]) + "\n"
 
 
 def _page(comparison: Comparison, headings: list[str], rows: list[list[str]]) -> str:
@@ -268,11 +269,11 @@ def _page(comparison: Comparison, headings: list[str], rows: list[list[str]]) ->
     from qlora_exp.results.plots import PLOTS  # imported late: matplotlib takes a second to load
 
     def line(cells: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        return "<tr>" + "".join(f"<{tag}>{html.escape(shown(cell))}</{tag}>" for cell in cells) + "</tr>"
 
     cells = f"{line(headings, 'th')}{''.join(line(row, 'td') for row in rows)}"
     body = [f"<div style='overflow-x: auto'><table>{cells}</table></div>"]
-    body += [f"<p>{html.escape(note)}</p>" for note in _notes(comparison)]
+    body += [f"<p>{html.escape(shown(note))}</p>" for note in _notes(comparison)]
     for title, draw in PLOTS.items():
         if figure := draw(comparison):
             picture = io.StringIO()
@@ -283,7 +284,8 @@ def _page(comparison: Comparison, headings: list[str], rows: list[list[str]]) ->
             svg = picture.getvalue()
             body.append(f"<h2>{title}</h2>{svg[svg.index('<svg') :]}")
     return _PAGE.format(
-        title=html.escape(f"{comparison.about.get('sweep', 'Comparison')} by {comparison.metric}"), body="\n".join(body)
+        title=html.escape(shown(f"{comparison.about.get('sweep', 'Comparison')} by {comparison.metric}")),
+        body="\n".join(body),
     )
 
 

@@ -76,7 +76,7 @@ def recorded_config(record: Record, changes: Mapping[str, Any], uri: str | None)
     """
     values = record.yaml()
     recorded_tracking = values.get("tracking")
-    name = recorded_tracking.get("experiment_name", "qlora_exp") if isinstance(recorded_tracking, dict) else "qlora_exp"
+    name = recorded_tracking.get("experiment_name") if isinstance(recorded_tracking, dict) else None
     values |= {"tracking": {"uri": uri, "experiment_name": name}, "sweep": {}, "search": {}}
     config = changed(values, changes, f"run {record.run_id}")
     for section, source in (("dataset", config.dataset), ("unrelated", config.unrelated)):

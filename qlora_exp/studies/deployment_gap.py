@@ -20,8 +20,8 @@ from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.evaluation import EvaluationConfig
 from qlora_exp.deploy.formats import DEPLOYED, TRAINED
 from qlora_exp.results import stats
-from qlora_exp.utils import workers
 from qlora_exp.utils.errors import ConfigError, UserError
+from qlora_exp.utils.processes import workers
 
 QUALITY = {"loss": True, "rougeL": False, "exact_match": False, "task_score": False}
 """Metrics that are compared, and whether lower values are better."""

@@ -16,6 +16,7 @@ from qlora_exp.libraries.hydra import singletons
 from qlora_exp.sweeps import jobs
 from qlora_exp.sweeps.jobs import Ending
 from qlora_exp.sweeps.launchers import local
+from qlora_exp.utils.env_file import load_env_file
 from qlora_exp.utils.errors import ConfigError
 
 Stopped = Callable[[], bool]
@@ -129,6 +130,7 @@ class _HydraJob:
         self.restore_hydra = singletons()
 
     def __call__(self) -> None:
+        load_env_file()  # on another machine the environment may not be that of the sweep
         self.restore_hydra()
         config = self.hydra_context.config_loader.load_sweep_config(self.config, self.overrides)
         with open_dict(config):

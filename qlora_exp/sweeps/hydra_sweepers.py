@@ -24,8 +24,10 @@ from qlora_exp.config.validate import from_dict
 from qlora_exp.sweeps import jobs, sweep
 from qlora_exp.sweeps.hydra_launchers import LocalLauncher
 from qlora_exp.sweeps.launchers import local as launcher
+from qlora_exp.utils.display import say
 from qlora_exp.utils.errors import ConfigError
 from qlora_exp.utils.quiet import quiet
+from qlora_exp.utils.secrets import redact
 from qlora_exp.utils.text import FILE_NAME, shortened
 
 
@@ -86,6 +88,8 @@ class _Sweeper(Sweeper):
         name = settings.name or jobs.default_name(swept, [str(override.input_line) for override in overrides])
         if len(name.encode()) > FILE_NAME:
             raise ConfigError(f"sweep.name: longer than {FILE_NAME} bytes, too long for the name of a folder")
+        if redact(name) != name:
+            raise ConfigError("sweep.name: contains a secret, and would be the name of a folder; change the name")
         folder = Path(self.config.hydra.sweep.dir, name).resolve()
         if "\\" in str(folder) or "${" in str(folder):
             raise ConfigError(
@@ -118,12 +122,22 @@ class _Sweeper(Sweeper):
         def launch(waiting: Sequence[jobs.Job]) -> list[Any]:
             sweep_dir = f"hydra.sweep.dir={quoted(str(folder))}"
             job_overrides = [
-                [*job.overrides, sweep_dir, f"hydra.sweep.subdir={quoted(job.folder.name)}"] for job in waiting
+                [*job.overrides, *_of_environment(job), sweep_dir, f"hydra.sweep.subdir={quoted(job.folder.name)}"]
+                for job in waiting
             ]
             return [job_return.return_value for job_return in self.launcher.launch(job_overrides, initial_job_idx=0)]
 
         local = isinstance(self.launcher, LocalLauncher)
         return sweep.Sweep(folder, settings, launch, lambda: local and launcher.warm(settings.n_jobs))
+
+
+def _of_environment(job: jobs.Job) -> list[str]:
+    """Return overrides with what MLflow's variables say, as they may be other ones where the job runs."""
+    from qlora_exp.tracking.stores import uris  # imported late: SQLAlchemy takes half a second
+
+    config, resolved = job.config.tracking, uris.resolved(job.config).tracking
+    values = {"uri": (config.uri, resolved.uri), "experiment_name": (config.experiment_name, resolved.experiment_name)}
+    return [f"tracking.{key}={quoted(str(used))}" for key, (own, used) in values.items() if used != own]
 
 
 def _refuse_idle_keys(configs: Sequence[Config], arguments: Sequence[str]) -> None:
@@ -206,7 +220,7 @@ class OptunaSweeper(_Sweeper):
                 + "\n".join(dict.fromkeys(refused[:3]))
             )
         if how.dry_run:
-            print(f"would search {', '.join(space)} in {folder}: {search.progress(folder, settings.n_trials)}")
+            say(f"would search {', '.join(space)} in {folder}: {search.progress(folder, settings.n_trials)}")
             return
         best: Sequence[Any] = ()
         try:
@@ -217,7 +231,7 @@ class OptunaSweeper(_Sweeper):
                 results = zip(settings.metrics, trial.values, strict=True)
                 means = ", ".join(f"{metric} {value:.6g}" for metric, value in results)
                 chosen = " ".join(f"{key}={shortened(_short(value))}" for key, value in trial.params.items())
-                print(f"best: {chosen} ({means}; trial {trial.number + 1})")
+                say(f"best: {chosen} ({means}; trial {trial.number + 1})")
 
 
 _CHECKED = 400

@@ -16,6 +16,7 @@ from qlora_exp.tracking.journal import FILE, is_locked, last_message, read
 from qlora_exp.training.checkpoints import checkpoints, is_complete, step
 from qlora_exp.utils.digests import json_digest
 from qlora_exp.utils.errors import JournalError
+from qlora_exp.utils.secrets import redacted
 from qlora_exp.utils.text import FILE_NAME, RUN_NAME, cut_to_bytes, shortened
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,8 @@ def jobs(
     for config, values, job_overrides in zip(configs, swept, overrides, strict=True):
         parts = run_key.digests(config)
         key = run_key.combine(parts)
-        label = re.sub(r"[^\w.+-]+", "-", "_".join(f"{name.split('.')[-1]}-{value}" for name, value in values.items()))
+        words = [f"{name.split('.')[-1]}-{value}" for name, value in redacted(dict(values)).items()]
+        label = re.sub(r"[^\w.+-]+", "-", "_".join(words))
         name = f"{cut_to_bytes(label, _LABEL)}_{key}".lstrip("_")
         jobs_by_key.setdefault(key, Job(values, job_overrides, config, parts, key, folder / name))
     return list(jobs_by_key.values())

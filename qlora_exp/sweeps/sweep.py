@@ -5,13 +5,13 @@ This module does not depend on Hydra, nor on how jobs are launched.
 
 import json
 import logging
-import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from qlora_exp.config.sections.sweep import SweepConfig
+from qlora_exp.environment import provenance
 from qlora_exp.sweeps.jobs import (
     JOB_FILE,
     NOT_FAILED,
@@ -29,10 +29,11 @@ from qlora_exp.sweeps.jobs import (
 from qlora_exp.sweeps.tables import row, show_plan, show_rows
 from qlora_exp.tracking.journal import is_delivered, run_id
 from qlora_exp.tracking.stores import mlflow_views
+from qlora_exp.utils.display import pasteable, say
 from qlora_exp.utils.errors import JournalError, SweepError, TrackingError
 from qlora_exp.utils.files import write_atomically
-from qlora_exp.utils.secrets import redact
-from qlora_exp.utils.signals import handle_signals
+from qlora_exp.utils.processes.signals import handle_signals
+from qlora_exp.utils.secrets import redacted
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ class Sweep:
             self._end(error)
         if ended_well:
             if self.folder.is_dir():  # otherwise every job was done elsewhere
-                print(f"files  {self.folder}\ntable  {self._compare_command()}")
+                say(f"files  {self.folder}", f"table  {self._compare_command()}")
             if advice := _advice([row["outcome"] for row in rows]):
                 raise SweepError(advice)
         if isinstance(error, KeyboardInterrupt) and self._jobs:
@@ -95,8 +96,7 @@ class Sweep:
 
     def _compare_command(self) -> str:
         uri = next(iter(self._jobs.values())).config.tracking.uri
-        words = ["qlora-exp", "compare", self.folder.name, *(["--uri", redact(uri)] if uri else [])]
-        return shlex.join(words)
+        return pasteable("compare", self.folder.name, uri=uri)
 
     def _end(self, error: BaseException | None) -> None:
         """Record the end of the sweep in MLflow."""
@@ -154,8 +154,9 @@ class Sweep:
             job.folder.mkdir(parents=True, exist_ok=True)
             tags = {"mlflow.parentRunId": str(self._parent.run_id), "mlflow.runName": job.name}
             tags |= {"sweep": self.folder.name, **{f"sweep.{key}": value for key, value in job.swept.items()}}
+            tags |= {"mlflow.source.name": provenance.command()}  # a scheduler starts the job with another one
             minutes = self._settings.timeout_minutes
-            job_file = {"tags": tags, "parts": job.parts, "fail_fast": self._settings.fail_fast}
+            job_file = {"tags": redacted(tags), "parts": job.parts, "fail_fast": self._settings.fail_fast}
             job_file |= {"time_limit": minutes and 60 * minutes, "pruning": (pruning or {}).get(job.key)}
             write_atomically(job.folder / JOB_FILE, json.dumps(job_file))
         with handle_signals():

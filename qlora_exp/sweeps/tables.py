@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_exp.sweeps.jobs import Action, Job
+from qlora_exp.utils.tables import make_table
 from qlora_exp.utils.text import shortened
 
 _NOTE = 300
@@ -37,24 +38,20 @@ def row(job: Job, last: Mapping[str, Any]) -> dict[str, Any]:
 
 def show_plan(todo: Sequence[Job], plan: Mapping[str, tuple[Action, str]], folder: Path) -> None:
     """Print what will happen to each job, and why."""
-    table = Table("", "job", "what", "why", title=f"{folder.name}: {len(todo)} jobs", title_justify="left")
-    for number, job in enumerate(todo):
-        table.add_row(str(number), job.name, *plan[job.key])
-    _print(table)
+    rows = [[number, job.name, *plan[job.key]] for number, job in enumerate(todo)]
+    _print(make_table(["", "job", "what", "why"], rows, f"{folder.name}: {len(todo)} jobs"))
 
 
 def show_rows(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """Print the outcome of each job."""
     names = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
     columns = sorted((name for name in names if name != "key"), key="note".__eq__)  # the longest text comes last
-    table = Table(*columns, title=folder.name, title_justify="left")
-    for row in rows:
-        table.add_row(*(shortened(str(row.get(name, "")), _NOTE if name == "note" else 80) for name in columns))
-    _print(table)
+    cells = [[shortened(str(row.get(name, "")), _NOTE if name == "note" else 80) for name in columns] for row in rows]
+    _print(make_table(columns, cells, folder.name))
 
 
 def _print(table: Table) -> None:
-    console = Console(markup=False)
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:  # a log file has no width
         console.width = 200
     console.print(table)

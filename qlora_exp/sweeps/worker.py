@@ -10,7 +10,7 @@ from qlora_exp.sweeps.jobs import JOB_FILE, TIME_LIMIT_FILE, stop, stopped
 from qlora_exp.tracking import run_key
 from qlora_exp.tracking.journal import last_message
 from qlora_exp.utils.errors import ConfigError, JournalError, PrunedError, TimeLimitError
-from qlora_exp.utils.signals import handle_signals, time_limit
+from qlora_exp.utils.processes.signals import handle_signals, time_limit
 
 log = logging.getLogger(__name__)
 

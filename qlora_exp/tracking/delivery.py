@@ -15,7 +15,7 @@ from qlora_exp.tracking.journal import Journal
 from qlora_exp.tracking.mlflow_store import UnsendableError, send
 from qlora_exp.tracking.refusals import LeftOut, cause, has_lost, is_refused
 from qlora_exp.utils.errors import JournalError
-from qlora_exp.utils.signals import defer_signals
+from qlora_exp.utils.processes.signals import defer_signals
 
 log = logging.getLogger(__name__)
 

@@ -10,15 +10,15 @@ of its messages would look complete in MLflow. Once the line is corrected or del
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, TypeAdapter, ValidationError
-from pydantic_core import from_json
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, TypeAdapter
 
+from qlora_exp.tracking.messages import parsed, why_invalid, without_secrets
 from qlora_exp.utils.errors import JournalError
 from qlora_exp.utils.files import not_a_link, open_inside, write_atomically
 
@@ -27,83 +27,6 @@ CONFIG_FILE = "qlora_exp.yaml"
 LOCK_FILE = "environment.txt"
 """All installed packages with their versions, as a constraints file for pip."""
 _STATE = "delivered.json"
-
-
-class _Message(BaseModel):
-    model_config = ConfigDict(strict=True)
-    op: str
-
-
-class _Start(_Message):
-    experiment: str
-    uri: str
-    run_name: str
-    timestamp: int
-    tags: dict[str, str]
-
-
-class _Resume(_Message):
-    tags: dict[str, str]
-
-
-class _Texts(_Message):
-    values: dict[str, str]
-
-
-class _Metrics(_Message):
-    step: int
-    timestamp: int
-    values: dict[str, float | bool]
-
-
-class _File(_Message):
-    path: str
-
-
-class _Dataset(_Message):
-    name: str
-    digest: str
-    source: str
-    context: str
-    rows: int
-
-
-class _Model(_Message):
-    folder: str
-    name: str
-    params: dict[str, str]
-    step: int
-    files: list[str] = []
-    """Files that the folder had, relative to it; messages of older versions do not list them."""
-
-
-class _View(_Message):
-    key: str
-    value: str
-
-
-class _End(_Message):
-    status: Literal["FINISHED", "FAILED", "KILLED"]
-    outcome: str
-    timestamp: int
-    metrics: dict[str, float | bool]
-    failure: str = ""
-    seconds: float = 0.0
-
-
-_SCHEMAS: Mapping[str, type[_Message]] = {
-    "start": _Start,
-    "resume": _Resume,
-    "params": _Texts,
-    "tags": _Texts,
-    "metrics": _Metrics,
-    "file": _File,
-    "dataset": _Dataset,
-    "model": _Model,
-    "view": _View,
-    "end": _End,
-}
-"""The fields that each `op` must have. An `op` of a newer version is not listed: its message needs no other field."""
 
 
 class _LeftOut(BaseModel):
@@ -125,27 +48,6 @@ class _State(BaseModel):
 
 
 _STATES = TypeAdapter(dict[str, _State])
-
-
-def _message(line: bytes, first: bool = False) -> dict[str, Any]:
-    """Parse one line; the first line of a journal must be the `start` message, which says what the run is.
-
-    Raises:
-        ValueError: the line is not a valid message.
-    """
-    message: dict[str, Any] = from_json(line)
-    op = _Message.model_validate(message).op
-    _SCHEMAS.get(op, _Message).model_validate(message)
-    if first and op != "start":
-        raise ValueError("the first message of a journal must be a 'start' message")
-    return message
-
-
-def _why(error: ValueError) -> str:
-    """Say in one line what is wrong, without quoting the content that was read."""
-    if isinstance(error, ValidationError):
-        return "; ".join(f"{'.'.join(map(str, item['loc']))!r}: {item['msg']}" for item in error.errors()[:3])
-    return str(error)
 
 
 class Journal:
@@ -204,7 +106,7 @@ class Journal:
         raise JournalError(f"{self.folder}: the output folder was deleted or replaced while the run wrote into it")
 
     def append(self, message: dict[str, Any]) -> None:
-        """Append a message; it is on disk when this returns.
+        """Append a message, without secrets; it is on disk when this returns.
 
         Metrics are not synced to the disk: a power failure can lose them, the death of the process cannot.
 
@@ -216,7 +118,7 @@ class Journal:
         try:
             # Folder names and arguments may have bytes that are not UTF-8: they become question marks.
             with open(self.file, "a", encoding="utf-8", errors="replace", opener=not_a_link) as lines:
-                lines.write(json.dumps(message, ensure_ascii=False) + "\n")
+                lines.write(json.dumps(without_secrets(message), ensure_ascii=False) + "\n")
                 if message["op"] != "metrics":
                     lines.flush()
                     os.fsync(lines.fileno())
@@ -261,11 +163,11 @@ def read(file: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
             if not line.endswith(b"\n"):
                 return
             try:
-                message = _message(line, first=offset == 0)
+                message = parsed(line, first=offset == 0)
             except ValueError as error:
                 lines.seek(0)
                 number = lines.read(offset).count(b"\n") + 1
-                raise JournalError(f"{file}, line {number}: {_why(error)}") from error
+                raise JournalError(f"{file}, line {number}: {why_invalid(error)}") from error
             offset += len(line)
             yield message, offset
 
@@ -314,9 +216,9 @@ def last_message(folder: Path) -> dict[str, Any] | None:
                 if not newline:
                     return None
                 try:
-                    return _message(complete.rpartition(b"\n")[2])
+                    return parsed(complete.rpartition(b"\n")[2])
                 except ValueError as error:
-                    raise JournalError(f"{file}, last line: {_why(error)}") from error
+                    raise JournalError(f"{file}, last line: {why_invalid(error)}") from error
             block *= 8
 
 
@@ -346,7 +248,7 @@ def _states(folder: Path) -> dict[str, dict[str, Any]]:
             states = {} if text is None else _STATES.validate_json(text.read())
         except ValueError as error:
             hint = "if you delete this file, `qlora-exp sync` sends the complete run again, as a new MLflow run"
-            raise JournalError(f"{file}: {_why(error)}; {hint}") from error
+            raise JournalError(f"{file}: {why_invalid(error)}; {hint}") from error
     return {uri: state.model_dump(exclude_unset=True) for uri, state in states.items()}
 
 

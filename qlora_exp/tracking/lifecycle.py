@@ -21,7 +21,7 @@ from qlora_exp.tracking.journal import CONFIG_FILE, LOCK_FILE, Journal, has_ende
 from qlora_exp.tracking.recovery import finish, reap
 from qlora_exp.tracking.refusals import cause
 from qlora_exp.tracking.stores import known_stores
-from qlora_exp.tracking.stores.uris import store_uri
+from qlora_exp.tracking.stores.uris import VARIABLE, experiment_name, given_uri, resolved, store_uri
 from qlora_exp.tracking.tracker import Tracker, now_ms
 from qlora_exp.utils.errors import (
     ConfigError,
@@ -33,28 +33,37 @@ from qlora_exp.utils.errors import (
     is_out_of_memory,
     type_and_first_line,
 )
-from qlora_exp.utils.secrets import redact
+from qlora_exp.utils.secrets import redact, redacted, redacted_tags
 
 log = logging.getLogger(__name__)
 
 
 def open_run(
-    folder: Path, uri: str | None, experiment: str, run_name: str, tags: Mapping[str, str], must_reach: bool = True
+    folder: Path,
+    uri: str | None,
+    experiment: str | None,
+    run_name: str,
+    tags: Mapping[str, str],
+    must_reach: bool = True,
 ) -> Tracker:
     """Start a run in `folder`, or resume the one that an earlier process left unfinished there; return its tracker.
 
     Args:
         folder: the run's output folder, which contains its journal.
-        uri: tracking URI of the MLflow store.
-        experiment: name of the MLflow experiment.
+        uri: tracking URI of the MLflow store, as in the config.
+        experiment: name of the MLflow experiment, as in the config.
         run_name: display name of the run.
         tags: tags of the run; tags that describe this process are added.
         must_reach: refuse to start if the store does not answer; if false, the run starts and is sent to it later.
 
     Raises:
+        ConfigError: the URI or the experiment contains a secret, or the driver of the database is missing.
         TrackingError: the store cannot be reached, or another process has locked the folder.
         JournalError: what an earlier process left there cannot be read.
     """
+    experiment, address = experiment_name(experiment), store_uri(uri)
+    if not uri and given_uri(uri):
+        log.info("MLflow: %s (%s)", redact(address), VARIABLE)
     try:
         journal = Journal(folder)
     except Timeout as error:
@@ -64,7 +73,7 @@ def open_run(
     resumed = journal.file.is_file() and journal.file.stat().st_size > 0
     process_tags = {f"process.{key}": value for key, value in provenance.process().items()}
     process_tags |= {"process.folder": str(folder), "outcome": "running"}
-    process_tags |= {"mlflow.source.name": redact(provenance.command())}
+    process_tags |= {"mlflow.source.name": tags.get("mlflow.source.name") or provenance.command()}
     process_tags |= {"mlflow.source.type": "LOCAL", "mlflow.user": provenance.user()}
     try:
         tracker = Tracker(journal, uri, resumed)
@@ -74,9 +83,8 @@ def open_run(
         if resumed:
             journal.append({"op": "resume", "tags": process_tags | {"failure": ""}})
         else:
-            all_tags = {key: redact(value) for key, value in tags.items()} | process_tags
-            all_tags |= {"attempt": uuid.uuid4().hex}
-            begin = {"experiment": experiment, "uri": store_uri(uri), "run_name": run_name, "timestamp": now_ms()}
+            all_tags = {**tags, **process_tags, "attempt": uuid.uuid4().hex}
+            begin = {"experiment": experiment, "uri": address, "run_name": run_name, "timestamp": now_ms()}
             journal.append({"op": "start", **begin, "tags": all_tags})
         tracker.deliver(strict=must_reach)
     except BaseException as error:  # the lock is released after any error; an interrupted start keeps its journal
@@ -84,7 +92,7 @@ def open_run(
             journal.file.unlink(missing_ok=True)
         journal.close()
         if isinstance(error, MlflowException):
-            raise TrackingError(f"MLflow at {redact(store_uri(uri))}: {cause(error)}") from error
+            raise TrackingError(f"MLflow at {redact(address)}: {cause(error)}") from error
         raise
     return tracker
 
@@ -102,6 +110,7 @@ def start(
         ConfigError: the folder contains another run, or one that has ended.
         TrackingError: the store cannot be reached.
     """
+    config = resolved(config)
     tracker = _begin(config, output_dir, tags, must_reach)
     begin = time.monotonic()
     try:
@@ -143,8 +152,9 @@ def _in_its_folder(tracker: Tracker) -> Iterator[None]:
 def _begin(config: Config, output_dir: Path, tags: Mapping[str, str], must_reach: bool) -> Tracker:
     _check_folder(config, output_dir)
     parts = {f"identity.{part}": digest for part, digest in run_key.digests(config).items()}
-    all_tags = {**config.tracking.tags, **tags, **parts, "run_key": run_key.run_key(config)}
-    name = config.tracking.run_name or all_tags.pop("mlflow.runName", None) or run_name(config)
+    all_tags = {**redacted_tags(config.tracking.tags), **tags, **parts, "run_key": run_key.run_key(config)}
+    job_name = all_tags.pop("mlflow.runName", None)  # MLflow refuses a run with a name and another one in this tag
+    name = config.tracking.run_name or job_name or run_name(config)
     return open_run(output_dir, config.tracking.uri, config.tracking.experiment_name, name, all_tags, must_reach)
 
 
@@ -175,7 +185,7 @@ def _check_folder(config: Config, folder: Path) -> None:
         return
     if not isinstance(recorded, dict) or not isinstance(recorded.get("model"), dict):
         raise ConfigError(f"{file} contains no config; choose another folder: hydra.run.dir=FOLDER")
-    if result_values(recorded) != result_values(config.model_dump(mode="json")):
+    if result_values(recorded) != result_values(redacted(config.model_dump(mode="json"))):
         raise ConfigError(
             f"{folder}: contains an unfinished run of another config; choose another folder: hydra.run.dir=FOLDER"
         )
@@ -184,6 +194,7 @@ def _check_folder(config: Config, folder: Path) -> None:
 def record_dead_process(config: Config, folder: Path, tags: Mapping[str, str], outcome: str, failure: str) -> None:
     """Record how a job ended whose process died before it could record that itself; start its run if there is none."""
     if last_message(folder) is None:
+        config = resolved(config)
         tracker = _begin(config, folder, tags, must_reach=False)
         _describe(tracker, config)
         tracker.close()

@@ -31,6 +31,7 @@ from mlflow.entities import (
     ViewType,
 )
 from mlflow.exceptions import MlflowException
+from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
 
 from qlora_exp.libraries.mlflow import create_tables, reopen, schema_version
@@ -40,7 +41,7 @@ from qlora_exp.tracking.limits import fit_message
 from qlora_exp.tracking.refusals import Entry, LeftOut, cause, log_entries, no_content, read_run
 from qlora_exp.tracking.stores import artifacts, mlflow_views, sqlite_store
 from qlora_exp.tracking.stores.guarded_client import GuardedClient
-from qlora_exp.tracking.stores.uris import exists, store_uri
+from qlora_exp.tracking.stores.uris import check_driver, exists, experiment_name, origin, store_uri
 from qlora_exp.utils.errors import JournalError, TrackingError
 from qlora_exp.utils.files import open_inside, own_user, scratch_folder
 from qlora_exp.utils.notice import notice_if_slow
@@ -56,11 +57,12 @@ def client(uri: str | None = None) -> MlflowClient:
     """Return a client of a store that answers; a missing SQLite store is created first, by one process at a time.
 
     Raises:
+        ConfigError: the URI cannot be used, or the driver of its database is missing.
         TrackingError: the store cannot be reached or created, or is another database.
     """
     address = store_uri(uri)
     file = sqlite_store.sqlite_file(address)
-    with _errors_explained(address, "written"):
+    with _errors_explained(uri, "written"):
         if file is None:
             return _connected(address)
         # Several processes that create the database at the same time would damage it permanently.
@@ -81,7 +83,7 @@ def reader(uri: str | None = None) -> MlflowClient:
     """
     address = store_uri(uri)
     file = sqlite_store.sqlite_file(address)
-    with _errors_explained(address, "read"):
+    with _errors_explained(uri, "read"):
         if file is None:
             with notice_if_slow(f"waiting for MLflow at {redact(address)}"):
                 return _connected(address)
@@ -94,12 +96,14 @@ def reader(uri: str | None = None) -> MlflowClient:
 
 
 @contextmanager
-def _errors_explained(address: str, used: str) -> Iterator[None]:
+def _errors_explained(uri: str | None, used: str) -> Iterator[None]:
+    address = store_uri(uri)
+    check_driver(address)
     try:
         yield
     except (MlflowException, OSError, SQLAlchemyError) as error:
-        why = redact(f"MLflow at {address} does not answer or cannot be {used}: {cause(error)}{_hint(error)}")
-        raise TrackingError(f"tracking.uri: {why}") from error
+        why = f"MLflow at {redact(address)} does not answer or cannot be {used}: {cause(error)}{_hint(error)}"
+        raise TrackingError(f"{origin(uri)}: {why}") from error
 
 
 def _connected(address: str, is_new: bool = False) -> MlflowClient:
@@ -127,7 +131,7 @@ def _create_store(file: Path) -> None:
     MLflow takes seconds to create it, and cannot use an incomplete one.
     """
     with scratch_folder(file.parent) as scratch:
-        create_tables(store_uri(f"sqlite:///{scratch / file.name}"))
+        create_tables(URL.create("sqlite", database=str(scratch / file.name)).render_as_string())
         (scratch / file.name).rename(file)
 
 
@@ -344,7 +348,7 @@ def _experiment(mlflow: MlflowClient, name: str, uri: str) -> str:
     return str(experiment.experiment_id)
 
 
-def finished_runs(uri: str | None, experiment: str, run_keys: Iterable[str]) -> dict[str, dict[str, Any]]:
+def finished_runs(uri: str | None, experiment: str | None, run_keys: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Search an experiment for successfully finished runs with one of `run_keys`.
 
     A store that does not exist yet is not created.
@@ -355,7 +359,7 @@ def finished_runs(uri: str | None, experiment: str, run_keys: Iterable[str]) -> 
     if not exists(uri):
         return {}
     mlflow = reader(uri)
-    found_experiment = mlflow.get_experiment_by_name(experiment)
+    found_experiment = mlflow.get_experiment_by_name(experiment_name(experiment))
     if found_experiment is None:
         return {}
     runs: dict[str, dict[str, Any]] = {}

@@ -114,12 +114,12 @@ def reap(mlflow: MlflowClient, experiment: str, uri: str | None) -> None:
                     "the process of run %s in %s is gone; the run is set to KILLED, with what MLflow has of it: %s",
                     run_id,
                     folder,
-                    redact(why),
+                    why,
                 )
                 mlflow.set_tag(run_id, "outcome", "killed")
                 mlflow.set_terminated(run_id, "KILLED")
         except MlflowException as error:  # for example, somebody deleted the run just now
-            log.warning("run %s in %s stays RUNNING in MLflow: %s", run_id, folder, redact(first_line(error)))
+            log.warning("run %s in %s stays RUNNING in MLflow: %s", run_id, folder, first_line(error))
 
 
 def _check_stale(folder: Path, attempt: str | None) -> None:

@@ -23,8 +23,8 @@ from qlora_exp.tracking.stores.uris import store_uri
 from qlora_exp.utils.errors import DeletedError, JournalError, TrackingError
 from qlora_exp.utils.files import write_atomically
 from qlora_exp.utils.names import valid_names
-from qlora_exp.utils.secrets import redact
-from qlora_exp.utils.signals import defer_signals
+from qlora_exp.utils.processes.signals import defer_signals
+from qlora_exp.utils.secrets import redact, redacted
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ class Tracker:
 
     def tags(self, values: dict[str, Any]) -> None:
         """Set tags of the run."""
-        self._send(op="tags", values={key: redact(str(value)) for key, value in values.items()})
+        self._send(op="tags", values={key: str(value) for key, value in values.items()})
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Log metrics of one step; values that are measured once go to step 0, which MLflow draws as bars.
@@ -99,16 +99,21 @@ class Tracker:
             self._send(op="metrics", step=step, timestamp=now_ms(), values=new)
 
     def text(self, text: str, name: str) -> None:
-        """Write a text file to the output folder and log it as an artifact."""
+        """Write a text file to the output folder, without secrets, and log it as an artifact."""
+        self._write(redact(text), name)
+
+    def _write(self, text: str, name: str) -> None:
         self._journal.check()  # else `mkdir` would create a deleted output folder again
         file = self.output_dir / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, redact(text))
+        write_atomically(file, text)
         self.file(name)
 
     def json(self, value: Any, name: str) -> None:
-        """Write a JSON file to the output folder and log it as an artifact."""
-        self.text(json.dumps(value, indent=1, ensure_ascii=False, default=str), name)
+        """Write a JSON file to the output folder, without secrets, and log it as an artifact."""
+        # Before they are written: a secret has other characters in JSON, and may be a number in it.
+        plain = json.loads(json.dumps(value, default=str))
+        self._write(json.dumps(redacted(plain), indent=1, ensure_ascii=False), name)
 
     def table(self, columns: dict[str, list[Any]], name: str) -> None:
         """Log a table in the format that the MLflow UI shows as a table."""
@@ -122,7 +127,7 @@ class Tracker:
 
     def dataset(self, name: str, digest: str, source: str, context: str, rows: int) -> None:
         """Log a dataset as an input of the run; `digest` covers all rows (MLflow's own only the first 10,000)."""
-        self._send(op="dataset", name=name, digest=digest, source=redact(source), context=context, rows=rows)
+        self._send(op="dataset", name=name, digest=digest, source=source, context=context, rows=rows)
 
     def model(self, folder: str, name: str, params: dict[str, Any], step: int) -> None:
         """Log a trained adapter or model, saved in `folder` of the output folder, as a logged model, for `load`.
@@ -146,7 +151,7 @@ class Tracker:
 
     def describe(self, markdown: str) -> None:
         """Set the description that MLflow shows at the top of the run's page; truncated to its 8000 characters."""
-        self.tags({"mlflow.note.content": markdown[:8000]})
+        self.tags({"mlflow.note.content": redact(markdown)[:8000]})
 
     def view(self, key: str, value: str) -> None:
         """Save a view of the experiment's runs (see `mlflow_views`)."""
@@ -259,7 +264,7 @@ class Tracker:
             failure: one line that says why the run failed.
             facts: further fields of the journal's last message, for listing runs without MLflow.
         """
-        why = {} if failure is None else {"failure": redact(failure)}
+        why = {} if failure is None else {"failure": redact(failure)}  # it may be sent without the journal
         last = {"status": status, "outcome": outcome, "timestamp": now_ms(), **why, **facts, "metrics": self._summary}
         self._retry_at = 0.0
         try:

@@ -5,6 +5,8 @@ import operator
 import re
 from collections.abc import Iterable
 
+from qlora_exp.utils.secrets import redact
+
 
 class UserError(Exception):
     """A mistake or missing thing outside the program. The message says what is wrong, where, and what to do."""
@@ -66,12 +68,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def first_line(error: BaseException, most: int | None = None) -> str:
-    """Return the first line of an error's text, or its type if it has no text.
+    """Return the first line of an error's text without secrets, or its type if it has no text.
 
     The line is cut to `most` characters, by default to 300 if it is not a message of this package. What caused the
     error, which `requests` writes at the end, is kept. The advice that SQLAlchemy writes first is left out.
     """
-    lines = (str(error).strip() or type(error).__name__).splitlines()
+    lines = (redact(str(error)).strip() or type(error).__name__).splitlines()
     line = next((text for text in lines if not text.startswith("(raised as a result of")), lines[0])
     if most is None and isinstance(error, UserError):
         return line
@@ -82,8 +84,8 @@ def first_line(error: BaseException, most: int | None = None) -> str:
 
 
 def last_line(error: BaseException) -> str:
-    """Return the last line of an error's text, which says what went wrong if a traceback precedes it."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]
+    """Return the last line of an error's text without secrets: it says what went wrong if a traceback precedes it."""
+    return (redact(str(error)).strip() or type(error).__name__).splitlines()[-1]
 
 
 def type_and_first_line(error: BaseException, most: int | None = None) -> str:

@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 
-from qlora_exp.utils.secrets import RedactingFormatter
+from qlora_exp.utils.display import RedactingFormatter
 
 
 def hide_bars() -> None:
@@ -25,7 +25,7 @@ def quiet() -> None:
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # many short bars; our own bars cover long tasks
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for handler in logging.getLogger().handlers:
+    for handler in (*logging.getLogger().handlers, *filter(None, [logging.lastResort])):
         handler.setFormatter(RedactingFormatter("%(message)s"))
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(bitsandbytes|torch|peft|trl|transformers)\b")

@@ -100,7 +100,7 @@ def test_bundle_contains_neither_paths_nor_training_rows(run_quick, mlflow_uri, 
     for hidden in (str(tmp_path), "TRAINING", "secrettoken", "ours"):
         assert hidden not in everything
     (tmp_path / "rows.jsonl").unlink()
-    with pytest.raises(DataError, match="no file rows.jsonl"):
+    with pytest.raises(DataError, match="no file ./rows.jsonl"):
         start(found, recorded_config(found, {}, mlflow_uri), tmp_path / "again")
 
 

@@ -1,20 +1,20 @@
 """Section `tracking`: where MLflow stores runs, and what is logged there."""
 
 from typing import Annotated, Self
-from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
 from qlora_exp.config.sections.base import Section
+from qlora_exp.utils.secrets import HOW_TO_GIVE, secret_in_uri
 
 
 class TrackingConfig(Section):
     """Where MLflow stores runs, and what is logged there."""
 
     uri: Annotated[str, Field(min_length=1)] | None = None
-    """MLflow tracking URI. null: SQLite under ./mlruns."""
-    experiment_name: str = "qlora_exp"
-    """MLflow experiment that the run belongs to."""
+    """MLflow tracking URI. null: the environment variable MLFLOW_TRACKING_URI, else SQLite under ./mlruns."""
+    experiment_name: str | None = None
+    """MLflow experiment that the run belongs to. null: MLFLOW_EXPERIMENT_NAME, else qlora_exp."""
     run_name: str | None = None
     """Name of the MLflow run. null: made of model, dataset, method, quantization, variant, rank and seed."""
     tags: dict[str, str] = {}
@@ -29,9 +29,6 @@ class TrackingConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.uri and urlsplit(self.uri).password:
-            raise ValueError(
-                "uri: a password in it would be written to files; instead set MLFLOW_TRACKING_USERNAME and "
-                "MLFLOW_TRACKING_PASSWORD (or PGPASSWORD for a database) in the environment or in .env"
-            )
+        if self.uri and (secret := secret_in_uri(self.uri)):
+            raise ValueError(f"uri: {secret} in it would be written to files; {HOW_TO_GIVE}")
         return self

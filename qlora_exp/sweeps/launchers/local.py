@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from qlora_exp.sweeps.jobs import Ending
-from qlora_exp.utils.signals import GRACE_SECONDS
+from qlora_exp.utils.processes.signals import GRACE_SECONDS
 
 ORPHAN_SECONDS = 10.0
 """Seconds that a job gets to record its end after its sweep was killed."""
@@ -80,7 +80,8 @@ def run_all(
                 slot = min(set(range(n_jobs)) - {job.slot for job in running.values()})
                 gpu = gpus[slot % len(gpus)] if n_jobs > 1 and gpus else None
                 log.info("job %d of %d: %s", index + 1, len(tasks), output or tasks[index].folder.name)
-                process = context.Process(target=_call, args=(tasks[index].call, output, gpu))
+                environment = dict(os.environ) | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+                process = context.Process(target=_call, args=(tasks[index].call, output, environment))
                 process.start()
                 running[process.sentinel] = _Running(process, index, slot)
             if not running:
@@ -155,14 +156,14 @@ def visible_gpus() -> list[str]:
     return [str(number) for number, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
 
 
-def _call(pickled: bytes, output: Path | None, gpu: str | None) -> None:
+def _call(pickled: bytes, output: Path | None, environment: dict[str, str]) -> None:
     """Call the task; runs in the job's process."""
     import cloudpickle
 
     gc.freeze()  # objects made by imports are shared with the fork server and never garbage: skip them
     gc.enable()
-    if gpu is not None:  # must be set before CUDA initializes
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
+    os.environ.clear()  # the fork server's is that of when it started, maybe for an earlier sweep
+    os.environ.update(environment)
     if output is not None:
         write_into(output)
     parent = multiprocessing.parent_process()

@@ -18,7 +18,7 @@ from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 from qlora_exp.sweeps.jobs import Ending
 from qlora_exp.sweeps.launchers.local import OUTPUT_FILE, Task, write_into
 from qlora_exp.utils.errors import ConfigError, first_line
-from qlora_exp.utils.signals import GRACE_SECONDS, handle_signals
+from qlora_exp.utils.processes.signals import GRACE_SECONDS, handle_signals
 
 
 def run_all(

@@ -5,7 +5,6 @@ SQLite file that does not exist: neither may happen because of a folder that was
 """
 
 import json
-import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,9 +21,9 @@ _named: set[str] = set()
 def is_known(uri: str) -> bool:
     """Check whether a run may be sent to this store although the user does not name it now.
 
-    It is the store of the working directory, that of `MLFLOW_TRACKING_URI`, or one that this user has named before.
+    It is the store that is used if none is named, or one that this user has named before.
     """
-    return uri in (store_uri(None), os.environ.get("MLFLOW_TRACKING_URI"), *_named, *_remembered())
+    return uri in (store_uri(None), *_named, *_remembered())
 
 
 def remember(uri: str) -> None:

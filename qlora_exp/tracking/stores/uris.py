@@ -1,23 +1,130 @@
-"""Decide where MLflow stores runs."""
+"""Decide where MLflow stores runs, and in which experiment.
 
-import re
+A key of the config or `--uri` comes first, then MLflow's own environment variables, then the default.
+"""
+
+import functools
+import logging
+import os
 from pathlib import Path
 
-from qlora_exp.tracking.stores import sqlite_store
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError
 
-_RELATIVE = re.compile(r"^sqlite(\+\w+)?:///(?!/|:memory:|file:)")
+from qlora_exp.config.schema import Config
+from qlora_exp.tracking.stores.sqlite_store import sqlite_file
+from qlora_exp.utils.errors import ConfigError, first_line
+from qlora_exp.utils.secrets import HOW_TO_GIVE, redact, secret_in_uri
+
+log = logging.getLogger(__name__)
+
+VARIABLE = "MLFLOW_TRACKING_URI"
+EXPERIMENT_VARIABLE = "MLFLOW_EXPERIMENT_NAME"
+_DEFAULT_EXPERIMENT = "qlora_exp"
+_PACKAGES = {
+    "psycopg": "'qlora-exp[postgres]'",
+    "psycopg2": "psycopg2-binary",
+    "mysqldb": "mysqlclient",
+    "mysqlconnector": "mysql-connector-python",
+}
+"""What to install for a database driver, if it is not a package of that name."""
+
+
+def given_uri(uri: str | None) -> str | None:
+    """Return `uri`, or the one in `MLFLOW_TRACKING_URI`; None if neither is set."""
+    return uri or os.environ.get(VARIABLE) or None
+
+
+def origin(uri: str | None) -> str:
+    """Return what the URI comes from, for messages."""
+    return VARIABLE if not uri and given_uri(uri) else "tracking.uri"
 
 
 def store_uri(uri: str | None) -> str:
-    """Return the tracking URI: `uri` if set, else that of an SQLite database in `mlruns/`.
+    """Return the tracking URI: that of `given_uri`, else of an SQLite database in `mlruns/` of the working directory.
 
-    A relative SQLite path is relative to the working directory, as for MLflow.
+    The path of an SQLite database becomes absolute.
+
+    Raises:
+        ConfigError: the URI contains a secret, which would be written to files, or names no file.
     """
-    here = str(Path.cwd()).replace("%", "%25").replace("?", "%3F")  # SQLAlchemy decodes them
-    return _RELATIVE.sub(lambda match: f"{match[0]}{here}/", uri or "sqlite:///mlruns/mlflow.db", count=1)
+    if (given := given_uri(uri)) is None:
+        return _of_file(Path.cwd() / "mlruns" / "mlflow.db")
+    if secret := secret_in_uri(given):
+        raise ConfigError(f"{origin(uri)}: {secret} in it would be written to files; {HOW_TO_GIVE}")
+    try:
+        database = make_url(given)
+    except ArgumentError:  # not the URI of a database
+        return given
+    if database.get_backend_name() != "sqlite":
+        return given
+    if not database.database or database.database.startswith((":", "file:")):
+        raise ConfigError(f"{origin(uri)}: {given} names no file for the database; write sqlite:///FOLDER/mlflow.db")
+    file = Path(database.database)
+    if file.is_absolute():
+        return given
+    if not database.query and database.drivername == "sqlite":
+        return _of_file(Path.cwd() / file)
+    return database.set(database=str(Path.cwd() / file)).render_as_string(hide_password=False)
 
 
 def exists(uri: str | None = None) -> bool:
     """Check whether a store may exist: false only for an SQLite database whose file does not."""
-    file = sqlite_store.sqlite_file(store_uri(uri))
+    file = sqlite_file(store_uri(uri))
     return file is None or file.is_file()
+
+
+def _of_file(file: Path) -> str:
+    """Return the URI of an SQLite file; characters that have a meaning in URIs are encoded."""
+    plain = f"sqlite:///{file}"
+    if make_url(plain).database == str(file):
+        return plain
+    return URL.create("sqlite", database=str(file)).render_as_string()
+
+
+def check_driver(uri: str) -> None:
+    """Check that the driver of a database is installed.
+
+    Raises:
+        ConfigError: it is not; the message names the package.
+    """
+    if "://" not in uri or uri.startswith("http"):
+        return
+    try:
+        make_url(uri).get_dialect().import_dbapi()
+    except ImportError as error:
+        driver = make_url(uri).get_driver_name()
+        raise ConfigError(
+            f"tracking.uri: {redact(uri)} needs the database driver {driver}, which cannot be imported "
+            f"({first_line(error)}): pip install {_PACKAGES.get(driver, driver)}"
+        ) from error
+    except ArgumentError:  # not a database that SQLAlchemy supports, which MLflow will say
+        return
+
+
+def experiment_name(name: str | None) -> str:
+    """Return the MLflow experiment: `name`, else the one in `MLFLOW_EXPERIMENT_NAME`, else `qlora_exp`.
+
+    Raises:
+        ConfigError: the name contains a secret.
+    """
+    in_environment = os.environ.get(EXPERIMENT_VARIABLE)
+    if not name and not in_environment and "MLFLOW_EXPERIMENT_ID" in os.environ:
+        _warn_of_id()
+    chosen = name or in_environment or _DEFAULT_EXPERIMENT
+    if redact(chosen) != chosen:
+        key = "tracking.experiment_name" if name else EXPERIMENT_VARIABLE
+        raise ConfigError(f"{key}: contains a secret, and everybody who uses MLflow would see it; change the name")
+    return chosen
+
+
+@functools.cache
+def _warn_of_id() -> None:
+    log.warning("MLFLOW_EXPERIMENT_ID is not used: experiments are chosen by name, with %s", EXPERIMENT_VARIABLE)
+
+
+def resolved(config: Config) -> Config:
+    """Return the config with the URI and the experiment that apply; `tracking.uri` stays null for the default store."""
+    uri = store_uri(config.tracking.uri) if given_uri(config.tracking.uri) else None
+    update = {"uri": uri, "experiment_name": experiment_name(config.tracking.experiment_name)}
+    return config.model_copy(update={"tracking": config.tracking.model_copy(update=update)})

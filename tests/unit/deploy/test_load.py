@@ -1,8 +1,12 @@
+import json
 import shutil
+from pathlib import Path
 
 import pytest
+import yaml
 
-from qlora_exp.deploy.load import find, load
+from qlora_exp.deploy.load import find, load, remove_places
+from qlora_exp.tracking import run_key
 from qlora_exp.utils.errors import ModelError
 
 
@@ -65,3 +69,29 @@ def test_damaged_delivery_state_is_reported(trained_adapters, tmp_path):
     (tmp_path / "run" / "delivered.json").write_text("{")
     with pytest.raises(ModelError, match="is damaged"):
         find(str(tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_adapter_of_a_local_base_names_no_folder_and_finds_its_base(
+    run_quick, tiny_model, mlflow_uri, tmp_path, monkeypatch
+):
+    base = tiny_model("llama")
+    result = run_quick("method=lora", "model=hub", f"model.model_name_or_path={base}", "evaluation=loss_only")
+    saved = result.output_dir / "model"
+    for file in saved.rglob("*"):
+        assert not [hidden for hidden in (base, str(tmp_path), "mlruns") if hidden.encode() in file.read_bytes()], file
+    assert json.loads((saved / "adapter_config.json").read_text())["base_model_name_or_path"] == f"./{Path(base).name}"
+    for source in (str(result.output_dir), str(saved), result.run_id):
+        assert find(source, mlflow_uri).config.model.model_name_or_path == base
+    shutil.copytree(saved, tmp_path / "taken")
+    with pytest.raises(ModelError, match=f"the base model of the adapter is not at {tmp_path}/{Path(base).name}: put"):
+        find("taken", mlflow_uri)
+    run_key.model_version.cache_clear()
+    Path(base).rename(tmp_path / Path(base).name)
+    assert load("taken", mlflow_uri, device="cpu")
+    Path(tmp_path / Path(base).name).rename(base)
+    old = yaml.safe_load((result.output_dir / "qlora_exp.yaml").read_text())
+    (tmp_path / "taken" / "qlora_exp.yaml").write_text(yaml.safe_dump(old))  # as older versions saved it
+    assert find("taken", mlflow_uri).config.model.model_name_or_path == base
+    remove_places(tmp_path / "taken")
+    assert "tracking" not in (tmp_path / "taken" / "qlora_exp.yaml").read_text()

@@ -80,3 +80,21 @@ def test_shipped_source_has_a_licence(folder):
         values = yaml.safe_load(file.read_text())
         name = values["model_name_or_path" if folder == "model" else "path"]
         assert name is None or model_card.license_of(name) != model_card.UNKNOWN, file.name
+
+
+def test_card_shows_names_as_they_are_and_no_folder_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_SECRET", "s3cret-name")
+    (tmp_path / "base`x").mkdir()
+    (tmp_path / "rows.jsonl").write_text("")
+    own = ["dataset=own", f"dataset.path={tmp_path}/rows.jsonl", "dataset.eval_size=4", "model=hub"]
+    config = compose(["method=lora", *own, f"model.model_name_or_path='{tmp_path}/base`x'"])
+    name = "a\n# b <script>alert(1)</script> [x](y)\x1b[2J s3cret-name"
+    text = model_card.write(Recorded(name=name), config, 'models:/a"b/1')
+    assert r"# a # b \<script\>alert(1)\</script\> \[x\](y)\\x1b\[2J \*\*\*" in text.splitlines()
+    assert "lora fine-tune of `` ./base`x ``, made by qlora_exp." in text
+    assert r"| base model | ./base\`x |" in text
+    assert "| data | ./rows.jsonl, 16 rows" in text
+    assert str(tmp_path) not in text
+    assert "base_model" not in head(text)
+    assert r'qlora_exp.load("models:/a\"b/1")' in text
+    assert dict(model_card.tags(config))["dataset"] == "./rows.jsonl"

@@ -1,5 +1,4 @@
 import os
-import shlex
 import sys
 
 import pytest
@@ -63,8 +62,23 @@ def test_importing_setuptools_does_not_change_the_packages(tmp_path, monkeypatch
     assert provenance.environment() == before
 
 
-def test_command_can_be_pasted(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["qlora-exp train", "method=lora", "dataset.name='a b'"])
-    assert shlex.split(provenance.command()) == ["qlora-exp", "train", "method=lora", "dataset.name='a b'"]
-    monkeypatch.setattr("sys.argv", ["/usr/bin/qlora-exp", "reproduce", "x"])
-    assert provenance.command() == "qlora-exp reproduce x"
+@pytest.mark.parametrize(
+    ("argv", "command"),
+    [
+        (
+            ["qlora-exp train", "-m", "seed=1,2", "tracking.run_name=it's a"],
+            """train -m seed=1,2 'tracking.run_name=it'"'"'s a'""",
+        ),
+        (["/venv/bin/qlora-exp", "reproduce", "RUN"], "reproduce RUN"),
+        (["/site/qlora_exp/__main__.py", "reproduce", "RUN"], "reproduce RUN"),
+        (["qlora-exp train", "+tracking.tags.note=hf_abcdefghijklmnopqrst"], "train '+tracking.tags.note=***'"),
+    ],
+)
+def test_command_line_can_be_pasted(argv, command, monkeypatch):
+    monkeypatch.setattr("sys.argv", argv)
+    assert provenance.command() == f"qlora-exp {command}"
+
+
+def test_command_line_of_another_program_is_named(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["my script.py", "a"])
+    assert provenance.command() == "python 'my script.py' a"

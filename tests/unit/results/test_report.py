@@ -1,4 +1,5 @@
 import csv
+import io
 import json
 
 import pytest
@@ -79,3 +80,28 @@ def test_compare_command_shows_the_table(comparison, past_runs, tmp_path, capsys
         told = capsys.readouterr().err
         assert message in told
         assert "Traceback" not in told
+
+
+def test_hostile_text_of_records_is_harmless(past_runs, tmp_path, capsys):
+    title, bidi, link = "\x1b]0;OWNED\x07\x1b[2J\x9b1m", "\u202e", "[x](http://evil) <img src=x> *b*"
+    past_runs(shifted(0.0), method__target_modules='=HYPERLINK("x")', tags={"sweep": f"a{title}\n# b"})
+    past_runs(shifted(-0.2), method__target_modules=f"@SUM {title}{bidi} {link} [red]y[/red]")
+    past_runs(method__target_modules="-1", outcome="error", tags={"failure": f"{title}{link}\nnext"})
+    words = ["compare", "--experiment", past_runs.experiment, "--uri", past_runs.uri]
+    assert exit_code(*words, "--out", str(tmp_path / "out")) == 0
+    screen = capsys.readouterr().out
+    files = {file.suffix: file.read_text("utf-8") for file in (tmp_path / "out").iterdir()}
+    for text in (screen, *files.values()):
+        assert not {"\x1b", "\x07", "\x9b"} & {*text}
+    for text in (screen, files[".csv"], files[".md"], files[".html"]):
+        assert bidi not in text
+        assert r"\x1b]0;OWNED\x07\x1b[2J" in text.replace("\\\\", "\\").replace("\\]", "]").replace("\\[", "[")
+    assert "[red]y[/red]" in screen
+    assert "error: " in screen
+    assert r"\nnext" in screen
+    cells = [row["method.target_modules"] for row in csv.DictReader(io.StringIO(files[".csv"]))]
+    assert cells[0] == '\'=HYPERLINK("x")'
+    assert cells[1].startswith("'@SUM ")
+    assert cells[2] == "-1"
+    assert r"\[x\](http://evil) \<img src=x\> \*b\*" in files[".md"]
+    assert "<img" not in files[".html"]

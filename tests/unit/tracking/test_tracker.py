@@ -18,7 +18,7 @@ from qlora_exp.tracking.journal import FILE, Journal, is_delivered, metrics
 from qlora_exp.tracking.mlflow_store import client
 from qlora_exp.tracking.stores import artifacts
 from qlora_exp.utils.errors import ConfigError, JournalError, TrackingError
-from qlora_exp.utils.signals import handle_signals
+from qlora_exp.utils.processes.signals import handle_signals
 
 
 def test_successful_run_is_finished(mlflow_uri, mlflow_client, tmp_path):

@@ -154,3 +154,13 @@ def test_parallel_jobs_get_one_gpu_each(tmp_path, monkeypatch):
 
     run_all([task(tmp_path, job)] * 4, n_jobs=2)
     assert sorted((tmp_path / "gpus").read_text().split()) == ["2", "2", "5", "5"]
+
+
+def test_jobs_get_the_environment_of_their_own_sweep(tmp_path, monkeypatch):
+    def note() -> None:
+        (tmp_path / os.environ["NAME_OF_SWEEP"]).touch()
+
+    for name in ("first", "second"):  # the fork server started with the first or before
+        monkeypatch.setenv("NAME_OF_SWEEP", name)
+        assert run_all([task(tmp_path, note)]) == [None]
+        assert (tmp_path / name).exists()

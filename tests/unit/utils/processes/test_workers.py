@@ -10,11 +10,11 @@ import psutil
 import pytest
 from support import take_interrupts
 
-from qlora_exp.utils.workers import result, workers
+from qlora_exp.utils.processes.workers import result, workers
 
 SLEEP = """
 import os, sys, time
-from qlora_exp.utils.workers import result, workers
+from qlora_exp.utils.processes.workers import result, workers
 def slow(): time.sleep(60)
 if __name__ == "__main__":
     with workers(2, "fork") as pool:

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from qlora_exp.utils.errors import TimeLimitError
-from qlora_exp.utils.signals import OUT_OF_TIME, defer_signals, handle_signals, time_limit
+from qlora_exp.utils.processes.signals import OUT_OF_TIME, defer_signals, handle_signals, time_limit
 
 
 def test_time_limit_raises_through_handlers_of_exceptions(tmp_path):
@@ -36,7 +36,7 @@ def test_time_limit_not_reached_has_no_later_effect(seconds: float | None, tmp_p
 def test_process_that_ignores_the_time_limit_is_killed_with_traceback():
     deaf = """
 import signal, time, pathlib
-from qlora_exp.utils import signals
+from qlora_exp.utils.processes import signals
 signals.GRACE_SECONDS = 0.3
 signal.signal(signals.OUT_OF_TIME, signal.SIG_IGN)
 with signals.time_limit(0.3, pathlib.Path("late")):

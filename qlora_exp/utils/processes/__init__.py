@@ -1,0 +1,1 @@
+"""Several processes: signals, pools of workers, and calls with limits of time and memory."""
