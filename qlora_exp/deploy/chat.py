@@ -16,7 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, TextStreamer, set_seed
 
-from qlora_exp.data.prompts import chat_template, render
+from qlora_exp.data.prompts import chat_template, render, render_chat
 from qlora_exp.deploy import load
 from qlora_exp.deploy.load import Saved
 from qlora_exp.models.base import stop_tokens
@@ -112,12 +112,11 @@ class ChatModel:
         if template is None:  # trained on plain text, which it continues
             return "".join(message["content"] for message in messages), False
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # templates raise errors of any kind; each is about these messages
-            raise DataError(f"the prompt format of {self.saved[name].source} refuses this dialogue: {error}") from error
-        return text, True
+            return render_chat(self.tokenizer, messages, template, add_generation_prompt=True), True
+        except DataError as error:
+            raise DataError(
+                f"the prompt format of {self.saved[name].source} refuses this dialogue: {error.__cause__}"
+            ) from error
 
     def answer(self, request: Request, sampling: Sampling, on_text: Callable[[str], None] = lambda _: None) -> str:
         """Return the answer; pass its pieces to `on_text` as soon as they are generated.
