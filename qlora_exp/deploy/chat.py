@@ -61,6 +61,8 @@ class Sampling:
                 max_new_tokens=self.max_new_tokens,
                 do_sample=self.temperature > 0,
                 repetition_penalty=self.repetition_penalty,
+                num_beams=1,
+                num_return_sequences=1,
                 eos_token_id=[*stops],
                 pad_token_id=pad,
                 **(sampled if self.temperature > 0 else {}),
@@ -152,6 +154,8 @@ class ChatModel:
         ids: list[int] = self.tokenizer(text, add_special_tokens=not has_special_tokens)["input_ids"]
         if not ids:
             raise DataError("an empty prompt: this model was trained on plain text and needs a text to continue")
+        if max(ids) >= (rows := self.model.get_input_embeddings().weight.shape[0]):
+            raise ModelError(f"the tokenizer has the token {max(ids)}, but the model only {rows} embeddings")
         most = getattr(self.model.config, "max_position_embeddings", None)
         if most and len(ids) + sampling.max_new_tokens > most:
             raise DataError(

@@ -3,7 +3,6 @@
 States only what was recorded, and says so where something is unknown. Does not use MLflow.
 """
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -122,7 +121,7 @@ def model_and_revision(config: Config) -> str:
 
 
 def _results(record: Record) -> list[list[str]]:
-    before, after = (_losses(record.text(f"evaluation/{moment}_losses.jsonl")) for moment in ("before", "after"))
+    before, after = _losses(record.losses_before), _losses(record.losses)
     rows = []
     if after is not None:
         level = _interval(after, np.stack([np.zeros_like(after[..., 0]), after[..., 1]], -1))
@@ -139,9 +138,8 @@ def _results(record: Record) -> list[list[str]]:
     return rows
 
 
-def _losses(text: str) -> Any:
+def _losses(rows: list[dict[str, float]]) -> Any:
     """Return (1, rows, 2): loss in nats and number of tokens of each row; None if they were not recorded."""
-    rows = [json.loads(line) for line in text.splitlines()]
     return np.array([[[row["nll"], row["tokens"]] for row in rows]]) if rows else None
 
 

@@ -8,7 +8,7 @@ import errno
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,16 +17,18 @@ from torch.nn.modules import module as torch_module
 from transformers.integrations.gguf.reader import read_gguf_metadata
 
 from qlora_exp.libraries.patching import patched
-from qlora_exp.utils.errors import ModelError, UserError, first_line, is_out_of_memory
+from qlora_exp.utils.errors import ModelError, UserError, first_line, is_out_of_memory, type_and_first_line
 from qlora_exp.utils.units import MIB
 
-_COUNT = re.compile(r"layer|block|expert|head|label|niter|depth|beam|sequences", re.IGNORECASE)
+_COUNT = re.compile(r"layer|block_count|expert|num_heads|n_head|head_count|num_labels", re.IGNORECASE)
 """Keys whose numbers say how many things are built."""
-_MOST = 20_000
-"""Largest such number. Published models have at most some hundreds of layers, and some hundreds of experts in each."""
+_MOST = 2_000
+"""Largest such number. Published models have some hundreds of layers, and some hundreds of experts in each."""
+_OTHER_PLACES = re.compile(r"(?!special_tokens_map_)\w*_files?")
+"""Keys of tokenizer_config.json that name files; transformers does not read special_tokens_map_file."""
 _LARGEST_FILE = 64 * MIB
 """Largest config file; that of a tokenizer with its vocabulary has tens of MiB."""
-_MOST_MODULES = 500_000
+_MOST_MODULES = 200_000
 _BUFFERS = 1 << 32
 """Bytes that a model may take for tables that its files do not have, such as masks and positions."""
 
@@ -58,7 +60,10 @@ def check_folder(folder: Path) -> None:
         ModelError: a file is damaged, or is an index of weights in other places.
     """
     for name in ("config.json", "generation_config.json", "adapter_config.json", "tokenizer_config.json"):
-        read_json(folder / name)
+        values = read_json(folder / name)
+        for key, value in values.items() if name == "tokenizer_config.json" else ():
+            if _OTHER_PLACES.fullmatch(key) and ("/" in str(value) or "\\" in str(value)):
+                raise ModelError(f"{folder / name}: {key} names {value!r:.80}, which is no file of this folder")
     for file in folder.glob("*.index.json"):
         weights = read_json(file).get("weight_map")
         if not isinstance(weights, dict) or not weights:
@@ -66,7 +71,9 @@ def check_folder(folder: Path) -> None:
         for shard in weights.values():
             # No part of it may be a folder, and no pickle.
             if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
-                raise ModelError(f"{file}: weight_map names {shard!r:.80}, which is no .safetensors file of this folder")
+                raise ModelError(
+                    f"{file}: weight_map names {shard!r:.80}, which is no .safetensors file of this folder"
+                )
     for file in folder.glob("*.gguf"):
         with explained(str(file)):
             metadata, _ = read_gguf_metadata(str(file))
@@ -78,6 +85,8 @@ def _check_counts(file: Path, values: Any, key: str = "") -> None:
         for name, value in values.items():
             _check_counts(file, value, str(name))
     elif isinstance(values, list):
+        if len(values) > _MOST and _COUNT.search(key):
+            raise ModelError(f"{file}: {key} has {len(values):,} entries; no model has more than {_MOST}")
         for value in values:
             _check_counts(file, value, key)
     elif isinstance(values, int | float) and values > _MOST and _COUNT.search(key):
@@ -85,10 +94,11 @@ def _check_counts(file: Path, values: Any, key: str = "") -> None:
 
 
 @contextmanager
-def explained(what: str) -> Iterator[None]:
+def explained(what: str, pickles: bool = False) -> Iterator[None]:
     """Raise whatever a library raises about damaged files inside as a `ModelError` about `what`.
 
-    Errors of this program, a full disk and memory that ran out stay as they are. No pickle is opened inside.
+    Errors of this program, a full disk and memory that ran out stay as they are. No pickle is opened inside, unless
+    `pickles` is true; transformers then reads weights from it and nothing else (`weights_only`).
     """
 
     def refuse(*_: Any, **__: Any) -> NoReturn:
@@ -98,22 +108,22 @@ def explained(what: str) -> Iterator[None]:
         )
 
     try:
-        with patched(torch, load=refuse):
+        with nullcontext() if pickles else patched(torch, load=refuse):
             yield
     except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # the panic of a Rust library is no Exception
         if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES)):
             raise
-        raise ModelError(f"{what}: a file of it is damaged: {type(error).__name__}: {first_line(error)}") from error
+        raise ModelError(f"{what}: cannot be loaded: {type_and_first_line(error)}") from error
 
 
 @contextmanager
 def bounded(what: str, most: int) -> Iterator[None]:
     """Let a library build modules inside with at most `most` values in their parameters.
 
-    A config may name any size, and values that no file has would be made up. On the meta device they take no memory,
-    so that this is known before they do.
+    A config may name any size, and values that no file has would be made up. Models are built without values first,
+    so that this is known before they take memory.
 
     Raises:
         ModelError: there are more values, or more modules or larger tables than any model has.
@@ -125,7 +135,7 @@ def bounded(what: str, most: int) -> Iterator[None]:
         counts[kind] += count
         if counts[kind] > limits[kind]:
             raise ModelError(
-                f"{what}: its config describes a model with more than {limits[kind]:,} {kind}, but its files have fewer"
+                f"{what}: its config describes a model with more than {limits[kind]:,} {kind}, which its files have not"
             )
 
     def parameter(_module: Any, _name: str, value: Any) -> None:
@@ -149,7 +159,7 @@ def bounded(what: str, most: int) -> Iterator[None]:
 def most_values(folder: Path) -> int:
     """Return the largest number of values that a model with these weights files can have.
 
-    The smallest formats store a value in less than two bits, and tied weights are stored once.
+    The smallest formats store a value in less than two bits; tied weights are stored once, but built several times.
     """
     files = (file for kind in ("*.safetensors", "*.gguf") for file in folder.glob(kind))
-    return 1024 + 8 * sum(file.stat().st_size for file in files)
+    return 1024 + 16 * sum(file.stat().st_size for file in files)

@@ -3,12 +3,11 @@
 This module only reads: it changes nothing in the store, and imports no training code.
 """
 
-import json
 import os
 import re
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,8 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from qlora_exp.config.untrusted import plain_yaml
 from qlora_exp.config.values import APART
@@ -32,6 +33,24 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 _PAGE = 200
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _RUN_KEY = re.compile(r"[0-9a-f]{16}")
+
+
+class _Answers(BaseModel):
+    """Content of `answers.json`."""
+
+    after: list[dict[str, Any]] = []
+
+
+class _Losses(TypedDict):
+    """A line of `after_losses.jsonl`."""
+
+    nll: float
+    tokens: float
+
+
+_LOSSES = TypeAdapter(_Losses)
+_ANSWERS = TypeAdapter(_Answers)
+_OBJECT = TypeAdapter(dict[str, Any])
 
 
 @dataclass(frozen=True)
@@ -91,26 +110,48 @@ class Record(ABC):
     @cached_property
     def losses(self) -> list[dict[str, float]]:
         """For each held-out row after training: `nll` (sum, nats) and `tokens`; empty if they were not saved."""
-        text = self.text("evaluation/after_losses.jsonl")
-        return [json.loads(line) for line in text.splitlines()]
+        return self._rows("evaluation/after_losses.jsonl")
+
+    @cached_property
+    def losses_before(self) -> list[dict[str, float]]:
+        """Like `losses`, before training."""
+        return self._rows("evaluation/before_losses.jsonl")
 
     @cached_property
     def answers(self) -> list[dict[str, Any]]:
         """Each answer generated after training, with its scores; empty if none was generated."""
-        text = self.text("evaluation/answers.json")
-        return json.loads(text)["after"] if text else []
+        return self._parsed("evaluation/answers.json", _ANSWERS).after
 
     @cached_property
     def unrelated_losses(self) -> list[dict[str, float]]:
         """Like `losses`, for each row of the unrelated text that measures forgetting."""
-        text = self.text("evaluation/after_unrelated_losses.jsonl")
-        return [json.loads(line) for line in text.splitlines()]
+        return self._rows("evaluation/after_unrelated_losses.jsonl")
 
     @cached_property
     def lm_eval(self) -> dict[str, Any]:
         """Details of lm-eval scores after training, from `training.lm_eval.evaluate`; empty if there are none."""
-        text = self.text("evaluation/after_lm_eval.json")
-        return json.loads(text) if text else {}
+        return self._parsed("evaluation/after_lm_eval.json", _OBJECT)
+
+    def _rows(self, path: str) -> list[dict[str, float]]:
+        text = self.text(path)
+        return self._checked(path, lambda: [_LOSSES.validate_json(line) for line in text.splitlines()])
+
+    def _parsed(self, path: str, kind: TypeAdapter[Any]) -> Any:
+        text = self.text(path) or "{}"
+        return self._checked(path, lambda: kind.validate_json(text))
+
+    def _checked(self, path: str, parse: Callable[[], Any]) -> Any:
+        """Return what `parse` makes of a file that somebody else may have written.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
+        try:
+            return parse()
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"]))
+            raise ConfigError(f"{path} of run {self.run_id} is damaged: {where} {problem['msg']}") from error
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ before it are sent; the line and those after it are not, and every `sync` fails 
 of its messages would look complete in MLflow. Once the line is corrected or deleted, `sync` sends the rest.
 """
 
+import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -21,12 +22,15 @@ from pydantic_core import from_json
 
 from qlora_exp.utils.errors import JournalError
 from qlora_exp.utils.files import write_atomically
+from qlora_exp.utils.units import MIB
 
 FILE = "journal.jsonl"
 CONFIG_FILE = "qlora_exp.yaml"
 LOCK_FILE = "environment.txt"
 """All installed packages with their versions, as a constraints file for pip."""
 _STATE = "delivered.json"
+_LONGEST_LINE, _BLOCK = 64 * MIB, MIB
+"""A file of somebody else may have a line of any length, even a terabyte that takes no space on the disk."""
 
 
 class _Message(BaseModel):
@@ -121,6 +125,8 @@ def _message(line: bytes, first: bool = False) -> dict[str, Any]:
     Raises:
         ValueError: the line is not a valid message.
     """
+    if not line.endswith(b"\n") and len(line) >= _LONGEST_LINE:
+        raise ValueError(f"longer than {_LONGEST_LINE // MIB} MiB")
     message: dict[str, Any] = from_json(line)
     op = _Message.model_validate(message).op
     _SCHEMAS.get(op, _Message).model_validate(message)
@@ -240,15 +246,17 @@ def read(file: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
         if lines is None:
             return
         lines.seek(offset)
-        for line in lines:
-            if not line.endswith(b"\n"):
+        while line := lines.readline(_LONGEST_LINE):
+            if not line.endswith(b"\n") and len(line) < _LONGEST_LINE:
                 return
             try:
                 message = _message(line, first=offset == 0)
             except ValueError as error:
                 lines.seek(0)
-                number = lines.read(offset).count(b"\n") + 1
-                raise JournalError(f"{file}, line {number}: {_why(error)}") from error
+                ends, passed = 0, 0
+                while passed < offset and (block := lines.read(min(_BLOCK, offset - passed))):
+                    ends, passed = ends + block.count(b"\n"), passed + len(block)
+                raise JournalError(f"{file}, line {ends + 1}: {_why(error)}") from error
             offset += len(line)
             yield message, offset
 
@@ -293,11 +301,13 @@ def last_message(folder: Path) -> dict[str, Any] | None:
         while True:
             lines.seek(max(0, size - block))
             complete, newline, _ = lines.read().rpartition(b"\n")
+            if block > _LONGEST_LINE and b"\n" not in complete:
+                raise JournalError(f"{file}, last line: longer than {_LONGEST_LINE // MIB} MiB")
             if b"\n" in complete or block >= size:
                 if not newline:
                     return None
                 try:
-                    return _message(complete.rpartition(b"\n")[2])
+                    return _message(complete.rpartition(b"\n")[2] + newline)
                 except ValueError as error:
                     raise JournalError(f"{file}, last line: {_why(error)}") from error
             block *= 8
@@ -326,7 +336,7 @@ def _states(folder: Path) -> dict[str, dict[str, Any]]:
     file = folder / _STATE
     with _opened(file) as text:
         try:
-            states = {} if text is None else _STATES.validate_json(text.read())
+            states = {} if text is None else _STATES.validate_json(text.read(_LONGEST_LINE))
         except ValueError as error:
             hint = "if you delete this file, `qlora-exp sync` sends the complete run again, as a new MLflow run"
             raise JournalError(f"{file}: {_why(error)}; {hint}") from error
@@ -372,4 +382,6 @@ def _cut_torn_line(file: Path) -> None:
                 lines.truncate(start + newline + 1)
                 return
             end = start
+            if size - end > _LONGEST_LINE:
+                raise OSError(errno.EFBIG, "a line is too long")
         lines.truncate(0)

@@ -114,7 +114,9 @@ def _serve(pipe: Connection, seconds: int, memory: int) -> NoReturn:
     os.closerange(pipe.fileno() + 1, os.sysconf("SC_OPEN_MAX"))
     if sys.platform == "linux":
         used = int(Path("/proc/self/statm").read_text("utf-8").split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        most = used + memory if hard == resource.RLIM_INFINITY else min(used + memory, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     gc.freeze()
     while True:

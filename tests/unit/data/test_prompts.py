@@ -122,7 +122,10 @@ def test_template_that_rewrites_earlier_answers_is_rejected(tiny_tokenizer):
     [
         (None, "no chat template"),
         ("{{ messages | length }} turns", "renders a dialogue differently"),
-        ("{{ raise_exception('no system message') }}", "the roles user, assistant: no system message. Change the dialogue"),
+        (
+            "{{ raise_exception('no system message') }}",
+            "the roles user, assistant: no system message. Change the dialogue",
+        ),
         ("{% if %}", "refuses a dialogue with the roles user, assistant: Expected an expression"),
         ("{{ ''.__class__.__mro__ }}", "is unsafe"),
         ("{% include '/etc/passwd' %}", "no loader"),
