@@ -21,7 +21,7 @@ from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.schema import Config
 from qlora_exp.config.untrusted import plain_yaml
 from qlora_exp.config.validate import from_dict
-from qlora_exp.deploy.untrusted_folders import check_adapter, check_tokenizer, use_own_generation
+from qlora_exp.deploy.untrusted_folders import check_adapter, check_tokenizer, generate_once, use_own_generation
 from qlora_exp.environment.device import detect, resolve
 from qlora_exp.models.base import load_model, stop_at_end_of_turn
 from qlora_exp.models.quantization import check_files, quantization_config
@@ -183,11 +183,14 @@ def with_adapter(model: Any, saved: Saved, name: str = "default") -> PeftModel:
         try:
             if isinstance(model, PeftModel):
                 model.load_adapter(str(saved.folder), adapter_name=name)
-                return model
-            return PeftModel.from_pretrained(model, str(saved.folder), adapter_name=name)
+                model.set_adapter(name)
+            else:
+                model = PeftModel.from_pretrained(model, str(saved.folder), adapter_name=name)
         except (RuntimeError, ValueError, TypeError) as error:
             first = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
             raise ModelError(f"{saved.folder}: does not fit {model.config.name_or_path}: {first:.300}") from error
+    generate_once(model, f"{saved.folder}: the adapter")
+    return model
 
 
 def load_complete_model(saved: Saved, dtype: str, device: str = "cpu", quantization: Any = None) -> Any:
@@ -223,6 +226,7 @@ def load_complete_model(saved: Saved, dtype: str, device: str = "cpu", quantizat
     ):
         if names := sorted(info[kind]):
             raise ModelError(f"{what}: its files {problem.format(len(names))}: {names[0]}, ...")
+    generate_once(model, what)
     return model
 
 

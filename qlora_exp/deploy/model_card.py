@@ -15,7 +15,7 @@ import yaml
 from qlora_exp.config.schema import Config
 from qlora_exp.recipe import summary
 from qlora_exp.results import stats
-from qlora_exp.results.records import Record
+from qlora_exp.results.records import Record, loss_rows
 from qlora_exp.utils.tables import markdown_table
 
 LICENSES = {
@@ -121,7 +121,8 @@ def model_and_revision(config: Config) -> str:
 
 
 def _results(record: Record) -> list[list[str]]:
-    before, after = _losses(record.losses_before), _losses(record.losses)
+    paths = (f"evaluation/{moment}_losses.jsonl" for moment in ("before", "after"))
+    before, after = (_losses(loss_rows(record.text(path), path)) for path in paths)
     rows = []
     if after is not None:
         level = _interval(after, np.stack([np.zeros_like(after[..., 0]), after[..., 1]], -1))

@@ -134,3 +134,16 @@ def use_own_generation(model: Any, folder: Path) -> None:
         log.warning("%s: not used: %s", file, ", ".join(sorted(left_out))[:200])
     with explained(str(file)):
         model.generation_config = GenerationConfig(**{key: values[key] for key in _GENERATION & values.keys()})
+
+
+@torch.no_grad()
+def generate_once(model: Any, what: str) -> None:
+    """Generate one token: a config can ask for what fails only when the model is used.
+
+    Raises:
+        ModelError: this fails.
+    """
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    settings = GenerationConfig(max_new_tokens=1, do_sample=False, num_beams=1, pad_token_id=0)
+    with explained(what):
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)

@@ -10,13 +10,12 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import torch
 from torch.nn.modules import module as torch_module
 from transformers.integrations.gguf.reader import read_gguf_metadata
 
-from qlora_exp.libraries.patching import patched
+from qlora_exp.libraries.torch import without_pickles
 from qlora_exp.utils.errors import ModelError, UserError, first_line, is_out_of_memory, type_and_first_line
 from qlora_exp.utils.units import MIB
 
@@ -101,21 +100,19 @@ def explained(what: str, pickles: bool = False) -> Iterator[None]:
     `pickles` is true; transformers then reads weights from it and nothing else (`weights_only`).
     """
 
-    def refuse(*_: Any, **__: Any) -> NoReturn:
-        raise ModelError(
-            f"{what}: its weights are a pickle, which is never opened here: convert them to .safetensors "
-            "(save_pretrained in transformers)"
-        )
-
+    pickle = ModelError(
+        f"{what}: its weights are a pickle, which is never opened here: convert them to .safetensors "
+        "(save_pretrained in transformers)"
+    )
     try:
-        with nullcontext() if pickles else patched(torch, load=refuse):
+        with nullcontext() if pickles else without_pickles(pickle):
             yield
     except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:  # the panic of a Rust library is no Exception
         if is_out_of_memory(error) or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EACCES)):
             raise
-        raise ModelError(f"{what}: cannot be loaded: {type_and_first_line(error)}") from error
+        raise ModelError(f"{what}: cannot be loaded, a file may be damaged: {type_and_first_line(error)}") from error
 
 
 @contextmanager

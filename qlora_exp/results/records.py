@@ -7,7 +7,7 @@ import os
 import re
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -133,25 +133,32 @@ class Record(ABC):
         return self._parsed("evaluation/after_lm_eval.json", _OBJECT)
 
     def _rows(self, path: str) -> list[dict[str, float]]:
-        text = self.text(path)
-        return self._checked(path, lambda: [_LOSSES.validate_json(line) for line in text.splitlines()])
+        return loss_rows(self.text(path), f"{path} of run {self.run_id}")
 
     def _parsed(self, path: str, kind: TypeAdapter[Any]) -> Any:
         text = self.text(path) or "{}"
-        return self._checked(path, lambda: kind.validate_json(text))
+        with _damage_explained(f"{path} of run {self.run_id}"):
+            return kind.validate_json(text)
 
-    def _checked(self, path: str, parse: Callable[[], Any]) -> Any:
-        """Return what `parse` makes of a file that somebody else may have written.
 
-        Raises:
-            ConfigError: the file is damaged.
-        """
-        try:
-            return parse()
-        except ValidationError as error:
-            problem = error.errors()[0]
-            where = ".".join(map(str, problem["loc"]))
-            raise ConfigError(f"{path} of run {self.run_id} is damaged: {where} {problem['msg']}") from error
+def loss_rows(text: str, what: str) -> list[dict[str, float]]:
+    """Parse a file of losses, a row in each line; `what` names the file in messages.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    with _damage_explained(what):
+        return [dict(_LOSSES.validate_json(line)) for line in text.splitlines()]  # type: ignore[arg-type]
+
+
+@contextmanager
+def _damage_explained(what: str) -> Iterator[None]:
+    try:
+        yield
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise ConfigError(" ".join(filter(None, [f"{what} is damaged:", where, problem["msg"]]))) from error
 
 
 @dataclass(frozen=True)
