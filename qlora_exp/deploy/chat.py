@@ -20,6 +20,7 @@ from qlora_exp.data.prompts import chat_template, render, render_chat
 from qlora_exp.deploy import load
 from qlora_exp.deploy.load import Saved
 from qlora_exp.models.base import stop_tokens
+from qlora_exp.models.untrusted import explained
 from qlora_exp.tracking import run_key
 from qlora_exp.utils.errors import ConfigError, DataError, ModelError, did_you_mean, first_line
 
@@ -151,7 +152,8 @@ class ChatModel:
                 model's context.
         """
         text, has_special_tokens = self.prompt(request)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=not has_special_tokens)["input_ids"]
+        with explained("the tokenizer"):
+            ids: list[int] = self.tokenizer(text, add_special_tokens=not has_special_tokens)["input_ids"]
         if not ids:
             raise DataError("an empty prompt: this model was trained on plain text and needs a text to continue")
         if max(ids) >= (rows := self.model.get_input_embeddings().weight.shape[0]):
