@@ -63,9 +63,9 @@ def render(row: dict[str, Any], config: DatasetConfig, tokenizer: Any, every_ans
     tools = row.get("tools")
     answers = [place for place, message in enumerate(dialogue) if message["role"] == "assistant"]
     places = answers if every_answer else answers[-1:]
-    befores = [(place, True) for place in places]
-    throughs = [(place + 1, False) for place in places]
-    texts = _applied(tokenizer, dialogue, tools, [*befores, *throughs])
+    asked = [(place, True) for place in places]
+    answered = [(place + 1, False) for place in places]
+    texts = _applied(tokenizer, dialogue, tools, [*asked, *answered])
     pieces, rendered = [], ""
     for before, through_answer in zip(texts[: len(places)], texts[len(places) :], strict=True):
         if not (before.startswith(rendered) and through_answer.startswith(before)):
