@@ -100,6 +100,13 @@ def faults(session: nox.Session) -> None:
 
 
 @nox.session
+def fuzz(session: nox.Session) -> None:
+    """Feed damaged and hostile inputs to whatever reads a stranger's files: `nox -s fuzz -- MINUTES` (default: 5)."""
+    install(session, "dev")
+    session.run(sys.executable, "benchmarks/fuzz.py", *session.posargs)
+
+
+@nox.session
 def compatibility(session: nox.Session) -> None:
     """Try every method on every kind of base and family of models; write what works (about half an hour)."""
     install(session, "quantizers")

@@ -1,5 +1,7 @@
 """Read a config that somebody else wrote: as plain data, without settings that only the user may allow."""
 
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,37 +10,91 @@ import yaml
 
 from qlora_exp.config import idle
 from qlora_exp.config.overrides import GROUPS
+from qlora_exp.config.patterns import may_hang
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.dataset import REASONING_GYM
 from qlora_exp.config.validate import from_dict
 from qlora_exp.utils.errors import ConfigError
 
+_LONGEST_TEXT = 1 << 20
+"""Characters of a YAML text; a config has about ten thousand."""
+_MOST_NODES = 50_000
+_DEEPEST = 50
+_LONGEST_NUMBER = 40
+_BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 
-class _Plain(yaml.SafeLoader):
-    """YAML loader that rejects aliases, because with them a few lines can expand to gigabytes."""
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
+class _Plain(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """YAML loader for trees of `_check_events`, in which numbers are as short as those of people."""
+
+
+def _number(loader: Any, node: yaml.ScalarNode) -> Any:
+    if _BASE_60.fullmatch(node.value):  # 1:30 is a text, as in YAML 1.2
+        return node.value
+    if len(node.value) > _LONGEST_NUMBER:
+        raise yaml.YAMLError(f"a number of {len(node.value)} digits")
+    build = loader.construct_yaml_int if node.tag.endswith(":int") else loader.construct_yaml_float
+    return build(node)
+
+
+_Plain.add_constructor("tag:yaml.org,2002:int", _number)
+_Plain.add_constructor("tag:yaml.org,2002:float", _number)
+
+
+def _check_events(text: str) -> None:
+    """Reject what can be costly: aliases (a few lines can expand to gigabytes), deep nesting, and very many nodes."""
+    depth = 0
+    for count, event in enumerate(yaml.parse(text, _Plain)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
             raise yaml.YAMLError("aliases are not allowed")
-        return super().compose_node(parent, index)
+        if depth > _DEEPEST or count > _MOST_NODES:
+            raise yaml.YAMLError("nested too deeply" if depth > _DEEPEST else f"more than {_MOST_NODES} values")
+
+
+def _check_keys(value: Any) -> None:
+    """Reject keys that are no text. Numbers can be chosen so that a dictionary of them takes minutes to build."""
+    if isinstance(value, yaml.MappingNode):
+        for key, _ in value.value:
+            if key.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"):
+                raise yaml.YAMLError(f"the key {getattr(key, 'value', '[...]')!r:.40} is no text")
+    for part in value.value if isinstance(value, yaml.CollectionNode) else ():
+        for node in part if isinstance(part, tuple) else (part,):
+            _check_keys(node)
 
 
 def plain_yaml(text: str, what: str) -> Any:
-    """Parse untrusted YAML that holds only numbers, strings, lists and mappings.
+    """Parse untrusted YAML that holds only numbers, strings, lists and mappings, in about a second at most.
 
     Args:
         text: the YAML.
         what: what the text is, for messages.
 
     Raises:
-        ConfigError: the text is not YAML, or it contains anything else.
+        ConfigError: the text is not YAML, it contains anything else, or it is too large.
     """
+    if len(text) > _LONGEST_TEXT:
+        raise ConfigError(f"{what} is not plain YAML of a config: it has more than {_LONGEST_TEXT:,} characters")
     try:
-        return yaml.load(text, _Plain)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: impossible date, too many digits
+        _check_events(text)
+        _check_keys(yaml.compose(text, _Plain))
+        values = yaml.load(text, _Plain)
+        json.dumps(values, default=str, ensure_ascii=False).encode()
+    # ValueError: an impossible date, half a character
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{what} is not plain YAML: {' '.join(str(error).split())[:300]}") from error
+    return values
 
 
+_PATTERNS = (
+    "target_modules",
+    "exclude_modules",
+    "feedforward_modules",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+)
+"""Settings of PEFT methods that can be regular expressions, or have them as keys."""
 _NOT_FILES = ("embedded:", "random:", REASONING_GYM)
 
 
@@ -111,6 +167,15 @@ def refuse_user_only_settings(config: Config, changes: Mapping[str, Any]) -> Non
     }
     for section, part in (("method", config.method), ("lora_variant", config.lora_variant)):
         paths |= {f"{section}.{key}": value for key, value in part.settings.items()}
+    patterns = {key: value for key, value in paths.items() if key.rpartition(".")[2] in _PATTERNS}
+    for section, dataset in (("dataset", config.dataset), ("unrelated", config.unrelated)):
+        patterns[f"{section}.drop_matching"] = dataset.drop_matching
+    for key, pattern in ((key, text) for key, value in patterns.items() for text in _texts(value)):
+        if pattern and key not in changes and may_hang(pattern):
+            raise ConfigError(
+                f"the recorded config has the regular expression {pattern!r:.80}, which may run for ever; if you trust "
+                f"it, add {key}=VALUE with it"
+            )
     for key, path in ((key, path) for key, value in paths.items() for path in _texts(value)):
         if not path or key in changes:
             continue
@@ -121,13 +186,27 @@ def refuse_user_only_settings(config: Config, changes: Mapping[str, Any]) -> Non
             )
         if path.startswith(_NOT_FILES):
             continue
-        local = Path(path).expanduser()
-        looks_local = local.exists() or path.startswith(("/", "~", ".")) or ".." in local.parts
+        local = _expanded(path)
+        looks_local = _exists(local) or path.startswith(("/", "~", ".")) or ".." in local.parts
         if looks_local and not local.resolve().is_relative_to(Path.cwd()):
             raise ConfigError(
                 f"the recorded config names {path}, which is outside of this folder; to allow it, "
                 f"add {key}=PATH with its path on this machine"
             )
+
+
+def _expanded(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:  # ~NAME of a user whom this machine does not know
+        return Path(path)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name that is too long for a file, or has a NUL
+        return False
 
 
 def _texts(value: Any) -> Iterator[str]:

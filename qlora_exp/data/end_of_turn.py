@@ -2,8 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from jinja2.exceptions import TemplateError
-
+from qlora_exp.data.prompts import render_chat
 from qlora_exp.utils.errors import DataError
 
 _QUESTION, _ANSWER = "What is 6 times 7?", "SampleAnswer42"
@@ -27,6 +26,7 @@ def end_of_turn(tokenizer: Any, template: str | None) -> EndOfTurn:
 
     Raises:
         DataError: the template refuses a question with its answer.
+        ModelError: the template needs too much time or memory.
     """
     if template is None:
         return EndOfTurn(tokenizer.eos_token_id, tokenizer.eos_token)
@@ -42,7 +42,7 @@ def _rendered(tokenizer: Any, template: str) -> str:
     turns = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
     for messages in (turns, [{"role": "system", "content": "Be brief."}, *turns]):
         try:
-            return str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
-        except TemplateError as error:  # some templates need a system message
+            return render_chat(tokenizer, messages, template)
+        except DataError as error:  # some templates need a system message
             refused = error
-    raise DataError(f"this model's chat template refuses a question with its answer: {refused}") from refused
+    raise DataError(f"this model's chat template refuses a question with its answer: {refused.__cause__}") from refused

@@ -1,5 +1,6 @@
 """Turn a row into text: the prompt that the model gets, and the answer that it learns.
 
+Chat templates are programs that come with a model. They are rendered in a process with limits of time and memory.
 The two Alpaca prompts are copied from tatsu-lab/stanford_alpaca. Does not depend on files or tokens.
 """
 
@@ -9,7 +10,9 @@ from typing import Any, NamedTuple
 
 from qlora_exp.config.sections.dataset import DatasetConfig
 from qlora_exp.data.dialogues import SYSTEM_ROLES, Message
-from qlora_exp.utils.errors import DataError, first_line
+from qlora_exp.utils.errors import DataError, ModelError
+from qlora_exp.utils.processes.limits import FailedError, LimitedProcess, LimitError
+from qlora_exp.utils.units import MIB
 
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -21,6 +24,8 @@ ALPACA_WITHOUT_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{prompt}\n\n### Response:\n"
 )
+_LONGEST_TEXT = 16 * MIB
+_renderer = LimitedProcess()
 
 
 class Rendered(NamedTuple):
@@ -57,10 +62,12 @@ def render(row: dict[str, Any], config: DatasetConfig, tokenizer: Any, every_ans
     dialogue = messages(row, config)
     tools = row.get("tools")
     answers = [place for place, message in enumerate(dialogue) if message["role"] == "assistant"]
+    places = answers if every_answer else answers[-1:]
+    asked = [(place, True) for place in places]
+    answered = [(place + 1, False) for place in places]
+    texts = _applied(tokenizer, dialogue, tools, [*asked, *answered])
     pieces, rendered = [], ""
-    for place in answers if every_answer else answers[-1:]:
-        before = apply_template(tokenizer, dialogue[:place], tools, add_generation_prompt=True)
-        through_answer = apply_template(tokenizer, dialogue[: place + 1], tools)
+    for before, through_answer in zip(texts[: len(places)], texts[len(places) :], strict=True):
         if not (before.startswith(rendered) and through_answer.startswith(before)):
             raise DataError(
                 "dataset.format=chat: this model's chat template renders a dialogue differently once it has an answer, "
@@ -83,27 +90,78 @@ def messages(row: Mapping[str, Any], config: DatasetConfig) -> list[Message]:
     return dialogue
 
 
-def apply_template(tokenizer: Any, dialogue: list[Message], tools: Any, **options: Any) -> str:
-    """Render a dialogue with the tokenizer's chat template.
+def apply_template(tokenizer: Any, dialogue: list[Message], tools: Any) -> str:
+    """Render a dialogue of a dataset with the tokenizer's chat template.
 
     Raises:
         DataError: there is no template, or it refuses the dialogue.
+        ModelError: it needs too much time or memory.
     """
+    return _applied(tokenizer, dialogue, tools, [(len(dialogue), False)])[0]
+
+
+def render_chat(
+    tokenizer: Any, dialogue: list[Message], template: str | None = None, add_generation_prompt: bool = False
+) -> str:
+    """Render a dialogue with a chat template (None: the tokenizer's own), as its `apply_chat_template` does.
+
+    Raises:
+        DataError: the template refuses the dialogue.
+        ModelError: it needs too much time or memory.
+    """
+    return _parts(tokenizer, dialogue, template, None, [(len(dialogue), add_generation_prompt)])[0]
+
+
+def _applied(tokenizer: Any, dialogue: list[Message], tools: Any, parts: list[tuple[int, bool]]) -> list[str]:
     if not tokenizer.chat_template:
         raise DataError(
             "dataset.format=chat: this model's tokenizer has no chat template; use dataset.format=alpaca, "
             "or an instruction-tuned model"
         )
-    if tools:
-        options["tools"] = tools
     try:
-        return str(tokenizer.apply_chat_template(dialogue, tokenize=False, **options))
-    except Exception as error:  # templates raise errors of any kind; each is about this dialogue
-        roles = ", ".join(message["role"] for message in dialogue) or "none, since the dialogue begins with an answer"
+        return _parts(tokenizer, dialogue, None, tools or None, parts)
+    except DataError as error:
         raise DataError(
-            f"dataset.format=chat: this model's chat template refuses a dialogue with the roles {roles}: "
-            f"{first_line(error)}. Change the dialogue (or dataset.system_message), or use another model or format"
+            f"dataset.format=chat: {error}. Change the dialogue (or dataset.system_message), or use another model or "
+            "format"
         ) from error
+
+
+def _parts(
+    tokenizer: Any, dialogue: list[Message], template: str | None, tools: Any, parts: list[tuple[int, bool]]
+) -> list[str]:
+    """Render the beginnings of a dialogue: so many messages, and whether the mark of an answer follows.
+
+    All are rendered in one call, as the way to the other process takes longer than most templates do.
+    """
+    try:
+        template = tokenizer.get_chat_template(template, tools)
+        values = {**tokenizer.special_tokens_map, "tools": tools}
+        texts: list[str] = _renderer.call(_rendered, template, dialogue, values, parts)
+    except LimitError as error:
+        raise ModelError(f"this model's chat template needs {error} for one dialogue; use another model") from error
+    except (FailedError, ValueError) as error:  # ValueError: of several templates none is the default
+        roles = ", ".join(message["role"] for message in dialogue)
+        raise DataError(f"this model's chat template refuses a dialogue with the roles {roles}: {error}") from error
+    return texts
+
+
+def _rendered(
+    template: str, dialogue: list[Message], values: dict[str, Any], parts: list[tuple[int, bool]]
+) -> list[str]:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    if not all(length for length, _ in parts):
+        raise ValueError("it begins with an answer")
+    stated = [{key: value for key, value in message.items() if value is not None} for message in dialogue]
+    texts: list[str] = []
+    for length, prompt in parts:
+        options = {**values, "add_generation_prompt": prompt}
+        rendered: Any = render_jinja_template(conversations=[stated[:length]], chat_template=template, **options)
+        texts += rendered[0]  # with it come the places of answers
+    if sum(map(len, texts)) > _LONGEST_TEXT * len(texts):
+        raise MemoryError
+    return texts
 
 
 def _asked(row: Mapping[str, Any]) -> str:

@@ -16,10 +16,11 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, TextStreamer, set_seed
 
-from qlora_exp.data.prompts import chat_template, render
+from qlora_exp.data.prompts import chat_template, render, render_chat
 from qlora_exp.deploy import load
 from qlora_exp.deploy.load import Saved
 from qlora_exp.models.base import stop_tokens
+from qlora_exp.models.untrusted import explained
 from qlora_exp.tracking import run_key
 from qlora_exp.utils.errors import ConfigError, DataError, ModelError, did_you_mean, first_line
 
@@ -61,6 +62,8 @@ class Sampling:
                 max_new_tokens=self.max_new_tokens,
                 do_sample=self.temperature > 0,
                 repetition_penalty=self.repetition_penalty,
+                num_beams=1,
+                num_return_sequences=1,
                 eos_token_id=[*stops],
                 pad_token_id=pad,
                 **(sampled if self.temperature > 0 else {}),
@@ -112,12 +115,11 @@ class ChatModel:
         if template is None:  # trained on plain text, which it continues
             return "".join(message["content"] for message in messages), False
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                messages, chat_template=template, tokenize=False, add_generation_prompt=True
-            )
-        except Exception as error:  # templates raise errors of any kind; each is about these messages
-            raise DataError(f"the prompt format of {self.saved[name].source} refuses this dialogue: {error}") from error
-        return text, True
+            return render_chat(self.tokenizer, messages, template, add_generation_prompt=True), True
+        except DataError as error:
+            raise DataError(
+                f"the prompt format of {self.saved[name].source} refuses this dialogue: {error.__cause__}"
+            ) from error
 
     def answer(self, request: Request, sampling: Sampling, on_text: Callable[[str], None] = lambda _: None) -> str:
         """Return the answer; pass its pieces to `on_text` as soon as they are generated.
@@ -150,9 +152,12 @@ class ChatModel:
                 model's context.
         """
         text, has_special_tokens = self.prompt(request)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=not has_special_tokens)["input_ids"]
+        with explained("the tokenizer"):
+            ids: list[int] = self.tokenizer(text, add_special_tokens=not has_special_tokens)["input_ids"]
         if not ids:
             raise DataError("an empty prompt: this model was trained on plain text and needs a text to continue")
+        if max(ids) >= (rows := self.model.get_input_embeddings().weight.shape[0]):
+            raise ModelError(f"the tokenizer has the token {max(ids)}, but the model only {rows} embeddings")
         most = getattr(self.model.config, "max_position_embeddings", None)
         if most and len(ids) + sampling.max_new_tokens > most:
             raise DataError(

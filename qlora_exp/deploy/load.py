@@ -15,7 +15,6 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.exceptions import MlflowException
 from peft import PeftModel
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import qlora_exp.models.bottleneck  # noqa: F401 - registers its method with PEFT
@@ -25,14 +24,16 @@ from qlora_exp.config.schema import Config
 from qlora_exp.config.untrusted import plain_yaml
 from qlora_exp.config.validate import from_dict
 from qlora_exp.config.values import values_to_yaml, without_places
+from qlora_exp.deploy.untrusted_folders import check_adapter, check_tokenizer, generate_once, use_own_generation
 from qlora_exp.environment.device import detect, resolve
 from qlora_exp.models.base import load_model, stop_at_end_of_turn
 from qlora_exp.models.quantization import check_files, quantization_config
+from qlora_exp.models.untrusted import bounded, check_folder, explained, most_values, read_json
 from qlora_exp.results import records
 from qlora_exp.tracking import journal, mlflow_store, run_key
 from qlora_exp.tracking.journal import CONFIG_FILE, FILE
 from qlora_exp.tracking.stores import artifacts, uris
-from qlora_exp.utils.errors import ConfigError, JournalError, ModelError, TrackingError, first_line
+from qlora_exp.utils.errors import ConfigError, JournalError, ModelError, TrackingError
 from qlora_exp.utils.quiet import hide_bars
 
 GGUF_FILE = "model.gguf"
@@ -59,10 +60,9 @@ class Saved:
         Raises:
             ModelError: the tokenizer is missing or incomplete.
         """
-        try:
+        check_tokenizer(self.folder)
+        with explained(f"{self.folder}: the tokenizer"):
             return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
-        except (OSError, ValueError, TypeError) as error:
-            raise ModelError(f"{self.folder}: the tokenizer is missing or incomplete: {first_line(error)}") from error
 
 
 def find(source: str, tracking_uri: str | None = None, device: str = "auto") -> Saved:
@@ -97,7 +97,7 @@ def find(source: str, tracking_uri: str | None = None, device: str = "auto") -> 
         recorded["model"] |= {"trust_remote_code": False, "attn_implementation": None}
         recorded["training"]["resume_from_checkpoint"] = None
         recorded["tracking"] = {}
-    except (ConfigError, KeyError, TypeError) as error:
+    except (ConfigError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ModelError(f"{source}: {CONFIG_FILE} is damaged: {error}") from error
     try:
         with compatibility.ignored():  # it was trained, so what would be refused now worked then
@@ -151,9 +151,9 @@ def _on_its_base(config: Config, folder: Path) -> Config:
     if not (folder / run_key.BASE_FILE).is_file():  # saved by an older version
         return config
     try:
-        then = str(json.loads((folder / run_key.BASE_FILE).read_text("utf-8"))["version"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{folder / run_key.BASE_FILE} is damaged: {error}") from error
+        then = str(read_json(folder / run_key.BASE_FILE)["version"])
+    except KeyError as error:
+        raise ModelError(f"{folder / run_key.BASE_FILE} is damaged: it has no {error}") from error
     name = config.model.model_name_or_path
     if re.fullmatch(r"[0-9a-f]{40}", then):  # a commit on the hub
         return config.model_copy(update={"model": config.model.model_copy(update={"revision": then})})
@@ -219,42 +219,56 @@ def with_adapter(model: Any, saved: Saved, name: str = "default") -> PeftModel:
     Raises:
         ModelError: a file is damaged, or the adapter does not fit the base model.
     """
-    try:
-        if isinstance(model, PeftModel):
-            model.load_adapter(str(saved.folder), adapter_name=name)
-            return model
-        return PeftModel.from_pretrained(model, str(saved.folder), adapter_name=name)
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ModelError(f"{saved.folder}: a file of the adapter is damaged ({error})") from error
-    except (RuntimeError, ValueError, TypeError) as error:
-        first = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
-        raise ModelError(f"{saved.folder}: does not fit {model.config.name_or_path}: {first:.300}") from error
+    check_adapter(saved.folder, saved.config.model, saved.config.method.peft_type)
+    with explained(f"{saved.folder}: the adapter"):
+        try:
+            if isinstance(model, PeftModel):
+                model.load_adapter(str(saved.folder), adapter_name=name)
+                model.set_adapter(name)
+            else:
+                model = PeftModel.from_pretrained(model, str(saved.folder), adapter_name=name)
+        except (RuntimeError, ValueError, TypeError) as error:
+            first = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
+            raise ModelError(f"{saved.folder}: does not fit {model.config.name_or_path}: {first:.300}") from error
+    generate_once(model, f"{saved.folder}: the adapter")
+    return model
 
 
 def load_complete_model(saved: Saved, dtype: str, device: str = "cpu", quantization: Any = None) -> Any:
     """Load a complete model, not an adapter: one that full fine-tuning saved or `export` wrote.
 
     Raises:
-        ModelError: a file is damaged, or the model cannot be quantized like this.
+        ModelError: a file is damaged or lacks weights, or the model cannot be quantized like this.
     """
     hide_bars()
+    check_folder(saved.folder)
     arguments: dict[str, Any] = {"device_map": {"": device}, "trust_remote_code": False}
     if quantization is not None:
         arguments["quantization_config"] = quantization
     elif (saved.folder / GGUF_FILE).is_file():
         arguments |= {"gguf_file": GGUF_FILE, "quantization_config": GgufConfig(dequantize=True)}
         if (saved.folder / "config.json").is_file():  # transformers does not read all of the config from the GGUF file
-            arguments["config"] = AutoConfig.from_pretrained(saved.folder, trust_remote_code=False)
+            with explained(str(saved.folder)):
+                arguments["config"] = AutoConfig.from_pretrained(saved.folder, trust_remote_code=False)
     elif (stored := stored_as(saved.folder)) in ("gptq", "awq"):
         chosen = compose(["method=lora", f"quantization={stored}"])
         arguments["quantization_config"] = quantization_config(chosen.quantization, resolve(chosen, detect(device)))
     dtype = dtype if dtype == "auto" else getattr(torch, dtype)
-    try:
-        return AutoModelForCausalLM.from_pretrained(saved.folder, dtype=dtype, **arguments)
-    except (SafetensorError, ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise ModelError(f"{saved.folder}: cannot be loaded: {first_line(error)}") from error
+    what = str(saved.folder)
+    with explained(what), bounded(what, most_values(saved.folder)):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            saved.folder, dtype=dtype, output_loading_info=True, **arguments
+        )
+    model, info = loaded
+    use_own_generation(model, saved.folder)
+    for kind, problem in (
+        ("missing_keys", "lack {} tensors that its config describes"),
+        ("unexpected_keys", "have {} tensors that its config does not describe"),
+    ):
+        if names := sorted(info[kind]):
+            raise ModelError(f"{what}: its files {problem.format(len(names))}: {names[0]}, ...")
+    generate_once(model, what)
+    return model
 
 
 def _model_config(folder: Path) -> dict[str, Any]:
@@ -264,12 +278,9 @@ def _model_config(folder: Path) -> dict[str, Any]:
         ModelError: the file is damaged.
     """
     file = folder / "config.json"
-    try:
-        values = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise ModelError(f"{file} is damaged: {error}") from error
-    if not isinstance(values, dict) or not isinstance(values.get("quantization_config") or {}, dict):
-        raise ModelError(f"{file} is damaged: it and its quantization_config must be JSON objects")
+    values = read_json(file)
+    if not isinstance(values.get("quantization_config") or {}, dict):
+        raise ModelError(f"{file} is damaged: its quantization_config must be a JSON object")
     return values
 
 

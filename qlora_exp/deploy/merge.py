@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from qlora_exp.config import compatibility
 from qlora_exp.config.schema import Config
-from qlora_exp.data.prompts import chat_template
+from qlora_exp.data.prompts import chat_template, render_chat
 from qlora_exp.deploy.load import Saved, load_complete_model, stored_as, with_adapter
 from qlora_exp.environment.device import Device, resolve
 from qlora_exp.models import quantization
@@ -144,7 +144,7 @@ def answer(model: Any, tokenizer: Any) -> list[int]:
     """Return the first tokens of the greedy answer to a fixed question, in the format of the chat template."""
     chats = bool(tokenizer.chat_template)
     messages = [{"role": "user", "content": _QUESTION}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) if chats else _QUESTION
+    text = render_chat(tokenizer, messages, add_generation_prompt=True) if chats else _QUESTION
     batch = tokenizer(text, return_tensors="pt", add_special_tokens=not chats)
     settings = GenerationConfig(
         max_new_tokens=_ANSWER_TOKENS,

@@ -19,7 +19,7 @@ from qlora_exp.config.validate import from_dict
 from qlora_exp.config.values import without_places
 from qlora_exp.recipe import summary
 from qlora_exp.results import stats
-from qlora_exp.results.records import Record
+from qlora_exp.results.record import Record, loss_rows
 from qlora_exp.utils.display import markdown, markdown_code, pasteable
 from qlora_exp.utils.secrets import redact, redacted
 from qlora_exp.utils.tables import markdown_table
@@ -138,7 +138,8 @@ def model_and_revision(config: Config) -> str:
 
 
 def _results(record: Record) -> list[list[str]]:
-    before, after = (_losses(record.text(f"evaluation/{moment}_losses.jsonl")) for moment in ("before", "after"))
+    paths = (f"evaluation/{moment}_losses.jsonl" for moment in ("before", "after"))
+    before, after = (_losses(loss_rows(record.text(path), path)) for path in paths)
     rows = []
     if after is not None:
         level = _interval(after, np.stack([np.zeros_like(after[..., 0]), after[..., 1]], -1))
@@ -155,9 +156,8 @@ def _results(record: Record) -> list[list[str]]:
     return rows
 
 
-def _losses(text: str) -> Any:
+def _losses(rows: list[dict[str, float]]) -> Any:
     """Return (1, rows, 2): loss in nats and number of tokens of each row; None if they were not recorded."""
-    rows = [json.loads(line) for line in text.splitlines()]
     return np.array([[[row["nll"], row["tokens"]] for row in rows]]) if rows else None
 
 

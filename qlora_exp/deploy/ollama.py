@@ -6,10 +6,9 @@ template renders. Does not read weights.
 
 from typing import Any
 
-from jinja2.exceptions import TemplateError
-
 from qlora_exp.data.end_of_turn import end_of_turn
-from qlora_exp.data.prompts import adds_bos
+from qlora_exp.data.prompts import adds_bos, render_chat
+from qlora_exp.utils.errors import DataError
 
 _SYSTEM, _ASKED, _ANSWER = "\x01system\x01", "\x01asked\x01", "\x01answer\x01"
 
@@ -40,7 +39,7 @@ def _template(tokenizer: Any) -> tuple[str, str | None]:
 
     def render(*messages: tuple[str, str], ask: bool = True) -> str:
         dialogue = [{"role": role, "content": text} for role, text in messages]
-        text: str = tokenizer.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=ask)
+        text = render_chat(tokenizer, dialogue, add_generation_prompt=ask)
         return text.removeprefix(tokenizer.bos_token) if adds_bos(tokenizer) else text  # llama.cpp adds it itself
 
     asked, answer = ("user", _ASKED), ("assistant", _ANSWER)
@@ -49,7 +48,7 @@ def _template(tokenizer: Any) -> tuple[str, str | None]:
     first = render(asked)
     try:
         with_system = render(("system", _SYSTEM), asked)
-    except TemplateError:  # a format without system messages
+    except DataError:  # a format without system messages
         with_system = ""
     if _SYSTEM not in with_system:
         return _go(first) + "{{ .Response }}" + after, None

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from qlora_exp.deploy import export
 from qlora_exp.deploy.load import GGUF_FILE, Saved
+from qlora_exp.deploy.untrusted_folders import check_tokenizer
+from qlora_exp.models.untrusted import bounded, explained, most_values
 from qlora_exp.utils.errors import ConfigError
 
 
@@ -85,8 +87,10 @@ def mlflow_model(folder: Path, made: Path) -> Path:
     # With transformers 5, MLflow 3.17 does not accept the path of a folder, so the model is loaded. MLflow also asks
     # the hub about a name that could exist there, so the path is made absolute.
     folder = folder.resolve()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
-    components = {"model": model, "tokenizer": AutoTokenizer.from_pretrained(folder, trust_remote_code=False)}
+    check_tokenizer(folder)
+    with explained(str(folder)), bounded(str(folder), most_values(folder)):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+        components = {"model": model, "tokenizer": AutoTokenizer.from_pretrained(folder, trust_remote_code=False)}
     requirements = ["mlflow", "torch", "transformers", "accelerate"]
     shutil.rmtree(made, ignore_errors=True)
     mlflow.transformers.save_model(components, str(made), task="llm/v1/chat", pip_requirements=requirements)

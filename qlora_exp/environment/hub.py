@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from qlora_exp.config.schema import Config
+from qlora_exp.utils.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -47,17 +48,25 @@ def commit(repo_id: str, revision: str | None, repo_type: Literal["model", "data
     """Return the current commit of a repository's `revision` (None: default branch); without a network, the cached one.
 
     If neither the hub nor the cache has it, return the revision's name: the run itself will report what is missing.
+
+    Raises:
+        ConfigError: nothing on the hub can have this name.
     """
     if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
     go_offline_if_unreachable()
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
     from huggingface_hub.file_download import repo_folder_name
 
     name = revision or constants.DEFAULT_REVISION
     try:
         return str(HfApi().repo_info(repo_id, repo_type=repo_type, revision=name, timeout=10).sha)
+    except HFValidationError as error:
+        raise ConfigError(
+            f"there is no such {repo_type}: {repo_id!r:.200} is neither a local file or folder nor a name on the hub "
+            "(ORG/NAME)"
+        ) from error
     except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError, ValueError) as error:
         log.debug("%s: the hub did not return the commit: %s", repo_id, error)
     ref = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type=repo_type) / "refs" / name

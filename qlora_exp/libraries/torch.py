@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch._subclasses import fake_tensor
@@ -197,4 +197,18 @@ def computing_as_on_gpu(flash: bool = False) -> Iterator[None]:
         patched(functions, layer_norm=in_float32, dropout=fused_dropout, scaled_dot_product_attention=fused_attention),
         patched(torch, is_autocast_enabled=lambda device="cpu": is_autocast(device)),
     ):
+        yield
+
+
+@contextmanager
+def without_pickles(error: Exception) -> Iterator[None]:
+    """Raise `error` inside in the place of `torch.load`, which opens pickles, whoever calls it.
+
+    transformers and PEFT call it for files that a config or an index of a model names.
+    """
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise error
+
+    with patched(torch, load=refuse):
         yield

@@ -7,7 +7,7 @@ import errno
 import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,13 @@ from qlora_exp.data.end_of_turn import end_of_turn
 from qlora_exp.data.prompts import chat_template
 from qlora_exp.environment.device import Resolved
 from qlora_exp.libraries.transformers import with_bitsandbytes_layers
-from qlora_exp.models import builtin
+from qlora_exp.models import builtin, untrusted
 from qlora_exp.models.quantization import check_files, check_stored, guard_layers, quantization_config, stored
 from qlora_exp.utils.errors import ModelError, first_line
 
 Tokenizer = PreTrainedTokenizerBase
+_MOST_VALUES = 10**14
+"""Most parameters of a model whose files are not on this machine."""
 _POSITIONS = re.compile(r"(^|\.)wpe(\.|$)|pos(ition)?s?_|_pos(ition)?s?(\.|$)")
 """Names of position tables: wpe (GPT-2), embed_positions (OPT, GPT-J), position_embeddings, positions_embed."""
 
@@ -103,9 +105,13 @@ def model_config(config: ModelConfig) -> PretrainedConfig:
 
 def skeleton(config: ModelConfig) -> PreTrainedModel:
     """Return the model's modules without weights (meta device): names and shapes, before anything large is fetched."""
-    model_config = _from_pretrained(AutoConfig, config)
-    with init_empty_weights():
-        return AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+    model_config, folder = _from_pretrained(AutoConfig, config), Path(locate(config))
+    name, most = config.model_name_or_path, untrusted.most_values(folder) if folder.is_dir() else _MOST_VALUES
+    try:
+        with _explained(config), untrusted.bounded(name, most), init_empty_weights():
+            return AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+    except RuntimeError as error:  # without values only absurd sizes fill the memory
+        raise ModelError(f"{name}: its config has sizes that no model has: {first_line(error)}") from error
 
 
 def check_quantization(
@@ -218,8 +224,25 @@ def load_unquantized(config: ModelConfig, dtype: str = "auto") -> PreTrainedMode
     return _from_pretrained(AutoModelForCausalLM, config, dtype=dtype)
 
 
+def _explained(config: ModelConfig) -> AbstractContextManager[None]:
+    """Explain errors about the model's files. Those of the model's own code, if it may run, keep their traceback.
+
+    Old models on the hub have their weights in a pickle only.
+    """
+    if config.trust_remote_code:
+        return nullcontext()
+    return untrusted.explained(config.model_name_or_path, pickles=config.from_hub)
+
+
 def _from_pretrained(kind: Any, config: ModelConfig, **arguments: Any) -> Any:
+    with _explained(config):
+        return _from_files(kind, config, **arguments)
+
+
+def _from_files(kind: Any, config: ModelConfig, **arguments: Any) -> Any:
     name, path = config.model_name_or_path, locate(config)
+    if Path(path).is_dir():
+        untrusted.check_folder(Path(path))
     try:
         return kind.from_pretrained(
             path, revision=config.revision, trust_remote_code=config.trust_remote_code, **arguments

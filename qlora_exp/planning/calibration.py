@@ -44,7 +44,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class RecordedRun(Protocol):
-    """The attributes of a past run that `fit` reads; `results.records.Record` has them."""
+    """The attributes of a past run that `fit` reads; `results.record.Record` has them."""
 
     @property
     def outcome(self) -> str:

@@ -6,18 +6,21 @@ result, and no paths.
 """
 
 import json
+import lzma
 import shutil
+import struct
 import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from qlora_exp.config.values import APART, values_to_yaml, without_places
-from qlora_exp.results.records import Record
+from qlora_exp.results.record import Record
 from qlora_exp.tracking.journal import CONFIG_FILE, LOCK_FILE
 from qlora_exp.utils.errors import ConfigError
 from qlora_exp.utils.files import scratch_folder
@@ -34,6 +37,10 @@ _FILES = (
     "evaluation/before_lm_eval.json", "evaluation/after_lm_eval.json",
 )  # fmt: skip
 _LIMIT = 64 * MIB
+_DAMAGED = (
+    OSError, EOFError, ValueError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error, lzma.LZMAError,
+)  # fmt: skip
+"""What reading a damaged or hostile file of any kind of archive raises."""
 # Tags are shared if their key begins with one of these; others concern the author's machine, account or sweep.
 _TAGS = (
     "identity.",
@@ -148,14 +155,18 @@ def read(path: Path) -> BundledRecord:
     if not path.exists():
         raise ConfigError(f"{path}: there is no such file or folder")
 
+    try:
+        read_file = _of_zip(zipfile.ZipFile(path)) if path.is_file() else partial(_of_folder, path)
+    except _DAMAGED as error:
+        raise ConfigError(f"{path}: this bundle cannot be read: {error}") from error
+
     def read_text(name: str) -> str:
         if name not in (*_FILES, RUN_FILE):
             return ""
         try:
-            return (_of_zip if path.is_file() else _of_folder)(path, name)
-        except (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-            file_name = "" if isinstance(error, zipfile.BadZipFile) else f"{name}: "
-            raise ConfigError(f"{path}: this bundle cannot be read: {file_name}{error}") from error
+            return read_file(name)
+        except _DAMAGED as error:
+            raise ConfigError(f"{path}: this bundle cannot be read: {name}: {error}") from error
 
     try:
         if not (text := read_text(RUN_FILE)):
@@ -172,12 +183,17 @@ def read(path: Path) -> BundledRecord:
     )
 
 
-def _of_zip(path: Path, name: str) -> str:
-    with zipfile.ZipFile(path) as archive:
-        if name not in archive.namelist():
+def _of_zip(archive: zipfile.ZipFile) -> Callable[[str], str]:
+    """Return a function that reads a file of the archive, whose list of files is read only once."""
+    names = set(archive.namelist())
+
+    def read_file(name: str) -> str:
+        if name not in names:
             return ""
         with archive.open(name) as member:
             return _limited(member.read(_LIMIT + 1))
+
+    return read_file
 
 
 def _of_folder(path: Path, name: str) -> str:

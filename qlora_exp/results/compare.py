@@ -14,7 +14,7 @@ import numpy as np
 
 from qlora_exp.results import stats
 from qlora_exp.results.metric_direction import lower_is_better
-from qlora_exp.results.records import Record
+from qlora_exp.results.record import Record
 from qlora_exp.utils.display import visible
 from qlora_exp.utils.errors import ConfigError
 from qlora_exp.utils.text import shortened

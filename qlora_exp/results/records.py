@@ -1,36 +1,32 @@
-"""Read past runs back, so that they can be compared or repeated: a run from any source, and runs in an MLflow store.
+"""Read past runs back from an MLflow store, so that they can be compared or repeated.
 
 This module only reads: it changes nothing in the store, and imports no training code.
 """
 
-import json
 import os
 import re
 import tempfile
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from qlora_exp.config.untrusted import plain_yaml
-from qlora_exp.config.values import APART
 from qlora_exp.libraries.mlflow import stored_runs
-from qlora_exp.tracking.journal import CONFIG_FILE, run_id
+from qlora_exp.results.record import Record
 from qlora_exp.tracking.journal import FILE as JOURNAL_FILE
-from qlora_exp.tracking.limits import lost_its_end
+from qlora_exp.tracking.journal import run_id
 from qlora_exp.tracking.mlflow_store import reader
 from qlora_exp.tracking.stores import artifacts, mlflow_views
 from qlora_exp.tracking.stores.sqlite_store import sqlite_file
 from qlora_exp.tracking.stores.uris import store_uri
-from qlora_exp.utils.errors import ConfigError, TrackingError, first_line
+from qlora_exp.utils.errors import TrackingError, first_line
 from qlora_exp.utils.files import open_inside
 from qlora_exp.utils.secrets import redact
 
@@ -39,95 +35,6 @@ os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 _PAGE = 200
 _RUN_ID = re.compile(r"[0-9a-f]{32}")
 _RUN_KEY = re.compile(r"[0-9a-f]{16}")
-
-
-@dataclass(frozen=True)
-class Record(ABC):
-    """A past run, from whichever source it was read."""
-
-    run_id: str
-    """Id of the MLflow run."""
-    name: str
-    """Name that people read."""
-    params: dict[str, str]
-    """The config with dotted keys, without keys that are not set; also the values that `auto` resolved to."""
-    tags: dict[str, str]
-    """All MLflow tags."""
-    metrics: dict[str, float]
-    """Last value of each metric."""
-
-    @abstractmethod
-    def curve(self, metric: str) -> list[tuple[int, float]]:
-        """Return every value of a metric with its step, in order."""
-
-    @abstractmethod
-    def text(self, path: str) -> str:
-        """Return the text of an artifact; empty if there is none."""
-
-    @abstractmethod
-    def seed_losses(self) -> list[float]:
-        """Return the held-out losses of all runs (this one included) that differ from it in the seed only."""
-
-    @property
-    def lost(self) -> str | None:
-        """Why no artifact can be read; None if they can."""
-        return None
-
-    def yaml(self) -> dict[str, Any]:
-        """Return the complete config that the run was started with.
-
-        Raises:
-            ConfigError: the run has no config, or the config is not plain YAML.
-        """
-        if not (text := self.text(CONFIG_FILE)):
-            why = self.lost or "it was not made by qlora-exp, or failed before it started"
-            raise ConfigError(f"run {self.run_id} has no {CONFIG_FILE}: {why}")
-        config = plain_yaml(text, f"{CONFIG_FILE} of run {self.run_id}")
-        if not isinstance(config, dict):
-            raise ConfigError(f"{CONFIG_FILE} of run {self.run_id} is not a mapping of keys to values")
-        return config
-
-    @property
-    def outcome(self) -> str:
-        """`ok`, or how the run failed."""
-        return self.tags.get("outcome", "unknown")
-
-    @cached_property
-    def config(self) -> dict[str, str]:
-        """The params that identify a configuration: runs that are equal in them differ in the seed only."""
-        ignored = (*APART, "resolved", "data", "seed", "device")
-        set_params = {key: value for key, value in self.params.items() if value != "None"}
-        config = {key: value for key, value in set_params.items() if key.split(".")[0] not in ignored}
-        if any(lost_its_end(value) for value in config.values()):
-            # What was cut may differ. The digest also covers the seed, so such runs do not form one row.
-            config["identity.config"] = self.tags.get("identity.config", self.run_id)
-        return config
-
-    @property
-    def losses(self) -> list[dict[str, float]]:
-        """For each held-out row after training: `nll` (sum, nats) and `tokens`; empty if they were not saved."""
-        return self._lines("evaluation/after_losses.jsonl")
-
-    @property
-    def answers(self) -> list[dict[str, Any]]:
-        """Each answer generated after training, with its scores; empty if none was generated."""
-        text = self.text("evaluation/answers.json")
-        return json.loads(text)["after"] if text else []
-
-    @property
-    def unrelated_losses(self) -> list[dict[str, float]]:
-        """Like `losses`, for each row of the unrelated text that measures forgetting."""
-        return self._lines("evaluation/after_unrelated_losses.jsonl")
-
-    def _lines(self, path: str) -> list[dict[str, float]]:
-        lines: list[dict[str, float]] = json.loads(f"[{','.join(self.text(path).splitlines())}]")
-        return lines
-
-    @cached_property
-    def lm_eval(self) -> dict[str, Any]:
-        """Details of lm-eval scores after training, from `training.lm_eval.evaluate`; empty if there are none."""
-        text = self.text("evaluation/after_lm_eval.json")
-        return json.loads(text) if text else {}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from qlora_exp.config.values import APART, flatten
 from qlora_exp.data import files
 from qlora_exp.environment import hub, provenance
 from qlora_exp.results import bundle, stats
-from qlora_exp.results.records import Record, find
+from qlora_exp.results.record import Record
+from qlora_exp.results.records import find
 from qlora_exp.tracking import run_key
 from qlora_exp.tracking.journal import FILE as JOURNAL_FILE
 from qlora_exp.tracking.journal import LOCK_FILE, has_ended, last_message

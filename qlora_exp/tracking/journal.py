@@ -8,6 +8,7 @@ before it are sent; the line and those after it are not, and every `sync` fails 
 of its messages would look complete in MLflow. Once the line is corrected or deleted, `sync` sends the rest.
 """
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -18,15 +19,18 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, TypeAdapter
 
+from qlora_exp.tracking import messages
 from qlora_exp.tracking.messages import parsed, why_invalid, without_secrets
 from qlora_exp.utils.errors import JournalError
 from qlora_exp.utils.files import not_a_link, open_inside, write_atomically
+from qlora_exp.utils.units import MIB
 
 FILE = "journal.jsonl"
 CONFIG_FILE = "qlora_exp.yaml"
 LOCK_FILE = "environment.txt"
 """All installed packages with their versions, as a constraints file for pip."""
 _STATE = "delivered.json"
+_BLOCK = MIB
 
 
 class _LeftOut(BaseModel):
@@ -159,15 +163,17 @@ def read(file: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
         if lines is None:
             return
         lines.seek(offset)
-        for line in lines:
-            if not line.endswith(b"\n"):
+        while line := lines.readline(messages.LONGEST_LINE):
+            if not line.endswith(b"\n") and len(line) < messages.LONGEST_LINE:
                 return
             try:
                 message = parsed(line, first=offset == 0)
             except ValueError as error:
                 lines.seek(0)
-                number = lines.read(offset).count(b"\n") + 1
-                raise JournalError(f"{file}, line {number}: {why_invalid(error)}") from error
+                ends, passed = 0, 0
+                while passed < offset and (block := lines.read(min(_BLOCK, offset - passed))):
+                    ends, passed = ends + block.count(b"\n"), passed + len(block)
+                raise JournalError(f"{file}, line {ends + 1}: {why_invalid(error)}") from error
             offset += len(line)
             yield message, offset
 
@@ -212,11 +218,13 @@ def last_message(folder: Path) -> dict[str, Any] | None:
         while True:
             lines.seek(max(0, size - block))
             complete, newline, _ = lines.read().rpartition(b"\n")
+            if block > messages.LONGEST_LINE and b"\n" not in complete:
+                raise JournalError(f"{file}, last line: longer than {messages.LONGEST_LINE // MIB} MiB")
             if b"\n" in complete or block >= size:
                 if not newline:
                     return None
                 try:
-                    return parsed(complete.rpartition(b"\n")[2])
+                    return parsed(complete.rpartition(b"\n")[2] + newline)
                 except ValueError as error:
                     raise JournalError(f"{file}, last line: {why_invalid(error)}") from error
             block *= 8
@@ -245,7 +253,7 @@ def _states(folder: Path) -> dict[str, dict[str, Any]]:
     file = folder / _STATE
     with _opened(file) as text:
         try:
-            states = {} if text is None else _STATES.validate_json(text.read())
+            states = {} if text is None else _STATES.validate_json(text.read(messages.LONGEST_LINE))
         except ValueError as error:
             hint = "if you delete this file, `qlora-exp sync` sends the complete run again, as a new MLflow run"
             raise JournalError(f"{file}: {why_invalid(error)}; {hint}") from error
@@ -296,4 +304,6 @@ def _cut_torn_line(file: Path) -> None:
                 lines.truncate(start + newline + 1)
                 return
             end = start
+            if size - end > messages.LONGEST_LINE:
+                raise OSError(errno.EFBIG, "a line is too long")
         lines.truncate(0)

@@ -7,7 +7,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
 from qlora_exp.utils.secrets import redacted
+from qlora_exp.utils.units import MIB
 
+LONGEST_LINE = 64 * MIB
+"""A file of somebody else may have a line of any length, even a terabyte that takes no space on the disk."""
 _PLACES = ("op", "uri", "folder")
 
 
@@ -94,6 +97,8 @@ def parsed(line: bytes, first: bool = False) -> dict[str, Any]:
     Raises:
         ValueError: the line is not a valid message.
     """
+    if not line.endswith(b"\n") and len(line) >= LONGEST_LINE:
+        raise ValueError(f"longer than {LONGEST_LINE // MIB} MiB")
     message: dict[str, Any] = from_json(line)
     op = _Message.model_validate(message).op
     _SCHEMAS.get(op, _Message).model_validate(message)

@@ -13,6 +13,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 RUN_HERE = {
     "bench": ("--model tiny_llama --pairs 1 --steps 2 --race-steps 0", r"peak RSS, MiB +qlora-exp"),
     "compatibility": ("ia3 --bases plain --families gpt2 --check", r"IA3 plain unchanged\ngpt2 unchanged"),
+    "fuzz": ("0.03 --kinds config", r"config +│ \d+ +│ \d+ +│ 0 "),
     "measured_h100": ("--runs 1", r"the default run .*%"),
     "planned_memory": ("lora --model tiny_llama --batches 2", r"lora batch 2 checkpointing .*%"),
     "published_litgpt": ("--runs 1", r"llama2_7b .*%"),

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from qlora_exp.config.sections.base import Section, Share
+from qlora_exp.config.sections.base import Section, Share, check_location
 
 REASONING_GYM = "reasoning_gym:"
 """Prefix of a dataset path that names a reasoning-gym task."""
@@ -89,6 +89,8 @@ class DatasetConfig(Section):
         if isinstance(path, list | tuple):
             raise ValueError("must be one file; join several first: cat FILES > rows.jsonl")  # noqa: TRY004
         return path
+
+    _location = field_validator("path", "eval_path")(check_location)
 
     @field_validator("drop_matching")
     @classmethod

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from qlora_exp.config.sections.base import Dtype, Section
+from pydantic import field_validator
+
+from qlora_exp.config.sections.base import Dtype, Section, check_location
 
 
 class ModelConfig(Section):
@@ -28,6 +30,8 @@ class ModelConfig(Section):
     `model_type` and `_name_or_path` (the model that they describe)."""
     random_config: dict[str, int | float | bool] = {}
     """Only with `random:FAMILY`: fields of the family's transformers config."""
+
+    _location = field_validator("model_name_or_path")(check_location)
 
     @property
     def from_hub(self) -> bool:

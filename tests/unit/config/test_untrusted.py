@@ -1,6 +1,11 @@
 """A recorded config may neither run code nor read this machine's files unless the user allows it."""
 
+import time
+
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qlora_exp.config import untrusted
 from qlora_exp.config.hydra_compose import compose
@@ -27,6 +32,19 @@ from qlora_exp.utils.errors import ConfigError
         ({"method": {"_target_": "os.system"}}, "_target_"),
         ({"_target_": "os.system"}, "_target_"),
         ({"model": {"model_name_or_path": {"a": 1}}}, "model.model_name_or_path"),
+        *(
+            ({"dataset": {"path": f"{scheme}://a/b.jsonl"}}, "dataset.path: is a URL")
+            for scheme in ("hf", "s3", "file")
+        ),
+        ({"model": {"model_name_or_path": "http://host/x"}}, "model.model_name_or_path: is a URL"),
+        ({"dataset": {"path": "x" * 5000}}, "dataset.path: can be neither a path nor a name on the hub"),
+        ({"unrelated": {"eval_path": "a/" * 600}}, "unrelated.eval_path: can be neither"),
+        ({"dataset": {"eval_path": "a\0b"}}, "dataset.eval_path: can be neither"),
+        ({"dataset": {"path": "~nobody-here/x"}}, "dataset.path: begins with the home folder of a user"),
+        ({"dataset": {"drop_matching": "(a+)+$"}}, "which may run for ever; .* add dataset.drop_matching=VALUE"),
+        ({"unrelated": {"drop_matching": "(a|a)*b"}}, "unrelated.drop_matching=VALUE"),
+        ({"method": {"target_modules": "(([a-z._0-9])+)+Q"}}, "method.target_modules=VALUE"),
+        ({"method": {"rank_pattern": {"(a+)+Q": 4}}}, "method.rank_pattern=VALUE"),
     ],
 )
 def test_recorded_config_may_not_run_code_or_read_files(changes: dict, message: str):
@@ -53,12 +71,34 @@ def test_word_without_equals_sign_is_rejected():
 
 @pytest.mark.parametrize(
     "text",
-    ["!!python/object/apply:os.system ['x']", "[1, 2", "a: &x [1]\nb: [*x]", "a: 2020-99-99", "[" * 5000],
-    ids=["a call", "cut off", "an alias", "no date", "too deep"],
+    [
+        "!!python/object/apply:os.system ['x']",
+        "[1, 2",
+        "a: &x [1]\nb: [*x]",
+        "a: 2020-99-99",
+        "[" * 5000,
+        "{a: " * 100_000,
+        "a: 0x" + "f" * 500_000,
+        "a: " + "9" * 5000,
+        "a: [" + "1," * 60_000 + "]",
+        "- " * 60,
+        "x" * (1 << 20) + "x",
+        "---\n" * 1000,
+        'a: "\\ud800"',
+        "{1: 2}",
+        "{[1]: 2}",
+        "{null: 2}",
+        "? {a: b}\n: c",
+        "{" + ",".join(f"{key * (2**61 - 1)}: 1" for key in range(1, 20_000)) + "}",
+        "a: \x00",
+    ],
+    ids=lambda text: text[:20].encode("ascii", "backslashreplace").decode().replace("\n", " "),
 )
 def test_yaml_that_is_more_than_plain_data_is_rejected(text: str):
+    begin = time.process_time()
     with pytest.raises(ConfigError, match="it is not plain YAML"):
         untrusted.plain_yaml(text, "it")
+    assert time.process_time() - begin < 3
 
 
 def test_users_changes_reach_keys_at_any_depth_but_no_options():
@@ -67,3 +107,20 @@ def test_users_changes_reach_keys_at_any_depth_but_no_options():
     assert config.tracking.tags == {"owner": "me"}
     with pytest.raises(ConfigError, match=r"method=ia3: only keys of run x can be changed, such as method\.KEY=VALUE"):
         untrusted.changed(values, {"method": "ia3"}, "run x")
+
+
+def test_numbers_to_base_60_are_text():
+    text = "a: " + ":".join(["1"] * 60_000) + "\nb: 1:30\nc: 190:20:30.15\nd: 12\ne: -1.5e-3"
+    values = untrusted.plain_yaml(text, "it")
+    assert values.pop("a").startswith("1:1:1")
+    assert values == {"b": "1:30", "c": "190:20:30.15", "d": 12, "e": -1.5e-3}
+
+
+TEXT = st.text(st.characters(exclude_characters="\x85", codec="utf-8"))  # PyYAML writes \x85 wrongly
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers(-(2**80), 2**80) | st.floats(allow_nan=False) | TEXT,
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3)))  # fmt: skip
+def test_what_yaml_writes_is_read_back(values: object):
+    text = yaml.safe_dump({"a": values}, allow_unicode=True)
+    assert untrusted.plain_yaml(text, "it") == {"a": values}

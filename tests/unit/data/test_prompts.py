@@ -1,4 +1,5 @@
 import copy
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,8 @@ from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.sections.dataset import DatasetConfig
 from qlora_exp.data import prompts
 from qlora_exp.data.prompts import render
-from qlora_exp.utils.errors import DataError
+from qlora_exp.utils.errors import DataError, ModelError
+from qlora_exp.utils.processes.limits import LimitedProcess
 
 ROW = {"prompt": "Add 2 and 3.", "input": "", "completion": "5"}
 TEXT = st.text(max_size=40)
@@ -105,32 +107,56 @@ def test_pieces_of_a_dialogue_concatenate_to_the_rendered_template(tiny_tokenize
     assert [learned for _, learned in pieces] == [False, True] * len(turns)
 
 
+FORGETFUL = "{% for m in messages %}{{ m.content if loop.last else '-' }}{% endfor %}{{ '?' if add_generation_prompt }}"
+
+
 def test_template_that_rewrites_earlier_answers_is_rejected(tiny_tokenizer):
-    class Forgetful(Template):
-        def apply_chat_template(self, messages: list, tokenize: bool, add_generation_prompt: bool = False) -> str:
-            kept = [*("-" for _ in messages[:-1]), *(message["content"] for message in messages[-1:])]
-            return "".join(kept) + ("?" if add_generation_prompt else "")
-
+    tiny_tokenizer = copy.deepcopy(tiny_tokenizer)
+    tiny_tokenizer.chat_template = FORGETFUL
     with pytest.raises(DataError, match="or training.assistant_only_loss=false"):
-        render(DIALOGUE, CHAT, Forgetful("x"), every_answer=True)
-
-
-class Template:
-    """A tokenizer with a template of our choice."""
-
-    def __init__(self, template: str | None) -> None:
-        self.chat_template = template
-
-    def apply_chat_template(self, messages: list, tokenize: bool, add_generation_prompt: bool = False) -> str:
-        return f"{len(messages)} turns"
+        render(DIALOGUE, CHAT, tiny_tokenizer, every_answer=True)
 
 
 @pytest.mark.parametrize(
-    ("template", "message"), [(None, "no chat template"), ("counts", "renders a dialogue differently")]
+    ("template", "message"),
+    [
+        (None, "no chat template"),
+        ("{{ messages | length }} turns", "renders a dialogue differently"),
+        (
+            "{{ raise_exception('no system message') }}",
+            "the roles user, assistant: no system message. Change the dialogue",
+        ),
+        ("{% if %}", "refuses a dialogue with the roles user, assistant: Expected an expression"),
+        ("{{ ''.__class__.__mro__ }}", "is unsafe"),
+        ("{% include '/etc/passwd' %}", "no loader"),
+        ({"tool_use": "x"}, "no default"),
+    ],
+    ids=str,
 )
-def test_unusable_chat_template_is_rejected(template: str | None, message: str):
+def test_unusable_chat_template_is_rejected(template: Any, message: str, tiny_tokenizer):
+    tiny_tokenizer = copy.deepcopy(tiny_tokenizer)
+    tiny_tokenizer.chat_template = template
     with pytest.raises(DataError, match=message):
-        render(ROW, DatasetConfig(format="chat"), Template(template))
+        render(ROW, DatasetConfig(format="chat"), tiny_tokenizer)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 10 ** (10 ** 9) }}",
+        "{{ ('x' * 3000000000) | length }}",
+        "{% set all = namespace(x='x') %}{% for i in range(40) %}{% set all.x = all.x ~ all.x %}{% endfor %}",
+        "{{ '%9999999999d' % 1 }}",
+        "{{ 'x' * 20000000 }}",
+    ],
+)
+def test_template_that_never_ends_or_fills_the_memory_is_stopped(template: str, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(prompts, "_renderer", LimitedProcess(seconds=1, mib=256))
+    asked = [{"role": "user", "content": "hi"}]
+    with pytest.raises(ModelError, match="chat template needs more than .* for one dialogue"):
+        prompts.render_chat(tiny_tokenizer, asked, template)
+    assert prompts.render_chat(tiny_tokenizer, asked, "{{ messages[0].content }}") == "hi"
 
 
 @pytest.mark.parametrize(

@@ -155,3 +155,10 @@ def test_singular_vectors_have_the_layout_of_the_device():
     assert not torch.linalg.svd(torch.ones(6, 4), full_matrices=False)[2][:2].is_contiguous()
     with private.factors_as_on_cpu():
         assert not torch.linalg.svd(matrix, full_matrices=False)[2][:2].is_contiguous()
+
+
+def test_no_pickle_is_opened_inside(tmp_path):
+    torch.save({}, tmp_path / "weights.bin")
+    with private.without_pickles(ValueError("a pickle")), pytest.raises(ValueError, match="a pickle"):
+        torch.load(tmp_path / "weights.bin")
+    assert torch.load(tmp_path / "weights.bin") == {}

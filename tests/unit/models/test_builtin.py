@@ -7,13 +7,14 @@ from qlora_exp.models.base import model_config
 from qlora_exp.models.builtin import check_fields, folder_of
 from qlora_exp.recipe.inputs import read_inputs
 from qlora_exp.sweeps.launchers.local import warm
+from qlora_exp.utils.cache import cache_dir
 from qlora_exp.utils.errors import ConfigError, ModelError
 
 
 @pytest.fixture
 def cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("QLORA_EXP_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    return cache_dir()
 
 
 def test_random_model_is_deterministic(cache_folder):
@@ -63,7 +64,7 @@ def build(cache: str) -> str:
 @pytest.mark.slow
 def test_concurrent_processes_share_one_model_folder(cache_folder):
     with warm(1).Pool(2) as pool:
-        assert len(set(pool.map(build, [str(cache_folder)] * 2))) == 1
+        assert len(set(pool.map(build, [os.environ["QLORA_EXP_CACHE"]] * 2))) == 1
     assert [path.suffix for path in sorted(cache_folder.iterdir())] == ["", ".lock"]
 
 

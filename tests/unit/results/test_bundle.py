@@ -179,6 +179,35 @@ def test_damaged_zip_is_read_or_rejected(data, bundle_path):
         pass  # refused with a message; anything else fails here
 
 
+@pytest.mark.parametrize("bundle_path", ["shared.zip"], indirect=True)
+def test_list_of_files_is_read_once(bundle_path, monkeypatch):
+    opened = []
+    real = zipfile.ZipFile.__init__
+    monkeypatch.setattr(zipfile.ZipFile, "__init__", lambda self, *words: opened.append(words) or real(self, *words))
+    found = bundle.read(bundle_path)
+    assert found.losses
+    assert found.text("environment.txt")
+    assert len(opened) == 1
+
+
+@pytest.mark.parametrize("bundle_path", ["shared"], indirect=True)
+@pytest.mark.parametrize(
+    ("name", "attribute", "content"),
+    [
+        ("evaluation/after_losses.jsonl", "losses", "[1]"),
+        ("evaluation/after_losses.jsonl", "losses", '{"nll": 1}'),
+        ("evaluation/after_unrelated_losses.jsonl", "unrelated_losses", "{"),
+        ("evaluation/answers.json", "answers", "[" * 200_000),
+        ("evaluation/answers.json", "answers", '{"after": {"a": 1}}'),
+        ("evaluation/after_lm_eval.json", "lm_eval", "nope"),
+    ],
+)
+def test_damaged_file_of_a_bundle_is_named(name: str, attribute: str, content: str, bundle_path):
+    (bundle_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=f"{name} of run [0-9a-f]* is damaged"):
+        getattr(bundle.read(bundle_path), attribute)
+
+
 @given(st.dictionaries(st.text(max_size=5), st.floats(), max_size=5))
 def test_metrics_survive_a_bundle_round_trip(tmp_path_factory, metrics: dict[str, float]):
     told = bundle._Run(

@@ -8,6 +8,7 @@ from filelock import Timeout
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_exp.tracking import journal
 from qlora_exp.tracking.journal import FILE, Journal, is_delivered, is_locked, last_message, metrics, read, run_id
 from qlora_exp.utils.errors import JournalError
 
@@ -209,3 +210,19 @@ def test_deleted_folder_is_not_recreated(tmp_path):
     assert list(other.messages()) == [START]
     other.close()
     journal.close()
+
+
+def test_line_without_end_is_not_read_into_memory(tmp_path, monkeypatch):
+    file = tmp_path / "journal.jsonl"
+    file.write_bytes(b'{"op": "a"}\n')
+    with file.open("rb+") as lines:
+        lines.truncate(1 << 40)  # a TiB that takes no space on the disk
+    monkeypatch.setattr("qlora_exp.tracking.messages.LONGEST_LINE", 1 << 20)
+    for reads in (journal.last_message, lambda folder: [*journal.read(folder / "journal.jsonl", 12)]):
+        with pytest.raises(JournalError, match="longer than 1 MiB"):
+            reads(tmp_path)
+    with pytest.raises(JournalError, match="line is too long"):
+        Journal(tmp_path)
+    (tmp_path / "delivered.json").write_bytes(b" " * (1 << 21))
+    with pytest.raises(JournalError, match="delivered.json"):
+        journal.run_id(tmp_path, "uri")
