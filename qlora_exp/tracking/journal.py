@@ -11,7 +11,7 @@ of its messages would look complete in MLflow. Once the line is corrected or del
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, TypeAdapter
 
 from qlora_exp.tracking import messages
 from qlora_exp.tracking.messages import parsed, why_invalid, without_secrets
-from qlora_exp.utils.errors import JournalError
+from qlora_exp.utils.errors import JournalError, TrackingError
 from qlora_exp.utils.files import not_a_link, open_inside, write_atomically
 from qlora_exp.utils.units import MIB
 
@@ -30,6 +30,8 @@ CONFIG_FILE = "qlora_exp.yaml"
 LOCK_FILE = "environment.txt"
 """All installed packages with their versions, as a constraints file for pip."""
 _STATE = "delivered.json"
+PARENT_TAG = "mlflow.parentRunId"
+"""Tag with the id of the sweep's run in a job's run."""
 _BLOCK = MIB
 
 
@@ -268,6 +270,30 @@ def received(folder: Path, uri: str) -> dict[str, Any]:
 def run_id(folder: Path, uri: str) -> str | None:
     """Return MLflow's id of the run in `folder` at `uri`; None if nothing was sent to that store yet."""
     return received(folder, uri).get("run_id")
+
+
+def parent_run_id(folder: Path, tags: Mapping[str, str], uri: str) -> str | None:
+    """Return the id at `uri` of the sweep to which the run in `folder` belongs; None if its folder is not there.
+
+    Args:
+        folder: the run's output folder.
+        tags: tags of the run when it started.
+        uri: the MLflow store.
+
+    Raises:
+        TrackingError: the sweep was not sent to this store yet, or what is in its folder cannot be read.
+    """
+    sweep = Path(os.path.abspath(folder)).parent
+    try:
+        sweep_tags: dict[str, str] = next((message["tags"] for message, _ in read(sweep / FILE)), {})
+        if "sweep.keys" not in sweep_tags or sweep_tags.get("sweep") != tags.get("sweep"):
+            return None
+        parent_id = run_id(sweep, uri)
+    except JournalError as error:  # it must not look like an error of this run's folder
+        raise TrackingError(f"the sweep of this job cannot be read: {error}") from error
+    if parent_id is None:
+        raise TrackingError(f"the sweep of this job is not in the store yet; send it first: `qlora-exp sync {sweep}`")
+    return parent_id
 
 
 def is_locked(folder: Path) -> bool:

@@ -8,7 +8,7 @@ the process is killed after it sent a message and before it noted that in the jo
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import Path
@@ -35,22 +35,20 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
 
 from qlora_exp.libraries.mlflow import create_tables, reopen, schema_version
-from qlora_exp.tracking.journal import FILE, Journal, read
-from qlora_exp.tracking.journal import run_id as run_id_at
+from qlora_exp.tracking.journal import PARENT_TAG, Journal, parent_run_id
 from qlora_exp.tracking.limits import fit_message
 from qlora_exp.tracking.refusals import Entry, LeftOut, cause, log_entries, no_content, read_run
 from qlora_exp.tracking.stores import artifacts, mlflow_views, sqlite_store
 from qlora_exp.tracking.stores.guarded_client import GuardedClient
 from qlora_exp.tracking.stores.uris import check_driver, exists, experiment_name, origin, store_uri
-from qlora_exp.utils.errors import JournalError, TrackingError
+from qlora_exp.utils.errors import TrackingError
 from qlora_exp.utils.files import open_inside, own_user, scratch_folder
 from qlora_exp.utils.notice import notice_if_slow
 from qlora_exp.utils.secrets import redact
 
 log = logging.getLogger(__name__)
 
-PARENT_TAG = "mlflow.parentRunId"
-"""Tag with the id of the sweep's run in a job's run."""
+_RUNS_PER_REQUEST = 200
 
 
 def client(uri: str | None = None) -> MlflowClient:
@@ -133,6 +131,29 @@ def _create_store(file: Path) -> None:
     with scratch_folder(file.parent) as scratch:
         create_tables(URL.create("sqlite", database=str(scratch / file.name)).render_as_string())
         (scratch / file.name).rename(file)
+
+
+def tags_of(uri: str, states: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    """Return the tags of those runs that a store has, deleted ones too: they can be restored.
+
+    Args:
+        uri: the store.
+        states: what journals say of the runs: `run_id` and `experiment_id`.
+
+    Raises:
+        TrackingError: the store does not answer.
+    """
+    ids = sorted({state["run_id"] for state in states})
+    experiments = sorted({state["experiment_id"] for state in states})
+    tags: dict[str, dict[str, str]] = {}
+    mlflow = reader(uri)
+    with _errors_explained(uri, "read"):
+        for begin in range(0, len(ids), _RUNS_PER_REQUEST):
+            where = ", ".join(f"'{run_id}'" for run_id in ids[begin : begin + _RUNS_PER_REQUEST])
+            where = f"attributes.run_id IN ({where})"
+            runs = mlflow.search_runs(experiments, where, ViewType.ALL, max_results=_RUNS_PER_REQUEST)
+            tags |= {run.info.run_id: run.data.tags for run in runs}
+    return tags
 
 
 def send(mlflow: MlflowClient, journal: Journal, *messages: dict[str, Any]) -> list[LeftOut]:
@@ -228,30 +249,6 @@ def _with_parent(journal: Journal, message: dict[str, Any]) -> dict[str, str]:
         log.warning("%s: its sweep's folder is not there, so MLflow shows it outside of a sweep", journal.folder)
         return {key: value for key, value in tags.items() if key != PARENT_TAG}
     return tags if parent_id is None else tags | {PARENT_TAG: parent_id}
-
-
-def parent_run_id(folder: Path, tags: Mapping[str, str], uri: str) -> str | None:
-    """Return the id at `uri` of the sweep to which the run in `folder` belongs; None if its folder is not there.
-
-    Args:
-        folder: the run's output folder.
-        tags: tags of the run when it started.
-        uri: the MLflow store.
-
-    Raises:
-        TrackingError: the sweep was not sent to this store yet, or what is in its folder cannot be read.
-    """
-    sweep = Path(os.path.abspath(folder)).parent
-    try:
-        sweep_tags: dict[str, str] = next((message["tags"] for message, _ in read(sweep / FILE)), {})
-        if "sweep.keys" not in sweep_tags or sweep_tags.get("sweep") != tags.get("sweep"):
-            return None
-        parent_id = run_id_at(sweep, uri)
-    except JournalError as error:  # it must not look like an error of this run's folder
-        raise TrackingError(f"the sweep of this job cannot be read: {error}") from error
-    if parent_id is None:
-        raise TrackingError(f"the sweep of this job is not in the store yet; send it first: `qlora-exp sync {sweep}`")
-    return parent_id
 
 
 def _log_model(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> list[LeftOut]:

@@ -12,9 +12,8 @@ from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelStatus, Run
 
 from qlora_exp.tracking.delivery import name_of
-from qlora_exp.tracking.journal import Journal
+from qlora_exp.tracking.journal import PARENT_TAG, Journal, parent_run_id
 from qlora_exp.tracking.limits import fit_message
-from qlora_exp.tracking.mlflow_store import PARENT_TAG, parent_run_id
 from qlora_exp.tracking.refusals import read_run
 
 

@@ -12,12 +12,10 @@ from mlflow.exceptions import MlflowException
 
 from qlora_exp.environment import provenance
 from qlora_exp.tracking.journal import FILE, Journal, is_locked, last_message, read
-from qlora_exp.tracking.stores import known_stores
-from qlora_exp.tracking.stores.sqlite_store import sqlite_file
+from qlora_exp.tracking.stores.known_stores import store_of
 from qlora_exp.tracking.stores.uris import store_uri
 from qlora_exp.tracking.tracker import Tracker
-from qlora_exp.utils.errors import JournalError, TrackingError, first_line, type_and_first_line
-from qlora_exp.utils.secrets import redact
+from qlora_exp.utils.errors import JournalError, first_line, type_and_first_line
 
 log = logging.getLogger(__name__)
 
@@ -63,23 +61,6 @@ def finish(folder: Path, outcome: str, failure: str, uri: str | None = None, aga
         return tracker.settle(again)
     finally:
         journal.close()
-
-
-def store_of(folder: Path, uri: str) -> str:
-    """Return the store that a journal names, if runs may be sent there.
-
-    Raises:
-        TrackingError: this user has never sent runs there, or the folder of an SQLite store is gone.
-    """
-    if not known_stores.is_known(uri):
-        raise TrackingError(
-            f"{folder}: its journal says to send the run to {redact(uri)}, where you have not sent runs before; "
-            f"if that is right: --uri {redact(uri)}"
-        )
-    file = sqlite_file(uri)
-    if file is not None and uri != store_uri(None) and not file.parent.is_dir():
-        raise TrackingError(f"{folder}: the folder of its store {file} is not there; name another store: --uri URI")
-    return uri
 
 
 def reap(mlflow: MlflowClient, experiment: str, uri: str | None) -> None:

@@ -2,22 +2,14 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlflow.entities import ViewType
-from mlflow.exceptions import MlflowException
-
-from qlora_exp.tracking.journal import FILE, is_delivered, is_locked, read, received
-from qlora_exp.tracking.mlflow_store import PARENT_TAG, client, parent_run_id
-from qlora_exp.tracking.recovery import finish, store_of
-from qlora_exp.tracking.refusals import cause
-from qlora_exp.tracking.stores import known_stores
+from qlora_exp.tracking.journal import FILE, PARENT_TAG, is_delivered, is_locked, parent_run_id, read, received
+from qlora_exp.tracking.stores import known_stores, sqlite_store
 from qlora_exp.tracking.stores.uris import exists, store_uri
-from qlora_exp.utils.errors import JournalError, TrackingError
-
-_RUNS_PER_REQUEST = 200
+from qlora_exp.utils.errors import ConfigError, JournalError, TrackingError
 
 
 @dataclass
@@ -53,9 +45,9 @@ def settle(folders: Iterable[Path], uri: str | None = None) -> Settled:
             if is_locked(folder):
                 result.running += 1
             elif (begin := next((message for message, _ in read(folder / FILE)), None)) is not None:
-                address = uri or store_of(folder, begin["uri"])
+                address = uri or known_stores.store_of(folder, begin["uri"])
                 stores.setdefault(address, {})[folder] = is_delivered(folder, address)
-        except TrackingError as error:  # a store that only the journal names
+        except (ConfigError, TrackingError) as error:  # a store that only the journal names
             result.lacks[folder] = [str(error)]
         except (JournalError, OSError) as error:
             result.unread.append(str(error))
@@ -74,15 +66,18 @@ def _settle_store(uri: str, runs: Mapping[Path, bool], result: Settled) -> None:
     """
     try:
         again = _lost(uri, [folder for folder, is_read_back in runs.items() if is_read_back])
-        client(uri)
-    except (MlflowException, TrackingError) as error:
-        result.away[cause(error)] += len(runs)
+        folders = [folder for folder, is_read_back in runs.items() if not is_read_back or folder in again]
+        if not folders:
+            return
+        from qlora_exp.tracking import mlflow_store, recovery  # imported late: MLflow takes seconds
+
+        mlflow_store.client(uri)
+    except TrackingError as error:
+        result.away[str(error)] += len(runs)
         return
-    for folder, is_read_back in runs.items():
-        if is_read_back and folder not in again:
-            continue
+    for folder in folders:
         try:
-            lacks = finish(folder, "killed", "its process is gone", uri, again=True)
+            lacks = recovery.finish(folder, "killed", "its process is gone", uri, again=True)
         except (JournalError, OSError) as error:
             result.unread.append(str(error))
             continue
@@ -92,26 +87,21 @@ def _settle_store(uri: str, runs: Mapping[Path, bool], result: Settled) -> None:
             result.sent += 1
 
 
-def _lost(uri: str, folders: Iterable[Path]) -> set[Path]:
+def _lost(uri: str, folders: Collection[Path]) -> set[Path]:
     """Return the folders whose runs the store no longer has, or no longer as jobs of their sweep.
 
     Raises:
-        MlflowException, TrackingError: the store does not answer.
+        TrackingError: the store does not answer.
     """
-    if not exists(uri):
+    if not folders or not exists(uri):
         return set(folders)
     states = {folder: {"run_id": "", "experiment_id": ""} | received(folder, uri) for folder in folders}
-    ids = sorted({state["run_id"] for state in states.values()})
-    experiments = sorted({state["experiment_id"] for state in states.values()})
-    tags: dict[str, dict[str, str]] = {}
-    mlflow = client(uri)
-    for begin in range(0, len(ids), _RUNS_PER_REQUEST):
-        where = ", ".join(f"'{run_id}'" for run_id in ids[begin : begin + _RUNS_PER_REQUEST])
-        # What was deleted in MLflow is there: it can be restored.
-        runs = mlflow.search_runs(
-            experiments, f"attributes.run_id IN ({where})", ViewType.ALL, max_results=_RUNS_PER_REQUEST
-        )
-        tags |= {run.info.run_id: run.data.tags for run in runs}
+    if (file := sqlite_store.sqlite_file(uri)) is not None:
+        tags = sqlite_store.tags_of(file, [state["run_id"] for state in states.values()])
+    else:
+        from qlora_exp.tracking import mlflow_store
+
+        tags = mlflow_store.tags_of(uri, list(states.values()))
     lost = {folder for folder, state in states.items() if state["run_id"] not in tags}
     return lost | {
         folder

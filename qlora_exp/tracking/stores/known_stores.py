@@ -10,8 +10,11 @@ from pathlib import Path
 
 import platformdirs
 
+from qlora_exp.tracking.stores.sqlite_store import sqlite_file
 from qlora_exp.tracking.stores.uris import store_uri
+from qlora_exp.utils.errors import TrackingError
 from qlora_exp.utils.files import write_atomically
+from qlora_exp.utils.secrets import redact
 
 _MOST = 1000
 _named: set[str] = set()
@@ -34,6 +37,24 @@ def remember(uri: str) -> None:
         with suppress(OSError):
             _file().parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             write_atomically(_file(), json.dumps([*known, uri][-_MOST:], indent=1))
+
+
+def store_of(folder: Path, uri: str) -> str:
+    """Return the store that a journal names, if runs may be sent there.
+
+    Raises:
+        ConfigError: the URI contains a secret: an older version wrote it.
+        TrackingError: this user has never sent runs there, or the folder of an SQLite store is gone.
+    """
+    if not is_known(uri):
+        raise TrackingError(
+            f"{folder}: its journal says to send the run to {redact(uri)}, where you have not sent runs before; "
+            f"if that is right: --uri {redact(uri)}"
+        )
+    file = sqlite_file(uri)
+    if file is not None and uri != store_uri(None) and not file.parent.is_dir():
+        raise TrackingError(f"{folder}: the folder of its store {file} is not there; name another store: --uri URI")
+    return store_uri(uri)
 
 
 def _file() -> Path:
