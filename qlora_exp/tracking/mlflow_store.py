@@ -216,14 +216,15 @@ class UnsendableError(Exception):
 def _create(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> dict[str, str]:
     """Create the run, unless it was created before; return its id and that of its experiment.
 
-    If an earlier attempt may have created the run, that run is searched for first.
+    If an earlier attempt may have created the run, or the store may be the one of the start at another place (its folder
+    was moved), that run is searched for first.
     """
     if "run_id" in journal.state:  # all of the run is sent again
         info = read_run(mlflow, journal).info
         return {"run_id": info.run_id, "experiment_id": info.experiment_id}
     experiment_id = _experiment(mlflow, message["experiment"], journal.uri)
     attempt = message["tags"].get("attempt")
-    if journal.state.get("creating") and attempt:
+    if attempt and (journal.state.get("creating") or journal.uri != message["uri"]):
         runs = mlflow.search_runs([experiment_id], f"tags.`attempt` = '{attempt}'", ViewType.ALL)
         if runs:
             return {"run_id": runs[0].info.run_id, "experiment_id": experiment_id}

@@ -246,6 +246,25 @@ def test_other_store_receives_everything(mlflow_uri, mlflow_client, tmp_path, ma
     assert mlflow_client.get_run(tracked.run_id).data.metrics == {"loss": 2.0}
 
 
+def test_run_is_found_in_its_store_after_the_project_was_moved(tmp_path, make_store):
+    (tmp_path / "old" / "mlruns").mkdir(parents=True)
+    store = make_store("old/mlruns/mlflow.db")
+    with start_run(store, tmp_path / "old" / "run") as tracked:
+        tracked.metrics({"loss": 2.0}, 1)
+        tracked.text("x", "a.txt")
+    leave_stale_run(store, client(store), tmp_path / "old" / "cut")
+    (tmp_path / "old").rename(tmp_path / "moved")
+    moved = store.replace("/old/", "/moved/")
+    with start_run(moved, tmp_path / "moved" / "cut", "tracking.experiment_name=stale") as resumed:
+        resumed.metrics({"train/loss": 1.0}, 2)
+    assert recovery.finish(tmp_path / "moved" / "run", "killed", "not used", moved) == []
+    there = client(moved)
+    runs = there.search_runs([experiment.experiment_id for experiment in there.search_experiments()])
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert len(runs) == 2
+    assert tracked.run_id in {run.info.run_id for run in runs}
+
+
 def test_store_that_lost_a_run_receives_it_again(tmp_path, make_store):
     uri, new_uri = make_store("lost.db"), make_store("new.db")
     with start_run(uri, tmp_path / "run") as tracked:
