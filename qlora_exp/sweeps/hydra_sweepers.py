@@ -192,6 +192,11 @@ class OptunaSweeper(_Sweeper):
                 "hydra/sweeper=optuna: no key to search; give one, such as method.r=4,8,16 or "
                 "training.learning_rate=interval(1e-5,1e-3)"
             )
+        for override in searched:
+            if redact(str(override.input_line)) != override.input_line:
+                raise ConfigError(
+                    f"{override.key_or_group}: a choice contains a secret, and the study writes its choices"
+                )
         repeats = [of_job(repeat) for repeat in combinations(fixed)]
         space = {override.get_key_element(): search.distribution(override) for override in searched}
 

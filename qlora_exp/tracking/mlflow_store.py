@@ -216,8 +216,8 @@ class UnsendableError(Exception):
 def _create(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> dict[str, str]:
     """Create the run, unless it was created before; return its id and that of its experiment.
 
-    If an earlier attempt may have created the run, or the store may be that of the start at another place (a folder that
-    was moved), the run is searched for first.
+    If an earlier attempt may have created it, or the store may be that of the start at another place (a folder that was
+    moved), it is searched for first.
     """
     if "run_id" in journal.state:  # all of the run is sent again
         info = read_run(mlflow, journal).info

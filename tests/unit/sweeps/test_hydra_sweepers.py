@@ -63,6 +63,7 @@ def test_sweep_expression_is_expanded(words: list[str], jobs: list[str], tmp_pat
             ["hydra/sweeper=optuna", "method=lora,ia3", "method.lora_alpha=4,8"],
             "2 of the combinations to search cannot",
         ),
+        (["hydra/sweeper=optuna", "dataset.system_message=a,hf_abcdefghijklmnopqrst"], "a choice contains a secret"),
         (["hydra.sweep.dir='a\\b'", "seed=1"], "does not accept a folder with a backslash"),
     ],
 )
