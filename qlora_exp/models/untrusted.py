@@ -19,10 +19,13 @@ from qlora_exp.libraries.torch import without_pickles
 from qlora_exp.utils.errors import ModelError, UserError, first_line, is_out_of_memory, type_and_first_line
 from qlora_exp.utils.units import MIB
 
-_COUNT = re.compile(r"layer|block_count|expert|num_heads|n_head|head_count|num_labels", re.IGNORECASE)
-"""Keys whose numbers say how many things are built."""
-_MOST = 2_000
-"""Largest such number. Published models have some hundreds of layers, and some hundreds of experts in each."""
+_COUNT = re.compile(
+    r"^(?!.*(?:size|length|dim|width|theta)).*(?:layer|block_count|expert|num_heads|n_head|head_count|num_labels)",
+    re.IGNORECASE,
+)
+"""Keys whose numbers say how many things are built, not how wide they are (`shared_expert_intermediate_size`)."""
+_MOST = 20_000
+"""Largest such number. Published models have some hundreds of layers, and up to 16384 experts in each (Doge)."""
 _OTHER_PLACES = re.compile(r"(?!special_tokens_map_)\w*_files?")
 """Keys of tokenizer_config.json that name files; transformers does not read special_tokens_map_file."""
 _LARGEST_FILE = 64 * MIB
