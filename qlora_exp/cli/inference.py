@@ -175,7 +175,7 @@ def _talker(options: argparse.Namespace) -> "tuple[ChatModel, Sampling]":
     from qlora_exp.deploy import chat as chatting
 
     sampling = chatting.Sampling(**{name: getattr(options, name) for name in chatting.Sampling.__dataclass_fields__})
-    sampling.settings([0], 0)  # report wrong values before loading anything
+    sampling.settings([0], [], 0)  # report wrong values before loading anything
     return chatting.load_chat_model(sources, options.uri, options.device, options.quantization), sampling
 
 
@@ -204,7 +204,8 @@ def serve(options: argparse.Namespace) -> None:
     folder = serving.folder_of(saved, out)
     if options.server == "mlflow":
         folder = serving.mlflow_model(folder, out.with_name(f"{out.name}.mlflow"))
-    server = serving.server(options.server, folder, options.host, options.port, options.device)
+    stop = serving.stop_of(saved)
+    server = serving.server(options.server, folder, options.host, options.port, options.device, stop)
     print(
         f"{options.server} will serve {folder} at {server.url} in a moment (Ctrl-C stops it). "
         f"To try it:\n{server.example}"

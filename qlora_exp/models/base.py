@@ -186,21 +186,29 @@ def keep_router_setting(model: Any, inside: bool | None = None) -> Iterator[None
 
 
 def stop_at_end_of_turn(model: Any, dataset: DatasetConfig, tokenizer: Tokenizer) -> None:
-    """Add the token that ends an answer in this prompt format to those that end the model's generation.
+    """Add the token or the text that ends an answer in this prompt format to those that end the model's generation.
 
     It is saved with the model, in generation_config.json. A base model often has EOS only, whatever ends the turns of
     the chat template.
     """
-    end = end_of_turn(tokenizer, chat_template(dataset, tokenizer)).token
-    own = stop_tokens(model, tokenizer)
-    if end is not None and end not in own:
-        model.generation_config.eos_token_id = [*own, end]
+    end = end_of_turn(tokenizer, chat_template(dataset, tokenizer))
+    tokens, texts = stop_tokens(model, tokenizer), stop_strings(model)
+    if end.token is not None and end.token not in tokens:
+        model.generation_config.eos_token_id = [*tokens, end.token]
+    if end.stop is not None and end.stop not in texts:
+        model.generation_config.stop_strings = [*texts, end.stop]
 
 
 def stop_tokens(model: Any, tokenizer: Tokenizer) -> list[int]:
     """List all tokens that end an answer: the tokenizer's EOS token and those of the model's generation config."""
     own = model.generation_config.eos_token_id
     return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own] if own is not None else [])})
+
+
+def stop_strings(model: Any) -> list[str]:
+    """List all texts that end an answer. transformers' `generate` needs the tokenizer to find them."""
+    own = model.generation_config.stop_strings
+    return [own] if isinstance(own, str) else list(own or [])
 
 
 def _copy_from_file(model: PreTrainedModel) -> None:

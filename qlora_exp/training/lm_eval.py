@@ -72,7 +72,11 @@ def evaluate(
     for task in _single(tasks):
         task.set_fewshot_seed(0)
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    output = run_tasks(wrapped, tasks, limit=config.lm_eval_limit, bootstrap_iters=0, log_samples=True)
+    stops, model.generation_config.stop_strings = model.generation_config.stop_strings, None  # tasks have their own
+    try:
+        output = run_tasks(wrapped, tasks, limit=config.lm_eval_limit, bootstrap_iters=0, log_samples=True)
+    finally:
+        model.generation_config.stop_strings = stops
     results, all_samples = output["results"], output["samples"]
     task_names = valid_names([*results, *all_samples, *chain.from_iterable(output["group_subtasks"].values())])
     metric_names = valid_names(
