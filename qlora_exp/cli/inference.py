@@ -12,7 +12,7 @@ from qlora_exp.cli import ports
 from qlora_exp.cli.parents import DEVICES, SOURCE, URI, Commands, add_command
 from qlora_exp.deploy.formats import SERVERS
 from qlora_exp.utils.errors import ConfigError, UserError
-from qlora_exp.utils.files import replacing
+from qlora_exp.utils.files import check_source, replacing
 from qlora_exp.utils.quiet import quiet
 from qlora_exp.utils.secrets import redact
 
@@ -172,6 +172,8 @@ def _talker(options: argparse.Namespace) -> "tuple[ChatModel, Sampling]":
                 f"--adapter {word}: must be NAME=SOURCE, and each NAME used once ('default' is the first SOURCE)"
             )
         sources[name] = source
+    for source in sources.values():  # before the slow imports
+        check_source(source)
     from qlora_exp.deploy import chat as chatting
 
     sampling = chatting.Sampling(**{name: getattr(options, name) for name in chatting.Sampling.__dataclass_fields__})
@@ -189,6 +191,7 @@ def serve(options: argparse.Namespace) -> None:
       qlora-exp serve RUN_ID --print                     commands for several servers
     """
     quiet()
+    check_source(options.source)
     from huggingface_hub.constants import HF_HUB_CACHE
 
     from qlora_exp.deploy import load

@@ -38,27 +38,13 @@ from qlora_exp.data.prompts import chat_template
 from qlora_exp.environment.device import Resolved
 from qlora_exp.libraries.transformers import with_bitsandbytes_layers
 from qlora_exp.models import builtin
-from qlora_exp.models.quantization import check_files, check_stored, guard_layers, quantization_config, stored
+from qlora_exp.models.files import check_files, hub_error, locate
+from qlora_exp.models.quantization import check_stored, guard_layers, quantization_config, stored
 from qlora_exp.utils.errors import ModelError, first_line
 
 Tokenizer = PreTrainedTokenizerBase
 _POSITIONS = re.compile(r"(^|\.)wpe(\.|$)|pos(ition)?s?_|_pos(ition)?s?(\.|$)")
 """Names of position tables: wpe (GPT-2), embed_positions (OPT, GPT-J), position_embeddings, positions_embed."""
-
-
-def locate(config: ModelConfig) -> str:
-    """Return a hub id or a local folder that transformers can load; build built-in and random models first."""
-    name = config.model_name_or_path
-    if name.startswith(("embedded:", "random:")):
-        return str(builtin.folder_of(name, dict(config.random_config)))
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise ModelError(f"model.model_name_or_path: there is no folder {name}")
-    if (Path(name).expanduser() / "adapter_config.json").is_file():
-        raise ModelError(
-            f"model.model_name_or_path: {name} holds an adapter, not a model; merge it into its base first "
-            "(`qlora-exp merge RUN --out FOLDER`), then use that folder"
-        )
-    return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
 
 
 def load_tokenizer(config: ModelConfig) -> Tokenizer:
@@ -235,9 +221,7 @@ def _from_pretrained(kind: Any, config: ModelConfig, **arguments: Any) -> Any:
     except (GatedRepoError, LocalTokenNotFoundError) as error:
         raise ModelError(_gated(name)) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ModelError(
-            f"{name}: no such model on the hub, and no such local folder (a private model needs HF_TOKEN)"
-        ) from error
+        raise hub_error(config, first_line(error), exists=False) from error
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, EOFError) as error:
         raise ModelError(
             f"{path}: a file of the model is damaged ({error}); delete the folder and fetch it again"
@@ -249,10 +233,7 @@ def _from_pretrained(kind: Any, config: ModelConfig, **arguments: Any) -> Any:
             raise ModelError(f"{path}: not a complete model: {first_line(error)}") from error
         if "gated" in str(error):
             raise ModelError(_gated(name)) from error
-        raise ModelError(
-            f"{name}: is not a local folder, and cannot be fetched from the hub; check the name"
-            f"{f', the revision {config.revision!r}' if config.revision else ''} and the network.\n{first_line(error)}"
-        ) from error
+        raise hub_error(config, first_line(error)) from error
     except (
         ImportError,
         ValueError,
