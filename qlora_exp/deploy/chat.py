@@ -210,16 +210,19 @@ class _CallbackStreamer(TextStreamer):
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None], stops: Sequence[str]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._on_text, self._stops, self._waiting = on_text, stops, ""
+        self._on_text, self._stops, self._waiting, self._ended = on_text, stops, "", False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        text = self._waiting + text
-        # What may be the beginning of such a text waits for what follows it.
-        begun = [size for stop in self._stops for size in range(1, len(stop) + 1) if text.endswith(stop[:size])]
-        keep = 0 if stream_end else max(begun, default=0)
-        ready, self._waiting = text[: len(text) - keep], text[len(text) - keep :]
-        if ready := before_end(ready, self._stops):
+        text, self._waiting = self._waiting + text, ""
+        ready = before_end(text, self._stops)
+        if ready == text and not stream_end:
+            # What may be the beginning of such a text waits for what follows it.
+            begun = [size for stop in self._stops for size in range(1, len(stop)) if text.endswith(stop[:size])]
+            ready = text[: len(text) - max(begun, default=0)]
+            self._waiting = text[len(ready) :]
+        if ready and not self._ended:
             self._on_text(ready)
+        self._ended |= len(ready) + len(self._waiting) < len(text)
 
 
 def load_chat_model(
