@@ -27,7 +27,7 @@ def export(folder: Path, model: str) -> str:
     from qlora_exp.config.hydra_compose import compose
     from qlora_exp.data.prompts import render
     from qlora_exp.data.rows import load_rows
-    from qlora_exp.models import base
+    from qlora_exp.models import base, files
 
     config = compose([f"model={model}"])
     rows = load_rows(config.dataset)
@@ -38,7 +38,7 @@ def export(folder: Path, model: str) -> str:
                 *before, (answer, _) = render(row, config.dataset, tokenizer).pieces
                 prompt = "".join(piece for piece, _ in before)
                 lines.write(json.dumps({"prompt": prompt, "completion": answer}) + "\n")
-    return base.locate(config.model)
+    return files.locate(config.model)
 
 
 def plain(model: str, data: Path, out: Path, *arguments: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from qlora_exp.cli.parents import DEVICES, SOURCE, URI, Commands, add_command
 from qlora_exp.deploy.formats import SERVERS
 from qlora_exp.utils.display import NEWLINES, say, shown, visible, visible_json
 from qlora_exp.utils.errors import ConfigError, UserError
-from qlora_exp.utils.files import replacing
+from qlora_exp.utils.files import check_source, replacing
 from qlora_exp.utils.quiet import quiet
 
 if TYPE_CHECKING:
@@ -172,10 +172,12 @@ def _talker(options: argparse.Namespace) -> "tuple[ChatModel, Sampling]":
                 f"--adapter {word}: must be NAME=SOURCE, and each NAME used once ('default' is the first SOURCE)"
             )
         sources[name] = source
+    for source in sources.values():  # before the slow imports
+        check_source(source)
     from qlora_exp.deploy import chat as chatting
 
     sampling = chatting.Sampling(**{name: getattr(options, name) for name in chatting.Sampling.__dataclass_fields__})
-    sampling.settings([0], 0)  # report wrong values before loading anything
+    sampling.settings([0], [], 0)  # report wrong values before loading anything
     return chatting.load_chat_model(sources, options.uri, options.device, options.quantization), sampling
 
 
@@ -189,6 +191,7 @@ def serve(options: argparse.Namespace) -> None:
       qlora-exp serve RUN_ID --print                     commands for several servers
     """
     quiet()
+    check_source(options.source)
     from huggingface_hub.constants import HF_HUB_CACHE
 
     from qlora_exp.deploy import load
@@ -204,7 +207,8 @@ def serve(options: argparse.Namespace) -> None:
     folder = serving.folder_of(saved, out)
     if options.server == "mlflow":
         folder = serving.mlflow_model(folder, out.with_name(f"{out.name}.mlflow"))
-    server = serving.server(options.server, folder, options.host, options.port, options.device)
+    stop = serving.stop_of(saved)
+    server = serving.server(options.server, folder, options.host, options.port, options.device, stop)
     say(
         f"{options.server} will serve {folder} at {server.url} in a moment (Ctrl-C stops it). To try it:",
         server.example,

@@ -10,7 +10,7 @@ from qlora_exp.cli.parents import RUN, SOURCE, URI, Commands, add_command, add_o
 from qlora_exp.deploy.formats import DEPLOYED, EXPORT_FORMATS, GGUF_TYPES
 from qlora_exp.utils.display import say
 from qlora_exp.utils.errors import ConfigError
-from qlora_exp.utils.files import write_atomically
+from qlora_exp.utils.files import check_source, write_atomically
 from qlora_exp.utils.quiet import quiet
 
 
@@ -93,6 +93,7 @@ def export(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace, form: str, gguf_type: str = "", overrides: list[str] | None = None) -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     quiet()
+    check_source(options.source)
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")  # GPTQModel's layers would be compiled one by one
     from qlora_exp.config.untrusted import changed, given
     from qlora_exp.deploy import export as exporting

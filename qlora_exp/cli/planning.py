@@ -51,6 +51,7 @@ def plan(options: argparse.Namespace) -> None:
     quiet()
     from qlora_exp.config import hydra_compose
     from qlora_exp.config.schema import Config
+    from qlora_exp.models import files
 
     _refuse_options_as_keys(options)
     if options.price is not None and (options.price < 0 or not options.gpu):
@@ -60,7 +61,9 @@ def plan(options: argparse.Namespace) -> None:
     composed: list[Config | UserError] = []
     for words in jobs:  # report mistakes before the slow imports
         try:
-            composed.append(hydra_compose.compose(words))
+            valid = hydra_compose.compose(words)
+            files.check(valid, trains=False)
+            composed.append(valid)
         except UserError as error:
             composed.append(error)
     if not any(isinstance(config, Config) for config in composed):

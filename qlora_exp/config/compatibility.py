@@ -46,7 +46,9 @@ def family_refusal(kind: str, family: str) -> str | None:
         family: transformers' `model_type`.
     """
     verdict: str = _results().get("families", {}).get(family, {}).get(kind, WORKS)
-    return None if _ignored or verdict == WORKS or verdict.startswith(REFUSED) else verdict
+    if _ignored or verdict == WORKS or verdict.startswith(REFUSED):
+        return None
+    return f"{verdict} (tested on a tiny {family} model; see docs/compatibility.md)"
 
 
 def kind_of(peft_type: str | None, variant: str) -> str:

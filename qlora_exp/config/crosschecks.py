@@ -5,8 +5,14 @@ Single keys and sections are checked in `config.sections`.
 
 from collections.abc import Iterator
 
-from qlora_exp.config import peft_methods
+from qlora_exp.config import compatibility, peft_methods
 from qlora_exp.config.schema import Config
+
+OUTPUT_LAYER = (
+    "an adapter on the output layer would not learn, because training reads its weights directly: leave it out "
+    "of method.target_modules; to train it as a whole: method.modules_to_save=[lm_head]"
+)
+"""Said of adapters on the output layer, which has another name than lm_head in some models."""
 
 
 def problems(config: Config) -> Iterator[str]:
@@ -15,6 +21,10 @@ def problems(config: Config) -> Iterator[str]:
     yield from lora
     explained = lora and config.method.peft_type == "LORA"
     yield from _method_and_base(config, None if explained else config.refusal("trains"))
+    targets = config.peft_settings.get("target_modules")
+    named = [targets] if isinstance(targets, str) else targets or []
+    if not compatibility.is_ignored() and any(f".{name}".endswith(".lm_head") for name in named):
+        yield f"method.target_modules: {OUTPUT_LAYER}"
     yield from _trainer(config)
     yield from _device(config)
     if not config.model.model_name_or_path.startswith("random:") and config.model.random_config:

@@ -59,6 +59,12 @@ class Config(Section):
         start = self.peft_settings.get("init_lora_weights")
         return start if isinstance(start, str) else None
 
+    @property
+    def cannot_train(self) -> str:
+        """Beginning of the messages that refuse the run's method on its model."""
+        variant = "" if self.lora_variant.name == "lora" else f" lora_variant={self.lora_variant.name}"
+        return f"method={self.method.name}{variant} cannot train {self.model.model_name_or_path}"
+
     def refusal(self, aspect: str) -> str | None:
         """Return why `aspect` of training fails with this method on this base; None if no test found it to fail."""
         stored = self.quantization

@@ -20,7 +20,7 @@ from qlora_exp.utils.cache import built
 from qlora_exp.utils.digests import json_digest, text_digest
 from qlora_exp.utils.errors import DataError, did_you_mean
 
-CACHE_LAYOUT = 3  # increase it when cached rows and tokens of older code must not be used any more
+CACHE_LAYOUT = 4  # increase it when cached rows and tokens of older code must not be used any more
 _ROWS, _REPORT = "rows.arrow", "report.json"
 _MANY = 0.1
 _REMEDIES = {

@@ -1,5 +1,6 @@
-"""Find the token that ends an answer: the one that the chat template puts after it, else EOS."""
+"""Find what ends an answer: the token or the text that the chat template puts after it, else EOS."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from qlora_exp.data.prompts import render_chat
@@ -15,6 +16,11 @@ class EndOfTurn(NamedTuple):
     """Id of the token that ends an answer; None if the format has none."""
     text: str
     """The text after an answer."""
+
+    @property
+    def stop(self) -> str | None:
+        """Text that ends an answer where no token does; None if a token does, or if nothing follows an answer."""
+        return self.text.rstrip() or None if self.token is None else None
 
 
 def end_of_turn(tokenizer: Any, template: str | None) -> EndOfTurn:
@@ -36,6 +42,11 @@ def end_of_turn(tokenizer: Any, template: str | None) -> EndOfTurn:
     marks = [token for token in ids if token in added and added[token].content.strip()]
     special = [token for token in marks if added[token].special]
     return EndOfTurn(next(iter([*special, *marks]), None), text)
+
+
+def before_end(text: str, stops: Iterable[str]) -> str:
+    """Return a generated answer up to the first text that ends it."""
+    return text[: min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)]
 
 
 def _rendered(tokenizer: Any, template: str) -> str:

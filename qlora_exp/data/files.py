@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
-from qlora_exp.config.sections.dataset import FILE_FORMATS
+from qlora_exp.config.sections.dataset import FILE_FORMATS, file_format
 from qlora_exp.data.values import DECODER
 from qlora_exp.utils.errors import DataError, last_line
 
@@ -30,7 +30,8 @@ _FIRST_ROWS = 1000
 
 def looks_local(path: str) -> bool:
     """Return whether `path` names a file or a folder, and not a dataset on the hub."""
-    return Path(path).suffix in {*FILE_FORMATS, *_PACKED} or Path(path).exists() or any(sign in path for sign in "*?[,")
+    suffix = Path(path).suffix.lower()
+    return suffix in {*FILE_FORMATS, *_PACKED} or Path(path).exists() or any(sign in path for sign in "*?[,")
 
 
 def check(path: str, key: str = "dataset.path") -> None:
@@ -42,13 +43,13 @@ def check(path: str, key: str = "dataset.path") -> None:
     file = Path(path)
     if file.is_dir():
         raise DataError(f"{key}: {path} is a folder; name one file, or join its files: cat {path}/*.jsonl > rows.jsonl")
-    if file.suffix in _PACKED:
-        raise DataError(f"{key}: {path} is packed; unpack it first: {_PACKED[file.suffix]} {path}")
+    if (suffix := file.suffix.lower()) in _PACKED:
+        raise DataError(f"{key}: {path} is packed; unpack it first: {_PACKED[suffix]} {path}")
     if not file.is_file() and any(sign in path for sign in "*?[,"):
         raise DataError(f"{key}: {path} is no file; several files must be joined first: cat FILES > rows.jsonl")
     if not file.is_file():
         raise DataError(f"{key}: no file {path} (working directory: {Path.cwd()})")
-    if file.suffix not in FILE_FORMATS:
+    if file_format(file) is None:
         raise DataError(f"{path}: unknown file format; use one of {', '.join(FILE_FORMATS)}")
     try:
         with file.open("rb") as stream:
@@ -65,7 +66,7 @@ def columns(file: Path) -> list[str]:
     Raises:
         DataError: the file is damaged.
     """
-    if FILE_FORMATS[file.suffix] == "parquet":
+    if file_format(file) == "parquet":
         return list(_parquet_file(file).schema_arrow.names)
     return list(dict.fromkeys(name for _, row in islice(rows(file), _FIRST_ROWS) for name in row))
 
@@ -80,12 +81,12 @@ def rows(file: Path, wanted: Collection[str] | None = None) -> Iterator[Row]:
     Raises:
         DataError: the file is damaged, or is not encoded in UTF-8.
     """
-    if FILE_FORMATS[file.suffix] == "parquet":
+    if file_format(file) == "parquet":
         yield from _parquet_rows(file, wanted)
         return
     try:
         with file.open(encoding="utf-8-sig", newline="") as stream:
-            yield from (_json_rows if FILE_FORMATS[file.suffix] == "json" else _csv_rows)(stream, file)
+            yield from (_json_rows if file_format(file) == "json" else _csv_rows)(stream, file)
     except UnicodeDecodeError as error:
         raise _not_utf8(file) from error
 

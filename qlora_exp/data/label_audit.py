@@ -29,9 +29,11 @@ class LabelAudit:
     dropped_rows_share: float
     """Share of rows truncated before their first answer token: nothing is learned from them."""
     eos_learned_share: float
-    """Share of rows in which the token that ends an answer carries loss: the chat template's own, else EOS."""
+    """Share of rows in which what ends an answer carries loss: the chat template's own token or text, else EOS."""
     end_token: str | None
     """That token; None if the chat template puts no token after an answer."""
+    end_text: str | None
+    """The text that the chat template puts after an answer where it puts no token; None if nothing."""
     sample: str
     """First row that carries loss, decoded, with [[the tokens that carry loss]] in double brackets."""
 
@@ -50,7 +52,7 @@ def audit(tokens: Dataset, max_length: int, tokenizer: Any, end: EndOfTurn) -> L
     Raises:
         DataError: no token of any row would carry loss.
     """
-    total = supervised = truncated = dropped = ended = 0
+    total = supervised = truncated = dropped = ended = cut = 0
     sample = ""
     for row in tokens:
         ids, labels = row["input_ids"][:max_length], row["labels"][:max_length]
@@ -59,7 +61,11 @@ def audit(tokens: Dataset, max_length: int, tokenizer: Any, end: EndOfTurn) -> L
         dropped += not learned
         total += len(ids)
         supervised += len(learned)
-        ended += (tokenizer.eos_token_id if end.token is None else end.token) in learned
+        if end.stop is None:
+            ended += (tokenizer.eos_token_id if end.token is None else end.token) in learned
+        else:
+            ended += end.stop in tokenizer.decode(learned)
+            cut += end.stop in row["reference"]
         if learned and not sample:
             sample = _mark(ids, labels, tokenizer)
     if not supervised:
@@ -70,6 +76,14 @@ def audit(tokens: Dataset, max_length: int, tokenizer: Any, end: EndOfTurn) -> L
     count = len(tokens)
     if ended < _FEW * count:
         log.warning("%s", _endless(ended / count, truncated / count, tokenizer, end))
+    if cut:
+        log.warning(
+            "labels: the answers of %d of %d rows contain %r, the text that ends an answer, so that generated answers "
+            "are cut there; use a chat template that ends its turns with a special token",
+            cut,
+            count,
+            end.stop,
+        )
     return LabelAudit(
         rows=count,
         tokens=total,
@@ -79,23 +93,24 @@ def audit(tokens: Dataset, max_length: int, tokenizer: Any, end: EndOfTurn) -> L
         dropped_rows_share=dropped / count,
         eos_learned_share=ended / count,
         end_token=None if end.token is None else tokenizer.convert_ids_to_tokens(end.token),
+        end_text=end.stop,
         sample=sample,
     )
 
 
 def _endless(share: float, truncated: float, tokenizer: Any, end: EndOfTurn) -> str:
     """Say why the rows do not teach the model to stop, and what to do."""
-    if end.token is not None:
-        token = tokenizer.convert_ids_to_tokens(end.token)
+    if end.token is None and end.stop is None:
+        after = f"only {end.text!r}" if end.text else "nothing"
         return (
-            f"labels: {token}, which ends an answer, carries loss in only {share:.0%} of rows ({truncated:.0%} are "
-            "truncated): the model does not learn where an answer ends; raise training.max_length, or shorten the rows"
+            f"labels: the chat template puts {after} after an answer: answers "
+            "end only at evaluation.max_new_tokens; use dataset.format=prompt_completion, whose answers end with EOS, "
+            "or a chat template that ends its turns with a special token"
         )
-    after = f"only the text {end.text!r}" if end.text.strip() else "nothing"
+    what = repr(end.stop) if end.token is None else tokenizer.convert_ids_to_tokens(end.token)
     return (
-        f"labels: the chat template puts {after} after an answer, and no token of its own: generation cannot stop "
-        "there, and answers run on to evaluation.max_new_tokens; use dataset.format=prompt_completion, whose answers "
-        "end with EOS, or a chat template that ends its turns with a special token"
+        f"labels: {what}, which ends an answer, carries loss in only {share:.0%} of rows ({truncated:.0%} are "
+        "truncated): the model does not learn where an answer ends; raise training.max_length, or shorten the rows"
     )
 
 

@@ -15,7 +15,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 from tqdm import tqdm
 
-from qlora_exp.config.sections.dataset import FILE_FORMATS, REASONING_GYM, DatasetConfig
+from qlora_exp.config.sections.dataset import REASONING_GYM, DatasetConfig, file_format
 from qlora_exp.data import files
 from qlora_exp.data.files import Row
 from qlora_exp.data.scoring import Scorer, is_possible
@@ -77,7 +77,7 @@ def _file(file: Path) -> Source:
         files.columns(file),
         file_digest(file),
         lambda wanted: files.rows(file, wanted),
-        fills_with_null=FILE_FORMATS[file.suffix] == "parquet",
+        fills_with_null=file_format(file) == "parquet",
     )
 
 

@@ -1,6 +1,7 @@
 """Turn rows into tokens with labels. Does not depend on models: a tokenizer is enough."""
 
 import re
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -10,7 +11,8 @@ from tqdm import tqdm
 
 from qlora_exp.config.schema import Config
 from qlora_exp.data.cleaning import CACHE_LAYOUT
-from qlora_exp.data.prompts import render
+from qlora_exp.data.end_of_turn import end_of_turn
+from qlora_exp.data.prompts import chat_template, render
 from qlora_exp.data.rows import fingerprint
 from qlora_exp.data.template_checks import TemplateCheck
 from qlora_exp.utils.cache import built
@@ -25,7 +27,8 @@ def tokenize(rows: Dataset, config: Config, tokenizer: Any) -> Dataset:
     """Return `input_ids` and `labels` of each row, not truncated; labels are -100 where no loss is taken.
 
     Prompt and completion are tokenized separately, so that the prompt has the same tokens in training as in generation.
-    `reference` is the learned answer as text without special tokens, as generated answers are decoded.
+    `reference` is the learned answer as text without special tokens and without the text that ends it, as generated
+    answers are decoded.
     The result is cached: other runs with the same rows, format and tokenizer read it from there.
     """
     learned = [config.training.completion_only_loss, config.training.assistant_only_loss]
@@ -44,6 +47,7 @@ def _tokenize(rows: Dataset, config: Config, tokenizer: Any, folder: Path) -> No
 
     eos_text = re.escape(tokenizer.eos_token)  # exported answers often end with it, and get it below or by the template
     template = TemplateCheck(config.dataset, tokenizer)
+    stop = cache(lambda: end_of_turn(tokenizer, chat_template(config.dataset, tokenizer)).stop or "")
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -67,7 +71,7 @@ def _tokenize(rows: Dataset, config: Config, tokenizer: Any, folder: Path) -> No
             prompt_length = len(ids)
             ids += tokens
             labels += tokens if learned or learn_all else [IGNORED] * len(tokens)
-        reference = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        reference = tokenizer.decode(tokens, skip_special_tokens=True).strip().removesuffix(stop()).strip()
         if not text.has_special_tokens:
             ids, labels = [*ids, eos], [*labels, eos]
         bar.update()

@@ -16,10 +16,11 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, TextStreamer, set_seed
 
+from qlora_exp.data.end_of_turn import EndOfTurn, before_end, end_of_turn
 from qlora_exp.data.prompts import chat_template, render, render_chat
 from qlora_exp.deploy import load
 from qlora_exp.deploy.load import Saved
-from qlora_exp.models.base import stop_tokens
+from qlora_exp.models.base import stop_strings, stop_tokens
 from qlora_exp.models.untrusted import explained
 from qlora_exp.tracking import run_key
 from qlora_exp.utils.errors import ConfigError, DataError, ModelError, did_you_mean, first_line
@@ -42,11 +43,12 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int | None = None
 
-    def settings(self, stops: Sequence[int], pad: int) -> GenerationConfig:
+    def settings(self, stops: Sequence[int], texts: Sequence[str], pad: int) -> GenerationConfig:
         """Return the settings for transformers.
 
         Args:
             stops: ids of the tokens that end an answer.
+            texts: texts that end an answer.
             pad: id of the padding token.
 
         Raises:
@@ -65,6 +67,7 @@ class Sampling:
                 num_beams=1,
                 num_return_sequences=1,
                 eos_token_id=[*stops],
+                stop_strings=[*texts] or None,
                 pad_token_id=pad,
                 **(sampled if self.temperature > 0 else {}),
             )
@@ -94,6 +97,8 @@ class ChatModel:
     """What was loaded, by name; the first is the default."""
     templates: dict[str, str | None]
     """Prompt format that each was trained with, as a Jinja template; None if it was trained on plain text."""
+    ends: dict[str, EndOfTurn]
+    """What ends the answers of each."""
 
     def prompt(self, request: Request) -> tuple[str, bool]:
         """Return the prompt as text, and whether the text contains the special tokens.
@@ -130,7 +135,9 @@ class ChatModel:
                 context.
         """
         ids = self.encoded(request, sampling)
-        settings = sampling.settings(stop_tokens(self.model, self.tokenizer), self.tokenizer.pad_token_id)
+        tokens, texts = self._stops(request.adapter)
+        settings = sampling.settings(tokens, texts, self.tokenizer.pad_token_id)
+        streamer = _CallbackStreamer(self.tokenizer, on_text, texts)
         if sampling.seed is not None:
             set_seed(sampling.seed)
         prompt = torch.tensor([ids], device=self.model.device)
@@ -139,9 +146,17 @@ class ChatModel:
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
                 generation_config=settings,
-                streamer=_CallbackStreamer(self.tokenizer, on_text),
+                streamer=streamer,
+                tokenizer=self.tokenizer,
             )
-        return str(self.tokenizer.decode(generated[0, len(ids) :], skip_special_tokens=True)).strip()
+        text = str(self.tokenizer.decode(generated[0, len(ids) :], skip_special_tokens=True))
+        return before_end(text, texts).strip()
+
+    def _stops(self, adapter: str | None) -> tuple[list[int], list[str]]:
+        """Return the tokens and the texts that end an adapter's answers."""
+        end = self.ends[self.named(adapter)]
+        tokens = {*stop_tokens(self.model, self.tokenizer), *([] if end.token is None else [end.token])}
+        return sorted(tokens), [*stop_strings(self.model), *([] if end.stop is None else [end.stop])]
 
     def encoded(self, request: Request, sampling: Sampling) -> list[int]:
         """Return the token ids of the prompt, at least one.
@@ -193,15 +208,26 @@ class ChatModel:
 
 
 class _CallbackStreamer(TextStreamer):
-    """A streamer that passes complete words to a function; TextStreamer prints them."""
+    """A streamer that passes complete words to a function, without the text that ends an answer.
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+    TextStreamer prints them.
+    """
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None], stops: Sequence[str]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._on_text = on_text
+        self._on_text, self._stops, self._waiting, self._ended = on_text, stops, "", False
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if text:
-            self._on_text(text)
+        text, self._waiting = self._waiting + text, ""
+        ready = before_end(text, self._stops)
+        if ready == text and not stream_end:
+            # What may be the beginning of such a text waits for what follows it.
+            begun = [size for stop in self._stops for size in range(1, len(stop)) if text.endswith(stop[:size])]
+            ready = text[: len(text) - max(begun, default=0)]
+            self._waiting = text[len(ready) :]
+        if ready and not self._ended:
+            self._on_text(ready)
+        self._ended |= len(ready) + len(self._waiting) < len(text)
 
 
 def load_chat_model(
@@ -236,8 +262,12 @@ def load_chat_model(
     model = load.load_saved(saved, quantization, first)
     for name, other in others:
         model = load.with_adapter(model, other, name)
-    templates = {name: chat_template(each.config.dataset, each.tokenizer()) for name, each in saved_by_name.items()}
-    return ChatModel(model.eval(), saved.tokenizer(), saved_by_name, templates)
+    tokenizers = {name: each.tokenizer() for name, each in saved_by_name.items()}
+    templates = {name: chat_template(each.config.dataset, tokenizers[name]) for name, each in saved_by_name.items()}
+    ends = {name: end_of_turn(tokenizers[name], template) for name, template in templates.items()}
+    # The text that ends the first adapter's answers does not end the others'.
+    model.generation_config.stop_strings = [text for text in stop_strings(model) if text != ends[first].stop] or None
+    return ChatModel(model.eval(), tokenizers[first], saved_by_name, templates, ends)
 
 
 def _base(saved: Saved) -> tuple[str, str]:
@@ -261,7 +291,7 @@ def read_requests(file: Path) -> Iterator[Request]:
         raise DataError(f"{file}: {error}") from error
     for number, line in enumerate(lines, 1):
         if line.strip():
-            yield _request(line, f"{file}:{number}") if file.suffix == ".jsonl" else asked(line)
+            yield _request(line, f"{file}:{number}") if file.suffix.lower() == ".jsonl" else asked(line)
 
 
 def asked(prompt: str, adapter: str | None = None) -> Request:

@@ -183,7 +183,7 @@ def _add_tokenizer(writer: Any, tokenizer: Any, folder: Path, rows: int) -> None
     if tokenizer.chat_template:
         end = end_of_turn(tokenizer, tokenizer.get_chat_template()).token
         if end not in (None, tokenizer.eos_token_id):
-            writer.add_eot_token_id(end)  # llama.cpp ends an answer at it, as at EOS
+            writer.add_eot_token_id(end)  # llama.cpp ends an answer at it, as at EOS; the format has no place for text
         writer.add_chat_template(tokenizer.get_chat_template())
 
 

@@ -4,6 +4,7 @@ Does not write such files. Checked with xllamacpp 2026.10.
 """
 
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,21 +35,28 @@ def load(file: Path, context: int, threads: int) -> Any:
     return server
 
 
-def complete(server: Any, prompt: list[int] | str, max_new_tokens: int) -> dict[str, Any]:
-    """Return the most likely continuation, with its `timings`, as llama.cpp's server returns it."""
-    request = {"prompt": prompt, "n_predict": max_new_tokens, "temperature": 0, "cache_prompt": False}
+def complete(server: Any, prompt: list[int] | str, max_new_tokens: int, stops: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the most likely continuation, with its `timings`, as llama.cpp's server returns it.
+
+    Args:
+        server: a server of `load`.
+        prompt: token ids, or text.
+        max_new_tokens: greatest number of new tokens.
+        stops: texts that end the continuation, besides the tokens that a GGUF file names; they are left out of it.
+    """
+    request = {"prompt": prompt, "n_predict": max_new_tokens, "temperature": 0, "cache_prompt": False, "stop": [*stops]}
     response: dict[str, Any] = server.handle_completions(request)
     return response
 
 
-def generator(server: Any, max_new_tokens: int) -> Generate:
+def generator(server: Any, max_new_tokens: int, stops: Sequence[str] = ()) -> Generate:
     """Return a function that answers prompts greedily, one after the other.
 
     llama.cpp reports only the mean time per token of an answer, so all steps of an answer get this time.
     """
 
     def generate(prompts: list[list[int]]) -> Answers:
-        responses = [complete(server, prompt, max_new_tokens) for prompt in prompts]
+        responses = [complete(server, prompt, max_new_tokens, stops) for prompt in prompts]
         timings = [response["timings"] for response in responses]
         steps = [
             timing["predicted_per_token_ms"] / 1000 for timing in timings for _ in range(timing["predicted_n"] - 1)

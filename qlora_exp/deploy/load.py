@@ -27,13 +27,15 @@ from qlora_exp.config.values import values_to_yaml, without_places
 from qlora_exp.deploy.untrusted_folders import check_adapter, check_tokenizer, generate_once, use_own_generation
 from qlora_exp.environment.device import detect, resolve
 from qlora_exp.models.base import load_model, stop_at_end_of_turn
-from qlora_exp.models.quantization import check_files, quantization_config
-from qlora_exp.models.untrusted import bounded, check_folder, explained, most_values, read_json
+from qlora_exp.models.files import check_files, read_json
+from qlora_exp.models.quantization import quantization_config
+from qlora_exp.models.untrusted import bounded, check_folder, explained, most_values
 from qlora_exp.results import records
 from qlora_exp.tracking import journal, mlflow_store, run_key
 from qlora_exp.tracking.journal import CONFIG_FILE, FILE
 from qlora_exp.tracking.stores import artifacts, uris
 from qlora_exp.utils.errors import ConfigError, JournalError, ModelError, TrackingError
+from qlora_exp.utils.files import check_source
 from qlora_exp.utils.quiet import hide_bars
 
 GGUF_FILE = "model.gguf"
@@ -76,6 +78,7 @@ def find(source: str, tracking_uri: str | None = None, device: str = "auto") -> 
     Raises:
         ModelError: there is no such model, it was not saved by a run, or its base model has changed since training.
     """
+    check_source(source)
     if Path(source).is_dir():
         folder, run_id = Path(source), None
         folder = folder / "model" if (folder / "model").is_dir() else folder  # a run's output folder

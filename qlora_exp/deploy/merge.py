@@ -153,7 +153,7 @@ def answer(model: Any, tokenizer: Any) -> list[int]:
         pad_token_id=tokenizer.pad_token_id,
     )
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    generated = model.generate(**inputs, generation_config=settings, use_cache=True)
+    generated = model.generate(**inputs, generation_config=settings, use_cache=True, tokenizer=tokenizer)
     new: list[int] = generated[0, batch["input_ids"].shape[1] :].tolist()
     return new
 

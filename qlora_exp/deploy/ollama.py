@@ -25,8 +25,10 @@ def modelfile(tokenizer: Any, file: str) -> str:
         The text. A template that a Modelfile cannot contain is left out; Ollama then uses the GGUF file's own.
     """
     template, system = _template(tokenizer) if tokenizer.chat_template else ("{{ .Prompt }}{{ .Response }}", None)
-    end = end_of_turn(tokenizer, tokenizer.get_chat_template()).token if tokenizer.chat_template else None
-    stops = [tokenizer.eos_token] if end is None else [tokenizer.eos_token, tokenizer.convert_ids_to_tokens(end)]
+    end = end_of_turn(tokenizer, tokenizer.get_chat_template() if tokenizer.chat_template else None)
+    stops = [tokenizer.eos_token]
+    stops += [] if end.token is None else [tokenizer.convert_ids_to_tokens(end.token)]
+    stops += [] if end.stop is None else [end.stop]
     directives = [("TEMPLATE", template), ("SYSTEM", system or "")]
     directives += [("PARAMETER stop", stop) for stop in dict.fromkeys(stops)]
     # Three quotes in a text would end its directive there, and the rest could be read as further directives.

@@ -12,6 +12,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_exp.data.end_of_turn import end_of_turn
+from qlora_exp.data.prompts import chat_template
 from qlora_exp.deploy import export
 from qlora_exp.deploy.load import GGUF_FILE, Saved
 from qlora_exp.deploy.untrusted_folders import check_tokenizer
@@ -29,6 +31,8 @@ class Server:
     """Address of the server for OpenAI's chat completions."""
     model: str
     """Name of the model in a request."""
+    stop: str | None = None
+    """Text that ends an answer, which a request must name; None if a token does."""
 
     @property
     def line(self) -> str:
@@ -40,6 +44,8 @@ class Server:
     def example(self) -> str:
         """Shell command that sends the server a question."""
         request = {"model": self.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}
+        if self.stop is not None:
+            request["stop"] = [self.stop]
         return f"curl {self.url} -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(request))}"
 
 
@@ -63,6 +69,16 @@ def check(server: str, saved: Saved) -> None:
     }
     if advice := missing.get(server):
         raise ConfigError(f"--with {server}: this server is not installed: {advice}; --print only shows commands")
+
+
+def stop_of(saved: Saved) -> str | None:
+    """Return the text that ends an answer in the prompt format of a saved model; None if a token does.
+
+    Raises:
+        ModelError: the tokenizer is missing or incomplete.
+    """
+    tokenizer = saved.tokenizer()
+    return end_of_turn(tokenizer, chat_template(saved.config.dataset, tokenizer)).stop
 
 
 def folder_of(saved: Saved, out: Path) -> Path:
@@ -90,6 +106,7 @@ def mlflow_model(folder: Path, made: Path) -> Path:
     check_tokenizer(folder)
     with explained(str(folder)), bounded(str(folder), most_values(folder)):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
+        model.generation_config.stop_strings = None  # MLflow's pipeline does not pass the tokenizer that they need
         components = {"model": model, "tokenizer": AutoTokenizer.from_pretrained(folder, trust_remote_code=False)}
     requirements = ["mlflow", "torch", "transformers", "accelerate"]
     shutil.rmtree(made, ignore_errors=True)
@@ -97,30 +114,31 @@ def mlflow_model(folder: Path, made: Path) -> Path:
     return made
 
 
-def server(name: str, folder: Path, host: str, port: int, device: str = "auto") -> Server:
-    """Return how the server `name` serves the model in `folder`."""
+def server(name: str, folder: Path, host: str, port: int, device: str = "auto", stop: str | None = None) -> Server:
+    """Return how the server `name` serves the model in `folder`; `stop` is the text that ends an answer, if any."""
     chat = f"http://{host}:{port}/v1/chat/completions"
     binaries, where = Path(sys.executable).parent, ["--host", host, "--port", str(port)]
     offline = {"HF_HUB_OFFLINE": "1"}
     if name == "transformers":
         command = [str(binaries / "transformers"), "serve", str(folder), "--device", device, *where]
-        return Server(command, offline, chat, str(folder))
+        return Server(command, offline, chat, str(folder), stop)
     if name == "mlflow":
         command = [str(binaries / "mlflow"), "models", "serve", "-m", str(folder), "--env-manager", "local", *where]
         path = f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}"  # it starts uvicorn by its name
         return Server(command, offline | {"PATH": path}, f"http://{host}:{port}/invocations", folder.name)
     if name == "vllm":
-        return Server(["vllm", "serve", str(folder), *where], offline, chat, str(folder))
-    return Server(["llama-server", "-m", str(folder / GGUF_FILE), *where], {}, chat, GGUF_FILE)
+        return Server(["vllm", "serve", str(folder), *where], offline, chat, str(folder), stop)
+    return Server(["llama-server", "-m", str(folder / GGUF_FILE), *where], {}, chat, GGUF_FILE, stop)
 
 
 def commands(saved: Saved, out: Path, host: str, port: int) -> list[str]:
     """Return shell lines for each server that takes a folder or a file: a comment, commands, and an example request."""
+    stop = stop_of(saved)
     if (saved.folder / GGUF_FILE).is_file():
-        servers = [("llama.cpp", server("llama.cpp", saved.folder, host, port))]
+        servers = [("llama.cpp", server("llama.cpp", saved.folder, host, port, stop=stop))]
     else:
         folder = out if saved.adapter else saved.folder
-        servers = [(name, server(name, folder, host, port)) for name in ("transformers", "vllm")]
+        servers = [(name, server(name, folder, host, port, stop=stop)) for name in ("transformers", "vllm")]
     if (unmerged := adapter_on_vllm(saved, host, port)) is not None:
         servers.append(("vllm, base model and adapter without merging", unmerged))
     merging = ["qlora-exp", "merge", saved.source, "--out", str(out)]
@@ -148,4 +166,4 @@ def adapter_on_vllm(saved: Saved, host: str, port: int) -> Server | None:
     template = saved.folder / "chat_template.jinja"
     if template.is_file():
         command += ["--chat-template", str(template.resolve())]
-    return Server(command, {}, f"http://{host}:{port}/v1/chat/completions", name)
+    return Server(command, {}, f"http://{host}:{port}/v1/chat/completions", name, stop_of(saved))

@@ -14,8 +14,9 @@ from peft import PeftConfig, get_peft_model
 from transformers import AutoTokenizer, GenerationConfig
 
 from qlora_exp.config.sections.model import ModelConfig
-from qlora_exp.models.base import skeleton
-from qlora_exp.models.untrusted import check_folder, explained, most_values, read_json
+from qlora_exp.models.base import no_stop_strings, skeleton
+from qlora_exp.models.files import read_json
+from qlora_exp.models.untrusted import check_folder, explained, most_values
 from qlora_exp.utils.errors import ModelError
 from qlora_exp.utils.processes.limits import FailedError, LimitError, call_limited
 
@@ -38,7 +39,9 @@ _GENERATION = {
     "output_attentions",
     "output_hidden_states",
     "use_cache",
+    "stop_strings",
 }
+_MOST_STOPS = 20
 
 
 def check_tokenizer(folder: Path) -> None:
@@ -114,13 +117,13 @@ def _attached(folder: Path, config: ModelConfig) -> tuple[int, int]:
 
 
 def use_own_generation(model: Any, folder: Path) -> None:
-    """Keep of a complete model's generation_config.json only which tokens begin, end and pad, and how to sample.
+    """Keep of a complete model's generation_config.json only what begins, ends and pads, and how to sample.
 
     Its other settings would take effect wherever this program leaves them open: they can multiply answers, need a
     tokenizer, or name code on the hub. Those left out are logged.
 
     Raises:
-        ModelError: a token is no number.
+        ModelError: a token is no number, or what ends an answer is no short text.
     """
     file = folder / "generation_config.json"
     if not (values := read_json(file)):
@@ -130,10 +133,17 @@ def use_own_generation(model: Any, folder: Path) -> None:
         tokens = own if isinstance(own, list) else [own]
         if not all(token is None or (type(token) is int and 0 <= token < 2**31) for token in tokens):
             raise ModelError(f"{file}: {key} must be the number of a token, got {own!r:.80}")
+    stops = values.get("stop_strings") or []
+    if not (isinstance(stops, list) and len(stops) <= _MOST_STOPS and all(_is_short_text(text) for text in stops)):
+        raise ModelError(f"{file}: stop_strings must be at most {_MOST_STOPS} short texts, got {stops!r:.80}")
     if left_out := values.keys() - _GENERATION:
         log.warning("%s: not used: %s", file, ", ".join(sorted(left_out))[:200])
     with explained(str(file)):
         model.generation_config = GenerationConfig(**{key: values[key] for key in _GENERATION & values.keys()})
+
+
+def _is_short_text(text: Any) -> bool:
+    return isinstance(text, str) and 0 < len(text) <= 200
 
 
 @torch.no_grad()
@@ -145,5 +155,5 @@ def generate_once(model: Any, what: str) -> None:
     """
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     settings = GenerationConfig(max_new_tokens=1, do_sample=False, num_beams=1, pad_token_id=0)
-    with explained(what):
+    with explained(what), no_stop_strings(model):
         model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)

@@ -1,9 +1,23 @@
 """Wrap transformers' private parts. Checked on transformers 5.23.0."""
 
+import runpy
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-from transformers.quantizers.base import get_keys_to_not_convert
+
+def model_types() -> set[str]:
+    """Return the types of models (`model_type` in config.json) that the installed transformers knows.
+
+    The public `CONFIG_MAPPING` imports torch. The generated file that is read here has all types but a few, of which
+    those that generate text have a folder of their name.
+    """
+    package = find_spec("transformers")
+    assert package is not None
+    assert package.origin is not None
+    models = Path(package.origin).parent / "models"
+    named = runpy.run_path(str(models / "auto" / "auto_mappings.py"))["CONFIG_MAPPING_NAMES"]
+    return {*named, *(file.name.replace("_", "-") for file in models.iterdir() if (file / "__init__.py").is_file())}
 
 
 def with_bitsandbytes_layers(model: Any, settings: Any) -> None:
@@ -12,6 +26,9 @@ def with_bitsandbytes_layers(model: Any, settings: Any) -> None:
     `replace_with_bnb_linear` and `get_keys_to_not_convert` are undocumented helpers of `from_pretrained`, which cannot
     replace them: it needs weights.
     """
+    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
+    from transformers.quantizers.base import get_keys_to_not_convert
+
     replace_with_bnb_linear(model, get_keys_to_not_convert(model), settings)
 
 

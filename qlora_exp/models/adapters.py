@@ -68,8 +68,7 @@ def peft_config(config: Config, skeleton: PreTrainedModel) -> PeftConfig | None:
     except (TypeError, ValueError, ImportError) as error:
         raise ConfigError(f"method={method.name}: PEFT refuses its settings: {error}") from error
     if not compatibility.is_ignored() and (why := next(_unfit(config, checked, skeleton), None)):
-        variant = "" if config.lora_variant.name == "lora" else f" lora_variant={config.lora_variant.name}"
-        raise ConfigError(f"method={method.name}{variant} cannot train {config.model.model_name_or_path}: {why}")
+        raise ConfigError(f"{config.cannot_train}: {why}")
     return checked
 
 
@@ -95,7 +94,7 @@ def _unfit(config: Config, settings: Any, skeleton: PreTrainedModel) -> Iterator
             if names:
                 yield f"{adapted}; {', '.join(names)} does not work on them: use lora_variant=lora, or {remedy}"
     if why := compatibility.family_refusal(kind, family):
-        yield f"{why} (tested on a tiny {family} model; see docs/compatibility.md)"
+        yield why
 
 
 def _adapts_experts(settings: PeftConfig, skeleton: PreTrainedModel) -> bool:

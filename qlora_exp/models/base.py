@@ -38,7 +38,8 @@ from qlora_exp.data.prompts import chat_template
 from qlora_exp.environment.device import Resolved
 from qlora_exp.libraries.transformers import with_bitsandbytes_layers
 from qlora_exp.models import builtin, untrusted
-from qlora_exp.models.quantization import check_files, check_stored, guard_layers, quantization_config, stored
+from qlora_exp.models.files import check_files, hub_error, locate
+from qlora_exp.models.quantization import check_stored, guard_layers, quantization_config, stored
 from qlora_exp.utils.errors import ModelError, first_line
 
 Tokenizer = PreTrainedTokenizerBase
@@ -46,21 +47,6 @@ _MOST_VALUES = 10**14
 """Most parameters of a model whose files are not on this machine."""
 _POSITIONS = re.compile(r"(^|\.)wpe(\.|$)|pos(ition)?s?_|_pos(ition)?s?(\.|$)")
 """Names of position tables: wpe (GPT-2), embed_positions (OPT, GPT-J), position_embeddings, positions_embed."""
-
-
-def locate(config: ModelConfig) -> str:
-    """Return a hub id or a local folder that transformers can load; build built-in and random models first."""
-    name = config.model_name_or_path
-    if name.startswith(("embedded:", "random:")):
-        return str(builtin.folder_of(name, dict(config.random_config)))
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise ModelError(f"model.model_name_or_path: there is no folder {name}")
-    if (Path(name).expanduser() / "adapter_config.json").is_file():
-        raise ModelError(
-            f"model.model_name_or_path: {name} holds an adapter, not a model; merge it into its base first "
-            "(`qlora-exp merge RUN --out FOLDER`), then use that folder"
-        )
-    return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
 
 
 def load_tokenizer(config: ModelConfig) -> Tokenizer:
@@ -192,21 +178,40 @@ def keep_router_setting(model: Any, inside: bool | None = None) -> Iterator[None
 
 
 def stop_at_end_of_turn(model: Any, dataset: DatasetConfig, tokenizer: Tokenizer) -> None:
-    """Add the token that ends an answer in this prompt format to those that end the model's generation.
+    """Add the token or the text that ends an answer in this prompt format to those that end the model's generation.
 
     It is saved with the model, in generation_config.json. A base model often has EOS only, whatever ends the turns of
     the chat template.
     """
-    end = end_of_turn(tokenizer, chat_template(dataset, tokenizer)).token
-    own = stop_tokens(model, tokenizer)
-    if end is not None and end not in own:
-        model.generation_config.eos_token_id = [*own, end]
+    end = end_of_turn(tokenizer, chat_template(dataset, tokenizer))
+    tokens, texts = stop_tokens(model, tokenizer), stop_strings(model)
+    if end.token is not None and end.token not in tokens:
+        model.generation_config.eos_token_id = [*tokens, end.token]
+    if end.stop is not None and end.stop not in texts:
+        model.generation_config.stop_strings = [*texts, end.stop]
 
 
 def stop_tokens(model: Any, tokenizer: Tokenizer) -> list[int]:
     """List all tokens that end an answer: the tokenizer's EOS token and those of the model's generation config."""
     own = model.generation_config.eos_token_id
     return sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own] if own is not None else [])})
+
+
+def stop_strings(model: Any) -> list[str]:
+    """List all texts that end an answer. transformers' `generate` needs the tokenizer to find them."""
+    own = model.generation_config.stop_strings
+    return [own] if isinstance(own, str) else list(own or [])
+
+
+@contextmanager
+def no_stop_strings(model: Any) -> Iterator[None]:
+    """Generate inside without the texts that end an answer: transformers' `generate` needs the tokenizer for them."""
+    settings = model.generation_config
+    texts, settings.stop_strings = settings.stop_strings, None
+    try:
+        yield
+    finally:
+        settings.stop_strings = texts
 
 
 def _copy_from_file(model: PreTrainedModel) -> None:
@@ -250,9 +255,7 @@ def _from_files(kind: Any, config: ModelConfig, **arguments: Any) -> Any:
     except (GatedRepoError, LocalTokenNotFoundError) as error:
         raise ModelError(_gated(name)) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
-        raise ModelError(
-            f"{name}: no such model on the hub, and no such local folder (a private model needs HF_TOKEN)"
-        ) from error
+        raise hub_error(config, first_line(error), exists=False) from error
     except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError, EOFError) as error:
         raise ModelError(
             f"{path}: a file of the model is damaged ({error}); delete the folder and fetch it again"
@@ -264,10 +267,7 @@ def _from_files(kind: Any, config: ModelConfig, **arguments: Any) -> Any:
             raise ModelError(f"{path}: not a complete model: {first_line(error)}") from error
         if "gated" in str(error):
             raise ModelError(_gated(name)) from error
-        raise ModelError(
-            f"{name}: is not a local folder, and cannot be fetched from the hub; check the name"
-            f"{f', the revision {config.revision!r}' if config.revision else ''} and the network.\n{first_line(error)}"
-        ) from error
+        raise hub_error(config, first_line(error)) from error
     except (
         ImportError,
         ValueError,

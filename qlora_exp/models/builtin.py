@@ -14,6 +14,8 @@ from qlora_exp.utils.digests import file_digest, json_digest
 from qlora_exp.utils.errors import ConfigError, ModelError, did_you_mean, nearest
 
 SMOLLM2 = "embedded:smollm2-135m"
+PREFIXES = ("embedded:", "random:")
+"""What names of built-in models begin with."""
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _LAYOUT = 1  # increase it when cached folders of older code must not be used any more
@@ -61,17 +63,26 @@ def folder_of(name: str, random_config: dict[str, Any] | None = None) -> Path:
         ConfigError: there is no such built-in model or family.
         ModelError: the package with the weights is missing, is damaged, or has another version.
     """
+    check_name(name)
     if name == SMOLLM2:
         return built(f"smollm2-135m-{_LAYOUT}", _convert_smollm2)
     family = name.removeprefix("random:")
-    if not name.startswith("random:") or family not in TINY:
-        names = [SMOLLM2, *(f"random:{family}" for family in TINY)]
-        raise ConfigError(
-            f"model.model_name_or_path: there is no '{name}'{did_you_mean(name, names)} Names: {', '.join(names)}"
-        )
     fields = TINY[family] | (random_config or {})
     digest = json_digest(fields, digits=12)
     return built(f"random-{family}-{_LAYOUT}-{digest}", lambda folder: _create_random(folder, family, fields))
+
+
+def check_name(name: str) -> None:
+    """Check that a built-in model exists; names of other models are not checked.
+
+    Raises:
+        ConfigError: there is no such built-in model or family.
+    """
+    names = [SMOLLM2, *(f"random:{family}" for family in TINY)]
+    if name.startswith(PREFIXES) and name not in names:
+        raise ConfigError(
+            f"model.model_name_or_path: there is no '{name}'{did_you_mean(name, names)} Names: {', '.join(names)}"
+        )
 
 
 def check_fields(key: str, model_type: str, fields: dict[str, Any], only_misspelled: bool = False) -> None:

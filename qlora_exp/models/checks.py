@@ -15,10 +15,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel
 
-from qlora_exp.config import compatibility
+from qlora_exp.config import compatibility, crosschecks
 from qlora_exp.config.peft_methods import FROM_ROWS
 from qlora_exp.config.schema import Config
 from qlora_exp.environment.device import Resolved
+from qlora_exp.models import files
 from qlora_exp.models.adapters import attach, lacks_values, peft_config, trainable_set
 from qlora_exp.models.base import Tokenizer, check_quantization, learned_positions, load_tokenizer, skeleton
 from qlora_exp.models.targets import adapted_names, is_within, misunderstood, parts_without_text
@@ -42,7 +43,10 @@ def check_model(config: Config, resolved: Resolved, tokenize: Callable[[Tokenize
         ConfigError: a row is longer than the model's table of positions, or the adapter does not fit the model.
     """
     tokenizer, model = load_tokenizer(config.model), skeleton(config.model)
-    _check_tokens(config.model.model_name_or_path, tokenizer, _embeddings(model), tokenize)
+    # `files.check` has seen local files; those of the hub are here only now.
+    name, stored = config.model.model_name_or_path, getattr(model.config, "quantization_config", None)
+    files.check_files(name, config.quantization, stored)
+    _check_tokens(name, tokenizer, _embeddings(model), tokenize)
     if (positions := learned_positions(model)) is not None:
         _check_lengths(config, positions, tokenize(tokenizer))
     if config.quantization.bitsandbytes:
@@ -106,7 +110,7 @@ def check_adapter(config: Config, model: PreTrainedModel) -> None:
     modules, apart = [name for name, _ in model.named_modules()], parts_without_text(model)
     if too_large := [token for token in _chosen_tokens(settings) if not 0 <= token < _embeddings(model)]:
         raise ConfigError(
-            f"{_named(config)}: it has no tokens {', '.join(map(str, too_large))}; they go from 0 to "
+            f"{config.cannot_train}: it has no tokens {', '.join(map(str, too_large))}; they go from 0 to "
             f"{_embeddings(model) - 1} (method.token_indices, method.trainable_token_indices)"
         )
     trial: Any = copy.deepcopy(settings)
@@ -116,16 +120,16 @@ def check_adapter(config: Config, model: PreTrainedModel) -> None:
         try:
             adapted = attach(model, trial, None)
         except ConfigError as error:
-            raise ConfigError(f"{_named(config)}: {error}") from error
+            raise ConfigError(f"{config.cannot_train}: {error}") from error
         except RuntimeError as error:
             if lacks_values(error):
                 return  # this method starts from values of the weights
             raise
     for problem in _problems(adapted, settings, modules, apart):
-        raise ConfigError(f"{_named(config)}: {problem}")
+        raise ConfigError(f"{config.cannot_train}: {problem}")
     failure = _try(adapted)
     if failure is not None and not lacks_values(failure) and _try(skeleton(config.model)) is None:
-        raise ConfigError(f"{_named(config)}: {first_line(failure)}") from failure
+        raise ConfigError(f"{config.cannot_train}: {first_line(failure)}") from failure
 
 
 def _embeddings(model: PreTrainedModel) -> int:
@@ -137,11 +141,6 @@ def _chosen_tokens(settings: Any) -> list[int]:
     """Return the tokens whose embeddings are trained; PEFT also takes lists by the name of an embedding."""
     chosen = getattr(settings, "trainable_token_indices", None) or getattr(settings, "token_indices", None) or []
     return [token for tokens in chosen.values() for token in tokens] if isinstance(chosen, dict) else chosen
-
-
-def _named(config: Config) -> str:
-    variant = "" if config.lora_variant.name == "lora" else f" lora_variant={config.lora_variant.name}"
-    return f"method={config.method.name}{variant} cannot train {config.model.model_name_or_path}"
 
 
 def _try(model: Any) -> Exception | None:
@@ -173,10 +172,7 @@ def _problems(adapted: Any, settings: PeftConfig, modules: list[str], apart: lis
             "without the trained tokens: train no single tokens, or use a model whose weights are not tied"
         )
     elif isinstance(head, BaseTunerLayer):
-        yield (
-            "an adapter on the output layer would not learn, because training reads its weights directly: leave it out "
-            "of method.target_modules; to train it as a whole: method.modules_to_save=[lm_head]"
-        )
+        yield crosschecks.OUTPUT_LAYER
     prefix = "base_model.model."
     if useless := sorted({name for name in trained if is_within(name.removeprefix(prefix), apart)}):
         yield (

@@ -5,7 +5,6 @@ This is the only module with code for each quantizer. It does not depend on adap
 
 from collections import Counter
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from transformers.utils.quantization_config import AwqBackend
 from qlora_exp.config.sections.quantization import QuantizationConfig
 from qlora_exp.environment.device import Resolved
 from qlora_exp.libraries.bitsandbytes import keep_trainable
+from qlora_exp.models.files import require_package, unquantized
 from qlora_exp.utils.errors import ModelError
 
 BLOCK = 64
@@ -25,14 +25,6 @@ _MOST = 0.9
 """Share of weights in few bits from which on nothing is said about the others."""
 _CONVOLUTIONS = torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d
 _TENSOR_CLASSES = ("torchao", "optimum.quanto")
-_EXTRA, _GPTQMODEL = "qlora-exp[quantizers]", "GPTQModel' 'optimum"
-_PACKAGES = {
-    "torchao": ("torchao", _EXTRA),
-    "quanto": ("optimum.quanto", _EXTRA),
-    "gptq": ("gptqmodel", _GPTQMODEL),
-    "awq": ("gptqmodel", _GPTQMODEL),
-}
-"""Module that each quantization method needs, and what to install for it."""
 
 
 def quantization_config(quantization: QuantizationConfig, resolved: Resolved) -> Any:
@@ -41,11 +33,8 @@ def quantization_config(quantization: QuantizationConfig, resolved: Resolved) ->
     Raises:
         ModelError: the package that quantizes is not installed.
     """
+    require_package(quantization)
     method = quantization.quant_method
-    if not installed(method):
-        raise ModelError(
-            f"quantization={quantization.name} needs a missing package: pip install '{_PACKAGES[method][1]}'"
-        )
     if method == "torchao":
         return TorchAoConfig(torchao_config(quantization.weights))
     if method == "quanto":
@@ -78,42 +67,6 @@ def weights_bytes(model: Any) -> int:
         if isinstance(scales := getattr(parameter, "SCB", None), torch.Tensor):
             total += scales.nbytes
     return total
-
-
-def check_files(name: str, quantization: QuantizationConfig, stored: Any) -> None:
-    """Check that a model's files are quantized as configured, or not quantized if the loader will do it.
-
-    Transformers would use the quantization of the files, whatever is configured.
-
-    Args:
-        name: the model's name.
-        quantization: the run's config.
-        stored: `quantization_config` of the model's own config; None if its files are not quantized.
-
-    Raises:
-        ModelError: the files are quantized in another way, or are not quantized and must be (GPTQ, AWQ).
-    """
-    asked = quantization.quant_method
-    if stored is None:
-        if asked in ("gptq", "awq"):
-            raise ModelError(
-                f"{name}: its files are not quantized, but quantization={asked} needs quantized files; choose another "
-                f"quantization, or a model published in {asked.upper()} format"
-            )
-        return
-    stored = stored if isinstance(stored, dict) else stored.to_dict()
-    method = stored.get("quant_method", "bitsandbytes")
-    if method == "bitsandbytes":
-        double = "_double" if stored.get("bnb_4bit_use_double_quant") else ""
-        theirs = "int8" if stored.get("load_in_8bit") else f"{stored.get('bnb_4bit_quant_type', 'fp4')}{double}"
-        double = "_double" if quantization.bnb_4bit_use_double_quant else ""
-        ours = "int8" if quantization.load_in_8bit else f"{quantization.bnb_4bit_quant_type}{double}"
-        fits = quantization.bitsandbytes and ours == theirs
-    else:
-        theirs, fits = method, method == asked and method in ("gptq", "awq")
-    if not fits:
-        choice = f"quantization={theirs}" if method in ("bitsandbytes", "gptq", "awq") else "another model"
-        raise ModelError(f"{name}: its files are quantized already ({method}): choose {choice}")
 
 
 @dataclass(frozen=True)
@@ -160,11 +113,7 @@ def check_stored(name: str, quantization: QuantizationConfig, found: Stored, dty
     left = sum(found.others.values())
     if found.few_bits <= left:
         kinds = ", ".join(sorted(found.others, key=found.others.__getitem__, reverse=True)[:3])
-        raise ModelError(
-            f"{name}: quantization={quantization.name} would leave {1 - found.share:.0%} of its weights as they are, "
-            f"because it does not quantize layers of class {kinds or 'of this model'}: choose quantization=none with "
-            "method=lora, or another model"
-        )
+        raise ModelError(unquantized(name, quantization, f"{1 - found.share:.0%}", kinds or "of this model"))
     if found.share >= _MOST:
         return None
     kinds = "in fused experts" if found.experts > left else f"in {', '.join(found.others)}"
@@ -238,12 +187,3 @@ def torchao_config(weights: str | None) -> Any:
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
     return Int8WeightOnlyConfig() if weights == "int8" else Float8WeightOnlyConfig()
-
-
-def installed(quant_method: str) -> bool:
-    """Return whether the package that this quantization method needs is installed."""
-    module, _ = _PACKAGES.get(quant_method, ("bitsandbytes", ""))
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # raised if the parent package is missing
-        return False

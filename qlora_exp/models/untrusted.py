@@ -5,7 +5,6 @@ about damaged files, build whatever size a config names, and open pickles and fi
 """
 
 import errno
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,43 +15,14 @@ from torch.nn.modules import module as torch_module
 from transformers.integrations.gguf.reader import read_gguf_metadata
 
 from qlora_exp.libraries.torch import without_pickles
-from qlora_exp.utils.errors import ModelError, UserError, first_line, is_out_of_memory, type_and_first_line
-from qlora_exp.utils.units import MIB
+from qlora_exp.models.files import NO_PICKLE, check_counts, read_json
+from qlora_exp.utils.errors import ModelError, UserError, is_out_of_memory, type_and_first_line
 
-_COUNT = re.compile(
-    r"^(?!.*(?:size|length|dim|width|theta)).*(?:layer|block_count|expert|num_heads|n_head|head_count|num_labels)",
-    re.IGNORECASE,
-)
-"""Keys whose numbers say how many things are built, not how wide they are (`shared_expert_intermediate_size`)."""
-_MOST = 20_000
-"""Largest such number. Published models have some hundreds of layers, and up to 16384 experts in each (Doge)."""
 _OTHER_PLACES = re.compile(r"(?!special_tokens_map_)\w*_files?")
 """Keys of tokenizer_config.json that name files; transformers does not read special_tokens_map_file."""
-_LARGEST_FILE = 64 * MIB
-"""Largest config file; that of a tokenizer with its vocabulary has tens of MiB."""
 _MOST_MODULES = 200_000
 _BUFFERS = 1 << 32
 """Bytes that a model may take for tables that its files do not have, such as masks and positions."""
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the JSON object in a file of a model; empty if there is no such file.
-
-    Raises:
-        ModelError: the file is damaged, or names a number of layers, heads, ... that no model has.
-    """
-    try:
-        if not file.is_file():
-            return {}
-        if file.stat().st_size > _LARGEST_FILE:
-            raise ModelError(f"{file} is damaged: it is larger than {_LARGEST_FILE // MIB} MiB")
-        values = json.loads(file.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file} is damaged: {first_line(error)}") from error
-    if not isinstance(values, dict):
-        raise ModelError(f"{file} is damaged: it must be a JSON object")
-    _check_counts(file, values)
-    return values
 
 
 def check_folder(folder: Path) -> None:
@@ -79,20 +49,7 @@ def check_folder(folder: Path) -> None:
     for file in folder.glob("*.gguf"):
         with explained(str(file)):
             metadata, _ = read_gguf_metadata(str(file))
-        _check_counts(file, metadata)
-
-
-def _check_counts(file: Path, values: Any, key: str = "") -> None:
-    if isinstance(values, dict):
-        for name, value in values.items():
-            _check_counts(file, value, str(name))
-    elif isinstance(values, list):
-        if len(values) > _MOST and _COUNT.search(key):
-            raise ModelError(f"{file}: {key} has {len(values):,} entries; no model has more than {_MOST}")
-        for value in values:
-            _check_counts(file, value, key)
-    elif isinstance(values, int | float) and values > _MOST and _COUNT.search(key):
-        raise ModelError(f"{file}: {key} is {values:.3g}; no model has more than {_MOST}")
+        check_counts(file, metadata)
 
 
 @contextmanager
@@ -103,10 +60,7 @@ def explained(what: str, pickles: bool = False) -> Iterator[None]:
     `pickles` is true; transformers then reads weights from it and nothing else (`weights_only`).
     """
 
-    pickle = ModelError(
-        f"{what}: its weights are a pickle, which is never opened here: convert them to .safetensors "
-        "(save_pretrained in transformers)"
-    )
+    pickle = ModelError(f"{what}: {NO_PICKLE}")
     try:
         with nullcontext() if pickles else without_pickles(pickle):
             yield

@@ -15,6 +15,7 @@ import yaml
 from qlora_exp.config import hydra_compose as configs
 from qlora_exp.config.hydra_compose import compose, conf_dir, grid
 from qlora_exp.config.schema import Config
+from qlora_exp.models import files
 from qlora_exp.planning.fit import expected, room, step_seconds
 from qlora_exp.planning.gpus import Gpu
 from qlora_exp.utils.errors import ConfigError, UserError
@@ -74,6 +75,7 @@ def check(overrides: Sequence[str], models: bool) -> None:
 
     Raises:
         ConfigError: they cannot; the message gives the reason.
+        ModelError: there is no such folder.
     """
     keys = {word.split("=")[0].lstrip("+~") for word in overrides}
     if models and keys & {"model", "model.model_name_or_path", "method"}:
@@ -87,7 +89,9 @@ def check(overrides: Sequence[str], models: bool) -> None:
         if len(jobs) > 1:
             raise ConfigError("advise accepts lists of values only if the methods are named: method=lora,qlora")
     for words in jobs:
-        if compose(words).device not in ("auto", "cuda"):
+        config = compose(words)
+        files.check_place(config.model.model_name_or_path)
+        if config.device not in ("auto", "cuda"):
             raise ConfigError("advise is about GPUs: leave out device=. To plan a CPU run: `qlora-exp plan device=cpu`")
 
 

@@ -19,8 +19,9 @@ from qlora_exp.environment.device import Device, Resolved, resolve
 from qlora_exp.libraries import trl
 from qlora_exp.libraries.peft import create_samplers, without_values
 from qlora_exp.libraries.torch import WANTS_VALUES, AssumedValues, computing_as_on_gpu, factors_as_on_cpu
-from qlora_exp.models import adapters, quantization
+from qlora_exp.models import adapters
 from qlora_exp.models.base import model_config
+from qlora_exp.models.files import check_files
 from qlora_exp.planning.fake_tensors import Work
 from qlora_exp.planning.packed_weights import quantize_meta
 from qlora_exp.planning.replay import Phase, play
@@ -81,7 +82,7 @@ class Planner:
         self._config, self._resolved, self._on_cuda = config, resolved, resolved.device == "cuda"
         self._architecture = model_config(config.model)
         stored = getattr(self._architecture, "quantization_config", None)
-        quantization.check_files(name, config.quantization, stored)
+        check_files(name, config.quantization, stored)
         if (depth := getattr(self._architecture, "num_hidden_layers", None)) is None:
             raise ModelError(f"{name}: the architecture {self._architecture.model_type} cannot be planned yet")
         self._depth: int = depth

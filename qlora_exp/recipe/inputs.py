@@ -12,6 +12,7 @@ from qlora_exp.config.schema import Config
 from qlora_exp.data import files
 from qlora_exp.environment import hub
 from qlora_exp.environment.device import Resolved, detect, refuse_several_processes, resolve, take
+from qlora_exp.models import files as model_files
 from qlora_exp.tracking.stores import uris
 from qlora_exp.utils.env_file import load_env_file
 from qlora_exp.utils.errors import ConfigError
@@ -46,6 +47,7 @@ def read_inputs(config: Config) -> Inputs:
         DataError: a file is missing or damaged, no row is left, or a row has a token that the model lacks.
         ModelError: the model or its tokenizer cannot be loaded or used.
     """
+    # What needs no slow import comes first, so that such mistakes are reported within two seconds.
     refuse_several_processes()
     if problems := [*crosschecks.problems(config)]:  # a `Config` may be made without `compose`
         raise ConfigError("\n".join(problems))
@@ -57,6 +59,7 @@ def read_inputs(config: Config) -> Inputs:
     uris.experiment_name(config.tracking.experiment_name)
     if hub.is_needed(config):
         hub.go_offline_if_unreachable()  # must come before huggingface_hub is imported
+    model_files.check(config)
     from qlora_exp.data import sources, tokenization
     from qlora_exp.data.rows import load_heldout, load_rows
 

@@ -112,7 +112,7 @@ def _log_labels(run: RunContext, inputs: Inputs, audit: label_audit.LabelAudit) 
         100 * audit.supervised_share,
         f"{audit.tokens:,}",
         100 * audit.truncated_rows_share,
-        audit.end_token or "EOS",
+        audit.end_token or (audit.end_text and repr(audit.end_text)) or "EOS",
         100 * audit.eos_learned_share,
     )
     run.log_metrics({f"labels/{key}": value for key, value in asdict(audit).items() if isinstance(value, int | float)})

@@ -174,6 +174,8 @@ def _ask_llama_cpp(source: str, uri: str | None, config: Config, form: str) -> t
     import torch
 
     from qlora_exp.data import sources
+    from qlora_exp.data.end_of_turn import end_of_turn
+    from qlora_exp.data.prompts import chat_template
     from qlora_exp.deploy import llama_cpp, load
     from qlora_exp.environment.memory import MemoryMonitor
     from qlora_exp.training import evaluation
@@ -184,7 +186,8 @@ def _ask_llama_cpp(source: str, uri: str | None, config: Config, form: str) -> t
     with memory.phase("generate"):
         context = config.training.max_length + asked.max_new_tokens
         server = llama_cpp.load(saved.folder / load.GGUF_FILE, context, torch.get_num_threads())
-        generate = llama_cpp.generator(server, asked.max_new_tokens)
+        end = end_of_turn(heldout[0], chat_template(saved.config.dataset, heldout[0]))
+        generate = llama_cpp.generator(server, asked.max_new_tokens, [end.stop] if end.stop else [])
         score = sources.scorer(config.dataset)
         metrics, samples = evaluation.answers(generate, *heldout, asked, score=score, label=f"{form}: ")
     metrics.pop("token_seconds_p95", None)  # llama.cpp reports only the mean time per token of each answer

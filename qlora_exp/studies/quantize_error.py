@@ -23,7 +23,8 @@ from qlora_exp.config.sections.quantization import OTHER_WEIGHTS
 from qlora_exp.data.rows import load_heldout
 from qlora_exp.data.tokenization import IGNORED, unrelated
 from qlora_exp.models.base import load_tokenizer, load_unquantized
-from qlora_exp.models.quantization import dense, installed, torchao_config
+from qlora_exp.models.files import installed
+from qlora_exp.models.quantization import dense, torchao_config
 from qlora_exp.models.targets import linear_layers
 from qlora_exp.utils.files import write_atomically
 from qlora_exp.utils.tables import markdown_table

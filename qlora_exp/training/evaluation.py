@@ -21,7 +21,8 @@ from transformers import GenerationConfig, StoppingCriteria
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from qlora_exp.config.sections.evaluation import EvaluationConfig
-from qlora_exp.models.base import keep_router_setting, learned_positions, stop_tokens
+from qlora_exp.data.end_of_turn import before_end
+from qlora_exp.models.base import keep_router_setting, learned_positions, stop_strings, stop_tokens
 
 log = logging.getLogger(__name__)
 
@@ -153,10 +154,12 @@ class _Clock(StoppingCriteria):
 
 def generator(model: Any, tokenizer: Any, config: EvaluationConfig) -> Generate:
     """Return a function that answers prompts with `model`: greedy decoding, all prompts in one batch."""
+    stops = stop_strings(model)
     settings = GenerationConfig(
         max_new_tokens=config.max_new_tokens,
         do_sample=False,
         eos_token_id=stop_tokens(model, tokenizer),
+        stop_strings=stops or None,
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,
     )
@@ -184,10 +187,11 @@ def generator(model: Any, tokenizer: Any, config: EvaluationConfig) -> Generate:
             attention_mask=batch["attention_mask"],
             generation_config=settings,
             stopping_criteria=[clock],
+            tokenizer=tokenizer,
         )
         seconds = time.perf_counter() - begin
         new = output[:, batch["input_ids"].shape[1] :]
-        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        texts = [before_end(text, stops) for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
         generated = int((new != tokenizer.pad_token_id).sum())
         return Answers(texts, generated, seconds, clock.times[0] - begin, np.diff(clock.times).tolist())
 

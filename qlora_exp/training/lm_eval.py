@@ -69,10 +69,13 @@ def evaluate(
     from lm_eval.evaluator import evaluate as run_tasks
     from lm_eval.models.huggingface import HFLM
 
+    from qlora_exp.models.base import no_stop_strings
+
     for task in _single(tasks):
         task.set_fewshot_seed(0)
     wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    output = run_tasks(wrapped, tasks, limit=config.lm_eval_limit, bootstrap_iters=0, log_samples=True)
+    with no_stop_strings(model):  # tasks have their own
+        output = run_tasks(wrapped, tasks, limit=config.lm_eval_limit, bootstrap_iters=0, log_samples=True)
     results, all_samples = output["results"], output["samples"]
     task_names = valid_names([*results, *all_samples, *chain.from_iterable(output["group_subtasks"].values())])
     metric_names = valid_names(

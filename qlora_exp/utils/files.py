@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -12,12 +13,25 @@ from pathlib import Path, PurePath
 from stat import S_ISREG
 from typing import BinaryIO, TextIO
 
+from qlora_exp.utils.errors import ModelError
+
 _PREFIX, _SUFFIX = ".qlora_exp.", ".part"
 
 
 def size_on_disk(folder: str | Path) -> int:
     """Return the size of all files under `folder`, in bytes."""
     return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+
+
+def check_source(source: str) -> None:
+    """Check that a model's source, if it can only be a folder, is one.
+
+    Raises:
+        ModelError: there is no such folder.
+    """
+    is_name = source.startswith("models:/") or re.fullmatch(r"[\w-]+", source)
+    if not is_name and not Path(source).is_dir():
+        raise ModelError(f"{source}: there is no such folder; name a run id, models:/NAME/VERSION, or a saved folder")
 
 
 def write_atomically(file: Path, text: str) -> None:

@@ -23,7 +23,7 @@ from qlora_exp.config.hydra_compose import compose
 from qlora_exp.deploy import export, merge
 from qlora_exp.deploy.load import find
 from qlora_exp.environment.device import Device, resolve
-from qlora_exp.models import base, quantization
+from qlora_exp.models import base, files, quantization
 from qlora_exp.studies import probe
 from qlora_exp.tracking.journal import FILE, read
 from qlora_exp.utils.errors import ModelError
@@ -36,7 +36,7 @@ ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
 @pytest.fixture(scope="module")
 def plain_folder() -> Path:
-    return Path(base.locate(compose(["model=tiny_llama"]).model))
+    return Path(files.locate(compose(["model=tiny_llama"]).model))
 
 
 @pytest.fixture(scope="module")

@@ -194,7 +194,9 @@ class Stages:
 
         self.patch.setattr(lm_eval.evaluator, "evaluate", run)
         self.patch.setattr("lm_eval.models.huggingface.HFLM", lambda **_: None)
-        ours.evaluate(None, None, tasks, config.evaluation, 1)
+        model = SimpleNamespace(generation_config=SimpleNamespace(stop_strings=["### End"]))
+        ours.evaluate(model, None, tasks, config.evaluation, 1)
+        assert model.generation_config.stop_strings == ["### End"]  # put back
         return asked
 
     def labels(self, config: Config) -> Any:

@@ -16,6 +16,7 @@ RUN_HERE = {
     "fuzz": ("0.03 --kinds config", r"config +│ \d+ +│ \d+ +│ 0 "),
     "measured_h100": ("--runs 1", r"the default run .*%"),
     "planned_memory": ("lora --model tiny_llama --batches 2", r"lora batch 2 checkpointing .*%"),
+    "published_fms": ("--runs 1", r"SantaCoder .*%"),
     "published_litgpt": ("--runs 1", r"llama2_7b .*%"),
     "sweeps": ("--jobs 0 --many 0 --done 2", r"sweep with all 2 jobs already done"),
 }

@@ -8,7 +8,15 @@ from support import QUICK, command, exit_code
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["train", "--help"], ["train", "--cfg", "job"], ["train", "method.r=0"], ["keys"], ["ui"]],
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["train", "--cfg", "job"],
+        ["train", "method.r=0"],
+        ["train", "model.model_name_or_path=./none"],
+        ["keys"],
+        ["ui"],
+    ],
 )
 def test_light_commands_do_not_import_torch(arguments: list[str]):
     code = (

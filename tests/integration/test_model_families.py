@@ -7,7 +7,9 @@ import pytest
 from helpers import tiny_models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_exp.deploy.load import load
+from qlora_exp.deploy import serve
+from qlora_exp.deploy.chat import Sampling, asked, load_chat_model
+from qlora_exp.deploy.load import find, load
 from qlora_exp.utils.errors import ConfigError
 
 WORDS = ["tap", "pipe", "roof", "wall", "door", "lamp"]
@@ -80,6 +82,31 @@ def test_the_end_of_the_templates_turns_ends_answers(write_jsonl, tiny_model, ru
         if method == "full":  # for programs that read the folder
             saved = json.loads((done.output_dir / "model" / "generation_config.json").read_text("utf-8"))
             assert saved["eos_token_id"] == stops
+
+
+@pytest.mark.slow
+def test_text_that_ends_the_templates_turns_ends_answers(write_jsonl, tiny_model, run_quick, tmp_path):
+    template = tiny_models.CHATML.replace("<|im_end|>\n", "### End\n")
+    model = tiny_model("llama", tiny_models.tokenizer(template=template, eos_token="<|endoftext|>"))
+    file = write_jsonl([{"prompt": f"Greet {word}", "completion": "Hi!"} for word in WORDS])
+    done = run_quick(
+        *("dataset=own", f"dataset.path={file}", "dataset.format=chat", "dataset.eval_size=2", "method=full"),
+        *("model=hub", f"model.model_name_or_path={model}", "training.max_steps=40", "training.learning_rate=1e-2"),
+        *("evaluation.before=false", "evaluation.max_new_tokens=16"),
+    )
+    assert done.metrics["labels/eos_learned_share"] == 1
+    assert done.metrics["after/exact_match"] == 1
+    saved = done.output_dir / "model"
+    assert json.loads((saved / "generation_config.json").read_text("utf-8"))["stop_strings"] == ["### End"]
+    talker, pieces = load_chat_model({"default": str(saved)}, device="cpu"), []
+    assert talker.answer(asked("Greet tap"), Sampling(16), pieces.append) == "Hi!"
+    assert "".join(pieces) == "Hi!"
+    assert talker.model.generation_config.stop_strings is None  # another adapter may have another end
+    assert '"stop": ["### End"]' in "\n".join(serve.commands(find(str(saved), device="cpu"), tmp_path, "127.0.0.1", 1))
+    from mlflow.transformers import load_model
+
+    generate = load_model(str(serve.mlflow_model(saved, tmp_path / "mlflow")))  # it gets no tokenizer
+    assert generate("Greet tap", max_new_tokens=2)
 
 
 @pytest.mark.slow

@@ -2,12 +2,17 @@
 
 from types import SimpleNamespace
 
+import optuna
 import pytest
 import torch
+from safetensors.torch import load_file
 from trl.trainer import utils as trl_utils
 
 from qlora_exp.libraries import trl
+from qlora_exp.recipe.finetune import run
+from qlora_exp.sweeps import search
 from qlora_exp.tracking.journal import metrics
+from qlora_exp.training import trainer
 from qlora_exp.utils.errors import ConfigError, DivergedError
 
 
@@ -162,3 +167,66 @@ def test_metrics_are_on_disk_for_each_step(run_quick):
     records = metrics(result.output_dir)
     assert [record["step"] for record in records if "train/loss" in record] == [1, 2, 3, 4]
     assert [record["step"] for record in records if "eval/loss" in record] == [2, 4]
+
+
+LONG, SHORT = (1.0, 2.0, 3.0), (3.0, 1.0, 0.5)
+"""Loss of each token of the long held-out row, and of the short ones, after each step. The mean over tokens is lowest
+after the first step; the mean over batches of one row falls from step to step."""
+
+
+@pytest.fixture
+def faked_losses(monkeypatch, write_jsonl):
+    """Fake the losses of a long and of two short held-out rows.
+
+    Returns:
+        The overrides that read the rows and measure them after each step, and the weights of each measured step.
+    """
+    weights: dict[int, torch.Tensor] = {}
+    measure = trainer.Trainer.prediction_step
+
+    def faked(self, model, inputs, *others, **options):
+        step = self.state.global_step
+        weights[step] = next(each for each in model.parameters() if each.requires_grad).detach().clone()
+
+        def answer(labels, **_):
+            mask = labels[:, 1:] != -100
+            losses = torch.where(mask.sum(dim=1) > 50, LONG[step - 1], SHORT[step - 1])
+            return SimpleNamespace(log_probs=-losses[:, None] * mask, is_top1=mask, label_mask=mask)
+
+        return measure(self, answer, inputs, *others, **options)
+
+    monkeypatch.setattr(trainer.Trainer, "prediction_step", faked)
+    train = write_jsonl([{"prompt": f"{i}?", "completion": "yes"} for i in range(6)], "train.jsonl")
+    heldout = write_jsonl([{"prompt": f"no. {i}", "completion": "no" * count} for i, count in enumerate((1, 99, 1))])
+    words = ["dataset=own", f"dataset.path={train}", f"dataset.eval_path={heldout}", "evaluation=loss_only"]
+    steps = ["training.eval_strategy=steps", "training.eval_steps=1", "training.per_device_eval_batch_size=1"]
+    return [*words, *steps, "method=full"], weights
+
+
+def test_held_out_loss_of_all_tokens_chooses_the_best_model_and_stops_early(faked_losses, run_quick):
+    words, weights = faked_losses
+    words += ["training.load_best_model_at_end=true", "training.save_strategy=steps", "training.save_steps=1"]
+    result = run_quick(*words, "training.early_stopping_patience=1")
+    assert result.metrics["steps"] == 2  # not 3
+    saved = load_file(result.output_dir / "model" / "model.safetensors")
+    (embedding,) = [tensor for name, tensor in saved.items() if "embed_tokens" in name]
+    assert torch.equal(embedding, weights[1])
+    assert not torch.equal(embedding, weights[2])
+
+
+def test_held_out_loss_of_all_tokens_is_what_a_search_judges(faked_losses, make_config, mlflow_uri, tmp_path):
+    file = tmp_path / search.STUDY_FILE
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(file)))
+    study = optuna.create_study(storage=storage, study_name="after/loss")
+    for _ in range(4):
+        trial = study.ask()
+        for step in (1, 2, 3):
+            trial.report(1.5, step)
+        study.tell(trial, 1.5)
+    trial = study.ask()
+    config = make_config(*faked_losses[0], f"tracking.uri={mlflow_uri}")
+    run(config, tmp_path / "run", pruning={"file": str(file), "trial": trial.number})
+    first, second, third = study.trials[-1].intermediate_values.values()
+    assert 1 < first < 1.1  # the mean over batches would be 2.3, and pruned
+    assert 1.9 < second < 2
+    assert 2.9 < third < 3

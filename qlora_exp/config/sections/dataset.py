@@ -11,7 +11,12 @@ from qlora_exp.config.sections.base import Section, Share, check_location
 REASONING_GYM = "reasoning_gym:"
 """Prefix of a dataset path that names a reasoning-gym task."""
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-"""Reader in the library `datasets` for each file suffix."""
+"""Format of a file's rows by its suffix, in small letters."""
+
+
+def file_format(file: Path) -> str | None:
+    """Return the format of a file's rows by its suffix, in letters of any case; None if it is no such file."""
+    return FILE_FORMATS.get(file.suffix.lower())
 
 
 class DatasetConfig(Section):
@@ -81,7 +86,7 @@ class DatasetConfig(Section):
     def files(self) -> list[Path]:
         """Local files among `paths`, whether they exist or not."""
         sources = [Path(path) for path in self.paths]
-        return [path for path in sources if path.suffix in FILE_FORMATS or path.exists()]
+        return [path for path in sources if file_format(path) or path.exists()]
 
     @field_validator("path", "eval_path", mode="before")
     @classmethod

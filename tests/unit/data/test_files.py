@@ -59,6 +59,17 @@ def test_csv_words_and_zeros_stay_text(tmp_path):
     assert [row["b"] for row in rows] == words
 
 
+@pytest.mark.parametrize(
+    ("name", "content"), [("ROWS.JSONL", b'{"a": "1"}'), ("Rows.Csv", b"a\n1"), ("r.JSON", b'[{"a": "1"}]')]
+)
+def test_suffix_may_have_capital_letters(name, content, tmp_path):
+    assert files.looks_local(name)
+    assert read(tmp_path / name, content) == [{"a": "1"}]
+    files.check(str(tmp_path / name))
+    with pytest.raises(DataError, match="unpack it first: gunzip"):
+        files.check("ROWS.JSONL.GZ")
+
+
 def test_parquet_values_keep_their_type(tmp_path):
     columns = {
         "short": pa.array([0.1], pa.float32()),

@@ -33,19 +33,28 @@ def test_audit_counts_truncated_rows(tiny_tokenizer, caplog):
 
 
 @pytest.mark.parametrize(
-    ("after", "token", "share", "warning"),
+    ("after", "end", "share", "warning"),
     [
         ("<|im_end|>\n", "<|im_end|>", 1.0, None),
-        ("", None, 0.0, "puts nothing after an answer"),
-        ("</turn>\n", None, 0.0, "only the text '</turn>\\n' after an answer"),
+        ("", None, 0.0, "puts nothing after an answer: answers end only at evaluation.max_new_tokens"),
+        ("\n", None, 0.0, "puts only '\\n' after an answer: answers end only at evaluation.max_new_tokens"),
+        ("</turn>\n", "</turn>", 1.0, None),
+        ("\n\nUser:", "\n\nUser:", 1.0, None),
+        ("ause\n", "ause", 1.0, "the answers of 1 of 1 rows contain 'ause'"),
     ],
 )
-def test_audit_counts_the_end_of_the_chat_template(after: str, token: str | None, share: float, warning, caplog):
+def test_audit_counts_the_end_of_the_chat_template(after: str, end: str | None, share: float, warning, caplog):
     tokenizer = tiny_models.tokenizer(template=CHATML.replace("<|im_end|>\n", after), eos_token="<|endoftext|>")
     tokens = tokenized([{"prompt": "why?", "input": "", "completion": "because"}], tokenizer, "dataset.format=chat")
+    assert tokens["reference"] == ["because"]  # without its end
     found = label_audit.audit(tokens, 512, tokenizer, end_of_turn(tokenizer, tokenizer.chat_template))
-    assert (found.end_token, found.eos_learned_share) == (token, share)
+    assert (found.end_token or found.end_text, found.eos_learned_share) == (end, share)
     assert (warning in caplog.text) if warning else not caplog.records
+    if found.end_text and not warning:
+        label_audit.audit(
+            tokens, len(tokens[0]["input_ids"]) - 3, tokenizer, end_of_turn(tokenizer, tokenizer.chat_template)
+        )
+        assert f"{end!r}, which ends an answer, carries loss in only 0% of rows (100% are truncated)" in caplog.text
 
 
 def test_rows_without_supervised_tokens_are_rejected(tiny_tokenizer):

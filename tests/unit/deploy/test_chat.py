@@ -2,14 +2,28 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from support import exit_code
 
+from qlora_exp.data.end_of_turn import EndOfTurn, before_end
 from qlora_exp.data.prompts import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
 from qlora_exp.deploy import load
-from qlora_exp.deploy.chat import BASE, Request, Sampling, answers, asked, load_chat_model, read_requests
+from qlora_exp.deploy.chat import (
+    BASE,
+    Request,
+    Sampling,
+    _CallbackStreamer,
+    answers,
+    asked,
+    load_chat_model,
+    read_requests,
+)
+from qlora_exp.models.base import stop_tokens
 from qlora_exp.utils.errors import ConfigError, DataError, ModelError
 
 pytestmark = pytest.mark.slow
@@ -69,6 +83,27 @@ def test_answer_is_streamed(talker):
     pieces = []
     answer = talker.answer(asked("Why?"), SHORT, pieces.append)
     assert "".join(pieces).strip() == answer
+
+
+@given(st.lists(st.text("ab#\n", max_size=4)), st.lists(st.text("ab#\n", min_size=1, max_size=4), max_size=2))
+def test_text_that_ends_an_answer_is_not_streamed(pieces: list[str], stops: list[str]):
+    shown: list[str] = []
+    text, streamer = "", _CallbackStreamer(None, shown.append, stops)
+    for piece in pieces:
+        text += piece
+        streamer.on_finalized_text(piece)
+        if any(stop in text for stop in stops):  # generation ends there
+            break
+    streamer.on_finalized_text("", stream_end=True)
+    assert "".join(shown) == before_end(text, stops)
+
+
+def test_each_adapter_ends_its_answers_with_its_own_end(talker):
+    ends = {"default": EndOfTurn(None, "### End\n"), "same_kind": EndOfTurn(9, "")}
+    changed = replace(talker, ends=ends)
+    eos = stop_tokens(talker.model, talker.tokenizer)
+    assert changed._stops(None) == (eos, ["### End"])
+    assert changed._stops("same_kind") == (sorted([*eos, 9]), [])
 
 
 def test_sampling_is_determined_by_its_seed(talker):

@@ -91,6 +91,12 @@ def test_modelfile_without_chat_template_continues_text(own_tokenizer):
     assert 'TEMPLATE """{{ .Prompt }}{{ .Response }}"""' in modelfile(own_tokenizer, "x.gguf")
 
 
+def test_ollama_stops_at_text_that_ends_the_chat_templates_turns():
+    for end in ("### End\n", "\n\nUser:"):
+        text = modelfile(tokenizer(eos_token="<|endoftext|>", template=WITH_DEFAULT.replace("<|im_end|>\n", end)), "x")
+        assert f'PARAMETER stop """{end.rstrip()}"""\n' in text
+
+
 def test_ollama_stops_at_the_end_of_the_chat_templates_turns():
     text = modelfile(tokenizer(eos_token="<|endoftext|>"), "model.gguf")
     assert 'PARAMETER stop """<|endoftext|>"""' in text

@@ -89,10 +89,11 @@ def test_tokenizer_is_untrusted(adapter: Path):
 def test_generation_settings_of_a_stranger_take_no_effect(whole: Path, caplog):
     file = whole / "generation_config.json"
     before = file.read_text()
-    edit(file, num_beams=10**5, stop_strings=["x"], custom_generate="evil/repo", penalty_alpha=0.5, is_assistant=True)
+    edit(file, num_beams=10**5, stop_strings=["xyz"], custom_generate="evil/repo", penalty_alpha=0.5, is_assistant=True)
     model = chat.load_chat_model({"default": str(whole)}, device="cpu")
     assert model.answer(chat.asked("hi"), chat.Sampling(max_new_tokens=2)) is not None
-    assert "not used: custom_generate, is_assistant, num_beams, penalty_alpha, stop_strings" in caplog.text
+    assert "not used: custom_generate, is_assistant, num_beams, penalty_alpha" in caplog.text
+    assert model.model.generation_config.stop_strings == ["xyz"]
     config = (whole / "config.json").read_text()
     edit(whole / "config.json", output_hidden_states="x")
     with pytest.raises(ModelError, match="may be damaged: TypeError"):
@@ -102,6 +103,11 @@ def test_generation_settings_of_a_stranger_take_no_effect(whole: Path, caplog):
     edit(file, eos_token_id="x")
     with pytest.raises(ModelError, match="generation_config.json: eos_token_id must be the number of a token"):
         load.load(str(whole), device="cpu")
+    for stops in ("x", [3], ["x" * 1000], ["x"] * 1000):
+        file.write_text(before)
+        edit(file, stop_strings=stops)
+        with pytest.raises(ModelError, match="stop_strings must be at most 20 short texts"):
+            load.load(str(whole), device="cpu")
 
 
 def test_weights_that_are_missing_or_too_many_are_refused(whole: Path):

@@ -3,8 +3,9 @@ import inspect
 import torch
 from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, Trainer, TrainingArguments
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from qlora_exp.libraries.transformers import load_best_checkpoint, with_bitsandbytes_layers
+from qlora_exp.libraries.transformers import load_best_checkpoint, model_types, with_bitsandbytes_layers
 
 
 def test_linear_layers_become_bitsandbytes_and_the_head_stays():
@@ -14,6 +15,13 @@ def test_linear_layers_become_bitsandbytes_and_the_head_stays():
         with_bitsandbytes_layers(model, BitsAndBytesConfig(load_in_4bit=True))
     assert isinstance(model.model.layers[0].mlp.up_proj, Linear4bit)
     assert type(model.lm_head) is torch.nn.Linear
+
+
+def test_every_type_of_model_that_generates_text_is_known():
+    known = model_types()
+    assert {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES} <= known
+    assert {"llama", "gemma3_text", "gpt-sw3"} <= known
+    assert "lama" not in known
 
 
 def test_the_best_checkpoint_is_that_of_the_state(tmp_path):

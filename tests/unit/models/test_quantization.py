@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.environment.device import Device, resolve
-from qlora_exp.models import quantization
+from qlora_exp.models import files, quantization
 from qlora_exp.models.adapters import attach, peft_config
-from qlora_exp.models.base import load_model, locate
+from qlora_exp.models.base import load_model
+from qlora_exp.models.files import locate
 from qlora_exp.utils.errors import ModelError
 
 pytestmark = pytest.mark.usefixtures("_quanto")
@@ -79,7 +80,7 @@ def test_layer_computes_with_its_dequantized_weights(name: str):
 
 @pytest.mark.parametrize("name", ["torchao_int8", "quanto_int4"])
 def test_missing_quantizer_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(quantization, "find_spec", lambda _: None)
+    monkeypatch.setattr(files, "find_spec", lambda _: None)
     with pytest.raises(ModelError, match="qlora-exp\\[quantizers\\]"):
         load("method=lora", f"quantization={name}")
 
@@ -107,7 +108,7 @@ def test_missing_quantizer_package_is_named(name: str, monkeypatch: pytest.Monke
 def test_files_quantized_otherwise_are_rejected(asked: str, stored: dict | None, says: str):
     config = compose(["method=lora", f"quantization={asked}"]).quantization
     with pytest.raises(ModelError) as error:
-        quantization.check_files("x", config, stored)
+        files.check_files("x", config, stored)
     assert says in str(error.value)
 
 
@@ -122,7 +123,7 @@ def test_files_quantized_otherwise_are_rejected(asked: str, stored: dict | None,
     ],
 )
 def test_files_quantized_as_configured_are_accepted(asked: str, stored: dict | None):
-    quantization.check_files("x", compose(["method=lora", f"quantization={asked}"]).quantization, stored)
+    files.check_files("x", compose(["method=lora", f"quantization={asked}"]).quantization, stored)
 
 
 @pytest.mark.parametrize("name", ["torchao_float8", "quanto_float8"])

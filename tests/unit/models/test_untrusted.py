@@ -12,7 +12,8 @@ import torch
 
 from qlora_exp.config.sections.model import ModelConfig
 from qlora_exp.models.base import load_tokenizer, load_unquantized, skeleton
-from qlora_exp.models.untrusted import bounded, check_folder, explained, most_values, read_json
+from qlora_exp.models.files import read_json
+from qlora_exp.models.untrusted import bounded, check_folder, explained, most_values
 from qlora_exp.utils.errors import ConfigError, ModelError
 
 

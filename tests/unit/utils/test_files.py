@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from qlora_exp.utils.errors import ModelError
 from qlora_exp.utils.files import (
+    check_source,
     copy_without_links,
     open_inside,
     own_user,
@@ -139,3 +141,14 @@ def test_folder_is_copied_without_links(tmp_path):
     (tmp_path / "from" / "more").symlink_to(tmp_path / "from" / "below")
     with pytest.raises(OSError, match="a link"):
         copy_without_links(tmp_path / "from", tmp_path / "again")
+
+
+@pytest.mark.parametrize("source", ["./nowhere", "outputs/gone", "~/gone", "/gone"])
+def test_source_that_can_only_be_a_folder_must_exist(source: str):
+    with pytest.raises(ModelError, match=f"{source}: there is no such folder; name a run id"):
+        check_source(source)
+
+
+@pytest.mark.parametrize("source", [".", "0a1b2c", "models:/m-1", "models:/concrete@champion"])
+def test_source_that_may_exist_is_accepted(source: str):
+    check_source(source)

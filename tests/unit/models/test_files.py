@@ -1,0 +1,145 @@
+"""What a model's files say is checked before anything slow is imported."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_exp.config.hydra_compose import compose
+from qlora_exp.models import files
+from qlora_exp.utils.errors import ConfigError, ModelError
+
+COMPLETE = ("tokenizer.json", "model.safetensors")
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+
+
+@pytest.fixture
+def make_model(tmp_path):
+    """Write a model's config.json and its other files, which are empty; give its folder."""
+
+    def make(config: dict | str | None, *names: str) -> str:
+        folder = tmp_path / "model"
+        folder.mkdir()
+        for name in names:
+            (folder / name).write_text("{}")
+        if config is not None:
+            (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+        return str(folder)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("config", "names", "words", "message"),
+    [
+        (None, (), (), "it has no config.json"),
+        (None, ("adapter_config.json",), (), "holds an adapter, not a model; merge it"),
+        ("{", COMPLETE, (), "config.json is damaged"),
+        ("[]", COMPLETE, (), "config.json is damaged: it must be a JSON object"),
+        ({"model_type": "llamma"}, COMPLETE, (), "no model of type llamma; did you mean '.*llama"),
+        ({"model_type": "llama"}, ("model.safetensors",), (), "it has no tokenizer"),
+        ({"model_type": "llama"}, ("tokenizer.json",), (), "it has no weights"),
+        ({"model_type": "falcon"}, COMPLETE, ("method=qlora",), "nf4_double would leave most of .* FalconLinear"),
+        ({"model_type": "falcon"}, COMPLETE, ("quantization=int8",), "int8 would leave most of .* FalconLinear"),
+        ({"model_type": "falcon"}, COMPLETE, ("lora_variant=lora_ga",), "lora_variant=lora_ga cannot train .* falcon"),
+        ({"model_type": "x", "text_config": {"model_type": "llama"}}, COMPLETE, (), "no model of type x"),
+        *(
+            ({"model_type": "llama", "quantization_config": stored}, COMPLETE, words, message)
+            for stored, words, message in (
+                ({"quant_method": "gptq"}, ("method=qlora",), r"quantized already \(gptq\): choose quantization=gptq"),
+                ({"quant_method": "awq"}, (), r"quantized already \(awq\): choose quantization=awq"),
+                ({"quant_method": "fp8"}, (), r"quantized already \(fp8\): choose another model"),
+                (NF4, ("method=qlora",), "choose quantization=nf4"),
+            )
+        ),
+    ],
+)
+def test_mistakes_are_seen_in_files(config, names, words, message, make_model):
+    made = make_model(config, *names)
+    with pytest.raises((ModelError, ConfigError), match=message):
+        files.check(compose(["method=lora", *words, f"model.model_name_or_path={made}"]))
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"model_type": "llama"}, ("method=qlora",)),
+        ({"model_type": "gpt-sw3"}, ()),
+        ({"model_type": "their_own", "auto_map": {"AutoConfig": "theirs.Config"}}, ()),
+        ({"model_type": "falcon"}, ()),
+        ({"model_type": "llama", "quantization_config": NF4}, ("method=qlora", "quantization=nf4")),
+        ({"architectures": ["LlamaForCausalLM"]}, ()),  # transformers may know it by its name
+    ],
+)
+def test_models_without_a_mistake_are_accepted(config, words, make_model):
+    files.check(compose(["method=lora", *words, f"model.model_name_or_path={make_model(config, *COMPLETE)}"]))
+
+
+def test_missing_shard_is_named(make_model):
+    folder = Path(make_model({"model_type": "llama"}, "tokenizer.json", "a.safetensors"))
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}')
+    with pytest.raises(ModelError, match="it lacks b.safetensors, which"):
+        files.check(compose(["method=lora", f"model.model_name_or_path={folder}"]))
+
+
+def test_plan_needs_neither_weights_nor_tokenizer(make_model):
+    made = make_model({"model_type": "llama"})
+    files.check(compose(["method=lora", f"model.model_name_or_path={made}"]), trains=False)
+    there = "model.architecture={_name_or_path: org/name, model_type: falcon}"
+    with pytest.raises(ModelError, match="FalconLinear"):
+        files.check(compose(["method=qlora", "model.model_name_or_path=org/name", there]), trains=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("./nowhere", "there is no folder ./nowhere"),
+        ("random:lama", "did you mean 'random:llama'"),
+        ("embedded:smollm", "did you mean 'embedded:smollm2-135m'"),
+        ("random:falcon", "FalconLinear"),
+        ("models/nowhere", "models/nowhere: is not a local folder, and cannot be fetched from the hub"),
+        ("two/slashes/here", "no such model on the hub, and no such local folder"),
+    ],
+)
+def test_model_that_is_nowhere_is_rejected(name, message):
+    with pytest.raises((ModelError, ConfigError), match=message):
+        files.check(compose(["method=qlora", f"model.model_name_or_path={name}"]))
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """Put a file of a model into a hub's cache."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+    def put(name: str, content: dict) -> None:
+        folder = tmp_path / "models--org--name"
+        (folder / "snapshots" / "a").mkdir(parents=True)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text("a")
+        (folder / "snapshots" / "a" / name).write_text(json.dumps(content))
+
+    return put
+
+
+def test_config_in_the_cache_of_the_hub_is_checked(hub_cache):
+    hub_cache("config.json", {"model_type": "falcon"})
+    with pytest.raises(ModelError, match="org/name: .* FalconLinear"):
+        files.check(compose(["method=qlora", "model.model_name_or_path=org/name"]))
+
+
+def test_adapter_of_the_hub_names_its_base(hub_cache):
+    hub_cache("adapter_config.json", {"base_model_name_or_path": "org/base"})
+    with pytest.raises(ModelError, match="org/name holds an adapter.*its base is org/base: use model"):
+        files.check(compose(["method=lora", "model.model_name_or_path=org/name"]))
+
+
+def test_nothing_slow_is_imported(make_model):
+    made = make_model({"model_type": "llama"}, *COMPLETE)
+    code = (
+        "import sys; from qlora_exp.config.hydra_compose import compose; from qlora_exp.models import files; "
+        f"files.check(compose(['method=lora', 'model.model_name_or_path={made}'])); "
+        "sys.exit(bool({'torch', 'peft', 'trl', 'datasets'} & {*sys.modules}))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
