@@ -159,8 +159,7 @@ def _call(pickled: bytes, output: Path | None, gpu: str | None) -> None:
     """Call the task; runs in the job's process."""
     import cloudpickle
 
-    gc.freeze()  # objects made by imports are shared with the fork server and never garbage: skip them
-    gc.enable()
+    gc.enable()  # `preload` turned it off
     if gpu is not None:  # must be set before CUDA initializes
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     if output is not None:
