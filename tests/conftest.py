@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import shutil
 import sqlite3
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -64,6 +65,26 @@ def _no_waiting_for_disks() -> Iterator[None]:
         patched.setattr(os, "fsync", lambda _: None)
         yield
     event.remove(Engine, "connect", connected)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _stores_are_copied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let MLflow create one store, which takes seconds, and copy it for all others."""
+    if (mlflow_store := sys.modules.get("qlora_exp.tracking.mlflow_store")) is None:  # no test here imports it
+        yield
+        return
+    from sqlalchemy import make_url
+
+    create, made = mlflow_store.create_tables, tmp_path_factory.mktemp("store") / "mlflow.db"
+
+    def copy(uri: str) -> None:
+        if not made.exists():
+            create(f"sqlite:///{made}")
+        shutil.copy(made, str(make_url(uri).database))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(mlflow_store, "create_tables", copy)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
