@@ -8,8 +8,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
 
 import json
+import multiprocessing
 import shutil
 import sqlite3
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -26,12 +28,15 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 quiet()
+# Whichever test starts the fork server: all others fork from it too, and would load the libraries themselves.
+multiprocessing.get_context("forkserver").set_forkserver_preload(["qlora_exp.sweeps.launchers.preload"])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a CUDA device where there is none."""
+    """Skip what needs a CUDA device where there is none. Begin with what takes long, so that no worker ends with it."""
     import torch
 
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
@@ -60,6 +65,26 @@ def _no_waiting_for_disks() -> Iterator[None]:
         patched.setattr(os, "fsync", lambda _: None)
         yield
     event.remove(Engine, "connect", connected)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _stores_are_copied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let MLflow create one store, which takes seconds, and copy it for all others."""
+    if (mlflow_store := sys.modules.get("qlora_exp.tracking.mlflow_store")) is None:  # no test here imports it
+        yield
+        return
+    from sqlalchemy import make_url
+
+    create, made = mlflow_store.create_tables, tmp_path_factory.mktemp("store") / "mlflow.db"
+
+    def copy(uri: str) -> None:
+        if not made.exists():
+            create(f"sqlite:///{made}")
+        shutil.copy(made, str(make_url(uri).database))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(mlflow_store, "create_tables", copy)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -124,9 +149,16 @@ def make_config() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def _imported() -> None:
-    """Hide what a run imports from garbage collection, which takes half of a tiny run's time otherwise."""
+    """Import what a run imports, and hide it from garbage collection."""
     import qlora_exp.sweeps.launchers.preload  # noqa: F401
 
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _kept_objects_are_not_garbage() -> None:
+    """Hide what is imported so far from garbage collection, which takes a fifth of all time otherwise."""
     gc.collect()
     gc.freeze()
 

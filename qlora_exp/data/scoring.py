@@ -30,13 +30,13 @@ from qlora_exp.utils.errors import DataError
 
 log = logging.getLogger(__name__)
 
-SECONDS = 10
+SECONDS = 10.0
 """Time limit for one answer; ordinary answers take milliseconds."""
 _BYTES = 2 << 30
 """Limit of address space for one answer; reasoning-gym itself takes 0.3 GiB."""
 _PIPE = 3
 """File descriptor of the pipe for the score: the only one of a fork that leads anywhere."""
-_LATE = ("integrals", "physics.units", "polys", "sets.handlers", "simplify", "tensor.array")
+_LATE = ("assumptions", "integrals", "physics.units", "polys", "sets.handlers", "simplify", "tensor.array")
 """Parts of sympy that sympy imports only for some answers. A fork cannot import, so they are imported before."""
 _FORBIDDEN = "the answer made a system call that is not allowed"
 _ALLOWED = {
@@ -112,7 +112,7 @@ class Scorer:
         return process
 
 
-def score_in_fork(judge: Any, answer: str, entry: dict[str, Any], seconds: int) -> dict[str, Any]:
+def score_in_fork(judge: Any, answer: str, entry: dict[str, Any], seconds: float) -> dict[str, Any]:
     """Score one answer in a fork without rights.
 
     Returns:
@@ -131,7 +131,7 @@ def score_in_fork(judge: Any, answer: str, entry: dict[str, Any], seconds: int) 
     with open(reader, "rb") as pipe:
         text = pipe.read(64)  # enough for a number, whatever was written
     if code:
-        reasons = {-signal.SIGSYS: _FORBIDDEN, -signal.SIGALRM: f"it took {seconds} seconds"}
+        reasons = {-signal.SIGSYS: _FORBIDDEN, -signal.SIGALRM: f"it took {seconds:g} seconds"}
         why = "the scorer raised an error" if code == 1 else f"signal {-code}"
         return {"stopped": reasons.get(code, why)}
     try:
@@ -141,7 +141,7 @@ def score_in_fork(judge: Any, answer: str, entry: dict[str, Any], seconds: int) 
     return {"score": score} if 0 <= score <= 1 + 1e-9 else {"stopped": "the score is not a number from 0 to 1"}
 
 
-def _give_up_rights(writer: int, seconds: int) -> None:
+def _give_up_rights(writer: int, seconds: float) -> None:
     """Give up all rights of this process for ever: nothing that it does later can undo this."""
     import resource
 
@@ -153,7 +153,7 @@ def _give_up_rights(writer: int, seconds: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (_BYTES, _BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(seconds)  # later, signals can be neither blocked nor handled, and no other alarm can be set
+    signal.setitimer(signal.ITIMER_REAL, seconds)  # later, signals can be neither blocked nor handled, no timer set
     _allow_only_to_compute()
 
 
@@ -192,7 +192,8 @@ def prepared(task: str, settings: Mapping[str, Any]) -> Any:
     for part in _LATE:
         package = importlib.import_module(f"sympy.{part}")
         for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
-            importlib.import_module(module.name)
+            if not module.name.endswith("_doc"):  # they compute tables for sympy's documentation, for seconds
+                importlib.import_module(module.name)
     return judge
 
 

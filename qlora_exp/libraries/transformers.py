@@ -1,9 +1,13 @@
 """Wrap transformers' private parts. Checked on transformers 5.23.0."""
 
 import runpy
+from contextlib import AbstractContextManager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from qlora_exp.libraries.patching import patched
 
 
 def model_types() -> set[str]:
@@ -38,3 +42,14 @@ def load_best_checkpoint(trainer: Any) -> None:
     `load_best_model_at_end` does this after training. There is no public way to do it for a checkpoint of our choice.
     """
     trainer._load_best_model()
+
+
+def gguf_files_read_once() -> AbstractContextManager[None]:
+    """Let `from_pretrained` read a GGUF file once within the context: it takes seconds for a real vocabulary.
+
+    transformers reads it for the tokenizer, for the config and for the weights, and maps the names of all tensors again
+    for each module. It takes `gguf.GGUFReader` and `gguf.get_tensor_name_map` from their module at each use.
+    """
+    import gguf
+
+    return patched(gguf, GGUFReader=cache(gguf.GGUFReader), get_tensor_name_map=cache(gguf.get_tensor_name_map))

@@ -10,7 +10,7 @@ GPU = Device("cuda", "GPU", bf16=True, paging=True)
 CPU = Device("cpu", "CPU", bf16=False, paging=False)
 
 
-HIDDEN, INNER, LAYERS, VOCABULARY = 128, 256, 6, 512
+HIDDEN, INNER, LAYERS, VOCABULARY = 128, 256, 2, 512
 
 
 ARCHITECTURE = (

@@ -1,39 +1,97 @@
 """Processes that tests kill. They are forked from one that has the libraries already: loading them takes seconds."""
 
 import gc
+import multiprocessing
 import os
+import runpy
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import psutil
+import pytest
+
+from qlora_exp.sweeps.launchers.local import warm
 
 
 def start(call: Callable[..., None], *arguments: Any) -> Any:
     """Start `call`, a function of this module, in a process of its own."""
-    from qlora_exp.sweeps.launchers.local import warm
-
-    process = warm(1).Process(target=call, args=(*arguments,))
+    context = warm(1)
+    process = context.Process(target=_called, args=(forkserver._forkserver._forkserver_address, call, arguments))
     process.start()
     return process
 
 
-def command(words: Sequence[str], folder: Path | None = None) -> None:
-    """Run the command line; with a folder, there, and write what it prints to `FOLDER.stdout` and `FOLDER.stderr`."""
+def _called(server: str, call: Callable[..., None], arguments: Sequence[Any]) -> None:
+    """Call a function where processes are forked from the fork server that this one is from, not from a new one."""
+    gc.enable()
+    forkserver._forkserver._forkserver_address = server
+    forkserver._forkserver.ensure_running = forkserver.ensure_running = lambda: None
+    call(*arguments)
+
+
+def command(words: Sequence[str]) -> None:
+    """Run the command line."""
     from qlora_exp.cli.main import main
 
-    gc.enable()
-    if folder is not None:
-        os.chdir(folder)
-        for stream, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(f"{folder}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     main(words)
 
 
-def finished_command(words: Sequence[str], folder: Path) -> tuple[int, str, str]:
-    """Run the command line in a folder; give its exit code and what it wrote to stdout and stderr."""
-    process = start(command, words, folder)
-    process.join()
-    return process.exitcode, *(Path(f"{folder}.{name}").read_text() for name in ("stdout", "stderr"))
+def interpreter(words: Sequence[str], stdout: Path | str, stderr: Path | str) -> None:
+    """Do what Python does with these words, and write what it prints to two files."""
+    for stream, name in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+    is_module = words[0] == "-m"
+    sys.argv = [*words[is_module:]]
+    (runpy.run_module if is_module else runpy.run_path)(sys.argv[0], run_name="__main__")
+
+
+def python_in_forks(patched: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let `subprocess.run`, `psutil.Popen` and `spawn` fork Python's processes from one that has the libraries.
+
+    What `subprocess.run` collects is written to `folder`.
+    """
+    run, context = subprocess.run, warm(1)
+
+    def forked(words: Sequence[str], check: bool = False, **options: Any) -> subprocess.CompletedProcess[Any]:
+        if words[0] != sys.executable:
+            return run(words, check=check, **options)
+        process = start(interpreter, words[1:], f"{folder}.stdout", f"{folder}.stderr")
+        process.join()
+        printed = [Path(f"{folder}.{name}").read_text() for name in ("stdout", "stderr")]
+        done = subprocess.CompletedProcess(words, process.exitcode, *printed)
+        if check:
+            done.check_returncode()
+        return done
+
+    patched.setattr(subprocess, "run", forked)
+    patched.setattr(psutil, "Popen", _Popen)
+    patched.setattr(multiprocessing, "get_context", lambda _: context)
+
+
+class _Popen:
+    def __init__(self, words: Sequence[str], stdout: Any, stderr: Any) -> None:
+        self._process = start(interpreter, words[1:], stdout.name, stderr.name)
+
+    def poll(self) -> int | None:
+        self._process.join(0)
+        return self.returncode
+
+    @property
+    def returncode(self) -> int | None:
+        code: int | None = self._process.exitcode
+        return code
+
+    def memory_info(self) -> Any:
+        with suppress(psutil.NoSuchProcess):
+            return psutil.Process(self._process.pid).memory_info()
+        return SimpleNamespace(rss=0)  # it has just ended
 
 
 def killed_after_its_start(words: Sequence[str], folder: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers import processes
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 RUN_HERE = {
@@ -29,14 +30,14 @@ PEFT_RUN = {
     "reserved_p99_gib": "20",
 }
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.long, pytest.mark.slow]
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a benchmark in an empty folder and give what it printed; in this process, which has its imports already."""
+    """Run a benchmark in an empty folder and give what it printed; in processes that have its imports already."""
     monkeypatch.syspath_prepend(FOLDER)
-    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))  # for the processes that it starts
+    processes.python_in_forks(monkeypatch, tmp_path.with_suffix(".forked"))
 
     def start(name: str, *arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])

@@ -1,10 +1,9 @@
 """From a trained run to a model that others load and ask."""
 
 import json
+import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -13,7 +12,8 @@ from pathlib import Path
 import mlflow
 import pytest
 import torch
-from support import QUICK, exit_code, take_interrupts
+from helpers import processes
+from support import QUICK, exit_code
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.deploy import load, serve
@@ -55,20 +55,20 @@ def ask(url: str, body: dict) -> dict:
         return json.load(answer)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("server", "health"), [("transformers", "health"), ("mlflow", "ping")])
 def test_client_of_a_server_gets_the_answer_of_the_model(server, health, trained_adapters, tmp_path):
     folder, port = str(trained_adapters()), free_port()
-    command = [sys.executable, "-m", "qlora_exp", "serve", folder, "--with", server, "--port", str(port)]
-    log = (tmp_path / "log").open("w")
-    command += ["--device", "cpu", "--out", "served"]
-    process = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=take_interrupts)
+    words = ["serve", folder, "--with", server, "--port", str(port), "--device", "cpu", "--out", "served"]
+    out, log = tmp_path / "out", tmp_path / "log"
+    process = processes.start(processes.interpreter, ["-m", "qlora_exp", *words], out, log)  # the server replaces it
     try:
         for _ in range(600):
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/{health}", timeout=5)
                 break
             except (urllib.error.URLError, OSError):
-                assert process.poll() is None, (tmp_path / "log").read_text()
+                assert process.is_alive(), log.read_text()
                 time.sleep(0.2)
         made = serve.server(server, Path("served"), "127.0.0.1", port)
         body = {"messages": [{"role": "user", "content": "Why?"}], "max_tokens": 6, "temperature": 1e-6}
@@ -78,8 +78,9 @@ def test_client_of_a_server_gets_the_answer_of_the_model(server, health, trained
         else:  # clients ask for it, whatever it lists
             assert urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=60).status == 200
     finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(30)
+        os.kill(process.pid, signal.SIGINT)
+        process.join(30)
+        assert not process.is_alive()
     model, tokenizer = load.load(str(tmp_path / "served"), device="cpu")
     asked = [{"role": "user", "content": "Why?"}]
     prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
@@ -106,6 +107,7 @@ def test_merge_and_export_commands_are_logged_to_the_run(run_quick, mlflow_uri, 
     assert [one.path for one in told] == ["exports/gguf-q8_0.json", "exports/merged-bfloat16.json"]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("_imported")
 def test_deployment_gap_command_measures_each_format(mlflow_uri, tmp_path, capsys, monkeypatch):
     from qlora_exp.recipe.finetune import run

@@ -1,16 +1,18 @@
 """Sweeps through each launcher, as a user starts them."""
 
 import pytest
-from helpers.processes import finished_command
-from support import QUICK, command
+from support import QUICK, command, exit_code
 
 from qlora_exp.tracking.mlflow_store import client
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("launcher", "more"), [("local", []), ("joblib", []), ("slurm", ["hydra.launcher.cluster=local"])]
 )
-def test_every_launcher_runs_a_sweep_and_skips_finished_jobs(launcher: str, more: list[str], mlflow_uri, tmp_path):
+def test_every_launcher_runs_a_sweep_and_skips_finished_jobs(
+    launcher: str, more: list[str], mlflow_uri, tmp_path, monkeypatch, capfd
+):
     words = ["train", "-m", f"hydra/launcher={launcher}", *more, *QUICK]
     words += ["evaluation=loss_only", "method=lora", "training.max_length=5,300", f"tracking.uri={mlflow_uri}"]
     words += [f"tracking.experiment_name={launcher}"]
@@ -18,12 +20,14 @@ def test_every_launcher_runs_a_sweep_and_skips_finished_jobs(launcher: str, more
     mlflow = client(mlflow_uri)
     folder = tmp_path / 'it\'s here, {1}="2"'
     folder.mkdir()
+    monkeypatch.chdir(folder)
     for again in ([], [] if launcher == "local" else ["--dry-run"]):
-        if launcher == "joblib":  # its workers end at the end of an interpreter, which a forked process does not have
-            done = command(*words, *again, cwd=folder)
+        if launcher == "joblib" and not again:  # its workers end with the process that started them
+            done = command(*words)
             code, shown, errors = done.returncode, done.stdout, done.stderr
         else:
-            code, shown, errors = finished_command([*words, *again], folder)
+            code = exit_code(*words, *again)
+            shown, errors = capfd.readouterr()
         assert "Traceback" not in errors
         if not again:
             assert code == 1, errors  # one of the two must fail

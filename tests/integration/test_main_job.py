@@ -6,6 +6,7 @@ import pytest
 
 
 @pytest.mark.embedded
+@pytest.mark.long
 def test_builtin_model_learns(mlflow_uri, tmp_path, read_losses):
     from qlora_exp.config.hydra_compose import compose
     from qlora_exp.recipe.finetune import run

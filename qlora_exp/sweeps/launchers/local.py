@@ -160,8 +160,7 @@ def _call(pickled: bytes, output: Path | None, environment: dict[str, str]) -> N
     """Call the task; runs in the job's process."""
     import cloudpickle
 
-    gc.freeze()  # objects made by imports are shared with the fork server and never garbage: skip them
-    gc.enable()
+    gc.enable()  # `preload` turned it off
     os.environ.clear()  # the fork server's is that of when it started, maybe for an earlier sweep
     os.environ.update(environment)
     if output is not None:

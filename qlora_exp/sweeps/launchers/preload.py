@@ -79,4 +79,5 @@ with _without_cuda(_GPUS):
 if _CODE_IS_LOADED:  # jobs run the loaded code even if files change later, so compute its digest now
     run_key.code_digest()
 provenance.environment()  # kept for each job's record
+gc.freeze()  # what is imported is never garbage: collections in the jobs skip it
 signal.signal(signal.SIGINT, signal.default_int_handler)  # for the jobs; the fork server itself still ignores Ctrl-C

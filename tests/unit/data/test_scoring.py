@@ -56,11 +56,12 @@ def task(name: str) -> tuple[scoring.Scorer, dict[str, str]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_code_in_an_answer_has_no_effect(name: str, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(scoring, "SECONDS", 1)
     score, row = task(name)
     canary, before = tmp_path / "canary", score.stopped
-    for answer in (*HOSTILE, *FOREVER):
-        assert score(answer.replace("{0}", str(canary)), row) <= 0.1, answer[:60]
+    with monkeypatch.context() as patched:
+        patched.setattr(scoring, "SECONDS", 0.3)
+        for answer in (*HOSTILE, *FOREVER):
+            assert score(answer.replace("{0}", str(canary)), row) <= 0.1, answer[:60]
     assert not canary.exists()
     assert score.stopped > before + 3
     assert score(row["answer"], row) == 1.0  # whatever was before

@@ -1,11 +1,26 @@
 import inspect
 
+import gguf
 import torch
 from bitsandbytes.nn import Linear4bit
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, Trainer, TrainingArguments
+from helpers.gguf_models import write_tiny_gguf
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+    LlamaConfig,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from qlora_exp.libraries.transformers import load_best_checkpoint, model_types, with_bitsandbytes_layers
+from qlora_exp.libraries.transformers import (
+    gguf_files_read_once,
+    load_best_checkpoint,
+    model_types,
+    with_bitsandbytes_layers,
+)
 
 
 def test_linear_layers_become_bitsandbytes_and_the_head_stays():
@@ -35,6 +50,30 @@ def test_the_best_checkpoint_is_that_of_the_state(tmp_path):
     trainer.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
     load_best_checkpoint(trainer)
     assert torch.equal(trainer.model.lm_head.weight, before)
+
+
+def test_a_gguf_file_is_read_once(tmp_path, monkeypatch):
+    folder = tmp_path / "written"
+    folder.mkdir()
+    written, _ = write_tiny_gguf(folder, "llama")
+    reads = []
+
+    class Counting(gguf.GGUFReader):
+        def __init__(self, path):
+            reads.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counting)
+    with gguf_files_read_once():
+        AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
+        settings = GgufConfig(dequantize=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file="model.gguf", quantization_config=settings, dtype="float32"
+        )
+    assert len(reads) == 1
+    assert gguf.GGUFReader is Counting
+    weights = model.state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in written.state_dict().items())
 
 
 def test_transformers_calls_what_our_trainer_overrides():

@@ -67,11 +67,13 @@ def test_memory_grows_linearly_with_layers():
     "words", [["method=lora"], ["method=full"], ["method=lora", "training.gradient_checkpointing=true"]], ids=str
 )
 def test_prediction_matches_a_profiled_step(words: list[str], tmp_path: Path):
-    config = compose(["model=tiny_llama", ARCHITECTURE, "training.max_length=64", "device=cpu", *words])
+    layers = 6  # more than a plan runs
+    words = ["model=tiny_llama", ARCHITECTURE, f"++model.architecture.num_hidden_layers={layers}", *words]
+    config = compose([*words, "training.max_length=64", "device=cpu"])
     resolved = resolve(config, CPU)
     found = planner.Planner(config, resolved).predict().phases["first_step"].allocated
     torch.manual_seed(0)
-    model = planner.build_model(config, resolved, base.model_config(config.model), LAYERS)
+    model = planner.build_model(config, resolved, base.model_config(config.model), layers)
     ids = torch.arange(4 * 64).view(4, 64) % VOCABULARY
     mask = torch.ones_like(ids)
     mask[0, 60:] = 0
@@ -123,8 +125,7 @@ def test_config_that_cannot_be_planned_is_rejected_with_its_reason(words: list[s
     ids=lambda words: words[-1],
 )
 def test_method_that_looks_at_values_is_planned_as_it_is_built(words: list[str]):
-    words = ["model=tiny_llama", ARCHITECTURE, "training.max_length=16", "device=cpu", *words]
-    config = compose([*words, "++model.architecture.num_hidden_layers=2"])
+    config = compose(["model=tiny_llama", ARCHITECTURE, "training.max_length=16", "device=cpu", *words])
     prediction = planner.planner(config, CPU).predict(evaluated=0)
     torch.manual_seed(0)
     skeleton = AutoModelForCausalLM.from_config(base.model_config(config.model))
@@ -138,7 +139,7 @@ def test_method_that_looks_at_values_is_planned_as_it_is_built(words: list[str])
 
 @pytest.mark.parametrize("method", ["hira", "shira"])
 def test_method_that_dequantizes_weights_is_planned_on_4_bits(method: str):
-    words = [f"method={method}", "++model.architecture.num_hidden_layers=2", "training.max_length=16"]
+    words = [f"method={method}", "training.max_length=16"]
     assert predict(*words, "quantization=nf4").trainable == predict(*words).trainable
 
 

@@ -13,9 +13,7 @@ from qlora_exp.sweeps.launchers.local import Task, run_all
 
 
 @pytest.fixture(autouse=True)
-def _light(monkeypatch):
-    """These jobs need no libraries."""
-    monkeypatch.setattr(local, "_PRELOAD", ["cloudpickle"])
+def _short_grace(monkeypatch):
     monkeypatch.setattr(local, "GRACE_SECONDS", 3.0)
 
 
