@@ -92,6 +92,12 @@ class Journal:
             self._own.close()
         self._lock.release()
 
+    def discard(self) -> None:
+        """Release the lock, and remove what was written: the run was refused before it began."""
+        self.close()
+        for name in (FILE, _STATE, "journal.lock"):
+            (self.folder / name).unlink(missing_ok=True)
+
     def check(self) -> None:
         """Check that the file is still the one that this process writes.
 
