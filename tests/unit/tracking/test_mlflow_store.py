@@ -1,6 +1,7 @@
 """A store is whole or not there."""
 
 import os
+from unittest.mock import Mock
 
 import pytest
 from helpers.tracking import start_run
@@ -73,11 +74,7 @@ def test_error_of_a_store_says_what_to_do(tmp_path, monkeypatch):
         "API request to endpoint /x failed with error code 401 != 200": "401.*; set MLFLOW_TRACKING_USERNAME and",
         "API request to endpoint /x failed with error code 403 != 200": "403.*; ask who manages the experiment",
     }
-
-    def fail(*_: object, **__: object) -> None:
-        raise MlflowException(text)
-
-    monkeypatch.setattr("mlflow.MlflowClient.search_experiments", fail)
     for text, message in texts.items():
+        monkeypatch.setattr("mlflow.MlflowClient.search_experiments", Mock(side_effect=MlflowException(text)))
         with pytest.raises(TrackingError, match=message):
             client("https://host")
