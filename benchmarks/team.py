@@ -178,7 +178,7 @@ class Team:
         """Give bob, rita and nick their rights to the experiment that ann's first sweep made."""
         experiment = self.admin.get_experiment_by_name(EXPERIMENT)
         assert experiment is not None
-        for name, right in (("bob", "EDIT"), ("rita", "READ"), ("nick", "NO_PERMISSIONS")):
+        for name, right in (("bob", "EDIT"), ("rita", "READ"), ("nick", "DENY")):
             self.rights.grant_user_permission(name, "experiment", experiment.experiment_id, right)
 
 

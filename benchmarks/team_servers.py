@@ -98,6 +98,7 @@ class Server:
         folder.mkdir()
         config = {"default_permission": "READ", "database_uri": postgres.uri("auth"), "admin_username": "admin"}
         config |= {"authorization_function": "mlflow.server.auth:authenticate_request_basic_auth"}
+        config["auth_cache_ttl_seconds"] = "60"  # else checking the password is most of each request's time
         lines = "".join(f"{key} = {value}\n" for key, value in config.items())
         (folder / "auth.ini").write_text(f"[mlflow]\n{lines}", "utf-8")
         self._environment = os.environ | {
