@@ -338,8 +338,8 @@ def main() -> None:
         described = team.postgres.sql("mlflow", "SHOW server_version")[0][0]
         print(f"PostgreSQL {described}, MLflow {version('mlflow')} with basic auth, psycopg {version('psycopg')}")
         first(team, table)
-        outage(team, table, "PostgreSQL stopped", team.postgres.stop, team.postgres.start)
-        outage(team, table, "server killed", team.server.kill, team.server.start)
+        outage(team, table, "postgresql-away", team.postgres.stop, team.postgres.start)
+        outage(team, table, "server-away", team.server.kill, team.server.start)
         deleted(team, table)
         killed(team, table)
         used(team, table)
