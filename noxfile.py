@@ -107,6 +107,14 @@ def fuzz(session: nox.Session) -> None:
 
 
 @nox.session
+def team(session: nox.Session) -> None:
+    """Share an MLflow server with PostgreSQL in a team, with outages; read what is missing (Debian's `postgresql`)."""
+    install(session, "postgres")
+    session.run(*PIP, *CONSTRAINTS, "mlflow[auth]")
+    session.run(sys.executable, "benchmarks/team.py", *session.posargs)
+
+
+@nox.session
 def compatibility(session: nox.Session) -> None:
     """Try every method on every kind of base and family of models; write what works (about half an hour)."""
     install(session, "quantizers")

@@ -16,6 +16,7 @@ from qlora_exp.cli.failures import exit_code
 from qlora_exp.cli.parents import Commands, add_command
 from qlora_exp.utils.display import NEWLINES, shown
 from qlora_exp.utils.errors import ConfigError
+from qlora_exp.utils.files import remove_if_empty
 from qlora_exp.utils.quiet import quiet
 
 
@@ -130,13 +131,4 @@ def _single_run(composed: Any, output_dir: Path) -> None:
             print(f"to resume: run the same command with hydra.run.dir={output_dir}", file=sys.stderr)
         raise
     finally:
-        _remove_if_empty(output_dir)
-
-
-def _remove_if_empty(folder: Path) -> None:
-    """Remove the empty output folder of a run that was refused, and the empty folders around it."""
-    kept = {Path.cwd(), *Path.cwd().parents}
-    for empty in (folder, *folder.parents):
-        if empty in kept or not empty.is_dir() or any(empty.iterdir()):
-            return
-        empty.rmdir()
+        remove_if_empty(output_dir)

@@ -13,6 +13,7 @@ from mlflow.exceptions import MlflowException
 from qlora_exp.deploy import load, model_card
 from qlora_exp.results import records, reproduce
 from qlora_exp.tracking import mlflow_store
+from qlora_exp.tracking.refusals import hint
 from qlora_exp.tracking.stores import artifacts
 from qlora_exp.tracking.stores.uris import VARIABLE
 from qlora_exp.utils.env_file import load_env_file
@@ -67,7 +68,7 @@ def register(uri: str | None, run: str, name: str, alias: str | None = None) -> 
     except MlflowException as error:
         if error.error_code == "INVALID_PARAMETER_VALUE":
             raise ConfigError(f"register: MLflow refuses the name or the alias: {first_line(error)}") from error
-        raise TrackingError(f"MLflow: {first_line(error)}") from error
+        raise TrackingError(f"MLflow: {first_line(error)}{hint(error)}") from error
     address = f"models:/{name}@{alias}" if alias else f"models:/{name}/{version}"
     text = model_card.write(record, saved.config, address)
     with records.mlflow_errors_explained(), tempfile.TemporaryDirectory() as folder:

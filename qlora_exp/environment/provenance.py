@@ -138,11 +138,20 @@ def _namespace() -> str:
     return os.readlink(link) if link.is_symlink() else ""
 
 
+def is_of_this_boot(recorded: dict[str, str]) -> bool:
+    """Return whether a recorded `process()` surely ran on this machine, since it was started.
+
+    A host name is no proof: machines made of one image have the same.
+    """
+    return bool(_boot()) and recorded.get("boot") == _boot()
+
+
 def is_dead(recorded: dict[str, str]) -> bool:
     """Return whether a recorded `process()` of this host has ended.
 
     Returns:
-        False also for a process of another host or container, because nothing can be determined about it.
+        False also for a process of another host or container, because nothing can be determined about it. True also for
+        a process of another boot, which may be one of another machine with the same name: see `is_of_this_boot`.
 
     Raises:
         ValueError: the recorded pid or start time is not a number.

@@ -16,6 +16,7 @@ from qlora_exp.planning import calibration
 from qlora_exp.recipe import summary
 from qlora_exp.recipe.result import RunResult
 from qlora_exp.tracking import lifecycle
+from qlora_exp.tracking.journal import FILE as JOURNAL_FILE
 from qlora_exp.tracking.tracker import LOG_FILE, Tracker
 from qlora_exp.utils.display import RedactingFormatter
 from qlora_exp.utils.errors import ConfigError
@@ -92,7 +93,7 @@ def open_run(
         gc.freeze()
     hide_bars()
     folder = _writable(output_dir)
-    with _logging_to(folder / LOG_FILE), handle_signals(), lifecycle.start(config, folder, tags, must_reach) as tracker:
+    with _logging_of_run(folder), handle_signals(), lifecycle.start(config, folder, tags, must_reach) as tracker:
         log.info("run %s in %s on %s", tracker.run_id, folder, resolved.place)
         if resolved.optim_fallback:
             log.info("optimizer %s: %s", resolved.optim, resolved.optim_fallback)
@@ -118,6 +119,17 @@ def _writable(folder: str | Path) -> Path:
             f"cannot write to the output folder {path}: {error.strerror}; choose another folder: hydra.run.dir=FOLDER"
         ) from error
     return path
+
+
+@contextmanager
+def _logging_of_run(folder: Path) -> Iterator[None]:
+    """Copy all log messages inside the `with` block to the run's folder; a run that is refused leaves no log."""
+    try:
+        with _logging_to(folder / LOG_FILE):
+            yield
+    finally:
+        if folder.is_dir() and not (folder / JOURNAL_FILE).exists():
+            (folder / LOG_FILE).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -31,7 +31,7 @@ from qlora_exp.tracking.journal import is_delivered, run_id
 from qlora_exp.tracking.stores import mlflow_views
 from qlora_exp.utils.display import pasteable, say
 from qlora_exp.utils.errors import JournalError, SweepError, TrackingError
-from qlora_exp.utils.files import write_atomically
+from qlora_exp.utils.files import remove_if_empty, write_atomically
 from qlora_exp.utils.processes.signals import handle_signals
 from qlora_exp.utils.secrets import redacted
 
@@ -196,7 +196,10 @@ class Sweep:
         settings = job.config.tracking
         tags = {"sweep": self.folder.name, "sweep.keys": ", ".join(job.swept)}
         name = self.folder.name
-        self._parent = lifecycle.open_run(self.folder, settings.uri, settings.experiment_name, name, tags)
+        try:
+            self._parent = lifecycle.open_run(self.folder, settings.uri, settings.experiment_name, name, tags)
+        finally:
+            remove_if_empty(self.folder)  # MLflow refused the sweep
         self._parent.view(*mlflow_views.newest_sweep(name, list(job.swept), int(1000 * time.time())))
 
     def _launch_some(self, waiting: Sequence[Job]) -> list[Job]:

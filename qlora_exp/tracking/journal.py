@@ -98,6 +98,12 @@ class Journal:
             self._own.close()
         self._lock.release()
 
+    def discard(self) -> None:
+        """Remove what was written, and release the lock: the run was refused before it began."""
+        for name in (FILE, _STATE, "journal.lock"):  # a process that waits for the lock will find its file gone
+            (self.folder / name).unlink(missing_ok=True)
+        self.close()
+
     def check(self) -> None:
         """Check that the file is still the one that this process writes.
 

@@ -19,7 +19,7 @@ from qlora_exp.environment import provenance
 from qlora_exp.tracking import run_key
 from qlora_exp.tracking.journal import CONFIG_FILE, LOCK_FILE, Journal, has_ended, last_message
 from qlora_exp.tracking.recovery import finish, reap
-from qlora_exp.tracking.refusals import cause
+from qlora_exp.tracking.refusals import cause, hint
 from qlora_exp.tracking.stores import known_stores
 from qlora_exp.tracking.stores.uris import VARIABLE, experiment_name, given_uri, resolved, store_uri
 from qlora_exp.tracking.tracker import Tracker, now_ms
@@ -89,10 +89,10 @@ def open_run(
         tracker.deliver(strict=must_reach)
     except BaseException as error:  # the lock is released after any error; an interrupted start keeps its journal
         if not resumed and isinstance(error, MlflowException | TrackingError):  # no run was started
-            journal.file.unlink(missing_ok=True)
+            journal.discard()
         journal.close()
         if isinstance(error, MlflowException):
-            raise TrackingError(f"MLflow at {redact(address)}: {cause(error)}") from error
+            raise TrackingError(f"MLflow at {redact(address)}: {cause(error)}{hint(error)}") from error
         raise
     return tracker
 

@@ -37,7 +37,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from qlora_exp.libraries.mlflow import create_tables, reopen, schema_version
 from qlora_exp.tracking.journal import PARENT_TAG, Journal, parent_run_id
 from qlora_exp.tracking.limits import fit_message
-from qlora_exp.tracking.refusals import Entry, LeftOut, cause, log_entries, no_content, read_run
+from qlora_exp.tracking.refusals import Entry, LeftOut, cause, hint, log_entries, no_content, read_run
 from qlora_exp.tracking.stores import artifacts, mlflow_views, sqlite_store
 from qlora_exp.tracking.stores.guarded_client import GuardedClient
 from qlora_exp.tracking.stores.uris import check_driver, exists, experiment_name, origin, store_uri
@@ -100,7 +100,7 @@ def _errors_explained(uri: str | None, used: str) -> Iterator[None]:
     try:
         yield
     except (MlflowException, OSError, SQLAlchemyError) as error:
-        why = f"MLflow at {redact(address)} does not answer or cannot be {used}: {cause(error)}{_hint(error)}"
+        why = f"MLflow at {redact(address)} does not answer or cannot be {used}: {cause(error)}{hint(error)}"
         raise TrackingError(f"{origin(uri)}: {why}") from error
 
 
@@ -110,17 +110,6 @@ def _connected(address: str, is_new: bool = False) -> MlflowClient:
         reopen(mlflow)
     mlflow.search_experiments(max_results=1)
     return mlflow
-
-
-def _hint(error: Exception) -> str:
-    """Return what to do about some errors that MLflow explains at length or not at all."""
-    if "CERTIFICATE_VERIFY_FAILED" in str(error):
-        return "; MLFLOW_TRACKING_SERVER_CERT_PATH=FILE names a certificate to trust"
-    if "MLFLOW_ALLOW_FILE_STORE" in str(error):
-        return (
-            "; MLFLOW_ALLOW_FILE_STORE=true allows a store of files; a database is better: tracking.uri=sqlite:///FILE"
-        )
-    return ""
 
 
 def _create_store(file: Path) -> None:

@@ -63,10 +63,15 @@ def finish(folder: Path, outcome: str, failure: str, uri: str | None = None, aga
         journal.close()
 
 
+class _ElsewhereError(Exception):
+    """A run that may be running on another machine with this machine's name."""
+
+
 def reap(mlflow: MlflowClient, experiment: str, uri: str | None) -> None:
     """Set runs to KILLED whose process on this host ended without recording it (kill -9, power failure).
 
-    Without this they would stay RUNNING in MLflow for ever.
+    Without this they would stay RUNNING in MLflow for ever. A run of another boot may be one of another machine with
+    this machine's name: it is ended only if its journal is here.
     """
     found_experiment = mlflow.get_experiment_by_name(experiment)
     if found_experiment is None:
@@ -76,14 +81,21 @@ def reap(mlflow: MlflowClient, experiment: str, uri: str | None) -> None:
         tags, run_id, why = run.data.tags, run.info.run_id, "MLflow did not receive all of its messages"
         folder = Path(tags.get("process.folder", ""))
         try:
-            if not provenance.is_dead({key: tags.get(f"process.{key}", "") for key in process_keys}):
+            process = {key: tags.get(f"process.{key}", "") for key in process_keys}
+            if not provenance.is_dead(process):
                 continue
-            _check_stale(folder, tags.get("attempt"))
+            try:
+                _check_stale(folder, tags.get("attempt"))
+            except Exception as error:
+                if not provenance.is_of_this_boot(process):
+                    raise _ElsewhereError(f"its journal is not on this machine: {first_line(error)}") from error
+                raise
             problems = finish(folder, "killed", "its process is gone", store_uri(uri))
             if problems and is_locked(folder):  # it still runs
                 continue
             why = "; ".join(problems) or why
-        except PermissionError as error:  # its own user's next run ends it; here its process may only be hidden
+        # The next run there, or of its own user, ends it: from here its process may only look gone.
+        except (PermissionError, _ElsewhereError) as error:
             log.info("run %s stays RUNNING: %s", run_id, error)
             continue
         # Anybody may have written tags and folder: what is wrong there must not stop the run that starts now.

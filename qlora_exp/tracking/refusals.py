@@ -30,6 +30,22 @@ def cause(error: BaseException) -> str:
     return redact(str(error) if isinstance(error, UserError) else first_line(error))
 
 
+_HINTS = {
+    "CERTIFICATE_VERIFY_FAILED": "MLFLOW_TRACKING_SERVER_CERT_PATH=FILE names a certificate to trust",
+    "MLFLOW_ALLOW_FILE_STORE": "MLFLOW_ALLOW_FILE_STORE=true allows a store of files; a database is better: "
+    "tracking.uri=sqlite:///FILE",
+    "error code 401": "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, in the "
+    "environment or in .env",
+    "error code 403": "ask who manages the experiment or model there for the right to do this, or choose another name",
+}
+"""What to do about errors that MLflow explains at length or not at all, by a part of their text."""
+
+
+def hint(error: BaseException) -> str:
+    """Return what to do about an error, to be written after its cause; empty if nothing is known."""
+    return next((f"; {advice}" for part, advice in _HINTS.items() if part in str(error)), "")
+
+
 def no_content(uri: str) -> TrackingError:
     """Make the error about a server that answers without content, as gateways do while a server is away."""
     return TrackingError(

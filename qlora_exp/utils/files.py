@@ -172,3 +172,12 @@ def own_user(folder: Path) -> int:
     """Return the user id that files of this process get in `folder`: some network file systems change it."""
     with tempfile.TemporaryFile(dir=folder) as probe:
         return os.fstat(probe.fileno()).st_uid
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Remove the empty output folder of a run or sweep that was refused, and the empty folders around it."""
+    kept = {Path.cwd(), *Path.cwd().parents}
+    for empty in (folder.absolute(), *folder.absolute().parents):
+        if empty in kept or not empty.is_dir() or any(empty.iterdir()):
+            return
+        empty.rmdir()

@@ -22,7 +22,9 @@ RUN_HERE = {
     "sweeps": ("--jobs 0 --many 0 --done 2", r"sweep with all 2 jobs already done"),
 }
 """Benchmark, arguments of its smallest run, and what that prints."""
-OTHERS = sorted({file.stem for file in FOLDER.glob("*.py")} - {*RUN_HERE, "plain", "published_memory"})
+PARTS = {"plain", "team_facts", "team_servers"}
+"""What other benchmarks consist of."""
+OTHERS = sorted({file.stem for file in FOLDER.glob("*.py")} - {*RUN_HERE, *PARTS, "published_memory"})
 PEFT_RUN = {
     "record": "lora--llama-3.2-3B-rank32",
     "peft_type": "LORA",

@@ -1,6 +1,7 @@
 """A store is whole or not there."""
 
 import os
+from unittest.mock import Mock
 
 import pytest
 from helpers.tracking import start_run
@@ -66,11 +67,14 @@ def test_finished_runs_are_found_by_their_key(mlflow_uri, mlflow_client, tmp_pat
 def test_error_of_a_store_says_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(TrackingError, match="MLFLOW_ALLOW_FILE_STORE=true allows a store of files"):
         client((tmp_path / "mlruns").as_uri())
-    text = f"API request failed: {'x' * 400} (Caused by SSLError('CERTIFICATE_VERIFY_FAILED'))"
-
-    def fail(*_: object, **__: object) -> None:
-        raise MlflowException(text)
-
-    monkeypatch.setattr("mlflow.MlflowClient.search_experiments", fail)
-    with pytest.raises(TrackingError, match=r"Caused by SSLError.*MLFLOW_TRACKING_SERVER_CERT_PATH=FILE names"):
-        client("https://host")
+    texts = {
+        f"API request failed: {'x' * 400} (Caused by SSLError('CERTIFICATE_VERIFY_FAILED'))": (
+            r"Caused by SSLError.*MLFLOW_TRACKING_SERVER_CERT_PATH=FILE names"
+        ),
+        "API request to endpoint /x failed with error code 401 != 200": "401.*; set MLFLOW_TRACKING_USERNAME and",
+        "API request to endpoint /x failed with error code 403 != 200": "403.*; ask who manages the experiment",
+    }
+    for text, message in texts.items():
+        monkeypatch.setattr("mlflow.MlflowClient.search_experiments", Mock(side_effect=MlflowException(text)))
+        with pytest.raises(TrackingError, match=message):
+            client("https://host")

@@ -76,6 +76,7 @@ def test_unreachable_store_is_reported_quickly(uri: str, tmp_path):
     with pytest.raises(TrackingError, match="does not answer or cannot be written"), start_run(uri, tmp_path):
         pass
     assert time.monotonic() - begin < 30
+    assert not list(tmp_path.iterdir())
 
 
 def test_deleted_experiment_is_reported(mlflow_uri, mlflow_client, tmp_path):
@@ -85,6 +86,7 @@ def test_deleted_experiment_is_reported(mlflow_uri, mlflow_client, tmp_path):
         start_run(mlflow_uri, tmp_path, "tracking.experiment_name=gone"),
     ):
         pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_message_rejected_by_mlflow_does_not_block_others(mlflow_uri, mlflow_client, tmp_path, caplog):
@@ -412,6 +414,15 @@ def test_run_of_another_user_is_left_alone(mlflow_uri, mlflow_client, tmp_path, 
     # Other tests may have left runs in this experiment.
     assert not [record for record in caplog.records if record.levelname != "INFO" and died in record.getMessage()]
     assert (tmp_path / "died" / FILE).read_bytes() == before
+
+
+def test_run_of_another_machine_with_the_same_name_is_left_alone(mlflow_uri, mlflow_client, tmp_path):
+    boot = {"process.boot": "of another machine, or of this one before it was started again"}
+    gone = leave_stale_run(mlflow_uri, mlflow_client, tmp_path / "gone", **boot)
+    shutil.rmtree(tmp_path / "gone")
+    here = leave_stale_run(mlflow_uri, mlflow_client, tmp_path / "here", **boot)
+    recovery.reap(mlflow_client, "stale", mlflow_uri)
+    assert [mlflow_client.get_run(run).info.status for run in (gone, here)] == ["RUNNING", "KILLED"]
 
 
 def test_messages_before_a_damaged_line_are_sent(mlflow_uri, mlflow_client, tmp_path, make_store):
