@@ -1,7 +1,9 @@
 """Run one job of a sweep, in the process that a launcher started for it."""
 
+import gc
 import json
 import logging
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,6 +32,8 @@ def run_job(config: Config, folder: Path) -> None:
     job = json.loads((folder / JOB_FILE).read_text("utf-8"))
     if job["fail_fast"] and stopped(folder.parent):
         return
+    if "torch" not in sys.modules:  # nothing has loaded the libraries in this process yet
+        gc.disable()  # until the run starts: saves a fifth of the imports' time
     from qlora_exp.recipe.finetune import run
     from qlora_exp.recipe.summary import show
     from qlora_exp.tracking import lifecycle
