@@ -329,6 +329,7 @@ def _experiment(mlflow: MlflowClient, name: str, uri: str) -> str:
             f"{experiment.experiment_id})"
         )
     artifacts.require_own(experiment.artifact_location, uri)
+    artifacts.warn_of_other_machine(experiment.artifact_location, uri)
     key, view = mlflow_views.all_runs()
     if experiment.tags.get(key) != view:
         mlflow.set_experiment_tag(experiment.experiment_id, key, view)

@@ -59,6 +59,17 @@ def require_own(recorded: str, store: str, name: str = "") -> None:
         )
 
 
+def warn_of_other_machine(recorded: str, store: str) -> None:
+    """Warn if a database that machines share keeps artifacts in a folder that another machine chose."""
+    local = _local(recorded)
+    if local is not None and sqlite_file(store) is None and not local.absolute().parent.parent.is_dir():
+        log.warning(
+            "artifacts go to %s on this machine, a folder that another machine chose when it made the experiment: only "
+            "a tracking server (`mlflow server`) keeps the artifacts of several machines in one place",
+            local,
+        )
+
+
 def relocate(file: Path) -> None:
     """Correct the recorded locations of artifacts if the folder of an SQLite store was moved or copied.
 

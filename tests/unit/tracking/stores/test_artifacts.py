@@ -54,6 +54,23 @@ def test_record_of_a_server_names_no_other_server(recorded, store, problem):
             use(recorded, store)
 
 
+@pytest.mark.parametrize(
+    ("recorded", "store", "warns"),
+    [
+        ("/home/of/another/user/mlruns/1", "postgresql://host/db", True),
+        ("file:///home/of/another/user/mlruns/1", "http://host:5000", True),
+        ("{here}/mlruns/1", "postgresql://host/db", False),  # MLflow makes these folders with the first artifact
+        ("/x", "postgresql://host/db", False),
+        ("/home/of/another/user/mlruns/1", "sqlite:////data/mlflow.db", False),
+        ("mlflow-artifacts:/1", "http://host:5000", False),
+        ("s3://bucket/x", "postgresql://host/db", False),
+    ],
+)
+def test_artifacts_in_a_folder_of_another_machine_are_warned_of(recorded, store, warns, tmp_path, caplog):
+    artifacts.warn_of_other_machine(recorded.format(here=tmp_path), store)
+    assert ("only a tracking server" in caplog.text) is warns
+
+
 @pytest.fixture
 def project(tmp_path) -> Path:
     """Make the folders of a store."""
