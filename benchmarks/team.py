@@ -240,7 +240,6 @@ def killed(team: Team, table: Table) -> None:
         "tracking.log_full_model=true",
         big,
         "training.max_steps=3",
-        "training.save_strategy=no",
     ]
     table.ends("bob's run, with a model of more than 16 MB", team.bob.start("train", *words))
     states = Counter(run.info.status for run in team.runs())
@@ -265,8 +264,8 @@ def used(team: Team, table: Table) -> None:
             0,
             "nothing that was recorded differs",
         ),
-        "bob: register ann's model": (team.bob.start("register", run_id, "shared"), 0, "shared"),
-        "rita: register": (team.rita.start("register", run_id, "other"), 1, "403"),
+        "bob: register ann's model": (team.bob.start("register", run_id, "--name", "shared"), 0, "shared"),
+        "rita: register": (team.rita.start("register", run_id, "--name", "other"), 1, "403"),
         "rita: train": (team.rita.start("train", *JOB), 1, "403"),
         "nick: train": (team.nick.start("train", *JOB), 1, "403"),
         "nick, who may nothing: compare": (team.nick.start("compare", "calm"), 1, "calm"),
