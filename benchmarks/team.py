@@ -152,6 +152,7 @@ class Team:
         self.postgres = Postgres(folder / "postgres")
         self.server = Server(folder / "server", self.postgres)
         os.environ |= {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": PASSWORD % "admin"}
+        os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
         from mlflow.server.auth.client import AuthServiceClient
 
         self.rights, self.admin = AuthServiceClient(self.server.uri), MlflowClient(self.server.uri)
