@@ -1,6 +1,6 @@
 """Share an MLflow server in a team: two users on two machines, outages of every part; then read what the store has.
 
-    nox -s team      # five minutes on 2 cores; needs PostgreSQL's own programs (Debian: postgresql)
+    nox -s team      # about ten minutes on 2 cores; needs PostgreSQL's own programs (Debian: postgresql)
 
 The server is MLflow's own with basic auth. PostgreSQL has its runs and its users, and artifacts go through it. The
 machines are folders with a home and a host name of their own. Sweeps run while PostgreSQL or the server is away, while
@@ -151,6 +151,7 @@ class Team:
         self.postgres = Postgres(folder / "postgres")
         self.server = Server(folder / "server", self.postgres)
         os.environ |= {"MLFLOW_TRACKING_USERNAME": "admin", "MLFLOW_TRACKING_PASSWORD": PASSWORD % "admin"}
+        os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
         from mlflow.server.auth.client import AuthServiceClient
 
         self.rights, self.admin = AuthServiceClient(self.server.uri), MlflowClient(self.server.uri)
@@ -239,7 +240,6 @@ def killed(team: Team, table: Table) -> None:
         "tracking.log_full_model=true",
         big,
         "training.max_steps=3",
-        "training.save_strategy=no",
     ]
     table.ends("bob's run, with a model of more than 16 MB", team.bob.start("train", *words))
     states = Counter(run.info.status for run in team.runs())
@@ -264,8 +264,8 @@ def used(team: Team, table: Table) -> None:
             0,
             "nothing that was recorded differs",
         ),
-        "bob: register ann's model": (team.bob.start("register", run_id, "shared"), 0, "shared"),
-        "rita: register": (team.rita.start("register", run_id, "other"), 1, "403"),
+        "bob: register ann's model": (team.bob.start("register", run_id, "--name", "shared"), 0, "shared"),
+        "rita: register": (team.rita.start("register", run_id, "--name", "other"), 1, "403"),
         "rita: train": (team.rita.start("train", *JOB), 1, "403"),
         "nick: train": (team.nick.start("train", *JOB), 1, "403"),
         "nick, who may nothing: compare": (team.nick.start("compare", "calm"), 1, "calm"),
