@@ -10,6 +10,7 @@ from qlora_exp.tracking import run_key
 from qlora_exp.utils.errors import ModelError
 
 
+@pytest.mark.usefixtures("mlflow_client")
 @pytest.mark.parametrize(("source", "message"), [("0" * 32, "not found"), ("models:/nothing/1", "nothing")])
 def test_missing_model_is_reported(source: str, message: str, mlflow_uri):
     with pytest.raises(ModelError, match=message):
