@@ -60,6 +60,8 @@ def register(uri: str | None, run: str, name: str, alias: str | None = None) -> 
     try:
         (model_id,) = [output.model_id for output in load.models_of(mlflow, record.run_id)][-1:]
         of_run = mlflow.get_run(record.run_id).info.artifact_uri
+        if (attempt := record.tags.get("attempt")) is not None:  # changes nothing, but fails if the user may only read
+            mlflow.set_tag(record.run_id, "attempt", attempt)
         for place in (of_run, mlflow.get_logged_model(model_id).artifact_location):
             artifacts.require_own(place, mlflow.tracking_uri, _CARD)  # refuse before anything is registered
         version = _version(mlflow, name, model_id, record.run_id)

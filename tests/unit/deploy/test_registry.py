@@ -6,6 +6,7 @@ from contextlib import closing
 
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
 from support import exit_code
 
 from qlora_exp.deploy import load, registry
@@ -82,6 +83,16 @@ def test_run_without_a_model_is_rejected(run_quick, mlflow_uri):
         registry.register(mlflow_uri, result.run_id, "none")
     with pytest.raises(TrackingError, match="no runs"):
         registry.register(mlflow_uri, "no such run", "none")
+
+
+def test_user_who_may_only_read_the_run_registers_nothing(run_id, mlflow_uri, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise MlflowException("API request to endpoint /x failed with error code 403 != 200")
+
+    monkeypatch.setattr("mlflow.MlflowClient.set_tag", refuse)
+    with pytest.raises(TrackingError, match="403.*; ask who manages"):
+        registry.register(mlflow_uri, run_id, "never")
+    assert "never" not in [model.name for model in client(mlflow_uri).search_registered_models()]
 
 
 def test_push_without_a_network_is_rejected(run_id, mlflow_uri):
