@@ -168,6 +168,7 @@ def ui(session: nox.Session) -> None:
 def constraints(session: nox.Session) -> None:
     """Write constraints.txt from what is installed here."""
     install(session, *TESTED, "postgres", "ray", "browser")
+    session.run(*PIP, *CONSTRAINTS, "mlflow[auth]")
     frozen = session.run(sys.executable, "-m", "pip", "freeze", "--exclude-editable", silent=True)
     lines = [line.split("+")[0] for line in str(frozen).splitlines() if "==" in line]  # torch's +cpu, +cu130 fit all
     with open("constraints.txt", "w", encoding="utf-8") as file:
