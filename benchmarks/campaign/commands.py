@@ -123,7 +123,7 @@ def difference(mine: Any, right: Any) -> str:
         problems = {key: difference(mine[key], right[key]) for key in right}
         return next((f"{key}: {problem}" for key, problem in problems.items() if problem), "")
     if hasattr(right, "difference"):
-        return str(right.difference(mine) and mine.difference(right))
+        return str(mine.difference(right))
     return (
         ""
         if mine == right

@@ -163,16 +163,16 @@ class Campaign:
         return Fault(f"damaged {what}", words[0], detail, ended.problem or check(ended, file))
 
     def _prepare_killed(self) -> None:
-        """Make the template of a run that was killed after its checkpoints of steps 6, 8 and 10."""
+        """Make the template of a run that was killed after its checkpoints of steps 2, 4 and 6."""
         if not self._world.has("killed"):
             self._world.reset("empty")
             words = training(0).words
             calm = self._calmly(training(0))
-            for operation in range(calm.operations, 0, -4):
+            for operation in range(calm.operations, 0, -calm.operations // 12):
                 self._world.reset("empty")
                 self._world.run(words, Kill(operation=operation))
                 folder = self._world.folder / RUN
-                if (folder / "checkpoints" / "checkpoint-10").is_dir() and not (folder / "model").is_dir():
+                if (folder / "checkpoints" / "checkpoint-6").is_dir() and not (folder / "model").is_dir():
                     break
             self._world.save("killed")
 

@@ -17,9 +17,9 @@ from campaign.processes import Ended, Kill
 
 QUICK = [
     "device=cpu", "model=tiny_llama", "method=lora", "dataset.max_train_rows=32", "dataset.max_eval_rows=4",
-    "training.max_steps=12", "training.save_strategy=steps", "training.save_steps=2", "training.save_total_limit=3",
+    "training.max_steps=8", "training.save_strategy=steps", "training.save_steps=2", "training.save_total_limit=3",
     "training.per_device_train_batch_size=2", "training.learning_rate=1e-2", "training.eval_strategy=steps",
-    "training.eval_steps=6", "unrelated=none", "evaluation.before=false", "evaluation.generate_rows=2",
+    "training.eval_steps=4", "unrelated=none", "evaluation.before=false", "evaluation.generate_rows=2",
     "evaluation.max_new_tokens=4", "tracking.plan=false",
 ]  # fmt: skip
 """A run of a second, which writes six checkpoints."""
@@ -157,7 +157,8 @@ class Recorded:
                 return f"lost {what}: {missing[:3]} ({len(missing)}); has {sorted(map(str, mine))[:3]}"
             if what != "artifacts" and (more := sorted(map(str, set(mine) - set(others)))):
                 return f"further {what}: {more[:3]} ({len(more)})"
-        return f"doubled points: {self.doubled[:3]}" if self.doubled else ""
+        doubled = sorted(set(self.doubled) - set(right.doubled))  # the trainer logs the epoch twice if it evaluates
+        return f"doubled points: {doubled[:3]}" if doubled else ""
 
 
 def read_store(file: Path, folder: Path) -> dict[str, Recorded]:
