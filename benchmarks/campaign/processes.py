@@ -96,6 +96,7 @@ def _command(
     """Run the command line; runs in the forked process."""
     from qlora_exp.cli.main import main
 
+    gc.freeze()  # what was imported before is no garbage, and looking at it would copy its memory
     gc.enable()
     os.environ.clear()
     os.environ.update(environment)
