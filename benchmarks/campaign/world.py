@@ -27,6 +27,8 @@ STORE = Path("mlruns/mlflow.db")
 SEEDS = (1, 2, 3)
 _SAME = re.compile(r"(train|eval|after)/(?!.*(second|_mib|memory|tokens_per|runtime|flops)).*")
 """Metrics that are the same in every repetition of a run."""
+_SPEED = re.compile(r".*(second|mfu|flops|samples|tokens|runtime).*")
+"""Metrics that a run does not have if it was killed after its last step: it trains none that could be measured."""
 _CURVES = ("train/", "eval/")
 
 
@@ -139,7 +141,7 @@ class Recorded:
     points: dict[str, float]
     """Values by `METRIC at STEP`, of metrics that are the same in every repetition."""
     others: frozenset[str]
-    """The other metrics."""
+    """The other metrics, apart from those of speed."""
     doubled: list[str]
     artifacts: frozenset[str]
     models: int
@@ -182,7 +184,7 @@ def read_store(file: Path, folder: Path) -> dict[str, Recorded]:
             found[number] = Recorded(
                 status,
                 {f"{key} at {step}": value for key, step, value in rows if _SAME.fullmatch(key)},
-                frozenset(key for key, _, _ in rows if not _SAME.fullmatch(key)),
+                frozenset(key for key, _, _ in rows if not _SAME.fullmatch(key) and not _SPEED.fullmatch(key)),
                 [f"{key} at {step}" for (key, step), n in counts.items() if n > 1 and key.startswith(_CURVES)],
                 frozenset(_artifacts(place, file, folder)),
                 models[0],
