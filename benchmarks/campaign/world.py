@@ -27,8 +27,8 @@ STORE = Path("mlruns/mlflow.db")
 SEEDS = (1, 2, 3)
 _SAME = re.compile(r"(train|eval|after)/(?!.*(second|_mib|memory|tokens_per|runtime|flops)).*")
 """Metrics that are the same in every repetition of a run."""
-_SPEED = re.compile(r".*(second|mfu|flops|samples|tokens|runtime).*")
-"""Metrics that a run does not have if it was killed after its last step: it trains none that could be measured."""
+_SPEED = re.compile(r".*(second|mfu|flops|samples|tokens|runtime|memory/).*")
+"""Measures of speed and memory: a run that was killed after its last step trains none to measure."""
 _CURVES = ("train/", "eval/")
 
 
