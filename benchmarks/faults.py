@@ -30,14 +30,14 @@ from campaign.world import World
 KINDS = ("kill", "disk", "damage", "lie")
 
 
-def inject(scratch: Path, count: int, kinds: list[str], seed: int) -> list[Fault]:
-    """Inject this many faults, the kinds in turn, and print each."""
+def inject(scratch: Path, count: int, minutes: float, kinds: list[str], seed: int) -> list[Fault]:
+    """Inject this many faults, or as many as fit into this time, the kinds in turn, and print each."""
     campaign = Campaign(World(scratch), random.Random(seed))
     faults: list[Fault] = []
-    tried = 0
+    tried, begin = 0, time.monotonic()
     try:
         campaign.prepare()
-        while len(faults) < count:
+        while len(faults) < count and time.monotonic() - begin < 60 * minutes:
             kind = kinds[tried % len(kinds)]
             tried += 1
             if (fault := getattr(campaign, kind)()) is not None:
@@ -63,6 +63,7 @@ def main() -> None:
     """Run the campaign."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--faults", type=int, default=200, help="number of faults of commands; 0: skip them")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further fault after this time")
     parser.add_argument("--kinds", default=",".join(KINDS), help=f"their kinds; default: {','.join(KINDS)}")
     parser.add_argument("--kills", type=int, default=0, help="number of kills of sweeps and jobs")
     parser.add_argument("--outages", type=int, default=0, help="number of server outages")
@@ -81,7 +82,7 @@ def main() -> None:
             "HF_HUB_OFFLINE": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "2", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0",
         }  # fmt: skip
         if options.faults:
-            faults = inject(scratch, options.faults, kinds, options.seed)
+            faults = inject(scratch, options.faults, options.minutes, kinds, options.seed)
         lost = kills_and_outages(
             scratch, options.kills, options.outages, options.seed, Size(options.jobs, options.steps)
         )
