@@ -247,7 +247,7 @@ class Campaign:
         if self._server is None:
             folder = self._world.folder.with_name("server")
             folder.mkdir()
-            self._server = Server(folder, 5077)
+            self._server = Server(folder)
             self._server.start()
             self._gateway = Gateway(self._server)
             self._right: dict[str, tuple[Any, int]] = {}

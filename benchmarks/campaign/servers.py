@@ -3,6 +3,7 @@ an error after the work was done."""
 
 import http.client
 import json
+import socket
 import sqlite3
 import sys
 import threading
@@ -31,8 +32,11 @@ class Server:
         uri: its address.
     """
 
-    def __init__(self, folder: Path, port: int) -> None:
-        self.port, self.store = port, folder / "server.db"
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = port = free.getsockname()[1]
+        self.store = folder / "server.db"
         self.uri = f"http://127.0.0.1:{port}"
         self._words = [
             sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{self.store}",

@@ -130,7 +130,7 @@ def check(uri: str, folder: Path, size: Size) -> dict[str, int]:
 
 def outages(folder: Path, count: int, chance: random.Random, size: Size) -> dict[str, int]:
     """Run sweeps while the server is killed and started again `count` times; return the final counts of `check`."""
-    server = Server(folder, 5077)
+    server = Server(folder)
     server.start()
     sweep = 0
     while count > 0:
