@@ -218,10 +218,9 @@ class Campaign:
     def lie(self) -> Fault | None:
         """Let the gateway lie to a command; None if it sent no request that got a lie."""
         server, gateway = self._servers()
-        name = self._chance.choice(["train", "sync", "sync", "register", "reproduce", "compare"])
+        name = self._chance.choice(["train", "sync", "sync", "sync", "register", "reproduce", "compare"])
         lie = self._chance.choice(LIES)
-        words, then = _through(name, gateway.uri, self._schedule)
-        self._schedule += name == "train"
+        words, then = _through(name, gateway.uri)
         right, count = self._honestly(name, words, then)
         self._reset_server(name)
         first = self._chance.randint(1, count)
@@ -311,12 +310,12 @@ def _unnamed(ended: Ended, file: Path) -> str:
     return "" if named else f"the message names neither the file nor its folder: {ended.output.strip()[-300:]}"
 
 
-def _through(name: str, uri: str, schedule: int) -> tuple[list[str], list[list[str]]]:
+def _through(name: str, uri: str) -> tuple[list[str], list[list[str]]]:
     """Return a command that uses a server, and those that complete it."""
     sync = ["sync", "outputs", "--uri", uri]
     match name:
         case "train":
-            return [*training(schedule).words, f"tracking.uri={uri}"], [sync]
+            return [*training(0).words, f"tracking.uri={uri}"], [sync]
         case "sync":
             return sync, []
         case "register":
