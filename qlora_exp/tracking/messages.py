@@ -11,8 +11,6 @@ from pydantic_core import from_json
 from qlora_exp.utils.secrets import redacted
 
 _PLACES = ("op", "uri", "folder")
-_CHECKSUM = "crc32"
-_BEFORE_CHECKSUM = f', "{_CHECKSUM}": '.encode()
 
 
 class _Message(BaseModel):
@@ -92,6 +90,10 @@ _SCHEMAS: Mapping[str, type[_Message]] = {
 """The fields that each `op` must have. An `op` of a newer version is not listed: its message needs no other field."""
 
 
+_CHECKSUM = "crc32"
+_BEFORE_CHECKSUM = f', "{_CHECKSUM}": '.encode()
+
+
 def line_of(message: dict[str, Any]) -> bytes:
     """Return the line of a message, without secrets and with a checksum."""
     # Folder names and arguments may have bytes that are not UTF-8: they become question marks.
@@ -106,12 +108,12 @@ def parsed(line: bytes, first: bool = False) -> dict[str, Any]:
         ValueError: the line is not a valid message, or its checksum is not right.
     """
     message: dict[str, Any] = from_json(line)
-    if isinstance(message, dict) and _CHECKSUM in message:
+    op = _Message.model_validate(message).op
+    _SCHEMAS.get(op, _Message).model_validate(message)
+    if _CHECKSUM in message:
         content, _, _ = line.rpartition(_BEFORE_CHECKSUM)
         if message.pop(_CHECKSUM) != zlib.crc32(content + b"}"):
             raise ValueError(f"the line was changed; if that was you, delete its {_CHECKSUM!r}")
-    op = _Message.model_validate(message).op
-    _SCHEMAS.get(op, _Message).model_validate(message)
     if first and op != "start":
         raise ValueError("the first message of a journal must be a 'start' message")
     return message

@@ -9,7 +9,7 @@ from pathlib import Path
 from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 
-from qlora_exp.tracking.journal import FILE, is_delivered, is_locked, read, received
+from qlora_exp.tracking.journal import FILE, is_delivered, is_locked, read, received, require_whole
 from qlora_exp.tracking.mlflow_store import PARENT_TAG, client, parent_run_id
 from qlora_exp.tracking.recovery import finish, store_of
 from qlora_exp.tracking.refusals import cause
@@ -52,7 +52,9 @@ def settle(folders: Iterable[Path], uri: str | None = None) -> Settled:
         try:
             if is_locked(folder):
                 result.running += 1
-            elif (begin := next((message for message, _ in read(folder / FILE)), None)) is not None:
+                continue
+            require_whole(folder)
+            if (begin := next((message for message, _ in read(folder / FILE)), None)) is not None:
                 address = uri or store_of(folder, begin["uri"])
                 stores.setdefault(address, {})[folder] = is_delivered(folder, address)
         except TrackingError as error:  # a store that only the journal names
