@@ -5,8 +5,7 @@ This module does not use MLflow.
 
 Every line is checked when it is read. If a line is damaged, a `JournalError` names the file and the line. The messages
 before it are sent; the line and those after it are not, and every `sync` fails with the same error: a run without some
-of its messages would look complete in MLflow. Once the line is corrected or deleted, `sync` sends the rest. A line ends
-with its checksum, as a changed digit would look like a measurement; a line without one is not checked.
+of its messages would look complete in MLflow. Once the line is corrected or deleted, `sync` sends the rest.
 """
 
 import json
@@ -19,7 +18,7 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, TypeAdapter
 
-from qlora_exp.tracking.messages import line_of, parsed, why_invalid
+from qlora_exp.tracking.messages import parsed, why_invalid, without_secrets
 from qlora_exp.utils.errors import JournalError
 from qlora_exp.utils.files import not_a_link, open_inside, write_atomically
 
@@ -117,8 +116,9 @@ class Journal:
         """
         self.check()
         try:
-            with open(self.file, "ab", opener=not_a_link) as lines:
-                lines.write(line_of(message))
+            # Folder names and arguments may have bytes that are not UTF-8: they become question marks.
+            with open(self.file, "a", encoding="utf-8", errors="replace", opener=not_a_link) as lines:
+                lines.write(json.dumps(without_secrets(message), ensure_ascii=False) + "\n")
                 if message["op"] != "metrics":
                     lines.flush()
                     os.fsync(lines.fileno())

@@ -1,7 +1,5 @@
 """The messages of a run's journal: the fields that each kind must have, and what is replaced in them before writing."""
 
-import json
-import zlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -90,30 +88,15 @@ _SCHEMAS: Mapping[str, type[_Message]] = {
 """The fields that each `op` must have. An `op` of a newer version is not listed: its message needs no other field."""
 
 
-_CHECKSUM = "crc32"
-_BEFORE_CHECKSUM = f', "{_CHECKSUM}": '.encode()
-
-
-def line_of(message: dict[str, Any]) -> bytes:
-    """Return the line of a message, without secrets and with a checksum."""
-    # Folder names and arguments may have bytes that are not UTF-8: they become question marks.
-    content = json.dumps(without_secrets(message), ensure_ascii=False).encode("utf-8", errors="replace")
-    return b"%s%s%d}\n" % (content[:-1], _BEFORE_CHECKSUM, zlib.crc32(content))
-
-
 def parsed(line: bytes, first: bool = False) -> dict[str, Any]:
     """Parse one line; the first line of a journal must be the `start` message, which says what the run is.
 
     Raises:
-        ValueError: the line is not a valid message, or its checksum is not right.
+        ValueError: the line is not a valid message.
     """
     message: dict[str, Any] = from_json(line)
     op = _Message.model_validate(message).op
     _SCHEMAS.get(op, _Message).model_validate(message)
-    if _CHECKSUM in message:
-        content, _, _ = line.rpartition(_BEFORE_CHECKSUM)
-        if message.pop(_CHECKSUM) != zlib.crc32(content + b"}"):
-            raise ValueError(f"the line was changed; if that was you, delete its {_CHECKSUM!r}")
     if first and op != "start":
         raise ValueError("the first message of a journal must be a 'start' message")
     return message
