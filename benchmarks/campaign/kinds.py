@@ -93,7 +93,8 @@ class Campaign:
             return f"{' '.join(command.then)}: {ended.problem or ended.output.strip()[-400:]}"
         if problem := difference(command.result(self._world), calm.result):
             return problem
-        return f"leftovers: {left[:3]}" if (left := self._world.leftovers()) else ""
+        left = [] if made else self._world.leftovers()  # the next one that is not refused removes them
+        return f"leftovers: {left[:3]}" if left else ""
 
     def prepare(self) -> None:
         """Make the templates of the world."""
@@ -110,7 +111,8 @@ class Campaign:
         ended = self._world.run(command.words, kill)
         if ended.code != -signal.SIGKILL:
             return None
-        problem = half_made(command.result(self._world), calm.result) if command.made(self._world) else ""
+        made = command.made(self._world) and not command.then
+        problem = half_made(command.result(self._world), calm.result) if made else ""
         return Fault("kill -9", command.name, str(kill), problem or self._again(command, calm))
 
     def disk(self) -> Fault | None:
