@@ -94,7 +94,7 @@ def sweeps(session: nox.Session) -> None:
 
 @nox.session
 def faults(session: nox.Session) -> None:
-    """Kill jobs, sweeps and the MLflow server at random and count what is lost (about a quarter of an hour)."""
+    """Kill commands, fill disks, damage files, let servers lie, and count what is lost (half an hour; as root)."""
     install(session)
     session.run(sys.executable, "benchmarks/faults.py", *session.posargs)
 

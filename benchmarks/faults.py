@@ -1,243 +1,96 @@
-"""Kill jobs, sweeps and the MLflow server at random times, many times; then count what was lost.
+"""Inject faults of every kind into every command, at random, many times; then count what was lost.
 
-    nox -s faults                       # about a quarter of an hour on 2 cores
+    nox -s faults                               # about half an hour on 2 cores
+    nox -s faults -- --faults 20 --kinds disk   # twenty full disks
 
-One kill (-9) in five hits the sweep process, one in four a job that evaluates after its training, the others any of
-its jobs. Sweeps take turns in the learning rate schedules. A sweep is started again until all its jobs are done.
-Expected: no finished job runs twice, each job has one MLflow run with the loss of every step exactly once and of no
-further step, the final losses equal those without kills, and no MLflow run is left RUNNING.
+Kinds: `kill` kills a command (-9) at a random time or just before one of its file operations; `disk` lets its disk run
+full (needs root, for `mount`); `damage` truncates or changes a file that it reads; `lie` puts a gateway before the
+MLflow server, which answers with errors, cut answers or nothing. After each fault the same command runs again.
+Expected: it ends well, with the same result as without the fault, bit for bit; each command ends in time and without
+a traceback; each step's metrics are in MLflow exactly once, and each run once.
+
+`--kills` kills jobs of sweeps with all learning rate schedules, and the sweeps; `--outages` kills the MLflow server
+under them. A sweep is started again until all its jobs are done. Expected: no finished job runs twice.
 """
 
 import argparse
-import math
+import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections import Counter
-from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
-import psutil
-from mlflow import MlflowClient
+from campaign.kinds import Campaign, Fault
+from campaign.sweeps import Size, kills_and_outages
+from campaign.world import World
 
-from qlora_exp.config.schedules import SETTINGS
-from qlora_exp.sweeps.jobs import state
-from qlora_exp.tracking.tracker import LOG_FILE
-
-_NEEDS_A_MINIMUM = ("cosine_with_min_lr", "cosine_warmup_with_min_lr")
-SCHEDULES = [
-    *((name, "{}") for name in SETTINGS if name not in ("warmup_stable_decay", *_NEEDS_A_MINIMUM)),
-    *((name, "{min_lr_rate: 0.5}") for name in _NEEDS_A_MINIMUM),
-    ("warmup_stable_decay", "{num_decay_steps: 4, min_lr_ratio: 0.5}"),
-]
-"""Every learning rate schedule, with settings that it needs."""
+KINDS = ("kill", "disk", "damage", "lie")
 
 
-@dataclass(frozen=True)
-class Size:
-    """Number of jobs of each sweep, and of steps of each job."""
-
-    jobs: int
-    steps: int
-
-
-def command(folder: Path, uri: str, sweep: int, size: Size) -> list[str]:
-    """Return the command of a sweep over seeds of a tiny model, whose jobs save six checkpoints.
-
-    Args:
-        folder: folder of all sweeps.
-        uri: MLflow tracking URI.
-        sweep: number of the sweep, from 0; it decides the seeds and the learning rate schedule.
-        size: number of jobs and steps.
-    """
-    seeds = range(sweep * size.jobs, (sweep + 1) * size.jobs)
-    schedule, settings = SCHEDULES[sweep % len(SCHEDULES)]
-    return [
-        sys.executable, "-m", "qlora_exp", "train", "-m", "model=tiny_llama", "device=cpu", "method=lora",
-        f"training.max_steps={size.steps}", "training.save_strategy=steps",
-        f"training.save_steps={max(1, size.steps // 6)}", "training.per_device_train_batch_size=2",
-        "training.eval_strategy=no", "dataset.max_train_rows=64", "dataset.max_eval_rows=16",
-        "evaluation.before=false", "evaluation.generate_rows=8", "evaluation.max_new_tokens=24",
-        f"training.lr_scheduler_type={schedule}", f"training.lr_scheduler_kwargs={settings}",
-        "sweep.n_jobs=2", "sweep.rerun=failed",
-        f"tracking.uri={uri}", f"hydra.sweep.dir={folder}", f"seed={','.join(map(str, seeds))}",
-    ]  # fmt: skip
-
-
-def job_processes(parent: psutil.Process) -> list[psutil.Process]:
-    """List the processes of a sweep that run a job: the children of its fork server."""
+def inject(scratch: Path, count: int, minutes: float, kinds: list[str], seed: int) -> list[Fault]:
+    """Inject this many faults, or as many as fit into this time, the kinds in turn, and print each."""
+    campaign = Campaign(World(scratch), random.Random(seed))
+    faults: list[Fault] = []
+    tried, begin = 0, time.monotonic()
     try:
-        return [job for child in parent.children() for job in child.children()]
-    except psutil.NoSuchProcess:
-        return []
+        campaign.prepare()
+        while len(faults) < count and time.monotonic() - begin < 60 * minutes:
+            kind = kinds[tried % len(kinds)]
+            tried += 1
+            if (fault := getattr(campaign, kind)()) is not None:
+                faults.append(fault)
+                verdict = f"NOT SURVIVED: {fault.problem}" if fault.problem else "survived"
+                print(f"{len(faults)} {fault.kind}, {fault.command}: {fault.detail}\n    {verdict}", flush=True)
+    finally:
+        campaign.close()
+    return faults
 
 
-def evaluates(job: psutil.Process) -> bool:
-    """Check whether a job has ended its training and is evaluating."""
-    try:
-        logs = [Path(file.path) for file in job.open_files() if Path(file.path).name == LOG_FILE]
-    except psutil.NoSuchProcess:
-        return False
-    return any("evaluating after training" in log.read_text("utf-8") for log in logs)
-
-
-def kill_at_random(
-    folder: Path, uri: str, kills: int, chance: random.Random, size: Size
-) -> tuple[Counter[str], dict[str, float], int, int]:
-    """Run sweeps with kills; return the kills by target, the final losses by job, the lost jobs and the sweeps."""
-    hit: Counter[str] = Counter()
-    done: dict[str, str] = {}
-    lost = sweeps = 0
-    losses: dict[str, float] = {}
-    share = math.ceil(kills / len(SCHEDULES))  # every schedule gets some of the kills
-    while hit.total() < kills or len(losses) < sweeps * size.jobs:
-        if len(losses) == sweeps * size.jobs:
-            sweeps += 1
-        words = command(folder, uri, sweeps - 1, size)
-        with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            parent = psutil.Process(process.pid)
-            while process.poll() is None:
-                time.sleep(chance.uniform(0.5, 6.0))
-                target = chance.choices(["sweep", "evaluation", "job"], [4, 5, 11])[0]
-                most = min(kills, share * sweeps)
-                while process.poll() is None and hit.total() < most and (jobs := job_processes(parent)):
-                    if target == "evaluation" and not (jobs := [job for job in jobs if evaluates(job)]):
-                        time.sleep(0.05)
-                        continue
-                    hit[target] += 1
-                    (process if target == "sweep" else chance.choice(jobs)).kill()
-                    break
-        for job in folder.glob("*/seed-*"):
-            outcome, last = state(job)
-            if outcome == "ok":
-                losses[job.name] = last["metrics"]["after/loss"]
-                lost += done.get(job.name, last["timestamp"]) != last["timestamp"]
-                done[job.name] = last["timestamp"]
-            elif job.name in done:
-                lost += 1
-        print(f"{hit.total()} kills {dict(hit)}, {len(done)} jobs done, {lost} lost", flush=True)
-    return hit, losses, lost, sweeps
-
-
-def check(uri: str, folder: Path, size: Size) -> dict[str, int]:
-    """Count jobs and MLflow runs, and the faults in MLflow."""
-    mlflow = MlflowClient(uri)
-    runs = [run for experiment in mlflow.search_experiments() for run in mlflow.search_runs([experiment.experiment_id])]
-    jobs = [run for run in runs if "run_key" in run.data.tags]
-    keys = Counter(run.data.tags["run_key"] for run in jobs)
-    missing = repeated = beyond = 0
-    for run in jobs:
-        steps = Counter(point.step for point in mlflow.get_metric_history(run.info.run_id, "train/loss"))
-        missing += sum(step not in steps for step in range(1, size.steps + 1))
-        repeated += sum(count - 1 for count in steps.values())
-        beyond += sum(step > size.steps for step in steps)
-    return {
-        "jobs": len({folder.name for folder in folder.glob("*/seed-*") if "." not in folder.name}),
-        "MLflow runs of jobs": len(jobs),
-        "duplicated runs": sum(count - 1 for count in keys.values()),
-        "runs left RUNNING": sum(run.info.status == "RUNNING" for run in runs),
-        "runs not FINISHED": sum(run.info.status != "FINISHED" for run in jobs),
-        "steps missing": missing,
-        "steps logged twice": repeated,
-        "steps after the last": beyond,
-    }
-
-
-class Server:
-    """An MLflow server that can be killed and started again."""
-
-    def __init__(self, folder: Path, port: int) -> None:
-        self.uri = f"http://127.0.0.1:{port}"
-        self._words = [
-            sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder / 'server.db'}",
-            "--artifacts-destination", str(folder / "artifacts"), "--workers", "1", "--port", str(port),
-        ]  # fmt: skip
-
-    def start(self) -> None:
-        """Start the server, and wait until it answers."""
-        environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-        self._process = psutil.Popen(
-            self._words, env={**psutil.Process().environ(), **environment}, stdout=-3, stderr=-3
-        )
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=2).close()
-            except OSError:
-                time.sleep(0.2)
-            else:
-                return
-        raise TimeoutError("the MLflow server does not start")
-
-    def kill(self) -> None:
-        """Kill the server and its workers (-9)."""
-        for process in [*self._process.children(recursive=True), self._process]:
-            process.kill()
-        self._process.wait()
-
-
-def outages(folder: Path, count: int, chance: random.Random, size: Size) -> dict[str, int]:
-    """Run sweeps while the server is killed and started again `count` times; return the final counts of `check`."""
-    server = Server(folder, 5077)
-    server.start()
-    sweep = 0
-    while count > 0:
-        words = command(folder / "outages", server.uri, sweep, size)
-        sweep += 1
-        with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            parent = psutil.Process(process.pid)
-            while process.poll() is None:
-                time.sleep(chance.uniform(1.0, 4.0))
-                if job_processes(parent) and count > 0:
-                    count -= 1
-                    server.kill()
-                    time.sleep(chance.uniform(1.0, 8.0))
-                    server.start()
-        print(f"{count} outages left", flush=True)
-    subprocess.run([sys.executable, "-m", "qlora_exp", "sync", str(folder / "outages")], check=True)
-    counts = check(server.uri, folder / "outages", size)
-    server.kill()
-    print(f"Server outages: {counts}", flush=True)
-    return counts
-
-
-def wrong(counts: dict[str, int]) -> bool:
-    """Check whether anything was lost or duplicated."""
-    numbers = list(counts.values())
-    return numbers[0] != numbers[1] or any(numbers[2:])
+def table(faults: list[Fault]) -> str:
+    """Return the table of the faults, in Markdown."""
+    tries = Counter((fault.kind, fault.command) for fault in faults)
+    survived = Counter((fault.kind, fault.command) for fault in faults if not fault.problem)
+    lines = [f"| {kind} | {command} | {count} | {survived[kind, command]} |"
+             for (kind, command), count in sorted(tries.items())]  # fmt: skip
+    total = f"| all | | {len(faults)} | {survived.total()} |"
+    return "\n".join(["| fault | command | tries | survived |", "|---|---|---|---|", *lines, total])
 
 
 def main() -> None:
-    """Run the kills, then the server outages."""
+    """Run the campaign."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="number of kills; 0: skip them")
-    parser.add_argument("--outages", type=int, default=10, help="number of server outages; 0: skip them")
-    parser.add_argument("--seed", type=int, default=0, help="random seed of times and targets")
-    parser.add_argument("--jobs", type=int, default=6, help="jobs of each sweep")
-    parser.add_argument("--steps", type=int, default=60, help="steps of each job")
+    parser.add_argument("--faults", type=int, default=200, help="number of faults of commands; 0: skip them")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no further fault after this time")
+    parser.add_argument("--kinds", default=",".join(KINDS), help=f"their kinds; default: {','.join(KINDS)}")
+    parser.add_argument("--kills", type=int, default=0, help="number of kills of sweeps and jobs")
+    parser.add_argument("--outages", type=int, default=0, help="number of server outages")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of kinds, times and targets")
+    parser.add_argument("--jobs", type=int, default=6, help="jobs of each sweep, for --kills and --outages")
+    parser.add_argument("--steps", type=int, default=60, help="steps of each of these jobs")
     options = parser.parse_args()
-    size = Size(options.jobs, options.steps)
-    chance = random.Random(options.seed)
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        uri = f"sqlite:///{folder / 'mlflow.db'}"
-        if options.kills:
-            hit, losses, lost, sweeps = kill_at_random(folder / "killed", uri, options.kills, chance, size)
-            counts = check(uri, folder / "killed", size)
-            for sweep in range(sweeps):
-                calm = command(folder / "calm", f"sqlite:///{folder / 'calm.db'}", sweep, size)
-                subprocess.run(calm, capture_output=True, check=True)
-            same = sum(
-                state(job)[1]["metrics"]["after/loss"] == losses[job.name] for job in (folder / "calm").glob("*/seed-*")
-            )
-            print(f"Kills: {dict(hit)}; finished jobs lost: {lost}; {counts}")
-            print(f"Final loss bit-identical to that without kills: {same} of {len(losses)}", flush=True)
-            if lost or wrong(counts) or same != len(losses):
-                sys.exit("something was lost or duplicated: see the counts above")
-        if options.outages and wrong(outages(folder, options.outages, chance, size)):
-            sys.exit("something was lost or duplicated: see the counts above")
+    kinds = options.kinds.split(",")
+    if unknown := set(kinds) - set(KINDS):
+        parser.error(f"--kinds: unknown: {', '.join(sorted(unknown))}")
+    faults: list[Fault] = []
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        os.environ |= {
+            "QLORA_EXP_CACHE": str(scratch / "cache"), "XDG_STATE_HOME": str(scratch / "state"),
+            "HF_HUB_OFFLINE": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "2", "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0",
+        }  # fmt: skip
+        if options.faults:
+            faults = inject(scratch, options.faults, options.minutes, kinds, options.seed)
+        lost = kills_and_outages(
+            scratch, options.kills, options.outages, options.seed, Size(options.jobs, options.steps)
+        )
+    if faults:
+        libraries = ", ".join(f"{name} {version(name)}" for name in ("qlora-exp", "torch", "transformers", "mlflow"))
+        print(f"\n{time.strftime('%Y-%m-%d')}, seed {options.seed}; {libraries}\n{table(faults)}")
+    if lost or any(fault.problem for fault in faults):
+        sys.exit("something was lost, doubled or stuck: see above")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,8 @@ import errno
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from qlora_exp.utils.display import NEWLINES, shown
@@ -31,6 +32,19 @@ def exit_code(command: Callable[[], None]) -> int:
         print(shown(_message(error), keep=NEWLINES), file=sys.stderr)
         return 1
     return 0
+
+
+@contextmanager
+def full_disk_named(folder: Path) -> Iterator[None]:
+    """Raise any error about a full disk as the one that names this folder: safetensors and torch have their own."""
+    try:
+        yield
+    except Exception as error:
+        writes = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos ")
+        own = isinstance(error, OSError) and (error.errno != errno.ENOSPC or error.filename is not None)
+        if own or not any(words in str(error) for words in writes):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 
 
 def _message(error: BaseException) -> str:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from qlora_exp.cli import ports
+from qlora_exp.cli.failures import full_disk_named
 from qlora_exp.cli.parents import RUN, URI, Commands, add_command, add_overrides
 from qlora_exp.utils.display import say
 from qlora_exp.utils.errors import ConfigError, TrackingError
@@ -171,7 +172,8 @@ def reproduce(options: argparse.Namespace) -> None:
     if options.check_only:
         return
     folder = options.out or reproducing.repetition_folder(record)
-    run_id = reproducing.start(record, config, folder)
+    with full_disk_named(folder):
+        run_id = reproducing.start(record, config, folder)
     (repeated,) = records.find(options.uri, [run_id])
     verdict = reproducing.judge(record, repeated, config)
     say(f"files  {folder}", f"run    {run_id}", f"{verdict.grade}: {verdict.why}")

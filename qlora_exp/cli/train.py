@@ -1,7 +1,6 @@
 """`train`: pass the command line to Hydra, which composes a run or the jobs of a sweep."""
 
 import argparse
-import errno
 import gc
 import io
 import logging
@@ -12,7 +11,7 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from qlora_exp.cli.failures import exit_code
+from qlora_exp.cli.failures import exit_code, full_disk_named
 from qlora_exp.cli.parents import Commands, add_command
 from qlora_exp.utils.display import NEWLINES, shown
 from qlora_exp.utils.errors import ConfigError
@@ -119,11 +118,8 @@ def _single_run(composed: Any, output_dir: Path) -> None:
         from qlora_exp.recipe.finetune import run
         from qlora_exp.recipe.summary import show
 
-        show(run(checked, output_dir), checked.tracking.uri)
-    except OSError as error:
-        if error.errno == errno.ENOSPC and error.filename is None:  # the message names the disk that is full
-            error.filename = str(output_dir)
-        raise
+        with full_disk_named(output_dir):
+            show(run(checked, output_dir), checked.tracking.uri)
     except KeyboardInterrupt:
         from qlora_exp.training.checkpoints import checkpoints, is_complete
 

@@ -159,7 +159,7 @@ def export(
         (part / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
         for file in part.iterdir():  # safetensors makes its files readable by their owner only
             file.chmod((part / FACTS_FILE).stat().st_mode)
-    _log_to_run(saved, facts)
+        _log_to_run(saved, facts)  # before the folder appears: if this process is killed, the next one does both
     return made
 
 

@@ -256,6 +256,18 @@ def is_delivered(folder: Path, uri: str | None = None) -> bool:
     return bool(state["offset"] == state.get("verified") == size) and not state.get("left_out")
 
 
+def require_whole(folder: Path) -> None:
+    """Check that the journal of a run that had ended has all lines that MLflow was seen to have.
+
+    Raises:
+        JournalError: lines are missing at its end: the run would look as if it had not ended, or never begun.
+    """
+    file = folder / FILE
+    size = file.stat().st_size if file.is_file() else 0
+    if any(state.get("verified", 0) > size for state in _states(folder).values()):
+        raise JournalError(f"{file}: lines at its end are gone, which MLflow has received; restore the file")
+
+
 def _states(folder: Path) -> dict[str, dict[str, Any]]:
     """Read what each MLflow store has received, by URI of the store."""
     file = folder / _STATE

@@ -6,7 +6,16 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qlora_exp.tracking.journal import FILE, PARENT_TAG, is_delivered, is_locked, parent_run_id, read, received
+from qlora_exp.tracking.journal import (
+    FILE,
+    PARENT_TAG,
+    is_delivered,
+    is_locked,
+    parent_run_id,
+    read,
+    received,
+    require_whole,
+)
 from qlora_exp.tracking.stores import known_stores, sqlite_store
 from qlora_exp.tracking.stores.uris import exists, store_uri
 from qlora_exp.utils.errors import ConfigError, JournalError, TrackingError
@@ -44,7 +53,9 @@ def settle(folders: Iterable[Path], uri: str | None = None) -> Settled:
         try:
             if is_locked(folder):
                 result.running += 1
-            elif (begin := next((message for message, _ in read(folder / FILE)), None)) is not None:
+                continue
+            require_whole(folder)
+            if (begin := next((message for message, _ in read(folder / FILE)), None)) is not None:
                 address = uri or known_stores.store_of(folder, begin["uri"])
                 stores.setdefault(address, {})[folder] = is_delivered(folder, address)
         except (ConfigError, TrackingError) as error:  # a store that only the journal names

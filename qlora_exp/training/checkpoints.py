@@ -1,5 +1,6 @@
 """Find the trainer's checkpoints on disk: the complete ones, and the one to resume from. Imports no slow packages."""
 
+import hashlib
 import json
 import logging
 import zipfile
@@ -38,8 +39,8 @@ def is_complete(checkpoint: Path) -> bool:
 def seal(checkpoint: Path) -> None:
     """Note the digests of the files of a checkpoint, for `damaged_file`: the trainer saves none."""
     names = sorted(file.name for file in checkpoint.iterdir() if file.is_file() and file.name != _DIGESTS)
-    # The files of torch.save are zip files, which contain checksums.
-    digests = {name: None if _is_zip(name) else file_digest(checkpoint / name) for name in names}
+    # The files of torch.save are zip files, which contain checksums of all but their directory.
+    digests = {name: (_directory_digest if _is_zip(name) else file_digest)(checkpoint / name) for name in names}
     write_atomically(checkpoint / _DIGESTS, json.dumps(digests, indent=1))
 
 
@@ -53,9 +54,8 @@ def damaged_file(checkpoint: Path) -> str | None:
     digests = _digests(checkpoint)
     for file in sorted(file for file in checkpoint.iterdir() if file.is_file()):
         if _is_zip(file.name):
-            with zipfile.ZipFile(file) as archive:
-                if archive.testzip() is not None:
-                    return file.name
+            if not _is_whole_zip(file, digests.get(file.name)):
+                return file.name
         elif digests.get(file.name) not in (None, file_digest(file)):
             return file.name
     return None
@@ -69,7 +69,7 @@ def _truncated(checkpoint: Path) -> str | None:
         if not (checkpoint / name).is_file():
             return name
     for file in sorted(file for file in checkpoint.iterdir() if file.is_file()):
-        is_broken_zip = _is_zip(file.name) and not zipfile.is_zipfile(file)
+        is_broken_zip = _is_zip(file.name) and not _has_directory(file)
         if is_broken_zip or (file.suffix == ".safetensors" and not _is_whole_safetensors(file)):
             return file.name
     return None
@@ -77,6 +77,30 @@ def _truncated(checkpoint: Path) -> str | None:
 
 def _is_zip(name: str) -> bool:
     return name.endswith((".pt", ".pth"))
+
+
+def _has_directory(file: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(file)
+    except zipfile.BadZipFile:  # the end of the directory is damaged
+        return False
+
+
+def _directory_digest(file: Path) -> str:
+    """Return the digest of the directory at the end of a zip file: names, places and checksums of what is in it."""
+    with zipfile.ZipFile(file) as archive, file.open("rb") as content:
+        content.seek(archive.start_dir)
+        return hashlib.sha256(content.read()).hexdigest()
+
+
+def _is_whole_zip(file: Path, directory: str | None) -> bool:
+    try:
+        if directory not in (None, _directory_digest(file)):
+            return False
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip() is None
+    except Exception:  # a damaged directory raises errors of many kinds
+        return False
 
 
 def _is_whole_safetensors(file: Path) -> bool:
@@ -95,7 +119,8 @@ def _is_whole_safetensors(file: Path) -> bool:
 def _digests(checkpoint: Path) -> dict[str, str | None]:
     """Return what `seal` wrote; empty for other checkpoints, and if the process was killed before it."""
     digests = _json(checkpoint / _DIGESTS)
-    return digests if isinstance(digests, dict) else {}
+    values = digests.items() if isinstance(digests, dict) else ()
+    return {name: digest if isinstance(digest, str) else None for name, digest in values}
 
 
 def _json(file: Path) -> Any:

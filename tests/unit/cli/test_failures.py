@@ -1,10 +1,12 @@
 import errno
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors import SafetensorError
 
-from qlora_exp.cli.failures import exit_code
+from qlora_exp.cli.failures import exit_code, full_disk_named
 from qlora_exp.utils.errors import ConfigError, DivergedError, TimeLimitError
 
 
@@ -60,3 +62,32 @@ def test_a_fault_of_the_program_is_shown_whole_without_secrets(torch, monkeypatc
 def test_success_is_0(capsys):
     assert exit_code(lambda: print("done")) == 0
     assert capsys.readouterr().out == "done\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "outputs/run"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file"),
+            "outputs/run",
+        ),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 15552 vs 15444"), "outputs/run"),
+        (OSError(errno.ENOSPC, "No space left on device"), "outputs/run"),
+        (OSError(errno.ENOSPC, "No space left on device", "elsewhere"), "elsewhere"),
+    ],
+)
+def test_full_disk_is_one_line_that_names_it(error, shown, capsys):
+    def command() -> None:
+        with full_disk_named(Path("outputs/run")):
+            raise error
+
+    assert exit_code(command) == 1
+    assert capsys.readouterr().err == f"error: no space left on the disk of {shown}\n"
+
+
+def test_other_errors_are_not_changed():
+    for error in (OSError(errno.EACCES, "Permission denied"), ValueError("No space")):
+        with pytest.raises(type(error)) as raised, full_disk_named(Path("outputs")):
+            raise error
+        assert raised.value is error

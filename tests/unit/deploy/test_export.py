@@ -245,6 +245,16 @@ def test_leftovers_of_a_killed_export_are_removed(trained_adapters, tmp_path):
     assert (tmp_path / "made").stat().st_mode == (tmp_path / ".made.txt").stat().st_mode
 
 
+def test_export_appears_only_after_it_is_logged(trained_adapters, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(export, "_log_to_run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        export.export(find(trained_adapters()), tmp_path / "merged")
+    assert not list(tmp_path.iterdir())  # so that the same command makes and logs it
+
+
 def test_existing_export_is_identified_by_weights_and_options(trained_adapters, tmp_path):
     saved = find(trained_adapters())
     assert not export.is_exported(saved, tmp_path / "made")

@@ -151,6 +151,17 @@ def test_sync_names_what_mlflow_lacks(sweep, store, tmp_path, capsys):
     assert "job1: file evaluation/x.txt: " in warning
 
 
+def test_run_whose_journal_lost_its_end_is_neither_forgotten_nor_ended_again(sweep, store, capsys):
+    journal = sweep / "job1" / "journal.jsonl"
+    whole = journal.read_bytes()
+    for kept in (b"", whole[:9], whole[:-9], whole[: len(whole) // 2]):
+        journal.write_bytes(kept)
+        assert exit_code("sync") == 1
+        assert f"{journal}: lines at its end are gone" in capsys.readouterr().err
+        journal.write_bytes(whole)
+        check(store, sweep)
+
+
 def test_store_that_does_not_answer_is_asked_once(sweep, monkeypatch, capsys):
     asked = []
     connect = client

@@ -78,6 +78,21 @@ def test_truncated_file_is_noticed_in_a_checkpoint_of_others(name, damage, tmp_p
     assert not is_complete(folder)
 
 
+@pytest.mark.parametrize("sealed", [True, False])
+def test_no_damage_to_the_directory_of_a_zip_file_raises_an_error(sealed, tmp_path):
+    folder = make(tmp_path / "checkpoint-1", sealed)
+    file = folder / "scheduler.pt"
+    whole = file.read_bytes()
+    with zipfile.ZipFile(file) as archive:
+        begin = archive.start_dir
+    noticed = 0
+    positions = range(begin, len(whole), 3)
+    for position in positions:
+        file.write_bytes(whole[:position] + b"\xf5" + whole[position + 1 :])
+        noticed += damaged_file(folder) == "scheduler.pt"
+    assert noticed == len(positions) if sealed else noticed
+
+
 @pytest.mark.parametrize("text", ["[]", "{", "null", '{"optimizer.pt": 3}', "\0"])
 def test_damaged_digests_stop_nothing(text, tmp_path):
     folder = make(tmp_path / "checkpoint-1")
