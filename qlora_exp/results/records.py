@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
+from requests import RequestException
 
 from qlora_exp.config.untrusted import plain_yaml
 from qlora_exp.config.values import APART
@@ -261,7 +262,7 @@ def mlflow_errors_explained() -> Iterator[None]:
     """Raise errors of MLflow as `TrackingError`."""
     try:
         yield
-    except MlflowException as error:
+    except (MlflowException, RequestException) as error:  # the second for what is no answer of MLflow, such as HTML
         raise TrackingError(f"MLflow: {first_line(error)}") from error
 
 
