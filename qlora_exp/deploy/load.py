@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.exceptions import MlflowException
 from peft import PeftModel
+from requests import RequestException
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import qlora_exp.models.bottleneck  # noqa: F401 - registers its method with PEFT
@@ -347,6 +348,6 @@ def _download(source: str, tracking_uri: str | None) -> tuple[Path, str | None]:
             folder = Path(download_artifacts(artifact_uri=location, tracking_uri=mlflow.tracking_uri))
         elif not folder.is_dir():
             raise ModelError(f"{source}: its files were in {folder}, which is not there")
-    except (MlflowException, TrackingError) as error:
+    except (MlflowException, RequestException, TrackingError) as error:
         raise ModelError(f"{source}: {error}") from error
     return folder, logged.source_run_id

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mlflow import MlflowClient, get_tracking_uri, set_tracking_uri
 from mlflow.exceptions import MlflowException
+from requests import RequestException
 
 from qlora_exp.deploy import load, model_card
 from qlora_exp.results import records, reproduce
@@ -70,6 +71,8 @@ def register(uri: str | None, run: str, name: str, alias: str | None = None) -> 
     except MlflowException as error:
         if error.error_code == "INVALID_PARAMETER_VALUE":
             raise ConfigError(f"register: MLflow refuses the name or the alias: {first_line(error)}") from error
+        raise TrackingError(f"MLflow: {first_line(error)}{hint(error)}") from error
+    except RequestException as error:  # what is no answer of MLflow, such as HTML
         raise TrackingError(f"MLflow: {first_line(error)}{hint(error)}") from error
     address = f"models:/{name}@{alias}" if alias else f"models:/{name}/{version}"
     text = model_card.write(record, saved.config, address)

@@ -17,12 +17,14 @@ from mlflow import MlflowClient
 from mlflow.artifacts import download_artifacts
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
+from requests import RequestException
 
 from qlora_exp.libraries.mlflow import stored_runs
 from qlora_exp.results.record import Record
 from qlora_exp.tracking.journal import FILE as JOURNAL_FILE
 from qlora_exp.tracking.journal import run_id
 from qlora_exp.tracking.mlflow_store import reader
+from qlora_exp.tracking.refusals import hint
 from qlora_exp.tracking.stores import artifacts, mlflow_views
 from qlora_exp.tracking.stores.sqlite_store import sqlite_file
 from qlora_exp.tracking.stores.uris import store_uri
@@ -168,8 +170,8 @@ def mlflow_errors_explained() -> Iterator[None]:
     """Raise errors of MLflow as `TrackingError`."""
     try:
         yield
-    except MlflowException as error:
-        raise TrackingError(f"MLflow: {first_line(error)}") from error
+    except (MlflowException, RequestException) as error:  # the second for what is no answer of MLflow, such as HTML
+        raise TrackingError(f"MLflow: {first_line(error)}{hint(error)}") from error
 
 
 def _find(mlflow: MlflowClient, chosen: Sequence[str], experiment: str | None, where: str | None) -> list[MlflowRecord]:

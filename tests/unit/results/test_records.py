@@ -5,6 +5,7 @@ import sqlite3
 from dataclasses import fields
 
 import pytest
+from requests import JSONDecodeError as RequestsJSONDecodeError
 
 from qlora_exp.results import records
 from qlora_exp.results.compare import compare
@@ -63,3 +64,8 @@ def test_link_in_the_store_is_not_read(past_runs, tmp_path):
     (record,) = records.find(past_runs.uri, experiment=past_runs.experiment)
     with pytest.raises(records.TrackingError, match="environment.txt cannot be read: .*a link"):
         record.text("environment.txt")
+
+
+def test_answer_that_is_no_answer_of_mlflow_is_one_line():
+    with pytest.raises(records.TrackingError, match="MLflow: Expecting value"), records.mlflow_errors_explained():
+        raise RequestsJSONDecodeError("Expecting value", "<html>", 0)
