@@ -195,7 +195,8 @@ def read_store(file: Path, folder: Path) -> dict[str, Recorded]:
 def _artifacts(place: str, store: Path, folder: Path) -> Iterable[str]:
     path = place.removeprefix("mlflow-artifacts:/").removeprefix("file://")
     root = store.parent / "artifacts" / path.lstrip("/") if place.startswith("mlflow-artifacts:") else Path(path)
-    return (str(file.relative_to(root)) for file in (folder / root).rglob("*") if file.is_file())
+    files = (str(file.relative_to(root)) for file in (folder / root).rglob("*") if file.is_file())
+    return (re.sub(r"comparison_[\d_-]+", "comparison", file) for file in files)  # named by the time
 
 
 @dataclass(frozen=True)
