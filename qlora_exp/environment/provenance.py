@@ -163,9 +163,12 @@ def is_dead(recorded: dict[str, str]) -> bool:
     if recorded.get("namespace") != _namespace():
         return False
     try:
-        started = psutil.Process(int(recorded["pid"])).create_time()
+        its = psutil.Process(int(recorded["pid"]))
+        started, status = its.create_time(), its.status()
     except psutil.NoSuchProcess:
         return True
     except psutil.AccessDenied:  # a process of another user, which this system hides
         return False
+    if status == psutil.STATUS_ZOMBIE:  # nobody has waited for it yet; in containers often nobody ever does
+        return True
     return not abs(started - float(recorded["started"])) <= 60  # the system clock may change; or NaN

@@ -5,6 +5,7 @@ This module only reads: it changes nothing in the store, and imports no training
 
 import os
 import re
+import sqlite3
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from mlflow.artifacts import download_artifacts
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 from requests import RequestException
+from sqlalchemy.exc import SQLAlchemyError
 
 from qlora_exp.libraries.mlflow import stored_runs
 from qlora_exp.results.record import Record
@@ -170,7 +172,8 @@ def mlflow_errors_explained() -> Iterator[None]:
     """Raise errors of MLflow as `TrackingError`."""
     try:
         yield
-    except (MlflowException, RequestException) as error:  # the second for what is no answer of MLflow, such as HTML
+    # RequestException: what is no answer of MLflow, such as HTML; the others: a damaged file.
+    except (MlflowException, RequestException, SQLAlchemyError, sqlite3.Error) as error:
         raise TrackingError(f"MLflow: {first_line(error)}{hint(error)}") from error
 
 

@@ -7,7 +7,7 @@ This module does not use MLflow.
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -180,10 +180,20 @@ class _EarlyStopping(EarlyStoppingCallback):
             control.should_training_stop = True
 
 
+def _curves(logs: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        _CURVES.get(name, f"train/{name}"): float(value)
+        for name, value in logs.items()
+        if name not in _SKIPPED and isinstance(value, int | float)
+    }
+
+
 class Watcher(TrainerCallback):
     """Callback that times steps, logs curves, shows a progress bar, and raises at a value that is not finite."""
 
-    def __init__(self, trainer: Trainer, log: Log, judge: Callable[[float, int], None] | None = None) -> None:
+    def __init__(
+        self, trainer: Trainer, log: Log, judge: Callable[[float, int], None] | None = None, replays: bool = False
+    ) -> None:
         self.step_seconds: list[float] = []
         self.step_counts: list[list[int]] = []
         """Numbers of tokens, supervised tokens, sequences and positions of each step."""
@@ -192,6 +202,7 @@ class Watcher(TrainerCallback):
         self._trainer = trainer
         self._log = log
         self._judge = judge
+        self._replays = replays
         self._bar: tqdm | None = None
         self._steady, self._first_step = ExitStack(), ExitStack()
         self._seen: Any = trainer.seen
@@ -200,8 +211,12 @@ class Watcher(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock; the first step, which allocates memory, is a memory phase of its own.
 
-        Stop at once if the checkpoint already contains all steps: the trainer itself does not check that.
+        Stop at once if the checkpoint already contains all steps: the trainer itself does not check that. If the
+        checkpoint is of this run, its curves are logged again: a power failure may have taken them from the journal.
         """
+        for line in state.log_history if self._replays else ():
+            if "train_runtime" not in line:
+                self._log(_curves({key: value for key, value in line.items() if key != "step"}), line["step"])
         trl.set_trained_tokens(self._trainer, max((line.get("num_tokens", 0) for line in state.log_history), default=0))
         if state.global_step >= state.max_steps:
             control.should_training_stop = True
@@ -249,11 +264,7 @@ class Watcher(TrainerCallback):
         logs = logs or {}
         if "train_runtime" in logs:  # the trainer's summary at the end; `throughput` replaces it
             return
-        curves = {
-            _CURVES.get(name, f"train/{name}"): float(value)
-            for name, value in logs.items()
-            if name not in _SKIPPED and isinstance(value, int | float)
-        }
+        curves = _curves(logs)
         if self.step_seconds and "loss" in logs:
             curves["train/step_seconds"] = self.step_seconds[-1]
             curves["train/tokens_per_second"] = self.step_counts[-1][0] / self.step_seconds[-1]
@@ -365,7 +376,8 @@ def train(
     Raises:
         DivergedError: a loss or a gradient norm is not finite.
     """
-    watcher = Watcher(trainer, log, judge)
+    is_own = checkpoint is not None and checkpoint.parent.resolve() == Path(trainer.args.output_dir or "").resolve()
+    watcher = Watcher(trainer, log, judge, replays=is_own)
     trainer.add_callback(watcher)
     with trainer.memory.phase("load"), closing(watcher):  # loads the checkpoint; `watcher` opens the later phases
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -35,6 +35,10 @@ _PROCESS = LimitedProcess(seconds=5)
 PARTS = st.sampled_from(["a", "b", "(", ")", "(?:", "|", "*", "+", "?", "{1,9}", "[ab]", ".", r"\w", "a+", "(a", ")+"])
 
 
+def matches(pattern: str, text: str) -> bool:
+    return re.fullmatch(pattern, text) is not None
+
+
 @given(st.lists(PARTS, max_size=12).map("".join))
 def test_allowed_patterns_end(pattern: str):
     try:
@@ -42,5 +46,5 @@ def test_allowed_patterns_end(pattern: str):
     except re.error:
         return
     if not may_hang(pattern):
-        _PROCESS.call(re.fullmatch, pattern, "ab" * 30 + "!")
-        _PROCESS.call(re.fullmatch, pattern, "a" * 60 + "!")
+        _PROCESS.call(matches, pattern, "ab" * 30 + "!")
+        _PROCESS.call(matches, pattern, "a" * 60 + "!")

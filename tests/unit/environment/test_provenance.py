@@ -1,6 +1,7 @@
 import os
 import sys
 
+import psutil
 import pytest
 
 from qlora_exp.environment import provenance
@@ -82,3 +83,18 @@ def test_command_line_can_be_pasted(argv, command, monkeypatch):
 def test_command_line_of_another_program_is_named(monkeypatch):
     monkeypatch.setattr("sys.argv", ["my script.py", "a"])
     assert provenance.command() == "python 'my script.py' a"
+
+
+def test_process_that_nobody_waited_for_is_dead():
+    begin, end = os.pipe()
+    if (child := os.fork()) == 0:
+        os.read(begin, 1)
+        os._exit(0)
+    mine = provenance.process() | {"pid": str(child), "started": str(psutil.Process(child).create_time())}
+    assert not provenance.is_dead(mine)
+    os.write(end, b"x")
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+    assert provenance.is_dead(mine)
+    os.waitpid(child, 0)
+    os.close(begin)
+    os.close(end)

@@ -5,7 +5,9 @@ import sqlite3
 from dataclasses import fields
 
 import pytest
+from helpers.tracking import start_run
 from requests import JSONDecodeError as RequestsJSONDecodeError
+from support import exit_code
 
 from qlora_exp.results import records
 from qlora_exp.results.compare import compare
@@ -69,3 +71,22 @@ def test_link_in_the_store_is_not_read(past_runs, tmp_path):
 def test_answer_that_is_no_answer_of_mlflow_is_one_line():
     with pytest.raises(records.TrackingError, match="MLflow: Expecting value"), records.mlflow_errors_explained():
         raise RequestsJSONDecodeError("Expecting value", "<html>", 0)
+
+
+@pytest.mark.parametrize("table", ["latest_metrics", "tags", "runs", "experiments"])
+def test_damaged_page_of_a_store_is_one_line(table: str, make_store, tmp_path, capsys):
+    store = make_store("own.db")
+    with start_run(store, tmp_path / "run") as tracked:
+        tracked.metrics({"after/loss": 1.0})
+    with sqlite3.connect(tmp_path / "own.db") as connection:
+        ((page,),) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", (table,))
+        ((size,),) = connection.execute("PRAGMA page_size")
+    connection.close()
+    with (tmp_path / "own.db").open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\xff" * size)
+    for words in (["compare", "--experiment", "qlora_exp"], ["bundle", str(tracked.run_id), "--out", "b"]):
+        assert exit_code(*words, "--uri", store) == 1
+        said = capsys.readouterr().err
+        assert "malformed" in said
+        assert len(said.splitlines()) == 1

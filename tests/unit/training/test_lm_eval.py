@@ -1,8 +1,11 @@
 """lm-eval's tasks on files of one's own: scores, items, and comparisons by item."""
 
+from types import SimpleNamespace
+
 import pytest
 from helpers.lm_eval_tasks import task_overrides
 from lm_eval.models.huggingface import HFLM
+from transformers import GenerationConfig
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.models.base import load_unquantized
@@ -61,7 +64,7 @@ def test_names_of_scores_and_items_are_valid_metric_names(monkeypatch):
     }  # fmt: skip
     monkeypatch.setattr("lm_eval.evaluator.evaluate", lambda *_, **__: output)
     monkeypatch.setattr("lm_eval.models.huggingface.HFLM", lambda **_: None)
-    scores, told = evaluate(None, None, {}, compose([]).evaluation, 2)
+    scores, told = evaluate(SimpleNamespace(generation_config=GenerationConfig()), None, {}, compose([]).evaluation, 2)
     renamed, kept, filtered = scores
     assert (kept, filtered) == ("lm_eval/qa -v2-/recall-5", "lm_eval/all/acc/a-b")
     assert renamed.startswith("lm_eval/qa -v2-/recall-5-")
