@@ -72,6 +72,13 @@ def folder_of(name: str, random_config: dict[str, Any] | None = None) -> Path:
     return built(f"random-{family}-{_LAYOUT}-{digest}", lambda folder: _create_random(folder, family, fields))
 
 
+def described(name: str) -> dict[str, Any]:
+    """Return what is known of a built-in model's config before the model is built; empty for other models."""
+    if name == SMOLLM2:
+        return {"model_type": "llama"}
+    return {"model_type": name.removeprefix("random:")} if name.startswith("random:") else {}
+
+
 def check_name(name: str) -> None:
     """Check that a built-in model exists; names of other models are not checked.
 

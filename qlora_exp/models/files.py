@@ -6,17 +6,19 @@ import torch.
 
 import json
 import re
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from qlora_exp.config import compatibility
+from qlora_exp.config.peft_methods import PRESETS
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.model import ModelConfig
 from qlora_exp.config.sections.quantization import QuantizationConfig
 from qlora_exp.libraries.transformers import model_types
 from qlora_exp.models import builtin
-from qlora_exp.utils.errors import ConfigError, ModelError, did_you_mean, first_line
+from qlora_exp.utils.errors import ConfigError, ModelError, did_you_mean, first_line, nearest
 from qlora_exp.utils.units import MIB
 
 _EXTRA, _GPTQMODEL = "qlora-exp[quantizers]", "GPTQModel' 'optimum"
@@ -39,6 +41,20 @@ _MOST = 20_000
 """Largest such number. Published models have some hundreds of layers, and up to 16384 experts in each (Doge)."""
 _LARGEST_FILE = 64 * MIB
 """Largest config file; that of a tokenizer with its vocabulary has tens of MiB."""
+_LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_BLOOM = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+_LINEAR = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), _LLAMA),
+    **dict.fromkeys(("granite", "olmo2", "smollm3", "stablelm"), _LLAMA),
+    **dict.fromkeys(("bloom", "falcon", "gpt_neox"), _BLOOM),
+    **dict.fromkeys(("gpt2", "gpt_bigcode"), ("c_attn", "c_proj", "c_fc")),
+    "gptj": ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"),
+    "opt": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+    "phi": ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"),
+    "phi3": ("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+}
+"""The linear layers of common families, without the output layer."""
+NO_MODULE = "method.target_modules: '{}' matches no module of this model"
 _ADAPTER = "adapter_config.json"
 _INDEX = "model.safetensors.index.json"
 _TOKENIZER = ("*token*", "vocab*", "*.model", "*.spm", "tekken.json")
@@ -126,7 +142,7 @@ def check(config: Config, trains: bool = True) -> None:
     if config.model.architecture.get("_name_or_path") == name:  # a plan of a model whose files are elsewhere
         values = config.model.architecture
     elif (folder := check_place(name)) is None:
-        values = {"model_type": name.removeprefix("random:")} if name.startswith("random:") else _cached(config.model)
+        values = builtin.described(name) or _cached(config.model)
     else:
         values = _read(folder / "config.json")
         if trains:
@@ -140,6 +156,7 @@ def check(config: Config, trains: bool = True) -> None:
         raise ModelError(unquantized(name, quantization, "most", _OWN_LAYERS[own]))
     if own and "auto_map" not in values and not name.startswith(builtin.PREFIXES):
         _check_family(name, own)
+    _check_targets(config.peft_settings.get("target_modules"), _LINEAR.get(own, ()))
     kind = compatibility.kind_of(config.method.peft_type, config.lora_variant.name)
     if why := compatibility.family_refusal(kind, family):
         raise ConfigError(f"{config.cannot_train}: {why}")
@@ -270,6 +287,20 @@ def _check_family(name: str, family: str) -> None:
             f"{name}: the installed transformers has no model of type {family}"
             f"{did_you_mean(family, sorted(known))} Upgrade transformers, or choose another model"
         )
+
+
+def _check_targets(wanted: Any, linear: tuple[str, ...]) -> None:
+    """Refuse names of modules that are misspelled or of another family; the model itself is asked about all others."""
+    of_others = {name for names in _LINEAR.values() for name in names} - {*linear}
+    for target in wanted if isinstance(wanted, list) and linear else ():
+        if target not in linear and (target in of_others or ("." not in target and nearest(target, linear))):
+            raise ConfigError(no_module(f"{NO_MODULE.format(target)}{did_you_mean(target, linear)}", linear))
+
+
+def no_module(start: str, linear: Iterable[str], end: str = "") -> str:
+    """Say what can be named in `target_modules`, after a sentence that says what is wrong there."""
+    names = ", ".join(linear) or "none"
+    return f"{start.rstrip('.')}; name some of its linear layers in a list: {names}{end}; presets: {', '.join(PRESETS)}"
 
 
 def require_package(quantization: QuantizationConfig) -> None:

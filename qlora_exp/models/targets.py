@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import PreTrainedModel
 
 from qlora_exp.config.peft_methods import PRESETS
+from qlora_exp.models.files import NO_MODULE, no_module
 from qlora_exp.utils.errors import ConfigError, did_you_mean
 
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -239,9 +240,8 @@ def is_within(name: str, parts: Iterable[str]) -> bool:
 
 
 def _no_match(target: str, model: PreTrainedModel, linear: Iterable[str], is_item: bool = False) -> str:
-    kinds = ", ".join(count_kinds(linear)) or "none"
     experts = ", ".join(count_kinds(fused_experts(model)))
-    start = f"method.target_modules: '{target}' matches no module of this model"
+    start = NO_MODULE.format(target)
     if target in PRESETS and is_item:
         start = f"method.target_modules: '{target}' is a preset, not the name of a module: write it without a list"
     elif target not in PRESETS:
@@ -249,4 +249,4 @@ def _no_match(target: str, model: PreTrainedModel, linear: Iterable[str], is_ite
         if not is_item and any(re.search(target, name) for name in linear):
             start += f" A regular expression must match whole names: '.*({target})'"
     end = f"; its experts are fused parameters ({experts}): name them in method.target_parameters" if experts else ""
-    return f"{start.rstrip('.')}; name some of its linear layers in a list: {kinds}{end}; presets: {', '.join(PRESETS)}"
+    return no_module(start, count_kinds(linear), end)

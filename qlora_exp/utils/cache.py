@@ -11,6 +11,7 @@ import stat
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 
 import platformdirs
@@ -86,7 +87,18 @@ def _make_own(folder: Path) -> None:
 def _intact(folder: Path) -> bool:
     """Return whether every file still has the contents that were written."""
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text())
-        return all(file_digest(folder / name) == digest for name, digest in manifest.items())
+        files = sorted(folder.iterdir())
+        return _has_its_digests(folder, tuple((file.name, *_state(file.stat())) for file in files))
     except (OSError, ValueError, AttributeError):
         return False
+
+
+def _state(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@lru_cache
+def _has_its_digests(folder: Path, _files: tuple[tuple[str, int, int, int], ...]) -> bool:
+    """Compare the digests of all files, once for each state of them: for a real model this takes a second."""
+    manifest = json.loads((folder / _MANIFEST).read_text())
+    return all(file_digest(folder / name) == digest for name, digest in manifest.items())

@@ -143,3 +143,37 @@ def test_nothing_slow_is_imported(make_model):
         "sys.exit(bool({'torch', 'peft', 'trl', 'datasets'} & {*sys.modules}))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model=tiny_llama", "method.target_modules=[q_porj]"], "did you mean 'q_proj'"),
+        (["model=tiny_llama", "method.target_modules=[v_proj,c_attn]"], "'c_attn' matches no module.*: q_proj, k_proj"),
+        (["model=opt_125m", "+model.architecture={_name_or_path: facebook/opt-125m, model_type: opt}",
+          "method.target_modules=[gate_proj]"], "'gate_proj' matches no module.*: q_proj, .*, fc1"),
+        (["method.target_modules=[q_proj,upp_proj]"], "did you mean 'up_proj'"),
+    ],
+)  # fmt: skip
+def test_misspelled_modules_are_refused_without_the_model(words: list[str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        files.check(compose(["method=lora", *words]))
+
+
+@pytest.mark.parametrize("targets", ["[q_proj,embed_tokens]", "[layers.0.self_attn.q_proj,mlp]", "'.*q_porj'", "mlp"])
+def test_what_a_model_may_have_is_left_to_the_model(targets: str):
+    files.check(compose(["model=tiny_llama", "method=lora", f"method.target_modules={targets}"]))
+
+
+@pytest.mark.parametrize("family", files._LINEAR)
+def test_linear_layers_of_a_family_are_those_of_its_models(family: str):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from qlora_exp.models.targets import linear_layers
+
+    config = AutoConfig.for_model(family)
+    config.update({"num_hidden_layers": 1, "layer_types": (getattr(config, "layer_types", None) or [])[:1] or None})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert {name.rpartition(".")[2] for name in linear_layers(model)} == {*files._LINEAR[family]}
