@@ -51,6 +51,8 @@ class _State(BaseModel):
     """Offset up to which everything was read back from MLflow."""
     left_out: dict[str, _LeftOut] = {}
     """What MLflow refuses for good, and files that are gone."""
+    lost: bool = False
+    """Whether lines that MLflow has received are gone from the journal."""
 
 
 _STATES = TypeAdapter(dict[str, _State])
@@ -89,8 +91,8 @@ class Journal:
         """Select the MLflow store to deliver to; each store has its own `state`."""
         self.uri, self.state = uri, received(self.folder, uri)
         size = self.file.stat().st_size if self.file.is_file() else 0
-        # A power failure may have removed lines from the file that were already sent.
-        self.state["offset"] = min(self.state["offset"], size)
+        if self.state["offset"] > size:  # a power failure may have removed lines from the file that were already sent
+            self.state |= {"offset": size, "lost": True}
 
     def close(self) -> None:
         """Release the lock, so that another process can use the journal."""

@@ -5,7 +5,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import MappingProxyType
 
@@ -80,6 +80,8 @@ def open_run(
         known_stores.remember(store_uri(uri))
         if must_reach:
             reap(tracker.connect(), experiment, uri)
+        with nullcontext() if must_reach else suppress(MlflowException, TrackingError):
+            tracker.recall()
         if resumed:
             journal.append({"op": "resume", "tags": process_tags | {"failure": ""}})
         else:

@@ -10,7 +10,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -205,15 +205,15 @@ class UnsendableError(Exception):
 def _create(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> dict[str, str]:
     """Create the run, unless it was created before; return its id and that of its experiment.
 
-    If an earlier attempt may have created it, or the store may be that of the start at another place (a folder that was
-    moved), it is searched for first.
+    If an earlier attempt may have created it, or if more than its start is in the journal (`delivered.json` may be damaged,
+    or the store's folder was moved), it is searched for first.
     """
     if "run_id" in journal.state:  # all of the run is sent again
         info = read_run(mlflow, journal).info
         return {"run_id": info.run_id, "experiment_id": info.experiment_id}
     experiment_id = _experiment(mlflow, message["experiment"], journal.uri)
     attempt = message["tags"].get("attempt")
-    if attempt and (journal.state.get("creating") or journal.uri != message["uri"]):
+    if attempt and (journal.state.get("creating") or next(islice(journal.messages(), 1, None), None)):
         runs = mlflow.search_runs([experiment_id], f"tags.`attempt` = '{attempt}'", ViewType.ALL)
         if runs:
             return {"run_id": runs[0].info.run_id, "experiment_id": experiment_id}

@@ -98,6 +98,19 @@ class Tracker:
         if new:
             self._send(op="metrics", step=step, timestamp=now_ms(), values=new)
 
+    def recall(self) -> None:
+        """Learn from MLflow which points it has, if the journal has lost lines: they must not be logged twice.
+
+        Raises:
+            MlflowException, TrackingError: the store does not answer.
+        """
+        if not self._journal.state.get("lost") or self.run_id is None:
+            return
+        mlflow = self.connect()
+        for name in mlflow.get_run(self.run_id).data.metrics:
+            for point in mlflow.get_metric_history(self.run_id, name):
+                self._logged.setdefault((point.step, name), point.value)
+
     def text(self, text: str, name: str) -> None:
         """Write a text file to the output folder, without secrets, and log it as an artifact."""
         self._write(redact(text), name)

@@ -61,6 +61,7 @@ def test_run_interrupted_after_its_last_checkpoint_trains_no_further_step(
         run_quick(*CONSTANT, *words, folder="cut")
     journal = tmp_path / "cut" / FILE  # a power failure takes lines that the checkpoint still has
     journal.write_text("".join(line for line in journal.open() if '"train/loss"' not in line))
+    (tmp_path / "cut" / "delivered.json").unlink()
     trained = [one for one in metrics(tmp_path / "cut") if "step_seconds_mean" in one]
     monkeypatch.setattr(trainer.Trainer, "training_step", lambda *_, **__: pytest.fail("a step was trained"))
     again = run_quick(*CONSTANT, *words, folder="cut")

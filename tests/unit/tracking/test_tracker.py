@@ -267,6 +267,37 @@ def test_run_is_found_in_its_store_after_the_project_was_moved(tmp_path, make_st
     assert tracked.run_id in {run.info.run_id for run in runs}
 
 
+def test_run_is_found_if_the_note_of_what_was_delivered_is_damaged(tmp_path, make_store):
+    store = make_store("own.db")
+    with start_run(store, tmp_path / "run") as tracked:
+        tracked.metrics({"loss": 2.0}, 1)
+    note = tmp_path / "run" / "delivered.json"
+    note.write_text(note.read_text().replace("sqlite:", "sqlitg:"))
+    assert recovery.finish(tmp_path / "run", "killed", "not used", store) == []
+    there = client(store)
+    (run,) = there.search_runs([there.get_experiment_by_name("qlora_exp").experiment_id])
+    assert run.info.run_id == tracked.run_id
+    assert len(there.get_metric_history(run.info.run_id, "loss")) == 1
+
+
+def test_points_that_an_emptied_journal_forgot_are_not_sent_twice(tmp_path, make_store):
+    store = make_store("own.db")
+    with pytest.raises(KeyboardInterrupt), start_run(store, tmp_path / "run") as tracked:
+        tracked.metrics({"train/loss": 2.0}, 1)
+        tracked.metrics({"train/loss": 1.5, "before/loss": 3.0}, 2)
+        raise KeyboardInterrupt
+    (tmp_path / "run" / FILE).write_text("")
+    for _ in range(2):  # the second time, the journal has more than its beginning again
+        with pytest.raises(KeyboardInterrupt), start_run(store, tmp_path / "run") as again:
+            for step, loss in enumerate((2.0, 1.5, 1.0), 1):
+                again.metrics({"train/loss": loss}, step)
+            raise KeyboardInterrupt
+    there = client(store)
+    (run,) = there.search_runs([there.get_experiment_by_name("qlora_exp").experiment_id])
+    assert run.info.run_id == tracked.run_id
+    assert [point.value for point in there.get_metric_history(run.info.run_id, "train/loss")] == [2.0, 1.5, 1.0]
+
+
 def test_store_that_lost_a_run_receives_it_again(tmp_path, make_store):
     uri, new_uri = make_store("lost.db"), make_store("new.db")
     with start_run(uri, tmp_path / "run") as tracked:
