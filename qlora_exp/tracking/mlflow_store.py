@@ -49,6 +49,7 @@ from qlora_exp.utils.secrets import redact
 log = logging.getLogger(__name__)
 
 _RUNS_PER_REQUEST = 200
+_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 
 
 def client(uri: str | None = None) -> MlflowClient:
@@ -205,8 +206,8 @@ class UnsendableError(Exception):
 def _create(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> dict[str, str]:
     """Create the run, unless it was created before; return its id and that of its experiment.
 
-    If an earlier attempt may have created it, or if more than its start is in the journal (`delivered.json` may be damaged,
-    or the store's folder was moved), it is searched for first.
+    It is searched for first if an earlier attempt may have created it, or if more than its start is in the journal:
+    what was delivered may be noted wrongly, or the store's folder was moved.
     """
     if "run_id" in journal.state:  # all of the run is sent again
         info = read_run(mlflow, journal).info
@@ -219,10 +220,22 @@ def _create(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) -> 
             return {"run_id": runs[0].info.run_id, "experiment_id": experiment_id}
     tags = _with_parent(journal, message)
     journal.save_state(creating=True)
-    run = mlflow.create_run(experiment_id, message["timestamp"], tags, message["run_name"])
+    with _sent_once():
+        run = mlflow.create_run(experiment_id, message["timestamp"], tags, message["run_name"])
     if not run.info.run_id:
         raise no_content(journal.uri)
     return {"run_id": run.info.run_id, "experiment_id": experiment_id}
+
+
+@contextmanager
+def _sent_once() -> Iterator[None]:
+    """Let MLflow's client send a request only once: an answer that was cut does not mean that nothing was created."""
+    before = os.environ[_RETRIES]
+    os.environ[_RETRIES] = "0"
+    try:
+        yield
+    finally:
+        os.environ[_RETRIES] = before
 
 
 def _with_parent(journal: Journal, message: dict[str, Any]) -> dict[str, str]:
@@ -253,13 +266,14 @@ def _log_model(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) 
     models = mlflow.search_logged_models([experiment_id], f"source_run_id = '{run_id}'")
     model_id = next((model.model_id for model in models if model.name == message["name"]), None)
     if model_id is None:
-        model_id = mlflow.create_logged_model(
-            experiment_id,
-            name=message["name"],
-            source_run_id=run_id,
-            model_type="peft-adapter" if (folder / "adapter_config.json").is_file() else "model",
-            params=message["params"],
-        ).model_id
+        with _sent_once():
+            model_id = mlflow.create_logged_model(
+                experiment_id,
+                name=message["name"],
+                source_run_id=run_id,
+                model_type="peft-adapter" if (folder / "adapter_config.json").is_file() else "model",
+                params=message["params"],
+            ).model_id
     mlflow.log_model_artifacts(model_id, str(folder))
     mlflow.finalize_logged_model(model_id, LoggedModelStatus.READY)
     outputs = mlflow.get_run(run_id).outputs

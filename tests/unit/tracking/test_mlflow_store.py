@@ -1,6 +1,9 @@
 """A store is whole or not there."""
 
+import json
 import os
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from unittest.mock import Mock
 
 import pytest
@@ -78,3 +81,35 @@ def test_error_of_a_store_says_what_to_do(tmp_path, monkeypatch):
         monkeypatch.setattr("mlflow.MlflowClient.search_experiments", Mock(side_effect=MlflowException(text)))
         with pytest.raises(TrackingError, match=message):
             client("https://host")
+
+
+class Cutting(BaseHTTPRequestHandler):
+    """A server that does what it is asked, and whose answer to the creation of a run is cut."""
+
+    created = 0
+
+    def do_GET(self) -> None:
+        self.do_POST()
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if "runs/create" in self.path:
+            Cutting.created += 1
+            return
+        experiment = {"experiment_id": "1", "name": "qlora_exp", "artifact_location": "mlflow-artifacts:/1"}
+        answer = {"experiment": experiment | {"lifecycle_stage": "active"}} if "get-by-name" in self.path else {}
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_request_that_creates_a_run_is_not_repeated_without_a_search(tmp_path):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Cutting)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.raises(TrackingError), start_run(f"http://127.0.0.1:{server.server_port}", tmp_path / "run"):
+        pass
+    server.shutdown()
+    assert Cutting.created == 1
