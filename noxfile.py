@@ -12,9 +12,8 @@ nox.options.sessions = ["tests"]
 PIP = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile")
 CONSTRAINTS = ("--constraint", "constraints.txt")
 TESTED = ("dev", "lm-eval", "quantizers", "optuna", "joblib", "slurm", "llama-cpp", "serve")
-WORKERS = ("-n", "3", "--dist", "worksteal")
-"""One more than a small machine has cores, because some tests wait. Each worker begins with its part of the modules, so
-that most of what a module's tests share is made once."""
+TWO_WORKERS = ("-n", "2", "--dist", "worksteal")
+"""Each worker begins with one half of the modules, so that most of what a module's tests share is made once."""
 GPTQMODEL = (
     "GPTQModel==7.6.0",
     "defuser==0.0.28",
@@ -52,13 +51,13 @@ def tests(session: nox.Session) -> None:
     """Set up, then check style and types and run all tests, one real training of the embedded model among them."""
     install(session, *TESTED)
     lint(session)
-    pytest(session, *(session.posargs or (*WORKERS, "--durations=60")))
+    pytest(session, *(session.posargs or (*TWO_WORKERS, "--durations=60")))
 
 
 @nox.session
 def unit(session: nox.Session) -> None:
     """Run the unit tests but the slow ones (the quick loop: under two minutes), in what `tests` has set up."""
-    pytest(session, "tests/unit", "-m", "not slow", *(session.posargs or WORKERS))
+    pytest(session, "tests/unit", "-m", "not slow", *(session.posargs or TWO_WORKERS))
 
 
 @nox.session

@@ -1,6 +1,6 @@
 """Share an MLflow server in a team: two users on two machines, outages of every part; then read what the store has.
 
-    nox -s team      # about ten minutes on 2 cores; needs PostgreSQL's own programs (Debian: postgresql)
+    nox -s team      # about five minutes on 2 cores; needs PostgreSQL's own programs (Debian: postgresql)
 
 The server is MLflow's own with basic auth. PostgreSQL has its runs and its users, and artifacts go through it. The
 machines are folders with a home and a host name of their own. Sweeps run while PostgreSQL or the server is away, while
