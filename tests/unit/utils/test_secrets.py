@@ -53,7 +53,7 @@ def test_name_says_that_a_variable_is_secret(name: str, monkeypatch):
         ("DB_PASS", "abcde"),
         ("MAX_TOKENS", "128000"),
         ("TOKENIZERS_PARALLELISM", "parallel"),
-        ("PWD", "/work/folder"),
+        ("PWD", "/home/me/folder"),
         ("BYPASS_LIST", "example.org"),
         ("PASSWORD_FILE", "/run/secrets/absent"),
         ("GOOGLE_APPLICATION_CREDENTIALS", "/etc/hosts"),
