@@ -9,19 +9,17 @@ parameter. It computes the loss as transformers did then: SantaCoder's in bfloat
 in float32.
 """
 
-import argparse
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from published_table import print_errors
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_exp.planning import planner
 from qlora_exp.planning import step as steps
 from qlora_exp.planning.replay import play
-from qlora_exp.utils.quiet import quiet
 
 SANTACODER: dict[str, Any] = {
     "model_type": "gpt_bigcode",
@@ -96,17 +94,7 @@ def allocated(name: str, method: str, rows: int) -> float:
 
 def main() -> None:
     """Predict the memory of each run and print the errors."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=len(PUBLISHED), help="use only the first N runs")
-    options = parser.parse_args()
-    quiet()
-    errors = []
-    for (name, method, rows), published in [*PUBLISHED.items()][: options.runs]:
-        predicted = allocated(name, method, rows) / 1e9
-        errors.append(abs(predicted / published - 1))
-        error = predicted / published - 1
-        print(f"{name:12} {method:6} {rows}  {predicted:6.2f} GB, published {published:6.2f}  {error:+.1%}", flush=True)
-    print(f"median error {median(errors):.1%}, worst {max(errors):.1%}")
+    print_errors(__doc__, PUBLISHED, allocated)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,11 @@ and uses transformers' Llama in place of LitGPT's. For 4-bit weights the runs us
 input of each layer for the backward pass without needing it; the prediction adds these bytes.
 """
 
-import argparse
-from statistics import median
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from published_table import print_errors
 from transformers import AutoModelForCausalLM
 
 from qlora_exp.config.hydra_compose import compose
@@ -24,7 +23,6 @@ from qlora_exp.planning import planner
 from qlora_exp.planning import step as steps
 from qlora_exp.planning.packed_weights import quantize_meta
 from qlora_exp.planning.replay import play
-from qlora_exp.utils.quiet import quiet
 
 TOKENS = 1304
 PUBLISHED = {
@@ -77,17 +75,7 @@ def allocated(name: str, stored: str, rows: int) -> float:
 
 def main() -> None:
     """Predict the memory of each run and print the errors."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=len(PUBLISHED), help="use only the first N runs")
-    options = parser.parse_args()
-    quiet()
-    errors = []
-    for (name, stored, rows), published in [*PUBLISHED.items()][: options.runs]:
-        predicted = allocated(name, stored, rows) / 1e9
-        errors.append(abs(predicted / published - 1))
-        error = predicted / published - 1
-        print(f"{name:12} {stored:12} {rows}  {predicted:6.2f} GB, published {published:6.2f}  {error:+.1%}")
-    print(f"median error {median(errors):.1%}, worst {max(errors):.1%}")
+    print_errors(__doc__, PUBLISHED, allocated)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Sequence
 from contextlib import closing
 from glob import glob
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from campaign.servers import answers
 
 PASSWORD = "Pass-of-the-team-%s-7319"
 """Password of each user, of the server's administrator, and of PostgreSQL's user."""
@@ -117,14 +116,8 @@ class Server:
         """Start the server, and wait until it answers."""
         with (self._folder / "log").open("ab") as log:
             self._process = psutil.Popen(self._words, cwd=self._folder, env=self._environment, stdout=log, stderr=log)
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=2).close()
-            except OSError:
-                time.sleep(0.2)
-            else:
-                return
-        sys.exit(f"the MLflow server does not start: {(self._folder / 'log').read_text('utf-8')[-2000:]}")
+        if not answers(self.uri):
+            sys.exit(f"the MLflow server does not start: {(self._folder / 'log').read_text('utf-8')[-2000:]}")
 
     def kill(self) -> None:
         """Kill the server and its workers (-9)."""

@@ -24,6 +24,18 @@ _HTML = b"<html><body><h1>Down for maintenance</h1></body></html>"
 HANG_SECONDS = 4.0
 
 
+def answers(uri: str) -> bool:
+    """Wait for a minute until an MLflow server answers; return whether it does."""
+    for _ in range(300):
+        try:
+            urllib.request.urlopen(f"{uri}/health", timeout=2).close()
+        except OSError:
+            time.sleep(0.2)
+        else:
+            return True
+    return False
+
+
 class Server:
     """An MLflow server that can be killed and started again.
 
@@ -49,14 +61,8 @@ class Server:
         self._process = psutil.Popen(
             self._words, env={**psutil.Process().environ(), **environment}, stdout=-3, stderr=-3
         )
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=2).close()
-            except OSError:
-                time.sleep(0.2)
-            else:
-                return
-        raise TimeoutError("the MLflow server does not start")
+        if not answers(self.uri):
+            raise TimeoutError("the MLflow server does not start")
 
     def kill(self) -> None:
         """Kill the server and its workers (-9)."""

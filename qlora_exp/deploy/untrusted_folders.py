@@ -88,7 +88,7 @@ def check_adapter(folder: Path, model: ModelConfig, peft_type: str | None) -> No
         peft_type: type of the adapter according to the config of its run.
 
     Raises:
-        ModelError: it is of another type, needs too much time or memory, or is larger than its files explain.
+        ModelError: it is of another type, needs too much time or memory, or has more values than its files.
     """
     file = folder / "adapter_config.json"
     if (own := read_json(file).get("peft_type")) != peft_type:

@@ -5,7 +5,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 
@@ -80,8 +80,12 @@ def open_run(
         known_stores.remember(store_uri(uri))
         if must_reach:
             reap(tracker.connect(), experiment, uri)
-        with nullcontext() if must_reach else suppress(MlflowException, TrackingError):
+        try:
             tracker.recall()
+        except (MlflowException, TrackingError) as error:
+            if must_reach:
+                raise
+            log.warning("MLflow does not say which points it has, so some may be there twice: %s", cause(error))
         if resumed:
             journal.append({"op": "resume", "tags": process_tags | {"failure": ""}})
         else:
@@ -90,7 +94,8 @@ def open_run(
             journal.append({"op": "start", **begin, "tags": all_tags})
         tracker.deliver(strict=must_reach)
     except BaseException as error:  # the lock is released after any error; an interrupted start keeps its journal
-        if not resumed and isinstance(error, MlflowException | TrackingError):  # no run was started
+        refused = isinstance(error, MlflowException | TrackingError) and "run_id" not in journal.state
+        if refused and not resumed:
             journal.discard()
         journal.close()
         if isinstance(error, MlflowException):

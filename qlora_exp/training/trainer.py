@@ -212,7 +212,7 @@ class Watcher(TrainerCallback):
         """Start the clock; the first step, which allocates memory, is a memory phase of its own.
 
         Stop at once if the checkpoint already contains all steps: the trainer itself does not check that. If the
-        checkpoint is of this run, its curves are logged again: a power failure may have taken them from the journal.
+        checkpoint is of this run, its curves are logged again: a power failure may have removed them from the journal.
         """
         for line in state.log_history if self._replays else ():
             if "train_runtime" not in line:

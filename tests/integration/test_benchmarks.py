@@ -22,7 +22,7 @@ RUN_HERE = {
     "sweeps": ("--jobs 0 --many 0 --done 2", r"sweep with all 2 jobs already done"),
 }
 """Benchmark, arguments of its smallest run, and what that prints."""
-PARTS = {"plain", "team_facts", "team_servers"}
+PARTS = {"plain", "published_table", "team_facts", "team_servers"}
 """What other benchmarks consist of."""
 OTHERS = sorted({file.stem for file in FOLDER.glob("*.py")} - {*RUN_HERE, *PARTS, "published_memory"})
 PEFT_RUN = {

@@ -4,6 +4,7 @@ import re
 import shutil
 import signal
 import time
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -296,6 +297,19 @@ def test_points_that_an_emptied_journal_forgot_are_not_sent_twice(tmp_path, make
     (run,) = there.search_runs([there.get_experiment_by_name("qlora_exp").experiment_id])
     assert run.info.run_id == tracked.run_id
     assert [point.value for point in there.get_metric_history(run.info.run_id, "train/loss")] == [2.0, 1.5, 1.0]
+
+
+def test_refused_start_over_an_emptied_journal_forgets_no_run(tmp_path, make_store, monkeypatch):
+    store = make_store("own.db")
+    with pytest.raises(KeyboardInterrupt), start_run(store, tmp_path / "run") as tracked:
+        raise KeyboardInterrupt
+    (tmp_path / "run" / FILE).write_text("")
+    with monkeypatch.context() as patched, pytest.raises(TrackingError):
+        patched.setattr("qlora_exp.tracking.tracker.client", Mock(side_effect=TrackingError("away")))
+        with start_run(store, tmp_path / "run"):
+            pass
+    with start_run(store, tmp_path / "run") as again:
+        assert again.run_id == tracked.run_id
 
 
 def test_store_that_lost_a_run_receives_it_again(tmp_path, make_store):
