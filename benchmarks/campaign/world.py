@@ -195,7 +195,9 @@ def read_store(file: Path, folder: Path) -> dict[str, Recorded]:
 def _artifacts(place: str, store: Path, folder: Path) -> Iterable[str]:
     path = place.removeprefix("mlflow-artifacts:/").removeprefix("file://")
     root = store.parent / "artifacts" / path.lstrip("/") if place.startswith("mlflow-artifacts:") else Path(path)
-    files = (str(file.relative_to(root)) for file in (folder / root).rglob("*") if file.is_file())
+    # A kill inside MLflow's own upload leaves its temporary file there, which nothing can tell from one in use.
+    found = (file for file in (folder / root).rglob("*") if not file.name.startswith(".artifact.uploading."))
+    files = (str(file.relative_to(root)) for file in found if file.is_file())
     return (re.sub(r"comparison_[\d_-]+", "comparison", file) for file in files)  # named by the time
 
 
