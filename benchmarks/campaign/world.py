@@ -27,7 +27,7 @@ STORE = Path("mlruns/mlflow.db")
 SEEDS = (1, 2, 3)
 _SAME = re.compile(r"(train|eval|after)/(?!.*(second|_mib|memory|tokens_per|runtime|flops)).*")
 """Metrics that are the same in every repetition of a run."""
-_SPEED = re.compile(r".*(second|mfu|flops|samples|tokens|runtime|memory/).*")
+_SPEED = re.compile(r".*(second|mfu|flops|samples|tokens|runtime|memory[/_]).*")
 """Measures of speed and memory: a run that was killed after its last step trains none to measure."""
 _CURVES = ("train/", "eval/")
 

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, TypeAdapter
 
 from qlora_exp.tracking import messages
-from qlora_exp.tracking.messages import parsed, why_invalid, without_secrets
+from qlora_exp.tracking.messages import parsed, why_invalid
 from qlora_exp.utils.errors import JournalError, TrackingError
 from qlora_exp.utils.files import not_a_link, open_inside, write_atomically
 from qlora_exp.utils.units import MIB
@@ -130,9 +130,8 @@ class Journal:
         """
         self.check()
         try:
-            # Folder names and arguments may have bytes that are not UTF-8: they become question marks.
-            with open(self.file, "a", encoding="utf-8", errors="replace", opener=not_a_link) as lines:
-                lines.write(json.dumps(without_secrets(message), ensure_ascii=False) + "\n")
+            with open(self.file, "ab", opener=not_a_link) as lines:
+                lines.write(messages.line(message))
                 if message["op"] != "metrics":
                     lines.flush()
                     os.fsync(lines.fileno())

@@ -1,5 +1,11 @@
-"""The messages of a run's journal: the fields that each kind must have, and what is replaced in them before writing."""
+"""The messages of a run's journal: the fields that each kind must have, and how one is written as a line and read.
 
+A line ends with a checksum of what comes before it, because a changed bit can leave another valid message. Lines of
+older versions have none.
+"""
+
+import json
+import zlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -91,6 +97,17 @@ _SCHEMAS: Mapping[str, type[_Message]] = {
 """The fields that each `op` must have. An `op` of a newer version is not listed: its message needs no other field."""
 
 
+def line(message: dict[str, Any]) -> bytes:
+    """Return a message as a line of the journal, without secrets and with its checksum."""
+    # Folder names and arguments may have bytes that are not UTF-8: they become question marks.
+    content = json.dumps(_without_secrets(message), ensure_ascii=False).encode("utf-8", "replace")
+    return _with_checksum(content[:-1])
+
+
+def _with_checksum(content: bytes) -> bytes:
+    return content + b', "crc32": "%08x"}\n' % zlib.crc32(content)
+
+
 def parsed(line: bytes, first: bool = False) -> dict[str, Any]:
     """Parse one line; the first line of a journal must be the `start` message, which says what the run is.
 
@@ -101,6 +118,9 @@ def parsed(line: bytes, first: bool = False) -> dict[str, Any]:
         raise ValueError(f"longer than {LONGEST_LINE // MIB} MiB")
     message: dict[str, Any] = from_json(line)
     op = _Message.model_validate(message).op
+    if "crc32" in message and line != _with_checksum(line.rpartition(b', "crc32": ')[0]):
+        raise ValueError('it was changed after it was written; restore the file, or remove "crc32" to use it as it is')
+    message.pop("crc32", None)
     _SCHEMAS.get(op, _Message).model_validate(message)
     if first and op != "start":
         raise ValueError("the first message of a journal must be a 'start' message")
@@ -114,7 +134,7 @@ def why_invalid(error: ValueError) -> str:
     return str(error)
 
 
-def without_secrets(message: dict[str, Any]) -> dict[str, Any]:
+def _without_secrets(message: dict[str, Any]) -> dict[str, Any]:
     """Replace secrets in what a message says; places, which later messages are found by, stay as they are."""
     if message["op"] in ("metrics", "file", "view"):
         return message

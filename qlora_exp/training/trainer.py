@@ -371,7 +371,8 @@ def train(
         judge: function that is called with each held-out loss and its step, and may raise.
 
     Returns:
-        The number of `steps`; if this process trained any: `train_loss` averaged over its steps, and the throughput.
+        The number of `steps`; `train_loss`, the mean over all steps up to the last logged one, those of earlier
+        processes too; if this process trained any step, the throughput.
 
     Raises:
         DivergedError: a loss or a gradient norm is not finite.
@@ -387,4 +388,11 @@ def train(
         if trainer.args.eval_strategy == "epoch" and not measured:
             trainer.evaluate()
     step_metrics = {"train_loss": result.training_loss, **watcher.throughput()} if watcher.step_seconds else {}
-    return {"steps": state.global_step, **step_metrics}
+    return {"steps": state.global_step, **step_metrics, **_mean_loss(state.log_history)}
+
+
+def _mean_loss(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Average the logged losses, each the mean of the steps since the one before; empty if there are none."""
+    losses = [(line["step"], line["loss"]) for line in history if "loss" in line]
+    steps = np.diff([0, *(step for step, _ in losses)])
+    return {"train_loss": float(np.average([loss for _, loss in losses], weights=steps))} if losses else {}

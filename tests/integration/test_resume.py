@@ -71,7 +71,8 @@ def test_run_interrupted_after_its_last_checkpoint_trains_no_further_step(
     assert held_out[0] == held_out[1]
     assert again.metrics["after/loss"] == whole.metrics["after/loss"]
     assert again.metrics["steps"] == whole.metrics["steps"]
-    of_training = {"train_loss", "tokens_per_second", "memory/steady/rss_peak_mib", "memory/rss_peak_mib"}
+    assert again.metrics["train_loss"] == whole.metrics["train_loss"]
+    of_training = {"tokens_per_second", "memory/steady/rss_peak_mib", "memory/rss_peak_mib"}
     assert of_training <= whole.metrics.keys()
     assert not of_training & again.metrics.keys()
     assert [one for one in metrics(again.output_dir) if "step_seconds_mean" in one] == trained

@@ -1,7 +1,9 @@
 import json
+import re
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 from filelock import Timeout
@@ -166,6 +168,41 @@ def test_damaged_line_is_named(line: bytes, tmp_path):
     (tmp_path / FILE).write_bytes(b"\n".join([first, line, b""]))
     with pytest.raises(JournalError, match=r"journal\.jsonl, last line: "):
         last_message(tmp_path)
+
+
+@given(MESSAGES, st.integers(min_value=0), st.integers(0, 7))
+def test_changed_bit_is_named_or_changes_nothing(tmp_path_factory, messages, position, bit):
+    folder = tmp_path_factory.mktemp("journal")
+    with closing(Journal(folder)) as journal:
+        for message in messages:
+            journal.append(message)
+    content = bytearray(journal.file.read_bytes())
+    position %= len(content) - 1  # the end of the last line is what tells a whole line from a torn one
+    content[position] ^= 1 << bit
+    journal.file.write_bytes(content)
+    got, named = [], ""
+    try:
+        got.extend(message for message, _ in read(journal.file))
+    except JournalError as error:
+        named = str(error)
+    # The name of the checksum may be what changed.
+    assert [{key: one.get(key) for key in right} for one, right in zip(got, messages, strict=False)] == messages[
+        : len(got)
+    ]
+    line = content[:position].count(b"\n") + 1
+    assert len(got) == len(messages) or f"line {line}: " in named or f"line {line + 1}: " in named
+
+
+def test_changed_line_is_used_without_its_checksum(tmp_path):
+    with closing(Journal(tmp_path)) as journal:
+        journal.append(START)
+        journal.append({"op": "tags", "values": {"loss": "1.25"}})
+    changed = journal.file.read_text().replace("1.25", "1.35")
+    journal.file.write_text(changed)
+    with pytest.raises(JournalError, match=r'line 2: it was changed after it was written; .* remove "crc32"'):
+        list(read(journal.file))
+    journal.file.write_text(re.sub(r', "crc32": "\w+"', "", changed))
+    assert [message for message, _ in read(journal.file)][1]["values"] == {"loss": "1.35"}
 
 
 def test_unknown_message_kind_is_accepted(tmp_path):

@@ -409,7 +409,7 @@ DAMAGES = {
     "a folder for a lock": lambda folder: ((folder / "journal.lock").unlink(), (folder / "journal.lock").mkdir()),
     "delivered.json": lambda folder: (folder / "delivered.json").write_text("[]"),
     "another attempt": lambda folder: (folder / FILE).write_bytes(
-        re.sub(rb'"attempt": "\w+"', b'"attempt": "another"', (folder / FILE).read_bytes())
+        re.sub(rb'("attempt": )"\w+"(.*), "crc32": "\w+"', rb'\1"another"\2', (folder / FILE).read_bytes())
     ),
 }
 

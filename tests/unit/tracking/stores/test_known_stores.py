@@ -8,6 +8,7 @@ import pytest
 from helpers.tracking import start_run
 from support import exit_code
 
+from qlora_exp.tracking import messages
 from qlora_exp.tracking.journal import FILE
 from qlora_exp.tracking.mlflow_store import client
 from qlora_exp.tracking.stores import known_stores
@@ -45,9 +46,8 @@ def received(folder, uri: str, mlflow_uri: str):
     folder.parent.mkdir()
     with start_run(mlflow_uri, folder):
         pass
-    lines = (folder / FILE).read_text().splitlines(keepends=True)
-    lines[0] = json.dumps(json.loads(lines[0]) | {"uri": uri}) + "\n"
-    (folder / FILE).write_text("".join(lines))
+    first, *lines = (folder / FILE).read_bytes().splitlines(keepends=True)
+    (folder / FILE).write_bytes(b"".join([messages.line(messages.parsed(first) | {"uri": uri}), *lines]))
     (folder / "delivered.json").unlink()
     return folder
 
