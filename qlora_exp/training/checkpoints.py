@@ -38,7 +38,8 @@ def is_complete(checkpoint: Path) -> bool:
 
 def seal(checkpoint: Path) -> None:
     """Note the digests of the files of a checkpoint, for `damaged_file`: the trainer saves none."""
-    names = sorted(file.name for file in checkpoint.iterdir() if file.is_file() and file.name != _DIGESTS)
+    files = (file for file in checkpoint.iterdir() if file.is_file() and not file.name.startswith("."))
+    names = sorted(file.name for file in files if file.name != _DIGESTS)
     # The files of torch.save are zip files, which contain checksums of all but their directory.
     digests = {name: (_directory_digest if _is_zip(name) else file_digest)(checkpoint / name) for name in names}
     write_atomically(checkpoint / _DIGESTS, json.dumps(digests, indent=1))
@@ -174,6 +175,8 @@ def checkpoint_to_resume(config: Config, output_dir: Path, resumed: bool, same_s
     whole, damaged = _newest_whole(own, best)
     if damaged:
         log.warning("missing or damaged: %s; training %s", damaged, f"resumes from {whole}" if whole else "starts over")
+    if whole and not (whole / _DIGESTS).is_file():  # the process was killed before `seal`, or in it
+        seal(whole)
     if whole or configured is None:
         return whole
     path = Path(configured)

@@ -78,6 +78,18 @@ def test_truncated_file_is_noticed_in_a_checkpoint_of_others(name, damage, tmp_p
     assert not is_complete(folder)
 
 
+def test_checkpoint_whose_sealing_was_killed_is_sealed_when_training_resumes(tmp_path):
+    folder = make(tmp_path / "checkpoints" / "checkpoint-1", sealed=False)
+    (folder / ".qlora_exp.0123456789abcdef.part").write_text('{"half')
+    config = SimpleNamespace(
+        refusal=lambda _: None, training=SimpleNamespace(resume_from_checkpoint=None, load_best_model_at_end=False)
+    )
+    assert checkpoint_to_resume(config, tmp_path, resumed=True) == folder
+    assert not list(folder.glob(".*"))
+    changed(folder / "adapter_model.safetensors")
+    assert damaged_file(folder) == "adapter_model.safetensors"
+
+
 @pytest.mark.parametrize("sealed", [True, False])
 def test_no_damage_to_the_directory_of_a_zip_file_raises_an_error(sealed, tmp_path):
     folder = make(tmp_path / "checkpoint-1", sealed)
