@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 from helpers.lm_eval_tasks import write_task
 from support import QUICK
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 quiet()
+hypothesis.settings.register_profile("busy", deadline=None)  # other tests use the machine at the same time
+hypothesis.settings.load_profile("busy")
 # Whichever test starts the fork server: all others fork from it too, and would load the libraries themselves.
-multiprocessing.get_context("forkserver").set_forkserver_preload(["qlora_exp.sweeps.launchers.preload"])
+multiprocessing.get_context("forkserver").set_forkserver_preload(["qlora_exp.recipe.preload"])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -150,7 +153,7 @@ def make_config() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def _imported() -> None:
     """Import what a run imports, and hide it from garbage collection."""
-    import qlora_exp.sweeps.launchers.preload  # noqa: F401
+    import qlora_exp.recipe.preload  # noqa: F401
 
     gc.collect()
     gc.freeze()

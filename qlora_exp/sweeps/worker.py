@@ -11,7 +11,7 @@ from qlora_exp.config.schema import Config
 from qlora_exp.sweeps.jobs import JOB_FILE, TIME_LIMIT_FILE, stop, stopped
 from qlora_exp.tracking import run_key
 from qlora_exp.tracking.journal import last_message
-from qlora_exp.utils.errors import ConfigError, JournalError, PrunedError, TimeLimitError
+from qlora_exp.utils.errors import ConfigError, JournalError, PrunedError, TimeLimitError, UserError
 from qlora_exp.utils.processes.signals import handle_signals, time_limit
 
 log = logging.getLogger(__name__)
@@ -48,9 +48,12 @@ def run_job(config: Config, folder: Path) -> None:
     except KeyboardInterrupt:  # already recorded as killed
         raise SystemExit(130) from None
     except (Exception, TimeLimitError) as error:  # a failure is a result: record it and let the other jobs run
-        if not isinstance(error, JournalError) and last_message(folder) is None:  # it failed before its run was opened
-            lifecycle.record_failure(config, folder, job["tags"], error)
         log.error("error: %s: %s", type(error).__name__, error)  # noqa: TRY400
+        try:
+            if not isinstance(error, JournalError) and last_message(folder) is None:  # it failed before its run began
+                lifecycle.record_failure(config, folder, job["tags"], error)
+        except (OSError, UserError) as second:  # the disk may be full: the sweep sees that the job did not end
+            log.error("error: it cannot be recorded: %s", second)  # noqa: TRY400
         if job["fail_fast"]:
             stop(folder.parent)
 

@@ -14,10 +14,10 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, TypeAdapter
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, TypeAdapter, model_validator
 
 from qlora_exp.tracking import messages
 from qlora_exp.tracking.messages import parsed, why_invalid
@@ -42,7 +42,7 @@ class _LeftOut(BaseModel):
 
 
 class _State(BaseModel):
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
     offset: NonNegativeInt
     run_id: str = ""
     experiment_id: str = ""
@@ -53,6 +53,12 @@ class _State(BaseModel):
     """What MLflow refuses for good, and files that are gone."""
     lost: bool = False
     """Whether lines that MLflow has received are gone from the journal."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.offset and not self.run_id:
+            raise ValueError("something was received, but by which run is missing")
+        return self
 
 
 _STATES = TypeAdapter(dict[str, _State])

@@ -14,9 +14,6 @@ from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # a server that is gone must not block training
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-
 from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities import (
@@ -106,6 +103,9 @@ def _errors_explained(uri: str | None, used: str) -> Iterator[None]:
 
 
 def _connected(address: str, is_new: bool = False) -> MlflowClient:
+    # A server that is gone must not block training. Set here: an earlier setting may be of another environment.
+    os.environ.setdefault(_RETRIES, "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     mlflow = GuardedClient(address, registry_uri=address)
     if is_new:  # this process may have used an earlier file
         reopen(mlflow)

@@ -39,6 +39,15 @@ def test_error_before_the_run_begins_is_recorded_as_a_failed_run(start_job):
     assert "boom" in last["failure"]
 
 
+def test_error_that_cannot_be_recorded_raises_nothing(start_job, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("qlora_exp.tracking.lifecycle.record_failure", full)
+    start_job(ValueError("boom"))
+    assert "it cannot be recorded: [Errno 28]" in caplog.text
+
+
 def test_job_whose_data_changed_since_the_sweep_began_is_rejected(start_job):
     assert "not the same data any more" in last_message(start_job(data="edited"))["failure"]
 

@@ -73,7 +73,7 @@ def test_messages_lost_after_delivery_do_not_shift_the_rest(tmp_path):
     journal.use("sqlite:///a")
     journal.append(START)
     journal.append(numbered(1))
-    journal.save_state(offset=journal.file.stat().st_size)
+    journal.save_state(offset=journal.file.stat().st_size, run_id="abc")
     journal.close()
     journal.file.write_bytes(journal.file.read_bytes().splitlines(keepends=True)[0])
     again = Journal(tmp_path)
@@ -211,7 +211,18 @@ def test_unknown_message_kind_is_accepted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "state", ["", "[]", "{", '{"sqlite:///a": 3}', '{"sqlite:///a": {}}', '{"sqlite:///a": {"offset": -1}}', "\0\0"]
+    "state",
+    [
+        "",
+        "[]",
+        "{",
+        '{"sqlite:///a": 3}',
+        '{"sqlite:///a": {}}',
+        '{"sqlite:///a": {"offset": -1}}',
+        '{"sqlite:///a": {"offset": 9, "run_ic": "a"}}',
+        '{"sqlite:///a": {"offset": 9}}',
+        "\0\0",
+    ],
 )
 def test_damaged_delivery_state_is_named(state: str, tmp_path):
     (tmp_path / "delivered.json").write_text(state)
