@@ -16,7 +16,7 @@ from typing import Any
 LIMIT_SECONDS = 240.0
 """Longest time of a command; one that takes longer is stuck."""
 _PRELOAD = [
-    "qlora_exp.sweeps.launchers.preload", "qlora_exp.cli.main", "qlora_exp.tracking.sync",
+    "qlora_exp.recipe.preload", "qlora_exp.cli.main", "qlora_exp.tracking.sync",
     "qlora_exp.results.reproduce", "qlora_exp.results.bundle", "qlora_exp.results.report", "qlora_exp.results.plots",
     "qlora_exp.deploy.export", "qlora_exp.deploy.registry", "qlora_exp.libraries.hydra",
 ]  # fmt: skip

@@ -30,10 +30,8 @@ def train(options: argparse.Namespace) -> None:
     gc.disable()  # until the run starts: saves a fifth of the imports' time
     from qlora_exp.config import hydra_compose
     from qlora_exp.config.overrides import readable
-    from qlora_exp.environment.device import refuse_several_processes
     from qlora_exp.libraries import hydra
 
-    refuse_several_processes()
     sys.argv = ["qlora-exp train", *options.unknown, *["sweep.dry_run=true"] * options.dry_run]
     arguments = hydra.parse(sys.argv[1:])
     _refuse_flags(arguments)
@@ -115,11 +113,14 @@ def _single_run(composed: Any, output_dir: Path) -> None:
             )
             return
         logging.getLogger(__name__).info("starting: loading the libraries takes a few seconds")
+        from qlora_exp.environment.ranks import ranks
         from qlora_exp.recipe.finetune import run
         from qlora_exp.recipe.summary import show
 
         with full_disk_named(output_dir):
-            show(run(checked, output_dir), checked.tracking.uri)
+            result = run(checked, output_dir)
+        if ranks().is_main:
+            show(result, checked.tracking.uri)
     except KeyboardInterrupt:
         from qlora_exp.training.checkpoints import checkpoints, is_complete
 

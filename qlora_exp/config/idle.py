@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from qlora_exp.config import peft_methods
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.dataset import REASONING_GYM, DatasetConfig, UnrelatedConfig
+from qlora_exp.config.sections.distributed import DistributedConfig
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +83,7 @@ def idle(config: Config, sweeping: bool = False) -> Iterator[tuple[str, str]]:
         yield from _rows("unrelated", config.unrelated)
     yield from _training(config)
     yield from _measuring(config)
+    yield from _distributed(config)
     if not sweeping:
         sections = ((name, type(getattr(config, name)).model_fields) for name in SWEEP_ONLY)
         keys = (f"{name}.{key}" for name, fields in sections for key in fields)
@@ -166,6 +168,14 @@ def _training(config: Config) -> Iterator[tuple[str, str]]:
         yield "training.save_total_limit", "training.save_strategy=no saves no checkpoint"
     if training.early_stopping_patience is None:
         yield "training.early_stopping_threshold", "it needs training.early_stopping_patience"
+
+
+def _distributed(config: Config) -> Iterator[tuple[str, str]]:
+    if config.distributed.engine == "none":
+        for key in DistributedConfig.model_fields.keys() - {"engine"}:
+            yield f"distributed.{key}", "distributed=none is a single process: choose distributed=ddp"
+    elif config.distributed.num_machines == 1:
+        yield "distributed.main_process_ip", "all processes are on this machine"
 
 
 def _measuring(config: Config) -> Iterator[tuple[str, str]]:

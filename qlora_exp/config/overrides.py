@@ -17,8 +17,8 @@ from qlora_exp.libraries.hydra import every_combination
 from qlora_exp.utils.errors import ConfigError
 
 GROUPS = (
-    "model", "method", "quantization", "lora_variant", "optimizer", "dataset", "training", "evaluation", "unrelated",
-    "tracking", "experiment", "sweep",
+    "model", "method", "quantization", "lora_variant", "optimizer", "dataset", "training", "distributed", "evaluation",
+    "unrelated", "tracking", "experiment", "sweep",
 )  # fmt: skip
 """The shipped config groups."""
 OPTIONAL = ("experiment", "sweep")

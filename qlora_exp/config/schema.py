@@ -13,6 +13,7 @@ from pydantic import Field
 from qlora_exp.config import compatibility
 from qlora_exp.config.sections.base import Section
 from qlora_exp.config.sections.dataset import DatasetConfig, UnrelatedConfig
+from qlora_exp.config.sections.distributed import DistributedConfig
 from qlora_exp.config.sections.evaluation import EvaluationConfig
 from qlora_exp.config.sections.method import LoraVariantConfig, MethodConfig
 from qlora_exp.config.sections.model import ModelConfig
@@ -33,6 +34,7 @@ class Config(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     dataset: DatasetConfig = DatasetConfig()
     training: TrainingConfig = TrainingConfig()
+    distributed: DistributedConfig = DistributedConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     unrelated: UnrelatedConfig = UnrelatedConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -77,6 +77,8 @@ def _names_only(value: Any) -> Any:
 
 APART = ("tracking", "sweep", "search")
 """Sections that do not change a run's result."""
+_OF_ONE_START = ("name", "machine_rank", "main_process_ip", "main_process_port", "ddp_timeout")
+"""Keys of `distributed` that say how the processes find each other, not what they compute."""
 _EMPTY_IN_OLDER_RECORDS = (("training", "lr_scheduler_kwargs"),)
 """Keys that records of older versions lack; empty, they say the same."""
 
@@ -93,7 +95,8 @@ def result_values(values: dict[str, Any]) -> dict[str, Any]:
         if key == "architecture" or not kept.get(key):
             kept.pop(key, None)
         counts[section] = kept
-    return counts
+    shared = {key: value for key, value in (counts.pop("distributed", None) or {}).items() if key not in _OF_ONE_START}
+    return counts | {"distributed": shared} if shared.get("engine", "none") != "none" else counts
 
 
 def flatten(config: Config) -> dict[str, Any]:

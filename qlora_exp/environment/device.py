@@ -6,9 +6,11 @@ that they do not have; only `detect` asks torch, and only `nvml_handles` asks NV
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qlora_exp.config.schema import Config
+from qlora_exp.environment.ranks import ranks
 from qlora_exp.utils.errors import ConfigError
 
 # The same optimizer without paging. bitsandbytes has no unpaged 32-bit AdamW that differs from torch's.
@@ -32,6 +34,8 @@ class Device:
     """Whether it has unified memory, so that bitsandbytes can page optimizer states."""
     visible_gpus: int | None = None
     """Number of GPUs that this process sees; None for other devices, or if it was not determined."""
+    index: int = 0
+    """Index of the GPU that this process takes."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class Resolved:
 
     device: str
     device_index: int | None
-    """Index of the run's only GPU, the first that its process sees; None for other devices."""
+    """Index of the process's only GPU, the first that it sees unless the run has several; None for other devices."""
     visible_gpus: int | None
     device_name: str
     dtype: str
@@ -60,7 +64,7 @@ class Resolved:
         """Return the device's name for people to read."""
         if self.device_index is None:
             return self.device_name
-        others = (self.visible_gpus or 1) > 1
+        others = (self.visible_gpus or 1) > 1 and ranks().size == 1
         choice = f", the first of {self.visible_gpus} GPUs; CUDA_VISIBLE_DEVICES chooses another" if others else ""
         return f"{self.device_name} ({self.device}:{self.device_index}{choice})"
 
@@ -79,7 +83,10 @@ def detect(requested: str = "auto", bitsandbytes: bool = False) -> Device:
 
     if requested in ("auto", "cuda") and torch.cuda.is_available():
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # older GPUs emulate it, slowly
-        return Device("cuda", torch.cuda.get_device_name(0), bf16, True, visible_gpus=torch.cuda.device_count())
+        index, count = ranks().local_rank, torch.cuda.device_count()
+        if index >= count:
+            raise ConfigError(f"distributed.num_processes: process {index} of this machine has no GPU: {count} visible")
+        return Device("cuda", torch.cuda.get_device_name(index), bf16, True, visible_gpus=count, index=index)
     if (requested == "mps" or (requested == "auto" and not bitsandbytes)) and torch.backends.mps.is_available():
         return Device("mps", "Apple GPU", bf16=False, paging=False)
     if requested in ("auto", "cpu"):
@@ -87,36 +94,12 @@ def detect(requested: str = "auto", bitsandbytes: bool = False) -> Device:
     raise ConfigError(f"device={requested}: torch {torch.__version__} finds no such device here; use device=auto")
 
 
-# Environment variables set by launchers of several processes, in this order: torchrun and `accelerate launch`, Open
-# MPI, MPICH, MVAPICH, srun. Number of processes: rank of this one.
-_SIZE_AND_RANK = {
-    "WORLD_SIZE": "RANK",
-    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
-    "PMI_SIZE": "PMI_RANK",
-    "MV2_COMM_WORLD_SIZE": "MV2_COMM_WORLD_RANK",
-    "SLURM_STEP_NUM_TASKS": "SLURM_PROCID",
-}
-
-
-def refuse_several_processes() -> None:
-    """Check that this process is not one of several that a launcher started: each would train and log the same run.
-
-    Raises:
-        ConfigError: this process is one of several, or torchrun started it, even alone: the trainer would treat it as
-            one of several.
-    """
-    launched = [(os.environ.get(size, ""), os.environ.get(rank, "0")) for size, rank in _SIZE_AND_RANK.items()]
-    several = [(size, rank) for size, rank in launched if size.isdigit() and int(size) > 1]
-    if not several and os.environ.get("LOCAL_RANK", "-1") == "-1":
-        return
-    size, rank = (several or [("1", "0")])[0]
-    if rank != "0":
-        raise ConfigError(f"process {rank} of {size}: refused, for the reason that process 0 gives")
-    raise ConfigError(
-        f"this is process 0 of {size} that a launcher started (torchrun, accelerate launch, srun, mpirun), and each "
-        "would train the same run; start it without a launcher: qlora-exp train ... A run uses one GPU; choose it with "
-        "CUDA_VISIBLE_DEVICES=NUMBER. A sweep with sweep.n_jobs=NUMBER uses one GPU for each job"
-    )
+def visible_gpus() -> list[str]:
+    """Return the GPUs this process may use, as named in `CUDA_VISIBLE_DEVICES`, without initializing CUDA."""
+    setting = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if setting is not None:
+        return [name for name in setting.split(",") if name.strip() not in ("", "-1")]
+    return [str(number) for number, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
 
 
 def take(resolved: Resolved) -> None:
@@ -176,7 +159,7 @@ def resolve(config: Config, device: Device) -> Resolved:
         optim = UNPAGED[optim]
     return Resolved(
         device=device.type,
-        device_index=0 if device.type == "cuda" else None,
+        device_index=device.index if device.type == "cuda" else None,
         visible_gpus=device.visible_gpus,
         device_name=device.name,
         dtype=_auto(config.model.dtype, "float32" if full else best),

@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,14 +10,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from qlora_exp.config.schema import Config
+from qlora_exp.distributed import group
 from qlora_exp.environment import provenance
 from qlora_exp.environment.device import Resolved
 from qlora_exp.environment.memory import MemoryMonitor, reuse_freed_memory
+from qlora_exp.environment.ranks import ranks
 from qlora_exp.planning import calibration
 from qlora_exp.recipe import summary
 from qlora_exp.recipe.result import RunResult
 from qlora_exp.tracking import lifecycle
 from qlora_exp.tracking.journal import FILE as JOURNAL_FILE
+from qlora_exp.tracking.muted import MutedTracker
 from qlora_exp.tracking.tracker import LOG_FILE, Tracker
 from qlora_exp.utils.display import RedactingFormatter
 from qlora_exp.utils.errors import ConfigError
@@ -24,6 +28,9 @@ from qlora_exp.utils.processes.signals import handle_signals
 from qlora_exp.utils.quiet import hide_bars
 
 log = logging.getLogger(__name__)
+
+RANKS_FOLDER = "ranks"
+"""Folder in the output folder with the logs of the processes of a run but the main one, named by their rank."""
 
 
 @dataclass(frozen=True)
@@ -58,22 +65,37 @@ class RunContext:
         self.metrics.update(values)
         self.tracker.metrics(values)
 
-    def log_memory(self) -> None:
-        """Log memory peaks, if any were measured, and how they compare with the plan."""
+    def log_memory(self, of_all: bool = False) -> None:
+        """Log memory peaks, if any were measured, and how they compare with the plan.
+
+        Args:
+            of_all: of several processes, log the largest values, and the peaks of each; all must call this.
+        """
+        if of_all:
+            summaries = group.gather(self.memory.summary())
         if not self.memory.peaks:
             return
         # If an earlier process did all the training, this one has no peak over all phases, only those of single phases.
         trained = "steady" in self.memory.peaks or not (
             self.tracker.resumed or self.config.training.resume_from_checkpoint
         )
-        summary_ = self.memory.summary().items()
-        self.log_metrics({f"memory/{key}": value for key, value in summary_ if trained or "/" in key})
+        summary_ = self.memory.summary()
+        if of_all and len(summaries) > 1:
+            summary_ = {key: max(each.get(key, 0.0) for each in summaries) for key in summary_}
+            summary_ |= {
+                f"rank{rank}/{key}": value
+                for rank, each in enumerate(summaries)
+                for key, value in each.items()
+                if "/" not in key
+            }
+        self.log_metrics({f"memory/{key}": value for key, value in summary_.items() if trained or "/" in key})
         self.log_metrics(calibration.ratio(self.metrics) if trained else {})
 
     def finish(self) -> RunResult:
         """Log the memory peaks and the summary, which need the complete run, and return the result."""
-        self.log_memory()
-        self.tracker.describe(summary.markdown(self.metrics))
+        self.log_memory(of_all=True)
+        if ranks().is_main:
+            self.tracker.describe(summary.markdown(self.metrics))
         return RunResult(self.tracker.run_id, self.output_dir, self.metrics)
 
 
@@ -92,9 +114,16 @@ def open_run(
         gc.enable()
         gc.freeze()
     hide_bars()
-    folder = _writable(output_dir)
-    with _logging_of_run(folder), handle_signals(), lifecycle.start(config, folder, tags, must_reach) as tracker:
-        log.info("run %s in %s on %s", tracker.run_id, folder, resolved.place)
+    place = ranks()
+    folder = _writable(group.from_main(str(output_dir)))
+    with (
+        _logging_of_run(folder, LOG_FILE if place.is_main else f"{RANKS_FOLDER}/{place.rank}.log"),
+        handle_signals(),
+        _tracked(config, folder, tags, must_reach) as tracker,
+    ):
+        log.info("run %s in %s on %s", tracker.run_id or "of rank 0", folder, resolved.place)
+        if place.size > 1:
+            log.info("rank %d of %d is process %d", place.rank, place.size, os.getpid())
         if resolved.optim_fallback:
             log.info("optimizer %s: %s", resolved.optim, resolved.optim_fallback)
         tracker.params({f"resolved.{key}": value for key, value in asdict(resolved).items() if value is not None})
@@ -103,8 +132,20 @@ def open_run(
         run = RunContext(config, resolved, folder, tracker, MemoryMonitor(resolved.device))
         try:
             yield run
-        finally:  # after a failure too: for a run that is out of memory, the peaks matter most
+        except BaseException:  # for a run that is out of memory, the peaks matter most
             run.log_memory()
+            raise
+
+
+@contextmanager
+def _tracked(config: Config, folder: Path, tags: Mapping[str, str], must_reach: bool) -> Iterator[Tracker]:
+    """Track the run in the main process; the others follow it without logging."""
+    if not ranks().is_main:
+        yield MutedTracker(folder, resumed=group.from_main(None))
+        return
+    with lifecycle.start(config, folder, tags, must_reach) as tracker:
+        group.from_main(tracker.resumed)
+        yield tracker
 
 
 def _writable(folder: str | Path) -> Path:
@@ -122,14 +163,15 @@ def _writable(folder: str | Path) -> Path:
 
 
 @contextmanager
-def _logging_of_run(folder: Path) -> Iterator[None]:
+def _logging_of_run(folder: Path, name: str) -> Iterator[None]:
     """Copy all log messages inside the `with` block to the run's folder; a run that is refused leaves no log."""
+    (folder / name).parent.mkdir(exist_ok=True)
     try:
-        with _logging_to(folder / LOG_FILE):
+        with _logging_to(folder / name):
             yield
     finally:
         if folder.is_dir() and not (folder / JOURNAL_FILE).exists():
-            (folder / LOG_FILE).unlink(missing_ok=True)
+            (folder / name).unlink(missing_ok=True)
 
 
 @contextmanager
@@ -138,10 +180,11 @@ def _logging_to(file: Path) -> Iterator[None]:
     handler = logging.FileHandler(file, encoding="utf-8")
     handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
-    root.addHandler(handler)
+    before = root.handlers[:]
+    root.handlers[:] = [*before, handler] if ranks().is_main else [handler]  # the others would print the same again
     logging.getLogger("qlora_exp").setLevel(logging.INFO)
     try:
         yield
     finally:
-        root.removeHandler(handler)
+        root.handlers[:] = before
         handler.close()

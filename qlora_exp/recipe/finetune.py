@@ -10,7 +10,10 @@ from types import MappingProxyType
 from typing import Any
 
 from qlora_exp.config.schema import Config
-from qlora_exp.recipe.inputs import read_inputs
+from qlora_exp.distributed import group
+from qlora_exp.environment.ranks import is_launched, take_place
+from qlora_exp.recipe.inputs import check_config, read_inputs
+from qlora_exp.recipe.launch import launch, with_processes
 from qlora_exp.recipe.result import RunResult
 
 
@@ -33,9 +36,28 @@ def run(
 
     Raises:
         UserError: the user can correct it; the message says how.
+        RankError: another process of the run failed, died or hung.
         DivergedError: a loss or a gradient norm is not finite.
         PrunedError: the search that the run belongs to stops it.
     """
+    take_place(config.distributed)
+    config = with_processes(config)
+    if config.distributed.engine != "none" and not is_launched():
+        check_config(config)
+        arguments = {"tags": dict(tags), "must_reach": must_reach, "pruning": pruning}
+        return launch(run, config, output_dir=Path(output_dir), **arguments)
+    with group.joined(config):
+        return _run(config, output_dir, tags, must_reach, pruning)
+
+
+def _run(
+    config: Config,
+    output_dir: str | Path,
+    tags: Mapping[str, str],
+    must_reach: bool,
+    pruning: Mapping[str, Any] | None,
+) -> RunResult:
+    """Run in this process; if the run has several, each of them calls this."""
     inputs = read_inputs(config)
     # Imported here, because these modules import torch, which takes seconds.
     from qlora_exp.recipe.context import open_run

@@ -11,7 +11,7 @@ from qlora_exp.config import crosschecks
 from qlora_exp.config.schema import Config
 from qlora_exp.data import files
 from qlora_exp.environment import hub
-from qlora_exp.environment.device import Resolved, detect, refuse_several_processes, resolve, take
+from qlora_exp.environment.device import Resolved, detect, resolve, take
 from qlora_exp.models import files as model_files
 from qlora_exp.tracking.stores import uris
 from qlora_exp.utils.env_file import load_env_file
@@ -39,16 +39,14 @@ class Inputs:
     """Values that the settings `auto` take on this device."""
 
 
-def read_inputs(config: Config) -> Inputs:
-    """Read rows and tasks and choose the device.
+def check_config(config: Config) -> None:
+    """Check all that needs no slow import, so that such mistakes are reported within two seconds.
 
     Raises:
-        ConfigError: the device is not available, a launcher started several processes, or the adapter does not fit.
-        DataError: a file is missing or damaged, no row is left, or a row has a token that the model lacks.
-        ModelError: the model or its tokenizer cannot be loaded or used.
+        ConfigError: the config contradicts itself, or names a store that cannot be used.
+        DataError: a file is missing.
+        ModelError: the model's files cannot be used.
     """
-    # What needs no slow import comes first, so that such mistakes are reported within two seconds.
-    refuse_several_processes()
     if problems := [*crosschecks.problems(config)]:  # a `Config` may be made without `compose`
         raise ConfigError("\n".join(problems))
     for section, source in (("dataset", config.dataset), ("unrelated", config.unrelated)):
@@ -60,6 +58,17 @@ def read_inputs(config: Config) -> Inputs:
     if hub.is_needed(config):
         hub.go_offline_if_unreachable()  # must come before huggingface_hub is imported
     model_files.check(config)
+
+
+def read_inputs(config: Config) -> Inputs:
+    """Check the config, read rows and tasks, and choose the device.
+
+    Raises:
+        ConfigError: the device is not available, or the adapter does not fit.
+        DataError: a file is missing or damaged, no row is left, or a row has a token that the model lacks.
+        ModelError: the model or its tokenizer cannot be loaded or used.
+    """
+    check_config(config)
     from qlora_exp.data import sources, tokenization
     from qlora_exp.data.rows import load_heldout, load_rows
 

@@ -12,8 +12,7 @@ import gc
 import importlib
 
 from qlora_exp.environment import provenance
-from qlora_exp.environment.device import nvml_handles
-from qlora_exp.sweeps.launchers.local import visible_gpus
+from qlora_exp.environment.device import nvml_handles, visible_gpus
 from qlora_exp.tracking import run_key
 from qlora_exp.utils.quiet import quiet
 

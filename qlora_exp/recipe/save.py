@@ -11,6 +11,7 @@ import torch
 
 from qlora_exp.config.values import values_to_yaml, without_places
 from qlora_exp.data import prompts
+from qlora_exp.environment.ranks import ranks
 from qlora_exp.models import adapters, lora_init
 from qlora_exp.recipe.context import RunContext
 from qlora_exp.recipe.setup import Trainable
@@ -29,6 +30,8 @@ def save(run: RunContext, tokens: Tokens, trainable: Trainable) -> None:
     config, folder = run.config, run.saved_model
     with run.memory.phase("save"):
         trainable.trainer.save_model(str(folder))
+        if not ranks().is_main:
+            return
         if run.first_adapter.is_dir():
             lora_init.save_difference(trainable.trainer.model, folder, run.first_adapter)
         tokenizer = copy(tokens.tokenizer)  # the evaluation after training must use it unchanged, as the one before
@@ -71,7 +74,8 @@ def model_logged_on_error(run: RunContext, trainable: Trainable) -> Iterator[Non
         except (OSError, JournalError) as second:  # must not hide the first error, which says how the run failed
             log.error("the trained model is not logged to MLflow: %s", second)  # noqa: TRY400
         raise
-    shutil.rmtree(run.first_adapter, ignore_errors=True)  # a run interrupted before here needs it again
+    if ranks().is_main:
+        shutil.rmtree(run.first_adapter, ignore_errors=True)  # a run interrupted before here needs it again
 
 
 def log_model(run: RunContext, trainable: Trainable) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import set_seed
 
 from qlora_exp.config.peft_methods import FROM_ROWS
+from qlora_exp.distributed import group
 from qlora_exp.environment.device import places
 from qlora_exp.models import adapters, base, lora_init
 from qlora_exp.models.quantization import check_stored, stored
@@ -114,4 +115,4 @@ def _attach(run: RunContext, tokens: Tokens, model: Any, peft_config: Any) -> tu
         lora_init.prepare(start, model, peft_config, batches)
         adapted = adapters.attach(model, peft_config, run.resolved.adapter_dtype)
         lora_init.finish(start, adapted, batches, partial(base.load_unquantized, config.model))
-        return adapted, lora_init.remember(start, adapted, run.first_adapter)
+        return adapted, group.call_on_main(lora_init.remember, start, adapted, run.first_adapter)

@@ -11,6 +11,7 @@ from qlora_exp.data import label_audit, tokenization
 from qlora_exp.data.end_of_turn import end_of_turn
 from qlora_exp.data.prompts import chat_template
 from qlora_exp.data.rows import fingerprint
+from qlora_exp.environment.ranks import ranks
 from qlora_exp.models.base import load_tokenizer
 from qlora_exp.planning import calibration
 from qlora_exp.recipe.context import RunContext
@@ -120,7 +121,7 @@ def _log_labels(run: RunContext, inputs: Inputs, audit: label_audit.LabelAudit) 
 
 def plan_memory(run: RunContext, tokens: Tokens) -> None:
     """Log the planned memory if `tracking.plan` is set; then mark the baseline of memory measurements."""
-    if run.config.tracking.plan:
+    if run.config.tracking.plan and ranks().is_main:
         longest, longest_heldout = (max(map(len, part["input_ids"])) for part in (tokens.train, tokens.heldout))
         run.log_metrics(calibration.plan_run(run.config, run.resolved, longest, longest_heldout))
     run.memory.mark_baseline()

@@ -6,8 +6,10 @@ from typing import Any
 
 from transformers import set_seed
 
+from qlora_exp.distributed import group
 from qlora_exp.environment import efficiency
 from qlora_exp.environment.device import computes_in
+from qlora_exp.environment.ranks import ranks
 from qlora_exp.recipe.context import RunContext
 from qlora_exp.recipe.setup import Trainable
 from qlora_exp.training import trainer
@@ -29,12 +31,13 @@ def train(run: RunContext, trainable: Trainable, pruning: Mapping[str, Any] | No
         DivergedError: a loss or a gradient norm is not finite.
         PrunedError: the search stops this job.
     """
-    set_seed(run.config.seed)
+    set_seed(run.config.seed + ranks().rank)  # else the dropout of all processes would be the same
     trained, total, share = (
         run.metrics[name] for name in ("trainable_parameters", "total_parameters", "trainable_share")
     )
     log.info("training %s of %s parameters (%.3g%%)", f"{trained:,.0f}", f"{total:,.0f}", 100 * share)
-    checkpoint = checkpoint_to_resume(run.config, run.output_dir, run.tracker.resumed, trainable.same_start)
+    resumed, same_start = run.tracker.resumed, trainable.same_start
+    checkpoint = group.call_on_main(checkpoint_to_resume, run.config, run.output_dir, resumed, same_start)
     if checkpoint:
         log.info("resuming from %s", checkpoint)
     judge = None
@@ -47,7 +50,10 @@ def train(run: RunContext, trainable: Trainable, pruning: Mapping[str, Any] | No
     before = efficiency.peak_flops(*precision)
     with efficiency.EnergyMeter() as energy:
         run.log_metrics(trainer.train(trainable.trainer, run.tracker.metrics, checkpoint, judge))
-    joules = None if checkpoint else energy.joules  # of a resumed run only a part is measured
+    used = group.gather(energy.joules if ranks().local_rank == 0 else 0.0)  # it measures the complete machine
+    joules = None if checkpoint or None in used else sum(used)  # of a resumed run only a part is measured
     # The best of two moments: in one alone the machine may be busy with something else.
-    peak = max(before, efficiency.peak_flops(*precision))
-    run.log_metrics(efficiency.of_training(run.metrics, run.memory.peaks, peak, joules))
+    peak = sum(group.gather(max(before, efficiency.peak_flops(*precision))))
+    steady = [peaks.get("steady", {}) for peaks in group.gather(run.memory.peaks)]
+    together = {source: sum(peaks[source] for peaks in steady) for source in steady[0]}
+    run.log_metrics(efficiency.of_training(run.metrics, {"steady": together}, peak, joules))

@@ -102,7 +102,7 @@ def study(
     """
     from qlora_exp.deploy import llama_cpp
 
-    multiprocessing.get_context(_START).set_forkserver_preload(["qlora_exp.sweeps.launchers.preload"])
+    multiprocessing.get_context(_START).set_forkserver_preload(["qlora_exp.recipe.preload"])
     measured = []
     for form in forms:
         where = str(out / form)

@@ -5,7 +5,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import MappingProxyType
 
@@ -15,7 +15,9 @@ from mlflow.exceptions import MlflowException
 from qlora_exp.config.schema import Config
 from qlora_exp.config.untrusted import plain_yaml
 from qlora_exp.config.values import APART, flatten, result_values, to_yaml
+from qlora_exp.distributed import watch
 from qlora_exp.environment import provenance
+from qlora_exp.environment.ranks import ranks
 from qlora_exp.tracking import run_key
 from qlora_exp.tracking.journal import CONFIG_FILE, LOCK_FILE, Journal, has_ended, last_message
 from qlora_exp.tracking.recovery import finish, reap
@@ -28,11 +30,13 @@ from qlora_exp.utils.errors import (
     DivergedError,
     JournalError,
     PrunedError,
+    RankError,
     TimeLimitError,
     TrackingError,
     is_out_of_memory,
     type_and_first_line,
 )
+from qlora_exp.utils.processes.signals import ignore_signals
 from qlora_exp.utils.secrets import redact, redacted, redacted_tags
 
 log = logging.getLogger(__name__)
@@ -120,25 +124,37 @@ def start(
     config = resolved(config)
     tracker = _begin(config, output_dir, tags, must_reach)
     begin = time.monotonic()
+    watch.at_failure(lambda failure: _end(tracker, failure, time.monotonic() - begin))
     try:
         with _in_its_folder(tracker):
             _describe(tracker, config)
             yield tracker
     except BaseException as error:  # any end of a run is recorded, and the error is raised again
-        outcome = _outcome(error)
-        try:
-            # After a JournalError the output folder may be gone, with no place for the traceback.
-            if outcome != "pruned" and not isinstance(error, JournalError):
-                tracker.text("".join(traceback.format_exception(error)), "traceback.txt")
-        except (OSError, JournalError) as write_error:  # the disk may be what failed
-            log.error("the traceback could not be written: %s", write_error)  # noqa: TRY400
-        finally:
-            status = {"killed": "KILLED", "pruned": "FINISHED"}.get(outcome, "FAILED")
-            tracker.end(status, outcome, type_and_first_line(error), seconds=time.monotonic() - begin)
-            tracker.close()
+        # Of several processes, the others end now, and then the launcher interrupts this one.
+        with ignore_signals() if ranks().size > 1 else nullcontext():
+            failure = watch.cause(error)  # another process of the run failed first
+            _end(tracker, failure or error, time.monotonic() - begin)
+        if failure is not None:
+            raise failure from error
         raise
     tracker.end("FINISHED", "ok", seconds=time.monotonic() - begin)
     tracker.close()
+
+
+def _end(tracker: Tracker, error: BaseException, seconds: float) -> None:
+    """Record how a run ended with an error."""
+    outcome = _outcome(error)
+    try:
+        # After a JournalError the output folder may be gone, with no place for the traceback.
+        if outcome != "pruned" and not isinstance(error, JournalError):
+            reported = error.report if isinstance(error, RankError) else ""
+            tracker.text(reported or "".join(traceback.format_exception(error)), "traceback.txt")
+    except (OSError, JournalError) as write_error:  # the disk may be what failed
+        log.error("the traceback could not be written: %s", write_error)  # noqa: TRY400
+    finally:
+        status = {"killed": "KILLED", "pruned": "FINISHED"}.get(outcome, "FAILED")
+        tracker.end(status, outcome, type_and_first_line(error), seconds=seconds)
+        tracker.close()
 
 
 @contextmanager
@@ -222,6 +238,8 @@ def _outcome(error: BaseException) -> str:
             return "nan"
         case TimeLimitError():
             return "timeout"
+        case RankError():
+            return error.outcome
         case PrunedError():
             return "pruned"
         case _ if is_out_of_memory(error):
@@ -238,6 +256,8 @@ def run_name(config: Config) -> str:
         parts.append(config.quantization.name)
     if config.lora_variant.name != "lora":
         parts.append(config.lora_variant.name)
+    if config.distributed.engine != "none":
+        parts.append(f"{config.distributed.name}{config.distributed.num_processes}")
     if "r" in config.method.settings:
         parts.append(f"r{config.method.settings['r']}")
     return "-".join([*parts, f"s{config.seed}"])

@@ -73,5 +73,6 @@ def arguments(config: Config, resolved: Resolved, output_dir: Path) -> SFTConfig
         logging_nan_inf_filter=False,  # the filter would log the last finite loss and hide a divergence
         report_to="none",
         disable_tqdm=True,  # `Watcher` shows the progress bar
+        ddp_find_unused_parameters=False,
         dataloader_pin_memory=resolved.device == "cuda",
     )

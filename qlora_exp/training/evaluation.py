@@ -22,6 +22,8 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from qlora_exp.config.sections.evaluation import EvaluationConfig
 from qlora_exp.data.end_of_turn import before_end
+from qlora_exp.distributed import group
+from qlora_exp.environment.ranks import hides_bars
 from qlora_exp.models.base import keep_router_setting, learned_positions, stop_strings, stop_tokens
 
 log = logging.getLogger(__name__)
@@ -125,7 +127,8 @@ def _evaluating(model: Any) -> Iterator[None]:
 def _row_losses(model: Any, tokenizer: Any, tokens: Dataset, batch_size: int, label: str) -> list[dict[str, float]]:
     collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
     losses = []
-    for start in tqdm(range(0, len(tokens), batch_size), desc=f"{label}loss", unit="batch", leave=False, disable=None):
+    starts = group.own_share(range(0, len(tokens), batch_size))
+    for start in tqdm(starts, desc=f"{label}loss", unit="batch", leave=False, disable=hides_bars()):
         rows = [
             {"input_ids": row["input_ids"], "labels": row["labels"]}
             for row in tokens.select(range(start, min(start + batch_size, len(tokens))))
@@ -135,8 +138,8 @@ def _row_losses(model: Any, tokenizer: Any, tokens: Dataset, batch_size: int, la
         outputs = model(**batch, fused_lm_head=True)
         nll = -outputs.log_probs.float().cpu().double().sum(dim=1)
         count = outputs.label_mask.sum(dim=1)
-        losses += [{"nll": n, "tokens": c} for n, c in zip(nll.tolist(), count.tolist(), strict=True)]
-    return losses
+        losses.append([{"nll": n, "tokens": c} for n, c in zip(nll.tolist(), count.tolist(), strict=True)])
+    return [row for batch in group.joined_shares(losses) for row in batch]
 
 
 class _Clock(StoppingCriteria):
@@ -248,15 +251,20 @@ def _answer(
 ) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Answer the first `config.generate_rows` prompts; return the samples and the metrics of latency."""
     count, size = min(config.generate_rows, len(tokens)), config.generation_batch_size
-    samples: list[dict[str, Any]] = []
-    batches: list[Answers] = []
-    for start in tqdm(range(0, count, size), desc=f"{label}answers", unit="batch", leave=False, disable=None):
+    answered: list[tuple[Answers, list[dict[str, Any]]]] = []
+    starts = group.own_share(range(0, count, size))
+    for start in tqdm(starts, desc=f"{label}answers", unit="batch", leave=False, disable=hides_bars()):
         chosen = range(start, min(start + size, count))
         prompts = [row["input_ids"][: row["prompt_length"]] for row in tokens.select(chosen)]
         prompts = [prompt or [_first_token(tokenizer)] for prompt in prompts]
-        batches.append(generate(prompts))
-        for prompt, text, row in zip(prompts, batches[-1].texts, tokens.select(chosen), strict=True):
-            samples.append({"prompt": tokenizer.decode(prompt), "reference": row["reference"], "answer": text.strip()})
+        batch = generate(prompts)
+        samples = [
+            {"prompt": tokenizer.decode(prompt), "reference": row["reference"], "answer": text.strip()}
+            for prompt, text, row in zip(prompts, batch.texts, tokens.select(chosen), strict=True)
+        ]
+        answered.append((batch, samples))
+    batches, parts = zip(*group.joined_shares(answered), strict=True)
+    samples = [sample for part in parts for sample in part]
     latency = {
         "first_token_seconds_p50": float(np.median([batch.first_token_seconds for batch in batches])),
         "generated_tokens_per_second": sum(batch.tokens for batch in batches) / sum(batch.seconds for batch in batches),

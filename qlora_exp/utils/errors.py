@@ -52,6 +52,19 @@ class TimeLimitError(BaseException):
     """A job exceeded its time limit. A `BaseException`, so that no `except Exception` anywhere can swallow it."""
 
 
+class RankError(UserError):
+    """Another process of the run failed, and so the run ends as a whole."""
+
+    def __init__(self, rank: int, why: str, outcome: str, report: str = "") -> None:
+        """Keep what is known: `outcome` is that of the run, `report` the other process's traceback."""
+        super().__init__(f"rank {rank}: {why}")
+        self.rank, self.why, self.outcome, self.report = rank, why, outcome, report
+
+    def __reduce__(self) -> tuple[type["RankError"], tuple[int, str, str, str]]:
+        """Pickle all arguments: `Exception` keeps only the message."""
+        return RankError, (self.rank, self.why, self.outcome, self.report)
+
+
 class DivergedError(Exception):
     """The loss or the gradient is no longer a finite number."""
 

@@ -78,7 +78,7 @@ def test_gpu_is_detected():
 
 ON_GPU = """
 import os, sys, torch
-import qlora_exp.sweeps.launchers.preload
+import qlora_exp.recipe.preload
 assert "qlora_exp.training.trainer" in sys.modules
 if os.fork() == 0:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit

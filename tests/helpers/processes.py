@@ -107,7 +107,7 @@ def killed_after_its_start(words: Sequence[str], folder: Path) -> None:
 def killed_at_step(step: int, words: Sequence[str], folder: Path) -> None:
     """Train through the Python interface, and die at the end of a step."""
     import qlora_exp
-    from qlora_exp.training.trainer import Watcher
+    from qlora_exp.training.watcher import Watcher
 
     watch = Watcher.on_step_end
 

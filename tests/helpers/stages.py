@@ -51,6 +51,13 @@ class Stages:
 
         return arguments(config, resolve(config, CPU), Path("out")).to_dict()
 
+    def processes(self, config: Config) -> Any:
+        """Which processes share the run, and how they find each other."""
+        from qlora_exp.recipe.launch import settings, with_processes
+
+        chosen = vars(settings(with_processes(config).distributed, Path("scratch")))
+        return {name: value for name, value in chosen.items() if name != "logs_specs"}
+
     def optimizer(self, config: Config) -> Any:
         from qlora_exp.models import adapters, base
         from qlora_exp.training.arguments import arguments

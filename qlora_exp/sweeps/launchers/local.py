@@ -6,30 +6,27 @@ This module is independent of what a job does.
 
 import gc
 import logging
-import multiprocessing
 import os
 import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, cast
 
+from qlora_exp.environment.device import visible_gpus
+from qlora_exp.recipe.launch import fork_server
 from qlora_exp.sweeps.jobs import Ending
 from qlora_exp.utils.processes.signals import GRACE_SECONDS
+from qlora_exp.utils.processes.workers import end_with_parent, write_into
 
-ORPHAN_SECONDS = 10.0
-"""Seconds that a job gets to record its end after its sweep was killed."""
 _FORK_SERVER_GONE = 255  # exit code that multiprocessing reports if the fork server has died
 OUTPUT_FILE = "output.log"
 """File in a job's folder with its output, if several jobs run at once."""
 log = logging.getLogger(__name__)
-_PRELOAD = ["qlora_exp.sweeps.launchers.preload"]
 
 
 @dataclass(frozen=True)
@@ -142,18 +139,7 @@ def warm(n_jobs: int) -> Any:
     if n_jobs > 1:  # the fork server inherits these variables; OpenMP reads them there
         os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // n_jobs)))
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
-    forkserver.ensure_running()
-    return context
-
-
-def visible_gpus() -> list[str]:
-    """Return the GPUs this process may use, as named in `CUDA_VISIBLE_DEVICES`, without initializing CUDA."""
-    setting = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if setting is not None:
-        return [name for name in setting.split(",") if name.strip() not in ("", "-1")]
-    return [str(number) for number, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
+    return fork_server()
 
 
 def _call(pickled: bytes, output: Path | None, environment: dict[str, str]) -> None:
@@ -165,23 +151,5 @@ def _call(pickled: bytes, output: Path | None, environment: dict[str, str]) -> N
     os.environ.update(environment)
     if output is not None:
         write_into(output)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_follow, args=(parent.sentinel,), daemon=True).start()
+    end_with_parent()
     cloudpickle.loads(pickled)()
-
-
-def write_into(output: Path) -> None:
-    """Redirect the output of this process, and of processes it starts, to the end of the file `output`."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-
-
-def _follow(sentinel: int) -> None:
-    """End this job when its sweep ends, even if the sweep was killed; otherwise a resumed sweep would run it twice."""
-    wait([sentinel])
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(ORPHAN_SECONDS)
-    os.kill(os.getpid(), signal.SIGKILL)

@@ -16,9 +16,10 @@ import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
 from qlora_exp.sweeps.jobs import Ending
-from qlora_exp.sweeps.launchers.local import OUTPUT_FILE, Task, write_into
+from qlora_exp.sweeps.launchers.local import OUTPUT_FILE, Task
 from qlora_exp.utils.errors import ConfigError, first_line
 from qlora_exp.utils.processes.signals import GRACE_SECONDS, handle_signals
+from qlora_exp.utils.processes.workers import write_into
 
 
 def run_all(

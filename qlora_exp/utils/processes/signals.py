@@ -56,6 +56,20 @@ def handle_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def ignore_signals() -> Iterator[None]:
+    """Ignore SIGTERM and `OUT_OF_TIME` inside, while the end of a run is recorded."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, OUT_OF_TIME)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _raise_or_defer(error: BaseException) -> None:
     if _deferred.depth and _deferred.first is None:
         _deferred.first = error

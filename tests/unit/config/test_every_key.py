@@ -26,6 +26,9 @@ SAVING = {"training.save_strategy": "steps", "training.save_steps": 12}
 HUB = {"dataset.path": "org/rows"}
 UNRELATED = {"unrelated.path": "rows.jsonl", "unrelated.format": "prompt_completion", "unrelated.input_column": None,
              "unrelated.prompt_column": "prompt", "unrelated.completion_column": "answer"}  # fmt: skip
+SHARED = {"distributed.engine": "ddp", "distributed.num_processes": 2}
+MACHINES = {**SHARED, "distributed.num_machines": 2, "distributed.main_process_ip": "one",
+            "distributed.main_process_port": 5000}  # fmt: skip
 TORCHAO = {"quantization.quant_method": "torchao", "quantization.weights": "int8"}
 GYM = {"dataset.path": "reasoning_gym:chain_sum", "dataset.prompt_column": "question", "dataset.reasoning_gym_size": 6}
 UNRELATED_GYM = {**UNRELATED, **{key.replace("dataset", "unrelated"): value for key, value in GYM.items()}}
@@ -94,6 +97,14 @@ ENTRIES: dict[str, tuple[Any, ...]] = {
     "dataset.streaming": (Stages.rows, True, {**HUB, "dataset.max_train_rows": 4}),
     "dataset.reasoning_gym_size": (Stages.rows, 9, GYM),
     "dataset.reasoning_gym_config": (Stages.rows, {"min_terms": 5, "max_terms": 6}, GYM),
+    "distributed.name": (Stages.labels, "mine", SHARED),
+    "distributed.engine": (Stages.journal, "ddp", {"distributed.num_processes": 2}),
+    "distributed.num_processes": (Stages.processes, 4, SHARED),
+    "distributed.num_machines": (Stages.processes, 2, MACHINES | {"distributed.num_machines": 1}),
+    "distributed.machine_rank": (Stages.processes, 1, MACHINES),
+    "distributed.main_process_ip": (Stages.processes, "other", MACHINES),
+    "distributed.main_process_port": (Stages.processes, 4000, SHARED),
+    "distributed.ddp_timeout": (Stages.processes, 7, SHARED),
     "training.num_train_epochs": (Stages.arguments, 2.0, {"training.max_steps": -1}),
     "training.lr_scheduler_kwargs": (Stages.arguments, {"num_cycles": 3}, {"training.lr_scheduler_type": "cosine"}),
     "training.completion_only_loss": (Stages.tokens, False),

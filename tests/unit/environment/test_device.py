@@ -4,7 +4,7 @@ import pynvml
 import pytest
 
 from qlora_exp.config.hydra_compose import compose
-from qlora_exp.environment.device import Device, autocast, detect, nvml_handles, refuse_several_processes, resolve, take
+from qlora_exp.environment.device import Device, autocast, detect, nvml_handles, resolve, take
 from qlora_exp.utils.errors import ConfigError
 
 CPU = Device("cpu", "some CPU", bf16=False, paging=False)
@@ -126,32 +126,6 @@ def test_device_map_that_names_another_gpu_is_rejected(device_map: Any, refused:
             resolve(config, AMPERE)
     else:
         assert resolve(config, AMPERE).place == "A100 (cuda:0)"
-
-
-@pytest.mark.parametrize(
-    ("environment", "says"),
-    [
-        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "process 0 of 2 .* start it without a launcher"),
-        (
-            {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"},
-            "process 1 of 2: refused, for the reason",
-        ),
-        ({"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, "process 0 of 1"),
-        ({"LOCAL_RANK": "0"}, "process 0 of 1"),
-        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}, "process 3 of 4"),
-        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, "process 1 of 2"),
-        ({"WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}, None),
-        ({"LOCAL_RANK": "-1"}, None),
-    ],
-)
-def test_process_of_a_multi_process_launcher_is_rejected(environment: dict[str, str], says: str | None, monkeypatch):
-    for key, value in environment.items():
-        monkeypatch.setenv(key, value)
-    if says is None:
-        refuse_several_processes()
-    else:
-        with pytest.raises(ConfigError, match=says):
-            refuse_several_processes()
 
 
 def test_gpus_are_listed_without_initializing_cuda(monkeypatch):

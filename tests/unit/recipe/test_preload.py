@@ -17,7 +17,7 @@ for gpus in ("0", ""):  # reloading saves seconds: most is loaded in both cases
     os.environ["CUDA_VISIBLE_DEVICES"] = gpus
     print(gpus, flush=True)
     if gpus:
-        import qlora_exp.sweeps.launchers.preload as preload, torch
+        import qlora_exp.recipe.preload as preload, torch
     else:
         importlib.reload(preload)
     print(*sys.modules, torch.cuda.is_initialized(), signal.getsignal(signal.SIGINT).__name__, flush=True)

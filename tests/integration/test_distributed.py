@@ -1,0 +1,127 @@
+"""Several processes that share a run give the result of one, and end as one."""
+
+import os
+import re
+import signal
+import threading
+import time
+
+import pytest
+from support import exit_code
+
+from qlora_exp.tracking.journal import last_message, metrics
+from qlora_exp.utils.errors import ConfigError, RankError
+
+TWO = ["distributed=ddp", "distributed.num_processes=2"]
+ROUNDING = 1e-5
+"""Greatest relative difference between sums in another order."""
+_NO_DROPOUT = "method.lora_dropout=0"
+
+
+def curves(result) -> dict:
+    names = ("train/loss", "eval/loss", "train/learning_rate")
+    return {(name, line["step"]): line[name] for line in metrics(result.output_dir) for name in names if name in line}
+
+
+def of_both(run_quick, *words: str):
+    """Run alone, and in two processes with half the batch each."""
+    whole = run_quick("training.per_device_train_batch_size=4", *words)
+    return whole, run_quick("training.per_device_train_batch_size=2", *TWO, *words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        # 13 rows: the last batch of each epoch has one, which one of the processes does not get.
+        ["method=lora", _NO_DROPOUT, "training.max_steps=-1", "training.num_train_epochs=2",
+         "dataset.max_train_rows=13", "dataset.max_eval_rows=3", "training.gradient_accumulation_steps=2",
+         "training.eval_strategy=epoch", "training.save_strategy=epoch", "training.load_best_model_at_end=true",
+         "training.early_stopping_patience=2"],
+        ["method=qlora", _NO_DROPOUT, "training.train_sampling_strategy=group_by_length"],
+        ["method=full", "training.packing=true", "training.max_length=256", "dataset.max_train_rows=64"],
+        ["method=lora", "lora_variant=dora", _NO_DROPOUT, "training.gradient_checkpointing=true"],
+        ["method=adalora", _NO_DROPOUT],
+    ],
+    ids=["lora", "qlora", "full", "dora", "adalora"],
+)  # fmt: skip
+def test_two_processes_give_the_losses_of_one_with_twice_the_batch(words, run_quick):
+    one, two = of_both(run_quick, *words)
+    assert curves(two) == pytest.approx(curves(one), rel=ROUNDING)
+    for name in ("steps", "train_loss", "before/loss", "after/loss", "trainable_parameters"):
+        assert two.metrics[name] == pytest.approx(one.metrics[name], rel=ROUNDING), name
+
+
+def test_shared_run_is_one_run(run_quick, mlflow_client):
+    result = run_quick(*TWO, "method=lora", "training.save_strategy=steps", "training.save_steps=2")
+    run = mlflow_client.get_run(result.run_id)
+    (only,) = mlflow_client.search_runs([run.info.experiment_id], f"params.seed = '42' and run_id = '{result.run_id}'")
+    assert only.info.status == "FINISHED"
+    assert run.data.params["distributed.num_processes"] == "2"
+    assert run.data.params["distributed.engine"] == "ddp"
+    largest = result.metrics["memory/rss_peak_mib"]
+    assert largest == max(result.metrics[f"memory/rank{rank}/rss_peak_mib"] for rank in (0, 1))
+    assert (result.output_dir / "ranks" / "1.log").read_text().count("rank 1 of 2 is process") == 1
+    checkpoint = result.output_dir / "checkpoints" / "checkpoint-2"
+    assert {"rng_state_0.pth", "rng_state_1.pth", "qlora_exp_digests.json"} <= {
+        file.name for file in checkpoint.iterdir()
+    }
+    # What two processes began, one with twice the batch continues.
+    words = ["method=lora", _NO_DROPOUT, "training.max_steps=4", "training.save_strategy=no"]
+    whole = run_quick("training.per_device_train_batch_size=4", *words)
+    begun = run_quick(*TWO, *words, "training.save_strategy=steps", "training.save_steps=2")
+    resumed = run_quick(
+        "training.per_device_train_batch_size=4",
+        *words,
+        f"training.resume_from_checkpoint={begun.output_dir / 'checkpoints' / 'checkpoint-2'}",
+    )
+    assert resumed.metrics["after/loss"] == pytest.approx(whole.metrics["after/loss"], rel=ROUNDING)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rank", "number", "ends", "says"),
+    [
+        (1, signal.SIGKILL, ("FAILED", "error"), r"rank 1: its process \d+ .*"),
+        (0, signal.SIGKILL, ("FAILED", "error"), r"rank 0: its process \d+ ended with SIGKILL"),
+        (1, signal.SIGSTOP, ("FAILED", "error"), r"rank 1: its process \d+ on .* gave no sign of life for 5 s"),
+        (1, signal.SIGTERM, ("KILLED", "killed"), r"rank 1: it was interrupted"),
+        (None, signal.SIGINT, ("KILLED", "killed"), "^"),
+    ],
+    ids=["killed", "main killed", "frozen", "interrupted", "all interrupted"],
+)
+def test_processes_end_as_one(rank, number, ends, says, run_quick, tmp_path):
+    folder, fault_at = tmp_path / "shared", []
+
+    def fault() -> None:
+        journal = folder / "journal.jsonl"
+        while not journal.is_file() or '"train/loss"' not in journal.read_text():
+            time.sleep(0.02)
+        file = folder / ("ranks/1.log" if rank else "run.log")
+        number_of = re.search(rf"rank {rank or 0} of 2 is process (\d+)", file.read_text())
+        fault_at.append(time.monotonic())
+        os.kill(os.getpid() if rank is None else int(number_of[1]), number)
+
+    threading.Thread(target=fault, daemon=True).start()
+    words = [*TWO, "method=lora", "training.max_steps=100000", "distributed.ddp_timeout=5"]
+    with pytest.raises(KeyboardInterrupt if rank is None else RankError, match=says):
+        run_quick(*words, folder="shared")
+    assert time.monotonic() - fault_at[0] < 20
+    last = last_message(folder)
+    assert (last["status"], last["outcome"]) == ends
+    assert re.search(says, last["failure"])
+    for file, own in (("run.log", 0), ("ranks/1.log", 1)):
+        pid = int(re.search(rf"rank {own} of 2 is process (\d+)", (folder / file).read_text())[1])
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_error_of_the_main_process_is_raised_as_it_is(run_quick, monkeypatch):
+    with pytest.raises(ConfigError, match=r"training\.packing: .* does not keep packed rows apart"):
+        run_quick(*TWO, "method=lora", "model=tiny_opt", "training.packing=true")
+
+
+def test_number_of_processes_is_asked_for_without_gpus(capsys, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert exit_code("train", "distributed=ddp", "model=tiny_llama", "device=cpu") == 1
+    assert "distributed.num_processes=auto counts GPUs, and there are none here: set it" in capsys.readouterr().err

@@ -1,0 +1,28 @@
+"""What processes exchange; a single one exchanges with itself."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_exp.distributed import group
+from qlora_exp.environment.ranks import Ranks
+
+
+@given(st.lists(st.integers()), st.integers(1, 5))
+def test_shares_together_are_the_list(items, size):
+    with pytest.MonkeyPatch.context() as patched:
+        shares = []
+        for rank in range(size):
+            patched.setattr(group, "ranks", lambda rank=rank: Ranks(rank, rank, size, size))
+            shares.append(group.own_share(items))
+        patched.setattr(group, "gather", lambda _: shares)
+        assert group.joined_shares(shares[0]) == items
+
+
+def test_single_process_exchanges_with_itself():
+    assert group.gather("a") == ["a"]
+    assert group.from_main("a") == "a"
+    assert group.joined_shares(group.own_share([1, 2])) == [1, 2]
+    assert group.call_on_main(max, 1, 2) == 2
+    with pytest.raises(ZeroDivisionError):
+        group.call_on_main(divmod, 1, 0)
