@@ -1,5 +1,6 @@
 """Implement the launchers for Hydra: local processes, Ray, SLURM."""
 
+import json
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -58,7 +59,8 @@ class _Launcher(Launcher):
             parent = sweep_settings.get("hydra.sweep.dir", str(self.config.hydra.sweep.dir))
             folder = Path(parent, sweep_settings.get("hydra.sweep.subdir", str(number)))
             job = _HydraJob(self.hydra_context, self.task_function, self.config, list(overrides), number)
-            tasks.append(local.Task(cloudpickle.dumps(job), folder))
+            processes = json.loads((folder / jobs.JOB_FILE).read_text("utf-8"))["processes"]
+            tasks.append(local.Task(cloudpickle.dumps(job), folder, processes))
         parent_folder = tasks[0].folder.parent
         fail_fast = self.config.sweep.fail_fast
         endings = self.run_all(

@@ -15,7 +15,7 @@ from qlora_exp.tracking import run_key
 from qlora_exp.tracking.journal import FILE, is_locked, last_message, read
 from qlora_exp.training.checkpoints import checkpoints, is_complete, step
 from qlora_exp.utils.digests import json_digest
-from qlora_exp.utils.errors import JournalError
+from qlora_exp.utils.errors import ConfigError, JournalError
 from qlora_exp.utils.secrets import redacted
 from qlora_exp.utils.text import FILE_NAME, RUN_NAME, cut_to_bytes, shortened
 
@@ -54,6 +54,12 @@ class Job:
     folder: Path
 
     @property
+    def processes(self) -> int:
+        """Number of processes of the job on one machine; each takes a GPU, if there are any."""
+        shared = self.config.distributed
+        return 1 if isinstance(shared.num_processes, str) else shared.num_processes // shared.num_machines
+
+    @property
     def name(self) -> str:
         """The swept keys and values as text, short enough for a table and for the name of an MLflow run."""
         values = (f"{key}={shortened(value)}" for key, value in self.swept.items())
@@ -87,7 +93,12 @@ def jobs(
 
     Returns:
         The jobs in order; of jobs with the same run key only the first.
+
+    Raises:
+        ConfigError: the number of processes of a job is not set.
     """
+    if any(config.distributed.engine != "none" and config.distributed.num_processes == "auto" for config in configs):
+        raise ConfigError("distributed.num_processes: jobs of a sweep need a number, not auto")
     jobs_by_key: dict[str, Job] = {}
     for config, values, job_overrides in zip(configs, swept, overrides, strict=True):
         parts = run_key.digests(config)

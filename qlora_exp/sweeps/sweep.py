@@ -157,7 +157,11 @@ class Sweep:
             tags |= {"mlflow.source.name": provenance.command()}  # a scheduler starts the job with another one
             minutes = self._settings.timeout_minutes
             job_file = {"tags": redacted(tags), "parts": job.parts, "fail_fast": self._settings.fail_fast}
-            job_file |= {"time_limit": minutes and 60 * minutes, "pruning": (pruning or {}).get(job.key)}
+            job_file |= {
+                "processes": job.processes,
+                "time_limit": minutes and 60 * minutes,
+                "pruning": (pruning or {}).get(job.key),
+            }
             write_atomically(job.folder / JOB_FILE, json.dumps(job_file))
         with handle_signals():
             not_started = self._launch_some(waiting)

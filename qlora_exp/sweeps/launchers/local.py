@@ -37,6 +37,8 @@ class Task:
     """Function without arguments, pickled by cloudpickle."""
     folder: Path
     """Folder of the job."""
+    processes: int = 1
+    """Number of processes that the job starts on this machine; each takes a GPU, if there are any."""
 
 
 @dataclass
@@ -57,14 +59,15 @@ def run_all(
     Args:
         tasks: tasks in order.
         n_jobs: number of tasks at once. With more than one, each writes its output to `output.log` in its folder and
-            sees one GPU.
+            sees one GPU for each of its processes.
         stopped: called before each start; if it returns true, no further task starts.
         died: called when a process has died.
 
     Returns:
         For each task how its process died; None if it returned or was not started.
     """
-    context, gpus = warm(n_jobs), visible_gpus()
+    width = max((task.processes for task in tasks), default=1)
+    context, gpus = warm(n_jobs * width), visible_gpus()
     endings: list[Ending | None] = [None] * len(tasks)
     waiting = deque(range(len(tasks)))
     running: dict[int, _Running] = {}
@@ -75,9 +78,10 @@ def run_all(
                 index = waiting.popleft()
                 output = tasks[index].folder / OUTPUT_FILE if n_jobs > 1 else None
                 slot = min(set(range(n_jobs)) - {job.slot for job in running.values()})
-                gpu = gpus[slot % len(gpus)] if n_jobs > 1 and gpus else None
+                numbers = range(slot * width, (slot + 1) * width) if n_jobs > 1 and gpus else ()
+                own = ",".join(dict.fromkeys(gpus[number % len(gpus)] for number in numbers))
                 log.info("job %d of %d: %s", index + 1, len(tasks), output or tasks[index].folder.name)
-                environment = dict(os.environ) | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+                environment = dict(os.environ) | ({"CUDA_VISIBLE_DEVICES": own} if own else {})
                 process = context.Process(target=_call, args=(tasks[index].call, output, environment))
                 process.start()
                 running[process.sentinel] = _Running(process, index, slot)

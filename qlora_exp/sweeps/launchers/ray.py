@@ -34,7 +34,7 @@ def run_all(
     Args:
         tasks: tasks in order.
         n_jobs: number of tasks at once on each node. Each task gets this share of the largest node's cores, and one
-            GPU if there are any.
+            GPU for each of its processes, if there are any.
         init: arguments of `ray.init`.
         remote: arguments of `ray.remote`; those that are null follow from `n_jobs`.
         died: called when a process has died.
@@ -52,7 +52,12 @@ def run_all(
         options |= {"max_retries": 0, "max_calls": 1}
         call = ray.remote(**options)(_call)
         with handle_signals():  # ray.init has installed its own signal handler
-            object_refs = [call.remote(task.call, task.folder / OUTPUT_FILE, Path.cwd()) for task in tasks]
+            object_refs = [
+                call.options(num_gpus=options["num_gpus"] * task.processes).remote(
+                    task.call, task.folder / OUTPUT_FILE, Path.cwd()
+                )
+                for task in tasks
+            ]
             endings: dict[Any, Ending | None] = {}
             try:
                 while len(endings) < len(object_refs):

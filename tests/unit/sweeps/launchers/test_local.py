@@ -2,6 +2,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import cloudpickle
@@ -142,16 +143,19 @@ def test_visible_gpus_are_read_from_the_environment(named: str, found: list[str]
     assert local.visible_gpus() == found
 
 
-def test_parallel_jobs_get_one_gpu_each(tmp_path, monkeypatch):
-    monkeypatch.setattr(local, "visible_gpus", lambda: ["2", "5"])
+@pytest.mark.parametrize(
+    ("gpus", "processes", "seen_by"), [(["2", "5"], 1, ["2", "5"]), (["2", "5", "6", "7"], 2, ["2,5", "6,7"])]
+)
+def test_parallel_jobs_get_one_gpu_for_each_process(gpus, processes, seen_by, tmp_path, monkeypatch):
+    monkeypatch.setattr(local, "visible_gpus", lambda: gpus)
 
     def job() -> None:
         time.sleep(0.5)
         with (tmp_path / "gpus").open("a") as seen:
             seen.write(os.environ["CUDA_VISIBLE_DEVICES"] + "\n")
 
-    run_all([task(tmp_path, job)] * 4, n_jobs=2)
-    assert sorted((tmp_path / "gpus").read_text().split()) == ["2", "2", "5", "5"]
+    run_all([replace(task(tmp_path, job), processes=processes)] * 4, n_jobs=2)
+    assert sorted((tmp_path / "gpus").read_text().split()) == sorted(seen_by * 2)
 
 
 def test_jobs_get_the_environment_of_their_own_sweep(tmp_path, monkeypatch):
