@@ -170,12 +170,26 @@ def make_config() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def _imported() -> None:
-    """Import what a run imports, and hide it from garbage collection."""
+def _imported() -> Iterator[None]:
+    """Import what a run imports, and hide it from garbage collection; read built-in rows once for all runs."""
     import qlora_exp.sweeps.launchers.preload  # noqa: F401
+    from qlora_exp.data import rows
 
     gc.collect()
     gc.freeze()
+    load, kept = rows.load_rows, dict[str, Any]()
+
+    def load_once(config: Any) -> Any:
+        if not str(config.path).startswith("embedded:"):  # a file may change
+            return load(config)
+        key = config.model_dump_json()
+        if key not in kept:
+            kept[key] = load(config)
+        return kept[key]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(rows, "load_rows", load_once)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")
