@@ -102,16 +102,17 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3, help="number of alternating pairs")
     parser.add_argument("--steps", type=int, default=10, help="steps of each run, at least 2: the first is not counted")
     parser.add_argument("--race-steps", type=int, default=20, help="steps of the second comparison; 0: skip it")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="further overrides of qlora-exp's runs")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        model, chosen = export(folder, options.model), f"model={options.model}"
-        ours(folder / "warmup", chosen, "training.max_steps=1", "training.eval_strategy=no", "dataset.max_eval_rows=1")
+        model, chosen = export(folder, options.model), [f"model={options.model}", *options.overrides]
+        ours(folder / "warmup", *chosen, "training.max_steps=1", "training.eval_strategy=no", "dataset.max_eval_rows=1")
         mine, theirs = [], []
         for pair in range(options.pairs):
             theirs.append(plain(model, folder, folder / f"plain{pair}", "--steps", str(options.steps)))
             steps = [
-                chosen,
+                *chosen,
                 f"training.max_steps={options.steps}",
                 "training.train_sampling_strategy=random",
                 "training.eval_strategy=no",
@@ -138,7 +139,7 @@ def main() -> None:
                 "--trl-defaults",
             )
             seconds, target = slow["losses"][-1]
-            race = [chosen, f"training.max_steps={options.race_steps}", f"training.eval_steps={interval}"]
+            race = [*chosen, f"training.max_steps={options.race_steps}", f"training.eval_steps={interval}"]
             fast = ours(folder / "race", *race)
             reached = next((elapsed for elapsed, loss in fast["losses"] if loss <= target), None)
             print(f"Held-out loss {target:.4f}: TRL's defaults needed {seconds:.1f} s of training steps, ", end="")

@@ -9,6 +9,7 @@ os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
 
 import json
 import multiprocessing
+import pickle
 import shutil
 import sqlite3
 import sys
@@ -91,6 +92,27 @@ def _stores_are_copied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Non
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _yaml_is_parsed_once() -> Iterator[None]:
+    """Parse each option file once: Hydra parses all that it composes again for each config, a sixth of that time."""
+    from omegaconf import OmegaConf
+
+    load, parsed = OmegaConf.load, dict[str, bytes]()
+
+    def load_once(file: Any) -> Any:
+        if not hasattr(file, "read"):
+            return load(file)
+        text = file.read()
+        if text not in parsed:
+            file.seek(0)  # an error names the file
+            parsed[text] = pickle.dumps(load(file))
+        return pickle.loads(parsed[text])
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(OmegaConf, "load", load_once)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _rough_peak() -> Iterator[None]:
     """Measure the device's peak only roughly, which takes milliseconds instead of a tenth of a second, twice a run."""
     from qlora_exp.environment import efficiency
@@ -151,12 +173,26 @@ def make_config() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def _imported() -> None:
-    """Import what a run imports, and hide it from garbage collection."""
+def _imported() -> Iterator[None]:
+    """Import what a run imports, and hide it from garbage collection; read built-in rows once for all runs."""
     import qlora_exp.recipe.preload  # noqa: F401
+    from qlora_exp.data import rows
 
     gc.collect()
     gc.freeze()
+    load, kept = rows.load_rows, dict[str, Any]()
+
+    def load_once(config: Any) -> Any:
+        if not str(config.path).startswith("embedded:"):  # a file may change
+            return load(config)
+        key = config.model_dump_json()
+        if key not in kept:
+            kept[key] = load(config)
+        return kept[key]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(rows, "load_rows", load_once)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

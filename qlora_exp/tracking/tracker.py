@@ -71,7 +71,7 @@ class Tracker:
 
     def params(self, values: dict[str, Any]) -> None:
         """Log parameters. MLflow cannot change one: a resumed run logs another value as a tag `resumed.KEY`."""
-        new = {key: redact(str(value)) for key, value in values.items()}
+        new = dict(zip(values, redacted([str(value) for value in values.values()]), strict=True))
         changed = {key: value for key, value in new.items() if self._params.setdefault(key, value) != value}
         self._send(op="params", values={key: value for key, value in new.items() if key not in changed})
         if changed:

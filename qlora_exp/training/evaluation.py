@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -281,12 +282,9 @@ def _first_token(tokenizer: Any) -> int:
 
 def _scores(samples: list[dict[str, Any]], config: EvaluationConfig) -> list[str]:
     """Add each metric to each sample; return the names of the scores."""
-    import evaluate as evaluate_library  # slow (imports scipy and more), and needed for answers only
-
     names = ["task_score"] if "task_score" in samples[0] else []
     for metric in config.metrics:
-        module = evaluate_library.load(str(Path(__file__).parent / "metrics" / f"{metric}.py"))
-        results = module.compute(
+        results = _metric(metric).compute(
             predictions=[sample["answer"] for sample in samples],
             references=[sample["reference"] for sample in samples],
         )
@@ -295,6 +293,13 @@ def _scores(samples: list[dict[str, Any]], config: EvaluationConfig) -> list[str
             for sample, value in zip(samples, values, strict=True):
                 sample[name] = value
     return names
+
+
+@cache
+def _metric(name: str) -> Any:
+    import evaluate as evaluate_library  # slow (imports scipy and more), and needed for answers only
+
+    return evaluate_library.load(str(Path(__file__).parent / "metrics" / f"{name}.py"))
 
 
 def isolates_packed_rows(model: Any) -> bool:

@@ -111,17 +111,22 @@ def is_secret(name: str, value: str) -> bool:
 
 def redact(text: str) -> str:
     """Replace every secret in `text` by `***`."""
-    return _without_credentials(_of_environment(tuple(os.environ.items())).sub(HIDDEN, text))
+    clean: str = _without(_of_environment(tuple(os.environ.items())), text)
+    return clean
 
 
 def redacted(value: Any) -> Any:
     """Replace every secret in the strings of nested lists and dictionaries."""
+    return _without(_of_environment(tuple(os.environ.items())), value)  # read once: this takes longer than the rest
+
+
+def _without(secrets: re.Pattern[str], value: Any) -> Any:
     if isinstance(value, str):
-        return redact(value)
+        return _without_credentials(secrets.sub(HIDDEN, value))
     if isinstance(value, dict):
-        return {redacted(key): redacted(item) for key, item in value.items()}
+        return {_without(secrets, key): _without(secrets, item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [redacted(item) for item in value]
+        return [_without(secrets, item) for item in value]
     return value
 
 

@@ -43,6 +43,14 @@ def command(words: Sequence[str]) -> None:
     main(words)
 
 
+def write_modules(file: Path) -> None:
+    """Write the names of the loaded modules, whether CUDA is initialized, and the name of Ctrl-C's handler."""
+    import torch
+
+    facts = torch.cuda.is_initialized(), getattr(signal.getsignal(signal.SIGINT), "__name__", "")
+    file.write_text(" ".join([*sys.modules, *map(str, facts)]))
+
+
 def interpreter(words: Sequence[str], stdout: Path | str, stderr: Path | str) -> None:
     """Do what Python does with these words, and write what it prints to two files."""
     for stream, name in ((1, stdout), (2, stderr)):

@@ -11,8 +11,9 @@ import pytest
 from helpers import processes
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
+LEAST = "dataset.max_train_rows=16 unrelated=none tracking.plan=false"
 RUN_HERE = {
-    "bench": ("--model tiny_llama --pairs 1 --steps 2 --race-steps 0", r"peak RSS, MiB +qlora-exp"),
+    "bench": (f"--model tiny_llama --pairs 1 --steps 2 --race-steps 0 {LEAST}", r"peak RSS, MiB +qlora-exp"),
     "compatibility": ("ia3 --bases plain --families gpt2 --check", r"IA3 plain unchanged\ngpt2 unchanged"),
     "fuzz": ("0.03 --kinds config", r"config +│ \d+ +│ \d+ +│ 0 "),
     "measured_h100": ("--runs 1", r"the default run .*%"),

@@ -36,8 +36,9 @@ def test_cfg_job_prints_the_whole_config():
     assert yaml.safe_load(result.stdout)["method"]["name"] == "lora"
 
 
-def test_help_lists_groups_and_experiments():
-    text = command("train", "--help").stdout
+def test_help_lists_groups_and_experiments(capsys):
+    assert exit_code("train", "--help") == 0
+    text = capsys.readouterr().out
     assert "smollm2_faq_qlora" in text
     assert "nf4_double" in text
 
@@ -97,6 +98,7 @@ def test_a_failure_is_shown_without_a_traceback_and_ends_with_1(mlflow_uri, capf
     assert "Traceback" not in shown
 
 
-def test_wrong_usage_ends_with_2():
+def test_wrong_usage_ends_with_2(capsys):
     assert command("trian").returncode == 2
-    assert "did you mean 'training'" in command("keys", "traning").stderr
+    assert exit_code("keys", "traning") != 0
+    assert "did you mean 'training'" in capsys.readouterr().err

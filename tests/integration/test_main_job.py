@@ -12,16 +12,16 @@ def test_builtin_model_learns(mlflow_uri, tmp_path, read_losses):
     from qlora_exp.recipe.finetune import run
 
     training = [
-        "training.max_steps=4",
+        "training.max_steps=2",
         "training.per_device_train_batch_size=2",
         "training.eval_strategy=no",
         "training.learning_rate=1e-3",
     ]
-    measuring = ["dataset.max_eval_rows=3", "evaluation.generate_rows=1", "evaluation.max_new_tokens=8"]
-    measuring += ["unrelated.max_eval_rows=1"]
+    measuring = ["dataset.max_eval_rows=3", "evaluation.generate_rows=1", "evaluation.max_new_tokens=3"]
+    measuring += ["unrelated.max_eval_rows=1", "tracking.plan=false"]
     config = compose([f"tracking.uri={mlflow_uri}", "device=cpu", *training, *measuring])
     result = run(config, tmp_path / "run")
-    assert len(read_losses(result)) == 4
+    assert len(read_losses(result)) == 2
     assert result.metrics["after/loss"] < result.metrics["before/loss"] < 5.0
     assert result.metrics["total_parameters"] - result.metrics["trainable_parameters"] == 134_515_008
     audit = json.loads((result.output_dir / "label_audit.json").read_text())
@@ -42,5 +42,5 @@ def test_builtin_model_is_the_published_one():
     messages = [{"role": "user", "content": "What is the capital of France?"}]
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     with torch.no_grad():
-        answer = model.generate(**ids, max_new_tokens=12, do_sample=False)
+        answer = model.generate(**ids, max_new_tokens=8, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0][ids["input_ids"].shape[1] :])

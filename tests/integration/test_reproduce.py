@@ -27,27 +27,19 @@ def first_run_id(run_quick, request):
     return run_quick("method=lora", "evaluation=loss_only", "training.max_steps=3", alone).run_id
 
 
-def test_repetition_with_the_same_config_is_bit_identical(first_run_id: str, mlflow_uri, tmp_path):
-    found = again(mlflow_uri, first_run_id, tmp_path / "again")
+def test_repetition_is_bit_identical_and_stays_apart_from_its_original(first_run_id: str, mlflow_uri):
+    record = find_run(mlflow_uri, first_run_id)
+    config, folder = recorded_config(record, {}, mlflow_uri), reproduce.repetition_folder(record)
+    assert folder == Path("outputs", "reproduced", first_run_id)
+    copy_id = reproduce.start(record, config, folder)
+    found = judge(record, find_run(mlflow_uri, copy_id), config)
     assert found.grade == BIT_IDENTICAL
     assert "all 3 training losses" in found.why
     (copy,) = find(mlflow_uri, where=f"tags.reproduces = '{first_run_id}'")
     assert copy.name.endswith("again")
-
-
-def test_repetition_does_not_replace_its_original_in_searches(first_run_id: str, mlflow_uri, tmp_path):
-    record = find_run(mlflow_uri, first_run_id)
-    copy = reproduce.start(record, recorded_config(record, {}, mlflow_uri), tmp_path / "again")
     assert [one.run_id for one in find(mlflow_uri, [record.tags["run_key"]])] == [first_run_id]
-    assert [one.run_id for one in find(mlflow_uri, [copy, first_run_id])] == [
-        first_run_id
-    ]  # of one key the newest that was asked for last
-
-
-def test_repetition_has_its_own_folder(first_run_id: str, mlflow_uri, tmp_path):
-    record = find_run(mlflow_uri, first_run_id)
-    assert reproduce.repetition_folder(record) == Path("outputs", "reproduced", first_run_id)
-    reproduce.start(record, recorded_config(record, {}, mlflow_uri), reproduce.repetition_folder(record))
+    # of one key the newest that was asked for last
+    assert [one.run_id for one in find(mlflow_uri, [copy_id, first_run_id])] == [first_run_id]
     assert reproduce.repetition_folder(record) == Path("outputs", "reproduced", f"{first_run_id}.2")
 
 
@@ -67,11 +59,8 @@ def test_two_seeds_are_too_few_to_judge_noise(run_quick, mlflow_uri, tmp_path):
     assert "only 2 seeds were recorded" in found.why
 
 
-def test_difference_within_the_spread_of_seeds_is_noise(run_quick, mlflow_uri, tmp_path):
-    words = ["method=lora", "evaluation=loss_only", "training.max_steps=3", "training.learning_rate=0.01"]
-    words.append("tracking.experiment_name=noise")
-    seeds = [run_quick(*words, f"seed={seed}").run_id for seed in (1, 2, 3)]
-    found = again(mlflow_uri, seeds[0], tmp_path / "again", training__learning_rate=0.01001)
+def test_difference_within_the_spread_of_seeds_is_noise(recorded_run, mlflow_uri, tmp_path):
+    found = again(mlflow_uri, recorded_run.run_id, tmp_path / "again", training__learning_rate=0.00021)
     assert found.grade == WITHIN_NOISE
     assert "over 3 seeds the loss varies by" in found.why
 
@@ -104,6 +93,7 @@ def test_bundle_contains_neither_paths_nor_training_rows(run_quick, mlflow_uri, 
         start(found, recorded_config(found, {}, mlflow_uri), tmp_path / "again")
 
 
+@pytest.mark.parametrize("bundle_path", ["shared"], indirect=True)
 def test_run_is_reproduced_from_its_bundle_without_its_store(bundle_path, make_store, tmp_path):
     found = find_run(None, str(bundle_path))
     uri = make_store("mine.db")
@@ -114,6 +104,7 @@ def test_run_is_reproduced_from_its_bundle_without_its_store(bundle_path, make_s
     assert again.tags["reproduces"] == found.run_id
 
 
+@pytest.mark.parametrize("bundle_path", ["shared.zip"], indirect=True)
 def test_drift_is_judged_by_the_seeds_in_the_bundle(bundle_path, make_store, tmp_path):
     found = bundle.read(bundle_path)
     uri = make_store("mine.db")

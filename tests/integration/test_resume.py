@@ -36,13 +36,12 @@ CONSTANT = (
 
 @pytest.mark.parametrize(
     "words",
-    [
-        ["training.max_steps=4", "training.save_strategy=steps", "training.save_steps=2"],
+    [  # the last checkpoint at an interval, at the end, of an epoch; what is measured meanwhile; the best model
+        ["training.max_steps=4", "training.save_strategy=steps", "training.save_steps=2",
+         "training.eval_strategy=epoch"],
         ["training.max_steps=5", "training.save_strategy=steps", "training.save_steps=2", "method=full"],
-        ["training.max_steps=4", "training.save_strategy=steps", "training.lr_scheduler_type=linear"],
-        ["training.max_steps=-1", "training.num_train_epochs=0.5", "training.save_strategy=steps"],
-        ["training.max_steps=-1", "training.num_train_epochs=1", "training.save_strategy=epoch"],
-        ["training.max_steps=4", "training.save_strategy=steps", "training.eval_strategy=epoch"],
+        ["training.max_steps=-1", "training.num_train_epochs=0.5", "training.save_strategy=epoch",
+         "training.lr_scheduler_type=linear"],
         [
             "training.max_steps=6", "training.save_strategy=steps", "training.save_steps=1",
             "training.eval_strategy=steps", "training.eval_steps=1", "training.load_best_model_at_end=true",

@@ -26,17 +26,14 @@ def find(folder):
 
 @pytest.mark.parametrize(
     "words",
-    [
+    [  # what is added, with magnitudes, to a base that moved, to 4 and to 8 bits; factors, rotations, other weights
         (),
         ("lora_variant=dora",),
-        ("method.use_rslora=true", "method.r=4"),
         ("lora_variant=pissa",),
         ("method=qlora",),
         ("method=qlora", "quantization=int8"),
         ("method=ia3",),
-        ("method=loha",),
         ("method=oft",),
-        ("method=vera",),
         ("method=ln_tuning",),
     ],
     ids=" ".join,

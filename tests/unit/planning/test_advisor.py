@@ -19,7 +19,7 @@ CARD = Gpu("GPU", 24.0)
 TINY = [
     "model=tiny_llama",
     "+model.architecture={_name_or_path: random:llama, model_type: llama, vocab_size: 512, hidden_size: 128,"
-    " intermediate_size: 256, num_hidden_layers: 3, num_attention_heads: 4, num_key_value_heads: 4,"
+    " intermediate_size: 256, num_hidden_layers: 1, num_attention_heads: 4, num_key_value_heads: 4,"
     " max_position_embeddings: 256}",
     "training.max_length=64",
 ]
@@ -117,13 +117,12 @@ def test_named_ways_are_compared_and_unplannable_ones_explained():
 @pytest.mark.slow
 def test_shipped_models_are_planned_smallest_first(monkeypatch):
     monkeypatch.setattr(advisor, "METHODS", {"LoRA": ["method=lora"]})
-    monkeypatch.setattr(advisor.configs, "options", lambda group: ["opt_125m", "smollm2_135m", "hub", "tiny_llama"])
+    names = ["opt_125m", "llama2_7b", "smollm2_135m", "hub", "tiny_llama"]
+    monkeypatch.setattr(advisor.configs, "options", lambda group: names)
     found, why = advisor.models(["training.max_length=4096"], CARD, lambda _: None)
     assert "2048 positions" in why["opt_125m, LoRA"]
-    assert [one.name for one in found] == ["smollm2_135m"]
-    found, _ = advisor.models(["training.max_length=64"], CARD, lambda _: None)
-    assert [one.name for one in found] == ["opt_125m", "smollm2_135m"]
-    assert found[0].parameters == 125_239_296
+    assert [one.name for one in found] == ["smollm2_135m", "llama2_7b"]
+    assert found[0].parameters == 134_515_008
 
 
 def advise(*arguments: str) -> int:

@@ -49,7 +49,6 @@ def highest(events: list[Event]) -> int:
 @pytest.mark.parametrize(
     "words",
     [
-        ["method=lora"],
         ["method=qlora", "lora_variant=dora"],
         ["method=full", "training.gradient_checkpointing=false"],
         ["method=oft", "training.gradient_checkpointing=false"],

@@ -4,6 +4,7 @@ import shutil
 import sqlite3
 
 import pytest
+from mlflow import MlflowClient
 
 from qlora_exp.tracking.mlflow_store import client
 from qlora_exp.utils.errors import TrackingError
@@ -45,3 +46,16 @@ def test_client_does_not_write_where_a_record_says(column, make_store, tmp_path)
                 log(model.model_id, path)
     assert [file.read_text() for file in sorted(victim.rglob("*.md"))] == ["mine", "mine"]
     assert len(list(victim.rglob("*"))) == 3
+
+
+def test_place_of_a_runs_artifacts_is_asked_once(make_store, tmp_path, monkeypatch):
+    mlflow = client(make_store("mlflow.db"))
+    experiment = mlflow.create_experiment("e", (tmp_path / "artifacts").as_uri())
+    run = mlflow.create_run(experiment).info.run_id
+    get_run, asked = MlflowClient.get_run, []
+    monkeypatch.setattr(MlflowClient, "get_run", lambda self, run_id: asked.append(run_id) or get_run(self, run_id))
+    for name in ("one", "two"):
+        (tmp_path / name).write_text(name)
+        mlflow.log_artifact(run, name)
+    assert asked == [run]
+    assert [file.path for file in mlflow.list_artifacts(run)] == ["one", "two"]
