@@ -30,6 +30,7 @@ def train(options: argparse.Namespace) -> None:
     gc.disable()  # until the run starts: saves a fifth of the imports' time
     from qlora_exp.config import hydra_compose
     from qlora_exp.config.overrides import readable
+    from qlora_exp.environment.ranks import is_launched
     from qlora_exp.libraries import hydra
 
     sys.argv = ["qlora-exp train", *options.unknown, *["sweep.dry_run=true"] * options.dry_run]
@@ -42,6 +43,11 @@ def train(options: argparse.Namespace) -> None:
         is_sweep = any(word.startswith(("sweep=", "hydra.mode=MULTIRUN")) for word in arguments.overrides)
         arguments.multirun |= is_sweep and not (shows_config or arguments.run)
         if arguments.multirun:  # a sweep checks its jobs itself
+            if is_launched():
+                raise ConfigError(
+                    "a launcher (torchrun, accelerate launch, srun) started this process as one of several; start a "
+                    "sweep without a launcher: its jobs start their own processes (distributed.num_processes)"
+                )
             if arguments.config_dir is not None:
                 hydra_compose.check_own_options(Path(arguments.config_dir))
         else:

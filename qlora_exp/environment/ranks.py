@@ -83,7 +83,7 @@ def take_place(config: DistributedConfig) -> None:
 
 
 _ADVICE = (
-    "choose distributed=ddp to share the run, or start it without a launcher; a sweep with sweep.n_jobs=NUMBER uses "
+    "choose distributed=ddp to share the run, or start it without a launcher. A sweep with sweep.n_jobs=NUMBER uses "
     "one GPU for each job"
 )
 
