@@ -58,6 +58,10 @@ class Resolved:
     optim: str
     optim_fallback: str | None
     """Why `optim` differs from the configured optimizer; None if it does not."""
+    num_processes: int
+    """Number of processes that share the run."""
+    global_batch: int
+    """Rows of one optimizer step, of all processes together."""
 
     @property
     def place(self) -> str:
@@ -172,6 +176,8 @@ def resolve(config: Config, device: Device) -> Resolved:
         ),
         optim=optim,
         optim_fallback=fallback,
+        num_processes=ranks().size,
+        global_batch=ranks().size * training.per_device_train_batch_size * training.gradient_accumulation_steps,
     )
 
 

@@ -41,7 +41,7 @@ _MEASURED_CONDITIONS = {
 }
 _CONDITIONS = {
     "effective batch": lambda record: _product(
-        record, "training.per_device_train_batch_size", "training.gradient_accumulation_steps"
+        record, "resolved.num_processes", "training.per_device_train_batch_size", "training.gradient_accumulation_steps"
     ),
     "base dtype": lambda record: record.params.get("resolved.dtype"),
     "adapter dtype": lambda record: record.params.get("resolved.adapter_dtype"),
@@ -340,10 +340,23 @@ def _unfair(rows: Sequence[Row]) -> list[str]:
         values = dict.fromkeys(str(value) for record in records if (value := read(record)) is not None)
         if len(values) > 1:
             lines.append(f"{name}: {_listed(values)}")
+    if line := _processes(records):
+        lines.append(line)
     for key in dict.fromkeys(key for record in records for key in record.tags if key.startswith("version.")):
         if len(values := dict.fromkeys(record.tags.get(key, "none") for record in records)) > 1:
             lines.append(f"{key.removeprefix('version.')} version: {_listed(values)}")
     return lines
+
+
+def _processes(records: Sequence[Record]) -> str:
+    """Say how runs with different numbers of processes share their batch; empty if all have as many."""
+    sizes = {_product(record, "resolved.num_processes") for record in records}
+    if len(sizes) == 1:
+        return ""
+    parts = {(_product(record, "resolved.num_processes"), _CONDITIONS["effective batch"](record)) for record in records}
+    shares = dict.fromkeys(f"{size:.0f} x {batch / size:.0f} rows" for size, batch in sorted(parts))
+    same = "the same batch" if len({batch for _, batch in parts}) == 1 else "not the same batch"
+    return f"processes: {_listed(shares)} ({same})"
 
 
 def _lost(rows: Sequence[Row]) -> str:

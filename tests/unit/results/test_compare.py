@@ -82,6 +82,15 @@ def test_other_differences_are_warnings(past_runs):
     assert found.settings == ["training.learning_rate: none, 0.001"]
 
 
+@pytest.mark.parametrize(("rows", "says"), [(4, "the same batch"), (8, "not the same batch")])
+def test_runs_of_more_processes_are_said_to_have_the_same_batch_or_not(rows, says, past_runs):
+    past_runs(ROWS, method__r=4, training__per_device_train_batch_size=8, resolved__num_processes=1)
+    past_runs(ROWS, method__r=8, training__per_device_train_batch_size=rows, resolved__num_processes=2)
+    found = compare(find(past_runs.uri, experiment=past_runs.experiment))
+    assert f"processes: 1 x 8 rows, 2 x {rows} rows ({says})" in found.warnings
+    assert any(line.startswith("effective batch: ") for line in found.warnings) is (rows == 8)
+
+
 def test_repeated_seed_counts_once(past_runs):
     past_runs(shifted(0.0), seed=1)
     newest = past_runs(shifted(0.2), seed=1)
