@@ -27,6 +27,7 @@ def problems(config: Config) -> Iterator[str]:
         yield f"method.target_modules: {OUTPUT_LAYER}"
     yield from _trainer(config)
     yield from _device(config)
+    yield from _distributed(config)
     if not config.model.model_name_or_path.startswith("random:") and config.model.random_config:
         yield "model.random_config needs model.model_name_or_path=random:FAMILY"
     for section, data in (("dataset", config.dataset), ("unrelated", config.unrelated)):
@@ -114,6 +115,17 @@ def _trainer(config: Config) -> Iterator[str]:
         if wanted and (why := config.refusal(aspect)):
             key = "resume_from_checkpoint=null" if aspect == "resume" else f"{aspect}=false"
             yield f"method={config.method.name} does not work with {aspect} ({why}): use training.{key}"
+
+
+def _distributed(config: Config) -> Iterator[str]:
+    engine = config.distributed.engine
+    if engine != "none" and config.model.device_map is not None:
+        yield (
+            f"model.device_map places one model on several devices, and distributed={engine} puts one on each: "
+            "choose one of them"
+        )
+    if engine != "none" and config.device == "mps":
+        yield f"distributed={engine} needs GPUs of NVIDIA, or device=cpu; this machine's mps is a single device"
 
 
 def _device(config: Config) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Read a config that somebody else wrote: as plain data, without settings that only the user may allow."""
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -95,6 +96,8 @@ _PATTERNS = (
     "alpha_pattern",
 )
 """Settings of PEFT methods that can be regular expressions, or have them as keys."""
+_ALWAYS_ALLOWED = 8
+"""Number of processes that a recorded config may start on any machine."""
 _NOT_FILES = ("embedded:", "random:", REASONING_GYM)
 
 
@@ -157,6 +160,7 @@ def refuse_user_only_settings(config: Config, changes: Mapping[str, Any]) -> Non
         raise ConfigError(
             f"the recorded config uses a kernel from the hub; if you trust it, add model.attn_implementation={kernel}"
         )
+    _refuse_processes(config, changes)
     paths: dict[str, Any] = {
         "model.model_name_or_path": config.model.model_name_or_path,
         "dataset.path": config.dataset.path,
@@ -193,6 +197,22 @@ def refuse_user_only_settings(config: Config, changes: Mapping[str, Any]) -> Non
                 f"the recorded config names {path}, which is outside of this folder; to allow it, "
                 f"add {key}=PATH with its path on this machine"
             )
+
+
+def _refuse_processes(config: Config, changes: Mapping[str, Any]) -> None:
+    """Reject a recorded config that connects to other machines, or starts very many processes."""
+    shared = config.distributed
+    if shared.main_process_ip and "distributed.main_process_ip" not in changes:
+        raise ConfigError(
+            f"the recorded config connects to {shared.main_process_ip}, which could run code here; add "
+            "distributed.num_machines=1 distributed.main_process_ip=null, or the addresses of your own machines"
+        )
+    most = max(_ALWAYS_ALLOWED, os.cpu_count() or 1)
+    if shared.num_processes != "auto" and shared.num_processes > most and "distributed.num_processes" not in changes:
+        raise ConfigError(
+            f"the recorded config starts {shared.num_processes} processes, more than this machine has cores; if you "
+            f"want that, add distributed.num_processes={shared.num_processes}"
+        )
 
 
 def _expanded(path: str) -> Path:

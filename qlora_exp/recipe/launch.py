@@ -93,11 +93,30 @@ def launch(run: Callable[..., RunResult], config: Config, **arguments: Any) -> R
         RankError: a process failed, died or hung.
         Exception: whatever the main process raised.
     """
+    _check_gpus(config)
+    if not _is_fork():
+        fork_server()  # it loads the libraries while this process loads the launcher
     with tempfile.TemporaryDirectory(prefix="qlora_exp_ranks_") as scratch:
         level = logging.getLogger().level
         request = _Request(run, config, arguments, dict(os.environ), os.getcwd(), level, Path(scratch))
         results = _run_all(request)
     return results[0] if 0 in results else RunResult(None, arguments["output_dir"], {})
+
+
+def _check_gpus(config: Config) -> None:
+    """Check that each process of this machine has a GPU, if there are any."""
+    shared, gpus = config.distributed, len(visible_gpus())
+    processes = int(shared.num_processes) // shared.num_machines
+    if config.device in ("auto", "cuda") and 0 < gpus < processes:
+        raise ConfigError(
+            f"distributed.num_processes={shared.num_processes}: {processes} processes here need a GPU each, and "
+            f"{gpus} are visible; start fewer, or use device=cpu"
+        )
+
+
+def _is_fork() -> bool:
+    """Return whether this process was forked with the libraries, as a sweep's job: then it can be forked again."""
+    return multiprocessing.parent_process() is not None and "torch" in sys.modules
 
 
 def settings(shared: DistributedConfig, scratch: Path) -> Any:
@@ -112,8 +131,6 @@ def settings(shared: DistributedConfig, scratch: Path) -> Any:
 
     assert isinstance(shared.num_processes, int)
     alone = shared.num_machines == 1
-    # A job of a sweep was forked with the libraries, and can be forked again; a fork must not have used CUDA.
-    forked = multiprocessing.parent_process() is not None and "torch" in sys.modules
     return LaunchConfig(
         min_nodes=shared.num_machines,
         max_nodes=shared.num_machines,
@@ -124,7 +141,7 @@ def settings(shared: DistributedConfig, scratch: Path) -> Any:
         rdzv_configs={"timeout": shared.ddp_timeout} | ({} if alone else {"rank": shared.machine_rank}),
         local_addr="localhost" if alone else None,
         max_restarts=0,
-        start_method="fork" if forked else "forkserver",
+        start_method="fork" if _is_fork() else "forkserver",
         logs_specs=DefaultLogsSpecs(str(scratch / "torch")),
         signals_to_handle=f"SIGTERM,{OUT_OF_TIME.name}",
         shutdown_timeout=int(GRACE_SECONDS),
@@ -139,12 +156,9 @@ def _run_all(request: _Request) -> dict[int, Any]:
 
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what failed is said below
-    chosen = settings(request.config.distributed, request.scratch)
-    if chosen.start_method == "forkserver":
-        fork_server()
     try:
         with _signals_forwarded():
-            return elastic_launch(chosen, _main)(request)
+            return elastic_launch(settings(request.config.distributed, request.scratch), _main)(request)
     except SignalException as stopped:
         raise (TimeLimitError("the time limit of the job is over") if stopped.sigval == OUT_OF_TIME
                else KeyboardInterrupt) from None  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from sweeps import command, runs, steps_told
+from sweeps import LONG, SHARED, check_job_of_two_processes, command, runs, steps_told
 
 RAY = ["hydra/launcher=ray", "sweep.n_jobs=2"]
 SAVING = ["seed=1,2", "training.max_steps=200", "training.save_strategy=steps", "training.save_steps=10"]
@@ -90,6 +90,11 @@ def test_interrupted_sweep_is_recorded_and_resumes(number: signal.Signals, mlflo
     parents, children = runs(mlflow_uri, number.name)
     assert {run.info.status for run in (*parents, *children)} == {"KILLED"}
     assert "was interrupted; resumes from step" in goes_on(words, mlflow_uri, number.name, tmp_path)
+
+
+def test_job_of_two_processes_ends_as_one_and_runs_again(mlflow_uri, tmp_path):
+    words = command(mlflow_uri, "two", "hydra/launcher=ray", *SHARED, *LONG)
+    check_job_of_two_processes(words, mlflow_uri, "two", tmp_path)
 
 
 def test_job_gets_its_time_limit(mlflow_uri, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from sweeps import command, runs, steps_told
+from sweeps import LONG, SHARED, check_job_of_two_processes, command, runs, steps_told
 
 CLUSTER = Path(__file__).parent / "cluster.sh"
 SLURM = [
@@ -88,3 +88,21 @@ def test_preempted_job_is_recorded_and_resumes(how: str, mlflow_uri, tmp_path):
     _, resumed = runs(mlflow_uri, name)
     assert {run.info.run_id for run in children} <= {run.info.run_id for run in resumed}
     assert [run.data.tags["outcome"] for run in resumed] == ["ok", "ok"]
+
+
+def test_job_of_two_processes_ends_as_one_and_runs_again(mlflow_uri, tmp_path):
+    own = [word.replace("cpus_per_task=1", "cpus_per_task=2") for word in SLURM]
+    words = command(mlflow_uri, "two", *own, *SHARED, *LONG)
+    check_job_of_two_processes(words, mlflow_uri, "two", tmp_path)
+
+
+def test_run_takes_the_processes_of_srun(mlflow_uri, tmp_path):
+    single = [word for word in command(mlflow_uri, "srun", "distributed=ddp") if word != "-m" or word == "qlora_exp"]
+    at = single.index("qlora_exp")
+    words = ["srun", "-n", "2", "-c", "1", *single[:at], "-m", *single[at:]]
+    result = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=400)
+    assert result.returncode == 0, result.stderr
+    mlflow_runs = runs(mlflow_uri, "srun")[1]
+    assert [run.info.status for run in mlflow_runs] == ["FINISHED"]
+    assert mlflow_runs[0].data.params["resolved.num_processes"] == "2"
+    assert len(list(tmp_path.glob("outputs/*/*"))) == 1

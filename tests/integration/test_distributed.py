@@ -121,7 +121,17 @@ def test_error_of_the_main_process_is_raised_as_it_is(run_quick, monkeypatch):
         run_quick(*TWO, "method=lora", "model=tiny_opt", "training.packing=true")
 
 
-def test_number_of_processes_is_asked_for_without_gpus(capsys, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert exit_code("train", "distributed=ddp", "model=tiny_llama", "device=cpu") == 1
-    assert "distributed.num_processes=auto counts GPUs, and there are none here: set it" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["distributed=ddp", "device=cpu"], "num_processes=auto counts GPUs, and there are none here"),
+        ([*TWO, "device=auto"], "2 processes here need a GPU each, and 1 are visible; start fewer"),
+        ([*TWO, "device=mps"], "distributed=ddp needs GPUs of NVIDIA, or device=cpu"),
+        ([*TWO, "model.device_map=auto"], "places one model on several devices, and distributed=ddp puts one on each"),
+    ],
+)
+def test_processes_that_cannot_share_a_run_are_refused_at_once(words, says, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0" if "device=auto" in words else "")
+    assert exit_code("train", "model=tiny_llama", "method=lora", *words) == 1
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "mlruns").exists()

@@ -15,8 +15,8 @@ LIBRARIES = PACKAGE / "libraries"
 PAGE = (ROOT / "docs" / "library_patches.md").read_text("utf-8")
 DISTRIBUTIONS = {"hydra": "hydra-core"}
 MODULES = sorted(file.stem for file in LIBRARIES.glob("*.py") if file.stem not in ("__init__", "patching"))
-PUBLIC = {"_exit"}
-"""Of Python's `os`, documented."""
+PUBLIC = {"_exit", "_current_frames"}
+"""Of Python's `os` and `sys`, documented."""
 
 
 def rows(heading: str) -> list[list[str]]:

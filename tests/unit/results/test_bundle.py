@@ -102,6 +102,11 @@ def test_run_without_a_result_is_not_reproduced(bundle_path, tmp_path):
         ("tracking: 5", None),
         ("model: {attn_implementation: someone/kernel}", "a kernel from the hub"),
         (
+            "distributed: {engine: ddp, num_processes: 2, num_machines: 2, main_process_ip: x, main_process_port: 5}",
+            "connects to x, which could run code here",
+        ),
+        ("distributed: {engine: ddp, num_processes: 4096}", "starts 4096 processes"),
+        (
             "method: {peft_type: PROMPT_TUNING, tokenizer_name_or_path: /etc/secret}",
             "method.tokenizer_name_or_path=PATH",
         ),
