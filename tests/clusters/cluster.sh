@@ -6,7 +6,7 @@ folder=$(realpath -m "${2:?folder}")
 export SLURM_CONF=$folder/etc/slurm.conf  # slurmdbd looks for its own file beside it
 
 start() {
-    if pgrep -x 'slurmctld|slurmd|munged' >/dev/null; then
+    if pgrep -x slurmctld || pgrep -x slurmd || pgrep -x munged; then
         echo "SLURM runs here already: this is for a machine without" && exit 1
     fi
     mkdir -p "$folder"/{etc,log,state,spool,mysql} /run/munge /run/mysqld
@@ -53,7 +53,7 @@ SlurmdPidFile=$folder/slurmd.pid
 SlurmctldLogFile=$folder/log/slurmctld.log
 SlurmdLogFile=$folder/log/slurmd.log
 KillWait=30
-NodeName=$(hostname -s) NodeAddr=127.0.0.1 CPUs=$(nproc) RealMemory=$(($(free -m | awk '/^Mem/ {print $2}') * 8 / 10)) State=UNKNOWN
+NodeName=$(hostname -s) NodeAddr=127.0.0.1 CPUs=$(nproc --all) RealMemory=$(($(free -m | awk '/^Mem/ {print $2}') * 8 / 10)) State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 EOF
     # libmysqlclient finds the socket by its default path

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from sweeps import LONG, SHARED, check_job_of_two_processes, command, runs, steps_told
+from clusters.sweeps import LONG, SHARED, check_job_of_two_processes, command, runs, steps_told
 
 RAY = ["hydra/launcher=ray", "sweep.n_jobs=2"]
 SAVING = ["seed=1,2", "training.max_steps=200", "training.save_strategy=steps", "training.save_steps=10"]

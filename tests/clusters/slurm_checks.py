@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from sweeps import LONG, SHARED, check_job_of_two_processes, command, runs, steps_told
+from clusters.sweeps import LONG, SHARED, check_job_of_two_processes, command, runs, steps_told
 
 CLUSTER = Path(__file__).parent / "cluster.sh"
 SLURM = [

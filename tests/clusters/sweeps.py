@@ -32,10 +32,10 @@ LONG = ["seed=1", "training.max_steps=300", "training.save_strategy=steps", "tra
 
 def kill_second_rank(process: subprocess.Popen, folder: Path) -> None:
     """Kill rank 1 of the only job of a sweep, once it has a checkpoint."""
-    while not list(folder.glob("multirun/*/seed-1*/checkpoints/checkpoint-*/trainer_state.json")):
+    while not list(folder.glob("multirun/*/*/checkpoints/checkpoint-*/trainer_state.json")):
         time.sleep(0.2)
         assert process.poll() is None, process.communicate()[0]
-    (log,) = folder.glob("multirun/*/seed-1*/ranks/1.log")
+    (log,) = folder.glob("multirun/*/*/ranks/1.log")
     found = re.search(r"rank 1 of 2 is process (\d+)", log.read_text("utf-8"))
     assert found is not None
     os.kill(int(found[1]), signal.SIGKILL)
