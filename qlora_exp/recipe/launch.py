@@ -24,7 +24,7 @@ from qlora_exp.config.sections.distributed import DistributedConfig
 from qlora_exp.environment import ranks
 from qlora_exp.environment.device import visible_gpus
 from qlora_exp.recipe.result import RunResult
-from qlora_exp.utils.errors import ConfigError, RankError, TimeLimitError
+from qlora_exp.utils.errors import ConfigError, RankError, TimeLimitError, type_and_first_line
 from qlora_exp.utils.processes.signals import GRACE_SECONDS, OUT_OF_TIME
 from qlora_exp.utils.processes.workers import end_with_parent, write_into
 from qlora_exp.utils.quiet import quiet
@@ -185,16 +185,19 @@ def _first_failure(request: _Request, failures: Mapping[int, Any]) -> BaseExcept
     from qlora_exp.tracking.journal import last_message
 
     known = {int(file.stem): pickle.loads(file.read_bytes()) for file in request.scratch.glob("*.error")}
-    if 0 in known:  # it has recorded it, and knows which process failed first
+    if 0 in known and not isinstance(known[0], KeyboardInterrupt):  # it has recorded it, and knows who failed first
         return known[0]
+    own = {rank: error for rank, error in sorted(known.items()) if not isinstance(error, KeyboardInterrupt)}
     killed = {rank: f"its process {failure.pid} ended with {_code(failure.exitcode)}"
-              for rank, failure in failures.items() if rank not in known}  # fmt: skip
+              for rank, failure in sorted(failures.items()) if rank not in known}  # fmt: skip
     if killed:
-        rank, why = min(killed.items())
+        rank, why = next(iter(killed.items()))
         error = RankError(rank, why, "error")
+    elif own:
+        rank, first = next(iter(own.items()))
+        error = first if isinstance(first, RankError) else RankError(rank, type_and_first_line(first), "error")
     else:
-        rank, first = min(known.items())
-        error = first if isinstance(first, RankError) else RankError(rank, f"{type(first).__name__}: {first}", "error")
+        return KeyboardInterrupt()
     folder = request.arguments["output_dir"]
     last = last_message(folder)
     if last is not None and last["op"] != "end":
