@@ -54,7 +54,8 @@ class _Watch:
         """Processes that were killed because they gave no sign of life, with that as their reason."""
         self.failure: RankError | None = None
         """The failure of another process that was noticed first."""
-        self.ended = threading.Event()
+        self.ended, self.ending = threading.Event(), threading.Event()
+        """Set when the watch ends; and when the main thread ends the run, which may take longer than its grace."""
         self.at_failure: Callable[[RankError], None] = lambda _: None
         self._set("process", json.dumps(provenance.process()))
         self._beat()
@@ -132,26 +133,28 @@ class _Watch:
     def leave(self) -> None:
         """End the watch: this process has done its work."""
         self.ended.set()
+        self.ending.set()
         self._thread.join()
         with suppress(RuntimeError):
             self._set("left", "")
 
     def _run(self) -> None:
-        while not self.ended.wait(_PERIOD):
+        while self.failure is None and not self.ended.wait(_PERIOD):
             try:
                 self._beat()
                 self.failure = self.look()
             except RuntimeError as error:  # the process with the store has ended
                 self.failure = RankError(0, f"the connection to it was lost: {type_and_first_line(error)}", "error")
-            if self.failure is not None:
-                main = sys._current_frames().get(threading.main_thread().ident or 0)
-                where = "".join(traceback.format_stack(main)[-8:])
-                log.info("another process failed (%s); this one is here:\n%s", self.failure, where)
-            if self.failure is not None and not self.ended.wait(GRACE_SECONDS):
-                # The main thread waits in an operation that nothing but the end of the process interrupts.
-                with suppress(Exception):
-                    self.at_failure(self.failure)
-                os._exit(1)
+        if self.failure is None:
+            return
+        main = sys._current_frames().get(threading.main_thread().ident or 0)
+        where = "".join(traceback.format_stack(main)[-8:])
+        log.info("another process failed (%s); this one is here:\n%s", self.failure, where)
+        if not self.ending.wait(GRACE_SECONDS):
+            # The main thread waits in an operation that nothing but the end of the process interrupts.
+            with suppress(Exception):
+                self.at_failure(self.failure)
+            os._exit(1)
 
 
 def _lost_another(error: BaseException) -> bool:
@@ -189,7 +192,10 @@ def cause(error: BaseException) -> RankError | None:
 
     After an error that the end of another process can cause, it waits a few seconds for that one's reason.
     """
-    if _current is None or isinstance(error, RankError):
+    if _current is None:
+        return None
+    _current.ending.set()
+    if isinstance(error, RankError):
         return None
     can_follow = isinstance(error, RuntimeError | KeyboardInterrupt) and not is_out_of_memory(error)
     if not can_follow:
