@@ -104,37 +104,35 @@ class Planner:
         self._check(config.training.max_length)
         self._recorded: dict[tuple[Batch, Batch | None], Step] = {}
         """The recording of the last batch."""
-        self._share(shared)
+        self.share(shared)
 
     def over(self, shared: DistributedConfig) -> "Planner":
         """Return the planner of the same run, shared by several processes in another way."""
         other = copy(self)
-        other._share(shared)
+        other.share(shared)
         return other
 
-    def _share(self, shared: DistributedConfig) -> None:
-        """Compute what one process holds."""
+    def share(self, shared: DistributedConfig) -> None:
+        """Compute what one process holds, whatever the batch."""
         self._ranks = 1 if shared.engine == "none" else int(shared.num_processes)
         self._units: Units | None = None
         self._buckets: list[int] = []
         self._offloaded = 0
         offloads = shared.cpu_offload and shared.engine == "fsdp" and self._ranks > 1
-        optim: str = (
-            self._resolved.optim if shared.engine != "fsdp" else UNPAGED.get(self._resolved.optim, self._resolved.optim)
-        )
-        if self._config.optimizer.lora_optimizer == "lorafa":
-            optim = "lorafa"
+        optim: str = "lorafa" if self._config.optimizer.lora_optimizer == "lorafa" else self._resolved.optim
+        if shared.engine == "fsdp":  # bitsandbytes' optimizers do not update shares
+            optim = UNPAGED.get(optim, optim)
         with self._explained(), as_it_runs(self._on_cuda):
             model = build_model(self._config, self._resolved, self._architecture, self._depth)
             parameters = adapters.count_parameters(model)
-            if shared.engine == "ddp" and self._ranks > 1:
-                self._buckets = buckets(model)
             if shared.engine == "fsdp" and self._ranks > 1:
                 self._units = units(model, self._ranks, offloads)
                 keep_shares(model, self._ranks)
             stay = [*static_of(model.buffers())] if offloads else []
             weighed = weigh(model, partial(optimizer, optim, self._on_cuda and not offloads))
-        self._model = replace(weighed, parameters=parameters)
+            if shared.engine == "ddp" and self._ranks > 1:
+                self._buckets = buckets(model)
+        self._model = weighed if self._units is None else replace(weighed, parameters=parameters)
         if offloads:  # constants of quantization are no parameters
             stay += [taken for taken in weighed.static if taken[0] == "quantization"]
             moved = Counter(weighed.static) - Counter(stay)

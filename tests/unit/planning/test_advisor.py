@@ -108,7 +108,7 @@ def test_number_of_gpus_is_the_first_on_which_a_share_fits():
         plans = Plans(gib)
         return advisor._fits(compose(["method=lora"]), plans.predict(4), plans, [CARD])[CARD].gpus
 
-    assert [gpus(gib) for gib in (20, 40, 80, 160, 320, 2000)] == [1, 2, 4, 8, 0, 0]
+    assert [gpus(gib) for gib in (20, 36, 72, 144, 320, 2000)] == [1, 2, 4, 8, 0, 0]
     found = [option("LoRA", 80, 0, 0), option("QLoRA", 40, 0, 0)]
     for one, count in zip(found, (4, 2), strict=True):
         one.fits[CARD] = Fit(0, 0, count)
