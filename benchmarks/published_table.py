@@ -28,7 +28,7 @@ def print_errors(doc: str | None, published: Mapping[Run, float], allocated: Cal
         errors.append(predicted / measured - 1)
         name, choice, rows = run
         print(
-            f"{name:12} {choice:12} {rows}  {predicted:6.2f} GB, published {measured:6.2f}  {errors[-1]:+.1%}",
+            f"{name:12} {choice:14} {rows}  {predicted:6.2f} GB, published {measured:6.2f}  {errors[-1]:+.1%}",
             flush=True,
         )
     sizes = [*map(abs, errors)]

@@ -3,6 +3,7 @@
 import argparse
 import gc
 import os
+from dataclasses import replace
 
 from qlora_exp.cli.parents import URI, Commands, add_command, add_overrides
 from qlora_exp.planning import calibration, gpus
@@ -29,6 +30,13 @@ def add_parsers(commands: Commands) -> None:
         help="price of the GPU per hour, to show the cost of the run; needs --gpu",
     )
 
+    parser.add_argument(
+        "--bandwidth",
+        type=float,
+        metavar="GB/S",
+        help="rate at which each GPU sends to the others, for distributed=ddp and fsdp; default: that of --gpu",
+    )
+
     parser = add_command(commands, "advise", advise, [gpu])
     add_overrides(parser, "model=NAME, training.max_length=N, method=A,B, ..., as for `train`")
     parser.add_argument("--models", action="store_true", help="find the largest model for each GPU instead")
@@ -47,6 +55,7 @@ def plan(options: argparse.Namespace) -> None:
       qlora-exp plan model=llama3_8b --gpu rtx4090 training.max_length=1024
       qlora-exp plan model=llama3_8b method=lora,qlora --vram 24
       qlora-exp plan model=llama3_8b --gpu a10 training.max_steps=1000 --price 0.5
+      qlora-exp plan model=llama2_13b distributed=fsdp distributed.num_processes=2,4,8 --gpu rtx4090
     """
     quiet()
     from qlora_exp.config import hydra_compose
@@ -56,7 +65,11 @@ def plan(options: argparse.Namespace) -> None:
     _refuse_options_as_keys(options)
     if options.price is not None and (options.price < 0 or not options.gpu):
         raise ConfigError("--price: must not be negative, and needs the GPU's name: --gpu NAME --price PER_HOUR")
+    if options.bandwidth is not None and not 0 < options.bandwidth < 100_000:
+        raise ConfigError(f"--bandwidth {options.bandwidth:g}: not a rate in GB/s")
     gpu, cpu = _gpu(options), gpus.this_cpu().calibrated(calibration.read())
+    if options.bandwidth is not None:
+        gpu, cpu = (replace(device, link_gb_per_s=options.bandwidth) for device in (gpu, cpu))
     jobs = hydra_compose.grid(options.overrides)
     composed: list[Config | UserError] = []
     for words in jobs:  # report mistakes before the slow imports
@@ -167,7 +180,7 @@ def calibrate(options: argparse.Namespace) -> None:
 def _refuse_options_as_keys(options: argparse.Namespace) -> None:
     for word in options.overrides:
         key, _, value = word.partition("=")
-        if key in ("gpu", "vram", "price") and key in options:  # `advise` has no --price
+        if key in ("gpu", "vram", "price", "bandwidth") and key in options:  # `advise` has no --price
             raise ConfigError(f"{key}: no such key or group; did you mean --{key} {value}?")
 
 

@@ -4,6 +4,7 @@ Every answer comes from planning many runs, not from a formula or a table of exp
 runs, and it imports heavy libraries only when it starts to plan.
 """
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ import yaml
 from qlora_exp.config import hydra_compose as configs
 from qlora_exp.config.hydra_compose import compose, conf_dir, grid
 from qlora_exp.config.schema import Config
+from qlora_exp.config.sections.distributed import DistributedConfig
 from qlora_exp.models import files
 from qlora_exp.planning.fit import expected, room, step_seconds
 from qlora_exp.planning.gpus import Gpu
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 
 CARDS = (4, 6, 8, 12, 16, 24, 40, 48, 80)
 """Memory sizes of GPUs on the market, in GiB."""
+GPUS = (2, 4, 8)
+"""Numbers of GPUs to try for what does not fit on one."""
 LENGTH_STEP = 64
 MOST_ROWS = 1024
 MOST_TOKENS = 131_072
@@ -52,6 +56,8 @@ class Fit:
     """The largest batch of rows of `max_length` tokens; 0: not even one row fits."""
     length: int
     """Tokens of the longest row in a batch of one, a multiple of LENGTH_STEP; 0: no row fits."""
+    gpus: int = 1
+    """Number of such GPUs that train a row of `max_length` each with distributed=fsdp; 0: more than GPUS."""
 
 
 @dataclass(frozen=True)
@@ -163,13 +169,24 @@ def _fits(config: Config, planned: "Prediction", plans: "Planner", cards: Sequen
         tokens = LENGTH_STEP * steps
         return of_rows(1) if tokens == length else plans.predict(1, tokens, evaluated=0).peak
 
-    return {
-        card: Fit(
-            largest(of_rows, room(card), MOST_ROWS, configured),
-            LENGTH_STEP * largest(of_length, room(card), most, length // LENGTH_STEP),
-        )
-        for card in cards
-    }
+    @cache
+    def shared_by(count: int) -> float:
+        try:
+            return (
+                plans.over(DistributedConfig(engine="fsdp", num_processes=count)).predict(1, length, evaluated=0).peak
+            )
+        except UserError:  # what cannot be shared out needs a larger GPU
+            return math.inf
+
+    fits = {}
+    for card in cards:
+        within = room(card, ranks=planned.ranks)
+        rows = largest(of_rows, within, MOST_ROWS, configured)
+        longest = LENGTH_STEP * largest(of_length, within, most, length // LENGTH_STEP)
+        tried = (count for count in GPUS if count > planned.ranks)
+        several = (count for count in tried if shared_by(count) <= room(card, ranks=count))
+        fits[card] = Fit(rows, longest, planned.ranks if rows else next(several, 0))
+    return fits
 
 
 def largest(need: Callable[[int], float], room: float, most: int, start: int) -> int:
@@ -220,7 +237,10 @@ def choose(options: Sequence[Option], gpu: Gpu) -> tuple[str, str]:
         return "QLoRA", why + _fewer(rows, wanted)
     if longest := qlora.fits[gpu].length:
         return "QLoRA", f"with rows of at most {longest} tokens: training.max_length={longest}"
-    return "neither", "not even QLoRA with one short row fits: choose a smaller model (--models) or a larger GPU"
+    why = "not even QLoRA with one short row fits: choose a smaller model (--models), a larger GPU"
+    several = {name: by_name[name].fits[gpu].gpus for name in ("LoRA", "QLoRA")}
+    named = ", ".join(f"{count} for {name}" for name, count in several.items() if count > 1)
+    return "neither", why + (f", or several of these with distributed=fsdp ({named})" if named else "")
 
 
 def _fewer(rows: int, wanted: int) -> str:

@@ -4,6 +4,7 @@ Source: c10/cuda/CUDACachingAllocator.cpp of torch 2.13, without expandable segm
 """
 
 from bisect import bisect_left, insort
+from collections import defaultdict
 
 from qlora_exp.utils.units import MIB
 
@@ -19,10 +20,10 @@ _OWN_SEGMENT = 10 * MIB
 class Block:
     """A part of a segment, linked to its left and right neighbours."""
 
-    __slots__ = ("free", "left", "offset", "right", "segment", "size", "small")
+    __slots__ = ("free", "left", "offset", "right", "segment", "size", "small", "stream")
 
-    def __init__(self, size: int, segment: int, offset: int, small: bool) -> None:
-        self.size, self.segment, self.offset, self.small = size, segment, offset, small
+    def __init__(self, size: int, segment: int, offset: int, small: bool, stream: int) -> None:
+        self.size, self.segment, self.offset, self.small, self.stream = size, segment, offset, small, stream
         self.left: Block | None = None
         self.right: Block | None = None
         self.free = True
@@ -34,25 +35,26 @@ class CachingAllocator:
     def __init__(self) -> None:
         self.allocated = self.reserved = 0
         self.peak_allocated = self.peak_reserved = 0
-        self._pools: dict[bool, list[tuple[int, int, int, Block]]] = {True: [], False: []}
+        self._pools: defaultdict[tuple[int, bool], list[tuple[int, int, int, Block]]] = defaultdict(list)
+        """Free blocks by stream and whether they are small."""
         self._segments = 0
 
-    def malloc(self, nbytes: int) -> Block:
-        """Allocate a block for `nbytes`: from the smallest free block that is large enough, else from a new segment."""
+    def malloc(self, nbytes: int, stream: int = 0) -> Block:
+        """Allocate a block for `nbytes`: from the stream's smallest free block that is large enough, else a segment."""
         size = max(_ROUND, -(-nbytes // _ROUND) * _ROUND)
         small = size <= _SMALL
-        pool = self._pools[small]
+        pool = self._pools[stream, small]
         place = bisect_left(pool, (size, -1, -1), key=_order)
         if place < len(pool):
             block = pool.pop(place)[3]
         else:
             self._segments += 1
-            block = Block(_segment_size(size, small), self._segments, 0, small)
+            block = Block(_segment_size(size, small), self._segments, 0, small, stream)
             self.reserved += block.size
             self.peak_reserved = max(self.peak_reserved, self.reserved)
         rest = block.size - size
         if rest >= _ROUND if small else rest > _SMALL:
-            remainder = Block(rest, block.segment, block.offset + size, small)
+            remainder = Block(rest, block.segment, block.offset + size, small, stream)
             remainder.left, remainder.right = block, block.right
             if block.right:
                 block.right.left = remainder
@@ -84,17 +86,17 @@ class CachingAllocator:
 
     def empty_cache(self) -> None:
         """Release segments in which nothing is allocated, and reset the peaks."""
-        for small, pool in self._pools.items():
+        for key, pool in self._pools.items():
             unused = [entry for entry in pool if entry[3].left is None and entry[3].right is None]
             self.reserved -= sum(entry[0] for entry in unused)
-            self._pools[small] = [entry for entry in pool if entry[3].left or entry[3].right]
+            self._pools[key] = [entry for entry in pool if entry[3].left or entry[3].right]
         self.peak_allocated, self.peak_reserved = self.allocated, self.reserved
 
     def _put(self, block: Block) -> None:
-        insort(self._pools[block.small], (block.size, block.segment, block.offset, block), key=_order)
+        insort(self._pools[block.stream, block.small], (block.size, block.segment, block.offset, block), key=_order)
 
     def _take(self, block: Block) -> None:
-        pool = self._pools[block.small]
+        pool = self._pools[block.stream, block.small]
         pool.pop(bisect_left(pool, (block.size, block.segment, block.offset), key=_order))
 
 

@@ -25,7 +25,7 @@ from qlora_exp.libraries.torch import (
 )
 
 Group = tuple[str, int]
-"""Part of a step: (`forward`, layer), (`backward`, layer), (`start`, 0), (`loss`, 0), ..."""
+"""Part of a step: (`start`, 0), (`forward`, layer), (`loss`, 0), then (`loss`, 1), (`backward`, layer), (`end`, 0)."""
 LAYERS = 5
 """Number of layers that run: the first, the last, and three between them that should allocate alike."""
 
@@ -39,6 +39,8 @@ class Event:
     nbytes: int
     """Negative: the storage is released."""
     kind: str = ""
+    stream: int = 0
+    """CUDA stream that it is allocated on. Torch's allocator reuses a block only on the same stream."""
 
 
 @dataclass
@@ -292,5 +294,5 @@ def deepen(recording: Recording, depth: int) -> list[Event]:
             for layer in inner if name == "forward" else reversed(inner):
                 play(group, layer)
         else:
-            play(group, depth_of(place) if name in ("forward", "backward") else 0)
+            play(group, depth_of(place) if name in ("forward", "backward") else place)
     return deeper

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from qlora_exp.config.schema import Config
-from qlora_exp.planning.gpus import DRIVER_GIB, Gpu
+from qlora_exp.planning.gpus import DRIVER_GIB, NCCL_GIB, Gpu
 from qlora_exp.utils.units import GIB, MIB
 
 if TYPE_CHECKING:
@@ -14,6 +14,9 @@ WORST_ERROR = 0.07
 
 Source: `benchmarks/published_*.py` and `benchmarks/measured_h100.py`.
 """
+
+WORST_ERROR_OF_SEVERAL = 0.21
+"""Worst relative error of plans for several GPUs. Source: `benchmarks/published_fms.py`."""
 
 
 def step_seconds(config: Config, prediction: "Prediction", gpu: Gpu) -> float | None:
@@ -41,19 +44,32 @@ def expected(prediction: "Prediction", gpu: Gpu) -> float:
     return gpu.calibration.expected(prediction.peak) if gpu.calibration else prediction.peak
 
 
-def worst_error(gpu: Gpu) -> float:
-    """Return the worst relative error of the expected peak on this kind of device."""
-    return gpu.calibration.worst_error if gpu.calibration else WORST_ERROR
+def worst_error(gpu: Gpu, ranks: int = 1) -> float:
+    """Return the worst relative error of the expected peak on this kind of device, with so many of them."""
+    if gpu.calibration:
+        return gpu.calibration.worst_error
+    return WORST_ERROR if ranks == 1 else WORST_ERROR_OF_SEVERAL
 
 
-def room(gpu: Gpu, sign: int = 1) -> float:
+def communication_seconds(prediction: "Prediction", gpu: Gpu) -> float | None:
+    """Return the seconds that the traffic of a step takes if it overlaps with nothing; None without a rate."""
+    return prediction.traffic.total / (gpu.link_gb_per_s * 1e9) if gpu.link_gb_per_s else None
+
+
+def outside(ranks: int) -> float:
+    """Return the GiB of a GPU that the driver takes, and NCCL with several ranks."""
+    return DRIVER_GIB + (NCCL_GIB if ranks > 1 else 0.0)
+
+
+def room(gpu: Gpu, sign: int = 1, ranks: int = 1) -> float:
     """Return the largest planned peak in bytes that still fits if the prediction is off by the worst error seen.
 
     Args:
         gpu: the device.
         sign: 1: the prediction is too low; -1: it is too high.
+        ranks: number of GPUs that share the run.
     """
-    usable = (gpu.memory_gib - DRIVER_GIB) * GIB / (1 + sign * min(worst_error(gpu), 0.99))
+    usable = (gpu.memory_gib - outside(ranks)) * GIB / (1 + sign * min(worst_error(gpu, ranks), 0.99))
     if gpu.calibration:
         return (usable - gpu.calibration.offset_mib * MIB) / gpu.calibration.slope
     return usable
@@ -61,4 +77,5 @@ def room(gpu: Gpu, sign: int = 1) -> float:
 
 def verdict(prediction: "Prediction", gpu: Gpu) -> str:
     """Return `fits`, `may fit` or `does not fit` for the fullest phase together with the driver's memory."""
-    return "fits" if prediction.peak <= room(gpu) else "may fit" if prediction.peak <= room(gpu, -1) else "does not fit"
+    least, most = (room(gpu, sign, prediction.ranks) for sign in (1, -1))
+    return "fits" if prediction.peak <= least else "may fit" if prediction.peak <= most else "does not fit"

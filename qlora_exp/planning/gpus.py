@@ -18,6 +18,11 @@ from qlora_exp.utils.units import GIB
 
 DRIVER_GIB = 0.6
 """Memory that the driver's context and the libraries' workspaces take on each GPU: an allowance, not a measurement."""
+NCCL_GIB = 0.4
+"""Memory that NCCL takes besides on each of several GPUs: an allowance. It depends on channels and links.
+
+Source: NVIDIA/nccl issue 1685 on GitHub, 1.06 GB outside torch's allocator on each of 8 H100 with the driver's context.
+"""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class Gpu:
     """Rate of dense matrix products in 16 bits with float32 accumulation; 0: unknown."""
     gb_per_s: float = 0.0
     """Memory bandwidth; 0: unknown."""
+    link_gb_per_s: float = 0.0
+    """Rate of sending to the other GPUs of a machine: NVLink where all have it, else PCIe; 0: unknown."""
     bf16: bool = True
     type: str = "cuda"
     calibration: Calibration | None = None
@@ -77,18 +84,18 @@ def _matches_name(parts: set[str], driver: str) -> bool:
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("t4", 15.0, 65, 320, bf16=False),
-        Gpu("v100-32gb", 32.0, 125, 900, bf16=False),
-        Gpu("rtx3090", 24.0, 71, 936),
-        Gpu("rtx4090", 24.0, 165, 1008),
-        Gpu("a10", 22.5, 125, 600),
-        Gpu("l4", 22.5, 121, 300),
-        Gpu("a6000", 48.0, 155, 768),
-        Gpu("l40s", 45.0, 362, 864),
-        Gpu("a100-40gb", 40.0, 312, 1555),
-        Gpu("a100-80gb", 80.0, 312, 2039),
-        Gpu("h100", 79.6, 989, 3350),
-        Gpu("h200", 140.4, 989, 4800),
+        Gpu("t4", 15.0, 65, 320, 16, bf16=False),
+        Gpu("v100-32gb", 32.0, 125, 900, 150, bf16=False),
+        Gpu("rtx3090", 24.0, 71, 936, 32),
+        Gpu("rtx4090", 24.0, 165, 1008, 32),
+        Gpu("a10", 22.5, 125, 600, 32),
+        Gpu("l4", 22.5, 121, 300, 32),
+        Gpu("a6000", 48.0, 155, 768, 32),
+        Gpu("l40s", 45.0, 362, 864, 32),
+        Gpu("a100-40gb", 40.0, 312, 1555, 300),
+        Gpu("a100-80gb", 80.0, 312, 2039, 300),
+        Gpu("h100", 79.6, 989, 3350, 450),
+        Gpu("h200", 140.4, 989, 4800, 450),
     )
 }
 

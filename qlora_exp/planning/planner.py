@@ -4,9 +4,11 @@ The run's model is built without values. `step` runs its real code on fake tenso
 allocations through a model of torch's allocator. This module does not read past runs.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +17,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from qlora_exp.config.schema import Config
-from qlora_exp.environment.device import Device, Resolved, resolve
+from qlora_exp.config.sections.distributed import DistributedConfig
+from qlora_exp.environment.device import UNPAGED, Device, Resolved, resolve
 from qlora_exp.libraries import trl
 from qlora_exp.libraries.peft import create_samplers, without_values
 from qlora_exp.libraries.torch import WANTS_VALUES, AssumedValues, computing_as_on_gpu, factors_as_on_cpu
@@ -24,14 +27,15 @@ from qlora_exp.models.base import model_config
 from qlora_exp.models.files import check_files
 from qlora_exp.planning.fake_tensors import Work
 from qlora_exp.planning.packed_weights import quantize_meta
-from qlora_exp.planning.replay import Phase, play
-from qlora_exp.planning.step import Batch, optimizer, record, weigh
+from qlora_exp.planning.replay import Phase, offloaded, play
+from qlora_exp.planning.sharding import Traffic, Units, all_reduced, buckets, keep_shares, shard, units
+from qlora_exp.planning.step import Batch, Step, optimizer, record, static_of, weigh
 from qlora_exp.utils.errors import ConfigError, ModelError, UserError, type_and_first_line
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Predicted memory and work of a run."""
+    """Predicted memory and work of a run; of each process, if several share it."""
 
     phases: dict[str, Phase]
     """Memory by phase: load, first_step, steady, evaluation, the phases that a run measures."""
@@ -45,6 +49,12 @@ class Prediction:
     """Bytes of paged optimizer states, which may be on the GPU or not, outside its allocator."""
     in_16_bits: bool = True
     """Whether matrix products are computed in 16 bits."""
+    ranks: int = 1
+    """Number of processes that share the run."""
+    traffic: Traffic = field(default_factory=Traffic)
+    """What each process sends for one optimizer step."""
+    offloaded: int = 0
+    """Bytes of the machine's memory that each process takes for its share of the model."""
 
     @property
     def peak(self) -> int:
@@ -86,13 +96,48 @@ class Planner:
         if (depth := getattr(self._architecture, "num_hidden_layers", None)) is None:
             raise ModelError(f"{name}: the architecture {self._architecture.model_type} cannot be planned yet")
         self._depth: int = depth
+        shared = config.distributed
+        if shared.engine != "none" and shared.num_processes == "auto":
+            raise ConfigError("distributed.num_processes: a plan needs the number of processes, not auto")
         self.positions: int | None = getattr(self._architecture, "max_position_embeddings", None)
         """Longest row that the model accepts, in tokens; None if its config does not declare it."""
         self._check(config.training.max_length)
-        optim = "lorafa" if config.optimizer.lora_optimizer == "lorafa" else resolved.optim
+        self._recorded: dict[tuple[Batch, Batch | None], Step] = {}
+        """The recording of the last batch."""
+        self.share(shared)
+
+    def over(self, shared: DistributedConfig) -> "Planner":
+        """Return the planner of the same run, shared by several processes in another way."""
+        other = copy(self)
+        other.share(shared)
+        return other
+
+    def share(self, shared: DistributedConfig) -> None:
+        """Compute what one process holds, whatever the batch."""
+        self._ranks = 1 if shared.engine == "none" else int(shared.num_processes)
+        self._units: Units | None = None
+        self._buckets: list[int] = []
+        self._offloaded = 0
+        offloads = shared.cpu_offload and shared.engine == "fsdp" and self._ranks > 1
+        optim: str = "lorafa" if self._config.optimizer.lora_optimizer == "lorafa" else self._resolved.optim
+        if shared.engine == "fsdp":  # bitsandbytes' optimizers do not update shares
+            optim = UNPAGED.get(optim, optim)
         with self._explained(), as_it_runs(self._on_cuda):
-            model = build_model(config, resolved, self._architecture, self._depth)
-            self._model = weigh(model, partial(optimizer, optim, self._on_cuda))
+            model = build_model(self._config, self._resolved, self._architecture, self._depth)
+            parameters = adapters.count_parameters(model)
+            if shared.engine == "fsdp" and self._ranks > 1:
+                self._units = units(model, self._ranks, offloads)
+                keep_shares(model, self._ranks)
+            stay = [*static_of(model.buffers())] if offloads else []
+            weighed = weigh(model, partial(optimizer, optim, self._on_cuda and not offloads))
+            if shared.engine == "ddp" and self._ranks > 1:
+                self._buckets = buckets(model)
+        self._model = weighed if self._units is None else replace(weighed, parameters=parameters)
+        if offloads:  # constants of quantization are no parameters
+            stay += [taken for taken in weighed.static if taken[0] == "quantization"]
+            moved = Counter(weighed.static) - Counter(stay)
+            self._offloaded = offloaded(replace(weighed, static=[*moved.elements()]))
+            self._model = replace(self._model, static=stay, updates=[[], []], paged=0)
 
     def predict(self, rows: int | None = None, length: int | None = None, evaluated: int | None = None) -> Prediction:
         """Predict memory and work.
@@ -112,18 +157,38 @@ class Planner:
         batch = self._batch(rows, length)
         if training.packing:
             batch = Batch(1, rows * length, not self._flash)
-        with self._explained(), as_it_runs(self._on_cuda, self._flash):
-            step = record(
-                self._build,
-                self._depth,
-                batch,
-                loss=fused_loss,
-                computing=lambda: computing(self._resolved),
-                evaluated=self._batch(training.per_device_eval_batch_size, evaluated) if evaluated else None,
-            )
-        phases = play(self._model, step, self._on_cuda, training.gradient_accumulation_steps > 1)
+        step = self._step(batch, self._batch(training.per_device_eval_batch_size, evaluated) if evaluated else None)
+        accumulated = training.gradient_accumulation_steps
+        traffic = all_reduced(sum(self._buckets), self._ranks)
+        if self._units is not None:
+            step, traffic = shard(step, self._units, accumulated)
+        phases = play(self._model, step, self._on_cuda, accumulated > 1, self._buckets)
         in_16_bits = self._resolved.bf16 or self._resolved.fp16 or self._resolved.dtype != "float32"
-        return Prediction(phases, step.work, *self._model.parameters, self._model.paged, in_16_bits)
+        return Prediction(
+            phases,
+            step.work,
+            *self._model.parameters,
+            self._model.paged,
+            in_16_bits,
+            ranks=self._ranks,
+            traffic=traffic,
+            offloaded=self._offloaded,
+        )
+
+    def _step(self, batch: Batch, evaluated: Batch | None) -> Step:
+        """Record a step, or return the recording of the last one if the batches are the same."""
+        if (batch, evaluated) not in self._recorded:
+            self._recorded.clear()
+            with self._explained(), as_it_runs(self._on_cuda, self._flash):
+                self._recorded[batch, evaluated] = record(
+                    self._build,
+                    self._depth,
+                    batch,
+                    loss=fused_loss,
+                    computing=lambda: computing(self._resolved),
+                    evaluated=evaluated,
+                )
+        return self._recorded[batch, evaluated]
 
     def _build(self, layers: int) -> Any:
         model = build_model(self._config, self._resolved, self._architecture, layers)

@@ -10,8 +10,12 @@ from qlora_exp.planning.fake_tensors import Event
 from qlora_exp.planning.step import Model, Step
 from qlora_exp.utils.units import MIB
 
-KINDS = ("weights", "quantization", "trainable", "gradients", "optimizer", "activations", "loss", "temporary")
-"""Kinds of memory; `loss` includes the logits."""
+KINDS = (
+    "weights", "quantization", "trainable", "gathered", "gradients", "optimizer", "activations", "loss",
+    "communication", "temporary",
+)  # fmt: skip
+"""Kinds of memory. `loss` includes the logits. `gathered`: whole layers that other ranks share, and their gradients.
+`communication`: buffers that values are sent from or received in."""
 _WORKSPACE = 32 * MIB
 """Bytes of cuBLAS's workspace for each thread that multiplies matrices; the backward pass has its own thread.
 
@@ -37,8 +41,16 @@ class Phase:
         return sum(self.kinds.values())
 
 
-def play(model: Model, step: Step, on_cuda: bool, accumulates: bool) -> dict[str, Phase]:
-    """Replay the phases of a run. The allocator's cache is emptied before each phase, as in a run."""
+def play(model: Model, step: Step, on_cuda: bool, accumulates: bool, buckets: Iterable[int] = ()) -> dict[str, Phase]:
+    """Replay the phases of a run. The allocator's cache is emptied before each phase, as in a run.
+
+    Args:
+        model: what does not depend on the batch.
+        step: events of a training step and an evaluation step.
+        on_cuda: whether torch's allocator for CUDA is used.
+        accumulates: whether a step has several batches.
+        buckets: bytes of each bucket in which DDP reduces gradients.
+    """
     memory = Memory(on_cuda)
     if on_cuda:
         memory.take("temporary", _WORKSPACE)
@@ -47,6 +59,8 @@ def play(model: Model, step: Step, on_cuda: bool, accumulates: bool) -> dict[str
     phases = {"load": memory.phase()}
     if on_cuda:
         memory.take("temporary", _WORKSPACE)
+    for nbytes in buckets:
+        memory.take("communication", nbytes)
     for name, update in zip(("first_step", "steady"), model.updates, strict=True):
         memory.run(step.passes, keep=["gradients"])
         if accumulates:
@@ -60,6 +74,18 @@ def play(model: Model, step: Step, on_cuda: bool, accumulates: bool) -> dict[str
     return phases
 
 
+def offloaded(model: Model) -> int:
+    """Return the most bytes that a rank's share of weights, gradients and optimizer states takes in an update."""
+    memory = Memory(on_cuda=False)
+    for kind, nbytes in model.static:
+        memory.take(kind, nbytes)
+        if kind == "trainable":
+            memory.take("gradients", nbytes)
+    for update in model.updates:
+        memory.run(update, keep=["optimizer"])
+    return memory.phase().tensors + model.paged
+
+
 class Memory:
     """Replayer of events that keeps track of the fullest moment."""
 
@@ -70,12 +96,12 @@ class Memory:
         self._most: Counter[str] = Counter()
         self._kept: dict[str, list[tuple[Any, int]]] = {}
 
-    def take(self, kind: str, nbytes: int) -> Any:
+    def take(self, kind: str, nbytes: int, stream: int = 0) -> Any:
         """Allocate `nbytes` of memory of a kind; return the block, or None on a CPU."""
         self._now[kind] += nbytes
         if self._now.total() > self._most.total():
             self._most = self._now.copy()
-        return self._allocator.malloc(nbytes) if self._on_cuda else None
+        return self._allocator.malloc(nbytes, stream) if self._on_cuda else None
 
     def _free(self, kind: str, nbytes: int, block: Any) -> None:
         self._now[kind] -= nbytes
@@ -93,7 +119,7 @@ class Memory:
         alive: dict[int, tuple[str, int, Any]] = {}
         for event in events:
             if event.nbytes > 0:
-                allocation = event.kind, event.nbytes, self.take(event.kind, event.nbytes)
+                allocation = event.kind, event.nbytes, self.take(event.kind, event.nbytes, event.stream)
                 if event.kind in brief:
                     self._free(*allocation)
                 else:

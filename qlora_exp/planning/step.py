@@ -4,7 +4,7 @@ This module does not read configs. Callers pass functions that build the model, 
 """
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -134,7 +134,7 @@ def _importances(model: Any) -> list[int]:
 
 def weigh(model: Any, optimizer: Callable[[Any], Kept]) -> Model:
     """Compute the static memory of a model on the meta device, and record its optimizer's steps on fake tensors."""
-    static = [*_static(model)]
+    static = [*static_of([*model.parameters(), *model.buffers()])]
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     materialize(model, mode, frozen=False)
     kept = optimizer(model)
@@ -198,12 +198,12 @@ def _passes(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(recorder.is_gradient)
-    marked = layers_marked(recorder, _layers(model))
+    marked = layers_marked(recorder, layers_of(model))
     with mode, recorder, marked, _garbage_collector_off(), torch.set_grad_enabled(train):
         with computing():
             value = loss(model, ids, mask)
         if train:
-            recorder.kind = "temporary"
+            recorder.group, recorder.kind = ("loss", 1), "temporary"
             value.backward()
         recorder.group = ("end", 0)
         del value
@@ -222,16 +222,16 @@ def _garbage_collector_off() -> Iterator[None]:
             gc.enable()
 
 
-def _layers(model: Any) -> list[torch.nn.Module]:
+def layers_of(model: Any) -> list[torch.nn.Module]:
     """Return the decoder's layers: the longest module list, of equally long ones the one with the most modules."""
     lists = [list(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     return max(lists, key=lambda layers: (len(layers), sum(len([*layer.modules()]) for layer in layers)))
 
 
-def _static(model: Any) -> Iterator[tuple[str, int]]:
+def static_of(tensors: Iterable[torch.Tensor]) -> Iterator[tuple[str, int]]:
     """Yield kind and bytes of what stays allocated: weights, quantization constants, trainable parameters."""
     seen: set[int] = set()
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in tensors:
         # A view keeps all of its storage alive, such as a slice of a factor; several views of one keep it once.
         if (storage := storage_address(tensor)) in seen:
             continue

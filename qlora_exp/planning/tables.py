@@ -4,8 +4,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qlora_exp.config.schema import Config
-from qlora_exp.planning.advisor import Fit, Option, Sized, choose
-from qlora_exp.planning.fit import WORST_ERROR, expected, room, step_seconds, verdict, worst_error
+from qlora_exp.planning.advisor import GPUS, Fit, Option, Sized, choose
+from qlora_exp.planning.fit import (
+    WORST_ERROR,
+    WORST_ERROR_OF_SEVERAL,
+    communication_seconds,
+    expected,
+    outside,
+    room,
+    step_seconds,
+    verdict,
+    worst_error,
+)
 from qlora_exp.planning.gpus import DRIVER_GIB, Gpu
 from qlora_exp.planning.planner import Prediction
 from qlora_exp.planning.replay import KINDS
@@ -15,9 +25,10 @@ from qlora_exp.utils.units import GIB, MIB
 
 _BASIS = (
     "most rows: largest batch of rows of training.max_length tokens; longest row: in a batch of one row;\n"
-    "both assume that training.per_device_eval_batch_size is no larger than the training batch"
+    "GPUs: how many train one row of training.max_length each with distributed=fsdp;\n"
+    "rows assume that training.per_device_eval_batch_size is no larger than the training batch"
 )
-_LEFT_OUT = "left out: generation, data loading, several GPUs; all rows are assumed to have training.max_length tokens"
+_LEFT_OUT = "left out: generation, data loading; all rows are assumed to have training.max_length tokens"
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,8 @@ def show_one(planned: Planned, price: float | None) -> None:
     if gpu.type != "cpu":
         rows.append(["allocator", *(f"{(phase.reserved - phase.tensors) / MIB:,.0f}" for phase in phases)])
     rows.append(["all", *(f"{phase.reserved / MIB:,.0f}" for phase in phases)])
-    print_table("peak memory of each phase, MiB", ["", *prediction.phases], rows)
+    of_each = f", of each of {prediction.ranks} processes" if prediction.ranks > 1 else ""
+    print_table(f"peak memory of each phase, MiB{of_each}", ["", *prediction.phases], rows)
     moved = ", before EVA moves ranks between layers" if config.lora_start == "eva" else ""
     print(f"trained  {prediction.trainable:,} of {prediction.total:,} parameters{moved}")
     print(f"memory   {expected(prediction, gpu) / GIB:.2f} GiB{_whether_it_fits(prediction, gpu)}")
@@ -52,12 +64,31 @@ def show_one(planned: Planned, price: float | None) -> None:
         print(
             f"paged    {prediction.paged / GIB:.2f} GiB of optimizer states in addition, on the GPU while there is room"
         )
+    _show_several(prediction, gpu)
     flops, traffic = (sum(getattr(work, name) for work in prediction.work) for name in ("flops", "nbytes"))
     print(f"work     {flops / 1e12:,.2f} TFLOP and {traffic / 1e9:,.0f} GB of traffic for a forward and backward pass")
     if (seconds := step_seconds(config, prediction, gpu)) is not None:
         print(f"time     {_time(config, seconds, price)}, at {gpu.rates}{_time_error(gpu)}")
-    print(f"error    {_error(gpu)}")
+    print(f"error    {_error(gpu, prediction.ranks)}")
     print(_LEFT_OUT)
+
+
+def _show_several(prediction: Prediction, gpu: Gpu) -> None:
+    """Print what several processes keep outside their GPUs, and what each sends."""
+    if prediction.ranks == 1:
+        return
+    if prediction.offloaded:
+        gib = prediction.offloaded / GIB
+        print(f"offload  {gib:.2f} GiB of the machine's memory for each process, {prediction.ranks * gib:,.1f} for all")
+    sent = prediction.traffic
+    text = f"{sent.total / 1e9:,.2f} GB by each process for a step"
+    if sent.gathered:
+        text += f", {sent.gathered / 1e9:,.2f} of it weights"
+    if (seconds := communication_seconds(prediction, gpu)) is not None:
+        text += f"; {seconds:.3g} s at {gpu.link_gb_per_s:g} GB/s, as far as it does not overlap with computing"
+    else:
+        text += " (add --bandwidth GB/s to see the time)"
+    print(f"sends    {text}")
 
 
 def show_many(planned: Sequence[Planned], price: float | None) -> None:
@@ -67,7 +98,7 @@ def show_many(planned: Sequence[Planned], price: float | None) -> None:
     for run in planned:
         name = " ".join(shortened(word) for word in run.words if word not in common)
         if run.config is None or run.prediction is None:
-            rows.append([name, "-", "-", run.why])
+            rows.append([name, "-", "-", run.why, "-"])
             continue
         gpu = run.gpu
         seconds = step_seconds(run.config, run.prediction, gpu)
@@ -77,12 +108,17 @@ def show_many(planned: Sequence[Planned], price: float | None) -> None:
                 f"{expected(run.prediction, gpu) / GIB:.2f}",
                 _verdict(run.prediction, gpu),
                 "" if seconds is None else _time(run.config, seconds, price),
+                _sent(run.prediction, gpu),
             ]
         )
     shared = f", all with {' '.join(shortened(word) for word in planned[0].words if word in common)}" if common else ""
-    print_table(f"{len(rows)} runs{shared}", ["run", "GiB", "", "time"], rows)
+    headings = ["run", "GiB", "", "time", "sends"]
+    if not any(run.prediction and run.prediction.ranks > 1 for run in planned):
+        headings, rows = headings[:-1], [row[:-1] for row in rows]
+    print_table(f"{len(rows)} runs{shared}", headings, rows)
+    most = max((run.prediction.ranks for run in planned if run.prediction), default=1)
     for gpu in dict.fromkeys(run.gpu for run in planned):
-        print(f"{gpu.name}: times at {gpu.rates}; error {_error(gpu)}")
+        print(f"{gpu.name}: times at {gpu.rates}; error {_error(gpu, most)}")
     print(_LEFT_OUT)
 
 
@@ -103,13 +139,14 @@ def show_card(options: Sequence[Option], why: Mapping[str, str], gpu: Gpu) -> No
                 verdict(planned, gpu),
                 f"{fit.rows:,}" if fit.rows else "-",
                 f"{fit.length:,}" if fit.length else "-",
+                f"{fit.gpus}" if fit.gpus else f"over {GPUS[-1]}",
                 *(["" if seconds is None else f"{tokens / seconds:,.0f}"] if timed else []),
             ]
         )
     training = options[0].config.training
     batch = f"{training.per_device_train_batch_size} rows of {training.max_length} tokens"
     title = f"{options[0].config.model.model_name_or_path} in {gpu.memory_gib:g} GiB ({gpu.name}), batches of {batch}"
-    headings = ["", "trained", "GiB", "", "most rows", "longest row", "tokens/s"]
+    headings = ["", "trained", "GiB", "", "most rows", "longest row", "GPUs", "tokens/s"]
     print_table(title, headings if timed else headings[:-1], rows)
     _show_reasons(why)
     chosen, reason = choose(options, gpu)
@@ -151,12 +188,21 @@ def show_models(models: Sequence[Sized], why: Mapping[str, str], cards: Sequence
     _show_room(cards[0])
 
 
+def _sent(prediction: Prediction, gpu: Gpu) -> str:
+    if prediction.ranks == 1:
+        return ""
+    seconds = communication_seconds(prediction, gpu)
+    return f"{prediction.traffic.total / 1e9:,.2f} GB" + ("" if seconds is None else f", {seconds:.3g} s")
+
+
 def _billions(model: Sized) -> str:
     return f"{model.parameters / 1e9:.1f} B"
 
 
 def _rows_and_length(fit: Fit) -> str:
-    return f"{fit.rows:,} | {fit.length:,}" if fit.rows or fit.length else "-"
+    if fit.rows or fit.length:
+        return f"{fit.rows:,} | {fit.length:,}"
+    return f"on {fit.gpus} GPUs" if fit.gpus else "-"
 
 
 def _show_reasons(why: Mapping[str, str]) -> None:
@@ -179,10 +225,11 @@ def _whether_it_fits(prediction: Prediction, gpu: Gpu) -> str:
         return " (add --gpu NAME or --vram GIB to see whether it fits)"
     if not (judged := _verdict(prediction, gpu)):
         return f" of tensors, in {gpu.memory_gib:g} GiB ({gpu.name})"
-    return f"; {judged} with {DRIVER_GIB} GiB for the driver"
+    taker = "the driver and NCCL" if prediction.ranks > 1 else "the driver"
+    return f"; {judged} with {outside(prediction.ranks):g} GiB for {taker}"
 
 
-def _error(gpu: Gpu) -> str:
+def _error(gpu: Gpu, ranks: int) -> str:
     if (fit := gpu.calibration) is not None:
         return (
             f"median {fit.median_error:.1%}, worst {fit.worst_error:.1%} over {fit.runs} runs on {fit.device}, each "
@@ -190,6 +237,8 @@ def _error(gpu: Gpu) -> str:
         )
     if gpu.type == "cpu":
         return "unknown: the plan covers tensors only (`qlora-exp calibrate` estimates the rest from past runs)"
+    if ranks > 1:
+        return f"{WORST_ERROR_OF_SEVERAL:.0%} at worst, over 7 published runs on two GPUs"
     return f"{WORST_ERROR:.1%} at worst, over 19 published GPU runs and 7 runs of this project"
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from support import exit_code
 
 from qlora_exp.config.hydra_compose import compose
+from qlora_exp.config.sections.distributed import DistributedConfig
 from qlora_exp.planning import advisor
 from qlora_exp.planning.advisor import Fit, Option, choose, largest
 from qlora_exp.planning.gpus import GPUS, Gpu
@@ -85,6 +86,33 @@ def option(name: str, gib: float, rows: int, length: int, flops: float = 1.0) ->
 )
 def test_lora_is_chosen_if_it_fits(lora, qlora, says):
     assert says in ": ".join(choose([option("LoRA", 18, *lora), option("QLoRA", 7, *qlora)], CARD))
+
+
+def test_number_of_gpus_is_the_first_on_which_a_share_fits():
+    class Plans:
+        positions = 4096
+
+        def __init__(self, gib: float, ranks: int = 1) -> None:
+            self.gib, self.ranks = gib, ranks
+
+        def predict(self, rows: int = 1, *_: int, **__: int) -> Prediction:
+            size = int((self.gib / self.ranks + 0.1 * rows) * 2**30)
+            return Prediction({"steady": Phase({}, size, size)}, [], 1, 2, ranks=self.ranks)
+
+        def over(self, shared: DistributedConfig) -> "Plans":
+            if self.gib > 1000:
+                raise UserError("cannot be shared out")
+            return Plans(self.gib, int(shared.num_processes))
+
+    def gpus(gib: float) -> int:
+        plans = Plans(gib)
+        return advisor._fits(compose(["method=lora"]), plans.predict(4), plans, [CARD])[CARD].gpus
+
+    assert [gpus(gib) for gib in (20, 36, 72, 144, 320, 2000)] == [1, 2, 4, 8, 0, 0]
+    found = [option("LoRA", 80, 0, 0), option("QLoRA", 40, 0, 0)]
+    for one, count in zip(found, (4, 2), strict=True):
+        one.fits[CARD] = Fit(0, 0, count)
+    assert "several of these with distributed=fsdp (4 for LoRA, 2 for QLoRA)" in choose(found, CARD)[1]
 
 
 def test_time_cost_of_4_bits_is_stated_for_gpus_with_rates():

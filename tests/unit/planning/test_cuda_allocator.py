@@ -67,3 +67,12 @@ def test_emptying_the_cache_keeps_segments_in_use():
     allocator.free(gone)
     allocator.empty_cache()
     assert allocator.reserved == 60 * MIB == kept.size
+
+
+def test_block_is_reused_on_its_stream_only():
+    allocator = CachingAllocator()
+    allocator.free(allocator.malloc(30 * MIB, 1))
+    allocator.malloc(30 * MIB)
+    assert allocator.reserved == 60 * MIB
+    allocator.malloc(30 * MIB, 1)
+    assert allocator.reserved == 60 * MIB

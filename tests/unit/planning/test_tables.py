@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from helpers.planning import ARCHITECTURE
 from support import exit_code
@@ -28,6 +30,28 @@ def test_plan_command_shows_a_line_for_each_run_of_a_sweep(capsys: pytest.Captur
     assert "4 runs" in shown
     assert "cannot be" in shown  # what Quanto stores
     assert "needs a" in shown  # qlora, of an unquantized base
+
+
+@pytest.mark.slow
+def test_plan_command_says_what_each_process_holds_and_sends(capsys: pytest.CaptureFixture[str]):
+    shared = (
+        "method=lora",
+        "distributed=fsdp",
+        "distributed.cpu_offload=true",
+        "--gpu",
+        "a100-80gb",
+        "--bandwidth",
+        "10",
+    )
+    assert plan(*shared, "distributed.num_processes=4") == 0
+    shown = capsys.readouterr().out
+    assert "MiB, of each of 4 processes" in shown
+    assert "GiB of the machine's memory for each process" in shown
+    assert re.search(r"sends +[\d.]+ GB by each process for a step, [\d.]+ of it weights; \S+ s at 10 GB/s", shown)
+    assert "fits in 80 GiB (a100-80gb) with 1 GiB for the driver and NCCL" in shown
+    assert plan(*shared, "distributed.num_processes=2,4") == 0
+    assert "sends" in capsys.readouterr().out
+    assert plan("--bandwidth", "0") == 1
 
 
 def test_largest_model_for_each_card_is_shown(capsys):
