@@ -53,7 +53,8 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(words, run_qu
 
 
 def test_shared_run_is_one_run(run_quick, mlflow_client):
-    result = run_quick(*TWO, "method=lora", "training.save_strategy=steps", "training.save_steps=2")
+    words = ["method=lora", _NO_DROPOUT, "training.max_steps=4"]
+    result = run_quick(*TWO, *words, "training.save_strategy=steps", "training.save_steps=2")
     run = mlflow_client.get_run(result.run_id)
     (only,) = mlflow_client.search_runs([run.info.experiment_id], f"params.seed = '42' and run_id = '{result.run_id}'")
     assert only.info.status == "FINISHED"
@@ -67,14 +68,9 @@ def test_shared_run_is_one_run(run_quick, mlflow_client):
         file.name for file in checkpoint.iterdir()
     }
     # What two processes began, one with twice the batch continues.
-    words = ["method=lora", _NO_DROPOUT, "training.max_steps=4", "training.save_strategy=no"]
-    whole = run_quick("training.per_device_train_batch_size=4", *words)
-    begun = run_quick(*TWO, *words, "training.save_strategy=steps", "training.save_steps=2")
-    resumed = run_quick(
-        "training.per_device_train_batch_size=4",
-        *words,
-        f"training.resume_from_checkpoint={begun.output_dir / 'checkpoints' / 'checkpoint-2'}",
-    )
+    words += ["training.save_strategy=no", "training.per_device_train_batch_size=4"]
+    whole = run_quick(*words)
+    resumed = run_quick(*words, f"training.resume_from_checkpoint={checkpoint}")
     assert resumed.metrics["after/loss"] == pytest.approx(whole.metrics["after/loss"], rel=ROUNDING)
 
 
@@ -84,7 +80,7 @@ def test_shared_run_is_one_run(run_quick, mlflow_client):
     [
         (1, signal.SIGKILL, ("FAILED", "error"), r"rank 1: its process \d+ .*"),
         (0, signal.SIGKILL, ("FAILED", "error"), r"rank 0: its process \d+ ended with SIGKILL"),
-        (1, signal.SIGSTOP, ("FAILED", "error"), r"rank 1: its process \d+ on .* gave no sign of life for 5 s"),
+        (1, signal.SIGSTOP, ("FAILED", "error"), r"rank 1: its process \d+ on .* gave no sign of life for 3 s"),
         (1, signal.SIGTERM, ("KILLED", "killed"), r"rank 1: it was interrupted"),
         (None, signal.SIGINT, ("KILLED", "killed"), "^"),
     ],
@@ -103,7 +99,8 @@ def test_processes_end_as_one(rank, number, ends, says, run_quick, tmp_path):
         os.kill(os.getpid() if rank is None else int(number_of[1]), number)
 
     threading.Thread(target=fault, daemon=True).start()
-    words = [*TWO, "method=lora", "training.max_steps=100000", "distributed.ddp_timeout=5"]
+    timeout = 3 if number == signal.SIGSTOP else 5
+    words = [*TWO, "method=lora", "training.max_steps=100000", f"distributed.ddp_timeout={timeout}"]
     with pytest.raises(KeyboardInterrupt if rank is None else RankError, match=says):
         run_quick(*words, folder="shared")
     assert time.monotonic() - fault_at[0] < 20
