@@ -4,6 +4,7 @@ import difflib
 import operator
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 
 from qlora_exp.utils.secrets import redact
 
@@ -149,6 +150,7 @@ def nearest(word: str, names: Iterable[str]) -> list[str]:
     """
     section, _, leaf = word.rpartition(".")
     spelled = _spelled(leaf)
+    letters = sorted(spelled)
     alias = _ALIASES.get("_".join(re.split(r"[\W_]+", leaf.casefold())))
     matcher = difflib.SequenceMatcher(b=spelled)
     hints: list[tuple[tuple[bool, bool, int], float, str]] = []
@@ -156,14 +158,15 @@ def nearest(word: str, names: Iterable[str]) -> list[str]:
         own_section, _, own_leaf = name.rpartition(".")
         own, foreign = _spelled(own_leaf), own_section != section
         matcher.set_seq1(own)
-        same_letters = sorted(own) == sorted(spelled)
+        least = _SIMILAR_ELSEWHERE if foreign else _SIMILAR
+        same_letters = len(own) == len(spelled) and sorted(own) == letters
         kinds = (
             own_leaf == alias,
             own == spelled,
             same_letters and sum(map(operator.ne, own_leaf, leaf)) == 2,
             same_letters,
             len(spelled) >= _SHORTEST_PART and (own.startswith(spelled) or own.endswith(spelled)),
-            matcher.quick_ratio() >= _SIMILAR and matcher.ratio() >= (_SIMILAR_ELSEWHERE if foreign else _SIMILAR),
+            matcher.real_quick_ratio() >= least and matcher.quick_ratio() >= least and matcher.ratio() >= least,
         )
         if any(kinds) and name != word:
             kind = kinds.index(True)
@@ -183,6 +186,7 @@ def did_you_mean(word: str, names: Iterable[str]) -> str:
     return f"; did you mean {' or '.join([*filter(None, [', '.join(hints[:-1])]), hints[-1]])}?"
 
 
+@lru_cache(1024)
 def _spelled(name: str) -> str:
     """Return the letters and digits of a name in lower case, which its different spellings share."""
     return re.sub(r"[\W_]+", "", name.casefold())

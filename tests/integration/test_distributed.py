@@ -54,7 +54,8 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(words, run_qu
 
 
 def test_shared_run_is_one_run(run_quick, mlflow_client):
-    result = run_quick(*TWO, "method=lora", "training.save_strategy=steps", "training.save_steps=2")
+    words = ["method=lora", _NO_DROPOUT, "training.max_steps=4"]
+    result = run_quick(*TWO, *words, "training.save_strategy=steps", "training.save_steps=2")
     run = mlflow_client.get_run(result.run_id)
     (only,) = mlflow_client.search_runs([run.info.experiment_id], f"params.seed = '42' and run_id = '{result.run_id}'")
     assert only.info.status == "FINISHED"
@@ -68,14 +69,9 @@ def test_shared_run_is_one_run(run_quick, mlflow_client):
         file.name for file in checkpoint.iterdir()
     }
     # What two processes began, one with twice the batch continues.
-    words = ["method=lora", _NO_DROPOUT, "training.max_steps=4", "training.save_strategy=no"]
-    whole = run_quick("training.per_device_train_batch_size=4", *words)
-    begun = run_quick(*TWO, *words, "training.save_strategy=steps", "training.save_steps=2")
-    resumed = run_quick(
-        "training.per_device_train_batch_size=4",
-        *words,
-        f"training.resume_from_checkpoint={begun.output_dir / 'checkpoints' / 'checkpoint-2'}",
-    )
+    words += ["training.save_strategy=no", "training.per_device_train_batch_size=4"]
+    whole = run_quick(*words)
+    resumed = run_quick(*words, f"training.resume_from_checkpoint={checkpoint}")
     assert resumed.metrics["after/loss"] == pytest.approx(whole.metrics["after/loss"], rel=ROUNDING)
 
 

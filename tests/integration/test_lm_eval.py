@@ -1,6 +1,7 @@
 """Runs that are scored by tasks of lm-eval, and comparisons of them by item."""
 
 import json
+import shutil
 
 import pytest
 from helpers.lm_eval_tasks import task_overrides
@@ -63,8 +64,11 @@ def test_lm_eval_groups_and_directions_are_recorded(task_folder, run_quick, mlfl
     ],
 )
 def test_unknown_lm_eval_task_is_rejected_before_the_model_is_loaded(
-    changes, message: str, task_folder, run_quick, monkeypatch
+    changes, message: str, task_folder, run_quick, monkeypatch, tmp_path
 ):
+    (tmp_path / "theirs").mkdir()  # in the place of all tasks of lm-eval, which take seconds to index
+    shutil.copy(task_folder / "sums.yaml", tmp_path / "theirs" / "more.yaml")
+    monkeypatch.setattr("lm_eval.tasks.manager.__file__", str(tmp_path / "theirs" / "manager.py"))
     monkeypatch.setattr("qlora_exp.models.base.load_model", None)
     with pytest.raises(ConfigError, match=message):
         run_quick("method=lora", *task_overrides(task_folder), *changes)

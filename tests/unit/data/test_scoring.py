@@ -15,8 +15,8 @@ from qlora_exp.data import scoring, sources
 
 pytestmark = pytest.mark.skipif(not scoring.is_possible(), reason="needs seccomp")
 
-TASKS = ("string_insertion", "spiral_matrix", "simple_integration", "polynomial_multiplication", "countdown")
-"""Two that call `eval`, and three that go through sympy's `parse_expr`."""
+TASKS = ("string_insertion", "simple_integration")
+"""One that calls `eval`, and one that goes through sympy's `parse_expr`: no task has another way to run an answer."""
 SHELL = "__import__('os').system('touch {0}')"
 HOSTILE = [
     SHELL,
@@ -59,8 +59,8 @@ def test_code_in_an_answer_has_no_effect(name: str, tmp_path: Path, monkeypatch)
     score, row = task(name)
     canary, before = tmp_path / "canary", score.stopped
     with monkeypatch.context() as patched:
-        patched.setattr(scoring, "SECONDS", 0.3)
         for answer in (*HOSTILE, *FOREVER):
+            patched.setattr(scoring, "SECONDS", 0.05 if answer in FOREVER else 0.3)
             assert score(answer.replace("{0}", str(canary)), row) <= 0.1, answer[:60]
     assert not canary.exists()
     assert score.stopped > before + 3
@@ -91,17 +91,12 @@ def test_forged_score_counts_as_zero(written: bytes):
 
 
 @pytest.mark.slow
-def test_answer_that_breaks_its_scorer_scores_zero(caplog):
-    score, row = task("prime_factorization")
+def test_scoring_process_has_no_secrets_survives_an_error_and_ends_with_its_scorer(monkeypatch, caplog):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    score, row = task.__wrapped__("prime_factorization")
     assert score("no number", row) == 0.0
     assert "the scorer raised an error" in caplog.text
-
-
-@pytest.mark.slow
-def test_scoring_process_has_no_secrets_and_ends_with_its_scorer(monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    score, row = task.__wrapped__("chain_sum")
-    score("1", row)
+    assert score(row["answer"], row) == 1.0
     process = score._process
     assert process is not None
     assert "hf_secret" not in Path(f"/proc/{process.pid}/environ").read_text()
@@ -119,18 +114,21 @@ def test_unsupported_system_has_no_task_score(monkeypatch, caplog):
 def test_isolated_scores_equal_direct_scores():
     """For right and wrong answers to every task, and what people write where sympy reads it."""
     script = """
-import json, warnings
+import gc, json, warnings
 from reasoning_gym.factory import DATASETS
-from qlora_exp.data.scoring import prepared, score_in_fork
+from qlora_exp.data import scoring
 warnings.simplefilter("ignore")
 MATHS = ["1", "[1, 2]", "(3 + 4)*2", "x**3/3 + C", "exp(x)*sin(x) + log(x)", "Piecewise((x, x > 0), (0, True))"]
+SMALL = {"quantum_lock": {"difficulty": 1}, "knight_swap": {"min_pieces": 1, "max_pieces": 1}}  # seconds otherwise
+gc.disable()
 differ, count = [], 0
 for name in sorted({*DATASETS} - {"composite"}):  # which is made of others
-    judge = prepared(name, {})
+    judge = scoring.prepared(name, SMALL.get(name, {}))
+    scoring._LATE = ()  # imported with the first
     entry = next(iter(judge))
     own = str(entry["answer"])
-    for answer in [own, own + " ", "surely wrong", *(MATHS if "integration" in name or name == "countdown" else [])]:
-        found, count = score_in_fork(judge, answer, entry, 10), count + 1
+    for answer in [own, "surely wrong", *(MATHS if "integration" in name or name == "countdown" else [])]:
+        found, count = scoring.score_in_fork(judge, answer, entry, 10), count + 1
         try:
             right = {"score": float(judge.score_answer(answer, entry))}
         except ValueError:
@@ -143,4 +141,4 @@ print("\\n" + json.dumps([count, differ]))
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=env)
     count, differ = json.loads(result.stdout.splitlines()[-1])
     assert differ == []
-    assert count > 300
+    assert count > 200

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,27 +26,31 @@ def whole(trained_adapters, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def _quick_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        untrusted_folders, "call_limited", lambda *words, seconds, mib: call_limited(*words, seconds=2, mib=mib)
-    )
+def limit_seconds(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Let calls take at most so many seconds."""
+
+    def limit(most: int) -> None:
+        monkeypatch.setattr(
+            untrusted_folders, "call_limited", lambda *words, seconds, mib: call_limited(*words, seconds=most, mib=mib)
+        )
+
+    return limit
 
 
 def edit(file: Path, **values) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
-@pytest.mark.usefixtures("_quick_limits")
-def test_adapter_config_is_untrusted(adapter: Path):
+def test_adapter_config_is_untrusted(adapter: Path, limit_seconds):
     file = adapter / "adapter_config.json"
     before = file.read_text()
     hangs = "(([a-z._0-9])+)+Q"
     for values, why in (
         ({"peft_type": "EVIL"}, "peft_type is 'EVIL', but the config of its run says LORA"),
         ({"peft_type": 3}, "peft_type is 3"),
-        ({"target_modules": hangs}, "adapter_config.json: attaching the adapter needs more than 2 seconds"),
-        ({"rank_pattern": {hangs: 4}}, "more than 2 seconds"),
-        ({"init_lora_weights": "pissa_niter_99999999"}, "more than 2 seconds"),
+        ({"target_modules": hangs}, "adapter_config.json: attaching the adapter needs more than 1 seconds"),
+        ({"rank_pattern": {hangs: 4}}, "more than 1 seconds"),
+        ({"init_lora_weights": "pissa_niter_99999999"}, "more than 1 seconds"),
         ({"r": 10**6}, "adapter_config.json describes an adapter with 2,0.* values, which its files have not"),
         ({"r": "x"}, "does not fit"),
         ({"target_modules": 3}, "does not fit"),
@@ -54,6 +59,7 @@ def test_adapter_config_is_untrusted(adapter: Path):
     ):
         file.write_text(before)
         edit(file, **values)
+        limit_seconds(1 if "seconds" in why else 10)
         with pytest.raises(ModelError, match=why):
             load.load(str(adapter), device="cpu")
     file.write_text(before)
@@ -61,8 +67,8 @@ def test_adapter_config_is_untrusted(adapter: Path):
     load.load(str(adapter), device="cpu")  # neither is read
 
 
-@pytest.mark.usefixtures("_quick_limits")
-def test_tokenizer_is_untrusted(adapter: Path):
+def test_tokenizer_is_untrusted(adapter: Path, limit_seconds):
+    limit_seconds(2)
     file = adapter / "tokenizer.json"
     before = json.loads(file.read_text())
     expanding = [{"type": "Replace", "pattern": {"Regex": "."}, "content": "a" * 10}] * 9

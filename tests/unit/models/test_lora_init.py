@@ -54,7 +54,8 @@ def layers(adapted) -> dict[str, LoraLayer]:
 
 @pytest.mark.parametrize("variant", ["pissa", "olora", "corda", "lora_ga", "eva", "orthogonal", "mica"])
 def test_lora_initialization_does_not_change_the_output(variant: str, make_lora):
-    adapted, untouched, _ = make_lora(f"lora_variant={variant}")
+    rank = 2 if variant == "eva" else 16  # it takes time to converge
+    adapted, untouched, _ = make_lora(f"lora_variant={variant}", f"method.r={rank}")
     with torch.no_grad():
         torch.testing.assert_close(adapted(IDS).logits, untouched(IDS).logits, rtol=1e-3, atol=1e-4)
 
@@ -153,7 +154,6 @@ def test_loftq_leaves_unquantized_layers_unchanged(make_lora):
     assert found["model.layers.0.self_attn.q_proj"].lora_B["default"].weight.abs().max() > 0
 
 
-@pytest.mark.slow
 def test_initialization_that_keeps_the_base_is_not_stored(make_lora, tmp_path):
-    lora_init.remember("eva", make_lora("lora_variant=eva")[0], tmp_path / "first")
+    lora_init.remember("eva", make_lora("lora_variant=eva", "method.r=2")[0], tmp_path / "first")
     assert not (tmp_path / "first").exists()

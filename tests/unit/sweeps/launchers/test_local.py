@@ -51,7 +51,7 @@ def test_at_most_n_jobs_run_at_once(tmp_path):
             with (tmp_path / "log").open("a") as log:
                 log.write(f"{time.monotonic()} 1\n")
                 log.flush()
-                time.sleep(0.5)
+                time.sleep(0.2)
                 log.write(f"{time.monotonic()} -1\n")
 
         return call
@@ -150,7 +150,7 @@ def test_parallel_jobs_get_one_gpu_for_each_process(gpus, processes, seen_by, tm
     monkeypatch.setattr(local, "visible_gpus", lambda: gpus)
 
     def job() -> None:
-        time.sleep(0.5)
+        time.sleep(0.2)
         with (tmp_path / "gpus").open("a") as seen:
             seen.write(os.environ["CUDA_VISIBLE_DEVICES"] + "\n")
 
