@@ -15,8 +15,9 @@ class DistributedConfig(Section):
 
     name: str = "none"
     """Label of the engine in tables."""
-    engine: Literal["none", "ddp"] = "none"
-    """none: one process. ddp: torch's DistributedDataParallel, where each process has a whole copy of the model."""
+    engine: Literal["none", "ddp", "fsdp"] = "none"
+    """none: one process. ddp: torch's DistributedDataParallel, where each process has a whole copy of the model. fsdp:
+    torch's FSDP2 (`fully_shard`), where each process keeps a part of the model, its gradients and optimizer states."""
     num_processes: Literal["auto"] | PositiveInt = "auto"
     """Number of processes on all machines together, one for each device. The batch of one optimizer step is as many
     times per_device_train_batch_size * gradient_accumulation_steps. auto: as many as torchrun or srun started, else
@@ -31,6 +32,8 @@ class DistributedConfig(Section):
     """A free port of machine 0. null: chosen on a single machine."""
     ddp_timeout: PositiveInt = 1800
     """Seconds that a process waits for the others before the run fails."""
+    cpu_offload: bool = False
+    """fsdp: keep parameters and optimizer states in the CPU's memory while they are not used. Slow, and for GPUs."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
