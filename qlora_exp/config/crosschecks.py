@@ -174,6 +174,9 @@ def _sharded(config: Config) -> Iterator[str]:
 _NOT_SHARDED = {
     "ADALORA": "which computes with all matrices outside of a layer's forward pass",
     "OSF": "whose changes of gradients get lost",
+    **dict.fromkeys(
+        ("CARTRIDGE", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"), "whose prompt is read outside of a forward pass"
+    ),
     **dict.fromkeys(("TINYLORA", "UNILORA", "VBLORA"), "which shares parameters between layers"),
 }
 """PEFT types that FSDP cannot train, and why."""

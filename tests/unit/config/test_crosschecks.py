@@ -101,6 +101,8 @@ def test_pruning_without_evaluation_during_training_is_rejected():
         (["method=lora", "quantization=int8"], "cannot shard a base stored as int8: choose quantization=nf4_double"),
         (["method=lora", "quantization=torchao_int8"], "cannot shard a base stored as torchao_int8"),
         (["method=adalora"], "cannot train method=adalora, which computes with all matrices"),
+        (["method=prompt_tuning"], "cannot train method=prompt_tuning, whose prompt is read outside"),
+        (["method=cartridge"], "cannot train method=cartridge, whose prompt is read outside"),
         (["method=vblora"], "cannot train method=vblora, which shares parameters"),
         (["method=osf"], "cannot train method=osf"),
         (["method=lora", "lora_variant=monteclora"], "cannot train with monteclora_config, whose own loss"),
