@@ -78,12 +78,17 @@ def wait() -> None:
 
 
 def own_share(items: Sequence[Any]) -> list[Any]:
-    """Return this process's share of a list that is the same in all processes: every n-th item."""
-    return [*items[ranks().rank :: ranks().size]]
+    """Return this process's share of a list that is the same in all processes: every n-th item.
+
+    All shares are as long: processes that would get one item less get one of the first again, because all processes
+    must run as many forward passes of a sharded model.
+    """
+    if not items:
+        return []
+    size = ranks().size
+    return [items[number % len(items)] for number in range(ranks().rank, -(-len(items) // size) * size, size)]
 
 
-def joined_shares(results: list[Any]) -> list[Any]:
-    """Return the results of all processes for their `own_share`, in the order of the list; in each process."""
-    shares = gather(results)
-    longest = max(map(len, shares))
-    return [share[number] for number in range(longest) for share in shares if number < len(share)]
+def joined_shares(results: list[Any], count: int) -> list[Any]:
+    """Return the results of all processes for their `own_share` of `count` items, in their order; in each process."""
+    return [result for results_ in zip(*gather(results), strict=True) for result in results_][:count]

@@ -50,6 +50,8 @@ class Resolved:
     dtype: str
     compute_dtype: str | None
     """Dtype of 4-bit matrix products; None if the base is not quantized to 4 bits by bitsandbytes."""
+    quant_storage: str | None
+    """Dtype in which 4-bit weights are packed so that FSDP can shard them; None: uint8, or no such weights."""
     adapter_dtype: str | None
     """Dtype of the adapter's parameters; None for a full fine-tune."""
     bf16: bool
@@ -144,6 +146,9 @@ def resolve(config: Config, device: Device) -> Resolved:
         raise ConfigError("quantization: bitsandbytes does not run on mps; use quanto_int4, none or device=cpu")
     if device.type != "cuda" and training.fp16 is True:
         raise ConfigError(f"training.fp16: needs a CUDA device, not {device.type}; use training.fp16=auto")
+    fsdp = config.distributed.engine == "fsdp"
+    if device.type != "cuda" and config.distributed.cpu_offload:
+        raise ConfigError(f"distributed.cpu_offload: needs a CUDA device, not {device.type}; use false")
     mapped = config.model.device_map
     if device.type == "cuda" and isinstance(mapped, dict) and (elsewhere := _another_gpu([*mapped.values()])):
         raise ConfigError(
@@ -156,18 +161,22 @@ def resolve(config: Config, device: Device) -> Resolved:
     full = config.method.peft_type is None
     bf16 = training.bf16 if training.bf16 != "auto" else best == "bfloat16" and training.fp16 is not True
     fp16 = training.fp16 if training.fp16 != "auto" else best == "float16" and not bf16
+    if fp16 and fsdp:
+        raise ConfigError("distributed=fsdp has no loss scaling for float16; use distributed=ddp or training.bf16=true")
     optim: str = config.optimizer.optim
     fallback = None
-    if optim in UNPAGED and not device.paging:
-        fallback = f"{device.type} has no paged memory for {optim}"
+    if optim in UNPAGED and (fsdp or not device.paging):
+        fallback = f"{'distributed=fsdp' if fsdp else device.type} has no paged memory for {optim}"
         optim = UNPAGED[optim]
+    dtype = _auto(config.model.dtype, "float32" if full else best)
     return Resolved(
         device=device.type,
         device_index=device.index if device.type == "cuda" else None,
         visible_gpus=device.visible_gpus,
         device_name=device.name,
-        dtype=_auto(config.model.dtype, "float32" if full else best),
+        dtype=dtype,
         compute_dtype=_auto(quantization.bnb_4bit_compute_dtype, best) if quantization.load_in_4bit else None,
+        quant_storage=dtype if fsdp and quantization.load_in_4bit else None,
         adapter_dtype=None if full else _auto(config.method.adapter_dtype, "float32"),
         bf16=bf16,
         fp16=fp16,

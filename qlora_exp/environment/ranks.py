@@ -83,8 +83,8 @@ def take_place(config: DistributedConfig) -> None:
 
 
 _ADVICE = (
-    "choose distributed=ddp to share the run, or start it without a launcher. A sweep with sweep.n_jobs=NUMBER uses "
-    "one GPU for each job"
+    "choose distributed=ddp or fsdp to share the run, or start it without a launcher. A sweep with sweep.n_jobs=NUMBER "
+    "uses one GPU for each job"
 )
 
 

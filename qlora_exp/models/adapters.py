@@ -158,6 +158,15 @@ def trainable_set(model: torch.nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def saved_parameters(model: Any) -> set[str]:
+    """Return the names of the parameters that a saved model has: those of the adapter if there is one, else all."""
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if not isinstance(model, PeftModel):
+        return names
+    prefix = getattr(model.base_model, "prefix", None)  # trained prompts have none
+    return trainable_set(model) | {name for name in names if prefix and prefix in name}
+
+
 def set_trainable(model: torch.nn.Module, names: set[str]) -> None:
     """Train these parameters, and no others."""
     for name, parameter in model.named_parameters():

@@ -53,6 +53,7 @@ def quantization_config(quantization: QuantizationConfig, resolved: Resolved) ->
             bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=quantization.bnb_4bit_use_double_quant,
             bnb_4bit_compute_dtype=getattr(torch, resolved.compute_dtype or resolved.dtype),
+            bnb_4bit_quant_storage=getattr(torch, resolved.quant_storage or "uint8"),
         )
     return None
 

@@ -105,7 +105,8 @@ def show_many(planned: Sequence[Planned], price: float | None) -> None:
         rows.append(
             [
                 name,
-                f"{expected(run.prediction, gpu) / GIB:.2f}",
+                f"{expected(run.prediction, gpu) / GIB:.2f}"
+                + (f" x {ranks}" if (ranks := run.prediction.ranks) > 1 else ""),
                 _verdict(run.prediction, gpu),
                 "" if seconds is None else _time(run.config, seconds, price),
                 _sent(run.prediction, gpu),

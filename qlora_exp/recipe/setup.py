@@ -87,10 +87,11 @@ def build(run: RunContext, tokens: Tokens) -> Trainable:
             f"training.packing: {config.model.model_name_or_path} does not keep packed rows apart, so the result "
             "would differ from training on single rows; use training.packing=false"
         )
+    total = adapters.count_parameters(adapted)[1]  # 4-bit weights cannot be counted in parts
     built = trainer.build(
         adapted, tokens.tokenizer, tokens.train, tokens.heldout, config, resolved, run.checkpoints, run.memory
     )
-    trainable, total = adapters.count_parameters(adapted)
+    trainable = adapters.count_parameters(adapted)[0]  # LoRA-FA's optimizer has frozen some
     run.log_metrics(
         {"trainable_parameters": trainable, "total_parameters": total, "trainable_share": trainable / total}
     )

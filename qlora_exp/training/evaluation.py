@@ -24,8 +24,9 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from qlora_exp.config.sections.evaluation import EvaluationConfig
 from qlora_exp.data.end_of_turn import before_end
 from qlora_exp.distributed import group
-from qlora_exp.environment.ranks import hides_bars
+from qlora_exp.environment.ranks import hides_bars, ranks
 from qlora_exp.models.base import keep_router_setting, learned_positions, stop_strings, stop_tokens
+from qlora_exp.models.sharding import is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -128,8 +129,8 @@ def _evaluating(model: Any) -> Iterator[None]:
 def _row_losses(model: Any, tokenizer: Any, tokens: Dataset, batch_size: int, label: str) -> list[dict[str, float]]:
     collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
     losses = []
-    starts = group.own_share(range(0, len(tokens), batch_size))
-    for start in tqdm(starts, desc=f"{label}loss", unit="batch", leave=False, disable=hides_bars()):
+    starts = range(0, len(tokens), batch_size)
+    for start in tqdm(group.own_share(starts), desc=f"{label}loss", unit="batch", leave=False, disable=hides_bars()):
         rows = [
             {"input_ids": row["input_ids"], "labels": row["labels"]}
             for row in tokens.select(range(start, min(start + batch_size, len(tokens))))
@@ -140,7 +141,7 @@ def _row_losses(model: Any, tokenizer: Any, tokens: Dataset, batch_size: int, la
         nll = -outputs.log_probs.float().cpu().double().sum(dim=1)
         count = outputs.label_mask.sum(dim=1)
         losses.append([{"nll": n, "tokens": c} for n, c in zip(nll.tolist(), count.tolist(), strict=True)])
-    return [row for batch in group.joined_shares(losses) for row in batch]
+    return [row for batch in group.joined_shares(losses, len(starts)) for row in batch]
 
 
 class _Clock(StoppingCriteria):
@@ -169,10 +170,22 @@ def generator(model: Any, tokenizer: Any, config: EvaluationConfig) -> Generate:
     )
     most, said = learned_positions(model), list[int]()
 
+    def room_for(prompts: list[list[int]]) -> int:
+        return config.max_new_tokens if most is None else most - _prefix(model) - max(map(len, prompts))
+
     def generate(prompts: list[list[int]]) -> Answers:
-        room = config.max_new_tokens if most is None else most - _prefix(model) - max(map(len, prompts))
-        if room < config.max_new_tokens and len(prompts) > 1:  # a long prompt must not cut the answers to others
-            return _joined([generate([prompt]) for prompt in prompts])
+        cut = room_for(prompts) < config.max_new_tokens
+        parts = [[prompt] for prompt in prompts] if cut else [prompts]  # a long prompt must not cut answers to others
+        if not is_sharded(model) or not any(group.gather(cut)):
+            return _joined([answer(part) for part in parts])
+        # All run as many forward passes. A process that has finished and waits would run out of positions, so that
+        # each process answers the prompts of all.
+        shares = group.gather(parts)
+        begin = sum(map(len, shares[: ranks().rank]))
+        return _joined([answer(part) for share in shares for part in share][begin : begin + len(parts)])
+
+    def answer(prompts: list[list[int]]) -> Answers:
+        room = room_for(prompts)
         if room < config.max_new_tokens and not said:
             said.append(room)
             log.warning(
@@ -192,6 +205,7 @@ def generator(model: Any, tokenizer: Any, config: EvaluationConfig) -> Generate:
             generation_config=settings,
             stopping_criteria=[clock],
             tokenizer=tokenizer,
+            synced_gpus=is_sharded(model),  # else processes whose answers end early would leave the others waiting
         )
         seconds = time.perf_counter() - begin
         new = output[:, batch["input_ids"].shape[1] :]
@@ -253,8 +267,8 @@ def _answer(
     """Answer the first `config.generate_rows` prompts; return the samples and the metrics of latency."""
     count, size = min(config.generate_rows, len(tokens)), config.generation_batch_size
     answered: list[tuple[Answers, list[dict[str, Any]]]] = []
-    starts = group.own_share(range(0, count, size))
-    for start in tqdm(starts, desc=f"{label}answers", unit="batch", leave=False, disable=hides_bars()):
+    starts = range(0, count, size)
+    for start in tqdm(group.own_share(starts), desc=f"{label}answers", unit="batch", leave=False, disable=hides_bars()):
         chosen = range(start, min(start + size, count))
         prompts = [row["input_ids"][: row["prompt_length"]] for row in tokens.select(chosen)]
         prompts = [prompt or [_first_token(tokenizer)] for prompt in prompts]
@@ -264,7 +278,7 @@ def _answer(
             for prompt, text, row in zip(prompts, batch.texts, tokens.select(chosen), strict=True)
         ]
         answered.append((batch, samples))
-    batches, parts = zip(*group.joined_shares(answered), strict=True)
+    batches, parts = zip(*group.joined_shares(answered, len(starts)), strict=True)
     samples = [sample for part in parts for sample in part]
     latency = {
         "first_token_seconds_p50": float(np.median([batch.first_token_seconds for batch in batches])),

@@ -5,7 +5,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,8 +24,9 @@ from qlora_exp.environment.device import Resolved
 from qlora_exp.environment.efficiency import FlopCounter
 from qlora_exp.environment.memory import MemoryMonitor
 from qlora_exp.libraries import accelerate, trl
-from qlora_exp.models.adapters import allocates, fit_schedule, keep_dtypes, penalty
+from qlora_exp.models.adapters import allocates, fit_schedule, keep_dtypes, penalty, saved_parameters
 from qlora_exp.models.base import keep_router_setting
+from qlora_exp.models.sharding import is_sharded, save_whole_states, shard, whole_weights
 from qlora_exp.training.arguments import arguments
 from qlora_exp.training.checkpoints import seal
 from qlora_exp.training.optimizers import KeepTrainableSet, lora_optimizer
@@ -81,6 +82,13 @@ class Trainer(SFTTrainer):
             loss = super().training_step(model, inputs, *args, **kwargs)
         self.counted.append((counter.flops, ids.numel(), int(supervised)))
         return loss
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Create the optimizer; that of a sharded model saves and loads whole states."""
+        optimizer = super().create_optimizer(model)
+        if is_sharded(self.model):
+            save_whole_states(optimizer)
+        return optimizer
 
     def get_train_dataloader(self) -> Any:
         """Load the rows in batches, each row once in an epoch, however many processes share them."""
@@ -150,6 +158,23 @@ class Trainer(SFTTrainer):
         if not self.control.should_training_stop:
             super()._run_epoch(*args, **kwargs)
 
+    def _defer_fsdp_gradient_reduction(self) -> Any:  # transformers 5.23; it needs its own config of the model
+        """Reduce the gradients of a sharded model after each batch: whole ones would have to stay in memory."""
+        return nullcontext()
+
+    def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:  # transformers 5.23; no public hook
+        """Save a sharded model as a whole."""
+        if is_sharded(self.model):
+            state_dict = whole_weights(self.model, saved_parameters(self.model))
+            if not self.args.should_save:
+                return
+        super()._save(output_dir, state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:  # transformers 5.23; no public hook
+        if self.optimizer is not None and is_sharded(self.model) and not self.args.should_save:
+            self.optimizer.state_dict()  # gathers the main process's
+        super()._save_optimizer_and_scheduler(output_dir)
+
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:  # transformers 5.23; no public hook before a save
         with self.memory.phase("save"):
             folder = Path(str(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
@@ -214,12 +239,15 @@ def build(
             memory=memory,
             model=model,
             args=settings,
-            optimizers=(lora_optimizer(model, config.optimizer, settings), None),
             train_dataset=train_tokens.select_columns(["input_ids", "labels"]),
             eval_dataset=heldout_tokens.select_columns(["input_ids", "labels"]),
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+    if config.distributed.engine == "fsdp":
+        shard(model, resolved.device, config.distributed.cpu_offload)
+        trainer.is_distributed_loading_by_transformers = True  # the trainer must not wrap it again
+    trainer.optimizer = lora_optimizer(model, config.optimizer, settings)
     trainer.remove_callback(PrinterCallback)  # prints raw dictionaries
     trainer.add_callback(KeepTrainableSet(model))
     return trainer

@@ -14,6 +14,7 @@ from qlora_exp.models.base import load_model
 from qlora_exp.tracking.journal import last_message
 
 pytestmark = pytest.mark.gpu
+OFFLOAD = "distributed.cpu_offload=true"
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
@@ -55,6 +56,16 @@ def test_resumed_run_ends_like_an_uninterrupted_one_on_the_gpu(run_quick, read_l
     resumed = run_quick(*words, f"training.resume_from_checkpoint={whole.output_dir}/checkpoints/checkpoint-2")
     assert read_losses(resumed) == read_losses(whole)[2:]
     assert resumed.metrics["after/loss"] == whole.metrics["after/loss"]
+
+
+@pytest.mark.parametrize("words", [["method=full"], ["method=lora"], ["method=qlora"], ["method=lora", OFFLOAD]])
+def test_sharded_run_on_the_gpu_is_the_whole_one(words, run_quick, read_losses):
+    """FSDP2 with one process, on the GPU and with parameters in the CPU's memory. Never run so far."""
+    words = [*words, "device=cuda", "method.lora_dropout=0"] if words != ["method=full"] else [*words, "device=cuda"]
+    whole = run_quick(*[word for word in words if word != OFFLOAD])
+    sharded = run_quick(*words, "distributed=fsdp", "distributed.num_processes=1")
+    assert read_losses(sharded) == pytest.approx(read_losses(whole), rel=1e-3)
+    assert sharded.metrics["after/loss"] == pytest.approx(whole.metrics["after/loss"], rel=1e-3)
 
 
 def test_energy_of_a_gpu_is_measured(tmp_path):

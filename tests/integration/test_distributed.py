@@ -8,12 +8,15 @@ import time
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 from support import exit_code
 
 from qlora_exp.tracking.journal import last_message, metrics
 from qlora_exp.utils.errors import ConfigError, RankError
 
 TWO = ["distributed=ddp", "distributed.num_processes=2"]
+SHARDED = ["distributed=fsdp", "distributed.num_processes=2"]
 ROUNDING = 1e-5
 """Greatest relative difference between sums in another order."""
 _NO_DROPOUT = "method.lora_dropout=0"
@@ -24,33 +27,62 @@ def curves(result) -> dict:
     return {(name, line["step"]): line[name] for line in metrics(result.output_dir) for name in names if name in line}
 
 
-def of_both(run_quick, *words: str):
-    """Run alone, and in two processes with half the batch each."""
-    whole = run_quick("training.per_device_train_batch_size=4", *words)
-    return whole, run_quick("training.per_device_train_batch_size=2", *TWO, *words)
+def weights(folder) -> dict:
+    (file,) = folder.glob("*.safetensors")
+    return load_file(file)
+
+
+_EPOCHS = [
+    "method=lora", _NO_DROPOUT, "training.max_steps=-1", "training.num_train_epochs=2", "dataset.max_train_rows=13",
+    "dataset.max_eval_rows=3", "training.gradient_accumulation_steps=2", "training.eval_strategy=epoch",
+    "training.save_strategy=epoch", "training.load_best_model_at_end=true", "training.early_stopping_patience=2",
+]  # fmt: skip
+"""13 rows: the last batch of each epoch has one, which one of the processes does not get."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "words",
+    ("engines", "words"),
     [
-        # 13 rows: the last batch of each epoch has one, which one of the processes does not get.
-        ["method=lora", _NO_DROPOUT, "training.max_steps=-1", "training.num_train_epochs=2",
-         "dataset.max_train_rows=13", "dataset.max_eval_rows=3", "training.gradient_accumulation_steps=2",
-         "training.eval_strategy=epoch", "training.save_strategy=epoch", "training.load_best_model_at_end=true",
-         "training.early_stopping_patience=2"],
-        ["method=qlora", _NO_DROPOUT, "training.train_sampling_strategy=group_by_length"],
-        ["method=full", "training.packing=true", "training.max_length=256", "dataset.max_train_rows=64"],
-        ["method=lora", "lora_variant=dora", _NO_DROPOUT, "training.gradient_checkpointing=true"],
-        ["method=adalora", _NO_DROPOUT],
+        ([TWO, SHARDED], _EPOCHS),
+        # The processes generate answers of different lengths, and one of them one answer more.
+        ([TWO, SHARDED], ["method=qlora", _NO_DROPOUT, "training.train_sampling_strategy=group_by_length",
+                          "evaluation.generate_rows=3", "evaluation.generation_batch_size=1"]),
+        ([TWO, SHARDED], ["method=full", "training.packing=true", "training.max_length=256",
+                          "dataset.max_train_rows=64"]),
+        ([TWO], ["method=lora", "lora_variant=dora", _NO_DROPOUT, "training.gradient_checkpointing=true"]),
+        ([TWO], ["method=adalora", _NO_DROPOUT]),
     ],
     ids=["lora", "qlora", "full", "dora", "adalora"],
 )  # fmt: skip
-def test_two_processes_give_the_losses_of_one_with_twice_the_batch(words, run_quick):
-    one, two = of_both(run_quick, *words)
-    assert curves(two) == pytest.approx(curves(one), rel=ROUNDING)
-    for name in ("steps", "train_loss", "before/loss", "after/loss", "trainable_parameters"):
-        assert two.metrics[name] == pytest.approx(one.metrics[name], rel=ROUNDING), name
+def test_two_processes_give_the_losses_of_one_with_twice_the_batch(engines, words, run_quick):
+    one = run_quick("training.per_device_train_batch_size=4", *words)
+    for engine in engines:
+        two = run_quick("training.per_device_train_batch_size=2", *engine, *words)
+        assert curves(two) == pytest.approx(curves(one), rel=ROUNDING)
+        for name in ("steps", "train_loss", "before/loss", "after/loss", "after/rougeL", "trainable_parameters"):
+            assert two.metrics[name] == pytest.approx(one.metrics[name], rel=ROUNDING), name
+        trained, same = weights(two.output_dir / "model"), weights(one.output_dir / "model")
+        assert trained.keys() == same.keys()
+        for name, tensor in trained.items():
+            torch.testing.assert_close(tensor, same[name], rtol=ROUNDING, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_checkpoint_of_sharded_processes_is_that_of_one(run_quick):
+    words = [*_EPOCHS, "training.load_best_model_at_end=false", "training.early_stopping_patience=null"]
+    one = run_quick("training.per_device_train_batch_size=4", *words)
+    two = run_quick(*SHARDED, *words)
+    saved, same = (run.output_dir / "checkpoints" / "checkpoint-2" for run in (two, one))
+    own = {file.name for file in saved.iterdir()} ^ {file.name for file in same.iterdir()}
+    assert own == {"rng_state.pth", "rng_state_0.pth", "rng_state_1.pth"}
+    states = [torch.load(folder / "optimizer.pt") for folder in (saved, same)]
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    torch.testing.assert_close(states[0]["state"], states[1]["state"], rtol=1e-4, atol=1e-6)
+    resumed = run_quick(*SHARDED, *words, f"training.resume_from_checkpoint={saved}")
+    assert resumed.metrics["after/loss"] == pytest.approx(one.metrics["after/loss"], rel=ROUNDING)
+    trained, whole = weights(resumed.output_dir / "model"), weights(one.output_dir / "model")
+    torch.testing.assert_close(trained, whole, rtol=ROUNDING, atol=1e-6)
 
 
 def test_shared_run_is_one_run(run_quick, mlflow_client):

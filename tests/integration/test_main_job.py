@@ -13,7 +13,7 @@ def test_builtin_model_learns(mlflow_uri, tmp_path, read_losses):
 
     training = [
         "training.max_steps=2",
-        "training.per_device_train_batch_size=2",
+        "training.per_device_train_batch_size=1",
         "training.eval_strategy=no",
         "training.learning_rate=1e-3",
     ]

@@ -93,3 +93,30 @@ def test_pruning_without_evaluation_during_training_is_rejected():
         compose(["search.prune=true", "training.eval_strategy=no"])
     with pytest.raises(ConfigError, match="training.eval_steps < max_steps"):
         compose(["search.prune=true", "training.eval_strategy=steps", "training.eval_steps=4", "training.max_steps=4"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["method=lora", "quantization=int8"], "cannot shard a base stored as int8: choose quantization=nf4_double"),
+        (["method=lora", "quantization=torchao_int8"], "cannot shard a base stored as torchao_int8"),
+        (["method=adalora"], "cannot train method=adalora, which computes with all matrices"),
+        (["method=prompt_tuning"], "cannot train method=prompt_tuning, whose prompt is read outside"),
+        (["method=cartridge"], "cannot train method=cartridge, whose prompt is read outside"),
+        (["method=vblora"], "cannot train method=vblora, which shares parameters"),
+        (["method=osf"], "cannot train method=osf"),
+        (["method=lora", "lora_variant=monteclora"], "cannot train with monteclora_config, whose own loss"),
+        (["method=lora", "lora_variant=pissa"], "cannot save init_lora_weights=pissa"),
+        (["method=lora", "optimizer=adamw_bnb_8bit"], "the states of optimizer.optim=adamw_bnb_8bit cannot be sharded"),
+        (["method=lora", "optimizer.optim=adagrad"], "the states of optimizer.optim=adagrad cannot be sharded"),
+        (["method=lora", "optimizer=lorafa"], "optimizer=lorafa computes with whole matrices"),
+        (["method=lora", "model.device_map=auto"], "places one model on several devices"),
+        (["method=lora", "training.torch_compile=true"], "torch_compile"),
+        (["method=lora", "training.fp16=true"], "no loss scaling"),
+        (["method=lora", "device=mps"], "needs GPUs of NVIDIA"),
+    ],
+)
+def test_what_cannot_be_sharded_is_rejected(words: list[str], message: str):
+    compose(words)
+    with pytest.raises(ConfigError, match=message):
+        compose(["distributed=fsdp", *words])

@@ -105,6 +105,7 @@ ENTRIES: dict[str, tuple[Any, ...]] = {
     "distributed.main_process_ip": (Stages.processes, "other", MACHINES),
     "distributed.main_process_port": (Stages.processes, 4000, SHARED),
     "distributed.ddp_timeout": (Stages.processes, 7, SHARED),
+    "distributed.cpu_offload": (Stages.arguments, True, {**SHARED, "distributed.engine": "fsdp"}),
     "training.num_train_epochs": (Stages.arguments, 2.0, {"training.max_steps": -1}),
     "training.lr_scheduler_kwargs": (Stages.arguments, {"num_cycles": 3}, {"training.lr_scheduler_type": "cosine"}),
     "training.completion_only_loss": (Stages.tokens, False),
