@@ -79,6 +79,8 @@ class _Request:
     """Level of the root logger."""
     scratch: Path
     """Folder for the errors of the processes, by rank."""
+    package: str = __file__
+    """Where this module was loaded from."""
 
 
 def launch(run: Callable[..., RunResult], config: Config, **arguments: Any) -> RunResult:
@@ -224,12 +226,22 @@ def _main(request: _Request) -> RunResult:
         logging.basicConfig(stream=sys.stdout, level=request.verbosity)
     quiet()
     try:
+        _check_code(request.package)
         return request.run(request.config, **request.arguments)
     except BaseException as error:
         file = request.scratch / f"{place.rank}.error"
         file.with_suffix(".part").write_bytes(_pickled(error))
         file.with_suffix(".part").rename(file)
         sys.exit(1)
+
+
+def _check_code(package: str) -> None:
+    """Check that this process runs the code of its parent: the fork server does not have the parent's `sys.path`."""
+    if package != __file__:
+        raise ConfigError(
+            f"this command runs {package}, and its processes would run {__file__}: install the checkout "
+            "(pip install --editable .), or set PYTHONPATH to it"
+        )
 
 
 def _pickled(error: BaseException) -> bytes:
