@@ -198,8 +198,8 @@ def _first_failure(request: _Request, failures: Mapping[int, Any]) -> BaseExcept
     elif own:
         rank, first = next(iter(own.items()))
         error = first if isinstance(first, RankError) else RankError(rank, type_and_first_line(first), "error")
-    else:
-        return KeyboardInterrupt()
+    else:  # somebody interrupted processes, but not this one
+        error = RankError(min(known, key=lambda rank: (rank == 0, rank)), "it was interrupted", "killed")
     folder = request.arguments["output_dir"]
     last = last_message(folder)
     if last is not None and last["op"] != "end":

@@ -143,7 +143,8 @@ def test_processes_end_as_one(rank, number, ends, says, run_quick, tmp_path):
     assert time.monotonic() - fault_at[0] < 60
     last = last_message(folder)
     assert (last["status"], last["outcome"]) == ends
-    assert re.search(says, last["failure"])
+    # The launcher interrupts rank 0, which may notice that before it misses rank 1.
+    assert re.search(f"{says}|^KeyboardInterrupt", last["failure"])
     for file, own in (("run.log", 0), ("ranks/1.log", 1)):
         pid = int(re.search(rf"rank {own} of 2 is process (\d+)", (folder / file).read_text())[1])
         with pytest.raises(ProcessLookupError):
