@@ -15,10 +15,8 @@ import pickle
 import shutil
 import sqlite3
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,28 +38,6 @@ hypothesis.settings.load_profile("busy")
 multiprocessing.get_context("forkserver").set_forkserver_preload(["qlora_exp.recipe.preload"])
 
 
-_SHARED = "QLORA_EXP_TESTS_FORK_SERVER"
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Let several workers fork from one fork server, which loads the libraries for all of them."""
-    server = forkserver._forkserver
-    if address := os.environ.get(_SHARED):  # in a worker
-        server._forkserver_address, server._forkserver_alive_fd = address, os.pipe()[1]
-        server.ensure_running = forkserver.ensure_running = resource_tracker.ensure_running
-    elif config.getoption("numprocesses", None):
-        folder = tempfile.TemporaryDirectory(prefix="qlora_exp_tests_")
-        config.add_cleanup(folder.cleanup)
-        _use_caches(config, Path(folder.name, "hf"), Path(folder.name, "state"))
-        shown = [(number, os.dup(number)) for number in (1, 2)]
-        for number, _ in shown:  # what forked processes print is not shown
-            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
-        forkserver.ensure_running()
-        for number, stream in shown:
-            os.dup2(stream, number)
-        os.environ[_SHARED] = server._forkserver_address
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip what needs a CUDA device where there is none. Begin with what takes long, so that no worker ends with it."""
     import torch
@@ -74,14 +50,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _caches(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
-    _use_caches(request.config, tmp_path_factory.mktemp("hf"), tmp_path_factory.mktemp("state"))
-
-
-def _use_caches(config: pytest.Config, datasets: Path, state: Path) -> None:
     """Keep converted models between test runs, but no datasets."""
-    os.environ["QLORA_EXP_CACHE"] = str(config.cache.mkdir("models").absolute())
-    os.environ["HF_HOME"] = str(datasets)
-    os.environ["XDG_STATE_HOME"] = str(state)
+    os.environ["QLORA_EXP_CACHE"] = str(request.config.cache.mkdir("models").absolute())
+    os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
 
 
 @pytest.fixture(autouse=True, scope="session")
