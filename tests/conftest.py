@@ -7,8 +7,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of two p
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
 
-import copy
-import functools
 import json
 import multiprocessing
 import pickle
@@ -111,25 +109,6 @@ def _yaml_is_parsed_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(OmegaConf, "load", load_once)
-        yield
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _overrides_are_parsed_once() -> Iterator[None]:
-    """Parse each override once: Hydra's parser takes most of the time of composing a config with known options."""
-    from hydra._internal import hydra as application
-    from hydra.core.override_parser import overrides_parser
-
-    parse = functools.cache(overrides_parser.OverridesParser.parse_rule)
-    shared = overrides_parser.OverridesParser.create()
-
-    def parse_once(_: Any, text: str, rule: str) -> Any:
-        return copy.copy(parse(shared, text, rule))  # an override also gets the loader of its config
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(overrides_parser.OverridesParser, "parse_rule", parse_once)
-        patched.setattr(overrides_parser, "create_functions", functools.cache(overrides_parser.create_functions))
-        patched.setattr(application, "setup_globals", functools.cache(application.setup_globals))
         yield
 
 
