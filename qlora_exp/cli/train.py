@@ -125,7 +125,7 @@ def _single_run(composed: Any, output_dir: Path) -> None:
 
         with full_disk_named(output_dir):
             result = run(checked, output_dir)
-        if ranks().is_main:
+        if ranks().is_main and checked.distributed.machine_rank == 0:
             show(result, checked.tracking.uri)
     except KeyboardInterrupt:
         from qlora_exp.training.checkpoints import checkpoints, is_complete

@@ -3,7 +3,6 @@
 Values are Python objects, sent through the CPU: losses, counts, answers. Gradients are the engine's.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,8 +11,6 @@ from typing import Any
 from qlora_exp.config.schema import Config
 from qlora_exp.distributed import watch
 from qlora_exp.environment.ranks import ranks
-
-log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -64,7 +61,7 @@ def call_on_main(function: Callable[..., Any], *arguments: Any) -> Any:
     if ranks().is_main:
         try:
             result = function(*arguments)
-        except Exception as raised:
+        except Exception as raised:  # the others must raise it too, not wait for a result
             error = raised
     result, error = from_main((result, error))
     if error is not None:

@@ -31,7 +31,7 @@ _PATIENCE = 5.0
 GRACE_SECONDS = 15.0
 """Seconds that a process gets to end by itself after another one has failed."""
 _LOST = re.compile(r"connection (was )?(closed|reset|refused)|broken pipe|socket|timed? ?out", re.IGNORECASE)
-"""Errors that a process has when another one ended or hangs."""
+"""What torch's errors say when another process ended or hangs; libraries that use the network have other types."""
 
 
 class _Watch:
@@ -158,7 +158,7 @@ class _Watch:
 
 
 def _lost_another(error: BaseException) -> bool:
-    return isinstance(error, RuntimeError | OSError) and _LOST.search(str(error)) is not None
+    return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
 
 
 _current: _Watch | None = None
@@ -179,7 +179,7 @@ def watching(place: Ranks, timeout: float) -> Iterator[None]:
     watch = _current = _Watch(place, timeout)
     try:
         yield
-    except BaseException as error:
+    except BaseException as error:  # an interrupt too: the others must not wait for this process
         watch.report(error)
         raise
     finally:

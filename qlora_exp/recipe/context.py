@@ -17,6 +17,7 @@ from qlora_exp.environment.memory import MemoryMonitor, reuse_freed_memory
 from qlora_exp.environment.ranks import ranks
 from qlora_exp.planning import calibration
 from qlora_exp.recipe import summary
+from qlora_exp.recipe.launch import RANKS_FOLDER
 from qlora_exp.recipe.result import RunResult
 from qlora_exp.tracking import lifecycle
 from qlora_exp.tracking.journal import FILE as JOURNAL_FILE
@@ -28,9 +29,6 @@ from qlora_exp.utils.processes.signals import handle_signals
 from qlora_exp.utils.quiet import hide_bars
 
 log = logging.getLogger(__name__)
-
-RANKS_FOLDER = "ranks"
-"""Folder in the output folder with the logs of the processes of a run but the main one, named by their rank."""
 
 
 @dataclass(frozen=True)
@@ -71,24 +69,19 @@ class RunContext:
         Args:
             of_all: of several processes, log the largest values, and the peaks of each; all must call this.
         """
-        if of_all:
-            summaries = group.gather(self.memory.summary())
+        own = self.memory.summary()
+        summaries = group.gather(own) if of_all else [own]
         if not self.memory.peaks:
             return
         # If an earlier process did all the training, this one has no peak over all phases, only those of single phases.
         trained = "steady" in self.memory.peaks or not (
             self.tracker.resumed or self.config.training.resume_from_checkpoint
         )
-        summary_ = self.memory.summary()
-        if of_all and len(summaries) > 1:
-            summary_ = {key: max(each.get(key, 0.0) for each in summaries) for key in summary_}
-            summary_ |= {
-                f"rank{rank}/{key}": value
-                for rank, each in enumerate(summaries)
-                for key, value in each.items()
-                if "/" not in key
-            }
-        self.log_metrics({f"memory/{key}": value for key, value in summary_.items() if trained or "/" in key})
+        largest = {key: max(each.get(key, 0.0) for each in summaries) for key in own}
+        self.log_metrics({f"memory/{key}": value for key, value in largest.items() if trained or "/" in key})
+        if trained and len(summaries) > 1:
+            peaks = [(rank, key, each[key]) for rank, each in enumerate(summaries) for key in each if "/" not in key]
+            self.log_metrics({f"memory/rank{rank}/{key}": value for rank, key, value in peaks})
         self.log_metrics(calibration.ratio(self.metrics) if trained else {})
 
     def finish(self) -> RunResult:

@@ -29,10 +29,8 @@ from qlora_exp.utils.processes.signals import GRACE_SECONDS, OUT_OF_TIME
 from qlora_exp.utils.processes.workers import end_with_parent, write_into
 from qlora_exp.utils.quiet import quiet
 
-log = logging.getLogger(__name__)
-
 RANKS_FOLDER = "ranks"
-"""Folder in the output folder with the output of the processes of a run but the main one, named by their rank."""
+"""Folder in the output folder with the output and the logs of the processes but the main one, named by their rank."""
 
 
 def with_processes(config: Config) -> Config:
@@ -90,6 +88,9 @@ def launch(run: Callable[..., RunResult], config: Config, **arguments: Any) -> R
         run: `finetune.run`, which each process calls.
         config: its config.
         arguments: its other arguments.
+
+    Returns:
+        The result; without metrics on other machines than that of the main process.
 
     Raises:
         RankError: a process failed, died or hung.
@@ -158,9 +159,10 @@ def _run_all(request: _Request) -> dict[int, Any]:
 
     for name in ("torch.distributed.elastic", "torch.multiprocessing"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what failed is said below
+    start = elastic_launch(settings(request.config.distributed, request.scratch), _main)
     try:
         with _signals_forwarded():
-            return elastic_launch(settings(request.config.distributed, request.scratch), _main)(request)
+            return start(request)
     except SignalException as stopped:
         raise (TimeLimitError("the time limit of the job is over") if stopped.sigval == OUT_OF_TIME
                else KeyboardInterrupt) from None  # fmt: skip
@@ -173,7 +175,13 @@ def _signals_forwarded() -> Iterator[None]:
     """Let torch's launcher pass SIGTERM on to the processes, and Ctrl-C as SIGTERM; restore the handlers after it."""
     numbers = (signal.SIGTERM, signal.SIGINT, OUT_OF_TIME)
     before = {number: signal.getsignal(number) for number in numbers}
-    signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+
+    def interrupt(*_: Any) -> None:
+        if signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]:  # the launcher has not started the processes yet
+            raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:
@@ -201,7 +209,7 @@ def _first_failure(request: _Request, failures: Mapping[int, Any]) -> BaseExcept
     else:  # somebody interrupted processes, but not this one
         error = RankError(min(known, key=lambda rank: (rank == 0, rank)), "it was interrupted", "killed")
     folder = request.arguments["output_dir"]
-    last = last_message(folder)
+    last = last_message(folder) if request.config.distributed.machine_rank == 0 else None  # else the run is elsewhere
     if last is not None and last["op"] != "end":
         lifecycle.record_dead_process(request.config, folder, request.arguments["tags"], error.outcome, str(error))
     return error
@@ -228,7 +236,7 @@ def _main(request: _Request) -> RunResult:
     try:
         _check_code(request.package)
         return request.run(request.config, **request.arguments)
-    except BaseException as error:
+    except BaseException as error:  # whatever it is, the parent process raises it
         file = request.scratch / f"{place.rank}.error"
         file.with_suffix(".part").write_bytes(_pickled(error))
         file.with_suffix(".part").rename(file)
