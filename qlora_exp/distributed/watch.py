@@ -144,7 +144,8 @@ class _Watch:
                 self._beat()
                 self.failure = self.look()
             except RuntimeError as error:  # the process with the store has ended
-                self.failure = RankError(0, f"the connection to it was lost: {type_and_first_line(error)}", "error")
+                why = f"it lost the process that holds torch's store: {type_and_first_line(error)}"
+                self.failure = RankError(self._place.rank, why, "killed")
         if self.failure is None:
             return
         main = sys._current_frames().get(threading.main_thread().ident or 0)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from qlora_exp.config.sections.distributed import DistributedConfig
 from qlora_exp.utils.errors import ConfigError
 
+OWN_LAUNCH = "qlora_exp"
+"""Run id that torch's launcher gets if this package uses it to start the processes of a run."""
 _OTHERS = {
     "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
     "PMI_SIZE": "PMI_RANK",
@@ -76,7 +78,7 @@ def take_place(config: DistributedConfig) -> None:
             f"distributed.num_processes={config.num_processes}, but the launcher started {place.size} processes: "
             "leave it out, or start as many"
         )
-    if config.num_machines > 1:
+    if config.num_machines > 1 and os.environ.get("TORCHELASTIC_RUN_ID") != OWN_LAUNCH:
         raise ConfigError(
             "distributed.num_machines is for runs that start their processes themselves; here a launcher started them"
         )

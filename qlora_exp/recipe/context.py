@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from qlora_exp.config.schema import Config
-from qlora_exp.distributed import group
+from qlora_exp.distributed import group, watch
 from qlora_exp.environment import provenance
 from qlora_exp.environment.device import Resolved
 from qlora_exp.environment.memory import MemoryMonitor, reuse_freed_memory
@@ -24,8 +24,8 @@ from qlora_exp.tracking.journal import FILE as JOURNAL_FILE
 from qlora_exp.tracking.muted import MutedTracker
 from qlora_exp.tracking.tracker import LOG_FILE, Tracker
 from qlora_exp.utils.display import RedactingFormatter
-from qlora_exp.utils.errors import ConfigError
-from qlora_exp.utils.processes.signals import handle_signals
+from qlora_exp.utils.errors import ConfigError, RankError, UserError
+from qlora_exp.utils.processes.signals import handle_signals, ignore_signals
 from qlora_exp.utils.quiet import hide_bars
 
 log = logging.getLogger(__name__)
@@ -134,11 +134,33 @@ def open_run(
 def _tracked(config: Config, folder: Path, tags: Mapping[str, str], must_reach: bool) -> Iterator[Tracker]:
     """Track the run in the main process; the others follow it without logging."""
     if not ranks().is_main:
-        yield MutedTracker(folder, resumed=group.from_main(None))
+        with _ended_for_main(config, folder, tags):
+            yield MutedTracker(folder, resumed=group.from_main(None))
         return
     with lifecycle.start(config, folder, tags, must_reach) as tracker:
         group.from_main(tracker.resumed)
         yield tracker
+
+
+@contextmanager
+def _ended_for_main(config: Config, folder: Path, tags: Mapping[str, str]) -> Iterator[None]:
+    """In a process that does not track the run: record its end if the main process died and cannot do it."""
+
+    def record(failure: RankError) -> None:
+        if failure.rank == 0:
+            try:
+                lifecycle.record_dead_main(config, folder, tags, failure)
+            except (OSError, UserError) as error:  # another process does it, or the folder is not on this machine
+                log.warning("the end of the run is not recorded: %s", error)
+
+    watch.at_failure(record)
+    try:
+        yield
+    except BaseException as error:
+        with ignore_signals():  # the launcher interrupts all
+            if (failure := watch.cause(error)) is not None:
+                record(failure)
+        raise
 
 
 def _writable(folder: str | Path) -> Path:

@@ -138,7 +138,7 @@ def settings(shared: DistributedConfig, scratch: Path) -> Any:
         min_nodes=shared.num_machines,
         max_nodes=shared.num_machines,
         nproc_per_node=shared.num_processes // shared.num_machines,
-        run_id="qlora_exp",
+        run_id=ranks.OWN_LAUNCH,
         rdzv_backend="c10d" if alone else "static",
         rdzv_endpoint=f"{'localhost' if alone else shared.main_process_ip}:{shared.main_process_port or 0}",
         rdzv_configs={"timeout": shared.ddp_timeout} | ({} if alone else {"rank": shared.machine_rank}),
@@ -192,7 +192,6 @@ def _signals_forwarded() -> Iterator[None]:
 def _first_failure(request: _Request, failures: Mapping[int, Any]) -> BaseException:
     """Return why the processes failed, and record it if the main process could not."""
     from qlora_exp.tracking import lifecycle
-    from qlora_exp.tracking.journal import last_message
 
     known = {int(file.stem): pickle.loads(file.read_bytes()) for file in request.scratch.glob("*.error")}
     if 0 in known and not isinstance(known[0], KeyboardInterrupt):  # it has recorded it, and knows who failed first
@@ -208,10 +207,8 @@ def _first_failure(request: _Request, failures: Mapping[int, Any]) -> BaseExcept
         error = first if isinstance(first, RankError) else RankError(rank, type_and_first_line(first), "error")
     else:  # somebody interrupted processes, but not this one
         error = RankError(min(known, key=lambda rank: (rank == 0, rank)), "it was interrupted", "killed")
-    folder = request.arguments["output_dir"]
-    last = last_message(folder) if request.config.distributed.machine_rank == 0 else None  # else the run is elsewhere
-    if last is not None and last["op"] != "end":
-        lifecycle.record_dead_process(request.config, folder, request.arguments["tags"], error.outcome, str(error))
+    if request.config.distributed.machine_rank == 0:  # elsewhere the processes of that machine do it
+        lifecycle.record_dead_main(request.config, request.arguments["output_dir"], request.arguments["tags"], error)
     return error
 
 

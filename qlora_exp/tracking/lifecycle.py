@@ -224,6 +224,13 @@ def record_dead_process(config: Config, folder: Path, tags: Mapping[str, str], o
     finish(folder, outcome, failure, store_uri(config.tracking.uri))
 
 
+def record_dead_main(config: Config, folder: Path, tags: Mapping[str, str], failure: RankError) -> None:
+    """Record how a run of several processes ended whose main process died; do nothing if it has recorded its end."""
+    last = last_message(folder)
+    if last is not None and last["op"] != "end":
+        record_dead_process(config, folder, tags, failure.outcome, str(failure))
+
+
 def record_failure(config: Config, folder: Path, tags: Mapping[str, str], error: BaseException) -> None:
     """Record a FAILED run for a job that could not start."""
     with suppress(type(error)), start(config, folder, tags, must_reach=False):

@@ -112,9 +112,15 @@ def killed_after_its_start(words: Sequence[str], folder: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def train(words: Sequence[str], folder: Path) -> None:
+    """Train through the Python interface."""
+    import qlora_exp
+
+    qlora_exp.train(qlora_exp.compose(words), folder)
+
+
 def killed_at_step(step: int, words: Sequence[str], folder: Path) -> None:
     """Train through the Python interface, and die at the end of a step."""
-    import qlora_exp
     from qlora_exp.training.watcher import Watcher
 
     watch = Watcher.on_step_end
@@ -125,4 +131,4 @@ def killed_at_step(step: int, words: Sequence[str], folder: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     Watcher.on_step_end = on_step_end  # type: ignore[method-assign]
-    qlora_exp.train(qlora_exp.compose(words), folder)
+    train(words, folder)

@@ -3,14 +3,16 @@
 import os
 import re
 import signal
+import socket
 import threading
 import time
 
 import psutil
 import pytest
 import torch
+from helpers import processes
 from safetensors.torch import load_file
-from support import exit_code
+from support import QUICK, exit_code
 
 from qlora_exp.tracking.journal import last_message, metrics
 from qlora_exp.utils.errors import ConfigError, RankError, TimeLimitError
@@ -154,6 +156,23 @@ def test_processes_end_as_one(rank, number, ends, says, run_quick, tmp_path):
         pid = int(re.search(rf"rank {own} of 2 is process (\d+)", (folder / file).read_text())[1])
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_machines_share_a_run(run_quick, mlflow_uri, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [*TWO, "method=lora", "distributed.num_machines=2", "distributed.main_process_ip=127.0.0.1",
+             f"distributed.main_process_port={port}"]  # fmt: skip
+    second = processes.start(
+        processes.train, [*QUICK, f"tracking.uri={mlflow_uri}", *words, "distributed.machine_rank=1"], tmp_path / "both"
+    )
+    result = run_quick(*words, "distributed.machine_rank=0", folder="both")
+    second.join()
+    assert second.exitcode == 0
+    assert result.metrics["steps"] == 3
+    assert last_message(tmp_path / "both")["outcome"] == "ok"
+    assert "rank 1 of 2 is process" in (tmp_path / "both" / "ranks" / "1.log").read_text()
 
 
 def test_error_of_the_main_process_is_raised_as_it_is(run_quick, monkeypatch):

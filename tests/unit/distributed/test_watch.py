@@ -141,6 +141,25 @@ def test_process_that_cannot_end_by_itself_records_the_failure_and_is_ended(join
     assert str(recorded[0]) == "rank 1: ValueError: boom"
 
 
+def test_process_whose_launcher_was_killed_ends_as_killed(join, monkeypatch):
+    mine = join(0)
+
+    def gone(*_):
+        raise RuntimeError("Connection reset by peer")
+
+    monkeypatch.setattr(mine._store, "set", gone)
+    deadline = time.monotonic() + 5
+    while mine.failure is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert (mine.failure.rank, mine.failure.outcome) == (0, "killed")
+
+
+def test_network_error_of_a_library_loses_no_process(join, monkeypatch):
+    mine, other = join(0), join(1)
+    other.report(TimeoutError("the read operation timed out"))
+    assert cause(mine, CLOSED, monkeypatch).why == "TimeoutError: the read operation timed out"
+
+
 def test_single_process_watches_nobody():
     with watch.watching(Ranks(), 1.0):
         watch.at_failure(pytest.fail)
