@@ -157,6 +157,11 @@ def _sharded(config: Config) -> Iterator[str]:
             f"distributed=fsdp cannot save init_lora_weights={config.lora_start}, whose difference from the start "
             f"needs whole weights: choose another lora_variant, {instead}"
         )
+    elif config.lora_start in peft_methods.FROM_ROWS:
+        yield (
+            f"distributed=fsdp cannot compute init_lora_weights={config.lora_start}, which runs rows through the whole "
+            f"base before it is sharded: choose another lora_variant, {instead}"
+        )
     for name in ("kasa_config", "monteclora_config"):
         if config.peft_settings.get(name):
             yield (

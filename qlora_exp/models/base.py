@@ -36,7 +36,7 @@ from qlora_exp.config.sections.quantization import QuantizationConfig
 from qlora_exp.data.end_of_turn import end_of_turn
 from qlora_exp.data.prompts import chat_template
 from qlora_exp.environment.device import Resolved
-from qlora_exp.libraries.transformers import with_bitsandbytes_layers
+from qlora_exp.libraries.transformers import quantized_on, with_bitsandbytes_layers
 from qlora_exp.models import builtin, untrusted
 from qlora_exp.models.files import check_files, hub_error, locate
 from qlora_exp.models.quantization import check_stored, guard_layers, quantization_config, stored
@@ -131,15 +131,24 @@ def learned_positions(model: Any) -> int | None:
     return most if any(_POSITIONS.search(name) for name in [*embeddings, *tables]) else None
 
 
-def load_model(config: ModelConfig, quantization: QuantizationConfig, resolved: Resolved) -> PreTrainedModel:
+def load_model(
+    config: ModelConfig, quantization: QuantizationConfig, resolved: Resolved, to_shard: bool = False
+) -> PreTrainedModel:
     """Load the base model on its device, in its dtype, quantized as configured.
+
+    Args:
+        config: the model's config.
+        quantization: the run's quantization.
+        resolved: device and dtypes of the run.
+        to_shard: load on the CPU, where a model fits that is larger than a GPU; a GPU then only quantizes it, one
+            matrix at a time. Files in the model's dtype stay mapped into memory, so that processes have one copy.
 
     Raises:
         ModelError: the model cannot be found, fetched or read, or its files are quantized in another way.
     """
     arguments: dict[str, Any] = {
         "dtype": getattr(torch, resolved.dtype),
-        "device_map": config.device_map or {"": resolved.device},
+        "device_map": config.device_map or {"": "cpu" if to_shard else resolved.device},
     }
     if config.attn_implementation:
         arguments["attn_implementation"] = config.attn_implementation
@@ -147,10 +156,11 @@ def load_model(config: ModelConfig, quantization: QuantizationConfig, resolved: 
     check_files(config.model_name_or_path, quantization, stored)
     if (quantizer_config := quantization_config(quantization, resolved)) is not None:
         arguments["quantization_config"] = quantizer_config
-    model = _from_pretrained(AutoModelForCausalLM, config, **arguments)
+    with quantized_on(resolved.device) if to_shard and quantization.load_in_4bit else nullcontext():
+        model = _from_pretrained(AutoModelForCausalLM, config, **arguments)
     model.config.use_cache = False  # training does not need the cache; generation turns it on itself
     guard_layers(model)
-    if quantizer_config is not None:
+    if quantizer_config is not None and not to_shard:
         _copy_from_file(model)
     return model
 

@@ -64,7 +64,7 @@ def build(run: RunContext, tokens: Tokens) -> Trainable:
         if targets := getattr(peft_config, "target_modules", None):
             run.tracker.params({"resolved.target_modules": targets if isinstance(targets, str) else sorted(targets)})
     with run.memory.phase("load"):
-        model = base.load_model(config.model, config.quantization, resolved)
+        model = base.load_model(config.model, config.quantization, resolved, config.distributed.engine == "fsdp")
     if config.quantization.quantized:
         found = stored(model)
         run.log_metrics({"quantized_share": found.share})
@@ -73,10 +73,6 @@ def build(run: RunContext, tokens: Tokens) -> Trainable:
         ):
             log.warning("%s", why)
     base.stop_at_end_of_turn(model, config.dataset, tokens.tokenizer)
-    used = places(model)
-    run.tracker.params({"resolved.places": ", ".join(used)})
-    if len(used) > 1:
-        log.info("model.device_map=%s spreads the model over %s", config.model.device_map, ", ".join(used))
     base_parameters = adapters.count_parameters(model)[1]
     adapted, same_start = _attach(run, tokens, model, peft_config)
     for what, layers in summary(adapted, bare, config.method.settings.get("target_modules")).items():
@@ -88,9 +84,14 @@ def build(run: RunContext, tokens: Tokens) -> Trainable:
             "would differ from training on single rows; use training.packing=false"
         )
     total = adapters.count_parameters(adapted)[1]  # 4-bit weights cannot be counted in parts
-    built = trainer.build(
-        adapted, tokens.tokenizer, tokens.train, tokens.heldout, config, resolved, run.checkpoints, run.memory
-    )
+    with run.memory.phase("load"):
+        built = trainer.build(
+            adapted, tokens.tokenizer, tokens.train, tokens.heldout, config, resolved, run.checkpoints, run.memory
+        )
+    used = places(adapted)  # a sharded model has only now left the CPU
+    run.tracker.params({"resolved.places": ", ".join(used)})
+    if len(used) > 1:
+        log.info("model.device_map=%s spreads the model over %s", config.model.device_map, ", ".join(used))
     trainable = adapters.count_parameters(adapted)[0]  # LoRA-FA's optimizer has frozen some
     run.log_metrics(
         {"trainable_parameters": trainable, "total_parameters": total, "trainable_share": trainable / total}

@@ -51,10 +51,20 @@ class _Arguments(SFTConfig):
         return min(1, super().n_gpu)
 
 
+class _ShardedArguments(_Arguments):
+    """TRL's arguments for a model that stays on the CPU until it is sharded: whole, it may be larger than a GPU."""
+
+    @property
+    def place_model_on_device(self) -> bool:
+        """Whether the trainer moves the model to the GPU."""
+        return False
+
+
 def arguments(config: Config, resolved: Resolved, output_dir: Path) -> SFTConfig:
     """Return TRL's arguments of the run; all choices that TRL would make by itself are made here."""
     training = config.training
-    return _Arguments(
+    kind = _ShardedArguments if config.distributed.engine == "fsdp" else _Arguments
+    return kind(
         output_dir=str(output_dir),
         **{name: getattr(training, name) for name in _SAME},
         optim=resolved.optim,

@@ -18,6 +18,7 @@ from qlora_exp.tracking.journal import last_message, metrics
 from qlora_exp.utils.errors import ConfigError, RankError, TimeLimitError
 from qlora_exp.utils.processes.signals import OUT_OF_TIME, handle_signals
 
+ONE = ["training.per_device_train_batch_size=4"]
 TWO = ["distributed=ddp", "distributed.num_processes=2"]
 SHARDED = ["distributed=fsdp", "distributed.num_processes=2"]
 ROUNDING = 1e-5
@@ -59,7 +60,7 @@ _EPOCHS = [
     ids=["lora", "qlora", "full", "dora", "adalora"],
 )  # fmt: skip
 def test_two_processes_give_the_losses_of_one_with_twice_the_batch(engines, words, run_quick):
-    one = run_quick("training.per_device_train_batch_size=4", *words)
+    one = run_quick(*ONE, *words)
     for engine in engines:
         two = run_quick("training.per_device_train_batch_size=2", *engine, *words)
         assert curves(two) == pytest.approx(curves(one), rel=ROUNDING)
@@ -74,7 +75,7 @@ def test_two_processes_give_the_losses_of_one_with_twice_the_batch(engines, word
 @pytest.mark.slow
 def test_checkpoint_of_sharded_processes_is_that_of_one(run_quick):
     words = [*_EPOCHS, "training.load_best_model_at_end=false", "training.early_stopping_patience=null"]
-    one = run_quick("training.per_device_train_batch_size=4", *words)
+    one = run_quick(*ONE, *words)
     two = run_quick(*SHARDED, *words)
     saved, same = (run.output_dir / "checkpoints" / "checkpoint-2" for run in (two, one))
     own = {file.name for file in saved.iterdir()} ^ {file.name for file in same.iterdir()}
@@ -82,10 +83,11 @@ def test_checkpoint_of_sharded_processes_is_that_of_one(run_quick):
     states = [torch.load(folder / "optimizer.pt") for folder in (saved, same)]
     assert states[0]["param_groups"] == states[1]["param_groups"]
     torch.testing.assert_close(states[0]["state"], states[1]["state"], rtol=1e-4, atol=1e-6)
-    resumed = run_quick(*SHARDED, *words, f"training.resume_from_checkpoint={saved}")
-    assert resumed.metrics["after/loss"] == pytest.approx(one.metrics["after/loss"], rel=ROUNDING)
-    trained, whole = weights(resumed.output_dir / "model"), weights(one.output_dir / "model")
-    torch.testing.assert_close(trained, whole, rtol=ROUNDING, atol=1e-6)
+    for own, checkpoint in ((SHARDED, same), (ONE, saved)):  # what one began, two continue; and the other way
+        resumed = run_quick(*own, *words, f"training.resume_from_checkpoint={checkpoint}")
+        assert resumed.metrics["after/loss"] == pytest.approx(one.metrics["after/loss"], rel=ROUNDING)
+        trained, whole = weights(resumed.output_dir / "model"), weights(one.output_dir / "model")
+        torch.testing.assert_close(trained, whole, rtol=ROUNDING, atol=1e-6)
 
 
 def test_shared_run_is_one_run(run_quick, mlflow_client):
@@ -115,7 +117,12 @@ def test_shared_run_is_one_run(run_quick, mlflow_client):
     ("rank", "number", "ends", "says"),
     [
         (1, signal.SIGKILL, ("FAILED", "error"), r"rank 1: its process \d+ .*"),
-        (0, signal.SIGKILL, ("FAILED", "error"), r"rank 0: its process \d+ (on .* )?ended with(out a message| SIGKILL)"),
+        (
+            0,
+            signal.SIGKILL,
+            ("FAILED", "error"),
+            r"rank 0: its process \d+ (on .* )?ended with(out a message| SIGKILL)",
+        ),
         (1, signal.SIGSTOP, ("FAILED", "error"), r"rank 1: its process \d+ on .* gave no sign of life for 5 s"),
         (1, None, ("FAILED", "oom"), r"rank 1: RuntimeError: .* can't allocate memory"),
         (1, signal.SIGTERM, ("KILLED", "killed"), r"rank 1: it was interrupted"),

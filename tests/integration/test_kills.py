@@ -1,5 +1,6 @@
 """Processes that are killed lose nothing that was recorded."""
 
+import logging
 import os
 import signal
 import time
@@ -13,7 +14,8 @@ from qlora_exp.tracking.journal import metrics
 from qlora_exp.tracking.mlflow_store import client
 
 
-def test_run_of_a_dead_process_is_marked_killed_by_the_next_run(mlflow_uri, mlflow_client, tmp_path):
+def test_run_of_a_dead_process_is_marked_killed_by_the_next_run(mlflow_uri, mlflow_client, tmp_path, caplog):
+    caplog.set_level(logging.INFO)  # why it was not, if it was not
     process = processes.start(processes.killed_after_its_start, [f"tracking.uri={mlflow_uri}"], tmp_path / "dead")
     process.join()
     died = (tmp_path / "dead.id").read_text()

@@ -13,12 +13,14 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qlora_exp.libraries.transformers import (
     gguf_files_read_once,
     load_best_checkpoint,
     model_types,
+    quantized_on,
     with_bitsandbytes_layers,
 )
 
@@ -30,6 +32,21 @@ def test_linear_layers_become_bitsandbytes_and_the_head_stays():
         with_bitsandbytes_layers(model, BitsAndBytesConfig(load_in_4bit=True))
     assert isinstance(model.model.layers[0].mlp.up_proj, Linear4bit)
     assert type(model.lm_head) is torch.nn.Linear
+
+
+def test_weights_are_quantized_on_another_device_than_they_are_loaded_on(monkeypatch):
+    places = []
+
+    def convert(self, input_dict, **_):
+        places.append({str(value.device) for value in input_dict.values()})
+        return {name: torch.ones(2) for name in input_dict}
+
+    monkeypatch.setattr(Bnb4bitQuantize, "convert", convert)
+    with quantized_on("meta"):
+        loaded = Bnb4bitQuantize(None).convert({"weight": [torch.ones(2)]}, full_layer_name="weight")
+    assert places == [{"meta"}]
+    assert loaded["weight"].device.type == "cpu"
+    assert Bnb4bitQuantize.convert is convert
 
 
 def test_every_type_of_model_that_generates_text_is_known():

@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,29 @@ def test_model_has_the_resolved_dtype():
     _, _, model = load("method=lora", "model.dtype=bfloat16", "model.attn_implementation=eager")
     assert model.dtype == torch.bfloat16
     assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of mapped files")
+def test_model_to_be_sharded_stays_in_its_file():
+    """Processes of one machine then share the memory of its weights."""
+    config = compose(["model=tiny_llama", "method=lora"])
+    model = base.load_model(config.model, config.quantization, resolve(config, CPU), to_shard=True)
+    files = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        words = line.split()
+        start, end = (int(address, 16) for address in words[0].split("-"))
+        files += [words[-1] for weight in model.parameters() if start <= weight.data_ptr() < end]
+    assert {Path(file).name for file in files} == {"model.safetensors"}
+    assert len(files) == len([*model.parameters()])
+
+
+def test_model_to_be_sharded_is_quantized_as_any_other():
+    config, resolved, model = load("method=qlora")
+    to_shard = base.load_model(config.model, config.quantization, resolved, to_shard=True)
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(to_shard.state_dict()[name], weight, rtol=0, atol=0)
+    layer, sharded = (m.model.layers[0].mlp.up_proj.weight.quant_state for m in (model, to_shard))
+    torch.testing.assert_close(sharded.as_dict(packed=True), layer.as_dict(packed=True), rtol=0, atol=0)
 
 
 def test_tokenizer_pads_with_another_token_than_eos(tiny_tokenizer):
