@@ -121,10 +121,10 @@ def _trainer(config: Config) -> Iterator[str]:
 
 def _distributed(config: Config) -> Iterator[str]:
     engine = config.distributed.engine
-    if engine != "none" and config.model.device_map is not None:
+    if engine != "none" and config.model.device_map not in (None, "auto"):
         yield (
-            f"model.device_map places one model on several devices, and distributed={engine} puts one on each: "
-            "choose one of them"
+            f"model.device_map places one model on several devices, and distributed={engine} puts one on each: use "
+            "model.device_map=null, or distributed=none"
         )
     if engine != "none" and config.device == "mps":
         yield f"distributed={engine} needs GPUs of NVIDIA, or device=cpu; this machine's mps is a single device"

@@ -132,7 +132,7 @@ def learned_positions(model: Any) -> int | None:
 
 
 def load_model(
-    config: ModelConfig, quantization: QuantizationConfig, resolved: Resolved, to_shard: bool = False
+    config: ModelConfig, quantization: QuantizationConfig, resolved: Resolved, engine: str = "none"
 ) -> PreTrainedModel:
     """Load the base model on its device, in its dtype, quantized as configured.
 
@@ -140,15 +140,17 @@ def load_model(
         config: the model's config.
         quantization: the run's quantization.
         resolved: device and dtypes of the run.
-        to_shard: load on the CPU, where a model fits that is larger than a GPU; a GPU then only quantizes it, one
-            matrix at a time. Files in the model's dtype stay mapped into memory, so that processes have one copy.
+        engine: what shares the run among processes, each with its own device. `fsdp`: load on the CPU, where a model
+            fits that is larger than a GPU; a GPU only quantizes it, one matrix at a time. Files in the model's dtype
+            stay mapped into memory, so that processes have one copy.
 
     Raises:
         ModelError: the model cannot be found, fetched or read, or its files are quantized in another way.
     """
+    to_shard, spread = engine == "fsdp", config.device_map if engine == "none" else None
     arguments: dict[str, Any] = {
         "dtype": getattr(torch, resolved.dtype),
-        "device_map": config.device_map or {"": "cpu" if to_shard else resolved.device},
+        "device_map": spread or {"": "cpu" if to_shard else resolved.device},
     }
     if config.attn_implementation:
         arguments["attn_implementation"] = config.attn_implementation

@@ -19,6 +19,7 @@ RUN_HERE = {
     "measured_h100": ("--runs 1", r"the default run .*%"),
     "planned_memory": ("lora --model tiny_llama --batches 2", r"lora batch 2 checkpointing .*%"),
     "published_fms": ("--runs 1", r"SantaCoder .*%"),
+    "published_fsdp": ("--runs 1", r"Llama 2 7B LoRA .*%"),
     "published_litgpt": ("--runs 1", r"llama2_7b .*%"),
     "sweeps": ("--jobs 0 --many 0 --done 2", r"sweep with all 2 jobs already done"),
 }

@@ -193,7 +193,7 @@ def test_error_of_the_main_process_is_raised_as_it_is(run_quick, monkeypatch):
         (["distributed=ddp", "device=cpu"], "num_processes=auto counts GPUs, and there are none here"),
         ([*TWO, "device=auto"], "2 processes here need a GPU each, and 1 are visible; start fewer"),
         ([*TWO, "device=mps"], "distributed=ddp needs GPUs of NVIDIA, or device=cpu"),
-        ([*TWO, "model.device_map=auto"], "places one model on several devices, and distributed=ddp puts one on each"),
+        ([*TWO, "model.device_map={model: cpu}"], "several devices, and distributed=ddp puts one on each"),
     ],
 )
 def test_processes_that_cannot_share_a_run_are_refused_at_once(words, says, capsys, monkeypatch, tmp_path):

@@ -22,7 +22,8 @@ class ModelConfig(Section):
     attn_implementation: str | None = None
     """Attention implementation: eager, sdpa, flash_attention_2, ... null: transformers chooses."""
     device_map: str | dict[str, int | str] | None = None
-    """Where the layers go. null: all on `device`; auto: spread over the GPUs."""
+    """Where the layers go. null: all on `device`; auto: spread over the GPUs. With `distributed` each process has a
+    device of its own, and auto is as null."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Never taken over from a recorded run."""
     architecture: dict[str, Any] = {}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_exp.config.hydra_compose import compose
+from qlora_exp.config.hydra_compose import compose, options
 from qlora_exp.config.validate import from_dict
 from qlora_exp.utils.errors import ConfigError
 
@@ -111,7 +111,7 @@ def test_pruning_without_evaluation_during_training_is_rejected():
         (["method=lora", "optimizer=adamw_bnb_8bit"], "the states of optimizer.optim=adamw_bnb_8bit cannot be sharded"),
         (["method=lora", "optimizer.optim=adagrad"], "the states of optimizer.optim=adagrad cannot be sharded"),
         (["method=lora", "optimizer=lorafa"], "optimizer=lorafa computes with whole matrices"),
-        (["method=lora", "model.device_map=auto"], "places one model on several devices"),
+        (["method=lora", "model.device_map={model: 0}"], "places one model on several devices"),
         (["method=lora", "training.torch_compile=true"], "torch_compile"),
         (["method=lora", "training.fp16=true"], "no loss scaling"),
         (["method=lora", "device=mps"], "needs GPUs of NVIDIA"),
@@ -121,3 +121,15 @@ def test_what_cannot_be_sharded_is_rejected(words: list[str], message: str):
     compose(words)
     with pytest.raises(ConfigError, match=message):
         compose(["distributed=fsdp", *words])
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_experiments_run_on_several_gpus(engine: str):
+    refused = {}
+    for name in options("experiment"):
+        try:
+            compose([f"experiment={name}", f"distributed={engine}", "distributed.num_processes=2"])
+        except ConfigError as error:
+            refused[name] = str(error)
+    assert {*refused} == ({"qwen25_1_5b_alpaca_qlora"} if engine == "fsdp" else set())
+    assert all("states of optimizer.optim=paged_adamw_8bit cannot be sharded" in why for why in refused.values())
