@@ -258,6 +258,8 @@ class Sized:
     parameters: int
     needs: dict[str, int]
     """Reserved bytes by name of the method; a method that cannot be planned is left out."""
+    ranks: int = 1
+    """Number of GPUs that share the run, each of which needs that."""
 
 
 def models(overrides: Sequence[str], gpu: Gpu, report: Callable[[str], None]) -> tuple[list[Sized], dict[str, str]]:
@@ -290,5 +292,7 @@ def models(overrides: Sequence[str], gpu: Gpu, report: Callable[[str], None]) ->
     for name in names:
         if plans := {method: plan for method in METHODS if (plan := planned.get(f"{name}, {method}"))}:
             size = max(plan.total - (plan.trainable if plan.trainable < plan.total else 0) for plan in plans.values())
-            by_size.setdefault(size, Sized(name, size, {method: plan.peak for method, plan in plans.items()}))
+            ranks = max(plan.ranks for plan in plans.values())
+            needs = {method: plan.peak for method, plan in plans.items()}
+            by_size.setdefault(size, Sized(name, size, needs, ranks))
     return sorted(by_size.values(), key=lambda model: model.parameters), why

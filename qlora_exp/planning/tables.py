@@ -16,7 +16,7 @@ from qlora_exp.planning.fit import (
     verdict,
     worst_error,
 )
-from qlora_exp.planning.gpus import DRIVER_GIB, Gpu
+from qlora_exp.planning.gpus import Gpu
 from qlora_exp.planning.planner import Prediction
 from qlora_exp.planning.replay import KINDS
 from qlora_exp.utils.tables import print_table
@@ -154,7 +154,7 @@ def show_card(options: Sequence[Option], why: Mapping[str, str], gpu: Gpu) -> No
     if chosen:
         print(f"choose   {chosen}: {reason}")
     print(f"{_BASIS}; tokens/s at {gpu.rates}" if timed else _BASIS)
-    _show_room(gpu)
+    _show_room(gpu, max(option.planned.ranks for option in options))
 
 
 def show_cards(options: Sequence[Option], why: Mapping[str, str], cards: Sequence[Gpu]) -> None:
@@ -170,23 +170,23 @@ def show_cards(options: Sequence[Option], why: Mapping[str, str], cards: Sequenc
     print_table(title, ["GiB", *(option.name for option in options), "choose"], rows)
     _show_reasons(why)
     print(_BASIS)
-    _show_room(cards[0])
+    _show_room(cards[0], max(option.planned.ranks for option in options))
 
 
 def show_models(models: Sequence[Sized], why: Mapping[str, str], cards: Sequence[Gpu]) -> None:
     """Print the largest model for each GPU size and each method."""
-    names = dict.fromkeys(name for model in models for name in model.needs)
+    names, ranks = dict.fromkeys(name for model in models for name in model.needs), max(one.ranks for one in models)
     rows = []
     for card in cards:
-        cells = []
+        most, cells = room(card, ranks=ranks), []
         for name in names:
-            fitting = [model for model in models if name in model.needs and model.needs[name] <= room(card)]
+            fitting = [model for model in models if name in model.needs and model.needs[name] <= most]
             cells.append(_billions(fitting[-1]) if fitting else "-")
         rows.append([f"{card.memory_gib:g}", *cells])
     print_table("largest model for each GPU size", ["GiB", *names], rows)
     print("models  ", ", ".join(f"{_billions(model)} {model.name}" for model in models))
     _show_reasons(why)
-    _show_room(cards[0])
+    _show_room(cards[0], ranks)
 
 
 def _sent(prediction: Prediction, gpu: Gpu) -> str:
@@ -249,8 +249,10 @@ def _time_error(gpu: Gpu) -> str:
     return ""
 
 
-def _show_room(gpu: Gpu) -> None:
-    print(f"fits     even if the prediction is {worst_error(gpu):.1%} too low, with {DRIVER_GIB} GiB for the driver")
+def _show_room(gpu: Gpu, ranks: int) -> None:
+    nccl = " and NCCL" if ranks > 1 else ""
+    error = f"{worst_error(gpu, ranks):.1%}"
+    print(f"fits     even if the prediction is {error} too low, with {outside(ranks):g} GiB for the driver{nccl}")
 
 
 def _time(config: Config, seconds: float, price: float | None) -> str:

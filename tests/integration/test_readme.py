@@ -12,19 +12,29 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"```(?:bash|console)\n(.*?)```", README, re.DOTALL)
 LINES = [line.split(" #")[0].strip() for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
-TRAIN = [line for line in LINES if re.match(r"(\.venv/bin/)?qlora-exp train", line)]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize("line", TRAIN)
-def test_readme_train_commands_compose(line: str):
-    words = [word for word in shlex.split(line)[2:] if word not in ("-m", "--cfg", "job", "--help", "--dry-run")]
-    if " -m " in f"{line} ":
-        words = [word for word in words if not re.search(r"=.*,", word)]  # what is swept
-    compose(words)
+def composed_commands(page: Path) -> list[list[str]]:
+    """List the overrides of each command on a page that composes a config, but what is swept."""
+    commands = []
+    for block in re.findall(r"```(?:bash|console)\n(.*?)```", page.read_text("utf-8"), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if named := re.search(r"(?:qlora-exp|-m qlora_exp) (?:train|plan|advise)\b(.*)", line.split(" #")[0]):
+                overrides = [word for word in shlex.split(named[1]) if re.match(r"[+~]?[\w./@]+=", word)]
+                swept = re.compile(r"=[^\[{(]*,|=(choice|range|interval|tag)\(")
+                commands.append([word for word in overrides if not swept.search(word)])
+    return commands
 
 
-def test_readme_has_train_commands():
-    assert len(TRAIN) >= 5
+@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+def test_commands_on_a_page_compose(page: Path):
+    for overrides in composed_commands(page):
+        compose(overrides)
+
+
+def test_pages_have_commands():
+    assert sum(len(composed_commands(page)) for page in PAGES) >= 30
 
 
 def test_nox_sessions_named_in_the_readme_exist():
