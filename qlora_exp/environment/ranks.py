@@ -27,7 +27,7 @@ class Ranks:
 
     rank: int = 0
     local_rank: int = 0
-    """Rank among the processes of this machine; also the index of its GPU."""
+    """Index of its GPU among those that it sees: its rank on this machine, but 0 if it sees its own GPU only."""
     size: int = 1
     local_size: int = 1
 
@@ -35,6 +35,11 @@ class Ranks:
     def is_main(self) -> bool:
         """Whether this process tracks the run and writes its files."""
         return self.rank == 0
+
+    @property
+    def is_first_of_machine(self) -> bool:
+        """Whether this process measures what its machine does as a whole."""
+        return self.local_rank == 0 and os.environ.get("SLURM_LOCALID", "0") == "0"
 
 
 def ranks() -> Ranks:
@@ -104,10 +109,12 @@ def _of_srun(environment: Mapping[str, str]) -> dict[str, str] | None:
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if not tasks.isdigit() or int(tasks) < 2 or "SLURM_PROCID" not in environment:
         return None
+    # With --gpus-per-task a process sees its own GPU only, as the first one.
+    own_gpu = "SLURM_GPUS_PER_TASK" in environment or "gpu" in environment.get("SLURM_TRES_PER_TASK", "")
     on_this_machine = environment.get("SLURM_STEP_TASKS_PER_NODE", tasks).split("(")[0].split(",")[0]
     return {
         "RANK": environment["SLURM_PROCID"],
-        "LOCAL_RANK": environment.get("SLURM_LOCALID", "0"),
+        "LOCAL_RANK": "0" if own_gpu else environment.get("SLURM_LOCALID", "0"),
         "WORLD_SIZE": tasks,
         "LOCAL_WORLD_SIZE": on_this_machine,
     }

@@ -50,7 +50,7 @@ def train(run: RunContext, trainable: Trainable, pruning: Mapping[str, Any] | No
     before = efficiency.peak_flops(*precision)
     with efficiency.EnergyMeter() as energy:
         run.log_metrics(trainer.train(trainable.trainer, run.tracker.metrics, checkpoint, judge))
-    used = group.gather(energy.joules if ranks().local_rank == 0 else 0.0)  # it measures the complete machine
+    used = group.gather(energy.joules if ranks().is_first_of_machine else 0.0)  # it measures the complete machine
     joules = None if checkpoint or None in used else sum(used)  # of a resumed run only a part is measured
     # The best of two moments: in one alone the machine may be busy with something else.
     peak = sum(group.gather(max(before, efficiency.peak_flops(*precision))))

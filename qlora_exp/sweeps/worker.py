@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qlora_exp.config.schema import Config
+from qlora_exp.environment.ranks import ranks, take_place
 from qlora_exp.sweeps.jobs import JOB_FILE, TIME_LIMIT_FILE, stop, stopped
 from qlora_exp.tracking import run_key
 from qlora_exp.tracking.journal import last_message
@@ -38,11 +39,14 @@ def run_job(config: Config, folder: Path) -> None:
     from qlora_exp.recipe.summary import show
     from qlora_exp.tracking import lifecycle
 
+    take_place(config.distributed)
+    main = ranks().is_main  # else another process of the run, which SLURM started
     try:
         _check_unchanged(config, job["parts"])
-        with handle_signals(), time_limit(job["time_limit"], folder / TIME_LIMIT_FILE):
+        with handle_signals(), time_limit(job["time_limit"] if main else None, folder / TIME_LIMIT_FILE):
             result = run(config, folder, job["tags"], must_reach=False, pruning=job["pruning"])
-        show(result, config.tracking.uri)
+        if main:
+            show(result, config.tracking.uri)
     except PrunedError as error:
         log.info("pruned: %s", error)
     except KeyboardInterrupt:  # already recorded as killed
@@ -50,7 +54,9 @@ def run_job(config: Config, folder: Path) -> None:
     except (Exception, TimeLimitError) as error:  # a failure is a result: record it and let the other jobs run
         log.error("error: %s: %s", type(error).__name__, error)  # noqa: TRY400
         try:
-            if not isinstance(error, JournalError) and last_message(folder) is None:  # it failed before its run began
+            if (
+                main and not isinstance(error, JournalError) and last_message(folder) is None
+            ):  # it failed before its run began
                 lifecycle.record_failure(config, folder, job["tags"], error)
         except (OSError, UserError) as second:  # the disk may be full: the sweep sees that the job did not end
             log.error("error: it cannot be recorded: %s", second)  # noqa: TRY400

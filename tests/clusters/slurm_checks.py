@@ -96,6 +96,11 @@ def test_job_of_two_processes_ends_as_one_and_runs_again(mlflow_uri, tmp_path):
     check_job_of_two_processes(words, mlflow_uri, "two", tmp_path)
 
 
+def test_job_whose_processes_slurm_starts_is_one_run_and_ends_as_one(mlflow_uri, tmp_path):
+    words = command(mlflow_uri, "tasks", *SLURM, "hydra.launcher.parameters.tasks_per_node=2", *SHARED, *LONG)
+    check_job_of_two_processes(words, mlflow_uri, "tasks", tmp_path)
+
+
 def test_run_takes_the_processes_of_srun(mlflow_uri, tmp_path):
     single = [word for word in command(mlflow_uri, "srun", "distributed=ddp") if word != "-m" or word == "qlora_exp"]
     at = single.index("qlora_exp")

@@ -14,7 +14,7 @@ from submitit.helpers import DelayedSubmission
 
 from qlora_exp.sweeps.jobs import Ending
 from qlora_exp.sweeps.launchers.local import Task
-from qlora_exp.utils.errors import last_line
+from qlora_exp.utils.errors import ConfigError, last_line
 
 log = logging.getLogger(__name__)
 FOLDER = ".submitit"
@@ -40,7 +40,11 @@ def run_all(
 
     Returns:
         For each task how its process died; None if it returned.
+
+    Raises:
+        ConfigError: the tasks that SLURM would start for a job are not the processes of its run.
     """
+    _check_tasks(tasks, cluster, parameters)
     log_folder = tasks[0].folder.parent / FOLDER / "%j"
     limits = {"slurm_max_num_timeout": max_num_timeout} if cluster == "slurm" else {}
     executor = submitit.AutoExecutor(folder=log_folder, cluster=cluster, **limits)
@@ -59,6 +63,23 @@ def run_all(
             job.cancel()
         raise
     return endings
+
+
+def _check_tasks(tasks: Sequence[Task], cluster: str, parameters: Mapping[str, Any]) -> None:
+    """Check that SLURM starts one process for each job, or all the processes of the job's run."""
+    nodes, tasks_per_node = (int(parameters.get(name) or 1) for name in ("nodes", "tasks_per_node"))
+    if (started := nodes * tasks_per_node) == 1:
+        return
+    asked = f"hydra.launcher.parameters: nodes={nodes} and tasks_per_node={tasks_per_node} start {started} processes"
+    if cluster != "slurm":
+        raise ConfigError(
+            f"{asked} of a job, which only SLURM can do; leave them out, or use hydra.launcher.cluster=slurm"
+        )
+    if other := sorted({task.processes for task in tasks} - {started}):
+        raise ConfigError(
+            f"{asked} of a job, and a job here has {' or '.join(map(str, other))}: set distributed=ddp or fsdp, "
+            f"distributed.num_processes={started} and distributed.num_machines=1"
+        )
 
 
 class _Call:

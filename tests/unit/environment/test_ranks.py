@@ -72,6 +72,21 @@ def test_shared_run_takes_the_place_that_srun_gives(monkeypatch):
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("node1", "20700")
 
 
+@pytest.mark.parametrize("own", [{"SLURM_GPUS_PER_TASK": "1"}, {"SLURM_TRES_PER_TASK": "cpu=8,gres/gpu=1"}])
+def test_process_of_srun_that_sees_its_own_gpu_only_takes_that(own, monkeypatch):
+    for key, value in {**SRUN, **own, "MASTER_ADDR": "node1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(key, value)
+    for name in TORCHRUN:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: subprocess.CompletedProcess(words, 0, "node1\nnode2\n"))
+    take_place(DDP)
+    assert ranks() == Ranks(rank=3, local_rank=0, size=4, local_size=2)
+    assert not ranks().is_first_of_machine  # two of them would count the energy of the machine twice
+    monkeypatch.setenv("SLURM_LOCALID", "0")
+    assert ranks().is_first_of_machine
+
+
 def test_mpirun_cannot_share_a_run(monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="torchrun or srun can"):

@@ -15,14 +15,15 @@ from qlora_exp.utils.errors import PrunedError
 def start_job(make_config, mlflow_uri, tmp_path, monkeypatch):
     """Start a job whose run raises the given error; gives its folder."""
 
-    def start(error: BaseException | None = None, fail_fast: bool = False, **parts: str):
+    def start(error: BaseException | None = None, fail_fast: bool = False, words: tuple[str, ...] = (), **parts: str):
         def run(*_, **__):
             if error:
                 raise error
             pytest.fail("the run was started")
 
         monkeypatch.setattr("qlora_exp.recipe.finetune.run", run)
-        config = make_config("method=lora", f"tracking.uri={mlflow_uri}", "tracking.experiment_name=worker")
+        where = [f"tracking.uri={mlflow_uri}", "tracking.experiment_name=worker"]
+        config = make_config("method=lora", *where, *words)
         folder = tmp_path / "sweep" / "job"
         folder.mkdir(parents=True, exist_ok=True)
         job = {"fail_fast": fail_fast, "parts": run_key.digests(config) | parts, "time_limit": None, "tags": {}}
@@ -37,6 +38,14 @@ def test_error_before_the_run_begins_is_recorded_as_a_failed_run(start_job):
     last = last_message(start_job(ValueError("boom")))
     assert (last["op"], last["outcome"]) == ("end", "error")
     assert "boom" in last["failure"]
+
+
+def test_error_of_a_further_process_of_a_job_is_left_to_the_main_one(start_job, monkeypatch, caplog):
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    words = ("distributed=ddp", "distributed.num_processes=2")
+    assert last_message(start_job(ValueError("boom"), words=words)) is None
+    assert "ValueError: boom" in caplog.text
 
 
 def test_error_that_cannot_be_recorded_raises_nothing(start_job, monkeypatch, caplog):
