@@ -380,7 +380,8 @@ def test_jobs_are_not_planned_by_default(make_jobs, monkeypatch):
     execute(make_jobs("seed", ["1"]))
 
 
-def test_damaged_journal_does_not_stop_other_jobs(make_jobs, capsys):
+def test_damaged_journal_does_not_stop_other_jobs(make_jobs, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")  # no word of the table is broken
     damaged_at = (0, 3, 10**6)
 
     def cut_off(waiting):
