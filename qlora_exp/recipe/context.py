@@ -3,7 +3,9 @@
 import gc
 import logging
 import os
+import socket
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -117,6 +119,7 @@ def open_run(
         log.info("run %s in %s on %s", tracker.run_id or "of rank 0", folder, resolved.place)
         if place.size > 1:
             log.info("rank %d of %d is process %d", place.rank, place.size, os.getpid())
+            tracker.params({"resolved.topology": _topology(resolved)})
         if resolved.optim_fallback:
             log.info("optimizer %s: %s", resolved.optim, resolved.optim_fallback)
         tracker.params({f"resolved.{key}": value for key, value in asdict(resolved).items() if value is not None})
@@ -128,6 +131,12 @@ def open_run(
         except BaseException:  # for a run that is out of memory, the peaks matter most
             run.log_memory()
             raise
+
+
+def _topology(resolved: Resolved) -> str:
+    """Return the machines of the run, with their devices; all processes must call it."""
+    places = Counter(group.gather((socket.gethostname(), resolved.device_name)))
+    return "; ".join(f"{host}: {count} x {device}" for (host, device), count in places.items())
 
 
 @contextmanager

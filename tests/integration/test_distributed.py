@@ -14,6 +14,7 @@ from helpers import processes
 from safetensors.torch import load_file
 from support import QUICK, exit_code
 
+from qlora_exp.environment.device import cpu_name
 from qlora_exp.tracking.journal import last_message, metrics
 from qlora_exp.utils.errors import ConfigError, RankError, TimeLimitError
 from qlora_exp.utils.processes.signals import OUT_OF_TIME, handle_signals
@@ -98,6 +99,7 @@ def test_shared_run_is_one_run(run_quick, mlflow_client):
     assert only.info.status == "FINISHED"
     assert run.data.params["distributed.num_processes"] == "2"
     assert run.data.params["distributed.engine"] == "ddp"
+    assert run.data.params["resolved.topology"] == f"{socket.gethostname()}: 2 x {cpu_name()}"
     largest = result.metrics["memory/rss_peak_mib"]
     assert largest == max(result.metrics[f"memory/rank{rank}/rss_peak_mib"] for rank in (0, 1))
     assert (result.output_dir / "ranks" / "1.log").read_text().count("rank 1 of 2 is process") == 1
