@@ -96,6 +96,13 @@ def memory(session: nox.Session) -> None:
 
 
 @nox.session
+def statistics(session: nox.Session) -> None:
+    """Simulate the errors, coverage and power of what `compare` says (a quarter of an hour)."""
+    install(session)
+    session.run(sys.executable, "benchmarks/simulated_verdicts.py", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
 def sweeps(session: nox.Session) -> None:
     """Time sweeps against separate processes and Hydra's basic launcher (about ten minutes)."""
     install(session)

@@ -163,7 +163,8 @@ def _losses(rows: list[dict[str, float]]) -> Any:
 
 def _interval(ours: Any, theirs: Any) -> str:
     change = stats.difference_of_items(ours, theirs)
-    return f"{change.value:.4f} [{change.low:.4f}, {change.high:.4f}]"
+    low, high = change.interval
+    return f"{change.value:.4f} [{low:.4f}, {high:.4f}]"
 
 
 def tags(config: Config) -> Sequence[tuple[str, str]]:

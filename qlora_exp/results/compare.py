@@ -7,26 +7,19 @@ result.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
-
-from qlora_exp.results import stats
 from qlora_exp.results.metric_direction import lower_is_better
 from qlora_exp.results.record import Record
-from qlora_exp.utils.display import visible
+from qlora_exp.results.row import Row
+from qlora_exp.results.verdicts import Verdict, ties, too_few_seeds, verdicts
 from qlora_exp.utils.errors import ConfigError
-from qlora_exp.utils.text import shortened
 
 METRICS = ("loss", "rougeL", "exact_match", "task_score", "unrelated_loss")
 """Measures of quality, taken after training on held-out rows. Perplexity is not listed: the loss is its logarithm.
 
 `lm_eval/TASK/METRIC` of each task that was scored can be used as well.
 """
-ALPHA = 1 - stats.LEVEL
-TIED = 100
-"""With more rows than this, pairs are not tested: it would take long, and nobody could read that many letters."""
 
 # Preferred keys for the labels, in this order, when the runs were not made by one sweep.
 _LABEL_KEYS = (
@@ -55,52 +48,6 @@ _CONDITIONS = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Row:
-    """One configuration: its runs differ in the seed only."""
-
-    label: dict[str, str]
-    """Keys that differ between the configurations, with the values of this configuration."""
-    records: list[Record]
-    """Runs with outcome `ok`."""
-    failed: list[Record]
-    """Runs with any other outcome."""
-
-    @property
-    def name(self) -> str:
-        """The row's label as text, with complete keys and shortened values."""
-        return " ".join(f"{key}={shortened(value)}" for key, value in self.label.items()) or "all"
-
-    @property
-    def short(self) -> str:
-        """The same with short keys, for plots."""
-        words = (f"{key.rpartition('.')[2]}={shortened(value, 40)}" for key, value in self.label.items())
-        return visible(" ".join(words)) or "all"
-
-    def mean(self, metric: str) -> stats.Estimate | None:
-        """Return the mean of a metric over the seeds; None unless every run has the metric, as a finite number."""
-        if not self.records or self.unmeasured(metric):
-            return None
-        return stats.mean([record.metrics[metric] for record in self.records])
-
-    def unmeasured(self, metric: str) -> str:
-        """Say in how many runs a metric is missing or not a number; empty if all have it."""
-        missing = sum(metric not in record.metrics for record in self.records)
-        wrong = sum(not math.isfinite(record.metrics.get(metric, 0.0)) for record in self.records)
-        counts = {"not measured": missing, "not a number": wrong}
-        return "; ".join(f"{what} in {count} of {len(self.records)} runs" for what, count in counts.items() if count)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The result of comparing a configuration with the baseline."""
-
-    difference: stats.Difference
-    p: float
-    """P-value, adjusted for the number of comparisons (Holm)."""
-    text: str
-
-
 @dataclass(frozen=True)
 class Comparison:
     """A complete comparison, ready to be printed or plotted."""
@@ -122,6 +69,8 @@ class Comparison:
     """Other config keys that differ, with their values; the keys in the row labels are not repeated."""
     without_artifacts: str = ""
     """How many runs have no artifacts that can be read, and why; their differences are not tested item by item."""
+    too_few_seeds: str = ""
+    """That so many comparisons need more seeds, and how many; empty if there are enough."""
 
 
 def compare(records: Sequence[Record], metric: str = "loss", baseline: str | None = None) -> Comparison:
@@ -156,16 +105,11 @@ def compare(records: Sequence[Record], metric: str = "loss", baseline: str | Non
         raise ConfigError(f"--metric {metric}: these runs did not measure it; available: {available}")
     measured = [row for row in ended if row.mean(f"after/{metric}")]
     baseline_row = _baseline(measured, baseline, rows)
-    others = [row for row in measured if row is not baseline_row]
-    differences = {row.name: _difference(row, baseline_row, metric) for row in others}
-    adjusted = dict(zip(differences, stats.holm([difference.p for difference in differences.values()]), strict=True))
     lower_wins = _lower_is_better(metric, ended)
-    verdicts = {
-        name: Verdict(difference, adjusted[name], _verdict_text(difference, adjusted[name], lower_wins))
-        for name, difference in differences.items()
-    }
-    conditions = _about(records), _unfair(ended), _settings(ended), _lost(ended)
-    return Comparison(rows, baseline_row, metric, lower_wins, verdicts, _ties(ended, metric, lower_wins), *conditions)
+    judged = verdicts(measured, baseline_row, metric, lower_wins)
+    letters = ties(measured, metric, lower_wins)
+    conditions = _about(records), _unfair(ended), _settings(ended), _lost(ended), too_few_seeds(judged)
+    return Comparison(rows, baseline_row, metric, lower_wins, judged, letters, *conditions)
 
 
 def _rows(records: Sequence[Record]) -> list[Row]:
@@ -232,85 +176,6 @@ def _lower_is_better(metric: str, rows: Sequence[Row]) -> bool:
     if not metric.startswith("lm_eval/"):
         return lower_is_better(metric)
     return any(metric in record.lm_eval.get("lower_is_better", ()) for row in rows for record in row.records)
-
-
-@lru_cache(maxsize=2 * TIED)
-def _items(row: Row, metric: str) -> tuple[dict[str, stats.Items], str]:
-    """Return the measurements on each item by seed, each of shape (1, items, 2), and a fingerprint of the items.
-
-    Both are empty if they were not recorded; the fingerprint is also empty if runs of the row used different items.
-    """
-    items_of_seed: dict[str, stats.Items] = {}
-    for record in row.records:
-        if metric == "loss":
-            pairs = [(line["nll"], line["tokens"]) for line in record.losses]
-        elif metric == "unrelated_loss":
-            pairs = [(line["nll"], line["tokens"]) for line in record.unrelated_losses]
-        elif metric.startswith("lm_eval/"):
-            _, task, name = metric.split("/", 2)
-            tasks = {task, *record.lm_eval.get("groups", {}).get(task, ())}
-            pairs = [(item[name], 1.0) for item in record.lm_eval["items"] if item["task"] in tasks and name in item]
-        else:
-            pairs = [(answer[metric], 1.0) for answer in record.answers if metric in answer]
-        if pairs:
-            items_of_seed[record.params["seed"]] = np.array([pairs], float)
-    kind = "lm_eval" if metric.startswith("lm_eval/") else "unrelated" if metric == "unrelated_loss" else "evaluation"
-    rows = {record.params.get(f"data.{kind}_fingerprint", record.run_id) for record in row.records}
-    return items_of_seed, rows.pop() if len(rows) == 1 else ""
-
-
-def _difference(ours: Row, theirs: Row, metric: str) -> stats.Difference:
-    """Compute the difference: paired by seed where both have common seeds, by item where both used the same rows."""
-    mine, rows = _items(ours, metric)
-    other, other_rows = _items(theirs, metric)
-    common = sorted(mine.keys() & other.keys())
-    if common and rows and rows == other_rows:
-        pairs = [(mine[seed], other[seed]) for seed in common]
-        if all(a.shape == b.shape and np.array_equal(a[..., 1], b[..., 1]) for a, b in pairs):
-            return stats.difference_of_items(*(np.concatenate(side) for side in zip(*pairs, strict=True)))
-    values = [
-        {record.params["seed"]: record.metrics[f"after/{metric}"] for record in row.records} for row in (ours, theirs)
-    ]
-    common = sorted(values[0].keys() & values[1].keys())
-    if common:
-        return stats.difference_of_seeds([values[0][seed] for seed in common], [values[1][seed] for seed in common])
-    our_mean, their_mean = (float(np.mean(list(each.values()))) for each in values)
-    return stats.difference_of_seeds([our_mean], [their_mean])
-
-
-def _verdict_text(difference: stats.Difference, p: float, lower_is_better: bool) -> str:
-    interval = "" if math.isnan(difference.low) else f" [{difference.low:+.4f}, {difference.high:+.4f}]"
-    caution = "; one seed only: another seed may give another result" if difference.seeds == 1 else ""
-    if p < ALPHA:
-        better = (difference.value < 0) == lower_is_better
-        return f"{'better' if better else 'worse'} {difference.value:+.4f}{interval}{caution}"
-    if difference.seeds == 1:
-        return f"tie {difference.value:+.4f}{interval}{caution}"
-    more_seeds = stats.seeds_to_settle(difference)
-    if more_seeds is None:
-        outlook = "more seeds would not settle it; more held-out rows might"
-    elif more_seeds == 0:
-        outlook = "significant on its own, but not after the correction for the number of comparisons"
-    else:
-        outlook = f"{more_seeds} more seeds would settle it"
-    return f"tie {difference.value:+.4f}{interval}; {outlook}"
-
-
-def _ties(rows: Sequence[Row], metric: str, lower: bool) -> dict[str, str]:
-    """Test every pair (Holm) and return each row's letters of ties; empty if there are more than `TIED` rows."""
-    measured = [row for row in rows if row.mean(f"after/{metric}")]
-    if len(measured) > TIED:
-        return {}
-    pairs = [(first, second) for first in range(len(measured)) for second in range(first)]
-    adjusted = stats.holm([_difference(measured[first], measured[second], metric).p for first, second in pairs])
-    differ = [[False] * len(measured) for _ in measured]
-    for (first, second), p in zip(pairs, adjusted, strict=True):
-        differ[first][second] = differ[second][first] = p < ALPHA
-    means = [row.mean(f"after/{metric}") for row in measured]
-    sign = 1 if lower else -1
-    order = sorted(range(len(measured)), key=lambda index: sign * means[index].value)  # type: ignore[union-attr]
-    letters = stats.groups_of_ties(order, differ)
-    return {row.name: letter for row, letter in zip(measured, letters, strict=True)}
 
 
 def _about(records: Sequence[Record]) -> dict[str, str]:

@@ -13,7 +13,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from qlora_exp.results.compare import Comparison, Row
+from qlora_exp.results.compare import Comparison
+from qlora_exp.results.row import Row
 from qlora_exp.utils.text import shortened
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")

@@ -17,7 +17,8 @@ from typing import Any
 
 from rich.console import Console
 
-from qlora_exp.results.compare import Comparison, Row
+from qlora_exp.results.compare import Comparison
+from qlora_exp.results.row import Row
 from qlora_exp.tracking.mlflow_store import client
 from qlora_exp.utils.display import csv_cell, say, shown
 from qlora_exp.utils.display import markdown as as_markdown
@@ -179,9 +180,11 @@ def _notes(comparison: Comparison) -> list[str]:
     lines[0] += "".join(f"; {name} {value}" for name, value in comparison.about.items())
     lines += [
         f"Differences of {comparison.metric} from {comparison.baseline.name}, on the same held-out items and seeds "
-        "where both have them, with 95 % intervals and p-values adjusted for their number (Holm). Rows that share a "
-        "letter do not differ significantly."
+        "where both have them, with 95 % intervals; verdicts and letters are adjusted for the number of comparisons "
+        "(Holm). Rows that share a letter do not differ significantly."
     ]
+    if comparison.too_few_seeds:
+        lines.append(comparison.too_few_seeds)
     if intervals:
         lines.append("± is the 95 % interval of the mean over seeds (Student's t).")
     if comparison.without_artifacts:
@@ -302,8 +305,8 @@ def _numbers(row: Row, comparison: Comparison) -> dict[str, Any]:
         difference = verdict.difference
         line |= {
             "difference": difference.value,
-            "difference low": difference.low,
-            "difference high": difference.high,
+            "difference low": difference.interval[0],
+            "difference high": difference.interval[1],
             "p": verdict.p,
         }
         line["verdict"] = verdict.text
@@ -316,8 +319,8 @@ def _everything(comparison: Comparison) -> dict[str, Any]:
         verdict = comparison.verdicts.get(row.name)
         against_baseline = verdict and {
             "difference": _number(verdict.difference.value),
-            "low": _number(verdict.difference.low),
-            "high": _number(verdict.difference.high),
+            "low": _number(verdict.difference.interval[0]),
+            "high": _number(verdict.difference.interval[1]),
             "p": _number(verdict.p),
             "verdict": verdict.text,
         }
@@ -344,6 +347,7 @@ def _everything(comparison: Comparison) -> dict[str, Any]:
         "about": comparison.about,
         "not_equal": comparison.warnings,
         "settings": comparison.settings,
+        "too_few_seeds": comparison.too_few_seeds,
         "rows": rows,
     }
 

@@ -228,7 +228,7 @@ def gaps(measured: Sequence[Measured]) -> dict[str, list[Gap]]:
         differences = {form: stats.difference_of_items(items, reference) for form, items in pairs.items()}
         adjusted = stats.holm([difference.p for difference in differences.values()])
         for (form, difference), p in zip(differences.items(), adjusted, strict=True):
-            by_form[form].append(Gap(metric, difference.value, difference.low, difference.high, p))
+            by_form[form].append(Gap(metric, difference.value, *difference.interval, p))
     return by_form
 
 

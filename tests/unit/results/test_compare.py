@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 from helpers.past_runs import ROWS, shifted
 from mlflow.exceptions import MlflowException
@@ -19,7 +20,7 @@ def test_seeds_of_one_config_are_one_row(past_runs):
     assert [(row.name, len(row.records)) for row in found.rows] == [("method.r=4", 3), ("method.r=8", 3)]
     verdict = found.verdicts["method.r=8"]
     assert verdict.text.startswith("better -0.2000")
-    assert (verdict.difference.seeds, verdict.difference.items) == (3, 8)
+    assert (verdict.difference.seeds, verdict.difference.items) == ((3, 3), 8)
     assert found.ties == {"method.r=4": "b", "method.r=8": "a"}
 
 
@@ -39,6 +40,86 @@ def test_difference_within_chance_is_a_tie_with_the_seeds_needed(past_runs):
     assert found.verdicts["method.r=8"].text.startswith("tie ")
     assert "more seeds would settle it" in found.verdicts["method.r=8"].text
     assert found.ties == {"method.r=4": "a", "method.r=8": "a"}
+
+
+def noisy(rng, by: float, items: int = 30) -> list[float]:
+    """Losses of a run: what its seed does to all rows, and to each."""
+    return list(np.resize(ROWS, items) + by + rng.normal(0, 0.035) + rng.normal(0, 0.035, items))
+
+
+def test_rows_with_other_seeds_are_compared_by_all_of_them(past_runs):
+    """Five seeds each, none in common: independent samples over seeds, but the same held-out rows."""
+    rng = np.random.default_rng(0)
+    for seed in range(1, 6):
+        past_runs(noisy(rng, 0.0), seed=seed, method__r=4)
+        past_runs(noisy(rng, -0.5), seed=5 + seed, method__r=8)
+    found = compare(find(past_runs.uri, experiment=past_runs.experiment))
+    verdict, (base, other) = found.verdicts["method.r=8"], (row.mean("after/loss") for row in found.rows)
+    assert verdict.text.startswith("better -0.")
+    assert verdict.difference.value == pytest.approx(other.value - base.value)
+    assert (verdict.difference.seeds, verdict.difference.items) == ((5, 5), 30)
+    assert found.ties == {"method.r=4": "b", "method.r=8": "a"}
+
+
+def test_seed_that_failed_in_one_row_leaves_the_others_paired(past_runs):
+    rng = np.random.default_rng(0)
+    for seed in range(1, 6):
+        alike = rng.normal(0, 3)  # what the seed does to both rows
+        past_runs(noisy(rng, alike), seed=seed, method__r=4)
+        if seed < 5:
+            past_runs(noisy(rng, alike - 0.5), seed=seed, method__r=8)
+    past_runs(outcome="oom", seed=5, method__r=8)
+    found = compare(find(past_runs.uri, experiment=past_runs.experiment))
+    difference, (base, other) = found.verdicts["method.r=8"].difference, (row.mean("after/loss") for row in found.rows)
+    assert difference.seeds == (4, 5)
+    assert difference.value == pytest.approx(other.value - base.value)
+    assert difference.error < 0.7 * (base.high - base.value) / 2.776  # the printed interval: t of 4 degrees of freedom
+
+
+def test_row_of_one_seed_is_judged_by_how_the_other_varies(past_runs):
+    rng = np.random.default_rng(0)
+    for seed in range(1, 6):
+        past_runs(noisy(rng, rng.normal(0, 0.3)), seed=seed, method__r=4)
+    past_runs(noisy(rng, -0.3), seed=1, method__r=8)
+    past_runs(noisy(rng, -9.0), seed=9, method__r=16)
+    found = compare(find(past_runs.uri, experiment=past_runs.experiment))
+    assert found.verdicts["method.r=8"].text.startswith("tie ")
+    assert found.verdicts["method.r=16"].text.startswith("better ")
+    for verdict in found.verdicts.values():
+        assert "one of the two has one seed only; it is taken to vary over seeds as the other does" in verdict.text
+
+
+def test_two_seeds_over_ten_rows_are_said_to_be_too_few(past_runs, capsys):
+    rng = np.random.default_rng(3)
+    for r in range(1, 12):
+        for seed in (1, 2):
+            past_runs(noisy(rng, 0.0, 20), seed=seed, method__r=r)
+    found = compare(find(past_runs.uri, experiment=past_runs.experiment))
+    assert {verdict.text[:4] for verdict in found.verdicts.values()} == {"tie "}
+    assert set(found.ties.values()) == {"a"}
+    report.show(found)
+    assert (
+        "2 seeds are too few for 10 verdicts where results vary with the seed: a difference is significant only beyond "
+        "90 times the standard deviation over seeds; with 4 seeds, beyond 3.7 times.\n"
+    ) in capsys.readouterr().out
+
+
+def test_runs_that_are_all_equal_tie(past_runs):
+    """Deterministic runs, whose seed changes nothing."""
+    for r in (4, 8, 16):
+        for seed in (1, 2):
+            past_runs(shifted(0.0 if r < 16 else -0.1), seed=seed, method__r=r)
+    found = compare(find(past_runs.uri, experiment=past_runs.experiment))
+    assert found.verdicts["method.r=8"].text == "tie +0.0000"
+    assert found.verdicts["method.r=16"].text.startswith("better -0.1000")
+
+
+def test_few_runs_with_the_same_score_are_no_proof(past_runs):
+    for r, score in ((4, 0.1), (8, 0.2)):
+        for seed in (1, 2):
+            past_runs(seed=seed, method__r=r, metrics={"after/exact_match": score})
+    found = compare(find(past_runs.uri, experiment=past_runs.experiment), "exact_match")
+    assert found.verdicts["method.r=8"].text == "tie +0.1000; too few runs to exclude chance"
 
 
 def test_verdict_of_one_seed_says_so(past_runs):
