@@ -19,6 +19,11 @@ MEMORY = Path("/dev/shm")
 """File system in memory, on Linux."""
 TWO_WORKERS = ("-n", "2", "--dist", "worksteal")
 """Each worker begins with one half of the modules, so that most of what a module's tests share is made once."""
+DEEPSPEED = (
+    "tests/integration/test_deepspeed.py",
+    "tests/unit/libraries/test_deepspeed.py",
+    "tests/unit/models/test_zero3.py",
+)
 GPTQMODEL = (
     "GPTQModel==7.6.0",
     "defuser==0.0.28",
@@ -159,6 +164,13 @@ def ray(session: nox.Session) -> None:
 
 
 @nox.session
+def deepspeed(session: nox.Session) -> None:
+    """Test DeepSpeed's ZeRO-3 with two processes on this machine's CPU (two minutes)."""
+    install(session, "dev", "deepspeed")
+    pytest(session, *(session.posargs or DEEPSPEED))
+
+
+@nox.session
 def gptq(session: nox.Session) -> None:
     """Test bases of GPTQ or AWQ files through GPTQModel, which is built from its sources (five minutes)."""
     install(session, "dev", "quantizers")
@@ -184,7 +196,7 @@ def ui(session: nox.Session) -> None:
 @nox.session
 def constraints(session: nox.Session) -> None:
     """Write constraints.txt from what is installed here."""
-    install(session, *TESTED, "postgres", "ray", "browser")
+    install(session, *TESTED, "postgres", "ray", "deepspeed", "browser")
     session.run(*PIP, *CONSTRAINTS, "mlflow[auth]")
     frozen = session.run(sys.executable, "-m", "pip", "freeze", "--exclude-editable", silent=True)
     lines = [line.split("+")[0] for line in str(frozen).splitlines() if "==" in line]  # torch's +cpu, +cu130 fit all

@@ -28,7 +28,7 @@ def problems(config: Config) -> Iterator[str]:
     yield from _trainer(config)
     yield from _device(config)
     yield from _distributed(config)
-    if config.distributed.engine == "fsdp":
+    if config.distributed.shards:
         yield from _sharded(config)
     if not config.model.model_name_or_path.startswith("random:") and config.model.random_config:
         yield "model.random_config needs model.model_name_or_path=random:FAMILY"
@@ -142,46 +142,51 @@ def _device(config: Config) -> Iterator[str]:
 
 
 def _sharded(config: Config) -> Iterator[str]:
-    """Check what FSDP cannot shard, or would train otherwise than one process does."""
+    """Check what an engine cannot shard, or would train otherwise than one process does."""
+    engine = f"distributed={config.distributed.engine}"
     method, quantization, optimizer, training = config.method, config.quantization, config.optimizer, config.training
     instead = "or distributed=ddp, where each process has a whole copy"
     if quantization.quantized and not quantization.load_in_4bit:
         yield (
-            f"distributed=fsdp cannot shard a base stored as {quantization.name}: choose quantization=nf4_double or "
+            f"{engine} cannot shard a base stored as {quantization.name}: choose quantization=nf4_double or "
             f"none, {instead}"
         )
     if why := _NOT_SHARDED.get(method.peft_type or ""):
-        yield f"distributed=fsdp cannot train method={method.name}, {why}: choose another method, {instead}"
+        yield f"{engine} cannot train method={method.name}, {why}: choose another method, {instead}"
     if peft_methods.moves_base_weights(config.lora_start):
         yield (
-            f"distributed=fsdp cannot save init_lora_weights={config.lora_start}, whose difference from the start "
+            f"{engine} cannot save init_lora_weights={config.lora_start}, whose difference from the start "
             f"needs whole weights: choose another lora_variant, {instead}"
         )
     elif config.lora_start in peft_methods.FROM_ROWS:
         yield (
-            f"distributed=fsdp cannot compute init_lora_weights={config.lora_start}, which runs rows through the whole "
+            f"{engine} cannot compute init_lora_weights={config.lora_start}, which runs rows through the whole "
             f"base before it is sharded: choose another lora_variant, {instead}"
         )
     for name in ("kasa_config", "monteclora_config"):
         if config.peft_settings.get(name):
             yield (
-                f"distributed=fsdp cannot train with {name}, whose own loss needs whole weights: choose another "
+                f"{engine} cannot train with {name}, whose own loss needs whole weights: choose another "
                 f"lora_variant, {instead}"
             )
     if optimizer.optim not in _SHARDED_OPTIMIZERS:
         yield (
-            f"distributed=fsdp: the states of optimizer.optim={optimizer.optim} cannot be sharded as the parameters "
+            f"{engine}: the states of optimizer.optim={optimizer.optim} cannot be sharded as the parameters "
             f"are: use optimizer=adamw_torch, {instead}"
         )
     if optimizer.lora_optimizer in ("lorafa", "riemannian"):
         yield (
-            f"distributed=fsdp: optimizer={optimizer.name} computes with whole matrices, of which each process has a "
+            f"{engine}: optimizer={optimizer.name} computes with whole matrices, of which each process has a "
             f"part: use optimizer=adamw_torch or loraplus, {instead}"
         )
+    key = "model.dtype" if method.peft_type is None else "method.adapter_dtype"
+    trained = config.model.dtype if method.peft_type is None else method.adapter_dtype
+    if config.distributed.engine == "deepspeed_zero3" and trained in ("bfloat16", "float16"):
+        yield f"{engine} trains float32 copies of parameters in {trained}: use {key}=float32, or distributed=fsdp"
     if training.torch_compile:
-        yield "distributed=fsdp with training.torch_compile was never tested: use training.torch_compile=false"
+        yield f"{engine} with training.torch_compile was never tested: use training.torch_compile=false"
     if training.fp16 is True:
-        yield "distributed=fsdp has no loss scaling for training.fp16: use training.bf16=true"
+        yield f"{engine} has no loss scaling for training.fp16: use training.bf16=true"
 
 
 _NOT_SHARDED = {
@@ -192,6 +197,6 @@ _NOT_SHARDED = {
     ),
     **dict.fromkeys(("TINYLORA", "UNILORA", "VBLORA"), "which shares parameters between layers"),
 }
-"""PEFT types that FSDP cannot train, and why."""
+"""PEFT types that cannot be sharded, and why."""
 _SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "sgd", "rmsprop")
 """Optimizers with states like the parameters, made in the first step. paged_adamw_32bit runs as adamw_torch."""

@@ -173,12 +173,15 @@ def _training(config: Config) -> Iterator[tuple[str, str]]:
 def _distributed(config: Config) -> Iterator[tuple[str, str]]:
     if config.distributed.engine == "none":
         for key in DistributedConfig.model_fields.keys() - {"engine"}:
-            yield f"distributed.{key}", "distributed=none is a single process: choose distributed=ddp or fsdp"
+            yield (
+                f"distributed.{key}",
+                "distributed=none is a single process: choose distributed=ddp, fsdp or deepspeed_zero3",
+            )
         return
     if config.distributed.num_machines == 1:
         yield "distributed.main_process_ip", "all processes are on this machine"
-    if config.distributed.engine != "fsdp":
-        yield "distributed.cpu_offload", "only distributed=fsdp can offload"
+    if not config.distributed.shards:
+        yield "distributed.cpu_offload", "only distributed=fsdp and deepspeed_zero3 can offload"
 
 
 def _measuring(config: Config) -> Iterator[tuple[str, str]]:

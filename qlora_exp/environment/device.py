@@ -146,8 +146,8 @@ def resolve(config: Config, device: Device) -> Resolved:
         raise ConfigError("quantization: bitsandbytes does not run on mps; use quanto_int4, none or device=cpu")
     if device.type != "cuda" and training.fp16 is True:
         raise ConfigError(f"training.fp16: needs a CUDA device, not {device.type}; use training.fp16=auto")
-    fsdp = config.distributed.engine == "fsdp"
-    if device.type != "cuda" and config.distributed.cpu_offload:
+    shared = config.distributed
+    if device.type != "cuda" and shared.cpu_offload:
         raise ConfigError(f"distributed.cpu_offload: needs a CUDA device, not {device.type}; use false")
     mapped = config.model.device_map
     if device.type == "cuda" and isinstance(mapped, dict) and (elsewhere := _another_gpu([*mapped.values()])):
@@ -161,12 +161,14 @@ def resolve(config: Config, device: Device) -> Resolved:
     full = config.method.peft_type is None
     bf16 = training.bf16 if training.bf16 != "auto" else best == "bfloat16" and training.fp16 is not True
     fp16 = training.fp16 if training.fp16 != "auto" else best == "float16" and not bf16
-    if fp16 and fsdp:
-        raise ConfigError("distributed=fsdp has no loss scaling for float16; use distributed=ddp or training.bf16=true")
+    if fp16 and shared.shards:
+        raise ConfigError(
+            f"distributed={shared.engine} has no loss scaling for float16; use distributed=ddp or training.bf16=true"
+        )
     optim: str = config.optimizer.optim
     fallback = None
-    if optim in UNPAGED and (fsdp or not device.paging):
-        fallback = f"{'distributed=fsdp' if fsdp else device.type} has no paged memory for {optim}"
+    if optim in UNPAGED and (shared.shards or not device.paging):
+        fallback = f"{f'distributed={shared.engine}' if shared.shards else device.type} has no paged memory for {optim}"
         optim = UNPAGED[optim]
     dtype = _auto(config.model.dtype, "float32" if full else best)
     return Resolved(
@@ -176,7 +178,7 @@ def resolve(config: Config, device: Device) -> Resolved:
         device_name=device.name,
         dtype=dtype,
         compute_dtype=_auto(quantization.bnb_4bit_compute_dtype, best) if quantization.load_in_4bit else None,
-        quant_storage=dtype if fsdp and quantization.load_in_4bit else None,
+        quant_storage=dtype if shared.shards and quantization.load_in_4bit else None,
         adapter_dtype=None if full else _auto(config.method.adapter_dtype, "float32"),
         bf16=bf16,
         fp16=fp16,

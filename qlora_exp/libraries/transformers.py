@@ -54,6 +54,13 @@ def quantized_on(device: str) -> AbstractContextManager[None]:
     return patched(Bnb4bitQuantize, convert=convert)
 
 
+def saved_by_any_process() -> AbstractContextManager[None]:
+    """Let `save_pretrained` write in whatever process of a run calls it within the context; else only rank 0's does."""
+    from transformers import PreTrainedModel
+
+    return patched(PreTrainedModel, should_save_on_this_rank=lambda _, is_main_process: is_main_process)
+
+
 def load_best_checkpoint(trainer: Any) -> None:
     """Load the checkpoint that the trainer's state names as the best (`Trainer._load_best_model`).
 

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from qlora_exp.config.sections.dataset import DatasetConfig
+from qlora_exp.config.sections.distributed import DistributedConfig
 from qlora_exp.config.sections.model import ModelConfig
 from qlora_exp.config.sections.quantization import QuantizationConfig
 from qlora_exp.data.end_of_turn import end_of_turn
@@ -43,6 +44,8 @@ from qlora_exp.models.quantization import check_stored, guard_layers, quantizati
 from qlora_exp.utils.errors import ModelError, first_line
 
 Tokenizer = PreTrainedTokenizerBase
+ALONE = DistributedConfig()
+"""One process, with one device or several."""
 _MOST_VALUES = 10**14
 """Most parameters of a model whose files are not on this machine."""
 _POSITIONS = re.compile(r"(^|\.)wpe(\.|$)|pos(ition)?s?_|_pos(ition)?s?(\.|$)")
@@ -132,7 +135,7 @@ def learned_positions(model: Any) -> int | None:
 
 
 def load_model(
-    config: ModelConfig, quantization: QuantizationConfig, resolved: Resolved, engine: str = "none"
+    config: ModelConfig, quantization: QuantizationConfig, resolved: Resolved, shared: DistributedConfig = ALONE
 ) -> PreTrainedModel:
     """Load the base model on its device, in its dtype, quantized as configured.
 
@@ -140,14 +143,14 @@ def load_model(
         config: the model's config.
         quantization: the run's quantization.
         resolved: device and dtypes of the run.
-        engine: what shares the run among processes, each with its own device. `fsdp`: load on the CPU, where a model
-            fits that is larger than a GPU; a GPU only quantizes it, one matrix at a time. Files in the model's dtype
-            stay mapped into memory, so that processes have one copy.
+        shared: how processes share the run, each with its own device. An engine that shards the model gets it on the
+            CPU, where one fits that is larger than a GPU; a GPU only quantizes it, one matrix at a time. Files in the
+            model's dtype stay mapped into memory, so that processes have one copy.
 
     Raises:
         ModelError: the model cannot be found, fetched or read, or its files are quantized in another way.
     """
-    to_shard, spread = engine == "fsdp", config.device_map if engine == "none" else None
+    to_shard, spread = shared.shards, config.device_map if shared.engine == "none" else None
     arguments: dict[str, Any] = {
         "dtype": getattr(torch, resolved.dtype),
         "device_map": spread or {"": "cpu" if to_shard else resolved.device},

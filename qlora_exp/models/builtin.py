@@ -9,6 +9,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from qlora_exp.libraries.transformers import gguf_files_read_once, saved_by_any_process
 from qlora_exp.utils.cache import built
 from qlora_exp.utils.digests import file_digest, json_digest
 from qlora_exp.utils.errors import ConfigError, ModelError, did_you_mean, nearest
@@ -130,8 +131,6 @@ def _convert_smollm2(folder: Path) -> None:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from qlora_exp.libraries.transformers import gguf_files_read_once
-
     print("Converting the packaged SmolLM2-135M; only the first time, about ten seconds ...", flush=True)
     with gguf_files_read_once():
         tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=_GGUF)
@@ -147,7 +146,8 @@ def _convert_smollm2(folder: Path) -> None:
     tokenizer.model_max_length = 8192
     tokenizer.save_pretrained(folder)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.save_pretrained(folder)
+    with saved_by_any_process():
+        model.save_pretrained(folder)
 
 
 def _create_random(folder: Path, family: str, fields: dict[str, Any]) -> None:
@@ -185,4 +185,5 @@ def _create_random(folder: Path, family: str, fields: dict[str, Any]) -> None:
             model = AutoModelForCausalLM.from_config(config)
     except (TypeError, ValueError, RuntimeError, StrictDataclassError) as error:
         raise ConfigError(f"model.random_config: {family} cannot be built with {fields}: {error}") from error
-    model.save_pretrained(folder)
+    with saved_by_any_process():
+        model.save_pretrained(folder)

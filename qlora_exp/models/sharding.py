@@ -21,12 +21,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_exp.environment.ranks import ranks
+from qlora_exp.models import zero3
 from qlora_exp.utils.errors import ConfigError
 
 
 def is_sharded(model: Any) -> bool:
-    """Return whether `shard` was applied to a model."""
-    return isinstance(model, FSDPModule)
+    """Return whether `shard` or `zero3.partition` was applied to a model: then each process has parts of it."""
+    return isinstance(model, FSDPModule) or any(map(zero3.is_partitioned, model.parameters()))
 
 
 def shard(model: Any, device: str, cpu_offload: bool = False) -> None:
@@ -85,18 +86,18 @@ def whole_weights(model: Any, parameters: set[str]) -> dict[str, torch.Tensor]:
     whole: dict[int, torch.Tensor] = {}  # tied weights once
     state = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, DTensor):
+        if not isinstance(tensor, DTensor) and not zero3.is_partitioned(tensor):
             state[name] = tensor.detach().cpu()
         elif name in parameters:
             if id(tensor) not in whole:
-                whole[id(tensor)] = _on_main(tensor.detach())
+                whole[id(tensor)] = _on_main(tensor)
             state[name] = whole[id(tensor)]
     return state if ranks().is_main else {}
 
 
 def _on_main(part: Any) -> torch.Tensor:
     """Return the whole tensor in the main process, on the CPU; an empty one in the others."""
-    whole = part.full_tensor()
+    whole = zero3.whole(part) if zero3.is_partitioned(part) else part.detach().full_tensor()
     return whole.cpu() if ranks().is_main else whole.new_empty(0)
 
 

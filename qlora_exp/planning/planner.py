@@ -81,6 +81,7 @@ class Planner:
         for key, asked in (
             ("training.torch_compile=true", config.training.torch_compile),
             ("device=mps", resolved.device == "mps"),
+            ("distributed=deepspeed_zero3", config.distributed.engine == "deepspeed_zero3"),  # only ddp and fsdp
             (
                 "method.use_dynamic_rank=true",
                 config.method.settings.get("use_dynamic_rank"),

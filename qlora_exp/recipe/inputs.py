@@ -5,6 +5,7 @@ An error here leaves no run behind. Rows are read first, before the slow imports
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from qlora_exp.config import crosschecks
@@ -47,6 +48,8 @@ def check_config(config: Config) -> None:
         DataError: a file is missing.
         ModelError: the model's files cannot be used.
     """
+    if config.distributed.engine == "deepspeed_zero3" and find_spec("deepspeed") is None:
+        raise ConfigError("distributed=deepspeed_zero3 needs an extra package: pip install 'qlora-exp[deepspeed]'")
     if problems := [*crosschecks.problems(config)]:  # a `Config` may be made without `compose`
         raise ConfigError("\n".join(problems))
     for section, source in (("dataset", config.dataset), ("unrelated", config.unrelated)):

@@ -64,7 +64,7 @@ def build(run: RunContext, tokens: Tokens) -> Trainable:
         if targets := getattr(peft_config, "target_modules", None):
             run.tracker.params({"resolved.target_modules": targets if isinstance(targets, str) else sorted(targets)})
     with run.memory.phase("load"):
-        model = base.load_model(config.model, config.quantization, resolved, config.distributed.engine)
+        model = base.load_model(config.model, config.quantization, resolved, config.distributed)
     if config.quantization.quantized:
         found = stored(model)
         run.log_metrics({"quantized_share": found.share})

@@ -62,8 +62,8 @@ class _ShardedArguments(_Arguments):
 
 def arguments(config: Config, resolved: Resolved, output_dir: Path) -> SFTConfig:
     """Return TRL's arguments of the run; all choices that TRL would make by itself are made here."""
-    training = config.training
-    kind = _ShardedArguments if config.distributed.engine == "fsdp" else _Arguments
+    training, zero3 = config.training, config.distributed.engine == "deepspeed_zero3"
+    kind = _ShardedArguments if config.distributed.shards else _Arguments
     return kind(
         output_dir=str(output_dir),
         **{name: getattr(training, name) for name in _SAME},
@@ -84,5 +84,7 @@ def arguments(config: Config, resolved: Resolved, output_dir: Path) -> SFTConfig
         report_to="none",
         disable_tqdm=True,  # `Watcher` shows the progress bar
         ddp_find_unused_parameters=False,
+        # DeepSpeed's ZeRO-3 has no `no_sync`: it reduces gradients after each batch.
+        accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}} if zero3 else None,
         dataloader_pin_memory=resolved.device == "cuda",
     )

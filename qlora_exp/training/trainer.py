@@ -23,7 +23,8 @@ from qlora_exp.distributed import group
 from qlora_exp.environment.device import Resolved
 from qlora_exp.environment.efficiency import FlopCounter
 from qlora_exp.environment.memory import MemoryMonitor
-from qlora_exp.libraries import accelerate, trl
+from qlora_exp.libraries import accelerate, deepspeed, trl
+from qlora_exp.models import zero3
 from qlora_exp.models.adapters import allocates, fit_schedule, keep_dtypes, penalty, saved_parameters
 from qlora_exp.models.base import keep_router_setting
 from qlora_exp.models.sharding import is_sharded, save_whole_states, shard, whole_weights
@@ -64,6 +65,7 @@ class Trainer(SFTTrainer):
         self.counted: list[tuple[float, int, int]] = []
         """Operations, positions and supervised tokens of each batch whose operations were counted."""
         self._heldout = torch.zeros(3, dtype=torch.double)  # sums over the tokens of an evaluation
+        self._engine: Any = None  # DeepSpeed's
         super().__init__(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -86,9 +88,16 @@ class Trainer(SFTTrainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Create the optimizer; that of a sharded model saves and loads whole states."""
         optimizer = super().create_optimizer(model)
-        if is_sharded(self.model):
+        if is_sharded(self.model) and self._engine is None:
             save_whole_states(optimizer)
         return optimizer
+
+    def partition(self, cpu_offload: bool) -> None:
+        """Divide the model and the optimizer over the processes, with DeepSpeed's ZeRO-3."""
+        optimizer, device = self.create_optimizer(), self.args.device.type
+        self._engine = zero3.partition(self.model, optimizer, device, self.args.max_grad_norm, cpu_offload)
+        self.accelerator.prepare_model(self.model, device_placement=False, evaluation_mode=True)  # autocast
+        self.model_wrapped = self._engine  # the trainer must not wrap it again
 
     def get_train_dataloader(self) -> Any:
         """Load the rows in batches, each row once in an epoch, however many processes share them."""
@@ -162,6 +171,13 @@ class Trainer(SFTTrainer):
         """Reduce the gradients of a sharded model after each batch: whole ones would have to stay in memory."""
         return nullcontext()
 
+    def _clip_grad_norm(self, model: Any) -> Any:  # transformers 5.23; no public hook
+        return None if self._engine is not None else super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:  # transformers 5.23; no public hook
+        """Return the norm of the gradients; DeepSpeed clips them and updates the parameters in the same call."""
+        return super()._get_grad_norm(model, grad_norm) if self._engine is None else zero3.step(self._engine)
+
     def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:  # transformers 5.23; no public hook
         """Save a sharded model as a whole."""
         if is_sharded(self.model):
@@ -225,6 +241,8 @@ def build(
     memory: MemoryMonitor,
 ) -> Trainer:
     """Build a trainer for a model that already has its trainable parameters; their dtypes are not changed."""
+    if config.distributed.engine == "deepspeed_zero3":
+        deepspeed.library(resolved.device)  # before accelerate imports it
     trl.score_supervised_tokens_only()
     callbacks: list[TrainerCallback] = []
     if config.training.early_stopping_patience:
@@ -248,6 +266,8 @@ def build(
         shard(model, resolved.device, config.distributed.cpu_offload)
         trainer.is_distributed_loading_by_transformers = True  # the trainer must not wrap it again
     trainer.optimizer = lora_optimizer(model, config.optimizer, settings)
+    if config.distributed.engine == "deepspeed_zero3":
+        trainer.partition(config.distributed.cpu_offload)
     trainer.remove_callback(PrinterCallback)  # prints raw dictionaries
     trainer.add_callback(KeepTrainableSet(model))
     return trainer

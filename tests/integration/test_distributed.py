@@ -194,12 +194,17 @@ def test_error_of_the_main_process_is_raised_as_it_is(run_quick, monkeypatch):
     [
         (["distributed=ddp", "device=cpu"], "num_processes=auto counts GPUs, and there are none here"),
         ([*TWO, "device=auto"], "2 processes here need a GPU each, and 1 are visible; start fewer"),
+        (
+            ["distributed=deepspeed_zero3", "distributed.num_processes=2"],
+            "needs an extra package: pip install 'qlora-exp[deepspeed]'",
+        ),
         ([*TWO, "device=mps"], "distributed=ddp needs GPUs of NVIDIA, or device=cpu"),
         ([*TWO, "model.device_map={model: cpu}"], "several devices, and distributed=ddp puts one on each"),
     ],
 )
 def test_processes_that_cannot_share_a_run_are_refused_at_once(words, says, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0" if "device=auto" in words else "")
+    monkeypatch.setattr("qlora_exp.recipe.inputs.find_spec", lambda _: None)  # as where DeepSpeed is not installed
     assert exit_code("train", "model=tiny_llama", "method=lora", *words) == 1
     assert says in capsys.readouterr().err
     assert not (tmp_path / "mlruns").exists()

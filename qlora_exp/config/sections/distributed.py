@@ -15,9 +15,10 @@ class DistributedConfig(Section):
 
     name: str = "none"
     """Label of the engine in tables."""
-    engine: Literal["none", "ddp", "fsdp"] = "none"
+    engine: Literal["none", "ddp", "fsdp", "deepspeed_zero3"] = "none"
     """none: one process. ddp: torch's DistributedDataParallel, where each process has a whole copy of the model. fsdp:
-    torch's FSDP2 (`fully_shard`), where each process keeps a part of the model, its gradients and optimizer states."""
+    torch's FSDP2 (`fully_shard`), where each process keeps a part of the model, its gradients and optimizer states.
+    deepspeed_zero3: the same with DeepSpeed's ZeRO-3."""
     num_processes: Literal["auto"] | PositiveInt = "auto"
     """Number of processes on all machines together, one for each device. The batch of one optimizer step is as many
     times per_device_train_batch_size * gradient_accumulation_steps. auto: as many as torchrun or srun started, else
@@ -33,7 +34,13 @@ class DistributedConfig(Section):
     ddp_timeout: PositiveInt = 1800
     """Seconds that a process waits for the others before the run fails."""
     cpu_offload: bool = False
-    """fsdp: keep parameters and optimizer states in the CPU's memory while they are not used. Slow, and for GPUs."""
+    """fsdp, deepspeed_zero3: keep parameters and optimizer states in the CPU's memory while they are not used. Slow,
+    and for GPUs."""
+
+    @property
+    def shards(self) -> bool:
+        """Whether each process has only a part of the model."""
+        return self.engine in ("fsdp", "deepspeed_zero3")
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -119,11 +119,12 @@ def test_pruning_without_evaluation_during_training_is_rejected():
 )
 def test_what_cannot_be_sharded_is_rejected(words: list[str], message: str):
     compose(words)
-    with pytest.raises(ConfigError, match=message):
-        compose(["distributed=fsdp", *words])
+    for engine in ("fsdp", "deepspeed_zero3"):
+        with pytest.raises(ConfigError, match=f"distributed={engine}.*{message}|{message}.*distributed={engine}"):
+            compose([f"distributed={engine}", *words])
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "deepspeed_zero3"])
 def test_experiments_run_on_several_gpus(engine: str):
     refused = {}
     for name in options("experiment"):
@@ -131,5 +132,14 @@ def test_experiments_run_on_several_gpus(engine: str):
             compose([f"experiment={name}", f"distributed={engine}", "distributed.num_processes=2"])
         except ConfigError as error:
             refused[name] = str(error)
-    assert {*refused} == ({"qwen25_1_5b_alpaca_qlora"} if engine == "fsdp" else set())
+    assert {*refused} == ({"qwen25_1_5b_alpaca_qlora"} if engine != "ddp" else set())
     assert all("states of optimizer.optim=paged_adamw_8bit cannot be sharded" in why for why in refused.values())
+
+
+@pytest.mark.parametrize("words", [["method=lora", "method.adapter_dtype"], ["method=full", "model.dtype"]])
+def test_zero3_trains_float32_only(words: list[str]):
+    *method, key = words
+    compose([*method, f"{key}=bfloat16", "distributed=fsdp"])
+    compose([*method, f"{key}=float32", "distributed=deepspeed_zero3"])
+    with pytest.raises(ConfigError, match=f"float32 copies of parameters in bfloat16: use {key}=float32"):
+        compose([*method, f"{key}=bfloat16", "distributed=deepspeed_zero3"])

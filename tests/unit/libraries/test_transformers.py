@@ -21,6 +21,7 @@ from qlora_exp.libraries.transformers import (
     load_best_checkpoint,
     model_types,
     quantized_on,
+    saved_by_any_process,
     with_bitsandbytes_layers,
 )
 
@@ -93,6 +94,18 @@ def test_a_gguf_file_is_read_once(tmp_path, monkeypatch):
     assert all(torch.equal(weights[name], weight) for name, weight in written.state_dict().items())
 
 
+def test_each_process_saves_where_it_is_wanted(tmp_path, monkeypatch):
+    """Where it is used: tests/unit/models/test_builtin.py."""
+    monkeypatch.setattr("transformers.distributed.mixin._is_torch_distributed_initialized", lambda: True)
+    monkeypatch.setattr("transformers.distributed.mixin._get_torch_distributed_rank", lambda: 1)
+    shape = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = AutoModelForCausalLM.from_config(shape)
+    model.save_pretrained(tmp_path / "by default")
+    with saved_by_any_process():
+        model.save_pretrained(tmp_path / "here")
+    assert [(tmp_path / name / "model.safetensors").exists() for name in ("by default", "here")] == [False, True]
+
+
 def test_transformers_calls_what_our_trainer_overrides():
     """What the overrides do: tests/unit/training/test_trainer.py."""
     source = inspect.getsource(Trainer)
@@ -104,5 +117,8 @@ def test_transformers_calls_what_our_trainer_overrides():
     assert "self._save_optimizer_and_scheduler(output_dir)" in source
     assert "self._defer_fsdp_gradient_reduction" in source
     assert "if self.is_distributed_loading_by_transformers:" in source
+    clipped, stepped = source.index("self._get_grad_norm(model, grad_norm=grad_norm)"), source.index("optimizer.step()")
+    assert source.index("self._clip_grad_norm(model)") < clipped < stepped
+    assert "model = self._wrap_model(self.model_wrapped)" in source
     assert isinstance(TrainingArguments.n_gpu, property)
     assert "self.n_gpu" in inspect.getsource(TrainingArguments.train_batch_size.fget)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from qlora_exp.config.hydra_compose import compose
+from qlora_exp.config.sections.distributed import DistributedConfig
 from qlora_exp.config.sections.model import ModelConfig
 from qlora_exp.environment.device import Device, resolve
 from qlora_exp.models import base
@@ -31,7 +32,10 @@ def test_model_has_the_resolved_dtype():
     assert model.config._attn_implementation == "eager"
 
 
-@pytest.mark.parametrize(("engine", "place"), [("none", "auto"), ("ddp", {"": "cpu"}), ("fsdp", {"": "cpu"})])
+@pytest.mark.parametrize(
+    ("engine", "place"),
+    [("none", "auto"), ("ddp", {"": "cpu"}), ("fsdp", {"": "cpu"}), ("deepspeed_zero3", {"": "cpu"})],
+)
 def test_model_is_spread_over_devices_only_if_no_processes_share_the_run(engine, place, monkeypatch):
     config, asked = compose(["model=tiny_llama", "method=lora", "model.device_map=auto"]), {}
 
@@ -41,7 +45,7 @@ def test_model_is_spread_over_devices_only_if_no_processes_share_the_run(engine,
 
     monkeypatch.setattr(base.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     with pytest.raises(ModelError, match="seen"):
-        base.load_model(config.model, config.quantization, resolve(config, CPU), engine)
+        base.load_model(config.model, config.quantization, resolve(config, CPU), DistributedConfig(engine=engine))
     assert asked["device_map"] == place
 
 
@@ -49,7 +53,7 @@ def test_model_is_spread_over_devices_only_if_no_processes_share_the_run(engine,
 def test_model_to_be_sharded_stays_in_its_file():
     """Processes of one machine then share the memory of its weights."""
     config = compose(["model=tiny_llama", "method=lora"])
-    model = base.load_model(config.model, config.quantization, resolve(config, CPU), "fsdp")
+    model = base.load_model(config.model, config.quantization, resolve(config, CPU), DistributedConfig(engine="fsdp"))
     files = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         words = line.split()
@@ -61,7 +65,7 @@ def test_model_to_be_sharded_stays_in_its_file():
 
 def test_model_to_be_sharded_is_quantized_as_any_other():
     config, resolved, model = load("method=qlora")
-    to_shard = base.load_model(config.model, config.quantization, resolved, "fsdp")
+    to_shard = base.load_model(config.model, config.quantization, resolved, DistributedConfig(engine="fsdp"))
     for name, weight in model.state_dict().items():
         torch.testing.assert_close(to_shard.state_dict()[name], weight, rtol=0, atol=0)
     layer, sharded = (m.model.layers[0].mlp.up_proj.weight.quant_state for m in (model, to_shard))

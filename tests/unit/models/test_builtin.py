@@ -36,6 +36,12 @@ def test_other_fields_give_another_model(cache_folder):
     assert folder_of("random:llama") != folder_of("random:llama", {"hidden_size": 32})
 
 
+def test_any_process_of_a_run_can_build_a_model(cache_folder, monkeypatch):
+    monkeypatch.setattr("transformers.distributed.mixin._is_torch_distributed_initialized", lambda: True)
+    monkeypatch.setattr("transformers.distributed.mixin._get_torch_distributed_rank", lambda: 1)
+    assert (folder_of("random:llama") / "model.safetensors").is_file()
+
+
 @pytest.mark.parametrize(
     ("name", "fields", "message"),
     [

@@ -106,6 +106,11 @@ def test_prediction_matches_a_profiled_step(words: list[str], tmp_path: Path):
         (["method=lora", "++model.architecture.model_type=lama"], ModelError, "model.architecture"),
         (["method=adamss", "method.use_dynamic_rank=true"], ConfigError, "use_dynamic_rank=true cannot be planned yet"),
         (["method=lora", "training.torch_compile=true"], ConfigError, "torch_compile=true cannot be planned yet"),
+        (
+            ["distributed=deepspeed_zero3", "distributed.num_processes=2"],
+            ConfigError,
+            "deepspeed_zero3 cannot be planned",
+        ),
         (["method=lora", "++model.architecture.num_attention_heads=7"], ModelError, "model.architecture"),
         (["method=lora", "~model.architecture._name_or_path"], ModelError, "does not name its model"),
     ],
