@@ -138,7 +138,7 @@ def team(session: nox.Session) -> None:
 
 @nox.session
 def compatibility(session: nox.Session) -> None:
-    """Try every method on every kind of base and family of models; write what works (about half an hour)."""
+    """Try every method on every kind of base, engine and family of models; write what works (most of an hour)."""
     install(session, "quantizers")
     session.run(sys.executable, "benchmarks/compatibility.py", *session.posargs)
 

@@ -1,8 +1,11 @@
-"""Test every method and variant of LoRA on every kind of base and family of models; write the results and the page.
+"""Test every method and variant of LoRA on every kind of base, with every engine, on every family of models.
 
-    nox -s compatibility                         # all (about half an hour)
+    nox -s compatibility                         # all (most of an hour)
     nox -s compatibility -- lora ia3             # only these methods; results of others stay
-    nox -s compatibility -- --families gpt2      # only this family, no kinds of base
+    nox -s compatibility -- --families gpt2      # only this family, no kinds of base, no engines
+    nox -s compatibility -- --engines fsdp       # only this engine
+
+Writes the results and the page.
 
 Prints the results that differ from those in the file.
 """
@@ -10,12 +13,23 @@ Prints the results that differ from those in the file.
 import argparse
 import json
 import re
+import tempfile
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
-from qlora_exp.config.compatibility import ASPECTS, BASES, FILE, REFUSED, WORKS
+from qlora_exp.config.compatibility import (
+    ASPECTS,
+    BASES,
+    DIFFERS,
+    ENGINE_BASES,
+    ENGINES,
+    FILE,
+    REFUSED,
+    WORKS,
+)
 from qlora_exp.models.builtin import TINY
 from qlora_exp.studies.probe import kinds, name_of
 from qlora_exp.utils.quiet import quiet
@@ -28,7 +42,11 @@ HEADINGS = {
     "load_best_model_at_end": "best model at end",
     "resume": "resume",
     "merge": "merge",
+    "ddp": "ddp",
+    "fsdp": "fsdp",
 }
+TESTED_ON = {"merge": ("plain",), **dict.fromkeys(ENGINES, ENGINE_BASES)}
+"""Kinds of base on which an aspect was tested; the others on all."""
 INTRODUCTION = """\
 # What works together
 
@@ -48,6 +66,9 @@ code), torchao as int8, quanto as int4.
 - resume: the losses are the same as without an interruption. A run that cannot be resumed starts over.
 - merge: the model gives the same logits after the adapter's weights are merged into the base. A merge into a quantized
   base is exact only up to rounding, so this column is for an unquantized base.
+- ddp, fsdp: two processes of a CPU give the losses, norms of gradients and saved weights of one process with the batch
+  of both (`distributed=ddp` or `fsdp`, on plain and 4bit bases). differs: they train, but a rule of the method's own
+  depends on the process, as the next table says.
 
 """
 
@@ -64,6 +85,10 @@ LoRA away from fused experts.
 | family | does not train |
 | --- | --- |
 """
+
+
+Verdicts = dict[str, dict[str, dict[str, str]]]
+"""By kind of method, kind of base, and aspect or engine."""
 
 
 def judge(words: tuple[str, ...], base: str) -> dict[str, str]:
@@ -87,6 +112,27 @@ def judge_family(family: str, methods: dict[str, tuple[str, ...]]) -> dict[str, 
     logging.disable_progress_bar()
     verdicts = {kind: probe.family_verdict(words, family) for kind, words in methods.items()}
     return {kind: verdict for kind, verdict in verdicts.items() if verdict != WORKS}
+
+
+def judge_engines(
+    methods: dict[str, tuple[str, ...]], verdicts: Verdicts, engines: Sequence[str]
+) -> Iterator[tuple[str, str, dict[str, str]]]:
+    """Test engines, each run in two processes, with the methods that train on the bases; yield kind, base, verdicts."""
+    if not engines:
+        return
+    quiet()
+    import datasets
+    from transformers.utils import logging
+
+    from qlora_exp.studies.engines import engine_verdicts
+
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, words in methods.items():
+            for base in ENGINE_BASES:
+                if verdicts[kind][base]["trains"] == WORKS:
+                    yield kind, base, engine_verdicts(words, base, Path(folder), engines)
 
 
 def family_table(families: dict[str, dict[str, str]]) -> str:
@@ -126,9 +172,7 @@ def _alike(verdict: str) -> str:
     return why
 
 
-def table(
-    verdicts: dict[str, dict[str, dict[str, str]]], libraries: dict[str, str], families: dict[str, dict[str, str]]
-) -> str:
+def table(verdicts: Verdicts, libraries: dict[str, str], families: dict[str, dict[str, str]]) -> str:
     """Return the text of the page."""
     lines = [["method", *BASES, *HEADINGS.values()], ["---"] * (1 + len(BASES) + len(HEADINGS))]
     reasons = []
@@ -143,22 +187,14 @@ def table(
         ]
         able = [base for base in BASES if trains[base] == WORKS]
         for aspect in HEADINGS:
-            bases = [base for base in able if aspect != "merge" or base == "plain"]
-            failing = [base for base in bases if results[base].get(aspect) != WORKS]
-            cells.append(
-                "-"
-                if not bases
-                else "works"
-                if not failing
-                else "refused"
-                if failing == bases
-                else "not " + ", ".join(failing)
-            )
-            reasons += [(name_of(words), base, results[base][aspect], HEADINGS[aspect]) for base in failing]
+            bases = [base for base in able if base in TESTED_ON.get(aspect, BASES)]
+            found = {base: results[base].get(aspect, "unknown") for base in bases}
+            cells.append(_summary({base: _cell(verdict) for base, verdict in found.items()}))
+            reasons += [(name_of(words), base, why, HEADINGS[aspect]) for base, why in found.items() if why != WORKS]
         lines.append([name_of(words), *cells])
     text = INTRODUCTION.format(libraries=", ".join(f"{name} {number}" for name, number in sorted(libraries.items())))
     text += "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    text += "\n\n## Why refused\n\n| method | what | on | what happened |\n| --- | --- | --- | --- |\n"
+    text += "\n\n## Why refused, or different\n\n| method | what | on | what happened |\n| --- | --- | --- | --- |\n"
     alike: dict[tuple[str, str, str], list[tuple[str, str]]] = {}
     for name, base, why, what in reasons:  # reasons that differ only in numbers are listed once
         pattern = re.sub("|".join((r"[\d.]+", *BASES.values())), "", why)
@@ -169,7 +205,18 @@ def table(
 
 
 def _cell(verdict: str) -> str:
-    return verdict if verdict in (WORKS, "unknown") else "refused"
+    if verdict in (WORKS, "unknown"):
+        return verdict
+    return "differs" if verdict.startswith(DIFFERS) else "refused"
+
+
+def _summary(cells: dict[str, str]) -> str:
+    """Return what to write of an aspect's results on several kinds of base."""
+    words = {*cells.values()}
+    if len(words) < 2:
+        return words.pop() if words else "-"
+    refused = [base for base, cell in cells.items() if cell == "refused"]
+    return ", ".join([*sorted(words - {WORKS, "refused"}), *(["not " + ", ".join(refused)] if refused else [])])
 
 
 def main() -> None:
@@ -189,6 +236,9 @@ def main() -> None:
         choices=[*TINY],
         help="families of models to test (none named: all); no kinds of base unless they are named too",
     )
+    parser.add_argument(
+        "--engines", nargs="+", choices=ENGINES, help="engines to test; no kinds of base, no families unless named too"
+    )
     parser.add_argument("--check", action="store_true", help="only print the changes, write no file")
     options = parser.parse_args()
     if unknown := {*options.methods} - {*names}:
@@ -199,7 +249,7 @@ def main() -> None:
     kept = json.loads(FILE.read_text("utf-8")) if FILE.is_file() else {}
     merged = {kind: dict(bases) for kind, bases in kept.get("verdicts", {}).items() if kind in methods}
     families: dict[str, dict[str, str]] = kept.get("families", {})
-    everything = options.bases is None and options.families is None
+    everything = options.bases is None and options.families is None and options.engines is None
     bases = [*BASES] if everything else options.bases or []
     jobs = [(kind, words, base) for kind, words in wanted.items() for base in bases]
     trained = {kind: words for kind, words in wanted.items() if kind != "LORA+qalora"}  # it needs GPTQ files
@@ -207,9 +257,9 @@ def main() -> None:
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         results = pool.map(judge, [words for _, words, _ in jobs], [base for *_, base in jobs])
         for (kind, _, base), verdicts in zip(jobs, results, strict=True):
-            before = merged.get(kind, {}).get(base)
-            print(kind, base, verdicts if verdicts != before else "unchanged", flush=True)
-            merged.setdefault(kind, {})[base] = verdicts
+            before = merged.get(kind, {}).get(base, {})
+            of_engines = {key: why for key, why in before.items() if key in ENGINES and verdicts["trains"] == WORKS}
+            update(merged, kind, base, verdicts | of_engines)
         if jobs and not options.check:
             write(merged, families)
         for family, failing in zip(chosen, pool.map(judge_family, chosen, [trained] * len(chosen)), strict=True):
@@ -219,10 +269,20 @@ def main() -> None:
             families[family] = now
             if not options.check:  # a session that is cut off loses no family
                 write(merged, families)
+    for kind, base, verdicts in judge_engines(trained, merged, [*ENGINES] if everything else options.engines or []):
+        update(merged, kind, base, merged[kind][base] | verdicts)
+        if not options.check:
+            write(merged, families)
     print(f"{len(ASPECTS)} aspects of {len(jobs)} combinations, {len(trained)} methods on {len(chosen)} families")
 
 
-def write(verdicts: dict[str, dict[str, dict[str, str]]], families: dict[str, dict[str, str]]) -> None:
+def update(merged: Verdicts, kind: str, base: str, verdicts: dict[str, str]) -> None:
+    """Replace the verdicts of a kind of method on a kind of base; print them if they are others than before."""
+    print(kind, base, verdicts if verdicts != merged.get(kind, {}).get(base) else "unchanged", flush=True)
+    merged.setdefault(kind, {})[base] = verdicts
+
+
+def write(verdicts: Verdicts, families: dict[str, dict[str, str]]) -> None:
     """Write the file of verdicts and the page."""
     libraries = {name: version(name).split("+")[0] for name in LIBRARIES}
     results = {"libraries": libraries, "verdicts": verdicts, "families": families}

@@ -1,9 +1,9 @@
-"""Look up which combinations of method, kind of base and trainer feature work.
+"""Look up which combinations of method, kind of base and trainer feature or engine work.
 
-`studies.probe` tests them with the pinned library versions; `nox -s compatibility` writes the verdicts to
-`compatibility.json`, on each kind of base and on tiny models of each family. A combination that the file does not list
-was never tested, and is not rejected. This module must not import torch: a combination that fails on a kind of base is
-rejected within a second.
+`studies.probe` and `studies.engines` test them with the pinned library versions; `nox -s compatibility` writes the
+verdicts to `compatibility.json`, on each kind of base and on tiny models of each family. A combination that the file
+does not list was never tested, and is not rejected. This module must not import torch: a combination that fails on a
+kind of base is rejected within a second.
 """
 
 import json
@@ -20,6 +20,11 @@ REFUSED = "refused: "
 ASPECTS = ("trains", "gradient_checkpointing", "packing", "load_best_model_at_end", "resume", "merge")
 """Tested aspects. `trains`: only the added parameters change, gradients match those of the base's (dequantized)
 weights, and the saved and reloaded model is the same."""
+ENGINES = ("ddp", "fsdp")
+"""Engines that share a run among processes. `studies.engines` tests each with two processes on ENGINE_BASES."""
+ENGINE_BASES = ("plain", "4bit")
+DIFFERS = "differs: "
+"""Start of an engine's verdict if the processes train, but by the method's own rules otherwise than one process."""
 BASES = {"plain": "none", "4bit": "nf4_double", "8bit": "int8", "torchao": "torchao_int8", "quanto": "quanto_int4"}
 """Kinds of bases, each with the quantization option that is tested for it."""
 
@@ -32,10 +37,10 @@ def refusal(kind: str, base: str, aspect: str) -> str | None:
     Args:
         kind: PEFT type (`LORA`), with the variant of LoRA after a plus (`LORA+dora`), or `FULL` (full fine-tuning).
         base: key of BASES.
-        aspect: item of ASPECTS.
+        aspect: item of ASPECTS or ENGINES.
     """
     verdict = None if _ignored else _verdicts().get(kind, {}).get(base, {}).get(aspect)
-    return None if verdict == WORKS else verdict
+    return None if verdict == WORKS or (verdict or "").startswith(DIFFERS) else verdict
 
 
 def family_refusal(kind: str, family: str) -> str | None:

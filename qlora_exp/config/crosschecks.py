@@ -128,6 +128,20 @@ def _distributed(config: Config) -> Iterator[str]:
         )
     if engine != "none" and config.device == "mps":
         yield f"distributed={engine} needs GPUs of NVIDIA, or device=cpu; this machine's mps is a single device"
+    if engine == "none" or compatibility.is_ignored():
+        return
+    if engine == "ddp" and config.quantization.quant_method == "torchao":
+        yield (
+            f"distributed=ddp cannot send a base stored as {config.quantization.name} to the other processes, because "
+            "torchao's tensors cannot be flattened: choose quantization=int8, nf4_double or none, or distributed=none"
+        )
+    shards = config.distributed.shards  # deepspeed_zero3 refuses what fsdp does
+    if shards and (problems := [*_adapter_in_parts(config)]):
+        yield from problems
+    elif why := config.refusal("fsdp" if shards else engine):
+        why = _NOT_SHARDED.get(config.method.peft_type or "", why) if shards else why
+        instead = _WHOLE_COPY if shards and not config.refusal("ddp") else "or distributed=none"
+        yield f"distributed={engine} cannot train {_described(config)} ({why}): choose another method, {instead}"
 
 
 def _device(config: Config) -> Iterator[str]:
@@ -143,32 +157,13 @@ def _device(config: Config) -> Iterator[str]:
 
 def _sharded(config: Config) -> Iterator[str]:
     """Check what an engine cannot shard, or would train otherwise than one process does."""
-    engine = f"distributed={config.distributed.engine}"
+    engine, instead = f"distributed={config.distributed.engine}", _WHOLE_COPY
     method, quantization, optimizer, training = config.method, config.quantization, config.optimizer, config.training
-    instead = "or distributed=ddp, where each process has a whole copy"
     if quantization.quantized and not quantization.load_in_4bit:
         yield (
             f"{engine} cannot shard a base stored as {quantization.name}: choose quantization=nf4_double or "
-            f"none, {instead}"
+            f"none{'' if quantization.quant_method == 'torchao' else f', {instead}'}"
         )
-    if why := _NOT_SHARDED.get(method.peft_type or ""):
-        yield f"{engine} cannot train method={method.name}, {why}: choose another method, {instead}"
-    if peft_methods.moves_base_weights(config.lora_start):
-        yield (
-            f"{engine} cannot save init_lora_weights={config.lora_start}, whose difference from the start "
-            f"needs whole weights: choose another lora_variant, {instead}"
-        )
-    elif config.lora_start in peft_methods.FROM_ROWS:
-        yield (
-            f"{engine} cannot compute init_lora_weights={config.lora_start}, which runs rows through the whole "
-            f"base before it is sharded: choose another lora_variant, {instead}"
-        )
-    for name in ("kasa_config", "monteclora_config"):
-        if config.peft_settings.get(name):
-            yield (
-                f"{engine} cannot train with {name}, whose own loss needs whole weights: choose another "
-                f"lora_variant, {instead}"
-            )
     if optimizer.optim not in _SHARDED_OPTIMIZERS:
         yield (
             f"{engine}: the states of optimizer.optim={optimizer.optim} cannot be sharded as the parameters "
@@ -189,14 +184,41 @@ def _sharded(config: Config) -> Iterator[str]:
         yield f"{engine} has no loss scaling for training.fp16: use training.bf16=true"
 
 
+def _adapter_in_parts(config: Config) -> Iterator[str]:
+    """Check settings of LoRA that need whole weights; any variant may have them."""
+    engine = f"distributed={config.distributed.engine}"
+    if peft_methods.moves_base_weights(config.lora_start):
+        yield (
+            f"{engine} cannot save init_lora_weights={config.lora_start}, whose difference from the start "
+            f"needs whole weights: choose another lora_variant, {_WHOLE_COPY}"
+        )
+    elif config.lora_start in peft_methods.FROM_ROWS:
+        yield (
+            f"{engine} cannot compute init_lora_weights={config.lora_start}, which runs rows through the whole "
+            f"base before it is sharded: choose another lora_variant, {_WHOLE_COPY}"
+        )
+    for name in ("kasa_config", "monteclora_config"):
+        if config.peft_settings.get(name):
+            yield (
+                f"{engine} cannot train with {name}, whose own loss needs whole weights: choose another "
+                f"lora_variant, {_WHOLE_COPY}"
+            )
+
+
+def _described(config: Config) -> str:
+    variant = "" if config.lora_variant.name == "lora" else f" lora_variant={config.lora_variant.name}"
+    return f"method={config.method.name}{variant}"
+
+
+_WHOLE_COPY = "or distributed=ddp, where each process has a whole copy"
 _NOT_SHARDED = {
-    "ADALORA": "which computes with all matrices outside of a layer's forward pass",
-    "OSF": "whose changes of gradients get lost",
+    "ADALORA": "it computes with all matrices outside of a layer's forward pass",
+    "OSF": "its changes of gradients get lost",
     **dict.fromkeys(
-        ("CARTRIDGE", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"), "whose prompt is read outside of a forward pass"
+        ("CARTRIDGE", "P_TUNING", "PREFIX_TUNING", "PROMPT_TUNING"), "its prompt is read outside of a forward pass"
     ),
-    **dict.fromkeys(("TINYLORA", "UNILORA", "VBLORA"), "which shares parameters between layers"),
+    **dict.fromkeys(("TINYLORA", "UNILORA", "VBLORA"), "it shares parameters between layers"),
 }
-"""PEFT types that cannot be sharded, and why."""
+"""Why FSDP cannot train PEFT types that failed when they were tested, in clearer words than the libraries'."""
 _SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "sgd", "rmsprop")
 """Optimizers with states like the parameters, made in the first step. paged_adamw_32bit runs as adamw_torch."""

@@ -31,6 +31,8 @@ _NOT_ON_EXPERTS = ("use_dora", "lora_bias", "kasa_config", "monteclora_config", 
 _NO_START_ON_EXPERTS = ("pissa", "olora", "orthogonal", "eva", "mica")
 _FROM_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
 """Methods that put learned keys and values into the attention's cache."""
+LEAVES_UNUSED = ("SHADOW",)
+"""Methods with trainable parameters that the loss does not depend on: ShadowPEFT's state after the last block."""
 
 
 def peft_config(config: Config, skeleton: PreTrainedModel) -> PeftConfig | None:

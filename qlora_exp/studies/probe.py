@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch.nn.functional import cosine_similarity
 from transformers import set_seed
 
-from qlora_exp.config import compatibility
+from qlora_exp.config import compatibility, peft_methods
 from qlora_exp.config.compatibility import ASPECTS, BASES, WORKS
 from qlora_exp.config.hydra_compose import compose, conf_dir, options
 from qlora_exp.config.peft_methods import moves_base_weights
@@ -95,22 +95,34 @@ def family_verdict(words: Sequence[str], family: str) -> str:
     return verdict
 
 
+def trial_config(words: Sequence[str], base: str, *more: str) -> Config:
+    """Compose the config of a test, without dropout, whose random numbers depend on how often it is called.
+
+    Args:
+        words: overrides that select the method.
+        base: one of BASES.
+        more: additional overrides.
+    """
+    stored = ["method.quantized_base=null", *f"quantization={BASES[base]}".split()]
+    words = [*words, *_NEEDED.get(words[0], []), *stored]
+    config = compose(["device=cpu", "model=tiny_llama", *words, "training.learning_rate=1e-2", *more])
+    possible = peft_methods.settings(config.method.peft_type) if config.method.peft_type else {}
+    still = {name: 0.0 for name in possible if name.endswith("dropout")}  # ShadowPEFT's own default is not 0
+    return config.model_copy(update={"method": config.method.model_copy(update=still)})
+
+
 class _Trial:
     """One method on one kind of base, with functions that build its models, rows and trainers."""
 
     def __init__(self, words: Sequence[str], base: str) -> None:
-        self.method = words
-        stored = f"quantization={BASES[base]}".split()
-        self.words = [*words, *_NEEDED.get(words[0], []), "method.quantized_base=null", *stored]
+        self.method, self.base = words, base
         self.quantized = base != "plain"
         ids = [[40 + (7 * row + place) % 60 for place in range(length)] for row, length in enumerate(_LENGTHS)]
         self.rows = Dataset.from_dict({"input_ids": ids, "labels": [[IGNORED, *row[1:]] for row in ids]})
 
     def config(self, *more: str) -> Config:
-        """Compose the config without dropout, whose random numbers depend on how often it is called."""
-        config = compose(["device=cpu", "model=tiny_llama", *self.words, "training.learning_rate=1e-2", *more])
-        still = {name: 0.0 for name in config.method.settings if name.endswith("dropout")}
-        return config.model_copy(update={"method": config.method.model_copy(update=still)})
+        """Compose the config."""
+        return trial_config(self.method, self.base, *more)
 
     def begin(self, *more: str, values_of: Any = None) -> tuple[Config, Resolved, Any]:
         """Build the adapted model, the same at each call.

@@ -6,6 +6,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from qlora_exp.config.schema import Config
 from qlora_exp.environment.device import Resolved
+from qlora_exp.models.adapters import LEAVES_UNUSED
 
 # Keys that TrainingConfig and SFTConfig share, with the same meaning.
 _SAME = (
@@ -83,7 +84,7 @@ def arguments(config: Config, resolved: Resolved, output_dir: Path) -> SFTConfig
         logging_nan_inf_filter=False,  # the filter would log the last finite loss and hide a divergence
         report_to="none",
         disable_tqdm=True,  # `Watcher` shows the progress bar
-        ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=config.method.peft_type in LEAVES_UNUSED,  # else it would wait for their gradients
         # DeepSpeed's ZeRO-3 has no `no_sync`: it reduces gradients after each batch.
         accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}} if zero3 else None,
         dataloader_pin_memory=resolved.device == "cuda",

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_exp.config import compatibility
-from qlora_exp.config.compatibility import ASPECTS, BASES, WORKS
+from qlora_exp.config import compatibility, crosschecks
+from qlora_exp.config.compatibility import ASPECTS, BASES, DIFFERS, ENGINE_BASES, ENGINES, WORKS
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.studies.probe import kinds
 from qlora_exp.utils.errors import ConfigError
@@ -20,8 +20,9 @@ def test_every_method_and_variant_was_tried_on_every_base():
     assert KEPT["verdicts"].keys() == kinds().keys()
     for kind, bases in KEPT["verdicts"].items():
         assert bases.keys() == BASES.keys(), kind
-        for verdicts in bases.values():
-            assert [*verdicts] == ["trains"] if verdicts["trains"] != WORKS else verdicts.keys() == set(ASPECTS)
+        for base, verdicts in bases.items():
+            tried = {*ASPECTS, *(ENGINES if base in ENGINE_BASES else ())}
+            assert verdicts.keys() == (tried if verdicts["trains"] == WORKS else {"trains"}), (kind, base)
 
 
 def test_compatibility_page_matches_the_verdicts():
@@ -52,6 +53,39 @@ def test_verdicts_are_of_the_pinned_versions():
 def test_failing_combination_is_rejected_with_its_reason(words: list[str], message: str):
     with pytest.raises(ConfigError, match=message):
         compose(words)
+
+
+@pytest.mark.slow
+def test_engine_is_rejected_where_it_fails_and_nowhere_else():
+    for kind, words in kinds().items():
+        needed = ["method.token_indices=[41]"] if kind == "TRAINABLE_TOKENS" else []
+        for base in ENGINE_BASES:
+            verdicts = KEPT["verdicts"][kind][base]
+            if verdicts["trains"] != WORKS:
+                continue
+            config = compose([*words, *needed, f"quantization={BASES[base]}", "method.quantized_base=null"])
+            for engine in ENGINES:
+                shared = config.distributed.model_copy(update={"engine": engine})
+                problems = [*crosschecks.problems(config.model_copy(update={"distributed": shared}))]
+                works = verdicts[engine] == WORKS or verdicts[engine].startswith(DIFFERS)
+                assert len(problems) == (not works), (kind, base, engine, problems)
+                assert all(f"distributed={engine} cannot" in line and "choose another" in line for line in problems)
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ("ddp", "distributed=ddp cannot train method=lora (it hangs): choose another method, or distributed=none"),
+        ("fsdp", "distributed=fsdp cannot train method=lora (it aborts): choose another method, or distributed=none"),
+    ],
+)
+def test_engine_is_rejected_with_the_reason_of_the_table(engine: str, message: str, monkeypatch):
+    verdicts = {"LORA": {"plain": {"ddp": "it hangs", "fsdp": "it aborts"}, "4bit": {"ddp": f"{DIFFERS}it samples"}}}
+    monkeypatch.setattr(compatibility, "_verdicts", lambda: verdicts)
+    with pytest.raises(ConfigError) as error:
+        compose(["method=lora", f"distributed={engine}"])
+    assert str(error.value) == message
+    assert compose(["method=lora", "quantization=nf4", f"distributed={engine}"])
 
 
 def test_all_contradictions_are_reported_at_once():

@@ -100,10 +100,10 @@ def test_pruning_without_evaluation_during_training_is_rejected():
     [
         (["method=lora", "quantization=int8"], "cannot shard a base stored as int8: choose quantization=nf4_double"),
         (["method=lora", "quantization=torchao_int8"], "cannot shard a base stored as torchao_int8"),
-        (["method=adalora"], "cannot train method=adalora, which computes with all matrices"),
-        (["method=prompt_tuning"], "cannot train method=prompt_tuning, whose prompt is read outside"),
-        (["method=cartridge"], "cannot train method=cartridge, whose prompt is read outside"),
-        (["method=vblora"], "cannot train method=vblora, which shares parameters"),
+        (["method=adalora"], r"cannot train method=adalora \(it computes with all matrices"),
+        (["method=prompt_tuning"], r"cannot train method=prompt_tuning \(its prompt is read outside"),
+        (["method=cartridge"], r"cannot train method=cartridge \(its prompt is read outside"),
+        (["method=vblora"], r"cannot train method=vblora \(it shares parameters"),
         (["method=osf"], "cannot train method=osf"),
         (["method=lora", "lora_variant=monteclora"], "cannot train with monteclora_config, whose own loss"),
         (["method=lora", "lora_variant=pissa"], "cannot save init_lora_weights=pissa"),
@@ -143,3 +143,12 @@ def test_zero3_trains_float32_only(words: list[str]):
     compose([*method, f"{key}=float32", "distributed=deepspeed_zero3"])
     with pytest.raises(ConfigError, match=f"float32 copies of parameters in bfloat16: use {key}=float32"):
         compose([*method, f"{key}=bfloat16", "distributed=deepspeed_zero3"])
+
+
+def test_torchao_base_is_rejected_by_all_engines():
+    words = ["method=lora", "quantization=torchao_int8"]
+    with pytest.raises(ConfigError, match=r"distributed=ddp cannot send .* torchao_int8 .*: choose quantization=int8"):
+        compose([*words, "distributed=ddp"])
+    with pytest.raises(ConfigError) as error:
+        compose([*words, "distributed=fsdp"])
+    assert str(error.value).endswith("choose quantization=nf4_double or none")

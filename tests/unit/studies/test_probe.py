@@ -7,7 +7,7 @@ import torch
 from support import exit_code
 
 from qlora_exp.config import compatibility
-from qlora_exp.config.compatibility import BASES, WORKS
+from qlora_exp.config.compatibility import ASPECTS, BASES, WORKS
 from qlora_exp.studies import probe
 from qlora_exp.studies.probe import kinds
 
@@ -55,7 +55,7 @@ def test_recorded_training_verdict_is_reproduced(kind: str, base: str):
 def test_recorded_verdicts_of_all_aspects_are_reproduced(kind: str):
     found = probe.verdicts(KINDS[kind], "plain")
     assert {aspect: outcome(verdict) for aspect, verdict in found.items()} == {
-        aspect: outcome(verdict) for aspect, verdict in KEPT[kind]["plain"].items()
+        aspect: outcome(KEPT[kind]["plain"][aspect]) for aspect in ASPECTS
     }, found
 
 
