@@ -192,11 +192,6 @@ def _adapter_in_parts(config: Config) -> Iterator[str]:
             f"{engine} cannot save init_lora_weights={config.lora_start}, whose difference from the start "
             f"needs whole weights: choose another lora_variant, {_WHOLE_COPY}"
         )
-    elif config.lora_start in peft_methods.FROM_ROWS:
-        yield (
-            f"{engine} cannot compute init_lora_weights={config.lora_start}, which runs rows through the whole "
-            f"base before it is sharded: choose another lora_variant, {_WHOLE_COPY}"
-        )
     for name in ("kasa_config", "monteclora_config"):
         if config.peft_settings.get(name):
             yield (

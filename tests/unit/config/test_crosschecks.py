@@ -107,7 +107,6 @@ def test_pruning_without_evaluation_during_training_is_rejected():
         (["method=osf"], "cannot train method=osf"),
         (["method=lora", "lora_variant=monteclora"], "cannot train with monteclora_config, whose own loss"),
         (["method=lora", "lora_variant=pissa"], "cannot save init_lora_weights=pissa"),
-        (["method=lora", "lora_variant=eva"], "runs rows through the whole base before it is sharded"),
         (["method=lora", "optimizer=adamw_bnb_8bit"], "the states of optimizer.optim=adamw_bnb_8bit cannot be sharded"),
         (["method=lora", "optimizer.optim=adagrad"], "the states of optimizer.optim=adagrad cannot be sharded"),
         (["method=lora", "optimizer=lorafa"], "optimizer=lorafa computes with whole matrices"),
