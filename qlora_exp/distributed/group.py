@@ -3,7 +3,7 @@
 Values are Python objects, sent through the CPU: losses, counts, answers. Gradients are the engine's.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -53,6 +53,16 @@ def gather(value: Any) -> list[Any]:
 def from_main(value: Any) -> Any:
     """Return the main process's value, in each process."""
     return gather(value if ranks().is_main else None)[0]
+
+
+def take_from_main(tensors: Iterable[Any]) -> None:
+    """Give tensors of the CPU the values that they have in the main process."""
+    if ranks().size == 1:
+        return
+    from torch import distributed
+
+    for tensor in tensors:
+        distributed.broadcast(tensor.data, src=0)
 
 
 def call_on_main(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -117,4 +117,7 @@ def _attach(run: RunContext, tokens: Tokens, model: Any, peft_config: Any) -> tu
         lora_init.prepare(start, model, peft_config, batches)
         adapted = adapters.attach(model, peft_config, run.resolved.adapter_dtype)
         lora_init.finish(start, adapted, batches, partial(base.load_unquantized, config.model))
+        if config.distributed.shards and peft_config is not None:  # DDP does that by itself
+            own = adapters.saved_parameters(adapted)
+            group.take_from_main(parameter for name, parameter in adapted.named_parameters() if name in own)
         return adapted, group.call_on_main(lora_init.remember, start, adapted, run.first_adapter)

@@ -36,6 +36,22 @@ def _called(server: str, call: Callable[..., None], arguments: Sequence[Any]) ->
     call(*arguments)
 
 
+def take_from_main(rank: int, folder: Path) -> None:
+    """Be one of two processes that exchange tensors; write what this one has then."""
+    import torch
+
+    from qlora_exp.distributed import group
+
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    store = torch.distributed.FileStore(str(folder / "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    tensors = [torch.full((2, 3), rank + 1.0), torch.nn.Parameter(torch.full((1,), rank + 5.0))]
+    group.take_from_main(tensors)
+    torch.distributed.barrier()
+    (folder / f"{rank}.txt").write_text(" ".join(str(float(tensor.sum())) for tensor in tensors))
+
+
 def command(words: Sequence[str]) -> None:
     """Run the command line."""
     from qlora_exp.cli.main import main

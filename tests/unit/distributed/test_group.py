@@ -1,6 +1,7 @@
 """What processes exchange; a single one exchanges with itself."""
 
 import pytest
+from helpers import processes
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -27,3 +28,10 @@ def test_single_process_exchanges_with_itself():
     assert group.call_on_main(max, 1, 2) == 2
     with pytest.raises(ZeroDivisionError):
         group.call_on_main(divmod, 1, 0)
+
+
+def test_tensors_take_the_values_of_the_main_process(tmp_path):
+    both = [processes.start(processes.take_from_main, rank, tmp_path) for rank in (0, 1)]
+    for process in both:
+        process.join()
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["6.0 5.0", "6.0 5.0"]
