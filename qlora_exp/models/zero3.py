@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 from qlora_exp.environment.ranks import ranks
 from qlora_exp.libraries.deepspeed import library
 
-_BUCKET = 50_000_000
-"""Most values of gradients that are reduced together."""
+_BUCKET = 16_000_000
+"""Values that are gathered ahead of their layer, and values of gradients that are reduced together."""
 
 
 def is_partitioned(parameter: Any) -> bool:
@@ -55,6 +55,7 @@ def partition(model: Any, optimizer: Optimizer, device: str, max_grad_norm: floa
             "stage": 3,
             "stage3_param_persistence_threshold": 0,  # DeepSpeed gathers small ones of several dtypes wrongly
             "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": _BUCKET,
             "reduce_bucket_size": min(_BUCKET, sum(parameter.numel() for parameter in trained)),
             **({"offload_param": offload, "offload_optimizer": offload} if cpu_offload else {}),
         },
