@@ -128,6 +128,8 @@ def _distributed(config: Config) -> Iterator[str]:
         )
     if engine != "none" and config.device == "mps":
         yield f"distributed={engine} needs GPUs of NVIDIA, or device=cpu; this machine's mps is a single device"
+    if config.distributed.cpu_offload and config.device == "cpu":
+        yield "distributed.cpu_offload=true needs GPUs, not device=cpu: use false"
     if engine == "none" or compatibility.is_ignored():
         return
     if engine == "ddp" and config.quantization.quant_method == "torchao":

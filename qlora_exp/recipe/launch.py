@@ -107,8 +107,10 @@ def launch(run: Callable[..., RunResult], config: Config, **arguments: Any) -> R
 
 
 def _check_gpus(config: Config) -> None:
-    """Check that each process of this machine has a GPU, if there are any."""
+    """Check that each process of this machine has a GPU, if there are any; and that there are any to offload from."""
     shared, gpus = config.distributed, len(visible_gpus())
+    if shared.cpu_offload and not gpus:
+        raise ConfigError("distributed.cpu_offload=true needs GPUs, and none is visible here: use false")
     processes = int(shared.num_processes) // shared.num_machines
     if config.device in ("auto", "cuda") and 0 < gpus < processes:
         raise ConfigError(
