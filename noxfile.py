@@ -50,6 +50,7 @@ def pytest(session: nox.Session, *words: str) -> None:
     """
     in_memory = MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > 4 * 2**30
     with tempfile.TemporaryDirectory(prefix="qlora_exp_", dir=MEMORY if in_memory else None) as folder:
+        Path(folder).chmod(0o711)  # some tests start processes of another user
         env = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONDONTWRITEBYTECODE": "", "TMPDIR": folder}
         session.run(sys.executable, "-m", "pytest", *words, env=env)
 

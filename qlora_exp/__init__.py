@@ -1,7 +1,7 @@
 """Run experiments in efficient fine-tuning, composed with Hydra, trained with TRL, and tracked in MLflow.
 
-The Python API is `compose`, `train` and `load`. Each name is imported when it is first used, because importing torch
-takes seconds.
+The Python API is `compose`, `train`, `load`, `runs` and `curves`. Each name is imported when it is first used, because
+importing torch takes seconds.
 """
 
 import importlib
@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from qlora_exp.deploy.load import load
     from qlora_exp.recipe.finetune import run as train
     from qlora_exp.recipe.result import RunResult
+    from qlora_exp.results.frame import curves, runs
 
 __version__ = version("qlora-exp")
-__all__ = ["Config", "RunResult", "compose", "load", "train"]
+__all__ = ["Config", "RunResult", "compose", "curves", "load", "runs", "train"]
 
 # No usage data is sent to anyone unless the user asks for it.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -27,7 +28,9 @@ _HOME = {
     "Config": ("config.schema", "Config"),
     "RunResult": ("recipe.result", "RunResult"),
     "compose": ("config.hydra_compose", "compose"),
+    "curves": ("results.frame", "curves"),
     "load": ("deploy.load", "load"),
+    "runs": ("results.frame", "runs"),
     "train": ("recipe.finetune", "run"),
 }
 

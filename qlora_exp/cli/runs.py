@@ -1,4 +1,4 @@
-"""`compare`, `ui`, `reproduce`, `bundle` and `sync`: use recorded runs."""
+"""`runs`, `compare`, `ui`, `reproduce`, `bundle` and `sync`: use recorded runs."""
 
 import argparse
 import logging
@@ -22,7 +22,17 @@ _USUAL_FOLDERS = (Path("outputs"), Path("multirun"))
 
 
 def add_parsers(commands: Commands) -> None:
-    """Add the five commands."""
+    """Add the six commands."""
+    parser = add_command(commands, "runs", list_runs, [URI])
+    which = "names of sweeps; run ids, run keys, names or output folders of runs; default: all runs"
+    parser.add_argument("chosen", nargs="*", metavar="SWEEP|RUN", help=which)
+    parser.add_argument("--experiment", metavar="NAME", help="list runs of this MLflow experiment only")
+    parser.add_argument("--filter", help='list only runs that match this MLflow filter, such as "metrics.steps > 10"')
+    parser.add_argument("--columns", default="", metavar="KEY,...", help="config keys, tags or metrics to show too")
+    parser.add_argument("--sort", metavar="KEY", help="config key, tag or metric to sort by, the smallest first")
+    parser.add_argument("--reverse", action="store_true", help="list in the reverse order")
+    parser.add_argument("--limit", type=int, default=50, metavar="N", help="most runs to list; default: 50")
+
     parser = add_command(commands, "compare", compare, [URI])
     chosen = "names of sweeps; run ids, run keys, names or output folders of runs; default: the newest sweep"
     parser.add_argument("chosen", nargs="*", metavar="SWEEP|RUN", help=chosen)
@@ -111,6 +121,32 @@ def compare(options: argparse.Namespace) -> None:
         if (parent := report.log(comparison, options.uri, options.preset)) is None:
             raise ConfigError("--log: these runs do not belong to one sweep")
         print(f"report saved with run {parent} in MLflow")
+
+
+def list_runs(options: argparse.Namespace) -> None:
+    """List recorded runs, newest first, or show everything of one.
+
+    Lists also runs that failed, and repetitions. In notebooks, `qlora_exp.runs()` gives
+    them as a pandas DataFrame.
+
+    examples:
+      qlora-exp runs                                     the last 50
+      qlora-exp runs --sort after/loss --columns method.r,training.learning_rate
+      qlora-exp runs --filter "tags.outcome = 'oom'"
+      qlora-exp runs RUN_ID                              config, metrics, how it ended
+    """
+    quiet()
+    from qlora_exp.results import listing, records
+
+    found = records.every(options.uri, options.chosen, options.experiment, options.filter)
+    if not found:
+        chosen = ", ".join([*options.chosen, options.filter or ""]).strip(", ")
+        raise TrackingError(f"MLflow has no runs of {chosen or 'this tool'} there")
+    if options.chosen and len(found) == 1:
+        listing.show_one(found[0])
+    else:
+        columns = list(filter(None, options.columns.split(",")))
+        listing.show_list(found, columns, options.sort, options.reverse, options.limit)
 
 
 def ui(options: argparse.Namespace) -> None:

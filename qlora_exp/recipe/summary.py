@@ -33,6 +33,10 @@ def _quality(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
         if f"after/{key}" in metrics:
             before = metrics.get(f"before/{key}")
             rows.append((name, "-" if before is None else format(before, spec), format(metrics[f"after/{key}"], spec)))
+    for key in sorted(key for key in metrics if key.startswith("after/lm_eval/")):
+        before = metrics.get(key.replace("after/", "before/", 1))
+        name = key.removeprefix("after/lm_eval/")
+        rows.append((name, "-" if before is None else format(before, ".3f"), format(metrics[key], ".3f")))
     return rows
 
 

@@ -156,6 +156,29 @@ def find(
         return _find(mlflow, words, experiment, where)
 
 
+def every(
+    uri: str | None, chosen: Sequence[str] = (), experiment: str | None = None, where: str | None = None
+) -> list[MlflowRecord]:
+    """Return all runs, newest first: also those that failed, earlier ones of the same run key, and repetitions.
+
+    Args:
+        uri: MLflow tracking URI. Default: SQLite in ./mlruns.
+        chosen: names of sweeps or runs, output folders, run ids or run keys. Default: all.
+        experiment: name of the only MLflow experiment to search.
+        where: filter in MLflow's syntax, such as `params.method.name = 'lora'`.
+
+    Raises:
+        TrackingError: the store cannot be reached, or has no such experiment or run id.
+    """
+    mlflow = reader(uri)
+    words = [_word(word, store_uri(uri)) for word in chosen]
+    with mlflow_errors_explained():
+        ids = _experiments(mlflow, experiment)
+        selections: list[_Selection | None] = [_selection(mlflow, ids, word) for word in words] or [None]
+        runs = {run.run_id: run for selection in selections for run in _search(mlflow, ids, selection, where)}
+    return sorted(runs.values(), key=lambda run: run.start_time, reverse=True)
+
+
 def by_ids(uri: str | None, run_ids: Sequence[str]) -> list[MlflowRecord]:
     """Return the runs with these ids, in this order.
 
@@ -178,16 +201,7 @@ def mlflow_errors_explained() -> Iterator[None]:
 
 
 def _find(mlflow: MlflowClient, chosen: Sequence[str], experiment: str | None, where: str | None) -> list[MlflowRecord]:
-    experiments = [mlflow.get_experiment_by_name(experiment)] if experiment else mlflow.search_experiments()
-    if experiments == [None]:
-        names = ", ".join(existing.name for existing in mlflow.search_experiments())
-        raise TrackingError(f"MLflow has no experiment '{experiment}'; existing experiments: {names}")
-    if deleted := [entry for entry in experiments if entry is not None and entry.lifecycle_stage != "active"]:
-        raise TrackingError(
-            f"experiment '{experiment}' was deleted in MLflow; MlflowClient().restore_experiment"
-            f"('{deleted[0].experiment_id}') restores it"
-        )
-    ids = [entry.experiment_id for entry in experiments if entry is not None]
+    ids = _experiments(mlflow, experiment)
     selections: list[_Selection | None] = [_selection(mlflow, ids, word) for word in chosen]
     if not selections:
         selections = [None] if experiment or where else [_newest_sweep(mlflow, ids)]
@@ -209,6 +223,20 @@ def _find(mlflow: MlflowClient, chosen: Sequence[str], experiment: str | None, w
     if not newest:
         raise TrackingError(f"MLflow has no runs of {', '.join([*chosen, where or '']).strip(', ') or 'this tool'} yet")
     return [run for run in runs if newest[run.tags["run_key"]] is run]
+
+
+def _experiments(mlflow: MlflowClient, name: str | None) -> list[str]:
+    """Return the id of the experiment with this name, or those of all."""
+    experiments = [mlflow.get_experiment_by_name(name)] if name else mlflow.search_experiments()
+    if experiments == [None]:
+        names = ", ".join(existing.name for existing in mlflow.search_experiments())
+        raise TrackingError(f"MLflow has no experiment '{name}'; existing experiments: {names}")
+    if deleted := [entry for entry in experiments if entry is not None and entry.lifecycle_stage != "active"]:
+        raise TrackingError(
+            f"experiment '{name}' was deleted in MLflow; MlflowClient().restore_experiment"
+            f"('{deleted[0].experiment_id}') restores it"
+        )
+    return [entry.experiment_id for entry in experiments if entry is not None]
 
 
 def page(uri: str | None, server: str) -> str:

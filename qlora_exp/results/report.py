@@ -34,6 +34,7 @@ _COLUMNS = (
     ("trainable", "trainable_parameters", ",.0f"),
     ("share", "trainable_share", ".2%"),
     ("tokens/s", "tokens_per_second", ",.0f"),
+    ("train loss", "train/loss", ".4f"),  # of the last logged step
     ("loss", "after/loss", ".4f"),
     ("perplexity", "after/perplexity", ".2f"),
     ("ROUGE-L", "after/rougeL", ".3f"),
@@ -101,13 +102,19 @@ def _columns(comparison: Comparison) -> list[tuple[str, Callable[[Row], str]]]:
     memory += [
         (f"{phase.replace('_', ' ')} MiB", f"memory/{phase}/{memory_kind}_peak_mib", ",.0f") for phase in _PHASES
     ]
-    all_columns = [*_COLUMNS[:2], *memory, *_COLUMNS[2:]]
+    lm_eval = sorted({name for row in measured for record in row.records for name in record.metrics
+                      if name.startswith("after/lm_eval/")})  # fmt: skip
+    scores = [(name.removeprefix("after/lm_eval/"), name, ".3f") for name in lm_eval]
+    all_columns = [*_COLUMNS[:2], *memory, *_COLUMNS[2:], *scores]
     used_columns = [column for column in all_columns if any(row.mean(column[1]) for row in measured)]
     columns = [(name, _reader(metric, form)) for name, metric, form in used_columns]
     base = _seconds(comparison.baseline)
     if base:
         place = next((index for index, (name, _) in enumerate(columns) if name == "tokens/s"), len(columns))
-        columns.insert(place, ("time", lambda row: f"{seconds / base:.2f}x" if (seconds := _seconds(row)) else ""))
+        columns[place:place] = [
+            ("train min", lambda row: f"{seconds / 60:,.1f}" if (seconds := _seconds(row)) else ""),
+            ("time", lambda row: f"{seconds / base:.2f}x" if (seconds := _seconds(row)) else ""),
+        ]
     return columns
 
 

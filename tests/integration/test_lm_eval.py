@@ -6,7 +6,7 @@ import shutil
 import pytest
 from helpers.lm_eval_tasks import task_overrides
 
-from qlora_exp.results import compare, records
+from qlora_exp.results import compare, records, verdicts
 from qlora_exp.utils.errors import ConfigError
 
 
@@ -27,8 +27,7 @@ def test_runs_are_compared_by_lm_eval_item(run_quick, task_folder, mlflow_uri):
             "method=lora", "evaluation=loss_only", name, f"training.learning_rate={rate}", *task_overrides(task_folder)
         )
     found = compare.compare(records.find(mlflow_uri, [], "harness"), "lm_eval/sums/acc")
-    items, _ = compare._items(found.rows[0], "lm_eval/sums/acc")
-    assert [values.shape for values in items.values()] == [(1, 10, 2)]
+    assert verdicts.difference(*found.rows, "lm_eval/sums/acc").items == 10
 
 
 GROUP = """\
@@ -50,7 +49,7 @@ def test_lm_eval_groups_and_directions_are_recorded(task_folder, run_quick, mlfl
     )
     (record,) = records.find(mlflow_uri, [], "groups")
     found = compare.compare([record], "lm_eval/all_sums/acc")
-    assert next(iter(compare._items(found.rows[0], "lm_eval/all_sums/acc")[0].values())).shape == (1, 20, 2)
+    assert verdicts.difference(found.rows[0], found.rows[0], "lm_eval/all_sums/acc").items == 20
     assert record.lm_eval["lower_is_better"] == ["lm_eval/worse/acc"]
     assert compare.compare([record], "lm_eval/worse/acc").lower_is_better
     assert not compare.compare([record], "lm_eval/sums/acc").lower_is_better

@@ -380,8 +380,7 @@ def test_jobs_are_not_planned_by_default(make_jobs, monkeypatch):
     execute(make_jobs("seed", ["1"]))
 
 
-def test_damaged_journal_does_not_stop_other_jobs(make_jobs, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "300")  # no word of the table is broken
+def test_damaged_journal_does_not_stop_other_jobs(make_jobs, capsys):
     damaged_at = (0, 3, 10**6)
 
     def cut_off(waiting):
@@ -397,7 +396,8 @@ def test_damaged_journal_does_not_stop_other_jobs(make_jobs, capsys, monkeypatch
     seeds = ["1", "2", "3", "4"]
     with pytest.raises(SweepError, match="3 of 4 jobs"):
         execute(make_jobs("seed", seeds), cut_off)
-    assert capsys.readouterr().out.count("journal.jsonl") >= 3
+    shown = re.sub(r"[│\s]", "", capsys.readouterr().out)  # a long path is continued on the next line
+    assert shown.count("journal.jsonl") >= 3
     launched = []
 
     def again(waiting):

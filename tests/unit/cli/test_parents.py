@@ -28,7 +28,7 @@ NOT_TAKING = {
 
 
 def test_every_command_is_tested():
-    takes_other_words = {"train", "keys", "compare", "sync"}
+    takes_other_words = {"train", "keys", "runs", "compare", "sync"}
     assert {*TAKING, *NOT_TAKING, *takes_other_words} == {*main._parser()[1].choices}
 
 

@@ -31,6 +31,7 @@ def test_table_has_only_measured_columns(comparison):
     table = [dict(zip(headings, row, strict=True)) for row in rows]
     assert [row["method.r"] for row in table] == ["4", "8", "16", "32"]
     assert [row["time"] for row in table] == ["1.00x", "1.50x", "", ""]
+    assert [row["train min"] for row in table] == ["0.3", "0.5", "", ""]  # 20 and 30 seconds
     assert table[0]["share"] == "1.00%"
     assert table[0]["saved MB"] == "2.0"
     assert table[0]["loss against the baseline"] == "baseline"
@@ -38,6 +39,17 @@ def test_table_has_only_measured_columns(comparison):
     assert [row["seeds"] for row in table[2:]] == ["0 (+1 failed)", "0 (+1 pruned)"]
     assert table[1]["loss"].startswith(f"{sum(ROWS) / 8 - 0.185:.4f} ±")
     assert not {"ROUGE-L", "task score", "load MiB"} & set(headings)
+
+
+def test_every_score_has_a_column(past_runs):
+    scores = {"after/lm_eval/arc/acc": 0.25, "after/lm_eval/mmlu/acc": 0.5, "after/task_score": 1.0, "train/loss": 2.5}
+    past_runs([3.0, 3.1], metrics=scores)
+    past_runs([3.0, 3.2], seed=2, metrics=scores)
+    headings, (row,) = report.table(compare(find(past_runs.uri, experiment=past_runs.experiment)))
+    shown = dict(zip(headings, row, strict=True))
+    assert {name: shown[name] for name in ("arc/acc", "mmlu/acc", "task score", "train loss")} == {
+        "arc/acc": "0.250", "mmlu/acc": "0.500", "task score": "1.000", "train loss": "2.5000"
+    }  # fmt: skip
 
 
 def test_preset_chooses_columns(comparison):

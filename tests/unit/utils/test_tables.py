@@ -1,3 +1,5 @@
+import re
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,3 +23,10 @@ def test_brackets_are_printed(capsys):
     print_table("of [x]", ["[key]"], [["[q_proj]"]])
     shown = capsys.readouterr().out
     assert all(text in shown for text in ("of [x]", "[key]", "[q_proj]"))
+
+
+def test_long_words_are_continued_and_not_cut(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    path = "/long/" + "x" * 60 + "/journal.jsonl"
+    print_table("title", ["what", "where"], [["damaged", path]])
+    assert path in re.sub(r"[│\s]", "", capsys.readouterr().out)

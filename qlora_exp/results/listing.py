@@ -1,0 +1,90 @@
+"""List past runs on the terminal, and show one."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+from qlora_exp.config.hydra_compose import compose
+from qlora_exp.config.values import flatten
+from qlora_exp.results.records import MlflowRecord
+from qlora_exp.utils.display import say
+from qlora_exp.utils.errors import ConfigError, did_you_mean
+from qlora_exp.utils.tables import print_table
+from qlora_exp.utils.text import shortened
+
+
+def show_list(
+    records: Sequence[MlflowRecord], columns: Sequence[str], by: str | None, reverse: bool, limit: int
+) -> None:
+    """Print a line for each run.
+
+    Args:
+        records: the runs, newest first.
+        columns: config keys, tags or metrics to print besides the usual ones.
+        by: config key, tag or metric to sort by; runs without it come last. None: keep the order.
+        reverse: print them in the reverse order.
+        limit: most lines to print.
+
+    Raises:
+        ConfigError: no run has such a key or metric.
+    """
+    extra = list(dict.fromkeys([*columns, by or "after/loss"]))
+    _check(records, [*columns, *([by] if by else [])])
+    if by:
+        having = [record for record in records if _value(record, by)]
+        numbers = [_number(_value(record, by)) for record in having]
+        keys = numbers if None not in numbers else [_value(record, by) for record in having]
+        order = sorted(range(len(having)), key=keys.__getitem__, reverse=reverse)  # type: ignore[arg-type]
+        records = [*(having[index] for index in order), *(record for record in records if not _value(record, by))]
+    elif reverse:
+        records = records[::-1]
+    lines = [
+        [
+            record.tags.get("run_key", ""),
+            shortened(record.name),
+            record.outcome,
+            f"{_started(record):%Y-%m-%d %H:%M}",
+            *(shortened(_value(record, key)) for key in extra),
+        ]
+        for record in records[:limit]
+    ]
+    print_table(f"{len(records)} runs", ["run key", "name", "outcome", "started", *extra], lines, whole=1)
+    if len(records) > limit:
+        say(f"{len(records) - limit} more; --limit {len(records)} lists all")
+
+
+def show_one(record: MlflowRecord) -> None:
+    """Print what one run recorded: how it ended, the config keys that are not as by default, and its metrics."""
+    defaults = {key: str(value) for key, value in flatten(compose()).items()}
+    say(f"run      {record.run_id} {record.name}")
+    say(f"started  {_started(record):%Y-%m-%d %H:%M:%S}, {record.outcome}")
+    for name in ("run_key", "sweep", "failure", "process.folder"):
+        if value := record.tags.get(name):
+            say(f"{name.rpartition('.')[2].replace('_', ' '):<8} {value}")
+    changed = [[key, value] for key, value in sorted(record.params.items()) if value != defaults.get(key, "None")]
+    print_table("config and resolved values that are not as by default", ["key", "value"], changed)
+    metrics = [[key, f"{value:.6g}"] for key, value in sorted(record.metrics.items())]
+    print_table("metrics", ["metric", "last value"], metrics)
+
+
+def _started(record: MlflowRecord) -> datetime:
+    return datetime.fromtimestamp(record.start_time / 1000, UTC).astimezone()
+
+
+def _check(records: Sequence[MlflowRecord], keys: Sequence[str]) -> None:
+    known = {key for record in records for key in (*record.params, *record.tags, *record.metrics)}
+    for key in keys:
+        if key not in known:
+            raise ConfigError(f"no run has '{key}'{did_you_mean(key, known)}")
+
+
+def _value(record: MlflowRecord, key: str) -> str:
+    if key in record.metrics:
+        return f"{record.metrics[key]:.6g}"
+    return record.params.get(key, record.tags.get(key, ""))
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
