@@ -53,6 +53,8 @@ def add_parsers(commands: Commands) -> None:
         default="all",
         help="columns: all (default), cost (parameters, memory, time, quality), short, or shortest (only quality)",
     )
+    rows = "most rows to print, of more the best and the worst; 0: all; default: 40"
+    parser.add_argument("--rows", type=int, default=40, metavar="N", help=rows)
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="folder to write the table to as well, as .csv, .json, .md and .html"
     )
@@ -114,7 +116,7 @@ def compare(options: argparse.Namespace) -> None:
     runs = records.find(options.uri, options.chosen, options.experiment, options.filter)
     metric = valid_names([options.metric])[options.metric]  # as a run names it
     comparison = comparing.compare(runs, metric, options.baseline)
-    report.show(comparison, options.preset)
+    report.show(comparison, options.preset, options.rows)
     for file in report.write(comparison, options.out, options.preset) if options.out else ():
         say(f"file  {file}")
     if options.log:

@@ -24,7 +24,7 @@ from qlora_exp.config.sections.distributed import DistributedConfig
 from qlora_exp.environment import ranks
 from qlora_exp.environment.device import visible_gpus
 from qlora_exp.recipe.result import RunResult
-from qlora_exp.utils.errors import ConfigError, RankError, TimeLimitError, type_and_first_line
+from qlora_exp.utils.errors import ConfigError, RankError, TimeLimitError, UserError, type_and_first_line
 from qlora_exp.utils.processes.signals import GRACE_SECONDS, OUT_OF_TIME
 from qlora_exp.utils.processes.workers import end_with_parent, write_into
 from qlora_exp.utils.quiet import quiet
@@ -192,15 +192,21 @@ def _signals_forwarded() -> Iterator[None]:
 
 
 def _first_failure(request: _Request, failures: Mapping[int, Any]) -> BaseException:
-    """Return why the processes failed, and record it if the main process could not."""
+    """Return why the processes failed, and record it if the main process could not.
+
+    What a user can correct is most often the same in all processes, of which any may notice it first: that error is
+    returned as it is.
+    """
     from qlora_exp.tracking import lifecycle
 
     known = {int(file.stem): pickle.loads(file.read_bytes()) for file in request.scratch.glob("*.error")}
     if 0 in known and not isinstance(known[0], KeyboardInterrupt):  # it has recorded it, and knows who failed first
-        return known[0]
+        cause = known.get(known[0].rank) if isinstance(known[0], RankError) else None
+        return cause if isinstance(cause, UserError) else known[0]
     own = {rank: error for rank, error in sorted(known.items()) if not isinstance(error, KeyboardInterrupt)}
     killed = {rank: f"its process {failure.pid} ended with {_code(failure.exitcode)}"
               for rank, failure in sorted(failures.items()) if rank not in known}  # fmt: skip
+    first: BaseException | None = None
     if killed:
         rank, why = next(iter(killed.items()))
         error = RankError(rank, why, "error")
@@ -211,7 +217,7 @@ def _first_failure(request: _Request, failures: Mapping[int, Any]) -> BaseExcept
         error = RankError(min(known, key=lambda rank: (rank == 0, rank)), "it was interrupted", "killed")
     if request.config.distributed.machine_rank == 0:  # elsewhere the processes of that machine do it
         lifecycle.record_dead_main(request.config, request.arguments["output_dir"], request.arguments["tags"], error)
-    return error
+    return first if isinstance(first, UserError) else error
 
 
 def _code(code: int) -> str:

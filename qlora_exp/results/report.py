@@ -11,7 +11,8 @@ import math
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rich.console import Console
 
 from qlora_exp.results.compare import Comparison
 from qlora_exp.results.row import Row
+from qlora_exp.results.verdicts import ALPHA
 from qlora_exp.tracking.mlflow_store import client
 from qlora_exp.utils.display import csv_cell, say, shown
 from qlora_exp.utils.display import markdown as as_markdown
@@ -70,8 +72,10 @@ PRESETS = {
 """Sets of columns by name; None means all columns."""
 
 
-def table(comparison: Comparison, preset: str = "all") -> tuple[list[str], list[list[str]]]:
-    """Return headings and rows as text; rows without a successful run come last."""
+def table(
+    comparison: Comparison, preset: str = "all", only: Sequence[Row] | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """Return headings and rows as text, all or only some; rows without a successful run come last."""
     chosen = PRESETS[preset]
     columns = [(name, read) for name, read in _columns(comparison) if chosen is None or name in chosen]
     label_keys = list(comparison.rows[0].label)
@@ -83,7 +87,7 @@ def table(comparison: Comparison, preset: str = "all") -> tuple[list[str], list[
         "ties",
     ]
     rows = []
-    for row in sorted(comparison.rows, key=lambda row: not row.records):
+    for row in sorted(comparison.rows if only is None else only, key=lambda row: not row.records):
         verdict_or_failure = "baseline" if row is comparison.baseline else _verdict(row, comparison)
         seeds = str(len(row.records)) + "".join(f" (+{count} {name})" for name, count in _not_ended(row).items())
         ties = comparison.ties.get(row.name, "")
@@ -155,13 +159,20 @@ def _not_ended(row: Row) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
-def show(comparison: Comparison, preset: str = "all") -> None:
-    """Print the table, followed by the conditions that differ between the runs."""
+def show(comparison: Comparison, preset: str = "all", most: int = 0) -> None:
+    """Print the table, followed by the conditions that differ between the runs.
+
+    Args:
+        comparison: the comparison.
+        preset: set of columns, a key of `PRESETS`.
+        most: most rows to print: of more, the best two thirds and the worst, in this order. 0: all rows.
+    """
+    only = _best_and_worst(comparison, most) if 0 < most < len(comparison.rows) else comparison.rows
     console = Console(markup=False, emoji=False)
     if not console.is_terminal:  # output to a file has no width
         console.width = 250
     for column_set in (preset, *_NARROWER):
-        headings, rows = table(comparison, column_set)
+        headings, rows = table(comparison, column_set, only)
         narrow = make_table([*headings[:-2], headings[-1]], [[*row[:-2], row[-1]] for row in rows])
         if _width(headings, rows) <= console.width:
             break
@@ -169,10 +180,33 @@ def show(comparison: Comparison, preset: str = "all") -> None:
     if column_set != preset:
         console.print("(use a wider terminal, or --out FOLDER, to see more columns)")
     console.print(shown(f"{comparison.metric} against the baseline, {comparison.baseline.name}:"))
-    for configuration in comparison.rows:
+    for configuration in only:
         if configuration is not comparison.baseline:
             say(f"  {configuration.name}: {_verdict(configuration, comparison)}")
+    if left := [row for row in comparison.rows if row not in only]:
+        say(f"{len(left)} of {len(comparison.rows)} rows are not shown ({_counts(left, comparison)}): "
+            "--rows 0 prints all, --out FOLDER writes all")  # fmt: skip
     say(*_notes(comparison))
+
+
+def _best_and_worst(comparison: Comparison, most: int) -> list[Row]:
+    """Return the rows with the best values and some with the worst, best first; the baseline is among them."""
+    values = {row: mean.value for row in comparison.rows if (mean := row.mean(f"after/{comparison.metric}"))}
+    order = sorted(values, key=values.__getitem__, reverse=not comparison.lower_is_better)
+    worst = most // 3
+    kept = {*order[: most - worst], *order[len(order) - worst :], comparison.baseline}
+    return [row for row in order if row in kept]
+
+
+def _counts(rows: Sequence[Row], comparison: Comparison) -> str:
+    """Say how many rows were judged how."""
+    kinds = Counter(
+        "without a result" if (verdict := comparison.verdicts.get(row.name)) is None
+        else "no significant difference" if verdict.p >= ALPHA
+        else "significantly different"
+        for row in rows
+    )  # fmt: skip
+    return ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
 
 
 def _width(headings: list[str], rows: list[list[str]]) -> int:

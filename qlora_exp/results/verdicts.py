@@ -6,7 +6,7 @@ where both were scored on the same rows. `stats` does the arithmetic.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -25,7 +25,14 @@ class Verdict:
     difference: stats.Difference
     p: float
     """P-value, adjusted for the number of comparisons (Holm)."""
-    text: str
+    level: float
+    """Level at which the next of the ties would be tested."""
+    lower_is_better: bool
+
+    @cached_property
+    def text(self) -> str:
+        """The verdict in words; computed when it is read, because of thousands of rows only some are shown."""
+        return _text(self.difference, self.p, self.level, self.lower_is_better)
 
 
 def verdicts(rows: Sequence[Row], baseline: Row, metric: str, lower_is_better: bool) -> dict[str, Verdict]:
@@ -36,7 +43,7 @@ def verdicts(rows: Sequence[Row], baseline: Row, metric: str, lower_is_better: b
     # The level at which Holm's procedure tests the next of the ties.
     level = ALPHA / max(1, sum(p >= ALPHA for p in adjusted))
     return {
-        row.name: Verdict(each, p, _text(each, p, level, lower_is_better))
+        row.name: Verdict(each, p, level, lower_is_better)
         for row, each, p in zip(others, differences, adjusted, strict=True)
     }
 

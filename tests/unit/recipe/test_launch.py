@@ -2,17 +2,19 @@
 
 import pickle
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from qlora_exp.recipe import launch
+from qlora_exp.utils.errors import ConfigError, RankError
 
 
 @pytest.fixture
 def request_(make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(launch, "end_with_parent", lambda: None)
     monkeypatch.setattr("signal.signal", lambda *_: None)
-    arguments = {"output_dir": tmp_path}
+    arguments = {"output_dir": tmp_path, "tags": {}}
     return launch._Request(lambda *_, **__: "done", make_config(), arguments, {}, str(tmp_path), 30, tmp_path)
 
 
@@ -33,3 +35,32 @@ def test_error_that_cannot_be_pickled_keeps_what_it_says():
             super().__init__(f"{one} and {two}")
 
     assert str(pickle.loads(launch._pickled(OwnError("a", "b")))) == "OwnError: a and b"
+
+
+MISTAKE = ConfigError("training.packing: not for this model")
+KILLED = "its process 7 ended with SIGKILL"
+NOTICED = RankError(1, f"ConfigError: {MISTAKE}", "error")
+
+
+@pytest.mark.parametrize(
+    ("errors", "raised", "recorded"),
+    [
+        ({0: MISTAKE}, "training.packing: not for this model", None),
+        ({0: NOTICED, 1: MISTAKE}, "training.packing: not for this model", None),  # rank 1 was the first to find it
+        ({0: KeyboardInterrupt(), 1: MISTAKE}, "training.packing: not for this model", str(NOTICED)),
+        ({0: RankError(1, "ValueError: x", "error"), 1: ValueError("x")}, "rank 1: ValueError: x", None),
+        ({0: KeyboardInterrupt(), 1: ValueError("x")}, "rank 1: ValueError: x", "rank 1: ValueError: x"),
+        ({0: KeyboardInterrupt(), 1: KeyboardInterrupt()}, "rank 1: it was interrupted", "rank 1: it was interrupted"),
+        ({0: KeyboardInterrupt()}, f"rank 1: {KILLED}", f"rank 1: {KILLED}"),
+    ],
+)
+def test_mistake_of_the_user_is_raised_as_it_is_whichever_process_finds_it(
+    errors, raised, recorded, request_, tmp_path, monkeypatch
+):
+    told = []
+    monkeypatch.setattr("qlora_exp.tracking.lifecycle.record_dead_main", lambda *words: told.append(str(words[-1])))
+    for rank, error in errors.items():
+        (tmp_path / f"{rank}.error").write_bytes(pickle.dumps(error))
+    failures = {rank: SimpleNamespace(pid=7, exitcode=1 if rank in errors else -9) for rank in (0, 1)}
+    assert str(launch._first_failure(request_, failures)) == raised
+    assert told == ([] if recorded is None else [recorded])

@@ -57,6 +57,21 @@ def test_preset_chooses_columns(comparison):
     assert headings[2:-2] == ["trainable", "share", "peak MiB", "time"]
 
 
+def test_of_many_rows_the_best_and_the_worst_are_shown(past_runs, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    for place, r in enumerate((8, 4, 64, 16, 32)):
+        for seed in (1, 2):
+            past_runs(shifted(place / 10 + seed / 100), seed=seed, method__r=r)
+    past_runs(method__r=2, outcome="oom")
+    found = compare(find(past_runs.uri, experiment=past_runs.experiment), baseline="r=64")
+    report.show(found, most=3)
+    shown = capsys.readouterr().out
+    assert [line.split("│")[1].strip() for line in shown.splitlines() if line.startswith("│")] == ["8", "4", "64", "32"]
+    assert "2 of 6 rows are not shown (1 significantly different, 1 without a result): --rows 0 prints all" in shown
+    report.show(found, most=6)
+    assert "not shown" not in capsys.readouterr().out
+
+
 def test_report_files_agree(comparison, tmp_path):
     files = {file.suffix: file for file in report.write(comparison, tmp_path / "new")}
     with files[".csv"].open(newline="") as lines:
