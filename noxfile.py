@@ -17,11 +17,8 @@ CONSTRAINTS = ("--constraint", "constraints.txt")
 TESTED = ("dev", "lm-eval", "quantizers", "optuna", "joblib", "slurm", "llama-cpp", "serve")
 MEMORY = Path("/dev/shm")
 """File system in memory, on Linux."""
-WORKERS = ("-n", "3", "--dist", "worksteal")
-"""Each begins with a third of the modules, so that most of what a module's tests share is made once.
-
-Three for two cores: a fifth of the time goes into waiting, for servers, locks and other processes.
-"""
+TWO_WORKERS = ("-n", "2", "--dist", "worksteal")
+"""Each worker begins with one half of the modules, so that most of what a module's tests share is made once."""
 DEEPSPEED = (
     "tests/integration/test_deepspeed.py",
     "tests/unit/libraries/test_deepspeed.py",
@@ -70,13 +67,13 @@ def tests(session: nox.Session) -> None:
     """Set up, then check style and types and run all tests, one real training of the embedded model among them."""
     install(session, *TESTED)
     lint(session)
-    pytest(session, *(session.posargs or (*WORKERS, "--durations=60")))
+    pytest(session, *(session.posargs or (*TWO_WORKERS, "--durations=60")))
 
 
 @nox.session
 def unit(session: nox.Session) -> None:
     """Run the unit tests but the slow ones (the quick loop: under two minutes), in what `tests` has set up."""
-    pytest(session, "tests/unit", "-m", "not slow", *(session.posargs or WORKERS))
+    pytest(session, "tests/unit", "-m", "not slow", *(session.posargs or TWO_WORKERS))
 
 
 @nox.session
