@@ -63,6 +63,12 @@ def build(run: RunContext, tokens: Tokens) -> Trainable:
         run.tracker.json(peft_config.to_dict(), "peft_config.json")
         if targets := getattr(peft_config, "target_modules", None):
             run.tracker.params({"resolved.target_modules": targets if isinstance(targets, str) else sorted(targets)})
+    if config.model.device_map and config.distributed.engine != "none":
+        log.info(
+            "model.device_map=%s has no effect with distributed=%s: each process has a device of its own",
+            config.model.device_map,
+            config.distributed.engine,
+        )
     with run.memory.phase("load"):
         model = base.load_model(config.model, config.quantization, resolved, config.distributed)
     if config.quantization.quantized:

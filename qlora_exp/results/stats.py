@@ -157,10 +157,11 @@ def difference_of_seeds(
 def moderated(differences: Sequence[Difference]) -> list[Difference]:
     """Return the differences with limits to how much each may vary over seeds, from how much the others vary.
 
-    With few seeds an estimate may by chance be much too small, and a test that stands alone must reckon with any truth.
-    Here the standard deviation over seeds is taken to be at most 3 times (with 2 seeds 20, with 3 seeds 5 times) the
-    larger one of its estimate and the mean of the other differences. So wide a limit keeps errors below 5 % even if
-    one configuration varies 100 times as much as the others, and lets few seeds find more where items matter most.
+    With few seeds an estimate may by chance be much too small, so a test of one difference alone must allow for any
+    true variance. Here the standard deviation over seeds is taken to be at most 3 times (with 2 seeds 20, with 3 seeds
+    5 times) the larger one of its estimate and the mean of the other differences. So wide a limit keeps errors below
+    5 % even if one configuration varies 100 times as much as the others, and lets few seeds find more where items
+    matter most.
     """
     own = [
         sum(source.variance * (source.freedom + 1) for source in each.sources if source.over_seeds)

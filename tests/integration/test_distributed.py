@@ -93,7 +93,9 @@ def test_checkpoint_of_sharded_processes_is_that_of_one(run_quick):
 
 def test_shared_run_is_one_run(run_quick, mlflow_client):
     words = ["method=lora", _NO_DROPOUT, "training.max_steps=4"]
-    result = run_quick(*TWO, *words, "training.save_strategy=steps", "training.save_steps=2")
+    saving = ["training.save_strategy=steps", "training.save_steps=2"]
+    result = run_quick(*TWO, *words, *saving, "model.device_map=auto")  # as the shipped experiments have it
+    assert "device_map=auto has no effect with distributed=ddp" in (result.output_dir / "run.log").read_text()
     run = mlflow_client.get_run(result.run_id)
     (only,) = mlflow_client.search_runs([run.info.experiment_id], f"params.seed = '42' and run_id = '{result.run_id}'")
     assert only.info.status == "FINISHED"
