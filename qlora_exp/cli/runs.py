@@ -31,7 +31,7 @@ def add_parsers(commands: Commands) -> None:
     parser.add_argument("--columns", default="", metavar="KEY,...", help="config keys, tags or metrics to show too")
     parser.add_argument("--sort", metavar="KEY", help="config key, tag or metric to sort by, the smallest first")
     parser.add_argument("--reverse", action="store_true", help="list in the reverse order")
-    parser.add_argument("--limit", type=int, default=50, metavar="N", help="most runs to list; default: 50")
+    parser.add_argument("--limit", type=int, default=50, metavar="N", help="most runs to list; 0: all; default: 50")
 
     parser = add_command(commands, "compare", compare, [URI])
     chosen = "names of sweeps; run ids, run keys, names or output folders of runs; default: the newest sweep"

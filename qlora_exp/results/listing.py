@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.values import flatten
@@ -20,9 +21,9 @@ def show_list(
     Args:
         records: the runs, newest first.
         columns: config keys, tags or metrics to print besides the usual ones.
-        by: config key, tag or metric to sort by; runs without it come last. None: keep the order.
+        by: config key, tag or metric to sort by; runs without it, or with NaN, come last. None: keep the order.
         reverse: print them in the reverse order.
-        limit: most lines to print.
+        limit: most lines to print; 0: all.
 
     Raises:
         ConfigError: no run has such a key or metric.
@@ -30,13 +31,14 @@ def show_list(
     extra = list(dict.fromkeys([*columns, by or "after/loss"]))
     _check(records, [*columns, *([by] if by else [])])
     if by:
-        having = [record for record in records if _value(record, by)]
-        numbers = [_number(_value(record, by)) for record in having]
-        keys = numbers if None not in numbers else [_value(record, by) for record in having]
-        order = sorted(range(len(having)), key=keys.__getitem__, reverse=reverse)  # type: ignore[arg-type]
-        records = [*(having[index] for index in order), *(record for record in records if not _value(record, by))]
+        values = {record.run_id: value for record in records if (value := _value(record, by)) not in ("", "nan")}
+        numbers = {run_id: number for run_id, value in values.items() if (number := _number(value)) is not None}
+        keys: dict[str, Any] = numbers if len(numbers) == len(values) else values
+        having = sorted((each for each in records if each.run_id in keys), key=lambda each: keys[each.run_id])
+        records = [*having[:: -1 if reverse else 1], *(each for each in records if each.run_id not in keys)]
     elif reverse:
         records = records[::-1]
+    left = len(records) - limit if limit > 0 else 0
     lines = [
         [
             record.tags.get("run_key", ""),
@@ -45,11 +47,11 @@ def show_list(
             f"{_started(record):%Y-%m-%d %H:%M}",
             *(shortened(_value(record, key)) for key in extra),
         ]
-        for record in records[:limit]
+        for record in records[: limit if left > 0 else None]
     ]
     print_table(f"{len(records)} runs", ["run key", "name", "outcome", "started", *extra], lines, whole=1)
-    if len(records) > limit:
-        say(f"{len(records) - limit} more; --limit {len(records)} lists all")
+    if left > 0:
+        say(f"{left} more; --limit 0 lists all")
 
 
 def show_one(record: MlflowRecord) -> None:

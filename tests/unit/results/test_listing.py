@@ -23,19 +23,20 @@ def names(out: str) -> list[str]:
 def test_runs_are_listed_newest_first_and_sorted_on_request(past_runs, listed):
     for loss, r in ((3.0, 8), (1.0, 16), (2.0, 4)):
         past_runs([loss], method__r=r)
-    past_runs(outcome="oom", method__r=2)
+    past_runs(outcome="oom", method__r=2, metrics={"after/loss": float("nan")})
     code, out, _ = listed()
     assert code == 0
     assert names(out) == ["run 3", "run 2", "run 1", "run 0"]
     assert "oom" in out
-    assert names(listed("--sort", "after/loss")[1]) == ["run 1", "run 2", "run 0", "run 3"]  # without one: last
+    assert names(listed("--sort", "after/loss")[1]) == ["run 1", "run 2", "run 0", "run 3"]  # without one, or NaN: last
     assert names(listed("--sort", "after/loss", "--reverse")[1]) == ["run 0", "run 2", "run 1", "run 3"]
     assert names(listed("--reverse")[1]) == ["run 0", "run 1", "run 2", "run 3"]
     assert names(listed("--sort", "method.r")[1]) == ["run 3", "run 2", "run 0", "run 1"]  # as numbers
     assert names(listed("--filter", "params.method.r = '4'")[1]) == ["run 2"]
     code, out, _ = listed("--limit", "1", "--columns", "method.r,outcome")
     assert names(out) == ["run 3"]
-    assert "3 more; --limit 4 lists all" in out
+    assert "3 more; --limit 0 lists all" in out
+    assert len(names(listed("--limit", "0")[1])) == 4
 
 
 def test_one_run_is_shown_with_what_is_not_as_by_default(past_runs, listed):
