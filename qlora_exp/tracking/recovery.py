@@ -83,6 +83,7 @@ def reap(mlflow: MlflowClient, experiment: str, uri: str | None) -> None:
         try:
             process = {key: tags.get(f"process.{key}", "") for key in process_keys}
             if not provenance.is_dead(process):
+                log.debug("run %s is running, or on another machine: %s", run_id, process)
                 continue
             try:
                 _check_stale(folder, tags.get("attempt"))
@@ -91,7 +92,8 @@ def reap(mlflow: MlflowClient, experiment: str, uri: str | None) -> None:
                     raise _ElsewhereError(f"its journal is not on this machine: {first_line(error)}") from error
                 raise
             problems = finish(folder, "killed", "its process is gone", store_uri(uri))
-            if problems and is_locked(folder):  # it still runs
+            if problems and is_locked(folder):  # it still runs, or another process ends it
+                log.debug("run %s: %s", run_id, "; ".join(problems))
                 continue
             why = "; ".join(problems) or why
         # The next run there, or of its own user, ends it: from here its process may only look gone.
