@@ -3,7 +3,7 @@
 Hydra 1.3 accepts only classes that are defined below `hydra_plugins`, so re-exports do not work.
 """
 
-from qlora_exp.sweeps import hydra_launchers, hydra_sweepers
+from qlora_exp.sweeps import hydra_launchers, hydra_sweepers, tuned_sweeper
 
 
 class GridSweeper(hydra_sweepers.GridSweeper):
@@ -12,6 +12,10 @@ class GridSweeper(hydra_sweepers.GridSweeper):
 
 class OptunaSweeper(hydra_sweepers.OptunaSweeper):
     """The sweeper `hydra/sweeper=optuna`."""
+
+
+class TunedSweeper(tuned_sweeper.TunedSweeper):
+    """The sweeper `hydra/sweeper=tuned`."""
 
 
 class LocalLauncher(hydra_launchers.LocalLauncher):

@@ -20,10 +20,12 @@ log = logging.getLogger(__name__)
 ALWAYS = {
     "unrelated.drop_leaks": "unrelated text is not trained on",
     "unrelated.leak_threshold": "unrelated text is not trained on",
+    "unrelated.validation_size": "unrelated text is not trained on",
+    "unrelated.evaluate_on": "unrelated text is not trained on",
 }
 """Keys that a section inherits, and that change nothing in any run."""
 SINGLE_RUN = "it is for sweeps, and this is a single run: add -m"
-SWEEP_ONLY = ("sweep", "search")
+SWEEP_ONLY = ("sweep", "search", "tuning")
 """Sections that act in a sweep only."""
 _OF_ANSWERS = tuple(f"evaluation.{key}" for key in ("max_new_tokens", "generation_batch_size", "metrics"))
 _ADAM = ("adam_beta1", "adam_beta2")

@@ -19,7 +19,7 @@ from qlora_exp.config.sections.method import LoraVariantConfig, MethodConfig
 from qlora_exp.config.sections.model import ModelConfig
 from qlora_exp.config.sections.optimizer import OptimizerConfig
 from qlora_exp.config.sections.quantization import QuantizationConfig
-from qlora_exp.config.sections.sweep import SearchConfig, SweepConfig
+from qlora_exp.config.sections.sweep import SearchConfig, SweepConfig, TuningConfig
 from qlora_exp.config.sections.tracking import TrackingConfig
 from qlora_exp.config.sections.training import TrainingConfig
 
@@ -40,6 +40,7 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
     sweep: SweepConfig = SweepConfig()
     search: SearchConfig = SearchConfig()
+    tuning: TuningConfig = TuningConfig()
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Random seed of the run: adapter initialization, order of training rows, dropout."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

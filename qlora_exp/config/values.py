@@ -75,11 +75,14 @@ def _names_only(value: Any) -> Any:
     return f"./{path.name}"
 
 
-APART = ("tracking", "sweep", "search")
+APART = ("tracking", "sweep", "search", "tuning")
 """Sections that do not change a run's result."""
 _OF_ONE_START = ("name", "machine_rank", "main_process_ip", "main_process_port", "ddp_timeout")
 """Keys of `distributed` that say how the processes find each other, not what they compute."""
-_EMPTY_IN_OLDER_RECORDS = (("training", "lr_scheduler_kwargs"),)
+_EMPTY_IN_OLDER_RECORDS = (
+    ("training", "lr_scheduler_kwargs"),
+    *((section, key) for section in ("dataset", "unrelated") for key in ("validation_size", "evaluate_on")),
+)
 """Keys that records of older versions lack; empty, they say the same."""
 
 

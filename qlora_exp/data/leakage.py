@@ -22,7 +22,7 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True)
 class Leak:
-    """A training row and the held-out row that it gives away."""
+    """A training row and the held-out row that it gives away; or one of them is a validation row, see `parts`."""
 
     train: int
     heldout: int
@@ -33,6 +33,8 @@ class Leak:
 
     Sequences that many held-out rows contain, such as a preamble, do not count.
     """
+    parts: str = "training, held-out"
+    """Which rows the two indices count: also `validation, held-out` or `training, validation`."""
 
 
 def find(train: Iterable[Mapping[str, Any]], heldout: Iterable[Mapping[str, Any]], threshold: float) -> list[Leak]:

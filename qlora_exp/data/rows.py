@@ -1,9 +1,9 @@
-"""Load rows of any source with the same columns, split off held-out rows, and leave out what must not be trained on."""
+"""Load rows of any source with the same columns, split off held-out and validation rows, and leave out leaks."""
 
 import hashlib
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from datasets import Dataset
@@ -26,8 +26,9 @@ class Rows:
 
     train: Dataset
     heldout: Dataset
+    """Rows to evaluate on: the held-out rows or, with `dataset.evaluate_on=validation`, the validation rows."""
     report: Report
-    """What was left out, of both."""
+    """What was left out, of all."""
     leaks: list[leakage.Leak]
     """Pairs of a training row and a held-out row that it gives away, before any row was left out."""
 
@@ -49,24 +50,38 @@ def fingerprint(rows: Dataset) -> str:
 def load_rows(config: DatasetConfig) -> Rows:
     """Read, clean, split and limit the rows.
 
-    Training rows that give a held-out row away are left out, as `dataset.drop_leaks` says.
+    Training and validation rows that give a held-out row away are left out, as `dataset.drop_leaks` says, and so are
+    training rows that give a validation row away. The training rows do not depend on `dataset.evaluate_on`.
 
     Raises:
         DataError: the source or a column does not exist, or no rows are left.
     """
-    train, heldout, report = _split(config)
+    train, validation, heldout, report = _split(config)
     leaks = leakage.find(train, heldout, config.leak_threshold)
+    if len(validation):
+        for parts, (rows, given_away) in {
+            "validation, held-out": (validation, heldout),
+            "training, validation": (train, validation),
+        }.items():
+            leaks += [replace(leak, parts=parts) for leak in leakage.find(rows, given_away, config.leak_threshold)]
     report.dropped["leaks"] = 0
     if config.drop_leaks != "none":
-        leaking = {leak.train for leak in leaks if leak.kind == "exact" or config.drop_leaks == "near"}
-        report.dropped["leaks"] = len(leaking)
-        if leaking:
-            report.examples["leaks"] = train[min(leaking)]["place"]
-        train = _pick(train, [index for index in range(len(train)) if index not in leaking])
+        dropped = [leak for leak in leaks if leak.kind == "exact" or config.drop_leaks == "near"]
+        train = _without(train, {leak.train for leak in dropped if leak.parts.startswith("training")}, report)
+        validation = _without(validation, {leak.train for leak in dropped if leak.parts.startswith("val")}, report)
     train = _first(train, config.max_train_rows)
-    if not len(train) or not len(heldout):
+    evaluated = validation if config.evaluate_on == "validation" else heldout
+    if not len(train) or not len(evaluated):
         raise DataError(f"{config.path}: no rows are left for training or for evaluation: {report.why()}")
-    return Rows(train, heldout, report, leaks)
+    return Rows(train, _first(evaluated, config.max_eval_rows), report, leaks)
+
+
+def _without(rows: Dataset, leaking: set[int], report: Report) -> Dataset:
+    """Leave out rows with these indices, and count them."""
+    report.dropped["leaks"] += len(leaking)
+    if leaking:
+        report.examples.setdefault("leaks", rows[min(leaking)]["place"])
+    return _pick(rows, [index for index in range(len(rows)) if index not in leaking])
 
 
 def load_heldout(config: DatasetConfig) -> Dataset:
@@ -75,7 +90,7 @@ def load_heldout(config: DatasetConfig) -> Dataset:
     Raises:
         DataError: the source or a column does not exist, or no rows are left.
     """
-    _, heldout, report = _split(config)
+    _, _, heldout, report = _split(config)
     if not len(heldout):
         raise DataError(f"{config.path}: no held-out rows are left: {report.why()}")
     for level, line in report.lines(config.name):
@@ -83,22 +98,30 @@ def load_heldout(config: DatasetConfig) -> Dataset:
     return heldout
 
 
-def _split(config: DatasetConfig) -> tuple[Dataset, Dataset, Report]:
-    """Return the training rows, the held-out rows up to their limit, and what was left out of both."""
+def _split(config: DatasetConfig) -> tuple[Dataset, Dataset, Dataset, Report]:
+    """Return training, validation and held-out rows (these up to their limit), and what was left out of all."""
     rows, report = clean(read(config, config.path, config.split), config, config.path)
+    shuffled = order(len(rows), config.split_seed)
     if config.eval_path or config.eval_split:
         path = config.eval_path or config.path
         heldout, heldout_report = clean(read(config, path, config.eval_split or config.split), config, path)
         report = report.plus(heldout_report)
-        train = _pick(rows, order(len(rows), config.split_seed))
     else:
-        size = config.eval_size
-        if len(rows) < 2 or (isinstance(size, int) and size >= len(rows)):
-            raise DataError(f"dataset.eval_size={size}: only {len(rows)} rows to split, too few: {report.why()}")
-        count = max(1, round(size * len(rows))) if size < 1 else int(size)
-        shuffled = order(len(rows), config.split_seed)
-        heldout, train = _pick(rows, shuffled[:count]), _pick(rows, shuffled[count:])
-    return train, _first(heldout, config.max_eval_rows), report
+        count = _count("eval_size", config.eval_size, len(rows), report)
+        heldout, shuffled = _pick(rows, shuffled[:count]), shuffled[count:]
+    count = 0
+    if config.validation_size is not None:
+        count = _count("validation_size", config.validation_size, len(shuffled), report)
+        log.info("%s: %d rows are kept for validation", config.name, count)
+    heldout = _first(heldout, config.max_eval_rows)
+    return _pick(rows, shuffled[count:]), _pick(rows, shuffled[:count]), heldout, report
+
+
+def _count(key: str, size: float, available: int, report: Report) -> int:
+    """Return how many rows to split off."""
+    if available < 2 or (isinstance(size, int) and size >= available):
+        raise DataError(f"dataset.{key}={size}: only {available} rows to split, too few: {report.why()}")
+    return max(1, round(size * available)) if size < 1 else int(size)
 
 
 def order(count: int, seed: int) -> list[int]:

@@ -102,7 +102,7 @@ def _numbered(rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
 
 def _first(rows: IterableDataset, config: DatasetConfig) -> list[dict[str, Any]]:
     """Fetch the first rows: as many as a run can need, and half as many again for those that will be left out."""
-    count = round(1.5 * ((config.max_train_rows or 0) + config.eval_size))
+    count = round(1.5 * ((config.max_train_rows or 0) + config.eval_size + (config.validation_size or 0)))
     return list(tqdm(rows.take(count), total=count, desc="fetching", unit="row", disable=None))
 
 

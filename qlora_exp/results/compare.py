@@ -12,6 +12,7 @@ from typing import Any
 from qlora_exp.results.metric_direction import lower_is_better
 from qlora_exp.results.record import Record
 from qlora_exp.results.row import Row
+from qlora_exp.results.tuned import tuned_of
 from qlora_exp.results.verdicts import Verdict, ties, too_few_seeds, verdicts
 from qlora_exp.utils.errors import ConfigError
 
@@ -44,6 +45,7 @@ _CONDITIONS = {
     "unrelated rows": lambda record: record.params.get("data.unrelated_fingerprint"),
     "device": lambda record: record.params.get("resolved.device_name"),
     "cores": lambda record: record.tags.get("hardware.threads"),
+    "tuning": lambda record: (tuned := tuned_of(record)) and ", ".join(tuned.budget),
     "code": lambda record: record.tags.get("identity.code"),
 }
 
@@ -205,6 +207,9 @@ def _unfair(rows: Sequence[Row]) -> list[str]:
         values = dict.fromkeys(str(value) for record in records if (value := read(record)) is not None)
         if len(values) > 1:
             lines.append(f"{name}: {_listed(values)}")
+    tuned = {row.short: "tuned" if row.tuned else "not tuned" for row in rows}
+    if len(set(tuned.values())) > 1:
+        lines.append(f"settings: {_by_value(tuned)}")
     if line := _processes(records):
         lines.append(line)
     for key in dict.fromkeys(key for record in records for key in record.tags if key.startswith("version.")):

@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
+from qlora_exp.results import tuned
 from qlora_exp.results.compare import Comparison
 from qlora_exp.results.row import Row
 from qlora_exp.results.verdicts import ALPHA
@@ -66,8 +67,8 @@ PRESETS = {
     "all": None,
     # The columns of the project's benchmark table: cost and quality of each method.
     "cost": ("trainable", "share", "peak MiB", "time", "perplexity", "ROUGE-L"),
-    "short": ("peak MiB", "time", "loss", "ROUGE-L", "task score"),
-    "shortest": ("loss", "ROUGE-L", "task score"),
+    "short": ("peak MiB", "time", "loss", "ROUGE-L", "task score", "tuned"),
+    "shortest": ("loss", "ROUGE-L", "task score", "tuned"),
 }
 """Sets of columns by name; None means all columns."""
 
@@ -109,9 +110,11 @@ def _columns(comparison: Comparison) -> list[tuple[str, Callable[[Row], str]]]:
     lm_eval = sorted({name for row in measured for record in row.records for name in record.metrics
                       if name.startswith("after/lm_eval/")})  # fmt: skip
     scores = [(name.removeprefix("after/lm_eval/"), name, ".3f") for name in lm_eval]
-    all_columns = [*_COLUMNS[:2], *memory, *_COLUMNS[2:], *scores]
-    used_columns = [column for column in all_columns if any(row.mean(column[1]) for row in measured)]
+    used_columns = [column for column in (*_COLUMNS[:2], *memory, *_COLUMNS[2:], *scores)
+                    if any(row.mean(column[1]) for row in measured)]  # fmt: skip
     columns = [(name, _reader(metric, form)) for name, metric, form in used_columns]
+    if any(row.tuned for row in measured):
+        columns += tuned.COLUMNS.items()
     base = _seconds(comparison.baseline)
     if base:
         place = next((index for index, (name, _) in enumerate(columns) if name == "tokens/s"), len(columns))
@@ -145,7 +148,7 @@ def _seconds(row: Row) -> float | None:
 def _verdict(row: Row, comparison: Comparison) -> str:
     """Return the verdict on a row, or why there is none."""
     if verdict := comparison.verdicts.get(row.name):
-        return verdict.text
+        return "; ".join(filter(None, [verdict.text, tuned.remark(row.tuned, comparison.baseline.tuned)]))
     failures = {f"{record.outcome}: {record.tags.get('failure', '')}".strip(": ") for record in row.failed}
     return "; ".join(
         [*filter(None, [row.unmeasured(f"after/{comparison.metric}")]), ", ".join(sorted(failures))]

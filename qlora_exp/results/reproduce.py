@@ -78,7 +78,7 @@ def recorded_config(record: Record, changes: Mapping[str, Any], uri: str | None)
     values = record.yaml()
     recorded_tracking = values.get("tracking")
     name = recorded_tracking.get("experiment_name") if isinstance(recorded_tracking, dict) else None
-    values |= {"tracking": {"uri": uri, "experiment_name": name}, "sweep": {}, "search": {}}
+    values |= {"tracking": {"uri": uri, "experiment_name": name}, "sweep": {}, "search": {}, "tuning": {}}
     config = changed(values, changes, f"run {record.run_id}")
     for section, source in (("dataset", config.dataset), ("unrelated", config.unrelated)):
         given = {f"{section}.path", f"{section}.eval_path"} & changes.keys()

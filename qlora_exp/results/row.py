@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from qlora_exp.results import stats
 from qlora_exp.results.record import Record
+from qlora_exp.results.tuned import Tuned, tuned_of
 from qlora_exp.utils.display import visible
 from qlora_exp.utils.text import shortened
 
@@ -30,6 +31,12 @@ class Row:
         """The same with short keys, for plots."""
         words = (f"{key.rpartition('.')[2]}={shortened(value, 40)}" for key, value in self.label.items())
         return visible(" ".join(words)) or "all"
+
+    @property
+    def tuned(self) -> Tuned | None:
+        """How the row was tuned; None if it was not, or not all of its runs."""
+        found = [tuned_of(record) for record in self.records]
+        return found[0] if found and None not in found else None
 
     def mean(self, metric: str) -> stats.Estimate | None:
         """Return the mean of a metric over the seeds; None unless every run has the metric, as a finite number."""

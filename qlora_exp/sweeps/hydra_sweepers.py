@@ -1,6 +1,7 @@
 """Implement the sweepers for Hydra: grid and Optuna."""
 
 import gc
+import importlib.util
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -31,8 +32,8 @@ from qlora_exp.utils.secrets import redact
 from qlora_exp.utils.text import FILE_NAME, shortened
 
 
-class _Sweeper(Sweeper):
-    """Base of both sweepers: turns overrides into jobs, and passes jobs to the launcher."""
+class JobSweeper(Sweeper):
+    """Base of the sweepers: turns overrides into jobs, and passes jobs to the launcher."""
 
     hydra_context: HydraContext
     config: DictConfig
@@ -114,8 +115,8 @@ class _Sweeper(Sweeper):
             words = " ".join(shortened(word) for word in (*fixed, *chosen))
             raise ConfigError(f"{error}\nin: {words}") from error
 
-    def begin(self, folder: Path, settings: SweepConfig) -> sweep.Sweep:
-        """Return a sweep that passes its jobs to the launcher."""
+    def begin(self, folder: Path, settings: SweepConfig, is_part: bool = False) -> sweep.Sweep:
+        """Return a sweep that passes its jobs to the launcher; `is_part` as in `Sweep`."""
         quiet()
         gc.enable()
 
@@ -128,7 +129,7 @@ class _Sweeper(Sweeper):
             return [job_return.return_value for job_return in self.launcher.launch(job_overrides, initial_job_idx=0)]
 
         local = isinstance(self.launcher, LocalLauncher)
-        return sweep.Sweep(folder, settings, launch, lambda: local and launcher.warm(settings.n_jobs))
+        return sweep.Sweep(folder, settings, launch, lambda: local and launcher.warm(settings.n_jobs), is_part)
 
 
 def _of_environment(job: jobs.Job) -> list[str]:
@@ -140,21 +141,37 @@ def _of_environment(job: jobs.Job) -> list[str]:
     return [f"tracking.{key}={quoted(str(used))}" for key, (own, used) in values.items() if used != own]
 
 
-def _refuse_idle_keys(configs: Sequence[Config], arguments: Sequence[str]) -> None:
+_SETTINGS = {"search": ("optuna", "a search"), "tuning": ("tuned", "a tuned comparison")}
+"""Sections of the config, the sweeper that reads them, and what it makes."""
+
+
+def refuse_settings_of_others(overrides: Sequence[Override], sweeper: str) -> None:
+    """Refuse settings that only another sweeper reads."""
+    for override in overrides:
+        own, what = _SETTINGS.get(override.key_or_group.partition(".")[0], (sweeper, ""))
+        if own != sweeper:
+            raise ConfigError(f"{override.input_line}: this works only in {what}; add hydra/sweeper={own}")
+
+
+def require_optuna(sweeper: str) -> None:
+    """Raise an error if Optuna is not installed, which `sweeper` needs."""
+    if importlib.util.find_spec("optuna") is None:
+        raise ConfigError(f"hydra/sweeper={sweeper} needs the package optuna: pip install 'qlora-exp[optuna]'")
+
+
+def refuse_idle_keys(configs: Sequence[Config], arguments: Sequence[str]) -> None:
     """Refuse overrides that would change nothing in any job."""
     if problems := [*idle.problems(configs, arguments, sweeping=True)]:
         raise ConfigError("\n".join(problems))
 
 
-class GridSweeper(_Sweeper):
+class GridSweeper(JobSweeper):
     """Runs every combination of the swept values that has not been run yet."""
 
     def sweep(self, arguments: list[str]) -> None:
         """Run the sweep; Hydra calls this with the overrides of the command line."""
         overrides = self.parse(arguments)
-        for override in overrides:
-            if override.key_or_group.startswith("search."):
-                raise ConfigError(f"{override.input_line}: this works only in a search; add hydra/sweeper=optuna")
+        refuse_settings_of_others(overrides, "grid")
         chosen = combinations(overrides)
         shared = sum(not override.is_sweep_override() for override in overrides)
         values = [[word.split("=", 1) for word in combination[shared:]] for combination in chosen]
@@ -162,25 +179,23 @@ class GridSweeper(_Sweeper):
         job_overrides = [of_job(combination) for combination in chosen]
         fixed = job_overrides[0][:shared]
         configs = [self.check(fixed, words[shared:]) for words in job_overrides]
-        _refuse_idle_keys(configs, arguments)
+        refuse_idle_keys(configs, arguments)
         settings = configs[0].sweep
         folder = self.folder(overrides, settings)
         with self.begin(folder, settings) as running:
             running.run(jobs.jobs(configs, swept, job_overrides, folder))
 
 
-class OptunaSweeper(_Sweeper):
+class OptunaSweeper(JobSweeper):
     """Runs the values that Optuna proposes from sweeps, ranges and intervals; each trial is repeated for every seed."""
 
     def sweep(self, arguments: list[str]) -> None:
         """Run the search; Hydra calls this with the overrides of the command line."""
-        try:
-            from qlora_exp.sweeps import search
-        except ImportError as error:
-            raise ConfigError(
-                "hydra/sweeper=optuna needs the package optuna: pip install 'qlora-exp[optuna]'"
-            ) from error
+        require_optuna("optuna")
+        from qlora_exp.sweeps import search
+
         overrides = self.parse(arguments)
+        refuse_settings_of_others(overrides, "optuna")
         searched = [
             override for override in overrides if override.is_sweep_override() and override.key_or_group != "seed"
         ]
@@ -206,12 +221,12 @@ class OptunaSweeper(_Sweeper):
         def jobs_of(values: Mapping[str, Any]) -> list[jobs.Job]:
             chosen = of_job([f"{key}={value}" for key, value in values.items()])
             words = [[*repeat, *chosen] for repeat in repeats]
-            shown = {key.lstrip("+"): _short(value) for key, value in values.items()}
+            shown = {key.lstrip("+"): short(value) for key, value in values.items()}
             swept = [shown | ({"seed": _seed(repeat)} if len(repeats) > 1 else {}) for repeat in repeats]
             return jobs.jobs([self.check(repeat, chosen) for repeat in repeats], swept, words, folder)
 
         valid, refused = _configs(lambda values: checked(repeats[0], values), space, searched)
-        _refuse_idle_keys([config for _, config in valid], arguments)
+        refuse_idle_keys([config for _, config in valid], arguments)
         values, config = valid[0]
         for repeat in repeats[1:]:
             checked(repeat, values)
@@ -235,7 +250,7 @@ class OptunaSweeper(_Sweeper):
             for trial in best:
                 results = zip(settings.metrics, trial.values, strict=True)
                 means = ", ".join(f"{metric} {value:.6g}" for metric, value in results)
-                chosen = " ".join(f"{key}={shortened(_short(value))}" for key, value in trial.params.items())
+                chosen = " ".join(f"{key}={shortened(short(value))}" for key, value in trial.params.items())
                 say(f"best: {chosen} ({means}; trial {trial.number + 1})")
 
 
@@ -287,7 +302,8 @@ def _configs(
     )
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """Return a swept value as text."""
     return format(value, ".6g") if isinstance(value, float) else str(value)
 
 

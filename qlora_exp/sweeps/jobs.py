@@ -6,8 +6,9 @@ The journals are the only state of a sweep. How jobs are chosen, composed or lau
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from qlora_exp.config.schema import Config
@@ -31,6 +32,8 @@ _LABEL = 100
 """Most bytes of the swept values in a job's folder name; the run key after them tells jobs apart."""
 NOT_FAILED = ("ok", "pruned", "unfit")
 """Outcomes that do not count as failures."""
+UNFINISHED = ("killed", "cut off", "not started", "running")
+"""Outcomes of jobs that the same command resumes."""
 
 State = Literal["new", "running", "cut off", "damaged", "ok", "pruned", "oom", "nan", "timeout", "error"]
 Action = Literal["run", "resume", "rerun", "skip"]
@@ -52,6 +55,8 @@ class Job:
     key: str
     """Run key."""
     folder: Path
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Further tags of its MLflow run."""
 
     @property
     def processes(self) -> int:
@@ -81,7 +86,11 @@ Launch = Callable[[Sequence[Job]], Sequence[Ending | None]]
 
 
 def jobs(
-    configs: Sequence[Config], swept: Sequence[Mapping[str, str]], overrides: Sequence[Sequence[str]], folder: Path
+    configs: Sequence[Config],
+    swept: Sequence[Mapping[str, str]],
+    overrides: Sequence[Sequence[str]],
+    folder: Path,
+    tags: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Job]:
     """Make the jobs of a sweep.
 
@@ -90,6 +99,7 @@ def jobs(
         swept: swept keys and values of each job.
         overrides: Hydra overrides of each job.
         folder: folder of the sweep.
+        tags: further tags of all runs.
 
     Returns:
         The jobs in order; of jobs with the same run key only the first.
@@ -106,14 +116,14 @@ def jobs(
         words = [f"{name.split('.')[-1]}-{value}" for name, value in redacted(dict(values)).items()]
         label = re.sub(r"[^\w.+-]+", "-", "_".join(words))
         name = f"{cut_to_bytes(label, _LABEL)}_{key}".lstrip("_")
-        jobs_by_key.setdefault(key, Job(values, job_overrides, config, parts, key, folder / name))
+        jobs_by_key.setdefault(key, Job(values, job_overrides, config, parts, key, folder / name, tags))
     return list(jobs_by_key.values())
 
 
 def default_name(swept: Sequence[str], overrides: Sequence[str]) -> str:
     """Return the default name of a sweep: its swept keys and a digest of all overrides that affect the results."""
     keys = [key.split(".")[-1] for key in swept]
-    ignored = ("sweep.", "search.", "hydra", "tracking.")
+    ignored = ("sweep.", "search.", "tuning.", "hydra", "tracking.")
     relevant = [word for word in overrides if not word.lstrip("+~").startswith(ignored)]
     digest = f"_{json_digest(sorted(relevant), digits=6)}"
     return (cut_to_bytes("_".join(keys), FILE_NAME - len(digest)) + digest).lstrip("_")

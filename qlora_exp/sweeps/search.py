@@ -10,8 +10,8 @@ import logging
 import math
 import random
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -70,12 +70,32 @@ def search(
         ConfigError: jobs do not have a metric, the study in the folder searched something else, or another process is
             searching there.
     """
-    sweep.folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(sweep.folder / f"{STUDY_FILE}.running")  # released when this function returns or the process ends
+    with alone(sweep.folder):
+        return _search(sweep, space, jobs_of, settings, how)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Lock the study in `folder`, which is created, until the context or the process ends.
+
+    Raises:
+        ConfigError: another process has locked it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        lock.acquire(timeout=1)
+        with FileLock(folder / f"{STUDY_FILE}.running").acquire(timeout=1):
+            yield
     except Timeout as error:
-        raise ConfigError(f"{sweep.folder}: another process is searching in this folder") from error
+        raise ConfigError(f"{folder}: another process is searching in this folder") from error
+
+
+def _search(
+    sweep: Sweep,
+    space: Mapping[str, BaseDistribution],
+    jobs_of: Callable[[Mapping[str, Any]], list[Job]],
+    settings: SearchConfig,
+    how: SweepConfig,
+) -> list[FrozenTrial]:
     study = _study(sweep.folder, settings, space)
     replaced = {trial.number for trial in study.trials if trial.state == TrialState.FAIL and how.rerun == "failed"}
     unfinished_trials = _unfinished(study, space, retry_failed=how.rerun == "failed")
@@ -111,8 +131,8 @@ def search(
             if "pruned" in outcomes:
                 study.tell(trial.number, state=TrialState.PRUNED)
             elif outcomes == {"ok"}:
-                values = [_values(ending["metrics"], settings.metrics) for ending in endings]
-                means = [statistics.fmean(column) for column in zip(*values, strict=True)]
+                columns = zip(*(values(ending["metrics"], settings.metrics) for ending in endings), strict=True)
+                means = [statistics.fmean(column) for column in columns]
                 measured = all(map(math.isfinite, means))
                 study.tell(trial.number, means if measured else None, None if measured else TrialState.FAIL)
             elif outcomes <= {*NOT_FAILED, "oom", "nan", "timeout", "error"}:
@@ -146,10 +166,16 @@ def progress(folder: Path, n_trials: int) -> str:
     """Describe how many trials of the search in `folder` are done."""
     done = 0
     if (folder / STUDY_FILE).is_file():
-        storage = JournalStorage(JournalFileBackend(str(folder / STUDY_FILE)))
-        studies = [optuna.load_study(study_name=name, storage=storage) for name in optuna.get_all_study_names(storage)]
+        file = storage(folder)
+        studies = [optuna.load_study(study_name=name, storage=file) for name in optuna.get_all_study_names(file)]
         done = sum(trial.state.is_finished() for study in studies for trial in study.trials)
     return f"{done} trials are done, {max(0, n_trials - done)} to run"
+
+
+def storage(folder: Path) -> JournalStorage:
+    """Return Optuna's storage in the file in `folder`."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return JournalStorage(JournalFileBackend(str(folder / STUDY_FILE)))
 
 
 def distribution(override: Override) -> BaseDistribution:
@@ -190,6 +216,13 @@ def example(space: Any) -> Any:
     return space.choices[0] if isinstance(space, CategoricalDistribution) else space.low
 
 
+def contains(space: Any, value: Any) -> bool:
+    """Return whether a value could be drawn."""
+    if isinstance(space, CategoricalDistribution):
+        return value in space.choices
+    return isinstance(value, int | float) and bool(space.low <= value <= space.high)
+
+
 def _unseen(study: optuna.Study, space: Mapping[str, BaseDistribution]) -> dict[str, Any] | None:
     """Return values that were not tried yet, or None.
 
@@ -219,46 +252,67 @@ def _unfinished(study: optuna.Study, space: Mapping[str, BaseDistribution], retr
     return [trial for trial in study.trials if trial.state == TrialState.RUNNING]
 
 
-def _direction(metric: str) -> Literal["minimize", "maximize"]:
+def direction(metric: str, key: str) -> Literal["minimize", "maximize"]:
+    """Return whether less of a metric is better; `key` sets it where only the user knows."""
     if "lm_eval/" in metric:
-        raise ConfigError(f"search.directions: give them: whether higher {metric} is better depends on its task")
+        raise ConfigError(f"{key}: must be set: whether higher {metric} is better depends on its task")
     return "minimize" if lower_is_better(metric) else "maximize"
 
 
 def _study(folder: Path, settings: SearchConfig, space: Mapping[str, BaseDistribution]) -> optuna.Study:
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    directions = settings.directions or [_direction(metric) for metric in settings.metrics]
-    storage = JournalStorage(JournalFileBackend(str(folder / STUDY_FILE)))
-    studies = {study.study_name: study for study in optuna.get_all_study_summaries(storage)}
+    directions = settings.directions or [direction(metric, "search.directions") for metric in settings.metrics]
+    file = storage(folder)
+    studies = {study.study_name: study for study in optuna.get_all_study_summaries(file)}
     name = ",".join(settings.metrics)
     if studies and name not in studies:
-        other = optuna.load_study(study_name=next(iter(studies)), storage=storage)
+        other = optuna.load_study(study_name=next(iter(studies)), storage=file)
         if any(trial.state == TrialState.COMPLETE for trial in other.trials):
             raise ConfigError(
                 f"search.metrics: the study in {folder} optimizes {other.study_name}; give sweep.name=ANOTHER"
             )
         # It has no results, e.g. because a metric was misspelled.
-        optuna.delete_study(study_name=other.study_name, storage=storage)
-    study = optuna.create_study(storage=storage, study_name=name, directions=directions, load_if_exists=True)
-    searched = {key: distribution_to_json(distribution_of_key) for key, distribution_of_key in space.items()}
-    searched["search.directions"] = ",".join(directions)
-    previous = study.user_attrs.get("space", searched)
-    if changed := sorted(key for key in previous.keys() | searched.keys() if previous.get(key) != searched.get(key)):
-        raise ConfigError(
-            f"{', '.join(changed)}: differs from what the study in {folder} searched; give sweep.name=ANOTHER"
-        )
-    study.set_user_attr("space", searched)
+        optuna.delete_study(study_name=other.study_name, storage=file)
+    study = optuna.create_study(storage=file, study_name=name, directions=directions, load_if_exists=True)
+    check_space(study, space, folder, {"search.directions": ",".join(directions)})
     sampler_seed = settings.seed + len(study.trials)  # so that a resumed search does not draw the same values again
     tpe = optuna.samplers.TPESampler(seed=sampler_seed, n_startup_trials=STARTUP_TRIALS)
     study.sampler = tpe if settings.sampler == "tpe" else optuna.samplers.RandomSampler(sampler_seed)
     return study
 
 
-def _values(metrics: Mapping[str, float], names: Sequence[str]) -> list[float]:
+def check_space(
+    study: optuna.Study, space: Mapping[str, BaseDistribution], folder: Path, more: Mapping[str, str]
+) -> None:
+    """Note in a study what it searches, and refuse to continue it with something else.
+
+    Args:
+        study: Optuna's study.
+        space: searched keys and their distributions.
+        folder: folder of the study.
+        more: other keys and values that must not change.
+
+    Raises:
+        ConfigError: the study searched something else.
+    """
+    searched = {key: distribution_to_json(distribution_of_key) for key, distribution_of_key in space.items()} | {**more}
+    previous = study.user_attrs.get("space", searched)
+    if changed := sorted(key for key in previous.keys() | searched.keys() if previous.get(key) != searched.get(key)):
+        raise ConfigError(
+            f"{', '.join(changed)}: differs from what the study in {folder} searched; give sweep.name=ANOTHER"
+        )
+    study.set_user_attr("space", searched)
+
+
+def values(metrics: Mapping[str, float], names: Sequence[str], key: str = "search.metrics") -> list[float]:
+    """Return the values of metrics by name.
+
+    Raises:
+        ConfigError: the jobs do not have one of them, which `key` names.
+    """
     valid = valid_names(names)  # as a run names them
     names = [name if name in metrics else valid[name] for name in names]
     if missing := [name for name in names if name not in metrics]:
-        raise ConfigError(f"search.metrics: jobs have no metric '{missing[0]}'{did_you_mean(missing[0], metrics)}")
+        raise ConfigError(f"{key}: jobs have no metric '{missing[0]}'{did_you_mean(missing[0], metrics)}")
     return [metrics[name] for name in names]
 
 

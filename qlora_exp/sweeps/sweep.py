@@ -16,6 +16,7 @@ from qlora_exp.sweeps.jobs import (
     JOB_FILE,
     NOT_FAILED,
     RUNNING,
+    UNFINISHED,
     Action,
     Ending,
     Job,
@@ -55,6 +56,7 @@ class Sweep:
         settings: SweepConfig,
         launch: Launch,
         warm: Callable[[], object] = lambda: None,
+        is_part: bool = False,
     ) -> None:
         """Create a sweep.
 
@@ -63,11 +65,13 @@ class Sweep:
             settings: `sweep` of the config.
             launch: function that runs jobs.
             warm: called as soon as there may be jobs to launch, to prepare for them.
+            is_part: whether another sweep uses the results: they are not shown or compared, and a job may fail.
         """
         self.folder = folder
         self._warm = warm
         self._settings = settings
         self._launch = launch
+        self._is_part = is_part
         self._jobs: dict[str, Job] = {}
         self._elsewhere: dict[str, dict[str, Any]] = {}
         self._unfit: dict[str, str] = {}
@@ -81,11 +85,11 @@ class Sweep:
             self._settle(complete=error is None)
         ended_well = error is None and not self._settings.dry_run
         rows = self.rows() if ended_well else []
-        if ended_well:
+        if ended_well and not self._is_part:
             show_rows(rows, self.folder)
         if self._parent is not None:
             self._end(error)
-        if ended_well:
+        if ended_well and not self._is_part:
             if self.folder.is_dir():  # otherwise every job was done elsewhere
                 say(f"files  {self.folder}", f"table  {self._compare_command()}")
             if advice := _advice([row["outcome"] for row in rows]):
@@ -104,7 +108,8 @@ class Sweep:
             if error is None:
                 try:
                     self._record()
-                    self._compare()
+                    if not self._is_part:
+                        self._compare()
                 finally:
                     self._parent.end("FINISHED", "ok")
             elif isinstance(error, Exception):
@@ -154,6 +159,7 @@ class Sweep:
             job.folder.mkdir(parents=True, exist_ok=True)
             tags = {"mlflow.parentRunId": str(self._parent.run_id), "mlflow.runName": job.name}
             tags |= {"sweep": self.folder.name, **{f"sweep.{key}": value for key, value in job.swept.items()}}
+            tags |= job.tags
             tags |= {"mlflow.source.name": provenance.command()}  # a scheduler starts the job with another one
             minutes = self._settings.timeout_minutes
             job_file = {"tags": redacted(tags), "parts": job.parts, "fail_fast": self._settings.fail_fast}
@@ -295,7 +301,7 @@ class Sweep:
 
 def _advice(outcomes: Sequence[str]) -> str:
     """Return advice about jobs that did not end well; empty if all did."""
-    unfinished = sum(outcome in ("killed", "cut off", "not started", "running") for outcome in outcomes)
+    unfinished = sum(outcome in UNFINISHED for outcome in outcomes)
     failed = len(outcomes) - unfinished - sum(outcome in NOT_FAILED for outcome in outcomes)
     parts = [f"{failed} failed: sweep.rerun=failed runs them again"] * bool(failed)
     parts += [f"{unfinished} did not finish: the same command resumes them"] * bool(unfinished)

@@ -38,6 +38,11 @@ class DatasetConfig(Section):
     """Hub datasets: split of `path` with the held-out rows. null: split them off `split`."""
     eval_size: Share | Annotated[int, Field(gt=0, strict=True)] = 0.1
     """Held-out rows, as a share (below 1) or a number of rows. Not with eval_path or eval_split."""
+    validation_size: Share | Annotated[int, Field(gt=0, strict=True)] | None = None
+    """Rows to split off the training rows, as a share (below 1) or a number of rows, on which settings are chosen. They
+    are never trained on. null: none."""
+    evaluate_on: Literal["validation"] | None = None
+    """validation: evaluate on the validation rows, while settings are chosen. null: on the held-out rows."""
     split_seed: int = 42
     """Random seed of the split, the choice of rows and reasoning_gym's tasks. Independent of the run's `seed`."""
     max_train_rows: PositiveInt | None = None
@@ -123,6 +128,10 @@ class DatasetConfig(Section):
             raise ValueError(f"format={self.format} has no system message: use format=chat, or system_message=null")
         if self.messages_column and self.format != "chat":
             raise ValueError("messages_column needs format=chat")
+        if self.evaluate_on == "validation" and self.validation_size is None:
+            raise ValueError("evaluate_on=validation needs validation rows: set validation_size, such as 0.1")
+        if self.streaming and isinstance(self.validation_size, float):
+            raise ValueError("streaming needs limits: set validation_size as a number of rows")
         if self.streaming and (self.max_train_rows is None or self.eval_size < 1):
             raise ValueError("streaming needs limits: set max_train_rows, and eval_size as a number of rows")
         return self

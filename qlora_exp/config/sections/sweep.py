@@ -1,4 +1,4 @@
-"""Sections `sweep` and `search`: how several jobs run."""
+"""Sections `sweep`, `search` and `tuning`: how several jobs run."""
 
 from typing import Annotated, Literal, Self
 
@@ -53,3 +53,20 @@ class SearchConfig(Section):
         if self.prune and (self.metrics != ["after/loss"] or self.directions == ["maximize"]):
             raise ValueError("prune compares the held-out loss: it needs metrics=[after/loss], minimized")
         return self
+
+
+class TuningConfig(Section):
+    """How each row of a comparison is tuned before it is trained (`hydra/sweeper=tuned`). Changes no job's result."""
+
+    tuned_keys: Annotated[list[str], Field(min_length=1)] = ["training.learning_rate"]
+    """Swept keys that are tuned for each row. The other swept keys, apart from `seed`, make the rows."""
+    n_trials: PositiveInt = 9
+    """Number of trials of each row. The first takes the row's own values, if they are in the range."""
+    reduction_factor: Annotated[int, Field(ge=2)] = 3
+    """Successive halving: one of so many trials goes on to a run that is so many times as long."""
+    metric: str = "after/loss"
+    """Metric by which trials are judged, by the name under which runs log it; measured on the validation rows."""
+    direction: Literal["minimize", "maximize"] | None = None
+    """null: minimize losses, seconds and memory, maximize scores. Scores of lm-eval always need a direction here."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Random seed of the tried values, and `seed` of the trials; it must not be a seed of the final runs."""

@@ -1,0 +1,260 @@
+"""Tune each row of a comparison with the same budget: Optuna proposes values, successive halving drops the worst.
+
+All rows try the same values, but for the first trial, which takes the row's own. Each rung runs its trials for all rows
+at the same time; the best go on to longer runs (Jamieson and Talwalkar 2016, https://arxiv.org/abs/1502.07943). Trials
+are judged on validation rows, and their seed is not one of the final runs', so that the winners are not chosen for the
+rows or the seeds on which they are compared. Needs the extra `optuna`.
+"""
+
+import json
+import logging
+import math
+import shutil
+import statistics
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.exceptions import ExperimentalWarning
+from optuna.trial import TrialState
+
+from qlora_exp.config.schema import Config
+from qlora_exp.config.sections.sweep import TuningConfig
+from qlora_exp.libraries.optuna import reopened
+from qlora_exp.results.tuned import TAG, Tuned
+from qlora_exp.sweeps import search
+from qlora_exp.sweeps.jobs import UNFINISHED, Job
+from qlora_exp.sweeps.sweep import Sweep
+from qlora_exp.utils.display import say
+from qlora_exp.utils.errors import ConfigError, SweepError
+from qlora_exp.utils.files import write_atomically
+
+log = logging.getLogger(__name__)
+Values = Mapping[str, Any]
+"""Values of the tuned keys."""
+_OF_LOSSES = ("after/loss", "after/perplexity")
+_WEIGHTS = ("model", "checkpoints")
+"""Folders of a trial that hold weights: they are removed, because only its metric is used."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """Trials of one length."""
+
+    trials: int
+    """Number of trials of each row."""
+    length: str
+    """Override that sets the length of its runs, such as `training.max_steps=5`."""
+
+
+@dataclass
+class Row:
+    """A row of the comparison while it is tuned."""
+
+    label: str
+    """Its swept keys and values."""
+    own: Values
+    """The values that its config has; empty if they are not in the ranges."""
+    job: Callable[[Values, Rung], Job]
+    """Makes the job of a trial."""
+    results: list[dict[int, float]] = field(default_factory=list)
+    """For each rung the metric of each trial; infinite or -infinite for a trial that failed."""
+    seconds: float = 0.0
+    """Time that its trials took together."""
+
+
+def rungs(config: Config, settings: TuningConfig) -> list[Rung]:
+    """Return the rungs, shortest runs first; the last has runs as long as the final ones.
+
+    Raises:
+        ConfigError: the runs have too few steps to be shortened so often.
+    """
+    training, eta = config.training, settings.reduction_factor
+    count = 1
+    while eta ** (count + 1) <= settings.n_trials:
+        count += 1
+    shares = [eta ** (count - 1 - index) for index in range(count)]
+    if training.max_steps > 0:
+        if training.max_steps < shares[0]:
+            raise ConfigError(
+                f"training.max_steps={training.max_steps}: too few to try runs of 1/{shares[0]} of them; lower "
+                "tuning.n_trials"
+            )
+        lengths = [f"training.max_steps={round(training.max_steps / share)}" for share in shares]
+    else:
+        lengths = [f"training.num_train_epochs={training.num_train_epochs / share:.6g}" for share in shares]
+    return [Rung(settings.n_trials // eta**index, length) for index, length in enumerate(lengths)]
+
+
+def trial_words(config: Config, rung: Rung) -> list[str]:
+    """Return the overrides of trials: what they are judged on, and nothing that they are not judged by.
+
+    Args:
+        config: config of a final run.
+        rung: the trials' rung.
+    """
+    settings, training = config.tuning, config.training
+    metric = settings.metric
+    words = ["dataset.evaluate_on=validation", f"seed={settings.seed}", "tracking.log_adapter=false"]
+    words += ["tracking.log_full_model=false", rung.length]
+    if metric.startswith("after/"):
+        words.append("evaluation.before=false")
+        words += [] if "lm_eval/" in metric else ["evaluation.lm_eval_tasks=[]"]
+        words += [] if "unrelated" in metric else ["unrelated.name=none", "unrelated.path=none"]
+    if metric.startswith("after/") and not training.load_best_model_at_end:
+        words.append("training.eval_strategy=no")
+    if metric in _OF_LOSSES or "lm_eval/" in metric:
+        words.append("evaluation.generate_rows=0")
+    return words
+
+
+def tune(
+    sweep: Sweep,
+    rows: Sequence[Row],
+    space: Mapping[str, BaseDistribution],
+    steps: Sequence[Rung],
+    settings: TuningConfig,
+) -> list[Tuned | None]:
+    """Tune each row.
+
+    Args:
+        sweep: the sweep that runs the trials.
+        rows: the rows to tune.
+        space: tuned keys and their distributions.
+        steps: the rungs.
+        settings: `tuning` of the config.
+
+    Returns:
+        How each row was tuned, in order; None for a row whose trials all failed, which is logged.
+
+    Raises:
+        ConfigError: jobs do not have the metric, the folder has trials of another space, or another process tunes
+            there.
+        SweepError: trials did not finish.
+    """
+    direction = settings.direction or search.direction(settings.metric, "tuning.direction")
+    sign = -1 if direction == "maximize" else 1
+    with search.alone(sweep.folder):
+        storage = search.storage(sweep.folder)
+        studies = [
+            optuna.create_study(storage=storage, study_name=row.label, direction=direction, load_if_exists=True)
+            for row in rows
+        ]
+        for study in studies:
+            search.check_space(study, space, sweep.folder, {"tuning.direction": direction})
+        values = [proposed(row, space, settings, study) for row, study in zip(rows, studies, strict=True)]
+        for index, rung in enumerate(steps):
+            jobs = [
+                {number: row.job(trials[number], rung) for number in _chosen(row, index, rung.trials)}
+                for row, trials in zip(rows, values, strict=True)
+            ]
+            say(f"{rung.length}: {sum(map(len, jobs))} trials for {len(rows)} rows")
+            sweep.run([job for row_jobs in jobs for job in row_jobs.values()])
+            for row, row_jobs in zip(rows, jobs, strict=True):
+                _add_results(row, {number: sweep.ended(job) for number, job in row_jobs.items()}, settings.metric, sign)
+                for job in row_jobs.values():
+                    for name in _WEIGHTS:
+                        shutil.rmtree(job.folder / name, ignore_errors=True)
+        for row, study in zip(rows, studies, strict=True):
+            _tell(study, row, sign)
+    return [_tuned(row, trials, steps, settings, sign) for row, trials in zip(rows, values, strict=True)]
+
+
+def proposed(
+    row: Row, space: Mapping[str, BaseDistribution], settings: TuningConfig, study: optuna.Study | None = None
+) -> list[Values]:
+    """Return the values of all trials of a row, in order: those that `study` has already, and new ones."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = study or optuna.create_study()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)  # Optuna says it of this sampler since 2022
+        independent = optuna.samplers.RandomSampler(settings.seed)
+        study.sampler = optuna.samplers.QMCSampler(
+            seed=settings.seed, scramble=True, independent_sampler=independent, warn_independent_sampling=False
+        )
+    if row.own and not study.trials:
+        study.enqueue_trial(dict(row.own))
+    for _ in range(sum(trial.params.keys() == space.keys() for trial in study.trials), settings.n_trials):
+        study.ask(dict(space))
+    whole: list[Values] = [trial.params for trial in study.trials if trial.params.keys() == space.keys()]
+    return whole[: settings.n_trials]
+
+
+def _chosen(row: Row, index: int, count: int) -> list[int]:
+    """Return the numbers of the trials that take part in a rung: those that were best in the rung before it."""
+    if index == 0:
+        return list(range(count))
+    before = row.results[index - 1]
+    return sorted(number for number in sorted(before, key=before.__getitem__)[:count] if math.isfinite(before[number]))
+
+
+def _add_results(row: Row, endings: Mapping[int, Mapping[str, Any]], metric: str, sign: int) -> None:
+    """Add the metric of each trial such that less is better; infinity for a trial that failed."""
+    if waiting := [ending for ending in endings.values() if ending["outcome"] in UNFINISHED]:
+        raise SweepError(f"{row.label}: {len(waiting)} trials did not finish: the same command resumes them")
+    measured = {
+        number: sign * search.values(ending["metrics"], [metric], "tuning.metric")[0]
+        for number, ending in endings.items()
+        if ending["outcome"] == "ok"
+    }
+    results = {number: measured.get(number, math.inf) for number in endings}
+    row.results.append({number: value if math.isfinite(value) else math.inf for number, value in results.items()})
+    row.seconds += sum(ending.get("seconds", 0.0) for ending in endings.values())
+    if endings and all(map(math.isinf, row.results[-1].values())):
+        reasons = dict.fromkeys(str(ending.get("failure") or ending["outcome"]) for ending in endings.values())
+        log.error("%s: all %d trials failed, so it is not tuned: %s", row.label, len(endings), "; ".join(reasons))
+
+
+def _tell(study: optuna.Study, row: Row, sign: int) -> None:
+    """Write the results to Optuna's study; a trial that did not reach the last rung is pruned."""
+    for trial in study.trials:
+        values = [results[trial.number] for results in row.results if trial.number in results]
+        if trial.state.is_finished() or not values:
+            continue
+        if not math.isfinite(values[-1]):
+            study.tell(trial.number, state=TrialState.FAIL)
+            continue
+        open_trial = reopened(study, trial.number)
+        for step, value in enumerate(values):
+            open_trial.report(sign * value, step)
+        if trial.number in row.results[-1]:
+            study.tell(trial.number, sign * values[-1])
+        else:
+            study.tell(trial.number, state=TrialState.PRUNED)
+
+
+def _tuned(
+    row: Row, trials: Sequence[Values], steps: Sequence[Rung], settings: TuningConfig, sign: int
+) -> Tuned | None:
+    first, last = row.results[0], row.results[-1]
+    best = min(last, key=last.__getitem__, default=0)
+    if math.isinf(last.get(best, math.inf)):
+        return None
+    tried = {key: [trial[key] for trial in trials if isinstance(trial[key], int | float)] for key in trials[best]}
+    return Tuned(
+        values=dict(trials[best]),
+        budget=[f"{rung.trials} x {rung.length}" for rung in steps],
+        metric=settings.metric,
+        best=sign * last[best],
+        first_best=sign * min(first.values()),
+        first_median=sign * statistics.median(first.values()),
+        first_own=sign * first[0] if row.own == trials[0] else math.nan,
+        failed=sum(map(math.isinf, first.values())),
+        minutes=row.seconds / 60,
+        at_edge=[key for key, all_ in tried.items() if all_ and trials[best][key] in (min(all_), max(all_))],
+    )
+
+
+def tags(tuned: Tuned) -> dict[str, str]:
+    """Return the tag by which a final run says how its row was tuned."""
+    return {TAG: tuned.model_dump_json()}
+
+
+def write(tuned: Mapping[str, Tuned], folder: Path) -> None:
+    """Write how each row was tuned to `tuning.json` in the sweep's folder."""
+    text = json.dumps({label: each.model_dump(mode="json") for label, each in tuned.items()}, indent=1)
+    write_atomically(folder / "tuning.json", text)
