@@ -51,7 +51,7 @@ class Tuned(BaseModel, ser_json_inf_nan="strings"):
         if math.isfinite(self.first_own):
             parts.append(f"the row's own values {abs(self.first_own - self.first_best):.4f}")
         if self.failed:
-            parts.append(f"{self.failed} trials failed")
+            parts.append(f"trials that failed: {self.failed}")
         if self.at_edge:
             parts.append(f"the best {', '.join(self.at_edge)} is the smallest or largest tried: widen the range")
         return f"{self.chosen}: {'; '.join(parts)}"

@@ -39,7 +39,7 @@ class _Launcher(Launcher):
             raise ConfigError(f"this hydra/launcher needs an extra package: pip install 'qlora-exp[{self.extra}]'")
         if not str(config.hydra.sweeper["_target_"]).startswith("hydra_plugins.qlora_exp_plugins."):
             choice = config.hydra.runtime.choices.get("hydra/sweeper")
-            raise ConfigError(f"hydra/sweeper={choice}: this launcher needs hydra/sweeper=grid or optuna")
+            raise ConfigError(f"hydra/sweeper={choice}: this launcher needs hydra/sweeper=grid, optuna or tuned")
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:

@@ -69,6 +69,7 @@ class TunedSweeper(JobSweeper):
                 say(f"then for each of {len(rows)} rows: {', '.join([*then, f'{len(seeds)} final runs'])}")
                 return
             results = tuning.tune(running, rows, space, rungs, settings)
+        tuning.write({each.label: result for each, result in zip(rows, results, strict=True) if result}, trials_folder)
         final_jobs = []
         for words, each, result in zip(chosen, rows, results, strict=True):
             if result is not None:

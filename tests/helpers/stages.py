@@ -314,3 +314,26 @@ class Stages:
 
         best = search.search(stand_in, space, jobs_of, config.search, config.sweep)
         return asked, drawn, [(trial.params, trial.values) for trial in best]
+
+    def tuning(self, config: Config) -> Any:
+        """Which trials a tuned row gets, and which of them wins."""
+        from optuna.distributions import FloatDistribution
+
+        from qlora_exp.sweeps import tuning
+
+        space = {key: FloatDistribution(0.0, 1.0) for key in config.tuning.tuned_keys}
+        asked: list[Any] = []
+
+        def ended(job: Any) -> Any:
+            metrics = {"after/loss": job.x, "after/rougeL": (job.x - 0.5) ** 2}
+            return {"outcome": "ok", "seconds": 1.0, "metrics": metrics}
+
+        stand_in = SimpleNamespace(folder=self.new_folder(), run=lambda jobs: asked.append(len(jobs)), ended=ended)
+        rungs = tuning.rungs(config.model_copy(update={"training": SimpleNamespace(max_steps=9)}), config.tuning)
+
+        def job(values: Any, rung: Any) -> Any:
+            return SimpleNamespace(x=next(iter(values.values())), words=tuning.trial_words(config, rung), folder=Path())
+
+        row = tuning.Row("row", {}, job)
+        (tuned,) = tuning.tune(stand_in, [row], space, rungs, config.tuning)
+        return asked, tuned, job({"x": 1.0}, rungs[0]).words

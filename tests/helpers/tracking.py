@@ -1,12 +1,15 @@
 """Runs that are tracked without training, and damaged journals."""
 
+import json
 import os
 
 import pytest
 
 from qlora_exp.config.hydra_compose import compose
+from qlora_exp.config.values import flatten
+from qlora_exp.sweeps.jobs import JOB_FILE
 from qlora_exp.tracking import lifecycle
-from qlora_exp.tracking.journal import FILE
+from qlora_exp.tracking.journal import FILE, Journal
 
 
 def start_run(store: str, folder, *overrides: str, **kwargs):
@@ -38,3 +41,18 @@ def leave_stale_run(store, mlflow_client, folder, **tags: str) -> str:
     for key, value in ({"process.pid": str(2**22 + os.getpid())} | tags).items():
         mlflow_client.set_tag(tracked.run_id, key, value)
     return tracked.run_id
+
+
+def end_job(job, store: str, experiment: str, metrics: dict[str, float]) -> None:
+    """Record that a job of a sweep was run and ended well with these metrics."""
+    tags = {"attempt": job.key, "run_key": job.key, **json.loads((job.folder / JOB_FILE).read_text())["tags"]}
+    params = {"values": {key: str(value) for key, value in flatten(job.config).items()}}
+    journal = Journal(job.folder)
+    begin = {"uri": store, "experiment": experiment, "run_name": job.name, "timestamp": 1, "tags": tags}
+    journal.append({"op": "start", **begin})
+    journal.append({"op": "params", **params})
+    journal.append({"op": "tags", "values": {"outcome": "ok"}})
+    journal.append({"op": "metrics", "values": metrics, "step": 0, "timestamp": 2})
+    end = {"status": "FINISHED", "timestamp": 2, "outcome": "ok", "seconds": 1.0}
+    journal.append({"op": "end", **end, "metrics": metrics})
+    journal.close()

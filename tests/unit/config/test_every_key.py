@@ -80,6 +80,8 @@ ENTRIES: dict[str, tuple[Any, ...]] = {
     "dataset.eval_path": (Stages.rows, "other.jsonl"),
     "dataset.eval_split": (Stages.rows, "test", {**HUB, "dataset.drop_leaks": "none"}),
     "dataset.eval_size": (Stages.rows, 5),
+    "dataset.validation_size": (Stages.rows, 4),
+    "dataset.evaluate_on": (Stages.rows, "validation", {"dataset.validation_size": 4}),
     "dataset.split_seed": (Stages.rows, 1),
     "dataset.max_train_rows": (Stages.rows, 3),
     "dataset.max_eval_rows": (Stages.rows, 1),
@@ -157,6 +159,12 @@ ENTRIES: dict[str, tuple[Any, ...]] = {
     "search.sampler": (Stages.search, "random", {"search.n_trials": 12}),
     "search.seed": (Stages.search, 1),
     "search.prune": (Stages.search, True),
+    "tuning.tuned_keys": (Stages.tuning, ["training.weight_decay"]),
+    "tuning.n_trials": (Stages.tuning, 3),
+    "tuning.reduction_factor": (Stages.tuning, 2),
+    "tuning.metric": (Stages.tuning, "after/rougeL"),
+    "tuning.direction": (Stages.tuning, "maximize"),
+    "tuning.seed": (Stages.tuning, 1),
     "seed": (Stages.arguments, 1),
     "device": (Stages.device, "cuda"),
 }  # fmt: skip
@@ -268,5 +276,6 @@ def test_key_changes_what_a_run_makes_or_is_refused(key: str, stages: Stages, ma
 
 @pytest.mark.parametrize("key", idle.ALWAYS)
 def test_inherited_key_that_never_acts_is_refused(key: str):
-    config = with_values({"unrelated.drop_leaks": "none", "unrelated.leak_threshold": 0.1, **UNRELATED})
+    values = {"drop_leaks": "none", "leak_threshold": 0.1, "validation_size": 4, "evaluate_on": "validation"}
+    config = with_values({f"unrelated.{name}": value for name, value in values.items()} | UNRELATED)
     assert len([*idle.problems([config], [key])]) == 1

@@ -91,6 +91,57 @@ def test_leaking_training_rows_are_dropped(drop: str, left: int, write_jsonl):
     assert rows.dropped["leaks"] == 5 - left
 
 
+@given(size=st.floats(0.01, 0.9), seed=st.integers(0, 1000))
+@settings(max_examples=15, deadline=None)
+def test_validation_rows_are_apart_from_training_and_held_out_rows(size: float, seed: int, tmp_path_factory):
+    file = tmp_path_factory.mktemp("split") / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    config = own_dataset(str(file), eval_size=0.25, validation_size=size, split_seed=seed)
+    on_heldout, on_validation = load_rows(config), load_rows(config.model_copy(update={"evaluate_on": "validation"}))
+    assert fingerprint(on_heldout.train) == fingerprint(on_validation.train)
+    train, heldout, validation = (
+        set(part["prompt"]) for part in (on_heldout.train, on_heldout.heldout, on_validation.heldout)
+    )
+    assert len(train) + len(heldout) + len(validation) == len(train | heldout | validation) == len(ROWS)
+    without = load_rows(own_dataset(str(file), eval_size=0.25, split_seed=seed))
+    assert set(without.heldout["prompt"]) == heldout
+
+
+@pytest.mark.parametrize(("drop", "left"), [("none", (6, 2)), ("exact", (4, 1)), ("near", (3, 1))])
+def test_leaks_among_all_three_parts_are_dropped(drop: str, left: tuple, write_jsonl):
+    text = "one two three four five six seven eight nine ten"
+    path = write_jsonl([{"prompt": f"p{number}", "completion": str(number)} for number in range(8)], "rows.jsonl")
+    config = own_dataset(path, validation_size=2, eval_path=path)
+    train, validation = (load_rows(config.model_copy(update={"drop_leaks": "none", **more})) for more in (
+        {}, {"evaluate_on": "validation"}))  # fmt: skip
+    rows = {row["prompt"]: dict(row) for row in (*train.train, *validation.heldout)}
+    (one, two), (first, second, third, *others) = validation.heldout["prompt"], train.train["prompt"]
+    rows[first]["prompt"] = rows[one]["prompt"] + "!"  # a training row with the question of a validation row
+    rows[second]["completion"] = rows[one]["completion"] = text
+    heldout = [{"prompt": rows[two]["prompt"], "completion": "x"}, {"prompt": third, "completion": "y"}]
+    written = [rows[f"p{number}"] for number in range(8)]
+    config = own_dataset(
+        write_jsonl(written, "changed.jsonl"), validation_size=2, eval_path=write_jsonl(heldout, "heldout.jsonl"),
+        drop_leaks=drop,
+    )  # fmt: skip
+    found = load_rows(config.model_copy(update={"evaluate_on": "validation"}))
+    assert (len(found.train), len(found.heldout)) == left
+    assert len(load_rows(config).heldout) == 2
+    assert found.dropped["leaks"] == (0 if drop == "none" else 8 - sum(left))
+    parts = sorted((leak.parts, leak.kind) for leak in found.leaks)
+    assert parts == [
+        ("training, held-out", "exact"), ("training, validation", "exact"), ("training, validation", "near"),
+        ("validation, held-out", "exact"),
+    ]  # fmt: skip
+    assert {*others} <= {*found.train["prompt"]}
+
+
+@pytest.mark.parametrize(("size", "message"), [(15, "only 15 rows"), (40, "only 15 rows")])
+def test_too_few_rows_for_validation_are_refused(size: int, message: str, write_jsonl):
+    with pytest.raises(DataError, match=rf"dataset\.validation_size={size}: {message}"):
+        load_rows(own_dataset(write_jsonl(ROWS), eval_size=5, validation_size=size))
+
+
 def test_cleaned_rows_are_cached_on_disk(write_jsonl):
     config = own_dataset(write_jsonl([{"prompt": f"q{n}", "completion": "a"} for n in range(9)]))
     first, second = load_rows(config), load_rows(config)

@@ -53,7 +53,10 @@ def test_sweep_expression_is_expanded(words: list[str], jobs: list[str], tmp_pat
         (["experiment=1,2"], "experiment: no option '1'"),
         (["experiment=null", "method=null,lora"], "method: a run needs an option"),
         (["sweep=rank_scaling,quant_types"], "hydra.sweeper: must be the same for all jobs"),
-        (["hydra/sweeper=basic", "seed=1,2"], "hydra/sweeper=basic: this launcher needs hydra/sweeper=grid or optuna"),
+        (
+            ["hydra/sweeper=basic", "seed=1,2"],
+            "hydra/sweeper=basic: this launcher needs hydra/sweeper=grid",
+        ),
         (["seed=${hydra:job.num},7"], "seed: values of ${hydra:...} are not available"),
         (["hydra/sweeper=optuna", "method.r=interval(2,9)"], "needs KEY=int(interval(A,B))"),
         (["hydra/sweeper=optuna", "method.r=4,8", "seed=interval(1,3)"], "seeds are repeats of a trial: list them"),

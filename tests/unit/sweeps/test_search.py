@@ -3,6 +3,7 @@ import json
 import optuna
 import pytest
 from filelock import FileLock
+from helpers.tracking import end_job
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState
@@ -11,7 +12,6 @@ from qlora_exp.config.sections.sweep import SearchConfig, SweepConfig
 from qlora_exp.sweeps import jobs, search
 from qlora_exp.sweeps.jobs import Ending
 from qlora_exp.sweeps.sweep import Sweep
-from qlora_exp.tracking.journal import Journal
 from qlora_exp.utils.errors import ConfigError
 
 pytestmark = pytest.mark.slow
@@ -49,13 +49,8 @@ def run_search(make_config, mlflow_uri, tmp_path):
     def ends(job: jobs.Job) -> None:
         values = job.config.training.warmup_steps, job.config.seed
         ran.append(dict(job.swept))
-        journal = Journal(job.folder)
         metrics = {"after/loss": abs(values[0] - 600) + values[1], "memory/rss_peak_mib": float(values[0])}
-        begin = {"uri": mlflow_uri, "experiment": "search", "run_name": "made up", "timestamp": 1}
-        journal.append({"op": "start", **begin, "tags": {"attempt": job.key}})
-        end = {"status": "FINISHED", "timestamp": 2, "outcome": "ok", "seconds": 1.0}
-        journal.append({"op": "end", **end, "metrics": metrics})
-        journal.close()
+        end_job(job, mlflow_uri, "search", metrics)
 
     def start(
         *,
@@ -239,7 +234,7 @@ def test_search_without_directions_goes_for_the_better_value(tmp_path, metric: s
 
 
 def test_search_for_a_score_of_lm_eval_needs_its_direction(tmp_path):
-    with pytest.raises(ConfigError, match=r"search\.directions: give them"):
+    with pytest.raises(ConfigError, match=r"search\.directions: must be set"):
         search._study(tmp_path, SearchConfig(metrics=["after/lm_eval/arc_easy/acc"]), {})
 
 

@@ -1,0 +1,80 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+from qlora_exp.config.schema import Config
+from qlora_exp.config.sections.sweep import TuningConfig
+from qlora_exp.sweeps import tuning
+from qlora_exp.utils.errors import ConfigError
+
+RATES = {"training.learning_rate": FloatDistribution(1e-5, 1e-2, log=True)}
+
+
+def config(**training: float) -> Config:
+    return Config.model_validate({"training": training})
+
+
+@given(n_trials=st.integers(1, 200), eta=st.integers(2, 5), steps=st.integers(1, 1000))
+def test_rungs_keep_the_best_share_for_runs_that_are_as_many_times_as_long(n_trials: int, eta: int, steps: int):
+    settings = TuningConfig(n_trials=n_trials, reduction_factor=eta)
+    try:
+        rungs = tuning.rungs(config(max_steps=steps), settings)
+    except ConfigError:
+        assert steps < n_trials / eta
+        return
+    lengths = [int(rung.length.removeprefix("training.max_steps=")) for rung in rungs]
+    assert (rungs[0].trials, lengths[-1]) == (n_trials, steps)
+    assert rungs[-1].trials < eta**2
+    for index, rung in enumerate(rungs):
+        assert rung.trials == n_trials // eta**index
+        assert rung.trials >= min(eta, n_trials)  # the winner is chosen among several, at full length
+        assert lengths[index] == max(1, round(steps / eta ** (len(rungs) - 1 - index)))
+
+
+def test_epochs_are_shortened_like_steps():
+    rungs = tuning.rungs(config(num_train_epochs=3), TuningConfig())
+    lengths = [(rung.trials, rung.length) for rung in rungs]
+    assert lengths == [(9, "training.num_train_epochs=1"), (3, "training.num_train_epochs=3")]
+
+
+def test_too_few_steps_for_short_runs_are_refused():
+    with pytest.raises(ConfigError, match=r"max_steps=2: too few .* lower tuning\.n_trials"):
+        tuning.rungs(config(max_steps=2), TuningConfig())
+
+
+def test_all_rows_try_the_same_values_after_their_own():
+    rows = [tuning.Row(str(own), {"training.learning_rate": own}, None) for own in (1e-4, 2e-3)]
+    first, second = (tuning.proposed(row, RATES, TuningConfig()) for row in rows)
+    assert first[0]["training.learning_rate"] == 1e-4
+    assert second[0]["training.learning_rate"] == 2e-3
+    assert first[1:] == second[1:]
+    assert tuning.proposed(rows[0], RATES, TuningConfig(seed=1))[1:] != first[1:]
+    thirds = {int(8 * math.log10(each["training.learning_rate"] / 1e-5) / 3) for each in first[1:]}
+    assert len(thirds) == 8  # spread evenly: one in each eighth of the range
+
+
+def test_values_out_of_the_range_and_choices_are_proposed_too():
+    space = {**RATES, "optimizer.adam_beta2": CategoricalDistribution([0.9, 0.999])}
+    found = tuning.proposed(tuning.Row("row", {}, None), space, TuningConfig(n_trials=12))
+    assert len(found) == 12
+    assert {each["optimizer.adam_beta2"] for each in found} == {0.9, 0.999}
+
+
+@pytest.mark.parametrize(
+    ("metric", "there", "missing"),
+    [
+        ("after/loss", ["evaluation.generate_rows=0", "unrelated.path=none", "evaluation.before=false"], []),
+        ("after/rougeL", ["unrelated.path=none"], ["evaluation.generate_rows=0"]),
+        ("after/lm_eval/mmlu/acc", ["evaluation.generate_rows=0"], ["evaluation.lm_eval_tasks=[]"]),
+        ("after/unrelated_loss", ["evaluation.lm_eval_tasks=[]"], ["unrelated.path=none"]),
+        ("forgetting", ["dataset.evaluate_on=validation"], ["evaluation.before=false", "unrelated.path=none"]),
+    ],
+)
+def test_trials_measure_what_they_are_judged_by_on_validation_rows(metric: str, there: list, missing: list):
+    settings = Config.model_validate({"tuning": {"metric": metric, "seed": 7}})
+    words = tuning.trial_words(settings, tuning.Rung(9, "training.max_steps=5"))
+    assert {"dataset.evaluate_on=validation", "seed=7", "training.max_steps=5", *there} <= {*words}
+    assert not {*missing} & {*words}
