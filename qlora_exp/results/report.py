@@ -80,13 +80,8 @@ def table(
     chosen = PRESETS[preset]
     columns = [(name, read) for name, read in _columns(comparison) if chosen is None or name in chosen]
     label_keys = list(comparison.rows[0].label)
-    headings = [
-        *label_keys,
-        "seeds",
-        *(name for name, _ in columns),
-        f"{comparison.metric} against the baseline",
-        "ties",
-    ]
+    headings = [*label_keys, "seeds", *(name for name, _ in columns)]
+    headings += [f"{comparison.metric} against the baseline", "ties"]
     rows = []
     for row in sorted(comparison.rows if only is None else only, key=lambda row: not row.records):
         verdict_or_failure = "baseline" if row is comparison.baseline else _verdict(row, comparison)

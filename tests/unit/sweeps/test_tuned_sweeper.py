@@ -106,7 +106,7 @@ def test_more_trials_continue_those_that_are_done(run_tuned):
     first = [config.training.learning_rate for config in run_tuned.ran if config.dataset.evaluate_on]
     run_tuned.ran.clear()
     assert run_tuned("method=oft", "tuning.n_trials=4", "tuning.reduction_factor=4") == 0
-    assert [config.training.learning_rate for config in run_tuned.ran][0] not in first
+    assert run_tuned.ran[0].training.learning_rate not in first
     assert len([config for config in run_tuned.ran if config.dataset.evaluate_on]) == 1
     assert run_tuned("method=oft", "training.learning_rate=tag(log,interval(1e-5,1e-3))") == 1  # another range
 
