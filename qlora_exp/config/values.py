@@ -77,8 +77,8 @@ def _names_only(value: Any) -> Any:
 
 APART = ("tracking", "sweep", "search", "tuning")
 """Sections that do not change a run's result."""
-_OF_ONE_START = ("name", "machine_rank", "main_process_ip", "main_process_port", "ddp_timeout")
-"""Keys of `distributed` that say how the processes find each other, not what they compute."""
+_OF_ONE_START = ("name", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "ddp_timeout")
+"""Keys of `distributed` that say where the processes are and how they find each other, not what they compute."""
 _EMPTY_IN_OLDER_RECORDS = (
     ("training", "lr_scheduler_kwargs"),
     *((section, key) for section in ("dataset", "unrelated") for key in ("validation_size", "evaluate_on")),

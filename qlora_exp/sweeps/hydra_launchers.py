@@ -131,10 +131,10 @@ class _HydraJob:
         self.config, self.overrides, self.number = config, overrides, number
         self.restore_hydra = singletons()
 
-    def __call__(self) -> None:
+    def __call__(self, *overrides: str) -> None:
         load_env_file()  # on another machine the environment may not be that of the sweep
         self.restore_hydra()
-        config = self.hydra_context.config_loader.load_sweep_config(self.config, self.overrides)
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, [*self.overrides, *overrides])
         with open_dict(config):
             config.hydra.job.id = config.hydra.job.num = self.number
         _ = run_job(

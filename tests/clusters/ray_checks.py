@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 from clusters.sweeps import LONG, SHARED, check_job_of_two_processes, command, runs, steps_told
+from ray.cluster_utils import Cluster
 
 RAY = ["hydra/launcher=ray", "sweep.n_jobs=2"]
 SAVING = ["seed=1,2", "training.max_steps=200", "training.save_strategy=steps", "training.save_steps=10"]
@@ -97,6 +98,26 @@ def test_job_of_two_processes_ends_as_one_and_runs_again(mlflow_uri, tmp_path):
     check_job_of_two_processes(words, mlflow_uri, "two", tmp_path)
 
 
+@pytest.fixture
+def two_nodes():
+    """A cluster of two nodes, which are on this machine; its address."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    yield cluster.address
+    cluster.shutdown()
+
+
+def test_job_on_two_nodes_ends_as_one_and_runs_again(two_nodes: str, mlflow_uri, tmp_path):
+    words = command(mlflow_uri, "nodes", "hydra/launcher=ray", "hydra.launcher.nodes=2", *SHARED, *LONG)
+    check_job_of_two_processes([*words, f"hydra.launcher.init.address='{two_nodes}'"], mlflow_uri, "nodes", tmp_path)
+    (job,) = [file.parent for file in tmp_path.glob("multirun/*/*/output.1.log") if ".1" not in file.parent.name]
+    _, children = runs(mlflow_uri, "nodes")
+    (done,) = [run for run in children if run.data.tags["outcome"] == "ok"]
+    assert ": 2 x " in done.data.params["resolved.topology"]  # both nodes are this machine
+    assert steps_told(job) == list(range(1, 301))
+
+
 def test_job_gets_its_time_limit(mlflow_uri, tmp_path):
     words = command(mlflow_uri, "late", *RAY, "seed=1", "training.max_steps=100000", "sweep.timeout_minutes=0.3")
     result = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=200)
@@ -111,6 +132,7 @@ def test_job_gets_its_time_limit(mlflow_uri, tmp_path):
         ("hydra.launcher.remote.num_cpus=999", "a job requests 999 CPUs and 0 GPUs; this machine has"),
         ("hydra.launcher.init.address=auto", "Could not find any running Ray instance"),
         ("+hydra.launcher.remote.num_cpu=1", "Invalid option keyword num_cpu"),
+        ("hydra.launcher.nodes=2", "hydra.launcher.nodes=2: 1 processes of a job cannot be shared equally"),
     ],
 )
 def test_unsupported_settings_are_rejected_at_once(wrong: str, message: str, mlflow_uri, tmp_path):

@@ -6,8 +6,10 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+from support import QUICK, exit_code
 
 from qlora_exp.sweeps import jobs
+from qlora_exp.sweeps.hydra_sweepers import JobSweeper
 from qlora_exp.sweeps.jobs import Ending, Job
 from qlora_exp.sweeps.sweep import Sweep
 from qlora_exp.sweeps.worker import run_job
@@ -444,3 +446,28 @@ def test_restarted_sweep_sends_runs_that_the_store_lost(make_jobs, read_runs, ml
     assert (parent.info.status, child.info.status) == ("FINISHED", "FINISHED")
     assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
     assert child.data.metrics == children[0].data.metrics
+
+
+@pytest.mark.slow
+def test_tuned_comparison_chooses_on_validation_rows_and_scores_on_held_out_rows(monkeypatch, mlflow_uri, capsys):
+    def begin(self, folder, settings, is_part=False):
+        return Sweep(folder, settings, in_process, is_part=is_part)
+
+    monkeypatch.setattr(JobSweeper, "begin", begin)
+    words = [*QUICK, f"tracking.uri={mlflow_uri}", "tracking.experiment_name=tuned", "method=lora", "seed=1"]
+    words += ["sweep=tuned_methods", "tuning.n_trials=2", "training.max_steps=2", "dataset.validation_size=5"]
+    assert exit_code("train", "-m", *words) == 0
+    shown = capsys.readouterr().out
+    store = client(mlflow_uri)
+    runs = store.search_runs([store.get_experiment_by_name("tuned").experiment_id], "tags.run_key LIKE '%'")
+    trials = [run for run in runs if run.data.tags["sweep"] == "tuned_methods_trials"]
+    (final,) = [run for run in runs if run not in trials]
+    assert len(trials) == 2
+    assert {run.data.params["data.evaluation_rows"] for run in trials} == {"4"}
+    assert len({run.data.params["data.training_fingerprint"] for run in runs}) == 1
+    assert len({run.data.params["data.evaluation_fingerprint"] for run in runs}) == 2
+    best = min(trials, key=lambda run: run.data.metrics["after/loss"])
+    assert final.data.params["training.learning_rate"] == best.data.params["training.learning_rate"]
+    tuned = json.loads(final.data.tags["tuned"])
+    assert tuned["best"] == best.data.metrics["after/loss"]
+    assert f"after/loss {tuned['best']:.4f} on validation rows; 2 x training.max_steps=2" in shown
