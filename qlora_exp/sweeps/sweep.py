@@ -27,7 +27,7 @@ from qlora_exp.sweeps.jobs import (
     state,
     stopped,
 )
-from qlora_exp.sweeps.tables import row, show_plan, show_rows
+from qlora_exp.sweeps.tables import lm_eval_scores, row, show_plan, show_rows
 from qlora_exp.tracking.journal import is_delivered, run_id
 from qlora_exp.tracking.stores import mlflow_views
 from qlora_exp.utils.display import pasteable, say
@@ -210,7 +210,12 @@ class Sweep:
             self._parent = lifecycle.open_run(self.folder, settings.uri, settings.experiment_name, name, tags)
         finally:
             remove_if_empty(self.folder)  # MLflow refused the sweep
-        self._parent.view(*mlflow_views.newest_sweep(name, list(job.swept), int(1000 * time.time())))
+        self._view()
+
+    def _view(self, scores: Sequence[str] = ()) -> None:
+        """Save the view of the sweep's jobs in MLflow, with columns for these scores."""
+        swept = list(next(iter(self._jobs.values())).swept)
+        self._parent.view(*mlflow_views.newest_sweep(self.folder.name, swept, int(1000 * time.time()), scores))
 
     def _launch_some(self, waiting: Sequence[Job]) -> list[Job]:
         """Launch jobs, record those whose process died, and return the jobs that were not started."""
@@ -279,6 +284,9 @@ class Sweep:
         rows = self.rows()
         failed = sum(row["outcome"] not in NOT_FAILED for row in rows)
         self._parent.metrics({"jobs": len(rows), "jobs_failed": failed})
+        measured = {name for job in self._jobs.values() for name in self.ended(job).get("metrics", {})}
+        if scores := lm_eval_scores(measured):
+            self._view(scores)
         columns = dict.fromkeys(name for row in rows for name in row)
         self._parent.table({name: [row.get(name, "") for row in rows] for name in columns}, "jobs.json")
 

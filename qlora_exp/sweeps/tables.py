@@ -1,11 +1,10 @@
 """Print what a sweep will do, and the outcomes of its jobs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from qlora_exp.sweeps.jobs import Action, Job
 from qlora_exp.utils.tables import make_table
@@ -13,6 +12,8 @@ from qlora_exp.utils.text import shortened
 
 _NOTE = 300
 """Most characters of a failure in a table."""
+_OPTIONAL = ("train loss", "tokens/s", "forgotten", "exact match")
+"""Columns that are left out if the terminal is too narrow, in this order."""
 
 
 def row(job: Job, last: Mapping[str, Any]) -> dict[str, Any]:
@@ -26,6 +27,11 @@ def row(job: Job, last: Mapping[str, Any]) -> dict[str, Any]:
     columns = (
         ("loss", metrics.get("after/loss"), ".4f"),
         ("ROUGE-L", metrics.get("after/rougeL"), ".3f"),
+        ("exact match", metrics.get("after/exact_match"), ".3f"),
+        ("task score", metrics.get("after/task_score"), ".3f"),
+        *((name.removeprefix("after/lm_eval/"), metrics[name], ".3f") for name in lm_eval_scores(metrics)),
+        ("forgotten", metrics.get("forgetting"), "+.4f"),
+        ("train loss", metrics.get("train/loss"), ".4f"),
         ("peak MiB", metrics.get("memory/allocated_peak_mib", metrics.get("memory/rss_peak_mib")), ".0f"),
         ("tokens/s", metrics.get("tokens_per_second"), ".0f"),
         ("seconds", last.get("seconds"), ".0f"),
@@ -36,22 +42,35 @@ def row(job: Job, last: Mapping[str, Any]) -> dict[str, Any]:
     return {**job.swept, "outcome": last["outcome"], **values, "key": job.key}
 
 
+def lm_eval_scores(metrics: Iterable[str]) -> list[str]:
+    """Return the names of the scores of lm-eval after training."""
+    return sorted(name for name in metrics if name.startswith("after/lm_eval/"))
+
+
 def show_plan(todo: Sequence[Job], plan: Mapping[str, tuple[Action, str]], folder: Path) -> None:
     """Print what will happen to each job, and why."""
     rows = [[number, job.name, *plan[job.key]] for number, job in enumerate(todo)]
-    _print(make_table(["", "job", "what", "why"], rows, f"{folder.name}: {len(todo)} jobs"))
+    _console().print(make_table(["", "job", "what", "why"], rows, f"{folder.name}: {len(todo)} jobs"))
 
 
 def show_rows(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Print the outcome of each job."""
+    """Print the outcome of each job; columns that a narrow terminal has no room for are in the sweep's `jobs.json`."""
+    console = _console()
     names = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
     columns = sorted((name for name in names if name != "key"), key="note".__eq__)  # the longest text comes last
-    cells = [[shortened(str(row.get(name, "")), _NOTE if name == "note" else 80) for name in columns] for row in rows]
-    _print(make_table(columns, cells, folder.name))
+    without_limit = console.options.update(max_width=10_000)
+    for left_out in (*_OPTIONAL, ""):
+        longest = {name: _NOTE if name == "note" else 80 for name in columns}
+        cells = [[shortened(str(row.get(name, "")), most) for name, most in longest.items()] for row in rows]
+        table = make_table(columns, cells, folder.name)
+        if console.measure(table, options=without_limit).maximum <= console.width:
+            break
+        columns = [name for name in columns if name != left_out]
+    console.print(table)
 
 
-def _print(table: Table) -> None:
+def _console() -> Console:
     console = Console(markup=False, emoji=False)
     if not console.is_terminal:  # a log file has no width
         console.width = 200
-    console.print(table)
+    return console

@@ -14,10 +14,13 @@ ALL_RUNS, NEWEST_SWEEP = "qlora_exp_all_runs", "qlora_exp_newest_sweep"
 """Keys of the two views."""
 
 _COST_AND_QUALITY = (
-    "metrics.`after/loss`", "metrics.`after/rougeL`", "metrics.`after/task_score`",
-    "metrics.`memory/allocated_peak_mib`", "metrics.`memory/rss_peak_mib`", "metrics.`tokens_per_second`",
-    "metrics.`trainable_share`", "tags.`outcome`", "attributes.`Models`", "attributes.`Dataset`",
+    "metrics.`after/loss`", "metrics.`after/rougeL`", "metrics.`after/exact_match`", "metrics.`after/task_score`",
+    "metrics.`forgetting`", "metrics.`memory/allocated_peak_mib`", "metrics.`memory/rss_peak_mib`",
+    "metrics.`tokens_per_second`", "metrics.`trainable_share`", "tags.`outcome`", "attributes.`Models`",
+    "attributes.`Dataset`",
 )  # fmt: skip
+_MOST = 20
+"""Most further columns of a view: it is one tag, and lm-eval's groups have dozens of tasks."""
 _CONFIG = ("method.name", "quantization.name", "lora_variant.name", "method.r", "method.lora_alpha", "seed")
 _RUN_NAME = "attributes.`Run Name`"
 _WIDTHS = {_RUN_NAME: 300, "attributes.`Models`": 200, "attributes.`Dataset`": 200}
@@ -29,16 +32,17 @@ def all_runs() -> tuple[str, str]:
     return _view(ALL_RUNS, "All runs", "tags.run_key LIKE '%'", columns, "attributes.start_time", ascending=False)
 
 
-def newest_sweep(name: str, swept: Sequence[str], now: int) -> tuple[str, str]:
+def newest_sweep(name: str, swept: Sequence[str], now: int, scores: Sequence[str] = ()) -> tuple[str, str]:
     """Return the tag (key and value) of a view of a sweep's jobs with their swept values, lowest held-out loss first.
 
     Args:
         name: name of the sweep.
         swept: the swept keys.
         now: current time in milliseconds since 1970.
+        scores: metrics of the jobs, of which the first have a column besides those of every view.
     """
     where = f"tags.sweep = '{name}' and tags.run_key LIKE '%'"
-    columns = [f"tags.`sweep.{key}`" for key in swept]
+    columns = [*(f"tags.`sweep.{key}`" for key in swept), *(f"metrics.`{score}`" for score in scores[:_MOST])]
     return _view(NEWEST_SWEEP, f"Sweep {name}", where, columns, "metrics.`after/loss`", ascending=True, now=now)
 
 

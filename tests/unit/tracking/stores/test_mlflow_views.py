@@ -46,3 +46,12 @@ def test_address_opens_the_newest_view():
     assert mlflow_views.address("http://h:5000", "3", both, newest_is_sweep=False) == base + runs
     assert mlflow_views.address("http://h:5000", "3", [ALL], newest_is_sweep=True) == base + runs
     assert mlflow_views.address("http://h:5000", "3", [], newest_is_sweep=True) == base
+
+
+def test_view_of_a_sweep_has_columns_for_the_first_scores():
+    scores = [f"after/lm_eval/task{number:02}/acc" for number in range(30)]
+    columns = state(mlflow_views.newest_sweep("night", ["seed"], 5, scores))["selectedColumns"]
+    assert columns[:2] == ["tags.`sweep.seed`", "metrics.`after/lm_eval/task00/acc`"]
+    assert "metrics.`after/lm_eval/task19/acc`" in columns
+    assert "metrics.`after/lm_eval/task20/acc`" not in columns
+    assert {"metrics.`after/exact_match`", "metrics.`forgetting`"} <= {*columns}
