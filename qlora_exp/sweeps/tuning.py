@@ -234,7 +234,6 @@ def _tuned(
     best = min(last, key=last.__getitem__, default=0)
     if math.isinf(last.get(best, math.inf)):
         return None
-    tried = {key: [trial[key] for trial in trials if isinstance(trial[key], int | float)] for key in trials[best]}
     return Tuned(
         values=dict(trials[best]),
         budget=[f"{rung.trials} x {rung.length}" for rung in steps],
@@ -245,8 +244,14 @@ def _tuned(
         first_own=sign * first[0] if row.own == trials[0] else math.nan,
         failed=sum(map(math.isinf, first.values())),
         minutes=row.seconds / 60,
-        at_edge=[key for key, all_ in tried.items() if all_ and trials[best][key] in (min(all_), max(all_))],
+        at_edge=[key for key in trials[best] if _is_edge(trials[best][key], {trial[key] for trial in trials})],
     )
+
+
+def _is_edge(value: Any, tried: set[Any]) -> bool:
+    """Return whether a number is the smallest or the largest of those tried, if these are more than an alternative."""
+    numbers = [each for each in tried if isinstance(each, int | float) and not isinstance(each, bool)]
+    return len(numbers) > 2 and value in (min(numbers), max(numbers))
 
 
 def tags(tuned: Tuned) -> dict[str, str]:

@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -78,3 +79,30 @@ def test_trials_measure_what_they_are_judged_by_on_validation_rows(metric: str, 
     words = tuning.trial_words(settings, tuning.Rung(9, "training.max_steps=5"))
     assert {"dataset.evaluate_on=validation", "seed=7", "training.max_steps=5", *there} <= {*words}
     assert not {*missing} & {*words}
+
+
+@pytest.mark.parametrize(
+    ("distribution", "edges"),
+    [
+        (FloatDistribution(0.0, 1.0), True),
+        (CategoricalDistribution([4, 8, 16, 32]), True),
+        (CategoricalDistribution([4, 8]), False),
+        (CategoricalDistribution([True, False]), False),
+        (CategoricalDistribution(["a", "b", "c"]), False),
+    ],
+)
+def test_best_value_at_the_edge_of_the_range_is_noticed(distribution, edges: bool, tmp_path):
+    """The first trial with the smallest value wins, by a metric that is the value itself or its place."""
+    order = getattr(distribution, "choices", ())
+
+    def job(values, rung):
+        value = values["key"]
+        return SimpleNamespace(metric=float(order.index(value)) if order else value, folder=tmp_path)
+
+    stand_in = SimpleNamespace(
+        folder=tmp_path, run=lambda jobs: None,
+        ended=lambda job: {"outcome": "ok", "seconds": 1.0, "metrics": {"after/loss": job.metric}},
+    )  # fmt: skip
+    rungs = [tuning.Rung(9, "training.max_steps=1")]
+    (tuned,) = tuning.tune(stand_in, [tuning.Row("row", {}, job)], {"key": distribution}, rungs, TuningConfig())
+    assert tuned.at_edge == ["key"] * edges
