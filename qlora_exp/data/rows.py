@@ -112,7 +112,8 @@ def _split(config: DatasetConfig) -> tuple[Dataset, Dataset, Dataset, Report]:
     count = 0
     if config.validation_size is not None:
         count = _count("validation_size", config.validation_size, len(shuffled), report)
-        log.info("%s: %d rows are kept for validation", config.name, count)
+        use = "the held-out rows of this run" if config.evaluate_on else "not used in this run"
+        log.info("%s: %d rows are for validation: %s", config.name, count, use)
     heldout = _first(heldout, config.max_eval_rows)
     return _pick(rows, shuffled[count:]), _pick(rows, shuffled[:count]), heldout, report
 
