@@ -12,7 +12,7 @@ import math
 import shutil
 import statistics
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.sweep import TuningConfig
@@ -160,7 +160,7 @@ def tune(
                     for name in _WEIGHTS:
                         shutil.rmtree(job.folder / name, ignore_errors=True)
         for row, study in zip(rows, studies, strict=True):
-            _tell(study, row, sign)
+            _tell(study, space, row, sign)
     return [_tuned(row, trials, steps, settings, sign) for row, trials in zip(rows, values, strict=True)]
 
 
@@ -178,10 +178,14 @@ def proposed(
         )
     if row.own and not study.trials:
         study.enqueue_trial(dict(row.own))
-    for _ in range(sum(trial.params.keys() == space.keys() for trial in study.trials), settings.n_trials):
+    for _ in range(len(_whole(study, space)), settings.n_trials):
         study.ask(dict(space))
-    whole: list[Values] = [trial.params for trial in study.trials if trial.params.keys() == space.keys()]
-    return whole[: settings.n_trials]
+    return [trial.params for trial in _whole(study, space)[: settings.n_trials]]
+
+
+def _whole(study: optuna.Study, space: Collection[str]) -> list[FrozenTrial]:
+    """Return the trials that have all values; a process that was killed may have left one without."""
+    return [trial for trial in study.trials if trial.params.keys() == {*space}]
 
 
 def _chosen(row: Row, index: int, count: int) -> list[int]:
@@ -209,10 +213,10 @@ def _add_results(row: Row, endings: Mapping[int, Mapping[str, Any]], metric: str
         log.error("%s: all %d trials failed, so it is not tuned: %s", row.label, len(endings), "; ".join(reasons))
 
 
-def _tell(study: optuna.Study, row: Row, sign: int) -> None:
+def _tell(study: optuna.Study, space: Collection[str], row: Row, sign: int) -> None:
     """Write the results to Optuna's study; a trial that did not reach the last rung is pruned."""
-    for trial in study.trials:
-        values = [results[trial.number] for results in row.results if trial.number in results]
+    for number, trial in enumerate(_whole(study, space)):
+        values = [results[number] for results in row.results if number in results]
         if trial.state.is_finished() or not values:
             continue
         if not math.isfinite(values[-1]):
@@ -221,7 +225,7 @@ def _tell(study: optuna.Study, row: Row, sign: int) -> None:
         open_trial = reopened(study, trial.number)
         for step, value in enumerate(values):
             open_trial.report(sign * value, step)
-        if trial.number in row.results[-1]:
+        if number in row.results[-1]:
             study.tell(trial.number, sign * values[-1])
         else:
             study.tell(trial.number, state=TrialState.PRUNED)

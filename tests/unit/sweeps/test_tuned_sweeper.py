@@ -96,6 +96,9 @@ def test_each_row_gets_the_same_trials_and_its_winner_runs_with_every_seed(run_t
 
 
 def test_interrupted_tuning_resumes(run_tuned):
+    assert run_tuned("method=oft", stop_after=0) == 130
+    study = optuna.load_study(study_name=None, storage=search.storage(Path("multirun/tuned_methods_trials")))
+    study.ask()  # as if the process had been killed before the trial had its values
     assert run_tuned("method=oft", stop_after=5) == 130
     assert run_tuned("method=oft") == 0
     assert len(run_tuned.ran) == 6 + 2  # nothing ran twice
