@@ -198,6 +198,13 @@ def gpu(session: nox.Session) -> None:
     session.run(sys.executable, "-m", "pytest", "-m", "gpu", *session.posargs)
 
 
+@nox.session(name="gpu-bench")
+def gpu_bench(session: nox.Session) -> None:
+    """Measure on a GPU what only a GPU can show (half an hour; `--list` lists the cases)."""
+    install(session, *TESTED)
+    session.run(sys.executable, "benchmarks/gpu.py", *session.posargs)
+
+
 @nox.session
 def ui(session: nox.Session) -> None:
     """Test MLflow's page of a sweep in a real browser (Debian's `chromium`; two minutes)."""
