@@ -192,6 +192,13 @@ def gptq(session: nox.Session) -> None:
 
 
 @nox.session
+def thorough(session: nox.Session) -> None:
+    """Run the tests that only add a case to what others show (two minutes)."""
+    install(session, *TESTED)
+    pytest(session, "-m", "thorough", *session.posargs)
+
+
+@nox.session
 def gpu(session: nox.Session) -> None:
     """Run what only a CUDA device can show (two minutes)."""
     install(session, *TESTED)

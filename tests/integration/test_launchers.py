@@ -9,7 +9,12 @@ from qlora_exp.tracking.mlflow_store import client
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    ("launcher", "more"), [("local", []), ("joblib", []), ("slurm", ["hydra.launcher.cluster=local"])]
+    ("launcher", "more"),
+    [
+        ("local", []),
+        pytest.param("joblib", [], marks=pytest.mark.thorough),
+        ("slurm", ["hydra.launcher.cluster=local"]),
+    ],
 )
 def test_every_launcher_runs_a_sweep_and_skips_finished_jobs(
     launcher: str, more: list[str], mlflow_uri, tmp_path, monkeypatch, capfd, write_jsonl

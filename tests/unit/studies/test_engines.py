@@ -13,6 +13,7 @@ from qlora_exp.studies.probe import FailedError, kinds
 pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("_imported")
 def test_method_with_unused_parameters_trains_as_one_process(tmp_path):
     assert engine_verdicts(kinds()["SHADOW"], "plain", tmp_path, ["ddp"]) == {"ddp": WORKS}
