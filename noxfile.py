@@ -214,9 +214,10 @@ def gpu_bench(session: nox.Session) -> None:
 
 @nox.session
 def ui(session: nox.Session) -> None:
-    """Test MLflow's page of a sweep in a real browser (Debian's `chromium`; two minutes)."""
+    """Test reports, and MLflow's page of a sweep, in a real browser (Debian's `chromium`; three minutes)."""
     install(session, "dev", "browser")
-    session.run(sys.executable, "-m", "pytest", "-p", "no:randomly", "tests/browser/ui_checks.py", *session.posargs)
+    pages = session.posargs or ("tests/browser/report_checks.py", "tests/browser/ui_checks.py")
+    session.run(sys.executable, "-m", "pytest", "-p", "no:randomly", *pages)
 
 
 @nox.session

@@ -4,13 +4,11 @@ This module only formats; `compare` computes the results.
 """
 
 import csv
-import html
 import io
 import json
 import math
 import tempfile
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ from rich.console import Console
 
 from qlora_exp.results import tuned
 from qlora_exp.results.compare import Comparison
+from qlora_exp.results.page import data, looks, page
 from qlora_exp.results.row import Row
 from qlora_exp.results.verdicts import ALPHA
 from qlora_exp.tracking.mlflow_store import client
@@ -51,17 +50,9 @@ _COLUMNS = (
     ("saved MB", "model_bytes", ",.1f"),
     ("taken/planned", "plan/memory_ratio", ".2f"),
 )
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 15px/1.5 sans-serif; margin: 2em auto; max-width: 90em; padding: 0 1em; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px; }}
-th, td {{ border-bottom: 1px solid #ccc; padding: .3em .6em; text-align: left; }}
-svg {{ max-width: 100%; height: auto; }}
-</style></head><body><h1>{title}</h1>
-{body}
-</body></html>
-"""
 _PHASES = ("load", "first_step", "steady", "evaluation")
+_SHORTEST = 16
+"""Fewest characters of a row's name on the terminal."""
 _NARROWER = ("cost", "short", "shortest")
 PRESETS = {
     "all": None,
@@ -83,7 +74,7 @@ def table(
     headings = [*label_keys, "seeds", *(name for name, _ in columns)]
     headings += [f"{comparison.metric} against the baseline", "ties"]
     rows = []
-    for row in sorted(comparison.rows if only is None else only, key=lambda row: not row.records):
+    for row in _in_order(comparison.rows if only is None else only):
         verdict_or_failure = "baseline" if row is comparison.baseline else _verdict(row, comparison)
         seeds = str(len(row.records)) + "".join(f" (+{count} {name})" for name, count in _not_ended(row).items())
         ties = comparison.ties.get(row.name, "")
@@ -91,6 +82,10 @@ def table(
             [*map(shortened, row.label.values()), seeds, *(read(row) for _, read in columns), verdict_or_failure, ties]
         )
     return headings, rows
+
+
+def _in_order(rows: Sequence[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: not row.records)
 
 
 def _columns(comparison: Comparison) -> list[tuple[str, Callable[[Row], str]]]:
@@ -174,6 +169,13 @@ def show(comparison: Comparison, preset: str = "all", most: int = 0) -> None:
         narrow = make_table([*headings[:-2], headings[-1]], [[*row[:-2], row[-1]] for row in rows])
         if _width(headings, rows) <= console.width:
             break
+    else:  # one column for the name
+        labels = len(comparison.baseline.label)
+        rest = [[*row[labels:-2], row[-1]] for row in rows]
+        room = console.width - _width(headings[labels:], [row[labels:] for row in rows]) - 3
+        names = looks.names(_in_order(only), max(_SHORTEST, room))
+        body = [[name, *row] for name, row in zip(names, rest, strict=True)]
+        narrow = make_table(["row", *headings[labels:-2], headings[-1]], body)
     console.print(narrow)
     if column_set != preset:
         console.print("(use a wider terminal, or --out FOLDER, to see more columns)")
@@ -259,7 +261,7 @@ def log(comparison: Comparison, uri: str | None, preset: str = "all") -> str | N
 
 
 def write(comparison: Comparison, folder: Path, preset: str = "all", name: str | None = None) -> list[Path]:
-    """Write the table as `.csv`, `.md` and `.html` (with plots), and every metric of every run as `.json`.
+    """Write table (`.csv`, `.md`), interactive page (`.html`), figures, and all metrics of all runs (`.json`).
 
     Args:
         comparison: the comparison.
@@ -291,13 +293,15 @@ def write(comparison: Comparison, folder: Path, preset: str = "all", name: str |
         "csv": text.getvalue(),
         "json": json.dumps(redacted(_everything(comparison)), indent=1),
         "md": markdown(comparison, preset),
-        "html": _page(comparison, headings, rows),
+        "html": _page(comparison, rows, headings),
     }
     files = []
     for kind, content in contents.items():
         files.append(folder / f"{name}.{kind}")
         write_atomically(files[-1], content)
-    return files
+    from qlora_exp.results import plots  # imported late: matplotlib takes a second to load
+
+    return [*files, *plots.write(comparison, folder / f"{name}_figures")]
 
 
 def markdown(comparison: Comparison, preset: str = "all") -> str:
@@ -306,29 +310,10 @@ def markdown(comparison: Comparison, preset: str = "all") -> str:
     return "\n\n".join([markdown_table(headings, rows), *map(as_markdown, _notes(comparison))]) + "\n"
 
 
-def _page(comparison: Comparison, headings: list[str], rows: list[list[str]]) -> str:
+def _page(comparison: Comparison, rows: list[list[str]], headings: list[str]) -> str:
     """Return a self-contained HTML page: it needs no other file and no network."""
-    from qlora_exp.results.plots import PLOTS  # imported late: matplotlib takes a second to load
-
-    def line(cells: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(shown(cell))}</{tag}>" for cell in cells) + "</tr>"
-
-    cells = f"{line(headings, 'th')}{''.join(line(row, 'td') for row in rows)}"
-    body = [f"<div style='overflow-x: auto'><table>{cells}</table></div>"]
-    body += [f"<p>{html.escape(shown(note))}</p>" for note in _notes(comparison)]
-    for title, draw in PLOTS.items():
-        if figure := draw(comparison):
-            picture = io.StringIO()
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)  # the browser's font has it
-                warnings.filterwarnings("ignore", "constrained_layout not applied", UserWarning)  # many or long labels
-                figure.savefig(picture, format="svg")
-            svg = picture.getvalue()
-            body.append(f"<h2>{title}</h2>{svg[svg.index('<svg') :]}")
-    return _PAGE.format(
-        title=html.escape(shown(f"{comparison.about.get('sweep', 'Comparison')} by {comparison.metric}")),
-        body="\n".join(body),
-    )
+    cells = dict(zip(_in_order(comparison.rows), rows, strict=True))
+    return page.build(data.collect(comparison, headings, cells, _notes(comparison)))
 
 
 def _numbers(row: Row, comparison: Comparison) -> dict[str, Any]:

@@ -301,7 +301,7 @@ class Sweep:
                    for key, job in self._jobs.items()]  # fmt: skip
             comparison = compare.compare(records.by_ids(uri, [id_ for id_ in ids if id_ is not None]))
             for file in report.write(comparison, self.folder):
-                self._parent.file(file.name)
+                self._parent.file(str(file.relative_to(self.folder)))
             self._parent.describe(report.markdown(comparison, "short"))
         except Exception as error:  # must not fail the sweep, whose jobs are done; `qlora-exp compare` can repeat it
             log.warning("no comparison: %s", error)

@@ -34,10 +34,13 @@ def check_source(source: str) -> None:
         raise ModelError(f"{source}: there is no such folder; name a run id, models:/NAME/VERSION, or a saved folder")
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Replace `file` in one step: a reader sees either the complete old text or the complete new text."""
+def write_atomically(file: Path, content: str | bytes) -> None:
+    """Replace `file` in one step: a reader sees either the complete old content or the complete new content."""
     with replacing(file) as out:
-        out.write(text)
+        if isinstance(content, str):
+            out.write(content)
+        else:
+            out.buffer.write(content)
 
 
 @contextmanager

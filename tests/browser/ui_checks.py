@@ -5,7 +5,6 @@ With QLORA_EXP_UI_FOLDER=FOLDER on the newest sweep that ran there; QLORA_EXP_SC
 
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,10 +16,8 @@ from urllib.error import URLError
 from urllib.parse import urlparse
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or "chromium"
-QUIET = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-first-run"]
 ORDER = ("attributes.`Run Name`", "tags.`sweep.", "metrics.`after/loss`", "metrics.`memory/rss_peak_mib`")
 SWEEP = [
     "train", "-m", "model=tiny_llama", "method=lora", "method.r=4,8", "training.max_steps=4", "device=cpu",
@@ -62,14 +59,6 @@ def _answering(page: str, health: str) -> str:
         else:
             return page
     raise AssertionError(f"{health} does not answer")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", *QUIET])
-        yield started
-        started.close()
 
 
 @pytest.fixture

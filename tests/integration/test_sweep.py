@@ -161,7 +161,7 @@ def test_table_of_a_sweep_is_logged(make_jobs, read_runs, mlflow_uri):
 
 def test_sweep_writes_its_comparison_to_its_folder_and_mlflow(make_jobs, read_runs, mlflow_uri, tmp_path):
     execute(make_jobs("method.r", ["4", "8"]))
-    files = {file.suffix: file for file in (tmp_path / "multirun" / "test").glob("comparison_*")}
+    files = {file.suffix: file for file in (tmp_path / "multirun" / "test").glob("comparison_*.*")}
     assert files.keys() == {".csv", ".json", ".md", ".html"}
     with files[".csv"].open(encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines))
@@ -172,6 +172,10 @@ def test_sweep_writes_its_comparison_to_its_folder_and_mlflow(make_jobs, read_ru
     (parent,), _ = read_runs()
     kept = {one.path for one in client(mlflow_uri).list_artifacts(parent.info.run_id)}
     assert {file.name for file in files.values()} <= kept
+    (figures,) = (tmp_path / "multirun" / "test").glob("comparison_*_figures")
+    pictures = {one.path for one in client(mlflow_uri).list_artifacts(parent.info.run_id, figures.name)}
+    assert pictures == {f"{figures.name}/{file.name}" for file in figures.iterdir()}
+    assert {file.rpartition("/")[2] for file in pictures} >= {"ranked.svg", "ranked.png"}
     assert "| method.r |" in parent.data.tags["mlflow.note.content"]
 
 

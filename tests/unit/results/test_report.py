@@ -1,9 +1,10 @@
 import csv
 import io
 import json
+import re
 
 import pytest
-from helpers.past_runs import ROWS, shifted
+from helpers.past_runs import ROWS, recorded, shifted
 from support import exit_code
 
 from qlora_exp.results import report
@@ -93,7 +94,7 @@ def test_compare_command_shows_the_table(comparison, past_runs, tmp_path, capsys
     words = ["compare", "--experiment", past_runs.experiment, "--uri", past_runs.uri]
     assert exit_code(*words, "--out", str(tmp_path)) == 0
     assert "better -0.2000" in capsys.readouterr().out
-    assert len(list(tmp_path.glob("comparison_*"))) == 4
+    assert len(list(tmp_path.glob("comparison_*"))) == 5
     mistakes = {
         "--metric=x": "choose one of loss",
         "--baseline=x": "no row matches",
@@ -117,7 +118,7 @@ def test_hostile_text_of_records_is_harmless(past_runs, tmp_path, capsys):
     words = ["compare", "--experiment", past_runs.experiment, "--uri", past_runs.uri]
     assert exit_code(*words, "--out", str(tmp_path / "out")) == 0
     screen = capsys.readouterr().out
-    files = {file.suffix: file.read_text("utf-8") for file in (tmp_path / "out").iterdir()}
+    files = {file.suffix: file.read_text("utf-8") for file in (tmp_path / "out").glob("*.*")}
     for text in (screen, *files.values()):
         assert not {"\x1b", "\x07", "\x9b"} & {*text}
     for text in (screen, files[".csv"], files[".md"], files[".html"]):
@@ -131,4 +132,21 @@ def test_hostile_text_of_records_is_harmless(past_runs, tmp_path, capsys):
     assert cells[1].startswith("'@SUM ")
     assert cells[2] == "-1"
     assert r"\[x\](http://evil) \<img src=x\> \*b\*" in files[".md"]
-    assert "<img" not in files[".html"]
+    assert "<img src=x>" not in files[".html"]
+
+
+def test_rows_stay_different_on_a_narrow_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    long = "/a/path/that/is/long/enough/" * 3
+    runs = []
+    for number in range(4):
+        swept = {key: f"{long}{number if key == 7 else number // 2}" for key in range(14)}
+        tags = {f"sweep.a_long_setting_{key}": value for key, value in swept.items()}
+        runs.append(recorded(shifted(number / 10), tags=tags, method__r=number))
+    report.show(compare(runs))
+    lines = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out).splitlines()
+    table = [line for line in lines if line.startswith("│")]
+    assert len({line.split("│")[1] for line in table}) == len(table) == 4
+    assert max(map(len, table)) <= 80
+    assert all("." in line.split("│")[3] for line in table)  # the loss has its place
