@@ -176,8 +176,8 @@ def _talker(options: argparse.Namespace) -> "tuple[ChatModel, Sampling]":
         check_source(source)
     from qlora_exp.deploy import chat as chatting
 
+    # Wrong values are reported before anything is loaded.
     sampling = chatting.Sampling(**{name: getattr(options, name) for name in chatting.Sampling.__dataclass_fields__})
-    sampling.settings([0], [], 0)  # report wrong values before loading anything
     return chatting.load_chat_model(sources, options.uri, options.device, options.quantization), sampling
 
 

@@ -155,11 +155,13 @@ def deployment_gap(options: argparse.Namespace) -> None:
     record = reproduce.find_run(options.uri, options.run)
     config = reproduce.recorded_config(record, untrusted.given(options.overrides), options.uri)
     saved = load.find(record.run_id, options.uri, "cpu")
-    forms = gap.formats_of(config, saved.adapter, options.forms.split(",") if options.forms else ())
+    forms = gap.formats_of(
+        config, saved.adapter, load.model_type(saved), options.forms.split(",") if options.forms else ()
+    )
     out = options.out or Path("outputs") / "deployment" / record.run_id
     out.mkdir(parents=True, exist_ok=True)
     with Console(stderr=True).status("") as status:
-        measured = gap.study(record.run_id, options.uri, config, forms, out, status.update)
+        measured, failed = gap.study(record.run_id, options.uri, config, forms, out, status.update)
     for headings, rows in gap.tables(measured):
         print_table(f"{record.name}, on the same held-out rows", headings, rows)
     print(
@@ -168,7 +170,9 @@ def deployment_gap(options: argparse.Namespace) -> None:
         "transformers, everything else with llama.cpp"
     )
     file = out / "deployment_gap.json"
-    write_atomically(file, json.dumps(gap.as_json(measured, record.run_id), indent=1, ensure_ascii=False))
+    write_atomically(file, json.dumps(gap.as_json(measured, failed, record.run_id), indent=1, ensure_ascii=False))
     with records.mlflow_errors_explained():
         mlflow_store.client(options.uri).log_artifact(record.run_id, str(file))
     say(f"file  {file}, saved with run {record.run_id} in MLflow too; the exported models are next to it")
+    if failed:
+        raise ConfigError("not measured: " + "; ".join(f"{form}: {why}" for form, why in failed.items()))

@@ -134,7 +134,8 @@ def _type(described: Any) -> Any:
         case {"list": kind}:
             return list[_type(kind)]  # type: ignore[misc]
         case {"tuple": kinds}:
-            return tuple[*map(_type, kinds)]  # type: ignore[misc]
+            # YAML and the command line have lists only.
+            return Annotated[tuple[*map(_type, kinds)], Field(strict=False)]  # type: ignore[misc]
         case {"dict": [key, value]}:
             return dict[_type(key), _type(value)]  # type: ignore[misc]
         case {"literal": values}:

@@ -65,9 +65,7 @@ def _tokenize(rows: Dataset, config: Config, tokenizer: Any, folder: Path) -> No
                 piece = re.sub(f"(?:{eos_text}\\s*)+(?={eos_text})", "", piece)
             elif learned:
                 piece = re.sub(f"(?:{eos_text}\\s*)+$", "", piece)
-            tokens = tokenizer(piece, add_special_tokens=first and not learned)["input_ids"]
-            if first and len(tokens) > 1 and tokens[-1] == eos:
-                tokens = tokens[:-1]  # this tokenizer ends every text with EOS; the prompt must not have it
+            tokens = prompt_tokens(tokenizer, piece, special=first and not learned)
             prompt_length = len(ids)
             ids += tokens
             labels += tokens if learned or learn_all else [IGNORED] * len(tokens)
@@ -84,6 +82,19 @@ def _tokenize(rows: Dataset, config: Config, tokenizer: Any, folder: Path) -> No
         options: dict[str, Any] = {"load_from_cache_file": False, "cache_file_name": f"{scratch}/tokens.arrow"}
         encoded = rows.map(encode, remove_columns=rows.column_names, **options)
         encoded.with_format(None).save_to_disk(str(folder))  # without the transform of the rows
+
+
+def prompt_tokens(tokenizer: Any, text: str, special: bool) -> list[int]:
+    """Return the tokens of a text that an answer follows.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        text: the text.
+        special: whether the tokenizer is to begin it with its special tokens. Some tokenizers also end every text with
+            EOS, which is never in a prompt.
+    """
+    tokens: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
+    return tokens[:-1] if special and len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id else tokens
 
 
 def cut(rows: Dataset, tokens: Dataset, max_length: int) -> tuple[Dataset, Dataset]:

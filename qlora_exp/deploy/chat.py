@@ -16,18 +16,21 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, TextStreamer, set_seed
 
+from qlora_exp.data import dialogues
+from qlora_exp.data.dialogues import Message
 from qlora_exp.data.end_of_turn import EndOfTurn, before_end, end_of_turn
 from qlora_exp.data.prompts import chat_template, render, render_chat
+from qlora_exp.data.tokenization import prompt_tokens
+from qlora_exp.data.values import as_text
 from qlora_exp.deploy import load
 from qlora_exp.deploy.load import Saved
-from qlora_exp.models.base import stop_strings, stop_tokens
+from qlora_exp.models.base import own_settings_alone, stop_strings, stop_tokens
 from qlora_exp.models.untrusted import explained
 from qlora_exp.tracking import run_key
-from qlora_exp.utils.errors import ConfigError, DataError, ModelError, did_you_mean, first_line
+from qlora_exp.utils.errors import ConfigError, DataError, ModelError, did_you_mean
 
 BASE = "base"
 """Name of the base model without an adapter, in place of an adapter's name."""
-Message = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,22 @@ class Sampling:
     repetition_penalty: float = 1.0
     seed: int | None = None
 
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ConfigError: one is out of range.
+        """
+        scales = {"temperature": self.temperature or 1.0, "repetition_penalty": self.repetition_penalty}
+        for name, value in scales.items():  # beyond these, probabilities are no numbers
+            if not 1e-5 <= value <= 1e5:
+                zero = "0, or " if name == "temperature" else ""
+                raise ConfigError(f"sampling: {name}={getattr(self, name)} must be {zero}from 1e-5 to 1e5")
+        if not 0 < self.top_p <= 1 or self.top_k < 0 or self.max_new_tokens < 1:
+            raise ConfigError("sampling: top_k must be at least 0, max_new_tokens at least 1, and 0 < top_p <= 1")
+        if self.seed is not None and not 0 <= self.seed < 2**32:
+            raise ConfigError(f"sampling: seed={self.seed} must be from 0 to {2**32 - 1}")
+
     def settings(self, stops: Sequence[int], texts: Sequence[str], pad: int) -> GenerationConfig:
         """Return the settings for transformers.
 
@@ -50,29 +69,19 @@ class Sampling:
             stops: ids of the tokens that end an answer.
             texts: texts that end an answer.
             pad: id of the padding token.
-
-        Raises:
-            ConfigError: a value is out of range.
         """
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.repetition_penalty <= 0:
-            raise ConfigError(
-                "sampling: temperature and top_k must be at least 0, repetition_penalty above 0, and 0 < top_p <= 1"
-            )
         sampled = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
-        try:
-            return GenerationConfig(
-                max_new_tokens=self.max_new_tokens,
-                do_sample=self.temperature > 0,
-                repetition_penalty=self.repetition_penalty,
-                num_beams=1,
-                num_return_sequences=1,
-                eos_token_id=[*stops],
-                stop_strings=[*texts] or None,
-                pad_token_id=pad,
-                **(sampled if self.temperature > 0 else {}),
-            )
-        except ValueError as error:
-            raise ConfigError(f"sampling: {first_line(error)}") from error
+        return GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=self.temperature > 0,
+            repetition_penalty=self.repetition_penalty,
+            num_beams=1,
+            num_return_sequences=1,
+            eos_token_id=[*stops],
+            stop_strings=[*texts] or None,
+            pad_token_id=pad,
+            **(sampled if self.temperature > 0 else {}),
+        )
 
 
 @dataclass(frozen=True)
@@ -118,7 +127,7 @@ class ChatModel:
             return "".join(piece for piece, _ in render(row, config, self.tokenizer).pieces[:-1]), False
         template = self.templates[name]
         if template is None:  # trained on plain text, which it continues
-            return "".join(message["content"] for message in messages), False
+            return "".join(message["content"] or "" for message in messages), False
         try:
             return render_chat(self.tokenizer, messages, template, add_generation_prompt=True), True
         except DataError as error:
@@ -141,7 +150,7 @@ class ChatModel:
         if sampling.seed is not None:
             set_seed(sampling.seed)
         prompt = torch.tensor([ids], device=self.model.device)
-        with torch.no_grad(), self._active(request.adapter):
+        with torch.no_grad(), self._active(request.adapter), own_settings_alone(self.model):
             generated = self.model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
@@ -168,7 +177,7 @@ class ChatModel:
         """
         text, has_special_tokens = self.prompt(request)
         with explained("the tokenizer"):
-            ids: list[int] = self.tokenizer(text, add_special_tokens=not has_special_tokens)["input_ids"]
+            ids = prompt_tokens(self.tokenizer, text, special=not has_special_tokens)
         if not ids:
             raise DataError("an empty prompt: this model was trained on plain text and needs a text to continue")
         if max(ids) >= (rows := self.model.get_input_embeddings().weight.shape[0]):
@@ -259,6 +268,11 @@ def load_chat_model(
             raise ModelError(
                 f"{name}: {other.source} was trained on {' at '.join(_base(other))}, not on {' at '.join(_base(saved))}"
             )
+        if (kind := other.config.method.peft_type) != saved.config.method.peft_type:
+            raise ModelError(
+                f"{name}: {other.source} is an adapter of type {kind}, and {saved.source} one of type "
+                f"{saved.config.method.peft_type}: adapters of one model must be of one type; load them one by one"
+            )
     model = load.load_saved(saved, quantization, first)
     for name, other in others:
         model = load.with_adapter(model, other, name)
@@ -286,7 +300,7 @@ def read_requests(file: Path) -> Iterator[Request]:
     """
     try:
         # `splitlines` would also split at other characters, which a text may contain.
-        lines = file.read_text("utf-8").split("\n")
+        lines = file.read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: {error}") from error
     for number, line in enumerate(lines, 1):
@@ -302,14 +316,19 @@ def asked(prompt: str, adapter: str | None = None) -> Request:
 def _request(line: str, where: str) -> Request:
     try:
         fields = json.loads(line)
-        messages = fields.get("messages") or [{"role": "user", "content": fields["prompt"]}]
-        clean = [{"role": str(message["role"]), "content": str(message["content"])} for message in messages]
-        adapter = fields.get("adapter")
-        return Request(clean, str(fields.get("input") or ""), None if adapter is None else str(adapter))
+        column = "messages" if fields.get("messages") else "prompt"
+        listed = fields[column] if column == "messages" else [{"role": "user", "content": fields["prompt"]}]
+        contents = {f"{column}[{place}].content": message.get("content") for place, message in enumerate(listed)}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{where}: not an object with `prompt` or with `messages` of role and content: {error!r}"
         ) from error
+    others = {name: fields.get(name) for name in ("input", "adapter")}
+    for name, value in (others | contents).items():
+        if isinstance(value, dict) or (isinstance(value, list) and name in others):
+            raise DataError(f"{where}: {name} must be text, not {value!s:.60}")
+    given, adapter = (None if value is None else as_text(value) for value in others.values())
+    return Request(dialogues.messages(listed, column, where, fills_with_null=False), given or "", adapter)
 
 
 def answers(talker: ChatModel, requests: Iterable[Request], sampling: Sampling) -> Iterator[dict[str, Any]]:

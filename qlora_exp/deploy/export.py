@@ -26,11 +26,11 @@ from qlora_exp.config.untrusted import refuse_user_only_settings
 from qlora_exp.config.values import without_places
 from qlora_exp.deploy import gguf, gptq, merge, ollama
 from qlora_exp.deploy.formats import BITSANDBYTES, EXPORT_FORMATS, GPTQ_FORMATS
-from qlora_exp.deploy.load import GGUF_FILE, Saved, load_complete_model, remove_places
+from qlora_exp.deploy.load import GGUF_FILE, Saved, load_complete_model, model_type, remove_places
 from qlora_exp.deploy.merge import Base, Whole
 from qlora_exp.environment.device import detect, resolve
 from qlora_exp.environment.provenance import libraries
-from qlora_exp.models.quantization import quantization_config
+from qlora_exp.models import quantization, transformers_4
 from qlora_exp.tracking import mlflow_store, run_key
 from qlora_exp.tracking.journal import CONFIG_FILE
 from qlora_exp.utils.errors import ConfigError, ModelError, TrackingError, first_line
@@ -45,6 +45,10 @@ _ROUNDINGS = 32
 _KL_OF_ROUNDING = 2.0
 """Allowed KL divergence in nats per token, for each unit of rounding (the dtype's eps). In bfloat16 a sixth of this
 limit was measured; without half of an adapter, three times the limit."""
+_SLACK = 4.0
+"""Allowed difference from the model with weights rounded to the nearest value, in differences that this rounding itself
+makes: int8 rounds what goes into a layer too, and GPTQ and AWQ choose other values than the nearest. For int8 2.2 was
+measured."""
 
 
 @dataclass(frozen=True)
@@ -140,17 +144,20 @@ def export(
     write = _writer(saved, form, type_, rows_of)  # refuse what cannot be written before loading anything
     asked = _asked(saved, form, dtype, base, type_)
     whole = merge.whole(saved, dtype, base)
+    dtype = whole.dtype
     size = sum(tensor.nbytes for tensor in whole.model.state_dict().values())
     # For a while both the quantized and the unquantized files exist, and a float32 file may be twice its model's size.
     with handle_signals(), _appearing(out, size if form == "merged" else 2 * size) as part:
-        stored, exact = write(whole, part)
+        written = write(whole, part)
         whole.tokenizer.save_pretrained(part)
+        transformers_4.add_old_names(part)
         shutil.copy(saved.folder / CONFIG_FILE, part)
         remove_places(part)
-        dtype, whole.model = whole.dtype, None
+        whole.model = None
         reloaded = load_complete_model(replace(saved, folder=part, adapter=False), "auto")
-        made = _compare(whole, reloaded, str(out), form, stored, size_on_disk(part))
-        _check(made, dtype, exact)
+        actual = merge.logits(reloaded, whole.ids)
+        made = _compare(whole, reloaded, actual, str(out), form, written.weights, size_on_disk(part))
+        _check(made, whole, written, dtype, actual)
         facts = asdict(made) | {"asked": asked, "libraries": libraries()}
         model = saved.config.model
         places = {"model_name_or_path": model.model_name_or_path, "source": saved.source, "folder": made.folder}
@@ -163,7 +170,9 @@ def export(
     return made
 
 
-def _compare(whole: Whole, reloaded: Any, folder: str, form: str, stored: str, size: int) -> Exported:
+def _compare(
+    whole: Whole, reloaded: Any, actual: torch.Tensor, folder: str, form: str, stored: str, size: int
+) -> Exported:
     """Compare the outputs of the model as read back with those of the base model and its adapter."""
     answer = merge.answer(reloaded, whole.tokenizer)
     return Exported(
@@ -172,7 +181,7 @@ def _compare(whole: Whole, reloaded: Any, folder: str, form: str, stored: str, s
         whole.base,
         stored,
         whole.expected.abs().max().item(),
-        *_distance(merge.logits(reloaded, whole.ids), whole.expected),
+        *_distance(actual, whole.expected),
         whole.tokenizer.decode(answer, skip_special_tokens=True),
         sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole.answer, answer, strict=False))),
         len(answer),
@@ -180,9 +189,22 @@ def _compare(whole: Whole, reloaded: Any, folder: str, form: str, stored: str, s
     )
 
 
-Writer = Callable[[Whole, Path], tuple[str, torch.dtype | None]]
-"""Writes the model into a folder. Returns how the weights are stored, and their dtype if nothing but rounding was lost,
-else None."""
+@dataclass(frozen=True)
+class Written:
+    """What a writer wrote, and what may differ when it is read back."""
+
+    weights: str
+    """How most of the weights are stored."""
+    dtype: torch.dtype | None = None
+    """Dtype of the stored weights, if nothing but rounding to it was lost."""
+    explained: torch.Tensor | None = None
+    """If they are quantized: logits of the model with its weights rounded as they are stored, (tokens, vocabulary)."""
+    slack: float = 0.0
+    """Further difference that is allowed, in differences of `explained` from the logits before quantization."""
+
+
+Writer = Callable[[Whole, Path], Written]
+"""Writes the model into a folder; it may change the model's weights."""
 
 
 def _writer(saved: Saved, form: str, type_: str, rows_of: Config | None) -> Writer:
@@ -190,6 +212,7 @@ def _writer(saved: Saved, form: str, type_: str, rows_of: Config | None) -> Writ
         return _write_merged
     if form == "gguf":
         gguf.check_type(type_)
+        gguf.check_family(model_type(saved))
         return lambda whole, part: _write_gguf(whole, part, type_, saved)
     if form in BITSANDBYTES:
         return lambda whole, part: _write_bitsandbytes(whole, part, form)
@@ -198,33 +221,43 @@ def _writer(saved: Saved, form: str, type_: str, rows_of: Config | None) -> Writ
         if rows_of is None:
             refuse_user_only_settings(saved.config, {})
         examples = gptq.rows(rows_of or saved.config, saved.tokenizer())
-        return lambda whole, part: (gptq.write(whole.model, whole.tokenizer, examples, part, form), None)
+        return lambda whole, part: _write_gptq(whole, part, form, examples)
     raise ConfigError(f"--to {form}: choose one of {', '.join(EXPORT_FORMATS)}")
 
 
-def _write_merged(whole: Whole, part: Path) -> tuple[str, torch.dtype]:
+def _write_merged(whole: Whole, part: Path) -> Written:
     whole.model.save_pretrained(part, max_shard_size="4GB")
-    return whole.dtype, whole.model.dtype
+    return Written(whole.dtype, whole.model.dtype)
 
 
-def _write_gguf(whole: Whole, part: Path, type_: str, saved: Saved) -> tuple[str, torch.dtype | None]:
+def _write_gptq(whole: Whole, part: Path, form: str, examples: list[dict[str, list[int]]]) -> Written:
+    weights = gptq.write(whole.model, whole.tokenizer, examples, part, form)
+    return Written(weights, explained=merge.logits(whole.model, whole.ids), slack=_SLACK)
+
+
+def _write_gguf(whole: Whole, part: Path, type_: str, saved: Saved) -> Written:
     whole.tokenizer.save_pretrained(part)
     whole.model.config.save_pretrained(part)
     name = saved.config.model.model_name_or_path.rpartition("/")[2]
     exact = gguf.write(whole.model, whole.tokenizer, part, part / GGUF_FILE, type_, name)
     (part / "Modelfile").write_text(ollama.modelfile(whole.tokenizer, GGUF_FILE), "utf-8")
-    return type_, exact
+    if exact is not None:
+        return Written(type_, exact)
+    gguf.round_weights(whole.model, type_)
+    return Written(type_, explained=merge.logits(whole.model, whole.ids))
 
 
-def _write_bitsandbytes(whole: Whole, part: Path, form: str) -> tuple[str, None]:
+def _write_bitsandbytes(whole: Whole, part: Path, form: str) -> Written:
     config = compose(["method=lora", f"quantization={form}"])
     resolved = replace(resolve(config, detect("cpu")), dtype=whole.dtype, compute_dtype=whole.dtype)
-    settings = quantization_config(config.quantization, resolved)
+    settings = quantization.quantization_config(config.quantization, resolved)
     with tempfile.TemporaryDirectory(prefix=".merged.", dir=part) as plain:
         whole.model.save_pretrained(plain, max_shard_size="4GB")
         model = type(whole.model).from_pretrained(plain, dtype=whole.model.dtype, quantization_config=settings)
         model.save_pretrained(part, max_shard_size="4GB")
-    return form, None
+    quantization.round_weights(whole.model, model)
+    explained = merge.logits(whole.model, whole.ids)
+    return Written(form, explained=explained, slack=_SLACK if form == "int8" else 0.0)
 
 
 def _distance(actual: torch.Tensor, expected: torch.Tensor) -> tuple[float, float, float]:
@@ -238,20 +271,35 @@ def _distance(actual: torch.Tensor, expected: torch.Tensor) -> tuple[float, floa
     return (actual - expected).abs().max().item(), kl.mean().item(), same.item()
 
 
-def _check(made: Exported, dtype: str, exact: torch.dtype | None) -> None:
-    """Refuse a model whose outputs differ by more than rounding explains; if quantized, only one with NaN or inf."""
+def _check(made: Exported, whole: Whole, written: Written, dtype: str, actual: torch.Tensor) -> None:
+    """Refuse a model whose outputs differ by more than the rounding of its weights explains.
+
+    Args:
+        made: the model as read back.
+        whole: what was exported.
+        written: how it was stored.
+        dtype: dtype in which the model computed before it was written.
+        actual: logits of the model as read back.
+
+    Raises:
+        ModelError: they do, or are NaN or infinite.
+    """
     if not math.isfinite(made.mean_kl) or not math.isfinite(made.max_logit_difference):
         raise ModelError(f"exported as {made.form}, the model has logits that are NaN or infinite; nothing was written")
-    if exact is None:
-        return
-    rounding = max(torch.finfo(exact).eps, torch.finfo(getattr(torch, dtype)).eps, 1e-6)
+    computed = getattr(torch, dtype)
+    rounding = max(torch.finfo(written.dtype or computed).eps, torch.finfo(computed).eps, 1e-6)
     most, most_kl = _ROUNDINGS * rounding * made.max_logit, _KL_OF_ROUNDING * rounding
-    if made.max_logit_difference > most or made.mean_kl > most_kl:
+    difference, kl = made.max_logit_difference, made.mean_kl
+    if written.explained is not None:  # rounded weights explain as much; compare with the model that has them
+        lost, lost_kl, _ = _distance(written.explained, whole.expected)
+        most, most_kl = most + written.slack * lost, most_kl + written.slack * lost_kl
+        difference, kl, _ = _distance(actual, written.explained)
+    if difference > most or kl > most_kl:
+        model = "the model" if written.explained is None else "the model with its weights so rounded"
         raise ModelError(
-            f"exported as {made.form}, the model gives other outputs: logits differ by up to "
-            f"{made.max_logit_difference:.3g} and by {made.mean_kl:.3g} nats per token, but rounding to {made.weights} "
-            f"explains only {most:.3g} and {most_kl:.3g}; "
-            "nothing was written"
+            f"exported as {made.form}, the model gives other outputs: logits differ from those of {model} by up to "
+            f"{difference:.3g} and by {kl:.3g} nats per token, but storing weights as {made.weights} explains only "
+            f"{most:.3g} and {most_kl:.3g}; nothing was written"
         )
 
 

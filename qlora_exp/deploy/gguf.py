@@ -22,6 +22,10 @@ from qlora_exp.data.prompts import adds_bos
 from qlora_exp.deploy.formats import GGUF_TYPES
 from qlora_exp.utils.errors import ConfigError
 
+_CONVERT = (
+    "Use --to merged, and convert that folder with llama.cpp if it has such models: python convert_hf_to_gguf.py "
+    "FOLDER --outtype bf16"
+)
 _EXACT = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _FAMILIES = {"llama": "LLAMA", "mistral": "LLAMA", "qwen2": "QWEN2", "qwen3": "QWEN3"}
 """The library's name of the architecture, by `model_type`."""
@@ -30,12 +34,26 @@ _WORDS = (
     r"|\s+(?!\S)|\s+"
 )
 _PRE_TOKENIZERS = {
-    ("ByteLevel",): "gpt-2",
-    ("Digits", "ByteLevel"): "smollm",
-    (_WORDS % "{1,3}", "ByteLevel"): "llama-bpe",
-    (_WORDS % "", "ByteLevel"): "qwen2",
+    ("GPT-2's words",): "gpt-2",
+    ("digits", "GPT-2's words"): "smollm",
+    (_WORDS % "{1,3}", "bytes"): "llama-bpe",
+    (_WORDS % "", "bytes"): "qwen2",
 }
 """llama.cpp's name of a pre-tokenizer, by how its tokenizer.json splits a text."""
+_BLANKS = ({"type": "Replace", "pattern": {"String": " "}, "content": "▁"}, {"type": "Prepend", "prepend": "▁"})
+"""How a tokenizer of pieces marks blanks."""
+
+
+def check_family(family: str) -> None:
+    """Check that models of this `model_type` can be written.
+
+    Raises:
+        ConfigError: they cannot; the message says what to do instead.
+    """
+    if family not in _FAMILIES:
+        raise ConfigError(
+            f"--to gguf: models of type {family} are not supported ({', '.join(_FAMILIES)} are). {_CONVERT}"
+        )
 
 
 def check_type(type_: str) -> None:
@@ -73,11 +91,7 @@ def write(model: Any, tokenizer: Any, folder: Path, file: Path, type_: str, name
     import gguf
 
     config = model.config
-    if config.model_type not in _FAMILIES:
-        raise ConfigError(
-            f"--to gguf: models of type {config.model_type} are not supported ({', '.join(_FAMILIES)} are). Use "
-            "--to merged and convert that folder with llama.cpp: python convert_hf_to_gguf.py FOLDER --outtype bf16"
-        )
+    check_family(config.model_type)
     architecture = gguf.MODEL_ARCH[_FAMILIES[config.model_type]]
     writer = gguf.GGUFWriter(file, gguf.MODEL_ARCH_NAMES[architecture])
     writer.add_name(name)
@@ -88,7 +102,10 @@ def write(model: Any, tokenizer: Any, folder: Path, file: Path, type_: str, name
     _add_tokenizer(writer, tokenizer, folder, model.get_input_embeddings().weight.shape[0])
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     tensors = dict(_tensors(model, names, permuted=architecture == gguf.MODEL_ARCH.LLAMA))
-    kinds = {key: _kind(key, tensor, gguf.GGMLQuantizationType[type_.upper()]) for key, tensor in tensors.items()}
+    wanted = gguf.GGMLQuantizationType[type_.upper()]
+    kinds = {
+        key: _kind(tensor, wanted, key in ("token_embd.weight", "output.weight")) for key, tensor in tensors.items()
+    }
     for key, tensor in tensors.items():
         block, size = gguf.GGML_QUANT_SIZES[kinds[key]]
         writer.add_tensor_info(
@@ -111,7 +128,7 @@ def _add_architecture(writer: Any, config: Any) -> None:
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     window = getattr(config, "sliding_window", None)
     if window and getattr(config, "use_sliding_window", True) and window < config.max_position_embeddings:
-        raise ConfigError("--to gguf: attention with a sliding window is not supported")
+        raise ConfigError(f"--to gguf: attention with a sliding window is not supported. {_CONVERT}")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -128,14 +145,16 @@ def _add_architecture(writer: Any, config: Any) -> None:
     supported = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings"}
     supported |= {"low_freq_factor", "high_freq_factor"} if kind == "llama3" else set()
     if others := sorted(key for key, value in rope.items() if key not in supported and value is not None):
-        raise ConfigError(f"--to gguf: rotary position embeddings with {', '.join(others)} are not supported")
+        raise ConfigError(
+            f"--to gguf: rotary position embeddings with {', '.join(others)} are not supported. {_CONVERT}"
+        )
     if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
         writer.add_rope_scaling_factor(rope["factor"])
         if kind == "yarn":
             writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     elif kind not in ("default", "llama3"):
-        raise ConfigError(f"--to gguf: rotary position embeddings of rope_type {kind} are not supported")
+        raise ConfigError(f"--to gguf: rotary position embeddings of rope_type {kind} are not supported. {_CONVERT}")
 
 
 def _add_tokenizer(writer: Any, tokenizer: Any, folder: Path, rows: int) -> None:
@@ -143,12 +162,11 @@ def _add_tokenizer(writer: Any, tokenizer: Any, folder: Path, rows: int) -> None
     import gguf
 
     backend = json.loads((folder / "tokenizer.json").read_text("utf-8"))
-    bpe, splits = backend["model"], _splits(backend["pre_tokenizer"] or {})
-    pieces = bpe.get("byte_fallback") and splits in (("None",), ("Metaspace",))  # SentencePiece, as in Llama 2
-    if bpe["type"] != "BPE" or not (pieces or splits in _PRE_TOKENIZERS):
+    bpe, splits = backend["model"], _splits(backend["pre_tokenizer"])
+    pieces = bpe.get("byte_fallback") and not splits  # SentencePiece, as in Llama 2
+    if why := next(_unlike_llama_cpp(tokenizer, backend, splits), None):
         raise ConfigError(
-            f"--to gguf: this tokenizer is not supported ({bpe['type']}, splits a text by "
-            f"{splits}). Use --to merged and convert that folder: python convert_hf_to_gguf.py FOLDER --outtype bf16"
+            f"--to gguf: this tokenizer is not supported: {why}, and llama.cpp would read other tokens. {_CONVERT}"
         )
     texts = {token_id: text for text, token_id in tokenizer.get_vocab().items()}
     added = tokenizer.added_tokens_decoder
@@ -187,6 +205,38 @@ def _add_tokenizer(writer: Any, tokenizer: Any, folder: Path, rows: int) -> None
         writer.add_chat_template(tokenizer.get_chat_template())
 
 
+def _unlike_llama_cpp(tokenizer: Any, backend: dict[str, Any], splits: tuple[str, ...]) -> Iterator[str]:
+    """Yield what a tokenizer does that the tokenizers of llama.cpp do not.
+
+    Args:
+        tokenizer: the tokenizer.
+        backend: its tokenizer.json.
+        splits: what it splits a text by, from `_splits`.
+    """
+    bpe, normalizer = backend["model"], backend["normalizer"]
+    if bpe["type"] != "BPE":
+        yield f"its tokens are of type {bpe['type']}"
+    if any(bpe.get(name) for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")):
+        yield "it marks or drops parts of words"
+    changes = [part for part in (normalizer or {}).get("normalizers", [normalizer]) if part]
+    if bpe.get("byte_fallback") and not splits:
+        if others := [part["type"] for part in changes if part not in _BLANKS]:
+            yield f"it changes texts by {', '.join(others)}"
+        if not backend["pre_tokenizer"] and _BLANKS[0] not in changes:
+            yield "it has no mark for blanks"
+    elif splits not in _PRE_TOKENIZERS:
+        yield f"it splits a text by {', '.join(splits) or 'nothing'}"
+    elif others := [part["type"] for part in changes if part["type"] != "NFC" or _PRE_TOKENIZERS[splits] != "qwen2"]:
+        yield f"it changes texts by {', '.join(others)}"
+    added = tokenizer.added_tokens_decoder.values()
+    if odd := [token.content for token in added if token.lstrip or token.rstrip or token.single_word]:
+        yield f"its token {odd[0]!r} takes blanks next to it, or stands alone only"
+    ids, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    begin = next((place for place in range(len(ids)) if ids[place : place + len(plain)] == plain), len(ids))
+    if ids[:begin] not in ([], [tokenizer.bos_token_id]):
+        yield f"it begins texts with {tokenizer.convert_ids_to_tokens(ids[:begin])}"
+
+
 def _begins_with_space(backend: dict[str, Any]) -> bool:
     """Return whether the tokenizer puts a space before a text."""
     parts = [part for part in (backend["normalizer"], backend["pre_tokenizer"]) if part]
@@ -194,18 +244,20 @@ def _begins_with_space(backend: dict[str, Any]) -> bool:
     return any(part["type"] == "Prepend" or part.get("prepend_scheme") in ("first", "always") for part in parts)
 
 
-def _splits(pre_tokenizer: dict[str, Any]) -> tuple[str, ...]:
+def _splits(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...]:
     """Return what a pre-tokenizer of tokenizer.json splits a text by, in order."""
     match pre_tokenizer:
+        case None | {"type": "Metaspace", "replacement": "▁", "split": False}:
+            return ()
         case {"type": "Sequence", "pretokenizers": parts}:
             return tuple(split for part in parts for split in _splits(part))
-        case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}:
+        case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
             return (pattern,)
         case {"type": "Digits", "individual_digits": True}:
-            return ("Digits",)
+            return ("digits",)
         case {"type": "ByteLevel", "add_prefix_space": False}:
-            return ("ByteLevel",)
-    return (str(pre_tokenizer.get("type")),)
+            return ("GPT-2's words",) if pre_tokenizer.get("use_regex", True) else ("bytes",)
+    return (json.dumps(pre_tokenizer),)
 
 
 def _tensors(model: Any, names: Any, permuted: bool) -> Iterator[tuple[str, torch.Tensor]]:
@@ -217,7 +269,7 @@ def _tensors(model: Any, names: Any, permuted: bool) -> Iterator[tuple[str, torc
         plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, size, 2) / size)
         yield "rope_freqs.weight", plain / scaled
     for key, tensor in model.state_dict().items():
-        if key == "lm_head.weight" and config.tie_word_embeddings:
+        if key == "lm_head.weight" and tensor.data_ptr() == model.get_input_embeddings().weight.data_ptr():
             continue
         name = names.get_name(key, try_suffixes=(".weight", ".bias"))
         if name is None:
@@ -230,7 +282,24 @@ def _tensors(model: Any, names: Any, permuted: bool) -> Iterator[tuple[str, torc
         yield name, tensor
 
 
-def _kind(name: str, tensor: torch.Tensor, wanted: Any) -> Any:
+def round_weights(model: Any, type_: str) -> None:
+    """Give the weights of a model the values that they have in a file of this type.
+
+    Args:
+        model: model of a supported family, on the CPU; it is changed.
+        type_: type of the matrices, one of GGUF_TYPES.
+    """
+    import gguf
+
+    wanted = gguf.GGMLQuantizationType[type_.upper()]
+    vocabulary = {id(end.weight) for end in (model.get_input_embeddings(), model.get_output_embeddings())}
+    for parameter in model.float().parameters():
+        kind = _kind(parameter, wanted, id(parameter) in vocabulary)
+        packed = gguf.quants.quantize(parameter.detach().numpy(), kind)
+        parameter.data = torch.from_numpy(gguf.quants.dequantize(packed, kind))
+
+
+def _kind(tensor: torch.Tensor, wanted: Any, of_vocabulary: bool) -> Any:
     """Return the type to store a tensor in.
 
     Vectors are float32; the vocabulary has at least 8 bits; rows that do not divide into blocks are float16.
@@ -243,4 +312,4 @@ def _kind(name: str, tensor: torch.Tensor, wanted: Any) -> Any:
     small = gguf.GGML_QUANT_SIZES[wanted][0] > 1
     if small and tensor.shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0]:
         return kinds.F16
-    return kinds.Q8_0 if small and name in ("token_embd.weight", "output.weight") else wanted
+    return kinds.Q8_0 if small and of_vocabulary else wanted

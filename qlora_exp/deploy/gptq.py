@@ -70,7 +70,8 @@ def write(model: Any, tokenizer: Any, examples: list[dict[str, list[int]]], fold
         form: gptq or awq.
 
     Returns:
-        How the weights are stored: the format and the size of a group.
+        How the weights are stored: the format and the size of a group. The weights of `model` then have the nearest
+        values that such groups can store, without calibration.
 
     Raises:
         ConfigError: no group size fits the model's layers.
@@ -96,4 +97,14 @@ def write(model: Any, tokenizer: Any, examples: list[dict[str, list[int]]], fold
         quantized.quantize(examples, batch_size=1)
         quantized.save(str(folder))
     (folder / "quant_log.csv").unlink(missing_ok=True)
+    for layer in layers:
+        layer.weight.data = round_to_nearest(layer.weight.data, group)
     return f"{form}, groups of {group}"
+
+
+def round_to_nearest(weight: torch.Tensor, group: int) -> torch.Tensor:
+    """Return a matrix in which each group of a row has 16 values, evenly spaced up to its largest magnitude."""
+    most = 2 ** (BITS - 1) - 1
+    groups = weight.float().reshape(len(weight), -1, group)
+    scales = groups.abs().amax(-1, keepdim=True).clamp(min=1e-9) / most
+    return ((groups / scales).round() * scales).reshape(weight.shape).to(weight.dtype)

@@ -27,7 +27,8 @@ from qlora_exp.config.validate import from_dict
 from qlora_exp.config.values import values_to_yaml, without_places
 from qlora_exp.deploy.untrusted_folders import check_adapter, check_tokenizer, generate_once, use_own_generation
 from qlora_exp.environment.device import detect, resolve
-from qlora_exp.models.base import load_model, stop_at_end_of_turn
+from qlora_exp.models.adapters import missing_tensors
+from qlora_exp.models.base import load_model, model_config, named, stop_at_end_of_turn
 from qlora_exp.models.files import check_files, read_json
 from qlora_exp.models.quantization import quantization_config
 from qlora_exp.models.untrusted import bounded, check_folder, explained, most_values
@@ -92,8 +93,14 @@ def find(source: str, tracking_uri: str | None = None, device: str = "auto") -> 
         folder, run_id = _download(source, tracking_uri)
     adapter = (folder / "adapter_config.json").is_file()
     names = ("adapter_model.safetensors",) if adapter else ("model*.safetensors", GGUF_FILE)  # never a pickle
-    if not (folder / CONFIG_FILE).is_file() or not any(list(folder.glob(name)) for name in names):
-        raise ModelError(f"{source}: not a model that a run saved (no {CONFIG_FILE}, or no .safetensors)")
+    if not (folder / CONFIG_FILE).is_file():
+        kind = "adapters" if adapter else "models"
+        raise ModelError(
+            f"{source}: not a model that a run saved: it has no {CONFIG_FILE}; {kind} that were made with other "
+            "programs are not taken, as nothing says in which format they are prompted"
+        )
+    if not any(list(folder.glob(name)) for name in names):
+        raise ModelError(f"{source}: not a complete model: it has no {' or '.join(names)}")
     try:
         recorded = plain_yaml((folder / CONFIG_FILE).read_text("utf-8"), CONFIG_FILE)
         recorded = _with_places(recorded, folder, run_id, tracking_uri)
@@ -234,6 +241,11 @@ def with_adapter(model: Any, saved: Saved, name: str = "default") -> PeftModel:
         except (RuntimeError, ValueError, TypeError) as error:
             first = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
             raise ModelError(f"{saved.folder}: does not fit {model.config.name_or_path}: {first:.300}") from error
+        if missing := missing_tensors(model, saved.folder, name):
+            raise ModelError(
+                f"{saved.folder}: the adapter's file lacks {len(missing)} tensors that its config describes: "
+                f"{named(missing)}; copy the whole adapter again"
+            )
     generate_once(model, f"{saved.folder}: the adapter")
     return model
 
@@ -270,7 +282,7 @@ def load_complete_model(saved: Saved, dtype: str, device: str = "cpu", quantizat
         ("unexpected_keys", "have {} tensors that its config does not describe"),
     ):
         if names := sorted(info[kind]):
-            raise ModelError(f"{what}: its files {problem.format(len(names))}: {names[0]}, ...")
+            raise ModelError(f"{what}: its files {problem.format(len(names))}: {named(names)}")
     generate_once(model, what)
     return model
 
@@ -296,6 +308,17 @@ def stored_as(folder: Path) -> str | None:
     """
     method = (_model_config(folder).get("quantization_config") or {}).get("quant_method")
     return None if method is None else str(method)
+
+
+def model_type(saved: Saved) -> str:
+    """Return the type (`model_type`) of a complete model, or of an adapter's base.
+
+    Raises:
+        ModelError: its config cannot be loaded.
+    """
+    if not saved.adapter and (own := _model_config(saved.folder).get("model_type")):
+        return str(own)
+    return str(model_config(saved.config.model).model_type)
 
 
 def _kernels(values: Any) -> set[str]:
@@ -335,6 +358,8 @@ def _download(source: str, tracking_uri: str | None) -> tuple[Path, str | None]:
             model_id = source.removeprefix("models:/")
             version = None
             if "/" in model_id:  # a registered model: models:/NAME/VERSION
+                if not model_id.rpartition("/")[2].isdigit():
+                    raise ModelError(f"{source}: versions are numbers (models:/NAME/3), aliases models:/NAME@ALIAS")
                 version = mlflow.get_model_version(*model_id.split("/", 1))
             elif "@" in model_id:  # models:/NAME@ALIAS
                 version = mlflow.get_model_version_by_alias(*model_id.split("@", 1))

@@ -3,6 +3,7 @@
 Works on the CPU, one layer at a time. Reads what a run saved, and writes no files.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,11 +15,12 @@ from transformers import GenerationConfig
 from qlora_exp.config import compatibility
 from qlora_exp.config.schema import Config
 from qlora_exp.data.prompts import chat_template, render_chat
+from qlora_exp.data.tokenization import prompt_tokens
 from qlora_exp.deploy.load import Saved, load_complete_model, stored_as, with_adapter
 from qlora_exp.environment.device import Device, resolve
 from qlora_exp.models import quantization
-from qlora_exp.models.base import load_model, load_unquantized, stop_at_end_of_turn, stop_tokens
-from qlora_exp.utils.errors import ConfigError, ModelError
+from qlora_exp.models.base import load_model, load_unquantized, own_settings_alone, stop_at_end_of_turn, stop_tokens
+from qlora_exp.utils.errors import ConfigError, DataError, ModelError, is_out_of_memory
 
 Base = Literal["auto", "files", "trained"]
 _TEXT = (
@@ -77,6 +79,7 @@ def whole(saved: Saved, dtype: str = "auto", base: Base = "auto") -> Whole:
         if (stored := stored_as(saved.folder)) is not None:
             model = quantization.dequantized(model, model.dtype)
             description += f", what its weights stored by {stored} stand for"
+        description += _settle_tying(model)
         return Whole(model, tokenizer, description, ids, logits(model, ids), answer(model, tokenizer))
     config = saved.config
     kind = compatibility.kind_of(config.method.peft_type, config.lora_variant.name)
@@ -91,7 +94,8 @@ def whole(saved: Saved, dtype: str = "auto", base: Base = "auto") -> Whole:
         )
     adapted = with_adapter(model, saved).eval()
     expected, answered = logits(adapted, ids), answer(adapted, tokenizer)
-    return Whole(_merged(adapted), tokenizer, description, ids, expected, answered)
+    model = _merged(adapted)
+    return Whole(model, tokenizer, description + _settle_tying(model), ids, expected, answered)
 
 
 def _base(config: Config, dtype: str, base: Base) -> tuple[Any, str]:
@@ -123,6 +127,7 @@ def _merged(adapted: PeftModel) -> Any:
         raise ConfigError(
             f"{adapted.active_peft_config.peft_type} cannot be merged: it has no weights to add to the base model's"
         )
+    _part_shared_weights(adapted)
     try:
         for layer in [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]:
             base_layer: Any = layer.get_base_layer()
@@ -133,29 +138,80 @@ def _merged(adapted: PeftModel) -> Any:
             for name, dtype in dtypes.items():
                 getattr(base_layer, name).data = getattr(base_layer, name).data.to(dtype)
         merged = tuner.unload()
-    except (NotImplementedError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ConfigError(f"the adapter cannot be merged: {error}") from error
     merged.config.use_cache = True
     return merged
+
+
+def _part_shared_weights(adapted: PeftModel) -> None:
+    """Give layers that share a weight one each, since adapters change them apart.
+
+    Shared are those of tied embeddings and output layers, which stay tied if neither is adapted, and of replicated
+    layers (`layer_replication`).
+    """
+    modules = [*adapted.get_base_model().modules()]
+    adapted_layers = {id(layer.get_base_layer()) for layer in modules if isinstance(layer, BaseTunerLayer)}
+    ends = {id(end) for end in _ends(adapted.get_base_model())}
+    shared = Counter(id(weight) for module in modules for weight in module.parameters(recurse=False))
+    for module in modules:
+        for name, weight in [*module.named_parameters(recurse=False)]:
+            if shared[id(weight)] > 1 and (id(module) in adapted_layers or id(module) not in ends):
+                shared[id(weight)] -= 1
+                setattr(module, name, torch.nn.Parameter(weight.detach().clone(), requires_grad=False))
+
+
+def _ends(model: Any) -> tuple[Any, Any]:
+    """Return the embedding and the output layer of a model."""
+    return model.get_input_embeddings(), model.get_output_embeddings()
+
+
+def _settle_tying(model: Any) -> str:
+    """Let the config say whether embedding and output layer are one matrix; return what is to be said about it.
+
+    A config that ties two different matrices is another model to every program that reads only one of them.
+    """
+    configs = [model.config, model.config.get_text_config()]
+    embedding, head = _ends(model)
+    tied = any(getattr(config, "tie_word_embeddings", False) for config in configs)
+    if not tied or head is None or head.weight is embedding.weight:
+        return ""
+    if torch.equal(head.weight, embedding.weight):
+        head.weight = embedding.weight
+        return ""
+    for config in configs:
+        config.tie_word_embeddings = False
+    return "; its output layer is no longer the embedding's matrix (tie_word_embeddings: false)"
 
 
 @torch.no_grad()
 def answer(model: Any, tokenizer: Any) -> list[int]:
     """Return the first tokens of the greedy answer to a fixed question, in the format of the chat template."""
     chats = bool(tokenizer.chat_template)
-    messages = [{"role": "user", "content": _QUESTION}]
-    text = render_chat(tokenizer, messages, add_generation_prompt=True) if chats else _QUESTION
-    batch = tokenizer(text, return_tensors="pt", add_special_tokens=not chats)
+    ids = torch.tensor([prompt_tokens(tokenizer, _asked(tokenizer) if chats else _QUESTION, special=not chats)])
     settings = GenerationConfig(
         max_new_tokens=_ANSWER_TOKENS,
         do_sample=False,
         eos_token_id=stop_tokens(model, tokenizer),
         pad_token_id=tokenizer.pad_token_id,
     )
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-    generated = model.generate(**inputs, generation_config=settings, use_cache=True, tokenizer=tokenizer)
-    new: list[int] = generated[0, batch["input_ids"].shape[1] :].tolist()
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with own_settings_alone(model):
+        generated = model.generate(**inputs, generation_config=settings, use_cache=True, tokenizer=tokenizer)
+    new: list[int] = generated[0, ids.shape[1] :].tolist()
     return new
+
+
+def _asked(tokenizer: Any) -> str:
+    """Return the question as a prompt of the chat template, with a system message if the template needs one."""
+    question = {"role": "user", "content": _QUESTION}
+    try:
+        return render_chat(tokenizer, [question], add_generation_prompt=True)
+    except DataError:
+        system = {"role": "system", "content": "Be brief."}
+        return render_chat(tokenizer, [system, question], add_generation_prompt=True)
 
 
 @torch.no_grad()

@@ -136,4 +136,5 @@ def push(uri: str | None, source: str, repository: str, text: str, private: bool
             api.create_repo(repository, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repository, folder_path=part))
     except Exception as error:  # of any kind: from the hub, its client's checks or the network
-        raise ConfigError(f"--push {repository}: {first_line(error)}") from error
+        reason = " ".join(str(error).split())  # the hub's own stands after the first line
+        raise ConfigError(f"--push {repository}: {reason:.600}") from error

@@ -12,11 +12,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import safe_open
+
 from qlora_exp.data.end_of_turn import end_of_turn
 from qlora_exp.data.prompts import chat_template
 from qlora_exp.deploy import export
 from qlora_exp.deploy.load import GGUF_FILE, Saved
 from qlora_exp.deploy.untrusted_folders import check_tokenizer
+from qlora_exp.models.files import read_json
 from qlora_exp.models.untrusted import bounded, explained, most_values
 from qlora_exp.utils.errors import ConfigError
 
@@ -151,17 +154,46 @@ def commands(saved: Saved, out: Path, host: str, port: int) -> list[str]:
     ]
 
 
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that vLLM takes for --max-lora-rank."""
+_READ_BY_VLLM = {"r", "lora_alpha", "use_rslora", "target_modules"}
+_NOT_READ = {
+    *("base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version", "lora_dropout"),
+    *("init_lora_weights", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying"),
+    *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),
+}
+"""What matters in training only, or shows in the names of the adapter's tensors."""
+
+
 def adapter_on_vllm(saved: Saved, host: str, port: int) -> Server | None:
-    """Return how vLLM serves a LoRA adapter on its base model without merging; None if vLLM cannot."""
-    config = saved.config
-    settings = config.peft_settings
-    if not saved.adapter or config.method.peft_type != "LORA" or settings.get("use_dora"):
+    """Return how vLLM serves a LoRA adapter on its base model without merging; None if vLLM cannot.
+
+    vLLM reads a few settings of the adapter's config. An adapter that differs from PEFT's defaults in others (DoRA,
+    whole modules, biases, ranks of single layers, trained embeddings) is refused by it, or would be another model.
+    """
+    from peft import LoraConfig
+
+    if not saved.adapter or saved.config.method.peft_type != "LORA":
         return None
-    if config.model.model_name_or_path.startswith(("embedded:", "random:")):  # these models exist only in this project
+    base = saved.config.model
+    if base.model_name_or_path.startswith(("embedded:", "random:")):  # these models exist only in this project
+        return None
+    settings, defaults = read_json(saved.folder / "adapter_config.json"), LoraConfig().to_dict()
+    others = settings.keys() - _READ_BY_VLLM - _NOT_READ
+    if any(settings[name] and settings[name] != defaults.get(name) for name in others):
+        return None
+    with safe_open(saved.folder / "adapter_model.safetensors", "pt") as tensors:
+        names = [*tensors.keys()]
+    if any("lora_embedding" in name for name in names):
+        return None
+    rank = next((rank for rank in _VLLM_RANKS if rank >= settings.get("r", 8)), None)
+    if rank is None:
         return None
     name = saved.run_id or "adapter"
-    rank = max([settings.get("r", 8), *settings.get("rank_pattern", {}).values()])
-    command = ["vllm", "serve", config.model.model_name_or_path, "--enable-lora", "--max-lora-rank", str(rank)]
+    local = Path(base.model_name_or_path).expanduser()
+    command = ["vllm", "serve", str(local.resolve()) if local.is_dir() else base.model_name_or_path]
+    command += ["--revision", base.revision] if base.revision and not local.is_dir() else []
+    command += ["--enable-lora", "--max-lora-rank", str(rank)]
     command += ["--lora-modules", f"{name}={saved.folder.resolve()}", "--host", host, "--port", str(port)]
     template = saved.folder / "chat_template.jinja"
     if template.is_file():

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, PeftType, TaskType, get_peft_model
+from peft import PeftConfig, PeftModel, PeftType, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 import qlora_exp.models.bottleneck  # noqa: F401 - registers its method with PEFT
@@ -167,6 +168,23 @@ def saved_parameters(model: Any) -> set[str]:
         return names
     prefix = getattr(model.base_model, "prefix", None)  # trained prompts have none
     return trainable_set(model) | {name for name in names if prefix and prefix in name}
+
+
+def missing_tensors(model: Any, folder: Path, adapter: str = "default") -> list[str]:
+    """Return the names of the tensors of a model, or of its adapter, that the files in a folder lack.
+
+    PEFT and the trainer load what there is, and leave random or untrained values in the place of what is missing.
+    """
+    if isinstance(model, PeftModel):
+        needed = get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    else:
+        needed = model.state_dict()
+    stored: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            stored |= {*tensors.keys()}
+    tied = {needed[name].data_ptr() for name in stored & needed.keys()}
+    return sorted(name for name, tensor in needed.items() if name not in stored and tensor.data_ptr() not in tied)
 
 
 def set_trainable(model: torch.nn.Module, names: set[str]) -> None:

@@ -6,7 +6,7 @@ Does not depend on adapters or training.
 import errno
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -162,7 +163,7 @@ def load_model(
     if (quantizer_config := quantization_config(quantization, resolved)) is not None:
         arguments["quantization_config"] = quantizer_config
     with quantized_on(resolved.device) if to_shard and quantization.load_in_4bit else nullcontext():
-        model = _from_pretrained(AutoModelForCausalLM, config, **arguments)
+        model = _with_weights(config, **arguments)
     model.config.use_cache = False  # training does not need the cache; generation turns it on itself
     guard_layers(model)
     if quantizer_config is not None and not to_shard:
@@ -229,6 +230,20 @@ def no_stop_strings(model: Any) -> Iterator[None]:
         settings.stop_strings = texts
 
 
+@contextmanager
+def own_settings_alone(model: Any) -> Iterator[None]:
+    """Let `generate` inside use the settings that it is given, and none of the model's generation_config.json.
+
+    transformers would take from there what they leave open: penalties, minimum lengths, forbidden tokens, beams.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # PEFT's `generate` uses the base's
+    before, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = before
+
+
 def _copy_from_file(model: PreTrainedModel) -> None:
     """Copy unquantized tensors out of the weights file: they would keep all of the file in memory.
 
@@ -241,7 +256,24 @@ def _copy_from_file(model: PreTrainedModel) -> None:
 
 def load_unquantized(config: ModelConfig, dtype: str = "auto") -> PreTrainedModel:
     """Load the base as it was before quantization, on the CPU, in a dtype (auto: the dtype of its files)."""
-    return _from_pretrained(AutoModelForCausalLM, config, dtype=dtype)
+    return _with_weights(config, dtype=dtype)
+
+
+def _with_weights(config: ModelConfig, **arguments: Any) -> PreTrainedModel:
+    """Load the model with its weights; transformers would give random values to tensors that the files lack."""
+    loaded: Any = _from_pretrained(AutoModelForCausalLM, config, output_loading_info=True, **arguments)
+    model: PreTrainedModel = loaded[0]
+    if missing := sorted(loaded[1]["missing_keys"]):
+        raise ModelError(
+            f"{config.model_name_or_path}: its files lack {len(missing)} tensors that its config describes: "
+            f"{named(missing)}; fetch the model again, or correct its config.json"
+        )
+    return model
+
+
+def named(names: Sequence[str]) -> str:
+    """Name the first three."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _explained(config: ModelConfig) -> AbstractContextManager[None]:

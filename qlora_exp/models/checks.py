@@ -5,14 +5,15 @@ values goes through. So what PEFT cannot adapt is refused by name, in architectu
 """
 
 import copy
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import TrainableTokensWrapper
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from transformers import PreTrainedModel
 
 from qlora_exp.config import compatibility, crosschecks
@@ -24,6 +25,8 @@ from qlora_exp.models.adapters import attach, lacks_values, peft_config, trainab
 from qlora_exp.models.base import Tokenizer, check_quantization, learned_positions, load_tokenizer, skeleton
 from qlora_exp.models.targets import adapted_names, is_within, misunderstood, parts_without_text
 from qlora_exp.utils.errors import ConfigError, DataError, ModelError, first_line
+
+log = logging.getLogger(__name__)
 
 TextRows = Iterable[dict[str, Any]]
 
@@ -127,9 +130,25 @@ def check_adapter(config: Config, model: PreTrainedModel) -> None:
             raise
     for problem in _problems(adapted, settings, modules, apart):
         raise ConfigError(f"{config.cannot_train}: {problem}")
+    _report_ends_trained_apart(adapted, settings)
     failure = _try(adapted)
     if failure is not None and not lacks_values(failure) and _try(skeleton(config.model)) is None:
         raise ConfigError(f"{config.cannot_train}: {first_line(failure)}") from failure
+
+
+def _report_ends_trained_apart(adapted: Any, settings: PeftConfig) -> None:
+    """Say that a model whose embedding and output layer are one matrix will have two."""
+    base = adapted.get_base_model()
+    ends = base.get_input_embeddings(), base.get_output_embeddings()
+    trained = any(isinstance(end, BaseTunerLayer | ModulesToSaveWrapper) for end in ends)
+    tied = getattr(base.config.get_text_config(), "tie_word_embeddings", False)
+    if trained and tied and getattr(settings, "ensure_weight_tying", None) is not True:
+        remedy = "; method.ensure_weight_tying=true trains one for both" if settings.peft_type == PeftType.LORA else ""
+        log.warning(
+            "embedding and output layer are trained apart, though they are one matrix in this model "
+            "(tie_word_embeddings): exported models have both, and are larger%s",
+            remedy,
+        )
 
 
 def _embeddings(model: PreTrainedModel) -> int:

@@ -5,12 +5,14 @@ This is the only module with code for each quantizer. It does not depend on adap
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
+from bitsandbytes import functional
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from peft.utils.integrations import dequantize_module_weight
 from transformers import AwqConfig, BitsAndBytesConfig, GPTQConfig, QuantoConfig, TorchAoConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.utils.quantization_config import AwqBackend
 
 from qlora_exp.config.sections.quantization import QuantizationConfig
@@ -176,6 +178,34 @@ def dequantized(model: Any, dtype: torch.dtype) -> Any:
         if hasattr(model, attribute):
             delattr(model, attribute)
     return model.to(dtype)
+
+
+@torch.no_grad()
+def round_weights(model: Any, quantized: Any) -> None:
+    """Give the weights of a model the values that bitsandbytes stores, for the layers that it replaced in `quantized`.
+
+    Args:
+        model: the model before quantization; it is changed.
+        quantized: the model that bitsandbytes made of it; of its layers only the settings are read.
+    """
+    for name, layer in quantized.named_modules():
+        if not isinstance(layer, Linear4bit | Linear8bitLt):
+            continue
+        plain, settings = model.get_submodule(name), cast(Any, layer.weight)
+        weight = plain.weight.data.T.contiguous() if isinstance(plain, Conv1D) else plain.weight.data
+        if isinstance(layer, Linear4bit):
+            packed, state = functional.quantize_4bit(
+                weight,
+                blocksize=settings.blocksize,
+                compress_statistics=settings.compress_statistics,
+                quant_type=settings.quant_type,
+            )
+            rounded = functional.dequantize_4bit(packed, state)
+        else:
+            rows, scales, _ = functional.int8_vectorwise_quant(weight.half())
+            rounded = functional.int8_vectorwise_dequant(rows, scales)
+        rounded = rounded.to(weight.dtype)
+        plain.weight.data = rounded.T.contiguous() if isinstance(plain, Conv1D) else rounded
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:

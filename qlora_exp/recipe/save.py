@@ -12,7 +12,7 @@ import torch
 from qlora_exp.config.values import values_to_yaml, without_places
 from qlora_exp.data import prompts
 from qlora_exp.environment.ranks import ranks
-from qlora_exp.models import adapters, lora_init
+from qlora_exp.models import adapters, lora_init, transformers_4
 from qlora_exp.recipe.context import RunContext
 from qlora_exp.recipe.setup import Trainable
 from qlora_exp.recipe.tokens import Tokens
@@ -40,10 +40,13 @@ def save(run: RunContext, tokens: Tokens, trainable: Trainable) -> None:
         tokenizer.save_pretrained(folder)
     shared = without_places(config.model_dump(mode="json"))
     adapters.make_portable(folder, shared["model"]["model_name_or_path"])
+    transformers_4.add_old_names(folder)
     (folder / CONFIG_FILE).write_text(values_to_yaml(shared), "utf-8")
     if trainable.peft_config is not None:
         version = run_key.model_version(config.model.model_name_or_path, config.model.revision)
         (folder / run_key.BASE_FILE).write_text(json.dumps({"version": version}) + "\n", "utf-8")
+    for file in folder.iterdir():  # safetensors makes its files readable by their owner only
+        file.chmod((folder / CONFIG_FILE).stat().st_mode)
     _log_sizes(run, trainable)
 
 

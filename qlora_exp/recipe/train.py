@@ -10,10 +10,13 @@ from qlora_exp.distributed import group
 from qlora_exp.environment import efficiency
 from qlora_exp.environment.device import computes_in
 from qlora_exp.environment.ranks import ranks
+from qlora_exp.models.adapters import missing_tensors
+from qlora_exp.models.base import named
 from qlora_exp.recipe.context import RunContext
 from qlora_exp.recipe.setup import Trainable
 from qlora_exp.training import trainer
 from qlora_exp.training.checkpoints import checkpoint_to_resume
+from qlora_exp.utils.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +30,7 @@ def train(run: RunContext, trainable: Trainable, pruning: Mapping[str, Any] | No
         pruning: how to ask a search whether to continue (`training.pruning.judge`); None without a search.
 
     Raises:
-        ConfigError: there is no checkpoint where `training.resume_from_checkpoint` says.
+        ConfigError: there is no checkpoint where `training.resume_from_checkpoint` says, or it lacks tensors.
         DivergedError: a loss or a gradient norm is not finite.
         PrunedError: the search stops this job.
     """
@@ -40,6 +43,13 @@ def train(run: RunContext, trainable: Trainable, pruning: Mapping[str, Any] | No
     checkpoint = group.call_on_main(checkpoint_to_resume, run.config, run.output_dir, resumed, same_start)
     if checkpoint:
         log.info("resuming from %s", checkpoint)
+        # A sharded model has no whole tensors to compare with.
+        missing = [] if run.config.distributed.shards else missing_tensors(trainable.trainer.model, checkpoint)
+        if missing:
+            raise ConfigError(
+                f"{checkpoint} lacks {len(missing)} tensors that this run trains: {named(missing)}; resume with the "
+                "method and the target modules that the checkpoint was trained with, or train from the start"
+            )
     judge = None
     if pruning is not None:
         from qlora_exp.training import pruning as search  # needs the extra `optuna`

@@ -7,6 +7,7 @@ quality.
 import gc
 import importlib.util
 import json
+import logging
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -18,10 +19,13 @@ import numpy as np
 
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.evaluation import EvaluationConfig
+from qlora_exp.deploy import gguf, llama_cpp
 from qlora_exp.deploy.formats import DEPLOYED, TRAINED
 from qlora_exp.results import stats
-from qlora_exp.utils.errors import ConfigError, UserError
+from qlora_exp.utils.errors import ConfigError, UserError, first_line
 from qlora_exp.utils.processes import workers
+
+log = logging.getLogger(__name__)
 
 QUALITY = {"loss": True, "rougeL": False, "exact_match": False, "task_score": False}
 """Metrics that are compared, and whether lower values are better."""
@@ -65,8 +69,14 @@ class Gap:
     """p-value, adjusted for the number of formats (Holm)."""
 
 
-def formats_of(config: Config, adapter: bool, names: Sequence[str] = ()) -> list[str]:
+def formats_of(config: Config, adapter: bool, family: str, names: Sequence[str] = ()) -> list[str]:
     """Return the export formats to measure: the named ones, or all that apply. The model as trained comes first.
+
+    Args:
+        config: config of the run.
+        adapter: whether the run trained an adapter.
+        family: type (`model_type`) of the model.
+        names: formats that the user named; empty for all that apply. Those left out are logged.
 
     Raises:
         ConfigError: there is no such format, or it does not apply to this model.
@@ -74,19 +84,28 @@ def formats_of(config: Config, adapter: bool, names: Sequence[str] = ()) -> list
     if unknown := [name for name in names if name not in DEPLOYED]:
         raise ConfigError(f"--forms {unknown[0]}: no such format; choose from {', '.join(DEPLOYED)}")
     inapplicable = {name for name in ("merged", "merged_trained") if not adapter}
-    missing = set() if importlib.util.find_spec("gptqmodel") else {"gptq"}
+    missing = {} if importlib.util.find_spec("gptqmodel") else {"gptq": "GPTQModel is not installed"}
+    written = [name for name, arguments in DEPLOYED.items() if arguments.get("form") == "gguf"]
+    try:
+        gguf.check_family(family)
+    except ConfigError as error:
+        if wrong := [name for name in names if name in written]:
+            raise ConfigError(f"--forms {wrong[0]}: {error}") from error
+        missing |= dict.fromkeys(written, f"models of type {family} are not supported")
     if not config.quantization.quantized:
         inapplicable.add("merged_trained")
     if wrong := [name for name in names if name in inapplicable]:
         model = "an adapter on an unquantized base" if adapter else "a model without an adapter"
         raise ConfigError(f"--forms {wrong[0]}: does not apply to {model}; leave it out")
-    chosen = names or [name for name in DEPLOYED if name not in inapplicable | missing]
+    if missing and not names:
+        log.warning("not measured: %s", "; ".join(f"{name} ({why})" for name, why in missing.items()))
+    chosen = names or [name for name in DEPLOYED if name not in inapplicable | missing.keys()]
     return [TRAINED, *(name for name in chosen if name != TRAINED)]
 
 
 def study(
     source: str, uri: str | None, config: Config, forms: Sequence[str], out: Path, report: Callable[[str], None]
-) -> list[Measured]:
+) -> tuple[list[Measured], dict[str, str]]:
     """Export each format to a folder under `out`, and measure it.
 
     Args:
@@ -97,25 +116,40 @@ def study(
         out: folder for the exports. An existing export of the same source is measured without exporting again.
         report: called with a progress message before each piece of work.
 
-    Raises:
-        UserError: a format cannot be exported, or the rows are not available.
-    """
-    from qlora_exp.deploy import llama_cpp
+    Returns:
+        The results, the model as trained first, and for each format that could not be exported or measured, why.
 
+    Raises:
+        UserError: the model as trained cannot be measured.
+    """
     multiprocessing.get_context(_START).set_forkserver_preload(["qlora_exp.recipe.preload"])
-    measured = []
+    measured, failed = list[Measured](), dict[str, str]()
     for form in forms:
-        where = str(out / form)
-        if form != TRAINED:
-            report(f"{form}: exporting")
-            _in_own_process(_make, source, uri, where, form, config)
-        report(f"{form}: measuring")
-        arguments = (source if form == TRAINED else where, uri, config, form)
-        measured.append(_in_own_process(_measure, *arguments))
-        if DEPLOYED[form].get("form") == "gguf" and config.evaluation.generate_rows and llama_cpp.installed():
-            metrics, samples = _in_own_process(_ask_llama_cpp, *arguments)
-            measured[-1] = replace(measured[-1], metrics=measured[-1].metrics | metrics, samples=samples)
-    return measured
+        try:
+            measured.append(_measured(source, uri, config, form, out, report))
+        except Exception as error:  # hours may have gone into the others
+            if form == TRAINED:
+                raise
+            failed[form] = first_line(error)
+            if not isinstance(error, UserError):
+                log.exception("%s failed", form)
+    return measured, failed
+
+
+def _measured(
+    source: str, uri: str | None, config: Config, form: str, out: Path, report: Callable[[str], None]
+) -> Measured:
+    where = str(out / form)
+    if form != TRAINED:
+        report(f"{form}: exporting")
+        _in_own_process(_make, source, uri, where, form, config)
+    report(f"{form}: measuring")
+    arguments = (source if form == TRAINED else where, uri, config, form)
+    result: Measured = _in_own_process(_measure, *arguments)
+    if DEPLOYED[form].get("form") == "gguf" and config.evaluation.generate_rows and llama_cpp.installed():
+        metrics, samples = _in_own_process(_ask_llama_cpp, *arguments)
+        return replace(result, metrics=result.metrics | metrics, samples=samples)
+    return result
 
 
 def _in_own_process(work: Callable[..., Any], *arguments: Any) -> Any:
@@ -176,7 +210,7 @@ def _ask_llama_cpp(source: str, uri: str | None, config: Config, form: str) -> t
     from qlora_exp.data import sources
     from qlora_exp.data.end_of_turn import end_of_turn
     from qlora_exp.data.prompts import chat_template
-    from qlora_exp.deploy import llama_cpp, load
+    from qlora_exp.deploy import load
     from qlora_exp.environment.memory import MemoryMonitor
     from qlora_exp.training import evaluation
 
@@ -260,8 +294,8 @@ def tables(measured: Sequence[Measured]) -> list[tuple[list[str], list[list[str]
     return result
 
 
-def as_json(measured: Sequence[Measured], source: str) -> dict[str, Any]:
-    """Return all results as JSON values."""
+def as_json(measured: Sequence[Measured], failed: dict[str, str], source: str) -> dict[str, Any]:
+    """Return all results as JSON values, and why the formats that failed did."""
     changes = gaps(measured)
     return {
         "source": source,
@@ -271,4 +305,5 @@ def as_json(measured: Sequence[Measured], source: str) -> dict[str, Any]:
             | {"losses": item.losses, "samples": item.samples}
             for item in measured
         ],
+        "failed": failed,
     }

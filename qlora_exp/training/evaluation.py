@@ -25,7 +25,13 @@ from qlora_exp.config.sections.evaluation import EvaluationConfig
 from qlora_exp.data.end_of_turn import before_end
 from qlora_exp.distributed import group
 from qlora_exp.environment.ranks import hides_bars, ranks
-from qlora_exp.models.base import keep_router_setting, learned_positions, stop_strings, stop_tokens
+from qlora_exp.models.base import (
+    keep_router_setting,
+    learned_positions,
+    own_settings_alone,
+    stop_strings,
+    stop_tokens,
+)
 from qlora_exp.models.sharding import is_sharded
 
 log = logging.getLogger(__name__)
@@ -199,14 +205,15 @@ def generator(model: Any, tokenizer: Any, config: EvaluationConfig) -> Generate:
         settings.max_new_tokens = min(room, config.max_new_tokens)
         batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(model.device)
         clock, begin = _Clock(), time.perf_counter()
-        output = model.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            generation_config=settings,
-            stopping_criteria=[clock],
-            tokenizer=tokenizer,
-            synced_gpus=is_sharded(model),  # else processes whose answers end early would leave the others waiting
-        )
+        with own_settings_alone(model):
+            output = model.generate(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                generation_config=settings,
+                stopping_criteria=[clock],
+                tokenizer=tokenizer,
+                synced_gpus=is_sharded(model),  # else processes whose answers end early would leave the others waiting
+            )
         seconds = time.perf_counter() - begin
         new = output[:, batch["input_ids"].shape[1] :]
         texts = [before_end(text, stops) for text in tokenizer.batch_decode(new, skip_special_tokens=True)]

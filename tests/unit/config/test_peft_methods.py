@@ -61,12 +61,17 @@ def test_a_refusal_says_if_another_peft_is_installed_than_the_file_was_made_for(
         ("LORA", {"eva_config": 3}, "valid dictionary"),
         ("LORA", {"layers_to_transform": ["q"]}, "valid integer"),
         ("LORA", {"rank_pattern": []}, "valid dictionary"),
+        ("LORA", {"layer_replication": [[0, "2"]]}, "valid integer"),
         ("P_TUNING", {"encoder_reparameterization_type": {}}, "valid string"),
         ("LORA", {"modules_to_save": "lm_head"}, "valid list"),
     ],
 )
 def test_types_with_parts_are_checked(peft_type: str, given: dict, problem: str):
     assert problem in peft_methods.check("method", peft_type, given)[0]
+
+
+def test_tuples_are_given_as_lists():
+    assert peft_methods.check("method", "LORA", {"layer_replication": [[0, 2], [1, 2]]}) == []
 
 
 @pytest.mark.parametrize("name", ["r", "lora_alpha", "use_dora", "bias"])

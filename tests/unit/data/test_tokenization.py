@@ -2,6 +2,7 @@ import copy
 
 import pytest
 from datasets import Dataset
+from helpers import tiny_models
 from helpers.rows import TEXT, tokenized
 from hypothesis import given, settings
 
@@ -131,3 +132,14 @@ def test_assistant_only_loss_covers_every_answer(make_config, tiny_tokenizer, wr
         found.append(tiny_tokenizer.decode([label for label in row["labels"] if label != tokenization.IGNORED]))
         assert tiny_tokenizer.decode(row["input_ids"][: row["prompt_length"]]).endswith("<|im_start|>assistant\n")
     assert found == ["hello<|im_end|>\n5<|im_end|>\n", "5<|im_end|>\n"]
+
+
+@pytest.mark.parametrize(
+    ("single", "begins"), [(None, []), ("<|im_start|> $A", [601]), ("<|im_start|> $A <|im_end|>", [601]),
+                           ("$A <|im_end|>", [])]
+)  # fmt: skip
+def test_prompt_never_ends_with_the_tokenizers_eos(single, begins):
+    tokenizer = tiny_models.tokenizer(single=single, bos_token="<|im_start|>")
+    plain = tokenizer("Say river 5.", add_special_tokens=False)["input_ids"]
+    assert tokenization.prompt_tokens(tokenizer, "Say river 5.", special=True) == begins + plain
+    assert tokenization.prompt_tokens(tokenizer, "Say river 5.", special=False) == plain

@@ -112,11 +112,20 @@ def test_sampling_is_determined_by_its_seed(talker):
 
 
 @pytest.mark.parametrize(
-    "values", [{"temperature": -1}, {"temperature": 1, "top_p": 0}, {"max_new_tokens": 0}, {"repetition_penalty": 0}]
+    ("name", "values"),
+    [
+        ("temperature", [-1, 1e-39, 1e39, float("nan"), float("inf")]),
+        ("repetition_penalty", [0, 1e-39, float("nan"), float("inf")]),
+        ("top_p", [0, 1.1, float("nan")]),
+        ("top_k", [-1]),
+        ("max_new_tokens", [0, -5]),
+        ("seed", [-1, 2**32]),
+    ],
 )
-def test_invalid_sampling_values_are_rejected(values, talker):
-    with pytest.raises(ConfigError, match="sampling"):
-        talker.answer(asked("Why?"), Sampling(**{"max_new_tokens": 4, **values}))
+def test_invalid_sampling_values_are_rejected(name, values):
+    for value in values:
+        with pytest.raises(ConfigError, match=f"sampling.*{name}"):
+            Sampling(**{name: value})
 
 
 def test_request_that_does_not_fit_the_format_is_rejected(talker):
@@ -161,6 +170,13 @@ def test_adapters_of_different_bases_are_rejected(trained_adapters):
             load_chat_model({name: llama}, device="cpu")
 
 
+def test_adapters_of_different_types_are_rejected_before_loading(trained_adapters, monkeypatch):
+    sources = {"default": str(trained_adapters()), "other": str(trained_adapters("method=ia3"))}
+    monkeypatch.setattr(load, "load_saved", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(ModelError, match="other: .* is an adapter of type IA3, and .* one of type LORA"):
+        load_chat_model(sources, device="cpu")
+
+
 def test_empty_prompt_in_plain_format_is_rejected(trained_adapters):
     plain = load_chat_model(
         {"default": str(trained_adapters("dataset.format=text", "dataset.text_column=output"))}, device="cpu"
@@ -179,7 +195,39 @@ def test_requests_are_read_from_text_and_jsonl(tmp_path):
     assert [*read_requests(tmp_path / "b.jsonl")] == [Request(asked("One?").messages, "x", "b"), asked("Two?")]
 
 
-@pytest.mark.parametrize("line", ["{", "[]", '"a"', '{"question": "a"}', '{"messages": [{"role": "user"}]}', "3"])
+def test_content_of_a_request_is_text(tmp_path):
+    parts = [{"type": "text", "text": "Say "}, {"type": "text", "text": "a 1."}]
+    said = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+    lines = [{"messages": [{"role": "user", "content": parts}]}, {"prompt": parts}, {"prompt": 7}]
+    lines += [{"messages": [{"role": "user", "content": "a"}, said]}]
+    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + "\n".join(map(json.dumps, lines)).encode())
+    one, two, three, called = read_requests(tmp_path / "a.jsonl")
+    assert one == two == asked("Say a 1.")
+    assert three == asked("7")
+    assert called.messages[1] == said
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfWhy?\n")
+    assert [*read_requests(tmp_path / "a.txt")] == [asked("Why?")]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"messages": [{"role": "user"}]},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "a.png"}]}]},
+        {"messages": [{"role": "user", "content": {"text": "a"}}]},
+        {"messages": [{"role": "human", "content": "a"}]},
+        {"messages": "a"},
+        {"prompt": {"text": "a"}},
+        {"prompt": "a", "input": ["b"]},
+    ],
+)
+def test_content_that_is_no_text_is_rejected_with_its_place(fields, tmp_path):
+    (tmp_path / "b.jsonl").write_text(f'{{"prompt": "a"}}\n{json.dumps(fields)}\n')
+    with pytest.raises(DataError, match=r"b\.jsonl:2: "):
+        list(read_requests(tmp_path / "b.jsonl"))
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '"a"', '{"question": "a"}', "3"])
 def test_invalid_request_line_is_named(line, tmp_path):
     (tmp_path / "b.jsonl").write_text(f'{{"prompt": "a"}}\n{line}\n')
     with pytest.raises(DataError, match=r"b\.jsonl:2: not an object with `prompt`"):

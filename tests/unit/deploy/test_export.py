@@ -30,6 +30,7 @@ def find(folder):
         (),
         ("lora_variant=dora",),
         ("lora_variant=pissa",),
+        ("method.layer_replication=[[0,2],[1,2]]",),
         ("method=qlora",),
         ("method=qlora", "quantization=int8"),
         ("method=ia3",),
@@ -50,12 +51,17 @@ def test_merged_model_equals_base_with_adapter(words, trained_adapters, tmp_path
     assert not isinstance(whole, PeftModel)
     assert getattr(whole.config, "quantization_config", None) is None
     apart, _ = load.load(str(folder), device="cpu")
+    assert whole.config.num_hidden_layers == apart.config.num_hidden_layers
     alone, _ = load.load(str(trained_adapters("training.learning_rate=1e-30")), device="cpu")
     with torch.no_grad():
         rounding = 5e-3 if "quantization=int8" in words else 1e-4  # which rounds what goes into a layer too
         assert torch.allclose(whole(ids).logits, apart(ids).logits, atol=rounding)
         assert not torch.allclose(whole(ids).logits, alone(ids).logits, atol=1e-3)
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token == "<|im_end|>"
+    written = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"]  # transformers 4 reads the first
+    for place in (folder, tmp_path / "merged"):
+        assert json.loads((place / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert len({one.stat().st_mode for one in (tmp_path / "merged").iterdir()}) == 1  # whoever may read one reads all
 
 
@@ -308,3 +314,62 @@ def test_quantized_gguf_tensors_are_within_rounding(trained_adapters, tmp_path):
         values = gguf.dequantize(other.data, other.tensor_type)
         assert one.name == other.name
         assert np.abs(values - gguf.dequantize(one.data, one.tensor_type)).max() <= np.abs(values).max() / 127
+
+
+TIED = ("+model.random_config.tie_word_embeddings=true", "dataset.format=prompt_completion")
+
+
+@pytest.mark.parametrize(
+    ("words", "tied"),
+    [
+        ("method.modules_to_save=[embed_tokens,lm_head]", False),
+        ("method.modules_to_save=[lm_head]", False),
+        ("method.target_modules=[q_proj,embed_tokens]", False),
+        ("method.modules_to_save=[embed_tokens] method.ensure_weight_tying=true", True),
+    ],
+)
+def test_tied_ends_that_were_trained_apart_are_stored_apart(words, tied, trained_adapters, tmp_path):
+    saved = find(trained_adapters(*TIED, *words.split()))
+    export.export(saved, tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    weights = load_file(tmp_path / "merged" / "model.safetensors")
+    assert (config["tie_word_embeddings"], "lm_head.weight" not in weights) == (tied, tied)
+    made = export.export(saved, tmp_path / "gguf", "gguf", type_="f32")
+    assert made.max_logit_difference < 1e-5
+    made = export.export(saved, tmp_path / "small", "gguf", type_="q8_0")
+    assert made.same_first_choice > 0.9
+
+
+def test_folder_that_ties_two_matrices_is_exported_with_both(trained_adapters, tmp_path):
+    export.export(find(trained_adapters(*TIED, "method.modules_to_save=[lm_head]")), tmp_path / "merged")
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    (tmp_path / "merged" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    made = export.export(find(tmp_path / "merged"), tmp_path / "gguf", "gguf", type_="f32")
+    assert made.max_logit_difference < 1e-5
+
+
+@pytest.mark.parametrize(("form", "type_"), [("gguf", "q8_0"), ("gguf", "q4_0"), ("nf4", ""), ("int8", "")])
+def test_quantized_export_that_loses_more_than_rounding_is_rejected(
+    form, type_, trained_adapters, tmp_path, monkeypatch
+):
+    saved, read = find(trained_adapters()), export.load_complete_model
+    for dtype in ("float32", "bfloat16"):
+        export.export(saved, tmp_path / dtype, form, dtype, type_=type_)
+
+    def damaged(*arguments, **options):
+        model = read(*arguments, **options)
+        model.model.layers[1].input_layernorm.weight.data *= 1.5
+        return model
+
+    monkeypatch.setattr(export, "load_complete_model", damaged)
+    with pytest.raises(ModelError, match=f"storing weights as {type_ or form} explains only"):
+        export.export(saved, tmp_path / "made", form, type_=type_)
+
+
+def test_adapter_that_lacks_a_tensor_is_rejected_by_its_name(broken_adapter, tmp_path):
+    weights = load_file(broken_adapter / "adapter_model.safetensors")
+    lost = sorted(weights)[0]
+    save_file(
+        {name: one for name, one in weights.items() if name != lost}, broken_adapter / "adapter_model.safetensors"
+    )
+    assert f"lacks 1 tensors that its config describes: {lost}" in refused(broken_adapter, tmp_path)

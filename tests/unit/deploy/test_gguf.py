@@ -1,13 +1,17 @@
 """What llama.cpp gets is the model, read back by transformers; test_llama_cpp.py asks llama.cpp itself."""
 
+import json
+import re
+
 import gguf
 import pytest
 import torch
-from helpers.gguf_models import LLAMA3, SPLITS, TEXT, write_tiny_gguf
-from tokenizers import AddedToken, pre_tokenizers
+from helpers.gguf_models import LLAMA3, SPLITS, TEXT, make_tokenizer, write_tiny_gguf
+from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from qlora_exp.deploy import gguf as gguf_writer
 from qlora_exp.deploy.gguf import write
 from qlora_exp.utils.errors import ConfigError
 
@@ -119,6 +123,52 @@ def test_sentencepiece_tokenizer_has_scores_and_bytes(tmp_path):
 def test_model_that_llama_cpp_would_misread_is_rejected(fields, says, tmp_path):
     with pytest.raises(ConfigError, match=says):
         write_tiny_gguf(tmp_path, **fields)
+
+
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+
+@pytest.mark.parametrize(
+    ("says", "change"),
+    [
+        ("splits a text by .*add_prefix_space", {"pre_tokenizer": pre_tokenizers.ByteLevel(add_prefix_space=True)}),
+        ("splits a text by bytes", {"pre_tokenizer": BYTES}),
+        (
+            "splits a text by .*individual_digits",
+            {"pre_tokenizer": pre_tokenizers.Sequence([pre_tokenizers.Digits(False), SPLITS["gpt-2"]])},
+        ),
+        (
+            "splits a text by ",
+            {"pre_tokenizer": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(gguf_writer._WORDS % ""), "isolated"),
+                                                       SPLITS["gpt-2"]])},
+        ),
+        (
+            "splits a text by ",
+            {"pre_tokenizer": pre_tokenizers.Sequence(
+                [pre_tokenizers.Split(Regex(gguf_writer._WORDS % ""), "isolated", invert=True), BYTES])},
+        ),
+        ("changes texts by Lowercase", {"normalizer": normalizers.Lowercase()}),
+        ("changes texts by NFC", {"normalizer": normalizers.Sequence([normalizers.NFC()])}),
+        ("begins texts with .*<unk>", {"post_processor": processors.TemplateProcessing(
+            single="<s> <unk> $A", special_tokens=[("<s>", 1), ("<unk>", 0)])}),
+    ],
+)  # fmt: skip
+def test_tokenizer_that_llama_cpp_does_not_have_is_rejected(says, change, tmp_path):
+    tokenizer = make_tokenizer(SPLITS["gpt-2"])
+    for name, part in change.items():
+        setattr(tokenizer.backend_tokenizer, name, part)
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    splits = gguf_writer._splits(backend["pre_tokenizer"])
+    assert re.search(says, next(gguf_writer._unlike_llama_cpp(tokenizer, backend, splits)))
+
+
+@pytest.mark.parametrize(("option", "says"), [("lstrip", "takes blanks"), ("rstrip", "takes blanks")])
+def test_added_token_that_takes_blanks_is_rejected(option, says, tmp_path):
+    tokenizer = make_tokenizer(SPLITS["gpt-2"])
+    tokenizer.add_tokens([AddedToken("<|x|>", **{option: True})])
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    splits = gguf_writer._splits(backend["pre_tokenizer"])
+    assert says in next(gguf_writer._unlike_llama_cpp(tokenizer, backend, splits))
 
 
 def test_rows_that_fit_no_block_are_stored_in_16_bits(tmp_path):

@@ -20,7 +20,7 @@ def test_missing_model_is_reported(source: str, message: str, mlflow_uri):
 def test_folder_with_a_pickle_is_rejected(tmp_path):
     (tmp_path / "qlora_exp.yaml").write_text("{}")
     (tmp_path / "adapter_model.bin").write_bytes(b"pickle")
-    with pytest.raises(ModelError, match=r"no \.safetensors|no qlora_exp"):
+    with pytest.raises(ModelError, match=r"no model\*\.safetensors"):
         load(str(tmp_path))
 
 
@@ -96,3 +96,20 @@ def test_adapter_of_a_local_base_names_no_folder_and_finds_its_base(
     assert find("taken", mlflow_uri).config.model.model_name_or_path == base
     remove_places(tmp_path / "taken")
     assert "tracking" not in (tmp_path / "taken" / "qlora_exp.yaml").read_text()
+
+
+def test_model_that_no_run_saved_is_told_from_an_incomplete_one(trained_adapters, tmp_path):
+    folder = shutil.copytree(trained_adapters(), tmp_path / "adapter")
+    modes = {file.stat().st_mode for file in trained_adapters().iterdir()}
+    assert len(modes) == 1  # whoever may read one file reads all
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"not a complete model: it has no adapter_model\.safetensors"):
+        find(str(folder))
+    (folder / "qlora_exp.yaml").unlink()
+    with pytest.raises(ModelError, match=r"it has no qlora_exp\.yaml; adapters that were made with other programs"):
+        find(str(folder))
+
+
+def test_version_of_a_registered_model_is_a_number(mlflow_uri):
+    with pytest.raises(ModelError, match="versions are numbers .*aliases models:/NAME@ALIAS"):
+        find("models:/concrete/latest", mlflow_uri)

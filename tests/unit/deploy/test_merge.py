@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from helpers import tiny_models
 
-from qlora_exp.deploy import load
+from qlora_exp.deploy import load, merge
 from qlora_exp.deploy.merge import whole
 from qlora_exp.utils.errors import ConfigError
 
@@ -36,3 +37,16 @@ def test_full_model_is_used_as_it_is(trained_adapters):
     assert whole(saved, dtype="bfloat16").dtype == "bfloat16"
     with pytest.raises(ConfigError, match="is a complete model"):
         whole(saved, base="files")
+
+
+def test_template_that_demands_a_system_message_is_asked_with_one():
+    first = (
+        "{% if messages[0]['role'] != 'system' %}{{ raise_exception('a system message must come first') }}{% endif %}"
+    )
+    assert "Be brief." in merge._asked(tiny_models.tokenizer(template=first + tiny_models.CHATML))
+    assert "Be brief." not in merge._asked(tiny_models.tokenizer())
+
+
+def test_bias_that_the_base_has_no_place_for_is_reported(trained_adapters):
+    with pytest.raises(ConfigError, match="cannot be merged: .*has no bias"):
+        whole(load.find(str(trained_adapters("method.lora_bias=true")), device="cpu"))

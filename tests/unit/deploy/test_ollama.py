@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from helpers.tiny_models import tokenizer
+from helpers.tiny_models import CHATML, tokenizer
 from tokenizers import processors
 
 from qlora_exp.config.hydra_compose import compose
@@ -101,3 +101,23 @@ def test_ollama_stops_at_the_end_of_the_chat_templates_turns():
     text = modelfile(tokenizer(eos_token="<|endoftext|>"), "model.gguf")
     assert 'PARAMETER stop """<|endoftext|>"""' in text
     assert 'PARAMETER stop """<|im_end|>"""' in text
+
+
+HEADER = (
+    "<|im_start|>system\nToday: 26 Jul 2024\n{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}"
+    "{% set messages = messages[1:] %}{% endif %}<|im_end|>"
+)
+LAST = (
+    "{% if messages[0]['role'] == 'system' %}{% set told = messages[0]['content'] + ' ' %}"
+    "{% set messages = messages[1:] %}{% else %}{% set told = '' %}{% endif %}{% for m in messages %}"
+    "[{{ told if loop.last and m['role'] == 'user' else '' }}{{ m['content'] }}]{% endfor %}"
+)
+DEMANDS = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('a system message must come first') }}{% endif %}"
+
+
+@pytest.mark.parametrize("template", [HEADER + CHATML, "<|endoftext|>" + CHATML, LAST, DEMANDS + CHATML])
+def test_format_that_no_template_of_a_turn_renders_is_left_to_the_gguf_file(template):
+    text = modelfile(tokenizer(template=template), "model.gguf")
+    assert "TEMPLATE" not in text
+    assert "SYSTEM" not in text
+    assert "PARAMETER stop" in text

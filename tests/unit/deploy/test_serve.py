@@ -1,6 +1,8 @@
 """Servers that exist answer with the model, asked by a real client on loopback."""
 
+import json
 import os
+import shutil
 import socket
 
 import pytest
@@ -57,16 +59,54 @@ def test_serve_print_shows_commands_without_starting_them(trained_adapters, caps
     assert list(tmp_path.iterdir()) == []
 
 
-def test_vllm_serves_plain_lora_without_merging(trained_adapters):
-    saved = load.find(str(trained_adapters()), device="cpu")
-    hub = saved.config.model.model_copy(update={"model_name_or_path": "org/model"})
-    of_hub = export.replace(saved, config=saved.config.model_copy(update={"model": hub}))
-    command = serve.adapter_on_vllm(of_hub, "127.0.0.1", 8000).command
+@pytest.fixture
+def vllm_command(trained_adapters, tmp_path):
+    """Return vLLM's command for an adapter of a hub model whose config is changed, or None."""
+    folder = shutil.copytree(trained_adapters(), tmp_path / "adapter")
+    written = json.loads((folder / "adapter_config.json").read_text())
+
+    def command(revision=None, **changes):
+        (folder / "adapter_config.json").write_text(json.dumps(written | changes))
+        saved = load.find(str(folder), device="cpu")
+        hub = saved.config.model.model_copy(update={"model_name_or_path": "org/model", "revision": revision})
+        of_hub = export.replace(saved, config=saved.config.model_copy(update={"model": hub}))
+        made = serve.adapter_on_vllm(of_hub, "127.0.0.1", 8000)
+        return None if made is None else made.command
+
+    return command
+
+
+def test_vllm_serves_plain_lora_without_merging(vllm_command, tmp_path):
+    command = vllm_command()
     assert command[:6] == ["vllm", "serve", "org/model", "--enable-lora", "--max-lora-rank", "16"]
-    assert f"adapter={saved.folder}" in command
-    dora = saved.config.lora_variant.model_copy(update={"use_dora": True})
-    of_dora = export.replace(of_hub, config=of_hub.config.model_copy(update={"lora_variant": dora}))
-    assert serve.adapter_on_vllm(of_dora, "127.0.0.1", 8000) is None
+    assert f"adapter={tmp_path / 'adapter'}" in command
+    commit = "a" * 40
+    assert vllm_command(commit)[:5] == ["vllm", "serve", "org/model", "--revision", commit]
+    for rank, most in ((1, "1"), (4, "8"), (17, "32"), (300, "320"), (512, "512")):
+        command = vllm_command(r=rank, use_rslora=True)
+        assert command[command.index("--max-lora-rank") + 1] == most
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"lora_bias": True},
+        {"rank_pattern": {"q_proj": 4}},
+        {"alpha_pattern": {"q_proj": 4}},
+        {"trainable_token_indices": [3]},
+        {"layer_replication": [[0, 2], [1, 2]]},
+        {"target_parameters": ["experts.gate_up_proj"]},
+        {"r": 513},
+        {"a_setting_of_later_versions": True},
+    ],
+    ids=str,
+)
+def test_adapter_that_vllm_would_refuse_or_misread_is_served_merged_only(changes, vllm_command):
+    assert vllm_command(**changes) is None
 
 
 def test_occupied_port_is_reported(trained_adapters, capsys, tmp_path):

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.peft_methods import FROM_ROWS
@@ -141,3 +142,21 @@ def test_same_parameters_are_planned_and_trained_over_every_context(words: tuple
         with as_it_runs(on_cuda=False):
             planned = build_model(config, resolved, model_config(config.model), 2)
         assert adapters.count_parameters(planned)[0] == count
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("method.modules_to_save=[lm_head]",), ("method=ia3",), ("method=prompt_tuning",), ("method=full",)],
+    ids=str,
+)
+def test_tensors_that_a_folder_lacks_are_named(words, tmp_path):
+    config = compose(["model=tiny_llama", "method=lora", *words])
+    base = real()
+    model = adapters.attach(base, adapters.peft_config(config, base), None)
+    model.save_pretrained(tmp_path)
+    assert adapters.missing_tensors(model, tmp_path) == []
+    (file,) = tmp_path.glob("*.safetensors")
+    weights = load_file(file)
+    lost = sorted(weights)[-1]
+    save_file({name: one for name, one in weights.items() if name != lost}, file, {"format": "pt"})
+    assert adapters.missing_tensors(model, tmp_path) == [lost]

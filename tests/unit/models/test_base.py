@@ -1,8 +1,12 @@
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.sections.distributed import DistributedConfig
@@ -16,7 +20,7 @@ CPU = Device("cpu", "CPU", bf16=False, paging=False)
 
 def load(*overrides: str):
     config = compose(["model=tiny_llama", *overrides])
-    resolved = resolve(config, CPU)
+    resolved = resolve(config, Device("cpu", "CPU", bf16=False, paging=False))
     model = base.load_model(config.model, config.quantization, resolved)
     return config, resolved, model
 
@@ -45,7 +49,12 @@ def test_model_is_spread_over_devices_only_if_no_processes_share_the_run(engine,
 
     monkeypatch.setattr(base.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     with pytest.raises(ModelError, match="seen"):
-        base.load_model(config.model, config.quantization, resolve(config, CPU), DistributedConfig(engine=engine))
+        base.load_model(
+            config.model,
+            config.quantization,
+            resolve(config, Device("cpu", "CPU", bf16=False, paging=False)),
+            DistributedConfig(engine=engine),
+        )
     assert asked["device_map"] == place
 
 
@@ -53,7 +62,12 @@ def test_model_is_spread_over_devices_only_if_no_processes_share_the_run(engine,
 def test_model_to_be_sharded_stays_in_its_file():
     """Processes of one machine then share the memory of its weights."""
     config = compose(["model=tiny_llama", "method=lora"])
-    model = base.load_model(config.model, config.quantization, resolve(config, CPU), DistributedConfig(engine="fsdp"))
+    model = base.load_model(
+        config.model,
+        config.quantization,
+        resolve(config, Device("cpu", "CPU", bf16=False, paging=False)),
+        DistributedConfig(engine="fsdp"),
+    )
     files = []
     for line in Path("/proc/self/maps").read_text().splitlines():
         words = line.split()
@@ -99,7 +113,9 @@ def test_damaged_local_model_is_reported(tmp_path):
     (folder / "model.safetensors").write_bytes(b"\x10\x00\x00\x00\x00\x00\x00\x00garbage")
     config = compose(["method=lora", f"model.model_name_or_path={folder}"])
     with pytest.raises(ModelError, match="damaged"):
-        base.load_model(config.model, config.quantization, resolve(config, CPU))
+        base.load_model(
+            config.model, config.quantization, resolve(config, Device("cpu", "CPU", bf16=False, paging=False))
+        )
 
 
 def test_local_folder_is_loaded_as_a_model(tmp_path):
@@ -149,7 +165,7 @@ def test_only_tables_limit_positions(kind: str, fields: dict[str, int], position
 
 def test_base_that_would_stay_unquantized_is_refused(tiny_model):
     config = compose(["method=qlora"])
-    resolved = resolve(config, CPU)
+    resolved = resolve(config, Device("cpu", "CPU", bf16=False, paging=False))
 
     def check(model: ModelConfig) -> str | None:
         return base.check_quantization(model, config.quantization, resolved, base.skeleton(model))
@@ -159,3 +175,38 @@ def test_base_that_would_stay_unquantized_is_refused(tiny_model):
         check(ModelConfig(model_name_or_path=falcon))
     for kind in ("gpt2", "bloom", "llama"):
         assert check(ModelConfig(model_name_or_path=tiny_model(kind))) is None
+
+
+def test_base_that_lacks_a_tensor_is_rejected_by_its_name(tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model("llama"), tmp_path / "cut")
+    weights = load_file(folder / "model.safetensors")
+    lost = "model.layers.0.mlp.down_proj.weight"
+    save_file({name: one for name, one in weights.items() if name != lost}, folder / "model.safetensors")
+    config = compose(["model=hub", f"model.model_name_or_path={folder}", "device=cpu"])
+    for load in (
+        lambda: base.load_unquantized(config.model),
+        lambda: base.load_model(
+            config.model, config.quantization, resolve(config, Device("cpu", "CPU", bf16=False, paging=False))
+        ),
+    ):
+        with pytest.raises(ModelError, match=f"lack 1 tensors that its config describes: {lost};"):
+            load()
+
+
+def test_settings_of_a_model_change_no_answer_inside_own_settings_alone(tiny_model):
+    config = compose(["model=hub", f"model.model_name_or_path={tiny_model('llama')}", "device=cpu"])
+    model = base.load_unquantized(config.model)
+    ids, settings = torch.arange(40, 60)[None], GenerationConfig(max_new_tokens=12, do_sample=False, pad_token_id=0)
+
+    def answer():
+        return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings).tolist()
+
+    plain = answer()
+    own = GenerationConfig(repetition_penalty=3.0, no_repeat_ngram_size=2, num_beams=2, suppress_tokens=plain[0][-3:])
+    model.generation_config = own
+    assert answer() != plain
+    for each in (model, get_peft_model(model, LoraConfig(target_modules=["q_proj"]))):
+        with base.own_settings_alone(each):
+            found = each.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+        assert found.tolist() == plain
+        assert model.generation_config is own

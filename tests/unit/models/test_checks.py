@@ -139,3 +139,11 @@ def test_tokenizer_in_python_only_is_rejected(monkeypatch):
     monkeypatch.setattr(checks, "load_tokenizer", lambda _: slow)
     with pytest.raises(ModelError, match="its tokenizer \\(SimpleNamespace\\) is not one of the tokenizers library"):
         checks.check_model(compose(["model=tiny_llama"]), RESOLVED, lambda _: {})
+
+
+@pytest.mark.parametrize(("tying", "says"), [("", True), ("method.ensure_weight_tying=true", False)])
+def test_tied_ends_that_are_trained_apart_are_reported(tying, says, caplog):
+    tied = ["model=tiny_llama", "+model.random_config.tie_word_embeddings=true", "method=lora"]
+    config = compose([*tied, "method.modules_to_save=[embed_tokens]", *tying.split()])
+    checks.check_adapter(config, skeleton(config.model))
+    assert ("trained apart" in caplog.text) == says

@@ -57,10 +57,27 @@ def test_only_differing_scores_are_shown():
 def test_measured_formats_are_those_that_make_sense(words, adapter, forms, monkeypatch):
     config = compose(words)
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    assert formats_of(config, adapter) == forms
-    assert formats_of(config, adapter, ["int8"]) == ["trained", "int8"]
+    assert formats_of(config, adapter, "llama") == forms
+    assert formats_of(config, adapter, "opt") == [name for name in forms if not name.startswith("gguf")]
+    with pytest.raises(ConfigError, match="--forms gguf_q8_0: --to gguf: models of type opt are not supported"):
+        formats_of(config, adapter, "opt", ["nf4", "gguf_q8_0"])
+    assert formats_of(config, adapter, "llama", ["int8"]) == ["trained", "int8"]
     with pytest.raises(ConfigError, match="choose from trained, merged"):
-        formats_of(config, adapter, ["int9"])
+        formats_of(config, adapter, "llama", ["int9"])
     if "merged_trained" not in forms:
         with pytest.raises(ConfigError, match="does not apply"):
-            formats_of(config, adapter, ["merged_trained"])
+            formats_of(config, adapter, "llama", ["merged_trained"])
+
+
+def test_results_are_kept_if_a_format_fails(tmp_path, monkeypatch):
+    def work(function, source, uri, where, form, *_):
+        if function is deployment_gap._make and form in ("nf4", "int8"):
+            raise ConfigError("no such layer") if form == "nf4" else ZeroDivisionError
+        return measured(source, [3, 4])
+
+    monkeypatch.setattr(deployment_gap, "_in_own_process", work)
+    config = compose(["method=lora"])
+    found, failed = deployment_gap.study("a", None, config, ["trained", "nf4", "int8", "merged"], tmp_path, print)
+    assert len(found) == 2
+    assert failed.keys() == {"nf4", "int8"}
+    assert deployment_gap.as_json(found, failed, "a")["failed"]["nf4"] == "no such layer"
