@@ -6,6 +6,7 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import processes
@@ -63,7 +64,11 @@ def test_benchmark_that_takes_too_long_here_shows_its_help(name: str, run, tmp_p
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", RUN_HERE)
+def _thorough(names: tuple[str, ...]) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.thorough) if name in names else name for name in RUN_HERE]
+
+
+@pytest.mark.parametrize("name", _thorough(("sweeps", "measured_h100", "published_fsdp", "published_fms")))
 def test_benchmark_runs_at_its_smallest_size(name: str, run):
     arguments, shown = RUN_HERE[name]
     assert re.search(shown, run(name, *arguments.split()))

@@ -22,7 +22,11 @@ from qlora_exp.tracking.mlflow_store import client
 
 @pytest.mark.parametrize(
     "choice",
-    [["method=lora"], ["method=qlora", "lora_variant=dora"], ["method=full", "tracking.log_full_model=true"]],
+    [
+        pytest.param(["method=lora"], marks=pytest.mark.thorough),
+        ["method=qlora", "lora_variant=dora"],
+        ["method=full", "tracking.log_full_model=true"],
+    ],
 )
 def test_logged_model_loads_as_it_was_trained(choice: list[str], run_quick, mlflow_uri):
     result = run_quick(*choice, "training.learning_rate=1e-2")

@@ -39,9 +39,10 @@ CONSTANT = (
     [  # the last checkpoint at an interval, at the end, of an epoch; what is measured meanwhile; the best model
         ["training.max_steps=4", "training.save_strategy=steps", "training.save_steps=2",
          "training.eval_strategy=epoch"],
-        ["training.max_steps=5", "training.save_strategy=steps", "training.save_steps=2", "method=full"],
-        ["training.max_steps=-1", "training.num_train_epochs=0.5", "training.save_strategy=epoch",
-         "training.lr_scheduler_type=linear"],
+        pytest.param(["training.max_steps=5", "training.save_strategy=steps", "training.save_steps=2", "method=full"],
+                     marks=pytest.mark.thorough),
+        pytest.param(["training.max_steps=-1", "training.num_train_epochs=0.5", "training.save_strategy=epoch",
+                      "training.lr_scheduler_type=linear"], marks=pytest.mark.thorough),
         [
             "training.max_steps=6", "training.save_strategy=steps", "training.save_steps=1",
             "training.eval_strategy=steps", "training.eval_steps=1", "training.load_best_model_at_end=true",

@@ -19,6 +19,13 @@ from qlora_exp.tracking.mlflow_store import client
 from qlora_exp.utils.errors import SweepError
 
 
+@pytest.fixture(autouse=True)
+def _comparison_only_where_it_is_tested(request, monkeypatch):
+    """Drawing a comparison takes longer than the jobs."""
+    if "compar" not in request.node.name:
+        monkeypatch.setattr(Sweep, "_compare", lambda self: None)
+
+
 @pytest.fixture
 def make_jobs(make_config, mlflow_uri, tmp_path, request):
     """Make the jobs of a sweep over one key, in an MLflow experiment of the test's own."""

@@ -143,6 +143,7 @@ def test_named_ways_are_compared_and_unplannable_ones_explained():
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_shipped_models_are_planned_smallest_first(monkeypatch):
     monkeypatch.setattr(advisor, "METHODS", {"LoRA": ["method=lora"]})
     names = ["opt_125m", "llama2_7b", "smollm2_135m", "hub", "tiny_llama"]

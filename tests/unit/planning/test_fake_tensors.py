@@ -50,8 +50,8 @@ def highest(events: list[Event]) -> int:
     "words",
     [
         ["method=qlora", "lora_variant=dora"],
-        ["method=full", "training.gradient_checkpointing=false"],
-        ["method=oft", "training.gradient_checkpointing=false"],
+        pytest.param(["method=full", "training.gradient_checkpointing=false"], marks=pytest.mark.thorough),
+        pytest.param(["method=oft", "training.gradient_checkpointing=false"], marks=pytest.mark.thorough),
     ],
     ids=str,
 )

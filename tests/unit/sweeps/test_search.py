@@ -40,8 +40,14 @@ def test_sweep_expression_becomes_a_distribution(text: str, expected):
 IN_ORDER = SweepConfig()
 
 
+@pytest.fixture(autouse=True)
+def _no_comparison(monkeypatch):
+    """Drawing a comparison of made-up results takes longer than all else."""
+    monkeypatch.setattr(Sweep, "_compare", lambda self: None)
+
+
 @pytest.fixture
-def run_search(make_config, mlflow_uri, tmp_path):
+def run_search(make_config, mlflow_uri, tmp_path, request):
     """Search over `training.warmup_steps` with a made-up loss in place of training; what was run, in order."""
     ran: list[dict] = []
     space = {"training.warmup_steps": IntDistribution(0, 1000), "method.r": CategoricalDistribution([2, 4])}
@@ -50,7 +56,7 @@ def run_search(make_config, mlflow_uri, tmp_path):
         values = job.config.training.warmup_steps, job.config.seed
         ran.append(dict(job.swept))
         metrics = {"after/loss": abs(values[0] - 600) + values[1], "memory/rss_peak_mib": float(values[0])}
-        end_job(job, mlflow_uri, "search", metrics)
+        end_job(job, mlflow_uri, request.node.name, metrics)
 
     def start(
         *,
@@ -80,7 +86,7 @@ def run_search(make_config, mlflow_uri, tmp_path):
         def jobs_of(values):
             words = [[*(f"{key}={value}" for key, value in values.items()), f"seed={seed}"] for seed in seeds]
             swept = [{**{key: str(value) for key, value in values.items()}, "seed": str(seed)} for seed in seeds]
-            base = ["method=lora", f"tracking.uri={mlflow_uri}", "tracking.experiment_name=search"]
+            base = ["method=lora", f"tracking.uri={mlflow_uri}", f"tracking.experiment_name={request.node.name}"]
             return jobs.jobs([make_config(*base, *word) for word in words], swept, words, folder)
 
         with Sweep(folder, how, launch) as running:
