@@ -193,7 +193,7 @@ def gptq(session: nox.Session) -> None:
 
 @nox.session
 def thorough(session: nox.Session) -> None:
-    """Run the tests that only add a case to what others show (two minutes)."""
+    """Run the tests that only add a case to what others show (four minutes)."""
     install(session, *TESTED)
     pytest(session, "-m", "thorough", *session.posargs)
 

@@ -68,7 +68,9 @@ def _thorough(names: tuple[str, ...]) -> list[Any]:
     return [pytest.param(name, marks=pytest.mark.thorough) if name in names else name for name in RUN_HERE]
 
 
-@pytest.mark.parametrize("name", _thorough(("sweeps", "measured_h100", "published_fsdp", "published_fms")))
+@pytest.mark.parametrize(
+    "name", _thorough(("bench", "measured_h100", "planned_memory", "published_fms", "published_fsdp", "sweeps"))
+)
 def test_benchmark_runs_at_its_smallest_size(name: str, run):
     arguments, shown = RUN_HERE[name]
     assert re.search(shown, run(name, *arguments.split()))

@@ -60,7 +60,9 @@ def ask(url: str, body: dict) -> dict:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("server", "health"), [("transformers", "health"), ("mlflow", "ping")])
+@pytest.mark.parametrize(
+    ("server", "health"), [("transformers", "health"), pytest.param("mlflow", "ping", marks=pytest.mark.thorough)]
+)
 def test_client_of_a_server_gets_the_answer_of_the_model(server, health, trained_adapters, tmp_path):
     folder, port = str(trained_adapters()), free_port()
     words = ["serve", folder, "--with", server, "--port", str(port), "--device", "cpu", "--out", "served"]

@@ -130,7 +130,9 @@ def test_shared_run_is_one_run(run_quick, mlflow_client):
         ),
         (1, signal.SIGSTOP, ("FAILED", "error"), r"rank 1: its process \d+ on .* gave no sign of life for 5 s"),
         (1, None, ("FAILED", "oom"), r"rank 1: RuntimeError: .* can't allocate memory"),
-        (1, signal.SIGTERM, ("KILLED", "killed"), r"rank 1: it was interrupted"),
+        pytest.param(
+            1, signal.SIGTERM, ("KILLED", "killed"), r"rank 1: it was interrupted", marks=pytest.mark.thorough
+        ),
         pytest.param(None, signal.SIGINT, ("KILLED", "killed"), "^", marks=pytest.mark.thorough),
         (None, OUT_OF_TIME, ("FAILED", "timeout"), "time limit of the job is over"),
     ],

@@ -12,7 +12,12 @@ COLUMNS = {
 }
 
 
-@pytest.mark.parametrize("name", options("experiment"))
+IN_CI = ("smollm2_faq_full", "qwen25_1_5b_alpaca_qlora", "llama31_70b_chat_qlora", "opt125m_dolly_lora")
+"""One of each dataset; the others are composed in other tests, and run with `nox -s thorough`."""
+OTHERS = [pytest.param(name, marks=pytest.mark.thorough) for name in options("experiment") if name not in IN_CI]
+
+
+@pytest.mark.parametrize("name", [*IN_CI, *OTHERS])
 def test_shipped_experiment_runs_on_a_tiny_model(name: str, run_quick, write_jsonl, read_losses):
     config = compose([f"experiment={name}"])
     overrides = [

@@ -13,7 +13,7 @@ from qlora_exp.tracking.mlflow_store import client
     [
         ("local", []),
         pytest.param("joblib", [], marks=pytest.mark.thorough),
-        ("slurm", ["hydra.launcher.cluster=local"]),
+        pytest.param("slurm", ["hydra.launcher.cluster=local"], marks=pytest.mark.thorough),
     ],
 )
 def test_every_launcher_runs_a_sweep_and_skips_finished_jobs(

@@ -128,6 +128,7 @@ def test_nothing_is_chosen_unless_both_methods_were_planned():
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_named_ways_are_compared_and_unplannable_ones_explained():
     words = [*TINY, "method=lora", "quantization=none,quanto_int4", "lora_variant=lora"]
     cards = [Gpu("GPU", size) for size in (0.68, 0.72)]

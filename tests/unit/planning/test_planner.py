@@ -55,6 +55,7 @@ def test_accumulated_gradients_are_kept_during_the_next_batch():
     assert more.kinds["gradients"] <= 4 * (LINEAR + REST) + gradient  # each once, and the one that is being added
 
 
+@pytest.mark.thorough
 def test_memory_grows_linearly_with_layers():
     sizes = [
         predict("method=lora", f"++model.architecture.num_hidden_layers={layers}").phases["steady"].tensors
