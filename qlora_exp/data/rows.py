@@ -68,7 +68,9 @@ def load_rows(config: DatasetConfig) -> Rows:
     if config.drop_leaks != "none":
         dropped = [leak for leak in leaks if leak.kind == "exact" or config.drop_leaks == "near"]
         train = _without(train, {leak.train for leak in dropped if leak.parts.startswith("training")}, report)
-        validation = _without(validation, {leak.train for leak in dropped if leak.parts.startswith("val")}, report)
+        validation = _without(
+            validation, {leak.train for leak in dropped if leak.parts.startswith("validation")}, report
+        )
     train = _first(train, config.max_train_rows)
     evaluated = validation if config.evaluate_on == "validation" else heldout
     if not len(train) or not len(evaluated):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from qlora_exp.results import stats
 from qlora_exp.results.record import Record
@@ -32,7 +33,7 @@ class Row:
         words = (f"{key.rpartition('.')[2]}={shortened(value, 40)}" for key, value in self.label.items())
         return visible(" ".join(words)) or "all"
 
-    @property
+    @cached_property
     def tuned(self) -> Tuned | None:
         """How the row was tuned; None if it was not, or not all of its runs."""
         found = [tuned_of(record) for record in self.records]

@@ -1,5 +1,6 @@
 """How the row of a comparison was tuned before it was trained."""
 
+import logging
 import math
 from collections.abc import Callable
 from typing import Protocol
@@ -7,7 +8,10 @@ from typing import Protocol
 from pydantic import BaseModel, ValidationError
 
 from qlora_exp.results.record import Record
+from qlora_exp.utils.errors import first_line
 from qlora_exp.utils.text import shortened
+
+log = logging.getLogger(__name__)
 
 TAG = "tuned"
 """Tag of a run whose settings were chosen by trials."""
@@ -66,7 +70,10 @@ def tuned_of(record: Record) -> Tuned | None:
     """Return how the row of a run was tuned; None if it was not, or if the tag is damaged."""
     try:
         return Tuned.model_validate_json(record.tags[TAG]) if TAG in record.tags else None
-    except ValidationError:  # anybody may write tags
+    except ValidationError as error:  # anybody may write tags
+        log.warning(
+            "run %s: its tag `%s` cannot be read, so it counts as not tuned: %s", record.run_id, TAG, first_line(error)
+        )
         return None
 
 

@@ -71,7 +71,56 @@ def search(
             searching there.
     """
     with alone(sweep.folder):
-        return _search(sweep, space, jobs_of, settings, how)
+        study = _study(sweep.folder, settings, space)
+        replaced = {trial.number for trial in study.trials if trial.state == TrialState.FAIL and how.rerun == "failed"}
+        unfinished_trials = _unfinished(study, space, retry_failed=how.rerun == "failed")
+        for trial in study.trials:
+            if trial.state.is_finished() and trial.params:
+                failed = trial.state == TrialState.FAIL  # a failed job without a folder exceeded memory and was not run
+                with suppress(*[ConfigError] * failed):  # its values cannot run
+                    sweep.register([job for job in jobs_of(trial.params) if job.folder.exists() or not failed])
+
+        def proposed() -> int:
+            return sum(trial.number not in replaced for trial in study.trials)
+
+        while unfinished_trials or proposed() < settings.n_trials:
+            batch = unfinished_trials[: how.n_jobs]
+            unfinished_trials = unfinished_trials[how.n_jobs :]
+            while len(batch) < how.n_jobs and proposed() < settings.n_trials:
+                if new := _unseen(study, space):
+                    study.enqueue_trial(new)
+                number = study.ask(dict(space)).number
+                batch.append(study.trials[number])
+            log.info("trials %s of %d", ", ".join(str(trial.number + 1) for trial in batch), settings.n_trials)
+            jobs = _jobs(study, batch, jobs_of)
+            if not jobs:
+                continue
+            batch = [trial for trial in batch if trial.number in jobs]
+            pruning = (
+                {jobs[trial.number][0].key: _pruning(sweep.folder, trial) for trial in batch} if settings.prune else {}
+            )
+            sweep.run([job for repeats in jobs.values() for job in repeats], pruning)
+            for trial in batch:
+                endings = [sweep.ended(job) for job in jobs[trial.number]]
+                outcomes = {ending["outcome"] for ending in endings}
+                if "pruned" in outcomes:
+                    study.tell(trial.number, state=TrialState.PRUNED)
+                elif outcomes == {"ok"}:
+                    columns = zip(*(values(ending["metrics"], settings.metrics) for ending in endings), strict=True)
+                    means = [statistics.fmean(column) for column in columns]
+                    measured = all(map(math.isfinite, means))
+                    study.tell(trial.number, means if measured else None, None if measured else TrialState.FAIL)
+                elif outcomes <= {*NOT_FAILED, "oom", "nan", "timeout", "error"}:
+                    study.tell(trial.number, state=TrialState.FAIL)
+            if any(sweep.ended(job)["outcome"] == "not started" for repeats in jobs.values() for job in repeats):
+                break  # the launcher failed, or jobs may not start; the next start of the search resumes these trials
+        best_trials = list({str(trial.params): trial for trial in study.best_trials}.values())
+        entries = [
+            {"trial": trial.number, "params": trial.params, **dict(zip(settings.metrics, trial.values, strict=True))}
+            for trial in best_trials
+        ]
+        write_atomically(sweep.folder / BEST_FILE, json.dumps(entries, indent=1))
+        return best_trials
 
 
 @contextmanager
@@ -87,65 +136,6 @@ def alone(folder: Path) -> Iterator[None]:
             yield
     except Timeout as error:
         raise ConfigError(f"{folder}: another process is searching in this folder") from error
-
-
-def _search(
-    sweep: Sweep,
-    space: Mapping[str, BaseDistribution],
-    jobs_of: Callable[[Mapping[str, Any]], list[Job]],
-    settings: SearchConfig,
-    how: SweepConfig,
-) -> list[FrozenTrial]:
-    study = _study(sweep.folder, settings, space)
-    replaced = {trial.number for trial in study.trials if trial.state == TrialState.FAIL and how.rerun == "failed"}
-    unfinished_trials = _unfinished(study, space, retry_failed=how.rerun == "failed")
-    for trial in study.trials:
-        if trial.state.is_finished() and trial.params:
-            failed = trial.state == TrialState.FAIL  # a failed job without a folder exceeded memory and was not run
-            with suppress(*[ConfigError] * failed):  # its values cannot run
-                sweep.register([job for job in jobs_of(trial.params) if job.folder.exists() or not failed])
-
-    def proposed() -> int:
-        return sum(trial.number not in replaced for trial in study.trials)
-
-    while unfinished_trials or proposed() < settings.n_trials:
-        batch = unfinished_trials[: how.n_jobs]
-        unfinished_trials = unfinished_trials[how.n_jobs :]
-        while len(batch) < how.n_jobs and proposed() < settings.n_trials:
-            if new := _unseen(study, space):
-                study.enqueue_trial(new)
-            number = study.ask(dict(space)).number
-            batch.append(study.trials[number])
-        log.info("trials %s of %d", ", ".join(str(trial.number + 1) for trial in batch), settings.n_trials)
-        jobs = _jobs(study, batch, jobs_of)
-        if not jobs:
-            continue
-        batch = [trial for trial in batch if trial.number in jobs]
-        pruning = (
-            {jobs[trial.number][0].key: _pruning(sweep.folder, trial) for trial in batch} if settings.prune else {}
-        )
-        sweep.run([job for repeats in jobs.values() for job in repeats], pruning)
-        for trial in batch:
-            endings = [sweep.ended(job) for job in jobs[trial.number]]
-            outcomes = {ending["outcome"] for ending in endings}
-            if "pruned" in outcomes:
-                study.tell(trial.number, state=TrialState.PRUNED)
-            elif outcomes == {"ok"}:
-                columns = zip(*(values(ending["metrics"], settings.metrics) for ending in endings), strict=True)
-                means = [statistics.fmean(column) for column in columns]
-                measured = all(map(math.isfinite, means))
-                study.tell(trial.number, means if measured else None, None if measured else TrialState.FAIL)
-            elif outcomes <= {*NOT_FAILED, "oom", "nan", "timeout", "error"}:
-                study.tell(trial.number, state=TrialState.FAIL)
-        if any(sweep.ended(job)["outcome"] == "not started" for repeats in jobs.values() for job in repeats):
-            break  # the launcher failed, or jobs may not start; these trials resume when the search is started again
-    best_trials = list({str(trial.params): trial for trial in study.best_trials}.values())
-    entries = [
-        {"trial": trial.number, "params": trial.params, **dict(zip(settings.metrics, trial.values, strict=True))}
-        for trial in best_trials
-    ]
-    write_atomically(sweep.folder / BEST_FILE, json.dumps(entries, indent=1))
-    return best_trials
 
 
 def _jobs(

@@ -152,7 +152,7 @@ def tune(
                 {number: row.job(trials[number], rung) for number in _chosen(row, index, rung.trials)}
                 for row, trials in zip(rows, values, strict=True)
             ]
-            say(f"{rung.length}: {sum(map(len, jobs))} trials for {len(rows)} rows")
+            say(f"{rung.length}: {sum(map(len, jobs))} trials for {len(rows)} rows, which keep no weights")
             sweep.run([job for row_jobs in jobs for job in row_jobs.values()])
             for row, row_jobs in zip(rows, jobs, strict=True):
                 _add_results(row, {number: sweep.ended(job) for number, job in row_jobs.items()}, settings.metric, sign)

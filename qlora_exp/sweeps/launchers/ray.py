@@ -71,7 +71,7 @@ def run_all(
                     number, ending = number_of[done], _ending(done)
                     if ending and endings.get(number) is None:
                         died()
-                        for ref in jobs[number][0]:  # what the other nodes do is of no use any more
+                        for ref in jobs[number][0]:  # the other nodes cannot end the run without this one
                             ray.cancel(ref)
                     endings[number] = endings.get(number) or ending
                 return [endings[number] for number in range(len(jobs))]

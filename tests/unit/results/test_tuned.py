@@ -62,12 +62,13 @@ def test_rows_that_had_other_budgets_are_a_warning(past_runs):
 
 
 @pytest.mark.parametrize("damaged", ["", "{}", "[1]", "nonsense", '{"values": 3}'])
-def test_damaged_tag_counts_as_not_tuned(past_runs, damaged: str):
+def test_damaged_tag_counts_as_not_tuned_and_is_reported(past_runs, damaged: str, caplog):
     past_runs(ROWS, method__r=4, tags={"tuned": damaged})
     past_runs(ROWS, method__r=8)
     found = compare(find(past_runs.uri, experiment=past_runs.experiment))
     assert [row.tuned for row in found.rows] == [None, None]
     assert "tuned" not in report.table(found)[0]
+    assert "its tag `tuned` cannot be read, so it counts as not tuned" in caplog.text
 
 
 def test_remark_needs_exactly_one_tuned_row():

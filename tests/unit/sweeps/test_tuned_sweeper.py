@@ -74,7 +74,7 @@ def test_each_row_gets_the_same_trials_and_its_winner_runs_with_every_seed(run_t
         nearest = min(tried, key=lambda rate: abs(math.log(rate / best)))
         assert {config.training.learning_rate for config in finals if config.method.name == name} == {nearest}
         assert f"method={name}: learning_rate={nearest:.3g}: after/loss" in shown
-    assert not [*Path("multirun/tuned_methods_trials").glob("*/model")]  # weights of trials are of no use
+    assert not [*Path("multirun/tuned_methods_trials").glob("*/model")]  # trials keep no weights
     assert len([*Path("multirun/tuned_methods").glob("*/model")]) == 4
 
     storage = search.storage(Path("multirun/tuned_methods_trials"))
