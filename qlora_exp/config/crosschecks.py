@@ -33,7 +33,7 @@ def problems(config: Config) -> Iterator[str]:
     if not config.model.model_name_or_path.startswith("random:") and config.model.random_config:
         yield "model.random_config needs model.model_name_or_path=random:FAMILY"
     for section, data in (("dataset", config.dataset), ("unrelated", config.unrelated)):
-        if data.eval_split and data.paths and not data.hub_paths:
+        if data.eval_split and data.paths and not data.has_splits:
             yield (
                 f"{section}.eval_split={data.eval_split}: only datasets of the hub have splits; use "
                 f"{section}.eval_path, "

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from qlora_exp.config import peft_methods
 from qlora_exp.config.schema import Config
-from qlora_exp.config.sections.dataset import REASONING_GYM, DatasetConfig, UnrelatedConfig
+from qlora_exp.config.sections.dataset import REASONING_GYM, DatasetConfig, UnrelatedConfig, looks_local
 from qlora_exp.config.sections.distributed import DistributedConfig
 
 log = logging.getLogger(__name__)
@@ -133,8 +133,10 @@ def _storage_and_optimizer(config: Config) -> Iterator[tuple[str, str]]:
 
 def _rows(section: str, data: DatasetConfig) -> Iterator[tuple[str, str]]:
     if not data.hub_paths:
-        for key in ("subset", "revision", "split", "streaming"):
+        for key in ("subset", "revision", *(() if data.has_splits else ("split",))):
             yield f"{section}.{key}", f"it is for datasets of the hub, not {data.path}, which is read as a whole"
+    if not any(path in data.hub_paths or looks_local(path) for path in data.paths):
+        yield f"{section}.streaming", f"it is for files and datasets of the hub, not {data.path}"
     if not any(path.startswith(REASONING_GYM) for path in data.paths):
         for key in ("reasoning_gym_size", "reasoning_gym_config"):
             yield f"{section}.{key}", f"{section}.path={data.path} is no reasoning_gym:TASK"

@@ -13,7 +13,7 @@ from qlora_exp.config import idle
 from qlora_exp.config.overrides import GROUPS
 from qlora_exp.config.patterns import may_hang
 from qlora_exp.config.schema import Config
-from qlora_exp.config.sections.dataset import REASONING_GYM
+from qlora_exp.config.sections.dataset import REASONING_GYM, is_url
 from qlora_exp.config.validate import from_dict
 from qlora_exp.utils.errors import ConfigError
 
@@ -190,6 +190,8 @@ def refuse_user_only_settings(config: Config, changes: Mapping[str, Any]) -> Non
             )
         if path.startswith(_NOT_FILES):
             continue
+        if is_url(path):
+            raise ConfigError(f"the recorded config fetches {path}; if you trust it, add {key}={path}")
         local = _expanded(path)
         looks_local = _exists(local) or path.startswith(("/", "~", ".")) or ".." in local.parts
         if looks_local and not local.resolve().is_relative_to(Path.cwd()):

@@ -7,18 +7,21 @@ import importlib.util
 import json
 import logging
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 from datasets.exceptions import DatasetNotFoundError
 from tqdm import tqdm
 
-from qlora_exp.config.sections.dataset import REASONING_GYM, DatasetConfig, file_format
-from qlora_exp.data import files
-from qlora_exp.data.files import Row
+from qlora_exp.config.sections.dataset import REASONING_GYM, DatasetConfig, looks_local, saved_dataset
+from qlora_exp.data import readers
+from qlora_exp.data.readers import Row
 from qlora_exp.data.scoring import Scorer, is_possible
+from qlora_exp.environment import data_files
+from qlora_exp.environment.data_files import File
 from qlora_exp.libraries.datasets import content_key
 from qlora_exp.utils.digests import file_digest, json_digest
 from qlora_exp.utils.errors import DataError, did_you_mean, last_line
@@ -50,16 +53,18 @@ def read(config: DatasetConfig, path: str, split: str) -> Source:
         DataError: the rows cannot be found, fetched or read.
     """
     if path == FAQ:
-        return _file(_faq_file())
+        return _files([_faq_file()])
     if path.startswith(REASONING_GYM):
         return _listed(_generate(path.removeprefix(REASONING_GYM), config))
     if path == PYTHON_DOCS:
         return _listed(_python_docs())
     if path.startswith("embedded:"):
         raise DataError(f"dataset.path: there is no '{path}'{did_you_mean(path, [FAQ, PYTHON_DOCS])}")
-    if files.looks_local(path):
-        files.check(path)
-        return _file(Path(path))
+    if saved_dataset(path):
+        return _saved(path, split)
+    if looks_local(path):
+        source = _files(data_files.find(path))
+        return _beginning(source, config) if config.streaming else source
     try:
         rows = load_dataset(path, config.subset, split=split, revision=config.revision, streaming=config.streaming)
         return _listed(_first(rows, config)) if isinstance(rows, IterableDataset) else _dataset(rows)
@@ -72,13 +77,39 @@ def read(config: DatasetConfig, path: str, split: str) -> Source:
         raise DataError(f"{path}: {last_line(error)}") from error
 
 
-def _file(file: Path) -> Source:
+def _files(found: list[File]) -> Source:
+    digests = {file.name: file_digest(file.path) for file in found}
     return Source(
-        files.columns(file),
-        file_digest(file),
-        lambda wanted: files.rows(file, wanted),
-        fills_with_null=file_format(file) == "parquet",
+        list(dict.fromkeys(name for file in found for name in readers.columns(file))),
+        json_digest(list(digests.values())) if len(found) > 1 else digests[found[0].name],
+        lambda wanted: _rows_of(found, wanted),
+        fills_with_null=any(file.format in ("parquet", "arrow") for file in found),
     )
+
+
+def _rows_of(found: list[File], wanted: Collection[str]) -> Iterator[Row]:
+    for file in found:
+        for place, row in readers.rows(file, wanted):
+            yield f"{file.name}, {place}" if len(found) > 1 else place, row
+
+
+def _beginning(source: Source, config: DatasetConfig) -> Source:
+    """Return the first rows of a source as a source, as many as a run can need."""
+    count = _needed(config)
+    return replace(source, key=json_digest([source.key, count]), rows=lambda wanted: islice(source.rows(wanted), count))
+
+
+def _saved(path: str, split: str) -> Source:
+    """Return the rows of a folder that `save_to_disk` of `datasets` wrote."""
+    try:
+        saved = load_from_disk(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"dataset.path: {path} cannot be read as a saved dataset: {last_line(error)}") from error
+    if isinstance(saved, DatasetDict):
+        if split not in saved:
+            raise DataError(f"dataset.split: {path} has no split '{split}'; it has {', '.join(map(str, saved))}")
+        saved = saved[split]
+    return _dataset(saved)
 
 
 def _listed(rows: list[dict[str, Any]]) -> Source:
@@ -101,16 +132,21 @@ def _numbered(rows: Iterable[dict[str, Any]]) -> Iterator[Row]:
 
 
 def _first(rows: IterableDataset, config: DatasetConfig) -> list[dict[str, Any]]:
-    """Fetch the first rows: as many as a run can need, and half as many again for those that will be left out."""
-    count = round(1.5 * ((config.max_train_rows or 0) + config.eval_size + (config.validation_size or 0)))
+    count = _needed(config)
     return list(tqdm(rows.take(count), total=count, desc="fetching", unit="row", disable=None))
 
 
-def _faq_file() -> Path:
+def _needed(config: DatasetConfig) -> int:
+    """Return how many rows a run can need, and half as many again for those that will be left out."""
+    return round(1.5 * ((config.max_train_rows or 0) + config.eval_size + (config.validation_size or 0)))
+
+
+def _faq_file() -> File:
     spec = importlib.util.find_spec("zaragoza_construction_faq")
     if spec is None or not spec.submodule_search_locations:
         raise DataError(f"{FAQ} needs a package that is not installed: pip install 'qlora-exp[embedded]'")
-    return Path(spec.submodule_search_locations[0]) / "data" / "faq-en-alpaca.jsonl"
+    file = Path(spec.submodule_search_locations[0]) / "data" / "faq-en-alpaca.jsonl"
+    return File(file, str(file))
 
 
 def _python_docs() -> list[dict[str, Any]]:

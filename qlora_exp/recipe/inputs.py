@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_exp.config import crosschecks
 from qlora_exp.config.schema import Config
-from qlora_exp.data import files
-from qlora_exp.environment import hub
+from qlora_exp.config.sections.dataset import looks_local
+from qlora_exp.environment import data_files, hub
 from qlora_exp.environment.device import Resolved, detect, resolve, take
 from qlora_exp.models import files as model_files
 from qlora_exp.tracking.stores import uris
@@ -53,8 +53,8 @@ def check_config(config: Config) -> None:
     if problems := [*crosschecks.problems(config)]:  # a `Config` may be made without `compose`
         raise ConfigError("\n".join(problems))
     for section, source in (("dataset", config.dataset), ("unrelated", config.unrelated)):
-        for path in filter(files.looks_local, source.paths):
-            files.check(path, f"{section}.path")
+        for path in filter(looks_local, source.paths):
+            data_files.check(path, f"{section}.path")
     load_env_file()
     uris.check_driver(uris.store_uri(config.tracking.uri))
     uris.experiment_name(config.tracking.experiment_name)

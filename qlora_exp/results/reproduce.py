@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from qlora_exp.config.schema import Config
+from qlora_exp.config.sections.dataset import looks_local
 from qlora_exp.config.untrusted import changed
 from qlora_exp.config.values import APART, flatten
-from qlora_exp.data import files
-from qlora_exp.environment import hub, provenance
+from qlora_exp.environment import data_files, hub, provenance
 from qlora_exp.results import bundle, stats
 from qlora_exp.results.record import Record
 from qlora_exp.results.records import find
@@ -82,8 +82,8 @@ def recorded_config(record: Record, changes: Mapping[str, Any], uri: str | None)
     config = changed(values, changes, f"run {record.run_id}")
     for section, source in (("dataset", config.dataset), ("unrelated", config.unrelated)):
         given = {f"{section}.path", f"{section}.eval_path"} & changes.keys()
-        for path in filter(files.looks_local, source.paths if given else ()):
-            files.check(path, f"{section}.path")
+        for path in filter(looks_local, source.paths if given else ()):
+            data_files.check(path, f"{section}.path")
     return config
 
 

@@ -12,8 +12,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from qlora_exp.config.schema import Config
+from qlora_exp.config.sections.dataset import is_url, looks_local, saved_dataset
 from qlora_exp.config.values import result_values
-from qlora_exp.environment import hub, provenance
+from qlora_exp.environment import data_files, hub, provenance
 from qlora_exp.utils.digests import file_digest, json_digest
 from qlora_exp.utils.units import MIB
 
@@ -66,16 +67,16 @@ def model_version(name_or_path: str, revision: str | None) -> str:
 
 
 def _absolute(path: str) -> str:
-    """Return the absolute path of a file: versions are cached, and the working directory may change."""
-    return str(Path(path).absolute()) if Path(path).is_file() else path
+    """Return the absolute path of files: versions are cached, and the working directory may change."""
+    return str(Path(path).absolute()) if looks_local(path) and not is_url(path) else path
 
 
 @functools.cache
 def data_version(path: str, revision: str | None) -> str:
     """Return the version of a dataset.
 
-    This is the digest of a local file, the commit of a dataset on the hub, or the version of the package that contains
-    or generates the rows.
+    This is the digest of files (those of a URL are fetched into the cache), the commit of a dataset on the hub, or the
+    version of the package that contains or generates the rows.
     """
     if path == "embedded:python_docs":
         return platform.python_version()
@@ -83,7 +84,13 @@ def data_version(path: str, revision: str | None) -> str:
         return _package("zaragoza-construction-faq")
     if path.startswith("reasoning_gym:"):
         return _package("reasoning-gym")
-    return file_digest(Path(path)) if Path(path).is_file() else hub.commit(path, revision, "dataset")
+    if Path(path).is_file():
+        return file_digest(Path(path))
+    if saved_dataset(path):
+        return _folder(Path(path))
+    if looks_local(path):
+        return json_digest([file_digest(file.path) for file in data_files.find(path)])
+    return hub.commit(path, revision, "dataset")
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Sections `dataset` and `unrelated`: where rows come from, their prompt format, and how they are split."""
 
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
@@ -10,13 +10,65 @@ from qlora_exp.config.sections.base import Section, Share, check_location
 
 REASONING_GYM = "reasoning_gym:"
 """Prefix of a dataset path that names a reasoning-gym task."""
-FILE_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+FILE_FORMATS = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+}
 """Format of a file's rows by its suffix, in small letters."""
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+"""Suffixes of compressed files, such as `rows.jsonl.gz`."""
+URL_SCHEMES = ("s3", "gs", "gcs", "az", "abfs", "hf", "http", "https")
+"""File systems that rows are fetched from."""
+_DICT_FILE, _TABLE_FILE = "dataset_dict.json", "state.json"
 
 
-def file_format(file: Path) -> str | None:
-    """Return the format of a file's rows by its suffix, in letters of any case; None if it is no such file."""
-    return FILE_FORMATS.get(file.suffix.lower())
+def file_format(name: str | PurePath) -> str | None:
+    """Return the format of a file's rows by its name, in letters of any case; None if it is no such file."""
+    path = PurePath(str(name).lower())
+    return FILE_FORMATS.get((path.with_suffix("") if path.suffix in COMPRESSED else path).suffix)
+
+
+def is_url(path: str) -> bool:
+    """Return whether `path` is a file or a folder of another file system, such as `s3://bucket/rows.jsonl`."""
+    return "://" in path
+
+
+def is_pattern(path: str) -> bool:
+    """Return whether `path` is a pattern for the names of files, such as `rows/*.jsonl`."""
+    return any(sign in path for sign in "*?[")
+
+
+def looks_local(path: str) -> bool:
+    """Return whether `path` names files or folders, and not a dataset on the hub."""
+    return file_format(path) is not None or is_url(path) or is_pattern(path) or Path(path).exists()
+
+
+def saved_dataset(path: str) -> Literal["table", "splits"] | None:
+    """Return whether `path` is a folder that `save_to_disk` of `datasets` wrote: one table, or several splits."""
+    if (Path(path) / _DICT_FILE).is_file():
+        return "splits"
+    return "table" if (Path(path) / _TABLE_FILE).is_file() else None
+
+
+def _check_place(value: str | None) -> str | None:
+    if value is None or not is_url(value):
+        return check_location(value)
+    scheme, _, rest = value.partition("://")
+    if scheme not in URL_SCHEMES or "::" in value:
+        raise ValueError(f"begins with {scheme}://; rows are fetched from {', '.join(f'{s}://' for s in URL_SCHEMES)}")
+    if "@" in rest.partition("/")[0] or (scheme.startswith("http") and "?" in rest):
+        raise ValueError(
+            "is a URL with a user name, a password or a query, which would be recorded; leave them out, and set the "
+            "file system's own variables (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN, ...), or "
+            "download the file"
+        )
+    return value
 
 
 class DatasetConfig(Section):
@@ -25,17 +77,19 @@ class DatasetConfig(Section):
     name: str = "construction_faq"
     """Label of the dataset in run names and tables."""
     path: str = "embedded:construction_faq"
-    """Hub id, .jsonl/.json/.csv/.parquet file, `embedded:construction_faq` (built-in) or `reasoning_gym:TASK`."""
+    """Hub id, file (.jsonl, .json, .csv, .tsv, .parquet, .arrow; also .gz, .bz2, .xz or .zst), folder or pattern of
+    files, URL of these (s3://, gs://, hf://, https://), `embedded:construction_faq` (built-in) or
+    `reasoning_gym:TASK`."""
     subset: str | None = None
     """Hub datasets: name of the dataset's configuration."""
     revision: str | None = None
     """Hub datasets: branch, tag or commit. null: the default branch."""
     split: str = "train"
-    """Hub datasets: split with the rows."""
+    """Hub datasets and folders of `DatasetDict.save_to_disk`: split with the rows."""
     eval_path: str | None = None
     """Where the held-out rows come from, written like `path`. null: split them off `path`."""
     eval_split: str | None = None
-    """Hub datasets: split of `path` with the held-out rows. null: split them off `split`."""
+    """Hub datasets and folders as for `split`: split of `path` with the held-out rows. null: split them off `split`."""
     eval_size: Share | Annotated[int, Field(gt=0, strict=True)] = 0.1
     """Held-out rows, as a share (below 1) or a number of rows. Not with eval_path or eval_split."""
     validation_size: Share | Annotated[int, Field(gt=0, strict=True)] | None = None
@@ -76,7 +130,8 @@ class DatasetConfig(Section):
     """Smallest share of common five-word sequences at which two rows count as near, in the leak report and for
     drop_leaks."""
     streaming: bool = False
-    """Hub datasets: fetch rows one by one, only as many as max_train_rows and eval_size (a number of rows) need."""
+    """Read the first rows only, as many as max_train_rows and eval_size (a number of rows) need, and half as many
+    again for those that are left out. Of hub datasets, no more than these are fetched."""
     reasoning_gym_size: PositiveInt = 500
     """reasoning_gym: number of rows to generate, including the held-out rows."""
     reasoning_gym_config: dict[str, int | float | str | bool] = {}
@@ -87,20 +142,14 @@ class DatasetConfig(Section):
         """Sources of the rows: `path` and `eval_path` where they are set."""
         return [path for path in (self.path, self.eval_path) if path and path != "none"]
 
-    @property
-    def files(self) -> list[Path]:
-        """Local files among `paths`, whether they exist or not."""
-        sources = [Path(path) for path in self.paths]
-        return [path for path in sources if file_format(path) or path.exists()]
-
     @field_validator("path", "eval_path", mode="before")
     @classmethod
     def _one_file(cls, path: Any) -> Any:
         if isinstance(path, list | tuple):
-            raise ValueError("must be one file; join several first: cat FILES > rows.jsonl")  # noqa: TRY004
+            raise ValueError("must be one path; name several files by a folder or a pattern, such as rows/*.jsonl")  # noqa: TRY004
         return path
 
-    _location = field_validator("path", "eval_path")(check_location)
+    _location = field_validator("path", "eval_path")(_check_place)
 
     @field_validator("drop_matching")
     @classmethod
@@ -115,10 +164,13 @@ class DatasetConfig(Section):
     def hub_paths(self) -> list[str]:
         """Datasets of the hub among `paths`."""
         return [
-            path
-            for path in self.paths
-            if not path.startswith(("embedded:", REASONING_GYM)) and Path(path) not in self.files
+            path for path in self.paths if not path.startswith(("embedded:", REASONING_GYM)) and not looks_local(path)
         ]
+
+    @property
+    def has_splits(self) -> bool:
+        """Whether a source has splits: a dataset of the hub, or a folder of `DatasetDict.save_to_disk`."""
+        return any(path in self.hub_paths or saved_dataset(path) == "splits" for path in self.paths)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

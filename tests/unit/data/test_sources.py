@@ -1,7 +1,7 @@
 import datetime
 
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from helpers.rows import ROWS, own_dataset
 
 from qlora_exp.config.hydra_compose import compose
@@ -84,6 +84,40 @@ def test_stream_is_read_no_further_than_needed(monkeypatch):
     found = load_rows(own_dataset("org/name", streaming=True, max_train_rows=6, eval_size=2))
     assert (len(found.train), len(found.heldout)) == (6, 2)
     assert len(read) <= 13
+
+
+def test_beginning_of_a_file_is_read_no_further_than_needed(write_jsonl, monkeypatch):
+    path = write_jsonl([{"prompt": f"q{number}", "completion": "a"} for number in range(1000)])
+    read, source = [], sources.read(own_dataset(path, streaming=True, max_train_rows=6, eval_size=2), path, "train")
+    read = [row["prompt"] for _, row in source.rows(["prompt"])]
+    assert read == [f"q{number}" for number in range(12)]
+    whole = sources.read(own_dataset(path), path, "train")
+    assert len(list(whole.rows(["prompt"]))) == 1000
+    assert whole.key != source.key
+
+
+def test_rows_of_several_files_have_the_place_in_theirs(tmp_path):
+    (tmp_path / "b.csv").write_text("prompt;completion\nq2;a2")
+    (tmp_path / "a.jsonl").write_text('{"prompt": "q1", "completion": "a1", "more": 1}')
+    source = sources.read(own_dataset(str(tmp_path)), str(tmp_path), "train")
+    assert source.columns == ["prompt", "completion", "more"]
+    assert [(place, row["prompt"]) for place, row in source.rows(source.columns)] == [
+        (f"{tmp_path}/a.jsonl, line 1", "q1"),
+        (f"{tmp_path}/b.csv, line 2", "q2"),
+    ]
+
+
+def test_saved_dataset_is_read_from_its_folder(tmp_path):
+    table = Dataset.from_list(ROWS)
+    table.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": table, "test": table.select(range(3))}).save_to_disk(tmp_path / "splits")
+    one = load_rows(own_dataset(str(tmp_path / "one")))
+    assert len(one.train) + len(one.heldout) == len(ROWS)
+    splits = own_dataset(str(tmp_path / "splits"), eval_split="test", drop_leaks="none")
+    assert splits.has_splits
+    assert [len(load_rows(splits).train), len(load_rows(splits).heldout)] == [len(ROWS), 3]
+    with pytest.raises(DataError, match="has no split 'dev'; it has train, test"):
+        load_rows(own_dataset(str(tmp_path / "splits"), split="dev"))
 
 
 def test_hub_dataset_is_read_with_its_types(monkeypatch):

@@ -24,7 +24,7 @@ def test_system_message_without_the_chat_format_is_rejected():
 
 
 def test_list_of_files_is_rejected():
-    with pytest.raises(ConfigError, match="must be one file; join several first"):
+    with pytest.raises(ConfigError, match="must be one path; name several files by a folder or a pattern"):
         compose(["dataset=own", "dataset.path=[a.jsonl,b.jsonl]"])
 
 

@@ -1,7 +1,10 @@
 """Files are read as they are written: no value is guessed, no row is lost, and what is damaged is named."""
 
+import bz2
 import csv
+import gzip
 import json
+import lzma
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,15 +13,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_exp.data import files
+from qlora_exp.data import readers
 from qlora_exp.data.values import as_text
+from qlora_exp.environment.data_files import File, find
 from qlora_exp.utils.errors import DataError
 
 
 def read(file: Path, content: bytes | str) -> list[dict]:
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
-    files.check(str(file))
-    return [row for _, row in files.rows(file)]
+    return [row for _, row in readers.rows(*find(str(file)))]
+
+
+def named(file: Path) -> File:
+    return File(file, str(file))
 
 
 @pytest.mark.parametrize("number", ["1.10", "1e5", "-0", "0.1234567890123456789", "123456789012345678901234567890"])
@@ -34,11 +41,11 @@ def test_messages_of_a_json_file_keep_their_own_keys(tmp_path):
 
 @pytest.mark.parametrize("indent", [None, 1])
 def test_list_of_rows_is_read_piece_by_piece(indent: int | None, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_PIECE", 7)
+    monkeypatch.setattr(readers, "_PIECE", 7)
     rows = [{"text": f"é {'x' * number}", "n": -number, "more": [True, {}]} for number in range(30)]
     assert read(tmp_path / "rows.json", json.dumps(rows, indent=indent)) == rows
     assert read(tmp_path / "rows.jsonl", "\n\r\n".join(map(json.dumps, rows))) == rows
-    assert [place for place, _ in files.rows(tmp_path / "rows.jsonl")][-1] == "line 59"
+    assert [place for place, _ in readers.rows(named(tmp_path / "rows.jsonl"))][-1] == "line 59"
 
 
 CELLS = st.lists(st.text(st.characters(blacklist_categories=("Cs",))), min_size=2, max_size=2)
@@ -50,7 +57,7 @@ def test_cells_are_the_text_that_was_written(cells: list[list[str]], tmp_path_fa
     file = tmp_path_factory.mktemp("csv") / "rows.csv"
     with file.open("w", newline="", encoding="utf-8") as stream:
         csv.writer(stream, quoting=csv.QUOTE_ALL).writerows([["prompt", "completion"], *cells])
-    assert [list(row.values()) for _, row in files.rows(file)] == cells
+    assert [list(row.values()) for _, row in readers.rows(named(file))] == cells
 
 
 def test_csv_words_and_zeros_stay_text(tmp_path):
@@ -59,15 +66,56 @@ def test_csv_words_and_zeros_stay_text(tmp_path):
     assert [row["b"] for row in rows] == words
 
 
+PACKERS = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda content: pa.compress(content, "zstd", asbytes=True),
+}
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_compressed_file_is_read_like_the_file_in_it(suffix: str, tmp_path):
+    rows = [{"a": f"é {number}"} for number in range(1000)]
+    content = "\n".join(map(json.dumps, rows)).encode()
+    assert read(tmp_path / f"rows.jsonl{suffix}", PACKERS[suffix](content)) == rows
+    with pytest.raises(DataError, match="cut.jsonl.*cannot be read"):
+        read(tmp_path / f"cut.jsonl{suffix}", PACKERS[suffix](content)[:-20])
+    with pytest.raises(DataError, match="line 2: .*not UTF-8"):
+        read(tmp_path / f"latin.csv{suffix}", PACKERS[suffix]("a\né".encode("latin-1")))
+
+
 @pytest.mark.parametrize(
-    ("name", "content"), [("ROWS.JSONL", b'{"a": "1"}'), ("Rows.Csv", b"a\n1"), ("r.JSON", b'[{"a": "1"}]')]
+    ("name", "content"),
+    [
+        ("a.csv", "a,b\n1,2;3"),
+        ("a.csv", "a;b\n1;2;3".replace("2;3", '"2;3"')),
+        ("a.csv", "\r\n\na\tb\r\n1\t2;3\r\n"),
+        ("a.csv", "a|b\n1|2;3"),
+        ("a.csv", '"a";"b"\n1;"2;3"'),
+        ("a.csv", 'sep=;\na;b\n1;"2;3"'),
+        ("a.tsv", "a\tb\n1\t2;3"),
+        ("a.TSV", "a\tb\n1\t2;3"),
+    ],
 )
-def test_suffix_may_have_capital_letters(name, content, tmp_path):
-    assert files.looks_local(name)
-    assert read(tmp_path / name, content) == [{"a": "1"}]
-    files.check(str(tmp_path / name))
-    with pytest.raises(DataError, match="unpack it first: gunzip"):
-        files.check("ROWS.JSONL.GZ")
+def test_separator_of_cells_is_that_of_the_header(name: str, content: str, tmp_path):
+    assert read(tmp_path / name, content) == [{"a": "1", "b": "2;3"}]
+
+
+def test_separators_in_quotes_do_not_count(tmp_path):
+    assert read(tmp_path / "a.csv", 'a,"b;c;d"\n1,2') == [{"a": "1", "b;c;d": "2"}]
+    with pytest.raises(DataError, match="line 4: 3 cells where the header has 2; a cell with a semicolon"):
+        read(tmp_path / "a.csv", "sep=;\na;b\n1;2\n1;2;3")
+
+
+@pytest.mark.parametrize("kind", [pa.ipc.new_file, pa.ipc.new_stream])
+def test_arrow_file_is_read(kind, tmp_path):
+    table = pa.table({"a": [str(number) for number in range(2500)], "b": pa.array([0.1] * 2500, pa.float32())})
+    with kind(tmp_path / "rows.arrow", table.schema) as writer:
+        writer.write_table(table)
+    rows = list(readers.rows(named(tmp_path / "rows.arrow"), ["b"]))
+    assert (len(rows), rows[-1]) == (2500, ("row 2500", {"b": 0.1}))
+    assert readers.columns(named(tmp_path / "rows.arrow")) == ["a", "b"]
 
 
 def test_parquet_values_keep_their_type(tmp_path):
@@ -78,9 +126,9 @@ def test_parquet_values_keep_their_type(tmp_path):
         "label": pa.array(["a"]).dictionary_encode(),
     }
     pq.write_table(pa.table(columns), tmp_path / "rows.parquet")
-    ((place, row),) = files.rows(tmp_path / "rows.parquet")
+    ((place, row),) = readers.rows(named(tmp_path / "rows.parquet"))
     assert (place, row) == ("row 1", {"short": 0.1, "list": ["red", "blue"], "map": {"k": 1}, "label": "a"})
-    assert list(files.rows(tmp_path / "rows.parquet", ["label"])) == [("row 1", {"label": "a"})]
+    assert list(readers.rows(named(tmp_path / "rows.parquet"), ["label"])) == [("row 1", {"label": "a"})]
 
 
 @pytest.mark.parametrize(
@@ -99,32 +147,15 @@ def test_parquet_values_keep_their_type(tmp_path):
         ("a.jsonl", '{"a": "ok"}\n{"a": "é"}'.encode("latin-1"), "line 2: .*not UTF-8.* iconv -f WINDOWS-1252"),
         ("a.csv", "a,b\nok,ok\né,é".encode("cp1252"), "line 3: .*not UTF-8.* iconv -f WINDOWS-1252"),
         ("a.jsonl", '{"a": "é"}'.encode("utf-16"), "line 1: .*iconv -f UTF-16"),
-        ("a.csv", "a;b\n1;2", "separated by ';'"),
         ("a.csv", "a,b,a\n1,2,3", "2 columns have the name 'a'"),
+        ("a.arrow", "x", "cannot be read as arrow"),
+        ("a.arrow", b"ARROW1" + b"x" * 99, "cannot be read as arrow"),
         ("a.csv", "a,b\n1,2\n\n3", "line 4: 1 cells where the header has 2"),
         ("a.csv", 'a,b\n1,"2\n3,4', "line 3: cannot be read as csv: unexpected end"),
         ("a.parquet", "PAR1", "cannot be read as parquet"),
-        ("a.tsv", "a\tb", "unknown file format; use one of .jsonl"),
-        ("a.jsonl", "", "the file is empty"),
-        ("a.jsonl.gz", "x", "is packed; unpack it first: gunzip"),
+        ("a.jsonl.gz", "x", "a.jsonl.gz: cannot be read: Not a gzipped file"),
     ],
 )
 def test_damaged_file_is_rejected_with_its_line(name: str, content: bytes | str, message: str, tmp_path):
     with pytest.raises(DataError, match=message):
         read(tmp_path / name, content)
-
-
-@pytest.mark.parametrize(
-    ("path", "message"),
-    [
-        (".", "is a folder; name one file, or join"),
-        ("many/*", "several files must be joined first"),
-        ("a.jsonl,b.jsonl", "several files must be joined first"),
-        ("gone.csv", "no file gone.csv"),
-    ],
-)
-def test_path_of_anything_but_one_file_is_rejected(path: str, message: str):
-    assert files.looks_local(path)
-    with pytest.raises(DataError, match=message):
-        files.check(path)
-    assert not files.looks_local("owner/name")

@@ -1,0 +1,225 @@
+"""Find the files of rows that a path names: one file, a folder, a pattern, or a URL of these, which is fetched."""
+
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+from qlora_exp.config.sections.dataset import (
+    COMPRESSED,
+    FILE_FORMATS,
+    file_format,
+    is_pattern,
+    is_url,
+    saved_dataset,
+)
+from qlora_exp.utils.cache import built
+from qlora_exp.utils.digests import json_digest
+from qlora_exp.utils.errors import DataError, last_line
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of rows."""
+
+    path: Path
+    """Where it is on this machine."""
+    name: str
+    """How messages name it: as the user did."""
+
+    @property
+    def format(self) -> str | None:
+        """Format of its rows: json, csv, parquet or arrow."""
+        return file_format(self.name)
+
+
+_ARCHIVES = {".zip": "unzip", ".tar": "tar xf", ".tgz": "tar xf", ".7z": "7z x", ".rar": "unrar x"}
+_SPLITS = {
+    "train": "train",
+    "training": "train",
+    "test": "test",
+    "testing": "test",
+    "eval": "eval",
+    "evaluation": "eval",
+    "dev": "validation",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "heldout": "test",
+}
+"""Split that a word in a file's name says, as the hub's datasets are named."""
+_METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+"""Files that `datasets` writes beside rows."""
+
+
+def check(path: str, key: str = "dataset.path") -> None:
+    """Check that `path` names files of rows; of a URL, that it can name some. Nothing is fetched.
+
+    Raises:
+        DataError: it does not; the message says what to do.
+    """
+    if is_url(path):
+        _check_name(path, path, key)
+        _file_system(path)
+    elif saved_dataset(path) is None:
+        find(path, key)
+
+
+def find(path: str, key: str = "dataset.path") -> list[File]:
+    """Return the files that `path` names, in the order of their names. Files of a URL are fetched into the cache.
+
+    Raises:
+        DataError: there are none, or not all of them are files of rows; the message says what to do.
+    """
+    if is_url(path):
+        return fetch(path, key)
+    place = Path(path)
+    if place.is_file():
+        _check_name(path, path, key)
+        return [_readable(File(place, path))]
+    if place.is_dir():
+        names = [str(file) for file in place.rglob("*") if file.is_file()]
+    elif is_pattern(path):
+        names = _matches(path)
+    else:
+        _check_name(path, path, key)
+        if "," in path:
+            raise DataError(f"{key}: no file {path}; name several files by a folder or a pattern, such as rows/*.jsonl")
+        raise DataError(f"{key}: no file {path} (working directory: {Path.cwd()})")
+    return [_readable(File(Path(name), name)) for name in _chosen(names, path, place.is_dir(), key)]
+
+
+def _matches(pattern: str) -> list[str]:
+    from glob import glob
+
+    return [name for name in glob(pattern, recursive=True) if Path(name).is_file()]
+
+
+def _chosen(names: Iterable[str], path: str, is_folder: bool, key: str) -> list[str]:
+    """Return those of `names` that are read, in order: all matches of a pattern, the files of rows of a folder.
+
+    Raises:
+        DataError: no file is left, or they belong to several splits.
+    """
+    below_path = len(path) if is_folder else 0  # what the user named may have any name
+    visible = [name for name in sorted(names) if not _is_hidden(name[below_path:])]
+    chosen = [name for name in visible if not is_folder or (file_format(name) and _base(name) not in _METADATA)]
+    if not chosen:
+        what = f"the folder {path} has no file of rows" if is_folder else f"no file matches {path}"
+        raise DataError(f"{key}: {what} ({_formats()}; working directory: {Path.cwd()})")
+    for name in chosen:
+        _check_name(name, path, key)
+    if len(splits := {split: name for name in reversed(chosen) if (split := _split_of(name[below_path:]))}) > 1:
+        some = "; ".join(f"{name} ({split})" for split, name in sorted(splits.items()))
+        if is_folder:
+            raise DataError(
+                f"{key}: {path} has files of several splits: {some}; name those to train on and the held-out ones "
+                f"apart: dataset.path='{path}/**/*train*' dataset.eval_path=...; '{path}/**/*' reads all as one"
+            )
+        log.warning("%s: files of several splits are read as one: %s", path, some)
+    ignored = [name for name in visible if name not in set(chosen)]
+    others = f"; not read: {', '.join(ignored[:3])}{' ...' if ignored[3:] else ''}" if ignored else ""
+    log.info("%s: %d files, from %s to %s%s", path, len(chosen), chosen[0], chosen[-1], others)
+    return chosen
+
+
+def _is_hidden(name: str) -> bool:
+    """Return whether a file or one of its folders is not meant to be read, such as `_SUCCESS` or `.cache/x`."""
+    return any(part.startswith((".", "_")) and part not in (".", "..") for part in PurePosixPath(name).parts)
+
+
+def _split_of(name: str) -> str | None:
+    """Return the split that a file's name says, such as `test` for `data/test-00000.parquet`."""
+    found = [_SPLITS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in _SPLITS]
+    return found[-1] if found else None
+
+
+def _base(name: str) -> str:
+    return PurePosixPath(name).name
+
+
+def _check_name(name: str, path: str, key: str) -> None:
+    """Check that a file is of a known format, by its name."""
+    suffix = PurePosixPath(name.lower()).suffix
+    where = f"{key}: {name}" if name == path else f"{key}: {path} names {name}, which"
+    if suffix in _ARCHIVES or name.lower().endswith(".tar.gz"):
+        raise DataError(f"{where} is an archive; unpack it first: {_ARCHIVES.get(suffix, 'tar xf')} {name}")
+    if is_pattern(name) or (is_url(name) and not suffix):
+        return
+    kind = file_format(name)
+    if kind is None:
+        raise DataError(f"{where}: unknown file format; use one of {_formats()}")
+    if kind in ("parquet", "arrow") and suffix in COMPRESSED:
+        raise DataError(f"{where} is compressed as a whole; decompress it first, as {kind} is read in parts")
+
+
+def _formats() -> str:
+    return f"{', '.join(FILE_FORMATS)}; text files may end in {', '.join(COMPRESSED)}"
+
+
+def _readable(file: File) -> File:
+    try:
+        with file.path.open("rb") as stream:
+            empty = not stream.read(1)
+    except OSError as error:
+        raise DataError(f"{file.name}: cannot be read: {error.strerror}") from error
+    if empty:
+        raise DataError(f"{file.name}: the file is empty")
+    return file
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    """Return the file system of a URL, and the path there.
+
+    Raises:
+        DataError: a package for it is missing.
+    """
+    from fsspec.core import url_to_fs
+
+    scheme = urlsplit(url).scheme
+    try:
+        system, path = url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise DataError(f"{url}: {scheme}:// needs a package: {last_line(error)}") from error
+    return system, path
+
+
+@cache
+def fetch(url: str, key: str = "dataset.path") -> list[File]:
+    """Copy the files of a URL into the cache, again if one has changed there; once in each process.
+
+    Raises:
+        DataError: they cannot be fetched, or are no files of rows.
+    """
+    system, path = _file_system(url)
+    try:
+        is_folder = not is_pattern(path) and system.isdir(path)
+        names = system.glob(path) if is_pattern(path) else system.find(path) if is_folder else [path]
+        chosen = _chosen(names, path, is_folder, key)
+        versions = {name: system.ukey(name) for name in chosen}
+        folder = built(f"files-{json_digest([url, versions])}", lambda part: _download(system, chosen, part))
+    except DataError:
+        raise
+    except Exception as error:  # of any kind: each file system has its own
+        raise DataError(f"{key}: {url} cannot be fetched: {last_line(error) or type(error).__name__}") from error
+    files = [
+        File(folder / _local_name(number, name), system.unstrip_protocol(name)) for number, name in enumerate(chosen)
+    ]
+    return [_readable(file) for file in files]
+
+
+def _download(system: Any, names: list[str], folder: Path) -> None:
+    from tqdm import tqdm
+
+    for number, name in enumerate(tqdm(names, desc="fetching", unit="file", leave=False, disable=None)):
+        system.get_file(name, str(folder / _local_name(number, name)))
+
+
+def _local_name(number: int, name: str) -> str:
+    return f"{number:05d}{''.join(PurePosixPath(name).suffixes[-2:])}"
