@@ -27,7 +27,7 @@ from qlora_exp.config.composer import Composer, plain
 from qlora_exp.config.composition_errors import explain
 from qlora_exp.config.overrides import combinations, of_job, readable
 from qlora_exp.config.schema import Config
-from qlora_exp.config.validate import OPEN_SECTIONS, from_dict
+from qlora_exp.config.validate import OPEN_SECTIONS, from_composed
 from qlora_exp.libraries.hydra import initialized
 from qlora_exp.utils.errors import ConfigError, did_you_mean
 
@@ -97,7 +97,7 @@ def _compose(overrides: Sequence[str], config_dir: str | Path | None) -> tuple[C
     with errors_explained(), initialized(conf_dir(), config_dir):
         composer = _shipped() if config_dir is None else _composer()
         values, choices = composer([], readable(overrides))
-        return from_dict(values), choices
+        return from_composed(values), choices
 
 
 def _composer() -> Composer:
@@ -206,7 +206,7 @@ def check(composed: DictConfig) -> Config:
     Raises:
         ConfigError: the config is invalid; the message lists every problem, one per line.
     """
-    return from_dict(plain(composed))
+    return from_composed(plain(composed))
 
 
 def options(group: str) -> list[str]:

@@ -144,6 +144,8 @@ def _rows(section: str, data: DatasetConfig) -> Iterator[tuple[str, str]]:
         source = "eval_path" if data.eval_path else "eval_split"
         yield f"{section}.eval_size", f"{section}.{source} has the held-out rows: use {section}.max_eval_rows"
     columns = ("prompt_column", "input_column", "completion_column")
+    if data.prompt_template:
+        yield from ((f"{section}.{key}", "prompt_template names the columns") for key in columns[:2])
     if data.format == "text" or data.messages_column:
         why = f"{section}.format=text reads text_column" if data.format == "text" else "messages_column has it all"
         yield from ((f"{section}.{key}", why) for key in columns)

@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from qlora_exp.config import crosschecks, peft_methods
+from qlora_exp.config import crosschecks, peft_methods, prompt_templates
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.sweep import SearchConfig
 from qlora_exp.utils.errors import ConfigError, did_you_mean
@@ -29,6 +30,30 @@ def from_dict(values: Any) -> Config:
     if problems := [*crosschecks.problems(config)]:
         raise ConfigError("\n".join(problems))
     return config
+
+
+def from_composed(values: Any) -> Config:
+    """Build the typed config from values of option files and overrides, as `from_dict` does.
+
+    A config holds templates, not where and how the user wrote them: Jinja files are read, and `\\n` in a prompt
+    template becomes a line break. A recorded config has them so already.
+
+    Raises:
+        ConfigError: a file cannot be read, or the values are invalid.
+    """
+    for name in ("dataset", "unrelated"):
+        section = values.get(name)
+        if not isinstance(section, dict):
+            continue
+        if isinstance(template := section.get("prompt_template"), str):
+            section["prompt_template"] = prompt_templates.unescaped(template)
+        if isinstance(file := section.get("chat_template"), str) and file.endswith(".jinja"):
+            try:
+                section["chat_template"] = Path(file).expanduser().read_text("utf-8")
+            except (OSError, UnicodeDecodeError, RuntimeError) as error:
+                reason = getattr(error, "strerror", None) or str(error)
+                raise ConfigError(f"{name}.chat_template: {file} cannot be read: {reason}") from error
+    return from_dict(values)
 
 
 def known_keys() -> list[str]:

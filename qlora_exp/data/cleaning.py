@@ -12,6 +12,7 @@ from datasets import Dataset, Features, Value
 from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 
+from qlora_exp.config import prompt_templates
 from qlora_exp.config.sections.dataset import REASONING_GYM, DatasetConfig
 from qlora_exp.data import dialogues
 from qlora_exp.data.sources import Source
@@ -107,6 +108,7 @@ def clean(source: Source, config: DatasetConfig, path: str) -> tuple[Dataset, Re
     if missing := [column for column in columns.values() if column not in source.columns]:
         raise DataError(_no_column(path, missing[0], source))
     settings = [columns, config.format, config.drop_matching, config.drop_duplicates, bool(config.system_message)]
+    settings += [config.prompt_template] if config.prompt_template else []
     name = f"rows-{json_digest([CACHE_LAYOUT, source.key, *settings])}"
     folder = built(name, lambda part: _Cleaner(source, config, columns, path).write(part))
     report = Report(**json.loads((folder / _REPORT).read_text("utf-8")))
@@ -120,6 +122,9 @@ def _columns(config: DatasetConfig) -> dict[str, str]:
         return {"completion": config.text_column}
     if config.messages_column:
         return {"messages": config.messages_column}
+    if config.prompt_template:
+        named = prompt_templates.columns(config.prompt_template)
+        return {"completion": config.completion_column} | {f"{{{name}}}": name for name in named}
     columns = {"prompt": config.prompt_column, "completion": config.completion_column}
     return columns | ({"input": config.input_column} if config.input_column else {})
 
@@ -155,7 +160,9 @@ class _Cleaner:
 
     def __init__(self, source: Source, config: DatasetConfig, columns: dict[str, str], path: str) -> None:
         self._source, self._config, self._columns, self._path = source, config, columns, path
-        self._extra = ["tools"] if config.format == "chat" else ["entry"] if path.startswith(REASONING_GYM) else []
+        self._extra = ["entry"] if path.startswith(REASONING_GYM) else []
+        if config.format == "chat" and not config.prompt_template:
+            self._extra = ["tools"]
         self._unwanted = re.compile(config.drop_matching) if config.drop_matching else None
         self._seen: set[bytes] = set()
         wanted = [*columns.values(), *self._extra]
@@ -215,6 +222,10 @@ class _Cleaner:
         if dialogue is not None:
             return dialogue
         row = {role: self._text(values.get(column), column, where) for role, column in self._columns.items()}
+        if template := self._config.prompt_template:
+            texts = {column: row[role] for role, column in self._columns.items() if role != "completion"}
+            asks = any(text.strip() for text in texts.values())
+            row = {"prompt": prompt_templates.filled(template, texts) if asks else "", "completion": row["completion"]}
         row = {"prompt": "", "input": ""} | row
         if not row["input"].strip():
             row["input"] = ""
@@ -233,7 +244,7 @@ class _Cleaner:
 
     def _dialogue(self, values: dict[str, Any], where: str) -> dict[str, Any] | None:
         """Return a row with messages; None if it is a prompt and an answer of text."""
-        if self._config.format != "chat":
+        if self._config.format != "chat" or self._config.prompt_template:
             return None
         filled = self._source.fills_with_null
         tools = dialogues.tools(values.get("tools"), where, filled)

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from qlora_exp.config import prompt_templates
 from qlora_exp.config.sections.dataset import DatasetConfig
 from qlora_exp.data.dialogues import SYSTEM_ROLES, Message
 from qlora_exp.utils.errors import DataError, ModelError
@@ -25,6 +26,7 @@ ALPACA_WITHOUT_INPUT = (
     "### Instruction:\n{prompt}\n\n### Response:\n"
 )
 _LONGEST_TEXT = 16 * MIB
+_QUESTION = "\0question\0"
 _renderer = LimitedProcess()
 
 
@@ -43,7 +45,7 @@ def render(row: dict[str, Any], config: DatasetConfig, tokenizer: Any, every_ans
     Args:
         row: a row of `rows.load_rows`, with `prompt`, `input`, `completion`, and `messages` (and `tools`) if it is a
             complete dialogue.
-        config: the dataset's config; `format` and `system_message` are used.
+        config: the dataset's config; `format`, `system_message` and `chat_template` are used.
         tokenizer: used for its chat template only, which needs no `{% generation %}` marks.
         every_answer: learn all assistant turns of a dialogue, instead of the last one only.
 
@@ -65,7 +67,7 @@ def render(row: dict[str, Any], config: DatasetConfig, tokenizer: Any, every_ans
     places = answers if every_answer else answers[-1:]
     asked = [(place, True) for place in places]
     answered = [(place + 1, False) for place in places]
-    texts = _applied(tokenizer, dialogue, tools, [*asked, *answered])
+    texts = _applied(tokenizer, config, dialogue, tools, [*asked, *answered])
     pieces, rendered = [], ""
     for before, through_answer in zip(texts[: len(places)], texts[len(places) :], strict=True):
         if not (before.startswith(rendered) and through_answer.startswith(before)):
@@ -90,14 +92,14 @@ def messages(row: Mapping[str, Any], config: DatasetConfig) -> list[Message]:
     return dialogue
 
 
-def apply_template(tokenizer: Any, dialogue: list[Message], tools: Any) -> str:
-    """Render a dialogue of a dataset with the tokenizer's chat template.
+def apply_template(tokenizer: Any, config: DatasetConfig, dialogue: list[Message], tools: Any) -> str:
+    """Render a dialogue of a dataset with its chat template, or the tokenizer's.
 
     Raises:
         DataError: there is no template, or it refuses the dialogue.
         ModelError: it needs too much time or memory.
     """
-    return _applied(tokenizer, dialogue, tools, [(len(dialogue), False)])[0]
+    return _applied(tokenizer, config, dialogue, tools, [(len(dialogue), False)])[0]
 
 
 def render_chat(
@@ -112,14 +114,16 @@ def render_chat(
     return _parts(tokenizer, dialogue, template, None, [(len(dialogue), add_generation_prompt)])[0]
 
 
-def _applied(tokenizer: Any, dialogue: list[Message], tools: Any, parts: list[tuple[int, bool]]) -> list[str]:
-    if not tokenizer.chat_template:
+def _applied(
+    tokenizer: Any, config: DatasetConfig, dialogue: list[Message], tools: Any, parts: list[tuple[int, bool]]
+) -> list[str]:
+    if not (config.chat_template or tokenizer.chat_template):
         raise DataError(
             "dataset.format=chat: this model's tokenizer has no chat template; use dataset.format=alpaca, "
-            "or an instruction-tuned model"
+            "dataset.chat_template=FILE.jinja, or an instruction-tuned model"
         )
     try:
-        return _parts(tokenizer, dialogue, None, tools or None, parts)
+        return _parts(tokenizer, dialogue, config.chat_template, tools or None, parts)
     except DataError as error:
         raise DataError(
             f"dataset.format=chat: {error}. Change the dialogue (or dataset.system_message), or use another model or "
@@ -174,17 +178,19 @@ def chat_template(config: DatasetConfig, tokenizer: Any) -> str | None:
     Programs that take a template need it: servers, GGUF files.
 
     Args:
-        config: the dataset's config of the run; `format` and `system_message` are used.
-        tokenizer: the model's tokenizer. With format `chat`, its own template is returned, with the run's system
-            message added.
+        config: the dataset's config of the run; its format, templates and system message are used.
+        tokenizer: the model's tokenizer. With format `chat`, the config's template or else its own is returned, with
+            the run's system message added.
 
     Returns:
         The template; None if the run was trained on plain text, since there is no dialogue to render.
     """
-    if config.format == "text" or (config.format == "chat" and not tokenizer.chat_template):
+    if config.format == "text":
         return None
     if config.format == "chat":
-        own: str = tokenizer.get_chat_template()
+        if not (config.chat_template or tokenizer.chat_template):
+            return None
+        own: str = config.chat_template or tokenizer.get_chat_template()
         if config.system_message is None:
             return own
         message = json.dumps(config.system_message, ensure_ascii=False)  # llama.cpp does not support \u escapes
@@ -193,8 +199,7 @@ def chat_template(config: DatasetConfig, tokenizer: Any) -> str | None:
             f"{{% set messages = [{{'role': 'system', 'content': {message}}}] + messages %}}{{% endif %}}"
         )
         return own if own.startswith(begin) else begin + own
-    template = ALPACA_WITHOUT_INPUT if config.format == "alpaca" else "{prompt}"
-    before, after = (json.dumps(part) for part in template.split("{prompt}"))
+    before, after = (json.dumps(part) for part in _around_question(config))
     begin = "{{ bos_token }}" if adds_bos(tokenizer) else ""
     message = json.dumps(
         f"this model was trained on prompts of format {config.format}, which has only user and assistant turns"
@@ -205,6 +210,15 @@ def chat_template(config: DatasetConfig, tokenizer: Any) -> str | None:
         "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token }}"
         f"{{% else %}}{{{{ raise_exception({message}) }}}}{{% endif %}}{{% endfor %}}"
     )
+
+
+def _around_question(config: DatasetConfig) -> list[str]:
+    """Return the texts before and after a question. One for a template of several columns is the whole prompt."""
+    if config.format == "alpaca":
+        return ALPACA_WITHOUT_INPUT.split("{prompt}")
+    if config.prompt_template is None or len(columns := prompt_templates.columns(config.prompt_template)) > 1:
+        return ["", ""]
+    return prompt_templates.filled(config.prompt_template, {columns[0]: _QUESTION}).split(_QUESTION)
 
 
 def adds_bos(tokenizer: Any) -> bool:

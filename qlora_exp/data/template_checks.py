@@ -67,7 +67,7 @@ class TemplateCheck:
         """
         for end in (len(dialogue), place + 1):
             try:
-                before = apply_template(self._tokenizer, dialogue[:end], tools)
+                before = apply_template(self._tokenizer, self._config, dialogue[:end], tools)
             except DataError:
                 if end == len(dialogue):
                     raise
@@ -83,7 +83,7 @@ class TemplateCheck:
     def _rendered(self, dialogue: list[Message], tools: Any) -> str:
         """Render a changed dialogue; if the template refuses the change, it looks at what was changed."""
         try:
-            return apply_template(self._tokenizer, dialogue, tools)
+            return apply_template(self._tokenizer, self._config, dialogue, tools)
         except DataError:
             return _MARK
 

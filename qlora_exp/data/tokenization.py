@@ -33,7 +33,8 @@ def tokenize(rows: Dataset, config: Config, tokenizer: Any) -> Dataset:
     """
     learned = [config.training.completion_only_loss, config.training.assistant_only_loss]
     inputs = [fingerprint(rows), config.dataset.format, config.dataset.system_message, learned]
-    inputs += [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map]
+    inputs += [tokenizer.backend_tokenizer.to_str(), config.dataset.chat_template or tokenizer.chat_template]
+    inputs += [tokenizer.special_tokens_map]
     folder = built(
         f"tokens-{json_digest([CACHE_LAYOUT, *inputs])}", lambda part: _tokenize(rows, config, tokenizer, part)
     )

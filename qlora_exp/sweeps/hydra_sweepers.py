@@ -21,7 +21,7 @@ from qlora_exp.config.composer import Composer
 from qlora_exp.config.overrides import combinations, of_job, quoted, readable
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.sweep import SweepConfig
-from qlora_exp.config.validate import from_dict
+from qlora_exp.config.validate import from_composed
 from qlora_exp.sweeps import jobs, sweep
 from qlora_exp.sweeps.hydra_launchers import LocalLauncher
 from qlora_exp.sweeps.launchers import local as launcher
@@ -110,7 +110,7 @@ class JobSweeper(Sweeper):
         """
         try:
             values, _ = self.composer(fixed, chosen)
-            return from_dict(values)
+            return from_composed(values)
         except ConfigError as error:
             words = " ".join(shortened(word) for word in (*fixed, *chosen))
             raise ConfigError(f"{error}\nin: {words}") from error

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from qlora_exp.config import prompt_templates
 from qlora_exp.config.sections.base import Section, Share, check_location
 
 REASONING_GYM = "reasoning_gym:"
@@ -106,6 +107,12 @@ class DatasetConfig(Section):
     format: Literal["alpaca", "chat", "prompt_completion", "text"] = "alpaca"
     """alpaca: Alpaca's two prompts, with and without input. chat: the model's chat template.
     prompt_completion: the columns without a template. text: plain text, loss on all tokens."""
+    prompt_template: str | None = None
+    r"""chat, prompt_completion: the prompt as a text with names of columns in braces, such as
+    `Question: {question}\nAnswer:`, in the place of prompt_column and input_column. `\n` is a line break, `\t` a tab,
+    two backslashes are one."""
+    chat_template: str | None = None
+    """chat: Jinja file (.jinja) whose template replaces the tokenizer's. null: the tokenizer's own."""
     prompt_column: str = "instruction"
     """Column with the prompt (the instruction or question)."""
     input_column: str | None = "input"
@@ -160,6 +167,13 @@ class DatasetConfig(Section):
             raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
         return pattern
 
+    @field_validator("prompt_template")
+    @classmethod
+    def _names_columns(cls, template: str | None) -> str | None:
+        if template is not None:
+            prompt_templates.columns(template)
+        return template
+
     @property
     def hub_paths(self) -> list[str]:
         """Datasets of the hub among `paths`."""
@@ -178,8 +192,15 @@ class DatasetConfig(Section):
             raise ValueError("eval_path and eval_split exclude each other: set one of them")
         if self.system_message and self.format != "chat":
             raise ValueError(f"format={self.format} has no system message: use format=chat, or system_message=null")
-        if self.messages_column and self.format != "chat":
-            raise ValueError("messages_column needs format=chat")
+        for key in ("messages_column", "chat_template"):
+            if getattr(self, key) and self.format != "chat":
+                raise ValueError(f"{key} needs format=chat")
+        if self.prompt_template and self.format not in ("chat", "prompt_completion"):
+            raise ValueError(f"prompt_template: format={self.format} has its own prompt; use format=prompt_completion")
+        if self.prompt_template and self.messages_column:
+            raise ValueError("prompt_template and messages_column exclude each other: set one of them")
+        if self.chat_template and not re.search(r"\{[{%]", self.chat_template):
+            raise ValueError("chat_template must be a Jinja template: name its file, which ends in .jinja")
         if self.evaluate_on == "validation" and self.validation_size is None:
             raise ValueError("evaluate_on=validation needs validation rows: set validation_size, such as 0.1")
         if self.streaming and isinstance(self.validation_size, float):

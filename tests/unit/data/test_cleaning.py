@@ -187,3 +187,20 @@ def test_dialogues_are_no_duplicates_if_tools_differ(write_jsonl):
     assert (len(rows), report.dropped["duplicates"]) == (2, 2)
     config = DatasetConfig(path=path, eval_path=path, drop_leaks="none", **CHAT)
     assert [leak.kind for leak in load_rows(config).leaks] == ["exact", "exact"]
+
+
+@pytest.mark.parametrize("form", ["prompt_completion", "chat"])
+def test_prompt_template_takes_the_values_of_its_columns(form: str, write_jsonl):
+    rows = [
+        {"q": "Why {a}?", "context": "  Because.", "completion": "x", "n": 1.50},
+        {"q": "", "context": " ", "completion": "nothing is asked", "n": ""},
+        {"q": "Who?", "context": None, "completion": "y", "n": [1]},
+    ]
+    read, report = cleaned(write_jsonl(rows), prompt_template="{context}\nQ{{{n}}}: {q}\nA:", format=form)
+    assert [row["prompt"] for row in read] == ["  Because.\nQ{1.5}: Why {a}?\nA:", "\nQ{[1]}: Who?\nA:"]
+    assert [row["completion"] for row in read] == ["x", "y"]
+    assert (report.dropped["empty"], report.unused) == (1, [])
+    with pytest.raises(DataError, match="no column 'question'; it has q, context"):
+        cleaned(write_jsonl(rows), prompt_template="{question}")
+    with pytest.raises(DataError, match="column 'q' is a list of messages, which needs"):
+        cleaned(write_jsonl([{"q": [{"role": "user", "content": "a"}], "completion": "x"}]), prompt_template="{q}")

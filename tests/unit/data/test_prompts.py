@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from qlora_exp.config.hydra_compose import compose
+from qlora_exp.config.prompt_templates import filled
 from qlora_exp.config.sections.dataset import DatasetConfig
 from qlora_exp.data import prompts
 from qlora_exp.data.prompts import render
@@ -167,14 +168,19 @@ def test_template_that_never_ends_or_fills_the_memory_is_stopped(template: str, 
         ["dataset.format=chat"],
         ["dataset.format=chat", "dataset.system_message='Be \"brief\".\n{{ x }}'"],
         ["dataset.format=chat", "dataset.system_message='Sei höflich 🙂'"],
+        ["dataset.format=prompt_completion", r"dataset.prompt_template='Q: {{\"{a}\"}}\n\tA:'"],
+        ["dataset.format=prompt_completion", "dataset.prompt_template='{a}: {b}'"],
     ],
     ids=str,
 )
 def test_generated_chat_template_renders_what_was_trained(words, tiny_tokenizer):
     config = compose(["model=tiny_llama", *words]).dataset
     template = prompts.chat_template(config, tiny_tokenizer)
-    row = {"prompt": "Why {{ not }}?", "input": "", "completion": "Because.\n"}
-    asked = [{"role": "user", "content": row["prompt"]}]
+    question = "Why {{ not }}?"
+    asks_column = config.prompt_template is not None and "{b}" not in config.prompt_template
+    prompt = filled(config.prompt_template, {"a": question}) if asks_column else question
+    row = {"prompt": prompt, "input": "", "completion": "Because.\n"}
+    asked = [{"role": "user", "content": question}]
     text = tiny_tokenizer.apply_chat_template(asked, chat_template=template, tokenize=False, add_generation_prompt=True)
     pieces = prompts.render(row, config, tiny_tokenizer).pieces
     assert text == "".join(piece for piece, _ in pieces[:-1])
@@ -185,6 +191,29 @@ def test_generated_chat_template_renders_what_was_trained(words, tiny_tokenizer)
     again = copy.copy(tiny_tokenizer)
     again.chat_template = template
     assert prompts.chat_template(config, again) == template
+
+
+OWN_TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+
+
+def test_own_chat_template_replaces_the_tokenizers(tiny_tokenizer):
+    mute = copy.deepcopy(tiny_tokenizer)
+    mute.chat_template = None
+    config = CHAT.model_copy(
+        update={"chat_template": OWN_TEMPLATE + "{% if add_generation_prompt %}[assistant] {% endif %}"}
+    )
+    for tokenizer in (tiny_tokenizer, mute):
+        (prompt, _), (answer, _) = render(DIALOGUE, config, tokenizer).pieces
+        assert (prompt, answer) == ("[user] hi\n[assistant] hello\n[user] 2+3?\n[assistant] ", "5\n")
+        assert prompts.chat_template(config, tokenizer) == config.chat_template
+    with_system = config.model_copy(update={"system_message": "Be brief."})
+    assert render(DIALOGUE, with_system, mute).pieces[0][0].startswith("[system] Be brief.\n[user] hi")
+
+
+@pytest.mark.parametrize("template", ["{% for m in messages %}", "{{ raise_exception('no') }}"])
+def test_own_chat_template_that_fails_is_refused_with_its_reason(template: str, tiny_tokenizer):
+    with pytest.raises(DataError, match="chat template refuses a dialogue with the roles user.*: (Unexpected end|no)"):
+        render(DIALOGUE, CHAT.model_copy(update={"chat_template": template}), tiny_tokenizer)
 
 
 def test_template_of_a_tokenizer_with_bos_begins_with_bos(tiny_tokenizer):

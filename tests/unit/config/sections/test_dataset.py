@@ -3,6 +3,7 @@ from pydantic import ValidationError
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.sections.dataset import DatasetConfig
+from qlora_exp.config.validate import from_dict
 from qlora_exp.utils.errors import ConfigError
 
 
@@ -31,3 +32,41 @@ def test_list_of_files_is_rejected():
 def test_invalid_regular_expression_is_rejected():
     with pytest.raises(ConfigError, match="dataset.drop_matching: .* is no regular expression"):
         compose(["dataset.drop_matching='['"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["dataset.prompt_template='Q: {}'"], "dataset.prompt_template: braces must contain the name of a column"),
+        (["dataset.prompt_template='{q!r}'"], "braces must contain the name of a column and nothing else"),
+        (["dataset.prompt_template='{q:>9}'"], "braces must contain the name of a column and nothing else"),
+        (["dataset.prompt_template='Answer: {q'"], "dataset.prompt_template: expected '}' before end of string"),
+        (["dataset.prompt_template='Answer'"], "names no column; write its name in braces"),
+        (
+            ["dataset.prompt_template='{q}'", "dataset.format=alpaca"],
+            "has its own prompt; use format=prompt_completion",
+        ),
+        (
+            ["dataset.prompt_template='{q}'", "dataset.format=chat", "dataset.messages_column=m"],
+            "prompt_template and messages_column exclude each other",
+        ),
+        (["dataset.prompt_template='{q}'", "dataset.prompt_column=q"], "prompt_template names the columns"),
+        (["dataset.chat_template=gone.jinja", "dataset.format=chat"], "gone.jinja cannot be read: No such file"),
+        (["dataset.chat_template=rows.jsonl", "dataset.format=chat"], "must be a Jinja template: name its file"),
+        (["dataset.chat_template='{{ x }}'"], "chat_template needs format=chat"),
+    ],
+)
+def test_template_that_cannot_be_used_is_refused(words: list[str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        compose(["dataset=own", "dataset.path=rows.jsonl", *words])
+
+
+def test_template_of_a_command_is_recorded_as_text(tmp_path):
+    (tmp_path / "mine.jinja").write_text("{{ messages }}\n")
+    words = ["dataset=own", "dataset.path=rows.jsonl", "dataset.format=chat"]
+    config = compose([*words, f"dataset.chat_template={tmp_path}/mine.jinja"])
+    assert config.dataset.chat_template == "{{ messages }}\n"
+    template = r"dataset.prompt_template='Q: {q}\n\\theta\tA:'"
+    config = compose([*words, template])
+    assert config.dataset.prompt_template == "Q: {q}\n\\theta\tA:"
+    assert from_dict(config.model_dump(mode="json")) == config
