@@ -12,11 +12,11 @@ from datasets import Dataset, Features, Value
 from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 
-from qlora_exp.config import prompt_templates
 from qlora_exp.config.sections.dataset import REASONING_GYM, DatasetConfig
 from qlora_exp.data import dialogues
 from qlora_exp.data.sources import Source
 from qlora_exp.data.values import as_text
+from qlora_exp.utils import prompt_templates
 from qlora_exp.utils.cache import built
 from qlora_exp.utils.digests import json_digest, text_digest
 from qlora_exp.utils.errors import DataError, did_you_mean

@@ -8,9 +8,9 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from qlora_exp.config import prompt_templates
 from qlora_exp.config.sections.dataset import DatasetConfig
 from qlora_exp.data.dialogues import SYSTEM_ROLES, Message
+from qlora_exp.utils import prompt_templates
 from qlora_exp.utils.errors import DataError, ModelError
 from qlora_exp.utils.processes.limits import FailedError, LimitedProcess, LimitError
 from qlora_exp.utils.units import MIB

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from qlora_exp.config import prompt_templates
 from qlora_exp.config.sections.base import Section, Share, check_location
+from qlora_exp.utils import prompt_templates
 
 REASONING_GYM = "reasoning_gym:"
 """Prefix of a dataset path that names a reasoning-gym task."""

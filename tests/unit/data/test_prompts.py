@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from qlora_exp.config.hydra_compose import compose
-from qlora_exp.config.prompt_templates import filled
 from qlora_exp.config.sections.dataset import DatasetConfig
 from qlora_exp.data import prompts
 from qlora_exp.data.prompts import render
 from qlora_exp.utils.errors import DataError, ModelError
 from qlora_exp.utils.processes.limits import LimitedProcess
+from qlora_exp.utils.prompt_templates import filled
 
 ROW = {"prompt": "Add 2 and 3.", "input": "", "completion": "5"}
 TEXT = st.text(max_size=40)

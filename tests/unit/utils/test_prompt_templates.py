@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_exp.config import prompt_templates
+from qlora_exp.utils import prompt_templates
 
 TEXT = st.text(max_size=20)
 NAME = st.text("abcé _-.0", min_size=1, max_size=8)
