@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_exp.config.hydra_compose import compose, options
+from qlora_exp.config.hydra_compose import compose, grid, options
 
 FAMILY = {"opt125m": "opt", "smollm2": "llama", "llama3": "llama", "llama31": "llama", "qwen25": "qwen2"}
 COLUMNS = {
@@ -59,9 +59,20 @@ def test_shipped_experiment_runs_on_a_tiny_model(name: str, run_quick, write_jso
         ("llama3_8b_alpaca_lora", "training.lr_scheduler_type", "constant"),
         ("llama3_8b_alpaca_qlora", "method.lora_alpha", 128),
         ("llama3_8b_qlora", "training.num_train_epochs", 3),
+        ("llama3_8b_qlora", "training.save_total_limit", None),
     ],
 )
 def test_shipped_experiment_has_the_settings_of_its_source(name: str, key: str, value: object):
     from qlora_exp.config.values import flatten
 
     assert flatten(compose([f"experiment={name}"]))[key] == value
+
+
+@pytest.mark.parametrize("sweep", ["cost_comparison", "llama3_8b_alpaca", "opt125m_dolly"])
+def test_sweep_of_experiments_has_all_of_its_family(sweep: str):
+    """Each row of a published comparison is an experiment; the sweep runs them all."""
+    rows = {words[0].removeprefix("experiment=") for words in grid([f"sweep={sweep}"])}
+    family = "smollm2_faq" if sweep == "cost_comparison" else sweep
+    assert rows == {name for name in options("experiment") if name.rpartition("_")[0] == family}
+    for name in rows:
+        assert compose([f"experiment={name}"]).sweep.name is None
