@@ -21,11 +21,14 @@ from qlora_exp.utils.cache import built
 from qlora_exp.utils.digests import json_digest, text_digest
 from qlora_exp.utils.errors import DataError, did_you_mean
 
-CACHE_LAYOUT = 4  # increase it when cached rows and tokens of older code must not be used any more
+CACHE_LAYOUT = 5  # increase it when cached rows and tokens of older code must not be used any more
 _ROWS, _REPORT = "rows.arrow", "report.json"
 _MANY = 0.1
+_PAIRS = (("prompt", "completion"), ("question", "answer"), ("prompt", "response"), ("instruction", "response"))
+_OPTIONAL = ("input", "system", "history")
+"""Roles of columns that a row may lack."""
 _REMEDIES = {
-    "empty": "no prompt, no answer or a message without content: correct the file, or name other columns "
+    "empty": "no prompt, no answer to learn or a message without content: correct the file, or name other columns "
     "(dataset.prompt_column, ...)",
     "without the columns": "correct the file, so that every row has the columns that the config names",
     "matching drop_matching": "dataset.drop_matching=null keeps them",
@@ -120,13 +123,15 @@ def _columns(config: DatasetConfig) -> dict[str, str]:
     """Return the column of the source that each of the uniform columns comes from."""
     if config.format == "text":
         return {"completion": config.text_column}
+    more = {"system": config.system_column, "history": config.history_column}
+    named_more = {role: column for role, column in more.items() if column}
     if config.messages_column:
-        return {"messages": config.messages_column}
+        return {"messages": config.messages_column} | named_more
     if config.prompt_template:
         named = prompt_templates.columns(config.prompt_template)
         return {"completion": config.completion_column} | {f"{{{name}}}": name for name in named}
     columns = {"prompt": config.prompt_column, "completion": config.completion_column}
-    return columns | ({"input": config.input_column} if config.input_column else {})
+    return columns | ({"input": config.input_column} if config.input_column else {}) | named_more
 
 
 def _no_column(path: str, missing: str, source: Source) -> str:
@@ -135,6 +140,12 @@ def _no_column(path: str, missing: str, source: Source) -> str:
     hint = did_you_mean(missing, source.columns)
     if dialogue := next((name for name, value in lists.items() if {"role", "from"} & value[0].keys()), None):
         hint = f"; a dialogue is read with dataset.format=chat dataset.messages_column={dialogue}."
+    elif {"instruction", "output"} <= first.keys():
+        hint = "; rows of Alpaca's form are read with dataset.format=alpaca and the columns instruction, input, output."
+    elif pair := next((pair for pair in _PAIRS if {*pair} <= first.keys()), None):
+        hint = f"; are these dataset.prompt_column={pair[0]} dataset.completion_column={pair[1]}?"
+    elif set(first) == {"text"}:
+        hint = "; plain text is read with dataset.format=text."
     elif lists:
         hint = f". If {next(iter(lists))!r} is the list of rows, write that list alone into the file."
     return (
@@ -181,7 +192,7 @@ class _Cleaner:
             for place, values in tqdm(self._rows, desc="reading", unit="row", leave=False, disable=None):
                 self._report.read += 1
                 if absent := [
-                    column for role, column in self._columns.items() if role != "input" and column not in values
+                    column for role, column in self._columns.items() if role not in _OPTIONAL and column not in values
                 ]:
                     has = f"{place}, which has {', '.join(map(_visible, values))} and no {absent[0]}"
                     self._report.drop("without the columns", has)
@@ -248,20 +259,30 @@ class _Cleaner:
             return None
         filled = self._source.fills_with_null
         tools = dialogues.tools(values.get("tools"), where, filled)
+        earlier = self._earlier(values, where)
         if "messages" in self._columns:
             turns = dialogues.messages(values[self._columns["messages"]], self._columns["messages"], where, filled)
-        elif tools or any(dialogues.is_dialogue(values[self._columns[role]]) for role in ("prompt", "completion")):
+        elif (
+            tools
+            or earlier
+            or any(dialogues.is_dialogue(values[self._columns[role]]) for role in ("prompt", "completion"))
+        ):
             turns = self._joined(values, where)
         else:
             return None
-        answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+        if earlier and turns and turns[0]["role"] in dialogues.SYSTEM_ROLES:
+            raise DataError(f"{where}: the messages have a system message, which must be the first of all")
+        turns = earlier + turns
+        answers = [index for index, turn in enumerate(turns) if dialogues.learns(turn)]
         last = answers[-1] if answers else -1
         if turns[last + 1 :] and answers:
             self._note("the turns after the last answer are not learned")
         turns = turns[: last + 1]
         if self._config.system_message and turns and turns[0]["role"] in dialogues.SYSTEM_ROLES:
             self._note("dataset.system_message is replaced by the row's own")
-        whole = all(turn.get("content") is not None or turn.keys() - {"role", "content"} for turn in turns)
+        if any(turn.get("train") is False for turn in turns):
+            self._note("answers with weight 0 or train false are not learned")
+        whole = all(turn.get("content") is not None or turn.keys() - {"role", "content", "train"} for turn in turns)
         row = {
             "prompt": dialogues.said(turns[-2]) if whole and len(turns) > 1 else "",
             "input": "",
@@ -277,16 +298,30 @@ class _Cleaner:
             raise DataError(f"{where}: a number is not finite, which has no form in JSON; correct the file") from error
         return row | parts
 
+    def _earlier(self, values: dict[str, Any], where: str) -> list[dialogues.Message]:
+        """Return the messages of the columns of system messages and of earlier turns."""
+        turns: list[dialogues.Message] = []
+        if (column := self._columns.get("system")) and (text := self._text(values.get(column), column, where)):
+            turns.append({"role": "system", "content": text})
+        if column := self._columns.get("history"):
+            turns += dialogues.history(values.get(column), column, where, self._source.fills_with_null)
+        return turns
+
     def _joined(self, values: dict[str, Any], where: str) -> list[dialogues.Message]:
         """Return the messages of a prompt and its answer, each a list of messages or a text."""
         turns: list[list[dialogues.Message]] = []
+        column = self._columns.get("input")
+        context = self._text(values.get(column), column, where) if column else ""
         for column, role in ((self._columns["prompt"], "user"), (self._columns["completion"], "assistant")):
             if dialogues.is_dialogue(values[column]):
                 turns.append(dialogues.messages(values[column], column, where, self._source.fills_with_null))
+                if role == "user" and context.strip():
+                    raise DataError(f"{where}: an input beside messages has no place; set dataset.input_column=null")
             else:
-                turns.append([{"role": role, "content": self._text(values[column], column, where)}])
-        if "input" in self._columns and values.get(self._columns["input"]):
-            raise DataError(f"{where}: an input beside messages has no place; set dataset.input_column=null")
+                text = self._text(values[column], column, where)
+                if role == "user" and context.strip():
+                    text = "\n\n".join(filter(None, [text, context]))
+                turns.append([{"role": role, "content": text}])
         if [turn["role"] for turn in turns[1]] != ["assistant"]:
             raise DataError(
                 f"{where}: column {self._columns['completion']!r} must be one message of the assistant; write "

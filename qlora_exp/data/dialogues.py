@@ -14,11 +14,19 @@ Message = dict[str, Any]
 SYSTEM_ROLES = ("system", "developer")
 ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool", "function", "ipython", "observation")
 _OTHER_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant"}
+_SHAREGPT = {**_OTHER_NAMES, "chatgpt": "assistant", "function_call": "assistant", "observation": "tool"}
+"""Roles of ShareGPT's messages (`from`) that have another name here."""
+_WEIGHTS: dict[str, tuple[Any, Any]] = {"weight": (0, 1), "train": (False, True)}
+"""Keys that say whether an answer is learned: OpenAI's and Axolotl's."""
 
 
 def is_dialogue(value: Any) -> bool:
     """Return whether a value is a list of messages."""
-    return is_rows(value) and all("role" in item for item in value)
+    return is_rows(value) and all("role" in item or _is_sharegpt(item) for item in value)
+
+
+def _is_sharegpt(item: dict[str, Any]) -> bool:
+    return {"from", "value"} <= item.keys() and not {"role", "content"} & item.keys()
 
 
 def is_rows(value: Any) -> bool:
@@ -29,7 +37,8 @@ def is_rows(value: Any) -> bool:
 def messages(value: Any, column: str, where: str, fills_with_null: bool) -> list[Message]:
     """Return the messages of a column's value.
 
-    Keys without a value are left out. Content is text, or None beside other keys.
+    Keys without a value are left out. Content is text, or None beside other keys. ShareGPT's `from` and `value` become
+    role and content. An answer that is not to be learned (`weight: 0`, `train: false`) has `train: False`.
 
     Args:
         value: a list of messages, or its JSON text.
@@ -38,7 +47,8 @@ def messages(value: Any, column: str, where: str, fills_with_null: bool) -> list
         fills_with_null: whether the source writes null for keys that a message does not have, at any depth.
 
     Raises:
-        DataError: a message has no role or content, an unknown role, or content that is not text.
+        DataError: a message has no role or content, an unknown role, content that is not text, or a weight that is
+            neither 0 nor 1.
     """
     filled = fills_with_null and not isinstance(value, str)
     listed = _parsed(value, column, where, "a list of messages with role and content")
@@ -72,17 +82,67 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
+def history(value: Any, column: str, where: str, fills_with_null: bool) -> list[Message]:
+    """Return the earlier turns of a row: pairs of a question and its answer, or messages, or the JSON text of these.
+
+    Raises:
+        DataError: the value is something else.
+    """
+    if isinstance(value, str):
+        try:
+            value = DECODER.decode(value) if value.strip() else None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: {column} must be JSON text; this is no JSON: {error}") from error
+    if isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+        roles = ("user", "assistant")
+        value = [{"role": role, "content": text} for pair in value for role, text in zip(roles, pair, strict=True)]
+    return messages(value, column, where, fills_with_null)
+
+
+def _from_sharegpt(item: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return a message of ShareGPT's with the keys of other messages; a call in its JSON text becomes a tool call."""
+    role, value = item["from"], item["value"]
+    message = {key: content for key, content in item.items() if key not in ("from", "value")}
+    message["role"] = _SHAREGPT.get(str(role).casefold(), role)
+    if role != "function_call":
+        return message | {"content": value}
+    try:
+        call = DECODER.decode(value) if isinstance(value, str) else value
+        function = {"name": call["name"], "arguments": call["arguments"]}
+    except (ValueError, RecursionError, KeyError, TypeError) as error:
+        raise DataError(f"{where}: a function_call must be the JSON text of name and arguments: {error!r}") from error
+    return message | {"content": None, "tool_calls": [{"type": "function", "function": function}]}
+
+
+def _is_learned(item: dict[str, Any], where: str) -> bool:
+    """Return whether an answer is to be learned, as its `weight` or `train` says; both are removed from the message.
+
+    Messages of others are never learned.
+    """
+    stated: dict[str, bool] = {}
+    for key, values in _WEIGHTS.items():
+        if (value := item.pop(key, None)) is None:
+            continue
+        if not isinstance(value, bool | int | float) or value not in values:
+            raise DataError(f"{where}: {key}={value!r} must be {values[0]} or {values[1]}")
+        stated[key] = bool(value)
+    if len({*stated.values()}) > 1:
+        raise DataError(f"{where}: weight and train contradict each other")
+    if item.get("role") != "assistant" and any(stated.values()):
+        raise DataError(f"{where}: only answers of the assistant are learned; remove {' and '.join(stated)}")
+    return all(stated.values())
+
+
 def _message(item: dict[str, Any], where: str, filled: bool) -> Message:
+    item = _from_sharegpt(item, where) if _is_sharegpt(item) else dict(item)
+    learned = _is_learned(item, where)
     content = item.get("content")
     more = {key: value for key, value in item.items() if key not in ("role", "content") and value not in (None, [])}
     missing = {"role", "content"} - item.keys() - ({"content"} if more and "role" in item else set())
     if missing:
-        hint = ""
-        if {"from", "value"} <= item.keys():
-            hint = "; rename from to role (human: user, gpt: assistant) and value to content in the file"
         raise DataError(
-            f"{where}: a message needs role and content; the first has {', '.join(item)}"
-            f" and no {' or '.join(sorted(missing))}{hint}"
+            f"{where}: a message needs role and content (or from and value); the first has {', '.join(item)}"
+            f" and no {' or '.join(sorted(missing))}"
         )
     role = item["role"]
     if role not in ROLES:
@@ -92,7 +152,13 @@ def _message(item: dict[str, Any], where: str, filled: bool) -> Message:
             meant = f"; did you mean '{name}'?"
         raise DataError(f"{where}: unknown role {role!r}{meant} Roles are {', '.join(ROLES)}")
     said_ = {"content": None if content is None else _content(content, where)} if "content" in item else {}
-    return {"role": role, **said_, **(_without_nulls(more) if filled else more)}
+    message = {"role": role, **said_, **(_without_nulls(more) if filled else more)}
+    return message if learned or role != "assistant" else message | {"train": False}
+
+
+def learns(message: Message) -> bool:
+    """Return whether a message is an answer that is to be learned."""
+    return message["role"] == "assistant" and message.get("train") is not False
 
 
 def _content(content: Any, where: str) -> str:
@@ -113,5 +179,5 @@ def _content(content: Any, where: str) -> str:
 
 def said(message: Message) -> str:
     """Return what a message says, as text: its content, and the other keys but the role as JSON."""
-    more = {key: value for key, value in message.items() if key not in ("role", "content")}
+    more = {key: value for key, value in message.items() if key not in ("role", "content", "train")}
     return "\n".join(filter(None, [message.get("content"), json.dumps(more, ensure_ascii=False) if more else ""]))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from qlora_exp.config.sections.dataset import DatasetConfig
-from qlora_exp.data.dialogues import SYSTEM_ROLES, Message
+from qlora_exp.data.dialogues import SYSTEM_ROLES, Message, learns
 from qlora_exp.utils import prompt_templates
 from qlora_exp.utils.errors import DataError, ModelError
 from qlora_exp.utils.processes.limits import FailedError, LimitedProcess, LimitError
@@ -47,7 +47,8 @@ def render(row: dict[str, Any], config: DatasetConfig, tokenizer: Any, every_ans
             complete dialogue.
         config: the dataset's config; `format`, `system_message` and `chat_template` are used.
         tokenizer: used for its chat template only, which needs no `{% generation %}` marks.
-        every_answer: learn all assistant turns of a dialogue, instead of the last one only.
+        every_answer: learn all assistant turns of a dialogue, instead of the last one only; in both cases without those
+            that the row excludes.
 
     Raises:
         DataError: format `chat`, and the tokenizer has no chat template, or one that refuses the dialogue or rewrites
@@ -63,7 +64,7 @@ def render(row: dict[str, Any], config: DatasetConfig, tokenizer: Any, every_ans
         return Rendered([(_asked(row), False), (row["completion"], True)], False)
     dialogue = messages(row, config)
     tools = row.get("tools")
-    answers = [place for place, message in enumerate(dialogue) if message["role"] == "assistant"]
+    answers = [place for place, message in enumerate(_dialogue(row, config)) if learns(message)]
     places = answers if every_answer else answers[-1:]
     asked = [(place, True) for place in places]
     answered = [(place + 1, False) for place in places]
@@ -82,7 +83,12 @@ def render(row: dict[str, Any], config: DatasetConfig, tokenizer: Any, every_ans
 
 
 def messages(row: Mapping[str, Any], config: DatasetConfig) -> list[Message]:
-    """Return a row's dialogue, with the config's system message unless it has its own."""
+    """Return a row's dialogue as the template gets it, with the config's system message unless it has its own."""
+    dialogue = _dialogue(row, config)
+    return [{key: value for key, value in message.items() if key != "train"} for message in dialogue]
+
+
+def _dialogue(row: Mapping[str, Any], config: DatasetConfig) -> list[Message]:
     dialogue: list[Message] = row.get("messages") or [
         {"role": "user", "content": _asked(row)},
         {"role": "assistant", "content": row["completion"]},

@@ -54,6 +54,7 @@ def _tokenize(rows: Dataset, config: Config, tokenizer: Any, folder: Path) -> No
         try:
             if config.dataset.format == "chat":
                 template.check(row)
+                _check_weights(row, learn_all)
             text = render(row, config.dataset, tokenizer, config.training.assistant_only_loss)
         except DataError as error:
             raise DataError(f"{' or '.join(config.dataset.paths)}, {row.get('place')}: {error}") from error
@@ -83,6 +84,15 @@ def _tokenize(rows: Dataset, config: Config, tokenizer: Any, folder: Path) -> No
         options: dict[str, Any] = {"load_from_cache_file": False, "cache_file_name": f"{scratch}/tokens.arrow"}
         encoded = rows.map(encode, remove_columns=rows.column_names, **options)
         encoded.with_format(None).save_to_disk(str(folder))  # without the transform of the rows
+
+
+def _check_weights(row: dict[str, Any], learn_all: bool) -> None:
+    """Refuse a dialogue with an answer that is not to be learned if all of it is."""
+    if learn_all and any(message.get("train") is False for message in row.get("messages") or ()):
+        raise DataError(
+            "an answer is not to be learned (weight or train), but training.completion_only_loss=false learns all of a "
+            "row; set it to true"
+        )
 
 
 def prompt_tokens(tokenizer: Any, text: str, special: bool) -> list[int]:

@@ -120,8 +120,13 @@ class DatasetConfig(Section):
     completion_column: str = "output"
     """Column with the answer."""
     messages_column: str | None = None
-    """chat: column with complete dialogues: lists of messages, or their JSON text. The last assistant turn is the
-    completion. A column `tools` holds the schemas of functions, if the template renders them."""
+    """chat: column with complete dialogues: lists of messages (role and content, or from and value), or their JSON
+    text. The last assistant turn is the completion; with `weight: 0` or `train: false` it is not learned. A column
+    `tools` holds the schemas of functions, if the template renders them."""
+    history_column: str | None = None
+    """chat: column with the earlier turns of a row: pairs of question and answer, or messages. null: none."""
+    system_column: str | None = None
+    """chat: column with the system message of a row. null: none."""
     text_column: str = "text"
     """text: column with the text."""
     system_message: str | None = None
@@ -192,13 +197,14 @@ class DatasetConfig(Section):
             raise ValueError("eval_path and eval_split exclude each other: set one of them")
         if self.system_message and self.format != "chat":
             raise ValueError(f"format={self.format} has no system message: use format=chat, or system_message=null")
-        for key in ("messages_column", "chat_template"):
+        for key in ("messages_column", "chat_template", "history_column", "system_column"):
             if getattr(self, key) and self.format != "chat":
                 raise ValueError(f"{key} needs format=chat")
         if self.prompt_template and self.format not in ("chat", "prompt_completion"):
             raise ValueError(f"prompt_template: format={self.format} has its own prompt; use format=prompt_completion")
-        if self.prompt_template and self.messages_column:
-            raise ValueError("prompt_template and messages_column exclude each other: set one of them")
+        for key in ("messages_column", "history_column", "system_column"):
+            if self.prompt_template and getattr(self, key):
+                raise ValueError(f"prompt_template and {key} exclude each other: set one of them")
         if self.chat_template and not re.search(r"\{[{%]", self.chat_template):
             raise ValueError("chat_template must be a Jinja template: name its file, which ends in .jinja")
         if self.evaluate_on == "validation" and self.validation_size is None:

@@ -118,6 +118,12 @@ def test_rows_of_another_shape_are_counted(write_jsonl):
             '{"conversations": [{"from": "human", "value": "a"}]}',
             "dataset.format=chat dataset.messages_column=conversations",
         ),
+        (
+            '{"instruction": "a", "input": "", "output": "b"}',
+            "dataset.format=alpaca and the columns instruction, input",
+        ),
+        ('{"question": "a", "answer": "b"}', "dataset.prompt_column=question dataset.completion_column=answer?"),
+        ('{"text": "a"}', "dataset.format=text"),
         ("[]", "it has no rows"),
     ],
 )
@@ -141,6 +147,36 @@ def test_dialogue_and_tools_are_kept_whole(write_jsonl):
     assert [row["tools"] for row in rows] == [TOOLS, None]
     assert '"name": "f"' in rows[0]["completion"]
     assert report.notes == {"the turns after the last answer are not learned": 1}
+
+
+def test_row_ends_with_its_last_answer_to_learn(write_jsonl):
+    silent = ANSWER | {"weight": 0}
+    path = write_jsonl([{"messages": turns} for turns in ([USER, silent, USER, ANSWER, USER, silent], [USER, silent])])
+    (row,), report = cleaned(path, **CHAT)
+    assert row["messages"] == [USER, ANSWER | {"train": False}, USER, ANSWER]
+    assert report.dropped["empty"] == 1
+    assert report.notes == {
+        "the turns after the last answer are not learned": 1,
+        "answers with weight 0 or train false are not learned": 1,
+    }
+
+
+def test_system_message_and_earlier_turns_may_have_columns(write_jsonl):
+    system, turns = {"role": "system", "content": "Be kind."}, [USER, ANSWER]
+    more = {"sys": "Be kind.", "old": [[USER["content"], ANSWER["content"]]]}
+    path = write_jsonl(
+        [{"prompt": "q", "completion": "a", "input": "more", **more}, {"prompt": "q", "completion": "b"}]
+    )
+    columns = {"format": "chat", "system_column": "sys", "history_column": "old", "input_column": "input"}
+    (first, second), _ = cleaned(path, **columns)
+    asked = {"role": "user", "content": "q\n\nmore"}
+    assert first["messages"] == [system, *turns, asked, {"role": "assistant", "content": "a"}]
+    assert (second["messages"], second["prompt"]) == (None, "q")
+    whole = write_jsonl([{"messages": turns, **more}, {"messages": [system, *turns], "sys": "x"}], "whole.jsonl")
+    with pytest.raises(DataError, match="line 2: the messages have a system message, which must be the first"):
+        cleaned(whole, **CHAT, system_column="sys")
+    (first, _), _ = cleaned(whole, **CHAT, history_column="old")
+    assert first["messages"] == turns * 2
 
 
 def test_own_system_message_is_noted_if_the_config_has_one(write_jsonl):

@@ -25,11 +25,52 @@ def messages(value, *, fills_with_null: bool = False) -> list[dict]:
         ({"role": "assistant", "content": "8", "reasoning_content": "r"}, {"content": "8", "reasoning_content": "r"}),
         ({"role": "tool", "content": {"n": 1}, "tool_call_id": "c"}, {"content": '{"n": 1}', "tool_call_id": "c"}),
         ({"role": "user", "content": None}, {"content": None}),
+        ({"role": "user", "content": "a", "weight": 0, "train": False}, {"content": "a"}),
+        ({"role": "assistant", "content": "a", "weight": 1, "train": None}, {"content": "a"}),
+        ({"role": "assistant", "content": "a", "weight": 0.0}, {"content": "a", "train": False}),
+        ({"role": "assistant", "content": "a", "train": False}, {"content": "a", "train": False}),
     ],
 )
 def test_everything_that_a_message_says_is_kept(given: dict, kept: dict):
     expected = [{"role": given["role"], **kept}]
     assert messages([given]) == messages(json.dumps([given])) == expected
+
+
+def test_messages_of_sharegpt_are_those_of_others():
+    call = {"name": "weather", "arguments": {"town": "T", "n": 1.10}}
+    given = [
+        {"from": "system", "value": "s"},
+        {"from": "human", "value": "q", "weight": 0},
+        {"from": "function_call", "value": json.dumps(call)},
+        {"from": "observation", "value": "rain"},
+        {"from": "GPT", "value": "a", "weight": 1},
+        {"from": "user", "value": 3},
+        {"from": "chatgpt", "value": "b", "weight": 0},
+    ]
+    assert dialogues.is_dialogue(given)
+    assert (
+        messages(given)
+        == messages(json.dumps(given))
+        == [
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": call}]},
+            {"role": "tool", "content": "rain"},
+            {"role": "assistant", "content": "a"},
+            {"role": "user", "content": "3"},
+            {"role": "assistant", "content": "b", "train": False},
+        ]
+    )
+
+
+def test_earlier_turns_are_pairs_or_messages():
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    for given in ([["q", "a"]], '[["q", "a"]]', turns, json.dumps(turns)):
+        assert dialogues.history(given, "history", "line 1", fills_with_null=False) == turns
+    assert dialogues.history(None, "h", "", False) == dialogues.history([], "h", "", False) == []
+    for wrong in ("q", [["q"]], ["q", "a"]):
+        with pytest.raises(DataError, match="line 1: history must be"):
+            dialogues.history(wrong, "history", "line 1", False)
 
 
 def test_number_in_json_text_keeps_its_digits():
@@ -54,7 +95,13 @@ def test_nulls_that_a_column_type_adds_are_left_out():
         ),
         ([{"role": "gpt", "content": "a"}], "unknown role 'gpt'; did you mean 'assistant'"),
         ([{"role": None, "content": "a"}], "unknown role None"),
-        ([{"from": "human", "value": "a"}], "needs role and content.* rename from to role"),
+        ([{"from": "human", "content": "a"}], r"needs role and content \(or from and value\).* no role"),
+        ([{"from": "robot", "value": "a"}], "unknown role 'robot'"),
+        ([{"from": "function_call", "value": "weather"}], "must be the JSON text of name and arguments"),
+        ([{"role": "assistant", "content": "a", "weight": 0.5}], "weight=0.5 must be 0 or 1"),
+        ([{"role": "assistant", "content": "a", "train": "no"}], "train='no' must be False or True"),
+        ([{"role": "assistant", "content": "a", "train": True, "weight": 0}], "contradict each other"),
+        ([{"role": "user", "content": "a", "weight": 1}], "only answers of the assistant are learned; remove weight"),
         ([{"role": "user"}], "no content"),
         ([{"role": "user", "content": [{"type": "image", "url": "u"}]}], "'image'.* cannot be learned as text"),
         ([{"role": "user", "content": ["a"]}], "the part a cannot be learned"),

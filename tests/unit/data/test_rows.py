@@ -24,8 +24,8 @@ def test_dialogue_ends_with_its_last_answer(write_jsonl):
 
 
 def test_dialogue_with_other_fields_is_rejected(write_jsonl):
-    path = write_jsonl([{"chat": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}] * 4)
-    with pytest.raises(DataError, match="needs role and content; the first has from, value"):
+    path = write_jsonl([{"chat": [{"speaker": "human", "text": "hi"}, {"speaker": "gpt", "text": "ho"}]}] * 4)
+    with pytest.raises(DataError, match=r"needs role and content \(or from and value\); the first has speaker, text"):
         load_rows(DatasetConfig(path=path, format="chat", messages_column="chat"))
 
 

@@ -73,9 +73,6 @@ def test_rendered_row_is_accepted(template: str, dialogue: list, tools: Any, wit
             "'content'",
         ),
         (BEGIN + CONTENT + END, [USER, REASONED], None, "'reasoning_content'"),
-        (BEGIN + CONTENT + END, [USER, {**ANSWER, "weight": 0}], None, "'weight'"),
-        (BEGIN + CONTENT + END, [USER, {**ANSWER, "weight": 1}], None, "'weight'"),
-        (BEGIN + CONTENT + END, [USER, {**ANSWER, "train": False}], None, "'train'"),
         (BEGIN + CONTENT + END, [{**USER, "name": "Bo"}, ANSWER], None, "'name'"),
         (
             BEGIN + "{% if m.role != 'developer' %}" + CONTENT + "{% endif %}" + END,

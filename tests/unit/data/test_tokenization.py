@@ -55,7 +55,7 @@ def test_reference_is_the_learned_answer(tiny_tokenizer):
 
 
 def test_row_that_cannot_be_rendered_is_named(make_config, tiny_tokenizer, write_jsonl):
-    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 0}]
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "mood": "good"}]
     path = write_jsonl([{"messages": [turns[0], turns[1] | {"content": f"{number}"}]} for number in range(3)])
     words = [
         f"dataset.path={path}",
@@ -64,7 +64,7 @@ def test_row_that_cannot_be_rendered_is_named(make_config, tiny_tokenizer, write
         "dataset.drop_leaks=none",
     ]
     config = make_config(*words)
-    with pytest.raises(DataError, match=r"rows.jsonl, line \d: .* does not render the key 'weight'"):
+    with pytest.raises(DataError, match=r"rows.jsonl, line \d: .* does not render the key 'mood'"):
         tokenization.tokenize(load_rows(config.dataset).train, config, tiny_tokenizer)
 
 
@@ -132,6 +132,23 @@ def test_assistant_only_loss_covers_every_answer(make_config, tiny_tokenizer, wr
         found.append(tiny_tokenizer.decode([label for label in row["labels"] if label != tokenization.IGNORED]))
         assert tiny_tokenizer.decode(row["input_ids"][: row["prompt_length"]]).endswith("<|im_start|>assistant\n")
     assert found == ["hello<|im_end|>\n5<|im_end|>\n", "5<|im_end|>\n"]
+
+
+def test_answers_that_a_row_excludes_carry_no_loss(make_config, tiny_tokenizer, write_jsonl):
+    turns = [("user", "a", 0), ("assistant", "one", 1), ("user", "b", 0), ("assistant", "two", 0), ("user", "c", 0),
+             ("assistant", "three", 1)]  # fmt: skip
+    rows = [{"chat": [{"role": role, "content": f"{text}{n}", "weight": weight} for role, text, weight in turns]}
+            for n in range(2)]  # fmt: skip
+    words = [f"dataset.path={write_jsonl(rows)}", "dataset.format=chat", "dataset.messages_column=chat",
+             "dataset.input_column=null", "dataset.eval_size=1", "training.assistant_only_loss=true"]  # fmt: skip
+    checked = make_config(*words)
+    (row,) = tokenization.tokenize(load_rows(checked.dataset).train, checked, tiny_tokenizer)
+    learned = tiny_tokenizer.decode([label for label in row["labels"] if label != IGNORED])
+    assert [line[:-11] for line in learned.splitlines()] == ["one", "three"]
+    assert "two" in tiny_tokenizer.decode(row["input_ids"])
+    everything = make_config(*words[:-1], "training.completion_only_loss=false")
+    with pytest.raises(DataError, match="line 1: an answer is not to be learned .* set it to true|line 2"):
+        tokenization.tokenize(load_rows(everything.dataset).train, everything, tiny_tokenizer)
 
 
 @pytest.mark.parametrize(
