@@ -25,6 +25,8 @@ def problems(config: Config) -> Iterator[str]:
     named = [targets] if isinstance(targets, str) else targets or []
     if not compatibility.is_ignored() and any(f".{name}".endswith(".lm_head") for name in named):
         yield f"method.target_modules: {OUTPUT_LAYER}"
+    if config.model.adapter:
+        yield from _trained_on(config)
     yield from _trainer(config)
     yield from _device(config)
     yield from _distributed(config)
@@ -101,6 +103,22 @@ def _lora(config: Config) -> Iterator[str]:
     others = [name for name in ("use_dora", "kasa_config", "monteclora_config", "lora_bias") if settings.get(name)]
     if optimizer.lora_optimizer == "lorafa" and (others or start == "mica"):
         yield f"lora_optimizer=lorafa trains LoRA's B only, not {', '.join(others) or 'mica'}"
+
+
+def _trained_on(config: Config) -> Iterator[str]:
+    """Check that the run can train on from `model.adapter`."""
+    name, adapter = config.method.name, config.model.adapter
+    merge = f"merge it (`qlora-exp merge {adapter} --out FOLDER`) and use model.model_name_or_path=FOLDER"
+    if config.method.peft_type is None:
+        yield f"model.adapter={adapter}: method={name} trains the model's own weights, not an adapter: {merge}"
+    elif why := peft_methods.cannot_train_on(config.method.peft_type, config.peft_settings):
+        instead = merge if not config.refusal("merge") else "train a new adapter (model.adapter=null)"
+        yield f"model.adapter={adapter}: method={name} cannot train on from an adapter ({why}): {instead}"
+    if config.training.resume_from_checkpoint:
+        yield (
+            "model.adapter and training.resume_from_checkpoint both say where training begins: use "
+            "model.adapter=null to go on from the checkpoint, or training.resume_from_checkpoint=null"
+        )
 
 
 def _trainer(config: Config) -> Iterator[str]:

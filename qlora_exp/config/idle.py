@@ -106,6 +106,8 @@ def _model(config: Config) -> Iterator[tuple[str, str]]:
 
 def _adapter(config: Config) -> Iterator[tuple[str, str]]:
     method, start = config.method, config.lora_start
+    if config.model.adapter:
+        yield "lora_variant.init_rows", "model.adapter is initialized already"
     if method.peft_type is None:
         yield "method.adapter_dtype", "full fine-tuning has no adapter: set model.dtype"
         return

@@ -63,7 +63,7 @@ _ON_PLAIN_BASE = rf"{_MOVES_BASE}|mica|orthogonal"
 _PLAIN_BASE_ONLY = ("kasa_config", "monteclora_config", "velora_config")
 _STARTS = rf"{_ON_PLAIN_BASE}|gaussian|eva|loftq"
 # Types of fields whose annotation in PEFT is incomplete.
-_CORRECTED = {"init_lora_weights": bool | Annotated[str, Field(pattern=rf"^({_STARTS})$")]}
+_CORRECTED = {"lora_alpha": int | float, "init_lora_weights": bool | Annotated[str, Field(pattern=rf"^({_STARTS})$")]}
 _POSITIVE = frozenset({"bottleneck_size", "r", "lora_alpha", "init_r", "target_r", "num_virtual_tokens"})
 
 _OF_LORA_ONLY = ("r", "alpha_pattern", "lora_bias", "qalora_group_size", "use_bdlora", "use_qalora", "use_rslora")
@@ -172,6 +172,15 @@ def _other_version() -> str:
 def moves_base_weights(start: str | None) -> bool:
     """Return whether this initialization (`init_lora_weights`) moves a part of the base weights into the adapter."""
     return start is not None and re.fullmatch(_MOVES_BASE, start) is not None
+
+
+def cannot_train_on(peft_type: str, settings: dict[str, Any]) -> str | None:
+    """Return why an adapter of this kind cannot be trained on from what is saved of it; None if it can."""
+    if peft_type == "ADALORA":
+        return "it ends with ranks that its schedule has cut, which cannot be scheduled again"
+    if peft_type == "P_TUNING" or (peft_type == "PREFIX_TUNING" and settings.get("prefix_projection")):
+        return "of its prompt the values are saved, but not the network that makes them"
+    return None
 
 
 def needs_unquantized_base(settings: dict[str, Any]) -> str | None:

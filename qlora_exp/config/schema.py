@@ -63,6 +63,11 @@ class Config(Section):
         return start if isinstance(start, str) else None
 
     @property
+    def new_start(self) -> str | None:
+        """How this run initializes LoRA; None for PEFT's default, and if it trains on from an adapter."""
+        return None if self.model.adapter else self.lora_start
+
+    @property
     def cannot_train(self) -> str:
         """Beginning of the messages that refuse the run's method on its model."""
         variant = "" if self.lora_variant.name == "lora" else f" lora_variant={self.lora_variant.name}"

@@ -163,6 +163,7 @@ def refuse_user_only_settings(config: Config, changes: Mapping[str, Any]) -> Non
     _refuse_processes(config, changes)
     paths: dict[str, Any] = {
         "model.model_name_or_path": config.model.model_name_or_path,
+        "model.adapter": config.model.adapter,
         "dataset.path": config.dataset.path,
         "dataset.eval_path": config.dataset.eval_path,
         "unrelated.path": config.unrelated.path,

@@ -11,6 +11,9 @@ from pydantic import BaseModel
 from qlora_exp.config.schema import Config
 from qlora_exp.utils.secrets import redacted, redacted_tags
 
+CONFIG_FILE = "qlora_exp.yaml"
+"""Name of the file with the config, in a run's output folder and with each model that a run saved or exported."""
+
 
 def to_yaml(config: Config) -> str:
     """Return the complete config as YAML, without secrets.
@@ -80,6 +83,7 @@ APART = ("tracking", "sweep", "search", "tuning")
 _OF_ONE_START = ("name", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "ddp_timeout")
 """Keys of `distributed` that say where the processes are and how they find each other, not what they compute."""
 _EMPTY_IN_OLDER_RECORDS = (
+    ("model", "adapter"),
     ("training", "lr_scheduler_kwargs"),
     *((section, key) for section in ("dataset", "unrelated") for key in ("validation_size", "evaluate_on")),
 )

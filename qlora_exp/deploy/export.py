@@ -26,11 +26,12 @@ from qlora_exp.config.untrusted import refuse_user_only_settings
 from qlora_exp.config.values import without_places
 from qlora_exp.deploy import gguf, gptq, merge, ollama
 from qlora_exp.deploy.formats import BITSANDBYTES, EXPORT_FORMATS, GPTQ_FORMATS
-from qlora_exp.deploy.load import GGUF_FILE, Saved, load_complete_model, model_type, remove_places
+from qlora_exp.deploy.load import Saved, load_complete_model, model_type, remove_places
 from qlora_exp.deploy.merge import Base, Whole
 from qlora_exp.environment.device import detect, resolve
 from qlora_exp.environment.provenance import libraries
 from qlora_exp.models import quantization, transformers_4
+from qlora_exp.models.files import EXPORT_FILE, GGUF_FILE
 from qlora_exp.tracking import mlflow_store, run_key
 from qlora_exp.tracking.journal import CONFIG_FILE
 from qlora_exp.utils.errors import ConfigError, ModelError, TrackingError, first_line
@@ -39,7 +40,6 @@ from qlora_exp.utils.processes.signals import handle_signals
 
 log = logging.getLogger(__name__)
 
-FACTS_FILE = "export.json"
 _ROUNDINGS = 32
 """Allowed difference of logits, in roundings of the largest logit: the rounding errors of successive layers add up."""
 _KL_OF_ROUNDING = 2.0
@@ -87,7 +87,7 @@ def is_exported(
     """
     if not out.exists():
         return False
-    facts = out / FACTS_FILE
+    facts = out / EXPORT_FILE
     if facts.is_file() and _json(facts).get("asked") == _asked(saved, form, dtype, base, type_):
         return True
     raise ConfigError(
@@ -158,14 +158,14 @@ def export(
         actual = merge.logits(reloaded, whole.ids)
         made = _compare(whole, reloaded, actual, str(out), form, written.weights, size_on_disk(part))
         _check(made, whole, written, dtype, actual)
-        facts = asdict(made) | {"asked": asked, "libraries": libraries()}
+        facts = asdict(made) | {"run_id": saved.run_id, "asked": asked, "libraries": libraries()}
         model = saved.config.model
         places = {"model_name_or_path": model.model_name_or_path, "source": saved.source, "folder": made.folder}
         facts |= without_places({"model": places})["model"] | {"revision": model.revision}
         facts["base"] = made.base.replace(model.model_name_or_path, facts["model_name_or_path"])
-        (part / FACTS_FILE).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+        (part / EXPORT_FILE).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
         for file in part.iterdir():  # safetensors makes its files readable by their owner only
-            file.chmod((part / FACTS_FILE).stat().st_mode)
+            file.chmod((part / EXPORT_FILE).stat().st_mode)
         _log_to_run(saved, facts)  # before the folder appears: if this process is killed, the next one does both
     return made
 

@@ -11,36 +11,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mlflow import MlflowClient
-from mlflow.artifacts import download_artifacts
-from mlflow.exceptions import MlflowException
 from peft import PeftModel
-from requests import RequestException
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 import qlora_exp.models.bottleneck  # noqa: F401 - registers its method with PEFT
-from qlora_exp.config import compatibility
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.schema import Config
 from qlora_exp.config.untrusted import plain_yaml
-from qlora_exp.config.validate import from_dict
 from qlora_exp.config.values import values_to_yaml, without_places
 from qlora_exp.deploy.untrusted_folders import check_adapter, check_tokenizer, generate_once, use_own_generation
 from qlora_exp.environment.device import detect, resolve
-from qlora_exp.models.adapters import missing_tensors
+from qlora_exp.models.adapters import check_complete, fit_explained
 from qlora_exp.models.base import load_model, model_config, named, stop_at_end_of_turn
-from qlora_exp.models.files import check_files, read_json
+from qlora_exp.models.files import GGUF_FILE, check_files, read_json
 from qlora_exp.models.quantization import quantization_config
 from qlora_exp.models.untrusted import bounded, check_folder, explained, most_values
+from qlora_exp.recipe.saved import saved_config
 from qlora_exp.results import records
-from qlora_exp.tracking import journal, mlflow_store, run_key
+from qlora_exp.tracking import logged_models, run_key
 from qlora_exp.tracking.journal import CONFIG_FILE, FILE
-from qlora_exp.tracking.stores import artifacts, uris
-from qlora_exp.utils.errors import ConfigError, JournalError, ModelError, TrackingError
-from qlora_exp.utils.files import check_source
+from qlora_exp.utils.errors import ModelError, TrackingError
 from qlora_exp.utils.quiet import hide_bars
-
-GGUF_FILE = "model.gguf"
 
 
 @dataclass(frozen=True)
@@ -80,41 +71,9 @@ def find(source: str, tracking_uri: str | None = None, device: str = "auto") -> 
     Raises:
         ModelError: there is no such model, it was not saved by a run, or its base model has changed since training.
     """
-    check_source(source)
-    if Path(source).is_dir():
-        folder, run_id = Path(source), None
-        folder = folder / "model" if (folder / "model").is_dir() else folder  # a run's output folder
-        if (folder.parent / FILE).is_file():
-            try:
-                run_id = journal.run_id(folder.parent, uris.store_uri(tracking_uri))
-            except JournalError as error:
-                raise ModelError(f"{folder.parent}: the journal of its run is damaged: {error}") from error
-    else:
-        folder, run_id = _download(source, tracking_uri)
+    folder, run_id = logged_models.locate(source, tracking_uri)
     adapter = (folder / "adapter_config.json").is_file()
-    names = ("adapter_model.safetensors",) if adapter else ("model*.safetensors", GGUF_FILE)  # never a pickle
-    if not (folder / CONFIG_FILE).is_file():
-        kind = "adapters" if adapter else "models"
-        raise ModelError(
-            f"{source}: not a model that a run saved: it has no {CONFIG_FILE}; {kind} that were made with other "
-            "programs are not taken, as nothing says in which format they are prompted"
-        )
-    if not any(list(folder.glob(name)) for name in names):
-        raise ModelError(f"{source}: not a complete model: it has no {' or '.join(names)}")
-    try:
-        recorded = plain_yaml((folder / CONFIG_FILE).read_text("utf-8"), CONFIG_FILE)
-        recorded = _with_places(recorded, folder, run_id, tracking_uri)
-        # A config from somebody else must not run their code: neither the model's own code nor a kernel of the hub.
-        recorded["model"] |= {"trust_remote_code": False, "attn_implementation": None}
-        recorded["training"]["resume_from_checkpoint"] = None
-        recorded["tracking"] = {}
-    except (ConfigError, KeyError, TypeError, UnicodeDecodeError) as error:
-        raise ModelError(f"{source}: {CONFIG_FILE} is damaged: {error}") from error
-    try:
-        with compatibility.ignored():  # it was trained, so what would be refused now worked then
-            config = from_dict(recorded | {"device": device})
-    except ConfigError as error:
-        raise ModelError(f"{source}: its config does not match this version of qlora_exp: {error}") from error
+    config = saved_config(source, folder, device, lambda values: _with_places(values, folder, run_id, tracking_uri))
     if adapter:
         config = _on_its_base(config, folder)
     elif kernels := sorted(_kernels(_model_config(folder))):
@@ -231,21 +190,13 @@ def with_adapter(model: Any, saved: Saved, name: str = "default") -> PeftModel:
         ModelError: a file is damaged, or the adapter does not fit the base model.
     """
     check_adapter(saved.folder, saved.config.model, saved.config.method.peft_type)
-    with explained(f"{saved.folder}: the adapter"):
-        try:
-            if isinstance(model, PeftModel):
-                model.load_adapter(str(saved.folder), adapter_name=name)
-                model.set_adapter(name)
-            else:
-                model = PeftModel.from_pretrained(model, str(saved.folder), adapter_name=name)
-        except (RuntimeError, ValueError, TypeError) as error:
-            first = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
-            raise ModelError(f"{saved.folder}: does not fit {model.config.name_or_path}: {first:.300}") from error
-        if missing := missing_tensors(model, saved.folder, name):
-            raise ModelError(
-                f"{saved.folder}: the adapter's file lacks {len(missing)} tensors that its config describes: "
-                f"{named(missing)}; copy the whole adapter again"
-            )
+    with fit_explained(model, saved.folder):
+        if isinstance(model, PeftModel):
+            model.load_adapter(str(saved.folder), adapter_name=name)
+            model.set_adapter(name)
+        else:
+            model = PeftModel.from_pretrained(model, str(saved.folder), adapter_name=name)
+        check_complete(model, saved.folder, name)
     generate_once(model, f"{saved.folder}: the adapter")
     return model
 
@@ -329,50 +280,3 @@ def _kernels(values: Any) -> set[str]:
         return set()
     own = {value for key, value in values.items() if key.endswith("implementation") and "/" in str(value)}
     return {str(value) for value in own} | {kernel for value in values.values() for kernel in _kernels(value)}
-
-
-def models_of(mlflow: MlflowClient, run_id: str) -> list[Any]:
-    """Return the models that a run logged, oldest first.
-
-    Raises:
-        ModelError: it logged none.
-    """
-    outputs = mlflow.get_run(run_id).outputs
-    if outputs is None or not outputs.model_outputs:
-        raise ModelError(
-            f"run {run_id} logged no model to MLflow; see the keys tracking.log_adapter and tracking.log_full_model"
-        )
-    return list(outputs.model_outputs)
-
-
-def _download(source: str, tracking_uri: str | None) -> tuple[Path, str | None]:
-    """Download a logged model; return its folder and the id of the run that logged it."""
-    try:
-        mlflow = mlflow_store.reader(tracking_uri)
-    except TrackingError as error:
-        raise ModelError(f"{source}: not a folder, and cannot be searched for in MLflow: {error}") from error
-    try:
-        if not source.startswith("models:/"):
-            model_id = models_of(mlflow, source)[-1].model_id
-        else:
-            model_id = source.removeprefix("models:/")
-            version = None
-            if "/" in model_id:  # a registered model: models:/NAME/VERSION
-                if not model_id.rpartition("/")[2].isdigit():
-                    raise ModelError(f"{source}: versions are numbers (models:/NAME/3), aliases models:/NAME@ALIAS")
-                version = mlflow.get_model_version(*model_id.split("/", 1))
-            elif "@" in model_id:  # models:/NAME@ALIAS
-                version = mlflow.get_model_version_by_alias(*model_id.split("@", 1))
-            if version is not None:
-                model_id = str(version.source).removeprefix("models:/")
-        # Use the location of its files: MLflow resolves models:/ on its global tracking URI only.
-        logged = mlflow.get_logged_model(model_id)
-        folder = artifacts.folder(logged.artifact_location, mlflow.tracking_uri)
-        if folder is None:
-            location = logged.artifact_location
-            folder = Path(download_artifacts(artifact_uri=location, tracking_uri=mlflow.tracking_uri))
-        elif not folder.is_dir():
-            raise ModelError(f"{source}: its files were in {folder}, which is not there")
-    except (MlflowException, RequestException, TrackingError) as error:
-        raise ModelError(f"{source}: {error}") from error
-    return folder, logged.source_run_id

@@ -115,6 +115,8 @@ def _facts(record: Record, config: Config) -> list[list[str]]:
     settings = config.peft_settings
     return [
         ["base model", model_and_revision(config)],
+        *([["trained on from", f"the adapter of {_first(record)}"]] if config.model.adapter else []),
+        *([["base made by this program", origin]] if (origin := params.get("resolved.base_origin")) else []),
         ["base stored as", f"{config.quantization.name}, {params.get('resolved.dtype', '?')}"],
         ["method", ", ".join([config.method.name, *(f"{key}={value}" for key, value in settings.items())])],
         [
@@ -130,6 +132,12 @@ def _facts(record: Record, config: Config) -> list[list[str]]:
         ["run", record.run_id],
         ["code", record.tags.get("git.sha", record.tags.get("identity.code", "?"))],
     ]
+
+
+def _first(record: Record) -> str:
+    """Name the adapter that the run trained on from: its run, if that is known, and the SHA-256 of its file."""
+    run, digest = (record.params.get(f"resolved.adapter_{name}", "?") for name in ("run", "sha256"))
+    return f"run {run}, SHA-256 {digest}"
 
 
 def model_and_revision(config: Config) -> str:

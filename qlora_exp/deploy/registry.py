@@ -13,7 +13,7 @@ from requests import RequestException
 
 from qlora_exp.deploy import load, model_card
 from qlora_exp.results import records, reproduce
-from qlora_exp.tracking import mlflow_store
+from qlora_exp.tracking import logged_models, mlflow_store
 from qlora_exp.tracking.refusals import hint
 from qlora_exp.tracking.stores import artifacts
 from qlora_exp.tracking.stores.uris import VARIABLE
@@ -59,7 +59,7 @@ def register(uri: str | None, run: str, name: str, alias: str | None = None) -> 
     saved = load.find(record.run_id, uri, "cpu")
     mlflow = mlflow_store.client(uri)
     try:
-        (model_id,) = [output.model_id for output in load.models_of(mlflow, record.run_id)][-1:]
+        (model_id,) = [output.model_id for output in logged_models.models_of(mlflow, record.run_id)][-1:]
         of_run = mlflow.get_run(record.run_id).info.artifact_uri
         if (attempt := record.tags.get("attempt")) is not None:  # changes nothing, but fails if the user may only read
             mlflow.set_tag(record.run_id, "attempt", attempt)

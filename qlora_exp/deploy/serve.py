@@ -17,9 +17,9 @@ from safetensors import safe_open
 from qlora_exp.data.end_of_turn import end_of_turn
 from qlora_exp.data.prompts import chat_template
 from qlora_exp.deploy import export
-from qlora_exp.deploy.load import GGUF_FILE, Saved
+from qlora_exp.deploy.load import Saved
 from qlora_exp.deploy.untrusted_folders import check_tokenizer
-from qlora_exp.models.files import read_json
+from qlora_exp.models.files import GGUF_FILE, read_json
 from qlora_exp.models.untrusted import bounded, explained, most_values
 from qlora_exp.utils.errors import ConfigError
 

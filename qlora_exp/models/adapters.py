@@ -23,8 +23,10 @@ import qlora_exp.models.bottleneck  # noqa: F401 - registers its method with PEF
 from qlora_exp.config import compatibility
 from qlora_exp.config.schema import Config
 from qlora_exp.libraries.peft import follow_forward_of_base, loss_of_adapter
+from qlora_exp.models.base import named
 from qlora_exp.models.targets import fused_experts, linear_layers, parts_without_text, resolve_targets, shortest_names
-from qlora_exp.utils.errors import ConfigError, first_line, is_out_of_memory
+from qlora_exp.models.untrusted import explained
+from qlora_exp.utils.errors import ConfigError, ModelError, first_line, is_out_of_memory
 
 _UNKNOWN_STEPS = 10**9
 """Placeholder: AdaLoRA needs the number of steps before it is determined. `fit_schedule` sets the real one later."""
@@ -185,6 +187,44 @@ def missing_tensors(model: Any, folder: Path, adapter: str = "default") -> list[
             stored |= {*tensors.keys()}
     tied = {needed[name].data_ptr() for name in stored & needed.keys()}
     return sorted(name for name, tensor in needed.items() if name not in stored and tensor.data_ptr() not in tied)
+
+
+@contextmanager
+def fit_explained(base: Any, folder: Path) -> Iterator[None]:
+    """Explain inside why PEFT cannot load the adapter in `folder` into the model `base`, as a `ModelError`."""
+    with explained(f"{folder}: the adapter"):
+        try:
+            yield
+        except (RuntimeError, ValueError, TypeError) as error:
+            first = next((line.strip() for line in str(error).splitlines() if "size mismatch" in line), str(error))
+            raise ModelError(f"{folder}: does not fit {base.config.name_or_path}: {first:.300}") from error
+
+
+def check_complete(model: Any, folder: Path, name: str = "default") -> None:
+    """Check that the adapter's file has all tensors that its config describes.
+
+    Raises:
+        ModelError: some are missing.
+    """
+    if missing := missing_tensors(model, folder, name):
+        raise ModelError(
+            f"{folder}: the adapter's file lacks {len(missing)} tensors that its config describes: "
+            f"{named(missing)}; copy the whole adapter again"
+        )
+
+
+def load_weights(adapted: Any, folder: Path) -> None:
+    """Replace the initial weights of an attached adapter by those of the adapter in `folder`, to train on from them.
+
+    Raises:
+        ModelError: the file is damaged, or has other tensors than the attached adapter.
+    """
+    with fit_explained(adapted, folder):
+        result: Any = adapted.load_adapter(str(folder), adapted.active_adapter, is_trainable=True, torch_device="cpu")
+    check_complete(adapted, folder, adapted.active_adapter)
+    # PEFT puts the values of a prompt into its embedding, and counts them as unexpected.
+    if (unused := result.unexpected_keys) and not adapted.active_peft_config.is_prompt_learning:
+        raise ModelError(f"{folder}: {len(unused)} tensors have no place in this run's adapter: {named(unused)}")
 
 
 def set_trainable(model: torch.nn.Module, names: set[str]) -> None:

@@ -16,6 +16,7 @@ from qlora_exp.config.peft_methods import PRESETS
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.model import ModelConfig
 from qlora_exp.config.sections.quantization import QuantizationConfig
+from qlora_exp.config.values import CONFIG_FILE
 from qlora_exp.libraries.transformers import model_types
 from qlora_exp.models import builtin
 from qlora_exp.utils.errors import ConfigError, ModelError, did_you_mean, first_line, nearest
@@ -55,6 +56,10 @@ _LINEAR = {
 }
 """The linear layers of common families, without the output layer."""
 NO_MODULE = "method.target_modules: '{}' matches no module of this model"
+GGUF_FILE = "model.gguf"
+"""Name of the file that `export --to gguf` writes."""
+EXPORT_FILE = "export.json"
+"""Name of the file in which `export` and `merge` say what they wrote."""
 _ADAPTER = "adapter_config.json"
 _INDEX = "model.safetensors.index.json"
 _TOKENIZER = ("*token*", "vocab*", "*.model", "*.spm", "tekken.json")
@@ -87,16 +92,41 @@ def check_place(name: str) -> Path | None:
         raise ModelError(f"model.model_name_or_path: there is no folder {name}")
     if (folder / _ADAPTER).is_file():
         raise _adapter(name, folder / _ADAPTER)
+    if (folder / CONFIG_FILE).is_file() and not (folder / "config.json").is_file():
+        raise _output(name, folder)
     return folder
 
 
 def _adapter(name: str, file: Path) -> ModelError:
     base = _read(file).get("base_model_name_or_path")
+    of_run = (file.parent / CONFIG_FILE).is_file()
+    train_on = f" model.adapter={file.parent} to train on from the adapter" if of_run else ""
     return ModelError(
         f"model.model_name_or_path: {name} holds an adapter, not a model"
-        + (f"; its base is {base}: use model.model_name_or_path={base}, or" if base else ";")
+        + (f"; its base is {base}: use model.model_name_or_path={base}{train_on}, or" if base else ";")
         + " merge it into its base first (`qlora-exp merge RUN --out FOLDER`), then use that folder"
     )
+
+
+def _output(name: str, folder: Path) -> ModelError:
+    """Return why the output folder of a run is no model, and where its model or adapter is."""
+    saved = folder / "model"
+    if (saved / _ADAPTER).is_file():
+        instead = f"it trained an adapter: train on from it with model.adapter={folder} and its base"
+    else:
+        instead = f"use {saved}" if saved.is_dir() else "it saved no model"
+    return ModelError(f"model.model_name_or_path: {name} is the output folder of a run, not a model; {instead}")
+
+
+def exported(folder: Path) -> str | None:
+    """Say how a model in a folder was exported, and from what; None if `export` or `merge` did not write it."""
+    facts = read_json(folder / EXPORT_FILE)
+    if not facts:
+        return None
+    form, run = facts.get("form"), facts.get("run_id")
+    source = f"run {run}" if run else facts.get("source")
+    how = "merged" if form == "merged" else f"exported as {form}"
+    return f"{how} from {source} on {facts.get('model_name_or_path')}"
 
 
 def hub_error(config: ModelConfig, error: str, exists: bool = True) -> ModelError:
@@ -139,6 +169,7 @@ def check(config: Config, trains: bool = True) -> None:
     name, quantization = config.model.model_name_or_path, config.quantization
     if trains:
         require_package(quantization)
+    folder = None
     if config.model.architecture.get("_name_or_path") == name:  # a plan of a model whose files are elsewhere
         values = config.model.architecture
     elif (folder := check_place(name)) is None:
@@ -149,7 +180,8 @@ def check(config: Config, trains: bool = True) -> None:
             _check_complete(folder)
     if not values:
         return
-    check_files(name, quantization, values.get("quantization_config"))
+    made = exported(folder) if folder else None
+    check_files(f"{name} ({made})" if made else name, quantization, values.get("quantization_config"))
     own, inner = str(values.get("model_type", "")), values.get("text_config")
     family = str(inner.get("model_type", own)) if isinstance(inner, dict) else own
     if quantization.bitsandbytes and own in _OWN_LAYERS:
@@ -277,8 +309,13 @@ def _check_complete(folder: Path) -> None:
         return
     if any(folder.glob("*.bin")):
         raise ModelError(f"{folder}: {NO_PICKLE}")
-    if not any(folder.glob("*.gguf")):
-        raise ModelError(f"{folder}: not a complete model: it has no weights (model.safetensors)")
+    if any(folder.glob("*.gguf")):
+        made = exported(folder)
+        raise ModelError(
+            f"{folder}{f' ({made})' if made else ''}: its weights are in a GGUF file, which no run trains: use the "
+            "model that it was made from, or export that as merged (`qlora-exp merge RUN --out FOLDER`)"
+        )
+    raise ModelError(f"{folder}: not a complete model: it has no weights (model.safetensors)")
 
 
 def _check_family(name: str, family: str) -> None:

@@ -71,7 +71,7 @@ def _run(
     with open_run(config, inputs.resolved, output_dir, tags, must_reach) as context:
         log_data(context, inputs, tokens)
         plan_memory(context, tokens)
-        trainable = build(context, tokens)
+        trainable = build(context, tokens, inputs.first_adapter)
         before = measure(context, inputs, tokens, trainable, "before") if config.evaluation.before else None
         train(context, trainable, pruning)
         save(context, tokens, trainable)

@@ -17,11 +17,13 @@ from qlora_exp.models import files as model_files
 from qlora_exp.tracking.stores import uris
 from qlora_exp.utils.env_file import load_env_file
 from qlora_exp.utils.errors import ConfigError
+from qlora_exp.utils.files import check_source
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from qlora_exp.data.rows import Rows
+    from qlora_exp.recipe.saved import FirstAdapter
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Inputs:
     """Loaded tasks of lm-eval."""
     score: Callable[[str, dict[str, Any]], float] | None
     """The dataset's own function that scores an answer, 0 to 1; None if it has none."""
+    first_adapter: "FirstAdapter | None"
+    """Adapter to train on from; None for a new one."""
     resolved: Resolved
     """Values that the settings `auto` take on this device."""
 
@@ -61,6 +65,8 @@ def check_config(config: Config) -> None:
     if hub.is_needed(config):
         hub.go_offline_if_unreachable()  # must come before huggingface_hub is imported
     model_files.check(config)
+    if config.model.adapter:
+        check_source(config.model.adapter, "model.adapter: ")
 
 
 def read_inputs(config: Config) -> Inputs:
@@ -81,6 +87,7 @@ def read_inputs(config: Config) -> Inputs:
     # Imported after the rows are read: these modules import torch, which takes seconds.
     from qlora_exp.models import builtin
     from qlora_exp.models.checks import check_model
+    from qlora_exp.recipe.saved import first_adapter
     from qlora_exp.training import lm_eval
 
     family = config.model.model_name_or_path.removeprefix("random:")
@@ -100,4 +107,4 @@ def read_inputs(config: Config) -> Inputs:
         )
 
     check_model(config, resolved, tokenize)
-    return Inputs(rows, unrelated, tasks, score, resolved)
+    return Inputs(rows, unrelated, tasks, score, first_adapter(config), resolved)

@@ -28,7 +28,8 @@ def measure(
     run.tracker.deliver_now()
     model, config = trainable.trainer.model, run.config
     # If the initialization moved a part of the base into the adapter, only both together are the base model.
-    without_adapter = moment == "before" and not moves_base_weights(config.lora_start)
+    is_base = config.model.adapter is None and not moves_base_weights(config.lora_start)
+    without_adapter = moment == "before" and is_base
     with run.memory.phase(f"evaluate_{moment}"), autocast(run.resolved):
         measured = evaluation.evaluate(
             model,

@@ -14,6 +14,7 @@ from qlora_exp.models import adapters, base, lora_init
 from qlora_exp.models.quantization import check_stored, stored
 from qlora_exp.models.targets import summary
 from qlora_exp.recipe.context import RunContext
+from qlora_exp.recipe.saved import FirstAdapter, base_origin
 from qlora_exp.recipe.tokens import Tokens
 from qlora_exp.training import trainer
 from qlora_exp.training.evaluation import isolates_packed_rows
@@ -45,8 +46,13 @@ class Trainable:
     """Whether the adapter has the same initial weights as in the process that started this run."""
 
 
-def build(run: RunContext, tokens: Tokens) -> Trainable:
+def build(run: RunContext, tokens: Tokens, first: FirstAdapter | None) -> Trainable:
     """Load the base model, attach the adapter and build the trainer; the seed is set before any random number is drawn.
+
+    Args:
+        run: the run in progress.
+        tokens: its tokenized rows.
+        first: adapter to train on from; None for a new one.
 
     Raises:
         ModelError: the base model cannot be loaded.
@@ -69,6 +75,9 @@ def build(run: RunContext, tokens: Tokens) -> Trainable:
             config.model.device_map,
             config.distributed.engine,
         )
+    if (origin := base_origin(config)) is not None:
+        log.info("the base model in %s is %s", name, origin)
+        run.tracker.params({"resolved.base_origin": origin})
     with run.memory.phase("load"):
         model = base.load_model(config.model, config.quantization, resolved, config.distributed)
     if config.quantization.quantized:
@@ -80,7 +89,7 @@ def build(run: RunContext, tokens: Tokens) -> Trainable:
             log.warning("%s", why)
     base.stop_at_end_of_turn(model, config.dataset, tokens.tokenizer)
     base_parameters = adapters.count_parameters(model)[1]
-    adapted, same_start = _attach(run, tokens, model, peft_config)
+    adapted, same_start = _attach(run, tokens, model, peft_config, first)
     for what, layers in summary(adapted, bare, config.method.settings.get("target_modules")).items():
         run.tracker.params({f"resolved.{what}_layers": layers})
         log.log(_SUMMARY[what][0], _SUMMARY[what][1], layers)
@@ -105,13 +114,15 @@ def build(run: RunContext, tokens: Tokens) -> Trainable:
     return Trainable(built, peft_config, base_parameters, same_start)
 
 
-def _attach(run: RunContext, tokens: Tokens, model: Any, peft_config: Any) -> tuple[Any, bool]:
-    """Attach the adapter and initialize it as `init_lora_weights` says.
+def _attach(
+    run: RunContext, tokens: Tokens, model: Any, peft_config: Any, first: FirstAdapter | None = None
+) -> tuple[Any, bool]:
+    """Attach the adapter and initialize it as `init_lora_weights` says, or with the weights of the adapter `first`.
 
     Returns:
         The model with the adapter, and whether its initial weights are those of the process that started the run.
     """
-    config, start = run.config, run.config.lora_start
+    config, start = run.config, run.config.new_start
     with run.memory.phase("initialize" if start else "load"):
         batches = lora_init.batches(
             tokens.train,
@@ -121,9 +132,25 @@ def _attach(run: RunContext, tokens: Tokens, model: Any, peft_config: Any) -> tu
             tokens.tokenizer.pad_token_id,
         )
         lora_init.prepare(start, model, peft_config, batches)
+        for name, value in (first.ranks if first else {}).items():
+            setattr(peft_config, name, value)
         adapted = adapters.attach(model, peft_config, run.resolved.adapter_dtype)
+        if first is not None:
+            _log_first(run, tokens, first)
+            adapters.load_weights(adapted, first.folder)
         lora_init.finish(start, adapted, batches, partial(base.load_unquantized, config.model))
         if config.distributed.shards and peft_config is not None:  # DDP does that by itself
             own = adapters.saved_parameters(adapted)
             group.take_from_main(parameter for name, parameter in adapted.named_parameters() if name in own)
         return adapted, group.call_on_main(lora_init.remember, start, adapted, run.first_adapter)
+
+
+def _log_first(run: RunContext, tokens: Tokens, first: FirstAdapter) -> None:
+    """Log which adapter the run trains on from, and what is otherwise than in the run that trained it."""
+    where = f"run {first.run_id}" if first.run_id else str(first.folder)
+    differences = [*first.differences(run.config, tokens.tokenizer)]
+    log.info("training goes on from the adapter of %s (SHA-256 %s)", where, first.digest)
+    for line in differences:
+        log.warning("model.adapter=%s: %s", run.config.model.adapter, line)
+    values = {"run": first.run_id, "sha256": first.digest, "differs": "; ".join(differences)}
+    run.tracker.params({f"resolved.adapter_{name}": value for name, value in values.items() if value})

@@ -92,9 +92,9 @@ def differences(record: Record, config: Config) -> list[str]:
     now, lines = run_key.digests(config), []
     if record.tags.get("identity.config") != now["config"]:
         lines.append(f"config: {_changed_keys(record, config)}")
-    for part in ("data", "model"):
-        if (before := record.tags.get(f"identity.{part}")) != now[part]:
-            lines.append(f"{part}: {before} then, {now[part]} now")
+    for part in ("data", "model", "adapter"):
+        if (before := record.tags.get(f"identity.{part}")) != now.get(part):
+            lines.append(f"{part}: {before} then, {now.get(part)} now")
     if record.tags.get("identity.code") != now["code"]:
         recorded_commit = record.tags.get("git.sha", "no commit")[:12]
         current_commit = provenance.git().get("sha", "no commit")[:12]

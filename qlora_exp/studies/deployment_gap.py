@@ -21,6 +21,7 @@ from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.evaluation import EvaluationConfig
 from qlora_exp.deploy import gguf, llama_cpp
 from qlora_exp.deploy.formats import DEPLOYED, TRAINED
+from qlora_exp.models.files import EXPORT_FILE, GGUF_FILE
 from qlora_exp.results import stats
 from qlora_exp.utils.errors import ConfigError, UserError, first_line
 from qlora_exp.utils.processes import workers
@@ -173,7 +174,7 @@ def _measure(source: str, uri: str | None, config: Config, form: str) -> Measure
     from trl.trainer.utils import add_fused_lm_head
 
     from qlora_exp.data import sources
-    from qlora_exp.deploy import export, load
+    from qlora_exp.deploy import load
     from qlora_exp.environment.device import detect
     from qlora_exp.environment.memory import MemoryMonitor
     from qlora_exp.models import quantization
@@ -182,9 +183,9 @@ def _measure(source: str, uri: str | None, config: Config, form: str) -> Measure
     gc.enable()
     saved = load.find(source, uri, config.device)
     heldout = _heldout(config, saved)
-    facts = saved.folder / export.FACTS_FILE
+    facts = saved.folder / EXPORT_FILE
     about = json.loads(facts.read_text("utf-8"))["base"] if facts.is_file() else f"{source}, as trained"
-    file = saved.folder / load.GGUF_FILE
+    file = saved.folder / GGUF_FILE
     asked = _one_at_a_time(config)
     if file.is_file():  # transformers measures only its loss; llama.cpp measures its answers and their cost
         asked = asked.model_copy(update={"generate_rows": 0})
@@ -219,7 +220,7 @@ def _ask_llama_cpp(source: str, uri: str | None, config: Config, form: str) -> t
     heldout, memory = _heldout(config, saved), MemoryMonitor()
     with memory.phase("generate"):
         context = config.training.max_length + asked.max_new_tokens
-        server = llama_cpp.load(saved.folder / load.GGUF_FILE, context, torch.get_num_threads())
+        server = llama_cpp.load(saved.folder / GGUF_FILE, context, torch.get_num_threads())
         end = end_of_turn(heldout[0], chat_template(saved.config.dataset, heldout[0]))
         generate = llama_cpp.generator(server, asked.max_new_tokens, [end.stop] if end.stop else [])
         score = sources.scorer(config.dataset)

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, Self
 from filelock import FileLock, Timeout
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, TypeAdapter, model_validator
 
+from qlora_exp.config import values
 from qlora_exp.tracking import messages
 from qlora_exp.tracking.messages import parsed, why_invalid
 from qlora_exp.utils.errors import JournalError, TrackingError
@@ -26,7 +27,7 @@ from qlora_exp.utils.files import not_a_link, open_inside, write_atomically
 from qlora_exp.utils.units import MIB
 
 FILE = "journal.jsonl"
-CONFIG_FILE = "qlora_exp.yaml"
+CONFIG_FILE = values.CONFIG_FILE
 LOCK_FILE = "environment.txt"
 """All installed packages with their versions, as a constraints file for pip."""
 _STATE = "delivered.json"

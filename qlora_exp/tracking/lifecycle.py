@@ -19,7 +19,8 @@ from qlora_exp.distributed import watch
 from qlora_exp.environment import provenance
 from qlora_exp.environment.ranks import ranks
 from qlora_exp.tracking import run_key
-from qlora_exp.tracking.journal import CONFIG_FILE, LOCK_FILE, Journal, has_ended, last_message
+from qlora_exp.tracking.journal import CONFIG_FILE, LOCK_FILE, Journal, has_ended, last_message, read
+from qlora_exp.tracking.journal import FILE as JOURNAL_FILE
 from qlora_exp.tracking.recovery import finish, reap
 from qlora_exp.tracking.refusals import cause, hint
 from qlora_exp.tracking.stores import known_stores
@@ -211,6 +212,12 @@ def _check_folder(config: Config, folder: Path) -> None:
     if result_values(recorded) != result_values(redacted(config.model_dump(mode="json"))):
         raise ConfigError(
             f"{folder}: contains an unfinished run of another config; choose another folder: hydra.run.dir=FOLDER"
+        )
+    begun, _ = next(read(folder / JOURNAL_FILE))
+    if config.model.adapter and begun["tags"].get("identity.adapter") != run_key.adapter_version(config):
+        raise ConfigError(
+            f"{folder}: contains an unfinished run that began with another adapter than model.adapter="
+            f"{config.model.adapter} is now; put that one back, or choose another folder: hydra.run.dir=FOLDER"
         )
 
 

@@ -16,6 +16,7 @@ from qlora_exp.config.sections.dataset import is_url, looks_local, saved_dataset
 from qlora_exp.config.values import result_values
 from qlora_exp.environment import data_files, hub, provenance
 from qlora_exp.utils.digests import file_digest, json_digest
+from qlora_exp.utils.errors import ModelError
 from qlora_exp.utils.units import MIB
 
 BASE_FILE = "base.json"
@@ -44,6 +45,7 @@ def digests(config: Config) -> dict[str, str]:
         ),
         "code": code_digest(),
         "libraries": json_digest(provenance.libraries(config.quantization.quant_method)),
+        **({"adapter": adapter_version(config)} if config.model.adapter else {}),
     }
 
 
@@ -64,6 +66,16 @@ def model_version(name_or_path: str, revision: str | None) -> str:
     if name_or_path.startswith((".", "/", "~")):
         return "missing"
     return hub.commit(name_or_path, revision, "model")
+
+
+def adapter_version(config: Config) -> str:
+    """Return the digest of the adapter that a run trains on from, wherever it is; `missing` if it is not there."""
+    from qlora_exp.tracking.logged_models import locate  # imports MLflow, which takes seconds
+
+    try:
+        return weights_digest(locate(str(config.model.adapter), config.tracking.uri)[0])
+    except ModelError:
+        return "missing"
 
 
 def _absolute(path: str) -> str:

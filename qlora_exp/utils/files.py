@@ -23,15 +23,21 @@ def size_on_disk(folder: str | Path) -> int:
     return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
 
 
-def check_source(source: str) -> None:
+def check_source(source: str, key: str = "") -> None:
     """Check that a model's source, if it can only be a folder, is one.
+
+    Args:
+        source: a run id, a run key, a `models:/...` URI, or a folder.
+        key: what a message begins with.
 
     Raises:
         ModelError: there is no such folder.
     """
     is_name = source.startswith("models:/") or re.fullmatch(r"[\w-]+", source)
-    if not is_name and not Path(source).is_dir():
-        raise ModelError(f"{source}: there is no such folder; name a run id, models:/NAME/VERSION, or a saved folder")
+    if not is_name and not Path(source).expanduser().is_dir():
+        raise ModelError(
+            f"{key}{source}: there is no such folder; name a run id, models:/NAME/VERSION, or a saved folder"
+        )
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:

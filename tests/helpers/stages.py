@@ -111,6 +111,29 @@ class Stages:
         setup._attach(run, SimpleNamespace(train=None, tokenizer=self.tokenizer), None, None)
         return asked
 
+    def first_weights(self, config: Config) -> Any:
+        """What the adapter has before training; the folder `trained` has an adapter of this base."""
+        from qlora_exp.config.values import to_yaml
+        from qlora_exp.models import adapters, base
+        from qlora_exp.recipe.saved import first_adapter
+
+        def attached() -> Any:
+            torch.manual_seed(0)
+            model = base.load_unquantized(config.model)
+            return adapters.attach(model, adapters.peft_config(config, model), None)
+
+        trained, folder = attached(), Path("trained")
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.data += 1.0
+        trained.save_pretrained(folder)
+        (folder / "qlora_exp.yaml").write_text(to_yaml(config))
+        (folder / "base.json").write_text('{"version": "code"}')
+        adapted = attached()
+        if first := first_adapter(config):
+            adapters.load_weights(adapted, first.folder)
+        return [parameter.sum().item() for parameter in adapted.parameters() if parameter.requires_grad]
+
     def loading(self, config: Config) -> Any:
         """What transformers is asked for when the model is loaded."""
         from qlora_exp.models import base
@@ -254,7 +277,7 @@ class Stages:
             peft_config=is_adapter, trainer=SimpleNamespace(state=SimpleNamespace(global_step=1))
         )
         part = {"input_ids": [[1, 2]]}
-        self.patch.setattr(finetune, "read_inputs", lambda _: SimpleNamespace(resolved=None))
+        self.patch.setattr(finetune, "read_inputs", lambda _: SimpleNamespace(resolved=None, first_adapter=None))
         self.patch.setattr(context, "open_run", opened)
         self.patch.setattr(tokens, "tokenize", lambda *_: SimpleNamespace(train=part, heldout=part))
         self.patch.setattr(tokens, "log_data", lambda *_: None)

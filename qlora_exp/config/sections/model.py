@@ -14,6 +14,9 @@ class ModelConfig(Section):
     model_name_or_path: str = "embedded:smollm2-135m"
     """Hub id, local folder, `embedded:smollm2-135m` (built-in), or `random:FAMILY`: a tiny random model of the family
     opt, llama or qwen2."""
+    adapter: str | None = None
+    """Adapter of this base to train on from: id or run key of the run that saved it, `models:/NAME/VERSION`, or a
+    folder. Its method, rank and other settings must be set as that run had them. null: a new adapter."""
     revision: str | None = None
     """Hub models: branch, tag or commit. null: the default branch."""
     dtype: Literal["auto"] | Dtype = "auto"
@@ -32,7 +35,7 @@ class ModelConfig(Section):
     random_config: dict[str, int | float | bool] = {}
     """Only with `random:FAMILY`: fields of the family's transformers config."""
 
-    _location = field_validator("model_name_or_path")(check_location)
+    _location = field_validator("model_name_or_path", "adapter")(check_location)
 
     @property
     def from_hub(self) -> bool:

@@ -151,3 +151,26 @@ def test_torchao_base_is_rejected_by_all_engines():
     with pytest.raises(ConfigError) as error:
         compose([*words, "distributed=fsdp"])
     assert str(error.value).endswith("choose quantization=nf4_double or none")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["method=full"],
+            "trains the model's own weights, not an adapter: merge it .`qlora-exp merge outputs/a --",
+        ),
+        (["method=adalora"], "method=adalora cannot train on .* ranks that its schedule has cut"),
+        (["method=p_tuning"], "not the network that makes them.: train a new adapter"),
+        (["method=prefix_tuning", "method.prefix_projection=true"], "not the network that makes them"),
+        (["method=lora", "training.resume_from_checkpoint=."], "both say where training begins"),
+    ],
+)
+def test_training_on_from_an_adapter_that_cannot_be_is_rejected(words: list[str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        compose([*words, "model.adapter=outputs/a"])
+
+
+def test_prompts_without_a_projection_can_be_trained_on():
+    for word in ("models:/NAME@ALIAS", "models:/NAME/3", "a" * 32):
+        assert compose(["method=prefix_tuning", f"model.adapter={word}"]).model.adapter == word

@@ -38,6 +38,7 @@ UNRELATED_HUB = {**UNRELATED, "unrelated.path": "org/rows"}
 # key: the stage in which it shows, another value, and what else must be set for it.
 ENTRIES: dict[str, tuple[Any, ...]] = {
     "model.model_name_or_path": (Stages.loading, "random:opt"),
+    "model.adapter": (Stages.first_weights, "trained"),
     "model.revision": (Stages.loading, "v2", {"model.model_name_or_path": "org/model"}),
     "model.dtype": (Stages.loading, "bfloat16"),
     "model.attn_implementation": (Stages.loading, "eager"),

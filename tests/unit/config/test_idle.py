@@ -29,6 +29,7 @@ FILE = ("dataset=own", "dataset.path=rows.jsonl")
         (["model.revision=main"], "only models of the hub have revisions"),
         (["model=llama3_8b", "model.model_name_or_path=a/b", "model.architecture.vocab_size=9"], "it describes meta"),
         (["method=full", "method.adapter_dtype=bfloat16"], "full fine-tuning has no adapter"),
+        (["lora_variant=eva", "model.adapter=a", "lora_variant.init_rows=8"], "model.adapter is initialized already"),
         (["lora_variant.init_rows=8"], "init_lora_weights is none of corda, eva, lora_ga"),
         (["method.layers_to_transform=[0]"], "list the names of modules"),
         (["method=oft", "method.eps=1e-3"], "it needs coft=True"),

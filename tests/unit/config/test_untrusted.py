@@ -29,6 +29,7 @@ from qlora_exp.utils.errors import ConfigError
         ({"dataset": {"path": "../rows.jsonl"}}, "outside of this folder"),
         ({"dataset": {"eval_path": "~/.ssh/id_rsa"}}, "outside of this folder"),
         ({"model": {"model_name_or_path": "/srv/model"}}, "model.model_name_or_path=PATH"),
+        ({"model": {"adapter": "/srv/adapter"}}, "model.adapter=PATH"),
         ({"method": {"_target_": "os.system"}}, "_target_"),
         ({"_target_": "os.system"}, "_target_"),
         ({"model": {"model_name_or_path": {"a": 1}}}, "model.model_name_or_path"),

@@ -10,6 +10,7 @@ from mlflow.exceptions import MlflowException
 from support import exit_code
 
 from qlora_exp.deploy import load, registry
+from qlora_exp.tracking import logged_models
 from qlora_exp.tracking.mlflow_store import client
 from qlora_exp.tracking.stores.sqlite_store import sqlite_file
 from qlora_exp.utils.errors import ConfigError, ModelError, TrackingError
@@ -47,7 +48,7 @@ def test_registered_alias_loads_the_model(run_id, mlflow_uri):
     assert version.description == card[:5000]
     paths = [one.path for one in client(mlflow_uri).list_artifacts(run_id)]
     assert "README.md" in paths
-    model_id = load.models_of(client(mlflow_uri), run_id)[-1].model_id
+    model_id = logged_models.models_of(client(mlflow_uri), run_id)[-1].model_id
     assert "README.md" in [one.path for one in client(mlflow_uri).list_logged_model_artifacts(model_id)]
     assert (load.find("models:/mine@champion", mlflow_uri, "cpu").folder / "README.md").read_text() == card
 
@@ -135,7 +136,7 @@ def test_record_chooses_no_folder_to_write_into(table, run_id, mlflow_uri, tmp_p
     file = sqlite_file(mlflow_uri)
     shutil.copytree(file.parent, tmp_path / "shared")
     uri = f"sqlite:///{tmp_path / 'shared' / file.name}"
-    model_id = load.models_of(client(uri), run_id)[-1].model_id  # its artifacts are those of the copy now
+    model_id = logged_models.models_of(client(uri), run_id)[-1].model_id  # its artifacts are those of the copy now
     victim = tmp_path / "victim"
     victim.mkdir()
     (victim / "README.md").write_text("mine")

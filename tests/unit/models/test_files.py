@@ -1,6 +1,7 @@
 """What a model's files say is checked before anything slow is imported."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,7 @@ def make_model(tmp_path):
         ({"model_type": "llamma"}, COMPLETE, (), "no model of type llamma; did you mean '.*llama"),
         ({"model_type": "llama"}, ("model.safetensors",), (), "it has no tokenizer"),
         ({"model_type": "llama"}, ("tokenizer.json",), (), "it has no weights"),
+        ({"model_type": "llama"}, ("tokenizer.json", "model.gguf"), (), "in a GGUF file, which no run trains"),
         ({"model_type": "falcon"}, COMPLETE, ("method=qlora",), "nf4_double would leave most of .* FalconLinear"),
         ({"model_type": "falcon"}, COMPLETE, ("quantization=int8",), "int8 would leave most of .* FalconLinear"),
         ({"model_type": "falcon"}, COMPLETE, ("lora_variant=lora_ga",), "lora_variant=lora_ga cannot train .* falcon"),
@@ -133,6 +135,35 @@ def test_adapter_of_the_hub_names_its_base(hub_cache):
     hub_cache("adapter_config.json", {"base_model_name_or_path": "org/base"})
     with pytest.raises(ModelError, match="org/name holds an adapter.*its base is org/base: use model"):
         files.check(compose(["method=lora", "model.model_name_or_path=org/name"]))
+
+
+def test_what_runs_saved_says_what_it_is_and_what_to_use(make_model, tmp_path):
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+
+    def refusal(folder: Path | str, *words: str) -> str:
+        with pytest.raises(ModelError) as error:
+            files.check(compose(["method=lora", f"model.model_name_or_path={folder}", *words]))
+        return str(error.value)
+
+    (run / "qlora_exp.yaml").write_text("{}")
+    assert refusal(run).endswith(f"is the output folder of a run, not a model; use {run / 'model'}")
+    (run / "model" / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    assert refusal(run).endswith(f"train on from it with model.adapter={run} and its base")
+    assert "holds an adapter, not a model; its base is org/base: use model.model" in refusal(run / "model")
+    (run / "model" / "qlora_exp.yaml").write_text("{}")
+    asked = f"use model.model_name_or_path=org/base model.adapter={run / 'model'} to train on from the adapter"
+    assert asked in refusal(run / "model")
+    shutil.rmtree(run / "model")
+    assert refusal(run).endswith("it saved no model")
+
+    exported = Path(make_model({"model_type": "llama", "quantization_config": NF4}, *COMPLETE))
+    facts = {"form": "nf4", "run_id": "abc", "source": "x", "model_name_or_path": "org/base"}
+    (exported / "export.json").write_text(json.dumps(facts))
+    assert "(exported as nf4 from run abc on org/base): its files are quantized already" in refusal(exported)
+    files.check(compose(["method=qlora", "quantization=nf4", f"model.model_name_or_path={exported}"]))
+    (exported / "export.json").write_text(json.dumps(facts | {"form": "merged", "run_id": None}))
+    assert files.exported(exported) == "merged from x on org/base"
 
 
 def test_nothing_slow_is_imported(make_model):
