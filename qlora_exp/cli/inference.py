@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from qlora_exp.cli import ports
 from qlora_exp.cli.parents import DEVICES, SOURCE, URI, Commands, add_command
-from qlora_exp.deploy.formats import SERVERS
+from qlora_exp.deploy.formats import FIRST, SERVERS
 from qlora_exp.utils.display import NEWLINES, say, shown, visible, visible_json
 from qlora_exp.utils.errors import ConfigError, UserError
 from qlora_exp.utils.files import check_source, replacing
@@ -66,12 +66,14 @@ def add_parsers(commands: Commands) -> None:
     parser = add_command(commands, "chat", chat, [SOURCE, URI, sampling, device])
     parser.add_argument("--system", metavar="TEXT", help="system message, if the model's prompt format has one")
 
-    parser = add_command(commands, "serve", serve, [SOURCE, URI, device])
-    server = "server program to start; default: transformers"
-    parser.add_argument("--with", dest="server", choices=SERVERS, default="transformers", help=server)
+    parser = add_command(commands, "serve", serve, [SOURCE, URI, sampling, device])
+    engine = "what generates: transformers in this process (default), or another program, which is started"
+    parser.add_argument("--with", dest="server", choices=SERVERS, default="transformers", help=engine)
     parser.add_argument("--print", action="store_true", help="only print the commands that start several servers")
-    out = "folder to write the merged model to; default: outputs/served/RUN_ID"
+    out = "folder to write the merged model to, for other programs; default: outputs/served/RUN_ID"
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=out)
+    key = "environment variable with the API key that clients must send; default: none is needed"
+    parser.add_argument("--api-key-env", metavar="NAME", help=key)
     parser.add_argument("--host", default="127.0.0.1", help="address to serve on; default: this machine only")
     parser.add_argument("--port", type=int, default=8000, help="port to serve on; default: 8000")
 
@@ -164,12 +166,12 @@ def _print_at_once(text: str) -> None:
 
 def _talker(options: argparse.Namespace) -> "tuple[ChatModel, Sampling]":
     quiet()
-    sources = {"default": options.source}
+    sources = {FIRST: options.source}
     for word in options.adapter:
         name, equals, source = word.partition("=")
         if not equals or not name or name in sources:
             raise ConfigError(
-                f"--adapter {word}: must be NAME=SOURCE, and each NAME used once ('default' is the first SOURCE)"
+                f"--adapter {word}: must be NAME=SOURCE, and each NAME used once ('{FIRST}' is the first SOURCE)"
             )
         sources[name] = source
     for source in sources.values():  # before the slow imports
@@ -182,38 +184,76 @@ def _talker(options: argparse.Namespace) -> "tuple[ChatModel, Sampling]":
 
 
 def serve(options: argparse.Namespace) -> None:
-    """Serve a trained model through an OpenAI-compatible HTTP endpoint.
+    """Serve a trained model and further adapters to OpenAI's clients.
 
-    Merges an adapter into its base model first, then runs the server until Ctrl-C.
+    A request names the adapter as its `model`: 'default', the NAME of an --adapter, or 'base'.
+    Sampling is as the options say where a request does not. Ctrl-C ends the server.
 
     examples:
       qlora-exp serve RUN_ID --port 8001
+      qlora-exp serve RUN_ID --adapter other=OTHER_RUN_ID
       qlora-exp serve RUN_ID --print                     commands for several servers
     """
     quiet()
     check_source(options.source)
-    from huggingface_hub.constants import HF_HUB_CACHE
+    if options.print or options.server != "transformers":
+        _serve_elsewhere(options)
+        return
+    if options.out is not None:
+        raise ConfigError("--out: only for other programs (--with vllm): here nothing is merged")
+    key = None if options.api_key_env is None else os.environ.get(options.api_key_env)
+    if options.api_key_env is not None and not key:
+        raise ConfigError(f"--api-key-env {options.api_key_env}: this environment variable is not set")
+    ports.require_free(options.host, options.port)
+    talker, sampling = _talker(options)
+    from qlora_exp.deploy.serving import commands, server
 
+    endpoint = server.Endpoint(talker, sampling, key)
+    example = commands.own_server(talker.saved[FIRST], options.host, options.port).example
+    header = f' -H "Authorization: Bearer ${options.api_key_env}"' if key else ""
+    say(f"models: {', '.join(endpoint.names)}. Ctrl-C ends the server. To try it:", f"{example}{header}")
+    sys.stdout.flush()
+    server.run(endpoint, options.host, options.port)
+
+
+_HERE_ONLY: dict[str, object] = {
+    "adapter": [],
+    "quantization": None,
+    "max_new_tokens": 256,
+    "temperature": 0.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "repetition_penalty": 1.0,
+    "seed": None,
+    "device": "auto",
+    "api_key_env": None,
+}
+"""Options that other programs do not get, with their defaults."""
+
+
+def _serve_elsewhere(options: argparse.Namespace) -> None:
+    """Replace this process by another server, or only print the commands."""
+    if used := [name for name, default in _HERE_ONLY.items() if getattr(options, name) != default]:
+        raise ConfigError(
+            f"--{used[0].replace('_', '-')}: only for a model that is served by this process, not for other servers "
+            "and --print"
+        )
     from qlora_exp.deploy import load
-    from qlora_exp.deploy import serve as serving
+    from qlora_exp.deploy.serving import commands
 
     saved = load.find(options.source, options.uri, "cpu")
     out = options.out or Path("outputs") / "served" / (saved.run_id or saved.folder.resolve().parent.name)
     if options.print:
-        say(*serving.commands(saved, out, options.host, options.port))
+        say(*commands.commands(saved, out, options.host, options.port))
         return
-    serving.check(options.server, saved)
+    commands.check(options.server, saved)
     ports.require_free(options.host, options.port)
-    folder = serving.folder_of(saved, out)
-    if options.server == "mlflow":
-        folder = serving.mlflow_model(folder, out.with_name(f"{out.name}.mlflow"))
-    stop = serving.stop_of(saved)
-    server = serving.server(options.server, folder, options.host, options.port, options.device, stop)
+    folder, stop = commands.folder_of(saved, out), commands.stop_of(saved)
+    server = commands.server(options.server, folder, options.host, options.port, stop)
     say(
         f"{options.server} will serve {folder} at {server.url} in a moment (Ctrl-C stops it). To try it:",
         server.example,
     )
     sys.stdout.flush()
-    Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # transformers' `/v1/models` fails if this folder is missing
     # Replace this process by the server, so that whatever ends the process ends the server.
     os.execvpe(server.command[0], server.command, dict(os.environ) | server.environment)

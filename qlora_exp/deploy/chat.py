@@ -14,16 +14,17 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, TextStreamer, set_seed
+from transformers import GenerationConfig
 
 from qlora_exp.data import dialogues
-from qlora_exp.data.dialogues import Message
-from qlora_exp.data.end_of_turn import EndOfTurn, before_end, end_of_turn
+from qlora_exp.data.dialogues import SYSTEM_ROLES, Message
+from qlora_exp.data.end_of_turn import EndOfTurn, end_of_turn
 from qlora_exp.data.prompts import chat_template, render, render_chat
 from qlora_exp.data.tokenization import prompt_tokens
 from qlora_exp.data.values import as_text
 from qlora_exp.deploy import load
 from qlora_exp.deploy.load import Saved
+from qlora_exp.deploy.streaming import TextStream
 from qlora_exp.models.base import own_settings_alone, stop_strings, stop_tokens
 from qlora_exp.models.untrusted import explained
 from qlora_exp.tracking import run_key
@@ -57,28 +58,30 @@ class Sampling:
             if not 1e-5 <= value <= 1e5:
                 zero = "0, or " if name == "temperature" else ""
                 raise ConfigError(f"sampling: {name}={getattr(self, name)} must be {zero}from 1e-5 to 1e5")
-        if not 0 < self.top_p <= 1 or self.top_k < 0 or self.max_new_tokens < 1:
-            raise ConfigError("sampling: top_k must be at least 0, max_new_tokens at least 1, and 0 < top_p <= 1")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"sampling: top_p={self.top_p} must be above 0 and at most 1")
+        for name, least in (("max_new_tokens", 1), ("top_k", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"sampling: {name}={getattr(self, name)} must be at least {least}")
         if self.seed is not None and not 0 <= self.seed < 2**32:
             raise ConfigError(f"sampling: seed={self.seed} must be from 0 to {2**32 - 1}")
 
-    def settings(self, stops: Sequence[int], texts: Sequence[str], pad: int) -> GenerationConfig:
+    def settings(self, stops: Sequence[int], pad: int) -> GenerationConfig:
         """Return the settings for transformers.
 
         Args:
             stops: ids of the tokens that end an answer.
-            texts: texts that end an answer.
             pad: id of the padding token.
         """
-        sampled = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        # transformers refuses whole numbers for these.
+        sampled = {"temperature": float(self.temperature), "top_p": float(self.top_p), "top_k": self.top_k}
         return GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             do_sample=self.temperature > 0,
-            repetition_penalty=self.repetition_penalty,
+            repetition_penalty=float(self.repetition_penalty),
             num_beams=1,
             num_return_sequences=1,
             eos_token_id=[*stops],
-            stop_strings=[*texts] or None,
             pad_token_id=pad,
             **(sampled if self.temperature > 0 else {}),
         )
@@ -94,6 +97,28 @@ class Request:
     """The `input` column of Alpaca's format; only for a single question."""
     adapter: str | None = None
     """Name of the adapter; None: the first one."""
+    raw: bool = False
+    """Continue the text of the messages as it is, whatever the adapter's prompt format."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer, and what it took."""
+
+    text: str
+    tokens: int
+    """Number of generated tokens, with the one that ends the answer."""
+    complete: bool
+    """Whether the model ended the answer, or a text did; otherwise it was cut."""
+
+
+class ContextError(DataError):
+    """A prompt that, with its answer, is longer than the model's context."""
+
+    def __init__(self, message: str, prompt: int = 0, new: int = 0, most: int = 0) -> None:
+        """Keep the numbers of tokens."""
+        super().__init__(message)
+        self.prompt, self.new, self.most = prompt, new, most
 
 
 @dataclass(frozen=True)
@@ -126,14 +151,22 @@ class ChatModel:
             row = {"prompt": messages[-1]["content"], "input": request.input, "completion": ""}
             return "".join(piece for piece, _ in render(row, config, self.tokenizer).pieces[:-1]), False
         template = self.templates[name]
-        if template is None:  # trained on plain text, which it continues
+        if template is None or request.raw:  # trained on plain text, which it continues
             return "".join(message["content"] or "" for message in messages), False
+        source = self.saved[name].source
+
+        def rendered(dialogue: list[Message]) -> str:
+            return render_chat(self.tokenizer, dialogue, template, add_generation_prompt=True)
+
         try:
-            return render_chat(self.tokenizer, messages, template, add_generation_prompt=True), True
+            text = rendered(messages)
+            places = range(len(messages))
+            ignored = [messages[place]["role"] for place in places if _is_ignored(messages, place, text, rendered)]
         except DataError as error:
-            raise DataError(
-                f"the prompt format of {self.saved[name].source} refuses this dialogue: {error.__cause__}"
-            ) from error
+            raise DataError(f"the prompt format of {source} refuses this dialogue: {error.__cause__}") from error
+        if ignored:
+            raise DataError(f"the prompt format of {source} leaves out messages with the role {ignored[0]}")
+        return text, True
 
     def answer(self, request: Request, sampling: Sampling, on_text: Callable[[str], None] = lambda _: None) -> str:
         """Return the answer; pass its pieces to `on_text` as soon as they are generated.
@@ -143,23 +176,49 @@ class ChatModel:
             DataError: the adapter's prompt format cannot express the request, or the dialogue exceeds the model's
                 context.
         """
-        ids = self.encoded(request, sampling)
+        return self.reply(request, self.encoded(request, sampling), sampling, on_text).text
+
+    def reply(
+        self,
+        request: Request,
+        ids: list[int],
+        sampling: Sampling,
+        on_text: Callable[[str], None] = lambda _: None,
+        stops: Sequence[str] = (),
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> Reply:
+        """Answer as `answer` does, and return also what the answer took.
+
+        Args:
+            request: the request.
+            ids: its prompt, from `encoded`.
+            sampling: how tokens are chosen.
+            on_text: gets the pieces of the answer, which joined are the answer.
+            stops: further texts that end the answer; what they are is not in it.
+            cancelled: ends the answer after the next token if it returns true.
+        """
         tokens, texts = self._stops(request.adapter)
-        settings = sampling.settings(tokens, texts, self.tokenizer.pad_token_id)
-        streamer = _CallbackStreamer(self.tokenizer, on_text, texts)
-        if sampling.seed is not None:
-            set_seed(sampling.seed)
+        added = self.tokenizer.get_added_vocab()  # a special token is not in the text of an answer
+        tokens += [added[stop] for stop in stops if stop in added]
+        stream = TextStream(self.tokenizer, on_text, tokens, [*texts, *stops], request.raw, cancelled)
         prompt = torch.tensor([ids], device=self.model.device)
-        with torch.no_grad(), self._active(request.adapter), own_settings_alone(self.model):
-            generated = self.model.generate(
+        cuda = [self.model.device] if self.model.device.type == "cuda" else []
+        with (
+            torch.no_grad(),
+            self._active(request.adapter),
+            own_settings_alone(self.model),
+            torch.random.fork_rng(cuda, enabled=sampling.seed is not None),  # the next answer is as random as before
+        ):
+            if sampling.seed is not None:
+                torch.manual_seed(sampling.seed)
+            self.model.generate(
                 input_ids=prompt,
                 attention_mask=torch.ones_like(prompt),
-                generation_config=settings,
-                streamer=streamer,
-                tokenizer=self.tokenizer,
+                generation_config=sampling.settings(tokens, self.tokenizer.pad_token_id),
+                streamer=stream,
+                stopping_criteria=[stream],
             )
-        text = str(self.tokenizer.decode(generated[0, len(ids) :], skip_special_tokens=True))
-        return before_end(text, texts).strip()
+        return Reply(stream.text, stream.generated, stream.complete)
 
     def _stops(self, adapter: str | None) -> tuple[list[int], list[str]]:
         """Return the tokens and the texts that end an adapter's answers."""
@@ -172,8 +231,8 @@ class ChatModel:
 
         Raises:
             ConfigError: there is no such adapter.
-            DataError: the adapter's prompt format cannot express the request, or the prompt is empty or exceeds the
-                model's context.
+            DataError: the adapter's prompt format cannot express the request, or the prompt is empty.
+            ContextError: the prompt with its answer exceeds the model's context.
         """
         text, has_special_tokens = self.prompt(request)
         with explained("the tokenizer"):
@@ -182,13 +241,28 @@ class ChatModel:
             raise DataError("an empty prompt: this model was trained on plain text and needs a text to continue")
         if max(ids) >= (rows := self.model.get_input_embeddings().weight.shape[0]):
             raise ModelError(f"the tokenizer has the token {max(ids)}, but the model only {rows} embeddings")
-        most = getattr(self.model.config, "max_position_embeddings", None)
-        if most and len(ids) + sampling.max_new_tokens > most:
-            raise DataError(
-                f"the dialogue has {len(ids)} tokens and with {sampling.max_new_tokens} new ones is longer than the "
-                f"{most} of the model's context: start a new dialogue, or lower max_new_tokens"
+        most = self.room(request.adapter, 0)
+        if most is not None and len(ids) + sampling.max_new_tokens > most:
+            new = sampling.max_new_tokens
+            message = (
+                f"the dialogue has {len(ids)} tokens and with {new} new ones is longer than the {most} of the model's "
+                "context: start a new dialogue, or lower max_new_tokens"
             )
+            raise ContextError(message, len(ids), new, most)
         return ids
+
+    def room(self, adapter: str | None, prompt: int) -> int | None:
+        """Return how many tokens a prompt of `prompt` tokens leaves in the model's context; None if it has no end.
+
+        Raises:
+            ConfigError: there is no such adapter.
+        """
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if not most:
+            return None
+        settings = self.saved[self.named(adapter)].config.peft_settings
+        trained = 0 if adapter == BASE else settings.get("num_virtual_tokens", 0)  # a trained prompt takes positions
+        return int(most) - trained - prompt
 
     def named(self, adapter: str | None) -> str:
         """Return the adapter whose prompt format is used: the first one if none is named, and for the base model alone.
@@ -216,27 +290,13 @@ class ChatModel:
         return nullcontext()
 
 
-class _CallbackStreamer(TextStreamer):
-    """A streamer that passes complete words to a function, without the text that ends an answer.
-
-    TextStreamer prints them.
-    """
-
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None], stops: Sequence[str]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._on_text, self._stops, self._waiting, self._ended = on_text, stops, "", False
-
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        text, self._waiting = self._waiting + text, ""
-        ready = before_end(text, self._stops)
-        if ready == text and not stream_end:
-            # What may be the beginning of such a text waits for what follows it.
-            begun = [size for stop in self._stops for size in range(1, len(stop)) if text.endswith(stop[:size])]
-            ready = text[: len(text) - max(begun, default=0)]
-            self._waiting = text[len(ready) :]
-        if ready and not self._ended:
-            self._on_text(ready)
-        self._ended |= len(ready) + len(self._waiting) < len(text)
+def _is_ignored(messages: list[Message], place: int, text: str, rendered: Callable[[list[Message]], str]) -> bool:
+    """Return whether a prompt format leaves out a message: some have no system messages, and do not refuse them."""
+    message = messages[place]
+    said = message.get("content") or ""
+    if message["role"] not in SYSTEM_ROLES or said.strip() in text:
+        return False
+    return rendered([*messages[:place], {**message, "content": f"{said} changed"}, *messages[place + 1 :]]) == text
 
 
 def load_chat_model(

@@ -9,7 +9,10 @@ EXPORT_FORMATS = ("merged", "gguf", *BITSANDBYTES, *GPTQ_FORMATS)
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 """Types in which the `gguf` library can store weights. llama.cpp's `llama-quantize` makes other types from an f16 or
 bf16 file."""
-SERVERS = ("transformers", "mlflow", "vllm", "llama.cpp")
+SERVERS = ("transformers", "vllm", "llama.cpp")
+"""Engines that `serve` answers with: transformers in this process, or the programs of others."""
+FIRST = "default"
+"""Name of the model that a command is given without a name, next to adapters that have one."""
 TRAINED = "trained"
 DEPLOYED: dict[str, dict[str, Any]] = {
     TRAINED: {},

@@ -5,18 +5,18 @@ import os
 import signal
 import socket
 import time
-import urllib.error
-import urllib.request
-from pathlib import Path
+from typing import Any
 
 import mlflow
 import pytest
 import torch
 from helpers import processes
+from openai import APIConnectionError, OpenAI
 from support import QUICK, exit_code
 
 from qlora_exp.config.hydra_compose import compose
-from qlora_exp.deploy import load, serve
+from qlora_exp.deploy import load
+from qlora_exp.deploy.chat import Sampling, asked, load_chat_model
 from qlora_exp.tracking.mlflow_store import client
 
 
@@ -53,49 +53,35 @@ def free_port() -> int:
         return int(taken.getsockname()[1])
 
 
-def ask(url: str, body: dict) -> dict:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.load(answer)
-
-
 @pytest.mark.long
-@pytest.mark.parametrize(
-    ("server", "health"), [("transformers", "health"), pytest.param("mlflow", "ping", marks=pytest.mark.thorough)]
-)
-def test_client_of_a_server_gets_the_answer_of_the_model(server, health, trained_adapters, tmp_path):
-    folder, port = str(trained_adapters()), free_port()
-    words = ["serve", folder, "--with", server, "--port", str(port), "--device", "cpu", "--out", "served"]
-    out, log = tmp_path / "out", tmp_path / "log"
-    process = processes.start(processes.interpreter, ["-m", "qlora_exp", *words], out, log)  # the server replaces it
+def test_serve_command_answers_until_ctrl_c(trained_adapters, tmp_path, monkeypatch):
+    port, log = free_port(), tmp_path / "log"
+    monkeypatch.setenv("KEY", "sesame")  # for the process, and for the client
+    words = ["serve", str(trained_adapters()), "--adapter", f"b={trained_adapters('dataset.format=chat')}"]
+    words += ["--port", str(port), "--device", "cpu", "--max-new-tokens", "2000", "--api-key-env", "KEY"]
+    process = processes.start(processes.interpreter, ["-m", "qlora_exp", *words], tmp_path / "out", log)
+    client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="sesame", max_retries=0)
     try:
         for _ in range(600):
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/{health}", timeout=5)
+                names = [model.id for model in client.models.list()]
                 break
-            except (urllib.error.URLError, OSError):
+            except APIConnectionError:
                 assert process.is_alive(), log.read_text()
                 time.sleep(0.2)
-        made = serve.server(server, Path("served"), "127.0.0.1", port)
-        body = {"messages": [{"role": "user", "content": "Why?"}], "max_tokens": 6, "temperature": 1e-6}
-        answer = ask(made.url, body | {"model": made.model})
-        if server == "mlflow":  # a list of one
-            (answer,) = answer
-        else:  # clients ask for it, whatever it lists
-            assert urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=60).status == 200
+        assert names == ["default", "b", "base"]
+        request: dict[str, Any] = {"model": "b", "messages": [{"role": "user", "content": "Why?"}]}
+        done = client.chat.completions.create(**request, max_tokens=6)
+        endless = client.chat.completions.create(**request, stream=True, temperature=9, extra_body={"top_k": 50})
+        next(iter(endless))
     finally:
         os.kill(process.pid, signal.SIGINT)
         process.join(30)
         assert not process.is_alive()
-    model, tokenizer = load.load(str(tmp_path / "served"), device="cpu")
-    asked = [{"role": "user", "content": "Why?"}]
-    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    expected = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
-    assert "### Instruction:\nWhy?" in prompt
-    text = answer["choices"][0]["message"]["content"]
-    assert text.strip() == tokenizer.decode(expected, skip_special_tokens=True).strip()
-    assert answer["usage"]["prompt_tokens"] == ids.shape[1]
+    assert "Traceback" not in log.read_text()
+    talker = load_chat_model({"b": str(trained_adapters("dataset.format=chat"))}, device="cpu")
+    assert done.choices[0].message.content == talker.answer(asked("Why?"), Sampling(6))
+    assert "models: default, b, base." in (tmp_path / "out").read_text()
 
 
 def test_merge_and_export_commands_are_logged_to_the_run(run_quick, mlflow_uri, tmp_path, capsys):

@@ -6,18 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from support import exit_code
+from support import QUICK, exit_code
 
-from qlora_exp.data.end_of_turn import EndOfTurn, before_end
+from qlora_exp.config.hydra_compose import compose
+from qlora_exp.data.end_of_turn import EndOfTurn
 from qlora_exp.data.prompts import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT
 from qlora_exp.deploy import load
 from qlora_exp.deploy.chat import (
     BASE,
     Request,
     Sampling,
-    _CallbackStreamer,
     answers,
     asked,
     load_chat_model,
@@ -82,20 +80,7 @@ def test_request_is_answered_by_its_adapter(talker, trained_adapters):
 def test_answer_is_streamed(talker):
     pieces = []
     answer = talker.answer(asked("Why?"), SHORT, pieces.append)
-    assert "".join(pieces).strip() == answer
-
-
-@given(st.lists(st.text("ab#\n", max_size=4)), st.lists(st.text("ab#\n", min_size=1, max_size=4), max_size=2))
-def test_text_that_ends_an_answer_is_not_streamed(pieces: list[str], stops: list[str]):
-    shown: list[str] = []
-    text, streamer = "", _CallbackStreamer(None, shown.append, stops)
-    for piece in pieces:
-        text += piece
-        streamer.on_finalized_text(piece)
-        if any(stop in text for stop in stops):  # generation ends there
-            break
-    streamer.on_finalized_text("", stream_end=True)
-    assert "".join(shown) == before_end(text, stops)
+    assert "".join(pieces) == answer
 
 
 def test_each_adapter_ends_its_answers_with_its_own_end(talker):
@@ -107,7 +92,9 @@ def test_each_adapter_ends_its_answers_with_its_own_end(talker):
 
 
 def test_sampling_is_determined_by_its_seed(talker):
-    drawn = [talker.answer(asked("Why?"), Sampling(16, temperature=1.0, seed=seed)) for seed in (1, 1, 2)]
+    drawn = [
+        talker.answer(asked("Why?"), Sampling(16, 1, top_p=1, repetition_penalty=1, seed=seed)) for seed in (1, 1, 2)
+    ]
     assert drawn[0] == drawn[1] != drawn[2]
 
 
@@ -139,6 +126,23 @@ def test_request_that_does_not_fit_the_format_is_rejected(talker):
         talker.answer(asked("a" * 3000), SHORT)
     with pytest.raises(ConfigError, match="no adapter 'same'; did you mean 'same_kind'"):
         talker.answer(asked("Why?", "same"), SHORT)
+
+
+def test_system_message_that_the_format_leaves_out_is_rejected(talker):
+    system = [{"role": "system", "content": "Be brief."}, *asked("Why?").messages]
+    silent = "{% for m in messages if m['role'] == 'user' %}Q: {{ m['content'] }}\n{% endfor %}"
+    loud = "{% for m in messages %}{{ m['content'] | upper }}\n{% endfor %}"
+    changed = replace(talker, templates={"default": silent, "same_kind": loud})
+    with pytest.raises(DataError, match="leaves out messages with the role system"):
+        changed.prompt(Request(system))
+    assert changed.prompt(asked("Why?")) == ("Q: Why?\n", True)
+    assert changed.prompt(Request(system, adapter="same_kind")) == ("BE BRIEF.\nWHY?\n", True)
+
+
+def test_trained_prompt_takes_room(talker):
+    config = compose([*QUICK, "method=prompt_tuning", "method.num_virtual_tokens=8"])
+    changed = replace(talker, saved={"default": replace(talker.saved["default"], config=config)})
+    assert (changed.room(None, 10), changed.room(BASE, 10), talker.room(None, 10)) == (2030, 2038, 2038)
 
 
 def test_full_model_answers_and_has_no_base(trained_adapters):

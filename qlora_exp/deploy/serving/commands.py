@@ -1,14 +1,11 @@
-"""Serve a trained model at an OpenAI-compatible endpoint: commands of existing servers, and the folder that they need.
+"""Show how a trained model is served at an OpenAI-compatible endpoint by other programs, and make what they need.
 
 Starts no server itself.
 """
 
-import importlib.util
 import json
-import os
 import shlex
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +14,9 @@ from safetensors import safe_open
 from qlora_exp.data.end_of_turn import end_of_turn
 from qlora_exp.data.prompts import chat_template
 from qlora_exp.deploy import export
+from qlora_exp.deploy.formats import FIRST
 from qlora_exp.deploy.load import Saved
-from qlora_exp.deploy.untrusted_folders import check_tokenizer
 from qlora_exp.models.files import GGUF_FILE, read_json
-from qlora_exp.models.untrusted import bounded, explained, most_values
 from qlora_exp.utils.errors import ConfigError
 
 
@@ -53,7 +49,7 @@ class Server:
 
 
 def check(server: str, saved: Saved) -> None:
-    """Check that the server is installed and can serve what was saved.
+    """Check that another server is installed and can serve what was saved.
 
     Raises:
         ConfigError: it is not, or cannot; the message says what to do instead.
@@ -63,10 +59,9 @@ def check(server: str, saved: Saved) -> None:
         raise ConfigError(
             "--with llama.cpp needs a GGUF file: run qlora-exp export ... --to gguf, and serve its folder"
             if server == "llama.cpp"
-            else f"{saved.folder} contains a GGUF file, which can only be served --with llama.cpp"
+            else f"--with {server}: {saved.folder} contains a GGUF file: serve it --with llama.cpp, or without --with"
         )
     missing = {
-        "transformers": not importlib.util.find_spec("openai") and "pip install 'qlora-exp[serve]'",
         "vllm": not shutil.which("vllm") and "pip install vllm, in an environment of its own, and put it on the PATH",
         "llama.cpp": not shutil.which("llama-server") and "install llama.cpp, and put `llama-server` on the PATH",
     }
@@ -98,59 +93,41 @@ def folder_of(saved: Saved, out: Path) -> Path:
     return out
 
 
-def mlflow_model(folder: Path, made: Path) -> Path:
-    """Write a transformers folder as an MLflow model for `mlflow models serve`; replace `made` if it exists."""
-    import mlflow.transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    # With transformers 5, MLflow 3.17 does not accept the path of a folder, so the model is loaded. MLflow also asks
-    # the hub about a name that could exist there, so the path is made absolute.
-    folder = folder.resolve()
-    check_tokenizer(folder)
-    with explained(str(folder)), bounded(str(folder), most_values(folder)):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
-        model.generation_config.stop_strings = None  # MLflow's pipeline does not pass the tokenizer that they need
-        components = {"model": model, "tokenizer": AutoTokenizer.from_pretrained(folder, trust_remote_code=False)}
-    requirements = ["mlflow", "torch", "transformers", "accelerate"]
-    shutil.rmtree(made, ignore_errors=True)
-    mlflow.transformers.save_model(components, str(made), task="llm/v1/chat", pip_requirements=requirements)
-    return made
-
-
-def server(name: str, folder: Path, host: str, port: int, device: str = "auto", stop: str | None = None) -> Server:
-    """Return how the server `name` serves the model in `folder`; `stop` is the text that ends an answer, if any."""
-    chat = f"http://{host}:{port}/v1/chat/completions"
-    binaries, where = Path(sys.executable).parent, ["--host", host, "--port", str(port)]
-    offline = {"HF_HUB_OFFLINE": "1"}
-    if name == "transformers":
-        command = [str(binaries / "transformers"), "serve", str(folder), "--device", device, *where]
-        return Server(command, offline, chat, str(folder), stop)
-    if name == "mlflow":
-        command = [str(binaries / "mlflow"), "models", "serve", "-m", str(folder), "--env-manager", "local", *where]
-        path = f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}"  # it starts uvicorn by its name
-        return Server(command, offline | {"PATH": path}, f"http://{host}:{port}/invocations", folder.name)
+def server(name: str, folder: Path, host: str, port: int, stop: str | None = None) -> Server:
+    """Return how the program `name` serves the model in `folder`; `stop` is the text that ends an answer, if any."""
+    where = ["--host", host, "--port", str(port)]
     if name == "vllm":
-        return Server(["vllm", "serve", str(folder), *where], offline, chat, str(folder), stop)
-    return Server(["llama-server", "-m", str(folder / GGUF_FILE), *where], {}, chat, GGUF_FILE, stop)
+        offline = {"HF_HUB_OFFLINE": "1"}
+        return Server(["vllm", "serve", str(folder), *where], offline, _chat(host, port), str(folder), stop)
+    return Server(["llama-server", "-m", str(folder / GGUF_FILE), *where], {}, _chat(host, port), GGUF_FILE, stop)
+
+
+def own_server(saved: Saved, host: str, port: int) -> Server:
+    """Return how this program serves a model, and is asked."""
+    store = ["--uri", saved.tracking_uri] if saved.tracking_uri else []
+    command = ["qlora-exp", "serve", saved.source, *store, "--host", host, "--port", str(port)]
+    return Server(command, {}, _chat(host, port), FIRST)
+
+
+def _chat(host: str, port: int) -> str:
+    return f"http://{host}:{port}/v1/chat/completions"
 
 
 def commands(saved: Saved, out: Path, host: str, port: int) -> list[str]:
     """Return shell lines for each server that takes a folder or a file: a comment, commands, and an example request."""
     stop = stop_of(saved)
-    if (saved.folder / GGUF_FILE).is_file():
-        servers = [("llama.cpp", server("llama.cpp", saved.folder, host, port, stop=stop))]
-    else:
-        folder = out if saved.adapter else saved.folder
-        servers = [(name, server(name, folder, host, port, stop=stop)) for name in ("transformers", "vllm")]
+    other = "llama.cpp" if (saved.folder / GGUF_FILE).is_file() else "vllm"
+    servers = [
+        ("transformers, in this program", own_server(saved, host, port)),
+        (other, server(other, out if saved.adapter else saved.folder, host, port, stop)),
+    ]
     if (unmerged := adapter_on_vllm(saved, host, port)) is not None:
         servers.append(("vllm, base model and adapter without merging", unmerged))
     merging = ["qlora-exp", "merge", saved.source, "--out", str(out)]
     merging += ["--uri", saved.tracking_uri] if saved.tracking_uri else []
-    merge_first = [shlex.join(merging)] if saved.adapter else []
+    merge_first = {"vllm": [shlex.join(merging)]} if saved.adapter else {}
     return [
-        line
-        for name, each in servers
-        for line in (f"# {name}", *([] if each is unmerged else merge_first), each.line, each.example)
+        line for name, each in servers for line in (f"# {name}", *merge_first.get(name, []), each.line, each.example)
     ]
 
 
@@ -198,4 +175,4 @@ def adapter_on_vllm(saved: Saved, host: str, port: int) -> Server | None:
     template = saved.folder / "chat_template.jinja"
     if template.is_file():
         command += ["--chat-template", str(template.resolve())]
-    return Server(command, {}, f"http://{host}:{port}/v1/chat/completions", name, stop_of(saved))
+    return Server(command, {}, _chat(host, port), name, stop_of(saved))

@@ -1,4 +1,4 @@
-"""Servers that exist answer with the model, asked by a real client on loopback."""
+"""Commands of other servers, and what `serve` refuses before anything is loaded or written."""
 
 import json
 import os
@@ -8,7 +8,8 @@ import socket
 import pytest
 from support import exit_code
 
-from qlora_exp.deploy import export, load, serve
+from qlora_exp.deploy import export, load
+from qlora_exp.deploy.serving import commands
 from qlora_exp.utils.errors import ConfigError
 
 pytestmark = pytest.mark.slow
@@ -16,35 +17,45 @@ pytestmark = pytest.mark.slow
 
 def test_adapter_is_merged_once_for_serving(trained_adapters, tmp_path):
     saved = load.find(str(trained_adapters()), device="cpu")
-    assert serve.folder_of(saved, tmp_path / "served") == tmp_path / "served"
+    assert commands.folder_of(saved, tmp_path / "served") == tmp_path / "served"
     written = os.stat(tmp_path / "served" / "model.safetensors").st_mtime_ns
-    serve.folder_of(saved, tmp_path / "served")
+    commands.folder_of(saved, tmp_path / "served")
     assert os.stat(tmp_path / "served" / "model.safetensors").st_mtime_ns == written
     whole = load.find(str(tmp_path / "served"), device="cpu")
-    assert serve.folder_of(whole, tmp_path / "unused") == whole.folder
+    assert commands.folder_of(whole, tmp_path / "unused") == whole.folder
     other = load.find(str(trained_adapters("lora_variant=dora")), device="cpu")
     with pytest.raises(ConfigError, match="contains something else"):
-        serve.folder_of(other, tmp_path / "served")
+        commands.folder_of(other, tmp_path / "served")
 
 
 @pytest.mark.parametrize(
-    ("server", "says"),
-    [("vllm", "pip install vllm"), ("llama.cpp", "needs a GGUF file"), ("transformers", "")],
+    ("words", "says"),
+    [
+        (["--with", "vllm"], "pip install vllm"),
+        (["--with", "llama.cpp"], "needs a GGUF file"),
+        (["--with", "vllm", "--adapter", "b=x"], "--adapter: only for a model that is served by this"),
+        (["--print", "--max-new-tokens", "7"], "--max-new-tokens: only for a model that is served by this"),
+        (["--out", "served"], "--out: only for other programs"),
+        (["--api-key-env", "NOT_SET"], "--api-key-env NOT_SET: this environment variable is not set"),
+        (["--temperature", "-1"], "temperature=-1.0 must be 0, or from"),
+        (["--adapter", "nothing"], "must be NAME=SOURCE"),
+        (["--port", "99999"], "cannot serve at"),
+    ],
+    ids=lambda words: " ".join(words) if isinstance(words, list) else "",
 )
-def test_missing_server_is_reported_before_anything_is_written(server, says, trained_adapters):
-    saved = load.find(str(trained_adapters()), device="cpu")
-    if not says:
-        serve.check(server, saved)
-        return
-    with pytest.raises(ConfigError, match=says):
-        serve.check(server, saved)
+def test_what_cannot_be_served_is_refused_before_anything_is_loaded(
+    words, says, trained_adapters, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(load, "load_saved", lambda *_: pytest.fail("loaded"))
+    assert exit_code("serve", str(trained_adapters()), *words) == 1
+    assert says in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_gguf_file_is_served_by_llama_cpp_only(trained_adapters, tmp_path, capsys):
+def test_gguf_file_is_not_for_vllm(trained_adapters, tmp_path, capsys):
     export.export(load.find(str(trained_adapters()), device="cpu"), tmp_path / "made", "gguf", type_="q8_0")
-    saved = load.find(str(tmp_path / "made"), device="cpu")
-    with pytest.raises(ConfigError, match=r"served --with llama\.cpp"):
-        serve.check("transformers", saved)
+    assert exit_code("serve", str(tmp_path / "made"), "--with", "vllm") == 1
+    assert "serve it --with llama.cpp" in capsys.readouterr().err
     assert exit_code("serve", str(tmp_path / "made"), "--print", "--port", "81") == 0
     assert f"llama-server -m {tmp_path / 'made' / 'model.gguf'} --host 127.0.0.1 --port 81" in capsys.readouterr().out
 
@@ -53,7 +64,7 @@ def test_serve_print_shows_commands_without_starting_them(trained_adapters, caps
     assert exit_code("serve", str(trained_adapters()), "--print", "--out", "served") == 0
     shown = capsys.readouterr().out
     assert f"qlora-exp merge {trained_adapters()} --out served\n" in shown
-    assert "transformers serve served" in shown
+    assert f"qlora-exp serve {trained_adapters()} --host 127.0.0.1 --port 8000\n" in shown
     assert "vllm serve served" in shown
     assert "--enable-lora" not in shown  # nobody else has a random base
     assert list(tmp_path.iterdir()) == []
@@ -70,7 +81,7 @@ def vllm_command(trained_adapters, tmp_path):
         saved = load.find(str(folder), device="cpu")
         hub = saved.config.model.model_copy(update={"model_name_or_path": "org/model", "revision": revision})
         of_hub = export.replace(saved, config=saved.config.model_copy(update={"model": hub}))
-        made = serve.adapter_on_vllm(of_hub, "127.0.0.1", 8000)
+        made = commands.adapter_on_vllm(of_hub, "127.0.0.1", 8000)
         return None if made is None else made.command
 
     return command
