@@ -1,7 +1,7 @@
 """Convert the config to plain values: flat, as YAML, or only the part that can change a result."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import PurePath, PureWindowsPath
 from typing import Any
 
@@ -37,55 +37,70 @@ _NAMES_FILES = re.compile(
     r"|training\.resume_from_checkpoint"
 )
 """Keys whose values may be files or folders."""
-_ABSOLUTE = re.compile(r"(?:[/~\\]|[A-Za-z]:[\\/])[^\n]*")
+_ABSOLUTE = re.compile(r"(?:file:|[/~\\]|[A-Za-z]:[\\/])[^\n]*")
 
 
-def without_places(values: Mapping[str, Any]) -> dict[str, Any]:
+def without_places(values: Mapping[str, Any], local: Collection[str] = ()) -> dict[str, Any]:
     """Remove from a config what is valid on this machine only, to share it.
 
     Section `tracking` is left out. An absolute path becomes the file's name in the working folder, `./NAME`.
 
     Args:
         values: a config as nested dictionaries, or with dotted keys.
+        local: relative paths that are replaced like absolute ones.
     """
     shared: dict[str, Any] = {}
     for key, value in values.items():
         if key.split(".")[0] == "tracking":
             continue
         if isinstance(value, Mapping) and "." not in key:
-            shared[key] = {name: _without_place(f"{key}.{name}", item) for name, item in value.items()}
+            shared[key] = {name: _without_place(f"{key}.{name}", item, local) for name, item in value.items()}
         else:
-            shared[key] = _without_place(key, value)
+            shared[key] = _without_place(key, value, local)
     return shared
 
 
-def _without_place(key: str, value: Any) -> Any:
-    return _names_only(value) if _NAMES_FILES.fullmatch(key) else value
+def _without_place(key: str, value: Any, local: Collection[str]) -> Any:
+    return _names_only(value, local) if _NAMES_FILES.fullmatch(key) else value
 
 
-def _names_only(value: Any) -> Any:
+def _names_only(value: Any, local: Collection[str] = ()) -> Any:
+    """Replace each string in nested lists and dictionaries that is an absolute path, or in `local`, by `./NAME`."""
     if isinstance(value, Mapping):
-        return {_names_only(name): _names_only(item) for name, item in value.items()}
+        return {_names_only(name, local): _names_only(item, local) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_names_only(item) for item in value]
+        return [_names_only(item, local) for item in value]
     if not isinstance(value, str):
         return value
     if value.startswith(("[", "{")):  # a list or a mapping as text
-        return re.sub(r"(['\"])([^'\"]*)\1", lambda match: f"{match[1]}{_names_only(match[2])}{match[1]}", value)
-    if not _ABSOLUTE.fullmatch(value):
+        return re.sub(r"(['\"])([^'\"]*)\1", lambda match: f"{match[1]}{_names_only(match[2], local)}{match[1]}", value)
+    if value not in local and not _ABSOLUTE.fullmatch(value):
         return value
     path = PureWindowsPath(value) if "\\" in value else PurePath(value)
     return f"./{path.name}"
+
+
+def names_of_paths(values: Any, local: Collection[str]) -> Any:
+    """Replace paths in the content of a JSON file by names, under keys that say that they are paths."""
+    if isinstance(values, list):
+        return [names_of_paths(item, local) for item in values]
+    if not isinstance(values, dict):
+        return values
+    return {
+        key: (_names_only if key.endswith(("_path", "_file", "_dir")) else names_of_paths)(item, local)
+        for key, item in values.items()
+    }
 
 
 APART = ("tracking", "sweep", "search", "tuning")
 """Sections that do not change a run's result."""
 _OF_ONE_START = ("name", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "ddp_timeout")
 """Keys of `distributed` that say where the processes are and how they find each other, not what they compute."""
+_OF_ROWS = ("validation_size", "evaluate_on", "prompt_template", "chat_template", "history_column", "system_column")
 _EMPTY_IN_OLDER_RECORDS = (
     ("model", "adapter"),
     ("training", "lr_scheduler_kwargs"),
-    *((section, key) for section in ("dataset", "unrelated") for key in ("validation_size", "evaluate_on")),
+    *((section, key) for section in ("dataset", "unrelated") for key in _OF_ROWS),
 )
 """Keys that records of older versions lack; empty, they say the same."""
 

@@ -5,6 +5,7 @@ What was recorded is only data: nothing in it can make code run.
 
 import json
 import re
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,14 @@ import qlora_exp.models.bottleneck  # noqa: F401 - registers its method with PEF
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.schema import Config
 from qlora_exp.config.untrusted import plain_yaml
-from qlora_exp.config.values import values_to_yaml, without_places
-from qlora_exp.deploy.untrusted_folders import check_adapter, check_tokenizer, generate_once, use_own_generation
+from qlora_exp.config.values import names_of_paths, values_to_yaml, without_places
+from qlora_exp.deploy.untrusted_folders import (
+    check_adapter,
+    check_tokenizer,
+    generate_once,
+    kernels,
+    use_own_generation,
+)
 from qlora_exp.environment.device import detect, resolve
 from qlora_exp.models.adapters import check_complete, fit_explained
 from qlora_exp.models.base import load_model, model_config, named, stop_at_end_of_turn
@@ -30,6 +37,7 @@ from qlora_exp.recipe.saved import saved_config
 from qlora_exp.results import records
 from qlora_exp.tracking import logged_models, run_key
 from qlora_exp.tracking.journal import CONFIG_FILE, FILE
+from qlora_exp.tracking.stores.pyfunc_files import MLMODEL
 from qlora_exp.utils.errors import ModelError, TrackingError
 from qlora_exp.utils.quiet import hide_bars
 
@@ -76,11 +84,18 @@ def find(source: str, tracking_uri: str | None = None, device: str = "auto") -> 
     config = saved_config(source, folder, device, lambda values: _with_places(values, folder, run_id, tracking_uri))
     if adapter:
         config = _on_its_base(config, folder)
-    elif kernels := sorted(_kernels(_model_config(folder))):
+    elif asked := sorted(kernels(_model_config(folder))):
         raise ModelError(
-            f"{source}: its config.json asks for a kernel of the hub, whose code would run: {', '.join(kernels)}"
+            f"{source}: its config.json asks for a kernel of the hub, whose code would run: {', '.join(asked)}"
         )
     return Saved(source, folder, config, adapter, run_id, tracking_uri)
+
+
+def _run_of(folder: Path) -> str | None:
+    """Return the run that a folder downloaded with MLflow names; None if it names none."""
+    file = folder / MLMODEL
+    values = plain_yaml(file.read_text("utf-8"), MLMODEL) if file.is_file() else None
+    return str(values["run_id"]) if isinstance(values, dict) and values.get("run_id") else None
 
 
 def _with_places(recorded: Any, folder: Path, run_id: str | None, tracking_uri: str | None) -> Any:
@@ -94,7 +109,7 @@ def _with_places(recorded: Any, folder: Path, run_id: str | None, tracking_uri: 
     text = ""
     if (folder.parent / FILE).is_file() and (folder.parent / CONFIG_FILE).is_file():
         text = (folder.parent / CONFIG_FILE).read_text("utf-8")
-    elif run_id is not None:
+    elif (run_id := run_id or _run_of(folder)) is not None:
         with suppress(TrackingError):  # the run may be gone while its model is not
             text = records.by_ids(tracking_uri, [run_id])[0].text(CONFIG_FILE)
     complete = plain_yaml(text, CONFIG_FILE) if text else None
@@ -102,14 +117,23 @@ def _with_places(recorded: Any, folder: Path, run_id: str | None, tracking_uri: 
     return complete if same else recorded
 
 
-def remove_places(folder: Path) -> None:
-    """Remove from the files of a saved model what is valid on this machine only, as in newly saved ones."""
-    values = without_places(plain_yaml((folder / CONFIG_FILE).read_text("utf-8"), CONFIG_FILE))
+def remove_places(folder: Path, local: Collection[str] = ()) -> None:
+    """Remove from the files of a saved model what is valid on this machine only, as in newly saved ones.
+
+    Args:
+        folder: folder of the model.
+        local: relative paths of files and folders to remove too.
+    """
+    values = without_places(plain_yaml((folder / CONFIG_FILE).read_text("utf-8"), CONFIG_FILE), local)
+    values["training"]["resume_from_checkpoint"] = None
+    values["model"].pop("adapter", None)
     (folder / CONFIG_FILE).write_text(values_to_yaml(values), "utf-8")
-    file = folder / "adapter_config.json"
-    if file.is_file():
-        base = {"base_model_name_or_path": values["model"]["model_name_or_path"]}
-        file.write_text(json.dumps(json.loads(file.read_text("utf-8")) | base, indent=2, sort_keys=True), "utf-8")
+    for file in folder.glob("*config.json"):
+        clean = names_of_paths(recorded := json.loads(file.read_text("utf-8")), local)
+        if file.name == "adapter_config.json":
+            clean["base_model_name_or_path"] = values["model"]["model_name_or_path"]
+        if clean != recorded:
+            file.write_text(json.dumps(clean, indent=2, sort_keys=True), "utf-8")
 
 
 def _on_its_base(config: Config, folder: Path) -> Config:
@@ -270,13 +294,3 @@ def model_type(saved: Saved) -> str:
     if not saved.adapter and (own := _model_config(saved.folder).get("model_type")):
         return str(own)
     return str(model_config(saved.config.model).model_type)
-
-
-def _kernels(values: Any) -> set[str]:
-    """Return the implementations, at any depth of a config, that transformers would download from the hub and run."""
-    if isinstance(values, list):
-        return {kernel for value in values for kernel in _kernels(value)}
-    if not isinstance(values, dict):
-        return set()
-    own = {value for key, value in values.items() if key.endswith("implementation") and "/" in str(value)}
-    return {str(value) for value in own} | {kernel for value in values.values() for kernel in _kernels(value)}

@@ -15,7 +15,7 @@ from qlora_exp.deploy import load, model_card
 from qlora_exp.results import records, reproduce
 from qlora_exp.tracking import logged_models, mlflow_store
 from qlora_exp.tracking.refusals import hint
-from qlora_exp.tracking.stores import artifacts
+from qlora_exp.tracking.stores import artifacts, pyfunc_files
 from qlora_exp.tracking.stores.uris import VARIABLE
 from qlora_exp.utils.env_file import load_env_file
 from qlora_exp.utils.errors import ConfigError, TrackingError, first_line
@@ -80,8 +80,10 @@ def register(uri: str | None, run: str, name: str, alias: str | None = None) -> 
         (Path(folder) / _CARD).write_text(text, "utf-8")
         mlflow.log_artifact(record.run_id, str(Path(folder) / _CARD))
         mlflow.log_model_artifact(model_id, str(Path(folder) / _CARD))
+        if pyfunc_files.MLMODEL not in [file.path for file in mlflow.list_logged_model_artifacts(model_id)]:
+            pyfunc_files.log(mlflow, record.run_id, model_id)  # an older version logged it
         mlflow.update_model_version(name, version, text[:_MAX_DESCRIPTION])
-        for key, value in model_card.tags(saved.config):
+        for key, value in model_card.tags(saved.config, record.tags):
             mlflow.set_model_version_tag(name, version, key, redact(value))
     return Registered(name, version, alias, address), text
 
@@ -120,19 +122,23 @@ def _global_tracking_uri(uri: str) -> Iterator[None]:
 def push(uri: str | None, source: str, repository: str, text: str, private: bool = True) -> str:
     """Upload a registered model with its card to the hub and return the address of the commit.
 
+    Paths of the base model and the data become names (`load.remove_places`).
+
     Raises:
         ConfigError: the hub refuses the upload, or HF_TOKEN is not set.
     """
     load_env_file()
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, ModelCard
 
-    folder = load.find(source, uri, "cpu").folder
+    saved = load.find(source, uri, "cpu")
+    tags = records.by_ids(uri, [saved.run_id])[0].tags if saved.run_id else {}
     api = HfApi()
     try:
         with tempfile.TemporaryDirectory() as part:
-            copy_without_links(folder, Path(part))
+            copy_without_links(saved.folder, Path(part))
             (Path(part) / _CARD).write_text(text, "utf-8")
-            load.remove_places(Path(part))  # runs of older versions have them in their models
+            load.remove_places(Path(part), model_card.local_paths(saved.config, tags))
+            ModelCard(text).validate()  # before there is an empty repository
             api.create_repo(repository, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repository, folder_path=part))
     except Exception as error:  # of any kind: from the hub, its client's checks or the network

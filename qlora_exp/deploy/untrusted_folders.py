@@ -44,6 +44,16 @@ _GENERATION = {
 _MOST_STOPS = 20
 
 
+def kernels(values: Any) -> set[str]:
+    """Return the implementations, at any depth of a config, that transformers would download from the hub and run."""
+    if isinstance(values, list):
+        return {kernel for value in values for kernel in kernels(value)}
+    if not isinstance(values, dict):
+        return set()
+    own = {value for key, value in values.items() if key.endswith("implementation") and "/" in str(value)}
+    return {str(value) for value in own} | {kernel for value in values.values() for kernel in kernels(value)}
+
+
 def check_tokenizer(folder: Path) -> None:
     """Load a tokenizer and use it once, in a process with limits.
 

@@ -35,7 +35,7 @@ from qlora_exp.libraries.mlflow import create_tables, reopen, schema_version
 from qlora_exp.tracking.journal import PARENT_TAG, Journal, parent_run_id
 from qlora_exp.tracking.limits import fit_message
 from qlora_exp.tracking.refusals import Entry, LeftOut, cause, hint, log_entries, no_content, read_run
-from qlora_exp.tracking.stores import artifacts, mlflow_views, sqlite_store
+from qlora_exp.tracking.stores import artifacts, mlflow_views, pyfunc_files, sqlite_store
 from qlora_exp.tracking.stores.guarded_client import GuardedClient
 from qlora_exp.tracking.stores.uris import check_driver, exists, experiment_name, origin, store_uri
 from qlora_exp.utils.errors import TrackingError
@@ -275,6 +275,7 @@ def _log_model(mlflow: MlflowClient, journal: Journal, message: dict[str, Any]) 
                 params=message["params"],
             ).model_id
     mlflow.log_model_artifacts(model_id, str(folder))
+    pyfunc_files.log(mlflow, run_id, model_id)
     mlflow.finalize_logged_model(model_id, LoggedModelStatus.READY)
     outputs = mlflow.get_run(run_id).outputs
     if not outputs or model_id not in [output.model_id for output in outputs.model_outputs]:

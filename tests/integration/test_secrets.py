@@ -103,6 +103,7 @@ def test_no_secret_is_written_shown_or_shared(config_folder, tmp_path, monkeypat
     assert record.tags["password"] == "***"
     assert exit_code("bundle", record.run_id, "--out", "shared") == 0
     assert exit_code("reproduce", record.run_id, "--check-only", f"dataset.path={config_folder}/rows.jsonl") == 0
+    monkeypatch.setattr("huggingface_hub.ModelCard.validate", lambda _: None)
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: None)
     monkeypatch.setattr(
         "huggingface_hub.HfApi.upload_folder", lambda _, folder_path, **__: shutil.copytree(folder_path, "pushed")

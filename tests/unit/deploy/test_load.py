@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from qlora_exp.config.hydra_compose import compose
 from qlora_exp.deploy.load import find, load, remove_places
 from qlora_exp.tracking import run_key
 from qlora_exp.utils.errors import ModelError
@@ -82,7 +83,8 @@ def test_adapter_of_a_local_base_names_no_folder_and_finds_its_base(
     for file in saved.rglob("*"):
         assert not [hidden for hidden in (base, str(tmp_path), "mlruns") if hidden.encode() in file.read_bytes()], file
     assert json.loads((saved / "adapter_config.json").read_text())["base_model_name_or_path"] == f"./{Path(base).name}"
-    for source in (str(result.output_dir), str(saved), result.run_id):
+    logged = str(find(result.run_id, mlflow_uri).folder)  # names its run, as a folder that MLflow downloaded does
+    for source in (str(result.output_dir), str(saved), result.run_id, logged):
         assert find(source, mlflow_uri).config.model.model_name_or_path == base
     shutil.copytree(saved, tmp_path / "taken")
     with pytest.raises(ModelError, match=f"the base model of the adapter is not at {tmp_path}/{Path(base).name}: put"):
@@ -96,6 +98,31 @@ def test_adapter_of_a_local_base_names_no_folder_and_finds_its_base(
     assert find("taken", mlflow_uri).config.model.model_name_or_path == base
     remove_places(tmp_path / "taken")
     assert "tracking" not in (tmp_path / "taken" / "qlora_exp.yaml").read_text()
+
+
+def test_places_are_removed_from_every_file_and_from_nothing_else(tmp_path):
+    local = {"bases/mine", "../rows.jsonl", "words"}
+    config = compose(["method=prompt_tuning"]).model_dump(mode="json")
+    config["model"]["model_name_or_path"], config["dataset"]["path"] = "bases/mine", "../rows.jsonl"
+    config["dataset"]["prompt_column"], config["training"]["resume_from_checkpoint"] = "words", "runs/a"
+    config["method"]["tokenizer_name_or_path"] = "words"
+    (tmp_path / "qlora_exp.yaml").write_text(yaml.safe_dump(config))
+    adapter = {"base_model_name_or_path": "/home/me/mine", "tokenizer_name_or_path": "/home/me/words", "bias": "words"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter))
+    (tmp_path / "tokenizer_config.json").write_text('{"name_or_path": "bases/mine", "eos_token": "/words"}')
+    (tmp_path / "tokenizer.json").write_text('{"words": "/words", "_path": "words"}')
+    remove_places(tmp_path, local)
+    shared = yaml.safe_load((tmp_path / "qlora_exp.yaml").read_text())
+    assert (shared["model"]["model_name_or_path"], shared["dataset"]["path"]) == ("./mine", "./rows.jsonl")
+    assert (shared["dataset"]["prompt_column"], shared["training"]["resume_from_checkpoint"]) == ("words", None)
+    assert shared["method"]["tokenizer_name_or_path"] == "./words"
+    assert json.loads((tmp_path / "adapter_config.json").read_text()) == {
+        "base_model_name_or_path": "./mine", "tokenizer_name_or_path": "./words", "bias": "words",
+    }  # fmt: skip
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text()) == {
+        "name_or_path": "./mine", "eos_token": "/words",
+    }  # fmt: skip
+    assert "./" not in (tmp_path / "tokenizer.json").read_text()
 
 
 def test_model_that_no_run_saved_is_told_from_an_incomplete_one(trained_adapters, tmp_path):

@@ -5,9 +5,14 @@ from dataclasses import dataclass, field
 
 import pytest
 import yaml
+from helpers.hub import hub_on_loopback
+from huggingface_hub import ModelCard
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qlora_exp.config.hydra_compose import compose, conf_dir
 from qlora_exp.deploy import model_card
+from qlora_exp.utils.display import markdown, markdown_code, visible
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ def rows(*losses: float) -> str:
 
 
 def head(text: str) -> dict:
-    return yaml.safe_load(text.split("---")[1])
+    return ModelCard(text).data.to_dict()
 
 
 def test_card_begins_with_hub_metadata():
@@ -42,8 +47,21 @@ def test_card_begins_with_hub_metadata():
     assert head(text) == {
         "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "library_name": "peft",
+        "pipeline_tag": "text-generation",
         "license": "apache-2.0",
         "tags": ["qlora_exp", "qlora"],
+        "model-index": [
+            {
+                "name": "a run",
+                "results": [
+                    {
+                        "task": {"type": "text-generation"},
+                        "dataset": {"type": "other", "name": "embedded:construction_faq"},
+                        "metrics": [{"type": "rougeL", "name": "ROUGE-L", "value": 0.25}],
+                    }
+                ],
+            }
+        ],
     }
     assert "r=8" in text
     assert "| code | 0123456789ab |" in text
@@ -82,6 +100,96 @@ def test_shipped_source_has_a_licence(folder):
         assert name is None or model_card.license_of(name) != model_card.UNKNOWN, file.name
 
 
+LOCAL = compose(["method=lora", "model=hub", "model.model_name_or_path=x/y", "dataset=own", "dataset.path=a.jsonl"])
+COMMIT, FOLDER, FILE = "a" * 40, "b" * 16, "c" * 64
+
+
+@pytest.mark.parametrize(
+    ("model", "version", "named"),
+    [
+        ("org/base", COMMIT, {"base_model": "org/base", "datasets": ["org/rows"]}),
+        ("gpt2", COMMIT, {"base_model": "gpt2", "datasets": ["org/rows"]}),
+        ("org/base", "", {"base_model": "org/base", "datasets": ["org/rows"]}),
+        ("org/base", FOLDER, {}),
+        ("gpt2", "", {}),
+        ("../base", "", {}),
+        ("~/base", FOLDER, {}),
+        ("C:\\models\\base", FOLDER, {}),
+        ("models\\base", FOLDER, {}),
+        ("//server/share/base", "missing", {}),
+    ],
+)
+def test_only_what_is_on_the_hub_is_in_the_metadata(model, version, named, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data_version = FILE if version in (FOLDER, "missing") else version
+    recorded = Recorded(tags={"identity.model": version, "identity.data": f"{data_version}+3.11"} if version else {})
+    config = LOCAL.model_copy(update={"dataset": LOCAL.dataset.model_copy(update={"path": "org/rows"})})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"model_name_or_path": model})})
+    text = model_card.write(recorded, config, "x")
+    card = head(text)
+    assert card.get("base_model") == named.get("base_model")
+    if version:
+        assert card.get("datasets") == named.get("datasets")
+    if not named:
+        name = re.split(r"[\\/]", model)[-1]
+        assert f"| base model | {name}, a local folder |" in text
+        assert f"put that folder, or a link to it, as `./{name}` into the folder" in text
+        assert model not in text.replace(f"`./{name}`", "") or model == name
+        assert dict(model_card.tags(config, recorded.tags))["base_model"] == f"./{name}"
+
+
+ODD = st.text(st.characters(exclude_characters="/\0\\", codec="utf-8"), min_size=1, max_size=40) | st.sampled_from(
+    [
+        "---",
+        "a\n---\nb: c",
+        "# x",
+        "a: [b",
+        "*x",
+        "&a",
+        "!!str x",
+        "'",
+        '"',
+        "\u2028",
+        "🙂",
+        "| x |",
+        "``",
+        "null",
+    ]
+)
+
+
+@given(
+    ODD, ODD, ODD, st.sampled_from(["/home/some body", "home/somebody", "~", "../somewhere", "file:///home/somebody"])
+)
+def test_odd_names_give_a_valid_card_without_paths(run, base, rows, folder):
+    config = LOCAL.model_copy(
+        update={
+            "model": LOCAL.model.model_copy(update={"model_name_or_path": f"{folder}/deeper/{base}"}),
+            "dataset": LOCAL.dataset.model_copy(update={"path": f"{folder}/deeper/{rows}.jsonl"}),
+        }
+    )
+    tags = {"identity.model": FOLDER, "identity.data": f"{FILE}+3.11"}
+    text = model_card.write(Recorded(name=run, tags=tags), config, "models:/x/1")
+    card = ModelCard(text)
+    assert card.data.to_dict().keys() == {"library_name", "pipeline_tag", "license", "tags", "model-index"}
+    assert card.data.model_name == visible(run)
+    assert [result.metric_value for result in card.data.eval_results] == [0.25]
+    assert str(card) == text
+    assert card.text.splitlines()[1] == f"# {markdown(run)}"
+    assert f"fine-tune of {markdown_code(base)}, a local folder" in card.text
+    assert "deeper" not in text
+    assert "somebody" not in text
+
+
+def test_card_is_valid_by_the_hubs_own_check(monkeypatch):
+    config = compose(["method=lora", "model=hub", "model.model_name_or_path=org/base"])
+    with hub_on_loopback(monkeypatch) as hub:
+        ModelCard(model_card.write(Recorded(), config, "x")).validate()
+        with pytest.raises(ValueError, match="is not valid"):
+            ModelCard("---\nbase_model: ./base\n---\n").validate()
+    assert len(hub.requests) == 2
+
+
 def test_card_shows_names_as_they_are_and_no_folder_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_SECRET", "s3cret-name")
     (tmp_path / "base`x").mkdir()
@@ -91,10 +199,10 @@ def test_card_shows_names_as_they_are_and_no_folder_of_this_machine(tmp_path, mo
     name = "a\n# b <script>alert(1)</script> [x](y)\x1b[2J s3cret-name"
     text = model_card.write(Recorded(name=name), config, 'models:/a"b/1')
     assert r"# a # b \<script\>alert(1)\</script\> \[x\](y)\\x1b\[2J \*\*\*" in text.splitlines()
-    assert "lora fine-tune of `` ./base`x ``, made by qlora_exp." in text
-    assert r"| base model | ./base\`x |" in text
-    assert "| data | ./rows.jsonl, 16 rows" in text
+    assert "lora fine-tune of `` base`x ``, a local folder, made by qlora_exp." in text
+    assert r"| base model | base\`x, a local folder |" in text
+    assert "| data | rows.jsonl, a local file, 16 rows" in text
     assert str(tmp_path) not in text
     assert "base_model" not in head(text)
     assert r'qlora_exp.load("models:/a\"b/1")' in text
-    assert dict(model_card.tags(config))["dataset"] == "./rows.jsonl"
+    assert dict(model_card.tags(config, {}))["dataset"] == "./rows.jsonl"

@@ -1,16 +1,22 @@
 """A registered model is found by its alias, with a card that says what it is."""
 
+import json
 import shutil
 import sqlite3
+import warnings
 from contextlib import closing
+from pathlib import Path
 
+import mlflow
+import pandas as pd
 import pytest
 import torch
+from helpers.hub import hub_on_loopback
 from mlflow.exceptions import MlflowException
 from support import exit_code
 
-from qlora_exp.deploy import load, registry
-from qlora_exp.tracking import logged_models
+from qlora_exp.deploy import chat, load, registry
+from qlora_exp.tracking import logged_models, run_key
 from qlora_exp.tracking.mlflow_store import client
 from qlora_exp.tracking.stores.sqlite_store import sqlite_file
 from qlora_exp.utils.errors import ConfigError, ModelError, TrackingError
@@ -65,8 +71,6 @@ def test_registering_again_keeps_the_version_of_the_same_run(run_id, mlflow_uri,
 
 
 def test_registering_leaves_mlflows_global_store_unchanged(run_id, mlflow_uri):
-    import mlflow
-
     before = mlflow.get_tracking_uri()
     registry.register(mlflow_uri, run_id, "global")
     assert mlflow.get_tracking_uri() == before
@@ -102,25 +106,67 @@ def test_push_without_a_network_is_rejected(run_id, mlflow_uri):
         registry.push(mlflow_uri, made.uri, "org/name", card)
 
 
-def test_push_sends_the_model_with_its_card(run_id, mlflow_uri, monkeypatch):
-    sent = {}
+def test_push_uploads_no_path_of_this_machine_and_what_it_uploads_loads(
+    run_quick, tiny_model, write_jsonl, mlflow_uri, tmp_path, monkeypatch, capsys
+):
+    shutil.copytree(tiny_model("llama"), "bases/mine")
+    Path("data").mkdir()
+    write_jsonl([{"prompt": f"Say {number}.", "completion": "Done."} for number in range(20)], "data/own.jsonl")
+    own = ["dataset=own", "dataset.path=data/own.jsonl", "model=hub", "model.model_name_or_path=bases/mine"]
+    result = run_quick("method=lora", *own, "evaluation=loss_only", "training.learning_rate=1e-2")
+    with hub_on_loopback(monkeypatch) as hub:
+        assert exit_code("register", result.run_id, "--name", "own", "--uri", mlflow_uri, "--push", "me/mine") == 0
+        sent = len(hub.requests)
+        with pytest.raises(ConfigError, match="--push me/mine: .*bases/mine.* is not valid"):
+            registry.push(mlflow_uri, "models:/own/1", "me/mine", "---\nbase_model: ../bases/mine\n---\n")
+        assert len(hub.requests) == sent + 1  # no repository was made
+    assert "hub      http://127.0.0.1:" in capsys.readouterr().out
+    assert "private" in json.loads(hub.requests[1]).get("visibility", "")
+    assert {"README.md", "MLmodel", "adapter_model.safetensors", "tokenizer.json", "qlora_exp.yaml"} <= hub.files.keys()
+    places = ["bases/", "data/own", str(tmp_path), str(Path(mlflow_uri.removeprefix("sqlite:///")).parent)]
+    leaks = [(name, place) for name, text in hub.files.items() for place in places if place.encode() in text]
+    assert leaks == []
+    assert "as `./mine` into the folder" in hub.files["README.md"].decode()
+    for name, content in hub.files.items():
+        Path("elsewhere/pushed").mkdir(parents=True, exist_ok=True)
+        Path("elsewhere/pushed", name).write_bytes(content)
+    expected, _ = load.load(result.run_id, mlflow_uri, "cpu")
+    monkeypatch.chdir("elsewhere")
+    run_key.model_version.cache_clear()
+    with pytest.raises(ModelError, match="the base model of the adapter is not at .*/elsewhere/mine"):
+        load.find("pushed", device="cpu")
+    Path("mine").symlink_to("../bases/mine")
+    run_key.model_version.cache_clear()
+    loaded, _ = load.load("pushed", device="cpu")
+    ids = torch.arange(40, 60)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, expected(ids).logits)
 
-    class Hub:
-        def create_repo(self, repository, *, private, exist_ok):
-            sent["repo"] = (repository, private, exist_ok)
 
-        def upload_folder(self, *, repo_id, folder_path):
-            from pathlib import Path
-
-            sent["files"] = {one.name: one.stat().st_size for one in Path(folder_path).iterdir()}
-            return f"https://hub/{repo_id}"
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    made, card = registry.register(mlflow_uri, run_id, "pushed")
-    assert registry.push(mlflow_uri, made.uri, "org/name", card) == "https://hub/org/name"
-    assert sent["repo"] == ("org/name", True, True)
-    assert sent["files"]["README.md"] == len(card.encode())
-    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json"} <= sent["files"].keys()
+def test_mlflow_loads_what_was_logged_and_registered(run_id, mlflow_uri):
+    saved = load.find(run_id, mlflow_uri, "cpu")
+    for file in ("MLmodel", "input_example.json", "serving_input_example.json"):
+        (saved.folder / file).unlink()  # as older versions logged it
+    made, _ = registry.register(mlflow_uri, run_id, "served")
+    dialogue = {"messages": [{"role": "user", "content": "How long?"}]}
+    asked = chat.Request(dialogue["messages"])
+    expected = chat.load_chat_model({"default": run_id}, mlflow_uri, "cpu").answer(asked, chat.Sampling(8))
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(mlflow_uri)
+    try:
+        model = mlflow.pyfunc.load_model(made.uri)
+        payload = mlflow.models.convert_input_example_to_serving_input(model.input_example)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # MLflow's own advice, which its page shows
+            (served,) = mlflow.models.validate_serving_input(made.uri, payload)
+    finally:
+        mlflow.set_tracking_uri(before)
+    assert model.predict(dialogue, params={"max_new_tokens": 8}) == [expected]
+    assert model.predict(pd.DataFrame([dialogue]), params={"max_new_tokens": 8, "temperature": 0}) == [expected]
+    assert model.predict("How long?", params={"max_new_tokens": 8}) == [expected]
+    assert model.predict(model.input_example) == [served]
+    assert "messages" in model.metadata.signature.inputs.input_names()
+    assert model.metadata.run_id == run_id
 
 
 def test_register_command_says_how_to_load_the_model(run_id, mlflow_uri, tmp_path, capsys):
