@@ -211,8 +211,8 @@ def serve(options: argparse.Namespace) -> None:
     endpoint = server.Endpoint(talker, sampling, key)
     example = commands.own_server(talker.saved[FIRST], options.host, options.port).example
     header = f' -H "Authorization: Bearer ${options.api_key_env}"' if key else ""
-    say(f"models: {', '.join(endpoint.names)}. Ctrl-C ends the server. To try it:", f"{example}{header}")
-    sys.stdout.flush()
+    say(f"models: {', '.join(endpoint.names)}. Ctrl-C ends the server. To try it:")
+    print(visible(f"{example}{header}"), flush=True)  # the variable's name is no secret
     server.run(endpoint, options.host, options.port)
 
 

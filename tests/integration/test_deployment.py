@@ -81,7 +81,9 @@ def test_serve_command_answers_until_ctrl_c(trained_adapters, tmp_path, monkeypa
     assert "Traceback" not in log.read_text()
     talker = load_chat_model({"b": str(trained_adapters("dataset.format=chat"))}, device="cpu")
     assert done.choices[0].message.content == talker.answer(asked("Why?"), Sampling(6))
-    assert "models: default, b, base." in (tmp_path / "out").read_text()
+    shown = (tmp_path / "out").read_text()
+    assert "models: default, b, base." in shown
+    assert '-H "Authorization: Bearer $KEY"\n' in shown
 
 
 def test_merge_and_export_commands_are_logged_to_the_run(run_quick, mlflow_uri, tmp_path, capsys):
