@@ -36,6 +36,8 @@ GPTQMODEL = (
     "tokenicer==0.0.14",
 )
 
+COMPRESSOR = ("llmcompressor==0.14.0.1", "compressed-tensors==0.19.0", "loguru==0.7.3")
+
 
 def install(session: nox.Session, *extras: str) -> None:
     """Install the package, editable, with the exact set of versions that is tested."""
@@ -189,6 +191,16 @@ def gptq(session: nox.Session) -> None:
     # Without its own dependencies, which would put another NumPy in the place of the one that is tested.
     session.run(*PIP, "--no-deps", "--no-build-isolation", *GPTQMODEL)
     session.run(sys.executable, "-m", "pytest", "-p", "no:randomly", "tests/gptq/gptq_checks.py", *session.posargs)
+
+
+@nox.session
+def compressed(session: nox.Session) -> None:
+    """Test exports in the compressed-tensors format through LLM Compressor (three minutes)."""
+    install(session, "dev")
+    # Without its own dependencies: it declares an older transformers than the one that is tested, and works with that.
+    session.run(*PIP, "--no-deps", *COMPRESSOR)
+    checks = "tests/compressed/compressed_checks.py"
+    session.run(sys.executable, "-m", "pytest", "-p", "no:randomly", checks, *session.posargs)
 
 
 @nox.session

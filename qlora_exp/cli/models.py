@@ -36,7 +36,7 @@ def add_parsers(commands: Commands) -> None:
 
     parser = add_command(commands, "export", export, [SOURCE, URI, out])
     add_overrides(
-        parser, "keys of the run's config to change when gptq or awq reads its rows, such as dataset.path=FILE"
+        parser, "keys of the run's config to change when gptq, awq or w4a16 reads its rows, such as dataset.path=FILE"
     )
     parser.add_argument("--to", choices=EXPORT_FORMATS, required=True, help="format to write")
     parser.add_argument(
@@ -79,12 +79,13 @@ def merge(options: argparse.Namespace) -> None:
 def export(options: argparse.Namespace) -> None:
     """Export a trained model: merged, as GGUF, or quantized to 4 or 8 bits.
 
-    gptq and awq need the run's training rows. If their file is elsewhere on this
-    machine, name it with dataset.path=FILE.
+    gptq, awq, w4a16, w4a16_awq and w8a8 need the run's training rows. If their file
+    is elsewhere on this machine, name it with dataset.path=FILE.
 
     examples:
       qlora-exp export RUN_ID --to gguf --out gguf      for llama.cpp and Ollama
       qlora-exp export RUN_ID --to nf4 --out nf4        bitsandbytes 4-bit
+      qlora-exp export RUN_ID --to w4a16 --out w4a16    compressed-tensors, for vLLM
       qlora-exp export RUN_ID --to gptq --out gptq dataset.path=here/rows.jsonl
     """
     _export(options, options.to, options.type, options.overrides)
@@ -109,6 +110,8 @@ def _export(options: argparse.Namespace, form: str, gguf_type: str = "", overrid
         f"check   logits differ by at most {made.max_logit_difference:.2g} (largest logit: {made.max_logit:.3g}), KL "
         f"{made.mean_kl:.2g} nats per token, the same first choice after {made.same_first_choice:.1%} of tokens"
     )
+    for difference in made.differences:
+        say(f"differs {difference}")
     say(f"answer  {made.same_answer_tokens} of {made.answer_tokens} tokens are as before the export: {made.answer!r}")
     say(f"folder  {made.folder} ({made.bytes / 1e6:,.1f} MB)")
 
@@ -156,7 +159,7 @@ def deployment_gap(options: argparse.Namespace) -> None:
     config = reproduce.recorded_config(record, untrusted.given(options.overrides), options.uri)
     saved = load.find(record.run_id, options.uri, "cpu")
     forms = gap.formats_of(
-        config, saved.adapter, load.model_type(saved), options.forms.split(",") if options.forms else ()
+        config, saved.adapter, load.architecture(saved).model_type, options.forms.split(",") if options.forms else ()
     )
     out = options.out or Path("outputs") / "deployment" / record.run_id
     out.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,11 @@ from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.schema import Config
 from qlora_exp.config.untrusted import refuse_user_only_settings
 from qlora_exp.config.values import without_places
-from qlora_exp.deploy import gguf, gptq, merge, ollama
-from qlora_exp.deploy.formats import BITSANDBYTES, EXPORT_FORMATS, GPTQ_FORMATS
-from qlora_exp.deploy.load import Saved, load_complete_model, model_type, remove_places
+from qlora_exp.deploy import compressed, gptq, merge, ollama
+from qlora_exp.deploy.formats import BITSANDBYTES, COMPRESSED, EXPORT_FORMATS, GPTQ_FORMATS
+from qlora_exp.deploy.gguf import write as gguf
+from qlora_exp.deploy.gguf.tokenizers import differences
+from qlora_exp.deploy.load import Saved, architecture, load_complete_model, remove_places
 from qlora_exp.deploy.merge import Base, Whole
 from qlora_exp.environment.device import detect, resolve
 from qlora_exp.environment.provenance import libraries
@@ -75,6 +77,8 @@ class Exported:
     """Number of tokens at the start of the answer that are the same as before merging."""
     answer_tokens: int
     bytes: int
+    differences: list[str]
+    """Where programs that load the files differ from the model as it was trained: what the format has no place for."""
 
 
 def is_exported(
@@ -128,8 +132,8 @@ def export(
             base model's files.
         base: which weights an adapter is merged into; see `merge.whole`.
         type_: type of a GGUF file's weights, one of GGUF_TYPES.
-        rows_of: config whose training rows GPTQ and AWQ calibrate on. None: the run's own config, which is refused if
-            it names files that only the user may name.
+        rows_of: config whose training rows GPTQ, AWQ and compressed formats calibrate on. None: the run's own config,
+            which is refused if it names files that only the user may name.
 
     Raises:
         ConfigError: there is nothing to merge, the model cannot be merged or written in this format, or the disk has
@@ -156,7 +160,7 @@ def export(
         whole.model = None
         reloaded = load_complete_model(replace(saved, folder=part, adapter=False), "auto")
         actual = merge.logits(reloaded, whole.ids)
-        made = _compare(whole, reloaded, actual, str(out), form, written.weights, size_on_disk(part))
+        made = _compare(whole, reloaded, actual, str(out), form, written, size_on_disk(part))
         _check(made, whole, written, dtype, actual)
         facts = asdict(made) | {"run_id": saved.run_id, "asked": asked, "libraries": libraries()}
         model = saved.config.model
@@ -170,25 +174,6 @@ def export(
     return made
 
 
-def _compare(
-    whole: Whole, reloaded: Any, actual: torch.Tensor, folder: str, form: str, stored: str, size: int
-) -> Exported:
-    """Compare the outputs of the model as read back with those of the base model and its adapter."""
-    answer = merge.answer(reloaded, whole.tokenizer)
-    return Exported(
-        folder,
-        form,
-        whole.base,
-        stored,
-        whole.expected.abs().max().item(),
-        *_distance(actual, whole.expected),
-        whole.tokenizer.decode(answer, skip_special_tokens=True),
-        sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole.answer, answer, strict=False))),
-        len(answer),
-        size,
-    )
-
-
 @dataclass(frozen=True)
 class Written:
     """What a writer wrote, and what may differ when it is read back."""
@@ -199,8 +184,30 @@ class Written:
     """Dtype of the stored weights, if nothing but rounding to it was lost."""
     explained: torch.Tensor | None = None
     """If they are quantized: logits of the model with its weights rounded as they are stored, (tokens, vocabulary)."""
+    differences: list[str] = field(default_factory=list)
+    """What the format has no place for."""
     slack: float = 0.0
     """Further difference that is allowed, in differences of `explained` from the logits before quantization."""
+
+
+def _compare(
+    whole: Whole, reloaded: Any, actual: torch.Tensor, folder: str, form: str, written: Written, size: int
+) -> Exported:
+    """Compare the outputs of the model as read back with those of the base model and its adapter."""
+    answer = merge.answer(reloaded, whole.tokenizer)
+    return Exported(
+        folder,
+        form,
+        whole.base,
+        written.weights,
+        whole.expected.abs().max().item(),
+        *_distance(actual, whole.expected),
+        whole.tokenizer.decode(answer, skip_special_tokens=True),
+        sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole.answer, answer, strict=False))),
+        len(answer),
+        size,
+        written.differences,
+    )
 
 
 Writer = Callable[[Whole, Path], Written]
@@ -211,17 +218,17 @@ def _writer(saved: Saved, form: str, type_: str, rows_of: Config | None) -> Writ
     if form == "merged":
         return _write_merged
     if form == "gguf":
-        gguf.check_type(type_)
-        gguf.check_family(model_type(saved))
+        gguf.check(architecture(saved), saved.tokenizer(), type_)
         return lambda whole, part: _write_gguf(whole, part, type_, saved)
     if form in BITSANDBYTES:
         return lambda whole, part: _write_bitsandbytes(whole, part, form)
-    if form in GPTQ_FORMATS:
-        gptq.check(form)
+    if form in (*GPTQ_FORMATS, *COMPRESSED):
+        writer = gptq if form in GPTQ_FORMATS else compressed
+        writer.check(form)
         if rows_of is None:
             refuse_user_only_settings(saved.config, {})
         examples = gptq.rows(rows_of or saved.config, saved.tokenizer())
-        return lambda whole, part: _write_gptq(whole, part, form, examples)
+        return lambda whole, part: _write_calibrated(whole, part, form, writer.write, examples)
     raise ConfigError(f"--to {form}: choose one of {', '.join(EXPORT_FORMATS)}")
 
 
@@ -230,8 +237,10 @@ def _write_merged(whole: Whole, part: Path) -> Written:
     return Written(whole.dtype, whole.model.dtype)
 
 
-def _write_gptq(whole: Whole, part: Path, form: str, examples: list[dict[str, list[int]]]) -> Written:
-    weights = gptq.write(whole.model, whole.tokenizer, examples, part, form)
+def _write_calibrated(
+    whole: Whole, part: Path, form: str, write: Callable[..., str], examples: list[dict[str, list[int]]]
+) -> Written:
+    weights = write(whole.model, whole.tokenizer, examples, part, form)
     return Written(weights, explained=merge.logits(whole.model, whole.ids), slack=_SLACK)
 
 
@@ -239,12 +248,13 @@ def _write_gguf(whole: Whole, part: Path, type_: str, saved: Saved) -> Written:
     whole.tokenizer.save_pretrained(part)
     whole.model.config.save_pretrained(part)
     name = saved.config.model.model_name_or_path.rpartition("/")[2]
-    exact = gguf.write(whole.model, whole.tokenizer, part, part / GGUF_FILE, type_, name)
+    exact = gguf.write(whole.model, whole.tokenizer, part / GGUF_FILE, type_, name)
     (part / "Modelfile").write_text(ollama.modelfile(whole.tokenizer, GGUF_FILE), "utf-8")
+    differs = differences(whole.tokenizer)
     if exact is not None:
-        return Written(type_, exact)
+        return Written(type_, exact, differences=differs)
     gguf.round_weights(whole.model, type_)
-    return Written(type_, explained=merge.logits(whole.model, whole.ids))
+    return Written(type_, explained=merge.logits(whole.model, whole.ids), differences=differs)
 
 
 def _write_bitsandbytes(whole: Whole, part: Path, form: str) -> Written:

@@ -4,7 +4,9 @@ from typing import Any
 
 BITSANDBYTES = ("nf4", "nf4_double", "fp4", "fp4_double", "int8")
 GPTQ_FORMATS = ("gptq", "awq")
-EXPORT_FORMATS = ("merged", "gguf", *BITSANDBYTES, *GPTQ_FORMATS)
+COMPRESSED = ("w4a16", "w4a16_awq", "w8a8", "fp8")
+"""Formats of compressed-tensors files, which vLLM loads."""
+EXPORT_FORMATS = ("merged", "gguf", *BITSANDBYTES, *GPTQ_FORMATS, *COMPRESSED)
 """Formats that `export` writes."""
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 """Types in which the `gguf` library can store weights. llama.cpp's `llama-quantize` makes other types from an f16 or
@@ -21,6 +23,7 @@ DEPLOYED: dict[str, dict[str, Any]] = {
     "nf4": {"form": "nf4"},
     "int8": {"form": "int8"},
     "gptq": {"form": "gptq"},
+    "w4a16": {"form": "w4a16"},
     "gguf_q8_0": {"form": "gguf", "type_": "q8_0"},
     "gguf_q4_0": {"form": "gguf", "type_": "q4_0"},
 }

@@ -79,13 +79,8 @@ def write(model: Any, tokenizer: Any, examples: list[dict[str, list[int]]], fold
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, os.cpu_count() or 1)))  # 7.6 needs at least two
     from gptqmodel import GPTQModel, QuantizeConfig
 
-    head = model.get_output_embeddings()
-    layers = [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
-    group = next((size for size in _GROUPS if all(layer.in_features % size == 0 for layer in layers)), None)
-    if group is None:
-        raise ConfigError(
-            f"--to {form}: the model's layers do not divide into groups of {', '.join(map(str, _GROUPS))} weights"
-        )
+    layers = quantized_layers(model)
+    group = group_size(layers, form)
     settings = {"quant_method": "awq", "format": "gemm"} if form == "awq" else {}
     log.info("%s: quantizing with %d rows; this takes several minutes or longer", form, len(examples))
     # GPTQModel prints hundreds of lines about the layers: hide them.
@@ -102,9 +97,29 @@ def write(model: Any, tokenizer: Any, examples: list[dict[str, list[int]]], fold
     return f"{form}, groups of {group}"
 
 
-def round_to_nearest(weight: torch.Tensor, group: int) -> torch.Tensor:
-    """Return a matrix in which each group of a row has 16 values, evenly spaced up to its largest magnitude."""
-    most = 2 ** (BITS - 1) - 1
+def quantized_layers(model: Any) -> list[torch.nn.Linear]:
+    """Return the layers that are quantized: all linear ones but the output layer."""
+    head = model.get_output_embeddings()
+    return [module for module in model.modules() if isinstance(module, torch.nn.Linear) and module is not head]
+
+
+def group_size(layers: list[torch.nn.Linear], form: str) -> int:
+    """Return the largest usual number of weights with a common scale that all layers divide into.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for size in _GROUPS:
+        if all(layer.in_features % size == 0 for layer in layers):
+            return size
+    raise ConfigError(
+        f"--to {form}: the model's layers do not divide into groups of {', '.join(map(str, _GROUPS))} weights"
+    )
+
+
+def round_to_nearest(weight: torch.Tensor, group: int, bits: int = BITS) -> torch.Tensor:
+    """Return a matrix in which each group of a row has 2^bits - 1 values, evenly spaced up to its largest magnitude."""
+    most = 2 ** (bits - 1) - 1
     groups = weight.float().reshape(len(weight), -1, group)
     scales = groups.abs().amax(-1, keepdim=True).clamp(min=1e-9) / most
     return ((groups / scales).round() * scales).reshape(weight.shape).to(weight.dtype)

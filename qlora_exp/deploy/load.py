@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig, GgufConfig
 
 import qlora_exp.models.bottleneck  # noqa: F401 - registers its method with PEFT
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.schema import Config
 from qlora_exp.config.untrusted import plain_yaml
 from qlora_exp.config.values import names_of_paths, values_to_yaml, without_places
+from qlora_exp.deploy.gguf import write as gguf
 from qlora_exp.deploy.untrusted_folders import (
     check_adapter,
     check_tokenizer,
@@ -236,27 +237,31 @@ def load_complete_model(saved: Saved, dtype: str, device: str = "cpu", quantizat
     arguments: dict[str, Any] = {"device_map": {"": device}, "trust_remote_code": False}
     if quantization is not None:
         arguments["quantization_config"] = quantization
-    elif (saved.folder / GGUF_FILE).is_file():
+    elif (saved.folder / GGUF_FILE).is_file() and not (saved.folder / "config.json").is_file():  # an older export
         arguments |= {"gguf_file": GGUF_FILE, "quantization_config": GgufConfig(dequantize=True)}
-        if (saved.folder / "config.json").is_file():  # transformers does not read all of the config from the GGUF file
-            with explained(str(saved.folder)):
-                arguments["config"] = AutoConfig.from_pretrained(saved.folder, trust_remote_code=False)
     elif (stored := stored_as(saved.folder)) in ("gptq", "awq"):
         chosen = compose(["method=lora", f"quantization={stored}"])
         arguments["quantization_config"] = quantization_config(chosen.quantization, resolve(chosen, detect(device)))
+    elif stored == "compressed-tensors":
+        arguments["quantization_config"] = CompressedTensorsConfig(dequantize=True)
     dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     what = str(saved.folder)
     with explained(what), bounded(what, most_values(saved.folder)):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            saved.folder, dtype=dtype, output_loading_info=True, **arguments
-        )
+        kind: Any = AutoModelForCausalLM
+        source: Path | None = saved.folder
+        if quantization is None and (saved.folder / GGUF_FILE).is_file() and "gguf_file" not in arguments:
+            config = AutoConfig.from_pretrained(saved.folder, trust_remote_code=False)
+            kind, weights = gguf.read(config, saved.folder / GGUF_FILE)
+            source = None
+            arguments |= {"config": config, "state_dict": weights}
+        loaded: Any = kind.from_pretrained(source, dtype=dtype, output_loading_info=True, **arguments)
     model, info = loaded
     use_own_generation(model, saved.folder)
-    for kind, problem in (
+    for keys, problem in (
         ("missing_keys", "lack {} tensors that its config describes"),
         ("unexpected_keys", "have {} tensors that its config does not describe"),
     ):
-        if names := sorted(info[kind]):
+        if names := sorted(info[keys]):
             raise ModelError(f"{what}: its files {problem.format(len(names))}: {named(names)}")
     generate_once(model, what)
     return model
@@ -285,12 +290,13 @@ def stored_as(folder: Path) -> str | None:
     return None if method is None else str(method)
 
 
-def model_type(saved: Saved) -> str:
-    """Return the type (`model_type`) of a complete model, or of an adapter's base.
+def architecture(saved: Saved) -> Any:
+    """Return transformers' config of a complete model, or of an adapter's base.
 
     Raises:
-        ModelError: its config cannot be loaded.
+        ModelError: it cannot be loaded.
     """
-    if not saved.adapter and (own := _model_config(saved.folder).get("model_type")):
-        return str(own)
-    return str(model_config(saved.config.model).model_type)
+    if not saved.adapter and (saved.folder / "config.json").is_file():
+        with explained(str(saved.folder)):
+            return AutoConfig.from_pretrained(saved.folder, trust_remote_code=False)
+    return model_config(saved.config.model)

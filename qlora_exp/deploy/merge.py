@@ -77,7 +77,8 @@ def whole(saved: Saved, dtype: str = "auto", base: Base = "auto") -> Whole:
         model, description = load_complete_model(saved, dtype), f"{saved.source}, a whole model"
         stop_at_end_of_turn(model, saved.config.dataset, tokenizer)
         if (stored := stored_as(saved.folder)) is not None:
-            model = quantization.dequantized(model, model.dtype)
+            if stored != "compressed-tensors":  # which are dequantized when they are loaded
+                model = quantization.dequantized(model, model.dtype)
             description += f", what its weights stored by {stored} stand for"
         description += _settle_tying(model)
         return Whole(model, tokenizer, description, ids, logits(model, ids), answer(model, tokenizer))

@@ -19,8 +19,9 @@ import numpy as np
 
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.evaluation import EvaluationConfig
-from qlora_exp.deploy import gguf, llama_cpp
+from qlora_exp.deploy import llama_cpp
 from qlora_exp.deploy.formats import DEPLOYED, TRAINED
+from qlora_exp.deploy.gguf.families import check_family
 from qlora_exp.models.files import EXPORT_FILE, GGUF_FILE
 from qlora_exp.results import stats
 from qlora_exp.utils.errors import ConfigError, UserError, first_line
@@ -85,14 +86,19 @@ def formats_of(config: Config, adapter: bool, family: str, names: Sequence[str] 
     if unknown := [name for name in names if name not in DEPLOYED]:
         raise ConfigError(f"--forms {unknown[0]}: no such format; choose from {', '.join(DEPLOYED)}")
     inapplicable = {name for name in ("merged", "merged_trained") if not adapter}
-    missing = {} if importlib.util.find_spec("gptqmodel") else {"gptq": "GPTQModel is not installed"}
+    packages = {"gptq": "gptqmodel", "w4a16": "llmcompressor"}
+    missing = {
+        name: f"{package} is not installed"
+        for name, package in packages.items()
+        if not importlib.util.find_spec(package)
+    }
     written = [name for name, arguments in DEPLOYED.items() if arguments.get("form") == "gguf"]
     try:
-        gguf.check_family(family)
+        check_family(family)
     except ConfigError as error:
         if wrong := [name for name in names if name in written]:
             raise ConfigError(f"--forms {wrong[0]}: {error}") from error
-        missing |= dict.fromkeys(written, f"models of type {family} are not supported")
+        missing |= dict.fromkeys(written, str(error).removeprefix("--to gguf: ").split(" (")[0])
     if not config.quantization.quantized:
         inapplicable.add("merged_trained")
     if wrong := [name for name in names if name in inapplicable]:

@@ -143,6 +143,23 @@ def test_gptq_export_calibrates_on_the_runs_own_rows(run_quick: Callable[..., An
     assert 0 < far < 0.3
 
 
+def test_gptq_export_that_loses_more_than_rounding_is_rejected(
+    run_quick: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    result = run_quick("method=lora", "dataset.max_train_rows=32", "training.learning_rate=1e-2")
+    read = export.load_complete_model
+
+    def damaged(*arguments: Any) -> Any:
+        model = read(*arguments)
+        model.model.layers[1].input_layernorm.weight.data *= 1.5
+        return model
+
+    monkeypatch.setattr(export, "load_complete_model", damaged)
+    with pytest.raises(ModelError, match="storing weights as gptq, groups of 64 explains only"):
+        export.export(find(result.run_id, result_store(result), "cpu"), tmp_path / "made", "gptq")
+    assert not (tmp_path / "made").exists()
+
+
 def result_store(result: Any) -> str:
     """Of the run's journal."""
     return str(next(read(result.output_dir / FILE))[0]["uri"])

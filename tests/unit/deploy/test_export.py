@@ -132,7 +132,7 @@ def test_export_keeps_the_prompt_format_of_the_run(trained_adapters, tmp_path):
         (("method=prompt_tuning",), "merged", "cannot be merged"),
         (("method=houlsby",), "gguf", "cannot be merged"),
         (("method=full", "tracking.log_full_model=true"), "merged", "a full model already"),
-        (("model=tiny_opt",), "gguf", "models of type opt are not supported.*convert_hf_to_gguf"),
+        (("model=tiny_opt",), "gguf", "models of type opt are not supported.*llama.cpp has no such models"),
     ],
     ids=str,
 )
@@ -140,6 +140,56 @@ def test_impossible_export_is_rejected(words, form, says, trained_adapters, tmp_
     with pytest.raises(ConfigError, match=says):
         export.export(find(trained_adapters(*words)), tmp_path / "made", form)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("model=tiny_opt",), "of type opt"),
+        (("model.model_name_or_path=random:gemma2",), "query_pre_attn_scalar 256, not 16, which llama.cpp does not"),
+    ],
+    ids=str,
+)
+def test_model_that_cannot_be_written_is_rejected_before_it_is_loaded(
+    words, says, trained_adapters, tmp_path, monkeypatch
+):
+    saved = find(trained_adapters(*words))
+    monkeypatch.setattr(merge, "whole", lambda *_: pytest.fail("was loaded"))
+    with pytest.raises(ConfigError, match=says):
+        export.export(saved, tmp_path / "made", "gguf")
+
+
+def test_tokenizer_that_llama_cpp_does_not_have_is_rejected_before_the_model_is_loaded(
+    broken_adapter, tmp_path, monkeypatch
+):
+    file = broken_adapter / "tokenizer.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps(values | {"normalizer": {"type": "Lowercase"}}))
+    monkeypatch.setattr(merge, "whole", lambda *_: pytest.fail("was loaded"))
+    assert "changes texts by Lowercase" in refused(broken_adapter, tmp_path, ConfigError, form="gguf")
+
+
+def test_what_llama_cpp_reads_otherwise_is_in_the_record(broken_adapter, tmp_path):
+    file = broken_adapter / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"normalizer": {"type": "NFC"}}))
+    made = export.export(find(broken_adapter), tmp_path / "made", "gguf", type_="f32")
+    assert "does not compose characters (NFC)" in made.differences[0]
+    assert json.loads((tmp_path / "made" / "export.json").read_text())["differences"] == made.differences
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("gpt2", ()),
+        ("gemma3_text", ("+model.random_config.query_pre_attn_scalar=16",)),
+        *(pytest.param(name, (), marks=pytest.mark.thorough) for name in ("phi3", "stablelm", "gpt_neox")),
+    ],
+)
+def test_gguf_export_of_another_family_is_read_back(family, words, trained_adapters, tmp_path):
+    folder = trained_adapters(f"model.model_name_or_path=random:{family}", *words)
+    made = export.export(find(folder), tmp_path / "made", "gguf", type_="f32")
+    assert made.max_logit_difference < 1e-5
+    assert made.same_answer_tokens == made.answer_tokens
 
 
 @pytest.fixture

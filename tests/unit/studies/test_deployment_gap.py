@@ -48,8 +48,8 @@ def test_only_differing_scores_are_shown():
 @pytest.mark.parametrize(
     ("words", "adapter", "forms"),
     [
-        (["method=qlora"], True, [name for name in DEPLOYED if name != "gptq"]),
-        (["method=lora"], True, [name for name in DEPLOYED if name not in ("merged_trained", "gptq")]),
+        (["method=qlora"], True, [name for name in DEPLOYED if name not in ("gptq", "w4a16")]),
+        (["method=lora"], True, [name for name in DEPLOYED if name not in ("merged_trained", "gptq", "w4a16")]),
         (["method=full"], False, ["trained", "nf4", "int8", "gguf_q8_0", "gguf_q4_0"]),
     ],
     ids=str,
