@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 import nox
@@ -26,6 +27,8 @@ DEEPSPEED = (
     "tests/unit/libraries/test_deepspeed.py",
     "tests/unit/models/test_zero3.py",
 )
+TRANSFORMERS_4 = ("torch==2.13.0", "transformers==4.57.6", "accelerate==1.15.0", "sentencepiece==0.2.3")
+VLLM = "vllm==0.33.0"
 GPTQMODEL = (
     "GPTQModel==7.6.0",
     "defuser==0.0.28",
@@ -201,6 +204,27 @@ def compressed(session: nox.Session) -> None:
     session.run(*PIP, "--no-deps", *COMPRESSOR)
     checks = "tests/compressed/compressed_checks.py"
     session.run(sys.executable, "-m", "pytest", "-p", "no:randomly", checks, *session.posargs)
+
+
+@nox.session
+def takeaway(session: nox.Session) -> None:
+    """Compare logits and prompts of what is taken away, in all loaders, transformers 4 among them (ten minutes)."""
+    install(session, *TESTED)
+    folder = Path(session.create_tmp())
+    python, vllm = folder / "transformers_4" / "bin" / "python", folder / "vllm"
+    if not python.is_file():
+        session.run(sys.executable, "-m", "venv", str(folder / "transformers_4"))
+    session.run(str(python), *PIP[1:], *TRANSFORMERS_4)
+    if not (vllm / "vllm").is_dir():  # its rules for adapters are read; it has no version for CPUs to be run here
+        session.run(*PIP[:3], "download", *PIP[4:6], "--no-deps", "--dest", str(vllm), VLLM)
+        with zipfile.ZipFile(next(vllm.glob("vllm-*.whl"))) as wheel:
+            wheel.extractall(vllm, [name for name in wheel.namelist() if name.startswith("vllm/lora/")])
+    table = folder / "takeaway.md"
+    env = {"TAKEAWAY_PYTHON": str(python), "TAKEAWAY_VLLM": str(vllm), "TAKEAWAY_TABLE": str(table)}
+    env |= {"OMP_NUM_THREADS": "1"}
+    checks = session.posargs or ["tests/takeaway/matrix_checks.py", "tests/takeaway/prompt_checks.py"]
+    session.run(sys.executable, "-m", "pytest", "-p", "no:randomly", "-s", *checks, env=env)
+    session.log(f"the table is in {table}")
 
 
 @nox.session

@@ -37,7 +37,7 @@ _NAMES_FILES = re.compile(
     r"|training\.resume_from_checkpoint"
 )
 """Keys whose values may be files or folders."""
-_ABSOLUTE = re.compile(r"(?:file:|[/~\\]|[A-Za-z]:[\\/])[^\n]*")
+_ABSOLUTE = re.compile(r"(?:file:|[/~]|\\\\|[A-Za-z]:[\\/])[^\n]*")
 
 
 def without_places(values: Mapping[str, Any], local: Collection[str] = ()) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """Find what ends an answer: the token or the text that the chat template puts after it, else EOS."""
 
+import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from qlora_exp.data.dialogues import Message
 from qlora_exp.data.prompts import render_chat
 from qlora_exp.utils.errors import DataError
 
@@ -42,6 +44,25 @@ def end_of_turn(tokenizer: Any, template: str | None) -> EndOfTurn:
     marks = [token for token in ids if token in added and added[token].content.strip()]
     special = [token for token in marks if added[token].special]
     return EndOfTurn(next(iter([*special, *marks]), None), text)
+
+
+def closed_once(messages: list[Message], tokenizer: Any, end: EndOfTurn) -> list[Message]:
+    """Return messages whose answers do not end with the EOS that the prompt format adds; exported ones often do.
+
+    Args:
+        messages: a dialogue.
+        tokenizer: the model's tokenizer.
+        end: what the prompt format puts after an answer.
+    """
+    if not end.text.lstrip().startswith(tokenizer.eos_token):
+        return messages
+    ends = re.compile(rf"(?:{re.escape(tokenizer.eos_token)}\s*)+$")
+    return [
+        {**message, "content": ends.sub("", message["content"])}
+        if message["role"] == "assistant" and message.get("content")
+        else message
+        for message in messages
+    ]
 
 
 def before_end(text: str, stops: Iterable[str]) -> str:

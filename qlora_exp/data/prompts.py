@@ -6,6 +6,7 @@ The two Alpaca prompts are copied from tatsu-lab/stanford_alpaca. Does not depen
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 from qlora_exp.config.sections.dataset import DatasetConfig
@@ -64,7 +65,7 @@ def render(row: dict[str, Any], config: DatasetConfig, tokenizer: Any, every_ans
         return Rendered([(_asked(row), False), (row["completion"], True)], False)
     dialogue = messages(row, config)
     tools = row.get("tools")
-    answers = [place for place, message in enumerate(_dialogue(row, config)) if learns(message)]
+    answers = [place for place, message in enumerate(turns(row, config)) if learns(message)]
     places = answers if every_answer else answers[-1:]
     asked = [(place, True) for place in places]
     answered = [(place + 1, False) for place in places]
@@ -84,11 +85,12 @@ def render(row: dict[str, Any], config: DatasetConfig, tokenizer: Any, every_ans
 
 def messages(row: Mapping[str, Any], config: DatasetConfig) -> list[Message]:
     """Return a row's dialogue as the template gets it, with the config's system message unless it has its own."""
-    dialogue = _dialogue(row, config)
+    dialogue = turns(row, config)
     return [{key: value for key, value in message.items() if key != "train"} for message in dialogue]
 
 
-def _dialogue(row: Mapping[str, Any], config: DatasetConfig) -> list[Message]:
+def turns(row: Mapping[str, Any], config: DatasetConfig) -> list[Message]:
+    """Return a row's dialogue as `messages` does, but with what says that an answer is not to be learned."""
     dialogue: list[Message] = row.get("messages") or [
         {"role": "user", "content": _asked(row)},
         {"role": "assistant", "content": row["completion"]},
@@ -206,7 +208,7 @@ def chat_template(config: DatasetConfig, tokenizer: Any) -> str | None:
         )
         return own if own.startswith(begin) else begin + own
     before, after = (json.dumps(part) for part in _around_question(config))
-    begin = "{{ bos_token }}" if adds_bos(tokenizer) else ""
+    begin = _beginning(tokenizer, unless_blank=before == '""')
     message = json.dumps(
         f"this model was trained on prompts of format {config.format}, which has only user and assistant turns"
     )
@@ -225,6 +227,44 @@ def _around_question(config: DatasetConfig) -> list[str]:
     if config.prompt_template is None or len(columns := prompt_templates.columns(config.prompt_template)) > 1:
         return ["", ""]
     return prompt_templates.filled(config.prompt_template, {columns[0]: _QUESTION}).split(_QUESTION)
+
+
+def _beginning(tokenizer: Any, unless_blank: bool) -> str:
+    """Return the beginning of a template whose prompts have the tokens that the tokenizer puts before every text.
+
+    Args:
+        tokenizer: the model's tokenizer. Some mark the beginning of a text with a blank, but not after such tokens.
+        unless_blank: whether a prompt may begin with a blank, to which these tokenizers add none.
+    """
+    ids, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    count = next((place for place in range(len(ids)) if ids[place : place + len(plain)] == plain), 0)
+    begin = "".join(tokenizer.convert_ids_to_tokens(ids[:count]))
+    after_blank = tokenizer(f"{begin} a", add_special_tokens=False)["input_ids"]
+    marked = bool(begin) and after_blank == ids[: len(after_blank)]
+    text = f"{begin} " if marked and not unless_blank else begin
+    written = f"{{{{ {json.dumps(text, ensure_ascii=False)} }}}}" if text else ""
+    if not marked or not unless_blank:
+        return written
+    content = "messages[0]['content']"
+    return f"{written}{{% if {content} and {content}[0] not in ' ▁' %}}{{{{ ' ' }}}}{{% endif %}}"
+
+
+def begins_with_bos(tokenizer: Any) -> bool:
+    """Return whether prompts begin with BOS: by the chat template if there is one, else by the tokenizer."""
+    if not adds_bos(tokenizer) or (prompt := short_prompt(tokenizer)) is None:
+        return adds_bos(tokenizer)
+    return prompt.startswith(tokenizer.bos_token)
+
+
+def short_prompt(tokenizer: Any) -> str | None:
+    """Return a prompt of the tokenizer's chat template; None if it has none, or refuses short dialogues."""
+    if not tokenizer.chat_template:
+        return None
+    question = {"role": "user", "content": "a"}
+    for dialogue in ([question], [{"role": "system", "content": "a"}, question]):
+        with suppress(DataError):  # some templates need a system message
+            return render_chat(tokenizer, dialogue)
+    return None
 
 
 def adds_bos(tokenizer: Any) -> bool:

@@ -1,6 +1,7 @@
 """Turn rows into tokens with labels. Does not depend on models: a tokenizer is enough."""
 
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -11,8 +12,8 @@ from tqdm import tqdm
 
 from qlora_exp.config.schema import Config
 from qlora_exp.data.cleaning import CACHE_LAYOUT
-from qlora_exp.data.end_of_turn import end_of_turn
-from qlora_exp.data.prompts import chat_template, render
+from qlora_exp.data.end_of_turn import closed_once, end_of_turn
+from qlora_exp.data.prompts import chat_template, render, turns
 from qlora_exp.data.rows import fingerprint
 from qlora_exp.data.template_checks import TemplateCheck
 from qlora_exp.utils.cache import built
@@ -43,18 +44,22 @@ def tokenize(rows: Dataset, config: Config, tokenizer: Any) -> Dataset:
     return tokens
 
 
-def _tokenize(rows: Dataset, config: Config, tokenizer: Any, folder: Path) -> None:
-    eos, learn_all = tokenizer.eos_token_id, not config.training.completion_only_loss
+def encoder(config: Config, tokenizer: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Return a function that gives the tokens of a row, as `tokenize` does.
 
+    It raises DataError for a row that cannot be learned as it is.
+    """
+    eos, learn_all = tokenizer.eos_token_id, not config.training.completion_only_loss
     eos_text = re.escape(tokenizer.eos_token)  # exported answers often end with it, and get it below or by the template
     template = TemplateCheck(config.dataset, tokenizer)
-    stop = cache(lambda: end_of_turn(tokenizer, chat_template(config.dataset, tokenizer)).stop or "")
+    end = cache(lambda: end_of_turn(tokenizer, chat_template(config.dataset, tokenizer)))
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:
         try:
             if config.dataset.format == "chat":
                 template.check(row)
                 _check_weights(row, learn_all)
+                row = row | {"messages": closed_once(turns(row, config.dataset), tokenizer, end())}
             text = render(row, config.dataset, tokenizer, config.training.assistant_only_loss)
         except DataError as error:
             raise DataError(f"{' or '.join(config.dataset.paths)}, {row.get('place')}: {error}") from error
@@ -63,26 +68,34 @@ def _tokenize(rows: Dataset, config: Config, tokenizer: Any, folder: Path) -> No
         prompt_length = 0
         for place, (piece, learned) in enumerate(text.pieces):
             first = place == 0 and not text.has_special_tokens
-            if text.has_special_tokens:
-                piece = re.sub(f"(?:{eos_text}\\s*)+(?={eos_text})", "", piece)
-            elif learned:
+            if learned and not text.has_special_tokens:
                 piece = re.sub(f"(?:{eos_text}\\s*)+$", "", piece)
             tokens = prompt_tokens(tokenizer, piece, special=first and not learned)
             prompt_length = len(ids)
             ids += tokens
             labels += tokens if learned or learn_all else [IGNORED] * len(tokens)
-        reference = tokenizer.decode(tokens, skip_special_tokens=True).strip().removesuffix(stop()).strip()
+        reference = tokenizer.decode(tokens, skip_special_tokens=True).strip()
+        reference = reference.removesuffix(end().stop or "").strip()
         if not text.has_special_tokens:
             ids, labels = [*ids, eos], [*labels, eos]
-        bar.update()
         return {"input_ids": ids, "labels": labels, "prompt_length": prompt_length, "reference": reference}
+
+    return encode
+
+
+def _tokenize(rows: Dataset, config: Config, tokenizer: Any, folder: Path) -> None:
+    encode = encoder(config, tokenizer)
+
+    def counted(row: dict[str, Any]) -> dict[str, Any]:
+        bar.update()
+        return encode(row)
 
     with (
         tqdm(total=len(rows), desc="tokenizing", unit="row", leave=False, disable=None) as bar,
         TemporaryDirectory(prefix="qlora_exp-") as scratch,
     ):
         options: dict[str, Any] = {"load_from_cache_file": False, "cache_file_name": f"{scratch}/tokens.arrow"}
-        encoded = rows.map(encode, remove_columns=rows.column_names, **options)
+        encoded = rows.map(counted, remove_columns=rows.column_names, **options)
         encoded.with_format(None).save_to_disk(str(folder))  # without the transform of the rows
 
 
@@ -105,7 +118,8 @@ def prompt_tokens(tokenizer: Any, text: str, special: bool) -> list[int]:
             EOS, which is never in a prompt.
     """
     tokens: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
-    return tokens[:-1] if special and len(tokens) > 1 and tokens[-1] == tokenizer.eos_token_id else tokens
+    added = special and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
+    return tokens[:-1] if added else tokens
 
 
 def cut(rows: Dataset, tokens: Dataset, max_length: int) -> tuple[Dataset, Dataset]:

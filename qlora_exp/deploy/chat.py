@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from qlora_exp.data import dialogues
 from qlora_exp.data.dialogues import SYSTEM_ROLES, Message
-from qlora_exp.data.end_of_turn import EndOfTurn, end_of_turn
+from qlora_exp.data.end_of_turn import EndOfTurn, closed_once, end_of_turn
 from qlora_exp.data.prompts import chat_template, render, render_chat
 from qlora_exp.data.tokenization import prompt_tokens
 from qlora_exp.data.values import as_text
@@ -153,6 +153,7 @@ class ChatModel:
         template = self.templates[name]
         if template is None or request.raw:  # trained on plain text, which it continues
             return "".join(message["content"] or "" for message in messages), False
+        messages = closed_once(messages, self.tokenizer, self.ends[name])
         source = self.saved[name].source
 
         def rendered(dialogue: list[Message]) -> str:

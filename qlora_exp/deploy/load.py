@@ -39,7 +39,7 @@ from qlora_exp.results import records
 from qlora_exp.tracking import logged_models, run_key
 from qlora_exp.tracking.journal import CONFIG_FILE, FILE
 from qlora_exp.tracking.stores.pyfunc_files import MLMODEL
-from qlora_exp.utils.errors import ModelError, TrackingError
+from qlora_exp.utils.errors import ConfigError, ModelError, TrackingError
 from qlora_exp.utils.quiet import hide_bars
 
 
@@ -193,6 +193,11 @@ def load_saved(saved: Saved, quantization: str | None = None, name: str = "defau
     config = saved.config
     if quantization is not None:
         chosen = compose(["method=lora", f"quantization={quantization}"]).quantization
+        if saved.adapter and config.lora_start == "loftq" and chosen != config.quantization:
+            raise ConfigError(
+                f"--quantization {quantization}: this adapter makes up for what {config.quantization.name} lost "
+                "(LoftQ), so that it fits no other base; leave --quantization out"
+            )
         config = config.model_copy(update={"quantization": chosen})
     resolved = resolve(config, detect(config.device, bitsandbytes=config.quantization.bitsandbytes))
     if quantization is not None and not saved.adapter:

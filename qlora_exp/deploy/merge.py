@@ -60,7 +60,8 @@ def whole(saved: Saved, dtype: str = "auto", base: Base = "auto") -> Whole:
         saved: an adapter, which is merged, or a complete model, which is used as it is.
         dtype: dtype of the merged weights: float32, bfloat16, float16; auto: that of the base model's files.
         base: weights to merge the adapter into. `files`: those in the base model's files; `trained`: the quantized
-            weights that the adapter was trained on, dequantized; auto: `files`, unless the files are quantized.
+            weights that the adapter was trained on, dequantized; auto: `files`, unless the files are quantized or the
+            adapter makes up for quantization (LoftQ).
 
     Raises:
         ConfigError: the model cannot be merged.
@@ -105,15 +106,21 @@ def _base(config: Config, dtype: str, base: Base) -> tuple[Any, str]:
     files_are_quantized = stored.quant_method in ("gptq", "awq")
     if base == "files" and files_are_quantized:
         raise ConfigError("--base files: the base model's files are quantized themselves; use --base trained")
+    makes_up = config.lora_start == "loftq"
+    if base == "files" and makes_up:
+        raise ConfigError(
+            f"--base files: this adapter makes up for what {stored.name} lost (LoftQ); use --base trained"
+        )
     if not stored.quantized:
         return load_unquantized(config.model, dtype), f"{name}, as its files are"
-    if base == "trained" or files_are_quantized:
+    if base == "trained" or files_are_quantized or makes_up:
         resolved = resolve(config, Device("cpu", "CPU", bf16=False, paging=False))
         model = load_model(config.model, stored, resolved)
         wanted = resolved.dtype if dtype == "auto" else dtype
         return quantization.dequantized(model, getattr(torch, wanted)), (
             f"{name}, what its weights stored as {stored.name} stand for: "
             + ("its files have no others" if files_are_quantized else "what the adapter was trained on")
+            + (" and makes up for (LoftQ)" if makes_up else "")
         )
     return load_unquantized(config.model, dtype), (
         f"{name}, as its files are: what {stored.name} lost of them is not kept (--base trained keeps it)"

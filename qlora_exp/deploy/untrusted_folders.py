@@ -147,7 +147,7 @@ def use_own_generation(model: Any, folder: Path) -> None:
     if not (isinstance(stops, list) and len(stops) <= _MOST_STOPS and all(_is_short_text(text) for text in stops)):
         raise ModelError(f"{file}: stop_strings must be at most {_MOST_STOPS} short texts, got {stops!r:.80}")
     if left_out := values.keys() - _GENERATION:
-        log.warning("%s: not used: %s", file, ", ".join(sorted(left_out))[:200])
+        log.warning("%s: not used: %s", Path(*file.parts[-2:]), ", ".join(sorted(left_out))[:200])
     with explained(str(file)):
         model.generation_config = GenerationConfig(**{key: values[key] for key in _GENERATION & values.keys()})
 

@@ -56,7 +56,7 @@ def peft_config(config: Config, skeleton: PreTrainedModel) -> PeftConfig | None:
     method = config.method
     if method.peft_type is None:
         return None
-    settings = config.peft_settings
+    settings = copy.deepcopy(config.peft_settings)  # PEFT adds names to lists of its config, such as modules_to_save
     if method.peft_type == "ADALORA":
         settings["total_step"] = _UNKNOWN_STEPS
     if config.lora_start == "loftq":
@@ -84,6 +84,12 @@ def _unfit(config: Config, settings: Any, skeleton: PreTrainedModel) -> Iterator
         yield "in a mixture of experts, the router's loss counts the positions that this method adds; use method=lora"
     kind = compatibility.kind_of(method.peft_type, config.lora_variant.name)
     family = skeleton.config.get_text_config().model_type
+    kinds = getattr(skeleton.config.get_text_config(), "layer_types", None)
+    if getattr(settings, "layer_replication", None) and kinds:
+        yield (
+            f"PEFT repeats layers, but not their kinds, which the config of a {family} model lists (layer_types): "
+            "leave method.layer_replication out, or use a model of another family, such as Llama"
+        )
     if method.peft_type == "LORA":
         start = config.lora_start or ""
         if start == "olora" and any(type(layer).__name__ == "Conv1D" for layer in skeleton.modules()):

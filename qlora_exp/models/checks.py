@@ -131,6 +131,7 @@ def check_adapter(config: Config, model: PreTrainedModel) -> None:
     for problem in _problems(adapted, settings, modules, apart):
         raise ConfigError(f"{config.cannot_train}: {problem}")
     _report_ends_trained_apart(adapted, settings)
+    _report_biases(adapted, settings)
     failure = _try(adapted)
     if failure is not None and not lacks_values(failure) and _try(skeleton(config.model)) is None:
         raise ConfigError(f"{config.cannot_train}: {first_line(failure)}") from failure
@@ -148,6 +149,19 @@ def _report_ends_trained_apart(adapted: Any, settings: PeftConfig) -> None:
             "embedding and output layer are trained apart, though they are one matrix in this model "
             "(tie_word_embeddings): exported models have both, and are larger%s",
             remedy,
+        )
+
+
+def _report_biases(adapted: Any, settings: Any) -> None:
+    """Say that an adapter with biases cannot be merged into layers without."""
+    if not getattr(settings, "lora_bias", False):
+        return
+    layers: Any = (module for module in adapted.modules() if isinstance(module, BaseTunerLayer))
+    if any(getattr(layer.get_base_layer(), "bias", None) is None for layer in layers):
+        log.warning(
+            "method.lora_bias: adapted layers of this model have no bias that the adapter's could be added to, so that "
+            "it works in PEFT only (generate, chat), and cannot be merged, exported or served; leave method.lora_bias "
+            "out for that"
         )
 
 

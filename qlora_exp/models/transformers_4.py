@@ -88,4 +88,9 @@ def _change_tokenizer(file: Path, values: dict[str, Any]) -> None:
         values.setdefault("model_input_names", tokenizer.model_input_names)  # token types too by default in version 4
     if isinstance(values.get("extra_special_tokens"), list):  # a mapping in version 4
         values["additional_special_tokens"] = values.pop("extra_special_tokens")
+    if named := values.get("model_specific_special_tokens"):
+        if values.get("additional_special_tokens"):
+            log.warning("tokenizer_config.json: special only to transformers 5: %s", ", ".join(named.values()))
+        else:
+            values["extra_special_tokens"] = named
     _write(file, values)

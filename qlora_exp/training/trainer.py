@@ -24,7 +24,7 @@ from qlora_exp.environment.device import Resolved
 from qlora_exp.environment.efficiency import FlopCounter
 from qlora_exp.environment.memory import MemoryMonitor
 from qlora_exp.libraries import accelerate, deepspeed, trl
-from qlora_exp.models import zero3
+from qlora_exp.models import transformers_4, zero3
 from qlora_exp.models.adapters import allocates, fit_schedule, keep_dtypes, penalty, saved_parameters
 from qlora_exp.models.base import keep_router_setting
 from qlora_exp.models.sharding import is_sharded, save_whole_states, shard, whole_weights
@@ -179,12 +179,14 @@ class Trainer(SFTTrainer):
         return super()._get_grad_norm(model, grad_norm) if self._engine is None else zero3.step(self._engine)
 
     def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:  # transformers 5.23; no public hook
-        """Save a sharded model as a whole."""
+        """Save a sharded model as a whole, and checkpoints with the names of transformers 4 too."""
         if is_sharded(self.model):
             state_dict = whole_weights(self.model, saved_parameters(self.model))
             if not self.args.should_save:
                 return
         super()._save(output_dir, state_dict)
+        if (folder := Path(str(output_dir))).name.startswith(PREFIX_CHECKPOINT_DIR):
+            transformers_4.add_old_names(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:  # transformers 5.23; no public hook
         if self.optimizer is not None and is_sharded(self.model) and not self.args.should_save:

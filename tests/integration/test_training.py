@@ -1,5 +1,6 @@
 """Whole trainings of tiny models: what changes them, and what must not."""
 
+import json
 from types import SimpleNamespace
 
 import optuna
@@ -92,18 +93,23 @@ def test_gradient_checkpointing_does_not_change_losses(run_quick, read_losses):
     assert read_losses(run_quick("training.gradient_checkpointing=true")) == pytest.approx(read_losses(plain), rel=1e-4)
 
 
-def test_early_stopping_ends_a_run_without_improvement(run_quick):
-    steps = [
-        "training.max_steps=6",
-        "training.eval_strategy=steps",
-        "training.eval_steps=1",
-        "training.save_strategy=steps",
-    ]
-    result = run_quick(
-        "method=full", *steps, "training.save_steps=1", "training.load_best_model_at_end=true",
-        "training.early_stopping_patience=1", "training.early_stopping_threshold=100",
-    )  # fmt: skip
-    assert result.metrics["steps"] == 2
+STOPPED = (
+    "method=full", "training.max_steps=6", "training.eval_strategy=steps", "training.eval_steps=1",
+    "training.save_strategy=steps", "training.save_steps=1", "training.load_best_model_at_end=true",
+    "training.early_stopping_patience=1", "training.early_stopping_threshold=100",
+)  # fmt: skip
+
+
+def test_early_stopping_ends_a_run_without_improvement(shared_run):
+    assert shared_run(*STOPPED).metrics["steps"] == 2
+
+
+def test_saved_models_and_checkpoints_have_the_names_of_transformers_4(shared_run):
+    folder = shared_run(*STOPPED).output_dir
+    for saved in (folder / "model", *(folder / "checkpoints").glob("checkpoint-*")):
+        assert json.loads((saved / "config.json").read_text())["rope_theta"] == 10000.0
+        values = json.loads((saved / "tokenizer_config.json").read_text())
+        assert values["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 def test_run_with_two_visible_gpus_trains_on_one(run_quick, monkeypatch):

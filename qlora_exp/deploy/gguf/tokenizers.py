@@ -12,7 +12,7 @@ from typing import Any
 from tokenizers import models
 
 from qlora_exp.data.end_of_turn import end_of_turn
-from qlora_exp.data.prompts import adds_bos
+from qlora_exp.data.prompts import begins_with_bos, short_prompt
 from qlora_exp.deploy.gguf.families import SERVE
 from qlora_exp.utils.errors import ConfigError
 
@@ -125,13 +125,16 @@ def add_tokenizer(writer: Any, tokenizer: Any, rows: int) -> None:
     for role in ("bos", "eos", "unk", "pad"):
         if (token_id := getattr(tokenizer, f"{role}_token_id")) is not None:
             getattr(writer, f"add_{role}_token_id")(token_id)
-    writer.add_add_bos_token(adds_bos(tokenizer))
+    # With this, llama.cpp begins each prompt with BOS, whether or not the chat template does.
+    writer.add_add_bos_token(begins_with_bos(tokenizer))
     writer.add_add_eos_token(False)  # a prompt does not end with it
     if tokenizer.chat_template:
         end = end_of_turn(tokenizer, tokenizer.get_chat_template()).token
         if end not in (None, tokenizer.eos_token_id):
             writer.add_eot_token_id(end)  # llama.cpp ends an answer at it, as at EOS; the format has no place for text
         writer.add_chat_template(tokenizer.get_chat_template())
+    else:  # without any, llama.cpp would render ChatML
+        writer.add_chat_template("{% for message in messages %}{{ message['content'] }}{% endfor %}")
 
 
 def _backend(tokenizer: Any) -> dict[str, Any]:
@@ -186,6 +189,8 @@ def _unlike_llama_cpp(tokenizer: Any, backend: dict[str, Any]) -> Iterator[str]:
     changes = _changes(backend)
     if _has_pieces(backend):
         yield from _unlike_pieces(backend, changes)
+        if _scheme(backend) == "first" and tokenizer.chat_template and not _begins_with_special_token(tokenizer):
+            yield "it puts a space before a prompt, but none after special tokens in it"
     elif (name := _name(backend)) is None:
         yield f"it splits a text by {', '.join(_splits(backend['pre_tokenizer'])) or 'nothing'}"
     else:
@@ -264,9 +269,7 @@ def _scheme(backend: dict[str, Any]) -> str:
 
 def _begins_with_special_token(tokenizer: Any) -> bool:
     """Return whether prompts of the chat template do; false without one."""
-    if not tokenizer.chat_template:
-        return False
-    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False)
+    prompt = short_prompt(tokenizer) or ""
     return any(prompt.startswith(token.content) for token in tokenizer.added_tokens_decoder.values())
 
 

@@ -152,6 +152,8 @@ def adapter_on_vllm(saved: Saved, host: str, port: int) -> Server | None:
 
     if not saved.adapter or saved.config.method.peft_type != "LORA":
         return None
+    if saved.config.lora_start == "loftq":  # it makes up for a quantized base, which vLLM would not have
+        return None
     base = saved.config.model
     if base.model_name_or_path.startswith(("embedded:", "random:")):  # these models exist only in this project
         return None

@@ -40,6 +40,18 @@ def test_eos_is_learned_once(format_: str, end: str, tiny_tokenizer):
     assert tiny_tokenizer.decode(learned).split("<|im_end|>")[0].strip() == row["reference"] == "a6"
 
 
+def test_eos_in_questions_is_kept_and_at_the_end_of_answers_stands_once(tiny_tokenizer):
+    contents = ["q<|im_end|>", "a<|im_end|>\n<|im_end|>", "<|im_end|>r", "b"]
+    dialogue = [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(contents)]
+    row = {"prompt": "", "input": "", "completion": "b", "messages": dialogue}
+    (row,) = tokenized([row], tiny_tokenizer, "dataset.format=chat")
+    text = tiny_tokenizer.decode(row["input_ids"])
+    assert "user\nq<|im_end|><|im_end|>\n" in text
+    assert "assistant\na<|im_end|>\n<|im_start|>user\n<|im_end|>r<|im_end|>" in text
+    asked = tokenization.prompt_tokens(tiny_tokenizer, "q<|im_end|>", special=True)
+    assert asked[-1] == tiny_tokenizer.eos_token_id  # this tokenizer adds none, so that it was in the text
+
+
 def test_reference_is_the_learned_answer(tiny_tokenizer):
     """Calls and reasoning are part of the answer; special tokens are decoded as those of generated answers are."""
     template = (

@@ -2,6 +2,7 @@
 
 import json
 import urllib.request
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from helpers.gguf_models import (
     make_model,
     write_tiny_gguf,
 )
+from helpers.prompt_paths import Paths, compare
 
 from qlora_exp.deploy import export, llama_cpp, load
 from qlora_exp.deploy.gguf import families
@@ -137,6 +139,22 @@ def test_exported_run_answers_in_its_training_format(trained_adapters, tmp_path)
     assert 0 < told.first_token_seconds < told.seconds
     chat = post(server, "/v1/chat/completions", {"messages": asked, "max_tokens": 6, "temperature": 0})
     assert chat["choices"][0]["message"]["content"].strip() == told.texts[0].strip()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ChatML, tokenizer that adds BOS",
+        "prompt_completion, pieces with a mark at the beginning",
+        "text, tokenizer that adds BOS",
+    ],
+)
+def test_prompt_in_llama_cpp_is_that_of_training(name, tmp_path):
+    paths = Paths(name, tmp_path)
+    asked = [[{"role": "user", "content": text}] for text in ("Why?", " Why\n is it?", "12 <|im_end|>")]
+    counts = Counter[str]()
+    compare(paths, asked, counts, paths.llama_cpp())
+    assert counts["llama.cpp"] == len(asked)
 
 
 def test_missing_llama_cpp_is_detected(monkeypatch):

@@ -6,6 +6,7 @@ from helpers import tiny_models
 
 from qlora_exp.deploy import load, merge
 from qlora_exp.deploy.merge import whole
+from qlora_exp.deploy.serving import commands as serve
 from qlora_exp.utils.errors import ConfigError
 
 
@@ -18,6 +19,17 @@ def test_quantized_run_is_merged_into_the_unquantized_base_by_default(trained_ad
     weights = {base: one.model.state_dict()[name] for base, one in made.items()}
     assert torch.equal(weights["auto"], weights["files"])
     assert not torch.allclose(weights["auto"], weights["trained"], atol=1e-3)
+
+
+def test_adapter_that_makes_up_for_quantization_goes_only_into_what_it_was_trained_on(trained_adapters, tiny_model):
+    words = ("method=qlora", "lora_variant=loftq", "model=hub", f"model.model_name_or_path={tiny_model('llama')}")
+    saved = load.find(str(trained_adapters(*words)), device="cpu")
+    assert "what the adapter was trained on and makes up for (LoftQ)" in whole(saved).base
+    with pytest.raises(ConfigError, match="use --base trained"):
+        whole(saved, base="files")
+    with pytest.raises(ConfigError, match="leave --quantization out"):
+        load.load_saved(saved, "none")
+    assert serve.adapter_on_vllm(saved, "127.0.0.1", 8000) is None
 
 
 @pytest.mark.parametrize("words", [("method=qlora",), ("lora_variant=dora",)], ids=" ".join)

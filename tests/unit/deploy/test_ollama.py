@@ -36,7 +36,7 @@ def rendered(template: str, system: str, prompt: str) -> str:
     return text.replace("{{ .System }}", system).replace("{{ .Prompt }}", prompt)
 
 
-@pytest.mark.parametrize("template", [LLAMA3, WITH_DEFAULT, LLAMA2], ids=["llama3", "default", "llama2"])
+@pytest.mark.parametrize("template", [LLAMA3, WITH_DEFAULT], ids=["llama3", "default"])
 def test_modelfile_renders_a_turn_like_the_chat_template(template, own_tokenizer):
     own_tokenizer.chat_template = template
     if template == LLAMA3:  # whose tokenizer begins every text with BOS, as llama.cpp then does
@@ -88,7 +88,7 @@ def test_template_cannot_inject_modelfile_directives(own_tokenizer):
 
 def test_modelfile_without_chat_template_continues_text(own_tokenizer):
     own_tokenizer.chat_template = None
-    assert 'TEMPLATE """{{ .Prompt }}{{ .Response }}"""' in modelfile(own_tokenizer, "x.gguf")
+    assert 'TEMPLATE """{{ .System }}{{ .Prompt }}{{ .Response }}"""' in modelfile(own_tokenizer, "x.gguf")
 
 
 def test_ollama_stops_at_text_that_ends_the_chat_templates_turns():
@@ -112,10 +112,16 @@ LAST = (
     "{% set messages = messages[1:] %}{% else %}{% set told = '' %}{% endif %}{% for m in messages %}"
     "[{{ told if loop.last and m['role'] == 'user' else '' }}{{ m['content'] }}]{% endfor %}"
 )
+TRIMS = CHATML.replace("m['content']", "m['content'] | trim")
+THINKS = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+BRACES = CHATML.replace("<|im_start|>", "{{ '{{ .Prompt }}' }}<|im_start|>")
 DEMANDS = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('a system message must come first') }}{% endif %}"
 
 
-@pytest.mark.parametrize("template", [HEADER + CHATML, "<|endoftext|>" + CHATML, LAST, DEMANDS + CHATML])
+@pytest.mark.parametrize(
+    "template",
+    [HEADER + CHATML, "<|endoftext|>" + CHATML, LAST, LLAMA2, DEMANDS + CHATML, TRIMS, THINKS, BRACES],
+)
 def test_format_that_no_template_of_a_turn_renders_is_left_to_the_gguf_file(template):
     text = modelfile(tokenizer(template=template), "model.gguf")
     assert "TEMPLATE" not in text

@@ -160,3 +160,17 @@ def test_tensors_that_a_folder_lacks_are_named(words, tmp_path):
     lost = sorted(weights)[-1]
     save_file({name: one for name, one in weights.items() if name != lost}, file, {"format": "pt"})
     assert adapters.missing_tensors(model, tmp_path) == [lost]
+
+
+def test_attaching_leaves_the_runs_config_as_it_is():
+    """PEFT adds the names of tied layers to modules_to_save."""
+    words = [
+        "method.modules_to_save=[embed_tokens]",
+        "method.ensure_weight_tying=true",
+        "method.target_modules=[q_proj]",
+    ]
+    config = compose(["model=tiny_llama", "method=lora", *words])
+    base = skeleton(config.model)
+    base.config.tie_word_embeddings = True
+    adapters.attach(base, adapters.peft_config(config, base), None)
+    assert config.method.settings["modules_to_save"] == ["embed_tokens"]

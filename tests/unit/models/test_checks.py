@@ -56,6 +56,7 @@ def folders(tmp_path_factory) -> Path:
         ("llama", ["method=lora", "method.target_modules='q_proj|v_proj'"], "whole names: '.*(q_proj|v_proj)'"),
         ("gpt_oss", [*EXPERTS, "+method.target_parameters=[experts.down_proj,w1]"], "'w1' matches no parameter"),
         ("gemma2", ["method=trainable_tokens"], "shares the embedding's weights"),
+        ("qwen2", [*Q_PROJ, "method.layer_replication=[[0,1],[0,1]]"], "leave method.layer_replication out"),
         ("gpt2", ["method=lora", "lora_variant=olora"], "Conv1D"),
         ("gpt2", ["method=lora", "lora_variant=kasa"], "Conv1D"),
         ("gpt2", ["method=osf"], "it adapts none of its layers"),
@@ -132,6 +133,14 @@ def test_trained_tokens_of_a_tied_model_are_rejected(words: list[str], folders: 
     config = compose(["model=hub", f"model.model_name_or_path={folders / 'tied'}", *words])
     with pytest.raises(ConfigError, match="tie_word_embeddings"):
         checks.check_adapter(config, skeleton(config.model))
+
+
+def test_biases_that_cannot_be_merged_are_reported(caplog):
+    check_adapter("llama", *Q_PROJ, "method.lora_bias=true")
+    assert "cannot be merged, exported or served" in caplog.text
+    caplog.clear()
+    check_adapter("gpt2", "method=lora", "method.lora_bias=true")  # its layers have biases
+    assert "cannot be merged" not in caplog.text
 
 
 def test_tokenizer_in_python_only_is_rejected(monkeypatch):
