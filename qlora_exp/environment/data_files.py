@@ -19,7 +19,7 @@ from qlora_exp.config.sections.dataset import (
 )
 from qlora_exp.utils.cache import built
 from qlora_exp.utils.digests import json_digest
-from qlora_exp.utils.errors import DataError, last_line
+from qlora_exp.utils.errors import DataError, UserError, last_line
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,8 @@ def find(path: str, key: str = "dataset.path") -> list[File]:
         if "," in path:
             raise DataError(f"{key}: no file {path}; name several files by a folder or a pattern, such as rows/*.jsonl")
         raise DataError(f"{key}: no file {path} (working directory: {Path.cwd()})")
-    return [_readable(File(Path(name), name)) for name in _chosen(names, path, place.is_dir(), key)]
+    chosen = _chosen(names, str(place) if place.is_dir() else path, place.is_dir(), key)
+    return [_readable(File(Path(name), name)) for name in chosen]
 
 
 def _matches(pattern: str) -> list[str]:
@@ -122,11 +123,17 @@ def _chosen(names: Iterable[str], path: str, is_folder: bool, key: str) -> list[
                 f"{key}: {path} has files of several splits: {some}; name those to train on and the held-out ones "
                 f"apart: dataset.path='{path}/**/*train*' dataset.eval_path=...; '{path}/**/*' reads all as one"
             )
-        log.warning("%s: files of several splits are read as one: %s", path, some)
+        _log_once(logging.WARNING, f"{path}: files of several splits are read as one: {some}")
     ignored = [name for name in visible if name not in set(chosen)]
     others = f"; not read: {', '.join(ignored[:3])}{' ...' if ignored[3:] else ''}" if ignored else ""
-    log.info("%s: %d files, from %s to %s%s", path, len(chosen), chosen[0], chosen[-1], others)
+    _log_once(logging.INFO, f"{path}: {len(chosen)} files, from {chosen[0]} to {chosen[-1]}{others}")
     return chosen
+
+
+@cache
+def _log_once(level: int, line: str) -> None:
+    """Log a line, but not again each time that a run looks for its files."""
+    log.log(level, "%s", line)
 
 
 def _is_hidden(name: str) -> bool:
@@ -204,7 +211,7 @@ def fetch(url: str, key: str = "dataset.path") -> list[File]:
         chosen = _chosen(names, path, is_folder, key)
         versions = {name: system.ukey(name) for name in chosen}
         folder = built(f"files-{json_digest([url, versions])}", lambda part: _download(system, chosen, part))
-    except DataError:
+    except UserError:
         raise
     except Exception as error:  # of any kind: each file system has its own
         raise DataError(f"{key}: {url} cannot be fetched: {last_line(error) or type(error).__name__}") from error

@@ -7,7 +7,7 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing import forkserver
 from pathlib import Path
@@ -67,8 +67,11 @@ def write_modules(file: Path) -> None:
     file.write_text(" ".join([*sys.modules, *map(str, facts)]))
 
 
-def interpreter(words: Sequence[str], stdout: Path | str, stderr: Path | str) -> None:
-    """Do what Python does with these words, and write what it prints to two files."""
+def interpreter(
+    words: Sequence[str], stdout: Path | str, stderr: Path | str, variables: Mapping[str, str] = {}
+) -> None:
+    """Do what Python does with these words and variables, and write what it prints to two files."""
+    os.environ.update(variables)
     for stream, name in ((1, stdout), (2, stderr)):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
     is_module = words[0] == "-m"

@@ -100,6 +100,10 @@ FORMATS: dict[str, tuple[str, Callable[[], Any]]] = {
         for format_ in ("alpaca", "prompt_completion", "text")
         for what, named in (("nothing", {}), ("BOS", BEGINS), ("BOS and EOS", CLOSES), ("a space", {"space": True}))
     },
+    "prompt_completion, dataset.prompt_template": (
+        "prompt_completion dataset.prompt_template='Question: {prompt}\\n\\nAnswer:'",
+        lambda: tokenizer(**BEGINS, template=None),
+    ),
     "alpaca, tokenizer of pieces": ("alpaca", make_pieces),
     "prompt_completion, tokenizer of pieces": ("prompt_completion", make_pieces),
     "alpaca, pieces with a mark at the beginning": ("alpaca", lambda: marked_once()),

@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import time
+from contextlib import suppress
 from typing import Any
 
 import mlflow
@@ -54,12 +55,11 @@ def free_port() -> int:
 
 
 @pytest.mark.long
-def test_serve_command_answers_until_ctrl_c(trained_adapters, tmp_path, monkeypatch):
-    port, log = free_port(), tmp_path / "log"
-    monkeypatch.setenv("KEY", "sesame")  # for the process, and for the client
+def test_serve_command_answers_until_ctrl_c(trained_adapters, tmp_path):
+    port, log, key = free_port(), tmp_path / "log", {"KEY": "sesame"}
     words = ["serve", str(trained_adapters()), "--adapter", f"b={trained_adapters('dataset.format=chat')}"]
     words += ["--port", str(port), "--device", "cpu", "--max-new-tokens", "2000", "--api-key-env", "KEY"]
-    process = processes.start(processes.interpreter, ["-m", "qlora_exp", *words], tmp_path / "out", log)
+    process = processes.start(processes.interpreter, ["-m", "qlora_exp", *words], tmp_path / "out", log, key)
     client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="sesame", max_retries=0)
     try:
         for _ in range(600):
@@ -75,7 +75,8 @@ def test_serve_command_answers_until_ctrl_c(trained_adapters, tmp_path, monkeypa
         endless = client.chat.completions.create(**request, stream=True, temperature=9, extra_body={"top_k": 50})
         next(iter(endless))
     finally:
-        os.kill(process.pid, signal.SIGINT)
+        with suppress(ProcessLookupError):  # it ended by itself
+            os.kill(process.pid, signal.SIGINT)
         process.join(30)
         assert not process.is_alive()
     assert "Traceback" not in log.read_text()

@@ -15,6 +15,7 @@ QUICK = (
     "ChatML", "ChatML, dataset.system_message", "ChatML, tokenizer that adds BOS", "ChatML that writes BOS",
     "Llama 3's", "Gemma's", "alpaca, tokenizer that adds BOS and EOS",
     "alpaca, tokenizer that begins with another token",
+    "prompt_completion, dataset.prompt_template",
     "prompt_completion, pieces with a mark at the beginning", "text, tokenizer that adds BOS",
 )  # fmt: skip
 

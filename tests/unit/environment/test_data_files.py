@@ -49,8 +49,9 @@ def test_pattern_names_files():
 
 def test_folder_of_several_splits_is_refused(caplog):
     write("rows/data/train-00000.jsonl", "rows/data/test-00000.jsonl", "rows/data/validation.jsonl")
-    with pytest.raises(DataError, match=r"files of several splits: .*test.*\(test\); .*train.*dataset.eval_path"):
-        found("rows")
+    for folder in ("rows", "./rows", "rows/", str(Path("rows").absolute())):
+        with pytest.raises(DataError, match=r"files of several splits: .*test.*\(test\); .*train.*dataset.eval_path"):
+            found(folder)
     assert found("rows/**/*train*") == ["rows/data/train-00000.jsonl"]
     assert len(found("rows/**/*")) == 3
     assert "files of several splits are read as one" in caplog.text

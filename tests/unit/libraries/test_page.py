@@ -42,7 +42,7 @@ def is_private(name: str) -> bool:
 def touches(tree: ast.Module) -> Iterator[str]:
     """Private names of others that a module names: imported, taken of something that is not its own, or replaced."""
     nodes = [*ast.walk(tree)]
-    own = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    own = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
     own |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
             and isinstance(node.value, ast.Name) and node.value.id == "self"}  # fmt: skip
     own |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
