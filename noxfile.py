@@ -20,8 +20,9 @@ TESTED = ("dev", "lm-eval", "quantizers", "optuna", "joblib", "slurm", "llama-cp
 MYPY = ("-m", "mypy", "--num-workers", "2")
 MEMORY = Path("/dev/shm")
 """File system in memory, on Linux."""
-TWO_WORKERS = ("-n", "2", "--dist", "worksteal")
-"""Each worker begins with one half of the modules, so that most of what a module's tests share is made once."""
+WORKERS = ("-n", "3", "--dist", "worksteal")
+"""For two cores: tests also wait, for servers, locks and other processes. Each worker begins with a part of the modules, so
+that most of what a module's tests share is made once."""
 DEEPSPEED = (
     "tests/integration/test_deepspeed.py",
     "tests/unit/libraries/test_deepspeed.py",
@@ -76,7 +77,7 @@ def tests(session: nox.Session) -> None:
     style(session)
     # Types are checked while the tests run, which wait a fifth of the time: for servers, locks and other processes.
     with subprocess.Popen([sys.executable, *MYPY]) as types:
-        pytest(session, *(session.posargs or (*TWO_WORKERS, "--durations=60")))
+        pytest(session, *(session.posargs or (*WORKERS, "--durations=60")))
     if types.returncode:
         session.error("mypy found errors")
 
@@ -84,7 +85,7 @@ def tests(session: nox.Session) -> None:
 @nox.session
 def unit(session: nox.Session) -> None:
     """Run the unit tests but the slow ones (the quick loop: under two minutes), in what `tests` has set up."""
-    pytest(session, "tests/unit", "-m", "not slow", *(session.posargs or TWO_WORKERS))
+    pytest(session, "tests/unit", "-m", "not slow", *(session.posargs or WORKERS))
 
 
 @nox.session

@@ -29,13 +29,13 @@ def find(folder):
     [  # what is added, with magnitudes, to a base that moved, to 4 and to 8 bits; factors, rotations, other weights
         (),
         ("lora_variant=dora",),
-        ("lora_variant=pissa",),
+        pytest.param(("lora_variant=pissa",), marks=pytest.mark.thorough),
         ("method.layer_replication=[[0,2],[1,2]]",),
         ("method=qlora",),
         ("method=qlora", "quantization=int8"),
         ("method=ia3",),
-        ("method=oft",),
-        ("method=ln_tuning",),
+        pytest.param(("method=oft",), marks=pytest.mark.thorough),
+        pytest.param(("method=ln_tuning",), marks=pytest.mark.thorough),
     ],
     ids=" ".join,
 )
@@ -373,8 +373,8 @@ TIED = ("+model.random_config.tie_word_embeddings=true", "dataset.format=prompt_
     ("words", "tied"),
     [
         ("method.modules_to_save=[embed_tokens,lm_head]", False),
-        ("method.modules_to_save=[lm_head]", False),
-        ("method.target_modules=[q_proj,embed_tokens]", False),
+        pytest.param("method.modules_to_save=[lm_head]", False, marks=pytest.mark.thorough),
+        pytest.param("method.target_modules=[q_proj,embed_tokens]", False, marks=pytest.mark.thorough),
         ("method.modules_to_save=[embed_tokens] method.ensure_weight_tying=true", True),
     ],
 )

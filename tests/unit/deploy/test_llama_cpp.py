@@ -73,7 +73,14 @@ COMPUTED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("model_type", "fields", "most"), COMPUTED, ids=str)
+THOROUGH = (1, 4, 5, 9, 14, 19, 21)
+"""Places of further settings of a family, which `nox -s thorough` tries."""
+CASES = [
+    pytest.param(*case, marks=pytest.mark.thorough if place in THOROUGH else ()) for place, case in enumerate(COMPUTED)
+]
+
+
+@pytest.mark.parametrize(("model_type", "fields", "most"), CASES, ids=str)
 def test_llama_cpp_computes_what_transformers_computes(model_type, fields, most, tmp_path):
     model, _ = write_tiny_gguf(tmp_path, model_type, "ascii", train=True, **fields)
     server = exact_server(tmp_path / "model.gguf")

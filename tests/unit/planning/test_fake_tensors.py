@@ -49,7 +49,8 @@ def highest(events: list[Event]) -> int:
 @pytest.mark.parametrize(
     "words",
     [
-        ["method=qlora", "lora_variant=dora"],
+        pytest.param(["method=qlora", "lora_variant=dora"], marks=pytest.mark.thorough),
+        ["method=lora"],
         pytest.param(["method=full", "training.gradient_checkpointing=false"], marks=pytest.mark.thorough),
         pytest.param(["method=oft", "training.gradient_checkpointing=false"], marks=pytest.mark.thorough),
     ],

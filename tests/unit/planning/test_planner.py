@@ -65,7 +65,13 @@ def test_memory_grows_linearly_with_layers():
 
 
 @pytest.mark.parametrize(
-    "words", [["method=lora"], ["method=full"], ["method=lora", "training.gradient_checkpointing=true"]], ids=str
+    "words",
+    [
+        pytest.param(["method=lora"], marks=pytest.mark.thorough),
+        ["method=full"],
+        ["method=lora", "training.gradient_checkpointing=true"],
+    ],
+    ids=str,
 )
 def test_prediction_matches_a_profiled_step(words: list[str], tmp_path: Path):
     layers = 6  # more than a plan runs

@@ -56,7 +56,7 @@ def test_adapter_with_other_settings_is_refused_with_the_words_that_fit(words, m
         found(trained_adapters(), *words)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_adapters_of_variants_are_asked_for_as_they_are_saved(trained_adapters):
     pissa = trained_adapters("lora_variant=pissa", "lora_variant.use_rslora=true")
     with pytest.raises(ConfigError, match="r is 32 there and 16 here") as error:

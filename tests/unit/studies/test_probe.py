@@ -1,6 +1,7 @@
 """Probing finds again what is kept, and finds what is broken."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -23,12 +24,13 @@ REFUSED = {"ADAMSS": "4bit", "DEFT": "4bit", "FULL": "quanto", "GLORA": "8bit", 
 """One of each way to fail: a dtype, a shape, no gradient, a layer that PEFT refuses, no kernel, a wrong gradient."""
 
 
-def one_base_each() -> list[tuple[str, str]]:
-    """Pair every second method with one of the bases that it works on, in turn."""
+def one_base_each() -> list[Any]:
+    """Pair every second method with one of the bases that it works on, in turn; half of them are `thorough`."""
     pairs = []
     for place, kind in enumerate(METHODS[::2]):
         works = [base for base in BASES if KEPT[kind][base]["trains"] == WORKS]
-        pairs.append((kind, works[place % len(works)]))
+        marks = pytest.mark.thorough if place % 2 else ()
+        pairs.append(pytest.param(kind, works[place % len(works)], marks=marks))
     return pairs
 
 
@@ -41,7 +43,7 @@ def outcome(verdict: str | None) -> str | None:
     return verdict if verdict in (None, WORKS) else "fails"
 
 
-# Every second method on one base: what the libraries can do changes only with their versions, and then
+# Every fourth method on one base (`nox -s thorough`: every second): what the libraries can do changes only with their versions, and then
 # `nox -s compatibility` tries all on every base.
 @pytest.mark.parametrize(
     ("kind", "base"), [*one_base_each(), *((kind, "plain") for kind in VARIANTS), *REFUSED.items()]

@@ -128,6 +128,7 @@ def test_failed_trials_lose_and_a_row_without_a_good_one_is_left_out(run_tuned, 
     assert "1 of 2 rows could not be tuned, and were not run: method=oft" in shown.err
 
 
+@pytest.mark.thorough
 def test_higher_is_better_where_it_is(run_tuned):
     assert run_tuned("method=oft", "tuning.metric=after/rougeL", "seed=5") == 0
     final = run_tuned.ran[-1]
