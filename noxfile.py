@@ -21,8 +21,10 @@ MYPY = ("-m", "mypy", "--num-workers", "2")
 MEMORY = Path("/dev/shm")
 """File system in memory, on Linux."""
 WORKERS = ("-n", "3", "--dist", "worksteal")
-"""For two cores: tests also wait, for servers, locks and other processes. Each worker begins with a part of the modules, so
-that most of what a module's tests share is made once."""
+"""For two cores: tests also wait, for servers, locks and other processes.
+
+Each worker begins with a part of the modules, so that most of what a module's tests share is made once.
+"""
 DEEPSPEED = (
     "tests/integration/test_deepspeed.py",
     "tests/unit/libraries/test_deepspeed.py",

@@ -43,8 +43,8 @@ def outcome(verdict: str | None) -> str | None:
     return verdict if verdict in (None, WORKS) else "fails"
 
 
-# Every fourth method on one base (`nox -s thorough`: every second): what the libraries can do changes only with their versions, and then
-# `nox -s compatibility` tries all on every base.
+# Every fourth method on one base (`nox -s thorough`: every second): what the libraries can do changes only with their
+# versions, and then `nox -s compatibility` tries all on every base.
 @pytest.mark.parametrize(
     ("kind", "base"), [*one_base_each(), *((kind, "plain") for kind in VARIANTS), *REFUSED.items()]
 )
