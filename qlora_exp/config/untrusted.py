@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ from qlora_exp.config import idle
 from qlora_exp.config.overrides import GROUPS
 from qlora_exp.config.patterns import may_hang
 from qlora_exp.config.schema import Config
-from qlora_exp.config.sections.dataset import REASONING_GYM, is_url
-from qlora_exp.config.validate import from_dict
+from qlora_exp.config.sections.dataset import REASONING_GYM, is_pattern, is_url
+from qlora_exp.config.validate import as_written, from_dict
 from qlora_exp.utils.errors import ConfigError
 
 _LONGEST_TEXT = 1 << 20
@@ -123,7 +124,7 @@ def changed(values: dict[str, Any], changes: Mapping[str, Any], whose: str) -> C
             raise ConfigError(
                 f"{key}={value}: only keys of {whose} can be changed, such as {name}.KEY=VALUE, not options"
             )
-        place[name] = value
+        place[name] = as_written(key, value)
     config = from_dict(values)
     if problems := [*idle.problems([config], [*changes])]:
         raise ConfigError("\n".join(problems))
@@ -195,7 +196,7 @@ def refuse_user_only_settings(config: Config, changes: Mapping[str, Any]) -> Non
             raise ConfigError(f"the recorded config fetches {path}; if you trust it, add {key}={path}")
         local = _expanded(path)
         looks_local = _exists(local) or path.startswith(("/", "~", ".")) or ".." in local.parts
-        if looks_local and not local.resolve().is_relative_to(Path.cwd()):
+        if any(not place.resolve().is_relative_to(Path.cwd()) for place in _places(local, looks_local)):
             raise ConfigError(
                 f"the recorded config names {path}, which is outside of this folder; to allow it, "
                 f"add {key}=PATH with its path on this machine"
@@ -216,6 +217,16 @@ def _refuse_processes(config: Config, changes: Mapping[str, Any]) -> None:
             f"the recorded config starts {shared.num_processes} processes, more than this machine has cores; if you "
             f"want that, add distributed.num_processes={shared.num_processes}"
         )
+
+
+def _places(path: Path, looks_local: bool) -> Iterator[Path]:
+    """Yield the files that a path may name: itself, those of a folder, those that match a pattern."""
+    if looks_local:
+        yield path
+    if path.is_dir():
+        yield from path.rglob("*")
+    elif is_pattern(str(path)):
+        yield from map(Path, glob(str(path), recursive=True))
 
 
 def _expanded(path: str) -> Path:

@@ -43,18 +43,30 @@ def from_composed(values: Any) -> Config:
         ConfigError: a file cannot be read, or the values are invalid.
     """
     for name in ("dataset", "unrelated"):
-        section = values.get(name)
-        if not isinstance(section, dict):
-            continue
-        if isinstance(template := section.get("prompt_template"), str):
-            section["prompt_template"] = prompt_templates.unescaped(template)
-        if isinstance(file := section.get("chat_template"), str) and file.endswith(".jinja"):
-            try:
-                section["chat_template"] = Path(file).expanduser().read_text("utf-8")
-            except (OSError, UnicodeDecodeError, RuntimeError) as error:
-                reason = getattr(error, "strerror", None) or str(error)
-                raise ConfigError(f"{name}.chat_template: {file} cannot be read: {reason}") from error
+        if isinstance(section := values.get(name), dict):
+            for key, value in section.items():
+                section[key] = as_written(f"{name}.{key}", value)
     return from_dict(values)
+
+
+def as_written(key: str, value: Any) -> Any:
+    """Return the value of a key that the user wrote as the config holds it.
+
+    Raises:
+        ConfigError: it names a file that cannot be read.
+    """
+    section, _, name = key.partition(".")
+    if section not in ("dataset", "unrelated") or not isinstance(value, str):
+        return value
+    if name == "prompt_template":
+        return prompt_templates.unescaped(value)
+    if name == "chat_template" and value.endswith(".jinja"):
+        try:
+            return Path(value).expanduser().read_text("utf-8-sig")
+        except (OSError, UnicodeDecodeError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise ConfigError(f"{key}: {value} cannot be read: {reason}") from error
+    return value
 
 
 def known_keys() -> list[str]:

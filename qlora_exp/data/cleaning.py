@@ -232,7 +232,8 @@ class _Cleaner:
         dialogue = self._dialogue(values, where)
         if dialogue is not None:
             return dialogue
-        row = {role: self._text(values.get(column), column, where) for role, column in self._columns.items()}
+        columns = {role: column for role, column in self._columns.items() if role not in ("system", "history")}
+        row = {role: self._text(values.get(column), column, where) for role, column in columns.items()}
         if template := self._config.prompt_template:
             texts = {column: row[role] for role, column in self._columns.items() if role != "completion"}
             asks = any(text.strip() for text in texts.values())
@@ -260,6 +261,7 @@ class _Cleaner:
         filled = self._source.fills_with_null
         tools = dialogues.tools(values.get("tools"), where, filled)
         earlier = self._earlier(values, where)
+        asked = len(earlier)  # what may be learned stands behind
         if "messages" in self._columns:
             turns = dialogues.messages(values[self._columns["messages"]], self._columns["messages"], where, filled)
         elif (
@@ -268,20 +270,21 @@ class _Cleaner:
             or any(dialogues.is_dialogue(values[self._columns[role]]) for role in ("prompt", "completion"))
         ):
             turns = self._joined(values, where)
+            asked = len(earlier) + len(turns) - 1
         else:
             return None
         if earlier and turns and turns[0]["role"] in dialogues.SYSTEM_ROLES:
             raise DataError(f"{where}: the messages have a system message, which must be the first of all")
         turns = earlier + turns
-        answers = [index for index, turn in enumerate(turns) if dialogues.learns(turn)]
+        if any(turn.get("train") is False for turn in turns):
+            self._note("answers with weight 0 or train false are not learned")
+        answers = [index for index, turn in enumerate(turns) if dialogues.learns(turn) and index >= asked]
         last = answers[-1] if answers else -1
         if turns[last + 1 :] and answers:
             self._note("the turns after the last answer are not learned")
         turns = turns[: last + 1]
         if self._config.system_message and turns and turns[0]["role"] in dialogues.SYSTEM_ROLES:
             self._note("dataset.system_message is replaced by the row's own")
-        if any(turn.get("train") is False for turn in turns):
-            self._note("answers with weight 0 or train false are not learned")
         whole = all(turn.get("content") is not None or turn.keys() - {"role", "content", "train"} for turn in turns)
         row = {
             "prompt": dialogues.said(turns[-2]) if whole and len(turns) > 1 else "",
@@ -301,10 +304,13 @@ class _Cleaner:
     def _earlier(self, values: dict[str, Any], where: str) -> list[dialogues.Message]:
         """Return the messages of the columns of system messages and of earlier turns."""
         turns: list[dialogues.Message] = []
-        if (column := self._columns.get("system")) and (text := self._text(values.get(column), column, where)):
+        if (column := self._columns.get("system")) and (text := self._text(values.get(column), column, where)).strip():
             turns.append({"role": "system", "content": text})
         if column := self._columns.get("history"):
-            turns += dialogues.history(values.get(column), column, where, self._source.fills_with_null)
+            told = dialogues.history(values.get(column), column, where, self._source.fills_with_null)
+            if turns and told and told[0]["role"] in dialogues.SYSTEM_ROLES:
+                raise DataError(f"{where}: {column!r} begins with a system message, and there is another one")
+            turns += told
         return turns
 
     def _joined(self, values: dict[str, Any], where: str) -> list[dialogues.Message]:

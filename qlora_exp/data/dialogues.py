@@ -93,7 +93,8 @@ def history(value: Any, column: str, where: str, fills_with_null: bool) -> list[
             value = DECODER.decode(value) if value.strip() else None
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: {column} must be JSON text; this is no JSON: {error}") from error
-    if isinstance(value, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+    pairs = value if isinstance(value, list) else []
+    if pairs and all(isinstance(pair, list) and [*map(type, pair)] == [str, str] for pair in pairs):
         roles = ("user", "assistant")
         value = [{"role": role, "content": text} for pair in value for role, text in zip(roles, pair, strict=True)]
     return messages(value, column, where, fills_with_null)

@@ -207,7 +207,7 @@ def chat_template(config: DatasetConfig, tokenizer: Any) -> str | None:
             f"{{% set messages = [{{'role': 'system', 'content': {message}}}] + messages %}}{{% endif %}}"
         )
         return own if own.startswith(begin) else begin + own
-    before, after = (json.dumps(part) for part in _around_question(config))
+    before, after = (json.dumps(part, ensure_ascii=False) for part in _around_question(config))
     begin = _beginning(tokenizer, unless_blank=before == '""')
     message = json.dumps(
         f"this model was trained on prompts of format {config.format}, which has only user and assistant turns"
@@ -221,12 +221,13 @@ def chat_template(config: DatasetConfig, tokenizer: Any) -> str | None:
 
 
 def _around_question(config: DatasetConfig) -> list[str]:
-    """Return the texts before and after a question. One for a template of several columns is the whole prompt."""
+    """Return the texts before and after a question; none if it is the whole prompt, as for several columns."""
     if config.format == "alpaca":
         return ALPACA_WITHOUT_INPUT.split("{prompt}")
     if config.prompt_template is None or len(columns := prompt_templates.columns(config.prompt_template)) > 1:
         return ["", ""]
-    return prompt_templates.filled(config.prompt_template, {columns[0]: _QUESTION}).split(_QUESTION)
+    parts = prompt_templates.filled(config.prompt_template, {columns[0]: _QUESTION}).split(_QUESTION)
+    return parts if len(parts) == 2 else ["", ""]
 
 
 def _beginning(tokenizer: Any, unless_blank: bool) -> str:

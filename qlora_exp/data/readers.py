@@ -184,7 +184,7 @@ def _csv_rows(stream: TextIO, file: File) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
     begin = [*_until_text(stream)]
     header_line = begin[-1] if begin else ""
-    if stated := _STATED_SEPARATOR.fullmatch(header_line.strip()):  # written by Excel, for Excel
+    if stated := _STATED_SEPARATOR.fullmatch(header_line.strip("\r\n ")):  # written by Excel, for Excel
         begin[-1] = "\n"
     separator = stated[1] if stated else _separator(header_line, file)
     reader = csv.reader(chain(begin, stream), strict=True, delimiter=separator)
@@ -197,6 +197,11 @@ def _csv_rows(stream: TextIO, file: File) -> Iterator[Row]:
                 raise DataError(
                     f"{file.name}, line {line}: {len(cells)} cells where the header has {len(header)}; a cell with "
                     f"{_SPOKEN.get(separator, repr(separator))} or a line break needs double quotes"
+                )
+            if separator == "\t" and any("\t" in cell for cell in cells):
+                raise DataError(
+                    f"{file.name}, line {line}: a cell in double quotes contains a tab, so its quotes may be text; "
+                    "write a quote that is text twice, and its cell in quotes"
                 )
             if cells:
                 yield f"line {line}", dict(zip(header, cells, strict=True))

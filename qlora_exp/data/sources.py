@@ -78,12 +78,18 @@ def read(config: DatasetConfig, path: str, split: str) -> Source:
 
 
 def _files(found: list[File]) -> Source:
+    tables = {file.format in ("parquet", "arrow"): file.name for file in found}
+    if len(tables) > 1:
+        raise DataError(
+            f"dataset.path: {tables[True]} has columns with types and {tables[False]} has not; name files of one kind "
+            "by a pattern, such as rows/*.jsonl"
+        )
     digests = {file.name: file_digest(file.path) for file in found}
     return Source(
         list(dict.fromkeys(name for file in found for name in readers.columns(file))),
         json_digest(list(digests.values())) if len(found) > 1 else digests[found[0].name],
         lambda wanted: _rows_of(found, wanted),
-        fills_with_null=any(file.format in ("parquet", "arrow") for file in found),
+        fills_with_null=True in tables,
     )
 
 
@@ -109,7 +115,7 @@ def _saved(path: str, split: str) -> Source:
         if split not in saved:
             raise DataError(f"dataset.split: {path} has no split '{split}'; it has {', '.join(map(str, saved))}")
         saved = saved[split]
-    return _dataset(saved)
+    return replace(_dataset(saved), key=json_digest([data_files.folder_digest(Path(path)), split]))
 
 
 def _listed(rows: list[dict[str, Any]]) -> Source:

@@ -1,13 +1,14 @@
 """Find the files of rows that a path names: one file, a folder, a pattern, or a URL of these, which is fetched."""
 
+import errno
 import logging
 import re
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import urlsplit
 
 from qlora_exp.config.sections.dataset import (
     COMPRESSED,
@@ -18,7 +19,7 @@ from qlora_exp.config.sections.dataset import (
     saved_dataset,
 )
 from qlora_exp.utils.cache import built
-from qlora_exp.utils.digests import json_digest
+from qlora_exp.utils.digests import file_digest, json_digest
 from qlora_exp.utils.errors import DataError, UserError, last_line
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,11 @@ def check(path: str, key: str = "dataset.path") -> None:
         find(path, key)
 
 
+def folder_digest(folder: Path) -> str:
+    """Return the digest of all files of a folder that `save_to_disk` wrote."""
+    return json_digest({str(file.relative_to(folder)): file_digest(file) for file in sorted(folder.rglob("*.*"))})
+
+
 def find(path: str, key: str = "dataset.path") -> list[File]:
     """Return the files that `path` names, in the order of their names. Files of a URL are fetched into the cache.
 
@@ -83,8 +89,8 @@ def find(path: str, key: str = "dataset.path") -> list[File]:
     if place.is_file():
         _check_name(path, path, key)
         return [_readable(File(place, path))]
-    if place.is_dir():
-        names = [str(file) for file in place.rglob("*") if file.is_file()]
+    if place.is_dir():  # links to folders are not followed, but named
+        names = [str(file) for file in place.rglob("*") if file.is_file() or file.is_symlink()]
     elif is_pattern(path):
         names = _matches(path)
     else:
@@ -108,16 +114,17 @@ def _chosen(names: Iterable[str], path: str, is_folder: bool, key: str) -> list[
     Raises:
         DataError: no file is left, or they belong to several splits.
     """
-    below_path = len(path) if is_folder else 0  # what the user named may have any name
-    visible = [name for name in sorted(names) if not _is_hidden(name[below_path:])]
+    below = {name: str(PurePosixPath(name).relative_to(path)) if is_folder else name for name in sorted(names)}
+    visible = [name for name, inside in below.items() if not is_folder or not _is_hidden(inside)]
     chosen = [name for name in visible if not is_folder or (file_format(name) and _base(name) not in _METADATA)]
     if not chosen:
         what = f"the folder {path} has no file of rows" if is_folder else f"no file matches {path}"
         raise DataError(f"{key}: {what} ({_formats()}; working directory: {Path.cwd()})")
     for name in chosen:
-        _check_name(name, path, key)
-    if len(splits := {split: name for name in reversed(chosen) if (split := _split_of(name[below_path:]))}) > 1:
-        some = "; ".join(f"{name} ({split})" for split, name in sorted(splits.items()))
+        _check_name(name, path, key, is_file=True)
+    splits = {_split_of(below[name]): name for name in reversed(chosen)}
+    if len(splits) > 1 and splits.keys() != {"", "train"}:
+        some = "; ".join(f"{name} ({split or 'no split'})" for split, name in sorted(splits.items()))
         if is_folder:
             raise DataError(
                 f"{key}: {path} has files of several splits: {some}; name those to train on and the held-out ones "
@@ -141,23 +148,23 @@ def _is_hidden(name: str) -> bool:
     return any(part.startswith((".", "_")) and part not in (".", "..") for part in PurePosixPath(name).parts)
 
 
-def _split_of(name: str) -> str | None:
-    """Return the split that a file's name says, such as `test` for `data/test-00000.parquet`."""
+def _split_of(name: str) -> str:
+    """Return the split that a file's name says, such as `test` for `data/test-00000.parquet`; nothing if none."""
     found = [_SPLITS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in _SPLITS]
-    return found[-1] if found else None
+    return found[-1] if found else ""
 
 
 def _base(name: str) -> str:
     return PurePosixPath(name).name
 
 
-def _check_name(name: str, path: str, key: str) -> None:
-    """Check that a file is of a known format, by its name."""
+def _check_name(name: str, path: str, key: str, is_file: bool = False) -> None:
+    """Check that a file is of a known format, by its name; what is not known to be a file may be a folder."""
     suffix = PurePosixPath(name.lower()).suffix
     where = f"{key}: {name}" if name == path else f"{key}: {path} names {name}, which"
     if suffix in _ARCHIVES or name.lower().endswith(".tar.gz"):
         raise DataError(f"{where} is an archive; unpack it first: {_ARCHIVES.get(suffix, 'tar xf')} {name}")
-    if is_pattern(name) or (is_url(name) and not suffix):
+    if not is_file and (is_pattern(name) or (is_url(name) and not suffix)):
         return
     kind = file_format(name)
     if kind is None:
@@ -189,7 +196,7 @@ def _file_system(url: str) -> tuple[Any, str]:
     """
     from fsspec.core import url_to_fs
 
-    scheme = urlsplit(url).scheme
+    scheme = url.partition("://")[0]
     try:
         system, path = url_to_fs(url)
     except (ImportError, ValueError) as error:
@@ -206,10 +213,11 @@ def fetch(url: str, key: str = "dataset.path") -> list[File]:
     """
     system, path = _file_system(url)
     try:
-        is_folder = not is_pattern(path) and system.isdir(path)
+        is_page = url.startswith("http") and file_format(path) is not None  # its links would make it a folder
+        is_folder = not is_pattern(path) and not is_page and system.isdir(path)
         names = system.glob(path) if is_pattern(path) else system.find(path) if is_folder else [path]
         chosen = _chosen(names, path, is_folder, key)
-        versions = {name: system.ukey(name) for name in chosen}
+        versions = {name: _version(system, name) for name in chosen}
         folder = built(f"files-{json_digest([url, versions])}", lambda part: _download(system, chosen, part))
     except UserError:
         raise
@@ -221,11 +229,24 @@ def fetch(url: str, key: str = "dataset.path") -> list[File]:
     return [_readable(file) for file in files]
 
 
+def _version(system: Any, name: str) -> Any:
+    """Return what changes when a file does; for servers that do not say, something new each time."""
+    if not name.startswith("http"):
+        return system.ukey(name)
+    stated = system.info(name)
+    return stated if stated.keys() & {"ETag", "Last-Modified", "Content-MD5", "Digest"} else time.time_ns()
+
+
 def _download(system: Any, names: list[str], folder: Path) -> None:
     from tqdm import tqdm
 
     for number, name in enumerate(tqdm(names, desc="fetching", unit="file", leave=False, disable=None)):
-        system.get_file(name, str(folder / _local_name(number, name)))
+        try:
+            system.get_file(name, str(folder / _local_name(number, name)))
+        except Exception as error:  # of any kind: each file system has its own
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise
+            raise DataError(f"{name} cannot be fetched: {last_line(error) or type(error).__name__}") from error
 
 
 def _local_name(number: int, name: str) -> str:

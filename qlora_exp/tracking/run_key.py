@@ -99,7 +99,7 @@ def data_version(path: str, revision: str | None) -> str:
     if Path(path).is_file():
         return file_digest(Path(path))
     if saved_dataset(path):
-        return _folder(Path(path))
+        return data_files.folder_digest(Path(path))
     if looks_local(path):
         return json_digest([file_digest(file.path) for file in data_files.find(path)])
     return hub.commit(path, revision, "dataset")

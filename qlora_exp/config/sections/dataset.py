@@ -47,7 +47,8 @@ def is_pattern(path: str) -> bool:
 
 def looks_local(path: str) -> bool:
     """Return whether `path` names files or folders, and not a dataset on the hub."""
-    return file_format(path) is not None or is_url(path) or is_pattern(path) or Path(path).exists()
+    named = file_format(path) is not None or is_url(path) or is_pattern(path) or path.startswith((".", "/", "~"))
+    return named or Path(path).exists()
 
 
 def saved_dataset(path: str) -> Literal["table", "splits"] | None:
@@ -63,7 +64,9 @@ def _check_place(value: str | None) -> str | None:
     scheme, _, rest = value.partition("://")
     if scheme not in URL_SCHEMES or "::" in value:
         raise ValueError(f"begins with {scheme}://; rows are fetched from {', '.join(f'{s}://' for s in URL_SCHEMES)}")
-    if "@" in rest.partition("/")[0] or (scheme.startswith("http") and "?" in rest):
+    user, _, _ = rest.partition("/")[0].rpartition("@")
+    has_secret = ":" in user or (user and scheme not in ("az", "abfs")) or re.search(r"[?;&]\w[\w-]*=", rest)
+    if has_secret or (scheme.startswith("http") and "?" in rest):
         raise ValueError(
             "is a URL with a user name, a password or a query, which would be recorded; leave them out, and set the "
             "file system's own variables (AWS_ACCESS_KEY_ID, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN, ...), or "
@@ -202,6 +205,8 @@ class DatasetConfig(Section):
                 raise ValueError(f"{key} needs format=chat")
         if self.prompt_template and self.format not in ("chat", "prompt_completion"):
             raise ValueError(f"prompt_template: format={self.format} has its own prompt; use format=prompt_completion")
+        if self.prompt_template and self.completion_column in prompt_templates.columns(self.prompt_template):
+            raise ValueError(f"prompt_template contains the answer: completion_column={self.completion_column}")
         for key in ("messages_column", "history_column", "system_column"):
             if self.prompt_template and getattr(self, key):
                 raise ValueError(f"prompt_template and {key} exclude each other: set one of them")

@@ -55,6 +55,31 @@ def test_recorded_config_may_not_run_code_or_read_files(changes: dict, message: 
         untrusted.changed(values, {}, "run x")
 
 
+@pytest.mark.parametrize("path", ["l*nk/secret.jsonl", "rows", "link"])
+def test_recorded_path_does_not_lead_out_of_the_folder_by_links(path: str, tmp_path, monkeypatch):
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "secret.jsonl").touch()
+    work = tmp_path / "work"
+    (work / "rows").mkdir(parents=True)
+    (work / "link").symlink_to(tmp_path / "private")
+    (work / "rows" / "x.jsonl").symlink_to(tmp_path / "private" / "secret.jsonl")
+    monkeypatch.chdir(work)
+    values = compose(["method=lora"]).model_dump(mode="json")
+    values["dataset"]["path"] = path
+    with pytest.raises(ConfigError, match="outside of this folder; to allow it, add dataset.path=PATH"):
+        untrusted.changed(values, {}, "run x")
+
+
+def test_changes_of_templates_are_read_as_in_other_commands(tmp_path):
+    (tmp_path / "mine.jinja").write_text("{{ messages }}")
+    values = compose(["dataset=own", "dataset.path=rows.jsonl"]).model_dump(mode="json")
+    told = untrusted.changed(values, {"dataset.prompt_template": r"Q: {q}\nA:"}, "run x")
+    assert told.dataset.prompt_template == "Q: {q}\nA:"
+    changes = {"dataset.prompt_template": None, "dataset.format": "chat"}
+    told = untrusted.changed(values, changes | {"dataset.chat_template": f"{tmp_path}/mine.jinja"}, "run x")
+    assert told.dataset.chat_template == "{{ messages }}"
+
+
 def test_recorded_task_confirmed_by_the_user_is_allowed():
     changes = {"dataset.path": "reasoning_gym:string_insertion", "evaluation.lm_eval_tasks": ["one"]}
     words = ["method=lora", "dataset=reasoning_gym", *(f"{key}={value}" for key, value in changes.items())]

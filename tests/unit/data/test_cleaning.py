@@ -177,6 +177,10 @@ def test_system_message_and_earlier_turns_may_have_columns(write_jsonl):
         cleaned(whole, **CHAT, system_column="sys")
     (first, _), _ = cleaned(whole, **CHAT, history_column="old")
     assert first["messages"] == turns * 2
+    silent = write_jsonl([{"prompt": "q", "completion": [ANSWER | {"weight": 0}], **more}], "silent.jsonl")
+    read, report = cleaned(silent, **columns | {"input_column": None})
+    assert (read, report.dropped["empty"]) == ([], 1)  # the answer before it is not learned instead
+    assert report.notes == {"answers with weight 0 or train false are not learned": 1}
 
 
 def test_own_system_message_is_noted_if_the_config_has_one(write_jsonl):

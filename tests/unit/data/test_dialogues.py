@@ -68,7 +68,7 @@ def test_earlier_turns_are_pairs_or_messages():
     for given in ([["q", "a"]], '[["q", "a"]]', turns, json.dumps(turns)):
         assert dialogues.history(given, "history", "line 1", fills_with_null=False) == turns
     assert dialogues.history(None, "h", "", False) == dialogues.history([], "h", "", False) == []
-    for wrong in ("q", [["q"]], ["q", "a"]):
+    for wrong in ("q", [["q"]], ["q", "a"], [[{"role": "user"}, {"role": "assistant"}]]):
         with pytest.raises(DataError, match="line 1: history must be"):
             dialogues.history(wrong, "history", "line 1", False)
 

@@ -170,6 +170,8 @@ def test_template_that_never_ends_or_fills_the_memory_is_stopped(template: str, 
         ["dataset.format=chat", "dataset.system_message='Sei höflich 🙂'"],
         ["dataset.format=prompt_completion", r"dataset.prompt_template='Q: {{\"{a}\"}}\n\tA:'"],
         ["dataset.format=prompt_completion", "dataset.prompt_template='{a}: {b}'"],
+        ["dataset.format=prompt_completion", "dataset.prompt_template='Übung: {a}'"],
+        ["dataset.format=prompt_completion", "dataset.prompt_template='{a} {a}'"],
     ],
     ids=str,
 )
@@ -177,7 +179,7 @@ def test_generated_chat_template_renders_what_was_trained(words, tiny_tokenizer)
     config = compose(["model=tiny_llama", *words]).dataset
     template = prompts.chat_template(config, tiny_tokenizer)
     question = "Why {{ not }}?"
-    asks_column = config.prompt_template is not None and "{b}" not in config.prompt_template
+    asks_column = config.prompt_template is not None and config.prompt_template.count("}") % 2
     prompt = filled(config.prompt_template, {"a": question}) if asks_column else question
     row = {"prompt": prompt, "input": "", "completion": "Because.\n"}
     asked = [{"role": "user", "content": question}]
@@ -188,6 +190,7 @@ def test_generated_chat_template_renders_what_was_trained(words, tiny_tokenizer)
     whole = tiny_tokenizer.apply_chat_template(answered, chat_template=template, tokenize=False)
     end = "" if config.format == "chat" else tiny_tokenizer.eos_token
     assert whole == "".join(piece for piece, _ in pieces) + end
+    assert "\\u" not in template  # llama.cpp does not support such escapes
     again = copy.copy(tiny_tokenizer)
     again.chat_template = template
     assert prompts.chat_template(config, again) == template

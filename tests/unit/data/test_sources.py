@@ -107,6 +107,13 @@ def test_rows_of_several_files_have_the_place_in_theirs(tmp_path):
     ]
 
 
+def test_files_with_and_without_types_are_not_mixed(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "q", "completion": "a"}')
+    Dataset.from_list(ROWS).to_parquet(tmp_path / "b.parquet")
+    with pytest.raises(DataError, match="b.parquet has columns with types and .*a.jsonl has not"):
+        load_rows(own_dataset(str(tmp_path)))
+
+
 def test_saved_dataset_is_read_from_its_folder(tmp_path):
     table = Dataset.from_list(ROWS)
     table.save_to_disk(tmp_path / "one")
@@ -116,6 +123,11 @@ def test_saved_dataset_is_read_from_its_folder(tmp_path):
     splits = own_dataset(str(tmp_path / "splits"), eval_split="test", drop_leaks="none")
     assert splits.has_splits
     assert [len(load_rows(splits).train), len(load_rows(splits).heldout)] == [len(ROWS), 3]
+    before = one.train["prompt"]
+    for file in (tmp_path / "one").glob("*.arrow"):
+        changed = file.read_bytes().replace(b"question", b"QUESTION")
+        file.write_bytes(changed)
+    assert load_rows(own_dataset(str(tmp_path / "one"))).train["prompt"] == [text.upper() for text in before]
     with pytest.raises(DataError, match="has no split 'dev'; it has train, test"):
         load_rows(own_dataset(str(tmp_path / "splits"), split="dev"))
 

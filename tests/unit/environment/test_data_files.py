@@ -57,6 +57,19 @@ def test_folder_of_several_splits_is_refused(caplog):
     assert "files of several splits are read as one" in caplog.text
     write("test/one.jsonl", "test/train.jsonl")  # the word of the folder's own name says nothing
     assert len(found("test")) == 2
+    write("faq/faq.jsonl", "faq/faq_test.jsonl")
+    with pytest.raises(DataError, match=r"faq/faq.jsonl \(no split\); faq/faq_test.jsonl \(test\)"):
+        found("faq")
+
+
+def test_working_folder_has_its_files():
+    write("a.jsonl", "1.jsonl", "sub/b.jsonl", "_raw/c.jsonl")
+    Path("link").symlink_to("sub")
+    assert found(".") == ["1.jsonl", "a.jsonl", "sub/b.jsonl"]
+    assert found("_raw/*.jsonl") == ["_raw/c.jsonl"]
+    write("train.jsonl", "test.jsonl")
+    with pytest.raises(DataError, match="files of several splits"):
+        found(".")
 
 
 @pytest.mark.parametrize(
@@ -126,6 +139,46 @@ def test_files_of_a_url_are_fetched_once(url: str, bucket):
     assert "changed" in data_files.find(url)[1].path.read_text()
 
 
+def test_page_is_fetched_again_unless_its_server_says_that_it_is_the_same(tmp_path, monkeypatch):
+    class Page(LocalFileSystem):
+        protocol = "http"
+        info_of_page: ClassVar[dict] = {"size": 1}
+        asked: ClassVar[list[str]] = []
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return path
+
+        def info(self, path, **_options):
+            return self.info_of_page
+
+        def isdir(self, path):
+            raise AssertionError("a page with links would be taken for a folder")
+
+        def get_file(self, rpath, lpath, **_options):
+            self.asked.append(rpath)
+            Path(lpath).write_text("{}")
+
+        def unstrip_protocol(self, name):
+            return name
+
+    fsspec.register_implementation("http", Page, clobber=True)
+    monkeypatch.setenv("QLORA_EXP_CACHE", str(tmp_path / ".cache"))
+    try:
+        for said, count in (({"size": 1}, 2), ({"size": 1, "ETag": "a"}, 3), ({"size": 1, "ETag": "a"}, 3)):
+            Page.info_of_page = said
+            for _ in range(2 if count == 2 else 1):
+                data_files.fetch.cache_clear()
+                assert [file.name for file in data_files.find("http://host/a.jsonl")] == ["http://host/a.jsonl"]
+            assert len(Page.asked) == count
+        with pytest.raises(DataError, match="unknown file format"):
+            Page.isdir = lambda *_: False
+            data_files.find("http://host/rows")
+    finally:
+        fsspec.register_implementation("http", "fsspec.implementations.http.HTTPFileSystem", clobber=True)
+        data_files.fetch.cache_clear()
+
+
 def test_url_that_cannot_be_fetched_is_refused(bucket):
     with pytest.raises(DataError, match="s3://bucket/gone.jsonl cannot be fetched"):
         data_files.find("s3://bucket/gone.jsonl")
@@ -146,6 +199,8 @@ def test_url_whose_package_is_missing_is_refused():
         ("simplecache::s3://b/a.jsonl", "rows are fetched from s3://"),
         ("s3://KEY:SECRET@bucket/a.jsonl", "a user name, a password or a query"),
         ("https://host/a.jsonl?token=SECRET", "a user name, a password or a query"),
+        ("az://box/a.jsonl?sig=SECRET", "a user name, a password or a query"),
+        ("https://host/a.jsonl;sig=SECRET", "a user name, a password or a query"),
     ],
 )
 def test_url_with_a_secret_or_of_another_kind_is_refused(url: str, message: str):

@@ -41,6 +41,7 @@ def test_invalid_regular_expression_is_rejected():
         (["dataset.prompt_template='{q!r}'"], "braces must contain the name of a column and nothing else"),
         (["dataset.prompt_template='{q:>9}'"], "braces must contain the name of a column and nothing else"),
         (["dataset.prompt_template='Answer: {q'"], "dataset.prompt_template: expected '}' before end of string"),
+        (["dataset.prompt_template='{q} {completion}'"], "contains the answer: completion_column=completion"),
         (["dataset.prompt_template='Answer'"], "names no column; write its name in braces"),
         (
             ["dataset.prompt_template='{q}'", "dataset.format=alpaca"],
@@ -61,8 +62,13 @@ def test_template_that_cannot_be_used_is_refused(words: list[str], message: str)
         compose(["dataset=own", "dataset.path=rows.jsonl", *words])
 
 
+def test_url_of_azure_names_its_account():
+    path = "abfs://rows@account.dfs.core.windows.net/a.jsonl"
+    assert compose(["dataset=own", f"dataset.path='{path}'"]).dataset.path == path
+
+
 def test_template_of_a_command_is_recorded_as_text(tmp_path):
-    (tmp_path / "mine.jinja").write_text("{{ messages }}\n")
+    (tmp_path / "mine.jinja").write_text("{{ messages }}\n", "utf-8-sig")
     words = ["dataset=own", "dataset.path=rows.jsonl", "dataset.format=chat"]
     config = compose([*words, f"dataset.chat_template={tmp_path}/mine.jinja"])
     assert config.dataset.chat_template == "{{ messages }}\n"
