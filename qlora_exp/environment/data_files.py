@@ -94,10 +94,10 @@ def find(path: str, key: str = "dataset.path") -> list[File]:
     elif is_pattern(path):
         names = _matches(path)
     else:
-        _check_name(path, path, key)
         if "," in path:
             raise DataError(f"{key}: no file {path}; name several files by a folder or a pattern, such as rows/*.jsonl")
-        raise DataError(f"{key}: no file {path} (working directory: {Path.cwd()})")
+        what = "file" if file_format(path) else "file or folder"
+        raise DataError(f"{key}: no {what} {path} (working directory: {Path.cwd()})")
     chosen = _chosen(names, str(place) if place.is_dir() else path, place.is_dir(), key)
     return [_readable(File(Path(name), name)) for name in chosen]
 
@@ -133,7 +133,8 @@ def _chosen(names: Iterable[str], path: str, is_folder: bool, key: str) -> list[
         _log_once(logging.WARNING, f"{path}: files of several splits are read as one: {some}")
     ignored = [name for name in visible if name not in set(chosen)]
     others = f"; not read: {', '.join(ignored[:3])}{' ...' if ignored[3:] else ''}" if ignored else ""
-    _log_once(logging.INFO, f"{path}: {len(chosen)} files, from {chosen[0]} to {chosen[-1]}{others}")
+    read = f"{len(chosen)} files, from {chosen[0]} to {chosen[-1]}" if chosen[1:] else chosen[0]
+    _log_once(logging.INFO, f"{path}: {read}{others}")
     return chosen
 
 

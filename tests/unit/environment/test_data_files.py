@@ -76,6 +76,7 @@ def test_working_folder_has_its_files():
     ("path", "message"),
     [
         ("gone.csv", "no file gone.csv .working directory"),
+        ("./gone", "no file or folder ./gone .working directory"),
         ("a.jsonl,b.jsonl", "name several files by a folder or a pattern"),
         ("gone/*.jsonl", "no file matches gone/"),
         ("there", "the folder there has no file of rows"),
