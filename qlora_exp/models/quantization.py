@@ -4,6 +4,7 @@ This is the only module with code for each quantizer. It does not depend on adap
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -182,7 +183,8 @@ def dequantized(model: Any, dtype: torch.dtype) -> Any:
 
 @torch.no_grad()
 def round_weights(model: Any, quantized: Any) -> None:
-    """Give the weights of a model the values that bitsandbytes stores, for the layers that it replaced in `quantized`.
+    """Let a model compute as bitsandbytes does: with the weights that it stores, for the layers that it replaced in
+    `quantized`, and with what goes into 8-bit layers rounded too.
 
     Args:
         model: the model before quantization; it is changed.
@@ -204,8 +206,24 @@ def round_weights(model: Any, quantized: Any) -> None:
         else:
             rows, scales, _ = functional.int8_vectorwise_quant(weight.half())
             rounded = functional.int8_vectorwise_dequant(rows, scales)
+            plain.register_forward_pre_hook(_input_rounding(layer.state.threshold))
         rounded = rounded.to(weight.dtype)
         plain.weight.data = rounded.T.contiguous() if isinstance(plain, Conv1D) else rounded
+
+
+def _input_rounding(threshold: float) -> Callable[[Any, Any], Any]:
+    """Return a hook that rounds a layer's input row by row to 8 bits, but for columns with values above `threshold`."""
+
+    def rounded(_: Any, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor]:
+        (exact,) = inputs
+        flat = exact.reshape(-1, exact.shape[-1]).half()
+        rows, scales, outliers = functional.int8_vectorwise_quant(flat.clone(), threshold=threshold)
+        values = functional.int8_vectorwise_dequant(rows, scales).half()
+        if outliers is not None:
+            values[:, outliers] = flat[:, outliers]
+        return (values.reshape(exact.shape).to(exact.dtype),)
+
+    return rounded
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
