@@ -21,7 +21,7 @@ from qlora_exp.utils.cache import built
 from qlora_exp.utils.digests import json_digest, text_digest
 from qlora_exp.utils.errors import DataError, did_you_mean
 
-CACHE_LAYOUT = 6  # increase it when cached rows and tokens of older code must not be used any more
+CACHE_LAYOUT = 7  # increase it when cached rows and tokens of older code must not be used any more
 _ROWS, _REPORT = "rows.arrow", "report.json"
 _MANY = 0.1
 _PAIRS = (("prompt", "completion"), ("question", "answer"), ("prompt", "response"), ("instruction", "response"))

@@ -26,7 +26,8 @@ def check_location(value: str | None) -> str | None:
     if "\0" in value or len(value) > _LONGEST_LOCATION or any(len(part) > _LONGEST_NAME for part in value.split("/")):
         raise ValueError("can be neither a path nor a name on the hub")
     try:
-        Path(value).expanduser()
+        if value.startswith("~"):
+            Path(value).expanduser()
     except RuntimeError as error:
         raise ValueError("begins with the home folder of a user whom this machine does not know") from error
     return value

@@ -157,7 +157,7 @@ def test_row_ends_with_its_last_answer_to_learn(write_jsonl):
     assert report.dropped["empty"] == 1
     assert report.notes == {
         "the turns after the last answer are not learned": 1,
-        "answers with weight 0 or train false are not learned": 1,
+        "answers with weight 0 or train false are not learned": 2,
     }
 
 

@@ -1,4 +1,5 @@
 import io
+import warnings
 
 import pytest
 from helpers.past_runs import recorded, shifted
@@ -121,7 +122,6 @@ def test_every_phase_that_raises_the_peak_has_a_look_of_its_own(past_runs):
     assert len(looks) == len(PHASES) > len(COLOURS)
 
 
-@pytest.mark.filterwarnings("error")
 def test_long_and_foreign_labels_are_drawn_quietly(past_runs, tmp_path):
     for seed in (1, 2):
         for number, value in enumerate(("数据" * 30, "x" * 3000 + "A", "x" * 3000 + "B")):
@@ -129,7 +129,8 @@ def test_long_and_foreign_labels_are_drawn_quietly(past_runs, tmp_path):
             past_runs(shifted(number / 10), seed=seed, metrics={"memory/rss_peak_mib": 900.0 + number}, **params)
     found = compare(find(past_runs.uri, experiment=past_runs.experiment))
     assert len(found.rows) == 3
-    files = report.write(found, tmp_path)
+    with warnings.catch_warnings(action="error"):  # only here: an error while MLflow's tables are made would be kept
+        files = report.write(found, tmp_path)
     assert max(map(len, report.markdown(found).splitlines())) < 2000
     assert any("x" * 3000 in file.read_text("utf-8") for file in files if file.suffix == ".csv")
 
