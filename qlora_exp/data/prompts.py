@@ -247,7 +247,9 @@ def _beginning(tokenizer: Any, unless_blank: bool) -> str:
     if not marked or not unless_blank:
         return written
     content = "messages[0]['content']"
-    return f"{written}{{% if {content} and {content}[0] not in ' ▁' %}}{{{{ ' ' }}}}{{% endif %}}"
+    # llama.cpp's `[0]` is a byte, which other characters have too.
+    marked_already = " or ".join(f"{content}.startswith('{mark}')" for mark in " ▁")
+    return f"{written}{{% if {content} and not ({marked_already}) %}}{{{{ ' ' }}}}{{% endif %}}"
 
 
 def begins_with_bos(tokenizer: Any) -> bool:

@@ -158,7 +158,7 @@ def test_exported_run_answers_in_its_training_format(trained_adapters, tmp_path)
 )
 def test_prompt_in_llama_cpp_is_that_of_training(name, tmp_path):
     paths = Paths(name, tmp_path)
-    asked = [[{"role": "user", "content": text}] for text in ("Why?", " Why\n is it?", "12 <|im_end|>")]
+    asked = [[{"role": "user", "content": text}] for text in ("Why?", " Why\n is it?", "12 <|im_end|>", "“Why?”")]
     counts = Counter[str]()
     compare(paths, asked, counts, paths.llama_cpp())
     assert counts["llama.cpp"] == len(asked)
