@@ -239,7 +239,7 @@ def _facts(record: Record, config: Config) -> list[list[str]]:
 
 _ORIGIN = "resolved.base_origin"
 _MADE = r"(.*(?:run \w+|unknown run))\b"
-"""What is said of a base's origin, without the folder that it is in."""
+"""The parameter `resolved.base_origin` up to the run that made the base, without the base's folder."""
 
 
 def _first(record: Record) -> str:

@@ -160,7 +160,7 @@ def _base(name: str) -> str:
 
 
 def _check_name(name: str, path: str, key: str, is_file: bool = False) -> None:
-    """Check that a file is of a known format, by its name; what is not known to be a file may be a folder."""
+    """Check by its name that a file has a known format; unless `is_file`, names that may be folders pass."""
     suffix = PurePosixPath(name.lower()).suffix
     where = f"{key}: {name}" if name == path else f"{key}: {path} names {name}, which"
     if suffix in _ARCHIVES or name.lower().endswith(".tar.gz"):

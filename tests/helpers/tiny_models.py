@@ -55,6 +55,16 @@ def tokenizer(
     return made
 
 
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+}
+
+
 def save(folder: Path | str, kind: str, tokenizer: Any, **fields: Any) -> str:
     """Save a model of transformers' `model_type` with fixed random weights, and the tokenizer; return the folder.
 
@@ -64,13 +74,7 @@ def save(folder: Path | str, kind: str, tokenizer: Any, **fields: Any) -> str:
         tokenizer: its tokenizer.
         fields: fields of the model's config; sizes that are not given are tiny.
     """
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 2048,
+    sizes = SIZES | {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,

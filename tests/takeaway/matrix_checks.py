@@ -40,14 +40,6 @@ TEXT = (
     "don't DON'T  \r\n x = f(x) + 1 <|im_start|>user\n"
 )
 MESSAGES = [{"role": "user", "content": " Say river 5.\n"}]
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-}
 BASES: dict[str, tuple[str, dict[str, Any]]] = {
     "Llama": ("llama", {"tie_word_embeddings": False, "rope_theta": 500000.0}),
     "Llama, tied": ("llama", {"tie_word_embeddings": True, "rope_theta": 500000.0}),
@@ -124,7 +116,7 @@ def bases(version_4: Callable[..., Any], tmp_path_factory: pytest.TempPathFactor
     for name, (kind, fields) in BASES.items():
         made[name] = folder / name.replace(", ", "_").replace(" ", "")
         common = {"kind": kind, "tokenizer": str(folder / "tokenizer" / "tokenizer.json"), "scale": 4.0, "named": named}
-        version_4("make", folder=str(made[name]), **common, **SIZES, **ids, **fields)
+        version_4("make", folder=str(made[name]), **common, **tiny_models.SIZES, **ids, **fields)
     return made
 
 

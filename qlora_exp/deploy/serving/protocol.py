@@ -4,6 +4,7 @@ What a body asks for is done or refused by name; nothing is ignored that would c
 """
 
 import json
+from abc import abstractmethod
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -118,9 +119,9 @@ class Body(_Fields):
     stream_options: _StreamOptions = _StreamOptions()
 
     @property
+    @abstractmethod
     def request(self) -> Request:
         """What is asked, of which adapter."""
-        raise NotImplementedError
 
     @property
     def limit(self) -> tuple[str, int | None]:
