@@ -20,7 +20,7 @@ from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
-from qlora_exp.config.compatibility import (
+from qlora_exp.config.tables.compatibility import (
     ASPECTS,
     BASES,
     DIFFERS,
@@ -52,7 +52,7 @@ INTRODUCTION = """\
 
 Results of testing every method and every variant of LoRA with a file in `conf/` on a tiny model
 ({libraries}). Do not edit this page: `nox -s compatibility` writes it, together with
-`qlora_exp/config/compatibility.json`. With that file, a run that would fail is refused before it starts.
+`qlora_exp/config/tables/compatibility.json`. With that file, a run that would fail is refused before it starts.
 `tests/unit/studies/test_probe.py` repeats some of the tests. None of them ran on a GPU.
 
 **works** means: after a few steps of training only the parameters of the method have changed; on a quantized base its

@@ -1,4 +1,4 @@
-"""Write qlora_exp/config/peft_methods.json: the methods of the installed PEFT and their settings.
+"""Write qlora_exp/config/tables/peft_methods.json: the methods of the installed PEFT and their settings.
 
 Run `nox -s peft-methods` after a change of PEFT's version or of `qlora_exp/models/bottleneck.py`.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-from qlora_exp.config.peft_methods import FILE, PLAIN
+from qlora_exp.config.tables.peft_methods import FILE, PLAIN
 from qlora_exp.models import bottleneck  # noqa: F401 - the import registers its method with PEFT
 
 NAMES = {kind: name for name, kind in PLAIN.items()}
@@ -45,7 +45,7 @@ def settings(config: type) -> dict[str, Any]:
 
 
 def described(kind: Any) -> Any:
-    """Convert a type annotation to the notation that `qlora_exp.config.peft_methods` reads."""
+    """Convert a type annotation to the notation that `qlora_exp.config.tables.peft_methods` reads."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind in NAMES:
         return NAMES[kind]
@@ -68,7 +68,7 @@ def described(kind: Any) -> Any:
     if dataclasses.is_dataclass(kind):  # a nested config
         return "dict"
     raise TypeError(
-        f"peft_methods.json cannot express the type {kind}: extend `described` and `qlora_exp.config.peft_methods`"
+        f"peft_methods.json cannot express the type {kind}: extend `described` and `config.tables.peft_methods`"
     )
 
 

@@ -28,9 +28,10 @@ def keys(options: argparse.Namespace) -> None:
     """
     from pydantic import BaseModel
 
-    from qlora_exp.config import hydra_compose, idle, peft_methods
+    from qlora_exp.config import hydra_compose, idle
     from qlora_exp.config.schema import Config
     from qlora_exp.config.sections.base import PeftSettings
+    from qlora_exp.config.tables import peft_methods
     from qlora_exp.config.validate import known_keys
 
     chosen: str = options.chosen or ""

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from qlora_exp.cli.parents import Commands, add_command, add_overrides
-from qlora_exp.config import compatibility
+from qlora_exp.config.tables import compatibility
 from qlora_exp.utils.errors import ConfigError
 from qlora_exp.utils.quiet import quiet
 

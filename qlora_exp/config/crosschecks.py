@@ -5,8 +5,8 @@ Single keys and sections are checked in `config.sections`.
 
 from collections.abc import Iterator
 
-from qlora_exp.config import compatibility, peft_methods
 from qlora_exp.config.schema import Config
+from qlora_exp.config.tables import compatibility, peft_methods
 
 OUTPUT_LAYER = (
     "an adapter on the output layer would not learn, because training reads its weights directly: leave it out "

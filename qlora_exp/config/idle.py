@@ -10,10 +10,10 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from qlora_exp.config import peft_methods
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.dataset import REASONING_GYM, DatasetConfig, UnrelatedConfig, looks_local
 from qlora_exp.config.sections.distributed import DistributedConfig
+from qlora_exp.config.tables import peft_methods
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from qlora_exp.config import compatibility
 from qlora_exp.config.sections.base import Section
 from qlora_exp.config.sections.dataset import DatasetConfig, UnrelatedConfig
 from qlora_exp.config.sections.distributed import DistributedConfig
@@ -22,6 +21,7 @@ from qlora_exp.config.sections.quantization import QuantizationConfig
 from qlora_exp.config.sections.sweep import SearchConfig, SweepConfig, TuningConfig
 from qlora_exp.config.sections.tracking import TrackingConfig
 from qlora_exp.config.sections.training import TrainingConfig
+from qlora_exp.config.tables import compatibility
 
 
 class Config(Section):

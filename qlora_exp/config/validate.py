@@ -7,9 +7,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from qlora_exp.config import crosschecks, peft_methods
+from qlora_exp.config import crosschecks
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.sweep import SearchConfig
+from qlora_exp.config.tables import peft_methods
 from qlora_exp.utils import prompt_templates
 from qlora_exp.utils.errors import ConfigError, did_you_mean
 from qlora_exp.utils.secrets import redact

@@ -12,8 +12,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import GenerationConfig
 
-from qlora_exp.config import compatibility
 from qlora_exp.config.schema import Config
+from qlora_exp.config.tables import compatibility
 from qlora_exp.data.prompts import chat_template, render_chat
 from qlora_exp.data.tokenization import prompt_tokens
 from qlora_exp.deploy.load import Saved, load_complete_model, stored_as, with_adapter

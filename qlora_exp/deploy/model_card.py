@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from qlora_exp.config import compatibility
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.dataset import REASONING_GYM
+from qlora_exp.config.tables import compatibility
 from qlora_exp.config.validate import from_dict
 from qlora_exp.config.values import without_places
 from qlora_exp.recipe import summary

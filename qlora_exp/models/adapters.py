@@ -20,8 +20,8 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 import qlora_exp.models.bottleneck  # noqa: F401 - registers its method with PEFT
-from qlora_exp.config import compatibility
 from qlora_exp.config.schema import Config
+from qlora_exp.config.tables import compatibility
 from qlora_exp.libraries.peft import follow_forward_of_base, loss_of_adapter
 from qlora_exp.models.base import named
 from qlora_exp.models.targets import fused_experts, linear_layers, parts_without_text, resolve_targets, shortest_names

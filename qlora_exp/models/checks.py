@@ -16,9 +16,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 from transformers import PreTrainedModel
 
-from qlora_exp.config import compatibility, crosschecks
-from qlora_exp.config.peft_methods import FROM_ROWS
+from qlora_exp.config import crosschecks
 from qlora_exp.config.schema import Config
+from qlora_exp.config.tables import compatibility
+from qlora_exp.config.tables.peft_methods import FROM_ROWS
 from qlora_exp.environment.device import Resolved
 from qlora_exp.models import files
 from qlora_exp.models.adapters import attach, lacks_values, peft_config, trainable_set

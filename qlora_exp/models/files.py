@@ -11,11 +11,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from qlora_exp.config import compatibility
-from qlora_exp.config.peft_methods import PRESETS
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.model import ModelConfig
 from qlora_exp.config.sections.quantization import QuantizationConfig
+from qlora_exp.config.tables import compatibility
+from qlora_exp.config.tables.peft_methods import PRESETS
 from qlora_exp.config.values import CONFIG_FILE
 from qlora_exp.libraries.transformers import model_types
 from qlora_exp.models import builtin

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from qlora_exp.config.peft_methods import moves_base_weights
+from qlora_exp.config.tables.peft_methods import moves_base_weights
 from qlora_exp.models.quantization import weight_of
 from qlora_exp.utils.errors import ConfigError, first_line, is_out_of_memory
 

@@ -9,7 +9,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import PreTrainedModel
 
-from qlora_exp.config.peft_methods import PRESETS
+from qlora_exp.config.tables.peft_methods import PRESETS
 from qlora_exp.models.files import NO_MODULE, no_module
 from qlora_exp.utils.errors import ConfigError, did_you_mean
 

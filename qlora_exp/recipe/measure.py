@@ -5,7 +5,7 @@ import logging
 import math
 from typing import Literal
 
-from qlora_exp.config.peft_methods import moves_base_weights
+from qlora_exp.config.tables.peft_methods import moves_base_weights
 from qlora_exp.environment.device import autocast
 from qlora_exp.models.adapters import base_alone
 from qlora_exp.recipe.context import RunContext

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora_exp.config import compatibility
-from qlora_exp.config.peft_methods import moves_base_weights
 from qlora_exp.config.schema import Config
+from qlora_exp.config.tables import compatibility
+from qlora_exp.config.tables.peft_methods import moves_base_weights
 from qlora_exp.config.untrusted import plain_yaml
 from qlora_exp.config.validate import from_dict
 from qlora_exp.data.prompts import chat_template

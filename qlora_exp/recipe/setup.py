@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import set_seed
 
-from qlora_exp.config.peft_methods import FROM_ROWS
+from qlora_exp.config.tables.peft_methods import FROM_ROWS
 from qlora_exp.distributed import group
 from qlora_exp.environment.device import places
 from qlora_exp.models import adapters, base, lora_init

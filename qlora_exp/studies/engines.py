@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from qlora_exp.config import compatibility
-from qlora_exp.config.compatibility import DIFFERS, ENGINES, WORKS
 from qlora_exp.config.schema import Config
+from qlora_exp.config.tables import compatibility
+from qlora_exp.config.tables.compatibility import DIFFERS, ENGINES, WORKS
 from qlora_exp.environment.ranks import is_launched, ranks
 from qlora_exp.recipe.finetune import run
 from qlora_exp.recipe.launch import launch

@@ -16,11 +16,11 @@ from peft import PeftModel
 from torch.nn.functional import cosine_similarity
 from transformers import set_seed
 
-from qlora_exp.config import compatibility, peft_methods
-from qlora_exp.config.compatibility import ASPECTS, BASES, WORKS
 from qlora_exp.config.hydra_compose import compose, conf_dir, options
-from qlora_exp.config.peft_methods import moves_base_weights
 from qlora_exp.config.schema import Config
+from qlora_exp.config.tables import compatibility, peft_methods
+from qlora_exp.config.tables.compatibility import ASPECTS, BASES, WORKS
+from qlora_exp.config.tables.peft_methods import moves_base_weights
 from qlora_exp.data.tokenization import IGNORED
 from qlora_exp.environment.device import Device, Resolved, resolve
 from qlora_exp.environment.memory import MemoryMonitor

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # GPTQModel 7.6 wants two, and takes half of the cores
 
 from qlora_exp import load
-from qlora_exp.config import compatibility
-from qlora_exp.config.compatibility import WORKS
 from qlora_exp.config.hydra_compose import compose
+from qlora_exp.config.tables import compatibility
+from qlora_exp.config.tables.compatibility import WORKS
 from qlora_exp.deploy import export, merge
 from qlora_exp.deploy.load import find
 from qlora_exp.environment.device import Device, resolve

@@ -4,8 +4,8 @@ from typing import Literal, Self
 
 from pydantic import PositiveInt, model_validator
 
-from qlora_exp.config import peft_methods
 from qlora_exp.config.sections.base import PeftSettings
+from qlora_exp.config.tables import peft_methods
 
 
 class MethodConfig(PeftSettings):

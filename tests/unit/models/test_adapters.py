@@ -7,8 +7,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from qlora_exp.config.hydra_compose import compose
-from qlora_exp.config.peft_methods import FROM_ROWS
 from qlora_exp.config.sections.model import ModelConfig
+from qlora_exp.config.tables.peft_methods import FROM_ROWS
 from qlora_exp.environment.device import Device, resolve
 from qlora_exp.models import adapters
 from qlora_exp.models.base import load_model, load_unquantized, model_config, skeleton

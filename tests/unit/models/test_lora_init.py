@@ -6,8 +6,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 
-from qlora_exp.config import compatibility
 from qlora_exp.config.hydra_compose import compose
+from qlora_exp.config.tables import compatibility
 from qlora_exp.data.rows import load_rows
 from qlora_exp.data.tokenization import tokenize
 from qlora_exp.environment.device import Device, resolve

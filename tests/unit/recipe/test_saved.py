@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel
 from transformers import set_seed
 
-from qlora_exp.config import compatibility, peft_methods
 from qlora_exp.config.hydra_compose import compose
+from qlora_exp.config.tables import compatibility, peft_methods
 from qlora_exp.environment.device import Device, resolve
 from qlora_exp.models import adapters, base
 from qlora_exp.recipe import saved

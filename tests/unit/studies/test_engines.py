@@ -6,7 +6,7 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from qlora_exp.config.compatibility import WORKS
+from qlora_exp.config.tables.compatibility import WORKS
 from qlora_exp.studies.engines import check_same, engine_verdicts
 from qlora_exp.studies.probe import FailedError, kinds
 

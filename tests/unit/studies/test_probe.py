@@ -7,8 +7,8 @@ import pytest
 import torch
 from support import exit_code
 
-from qlora_exp.config import compatibility
-from qlora_exp.config.compatibility import ASPECTS, BASES, WORKS
+from qlora_exp.config.tables import compatibility
+from qlora_exp.config.tables.compatibility import ASPECTS, BASES, WORKS
 from qlora_exp.studies import probe
 from qlora_exp.studies.probe import kinds
 

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_exp.config import peft_methods
 from qlora_exp.config.hydra_compose import conf_dir, options
+from qlora_exp.config.tables import peft_methods
 from qlora_exp.config.validate import known_keys
 from qlora_exp.utils.errors import ConfigError, did_you_mean, first_line, last_line, nearest, type_and_first_line
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from qlora_exp.config import compatibility, crosschecks
-from qlora_exp.config.compatibility import ASPECTS, BASES, DIFFERS, ENGINE_BASES, ENGINES, WORKS
+from qlora_exp.config import crosschecks
 from qlora_exp.config.hydra_compose import compose
+from qlora_exp.config.tables import compatibility
+from qlora_exp.config.tables.compatibility import ASPECTS, BASES, DIFFERS, ENGINE_BASES, ENGINES, WORKS
 from qlora_exp.studies.probe import kinds
 from qlora_exp.utils.errors import ConfigError
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[4]
 KEPT = json.loads(compatibility.FILE.read_text("utf-8"))
 
 

@@ -6,13 +6,13 @@ import peft
 import pytest
 from omegaconf import OmegaConf
 
-from qlora_exp.config import peft_methods
 from qlora_exp.config.hydra_compose import conf_dir
+from qlora_exp.config.tables import peft_methods
 from qlora_exp.utils.errors import ConfigError
 
 
 def generator():
-    file = Path(__file__).parents[3] / "benchmarks" / "peft_methods.py"
+    file = Path(__file__).parents[4] / "benchmarks" / "peft_methods.py"
     spec = importlib.util.spec_from_file_location("peft_methods_generator", file)
     assert spec is not None
     assert spec.loader is not None
