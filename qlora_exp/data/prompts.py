@@ -5,6 +5,7 @@ The two Alpaca prompts are copied from tatsu-lab/stanford_alpaca. Does not depen
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -29,6 +30,8 @@ ALPACA_WITHOUT_INPUT = (
 _LONGEST_TEXT = 16 * MIB
 _QUESTION = "\0question\0"
 _renderer = LimitedProcess()
+
+log = logging.getLogger(__name__)
 
 
 class Rendered(NamedTuple):
@@ -220,11 +223,30 @@ def chat_template(config: DatasetConfig, tokenizer: Any) -> str | None:
     )
 
 
+def served_template(config: DatasetConfig, tokenizer: Any) -> str | None:
+    """Return `chat_template` for a model that others will ask, with a warning if questions must be written otherwise.
+
+    That is so where `prompt_template` wrote the prompts of the rows, and the template cannot: in format `chat`, and
+    where it names several columns.
+    """
+    if (template := config.prompt_template) and _around_question(config) == ["", ""]:
+        columns = prompt_templates.columns(template)
+        if prompt_templates.filled(template, dict.fromkeys(columns, _QUESTION)) != _QUESTION:
+            log.warning(
+                "the prompts of the rows were written by dataset.prompt_template=%r, and a question is sent as it is: "
+                "write it in that form",
+                template,
+            )
+    return chat_template(config, tokenizer)
+
+
 def _around_question(config: DatasetConfig) -> list[str]:
     """Return the texts before and after a question; none if it is the whole prompt, as for several columns."""
     if config.format == "alpaca":
         return ALPACA_WITHOUT_INPUT.split("{prompt}")
-    if config.prompt_template is None or len(columns := prompt_templates.columns(config.prompt_template)) > 1:
+    if config.format == "chat" or config.prompt_template is None:
+        return ["", ""]
+    if len(columns := prompt_templates.columns(config.prompt_template)) > 1:
         return ["", ""]
     parts = prompt_templates.filled(config.prompt_template, {columns[0]: _QUESTION}).split(_QUESTION)
     return parts if len(parts) == 2 else ["", ""]

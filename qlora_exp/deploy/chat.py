@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 from qlora_exp.data import dialogues
 from qlora_exp.data.dialogues import SYSTEM_ROLES, Message
 from qlora_exp.data.end_of_turn import EndOfTurn, closed_once, end_of_turn
-from qlora_exp.data.prompts import chat_template, render, render_chat
+from qlora_exp.data.prompts import render, render_chat, served_template
 from qlora_exp.data.tokenization import prompt_tokens
 from qlora_exp.data.values import as_text
 from qlora_exp.deploy import load
@@ -338,7 +338,7 @@ def load_chat_model(
     for name, other in others:
         model = load.with_adapter(model, other, name)
     tokenizers = {name: each.tokenizer() for name, each in saved_by_name.items()}
-    templates = {name: chat_template(each.config.dataset, tokenizers[name]) for name, each in saved_by_name.items()}
+    templates = {name: served_template(each.config.dataset, tokenizers[name]) for name, each in saved_by_name.items()}
     ends = {name: end_of_turn(tokenizers[name], template) for name, template in templates.items()}
     # The text that ends the first adapter's answers does not end the others'.
     model.generation_config.stop_strings = [text for text in stop_strings(model) if text != ends[first].stop] or None

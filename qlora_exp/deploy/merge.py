@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from qlora_exp.config.schema import Config
 from qlora_exp.config.tables import compatibility
-from qlora_exp.data.prompts import chat_template, render_chat
+from qlora_exp.data.prompts import render_chat, served_template
 from qlora_exp.data.tokenization import prompt_tokens
 from qlora_exp.deploy.load import Saved, load_complete_model, stored_as, with_adapter
 from qlora_exp.environment.device import Device, resolve
@@ -68,7 +68,7 @@ def whole(saved: Saved, dtype: str = "auto", base: Base = "auto") -> Whole:
         ModelError: base model and adapter do not belong together, or a file is damaged.
     """
     tokenizer = saved.tokenizer()
-    tokenizer.chat_template = chat_template(saved.config.dataset, tokenizer)
+    tokenizer.chat_template = served_template(saved.config.dataset, tokenizer)
     ids = tokenizer(_TEXT, return_tensors="pt").input_ids
     if not saved.adapter:
         if base != "auto":

@@ -35,7 +35,7 @@ def save(run: RunContext, tokens: Tokens, trainable: Trainable) -> None:
         if run.first_adapter.is_dir():
             lora_init.save_difference(trainable.trainer.model, folder, run.first_adapter)
         tokenizer = copy(tokens.tokenizer)  # the evaluation after training must use it unchanged, as the one before
-        if (template := prompts.chat_template(config.dataset, tokenizer)) is not None:
+        if (template := prompts.served_template(config.dataset, tokenizer)) is not None:
             tokenizer.chat_template = template  # so that users of the model prompt it in the format of its training
         tokenizer.save_pretrained(folder)
     shared = without_places(config.model_dump(mode="json"))

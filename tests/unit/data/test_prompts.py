@@ -196,6 +196,24 @@ def test_generated_chat_template_renders_what_was_trained(words, tiny_tokenizer)
     assert prompts.chat_template(config, again) == template
 
 
+@pytest.mark.parametrize(
+    ("format", "template", "warns"),
+    [
+        ("chat", "Q: {a}", True),
+        ("chat", "{a}", False),
+        ("prompt_completion", "Q: {a}", False),
+        ("prompt_completion", "{a} {b}", True),
+        ("prompt_completion", "{a}", False),
+        ("prompt_completion", None, False),
+    ],
+)
+def test_a_prompt_template_that_questions_will_not_get_is_named(format, template, warns, tiny_tokenizer, caplog):
+    config = compose(["model=tiny_llama", f"dataset.format={format}"]).dataset
+    config = config.model_copy(update={"prompt_template": template})
+    assert prompts.served_template(config, tiny_tokenizer) == prompts.chat_template(config, tiny_tokenizer)
+    assert (f"prompt_template='{template}'" in caplog.text) == warns
+
+
 OWN_TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
 
 
