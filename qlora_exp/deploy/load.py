@@ -32,7 +32,7 @@ from qlora_exp.environment.device import detect, resolve
 from qlora_exp.models.adapters import check_complete, fit_explained
 from qlora_exp.models.base import load_model, model_config, named, stop_at_end_of_turn
 from qlora_exp.models.files import GGUF_FILE, check_files, read_json
-from qlora_exp.models.quantization import quantization_config
+from qlora_exp.models.quantization import guard_layers, quantization_config
 from qlora_exp.models.untrusted import bounded, check_folder, explained, most_values
 from qlora_exp.recipe.saved import saved_config
 from qlora_exp.results import records
@@ -268,6 +268,7 @@ def load_complete_model(saved: Saved, dtype: str, device: str = "cpu", quantizat
     ):
         if names := sorted(info[keys]):
             raise ModelError(f"{what}: its files {problem.format(len(names))}: {named(names)}")
+    guard_layers(model)  # its outputs on a CPU must not depend on whether that has instructions for bfloat16
     generate_once(model, what)
     return model
 

@@ -81,10 +81,12 @@ def test_merge_rounds_each_weight_once(dtype, trained_adapters, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["nf4", "int8"])
-def test_quantized_export_is_stored_and_loaded_in_few_bits(form, trained_adapters, tmp_path):
+def test_quantized_export_is_stored_and_loaded_in_few_bits(form, trained_adapters, tmp_path, monkeypatch):
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)  # as on some CPUs only
     made = export.export(find(trained_adapters()), tmp_path / form, form)
     model, tokenizer = load.load(str(tmp_path / form), device="cpu")
     assert model.config.quantization_config.quant_method == "bitsandbytes"
+    assert not any(getattr(layer, "support_avx512bf16_for_cpu", False) for layer in model.modules())
     assert 0 < made.mean_kl < 0.01
     weights = load_file(tmp_path / form / "model.safetensors")
     assert weights["model.layers.0.mlp.gate_proj.weight"].dtype == (torch.uint8 if form == "nf4" else torch.int8)
