@@ -69,7 +69,10 @@ def _thorough(names: tuple[str, ...]) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    "name", _thorough(("bench", "measured_h100", "planned_memory", "published_fms", "published_fsdp", "sweeps"))
+    "name",
+    _thorough(
+        ("bench", "compatibility", "measured_h100", "planned_memory", "published_fms", "published_fsdp", "sweeps")
+    ),
 )
 def test_benchmark_runs_at_its_smallest_size(name: str, run):
     arguments, shown = RUN_HERE[name]

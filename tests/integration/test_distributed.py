@@ -57,7 +57,7 @@ _EPOCHS = [
                                       "dataset.max_train_rows=64"], marks=pytest.mark.thorough),
         pytest.param([TWO], ["method=lora", "lora_variant=dora", _NO_DROPOUT, "training.gradient_checkpointing=true"],
                      marks=pytest.mark.thorough),
-        ([TWO], ["method=adalora", _NO_DROPOUT]),
+        pytest.param([TWO], ["method=adalora", _NO_DROPOUT], marks=pytest.mark.thorough),
     ],
     ids=["lora", "qlora", "full", "dora", "adalora"],
 )  # fmt: skip
@@ -129,7 +129,9 @@ def test_shared_run_is_one_run(run_quick, mlflow_client):
             r"rank 0: its process \d+ (on .* )?ended with(out a message| SIGKILL)",
         ),
         (1, signal.SIGSTOP, ("FAILED", "error"), r"rank 1: its process \d+ on .* gave no sign of life for 5 s"),
-        (1, None, ("FAILED", "oom"), r"rank 1: RuntimeError: .* can't allocate memory"),
+        pytest.param(
+            1, None, ("FAILED", "oom"), r"rank 1: RuntimeError: .* can't allocate memory", marks=pytest.mark.thorough
+        ),
         pytest.param(
             1, signal.SIGTERM, ("KILLED", "killed"), r"rank 1: it was interrupted", marks=pytest.mark.thorough
         ),

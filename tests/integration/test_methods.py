@@ -26,7 +26,14 @@ WHOLE_RUNS = ["adaption_prompt", "cartridge", "ia3", "osf", "p_tuning", "shadow"
 VARIANTS = [f"lora_variant={name}" for name in ("corda", "eva", "loftq", "lora_ga", "pissa")]
 
 
-@pytest.mark.parametrize("name", [*WHOLE_RUNS, *VARIANTS])
+IN_CI = ("cartridge", "osf", "shadow", "lora_variant=eva", "lora_variant=loftq")
+"""One of each kind; the others run with `nox -s thorough`."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in IN_CI else pytest.mark.thorough) for name in (*WHOLE_RUNS, *VARIANTS)],
+)
 def test_saved_model_has_the_loss_that_was_measured(name: str, run_quick):
     given = ["method=lora", name] if name in VARIANTS else words(name)
     given += ["lora_variant.init_rows=4"] if name.endswith(("corda", "eva", "lora_ga")) else []

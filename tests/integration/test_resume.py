@@ -17,7 +17,7 @@ def test_resumed_run_ends_like_an_uninterrupted_one(run_quick, read_losses):
     assert resumed.metrics["after/loss"] == whole.metrics["after/loss"]
 
 
-@pytest.mark.parametrize("order", ["random", "group_by_length"])
+@pytest.mark.parametrize("order", ["random", pytest.param("group_by_length", marks=pytest.mark.thorough)])
 def test_output_folder_resumes_from_its_newest_complete_checkpoint(order: str, run_quick, read_losses):
     """In the second epoch, too."""
     saving = ["training.save_strategy=steps", "training.save_steps=2", "training.save_total_limit=9"]
@@ -130,7 +130,7 @@ def test_resumed_run_starts_from_the_same_initialized_base(run_quick, read_losse
     assert again.metrics["after/loss"] == pytest.approx(whole.metrics["after/loss"], rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["loraplus", "lorafa", "riemannian"])
+@pytest.mark.parametrize("name", ["lorafa", "riemannian", pytest.param("loraplus", marks=pytest.mark.thorough)])
 def test_lora_optimizer_trains_and_resumes(name: str, shared_run, run_quick, read_losses):
     words = [f"optimizer={name}", "method=lora", "evaluation=loss_only", "training.max_steps=4"]
     words += ["training.save_strategy=steps", "training.save_steps=2"]
@@ -145,7 +145,7 @@ def test_lora_optimizer_trains_and_resumes(name: str, shared_run, run_quick, rea
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damaged", ["newest", "all"])
+@pytest.mark.parametrize("damaged", [pytest.param("newest", marks=pytest.mark.thorough), "all"])
 def test_damaged_checkpoint_changes_no_result(damaged, run_quick, read_losses, tmp_path, monkeypatch, caplog):
     from qlora_exp.training import evaluation
 

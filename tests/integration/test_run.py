@@ -18,7 +18,13 @@ from qlora_exp.utils.errors import ConfigError, DataError, DivergedError, UserEr
 
 
 @pytest.mark.parametrize(  # what is quantized and adapted depends on the family, what `full` trains does not
-    ("method", "family"), [("full", "opt"), ("lora", "llama"), ("qlora", "llama"), ("qlora", "opt"), ("qlora", "qwen2")]
+    ("method", "family"),
+    [
+        ("full", "opt"),
+        ("qlora", "qwen2"),
+        *(pytest.param(*case, marks=pytest.mark.thorough) for case in [("lora", "llama"), ("qlora", "llama")]),
+        pytest.param("qlora", "opt", marks=pytest.mark.thorough),
+    ],
 )
 def test_every_method_trains_every_family(method: str, family: str, run_quick):
     metrics = run_quick(
@@ -30,7 +36,12 @@ def test_every_method_trains_every_family(method: str, family: str, run_quick):
 
 @pytest.mark.parametrize(  # DoRA dequantizes weights, once for 4 bits and once for 8; most tests run on nf4_double
     ("quantization", "variant"),
-    [("nf4", "dora_rslora"), ("fp4", "lora"), ("fp4_double", "lora"), ("int8", "lora"), ("int8", "dora_rslora")],
+    [
+        ("nf4", "dora_rslora"),
+        ("fp4_double", "lora"),
+        ("int8", "dora_rslora"),
+        *(pytest.param(name, "lora", marks=pytest.mark.thorough) for name in ("fp4", "int8")),
+    ],
 )
 def test_every_quantization_trains_with_every_variant(quantization: str, variant: str, run_quick):
     run_quick(f"quantization={quantization}", f"lora_variant={variant}", "training.max_steps=1", "evaluation=loss_only")
@@ -116,7 +127,7 @@ def test_invalid_data_device_or_model_is_rejected_before_a_run_exists(overrides,
 @pytest.mark.parametrize(
     ("words", "moment"),
     [
-        (["method=lora", "lora_variant=pissa"], "evaluate"),
+        pytest.param(["method=lora", "lora_variant=pissa"], "evaluate", marks=pytest.mark.thorough),
         (["method=full", "tracking.log_full_model=true"], "evaluate"),
         (["method=lora", "dataset.format=chat"], "table"),
     ],

@@ -82,7 +82,7 @@ def test_interrupted_run_goes_on_from_its_checkpoint_and_the_same_adapter(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["pissa", "eva"])
+@pytest.mark.parametrize("variant", ["pissa", pytest.param("eva", marks=pytest.mark.thorough)])
 def test_initialized_adapters_are_exactly_what_is_trained_on(variant, run_quick, shared_run):
     words = [*LORA, f"lora_variant={variant}", "evaluation.before=true"]
     first = shared_run(*words)

@@ -18,7 +18,13 @@ from qlora_exp.utils.errors import ConfigError, DivergedError
 
 
 @pytest.mark.parametrize(
-    "choice", [["method=lora"], ["method=qlora"], ["method=full"], ["method=qlora", "quantization=int8"]]
+    "choice",
+    [
+        ["method=qlora"],
+        ["method=full"],
+        pytest.param(["method=lora"], marks=pytest.mark.thorough),
+        pytest.param(["method=qlora", "quantization=int8"], marks=pytest.mark.thorough),
+    ],
 )
 def test_repeated_run_has_bit_identical_losses(choice: list[str], shared_run, run_quick, read_losses):
     first, again = shared_run(*choice), run_quick(*choice)
@@ -152,15 +158,15 @@ def test_every_optimizer_trains(optimizer: str, run_quick, read_losses):
         "training.learning_rate=1e-2",
         "training.loss_type=dft",
         "training.completion_only_loss=false",
-        "training.max_length=200",
+        pytest.param("training.max_length=200", marks=pytest.mark.thorough),
         "training.bf16=true",
-        "lora_variant=dora",
-        "quantization=fp4",
+        pytest.param("lora_variant=dora", marks=pytest.mark.thorough),
+        pytest.param("quantization=fp4", marks=pytest.mark.thorough),
         "quantization.bnb_4bit_compute_dtype=bfloat16",
-        "model.dtype=bfloat16",
+        pytest.param("model.dtype=bfloat16", marks=pytest.mark.thorough),
         "method.adapter_dtype=bfloat16",
-        "model=tiny_qwen2",
-        "dataset.format=chat",
+        pytest.param("model=tiny_qwen2", marks=pytest.mark.thorough),
+        pytest.param("dataset.format=chat", marks=pytest.mark.thorough),
     ],
 )
 def test_key_changes_the_losses(change: str, shared_run, run_quick, read_losses):

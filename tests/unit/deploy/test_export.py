@@ -28,11 +28,11 @@ def find(folder):
     "words",
     [  # what is added, with magnitudes, to a base that moved, to 4 and to 8 bits; factors, rotations, other weights
         (),
-        ("lora_variant=dora",),
+        pytest.param(("lora_variant=dora",), marks=pytest.mark.thorough),
         pytest.param(("lora_variant=pissa",), marks=pytest.mark.thorough),
         ("method.layer_replication=[[0,2],[1,2]]",),
         ("method=qlora",),
-        ("method=qlora", "quantization=int8"),
+        pytest.param(("method=qlora", "quantization=int8"), marks=pytest.mark.thorough),
         ("method=ia3",),
         pytest.param(("method=oft",), marks=pytest.mark.thorough),
         pytest.param(("method=ln_tuning",), marks=pytest.mark.thorough),
@@ -400,7 +400,15 @@ def test_folder_that_ties_two_matrices_is_exported_with_both(trained_adapters, t
     assert made.max_logit_difference < 1e-5
 
 
-@pytest.mark.parametrize(("form", "type_"), [("gguf", "q8_0"), ("gguf", "q4_0"), ("nf4", ""), ("int8", "")])
+@pytest.mark.parametrize(
+    ("form", "type_"),
+    [
+        ("gguf", "q4_0"),
+        ("int8", ""),
+        pytest.param("gguf", "q8_0", marks=pytest.mark.thorough),
+        pytest.param("nf4", "", marks=pytest.mark.thorough),
+    ],
+)
 def test_quantized_export_that_loses_more_than_rounding_is_rejected(
     form, type_, trained_adapters, tmp_path, monkeypatch
 ):

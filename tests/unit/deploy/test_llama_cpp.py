@@ -73,7 +73,7 @@ COMPUTED = [
 ]  # fmt: skip
 
 
-THOROUGH = (1, 4, 5, 9, 14, 19, 21)
+THOROUGH = (1, 4, 5, 6, 9, 14, 19, 21)
 """Places of further settings of a family, which `nox -s thorough` tries."""
 CASES = [
     pytest.param(*case, marks=pytest.mark.thorough if place in THOROUGH else ()) for place, case in enumerate(COMPUTED)

@@ -107,9 +107,14 @@ def test_any_method_of_peft_works_by_name():
 
 
 METHODS = [words for kind, words in probe.kinds().items() if kind != "LORA+qalora"]  # it needs GPTQ files
+# Every third method is tried here, all by `nox -s thorough`.
+TRIED = [
+    pytest.param(words, marks=pytest.mark.thorough if place % 3 else (), id=probe.name_of(words))
+    for place, words in enumerate(METHODS)
+]
 
 
-@pytest.mark.parametrize("words", [*METHODS, ("method=lora", "optimizer=lorafa")], ids=probe.name_of)
+@pytest.mark.parametrize("words", [*TRIED, pytest.param(("method=lora", "optimizer=lorafa"), id="lorafa")])
 def test_same_parameters_are_planned_and_trained_over_every_context(words: tuple[str, ...], tmp_path):
     quantized = "nf4" if "lora_variant=loftq" in words else "none"
     given = [*words, "model=tiny_llama", f"quantization={quantized}", "device=cpu"]

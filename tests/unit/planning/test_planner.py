@@ -131,8 +131,10 @@ def test_config_that_cannot_be_planned_is_rejected_with_its_reason(words: list[s
 @pytest.mark.parametrize(
     "words",
     [
-        *([f"method={name}"] for name in ("adamss", "boft", "frod", "psoft", "shira", "unilora", "waveft")),
-        *(["method=lora", f"lora_variant={name}"] for name in ("kasa", "monteclora")),
+        *([f"method={name}"] for name in ("adamss", "boft", "frod", "shira")),
+        *(pytest.param([f"method={name}"], marks=pytest.mark.thorough) for name in ("psoft", "unilora", "waveft")),
+        ["method=lora", "lora_variant=monteclora"],
+        pytest.param(["method=lora", "lora_variant=kasa"], marks=pytest.mark.thorough),
     ],
     ids=lambda words: words[-1],
 )

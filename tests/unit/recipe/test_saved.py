@@ -116,7 +116,9 @@ def test_adapter_of_a_changed_folder_or_another_revision_is_refused(adapter, tin
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [{"(a+)+$": 4}, {"a": "4"}, [4]])
+@pytest.mark.parametrize(
+    "ranks", [{"(a+)+$": 4}, *(pytest.param(ranks, marks=pytest.mark.thorough) for ranks in ({"a": "4"}, [4]))]
+)
 def test_ranks_that_are_no_numbers_by_layer_are_refused(ranks, trained_adapters, tmp_path):
     eva = shutil.copytree(trained_adapters("lora_variant=eva", "lora_variant.init_rows=4"), tmp_path / "eva")
     file = eva / "adapter_config.json"
