@@ -213,7 +213,7 @@ def compressed(session: nox.Session) -> None:
 def takeaway(session: nox.Session) -> None:
     """Compare logits and prompts of what is taken away, in all loaders, transformers 4 among them (ten minutes)."""
     install(session, *TESTED)
-    folder = Path(session.create_tmp())
+    folder = Path(session.create_tmp()).resolve()
     python, vllm = folder / "transformers_4" / "bin" / "python", folder / "vllm"
     if not python.is_file():
         session.run(sys.executable, "-m", "venv", str(folder / "transformers_4"))

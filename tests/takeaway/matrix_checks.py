@@ -30,6 +30,7 @@ from qlora_exp.config.hydra_compose import compose
 from qlora_exp.deploy import export, llama_cpp, load, merge
 from qlora_exp.deploy.serving import commands as serve
 from qlora_exp.models import transformers_4
+from qlora_exp.models.quantization import guard_layers
 from qlora_exp.recipe import finetune, save
 from qlora_exp.utils.errors import ConfigError
 
@@ -279,6 +280,7 @@ def _peft_alone(saved: Any, base: Path, ids: list[int], plain: bool = False) -> 
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
         )
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options)
+    guard_layers(model)  # on some CPUs bitsandbytes would round what enters a layer to bfloat16
     return _logits(PeftModel.from_pretrained(model, str(saved.folder)), ids)
 
 
