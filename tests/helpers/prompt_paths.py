@@ -278,7 +278,8 @@ class Paths:
     def differs_in_llama_cpp(self, dialogue: Dialogue) -> bool:
         """Return whether llama.cpp renders a dialogue differently: odd blanks to trim, or a plain text with BOS."""
         bos = self.saved.bos_token
-        twice = not self.saved.chat_template and bos and dialogue[0]["content"].startswith(bos)
+        text = "".join(message["content"] for message in dialogue)  # which such a model continues
+        twice = not self.saved.chat_template and bos and text.startswith(bos)
         return bool(twice or (self.trims and any(_has_odd_blanks(message) for message in dialogue)))
 
     def of_template(self, dialogue: Dialogue) -> str:
