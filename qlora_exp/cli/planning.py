@@ -82,8 +82,8 @@ def plan(options: argparse.Namespace) -> None:
     if not any(isinstance(config, Config) for config in composed):
         raise ConfigError("\n".join(dict.fromkeys(map(str, composed))))
     _import_planner()
-    from qlora_exp.planning import tables
-    from qlora_exp.planning.planner import planner
+    from qlora_exp.planning import tables, tuning
+    from qlora_exp.planning.planner import Planner, resolved_on
 
     planned = []
     for words, config in zip(jobs, composed, strict=True):
@@ -91,7 +91,9 @@ def plan(options: argparse.Namespace) -> None:
             if isinstance(config, UserError):
                 raise config
             device = cpu if config.device == "cpu" else gpu
-            planned.append(tables.Planned(words, config, planner(config, device.device).predict(), device))
+            resolved = tuning.planned(config, resolved_on(config, device.device), device)
+            prediction = Planner(config, resolved).predict()
+            planned.append(tables.Planned(words, config, prediction, device, tuned=resolved.tuned))
         except UserError as error:
             if len(jobs) == 1:
                 raise

@@ -73,10 +73,19 @@ class Config(Section):
         variant = "" if self.lora_variant.name == "lora" else f" lora_variant={self.lora_variant.name}"
         return f"method={self.method.name}{variant} cannot train {self.model.model_name_or_path}"
 
+    @property
+    def depends_on_batch(self) -> bool:
+        """Whether the method's own rules look at the rows of a batch, or of a process."""
+        return any(compatibility.differs(*self._tested_as, engine) for engine in compatibility.ENGINES)
+
     def refusal(self, aspect: str) -> str | None:
         """Return why `aspect` of training fails with this method on this base; None if no test found it to fail."""
+        return compatibility.refusal(*self._tested_as, aspect)
+
+    @property
+    def _tested_as(self) -> tuple[str, str]:
+        """Kind of method and kind of base, as the verdicts list them."""
         stored = self.quantization
         other = stored.quant_method if stored.quantized else "plain"
         base = "4bit" if stored.load_in_4bit else "8bit" if stored.load_in_8bit else other
-        kind = compatibility.kind_of(self.method.peft_type, self.lora_variant.name)
-        return compatibility.refusal(kind, base, aspect)
+        return compatibility.kind_of(self.method.peft_type, self.lora_variant.name), base

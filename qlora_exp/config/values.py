@@ -100,6 +100,7 @@ _OF_ROWS = ("validation_size", "evaluate_on", "prompt_template", "chat_template"
 _EMPTY_IN_OLDER_RECORDS = (
     ("model", "adapter"),
     ("training", "lr_scheduler_kwargs"),
+    ("training", "tune"),
     *((section, key) for section in ("dataset", "unrelated") for key in _OF_ROWS),
 )
 """Keys that records of older versions lack; empty, they say the same."""

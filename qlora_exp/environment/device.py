@@ -56,7 +56,11 @@ class Resolved:
     """Dtype of the adapter's parameters; None for a full fine-tune."""
     bf16: bool
     fp16: bool
+    per_device_train_batch_size: int
+    gradient_accumulation_steps: int
     gradient_checkpointing: bool
+    tuned: str | None
+    """What `training.tune` chose, with the reason; None if it chose nothing."""
     optim: str
     optim_fallback: str | None
     """Why `optim` differs from the configured optimizer; None if it does not."""
@@ -182,6 +186,9 @@ def resolve(config: Config, device: Device) -> Resolved:
         adapter_dtype=None if full else _auto(config.method.adapter_dtype, "float32"),
         bf16=bf16,
         fp16=fp16,
+        per_device_train_batch_size=training.per_device_train_batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        tuned=None,
         gradient_checkpointing=_auto(
             training.gradient_checkpointing, device.type == "cuda" and not config.refusal("gradient_checkpointing")
         ),

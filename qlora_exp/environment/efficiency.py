@@ -123,6 +123,42 @@ def peak_flops(device: str, dtype: torch.dtype) -> float:
     return best
 
 
+def product_flops(device: str, dtype: torch.dtype, tokens: int, bf16: bool) -> float:
+    """Measure the FLOP/s of a frozen layer, forward and backward, as training computes it.
+
+    Args:
+        device: device to measure.
+        dtype: dtype of the layer's weights.
+        tokens: rows of its input.
+        bf16: compute under autocast to bfloat16.
+    """
+    width, inner = 1024, 4096
+    x = torch.ones(tokens, width, device=device, dtype=dtype, requires_grad=True)
+    weight = torch.ones(inner, width, device=device, dtype=dtype)
+    best, end, rounds = 0.0, time.perf_counter() + PEAK_SECONDS, 0
+    while rounds < 3 or time.perf_counter() < end:
+        begin = time.perf_counter()
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            out = torch.nn.functional.linear(x, weight)
+        (gradient,) = torch.autograd.grad(out, x, torch.ones_like(out))
+        float(gradient[0, 0])  # waits until a GPU is done
+        best = max(best, 4 * tokens * width * inner / (time.perf_counter() - begin))
+        rounds += 1
+    return best
+
+
+def copied_bytes(device: str) -> float:
+    """Measure the bytes that the device's memory reads and writes in a second."""
+    source = torch.ones(16 * MIB, device=device)
+    target, best = torch.empty_like(source), 0.0
+    for _ in range(5):
+        begin = time.perf_counter()
+        target.copy_(source)
+        float(target[0])
+        best = max(best, 2 * source.nbytes / (time.perf_counter() - begin))
+    return best
+
+
 class EnergyMeter:
     """Meter of the joules used within the context by processor packages (RAPL, if readable) and NVIDIA GPUs (NVML).
 

@@ -228,7 +228,7 @@ def choose(options: Sequence[Option], gpu: Gpu) -> tuple[str, str]:
         why = (
             f"it fits, so no accuracy is lost to 4-bit weights; QLoRA would take {gib['QLoRA']} GiB, not {gib['LoRA']}"
         )
-        times = [step_seconds(option.config, option.planned, gpu) for option in (lora, qlora)]
+        times = [step_seconds(option.planned, gpu) for option in (lora, qlora)]
         if times[0] and times[1]:
             why += f", and {times[1] / times[0] - 1:+.0%} time at {gpu.rates}"
         return "LoRA", why + _fewer(rows, wanted)

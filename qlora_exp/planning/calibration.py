@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from pydantic import Field, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -107,7 +107,7 @@ def plan_run(config: "Config", resolved: "Resolved", longest: int, evaluated: in
         (folder / _PLAN).write_text(json.dumps(metrics | {"plan/peak_mib": prediction.peak / MIB}), "utf-8")
 
     try:  # runs that differ only in what memory does not depend on (seeds, learning rates) share one plan
-        folder = cache.built(f"plan-{_digest(config, resolved, longest, evaluated)}", plan)
+        folder = cache.built(f"plan-{digest(config, resolved, longest, evaluated)}", plan)
     except UserError as error:
         log.info("not planned: %s", error)
         return {}
@@ -116,14 +116,14 @@ def plan_run(config: "Config", resolved: "Resolved", longest: int, evaluated: in
     return metrics
 
 
-def _digest(config: "Config", resolved: "Resolved", longest: int, evaluated: int) -> str:
-    """Return a digest of everything that a plan may depend on."""
+def digest(config: "Config", resolved: "Resolved", *lengths: Any) -> str:
+    """Return a digest of everything that a plan for rows of these lengths may depend on."""
     apart = {*APART, "seed", "dataset", "unrelated", "evaluation"}
     values = config.model_dump(
         mode="json", exclude=dict.fromkeys(apart, True) | {"training": {"learning_rate", "max_steps"}}
     )
     base = run_key.model_version(config.model.model_name_or_path, config.model.revision)
-    parts = values, asdict(resolved), longest, evaluated, base, run_key.code_digest(), libraries()
+    parts = values, asdict(resolved), lengths, base, run_key.code_digest(), libraries()
     return json_digest(parts)
 
 

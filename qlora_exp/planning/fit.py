@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-from qlora_exp.config.schema import Config
 from qlora_exp.planning.gpus import DRIVER_GIB, NCCL_GIB, Gpu
 from qlora_exp.utils.units import GIB, MIB
 
@@ -19,7 +18,7 @@ WORST_ERROR_OF_SEVERAL = 0.21
 """Worst relative error of plans for several GPUs. Source: `benchmarks/published_fms.py`."""
 
 
-def step_seconds(config: Config, prediction: "Prediction", gpu: Gpu) -> float | None:
+def step_seconds(prediction: "Prediction", gpu: Gpu) -> float | None:
     """Estimate the seconds of an optimizer step.
 
     Uses the rate that runs reached on this kind of device, else the manufacturer's rates. With the latter, each
@@ -29,7 +28,7 @@ def step_seconds(config: Config, prediction: "Prediction", gpu: Gpu) -> float | 
     Returns:
         Seconds; None if there is no rate. Manufacturers' rates do not apply to float32.
     """
-    passes = config.training.gradient_accumulation_steps
+    passes = prediction.batches
     if gpu.calibration and gpu.calibration.flops_per_second:
         return passes * sum(work.flops for work in prediction.work) / gpu.calibration.flops_per_second
     if not (gpu.tflops and gpu.gb_per_s and prediction.in_16_bits):

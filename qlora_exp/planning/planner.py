@@ -47,6 +47,8 @@ class Prediction:
     """Number of all parameters."""
     paged: int = 0
     """Bytes of paged optimizer states, which may be on the GPU or not, outside its allocator."""
+    batches: int = 1
+    """Batches of an optimizer step."""
     in_16_bits: bool = True
     """Whether matrix products are computed in 16 bits."""
     ranks: int = 1
@@ -64,8 +66,13 @@ class Prediction:
 
 def planner(config: Config, gpu: Device) -> "Planner":
     """Return the planner of a run on `gpu`, or on the device that `config.device` names. Raises as `Planner` does."""
+    return Planner(config, resolved_on(config, gpu))
+
+
+def resolved_on(config: Config, gpu: Device) -> Resolved:
+    """Return the values of a run on `gpu`, or on the device that `config.device` names."""
     other = Device(config.device, config.device, bf16=False, paging=False)
-    return Planner(config, resolve(config, other if config.device in ("cpu", "mps") else gpu))
+    return resolve(config, other if config.device in ("cpu", "mps") else gpu)
 
 
 class Planner:
@@ -102,6 +109,8 @@ class Planner:
             raise ConfigError("distributed.num_processes: a plan needs the number of processes, not auto")
         self.positions: int | None = getattr(self._architecture, "max_position_embeddings", None)
         """Longest row that the model accepts, in tokens; None if its config does not declare it."""
+        self.has_router: bool = hasattr(self._architecture.get_text_config(), "router_aux_loss_coef")
+        """Whether the model is a mixture of experts."""
         self._check(config.training.max_length)
         self._recorded: dict[tuple[Batch, Batch | None], Step] = {}
         """The recording of the last batch."""
@@ -111,6 +120,12 @@ class Planner:
         """Return the planner of the same run, shared by several processes in another way."""
         other = copy(self)
         other.share(shared)
+        return other
+
+    def in_batches(self, rows: int, batches: int) -> "Planner":
+        """Return the planner of the same run, which computes a step in other batches."""
+        other = copy(self)
+        other._resolved = replace(self._resolved, per_device_train_batch_size=rows, gradient_accumulation_steps=batches)
         return other
 
     def share(self, shared: DistributedConfig) -> None:
@@ -152,14 +167,14 @@ class Planner:
             ConfigError: the length exceeds the model's positions, or the method's code cannot run on fake tensors.
         """
         training = self._config.training
-        rows, length = rows or training.per_device_train_batch_size, length or training.max_length
+        rows, length = rows or self._resolved.per_device_train_batch_size, length or training.max_length
         evaluated = length if evaluated is None else evaluated
         self._check(max(length, evaluated))
         batch = self._batch(rows, length)
         if training.packing:
             batch = Batch(1, rows * length, not self._flash)
         step = self._step(batch, self._batch(training.per_device_eval_batch_size, evaluated) if evaluated else None)
-        accumulated = training.gradient_accumulation_steps
+        accumulated = self._resolved.gradient_accumulation_steps
         traffic = all_reduced(sum(self._buckets), self._ranks)
         if self._units is not None:
             step, traffic = shard(step, self._units, accumulated)
@@ -170,6 +185,7 @@ class Planner:
             step.work,
             *self._model.parameters,
             self._model.paged,
+            accumulated,
             in_16_bits,
             ranks=self._ranks,
             traffic=traffic,

@@ -42,6 +42,8 @@ class Planned:
     """The device that the run was planned for."""
     why: str = ""
     """Reason why there is no prediction."""
+    tuned: str | None = None
+    """What `training.tune` chose."""
 
 
 def show_one(planned: Planned, price: float | None) -> None:
@@ -67,8 +69,10 @@ def show_one(planned: Planned, price: float | None) -> None:
     _show_several(prediction, gpu)
     flops, traffic = (sum(getattr(work, name) for work in prediction.work) for name in ("flops", "nbytes"))
     print(f"work     {flops / 1e12:,.2f} TFLOP and {traffic / 1e9:,.0f} GB of traffic for a forward and backward pass")
-    if (seconds := step_seconds(config, prediction, gpu)) is not None:
+    if (seconds := step_seconds(prediction, gpu)) is not None:
         print(f"time     {_time(config, seconds, price)}, at {gpu.rates}{_time_error(gpu)}")
+    if planned.tuned:
+        print(f"tuned    {planned.tuned}")
     print(f"error    {_error(gpu, prediction.ranks)}")
     print(_LEFT_OUT)
 
@@ -101,7 +105,8 @@ def show_many(planned: Sequence[Planned], price: float | None) -> None:
             rows.append([name, "-", "-", run.why, "-"])
             continue
         gpu = run.gpu
-        seconds = step_seconds(run.config, run.prediction, gpu)
+        name += f" ({run.tuned.partition(':')[0]})" if run.tuned else ""
+        seconds = step_seconds(run.prediction, gpu)
         rows.append(
             [
                 name,
@@ -129,7 +134,7 @@ def show_card(options: Sequence[Option], why: Mapping[str, str], gpu: Gpu) -> No
     rows = []
     for option in options:
         planned, fit = option.planned, option.fits[gpu]
-        seconds = step_seconds(option.config, planned, gpu)
+        seconds = step_seconds(planned, gpu)
         tokens = option.config.training.per_device_train_batch_size * option.config.training.max_length
         tokens *= option.config.training.gradient_accumulation_steps
         rows.append(

@@ -120,6 +120,8 @@ def open_run(
         if place.size > 1:
             log.info("rank %d of %d is process %d", place.rank, place.size, os.getpid())
             tracker.params({"resolved.topology": _topology(resolved)})
+        if resolved.tuned:
+            log.info("training.tune: %s", resolved.tuned)
         if resolved.optim_fallback:
             log.info("optimizer %s: %s", resolved.optim, resolved.optim_fallback)
         tracker.params({f"resolved.{key}": value for key, value in asdict(resolved).items() if value is not None})

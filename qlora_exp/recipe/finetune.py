@@ -66,8 +66,10 @@ def _run(
     from qlora_exp.recipe.setup import build
     from qlora_exp.recipe.tokens import log_data, plan_memory, tokenize
     from qlora_exp.recipe.train import train
+    from qlora_exp.recipe.tune import tune
 
     tokens = tokenize(config, inputs)
+    inputs = tune(config, inputs, tokens)
     with open_run(config, inputs.resolved, output_dir, tags, must_reach) as context:
         log_data(context, inputs, tokens)
         plan_memory(context, tokens)

@@ -37,6 +37,9 @@ _CONDITIONS = {
     "effective batch": lambda record: _product(
         record, "resolved.num_processes", "training.per_device_train_batch_size", "training.gradient_accumulation_steps"
     ),
+    "rows at once": lambda record: record.params.get("resolved.per_device_train_batch_size"),
+    "gradient checkpointing": lambda record: record.params.get("resolved.gradient_checkpointing"),
+    "autocast": lambda record: _autocast(record),
     "base dtype": lambda record: record.params.get("resolved.dtype"),
     "adapter dtype": lambda record: record.params.get("resolved.adapter_dtype"),
     "loss": lambda record: record.params.get("training.loss_type"),
@@ -216,6 +219,14 @@ def _unfair(rows: Sequence[Row]) -> list[str]:
         if len(values := dict.fromkeys(record.tags.get(key, "none") for record in records)) > 1:
             lines.append(f"{key.removeprefix('version.')} version: {_listed(values)}")
     return lines
+
+
+def _autocast(record: Record) -> str | None:
+    """Return the precision of a run's products, if the record has it."""
+    kinds = {kind: record.params.get(f"resolved.{kind}") for kind in ("bf16", "fp16")}
+    if None in kinds.values():
+        return None
+    return next((kind for kind, is_on in kinds.items() if is_on == "True"), "none")
 
 
 def _processes(records: Sequence[Record]) -> str:

@@ -12,9 +12,7 @@ from qlora_exp.models.adapters import LEAVES_UNUSED
 _SAME = (
     "num_train_epochs",
     "max_steps",
-    "per_device_train_batch_size",
     "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
     "learning_rate",
     "lr_scheduler_type",
     "lr_scheduler_kwargs",
@@ -72,6 +70,8 @@ def arguments(config: Config, resolved: Resolved, output_dir: Path) -> SFTConfig
         adam_beta1=config.optimizer.adam_beta1,
         adam_beta2=config.optimizer.adam_beta2,
         adam_epsilon=config.optimizer.adam_epsilon,
+        per_device_train_batch_size=resolved.per_device_train_batch_size,
+        gradient_accumulation_steps=resolved.gradient_accumulation_steps,
         bf16=resolved.bf16,
         fp16=resolved.fp16,
         gradient_checkpointing=resolved.gradient_checkpointing,

@@ -43,6 +43,12 @@ class Stages:
     def resolved(self, config: Config) -> Any:
         return asdict(resolve(config, GPU))
 
+    def tuned(self, config: Config) -> Any:
+        from qlora_exp.planning.gpus import Gpu
+        from qlora_exp.planning.tuning import planned
+
+        return asdict(planned(config, resolve(config, GPU), Gpu("GPU", 24.0)))
+
     def device(self, config: Config) -> Any:
         return detect(config.device)
 

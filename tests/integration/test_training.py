@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from trl.trainer import utils as trl_utils
 
 from qlora_exp.libraries import trl
+from qlora_exp.planning import tuning
 from qlora_exp.recipe.finetune import run
 from qlora_exp.sweeps import search
 from qlora_exp.tracking.journal import metrics
@@ -54,6 +55,26 @@ def test_gradient_accumulation_equals_the_whole_batch(run_quick, read_losses):
     whole = run_quick(*still, "training.per_device_train_batch_size=4")
     parts = run_quick(*still, "training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=4")
     assert read_losses(whole) == pytest.approx(read_losses(parts), rel=1e-4)
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_tuned_run_learns_the_same(recomputes, run_quick, shared_run, read_losses, monkeypatch, caplog):
+    still = ["method.lora_dropout=0.0", "training.per_device_train_batch_size=4", "method=lora"]
+    choice = tuning.Choice(2, 2, recomputes, bf16=False, seconds=1.0, peak=2**30, fits=True)
+    monkeypatch.setattr("qlora_exp.recipe.tune._choice", lambda *_: choice)
+    tuned = run_quick(*still, "training.tune=auto")
+    assert read_losses(tuned) == pytest.approx(read_losses(shared_run(*still)), rel=1e-4)
+    chosen = f"per_device_train_batch_size=2 gradient_accumulation_steps=2 gradient_checkpointing={recomputes}".lower()
+    assert f"training.tune: {chosen}" in caplog.text
+
+
+def test_run_that_cannot_be_planned_is_computed_as_configured(run_quick, shared_run, read_losses, monkeypatch, caplog):
+    def refuse(*_):
+        raise ConfigError("cannot be planned")
+
+    monkeypatch.setattr("qlora_exp.recipe.tune._choice", refuse)
+    assert read_losses(run_quick("method=lora", "training.tune=auto")) == read_losses(shared_run("method=lora"))
+    assert "computed as configured, since the run cannot be planned" in caplog.text
 
 
 def test_scoring_supervised_tokens_only_gives_the_same_loss(run_quick, read_losses, monkeypatch):

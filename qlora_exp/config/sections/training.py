@@ -20,6 +20,10 @@ class TrainingConfig(Section):
     per_device_eval_batch_size: PositiveInt = 8
     gradient_accumulation_steps: PositiveInt = 1
     """Batches whose gradients are accumulated for one optimizer step."""
+    tune: Literal["auto"] | None = None
+    """auto: compute each step in the fastest way that is planned to fit the device: in other batches of the same rows,
+    with or without gradient_checkpointing and, on a CPU, bf16 (the last two where they are auto). Losses change by
+    rounding and by the masks of dropout; `resolved.tuned` says what was chosen. null: as configured."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     lr_scheduler_type: Literal[
         "linear",

@@ -43,6 +43,11 @@ def refusal(kind: str, base: str, aspect: str) -> str | None:
     return None if verdict == WORKS or (verdict or "").startswith(DIFFERS) else verdict
 
 
+def differs(kind: str, base: str, engine: str) -> bool:
+    """Return whether processes train otherwise than one, by the method's own rules; arguments as for `refusal`."""
+    return _verdicts().get(kind, {}).get(base, {}).get(engine, "").startswith(DIFFERS)
+
+
 def family_refusal(kind: str, family: str) -> str | None:
     """Return in a few words why a method fails on all models of a family; None if no test found that.
 

@@ -117,6 +117,7 @@ ENTRIES: dict[str, tuple[Any, ...]] = {
     "training.lr_scheduler_kwargs": (Stages.arguments, {"num_cycles": 3}, {"training.lr_scheduler_type": "cosine"}),
     "training.completion_only_loss": (Stages.tokens, False),
     "training.assistant_only_loss": (Stages.tokens, True, CHAT),
+    "training.tune": (Stages.tuned, "auto"),
     "training.bf16": (Stages.resolved, False),
     "training.fp16": (Stages.resolved, True),
     "training.gradient_checkpointing": (Stages.resolved, False),

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from qlora_exp.config.hydra_compose import compose
 from qlora_exp.planning.calibration import Calibration
 from qlora_exp.planning.fake_tensors import Work
 from qlora_exp.planning.fit import expected, room, step_seconds, verdict
@@ -42,15 +41,14 @@ def test_calibration_with_large_errors_gives_no_certain_verdict():
 
 
 def test_step_time_is_the_larger_of_arithmetic_and_traffic():
-    config = compose(["method=lora", "training.gradient_accumulation_steps=2"])
     work = Work(int(165e12), 0), Work(0, int(1008e9)), Work(int(1e12), int(1008e9))
-    assert step_seconds(config, planned(1, *work), GPU) == pytest.approx(6)
+    assert step_seconds(replace(planned(1, *work), batches=2), GPU) == pytest.approx(6)
     assert GPU.rates == "the manufacturer's rates"
 
 
 def test_float32_step_has_a_time_only_with_calibration():
-    config, prediction = compose(["method=lora"]), replace(planned(1, Work(10**12, 0)), in_16_bits=False)
-    assert step_seconds(config, prediction, GPU) is None
+    prediction = replace(planned(1, Work(10**12, 0)), in_16_bits=False)
+    assert step_seconds(prediction, GPU) is None
     gpu = replace(GPU, calibration=Calibration("x", 4, 0.0, 1.0, 0.0, 0.0, flops_per_second=5e11))
-    assert step_seconds(config, prediction, gpu) == pytest.approx(2)
+    assert step_seconds(prediction, gpu) == pytest.approx(2)
     assert gpu.rates == "the median rate of 4 runs on it"

@@ -1,0 +1,65 @@
+"""Choose how the run computes its steps, if `training.tune` asks for it."""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import psutil
+import torch
+
+from qlora_exp.config.schema import Config
+from qlora_exp.distributed import group
+from qlora_exp.environment.device import Resolved
+from qlora_exp.planning import calibration, gpus, tuning
+from qlora_exp.planning.gpus import DRIVER_GIB, Gpu
+from qlora_exp.recipe.inputs import Inputs
+from qlora_exp.recipe.tokens import Tokens
+from qlora_exp.utils import cache
+from qlora_exp.utils.errors import UserError
+from qlora_exp.utils.units import GIB
+
+log = logging.getLogger(__name__)
+
+_CHOICE = "choice.json"
+
+
+def tune(config: Config, inputs: Inputs, tokens: Tokens) -> Inputs:
+    """Return the inputs with the way to compute a step that `training.tune` chooses; all processes take the same.
+
+    A choice is kept in the cache, so that runs on this machine that differ only in what speed does not depend on
+    (seeds, learning rates) are computed alike.
+    """
+    if config.training.tune is None:
+        return inputs
+    lengths = [len(ids) for ids in tokens.train["input_ids"]]
+    evaluated = min(max(map(len, tokens.heldout["input_ids"])), config.training.max_length)
+    try:
+        choice = group.call_on_main(_choice, config, inputs.resolved, lengths, evaluated)
+    except UserError as error:
+        log.warning("training.tune: computed as configured, since the run %s", error)
+        return replace(inputs, resolved=replace(inputs.resolved, tuned=f"as configured: {error}"))
+    if not choice.fits:
+        log.warning("training.tune: nothing is planned to fit; the run may run out of memory")
+    return replace(inputs, resolved=choice.applied(inputs.resolved))
+
+
+def _choice(config: Config, resolved: Resolved, lengths: Sequence[int], evaluated: int) -> tuning.Choice:
+    def choose(folder: Path) -> None:
+        rates = tuning.measured(config, resolved, lengths)
+        device = _with_free_memory(config).calibrated(calibration.read())
+        choice = tuning.choose(config, resolved, lengths, evaluated, device, rates)
+        (folder / _CHOICE).write_text(json.dumps(asdict(choice)), "utf-8")
+
+    folder = cache.built(f"tune-{calibration.digest(config, resolved, sorted(lengths), evaluated)}", choose)
+    return tuning.Choice(**json.loads((folder / _CHOICE).read_text("utf-8")))
+
+
+def _with_free_memory(config: Config) -> Gpu:
+    """Return this device with the memory that is free for the run."""
+    device = gpus.here(config, None)
+    if device.type == "cpu":
+        return replace(device, memory_gib=psutil.virtual_memory().available / GIB)
+    free, total = torch.cuda.mem_get_info()
+    return replace(device, memory_gib=min(free / GIB + DRIVER_GIB, total / GIB))  # the driver has its share already
