@@ -3,7 +3,9 @@
 import argparse
 import gc
 import os
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from qlora_exp.cli.parents import URI, Commands, add_command, add_overrides
 from qlora_exp.planning import calibration, gpus
@@ -11,6 +13,9 @@ from qlora_exp.planning.gpus import Gpu
 from qlora_exp.utils.display import say
 from qlora_exp.utils.errors import ConfigError, UserError
 from qlora_exp.utils.quiet import quiet
+
+if TYPE_CHECKING:
+    from qlora_exp.config.schema import Config
 
 
 def add_parsers(commands: Commands) -> None:
@@ -79,8 +84,10 @@ def plan(options: argparse.Namespace) -> None:
             composed.append(valid)
         except UserError as error:
             composed.append(error)
-    if not any(isinstance(config, Config) for config in composed):
+    valid_configs = [config for config in composed if isinstance(config, Config)]
+    if not valid_configs:
         raise ConfigError("\n".join(dict.fromkeys(map(str, composed))))
+    _say_formats(valid_configs)
     _import_planner()
     from qlora_exp.planning import tables, tuning
     from qlora_exp.planning.planner import Planner, resolved_on
@@ -102,6 +109,20 @@ def plan(options: argparse.Namespace) -> None:
         tables.show_one(planned[0], options.price)
     else:
         tables.show_many(planned, options.price)
+
+
+def _say_formats(configs: Sequence["Config"]) -> None:
+    """Say how rows on this machine would be read (`dataset.format=auto`); a plan does not need them."""
+    from qlora_exp.config.sections.dataset import is_url, looks_local
+    from qlora_exp.data.recognize import recognized_in
+
+    asked = {config.dataset.model_dump_json(): config for config in configs if config.dataset.format == "auto"}
+    for config in asked.values():
+        if looks_local(config.dataset.path) and not is_url(config.dataset.path):
+            try:
+                say(recognized_in(config).line(config.dataset))
+            except UserError as error:
+                say(f"a run would be refused: {error}")
 
 
 def advise(options: argparse.Namespace) -> None:

@@ -110,9 +110,10 @@ def _job(composed: Any) -> None:
 def _single_run(composed: Any, output_dir: Path) -> None:
     """Run a configuration that is not a job of a sweep."""
     from qlora_exp.config.hydra_compose import check
+    from qlora_exp.data.recognize import recognized
 
     try:
-        checked = check(composed)
+        checked = recognized(check(composed))
         if checked.sweep.dry_run:
             print(
                 "this run is valid; it was not started. Add -m for a sweep, or --cfg job to print the complete config"

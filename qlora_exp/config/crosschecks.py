@@ -129,7 +129,8 @@ def _trainer(config: Config) -> Iterator[str]:
         "load_best_model_at_end": training.load_best_model_at_end,
         "resume": training.resume_from_checkpoint is not None,
     }
-    if training.assistant_only_loss and not (config.dataset.format == "chat" and training.completion_only_loss):
+    is_chat = config.dataset.format in ("chat", "auto")
+    if training.assistant_only_loss and not (is_chat and training.completion_only_loss):
         yield "training.assistant_only_loss needs dataset.format=chat and training.completion_only_loss=true"
     for aspect, wanted in requested.items():
         if wanted and (why := config.refusal(aspect)):

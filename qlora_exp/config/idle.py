@@ -151,7 +151,7 @@ def _rows(section: str, data: DatasetConfig) -> Iterator[tuple[str, str]]:
     if data.format == "text" or data.messages_column:
         why = f"{section}.format=text reads text_column" if data.format == "text" else "messages_column has it all"
         yield from ((f"{section}.{key}", why) for key in columns)
-    if data.format != "text":
+    if data.format not in ("text", "auto"):
         yield f"{section}.text_column", f"it is for format=text, not format={data.format}"
     if isinstance(data, UnrelatedConfig) and not data.streaming:
         yield f"{section}.max_train_rows", "unrelated text is not trained on: use unrelated.max_eval_rows"

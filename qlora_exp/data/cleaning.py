@@ -21,7 +21,7 @@ from qlora_exp.utils.cache import built
 from qlora_exp.utils.digests import json_digest, text_digest
 from qlora_exp.utils.errors import DataError, did_you_mean
 
-CACHE_LAYOUT = 7  # increase it when cached rows and tokens of older code must not be used any more
+CACHE_LAYOUT = 8  # increase it when cached rows and tokens of older code must not be used any more
 _ROWS, _REPORT = "rows.arrow", "report.json"
 _MANY = 0.1
 _PAIRS = (("prompt", "completion"), ("question", "answer"), ("prompt", "response"), ("instruction", "response"))
@@ -105,6 +105,7 @@ def clean(source: Source, config: DatasetConfig, path: str) -> tuple[Dataset, Re
     Raises:
         DataError: a column is missing, or a value cannot be learned as it is.
     """
+    assert config.format != "auto", "data.recognize settles it before rows are read"
     columns = _columns(config)
     if not source.columns:
         raise DataError(f"{path}: it has no rows")
@@ -150,7 +151,7 @@ def _no_column(path: str, missing: str, source: Source) -> str:
         hint = f". If {next(iter(lists))!r} is the list of rows, write that list alone into the file."
     return (
         f"{path}: no column {missing!r}; it has {', '.join(map(_visible, source.columns))}{hint} "
-        "Set dataset.prompt_column, dataset.completion_column, ... to yours"
+        "Set dataset.prompt_column, dataset.completion_column, ... to yours, or dataset.format=auto"
     )
 
 
@@ -265,9 +266,7 @@ class _Cleaner:
         if "messages" in self._columns:
             turns = dialogues.messages(values[self._columns["messages"]], self._columns["messages"], where, filled)
         elif (
-            tools
-            or earlier
-            or any(dialogues.is_dialogue(values[self._columns[role]]) for role in ("prompt", "completion"))
+            tools or earlier or any(dialogues.parsed(values[self._columns[role]]) for role in ("prompt", "completion"))
         ):
             turns = self._joined(values, where)
             asked = len(earlier) + len(turns) - 1
@@ -314,15 +313,19 @@ class _Cleaner:
         return turns
 
     def _joined(self, values: dict[str, Any], where: str) -> list[dialogues.Message]:
-        """Return the messages of a prompt and its answer, each a list of messages or a text."""
+        """Return the messages of a prompt and its answer, each a list of messages, its JSON text, or another text."""
         turns: list[list[dialogues.Message]] = []
+        filled = self._source.fills_with_null
         column = self._columns.get("input")
         context = self._text(values.get(column), column, where) if column else ""
         for column, role in ((self._columns["prompt"], "user"), (self._columns["completion"], "assistant")):
-            if dialogues.is_dialogue(values[column]):
-                turns.append(dialogues.messages(values[column], column, where, self._source.fills_with_null))
+            if dialogues.parsed(values[column]):
+                turns.append(dialogues.messages(values[column], column, where, filled))
                 if role == "user" and context.strip():
                     raise DataError(f"{where}: an input beside messages has no place; set dataset.input_column=null")
+            elif role == "assistant" and values.get("tools") and (calls := dialogues.calls(values[column])):
+                self._note("lists of calls are learned as the tool calls of an answer")
+                turns.append(dialogues.messages([{"role": role, "tool_calls": calls}], column, where, filled))
             else:
                 text = self._text(values[column], column, where)
                 if role == "user" and context.strip():

@@ -4,6 +4,7 @@ What a message says is kept or refused by name. Does not depend on templates: `d
 """
 
 import json
+import re
 from typing import Any
 
 from qlora_exp.data.values import DECODER, as_text
@@ -16,6 +17,7 @@ ROLES = (*SYSTEM_ROLES, "user", "assistant", "tool", "function", "ipython", "obs
 _OTHER_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant"}
 _SHAREGPT = {**_OTHER_NAMES, "chatgpt": "assistant", "function_call": "assistant", "observation": "tool"}
 """Roles of ShareGPT's messages (`from`) that have another name here."""
+_LIST_OF_OBJECTS = re.compile(r"\s*\[\s*\{")
 _WEIGHTS: dict[str, tuple[Any, Any]] = {"weight": (0, 1), "train": (False, True)}
 """Keys that say whether an answer is learned: OpenAI's and Axolotl's."""
 
@@ -27,6 +29,22 @@ def is_dialogue(value: Any) -> bool:
 
 def _is_sharegpt(item: dict[str, Any]) -> bool:
     return {"from", "value"} <= item.keys() and not {"role", "content"} & item.keys()
+
+
+def parsed(value: Any) -> list[dict[str, Any]] | None:
+    """Return a list of messages, or that of a JSON text; None if the value is something else."""
+    value = _listed(value)
+    return value if is_dialogue(value) else None
+
+
+def _listed(value: Any) -> Any:
+    """Return the list of objects of a JSON text; other values as they are."""
+    if not isinstance(value, str) or not _LIST_OF_OBJECTS.match(value):  # most texts are no JSON
+        return value
+    try:
+        return DECODER.decode(value)
+    except (ValueError, RecursionError):
+        return value
 
 
 def is_rows(value: Any) -> bool:
@@ -98,6 +116,56 @@ def history(value: Any, column: str, where: str, fills_with_null: bool) -> list[
         roles = ("user", "assistant")
         value = [{"role": role, "content": text} for pair in value for role, text in zip(roles, pair, strict=True)]
     return messages(value, column, where, fills_with_null)
+
+
+def calls(value: Any) -> list[dict[str, Any]] | None:
+    """Return the tool calls that an answer consists of: a list of names and arguments, or its JSON text; else None."""
+    value = _listed(value)
+    if not is_rows(value) or any(item.keys() != {"name", "arguments"} for item in value):
+        return None
+    return [{"type": "function", "function": item} for item in value]
+
+
+def with_arguments(dialogue: list[Message], as_objects: bool) -> list[Message]:
+    """Return messages with the arguments of their tool calls as objects, or else as JSON text, where they can be."""
+    convert = _as_object if as_objects else _as_json
+
+    def converted(call: Any) -> Any:
+        if not _is_call(call) or "arguments" not in call["function"]:
+            return call
+        return call | {"function": call["function"] | {"arguments": convert(call["function"]["arguments"])}}
+
+    return [
+        message | {"tool_calls": [*map(converted, message["tool_calls"])]} if calls_of(message) else message
+        for message in dialogue
+    ]
+
+
+def _as_object(value: Any) -> Any:
+    try:
+        read = DECODER.decode(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+    return read if isinstance(read, dict) else value
+
+
+def _as_json(value: Any) -> Any:
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
+
+
+def arguments_of(dialogue: list[Message]) -> list[Any]:
+    """Return the arguments of all tool calls of a dialogue."""
+    return [call["function"].get("arguments") for message in dialogue for call in calls_of(message)]
+
+
+def calls_of(message: Message) -> list[Any]:
+    """Return the calls of functions of a message."""
+    called = message.get("tool_calls")
+    return [call for call in called if _is_call(call)] if isinstance(called, list) else []
+
+
+def _is_call(call: Any) -> bool:
+    return isinstance(call, dict) and isinstance(call.get("function"), dict)
 
 
 def _from_sharegpt(item: dict[str, Any], where: str) -> dict[str, Any]:

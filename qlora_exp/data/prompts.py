@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from qlora_exp.config.sections.dataset import DatasetConfig
-from qlora_exp.data.dialogues import SYSTEM_ROLES, Message, learns
+from qlora_exp.data.dialogues import SYSTEM_ROLES, Message, arguments_of, calls_of, learns, with_arguments
 from qlora_exp.utils import prompt_templates
 from qlora_exp.utils.errors import DataError, ModelError
 from qlora_exp.utils.processes.limits import FailedError, LimitedProcess, LimitError
@@ -74,16 +74,49 @@ def render(row: dict[str, Any], config: DatasetConfig, tokenizer: Any, every_ans
     answered = [(place + 1, False) for place in places]
     texts = _applied(tokenizer, config, dialogue, tools, [*asked, *answered])
     pieces, rendered = [], ""
-    for before, through_answer in zip(texts[: len(places)], texts[len(places) :], strict=True):
-        if not (before.startswith(rendered) and through_answer.startswith(before)):
+    for place, before, through_answer in zip(places, texts[: len(places)], texts[len(places) :], strict=True):
+        answer = through_answer[len(before) :] if through_answer.startswith(before) else None
+        if len(places) == 1 and answer is None:
+            answer = _answer_after(before, through_answer, dialogue[place - 1], dialogue[place])
+        if not before.startswith(rendered) or answer is None:
             raise DataError(
                 "dataset.format=chat: this model's chat template renders a dialogue differently once it has an answer, "
-                "so that training prompts would differ from those of generation; use dataset.format=alpaca"
+                "so that training prompts would differ from those of generation; use another template "
+                "(dataset.chat_template=FILE.jinja), a format without one"
                 + (", or training.assistant_only_loss=false" if every_answer else "")
+                + ", or leave out what it changes, such as the reasoning of earlier answers"
             )
-        pieces += [(before[len(rendered) :], False), (through_answer[len(before) :], True)]
+        pieces += [(before[len(rendered) :], False), (answer, True)]
         rendered = through_answer
     return Rendered(pieces, True)
+
+
+def _answer_after(prompt: str, whole: str, asked: Message, answer: Message) -> str | None:
+    """Return the text of the last answer, to be learned after a prompt that the whole dialogue does not begin with.
+
+    Some templates change what stands before a prompt's last message once there is an answer: Mistral's leave out the
+    system message, gpt-oss' the thoughts between tool calls. The answer is what follows the end of the prompt, if that
+    has the last message.
+
+    Args:
+        prompt: the dialogue up to the answer, with the mark of an answer.
+        whole: the dialogue with the answer.
+        asked: the message before the answer.
+        answer: the answer.
+
+    Returns:
+        The text; None if it cannot be told.
+    """
+    shortest, longest = 0, len(prompt)
+    while shortest < longest:  # the longest end of the prompt that is in the whole
+        middle = (shortest + longest + 1) // 2
+        shortest, longest = (middle, longest) if prompt[-middle:] in whole else (shortest, middle - 1)
+    end = prompt[len(prompt) - shortest :]
+    text = (asked.get("content") or "").strip()
+    rest = whole[whole.rfind(end) + len(end) :]
+    said = [(answer.get("content") or "").strip(), *(str(call["function"].get("name")) for call in calls_of(answer))]
+    has_asked = text and any(form in end for form in (text, json.dumps(text, ensure_ascii=False)[1:-1]))
+    return rest if has_asked and any(said) and all(words in rest for words in said) else None
 
 
 def messages(row: Mapping[str, Any], config: DatasetConfig) -> list[Message]:
@@ -130,8 +163,9 @@ def _applied(
 ) -> list[str]:
     if not (config.chat_template or tokenizer.chat_template):
         raise DataError(
-            "dataset.format=chat: this model's tokenizer has no chat template; use dataset.format=alpaca, "
-            "dataset.chat_template=FILE.jinja, or an instruction-tuned model"
+            "dataset.format=chat: this model's tokenizer has no chat template; use dataset.chat_template=FILE.jinja or "
+            "an instruction-tuned model; rows with a prompt and an answer of text can also be read by "
+            "dataset.format=prompt_completion or alpaca"
         )
     try:
         return _parts(tokenizer, dialogue, config.chat_template, tools or None, parts)
@@ -168,12 +202,28 @@ def _rendered(
 
     if not all(length for length, _ in parts):
         raise ValueError("it begins with an answer")
+
+    def render(messages: list[Message]) -> list[str]:
+        texts: list[str] = []
+        for length, prompt in parts:
+            options = {**values, "add_generation_prompt": prompt}
+            rendered: Any = render_jinja_template(conversations=[messages[:length]], chat_template=template, **options)
+            texts += rendered[0]  # with it come the places of answers
+        return texts
+
     stated = [{key: value for key, value in message.items() if value is not None} for message in dialogue]
-    texts: list[str] = []
-    for length, prompt in parts:
-        options = {**values, "add_generation_prompt": prompt}
-        rendered: Any = render_jinja_template(conversations=[stated[:length]], chat_template=template, **options)
-        texts += rendered[0]  # with it come the places of answers
+    called, written = with_arguments(stated, as_objects=True), with_arguments(stated, as_objects=False)
+    written = [{"content": None, **message} if calls_of(message) else message for message in written]
+    try:
+        texts = render(called)
+    except Exception:
+        if called == written:
+            raise
+        texts = []
+    # DeepSeek's templates take arguments as text only, and a content, and others write objects as Python does; but
+    # most would quote a text once more.
+    if not texts or any(repr(arguments) in texts[-1] for arguments in arguments_of(called) if arguments):
+        texts = render(written)
     if sum(map(len, texts)) > _LONGEST_TEXT * len(texts):
         raise MemoryError
     return texts

@@ -8,6 +8,7 @@ import csv
 import gzip
 import io
 import json
+import logging
 import lzma
 import re
 import sys
@@ -15,13 +16,16 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import chain, islice
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, TextIO, cast
 
-from qlora_exp.data.values import DECODER
+from qlora_exp.data.values import DECODER, Unreadable
 from qlora_exp.environment.data_files import File
 from qlora_exp.utils.errors import DataError, last_line
+
+log = logging.getLogger(__name__)
 
 Row = tuple[str, dict[str, Any]]
 """Place of a row in its source, such as `line 3`, and its values by column."""
@@ -80,8 +84,52 @@ def opened(file: File) -> BinaryIO:
         import pyarrow as pa
 
         return io.BufferedReader(cast("io.RawIOBase", pa.CompressedInputStream(pa.OSFile(str(file.path)), "zstd")))
-    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    return cast("BinaryIO", openers.get(suffix, open)(file.path, "rb"))
+    if suffix == ".gz":
+        return cast("BinaryIO", gzip.open(file.path, "rb"))
+    content = file.path.open("rb")
+    decompressor: dict[str, Any] = {".bz2": bz2.BZ2Decompressor, ".xz": lzma.LZMADecompressor}
+    if suffix not in decompressor:
+        return content
+    return io.BufferedReader(_Decompressed(content, decompressor[suffix]))
+
+
+class _Decompressed(io.RawIOBase):
+    """Text of compressed streams, one after another. Python's own readers stop in silence at what is no stream."""
+
+    def __init__(self, content: BinaryIO, new: Callable[[], Any]) -> None:
+        self._content, self._new, self._stream = content, new, new()
+        self._is_first = True
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        text = b""
+        while not text:
+            if self._stream.eof:
+                rest = self._stream.unused_data.lstrip(b"\0")  # which pad xz files
+                while not rest and (piece := self._content.read(_PIECE)):
+                    rest = piece.lstrip(b"\0")
+                if not rest:
+                    break
+                self._stream, self._is_first = self._new(), False
+            else:
+                rest = self._content.read(_PIECE) if self._stream.needs_input else b""
+                if self._stream.needs_input and not rest:
+                    raise EOFError(
+                        f"the compressed text is cut off{'' if self._is_first else ', or something is behind it'}"
+                    )
+            try:
+                text = self._stream.decompress(rest, len(buffer))
+            except (OSError, lzma.LZMAError) as error:
+                where = "" if self._is_first else ", behind a complete text"
+                raise OSError(f"{last_line(error)}{where}") from error
+        buffer[: len(text)] = text
+        return len(text)
+
+    def close(self) -> None:
+        self._content.close()
+        super().close()
 
 
 def _not_utf8(file: File) -> DataError:
@@ -198,16 +246,19 @@ def _csv_rows(stream: TextIO, file: File) -> Iterator[Row]:
                     f"{file.name}, line {line}: {len(cells)} cells where the header has {len(header)}; a cell with "
                     f"{_SPOKEN.get(separator, repr(separator))} or a line break needs double quotes"
                 )
-            if separator == "\t" and any("\t" in cell for cell in cells):
-                raise DataError(
-                    f"{file.name}, line {line}: a cell in double quotes contains a tab, so its quotes may be text; "
-                    "write a quote that is text twice, and its cell in quotes"
-                )
+            if separator == "\t" and any("\t" in cell or "\n" in cell for cell in cells):
+                _say_quoted(file.name, line)
             if cells:
                 yield f"line {line}", dict(zip(header, cells, strict=True))
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f"{file.name}, line {reader.line_num}: cannot be read as csv: {error}") from error
+
+
+@cache
+def _say_quoted(name: str, line: int) -> None:
+    """Say where a cell goes on behind a tab or a line break, as quotes that are text would make it do."""
+    log.info("%s, line %d: a cell in double quotes contains a tab or a line break", name, line)
 
 
 def _until_text(stream: TextIO) -> Iterator[str]:
@@ -291,19 +342,58 @@ def _arrow_batches(table: Any, names: list[str]) -> Iterator[Any]:
 
 
 def _table_rows(file: File, wanted: Collection[str] | None) -> Iterator[Row]:
-    import pyarrow as pa
-
     with _table(file) as (schema, batches):
         names = [name for name in schema.names if wanted is None or name in wanted]
-        short = [name for name in names if schema.field(name).type in (pa.float32(), pa.float16())]
         number = 0
         for batch in batches(names):
-            for row in batch.to_pylist(maps_as_pydicts="strict"):
+            columns = [_values(column, column.type) for column in batch.columns]
+            for values in zip(*columns, strict=True) if names else [()] * batch.num_rows:
                 number += 1
-                for name in short:  # 0.1 in 32 bits is 0.10000000149 in Python's 64
-                    row[name] = None if row[name] is None else _shortest(row[name], schema.field(name).type)
-                yield f"row {number}", row
+                yield f"row {number}", dict(zip(batch.schema.names, values, strict=True))
 
 
-def _shortest(value: float, kind: Any) -> float:
-    return float(str(kind.to_pandas_dtype()(value)))
+_UNREADABLE = (KeyError, OverflowError, ValueError)
+
+
+def _values(column: Any, kind: Any) -> list[Any]:
+    """Return the values of a column; those that Python cannot hold are refused only if they are used."""
+    try:
+        values = column.to_pylist(maps_as_pydicts="strict")
+    except _UNREADABLE:
+        values = [_value(scalar) for scalar in column]
+    return [_shortest(value, kind) for value in values] if _has_short(kind) else values
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py(maps_as_pydicts="strict")
+    except _UNREADABLE as error:
+        return Unreadable(last_line(error).strip('"'))
+
+
+def _inner(kind: Any) -> list[Any]:
+    """Return the types of the parts of an Arrow type."""
+    if hasattr(kind, "index_type"):  # of a dictionary
+        return [kind.value_type]
+    return [kind.field(number).type for number in range(kind.num_fields)]
+
+
+def _has_short(kind: Any) -> bool:
+    return kind in ("float", "halffloat") or any(map(_has_short, _inner(kind)))
+
+
+def _shortest(value: Any, kind: Any) -> Any:
+    """Return a value with the shortest numbers that are the same in its type: 0.1 in 32 bits is 0.10000000149 in 64."""
+    if kind in ("float", "halffloat"):
+        return float(str(kind.to_pandas_dtype()(value))) if isinstance(value, float) else value
+    if not (inner := _inner(kind)) or not _has_short(kind):
+        return value
+    if isinstance(value, list):
+        return [_shortest(item, inner[0]) for item in value]
+    if not isinstance(value, dict):
+        return _shortest(value, inner[0]) if hasattr(kind, "index_type") else value
+    if hasattr(kind, "key_type"):  # of a map
+        return {_shortest(key, kind.key_type): _shortest(item, kind.item_type) for key, item in value.items()}
+    return {
+        kind.field(number).name: _shortest(value[kind.field(number).name], part) for number, part in enumerate(inner)
+    }

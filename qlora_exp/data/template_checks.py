@@ -63,9 +63,10 @@ class TemplateCheck:
     def _is_shown(self, changed: list[Message], dialogue: list[Message], tools: Any, place: int) -> bool:
         """Return whether a change of a message shows.
 
-        A template may leave out the reasoning of earlier answers, so the message is also tried as the last one.
+        A template may leave out the reasoning of earlier answers, so the message is also tried as the last one, and
+        some render a system message only in a prompt (`prompts.render` takes the text before an answer from there).
         """
-        for end in (len(dialogue), place + 1):
+        for end in dict.fromkeys((len(dialogue), len(dialogue) - 1, place + 1)):
             try:
                 before = apply_template(self._tokenizer, self._config, dialogue[:end], tools)
             except DataError:

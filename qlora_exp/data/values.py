@@ -19,6 +19,13 @@ class Number(float):
         return number
 
 
+class Unreadable:
+    """A value of a table that Python cannot hold, such as a map with a key twice."""
+
+    def __init__(self, why: str) -> None:
+        self.why = why
+
+
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
@@ -39,7 +46,7 @@ def as_text(value: Any) -> str:
     """Return text as it is, None as an empty text, and any other value as JSON.
 
     Raises:
-        ValueError: JSON cannot express the value: a date, bytes, a number that is not finite.
+        ValueError: JSON cannot express the value: a date, bytes, a number that is not finite, or it cannot be read.
     """
     if value is None:
         return ""
@@ -58,4 +65,5 @@ def _json(value: Any) -> str:
     if isinstance(value, int | float | Decimal) and math.isfinite(value):
         return str(value)
     kind = "not a finite number" if isinstance(value, float | Decimal) else f"of the type {type(value).__name__}"
-    raise ValueError(f"{str(value)[:40]} is {kind}, which has no form in JSON")
+    unreadable = f"a value cannot be read: {value.why}" if isinstance(value, Unreadable) else ""
+    raise ValueError(unreadable or f"{str(value)[:40]} is {kind}, which has no form in JSON")

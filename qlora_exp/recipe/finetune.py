@@ -10,6 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from qlora_exp.config.schema import Config
+from qlora_exp.data.recognize import recognized
 from qlora_exp.distributed import group
 from qlora_exp.environment.ranks import is_launched, take_place
 from qlora_exp.recipe.inputs import check_config, read_inputs
@@ -41,7 +42,7 @@ def run(
         PrunedError: the search that the run belongs to stops it.
     """
     take_place(config.distributed)
-    config = with_processes(config)
+    config = with_processes(recognized(config))
     if config.distributed.engine != "none" and not is_launched():
         check_config(config)
         arguments = {"tags": dict(tags), "must_reach": must_reach, "pruning": pruning}

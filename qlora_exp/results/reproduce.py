@@ -15,6 +15,7 @@ from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.dataset import looks_local
 from qlora_exp.config.untrusted import changed
 from qlora_exp.config.values import APART, flatten
+from qlora_exp.data.recognize import recognized
 from qlora_exp.environment import data_files, hub, provenance
 from qlora_exp.results import bundle, stats
 from qlora_exp.results.record import Record
@@ -73,7 +74,7 @@ def recorded_config(record: Record, changes: Mapping[str, Any], uri: str | None)
 
     Raises:
         ConfigError: the config is invalid, or uses a setting that only the user may allow.
-        DataError: a file that the user names cannot be used.
+        DataError: a file that the user names cannot be used, or its format not be recognized (`dataset.format=auto`).
     """
     values = record.yaml()
     recorded_tracking = values.get("tracking")
@@ -84,7 +85,7 @@ def recorded_config(record: Record, changes: Mapping[str, Any], uri: str | None)
         given = {f"{section}.path", f"{section}.eval_path"} & changes.keys()
         for path in filter(looks_local, source.paths if given else ()):
             data_files.check(path, f"{section}.path")
-    return config
+    return recognized(config)
 
 
 def differences(record: Record, config: Config) -> list[str]:

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from qlora_exp.config.schema import Config
+from qlora_exp.data.recognize import recognized_each
 from qlora_exp.tracking import run_key
 from qlora_exp.tracking.journal import FILE, is_locked, last_message, read
 from qlora_exp.training.checkpoints import checkpoints, is_complete, step
@@ -106,11 +107,12 @@ def jobs(
 
     Raises:
         ConfigError: the number of processes of a job is not set.
+        DataError: the format of the rows is to be recognized (`dataset.format=auto`), and cannot be.
     """
     if any(config.distributed.engine != "none" and config.distributed.num_processes == "auto" for config in configs):
         raise ConfigError("distributed.num_processes: jobs of a sweep need a number, not auto")
     jobs_by_key: dict[str, Job] = {}
-    for config, values, job_overrides in zip(configs, swept, overrides, strict=True):
+    for config, values, job_overrides in zip(recognized_each(configs), swept, overrides, strict=True):
         parts = run_key.digests(config)
         key = run_key.combine(parts)
         words = [f"{name.split('.')[-1]}-{value}" for name, value in redacted(dict(values)).items()]

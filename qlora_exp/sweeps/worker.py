@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qlora_exp.config.schema import Config
+from qlora_exp.data.recognize import recognized
 from qlora_exp.environment.ranks import ranks, take_place
 from qlora_exp.sweeps.jobs import JOB_FILE, TIME_LIMIT_FILE, stop, stopped
 from qlora_exp.tracking import run_key
@@ -42,6 +43,7 @@ def run_job(config: Config, folder: Path) -> None:
     take_place(config.distributed)
     main = ranks().is_main  # else another process of the run, which SLURM started
     try:
+        config = recognized(config)
         _check_unchanged(config, job["parts"])
         with handle_signals(), time_limit(job["time_limit"] if main else None, folder / TIME_LIMIT_FILE):
             result = run(config, folder, job["tags"], must_reach=False, pruning=job["pruning"])

@@ -102,3 +102,15 @@ def test_wrong_usage_ends_with_2(capsys):
     assert command("trian").returncode == 2
     assert exit_code("keys", "traning") != 0
     assert "did you mean 'training'" in capsys.readouterr().err
+
+
+def test_every_command_says_the_same_of_rows_that_it_recognizes(write_jsonl, capfd):
+    turns = [[{"from": "human", "value": f"q {n}"}, {"from": "gpt", "value": "a"}] for n in range(30)]
+    path = write_jsonl([{"conversations": said} for said in turns])
+    words = ["dataset=own", f"dataset.path={path}", "device=cpu", "model=tiny_llama", "method=lora"]
+    line = "rows recognized as ShareGPT (`conversations`): dataset.format=chat dataset.messages_column=conversations"
+    for verb in (["train", "--dry-run"], ["train", "-m", "method.r=4,8", "--dry-run"], ["plan"]):
+        assert exit_code(*verb, *words) == 0
+        assert "".join(capfd.readouterr()).count(line) == 1
+    assert exit_code("plan", *words, "dataset.path=gone.jsonl") == 0  # which needs no rows
+    assert "a run would be refused: dataset.path: no file gone.jsonl" in capfd.readouterr().out

@@ -86,6 +86,7 @@ def test_bundle_contains_neither_paths_nor_training_rows(run_quick, mlflow_uri, 
     found = bundle.read(tmp_path / "it.zip")
     everything = "".join(found.text(name) for name in (*bundle._FILES, "run.json"))
     assert "rows.jsonl" in everything
+    assert found.yaml()["dataset"]["format"] == "prompt_completion"  # what was recognized, not `auto`
     for hidden in (str(tmp_path), "TRAINING", "secrettoken", "ours"):
         assert hidden not in everything
     (tmp_path / "rows.jsonl").unlink()

@@ -107,9 +107,10 @@ class DatasetConfig(Section):
     """Largest number of training rows. null: all."""
     max_eval_rows: PositiveInt | None = None
     """Largest number of held-out rows. null: all."""
-    format: Literal["alpaca", "chat", "prompt_completion", "text"] = "alpaca"
+    format: Literal["alpaca", "auto", "chat", "prompt_completion", "text"] = "alpaca"
     """alpaca: Alpaca's two prompts, with and without input. chat: the model's chat template.
-    prompt_completion: the columns without a template. text: plain text, loss on all tokens."""
+    prompt_completion: the columns without a template. text: plain text, loss on all tokens. auto: recognized from the
+    first rows, with the columns that you do not name; runs record what it was."""
     prompt_template: str | None = None
     r"""chat, prompt_completion: the prompt as a text with names of columns in braces, such as
     `Question: {question}\nAnswer:`, in the place of prompt_column and input_column. `\n` is a line break, `\t` a tab,
@@ -198,12 +199,13 @@ class DatasetConfig(Section):
     def _check(self) -> Self:
         if self.eval_path and self.eval_split:
             raise ValueError("eval_path and eval_split exclude each other: set one of them")
-        if self.system_message and self.format != "chat":
+        chats = self.format in ("chat", "auto")
+        if self.system_message and not chats:
             raise ValueError(f"format={self.format} has no system message: use format=chat, or system_message=null")
         for key in ("messages_column", "chat_template", "history_column", "system_column"):
-            if getattr(self, key) and self.format != "chat":
+            if getattr(self, key) and not chats:
                 raise ValueError(f"{key} needs format=chat")
-        if self.prompt_template and self.format not in ("chat", "prompt_completion"):
+        if self.prompt_template and not (chats or self.format == "prompt_completion"):
             raise ValueError(f"prompt_template: format={self.format} has its own prompt; use format=prompt_completion")
         if self.prompt_template and self.completion_column in prompt_templates.columns(self.prompt_template):
             raise ValueError(f"prompt_template contains the answer: completion_column={self.completion_column}")

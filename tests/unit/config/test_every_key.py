@@ -226,6 +226,7 @@ def keys() -> list[str]:
 @functools.cache
 def base() -> str:
     own = ["dataset=own", "dataset.path=rows.jsonl", "dataset.completion_column=answer", "dataset.eval_size=3"]
+    own += ["dataset.format=prompt_completion"]
     words = ["model=tiny_llama", "device=cpu", "method=lora", "unrelated=none", "tracking.plan=false", *own]
     return compose(words).model_dump_json()
 

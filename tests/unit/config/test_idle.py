@@ -20,7 +20,7 @@ FILE = ("dataset=own", "dataset.path=rows.jsonl")
         ([*FILE, "dataset.revision=main"], "not rows.jsonl, which is read as a whole"),
         ([*FILE, "dataset.eval_split=test"], "dataset.eval_split=test: only datasets of the hub have splits"),
         ([*FILE, "dataset.eval_path=x.jsonl", "dataset.eval_size=3"], "eval_path has the held-out rows"),
-        ([*FILE, "dataset.text_column=body"], "it is for format=text, not format=prompt_completion"),
+        ([*FILE, "dataset.format=alpaca", "dataset.text_column=body"], "it is for format=text, not format=alpaca"),
         ([*FILE, "dataset.format=text", "dataset.prompt_column=q"], "format=text reads text_column"),
         ([*FILE, "dataset.reasoning_gym_size=9"], "is no reasoning_gym:TASK"),
         (["unrelated.drop_leaks=none"], "unrelated text is not trained on"),

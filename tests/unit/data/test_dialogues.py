@@ -121,3 +121,39 @@ def test_message_that_cannot_be_kept_is_rejected(given, message: str):
 def test_said_includes_calls():
     assert dialogues.said({"role": "user", "content": "a"}) == "a"
     assert "weather" in dialogues.said({"role": "assistant", "content": None, "tool_calls": [CALL]})
+
+
+def test_arguments_of_calls_are_objects_or_text():
+    def called(arguments: object) -> list[dict]:
+        return [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]},
+        ]
+
+    for arguments in ({"a": "é"}, '{"a": "é"}'):
+        assert dialogues.with_arguments(called(arguments), as_objects=True) == called({"a": "é"})
+        assert dialogues.with_arguments(called(arguments), as_objects=False) == called('{"a": "é"}')
+    for other in ("[1]", "{", '{"a": 1, "a": 2}', None, 3):
+        assert (
+            dialogues.with_arguments(called(other), True)
+            == dialogues.with_arguments(called(other), False)
+            == called(other)
+        )
+    unusual = [
+        {"role": "assistant", "tool_calls": value} for value in (None, "x", [None], [{"name": "f"}], [{"function": {}}])
+    ]
+    assert dialogues.with_arguments(unusual, True) == dialogues.with_arguments(unusual, False) == unusual
+
+
+def test_list_of_calls_is_told_from_other_lists():
+    call = {"name": "f", "arguments": {"a": 1}}
+    assert dialogues.calls([call]) == dialogues.calls(json.dumps([call])) == [{"type": "function", "function": call}]
+    for other in ("f", "[", "[{", [], "[]", [{"name": "f"}], [call | {"id": 1}], "[1]", None):
+        assert dialogues.calls(other) is None
+
+
+def test_json_text_of_messages_is_a_dialogue():
+    turns = [{"role": "user", "content": "q"}]
+    assert dialogues.parsed(turns) == dialogues.parsed(f" {json.dumps(turns)}") == turns
+    for other in ("q", "[", "[{", '[{"a": 1}]', [], {}, None):
+        assert dialogues.parsed(other) is None

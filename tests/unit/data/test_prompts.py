@@ -10,6 +10,7 @@ from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.sections.dataset import DatasetConfig
 from qlora_exp.data import prompts
 from qlora_exp.data.prompts import render
+from qlora_exp.data.template_checks import TemplateCheck
 from qlora_exp.utils.errors import DataError, ModelError
 from qlora_exp.utils.processes.limits import LimitedProcess
 from qlora_exp.utils.prompt_templates import filled
@@ -253,3 +254,90 @@ def test_plain_text_and_non_chat_models_have_no_template(tiny_tokenizer):
     mute = copy.deepcopy(tiny_tokenizer)
     mute.chat_template = None
     assert prompts.chat_template(compose(["model=tiny_llama", "dataset.format=chat"]).dataset, mute) is None
+
+
+CALLS = (
+    "{% for m in messages %}{{ m.role }}: {% for c in m.tool_calls or [] %}WRITTEN{% endfor %}{{ m.content }}\n"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "{{ c.function.arguments | tojson }}",  # Llama's, Mistral's, gpt-oss'
+        "{{ c.function.arguments if c.function.arguments is string else c.function.arguments | tojson }}",  # Qwen's
+        "{{ '' + c.function.arguments }}",  # DeepSeek's
+        "{{ c.function.arguments }}",
+    ],
+)
+@pytest.mark.parametrize("arguments", [{"town": "Malmö", "n": 1}, '{"town": "Malmö", "n": 1}'])
+def test_arguments_of_calls_are_written_once_whatever_the_template_takes(
+    written: str, arguments: object, tiny_tokenizer
+):
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    dialogue = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    text = prompts.render_chat(tiny_tokenizer, dialogue, CALLS.replace("WRITTEN", written))
+    assert text == 'user: q\nassistant: {"town": "Malmö", "n": 1}\n'
+
+
+LATE_SYSTEM = (  # as Mistral's
+    "{% for m in messages %}{% if m.role == 'user' %}[INST]{{ messages[0].content + ': ' if loop.last and "
+    "messages[0].role == 'system' }}{{ m.content }}[/INST]"
+    "{% elif m.role == 'assistant' %}{{ m.content }}</s>{% endif %}{% endfor %}"
+)
+THOUGHTS = (  # as gpt-oss': thoughts before calls are left out once there is an answer
+    "{% for m in messages %}<{{ m.role }}>{% if m.reasoning_content and (loop.last or messages[-1].role == 'tool') %}"
+    "({{ m.reasoning_content }}){% endif %}{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}"
+    "{{ m.content or '' }}.{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CHAT = DatasetConfig(format="chat", messages_column="messages")
+
+
+def said(role: str, content: str | None, **more: object) -> dict:
+    return {"role": role, "content": content, **more}
+
+
+def test_answer_follows_the_prompt_of_templates_that_render_earlier_turns_otherwise(tiny_tokenizer):
+    dialogue = [said("system", "Be kind"), *[said("user", "hi?"), said("assistant", "ho")] * 2]
+    row = {"messages": dialogue}
+    config = CHAT.model_copy(update={"chat_template": LATE_SYSTEM})
+    TemplateCheck(config, tiny_tokenizer).check(row)
+    assert render(row, config, tiny_tokenizer).pieces == [
+        ("[INST]hi?[/INST]ho</s>[INST]Be kind: hi?[/INST]", False),
+        ("ho</s>", True),
+    ]
+    with pytest.raises(DataError, match="renders a dialogue differently .* training.assistant_only_loss=false"):
+        render(row, config, tiny_tokenizer, every_answer=True)
+    call = said("assistant", None, reasoning_content="look", tool_calls=[{"function": {"name": "f", "arguments": {}}}])
+    row = {"messages": [said("user", "q"), call, said("tool", "r"), said("assistant", "a", reasoning_content="so")]}
+    config = CHAT.model_copy(update={"chat_template": THOUGHTS})
+    assert render(row, config, tiny_tokenizer).pieces == [
+        ("<user>q.<assistant>(look)f.<tool>r.<assistant>", False),
+        ("(so)a.", True),
+    ]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        LATE_SYSTEM.replace("{{ m.content }}[/INST]", "{{ m.content }}{{ loop.last }}[/INST]"),  # not the same question
+        LATE_SYSTEM.replace("{{ m.content }}</s>", "</s>"),  # no answer
+        LATE_SYSTEM + "{% if add_generation_prompt %}<think>{% endif %}",
+    ],
+)
+def test_answer_that_cannot_be_told_from_the_prompt_is_refused(template: str, tiny_tokenizer):
+    row = {"messages": [said("system", "s"), said("user", "hi?"), said("assistant", "ho")]}
+    with pytest.raises(DataError, match="renders a dialogue differently once it has an answer"):
+        render(row, CHAT.model_copy(update={"chat_template": template}), tiny_tokenizer)
+    quoted = {"messages": [said("system", "s"), said("user", "hi?"), said("assistant", "ho hi?[/INST] ha")]}
+    with pytest.raises(DataError, match="renders a dialogue differently"):
+        render(quoted, CHAT.model_copy(update={"chat_template": LATE_SYSTEM}), tiny_tokenizer)
+
+
+def test_dialogue_needs_a_template_and_the_refusal_says_where_from(tiny_tokenizer):
+    tokenizer = copy.copy(tiny_tokenizer)
+    tokenizer.chat_template = None
+    row = {"messages": [said("user", "q"), said("assistant", "a")]}
+    with pytest.raises(DataError, match="no chat template; use dataset.chat_template=FILE.jinja or an"):
+        render(row, CHAT, tokenizer)

@@ -4,9 +4,11 @@ import bz2
 import csv
 import gzip
 import json
+import logging
 import lzma
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -109,6 +111,26 @@ def test_separators_in_quotes_do_not_count(tmp_path):
         read(tmp_path / "a.csv", "sep=;\na;b\n1;2\n1;2;3")
 
 
+def test_quoted_tab_is_part_of_its_cell_and_said_once(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    for _ in range(2):
+        rows = read(tmp_path / "a.tsv", 'a\tb\n1\t"one\ttwo"\n2\tfoo "bar"\n3\t"x""y"\n')
+    assert [row["b"] for row in rows] == ["one\ttwo", 'foo "bar"', 'x"y']
+    (message,) = caplog.messages
+    assert message.endswith("a.tsv, line 2: a cell in double quotes contains a tab or a line break")
+
+
+@pytest.mark.parametrize("suffix", [".bz2", ".xz"])
+def test_nothing_behind_compressed_text_is_left_out_in_silence(suffix: str, tmp_path):
+    row = PACKERS[suffix](b'{"a": 1}\n')
+    file = tmp_path / f"rows.jsonl{suffix}"
+    for content, count in {row: 1, row + row: 2, row + b"\0" * 8 + row: 2, PACKERS[suffix](b"") + row: 1}.items():
+        assert read(file, content) == [{"a": 1}] * count
+    for more, message in {b"garbage": "behind", b"\n": "behind", row[:-3]: "cut off"}.items():
+        with pytest.raises(DataError, match=f"rows.jsonl.{suffix[1:]}: cannot be read: .*{message}"):
+            read(file, row + more)
+
+
 @pytest.mark.parametrize("kind", [pa.ipc.new_file, pa.ipc.new_stream])
 def test_arrow_file_is_read(kind, tmp_path):
     table = pa.table({"a": [str(number) for number in range(2500)], "b": pa.array([0.1] * 2500, pa.float32())})
@@ -117,6 +139,40 @@ def test_arrow_file_is_read(kind, tmp_path):
     rows = list(readers.rows(named(tmp_path / "rows.arrow"), ["b"]))
     assert (len(rows), rows[-1]) == (2500, ("row 2500", {"b": 0.1}))
     assert readers.columns(named(tmp_path / "rows.arrow")) == ["a", "b"]
+
+
+NESTED = {
+    "list": (pa.array([[0.1, None]], pa.list_(pa.float32())), "[0.1, null]"),
+    "half": (pa.array([[np.float16(0.1)]], pa.list_(pa.float16())), "[0.1]"),
+    "struct": (pa.array([{"a": [0.1]}], pa.struct([("a", pa.list_(pa.float32(), 1))])), '{"a": [0.1]}'),
+    "map": (pa.array([[("k", 0.1)]], pa.map_(pa.string(), pa.float32())), '{"k": 0.1}'),
+    "dictionary": (pa.array([0.1], pa.float32()).dictionary_encode(), "0.1"),
+    "null": (pa.array([None], pa.list_(pa.float32())), ""),
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_short_numbers_keep_how_they_are_written_at_any_depth(name: str, tmp_path):
+    values, text = NESTED[name]
+    with pa.ipc.new_file(tmp_path / "rows.arrow", pa.schema([("a", values.type)])) as writer:
+        writer.write_table(pa.table({"a": values}))
+    ((_, row),) = readers.rows(named(tmp_path / "rows.arrow"))
+    assert as_text(row["a"]) == text
+
+
+def test_value_that_python_cannot_hold_is_refused_only_if_it_is_used(tmp_path):
+    columns = {
+        "twice": pa.array([[("k", 1), ("k", 2)], [("k", 1)]], pa.map_(pa.string(), pa.int64())),
+        "late": pa.array([2**62, 0], pa.timestamp("s")),
+        "text": ["a", "b"],
+    }
+    with pa.ipc.new_file(tmp_path / "rows.arrow", pa.table(columns).schema) as writer:
+        writer.write_table(pa.table(columns))
+    (_, first), (_, second) = readers.rows(named(tmp_path / "rows.arrow"))
+    assert (first["text"], second["twice"]) == ("a", {"k": 1})
+    for name, why in {"twice": "duplicate keys", "late": "too large"}.items():
+        with pytest.raises(ValueError, match=f"a value cannot be read: .*{why}"):
+            as_text(first[name])
 
 
 def test_parquet_values_keep_their_type(tmp_path):
@@ -149,7 +205,7 @@ def test_parquet_values_keep_their_type(tmp_path):
         ("a.csv", "a,b\nok,ok\né,é".encode("cp1252"), "line 3: .*not UTF-8.* iconv -f WINDOWS-1252"),
         ("a.jsonl", '{"a": "é"}'.encode("utf-16"), "line 1: .*iconv -f UTF-16"),
         ("a.csv", "a,b,a\n1,2,3", "2 columns have the name 'a'"),
-        ("a.tsv", 'a\tb\n1\t"open\n2\tfoo "', "line 2: a cell in double quotes contains a tab"),
+        ("a.tsv", 'a\tb\n1\t"open\n2\tfoo', "cannot be read as csv: unexpected end"),
         ("a.arrow", "x", "cannot be read as arrow"),
         ("a.arrow", b"ARROW1" + b"x" * 99, "cannot be read as arrow"),
         ("a.csv", "a,b\n1,2\n\n3", "line 4: 1 cells where the header has 2"),

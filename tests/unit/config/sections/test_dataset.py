@@ -54,7 +54,7 @@ def test_invalid_regular_expression_is_rejected():
         (["dataset.prompt_template='{q}'", "dataset.prompt_column=q"], "prompt_template names the columns"),
         (["dataset.chat_template=gone.jinja", "dataset.format=chat"], "gone.jinja cannot be read: No such file"),
         (["dataset.chat_template=rows.jsonl", "dataset.format=chat"], "must be a Jinja template: name its file"),
-        (["dataset.chat_template='{{ x }}'"], "chat_template needs format=chat"),
+        (["dataset.chat_template='{{ x }}'", "dataset.format=text"], "chat_template needs format=chat"),
     ],
 )
 def test_template_that_cannot_be_used_is_refused(words: list[str], message: str):
