@@ -163,10 +163,10 @@ def compatibility(session: nox.Session) -> None:
     session.run(sys.executable, "benchmarks/compatibility.py", *session.posargs)
 
 
-@nox.session(name="peft-methods")
-def peft_methods(session: nox.Session) -> None:
-    """Write PEFT's methods and their settings, as the installed PEFT declares them, for checking configs."""
-    session.run(sys.executable, "benchmarks/peft_methods.py")
+@nox.session(name="library-settings")
+def library_settings(session: nox.Session) -> None:
+    """Write PEFT's methods and SFTConfig's arguments, as the installed libraries declare them, for checking configs."""
+    session.run(sys.executable, "benchmarks/library_settings.py")
 
 
 @nox.session

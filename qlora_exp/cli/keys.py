@@ -25,18 +25,24 @@ def keys(options: argparse.Namespace) -> None:
       qlora-exp keys                      every section and key
       qlora-exp keys training             one section
       qlora-exp keys training.max_steps   one key
+      qlora-exp keys training.sft_config  further arguments of TRL's SFTConfig
     """
     from pydantic import BaseModel
 
     from qlora_exp.config import hydra_compose, idle
     from qlora_exp.config.schema import Config
     from qlora_exp.config.sections.base import PeftSettings
-    from qlora_exp.config.tables import peft_methods
-    from qlora_exp.config.validate import known_keys
+    from qlora_exp.config.tables import peft_methods, sft_arguments
+    from qlora_exp.config.validate import SFT_CONFIG, known_keys, no_such_key
 
     chosen: str = options.chosen or ""
     sections = Config.model_fields
     names = [*sections, *(known for known in known_keys() if known not in idle.ALWAYS)]
+    if chosen.startswith(f"{SFT_CONFIG}."):
+        if chosen not in names:
+            raise ConfigError(no_such_key(chosen))
+        print(f"{chosen}: {_type(sft_arguments.accepted()[chosen.removeprefix(f'{SFT_CONFIG}.')])}")
+        return
     if chosen and chosen not in names:
         same_name = [key for key in names if key.endswith(f".{chosen}")]
         hint = f"; did you mean '{same_name[0]}'?" if same_name else did_you_mean(chosen, names)
@@ -55,6 +61,9 @@ def keys(options: argparse.Namespace) -> None:
         for inner_name, inner in kind.model_fields.items():
             if key in ("", inner_name) and f"{name}.{inner_name}" not in idle.ALWAYS:
                 print(_describe(f"  {inner_name}", inner, getattr(value, inner_name)))
+                if chosen == SFT_CONFIG:
+                    for argument, accepted in sft_arguments.accepted().items():
+                        print(f"      {argument}: {_type(accepted)}")
         if issubclass(kind, PeftSettings) and key not in kind.model_fields:
             print(f"  further keys for LoRA: {', '.join(peft_methods.settings('LORA'))}")
 

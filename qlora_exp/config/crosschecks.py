@@ -5,6 +5,7 @@ Single keys and sections are checked in `config.sections`.
 
 from collections.abc import Iterator
 
+from qlora_exp.config import trainer_settings
 from qlora_exp.config.schema import Config
 from qlora_exp.config.tables import compatibility, peft_methods
 
@@ -28,6 +29,7 @@ def problems(config: Config) -> Iterator[str]:
     if config.model.adapter:
         yield from _trained_on(config)
     yield from _trainer(config)
+    yield from trainer_settings.problems(config)
     yield from _device(config)
     yield from _distributed(config)
     if config.distributed.shards:

@@ -36,11 +36,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "num_cycles": _Positive,
     },
 }
-"""Settings of each schedule, by transformers' names, and their types.
-
-Left out are the schedules that follow a metric (`reduce_lr_on_plateau`, `greedy`): with them the learning rate would
-depend on how often a run evaluates.
-"""
+"""Settings of each schedule, by transformers' names, and their types."""
+FOLLOW_A_METRIC = ("reduce_lr_on_plateau", "greedy")
+"""Schedules of transformers that a run does not take: the learning rate would depend on how often it evaluates."""
 _LOWEST = {"min_lr": 0.0, "lr_end": 1e-7}
 """Settings that must be below the learning rate, with transformers' defaults."""
 
@@ -74,6 +72,20 @@ def problems(schedule: str, given: dict[str, Any], learning_rate: float, warmup:
         yield f"lr_scheduler_type=polynomial has no step left to decay: warmup_steps={warmup:g} of max_steps={steps}"
     if schedule == "warmup_stable_decay":
         yield from _phases(given, rise, steps)
+
+
+def check_name(schedule: Any) -> Any:
+    """Return the name of a schedule.
+
+    Raises:
+        ValueError: the schedule follows a metric.
+    """
+    if schedule in FOLLOW_A_METRIC:
+        raise ValueError(
+            f"{schedule} follows the held-out loss, so that the learning rate would depend on how often a run "
+            "evaluates; use cosine_with_min_lr or warmup_stable_decay"
+        )
+    return schedule
 
 
 def _wrong(schedule: str, given: dict[str, Any]) -> Iterator[str]:

@@ -10,13 +10,15 @@ from pydantic import BaseModel, ValidationError
 from qlora_exp.config import crosschecks
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.sweep import SearchConfig
-from qlora_exp.config.tables import peft_methods
+from qlora_exp.config.tables import peft_methods, sft_arguments
 from qlora_exp.utils import prompt_templates
 from qlora_exp.utils.errors import ConfigError, did_you_mean
 from qlora_exp.utils.secrets import redact
 
 OPEN_SECTIONS = ("method", "lora_variant")
 """Sections with PEFT settings: `method.use_rslora=true` needs no `+`, and `schema` rejects settings PEFT lacks."""
+SFT_CONFIG = "training.sft_config"
+"""Key of the arguments of TRL's SFTConfig that have no key of their own."""
 
 
 def from_dict(values: Any) -> Config:
@@ -71,7 +73,7 @@ def as_written(key: str, value: Any) -> Any:
 
 
 def known_keys() -> list[str]:
-    """List every dotted key that a config can have, including PEFT's LoRA settings."""
+    """List every dotted key that a config can have, including PEFT's LoRA settings and TRL's further arguments."""
 
     def walk(prefix: str, section: type[BaseModel]) -> Iterator[str]:
         for name, field in section.model_fields.items():
@@ -80,7 +82,7 @@ def known_keys() -> list[str]:
                 yield from walk(f"{prefix}{name}.", field.annotation)
 
     lora = [f"{section}.{name}" for section in OPEN_SECTIONS for name in peft_methods.settings("LORA")]
-    return [*walk("", Config), *lora]
+    return [*walk("", Config), *lora, *(f"{SFT_CONFIG}.{name}" for name in sft_arguments.ACCEPTED)]
 
 
 def no_such_key(key: str) -> str:
@@ -96,6 +98,10 @@ def no_such_key(key: str) -> str:
         return f"{key}: this launcher has no such key; did you mean 'sweep.n_jobs'?"
     if key.startswith("hydra."):
         return f"{key}: Hydra has no such key (--cfg hydra shows its keys); +{key}=VALUE adds one for a plugin"
+    name = key.removeprefix("training.").removeprefix("sft_config.")
+    if key != name and name in sft_arguments.declared():
+        refused = sft_arguments.refusal(name)
+        return f"{key}: {refused}" if refused else f"{key}: no such key; did you mean '{SFT_CONFIG}.{name}'?"
     if (hint := did_you_mean(key, known_keys())) != ".":
         return f"{key}: no such key or group{hint}"
     section = key.rpartition(".")[0]

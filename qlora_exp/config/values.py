@@ -101,6 +101,7 @@ _EMPTY_IN_OLDER_RECORDS = (
     ("model", "adapter"),
     ("training", "lr_scheduler_kwargs"),
     ("training", "tune"),
+    ("training", "sft_config"),
     *((section, key) for section in ("dataset", "unrelated") for key in _OF_ROWS),
 )
 """Keys that records of older versions lack; empty, they say the same."""

@@ -89,6 +89,17 @@ def _places(mask: torch.Tensor) -> list[torch.Tensor]:
     return [torch.empty(mask.numel(), dtype=torch.long, device=mask.device) for _ in range(mask.ndim)]
 
 
+@contextmanager
+def fp32_precision_kept() -> Iterator[None]:
+    """Restore `torch.backends.fp32_precision` after the context; the trainer's `tf32` sets it for the whole process."""
+    backends: Any = torch.backends  # its stubs lack the attribute
+    before = backends.fp32_precision
+    try:
+        yield
+    finally:
+        backends.fp32_precision = before
+
+
 def fake_device(func: Any, args: Any) -> torch.device | None:
     """Return the device of a fake tensor if an operation asks for it (`prim::device`); None for all other operations.
 

@@ -50,6 +50,11 @@ def check_model(config: Config, resolved: Resolved, tokenize: Callable[[Tokenize
     # `files.check` has seen local files; those of the hub are here only now.
     name, stored = config.model.model_name_or_path, getattr(model.config, "quantization_config", None)
     files.check_files(name, config.quantization, stored)
+    coefficient, described = config.training.sft_config.get("router_aux_loss_coef"), model.config.get_text_config()
+    if coefficient is not None and not hasattr(described, "output_router_logits"):
+        raise ConfigError(
+            f"training.sft_config.router_aux_loss_coef: {name} is no mixture of experts that has a router's loss"
+        )
     _check_tokens(name, tokenizer, _embeddings(model), tokenize)
     if (positions := learned_positions(model)) is not None:
         _check_lengths(config, positions, tokenize(tokenizer))

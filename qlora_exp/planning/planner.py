@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from trl.trainer.utils import add_fused_lm_head
 
+from qlora_exp.config import trainer_settings
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.distributed import DistributedConfig
 from qlora_exp.environment.device import UNPAGED, Device, Resolved, resolve
@@ -93,6 +94,7 @@ class Planner:
                 "method.use_dynamic_rank=true",
                 config.method.settings.get("use_dynamic_rank"),
             ),  # ranks follow the weights
+            *((f"training.sft_config.{name}", True) for name in trainer_settings.unplanned(config.training.sft_config)),
         ):
             if asked:
                 raise ConfigError(f"{key} cannot be planned yet")
@@ -223,7 +225,9 @@ class Planner:
         return (self._config.model.attn_implementation or "").startswith("flash")  # FlashAttention needs no mask
 
     def _batch(self, rows: int, length: int) -> Batch:
-        return Batch(rows, length, rows > 1 and not self._flash)  # a single row has no padding
+        multiple = self._config.training.sft_config.get("pad_to_multiple_of") or 1
+        padded = -(-length // multiple) * multiple
+        return Batch(rows, padded, (rows > 1 or padded > length) and not self._flash)  # a single row has no padding
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ from qlora_exp.environment import provenance
 from qlora_exp.environment.device import Resolved
 from qlora_exp.environment.memory import MemoryMonitor, reuse_freed_memory
 from qlora_exp.environment.ranks import ranks
+from qlora_exp.libraries.torch import fp32_precision_kept
 from qlora_exp.planning import calibration
 from qlora_exp.recipe import summary
 from qlora_exp.recipe.launch import RANKS_FOLDER
@@ -114,6 +115,7 @@ def open_run(
     with (
         _logging_of_run(folder, LOG_FILE if place.is_main else f"{RANKS_FOLDER}/{place.rank}.log"),
         handle_signals(),
+        fp32_precision_kept(),
         _tracked(config, folder, tags, must_reach) as tracker,
     ):
         log.info("run %s in %s on %s", tracker.run_id or "of rank 0", folder, resolved.place)

@@ -1,6 +1,7 @@
 """Build TRL's training arguments from the config of a run."""
 
 from pathlib import Path
+from typing import Any
 
 from trl.trainer.sft_config import SFTConfig
 
@@ -63,7 +64,9 @@ def arguments(config: Config, resolved: Resolved, output_dir: Path) -> SFTConfig
     """Return TRL's arguments of the run; all choices that TRL would make by itself are made here."""
     training, zero3 = config.training, config.distributed.engine == "deepspeed_zero3"
     kind = _ShardedArguments if config.distributed.shards else _Arguments
-    return kind(
+    given = {name: value for name, value in training.sft_config.items() if value is not None}
+    recomputing = {"use_reentrant": False, **given.pop("gradient_checkpointing_kwargs", {})}
+    decided: dict[str, Any] = dict(
         output_dir=str(output_dir),
         **{name: getattr(training, name) for name in _SAME},
         optim=resolved.optim,
@@ -75,7 +78,7 @@ def arguments(config: Config, resolved: Resolved, output_dir: Path) -> SFTConfig
         bf16=resolved.bf16,
         fp16=resolved.fp16,
         gradient_checkpointing=resolved.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if resolved.gradient_checkpointing else None,
+        gradient_checkpointing_kwargs=recomputing if resolved.gradient_checkpointing else None,
         use_cpu=resolved.device == "cpu",
         seed=config.seed,
         data_seed=config.seed,
@@ -89,3 +92,4 @@ def arguments(config: Config, resolved: Resolved, output_dir: Path) -> SFTConfig
         accelerator_config={"gradient_accumulation_kwargs": {"sync_each_batch": True}} if zero3 else None,
         dataloader_pin_memory=resolved.device == "cuda",
     )
+    return kind(**decided | given)

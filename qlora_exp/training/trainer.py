@@ -159,7 +159,7 @@ class Trainer(SFTTrainer):
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
             together = sampler.batch_size * self.accelerator.num_processes
-            return _ByLength(together, sampler.lengths, self.args.seed)
+            return _ByLength(together, sampler.lengths, self.args.data_seed or 0)
         return sampler
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:  # transformers 5.23; no public hook before a step

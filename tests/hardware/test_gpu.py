@@ -68,6 +68,23 @@ def test_sharded_run_on_the_gpu_is_the_whole_one(words, run_quick, read_losses):
     assert sharded.metrics["after/loss"] == pytest.approx(whole.metrics["after/loss"], rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "activation_offloading: true",
+        "gradient_checkpointing_kwargs: {offload: true}",
+        "torch_empty_cache_steps: 1",
+        "dataloader_pin_memory: false",
+        "tf32: false",
+    ],
+)
+def test_arguments_for_gpus_change_no_losses(argument: str, run_quick, read_losses):
+    """Never run so far."""
+    words = ["device=cuda", "method=lora", "method.lora_dropout=0", "training.gradient_checkpointing=true"]
+    losses = [read_losses(run_quick(*words, *more)) for more in ([], [f"training.sft_config={{{argument}}}"])]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
 def test_energy_of_a_gpu_is_measured(tmp_path):
     with EnergyMeter(tmp_path) as meter:
         most = max(peak_flops("cuda", torch.bfloat16) for _ in range(100))

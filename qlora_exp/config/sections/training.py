@@ -1,12 +1,13 @@
 """Section `training`: fields of TRL's SFTConfig."""
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from qlora_exp.config import schedules
 from qlora_exp.config.sections.base import Interval, NonNegative, Section
+from qlora_exp.config.tables import sft_arguments
 
 
 class TrainingConfig(Section):
@@ -25,17 +26,20 @@ class TrainingConfig(Section):
     with or without gradient_checkpointing and, on a CPU, bf16 (the last two where they are auto). Losses change by
     rounding and by the masks of dropout; `resolved.tuned` says what was chosen. null: as configured."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
-    lr_scheduler_type: Literal[
-        "linear",
-        "cosine",
-        "cosine_with_restarts",
-        "cosine_with_min_lr",
-        "cosine_warmup_with_min_lr",
-        "polynomial",
-        "constant",
-        "constant_with_warmup",
-        "inverse_sqrt",
-        "warmup_stable_decay",
+    lr_scheduler_type: Annotated[
+        Literal[
+            "linear",
+            "cosine",
+            "cosine_with_restarts",
+            "cosine_with_min_lr",
+            "cosine_warmup_with_min_lr",
+            "polynomial",
+            "constant",
+            "constant_with_warmup",
+            "inverse_sqrt",
+            "warmup_stable_decay",
+        ],
+        BeforeValidator(schedules.check_name),
     ] = "linear"
     """Shape of the learning rate over the steps, by transformers' names. constant: without warmup."""
     lr_scheduler_kwargs: dict[str, int | float | bool | str] = {}
@@ -94,14 +98,19 @@ class TrainingConfig(Section):
     """Processes that load training rows. 0: the run's own process loads them."""
     torch_compile: bool = False
     """Compile the model with torch.compile."""
+    sft_config: dict[str, Any] = {}
+    """Further arguments of TRL's SFTConfig, by its names, such as {label_smoothing_factor: 0.1}. `qlora-exp keys
+    training.sft_config` lists them; of the others, `qlora-exp keys training.sft_config.NAME` says why a run does not
+    take them."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.max_steps == 0 or self.max_steps < -1:
             raise ValueError("max_steps must be positive, or -1 to train for num_train_epochs")
         rate, warmup, steps = self.learning_rate, self.warmup_steps, self.max_steps
-        if wrong := [*schedules.problems(self.lr_scheduler_type, self.lr_scheduler_kwargs, rate, warmup, steps)]:
-            raise ValueError("\n".join(f"training.{problem}" for problem in wrong))
+        wrong = schedules.problems(self.lr_scheduler_type, self.lr_scheduler_kwargs, rate, warmup, steps)
+        if problems := [*(f"training.{problem}" for problem in wrong), *sft_arguments.check(self.sft_config)]:
+            raise ValueError("\n".join(problems))
         if self.bf16 is True and self.fp16 is True:
             raise ValueError("bf16 and fp16 exclude each other: set one of them")
         if self.load_best_model_at_end and (self.eval_strategy == "no" or self.save_strategy != self.eval_strategy):

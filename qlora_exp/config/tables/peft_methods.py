@@ -2,7 +2,7 @@
 
 Importing PEFT takes seconds because it imports torch; a wrong config must be rejected within one second. So a file
 lists the names and types of the fields of PEFT's config dataclasses (and of the method in `models/bottleneck`).
-`nox -s peft-methods` writes it from the installed PEFT. A setting that is not in the file is rejected; the message
+`nox -s library-settings` writes it from the installed PEFT. A setting that is not in the file is rejected; the message
 says so if the installed PEFT is another version than the one that the file was made from.
 
 Of the config this module needs only a PEFT type and its settings.
@@ -12,25 +12,15 @@ import json
 import re
 from collections.abc import Iterator
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
+from qlora_exp.config.tables import declared_types
 from qlora_exp.utils.errors import ConfigError, did_you_mean
 
 FILE = Path(__file__).with_suffix(".json")
-PLAIN: dict[str, Any] = {
-    "any": Any,
-    "bool": bool,
-    "dict": dict,
-    "float": float,
-    "int": int,
-    "null": type(None),
-    "str": str,
-}
-"""Names of the simple types in the file."""
 
 # PEFT, the run or the model sets these, so they are not settings of an experiment.
 _NOT_SETTINGS = frozenset(
@@ -122,29 +112,6 @@ def methods() -> dict[str, str]:
     return {peft_type: method["config"] for peft_type, method in _table()["methods"].items()}
 
 
-def _type(described: Any) -> Any:
-    """Return the Python type that a description in the file stands for.
-
-    Raises:
-        ValueError: the description has none of the forms below.
-    """
-    match described:
-        case str() if described in PLAIN:
-            return PLAIN[described]
-        case {"list": kind}:
-            return list[_type(kind)]  # type: ignore[misc]
-        case {"tuple": kinds}:
-            # YAML and the command line have lists only.
-            return Annotated[tuple[*map(_type, kinds)], Field(strict=False)]  # type: ignore[misc]
-        case {"dict": [key, value]}:
-            return dict[_type(key), _type(value)]  # type: ignore[misc]
-        case {"literal": values}:
-            return Literal[*values]
-        case {"union": kinds}:
-            return Union[*map(_type, kinds)]
-    raise ValueError(f"{FILE.name}: no such type: {described}")
-
-
 @cache
 def settings(peft_type: str) -> dict[str, Any]:
     """Return the fields that a config may set for `peft_type`, with their types as PEFT declares them.
@@ -158,15 +125,15 @@ def settings(peft_type: str) -> dict[str, Any]:
             f"PEFT types: {', '.join(sorted(methods()))}{_other_version()}"
         )
     fields = _table()["methods"][peft_type]["settings"].items()
-    return {name: _CORRECTED.get(name) or _type(kind) for name, kind in fields if name not in _NOT_SETTINGS}
+    return {
+        name: _CORRECTED.get(name) or declared_types.python_type(kind)
+        for name, kind in fields
+        if name not in _NOT_SETTINGS
+    }
 
 
 def _other_version() -> str:
-    """Return a note for error messages if the installed PEFT is another version than the file's; it may have more."""
-    made_for, installed = _table()["peft"], version("peft")
-    if installed == made_for:
-        return ""
-    return f" (settings are those of PEFT {made_for}; installed is {installed}: `nox -s peft-methods` updates them)"
+    return declared_types.other_version({"peft": _table()["peft"]})
 
 
 def moves_base_weights(start: str | None) -> bool:
@@ -208,7 +175,7 @@ def idle(peft_type: str, given: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 @cache
 def _validator(peft_type: str, name: str) -> TypeAdapter[Any]:
-    return TypeAdapter(settings(peft_type)[name], config=ConfigDict(strict=True))
+    return declared_types.validator(settings(peft_type)[name])
 
 
 def check(section: str, peft_type: str, given: dict[str, Any]) -> list[str]:
@@ -231,11 +198,8 @@ def check(section: str, peft_type: str, given: dict[str, Any]) -> list[str]:
                 f"{did_you_mean(name, allowed)}{_other_version()}"
             )
             continue
-        try:
-            _validator(peft_type, name).validate_python(value)
-        except ValidationError as error:
-            reasons = dict.fromkeys(problem["msg"] for problem in error.errors()[:3])
-            problems.append(f"{section}.{name}: {'; or '.join(reasons)}; got {value!r}")
+        if why := declared_types.misfit(_validator(peft_type, name), value):
+            problems.append(f"{section}.{name}: {why}")
             continue
         if isinstance(value, dict) and (files := sorted(value.keys() & set(_READS_FILES))):
             problems.append(f"{section}.{name}.{files[0]}: a run initializes from its training rows, not from files")

@@ -18,6 +18,17 @@ def test_keys_finds_one_key(capsys):
     assert "did you mean 'training.learning_rate'" in capsys.readouterr().err
 
 
+def test_keys_lists_further_arguments_of_trl_and_explains_the_others(capsys):
+    assert exit_code("keys", "training.sft_config") == 0
+    text = capsys.readouterr().out
+    assert "\n      label_smoothing_factor: float\n" in text
+    assert "torch_compile_mode: default | reduce-overhead | max-autotune\n" in text
+    assert exit_code("keys", "training.sft_config.eval_delay") == 0
+    assert capsys.readouterr().out == "training.sft_config.eval_delay: float\n"
+    assert exit_code("keys", "training.sft_config.learning_rate") != 0
+    assert "set training.learning_rate instead" in capsys.readouterr().err
+
+
 def test_keys_does_not_list_what_never_acts(capsys):
     assert exit_code("keys", "unrelated") == 0
     assert "drop_leaks" not in capsys.readouterr().out

@@ -115,6 +115,7 @@ ENTRIES: dict[str, tuple[Any, ...]] = {
     "distributed.cpu_offload": (Stages.arguments, True, {**SHARED, "distributed.engine": "fsdp"}),
     "training.num_train_epochs": (Stages.arguments, 2.0, {"training.max_steps": -1}),
     "training.lr_scheduler_kwargs": (Stages.arguments, {"num_cycles": 3}, {"training.lr_scheduler_type": "cosine"}),
+    "training.sft_config": (Stages.arguments, {"label_smoothing_factor": 0.1}),
     "training.completion_only_loss": (Stages.tokens, False),
     "training.assistant_only_loss": (Stages.tokens, True, CHAT),
     "training.tune": (Stages.tuned, "auto"),

@@ -34,8 +34,10 @@ def test_schedules_have_the_settings_of_transformers_functions():
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
     from transformers.trainer_utils import SchedulerType
 
-    others = {SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY}
-    theirs = {kind.value: function for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items() if kind not in others}
+    assert {*SchedulerType} == TYPE_TO_SCHEDULER_FUNCTION.keys()
+    functions = {kind.value: function for kind, function in TYPE_TO_SCHEDULER_FUNCTION.items()}
+    theirs = {name: function for name, function in functions.items() if name not in schedules.FOLLOW_A_METRIC}
+    assert len(theirs) == len(functions) - len(schedules.FOLLOW_A_METRIC)
     not_settings = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
     assert schedules.SETTINGS.keys() == theirs.keys()
     assert {*get_args(TrainingConfig.model_fields["lr_scheduler_type"].annotation)} == schedules.SETTINGS.keys()
@@ -115,6 +117,12 @@ def test_wrong_setting_of_a_schedule_is_refused(schedule: str, kwargs: str, mess
     with pytest.raises(ConfigError) as error:
         compose([*words, "training.warmup_steps=0"])
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("schedule", schedules.FOLLOW_A_METRIC)
+def test_schedule_that_follows_a_metric_is_refused_with_the_reason(schedule: str):
+    with pytest.raises(ConfigError, match="depend on how often a run evaluates; use cosine_with_min_lr"):
+        compose([f"training.lr_scheduler_type={schedule}"])
 
 
 def test_polynomial_schedule_needs_a_step_to_decay():

@@ -30,6 +30,10 @@ from qlora_exp.utils.errors import ConfigError
         ({"dataset": {"eval_path": "~/.ssh/id_rsa"}}, "outside of this folder"),
         ({"model": {"model_name_or_path": "/srv/model"}}, "model.model_name_or_path=PATH"),
         ({"model": {"adapter": "/srv/adapter"}}, "model.adapter=PATH"),
+        ({"training": {"sft_config": {"output_dir": "/srv"}}}, "training.sft_config.output_dir: set hydra.run.dir"),
+        ({"training": {"sft_config": {"deepspeed": "ds.json"}}}, "training.sft_config.deepspeed: not an argument"),
+        ({"training": {"sft_config": {"hub_token": "a"}}}, "training.sft_config.hub_token: not an argument"),
+        ({"training": {"sft_config": {"_target_": "os.system"}}}, "training.sft_config._target_: .* no such argument"),
         ({"method": {"_target_": "os.system"}}, "_target_"),
         ({"_target_": "os.system"}, "_target_"),
         ({"model": {"model_name_or_path": {"a": 1}}}, "model.model_name_or_path"),
@@ -130,6 +134,8 @@ def test_users_changes_reach_keys_at_any_depth_but_no_options():
     values = compose(["method=lora"]).model_dump(mode="json")
     config = untrusted.changed(values, {"tracking.tags.owner": "me", "seed": 3}, "run x")
     assert config.tracking.tags == {"owner": "me"}
+    config = untrusted.changed(values, {"training.sft_config.label_smoothing_factor": 0.1}, "run x")
+    assert config.training.sft_config == {"label_smoothing_factor": 0.1}
     with pytest.raises(ConfigError, match=r"method=ia3: only keys of run x can be changed, such as method\.KEY=VALUE"):
         untrusted.changed(values, {"method": "ia3"}, "run x")
 

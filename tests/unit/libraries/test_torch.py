@@ -162,3 +162,11 @@ def test_no_pickle_is_opened_inside(tmp_path):
     with private.without_pickles(ValueError("a pickle")), pytest.raises(ValueError, match="a pickle"):
         torch.load(tmp_path / "weights.bin")
     assert torch.load(tmp_path / "weights.bin") == {}
+
+
+def test_precision_of_float32_is_put_back_also_after_an_error():
+    before = torch.backends.fp32_precision
+    with pytest.raises(KeyError), private.fp32_precision_kept():
+        torch.backends.fp32_precision = "tf32"
+        raise KeyError
+    assert torch.backends.fp32_precision == before

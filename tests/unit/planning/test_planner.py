@@ -105,6 +105,11 @@ def test_prediction_matches_a_profiled_step(words: list[str], tmp_path: Path):
     assert found == pytest.approx(most, rel=0.05)
 
 
+def test_rows_that_are_padded_to_a_multiple_are_as_long_as_it():
+    padded = predict("method=lora", "training.max_length=20", "training.sft_config.pad_to_multiple_of=16")
+    assert padded.phases == predict("method=lora", "training.max_length=32").phases
+
+
 @pytest.mark.parametrize(
     ("words", "error", "says"),
     [
@@ -113,6 +118,11 @@ def test_prediction_matches_a_profiled_step(words: list[str], tmp_path: Path):
         (["method=lora", "++model.architecture.model_type=lama"], ModelError, "model.architecture"),
         (["method=adamss", "method.use_dynamic_rank=true"], ConfigError, "use_dynamic_rank=true cannot be planned yet"),
         (["method=lora", "training.torch_compile=true"], ConfigError, "torch_compile=true cannot be planned yet"),
+        (
+            ["method=lora", "training.sft_config.activation_offloading=true"],
+            ConfigError,
+            "training.sft_config.activation_offloading cannot be planned yet",
+        ),
         (
             ["distributed=deepspeed_zero3", "distributed.num_processes=2"],
             ConfigError,

@@ -20,6 +20,7 @@ def _forget():
         "training.max_steps=7",
         "model=tiny_llama",
         "training.resume_from_checkpoint=.",
+        "training.sft_config.data_seed=7",
     ],
 )
 def test_setting_that_changes_results_changes_the_key(change: str):

@@ -1,29 +1,18 @@
-import importlib.util
 import json
-from pathlib import Path
 
 import peft
 import pytest
+from helpers.library_settings import generator
 from omegaconf import OmegaConf
 
 from qlora_exp.config.hydra_compose import conf_dir
-from qlora_exp.config.tables import peft_methods
+from qlora_exp.config.tables import declared_types, peft_methods
 from qlora_exp.utils.errors import ConfigError
 
 
-def generator():
-    file = Path(__file__).parents[4] / "benchmarks" / "peft_methods.py"
-    spec = importlib.util.spec_from_file_location("peft_methods_generator", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_file_is_what_the_installed_peft_declares():
-    """If this fails, PEFT has changed: run `nox -s peft-methods` and read the diff."""
-    assert generator().written() == peft_methods.FILE.read_text("utf-8")
+    """If this fails, PEFT has changed: run `nox -s library-settings` and read the diff."""
+    assert generator().written_methods() == peft_methods.FILE.read_text("utf-8")
 
 
 def test_every_type_in_the_file_becomes_a_validator():
@@ -32,20 +21,9 @@ def test_every_type_in_the_file_becomes_a_validator():
             peft_methods._validator(peft_type, name)
 
 
-@pytest.mark.parametrize("described", ["torch.dtype", {"set": "int"}, 3, None])
-def test_a_word_that_is_not_in_the_vocabulary_is_refused(described):
-    with pytest.raises(ValueError, match="no such type"):
-        peft_methods._type(described)
-
-
-def test_a_type_that_the_vocabulary_cannot_say_is_not_written():
-    with pytest.raises(TypeError, match="cannot express"):
-        generator().described(set[int])
-
-
 def test_a_refusal_says_if_another_peft_is_installed_than_the_file_was_made_for(monkeypatch):
     assert "installed is" not in peft_methods.check("method", "LORA", {"newer": 1})[0]
-    monkeypatch.setattr(peft_methods, "version", lambda _: "0.21.99")
+    monkeypatch.setattr(declared_types, "version", lambda _: "0.21.99")
     made_for = json.loads(peft_methods.FILE.read_text("utf-8"))["peft"]
     problem = peft_methods.check("method", "LORA", {"newer": 1})[0]
     assert f"settings are those of PEFT {made_for}; installed is 0.21.99" in problem

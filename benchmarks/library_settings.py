@@ -1,6 +1,8 @@
-"""Write qlora_exp/config/tables/peft_methods.json: the methods of the installed PEFT and their settings.
+"""Write the settings that the installed libraries declare, for checking configs without importing these libraries.
 
-Run `nox -s peft-methods` after a change of PEFT's version or of `qlora_exp/models/bottleneck.py`.
+`qlora_exp/config/tables/peft_methods.json` has PEFT's methods with their settings, `sft_arguments.json` the arguments
+of TRL's SFTConfig. Run `nox -s library-settings` after another version of PEFT, TRL or transformers, and after a change
+of `qlora_exp/models/bottleneck.py`.
 """
 
 import argparse
@@ -13,39 +15,52 @@ from importlib.metadata import version
 from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from trl.trainer.sft_config import SFTConfig
 
-from qlora_exp.config.tables.peft_methods import FILE, PLAIN
+from qlora_exp.config.tables import peft_methods, sft_arguments
+from qlora_exp.config.tables.declared_types import PLAIN
 from qlora_exp.models import bottleneck  # noqa: F401 - the import registers its method with PEFT
 
 NAMES = {kind: name for name, kind in PLAIN.items()}
 
 
 def main() -> None:
-    """Write the file."""
+    """Write the files."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    FILE.write_text(written(), "utf-8")
+    peft_methods.FILE.write_text(written_methods(), "utf-8")
+    sft_arguments.FILE.write_text(written_arguments(), "utf-8")
 
 
-def written() -> str:
-    """Return the text of the file, one setting per line, so that a change in PEFT gives a short diff."""
+def written_methods() -> str:
+    """Return the text of peft_methods.json, one setting per line, so that a change in PEFT gives a short diff."""
     methods = []
     for peft_type, config in sorted(PEFT_TYPE_TO_CONFIG_MAPPING.items()):
-        fields = ",\n".join(f"    {json.dumps(name)}: {json.dumps(kind)}" for name, kind in settings(config).items())
         head = f'  {json.dumps(peft_type.value)}: {{\n   "config": {json.dumps(config.__name__)},\n   "settings": '
-        methods.append(f"{head}{{\n{fields}\n   }}\n  }}")
+        methods.append(f"{head}{{\n{_lines(config, 4)}\n   }}\n  }}")
     entries = ",\n".join(methods)
     return f'{{\n "peft": {json.dumps(version("peft"))},\n "methods": {{\n{entries}\n }}\n}}\n'
 
 
+def written_arguments() -> str:
+    """Return the text of sft_arguments.json, one argument per line."""
+    libraries = "".join(f" {json.dumps(name)}: {json.dumps(version(name))},\n" for name in ("trl", "transformers"))
+    return f'{{\n{libraries} "settings": {{\n{_lines(SFTConfig, 2)}\n }}\n}}\n'
+
+
+def _lines(config: type, indent: int) -> str:
+    fields = settings(config).items()
+    return ",\n".join(f"{' ' * indent}{json.dumps(name)}: {json.dumps(kind)}" for name, kind in fields)
+
+
 def settings(config: type) -> dict[str, Any]:
-    """Return the settings of a PEFT config class with the types of their values."""
+    """Return the settings of a config dataclass with the types of their values."""
     hints = typing.get_type_hints(config)
     fields = sorted(field.name for field in dataclasses.fields(config) if field.init)
     return {name: described(hints[name]) for name in fields}
 
 
 def described(kind: Any) -> Any:
-    """Convert a type annotation to the notation that `qlora_exp.config.tables.peft_methods` reads."""
+    """Convert a type annotation to the notation that `qlora_exp.config.tables.declared_types` reads."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind in NAMES:
         return NAMES[kind]
@@ -67,9 +82,7 @@ def described(kind: Any) -> Any:
         return "str"
     if dataclasses.is_dataclass(kind):  # a nested config
         return "dict"
-    raise TypeError(
-        f"peft_methods.json cannot express the type {kind}: extend `described` and `config.tables.peft_methods`"
-    )
+    raise TypeError(f"the files cannot express the type {kind}: extend `described` and `config.tables.declared_types`")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,152 @@
+"""Check that arguments in `training.sft_config` go together with the rest of a config. Must not import torch.
+
+Names, types and ranges are checked in `config.tables.sft_arguments`.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from qlora_exp.config.schema import Config
+from qlora_exp.config.tables import declared_types, sft_arguments
+from qlora_exp.utils.errors import did_you_mean
+
+_Rate = Annotated[float, Field(ge=0)]
+_Share = Annotated[float, Field(ge=0, lt=1)]
+_Flag = Literal["true", "false"]
+OPTIM_ARGS: dict[str, dict[str, Any]] = {
+    "sgd": {"momentum": _Share, "dampening": _Share, "nesterov": _Flag},
+    "rmsprop": {"momentum": _Share, "alpha": _Share, "eps": _Rate, "centered": _Flag},
+    "adagrad": {"lr_decay": _Rate, "eps": _Rate},
+}
+"""What `optim_args` may have for each optimizer. Left out is `weight_decay`, which would change nothing: the trainer
+sets that of `training.weight_decay` for each group of parameters."""
+_WITH_TRAINED_PROMPT = ("P_TUNING", "PROMPT_TUNING")
+"""Methods whose logits begin with those of trained tokens."""
+_OF_WORKERS = ("dataloader_multiprocessing_context", "dataloader_persistent_workers", "dataloader_prefetch_factor")
+
+
+def problems(config: Config) -> Iterator[str]:
+    """Yield a message for each argument that would fail or change nothing with the rest of the config."""
+    for name, why in _reasons(config, config.training.sft_config):
+        yield f"training.sft_config.{name}: {why}"
+
+
+def needs_gpu(given: dict[str, Any]) -> Iterator[str]:
+    """Yield the arguments that fail or change nothing without a GPU.
+
+    Args:
+        given: `training.sft_config`.
+    """
+    yield from (name for name in sft_arguments.GPU_ONLY if given.get(name) is not None)
+    if (given.get("gradient_checkpointing_kwargs") or {}).get("offload"):
+        yield "gradient_checkpointing_kwargs.offload"
+
+
+def unplanned(given: dict[str, Any]) -> Iterator[str]:
+    """Yield the arguments that change a run's memory, and which plans do not know."""
+    yield from (name for name in sft_arguments.UNPLANNED if given.get(name))
+
+
+def _reasons(config: Config, given: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    training = config.training
+    if config.device in ("cpu", "mps"):
+        yield from ((name, f"it needs a CUDA device, not device={config.device}") for name in needs_gpu(given))
+    for name in _OF_WORKERS:
+        if given.get(name) and not training.dataloader_num_workers:
+            yield name, "it needs training.dataloader_num_workers, processes that load rows"
+    for name in ("torch_compile_backend", "torch_compile_mode"):
+        if given.get(name) and not training.torch_compile:
+            yield name, "it needs training.torch_compile=true"
+    if given.get("torch_compile_mode") and (backend := given.get("torch_compile_backend")) not in (None, "inductor"):
+        yield "torch_compile_mode", f"torch_compile_backend={backend} has no modes"
+    for name in ("ddp_broadcast_buffers", "ddp_bucket_cap_mb"):
+        if given.get(name) is not None and config.distributed.engine != "ddp":
+            yield name, f"it needs distributed=ddp, not distributed={config.distributed.engine}"
+    if given.get("data_seed") is not None and training.train_sampling_strategy == "sequential":
+        yield "data_seed", "training.train_sampling_strategy=sequential draws no order"
+    yield from _evaluation(config, given)
+    yield from _loss(config, given)
+    yield from _batches(config, given)
+    yield from _activations(config, given)
+    if given.get("optim_args"):
+        yield from (("optim_args", why) for why in _optim_args(config.optimizer.optim, given["optim_args"]))
+
+
+def _evaluation(config: Config, given: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    training, delay = config.training, given.get("eval_delay")
+    if not delay:
+        return
+    if training.eval_strategy == "no":
+        yield "eval_delay", "it needs training.eval_strategy=steps or epoch"
+    elif training.eval_strategy == "steps" and 0 < training.max_steps < delay:
+        yield "eval_delay", f"{delay:g} steps are more than training.max_steps={training.max_steps}"
+    elif training.eval_strategy == "epoch" and training.max_steps < 0 and training.num_train_epochs < delay:
+        yield "eval_delay", f"{delay:g} are more than training.num_train_epochs={training.num_train_epochs:g}"
+
+
+def _loss(config: Config, given: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    name = "label_smoothing_factor"
+    if not given.get(name):
+        return
+    if config.training.loss_type != "nll":
+        yield name, f"training.loss_type={config.training.loss_type} is not smoothed"
+    if config.method.peft_type in _WITH_TRAINED_PROMPT:
+        yield name, f"method={config.method.name} puts trained tokens before a row, with which labels would not match"
+    if config.distributed.shards:
+        yield name, f"it was never tested with distributed={config.distributed.engine}: use distributed=ddp or none"
+
+
+def _batches(config: Config, given: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    name, training = "pad_to_multiple_of", config.training
+    if (multiple := given.get(name)) is None:
+        return
+    if training.packing:
+        yield name, "sequences of packed rows (training.packing=true) are not padded"
+    if multiple > training.max_length:
+        yield name, f"{multiple} is more than training.max_length={training.max_length}"
+
+
+def _activations(config: Config, given: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    engine = config.distributed.engine
+    recomputing = given.get("gradient_checkpointing_kwargs")
+    if recomputing and config.training.gradient_checkpointing is not True:
+        yield "gradient_checkpointing_kwargs", "it needs training.gradient_checkpointing=true"
+    offloads = [
+        name
+        for name, asked in (
+            ("activation_offloading", given.get("activation_offloading")),
+            ("gradient_checkpointing_kwargs.offload", (recomputing or {}).get("offload")),
+        )
+        if asked
+    ]
+    if len(offloads) > 1:
+        yield offloads[0], f"{offloads[1]} offloads activations too: set one of them"
+    if config.distributed.shards:
+        yield from ((name, f"it was never tested with distributed={engine}") for name in offloads)
+
+
+def _optim_args(optim: str, text: str) -> Iterator[str]:
+    """Yield what is wrong with settings such as `momentum=0.9,nesterov=true`, of which transformers ignores a part."""
+    if (allowed := OPTIM_ARGS.get(optim)) is None:
+        yield f"optimizer.optim={optim} has no such settings; {', '.join(OPTIM_ARGS)} have"
+        return
+    parts = [part.partition("=") for part in text.replace(" ", "").split(",")]
+    given: dict[str, Any] = {}
+    for name, _, written in parts:
+        if name not in allowed or name in given:
+            yield (
+                f"{name or text!r} is not a setting of optimizer.optim={optim}, given once as NAME=VALUE"
+                f"{did_you_mean(name, allowed)} Its settings: {', '.join(allowed)}"
+            )
+            return
+        try:
+            given[name] = written if allowed[name] is _Flag else float(written)
+        except ValueError:
+            given[name] = written
+        if why := declared_types.misfit(declared_types.validator(allowed[name]), given[name]):
+            yield f"{name}: {why}"
+            return
+    if given.get("nesterov") == "true" and (not given.get("momentum") or given.get("dampening")):
+        yield "nesterov=true needs a momentum, and no dampening"

@@ -1,0 +1,68 @@
+import pytest
+
+from qlora_exp.config.hydra_compose import compose
+from qlora_exp.config.trainer_settings import unplanned
+from qlora_exp.utils.errors import ConfigError
+
+WORKERS = "it needs training.dataloader_num_workers"
+CUDA = "it needs a CUDA device, not device=cpu"
+
+
+@pytest.mark.parametrize(
+    ("argument", "words", "problem"),
+    [
+        ("activation_offloading=true", ["device=cpu"], CUDA),
+        ("tf32=false", ["device=cpu"], CUDA),
+        ("torch_empty_cache_steps=2", ["device=mps"], "not device=mps"),
+        ("dataloader_pin_memory=true", ["device=cpu"], CUDA),
+        ("gradient_checkpointing_kwargs={offload: true}", ["device=cpu", "training.gradient_checkpointing=true"], CUDA),
+        ("gradient_checkpointing_kwargs={every_n_layers: 2}", [], "needs training.gradient_checkpointing=true"),
+        ("dataloader_prefetch_factor=2", [], WORKERS),
+        ("dataloader_persistent_workers=true", [], WORKERS),
+        ("dataloader_multiprocessing_context=spawn", [], WORKERS),
+        ("torch_compile_mode=default", [], "needs training.torch_compile=true"),
+        ("torch_compile_backend=eager", [], "needs training.torch_compile=true"),
+        ("ddp_bucket_cap_mb=5", [], "needs distributed=ddp, not distributed=none"),
+        ("ddp_broadcast_buffers=false", ["distributed=fsdp"], "needs distributed=ddp, not distributed=fsdp"),
+        ("data_seed=1", ["training.train_sampling_strategy=sequential"], "draws no order"),
+        ("eval_delay=1", ["training.eval_strategy=no"], "needs training.eval_strategy=steps or epoch"),
+        ("eval_delay=9", ["training.max_steps=8", "training.eval_steps=2"], "more than training.max_steps=8"),
+        (
+            "eval_delay=1.5",
+            ["training.max_steps=-1", "training.num_train_epochs=1", "training.eval_strategy=epoch"],
+            "1.5 are more than training.num_train_epochs=1",
+        ),
+        ("label_smoothing_factor=0.1", ["training.loss_type=dft"], "training.loss_type=dft is not smoothed"),
+        ("label_smoothing_factor=0.1", ["method=prompt_tuning"], "labels would not match"),
+        ("label_smoothing_factor=0.1", ["distributed=fsdp"], "never tested with distributed=fsdp"),
+        ("pad_to_multiple_of=8", ["training.packing=true"], "are not padded"),
+        ("pad_to_multiple_of=4096", [], "more than training.max_length"),
+        ("optim_args='momentum=0.5'", [], "has no such settings; sgd, rmsprop, adagrad have"),
+        ("optim_args='momentun=0.5'", ["optimizer.optim=sgd"], "did you mean 'momentum'?"),
+        ("optim_args='weight_decay=0.5'", ["optimizer.optim=sgd"], "'weight_decay' is not a setting"),
+        ("optim_args='momentum=0.5,momentum=0.6'", ["optimizer.optim=sgd"], "given once"),
+        ("optim_args='momentum=high'", ["optimizer.optim=sgd"], "momentum: Input should be a valid number"),
+        ("optim_args='momentum=nan'", ["optimizer.optim=sgd"], "momentum: Input should be"),
+        ("optim_args='momentum'", ["optimizer.optim=sgd"], "momentum: Input should be a valid number"),
+        ("optim_args='centered=maybe'", ["optimizer.optim=rmsprop"], "'true' or 'false'"),
+        ("optim_args='nesterov=true'", ["optimizer.optim=sgd"], "needs a momentum"),
+    ],
+)
+def test_argument_that_fails_or_does_nothing_with_the_rest_is_refused(argument: str, words: list[str], problem: str):
+    name = argument.partition("=")[0]
+    with pytest.raises(ConfigError) as error:
+        compose([*words, f"training.sft_config.{argument}"])
+    (line,) = (line for line in str(error.value).splitlines() if line.startswith("training.sft_config."))
+    assert line.startswith(f"training.sft_config.{name}")
+    assert problem in line
+
+
+def test_activations_are_offloaded_once():
+    both = "{activation_offloading: true, gradient_checkpointing_kwargs: {offload: true}}"
+    with pytest.raises(ConfigError, match="offloads activations too"):
+        compose(["training.gradient_checkpointing=true", f"training.sft_config={both}"])
+
+
+def test_null_is_as_if_an_argument_were_not_given():
+    config = compose(["device=cpu", "training.sft_config={tf32: null, data_seed: null, optim_args: null}"])
+    assert [*unplanned(config.training.sft_config)] == []
