@@ -3,6 +3,7 @@
 Single keys and sections are checked in `config.sections`.
 """
 
+import re
 from collections.abc import Iterator
 
 from qlora_exp.config import trainer_settings
@@ -43,10 +44,30 @@ def problems(config: Config) -> Iterator[str]:
                 f"{section}.eval_path, "
                 f"or {section}.eval_size to split rows off {data.path}"
             )
+    yield from _chosen_by(config)
     if config.search.prune and config.training.eval_strategy == "no":
         yield "search.prune needs a held-out loss during training: set training.eval_strategy=steps"
     elif config.search.prune and 0 < config.training.max_steps <= (config.training.eval_steps or 0):
         yield "search.prune needs a held-out loss before the last step: set training.eval_steps < max_steps"
+
+
+def _chosen_by(config: Config) -> Iterator[str]:
+    """Check that runs measure the metrics of packages by which a search or a tuned comparison chooses."""
+    evaluation = config.evaluation
+    for key, metrics in (("search.metrics", config.search.metrics), ("tuning.metric", [config.tuning.metric])):
+        for metric in metrics:
+            if (match := re.fullmatch(r"(?:(before|after)/)?metric/(.*)", metric)) is None:
+                continue
+            moment, name = match.groups()
+            if moment is None:
+                yield f"{key}: {metric} is measured before and after training: use after/{metric}"
+            if name not in evaluation.metrics:
+                names = ",".join([*evaluation.metrics, name])
+                yield f"{key}: {metric} is not measured: add evaluation.metrics=[{names}]"
+            elif not evaluation.generate_rows:
+                yield f"{key}: {metric} needs answers: set evaluation.generate_rows to more than 0"
+            if moment == "before" and not evaluation.before:
+                yield f"{key}: {metric} needs evaluation.before=true"
 
 
 def _method_and_base(config: Config, why: str | None) -> Iterator[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from qlora_exp.config import idle
+from qlora_exp.config import idle, plugins
 from qlora_exp.config.overrides import GROUPS
 from qlora_exp.config.patterns import may_hang
 from qlora_exp.config.schema import Config
@@ -201,6 +201,33 @@ def refuse_user_only_settings(config: Config, changes: Mapping[str, Any]) -> Non
                 f"the recorded config names {path}, which is outside of this folder; to allow it, "
                 f"add {key}=PATH with its path on this machine"
             )
+
+
+def refuse_plugins(config: Config, changes: Mapping[str, Any]) -> None:
+    """Reject metrics and losses of installed packages that a record names, before a config of it is run.
+
+    They are code of this machine, which only its user may choose. What only reads a model or rows never imports them.
+
+    Args:
+        config: the recorded config with the changes applied.
+        changes: dotted keys that the user set; these are allowed.
+
+    Raises:
+        ConfigError: there is one that the user did not name, or that is not installed.
+    """
+    for kind, name in plugins.named(config):
+        key, built_in = plugins.KEYS[kind], plugins.BUILT_IN[kind]
+        if key in changes:
+            plugins.find(kind, name)
+            continue
+        recorded = config.evaluation.metrics if kind == "metric" else [name]
+        choices = recorded, [each for each in recorded if each in built_in] if kind == "metric" else built_in[:1]
+        with_it, without = (",".join(names) for names in choices)
+        words = [f"{key}=[{names}]" if kind == "metric" else f"{key}={names}" for names in (with_it, without)]
+        raise ConfigError(
+            f"the recorded config runs a {kind} of an installed package, {name}, which only you may choose; add "
+            f"{words[0]} to run it, or {words[1]} to do without it"
+        )
 
 
 def _refuse_processes(config: Config, changes: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from qlora_exp.config import crosschecks
+from qlora_exp.config import crosschecks, plugins
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.sweep import SearchConfig
 from qlora_exp.config.tables import peft_methods, sft_arguments
@@ -43,13 +43,16 @@ def from_composed(values: Any) -> Config:
     template becomes a line break. A recorded config has them so already.
 
     Raises:
-        ConfigError: a file cannot be read, or the values are invalid.
+        ConfigError: a file cannot be read, the values are invalid, or no installed package has a metric or loss.
     """
     for name in ("dataset", "unrelated"):
         if isinstance(section := values.get(name), dict):
             for key, value in section.items():
                 section[key] = as_written(f"{name}.{key}", value)
-    return from_dict(values)
+    config = from_dict(values)
+    if problems := [*plugins.problems(config)]:  # in records they are another machine's
+        raise ConfigError("\n".join(problems))
+    return config
 
 
 def as_written(key: str, value: Any) -> Any:

@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from qlora_exp.config import crosschecks
+from qlora_exp.config import crosschecks, plugins
+from qlora_exp.config.plugins import Facts
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.dataset import looks_local
+from qlora_exp.distributed import group
 from qlora_exp.environment import data_files, hub
 from qlora_exp.environment.device import Resolved, detect, resolve, take
 from qlora_exp.models import files as model_files
@@ -40,6 +42,8 @@ class Inputs:
     """The dataset's own function that scores an answer, 0 to 1; None if it has none."""
     first_adapter: "FirstAdapter | None"
     """Adapter to train on from; None for a new one."""
+    plugin_facts: dict[str, Facts]
+    """What is known of metrics and losses of installed packages, by tag: `metric.NAME`, `loss.NAME`."""
     resolved: Resolved
     """Values that the settings `auto` take on this device."""
 
@@ -54,7 +58,8 @@ def check_config(config: Config) -> None:
     """
     if config.distributed.engine == "deepspeed_zero3" and find_spec("deepspeed") is None:
         raise ConfigError("distributed=deepspeed_zero3 needs an extra package: pip install 'qlora-exp[deepspeed]'")
-    if problems := [*crosschecks.problems(config)]:  # a `Config` may be made without `compose`
+    # A `Config` may be made without `compose`.
+    if problems := [*crosschecks.problems(config), *plugins.problems(config)]:
         raise ConfigError("\n".join(problems))
     for section, source in (("dataset", config.dataset), ("unrelated", config.unrelated)):
         for path in filter(looks_local, source.paths):
@@ -84,6 +89,7 @@ def read_inputs(config: Config) -> Inputs:
     rows = load_rows(config.dataset)
     unrelated = load_heldout(config.unrelated) if config.unrelated.paths else None
     score = sources.scorer(config.dataset)
+    facts = _plugins(config, rows)
     # Imported after the rows are read: these modules import torch, which takes seconds.
     from qlora_exp.models import builtin
     from qlora_exp.models.checks import check_model
@@ -107,4 +113,25 @@ def read_inputs(config: Config) -> Inputs:
         )
 
     check_model(config, resolved, tokenize)
-    return Inputs(rows, unrelated, tasks, score, first_adapter(config), resolved)
+    return Inputs(rows, unrelated, tasks, score, first_adapter(config), facts, resolved)
+
+
+def _plugins(config: Config, rows: "Rows") -> dict[str, Facts]:
+    """Try out the metrics and the loss of installed packages, and return what is known of them.
+
+    Raises:
+        ConfigError: one cannot be used.
+    """
+    from qlora_exp.training import user_metrics
+
+    facts: dict[str, Facts] = {}
+    if names := user_metrics.of_config(config.evaluation):
+        both = [rows.heldout[0], rows.heldout[len(rows.heldout) - 1]]
+        # Only the main process scores, and metrics may take memory.
+        metrics = group.call_on_main(user_metrics.try_out, names, both)
+        facts |= {f"metric.{name}": declared for name, declared in metrics.items()}
+    if (name := config.training.loss_type) not in plugins.BUILT_IN["loss"]:
+        from qlora_exp.training import user_losses  # imports torch, which takes seconds
+
+        facts[f"loss.{name}"] = user_losses.load(name).facts
+    return facts

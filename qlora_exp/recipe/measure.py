@@ -47,6 +47,7 @@ def measure(
     if not math.isfinite(measured.metrics["loss"]):
         raise DivergedError(f"the held-out loss {moment} training is {measured.metrics['loss']}")
     run.log_metrics({f"{moment}/{key}": value for key, value in measured.metrics.items()})
+    run.tracker.tags({f"metric_failed.{moment}.{name}": why for name, why in measured.failed.items()})
     if inputs.lm_eval_tasks:
         _run_lm_eval(run, inputs, tokens, trainable, moment)
     for name, losses in (("losses", measured.losses), ("unrelated_losses", measured.unrelated)):

@@ -33,10 +33,17 @@ def _quality(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
         if f"after/{key}" in metrics:
             before = metrics.get(f"before/{key}")
             rows.append((name, "-" if before is None else format(before, spec), format(metrics[f"after/{key}"], spec)))
-    for key in sorted(key for key in metrics if key.startswith("after/lm_eval/")):
-        before = metrics.get(key.replace("after/", "before/", 1))
-        name = key.removeprefix("after/lm_eval/")
-        rows.append((name, "-" if before is None else format(before, ".3f"), format(metrics[key], ".3f")))
+    return [*rows, *scores(metrics, "metric/", ".4g"), *scores(metrics, "lm_eval/", ".3f")]
+
+
+def scores(metrics: Mapping[str, float], group: str, spec: str) -> list[tuple[str, str, str]]:
+    """List name, value before training and value after it of each metric whose name begins with `group`."""
+    rows = []
+    names = {name for key in metrics if (name := key.partition("/")[2]).startswith(group)}
+    for name in sorted(names):  # a metric of a package may have failed at one of the two moments
+        values = (metrics.get(f"{moment}/{name}") for moment in ("before", "after"))
+        before, after = ("-" if value is None else format(value, spec) for value in values)
+        rows.append((name.removeprefix("lm_eval/"), before, after))
     return rows
 
 

@@ -64,6 +64,8 @@ def log_data(run: RunContext, inputs: Inputs, tokens: Tokens) -> None:
     config = run.config
     _log_rows(inputs, tokens, config)
     _log_labels(run, inputs, tokens.audit)
+    facts = inputs.plugin_facts.items()
+    run.tracker.tags({name: declared.model_dump_json(exclude_defaults=True) for name, declared in facts})
     parts = [("training", config.dataset, inputs.rows.train), ("evaluation", config.dataset, tokens.heldout_rows)]
     if tokens.unrelated_rows is not None:
         parts.append(("unrelated", config.unrelated, tokens.unrelated_rows))

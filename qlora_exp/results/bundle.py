@@ -51,6 +51,9 @@ _TAGS = (
     "hardware.threads",
     "hardware.cuda",
     "hardware.platform",
+    "metric.",
+    "metric_failed.",
+    "loss.",
 )
 
 

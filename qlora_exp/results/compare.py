@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from qlora_exp.results.metric_direction import lower_is_better
+from qlora_exp.results.metric_direction import facts_of, lower_is_better, recorded_facts
 from qlora_exp.results.record import Record
 from qlora_exp.results.row import Row
 from qlora_exp.results.tuned import tuned_of
@@ -19,7 +19,7 @@ from qlora_exp.utils.errors import ConfigError
 METRICS = ("loss", "rougeL", "exact_match", "task_score", "unrelated_loss")
 """Measures of quality, taken after training on held-out rows. Perplexity is not listed: the loss is its logarithm.
 
-`lm_eval/TASK/METRIC` of each task that was scored can be used as well.
+`lm_eval/TASK/METRIC` of each task that was scored can be used as well, and `metric/NAME` of installed packages.
 """
 
 # Preferred keys for the labels, in this order, when the runs were not made by one sweep.
@@ -76,6 +76,8 @@ class Comparison:
     """How many runs have no artifacts that can be read, and why; their differences are not tested item by item."""
     too_few_seeds: str = ""
     """That so many comparisons need more seeds, and how many; empty if there are enough."""
+    unit: str = ""
+    """Unit of the metric, if it is a package's that declares one."""
 
 
 def compare(records: Sequence[Record], metric: str = "loss", baseline: str | None = None) -> Comparison:
@@ -83,7 +85,7 @@ def compare(records: Sequence[Record], metric: str = "loss", baseline: str | Non
 
     Args:
         records: runs of any outcome; failed runs are listed but not compared.
-        metric: name from METRICS, or an lm-eval metric `lm_eval/TASK/METRIC`.
+        metric: name from METRICS, an lm-eval metric `lm_eval/TASK/METRIC`, or an installed package's `metric/NAME`.
         baseline: row that the others are compared with, given by a part of its name such as `method.name=lora`.
             Default: the first row.
 
@@ -103,18 +105,18 @@ def compare(records: Sequence[Record], metric: str = "loss", baseline: str | Non
                 for row in ended
                 for difference in row.records
                 for name in difference.metrics
-                if "/lm_eval/" in name
+                if name.startswith(("after/lm_eval/", "after/metric/"))
             }
         )
         available = ", ".join(name for name in (*METRICS, *scored) if any(row.mean(f"after/{name}") for row in ended))
         raise ConfigError(f"--metric {metric}: these runs did not measure it; available: {available}")
     measured = [row for row in ended if row.mean(f"after/{metric}")]
     baseline_row = _baseline(measured, baseline, rows)
-    lower_wins = _lower_is_better(metric, ended)
+    lower_wins, unit = _direction_and_unit(metric, ended)
     judged = verdicts(measured, baseline_row, metric, lower_wins)
     letters = ties(measured, metric, lower_wins)
     conditions = _about(records), _unfair(ended), _settings(ended), _lost(ended), too_few_seeds(judged)
-    return Comparison(rows, baseline_row, metric, lower_wins, judged, letters, *conditions)
+    return Comparison(rows, baseline_row, metric, lower_wins, judged, letters, *conditions, unit)
 
 
 def _rows(records: Sequence[Record]) -> list[Row]:
@@ -176,11 +178,15 @@ def _baseline(rows: Sequence[Row], name: str | None, all_rows: Sequence[Row]) ->
     raise ConfigError(f"--baseline '{name}': {problem}:\n  {names}")
 
 
-def _lower_is_better(metric: str, rows: Sequence[Row]) -> bool:
-    """Return whether a lower value is better; for lm-eval metrics, the task defines it."""
+def _direction_and_unit(metric: str, rows: Sequence[Row]) -> tuple[bool, str]:
+    """Return whether a lower value is better, and the unit of a package's metric; for lm-eval, the task defines it."""
+    records = [record for row in rows for record in row.records]
+    if metric.startswith("metric/"):
+        facts = recorded_facts(metric, facts_of(records))
+        return not facts.higher_is_better, facts.unit
     if not metric.startswith("lm_eval/"):
-        return lower_is_better(metric)
-    return any(metric in record.lm_eval.get("lower_is_better", ()) for row in rows for record in row.records)
+        return lower_is_better(metric), ""
+    return any(metric in record.lm_eval.get("lower_is_better", ()) for record in records), ""
 
 
 def _about(records: Sequence[Record]) -> dict[str, str]:
@@ -215,6 +221,9 @@ def _unfair(rows: Sequence[Row]) -> list[str]:
         lines.append(f"settings: {_by_value(tuned)}")
     if line := _processes(records):
         lines.append(line)
+    for tag, facts in facts_of(records).items():
+        if len(origins := dict.fromkeys(each.origin for each in facts)) > 1:
+            lines.append(f"{tag.replace('.', ' ', 1)}: {_listed(origins)}")
     for key in dict.fromkeys(key for record in records for key in record.tags if key.startswith("version.")):
         if len(values := dict.fromkeys(record.tags.get(key, "none") for record in records)) > 1:
             lines.append(f"{key.removeprefix('version.')} version: {_listed(values)}")

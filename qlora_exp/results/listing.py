@@ -62,6 +62,9 @@ def show_one(record: MlflowRecord) -> None:
     for name in ("run_key", "sweep", "failure", "process.folder"):
         if value := record.tags.get(name):
             say(f"{name.rpartition('.')[2].replace('_', ' '):<8} {value}")
+    for tag in sorted(key for key in record.tags if key.startswith("metric_failed.")):
+        _, moment, metric = tag.split(".", 2)
+        say(f"{metric} was not measured {moment} training: {record.tags[tag]}")
     changed = [[key, value] for key, value in sorted(record.params.items()) if value != defaults.get(key, "None")]
     print_table("config and resolved values that are not as by default", ["key", "value"], changed)
     metrics = [[key, f"{value:.6g}"] for key, value in sorted(record.metrics.items())]

@@ -69,6 +69,8 @@ def table(
 ) -> tuple[list[str], list[list[str]]]:
     """Return headings and rows as text, all or only some; rows without a successful run come last."""
     chosen = PRESETS[preset]
+    if chosen and comparison.metric.startswith("metric/"):  # no set knows metrics of packages
+        chosen = (*chosen, comparison.metric)
     columns = [(name, read) for name, read in _columns(comparison) if chosen is None or name in chosen]
     label_keys = list(comparison.rows[0].label)
     headings = [*label_keys, "seeds", *(name for name, _ in columns)]
@@ -97,9 +99,12 @@ def _columns(comparison: Comparison) -> list[tuple[str, Callable[[Row], str]]]:
     memory += [
         (f"{phase.replace('_', ' ')} MiB", f"memory/{phase}/{memory_kind}_peak_mib", ",.0f") for phase in _PHASES
     ]
-    lm_eval = sorted({name for row in measured for record in row.records for name in record.metrics
-                      if name.startswith("after/lm_eval/")})  # fmt: skip
-    scores = [(name.removeprefix("after/lm_eval/"), name, ".3f") for name in lm_eval]
+    scores = [
+        (name.removeprefix("after/").removeprefix("lm_eval/"), name, form)
+        for prefix, form in (("after/metric/", ".4g"), ("after/lm_eval/", ".3f"))
+        for name in sorted({name for row in measured for record in row.records for name in record.metrics})
+        if name.startswith(prefix)
+    ]
     used_columns = [column for column in (*_COLUMNS[:2], *memory, *_COLUMNS[2:], *scores)
                     if any(row.mean(column[1]) for row in measured)]  # fmt: skip
     columns = [(name, _reader(metric, form)) for name, metric, form in used_columns]
@@ -140,6 +145,9 @@ def _verdict(row: Row, comparison: Comparison) -> str:
     if verdict := comparison.verdicts.get(row.name):
         return "; ".join(filter(None, [verdict.text, tuned.remark(row.tuned, comparison.baseline.tuned)]))
     failures = {f"{record.outcome}: {record.tags.get('failure', '')}".strip(": ") for record in row.failed}
+    if comparison.metric.startswith("metric/"):
+        tag = f"metric_failed.after.{comparison.metric.removeprefix('metric/')}"
+        failures |= {record.tags[tag] for record in row.records if tag in record.tags}
     return "; ".join(
         [*filter(None, [row.unmeasured(f"after/{comparison.metric}")]), ", ".join(sorted(failures))]
     ).strip("; ")

@@ -13,7 +13,7 @@ import numpy as np
 
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.dataset import looks_local
-from qlora_exp.config.untrusted import changed
+from qlora_exp.config.untrusted import changed, refuse_plugins
 from qlora_exp.config.values import APART, flatten
 from qlora_exp.data.recognize import recognized
 from qlora_exp.environment import data_files, hub, provenance
@@ -81,6 +81,7 @@ def recorded_config(record: Record, changes: Mapping[str, Any], uri: str | None)
     name = recorded_tracking.get("experiment_name") if isinstance(recorded_tracking, dict) else None
     values |= {"tracking": {"uri": uri, "experiment_name": name}, "sweep": {}, "search": {}, "tuning": {}}
     config = changed(values, changes, f"run {record.run_id}")
+    refuse_plugins(config, changes)
     for section, source in (("dataset", config.dataset), ("unrelated", config.unrelated)):
         given = {f"{section}.path", f"{section}.eval_path"} & changes.keys()
         for path in filter(looks_local, source.paths if given else ()):
@@ -93,7 +94,7 @@ def differences(record: Record, config: Config) -> list[str]:
     now, lines = run_key.digests(config), []
     if record.tags.get("identity.config") != now["config"]:
         lines.append(f"config: {_changed_keys(record, config)}")
-    for part in ("data", "model", "adapter"):
+    for part in ("data", "model", "adapter", "plugins"):
         if (before := record.tags.get(f"identity.{part}")) != now.get(part):
             lines.append(f"{part}: {before} then, {now.get(part)} now")
     if record.tags.get("identity.code") != now["code"]:
@@ -137,7 +138,7 @@ def judge(record: Record, again: Record, config: Config) -> Verdict:
 
     The noise is Student's prediction interval for one more seed, from the recorded seeds of the same config.
     """
-    unequal = _unequal(record, again)
+    unequal = _unequal(record, again, config)
     if not unequal:
         steps = len(record.curve("train/loss"))
         return Verdict(BIT_IDENTICAL, f"all {steps} training losses and all measures of quality are equal")
@@ -160,8 +161,11 @@ def judge(record: Record, again: Record, config: Config) -> Verdict:
     return Verdict(grade, f"{losses_and_cause}; over {len(seed_losses)} seeds the loss varies by ±{allowed:.6f}")
 
 
-def _unequal(record: Record, again: Record) -> str:
-    """Return the name of the first value that is not bit-identical; empty if all are."""
+def _unequal(record: Record, again: Record, config: Config) -> str:
+    """Return the name of the first value that is not bit-identical; empty if all are.
+
+    Metrics that the user did not allow to be measured again are not compared.
+    """
     for metric in ("train/loss", "eval/loss"):
         for before, now in zip(record.curve(metric), again.curve(metric), strict=False):
             if before != now:
@@ -171,6 +175,8 @@ def _unequal(record: Record, again: Record) -> str:
     timed = ("seconds", "per_second")
     for name, value in record.metrics.items():
         quality = name.startswith(("before/", "after/")) and not any(word in name for word in timed)
+        if (metric := name.partition("/metric/")[2]) and metric not in config.evaluation.metrics:
+            continue
         if quality and again.metrics.get(name) != value:
             return name
     return ""

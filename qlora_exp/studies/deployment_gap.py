@@ -29,8 +29,8 @@ from qlora_exp.utils.processes import workers
 
 log = logging.getLogger(__name__)
 
-QUALITY = {"loss": True, "rougeL": False, "exact_match": False, "task_score": False}
-"""Metrics that are compared, and whether lower values are better."""
+QUALITY = ("loss", "rougeL", "exact_match", "task_score")
+"""Metrics that are compared."""
 _START = "forkserver"
 
 
@@ -258,11 +258,17 @@ def _memory(memory: Any) -> dict[str, float]:
     return {"memory_mib": peaks[kind] - memory.baseline.get(kind, 0.0)} if kind in peaks else {}
 
 
+def _compared(measured: Sequence[Measured]) -> list[str]:
+    """List the metrics that are compared: those of this package, and those of installed packages."""
+    names = {name for item in measured for name in item.metrics if name.startswith("metric/")}
+    return [*QUALITY, *sorted(names)]
+
+
 def gaps(measured: Sequence[Measured]) -> dict[str, list[Gap]]:
     """Compute for each format how its metrics differ from those of the first one, paired by row."""
     trained, *exported = measured
     by_form: dict[str, list[Gap]] = {result.form: [] for result in exported}
-    for metric in QUALITY:
+    for metric in _compared(measured):
         reference = trained.items(metric)
         scored = {result.form: result.items(metric) for result in exported}
         pairs = {form: items for form, items in scored.items() if items is not None and reference is not None}
@@ -288,7 +294,11 @@ def tables(measured: Sequence[Measured]) -> list[tuple[list[str], list[list[str]
             cells.append(format(item.metrics[key], shape) if key in item.metrics else "-")
         return cells
 
-    scores = [name for name in QUALITY if len({item.metrics.get(name) for item in measured}) > 1 and name != "loss"]
+    scores = [
+        name
+        for name in _compared(measured)
+        if len({item.metrics.get(name) for item in measured}) > 1 and name != "loss"
+    ]
     result = [
         (
             ["format", "loss", "change", "MB", "MiB", "s/token"],

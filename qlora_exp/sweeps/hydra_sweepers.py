@@ -16,7 +16,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from qlora_exp.config import idle
+from qlora_exp.config import idle, plugins
 from qlora_exp.config.composer import Composer
 from qlora_exp.config.overrides import combinations, of_job, quoted, readable
 from qlora_exp.config.schema import Config
@@ -25,6 +25,7 @@ from qlora_exp.config.validate import from_composed
 from qlora_exp.sweeps import jobs, sweep
 from qlora_exp.sweeps.hydra_launchers import LocalLauncher
 from qlora_exp.sweeps.launchers import local as launcher
+from qlora_exp.training import user_metrics
 from qlora_exp.utils.display import say
 from qlora_exp.utils.errors import ConfigError
 from qlora_exp.utils.quiet import quiet
@@ -165,6 +166,19 @@ def refuse_idle_keys(configs: Sequence[Config], arguments: Sequence[str]) -> Non
         raise ConfigError("\n".join(problems))
 
 
+def try_out(configs: Sequence[Config]) -> None:
+    """Try out the metrics and losses of installed packages before the first job costs time; each job does it again."""
+    user_metrics.try_out(
+        list(dict.fromkeys(name for each in configs for name in user_metrics.of_config(each.evaluation)))
+    )
+    losses = {each.training.loss_type for each in configs} - {*plugins.BUILT_IN["loss"]}
+    if losses:
+        from qlora_exp.training import user_losses  # imports torch, which takes seconds
+
+        for name in sorted(losses):
+            user_losses.load(name)
+
+
 class GridSweeper(JobSweeper):
     """Runs every combination of the swept values that has not been run yet."""
 
@@ -180,6 +194,7 @@ class GridSweeper(JobSweeper):
         fixed = job_overrides[0][:shared]
         configs = [self.check(fixed, words[shared:]) for words in job_overrides]
         refuse_idle_keys(configs, arguments)
+        try_out(configs)
         settings = configs[0].sweep
         folder = self.folder(overrides, settings)
         with self.begin(folder, settings) as running:
@@ -227,6 +242,7 @@ class OptunaSweeper(JobSweeper):
 
         valid, refused = _configs(lambda values: checked(repeats[0], values), space, searched)
         refuse_idle_keys([config for _, config in valid], arguments)
+        try_out([config for _, config in valid])
         values, config = valid[0]
         for repeat in repeats[1:]:
             checked(repeat, values)

@@ -34,6 +34,7 @@ from qlora_exp.libraries.hydra import as_written
 from qlora_exp.results.metric_direction import lower_is_better
 from qlora_exp.sweeps.jobs import NOT_FAILED, Job
 from qlora_exp.sweeps.sweep import Sweep
+from qlora_exp.training import user_metrics
 from qlora_exp.utils.errors import ConfigError, did_you_mean
 from qlora_exp.utils.files import write_atomically
 from qlora_exp.utils.names import valid_names
@@ -105,6 +106,9 @@ def search(
                 outcomes = {ending["outcome"] for ending in endings}
                 if "pruned" in outcomes:
                     study.tell(trial.number, state=TrialState.PRUNED)
+                elif outcomes == {"ok"} and (missing := failed_metrics(endings, settings.metrics)):
+                    log.warning("trial %d counts as failed: %s is not measured", trial.number + 1, ", ".join(missing))
+                    study.tell(trial.number, state=TrialState.FAIL)
                 elif outcomes == {"ok"}:
                     columns = zip(*(values(ending["metrics"], settings.metrics) for ending in endings), strict=True)
                     means = [statistics.fmean(column) for column in columns]
@@ -243,7 +247,14 @@ def _unfinished(study: optuna.Study, space: Mapping[str, BaseDistribution], retr
 
 
 def direction(metric: str, key: str) -> Literal["minimize", "maximize"]:
-    """Return whether less of a metric is better; `key` sets it where only the user knows."""
+    """Return whether less of a metric is better; `key` sets it where only the user knows.
+
+    Raises:
+        ConfigError: the user must say it; or the metric is one of a package and cannot be imported.
+    """
+    if "/metric/" in metric:
+        declared = user_metrics.load(metric.partition("/metric/")[2]).facts
+        return "maximize" if declared.higher_is_better else "minimize"
     if "lm_eval/" in metric:
         raise ConfigError(f"{key}: must be set: whether higher {metric} is better depends on its task")
     return "minimize" if lower_is_better(metric) else "maximize"
@@ -291,6 +302,16 @@ def check_space(
             f"{', '.join(changed)}: differs from what the study in {folder} searched; give sweep.name=ANOTHER"
         )
     study.set_user_attr("space", searched)
+
+
+def failed_metrics(endings: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
+    """List which of these metrics are of packages and failed in a job; other names are misspelled if they are missing.
+
+    Args:
+        endings: how jobs ended.
+        names: names of metrics.
+    """
+    return [name for name in names if "/metric/" in name and any(name not in each["metrics"] for each in endings)]
 
 
 def values(metrics: Mapping[str, float], names: Sequence[str], key: str = "search.metrics") -> list[float]:

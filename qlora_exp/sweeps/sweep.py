@@ -27,7 +27,7 @@ from qlora_exp.sweeps.jobs import (
     state,
     stopped,
 )
-from qlora_exp.sweeps.tables import lm_eval_scores, row, show_plan, show_rows
+from qlora_exp.sweeps.tables import further_scores, row, show_plan, show_rows
 from qlora_exp.tracking.journal import is_delivered, run_id
 from qlora_exp.tracking.stores import mlflow_views
 from qlora_exp.utils.display import pasteable, say
@@ -285,7 +285,7 @@ class Sweep:
         failed = sum(row["outcome"] not in NOT_FAILED for row in rows)
         self._parent.metrics({"jobs": len(rows), "jobs_failed": failed})
         measured = {name for job in self._jobs.values() for name in self.ended(job).get("metrics", {})}
-        if scores := lm_eval_scores(measured):
+        if scores := further_scores(measured):
             self._view(scores)
         columns = dict.fromkeys(name for row in rows for name in row)
         self._parent.table({name: [row.get(name, "") for row in rows] for name in columns}, "jobs.json")

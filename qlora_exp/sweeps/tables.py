@@ -29,7 +29,8 @@ def row(job: Job, last: Mapping[str, Any]) -> dict[str, Any]:
         ("ROUGE-L", metrics.get("after/rougeL"), ".3f"),
         ("exact match", metrics.get("after/exact_match"), ".3f"),
         ("task score", metrics.get("after/task_score"), ".3f"),
-        *((name.removeprefix("after/lm_eval/"), metrics[name], ".3f") for name in lm_eval_scores(metrics)),
+        *((name.removeprefix("after/"), metrics[name], ".4g") for name in _scores(metrics, "after/metric/")),
+        *((name.removeprefix("after/lm_eval/"), metrics[name], ".3f") for name in _scores(metrics, "after/lm_eval/")),
         ("forgotten", metrics.get("forgetting"), "+.4f"),
         ("train loss", metrics.get("train/loss"), ".4f"),
         ("peak MiB", metrics.get("memory/allocated_peak_mib", metrics.get("memory/rss_peak_mib")), ".0f"),
@@ -42,9 +43,13 @@ def row(job: Job, last: Mapping[str, Any]) -> dict[str, Any]:
     return {**job.swept, "outcome": last["outcome"], **values, "key": job.key}
 
 
-def lm_eval_scores(metrics: Iterable[str]) -> list[str]:
-    """Return the names of the scores of lm-eval after training."""
-    return sorted(name for name in metrics if name.startswith("after/lm_eval/"))
+def further_scores(metrics: Iterable[str]) -> list[str]:
+    """Return the names of the scores after training of installed packages' metrics, then those of lm-eval."""
+    return [*_scores(metrics, "after/metric/"), *_scores(metrics, "after/lm_eval/")]
+
+
+def _scores(metrics: Iterable[str], prefix: str) -> list[str]:
+    return sorted(name for name in metrics if name.startswith(prefix))
 
 
 def show_plan(todo: Sequence[Job], plan: Mapping[str, tuple[Action, str]], folder: Path) -> None:

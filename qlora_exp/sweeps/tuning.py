@@ -203,13 +203,17 @@ def _add_results(row: Row, endings: Mapping[int, Mapping[str, Any]], metric: str
     measured = {
         number: sign * search.values(ending["metrics"], [metric], "tuning.metric")[0]
         for number, ending in endings.items()
-        if ending["outcome"] == "ok"
+        if ending["outcome"] == "ok" and not search.failed_metrics([ending], [metric])
     }
     results = {number: measured.get(number, math.inf) for number in endings}
     row.results.append({number: value if math.isfinite(value) else math.inf for number, value in results.items()})
     row.seconds += sum(ending.get("seconds", 0.0) for ending in endings.values())
     if endings and all(map(math.isinf, row.results[-1].values())):
-        reasons = dict.fromkeys(str(ending.get("failure") or ending["outcome"]) for ending in endings.values())
+        missing = f"{metric} is not measured"
+        reasons = dict.fromkeys(
+            missing if ending["outcome"] == "ok" else str(ending.get("failure") or ending["outcome"])
+            for ending in endings.values()
+        )
         log.error("%s: all %d trials failed, so it is not tuned: %s", row.label, len(endings), "; ".join(reasons))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from qlora_exp.config import plugins
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.dataset import is_url, looks_local, saved_dataset
 from qlora_exp.config.values import result_values
@@ -46,6 +47,7 @@ def digests(config: Config) -> dict[str, str]:
         "code": code_digest(),
         "libraries": json_digest(provenance.libraries(config.quantization.quant_method)),
         **({"adapter": adapter_version(config)} if config.model.adapter else {}),
+        **({"plugins": plugins.version(config)} if plugins.named(config) else {}),
     }
 
 

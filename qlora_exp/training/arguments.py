@@ -5,6 +5,7 @@ from typing import Any
 
 from trl.trainer.sft_config import SFTConfig
 
+from qlora_exp.config.plugins import BUILT_IN
 from qlora_exp.config.schema import Config
 from qlora_exp.environment.device import Resolved
 from qlora_exp.models.adapters import LEAVES_UNUSED
@@ -24,7 +25,6 @@ _SAME = (
     "packing",
     "packing_strategy",
     "train_sampling_strategy",
-    "loss_type",
     "neftune_noise_alpha",
     "logging_steps",
     "logging_first_step",
@@ -69,6 +69,7 @@ def arguments(config: Config, resolved: Resolved, output_dir: Path) -> SFTConfig
     decided: dict[str, Any] = dict(
         output_dir=str(output_dir),
         **{name: getattr(training, name) for name in _SAME},
+        loss_type=training.loss_type if training.loss_type in BUILT_IN["loss"] else "nll",  # see `user_losses`
         optim=resolved.optim,
         adam_beta1=config.optimizer.adam_beta1,
         adam_beta2=config.optimizer.adam_beta2,

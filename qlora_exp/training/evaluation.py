@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, StoppingCriteria
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from qlora_exp.config import plugins
 from qlora_exp.config.sections.evaluation import EvaluationConfig
 from qlora_exp.data.end_of_turn import before_end
 from qlora_exp.distributed import group
@@ -33,6 +34,7 @@ from qlora_exp.models.base import (
     stop_tokens,
 )
 from qlora_exp.models.sharding import is_sharded
+from qlora_exp.training import user_metrics
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +69,8 @@ class Evaluation:
     """The same values for each row of unrelated text."""
     samples: list[dict[str, Any]]
     """Each generated answer with its prompt, reference and scores."""
+    failed: dict[str, str] = field(default_factory=dict)
+    """Why metrics of packages are missing, by name."""
 
 
 def evaluate(
@@ -108,12 +112,14 @@ def evaluate(
                 unrelated_losses = _row_losses(model, tokenizer, unrelated, 1, label)
             metrics["unrelated_loss"] = _mean_loss(unrelated_losses)
         samples: list[dict[str, Any]] = []
+        failed: dict[str, str] = {}
         if config.generate_rows:
             answering = generator(model, tokenizer, config)
             with generating or nullcontext():
                 samples, latency = _answer(answering, tokenizer, rows, tokens, config, label)
-            metrics |= _scored(samples, rows, config, score) | latency
-    return Evaluation(metrics, losses, unrelated_losses, samples)
+            scores, failed = _scored(samples, rows, config, score)
+            metrics |= scores | latency
+    return Evaluation(metrics, losses, unrelated_losses, samples, failed)
 
 
 def _mean_loss(losses: list[dict[str, float]]) -> float:
@@ -255,17 +261,28 @@ def answers(
         The metrics, and each answer with its prompt, reference and scores.
     """
     samples, latency = _answer(generate, tokenizer, rows, tokens, config, label)
-    return _scored(samples, rows, config, score) | latency, samples
+    return _scored(samples, rows, config, score)[0] | latency, samples
 
 
 def _scored(
     samples: list[dict[str, Any]], rows: Dataset, config: EvaluationConfig, score: Score | None
-) -> dict[str, float]:
-    """Add the scores to each sample, and return the mean of each score."""
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Add the scores to each sample; return the mean of each score, and why metrics of packages are missing."""
     if score:
         for sample, row in zip(samples, rows, strict=False):
             sample["task_score"] = score(sample["answer"], row)
-    return {name: float(np.mean([sample[name] for sample in samples])) for name in _scores(samples, config)}
+    metrics = {name: float(np.mean([sample[name] for sample in samples])) for name in _scores(samples, config)}
+    failed: dict[str, str] = {}
+    if names := user_metrics.of_config(config):
+        answered = rows.select(range(len(samples)))
+        scores, failed = group.call_on_main(user_metrics.score, names, samples, answered)
+        for name, values in scores.items():
+            key = f"{user_metrics.PREFIX}{name}"
+            metrics[key] = float(np.mean(values))
+            if isinstance(values, list):
+                for sample, value in zip(samples, values, strict=True):
+                    sample[key] = value
+    return metrics, failed
 
 
 def _answer(
@@ -304,7 +321,7 @@ def _first_token(tokenizer: Any) -> int:
 def _scores(samples: list[dict[str, Any]], config: EvaluationConfig) -> list[str]:
     """Add each metric to each sample; return the names of the scores."""
     names = ["task_score"] if "task_score" in samples[0] else []
-    for metric in config.metrics:
+    for metric in (name for name in config.metrics if name in plugins.BUILT_IN["metric"]):
         results = _metric(metric).compute(
             predictions=[sample["answer"] for sample in samples],
             references=[sample["reference"] for sample in samples],

@@ -6,6 +6,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from trl.trainer.sft_trainer import SFTTrainer
 
+from qlora_exp.config.plugins import BUILT_IN
 from qlora_exp.config.schema import Config
 from qlora_exp.data.tokenization import IGNORED
 from qlora_exp.distributed import group
@@ -31,6 +33,8 @@ from qlora_exp.models.sharding import is_sharded, save_whole_states, shard, whol
 from qlora_exp.training.arguments import arguments
 from qlora_exp.training.checkpoints import seal
 from qlora_exp.training.optimizers import KeepTrainableSet, lora_optimizer
+from qlora_exp.training.user_losses import Loss
+from qlora_exp.training.user_losses import load as load_loss
 from qlora_exp.training.watcher import Log, Watcher
 
 log = logging.getLogger(__name__)
@@ -56,8 +60,10 @@ class _ByLength(LengthGroupedSampler):
 class Trainer(SFTTrainer):
     """SFTTrainer that counts tokens and FLOPs and marks memory phases."""
 
-    def __init__(self, *args: Any, memory: MemoryMonitor, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, memory: MemoryMonitor, token_loss: Loss | None = None, **kwargs: Any) -> None:
         self.memory = memory
+        self.token_loss = token_loss
+        """Loss of an installed package to train by; None for TRL's own."""
         self.seen: Any = torch.zeros(4, dtype=torch.long)
         """Numbers of tokens, supervised tokens, sequences, and positions (tokens and padding)."""
         self.counts_flops = False
@@ -116,8 +122,9 @@ class Trainer(SFTTrainer):
             yield batch
 
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any) -> Any:
-        """Compute TRL's loss; in training, add the adapter's penalty to it."""
-        result = super().compute_loss(model, inputs, return_outputs, *args, **kwargs)
+        """Compute the loss; in training, add the adapter's penalty to it."""
+        scored = partial(self.token_loss.outputs, model) if self.token_loss and model.training else model
+        result = super().compute_loss(scored, inputs, return_outputs, *args, **kwargs)
         if not model.training:
             return result
         added = penalty(self.accelerator.unwrap_model(model)) / self.current_gradient_accumulation_steps
@@ -257,6 +264,7 @@ def build(
     with keep_dtypes(model), keep_router_setting(model):
         trainer = Trainer(
             memory=memory,
+            token_loss=None if config.training.loss_type in BUILT_IN["loss"] else load_loss(config.training.loss_type),
             model=model,
             args=settings,
             train_dataset=train_tokens.select_columns(["input_ids", "labels"]),

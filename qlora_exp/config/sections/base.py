@@ -7,6 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 NonNegative = Annotated[int, Field(ge=0)]
+PluginName = Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=100)]
+"""Name of a metric or a loss: built in, or of an installed package."""
 Share = Annotated[float, Field(gt=0, lt=1)]
 Interval = Literal["no", "steps", "epoch"]
 

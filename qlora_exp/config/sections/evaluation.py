@@ -1,10 +1,8 @@
 """Section `evaluation`: what is measured before and after training."""
 
-from typing import Literal
-
 from pydantic import PositiveInt
 
-from qlora_exp.config.sections.base import NonNegative, Section
+from qlora_exp.config.sections.base import NonNegative, PluginName, Section
 
 
 class EvaluationConfig(Section):
@@ -18,8 +16,9 @@ class EvaluationConfig(Section):
     """Largest number of tokens in a generated answer."""
     generation_batch_size: PositiveInt = 8
     """Answers generated at the same time."""
-    metrics: list[Literal["rouge", "exact_match"]] = ["rouge", "exact_match"]
-    """Metrics that compare generated answers with the references. A dataset with its own scorer adds its score."""
+    metrics: list[PluginName] = ["rouge", "exact_match"]
+    """Metrics that compare generated answers with the references: rouge, exact_match, and those of installed packages
+    (docs/metrics.md). A dataset with its own scorer adds its score."""
     lm_eval_tasks: list[str] = []
     """Tasks and groups of lm-eval, such as mmlu, to run before and after training."""
     lm_eval_include_path: str | None = None

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from qlora_exp.config import schedules
-from qlora_exp.config.sections.base import Interval, NonNegative, Section
+from qlora_exp.config.sections.base import Interval, NonNegative, PluginName, Section
 from qlora_exp.config.tables import sft_arguments
 
 
@@ -69,8 +69,9 @@ class TrainingConfig(Section):
     """true: loss on the answer only; false: loss on the prompt too."""
     assistant_only_loss: bool = False
     """Loss on every answer of a dialogue, not only on the last. The chat template needs no generation marks."""
-    loss_type: Literal["nll", "dft"] = "nll"
-    """nll: negative log-likelihood (cross-entropy); dft: the loss of Dynamic Fine-Tuning."""
+    loss_type: PluginName = "nll"
+    """nll: negative log-likelihood (cross-entropy); dft: the loss of Dynamic Fine-Tuning; or the name of an installed
+    package's loss (docs/metrics.md). Held-out losses are always nll."""
     neftune_noise_alpha: Annotated[float, Field(ge=0)] | None = None
     """NEFTune: strength of the noise on embeddings during training. null: none."""
     logging_steps: PositiveInt = 1

@@ -101,10 +101,10 @@ def _middle_cut(text: str, most: int) -> str:
 def metric_label(comparison: Comparison) -> str:
     """Return the metric with its unit and direction, for an axis."""
     metric = comparison.metric
-    unit = f", {_UNITS[metric]}" if metric in _UNITS else ""
+    unit = f", {unit}" if (unit := _UNITS.get(metric, shown(comparison.unit))) else ""
     return f"{metric_name(metric)}{unit} ({'lower' if comparison.lower_is_better else 'higher'} is better)"
 
 
 def metric_name(metric: str) -> str:
     """Return the name of a metric for people."""
-    return _NAMES.get(metric, metric.replace("_", " "))
+    return _NAMES.get(metric, metric.removeprefix("metric/").replace("_", " "))

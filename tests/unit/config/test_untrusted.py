@@ -1,9 +1,11 @@
 """A recorded config may neither run code nor read this machine's files unless the user allows it."""
 
+import sys
 import time
 
 import pytest
 import yaml
+from helpers import plugins as packages
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -91,6 +93,23 @@ def test_recorded_task_confirmed_by_the_user_is_allowed():
     with pytest.raises(ConfigError, match="lm_eval_tasks"):
         untrusted.changed(values, {}, "run x")
     assert untrusted.changed(values, changes, "run x").dataset.path == changes["dataset.path"]
+
+
+def test_metrics_and_losses_of_packages_are_run_only_if_the_user_names_them(monkeypatch, tmp_path):
+    packages.install(monkeypatch, tmp_path / "a", "trap_of_records", "raise SystemError", "mine more", "mine")
+    words = ["method=lora", "evaluation.metrics=[rouge,mine]", "training.loss_type=mine"]
+    config = compose(words)
+    both = r"add evaluation\.metrics=\[rouge,mine\] to run it, or evaluation\.metrics=\[rouge\] to"
+    with pytest.raises(ConfigError, match=f"a metric of an installed package, mine, which only you may choose; {both}"):
+        untrusted.refuse_plugins(config, {"training.loss_type": "mine"})
+    with pytest.raises(ConfigError, match=r"add training\.loss_type=mine to run it, or training\.loss_type=nll to"):
+        untrusted.refuse_plugins(config, {"evaluation.metrics": ["rouge", "mine"]})
+    untrusted.refuse_plugins(config, {"evaluation.metrics": ["rouge", "mine"], "training.loss_type": "mine"})
+    untrusted.refuse_plugins(compose(["method=lora"]), {})
+    other = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"metrics": ["gone"]})})
+    with pytest.raises(ConfigError, match="no metric 'gone'"):
+        untrusted.refuse_plugins(other, {"evaluation.metrics": ["gone"]})
+    assert "trap_of_records" not in sys.modules
 
 
 def test_word_without_equals_sign_is_rejected():

@@ -71,7 +71,10 @@ def test_card_begins_with_hub_metadata():
 
 def test_losses_have_intervals_over_rows():
     kept = {"evaluation/before_losses.jsonl": rows(3, 4, 5), "evaluation/after_losses.jsonl": rows(2, 3.1, 3.9)}
-    text = model_card.write(Recorded(losses=kept), compose(["method=lora"]), "x")
+    record = Recorded(losses=kept)
+    record.metrics["after/metric/shared_words"] = 0.125
+    text = model_card.write(record, compose(["method=lora"]), "x")
+    assert "| - | 0.125 | - |" in next(line for line in text.splitlines() if line.startswith("| metric"))
     line = next(line for line in text.splitlines() if line.startswith("| loss"))
     values = [float(word) for word in re.findall(r"-?\d+\.\d+", line)]
     assert values[:2] == [4.0, 3.0]

@@ -1,5 +1,7 @@
 """The same rows in every form; differences are paired, and are those that were put there."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -34,6 +36,17 @@ def test_scores_are_compared_where_both_have_them():
     found = gaps([first, measured("int8", [3, 4], [0.2, 0.4], rougeL=0.3), measured("gguf_q8_0", [3, 4])])
     assert [(gap.metric, round(gap.value, 6)) for gap in found["int8"]] == [("loss", 0), ("rougeL", 0.1)]
     assert [gap.metric for gap in found["gguf_q8_0"]] == ["loss"]
+
+
+def test_scores_of_packages_are_compared_too():
+    one, other = (measured(form, [3, 4], **{"metric/length": length}) for form, length in (("trained", 5), ("nf4", 7)))
+    one, other = (
+        replace(each, samples=[{"metric/length": each.metrics["metric/length"] + n} for n in (-1, 1)])
+        for each in (one, other)
+    )
+    assert [(gap.metric, gap.value) for gap in gaps([one, other])["nf4"]] == [("loss", 0), ("metric/length", 2)]
+    (_, (headings, _)) = deployment_gap.tables([one, other])
+    assert headings == ["format", "metric/length", "change"]
 
 
 def test_only_differing_scores_are_shown():

@@ -1,8 +1,10 @@
 import json
+from types import SimpleNamespace
 
 import optuna
 import pytest
 from filelock import FileLock
+from helpers import plugins as packages
 from helpers.tracking import end_job
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -279,3 +281,30 @@ def test_search_with_a_stuck_trial_goes_on(run_search, tmp_path):
     assert [trial.state for trial in run_search.trials()] == [TrialState.FAIL, TrialState.COMPLETE]
     run_search(n_trials=2, space=IMPOSSIBLE, how=SweepConfig(rerun="failed"))  # ends, although one fails again
     assert TrialState.RUNNING not in [trial.state for trial in run_search.trials()]
+
+
+def test_direction_is_the_one_that_a_package_declares_for_its_metric(monkeypatch, tmp_path):
+    packages.install(monkeypatch, tmp_path / "a", "declares", packages.METRICS, "shared_words length")
+    assert search.direction("after/metric/shared_words", "k") == "maximize"
+    assert search.direction("before/metric/length", "k") == "minimize"
+    with pytest.raises(ConfigError, match="no metric 'gone'"):
+        search.direction("after/metric/gone", "k")
+
+
+def test_trial_whose_metric_failed_counts_as_failed(monkeypatch, tmp_path, caplog):
+    packages.install(monkeypatch, tmp_path / "a", "fails_once", packages.METRICS, "length")
+    space = {"training.warmup_steps": CategoricalDistribution([1, 2, 3])}
+
+    def ended(job):
+        return {"outcome": "ok", "metrics": {"after/metric/length": 1.0 / job.steps} if job.steps != 2 else {}}
+
+    def jobs_of(values):
+        return [SimpleNamespace(key="k", steps=values["training.warmup_steps"], folder=tmp_path)]
+
+    sweep = SimpleNamespace(folder=tmp_path / "search", register=lambda _: None, run=lambda *_: None, ended=ended)
+    settings = SearchConfig(n_trials=3, metrics=["after/metric/length"])
+    (best,) = search.search(sweep, space, jobs_of, settings, IN_ORDER)
+    assert (best.params, best.value) == ({"training.warmup_steps": 3}, 1 / 3)
+    assert "counts as failed: after/metric/length is not measured" in caplog.text
+    with pytest.raises(ConfigError, match="jobs have no metric 'after/los'; did you mean 'after/loss'"):
+        search.values({"after/loss": 1.0}, ["after/los"])

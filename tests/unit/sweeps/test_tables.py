@@ -15,10 +15,12 @@ JOB = SimpleNamespace(swept={"method": "lora"}, key="0123456789abcdef")
 
 
 def test_every_score_has_a_column():
-    assert tables.row(JOB, {"outcome": "ok", "seconds": 12.3, "metrics": METRICS}) == {
+    measured = METRICS | {"after/metric/length": 177.75, "before/metric/length": 1.0}
+    assert tables.further_scores(measured) == ["after/metric/length", "after/lm_eval/arc_easy/acc"]
+    assert tables.row(JOB, {"outcome": "ok", "seconds": 12.3, "metrics": measured}) == {
         "method": "lora", "outcome": "ok", "loss": "3.2500", "ROUGE-L": "0.500", "exact match": "0.250",
-        "task score": "0.750", "arc_easy/acc": "0.625", "forgotten": "+0.1234", "train loss": "2.5000",
-        "peak MiB": "700", "tokens/s": "99", "seconds": "12", "key": JOB.key,
+        "task score": "0.750", "metric/length": "177.8", "arc_easy/acc": "0.625", "forgotten": "+0.1234",
+        "train loss": "2.5000", "peak MiB": "700", "tokens/s": "99", "seconds": "12", "key": JOB.key,
     }  # fmt: skip
 
 

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from helpers.plugins import METRICS, install
 from trl.trainer.utils import add_fused_lm_head
 
 from qlora_exp.config.hydra_compose import compose
@@ -63,6 +64,20 @@ def test_each_answer_has_its_scores_and_latency(tiny_tokenizer):
     assert {"prompt", "reference", "answer", "rougeL", "exact_match", "task_score"} <= found.samples[0].keys()
     assert found.metrics["task_score"] == 0.5
     assert 0 < found.metrics["token_seconds_p50"] <= found.metrics["token_seconds_p95"]
+
+
+def test_answers_have_the_scores_of_packages_and_metrics_that_fail_are_missing(tiny_tokenizer, monkeypatch, tmp_path):
+    install(monkeypatch, tmp_path / "a", "own_metrics", METRICS, "length away")
+    model = load()
+    for failed in ({}, {"away": "ConnectionError: the judge"}):
+        found = measure(model, tiny_tokenizer, metrics=["exact_match", "away", "length"])
+        scores = [sample["metric/length"] for sample in found.samples]
+        assert found.metrics["metric/length"] == pytest.approx(sum(scores) / 3)
+        assert found.failed == failed
+        assert found.metrics.get("metric/away", 0.0) == (not failed)
+        assert not any("metric/away" in sample for sample in found.samples)  # one score for all
+        assert "rougeL" not in found.metrics
+        assert "exact_match" in found.metrics
 
 
 def test_nothing_is_generated_without_generate_rows(tiny_tokenizer):
