@@ -182,12 +182,13 @@ def _imported() -> Iterator[None]:
     gc.freeze()
     load, kept = rows.load_rows, dict[str, Any]()
 
-    def load_once(config: Any) -> Any:
-        if not str(config.path).startswith("embedded:"):  # a file may change
-            return load(config)
-        key = config.model_dump_json()
+    def load_once(config: Any, general: Any = None) -> Any:
+        both = [each for each in (config, general) if each is not None]
+        if not all(path.startswith("embedded:") for each in both for path in each.paths):  # a file may change
+            return load(config, general)
+        key = " ".join(each.model_dump_json() for each in both)
         if key not in kept:
-            kept[key] = load(config)
+            kept[key] = load(config, general)
         return kept[key]
 
     with pytest.MonkeyPatch.context() as patched:

@@ -116,11 +116,11 @@ def _say_formats(configs: Sequence["Config"]) -> None:
     from qlora_exp.config.sections.dataset import is_url, looks_local
     from qlora_exp.data.recognize import recognized_in
 
-    asked = {config.dataset.model_dump_json(): config for config in configs if config.dataset.format == "auto"}
-    for config in asked.values():
-        if looks_local(config.dataset.path) and not is_url(config.dataset.path):
+    parts = [part for config in configs for part in config.dataset.parts.values() if part.format == "auto"]
+    for part in {part.model_dump_json(): part for part in parts}.values():
+        if looks_local(part.path) and not is_url(part.path):
             try:
-                say(recognized_in(config).line(config.dataset))
+                say(recognized_in(part).line(part))
             except UserError as error:
                 say(f"a run would be refused: {error}")
 

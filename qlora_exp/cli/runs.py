@@ -45,8 +45,8 @@ def add_parsers(commands: Commands) -> None:
     baseline = "row to compare with, by a part of its name, such as method=lora; default: the first row"
     parser.add_argument("--baseline", metavar="ROW", help=baseline)
     metrics = (
-        "metric to compare: loss (default), rougeL, exact_match, task_score, unrelated_loss, lm_eval/TASK/METRIC, or "
-        "metric/NAME of an installed package"
+        "metric to compare: loss (default), rougeL, exact_match, task_score, unrelated_loss, source_loss/NAME (of one "
+        "source of a mixture), lm_eval/TASK/METRIC, or metric/NAME of an installed package"
     )
     parser.add_argument("--metric", default="loss", help=metrics)
     parser.add_argument(
@@ -109,9 +109,12 @@ def compare(options: argparse.Namespace) -> None:
     from qlora_exp.results import compare as comparing
     from qlora_exp.results import records, report
 
-    if options.metric not in comparing.METRICS and not re.fullmatch(r"lm_eval/.+/.+|metric/.+", options.metric):
+    if options.metric not in comparing.METRICS and not re.fullmatch(
+        r"lm_eval/.+/.+|source_loss/.+|metric/.+", options.metric
+    ):
         metrics = ", ".join(comparing.METRICS)
-        raise ConfigError(f"--metric {options.metric}: choose one of {metrics}, lm_eval/TASK/METRIC or metric/NAME")
+        others = "source_loss/NAME, lm_eval/TASK/METRIC or metric/NAME"
+        raise ConfigError(f"--metric {options.metric}: choose one of {metrics}, {others}")
     if options.preset not in report.PRESETS:
         raise ConfigError(f"--preset {options.preset}: choose one of {', '.join(report.PRESETS)}")
     runs = records.find(options.uri, options.chosen, options.experiment, options.filter)

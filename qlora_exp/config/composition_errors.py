@@ -36,6 +36,9 @@ def explain(error: Exception) -> ConfigError:
     if "HydraConfig was not set" in text:
         key = re.search(r"full_key: (\S+)", text)
         return ConfigError(no_hydra_values(key[1] if key else "a key"))
+    if match := re.search(r"Cannot merge DictConfig with \w+(?s:.*)full_key: (\S+)", f"{text}\n{error.__cause__}"):
+        example = "dataset.sources.NAME.path=PATH" if match[1] == "dataset.sources" else f"{match[1]}.NAME=VALUE"
+        return ConfigError(f"{match[1]}: must be a mapping of names to values, such as {example}")
     cause = f"\n{error.__cause__}" if error.__cause__ else ""
     return ConfigError(f"{text}{cause}")
 

@@ -37,7 +37,7 @@ def problems(config: Config) -> Iterator[str]:
         yield from _sharded(config)
     if not config.model.model_name_or_path.startswith("random:") and config.model.random_config:
         yield "model.random_config needs model.model_name_or_path=random:FAMILY"
-    for section, data in (("dataset", config.dataset), ("unrelated", config.unrelated)):
+    for section, data in config.sections_of_rows.items():
         if data.eval_split and data.paths and not data.has_splits:
             yield (
                 f"{section}.eval_split={data.eval_split}: only datasets of the hub have splits; use "
@@ -45,6 +45,11 @@ def problems(config: Config) -> Iterator[str]:
                 f"or {section}.eval_size to split rows off {data.path}"
             )
     yield from _chosen_by(config)
+    if config.dataset.replay and not config.unrelated.paths:
+        yield (
+            f"dataset.replay={config.dataset.replay} takes rows of the unrelated text, and there is none: choose "
+            "unrelated=python_docs or wikitext, or set unrelated.path"
+        )
     if config.search.prune and config.training.eval_strategy == "no":
         yield "search.prune needs a held-out loss during training: set training.eval_strategy=steps"
     elif config.search.prune and 0 < config.training.max_steps <= (config.training.eval_steps or 0):

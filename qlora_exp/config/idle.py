@@ -77,12 +77,12 @@ def idle(config: Config, sweeping: bool = False) -> Iterator[tuple[str, str]]:
     yield from _model(config)
     yield from _adapter(config)
     yield from _storage_and_optimizer(config)
-    yield from _rows("dataset", config.dataset)
+    yield from _dataset(config)
     if config.unrelated.path == "none":
         others = (key for key in UnrelatedConfig.model_fields if key != "path")
         yield from ((f"unrelated.{key}", "unrelated.path=none measures no forgetting") for key in others)
     else:
-        yield from _rows("unrelated", config.unrelated)
+        yield from _rows("unrelated", config.unrelated, config.dataset.replay is not None)
     yield from _training(config)
     yield from _measuring(config)
     yield from _distributed(config)
@@ -133,7 +133,24 @@ def _storage_and_optimizer(config: Config) -> Iterator[tuple[str, str]]:
             yield f"optimizer.{key}", f"it is for optimizer={lora_optimizer}"
 
 
-def _rows(section: str, data: DatasetConfig) -> Iterator[tuple[str, str]]:
+def _dataset(config: Config) -> Iterator[tuple[str, str]]:
+    """Yield idle keys of the section, and of its sources. A key of the section is idle if it acts in no source."""
+    data = config.dataset
+    if data.weights is None and data.mixing_temperature is None:
+        yield "dataset.stopping", "every row is trained on once in an epoch: give sources weights or a temperature"
+    if not data.sources:
+        yield "dataset.mixing_temperature", "there are no dataset.sources to mix"
+        yield from _rows("dataset", data)
+        return
+    of_parts = {name: dict(_rows("dataset", part)) for name, part in data.parts.items()}
+    for name, idle_keys in of_parts.items():
+        yield from ((key.replace("dataset", f"dataset.sources.{name}", 1), why) for key, why in idle_keys.items())
+    yield from ((f"dataset.{key}", "no source takes it from the section") for key in sorted(data.not_taken))
+    first, *others = of_parts.values()
+    yield from ((key, why) for key, why in first.items() if all(key in idle_keys for idle_keys in others))
+
+
+def _rows(section: str, data: DatasetConfig, replayed: bool = False) -> Iterator[tuple[str, str]]:
     if not data.hub_paths:
         for key in ("subset", "revision", *(() if data.has_splits else ("split",))):
             yield f"{section}.{key}", f"it is for datasets of the hub, not {data.path}, which is read as a whole"
@@ -153,7 +170,7 @@ def _rows(section: str, data: DatasetConfig) -> Iterator[tuple[str, str]]:
         yield from ((f"{section}.{key}", why) for key in columns)
     if data.format not in ("text", "auto"):
         yield f"{section}.text_column", f"it is for format=text, not format={data.format}"
-    if isinstance(data, UnrelatedConfig) and not data.streaming:
+    if isinstance(data, UnrelatedConfig) and not data.streaming and not replayed:
         yield f"{section}.max_train_rows", "unrelated text is not trained on: use unrelated.max_eval_rows"
 
 

@@ -15,6 +15,7 @@ from qlora_exp.config.sections.dataset import DatasetConfig, UnrelatedConfig
 from qlora_exp.config.sections.distributed import DistributedConfig
 from qlora_exp.config.sections.evaluation import EvaluationConfig
 from qlora_exp.config.sections.method import LoraVariantConfig, MethodConfig
+from qlora_exp.config.sections.mixture import REPLAY, MixtureConfig
 from qlora_exp.config.sections.model import ModelConfig
 from qlora_exp.config.sections.optimizer import OptimizerConfig
 from qlora_exp.config.sections.quantization import QuantizationConfig
@@ -32,7 +33,7 @@ class Config(Section):
     quantization: QuantizationConfig = QuantizationConfig()
     lora_variant: LoraVariantConfig = LoraVariantConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    dataset: DatasetConfig = DatasetConfig()
+    dataset: MixtureConfig = MixtureConfig()
     training: TrainingConfig = TrainingConfig()
     distributed: DistributedConfig = DistributedConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -49,7 +50,19 @@ class Config(Section):
     @property
     def datasets(self) -> list[DatasetConfig]:
         """Every dataset that the run reads."""
-        return [dataset for dataset in (self.dataset, self.unrelated) if dataset.paths]
+        return [part for part in (*self.dataset.parts.values(), self.unrelated) if part.paths]
+
+    @property
+    def sections_of_rows(self) -> dict[str, DatasetConfig]:
+        """Every dataset that the run may read, by the key of its section: `dataset.sources.NAME` for a source."""
+        sources = {f"dataset.sources.{name}": part for name, part in self.dataset.parts.items()}
+        return (sources if self.dataset.sources else {"dataset": self.dataset}) | {"unrelated": self.unrelated}
+
+    @property
+    def parts(self) -> dict[str, DatasetConfig]:
+        """The datasets that are trained on, by name: those of `dataset`, and what is replayed."""
+        replays = isinstance(self.dataset, MixtureConfig) and self.dataset.replay  # a copy may have a part in its place
+        return self.dataset.parts | ({REPLAY: self.unrelated} if replays else {})
 
     @property
     def peft_settings(self) -> dict[str, Any]:

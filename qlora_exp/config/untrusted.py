@@ -165,17 +165,16 @@ def refuse_user_only_settings(config: Config, changes: Mapping[str, Any]) -> Non
     paths: dict[str, Any] = {
         "model.model_name_or_path": config.model.model_name_or_path,
         "model.adapter": config.model.adapter,
-        "dataset.path": config.dataset.path,
-        "dataset.eval_path": config.dataset.eval_path,
-        "unrelated.path": config.unrelated.path,
-        "unrelated.eval_path": config.unrelated.eval_path,
         "training.resume_from_checkpoint": config.training.resume_from_checkpoint,
     }
+    datasets = {"dataset": config.dataset.model_dump(), "unrelated": config.unrelated.model_dump()}
+    datasets |= {f"dataset.sources.{name}": source for name, source in config.dataset.sources.items()}
+    for section, rows in datasets.items():
+        paths |= {f"{section}.{key}": rows.get(key) for key in ("path", "eval_path")}
     for section, part in (("method", config.method), ("lora_variant", config.lora_variant)):
         paths |= {f"{section}.{key}": value for key, value in part.settings.items()}
     patterns = {key: value for key, value in paths.items() if key.rpartition(".")[2] in _PATTERNS}
-    for section, dataset in (("dataset", config.dataset), ("unrelated", config.unrelated)):
-        patterns[f"{section}.drop_matching"] = dataset.drop_matching
+    patterns |= {f"{section}.drop_matching": rows.get("drop_matching") for section, rows in datasets.items()}
     for key, pattern in ((key, text) for key, value in patterns.items() for text in _texts(value)):
         if pattern and key not in changes and may_hang(pattern):
             raise ConfigError(

@@ -49,6 +49,10 @@ def from_composed(values: Any) -> Config:
         if isinstance(section := values.get(name), dict):
             for key, value in section.items():
                 section[key] = as_written(f"{name}.{key}", value)
+            sources = section.get("sources")
+            for source, keys in sources.items() if isinstance(sources, dict) else ():
+                if isinstance(keys, dict):
+                    keys |= {key: as_written(f"{name}.sources.{source}.{key}", value) for key, value in keys.items()}
     config = from_dict(values)
     if problems := [*plugins.problems(config)]:  # in records they are another machine's
         raise ConfigError("\n".join(problems))
@@ -61,7 +65,7 @@ def as_written(key: str, value: Any) -> Any:
     Raises:
         ConfigError: it names a file that cannot be read.
     """
-    section, _, name = key.partition(".")
+    section, _, name = re.sub(r"^(dataset\.)sources\.[^.]+\.", r"\1", key).partition(".")
     if section not in ("dataset", "unrelated") or not isinstance(value, str):
         return value
     if name == "prompt_template":

@@ -33,11 +33,14 @@ def values_to_yaml(values: Mapping[str, Any]) -> str:
 
 
 _NAMES_FILES = re.compile(
-    r"(?:model|method|lora_variant)\..*|(?:dataset|unrelated)\.(?:eval_)?path|evaluation\.lm_eval_include_path"
-    r"|training\.resume_from_checkpoint"
+    r"(?:model|method|lora_variant)\..*|(?:dataset|unrelated)\.(?:sources\.[^.]+\.)?(?:eval_)?path"
+    r"|evaluation\.lm_eval_include_path|training\.resume_from_checkpoint"
 )
 """Keys whose values may be files or folders."""
 _ABSOLUTE = re.compile(r"(?:file:|[/~]|\\\\|[A-Za-z]:[\\/])[^\n]*")
+
+
+_SOURCES = "dataset.sources"
 
 
 def without_places(values: Mapping[str, Any], local: Collection[str] = ()) -> dict[str, Any]:
@@ -61,6 +64,8 @@ def without_places(values: Mapping[str, Any], local: Collection[str] = ()) -> di
 
 
 def _without_place(key: str, value: Any, local: Collection[str]) -> Any:
+    if key.startswith(_SOURCES) and isinstance(value, Mapping):
+        return {name: _without_place(f"{key}.{name}", item, local) for name, item in value.items()}
     return _names_only(value, local) if _NAMES_FILES.fullmatch(key) else value
 
 
@@ -97,12 +102,14 @@ APART = ("tracking", "sweep", "search", "tuning")
 _OF_ONE_START = ("name", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "ddp_timeout")
 """Keys of `distributed` that say where the processes are and how they find each other, not what they compute."""
 _OF_ROWS = ("validation_size", "evaluate_on", "prompt_template", "chat_template", "history_column", "system_column")
+_OF_MIXTURES = ("sources", "mixing_temperature", "stopping", "replay")
 _EMPTY_IN_OLDER_RECORDS = (
     ("model", "adapter"),
     ("training", "lr_scheduler_kwargs"),
     ("training", "tune"),
     ("training", "sft_config"),
     *((section, key) for section in ("dataset", "unrelated") for key in _OF_ROWS),
+    *(("dataset", key) for key in _OF_MIXTURES),
 )
 """Keys that records of older versions lack; empty, they say the same."""
 
@@ -126,13 +133,17 @@ def result_values(values: dict[str, Any]) -> dict[str, Any]:
 def flatten(config: Config) -> dict[str, Any]:
     """Flatten the config to dotted keys (`method.r`) with plain values. A free mapping or list is one value.
 
-    `model.architecture` is left out: only memory plans read it.
+    Sources have keys of their own (`dataset.sources.NAME.path`). `model.architecture` is left out: only memory plans
+    read it.
     """
 
     def walk(prefix: str, section: BaseModel) -> Iterator[tuple[str, Any]]:
         for name, value in section:
             if isinstance(value, BaseModel):
                 yield from walk(f"{prefix}{name}.", value)
+            elif f"{prefix}{name}" == _SOURCES:
+                for source, keys in value.items():
+                    yield from ((f"{_SOURCES}.{source}.{key}", item) for key, item in keys.items())
             else:
                 yield f"{prefix}{name}", value
 

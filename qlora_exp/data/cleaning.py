@@ -116,8 +116,12 @@ def clean(source: Source, config: DatasetConfig, path: str) -> tuple[Dataset, Re
     name = f"rows-{json_digest([CACHE_LAYOUT, source.key, *settings])}"
     folder = built(name, lambda part: _Cleaner(source, config, columns, path).write(part))
     report = Report(**json.loads((folder / _REPORT).read_text("utf-8")))
-    rows = Dataset.from_file(str(folder / _ROWS))
-    return rows.with_transform(_decoded) if "messages" in rows.column_names else rows, report
+    return decoded(Dataset.from_file(str(folder / _ROWS))), report
+
+
+def decoded(rows: Dataset) -> Dataset:
+    """Return rows whose messages and tools are read from their JSON."""
+    return rows.with_transform(_decoded) if "messages" in rows.column_names else rows
 
 
 def _columns(config: DatasetConfig) -> dict[str, str]:

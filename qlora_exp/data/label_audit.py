@@ -1,11 +1,13 @@
 """The label audit: count and show which tokens of the training rows carry loss."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from datasets import Dataset
 
+from qlora_exp.config.sections.mixture import REPLAY
 from qlora_exp.data.end_of_turn import EndOfTurn
 from qlora_exp.data.tokenization import IGNORED
 from qlora_exp.utils.errors import DataError
@@ -38,7 +40,7 @@ class LabelAudit:
     """First row that carries loss, decoded, with [[the tokens that carry loss]] in double brackets."""
 
 
-def audit(tokens: Dataset, max_length: int, tokenizer: Any, end: EndOfTurn) -> LabelAudit:
+def audit(tokens: Dataset, max_length: int, tokenizer: Any, end: EndOfTurn, source: str | None = None) -> LabelAudit:
     """Count the tokens and rows that carry loss, and mark these tokens in a sample row.
 
     Warn if most rows do not teach the model where an answer ends.
@@ -48,11 +50,13 @@ def audit(tokens: Dataset, max_length: int, tokenizer: Any, end: EndOfTurn) -> L
         max_length: number of tokens that a row is truncated to.
         tokenizer: the model's tokenizer.
         end: what the prompt format puts after an answer.
+        source: which source the rows are of, for messages; None if there is one.
 
     Raises:
         DataError: no token of any row would carry loss.
     """
     total = supervised = truncated = dropped = ended = cut = 0
+    where = f"{source}: " if source else ""
     sample = ""
     for row in tokens:
         ids, labels = row["input_ids"][:max_length], row["labels"][:max_length]
@@ -70,16 +74,17 @@ def audit(tokens: Dataset, max_length: int, tokenizer: Any, end: EndOfTurn) -> L
             sample = _mark(ids, labels, tokenizer)
     if not supervised:
         raise DataError(
-            f"no token of the {len(tokens)} training rows carries loss: every prompt fills "
+            f"{where}no token of the {len(tokens)} training rows carries loss: every prompt fills "
             f"training.max_length={max_length}; raise it, or shorten the prompts"
         )
     count = len(tokens)
-    if ended < _FEW * count:
-        log.warning("%s", _endless(ended / count, truncated / count, tokenizer, end))
+    if ended < _FEW * count and source != REPLAY:  # general text need not end
+        log.warning("%s%s", where, _endless(ended / count, truncated / count, tokenizer, end))
     if cut:
         log.warning(
-            "labels: the answers of %d of %d rows contain %r, the text that ends an answer, so that generated answers "
-            "are cut there; use a chat template that ends its turns with a special token",
+            "%slabels: the answers of %d of %d rows contain %r, the text that ends an answer, so that generated "
+            "answers are cut there; use a chat template that ends its turns with a special token",
+            where,
             cut,
             count,
             end.stop,
@@ -95,6 +100,27 @@ def audit(tokens: Dataset, max_length: int, tokenizer: Any, end: EndOfTurn) -> L
         end_token=None if end.token is None else tokenizer.convert_ids_to_tokens(end.token),
         end_text=end.stop,
         sample=sample,
+    )
+
+
+def together(audits: Mapping[str, LabelAudit]) -> LabelAudit:
+    """Return the audit of the rows of several sources; the token and the text that end an answer are the first's."""
+    first, *_ = audits.values()
+    rows, tokens, supervised = (
+        sum(getattr(each, name) for each in audits.values()) for name in ("rows", "tokens", "supervised_tokens")
+    )
+    shares = {
+        name: sum(getattr(each, name) * each.rows for each in audits.values()) / rows
+        for name in ("truncated_rows_share", "dropped_rows_share", "eos_learned_share")
+    }
+    return replace(
+        first,
+        rows=rows,
+        tokens=tokens,
+        supervised_tokens=supervised,
+        supervised_share=supervised / tokens,
+        sample="\n\n".join(f"{name}: {each.sample}" for name, each in audits.items()),
+        **shares,
     )
 
 

@@ -74,35 +74,59 @@ def recognized_each(configs: Sequence[Config]) -> list[Config]:
     known: dict[str, Recognized] = {}
     settled = []
     for config in configs:
-        data = config.dataset
-        if data.format == "auto":
-            if (key := data.model_dump_json()) not in known:
-                known[key] = recognized_in(config)
-                log.info("%s", known[key].line(data))
-            config = _settled(config, known[key])
-        settled.append(config)
+        found: dict[str, Recognized] = {}
+        for name, part in config.dataset.parts.items():
+            if part.format == "auto":
+                if (key := part.model_dump_json()) not in known:
+                    known[key] = recognized_in(part)
+                    log.info("%s", known[key].line(part))
+                found[name] = known[key]
+        settled.append(_settled(config, found) if found else config)
     return settled
 
 
-def recognized_in(config: Config) -> Recognized:
-    """Recognize how the rows of a config's dataset are to be read.
+def recognized_in(part: DatasetConfig) -> Recognized:
+    """Recognize how the rows of a source are to be read.
 
     Raises:
         DataError: the rows cannot be read, or fit no format or several.
     """
     load_env_file()
-    if config.dataset.hub_paths:
+    if part.hub_paths:
         hub.go_offline_if_unreachable()  # must come before huggingface_hub is imported
-    return recognize(first_rows(config.dataset), config.dataset, config.dataset.path)
+    return recognize(first_rows(part), part, part.path)
 
 
-def _settled(config: Config, found: Recognized) -> Config:
+def _settled(config: Config, found: Mapping[str, Recognized]) -> Config:
+    """Return a config with what its sources, by name, were recognized as.
+
+    Raises:
+        ConfigError: a key does not go with it, or the sources have several formats and none is named for the model.
+    """
     data = config.dataset
-    changed = DatasetConfig.model_validate(data.model_dump() | found.settings)
-    settled = config.model_copy(update={"dataset": changed})
-    named = [f"dataset.{name}={value}" for name, value in _named(data).items()]
+    if data.sources:
+        sources = {
+            name: {**own, **(found[name].settings if name in found else {})} for name, own in data.sources.items()
+        }
+        changes: dict[str, Any] = {"sources": sources}
+        if data.format == "auto":
+            formats = {name: sources[name].get("format", data.format) for name in sorted(sources)}
+            prompted = dict.fromkeys(format_ for format_ in formats.values() if format_ != "text") or {"text": None}
+            if len(prompted) > 1:
+                words = " ".join(f"dataset.sources.{name}.format=auto" for name in formats)
+                raise ConfigError(
+                    f"dataset.format=auto: the sources have several formats, {' and '.join(prompted)}; add {words}, "
+                    "and for dataset.format the one in which the saved model will be prompted"
+                )
+            (changes["format"],) = prompted
+        named = []
+    else:
+        (changes,) = (each.settings for each in found.values())
+        named = [f"dataset.{name}={value}" for name, value in _named(data).items()]
+    settled = config.model_copy(update={"dataset": type(data).model_validate(data.model_dump() | changes)})
     if problems := [*crosschecks.problems(settled), *idle.problems([settled], named, sweeping=True)]:
-        raise ConfigError("\n".join(f"{problem}; {found.line(data)}" for problem in problems))
+        lines = "; ".join(each.line(data.parts[name]) for name, each in found.items())
+        raise ConfigError("\n".join(f"{problem}; {lines}" for problem in problems))
     return settled
 
 

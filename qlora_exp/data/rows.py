@@ -1,69 +1,112 @@
-"""Load rows of any source with the same columns, split off held-out and validation rows, and leave out leaks."""
+"""Load rows with the same columns, split off held-out and validation rows, leave out leaks, and mix several sources.
+
+Each source is split apart, so that its held-out rows are the same whatever it is mixed with. Leaks and repeated rows
+are looked for among all.
+"""
 
 import hashlib
 import json
 import logging
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from qlora_exp.config.sections.dataset import DatasetConfig
-from qlora_exp.data import leakage
-from qlora_exp.data.cleaning import Report, clean
+from qlora_exp.config.sections.mixture import REPLAY, MixtureConfig
+from qlora_exp.data import leakage, mixture
+from qlora_exp.data.cleaning import Report, clean, decoded
 from qlora_exp.data.sources import read
+from qlora_exp.utils.digests import text_digest
 from qlora_exp.utils.errors import DataError
 
 log = logging.getLogger(__name__)
+
+SOURCE = "source"
+"""Column with the name of a row's source, where there are several."""
 
 
 @dataclass(frozen=True)
 class Rows:
     """Training and held-out rows, with the columns `prompt`, `input`, `completion`, `place` in their source, and more.
 
-    Rows of dialogues have `messages` and `tools`, tasks of reasoning-gym `entry`.
+    Rows of dialogues have `messages` and `tools`, tasks of reasoning-gym `entry`, rows of several sources `source`.
     """
 
     train: Dataset
+    """Training rows, each once."""
     heldout: Dataset
     """Rows to evaluate on: the held-out rows or, with `dataset.evaluate_on=validation`, the validation rows."""
     report: Report
     """What was left out, of all."""
     leaks: list[leakage.Leak]
     """Pairs of a training row and a held-out row that it gives away, before any row was left out."""
+    order: np.ndarray | None = None
+    """The rows of an epoch as indices of `train`, which may repeat; None: all rows as they are."""
+    portions: dict[str, mixture.Portion] = field(default_factory=dict)
+    """How much of each source is trained on; empty if there is one."""
 
     @property
     def dropped(self) -> dict[str, int]:
         """Number of rows left out, by reason."""
         return self.report.dropped
 
+    def epoch(self, train: Dataset) -> Dataset:
+        """Return the rows of an epoch: of `self.train`, or of tokens of these rows."""
+        return train if self.order is None else _pick(train, self.order.tolist())
+
+
+class _Split(NamedTuple):
+    """Rows by what they are for, and what was left out of all."""
+
+    train: Dataset
+    validation: Dataset
+    heldout: Dataset
+    report: Report
+
 
 def fingerprint(rows: Dataset) -> str:
     """Return a digest of all rows, which depends on their order, but not on where they come from."""
     digest = hashlib.sha256()
     for row in rows:
-        values = {name: value for name, value in row.items() if name != "place" and value is not None}
+        values = {name: value for name, value in row.items() if name not in ("place", SOURCE) and value is not None}
         digest.update(json.dumps(values, sort_keys=True, default=str).encode() + b"\0")
     return digest.hexdigest()[:16]
 
 
-def load_rows(config: DatasetConfig) -> Rows:
-    """Read, clean, split and limit the rows.
+def sources_of(rows: Dataset) -> list[str]:
+    """Return the source of each row; empty if all have the same."""
+    sources: list[str] = rows.with_format(None)[SOURCE][:] if SOURCE in rows.column_names else []
+    return sources if len({*sources}) > 1 else []
+
+
+def load_rows(config: DatasetConfig, general: DatasetConfig | None = None) -> Rows:
+    """Read, clean, split, limit and mix the rows.
 
     Training and validation rows that give a held-out row away are left out, as `dataset.drop_leaks` says, and so are
-    training rows that give a validation row away. The training rows do not depend on `dataset.evaluate_on`.
+    training rows that give a validation row or a held-out row of general text away. The training rows do not depend on
+    `dataset.evaluate_on`.
+
+    Args:
+        config: section `dataset`.
+        general: section `unrelated`: text that `dataset.replay` takes rows of. None: there is none.
 
     Raises:
-        DataError: the source or a column does not exist, or no rows are left.
+        DataError: a source or a column does not exist, or no rows are left.
     """
-    train, validation, heldout, report = _split(config)
+    parts = config.parts
+    if isinstance(config, MixtureConfig) and config.replay and general is not None:
+        parts[REPLAY] = general
+    train, validation, heldout, report = _split_all(parts)
     leaks = leakage.find(train, heldout, config.leak_threshold)
-    if len(validation):
-        for parts, (rows, given_away) in {
-            "validation, held-out": (validation, heldout),
-            "training, validation": (train, validation),
-        }.items():
-            leaks += [replace(leak, parts=parts) for leak in leakage.find(rows, given_away, config.leak_threshold)]
+    others = [("validation, held-out", validation, heldout), ("training, validation", train, validation)]
+    others = others if len(validation) else []
+    if general is not None and general.paths and any(part.format == general.format for part in parts.values()):
+        others.append(("training, unrelated", train, _split(general).heldout))
+    for pair, rows, given_away in others:
+        leaks += [replace(leak, parts=pair) for leak in leakage.find(rows, given_away, config.leak_threshold)]
     report.dropped["leaks"] = 0
     if config.drop_leaks != "none":
         dropped = [leak for leak in leaks if leak.kind == "exact" or config.drop_leaks == "near"]
@@ -71,19 +114,24 @@ def load_rows(config: DatasetConfig) -> Rows:
         validation = _without(
             validation, {leak.train for leak in dropped if leak.parts.startswith("validation")}, report
         )
-    train = _first(train, config.max_train_rows)
     evaluated = validation if config.evaluate_on == "validation" else heldout
+    if isinstance(config, MixtureConfig) and len(parts) > 1:
+        train = _without(train, _repeated(train, parts), report, "duplicates")
+        return _mixed(Rows(train, evaluated, report, leaks), parts, config)
+    (part,) = parts.values()
+    train = _first(train, part.max_train_rows)
     if not len(train) or not len(evaluated):
-        raise DataError(f"{config.path}: no rows are left for training or for evaluation: {report.why()}")
-    return Rows(train, _first(evaluated, config.max_eval_rows), report, leaks)
+        raise DataError(f"{part.path}: no rows are left for training or for evaluation: {report.why()}")
+    return Rows(train, _first(evaluated, part.max_eval_rows), report, leaks)
 
 
-def _without(rows: Dataset, leaking: set[int], report: Report) -> Dataset:
+def _without(rows: Dataset, unwanted: set[int], report: Report, reason: str = "leaks") -> Dataset:
     """Leave out rows with these indices, and count them."""
-    report.dropped["leaks"] += len(leaking)
-    if leaking:
-        report.examples.setdefault("leaks", rows[min(leaking)]["place"])
-    return _pick(rows, [index for index in range(len(rows)) if index not in leaking])
+    report.dropped[reason] = report.dropped.get(reason, 0) + len(unwanted)
+    if unwanted:
+        first = rows[min(unwanted)]
+        report.examples.setdefault(reason, ", ".join(filter(None, [first.get(SOURCE), first["place"]])))
+    return _pick(rows, [index for index in range(len(rows)) if index not in unwanted])
 
 
 def load_heldout(config: DatasetConfig) -> Dataset:
@@ -100,30 +148,113 @@ def load_heldout(config: DatasetConfig) -> Dataset:
     return heldout
 
 
-def _split(config: DatasetConfig) -> tuple[Dataset, Dataset, Dataset, Report]:
-    """Return training, validation and held-out rows (these up to their limit), and what was left out of all."""
-    rows, report = clean(read(config, config.path, config.split), config, config.path)
+def _split_all(parts: Mapping[str, DatasetConfig]) -> _Split:
+    """Split each dataset apart, and return the rows of all, one after another."""
+    if len(parts) == 1:
+        (part,) = parts.values()
+        return _split(part)
+    splits = {name: _split(part, name) for name, part in parts.items()}
+    if (replayed := splits.get(REPLAY)) is not None:  # what is held out of general text measures forgetting
+        none = _pick(replayed.heldout, [])
+        splits[REPLAY] = _Split(replayed.train, none, none, Report())
+    report = Report()
+    for split in splits.values():
+        report = report.plus(split.report)
+    trains, validations, heldouts, _ = zip(*splits.values(), strict=True)
+    return _Split(_joined(trains), _joined(validations), _joined(heldouts), report)
+
+
+def _joined(parts: Iterable[Dataset]) -> Dataset:
+    return decoded(concatenate_datasets([part.with_format(None) for part in parts]))
+
+
+def _split(config: DatasetConfig, source: str | None = None) -> _Split:
+    """Read a dataset and split it; the held-out rows up to their limit. `source` is its name among several."""
+    rows, report = _cleaned(config, config.path, config.split, source)
     shuffled = order(len(rows), config.split_seed)
+
+    def key(name: str) -> str:
+        return f"dataset.{name}" if source in (None, "dataset") else f"dataset.{name} (of {source})"
+
     if config.eval_path or config.eval_split:
         path = config.eval_path or config.path
-        heldout, heldout_report = clean(read(config, path, config.eval_split or config.split), config, path)
+        heldout, heldout_report = _cleaned(config, path, config.eval_split or config.split, source)
         report = report.plus(heldout_report)
     else:
-        count = _count("eval_size", config.eval_size, len(rows), report)
+        count = _count(key("eval_size"), config.eval_size, len(rows), report)
         heldout, shuffled = _pick(rows, shuffled[:count]), shuffled[count:]
     count = 0
     if config.validation_size is not None:
-        count = _count("validation_size", config.validation_size, len(shuffled), report)
+        count = _count(key("validation_size"), config.validation_size, len(shuffled), report)
         use = "the held-out rows of this run" if config.evaluate_on else "not used in this run"
         log.info("%s: %d rows are for validation: %s", config.name, count, use)
     heldout = _first(heldout, config.max_eval_rows)
-    return _pick(rows, shuffled[count:]), _pick(rows, shuffled[:count]), heldout, report
+    return _Split(_pick(rows, shuffled[count:]), _pick(rows, shuffled[:count]), heldout, report)
+
+
+def _cleaned(config: DatasetConfig, path: str, split: str, source: str | None) -> tuple[Dataset, Report]:
+    """Return the clean rows of a path, with a column that names their source if there are several."""
+    rows, report = clean(read(config, path, split), config, path)
+    if source is None:
+        return rows, report
+    report.examples = {reason: f"{source}, {place}" for reason, place in report.examples.items()}
+    report.unused = [f"{source}.{column}" for column in report.unused]
+    return rows.with_format(None).add_column(SOURCE, [source] * len(rows)), report
+
+
+def _repeated(train: Dataset, parts: Mapping[str, DatasetConfig]) -> set[int]:
+    """Return the rows that another source before has, if their own source leaves repeated rows out."""
+    seen: set[bytes] = set()
+    repeated = set()
+    asked_in = [name for name in ("prompt", "input", "messages", "tools") if name in train.column_names]
+    batches = train.with_format(None).iter(batch_size=1000)  # row by row takes twice as long
+    rows = (row for batch in batches for row in zip(*map(batch.get, [SOURCE, "completion", *asked_in]), strict=True))
+    for index, (source, completion, *turns) in enumerate(rows):
+        asked = json.dumps([*filter(None, turns)])
+        part, question, whole = parts[source], text_digest(asked), text_digest(json.dumps([asked, completion]))
+        by_question = part.drop_duplicates is True and part.format != "text"
+        if part.drop_duplicates and (question if by_question else whole) in seen:
+            repeated.add(index)
+        seen |= {question, whole}
+    return repeated
+
+
+def _mixed(rows: Rows, parts: Mapping[str, DatasetConfig], config: MixtureConfig) -> Rows:
+    """Limit the rows of each source, and mix them.
+
+    Raises:
+        DataError: no rows of a source are left.
+    """
+    train = {name: found[: parts[name].max_train_rows] for name, found in _by_source(rows.train, parts).items()}
+    heldout = {name: found[: parts[name].max_eval_rows] for name, found in _by_source(rows.heldout, parts).items()}
+    for name in parts:
+        if not len(train[name]) or not (len(heldout[name]) or name == REPLAY):
+            why = f"are left for training or for evaluation: {rows.report.why()}"
+            raise DataError(f"dataset.sources: no rows of {name} {why}")
+    sizes = {name: len(found) for name, found in train.items()}
+    trained = mixture.counts(sizes, config)
+    train = {name: found[: trained[name]] for name, found in train.items()}  # the others are in no epoch
+    return replace(
+        rows,
+        train=_pick(rows.train, np.concatenate([*train.values()]).tolist()),
+        heldout=_pick(
+            rows.heldout, np.concatenate([*heldout.values()])[mixture.evenly([*map(len, heldout.values())])].tolist()
+        ),
+        order=mixture.epoch([*map(len, train.values())], [trained[name] for name in train]),
+        portions={name: mixture.Portion(sizes[name], trained[name], len(heldout[name])) for name in sizes},
+    )
+
+
+def _by_source(rows: Dataset, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Return the indices of the rows of each source."""
+    sources = np.array(rows.with_format(None)[SOURCE][:], dtype=object)
+    return {name: np.flatnonzero(sources == name) for name in names}
 
 
 def _count(key: str, size: float, available: int, report: Report) -> int:
     """Return how many rows to split off."""
     if available < 2 or (isinstance(size, int) and size >= available):
-        raise DataError(f"dataset.{key}={size}: only {available} rows to split, too few: {report.why()}")
+        raise DataError(f"{key}={size}: only {available} rows to split, too few: {report.why()}")
     return max(1, round(size * available)) if size < 1 else int(size)
 
 

@@ -202,8 +202,12 @@ def _generate(task: str, config: DatasetConfig) -> list[dict[str, Any]]:
 
 def scorer(config: DatasetConfig) -> Scorer | None:
     """Return the dataset's own exact scorer, `(answer, row) -> 0..1`; None if it has none, or cannot run it safely."""
-    if not config.path.startswith(REASONING_GYM):
+    generated = [part for part in config.parts.values() if part.path.startswith(REASONING_GYM)]
+    if len(config.parts) > 1 and generated:
+        log.warning("%s: answers get no task_score, as there are rows of other sources", generated[0].name)
+    if len(config.parts) > 1 or not generated:
         return None
+    (config,) = generated
     if not is_possible():
         log.warning("%s: answers get no task_score; scoring them safely needs Linux on x86_64 or aarch64", config.path)
         return None

@@ -14,7 +14,7 @@ from qlora_exp.config.schema import Config
 from qlora_exp.data.cleaning import CACHE_LAYOUT
 from qlora_exp.data.end_of_turn import closed_once, end_of_turn
 from qlora_exp.data.prompts import chat_template, render, turns
-from qlora_exp.data.rows import fingerprint
+from qlora_exp.data.rows import SOURCE, fingerprint
 from qlora_exp.data.template_checks import TemplateCheck
 from qlora_exp.utils.cache import built
 from qlora_exp.utils.digests import json_digest
@@ -33,9 +33,14 @@ def tokenize(rows: Dataset, config: Config, tokenizer: Any) -> Dataset:
     The result is cached: other runs with the same rows, format and tokenizer read it from there.
     """
     learned = [config.training.completion_only_loss, config.training.assistant_only_loss]
-    inputs = [fingerprint(rows), config.dataset.format, config.dataset.system_message, learned]
-    inputs += [tokenizer.backend_tokenizer.to_str(), config.dataset.chat_template or tokenizer.chat_template]
+    parts = config.parts
+    first = next(iter(parts.values()))
+    inputs: list[Any] = [fingerprint(rows), first.format, first.system_message, learned]
+    inputs += [tokenizer.backend_tokenizer.to_str(), first.chat_template or tokenizer.chat_template]
     inputs += [tokenizer.special_tokens_map]
+    if SOURCE in rows.column_names:
+        inputs += [[name, part.format, part.system_message, part.chat_template] for name, part in parts.items()]
+        inputs += [json_digest(rows.with_format(None)[SOURCE][:])]
     folder = built(
         f"tokens-{json_digest([CACHE_LAYOUT, *inputs])}", lambda part: _tokenize(rows, config, tokenizer, part)
     )
@@ -45,10 +50,18 @@ def tokenize(rows: Dataset, config: Config, tokenizer: Any) -> Dataset:
 
 
 def encoder(config: Config, tokenizer: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Return a function that gives the tokens of a row, as `tokenize` does.
+    """Return a function that gives the tokens of a row, as `tokenize` does; each source has a format of its own.
 
     It raises DataError for a row that cannot be learned as it is.
     """
+    encoders = {
+        name: _encoder(config.model_copy(update={"dataset": part}), tokenizer) for name, part in config.parts.items()
+    }
+    only = next(iter(encoders))
+    return lambda row: encoders[row.get(SOURCE, only)](row)
+
+
+def _encoder(config: Config, tokenizer: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
     eos, learn_all = tokenizer.eos_token_id, not config.training.completion_only_loss
     eos_text = re.escape(tokenizer.eos_token)  # exported answers often end with it, and get it below or by the template
     template = TemplateCheck(config.dataset, tokenizer)

@@ -49,11 +49,12 @@ def rows(config: Config, tokenizer: Any) -> list[dict[str, list[int]]]:
         ConfigError: no row has ten tokens or more.
         DataError: the rows cannot be read on this machine.
     """
-    tokens = tokenization.tokenize(load_rows(config.dataset).train, config, tokenizer)
+    loaded = load_rows(config.dataset, config.unrelated)
+    tokens = loaded.epoch(tokenization.tokenize(loaded.train, config, tokenizer))
     truncated = [row["input_ids"][: config.training.max_length] for row in tokens.select(range(min(ROWS, len(tokens))))]
     if not (long := [ids for ids in truncated if len(ids) >= _SHORTEST]):
         raise ConfigError(
-            f"{config.dataset.path}: no training row has {_SHORTEST} tokens or more, which GPTQ and AWQ need; "
+            f"{config.dataset.name}: no training row has {_SHORTEST} tokens or more, which GPTQ and AWQ need; "
             "choose other rows or raise training.max_length"
         )
     return [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in long]

@@ -93,7 +93,7 @@ def write(record: Record, config: Config, source: str) -> str:
         source: argument with which `qlora_exp.load` loads this model.
     """
     config = shared(config, record.tags)
-    model, data = config.model.model_name_or_path, config.dataset.path
+    model = config.model.model_name_or_path
     commands = ("chat", source), ("merge", source, "--out", "FOLDER")
     chat, merge = (markdown_code(pasteable(*words)) for words in commands)
     parts = [
@@ -115,7 +115,7 @@ def write(record: Record, config: Config, source: str) -> str:
         "that needs no adapter. MLflow loads and serves it, where qlora_exp is installed: "
         f"{markdown_code(f'mlflow.pyfunc.load_model({json.dumps(source)})')}.",
         "## Licences",
-        f"Base model: {license_of(model)}. Data: {license_of(data)}. Both apply to this model.",
+        f"Base model: {license_of(model)}. Data: {_data_license(config)}. Both apply to this model.",
     ]
     text = redact("\n\n".join(parts))
     return str(ModelCard(f"---\n{_metadata(record, config).to_yaml()}\n---\n\n{text}\n"))
@@ -123,13 +123,13 @@ def write(record: Record, config: Config, source: str) -> str:
 
 def _metadata(record: Record, config: Config) -> ModelCardData:
     """Return the card's metadata. The hub accepts only its own names for models, datasets and licences."""
-    model, data = config.model.model_name_or_path, config.dataset.path
-    is_on_hub = _is_hub_id(data)
+    model, names = config.model.model_name_or_path, _datasets(config)
+    on_hub = [name for name in names if _is_hub_id(name)]
     results = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=data if is_on_hub else "other",
-            dataset_name=visible(_name(data)),
+            dataset_type=names[0] if names == on_hub[:1] else "other",
+            dataset_name=visible(", ".join(map(_name, names))),
             metric_type=key,
             metric_name=name,
             metric_value=value,
@@ -142,10 +142,22 @@ def _metadata(record: Record, config: Config) -> ModelCardData:
         library_name="transformers" if config.method.peft_type is None else "peft",
         pipeline_tag="text-generation",
         license=license_of(model) if license_of(model) in LICENSES.values() else "other",
-        datasets=[data] if is_on_hub else None,
+        datasets=on_hub or None,
         tags=["qlora_exp", visible(config.method.name)],
         model_name=visible(redact(record.name)) if results else None,
         eval_results=results or None,
+    )
+
+
+def _datasets(config: Config) -> list[str]:
+    """Return the paths of the rows that were trained on, each once."""
+    return list(dict.fromkeys(part.path for part in config.parts.values()))
+
+
+def _data_license(config: Config) -> str:
+    licenses = {path: license_of(path) for path in _datasets(config)}
+    return "; ".join(
+        f"{_name(path)}: {license}" if len(licenses) > 1 else license for path, license in licenses.items()
     )
 
 
@@ -218,12 +230,13 @@ def _facts(record: Record, config: Config) -> list[list[str]]:
     training_text = f"{record.metrics.get('steps', 0):,.0f} steps of {training.per_device_train_batch_size}"
     training_text += f" x {training.gradient_accumulation_steps} rows, learning rate {training.learning_rate:g}, "
     settings = config.peft_settings
-    data, rows = config.dataset.path, params.get("data.training_rows", "?")
+    data = ", ".join(f"{_name(path)}{_local(path, 'file')}" for path in _datasets(config))
+    rows = params.get("data.training_rows", "?")
     return [
         ["base model", _name(model_and_revision(config)) + _local(config.model.model_name_or_path, "folder")],
         ["base stored as", f"{config.quantization.name}, {params.get('resolved.dtype', '?')}"],
         ["method", ", ".join([config.method.name, *(f"{key}={value}" for key, value in settings.items())])],
-        ["data", f"{_name(data)}{_local(data, 'file')}, {rows} rows, format {config.dataset.format}"],
+        ["data", f"{data}, {rows} rows, format {config.dataset.format}"],
         ["held-out rows", params.get("data.evaluation_rows", "?")],
         [
             "training",
@@ -264,7 +277,9 @@ def _results(record: Record) -> list[list[str]]:
             at_first = f"{stats.ratio(before)[0]:.4f}"
             change = _interval(after, before)
         rows.append(["loss", at_first, level, change])
-    for key, name, form in summary.QUALITY:
+    sources = {name.removeprefix("after/") for name in record.metrics if name.startswith("after/source_loss/")}
+    of_sources = [(key, f"loss, {markdown(key.partition('/')[2])}", ".4f") for key in sorted(sources)]
+    for key, name, form in (*of_sources, *summary.QUALITY):
         if key != "loss" and f"after/{key}" in record.metrics:
             values = (record.metrics.get(f"{moment}/{key}", math.nan) for moment in ("before", "after"))
             first, last = ("-" if math.isnan(value) else format(value, form) for value in values)
@@ -295,7 +310,7 @@ def tags(config: Config, recorded: Mapping[str, str]) -> Sequence[tuple[str, str
         ("base_model", model_and_revision(config)),
         ("method", config.method.name),
         ("quantization", config.quantization.name),
-        ("dataset", config.dataset.path),
+        ("dataset", ", ".join(_datasets(config))),
         ("license.model", license_of(config.model.model_name_or_path)),
-        ("license.data", license_of(config.dataset.path)),
+        ("license.data", _data_license(config)),
     )

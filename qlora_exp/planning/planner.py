@@ -127,8 +127,12 @@ class Planner:
     def in_batches(self, rows: int, batches: int) -> "Planner":
         """Return the planner of the same run, which computes a step in other batches."""
         other = copy(self)
-        other._resolved = replace(self._resolved, per_device_train_batch_size=rows, gradient_accumulation_steps=batches)
+        other.divide(rows, batches)
         return other
+
+    def divide(self, rows: int, batches: int) -> None:
+        """Compute a step in so many batches of so many rows."""
+        self._resolved = replace(self._resolved, per_device_train_batch_size=rows, gradient_accumulation_steps=batches)
 
     def share(self, shared: DistributedConfig) -> None:
         """Compute what one process holds, whatever the batch."""

@@ -12,6 +12,7 @@ from qlora_exp.config import crosschecks, plugins
 from qlora_exp.config.plugins import Facts
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.dataset import looks_local
+from qlora_exp.config.sections.mixture import twice
 from qlora_exp.distributed import group
 from qlora_exp.environment import data_files, hub
 from qlora_exp.environment.device import Resolved, detect, resolve, take
@@ -61,7 +62,9 @@ def check_config(config: Config) -> None:
     # A `Config` may be made without `compose`.
     if problems := [*crosschecks.problems(config), *plugins.problems(config)]:
         raise ConfigError("\n".join(problems))
-    for section, source in (("dataset", config.dataset), ("unrelated", config.unrelated)):
+    if same := twice(config.dataset):
+        raise ConfigError(f"dataset.sources: {' and '.join(same)} read the same rows in the same way; remove one")
+    for section, source in config.sections_of_rows.items():
         for path in filter(looks_local, source.paths):
             data_files.check(path, f"{section}.path")
     load_env_file()
@@ -86,7 +89,7 @@ def read_inputs(config: Config) -> Inputs:
     from qlora_exp.data import sources, tokenization
     from qlora_exp.data.rows import load_heldout, load_rows
 
-    rows = load_rows(config.dataset)
+    rows = load_rows(config.dataset, config.unrelated)
     unrelated = load_heldout(config.unrelated) if config.unrelated.paths else None
     score = sources.scorer(config.dataset)
     facts = _plugins(config, rows)

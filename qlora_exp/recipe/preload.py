@@ -39,6 +39,7 @@ _IF_UNTOUCHED = (
     "qlora_exp.recipe.measure",
     "qlora_exp.recipe.save",
     "qlora_exp.recipe.train",
+    "qlora_exp.recipe.tune",
 )
 
 

@@ -101,7 +101,15 @@ def build(run: RunContext, tokens: Tokens, first: FirstAdapter | None) -> Traina
     total = adapters.count_parameters(adapted)[1]  # 4-bit weights cannot be counted in parts
     with run.memory.phase("load"):
         built = trainer.build(
-            adapted, tokens.tokenizer, tokens.train, tokens.heldout, config, resolved, run.checkpoints, run.memory
+            adapted,
+            tokens.tokenizer,
+            tokens.train,
+            tokens.heldout,
+            config,
+            resolved,
+            run.checkpoints,
+            run.memory,
+            tokens.heldout_sources,
         )
     used = places(adapted)  # a sharded model has only now left the CPU
     run.tracker.params({"resolved.places": ", ".join(used)})

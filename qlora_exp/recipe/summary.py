@@ -33,7 +33,8 @@ def _quality(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
         if f"after/{key}" in metrics:
             before = metrics.get(f"before/{key}")
             rows.append((name, "-" if before is None else format(before, spec), format(metrics[f"after/{key}"], spec)))
-    return [*rows, *scores(metrics, "metric/", ".4g"), *scores(metrics, "lm_eval/", ".3f")]
+    groups = [("source_loss/", ".4f"), ("metric/", ".4g"), ("lm_eval/", ".3f")]
+    return [*rows, *(row for group, spec in groups for row in scores(metrics, group, spec))]
 
 
 def scores(metrics: Mapping[str, float], group: str, spec: str) -> list[tuple[str, str, str]]:
@@ -43,7 +44,8 @@ def scores(metrics: Mapping[str, float], group: str, spec: str) -> list[tuple[st
     for name in sorted(names):  # a metric of a package may have failed at one of the two moments
         values = (metrics.get(f"{moment}/{name}") for moment in ("before", "after"))
         before, after = ("-" if value is None else format(value, spec) for value in values)
-        rows.append((name.removeprefix("lm_eval/"), before, after))
+        shown = name.removeprefix("lm_eval/").replace("source_loss/", "held-out loss of ")
+        rows.append((shown, before, after))
     return rows
 
 

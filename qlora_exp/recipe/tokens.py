@@ -7,10 +7,11 @@ from typing import Any
 from datasets import Dataset
 
 from qlora_exp.config.schema import Config
-from qlora_exp.data import label_audit, tokenization
+from qlora_exp.config.sections.dataset import DatasetConfig
+from qlora_exp.data import label_audit, mixture, tokenization
 from qlora_exp.data.end_of_turn import end_of_turn
 from qlora_exp.data.prompts import chat_template
-from qlora_exp.data.rows import fingerprint
+from qlora_exp.data.rows import SOURCE, fingerprint, sources_of
 from qlora_exp.environment.ranks import ranks
 from qlora_exp.models.base import load_tokenizer
 from qlora_exp.planning import calibration
@@ -35,8 +36,19 @@ class Tokens:
     """Rows of unrelated text; None if forgetting is not measured."""
     unrelated_rows: Dataset | None
     """The rows of `unrelated` as text."""
-    audit: label_audit.LabelAudit
-    """Which tokens of the training rows carry loss."""
+    audits: dict[str, label_audit.LabelAudit]
+    """Which tokens of the training rows carry loss, for each source."""
+
+    @property
+    def heldout_sources(self) -> list[str]:
+        """The source of each held-out row; empty if all have the same."""
+        return sources_of(self.heldout_rows)
+
+    @property
+    def audit(self) -> label_audit.LabelAudit:
+        """Which tokens of all training rows carry loss."""
+        audits = self.audits
+        return label_audit.together(audits) if len(audits) > 1 else next(iter(audits.values()))
 
 
 def tokenize(config: Config, inputs: Inputs) -> Tokens:
@@ -48,15 +60,30 @@ def tokenize(config: Config, inputs: Inputs) -> Tokens:
     """
     max_length = config.training.max_length
     tokenizer = load_tokenizer(config.model)
-    train = tokenization.tokenize(inputs.rows.train, config, tokenizer)
-    end = end_of_turn(tokenizer, chat_template(config.dataset, tokenizer))
-    audit = label_audit.audit(train, max_length, tokenizer, end)
+    once = tokenization.tokenize(inputs.rows.train, config, tokenizer)
+    audits = _audits(config, inputs, once, tokenizer)
+    train = inputs.rows.epoch(once)
     heldout_tokens = tokenization.tokenize(inputs.rows.heldout, config, tokenizer)
     heldout_rows, heldout = tokenization.cut(inputs.rows.heldout, heldout_tokens, max_length)
     unrelated_rows = unrelated = None
     if inputs.unrelated is not None:
         unrelated_rows, unrelated = tokenization.unrelated(inputs.unrelated, config, tokenizer)
-    return Tokens(tokenizer, train, heldout, heldout_rows, unrelated, unrelated_rows, audit)
+    return Tokens(tokenizer, train, heldout, heldout_rows, unrelated, unrelated_rows, audits)
+
+
+def _audits(config: Config, inputs: Inputs, once: Dataset, tokenizer: Any) -> dict[str, label_audit.LabelAudit]:
+    """Audit the labels of each source, whose prompt format says what ends an answer."""
+    rows, audits = inputs.rows, {}
+    epoch = rows.epoch(once)
+    sources = rows.epoch(rows.train).with_format(None)[SOURCE][:] if rows.portions else []
+    saved = config.dataset.format  # what ends the saved model's answers is said of all rows
+    for name, part in sorted(config.parts.items(), key=lambda item: item[1].format != saved):
+        own = epoch.select([place for place, source in enumerate(sources) if source == name]) if sources else epoch
+        end = end_of_turn(tokenizer, chat_template(part, tokenizer))
+        audits[name] = label_audit.audit(
+            own, config.training.max_length, tokenizer, end, source=name if sources else None
+        )
+    return audits
 
 
 def log_data(run: RunContext, inputs: Inputs, tokens: Tokens) -> None:
@@ -66,13 +93,43 @@ def log_data(run: RunContext, inputs: Inputs, tokens: Tokens) -> None:
     _log_labels(run, inputs, tokens.audit)
     facts = inputs.plugin_facts.items()
     run.tracker.tags({name: declared.model_dump_json(exclude_defaults=True) for name, declared in facts})
-    parts = [("training", config.dataset, inputs.rows.train), ("evaluation", config.dataset, tokens.heldout_rows)]
+    train = inputs.rows.epoch(inputs.rows.train)
+    parts: list[tuple[str, DatasetConfig, Dataset]] = [
+        ("training", config.dataset, train),
+        ("evaluation", config.dataset, tokens.heldout_rows),
+    ]
     if tokens.unrelated_rows is not None:
         parts.append(("unrelated", config.unrelated, tokens.unrelated_rows))
     for part, source, rows in parts:
         digest = fingerprint(rows)
         run.tracker.params({f"data.{part}_rows": len(rows), f"data.{part}_fingerprint": digest})
-        run.tracker.dataset(f"{source.name}-{part}", digest, source.path, part, len(rows))
+        path = ", ".join(each.path for each in source.parts.values())
+        run.tracker.dataset(f"{source.name}-{part}", digest, path, part, len(rows))
+    _log_mixture(run, inputs, tokens)
+
+
+def _log_mixture(run: RunContext, inputs: Inputs, tokens: Tokens) -> None:
+    """Log how much of each source is trained on."""
+    if not (portions := inputs.rows.portions):
+        return
+    learned = {name: audit.supervised_tokens for name, audit in tokens.audits.items()}
+    log.info("%s: %s", run.config.dataset.name, mixture.line(portions, learned))
+    report = {
+        name: asdict(portion)
+        | {"passes": portion.passes, "share_of_supervised_tokens": learned[name] / sum(learned.values())}
+        for name, portion in portions.items()
+    }
+    run.tracker.params(
+        {f"data.sources.{name}.{key}": value for name, values in report.items() for key, value in values.items()}
+    )
+    labels = {
+        name: {key: value for key, value in asdict(audit).items() if key not in ("rows", "sample")}
+        for name, audit in tokens.audits.items()
+    }
+    run.tracker.json({name: values | labels[name] for name, values in report.items()}, "sources.json")
+    measured = {*tokens.heldout_rows.with_format(None)[SOURCE][:]}
+    for name in [name for name, portion in portions.items() if portion.heldout and name not in measured]:
+        log.warning("%s: no held-out row has an answer token within training.max_length: it has no held-out loss", name)
 
 
 def _log_rows(inputs: Inputs, tokens: Tokens, config: Config) -> None:

@@ -31,7 +31,7 @@ RUN_FILE = "run.json"
 METRICS = ("train/loss", "train/grad_norm", "train/learning_rate", "eval/loss")
 """Metrics saved with every step; of other metrics only the last value is saved."""
 _FILES = (
-    CONFIG_FILE, LOCK_FILE, "label_audit.json", "peft_config.json", "samples.json",
+    CONFIG_FILE, LOCK_FILE, "label_audit.json", "sources.json", "peft_config.json", "samples.json",
     "evaluation/before_losses.jsonl", "evaluation/after_losses.jsonl", "evaluation/answers.json",
     "evaluation/before_unrelated_losses.jsonl", "evaluation/after_unrelated_losses.jsonl",
     "evaluation/before_lm_eval.json", "evaluation/after_lm_eval.json",

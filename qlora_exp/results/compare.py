@@ -19,7 +19,8 @@ from qlora_exp.utils.errors import ConfigError
 METRICS = ("loss", "rougeL", "exact_match", "task_score", "unrelated_loss")
 """Measures of quality, taken after training on held-out rows. Perplexity is not listed: the loss is its logarithm.
 
-`lm_eval/TASK/METRIC` of each task that was scored can be used as well, and `metric/NAME` of installed packages.
+`source_loss/NAME` of each source of a mixture, `lm_eval/TASK/METRIC` of each task that was scored, and `metric/NAME` of
+installed packages can be used as well.
 """
 
 # Preferred keys for the labels, in this order, when the runs were not made by one sweep.
@@ -105,7 +106,7 @@ def compare(records: Sequence[Record], metric: str = "loss", baseline: str | Non
                 for row in ended
                 for difference in row.records
                 for name in difference.metrics
-                if name.startswith(("after/lm_eval/", "after/metric/"))
+                if name.startswith(("after/lm_eval/", "after/source_loss/", "after/metric/"))
             }
         )
         available = ", ".join(name for name in (*METRICS, *scored) if any(row.mean(f"after/{name}") for row in ended))

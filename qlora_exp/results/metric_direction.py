@@ -21,7 +21,7 @@ def lower_is_better(metric: str) -> bool:
     Args:
         metric: name with or without the phase (`after/rougeL`, `rougeL`).
     """
-    return not metric.endswith(_HIGHER)
+    return "source_loss/" in metric or not metric.endswith(_HIGHER)
 
 
 def facts_of(records: Sequence[Record]) -> dict[str, list[Facts]]:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NotRequired
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
@@ -28,6 +28,7 @@ class _Losses(TypedDict):
 
     nll: float
     tokens: float
+    source: NotRequired[str]
 
 
 _LOSSES = TypeAdapter(list[_Losses])
@@ -98,12 +99,15 @@ class Record(ABC):
         return config
 
     @property
-    def losses(self) -> list[dict[str, float]]:
-        """For each held-out row after training: `nll` (sum, nats) and `tokens`; empty if they were not saved."""
+    def losses(self) -> list[dict[str, Any]]:
+        """For each held-out row after training: `nll` (sum, nats), `tokens`, and `source` where there are several.
+
+        Empty if they were not saved.
+        """
         return self._rows("evaluation/after_losses.jsonl")
 
     @property
-    def losses_before(self) -> list[dict[str, float]]:
+    def losses_before(self) -> list[dict[str, Any]]:
         """Like `losses`, before training."""
         return self._rows("evaluation/before_losses.jsonl")
 
@@ -113,7 +117,7 @@ class Record(ABC):
         return self._parsed("evaluation/answers.json", _ANSWERS).after
 
     @property
-    def unrelated_losses(self) -> list[dict[str, float]]:
+    def unrelated_losses(self) -> list[dict[str, Any]]:
         """Like `losses`, for each row of the unrelated text that measures forgetting."""
         return self._rows("evaluation/after_unrelated_losses.jsonl")
 
@@ -122,7 +126,7 @@ class Record(ABC):
         """Details of lm-eval scores after training, from `training.lm_eval.evaluate`; empty if there are none."""
         return self._parsed("evaluation/after_lm_eval.json", _OBJECT)
 
-    def _rows(self, path: str) -> list[dict[str, float]]:
+    def _rows(self, path: str) -> list[dict[str, Any]]:
         return loss_rows(self.text(path), f"{path} of run {self.run_id}")
 
     def _parsed(self, path: str, kind: TypeAdapter[Any]) -> Any:
@@ -131,14 +135,14 @@ class Record(ABC):
             return kind.validate_json(text)
 
 
-def loss_rows(text: str, what: str) -> list[dict[str, float]]:
+def loss_rows(text: str, what: str) -> list[dict[str, Any]]:
     """Parse a file of losses, a row in each line; `what` names the file in messages.
 
     Raises:
         ConfigError: the file is damaged.
     """
     with _damage_explained(what):
-        rows: list[dict[str, float]] = _LOSSES.validate_json(f"[{','.join(text.splitlines())}]")  # type: ignore[assignment]
+        rows: list[dict[str, Any]] = _LOSSES.validate_json(f"[{','.join(text.splitlines())}]")  # type: ignore[assignment]
         return rows
 
 

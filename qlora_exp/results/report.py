@@ -100,8 +100,8 @@ def _columns(comparison: Comparison) -> list[tuple[str, Callable[[Row], str]]]:
         (f"{phase.replace('_', ' ')} MiB", f"memory/{phase}/{memory_kind}_peak_mib", ",.0f") for phase in _PHASES
     ]
     scores = [
-        (name.removeprefix("after/").removeprefix("lm_eval/"), name, form)
-        for prefix, form in (("after/metric/", ".4g"), ("after/lm_eval/", ".3f"))
+        (name.removeprefix("after/").removeprefix("lm_eval/").removeprefix("source_"), name, form)
+        for prefix, form in (("after/source_loss/", ".4f"), ("after/metric/", ".4g"), ("after/lm_eval/", ".3f"))
         for name in sorted({name for row in measured for record in row.records for name in record.metrics})
         if name.startswith(prefix)
     ]

@@ -82,8 +82,9 @@ def recorded_config(record: Record, changes: Mapping[str, Any], uri: str | None)
     values |= {"tracking": {"uri": uri, "experiment_name": name}, "sweep": {}, "search": {}, "tuning": {}}
     config = changed(values, changes, f"run {record.run_id}")
     refuse_plugins(config, changes)
-    for section, source in (("dataset", config.dataset), ("unrelated", config.unrelated)):
-        given = {f"{section}.path", f"{section}.eval_path"} & changes.keys()
+    for section, source in config.sections_of_rows.items():
+        sections = {section, section.partition(".")[0]}
+        given = {f"{name}.{key}" for name in sections for key in ("path", "eval_path")} & changes.keys()
         for path in filter(looks_local, source.paths if given else ()):
             data_files.check(path, f"{section}.path")
     return recognized(config)

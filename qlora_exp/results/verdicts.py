@@ -117,6 +117,8 @@ def _items(row: Row, metric: str) -> tuple[dict[str, stats.Items], str]:
     for record in row.records:
         if metric == "loss":
             pairs = [(line["nll"], line["tokens"]) for line in record.losses]
+        elif (source := metric.removeprefix("source_loss/")) != metric:
+            pairs = [(line["nll"], line["tokens"]) for line in record.losses if line.get("source") == source]
         elif metric == "unrelated_loss":
             pairs = [(line["nll"], line["tokens"]) for line in record.unrelated_losses]
         elif metric.startswith("lm_eval/"):

@@ -241,7 +241,7 @@ def _heldout(config: Config, saved: Any) -> tuple[Any, Any, Any]:
     from qlora_exp.data.rows import load_rows
 
     tokenizer = saved.tokenizer()
-    rows = load_rows(config.dataset).heldout
+    rows = load_rows(config.dataset, config.unrelated).heldout
     return tokenizer, *tokenization.cut(
         rows, tokenization.tokenize(rows, config, tokenizer), config.training.max_length
     )

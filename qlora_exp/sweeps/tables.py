@@ -26,6 +26,11 @@ def row(job: Job, last: Mapping[str, Any]) -> dict[str, Any]:
     metrics = last.get("metrics", {})
     columns = (
         ("loss", metrics.get("after/loss"), ".4f"),
+        *(
+            (name.removeprefix("after/source_"), metrics[name], ".4f")
+            for name in sorted(metrics)
+            if name.startswith("after/source_loss/")
+        ),
         ("ROUGE-L", metrics.get("after/rougeL"), ".3f"),
         ("exact match", metrics.get("after/exact_match"), ".3f"),
         ("task score", metrics.get("after/task_score"), ".3f"),

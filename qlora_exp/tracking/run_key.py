@@ -41,7 +41,11 @@ def digests(config: Config) -> dict[str, str]:
         "config": json_digest(result_values(config.model_dump(mode="json"))),
         "model": model_version(config.model.model_name_or_path, config.model.revision),
         "data": "+".join(
-            [data_version(_absolute(path), dataset.revision) for dataset in config.datasets for path in dataset.paths]
+            [
+                data_version(_absolute(path), rows.revision, f"{section}.path")
+                for section, rows in config.sections_of_rows.items()
+                for path in rows.paths
+            ]
             + ([_folder(Path(tasks))] if (tasks := config.evaluation.lm_eval_include_path) else [])
         ),
         "code": code_digest(),
@@ -86,8 +90,8 @@ def _absolute(path: str) -> str:
 
 
 @functools.cache
-def data_version(path: str, revision: str | None) -> str:
-    """Return the version of a dataset.
+def data_version(path: str, revision: str | None, key: str = "dataset.path") -> str:
+    """Return the version of a dataset, which the config names by `key`.
 
     This is the digest of files (those of a URL are fetched into the cache), the commit of a dataset on the hub, or the
     version of the package that contains or generates the rows.
@@ -103,7 +107,7 @@ def data_version(path: str, revision: str | None) -> str:
     if saved_dataset(path):
         return data_files.folder_digest(Path(path))
     if looks_local(path):
-        return json_digest([file_digest(file.path) for file in data_files.find(path)])
+        return json_digest([file_digest(file.path) for file in data_files.find(path, key)])
     return hub.commit(path, revision, "dataset")
 
 

@@ -24,6 +24,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from qlora_exp.config import plugins
 from qlora_exp.config.sections.evaluation import EvaluationConfig
 from qlora_exp.data.end_of_turn import before_end
+from qlora_exp.data.rows import sources_of
 from qlora_exp.distributed import group
 from qlora_exp.environment.ranks import hides_bars, ranks
 from qlora_exp.models.base import (
@@ -63,8 +64,9 @@ class Evaluation:
     """Metrics, and the values of single rows that they were computed from."""
 
     metrics: dict[str, float]
-    losses: list[dict[str, float]]
-    """For each held-out row: `nll` (negative log-likelihood, sum over tokens, in nats) and `tokens` (supervised)."""
+    losses: list[dict[str, Any]]
+    """For each held-out row: `nll` (negative log-likelihood, sum over tokens, in nats), `tokens` (supervised), and
+    `source` where there are several."""
     unrelated: list[dict[str, float]]
     """The same values for each row of unrelated text."""
     samples: list[dict[str, Any]]
@@ -106,7 +108,8 @@ def evaluate(
         losses = _row_losses(model, tokenizer, tokens, batch_size, label)
         supervised, loss = sum(row["tokens"] for row in losses), _mean_loss(losses)
         metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "supervised_tokens": supervised}
-        unrelated_losses: list[dict[str, float]] = []
+        metrics |= _loss_of_each(rows, losses)
+        unrelated_losses: list[dict[str, Any]] = []
         if unrelated is not None:
             with on_unrelated or nullcontext():
                 unrelated_losses = _row_losses(model, tokenizer, unrelated, 1, label)
@@ -122,8 +125,18 @@ def evaluate(
     return Evaluation(metrics, losses, unrelated_losses, samples, failed)
 
 
-def _mean_loss(losses: list[dict[str, float]]) -> float:
+def _mean_loss(losses: list[dict[str, Any]]) -> float:
     return sum(row["nll"] for row in losses) / sum(row["tokens"] for row in losses)
+
+
+def _loss_of_each(rows: Dataset, losses: list[dict[str, Any]]) -> dict[str, float]:
+    """Write the source of each row beside its loss, and return the mean loss of each source; none for a single one."""
+    names = sources_of(rows)
+    for row, name in zip(losses if names else (), names, strict=True):
+        row["source"] = name
+    return {
+        f"source_loss/{name}": _mean_loss([row for row in losses if row["source"] == name]) for name in sorted({*names})
+    }
 
 
 @contextmanager
@@ -138,7 +151,7 @@ def _evaluating(model: Any) -> Iterator[None]:
         model.config.use_cache = use_cache
 
 
-def _row_losses(model: Any, tokenizer: Any, tokens: Dataset, batch_size: int, label: str) -> list[dict[str, float]]:
+def _row_losses(model: Any, tokenizer: Any, tokens: Dataset, batch_size: int, label: str) -> list[dict[str, Any]]:
     collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
     losses = []
     starts = range(0, len(tokens), batch_size)

@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from datasets import Dataset
+from torch.utils.data import SequentialSampler
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
@@ -60,17 +61,25 @@ class _ByLength(LengthGroupedSampler):
 class Trainer(SFTTrainer):
     """SFTTrainer that counts tokens and FLOPs and marks memory phases."""
 
-    def __init__(self, *args: Any, memory: MemoryMonitor, token_loss: Loss | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        memory: MemoryMonitor,
+        token_loss: Loss | None = None,
+        sources: Sequence[str] = (),
+        **kwargs: Any,
+    ) -> None:
         self.memory = memory
         self.token_loss = token_loss
         """Loss of an installed package to train by; None for TRL's own."""
+        self._sources = sources  # of each held-out row; empty if there is one
         self.seen: Any = torch.zeros(4, dtype=torch.long)
         """Numbers of tokens, supervised tokens, sequences, and positions (tokens and padding)."""
         self.counts_flops = False
         """Whether to count the operations of the current step."""
         self.counted: list[tuple[float, int, int]] = []
         """Operations, positions and supervised tokens of each batch whose operations were counted."""
-        self._heldout = torch.zeros(3, dtype=torch.double)  # sums over the tokens of an evaluation
+        self._heldout: list[torch.Tensor] = []  # sums over the tokens of each row of an evaluation
         self._engine: Any = None  # DeepSpeed's
         super().__init__(*args, **kwargs)
 
@@ -137,7 +146,7 @@ class Trainer(SFTTrainer):
             return super().evaluate(*args, **kwargs)
 
     def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> tuple[torch.Tensor, None, None]:
-        """Add the loss of a batch to the sums of `evaluation_loop`.
+        """Keep the loss of each row of a batch for `evaluation_loop`.
 
         It is the loss that the evaluation after training measures: without the loss of a router, in nats, not DFT's.
         """
@@ -147,20 +156,28 @@ class Trainer(SFTTrainer):
         nll = -outputs.log_probs.float().sum(dim=1)
         rows = torch.stack([nll, outputs.is_top1.sum(dim=1), outputs.label_mask.sum(dim=1)], dim=1).double()
         # Of all processes, without the rows that accelerate repeats so that each gets as many.
-        self._heldout = self._heldout + self.accelerator.gather_for_metrics(rows).cpu().sum(dim=0)
+        self._heldout.append(self.accelerator.gather_for_metrics(rows).cpu())
         return nll.sum() / outputs.label_mask.sum(), None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """Measure the held-out loss as the mean over tokens.
+        """Measure the held-out loss as the mean over tokens, of all rows and of each source.
 
         Transformers' own is a mean over batches, which depends on how rows are put into batches.
         """
-        self._heldout = torch.zeros(3, dtype=torch.double)
+        self._heldout = []
         output = super().evaluation_loop(*args, **kwargs)
         assert output.metrics is not None
-        nll, correct, tokens = self._heldout.tolist()
+        rows = torch.cat(self._heldout)
+        nll, correct, tokens = rows.sum(dim=0).tolist()
         output.metrics.update({"eval_loss": nll / tokens, "eval_token_accuracy": correct / tokens})
+        for source in sorted({*self._sources}):
+            nll, _, tokens = rows[[name == source for name in self._sources]].sum(dim=0).tolist()
+            output.metrics[f"eval_source_loss/{source}"] = nll / tokens
         return output
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:  # transformers 5.23; no public hook for a sampler
+        """Keep the order of held-out rows, by which `evaluation_loop` knows the source of each."""
+        return SequentialSampler(eval_dataset) if self._sources else super()._get_eval_sampler(eval_dataset)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:  # transformers 5.23; no public hook for a sampler
         sampler = super()._get_train_sampler(train_dataset)
@@ -248,8 +265,12 @@ def build(
     resolved: Resolved,
     output_dir: Path,
     memory: MemoryMonitor,
+    sources: Sequence[str] = (),
 ) -> Trainer:
-    """Build a trainer for a model that already has its trainable parameters; their dtypes are not changed."""
+    """Build a trainer for a model that already has its trainable parameters; their dtypes are not changed.
+
+    `sources` are the sources of the held-out rows, one a row, whose losses are to be measured; empty: none.
+    """
     if config.distributed.engine == "deepspeed_zero3":
         deepspeed.library(resolved.device)  # before accelerate imports it
     trl.score_supervised_tokens_only()
@@ -269,6 +290,7 @@ def build(
             args=settings,
             train_dataset=train_tokens.select_columns(["input_ids", "labels"]),
             eval_dataset=heldout_tokens.select_columns(["input_ids", "labels"]),
+            sources=sources,
             processing_class=tokenizer,
             callbacks=callbacks,
         )

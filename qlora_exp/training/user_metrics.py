@@ -112,8 +112,8 @@ def load(name: str) -> Metric:
 
 
 def _unit(plugin: Plugin, function: Any) -> str:
-    unit = getattr(function, "unit", "")
-    if not isinstance(unit, str) or len(unit) > (most := plugins.LONGEST_UNIT):
+    unit, most = getattr(function, "unit", ""), plugins.LONGEST_UNIT
+    if not isinstance(unit, str) or len(unit) > most:
         raise ConfigError(f"{plugin} has the unit {unit!r:.60}, which is no text of at most {most} characters")
     return unit
 

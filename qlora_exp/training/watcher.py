@@ -31,9 +31,14 @@ _COUNTED_STEPS = frozenset(2**power for power in range(2, 32))
 """Steps whose operations are counted, besides the first: few, because counting takes time."""
 
 
+def _name_of_curve(name: str) -> str:
+    source = name.removeprefix("eval_source_loss/")
+    return _CURVES.get(name, f"train/{name}") if source == name else f"eval/source_loss/{source}"
+
+
 def _curves(logs: Mapping[str, Any]) -> dict[str, float]:
     return {
-        _CURVES.get(name, f"train/{name}"): float(value)
+        _name_of_curve(name): float(value)
         for name, value in logs.items()
         if name not in _SKIPPED and isinstance(value, int | float)
     }

@@ -188,9 +188,9 @@ class Stages:
             patch.setattr(sources, "load_dataset", fetch)
             if section == "unrelated":
                 return asked, rows.load_heldout(config.unrelated).to_list()
-            loaded = rows.load_rows(config.dataset)
+            loaded = rows.load_rows(config.dataset, config.unrelated)
         leaks = [asdict(leak) for leak in loaded.leaks]
-        return asked, loaded.train.to_list(), loaded.heldout.to_list(), loaded.dropped, leaks
+        return asked, loaded.epoch(loaded.train).to_list(), loaded.heldout.to_list(), loaded.dropped, leaks
 
     def tokens(self, config: Config) -> Any:
         from qlora_exp.data import rows, tokenization

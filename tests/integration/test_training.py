@@ -263,3 +263,56 @@ def test_held_out_loss_of_all_tokens_is_what_a_search_judges(faked_losses, make_
     assert 1 < first < 1.1  # the mean over batches would be 2.3, and pruned
     assert 1.9 < second < 2
     assert 2.9 < third < 3
+
+
+TALK = [{"chat": [{"role": "user", "content": f"hello {n}"}, {"role": "assistant", "content": f"hi {n}"}]}
+        for n in range(20)]  # fmt: skip
+MIXED = ("dataset=own", "dataset.format=chat", "dataset.sources.talk.messages_column=chat",
+         "dataset.sources.story.format=text", "method=lora", "evaluation.generate_rows=0")  # fmt: skip
+
+
+@pytest.fixture
+def mixture(write_jsonl) -> list[str]:
+    story = [{"text": f"Story {n} is about {n * 3} dwarfs and their king."} for n in range(30)]
+    paths = {"talk": write_jsonl(TALK, "talk.jsonl"), "story": write_jsonl(story, "story.jsonl")}
+    return [*MIXED, *(f"dataset.sources.{name}.path={path}" for name, path in paths.items())]
+
+
+def test_losses_of_a_mixture_are_measured_for_each_source(mixture, run_quick):
+    """Before, during and after training, with rows grouped by length and general text replayed."""
+    result = run_quick(*mixture, "unrelated=python_docs", "dataset.replay=0.2", "training.eval_strategy=steps",
+                       "training.eval_steps=3", "training.train_sampling_strategy=group_by_length")  # fmt: skip
+    measured = result.metrics
+    for moment in ("before", "after"):
+        story, talk = (measured[f"{moment}/source_loss/{name}"] for name in ("story", "talk"))
+        assert min(story, talk) < measured[f"{moment}/loss"] < max(story, talk)
+        assert f"{moment}/unrelated_loss" in measured
+    (during,) = [line for line in metrics(result.output_dir) if "eval/loss" in line]
+    for name in ("story", "talk"):
+        assert during[f"eval/source_loss/{name}"] == pytest.approx(measured[f"after/source_loss/{name}"], rel=1e-5)
+    report = json.loads((result.output_dir / "sources.json").read_text())
+    trained = {name: (values["rows"], values["trained"], values["heldout"]) for name, values in report.items()}
+    assert trained == {"story": (16, 16, 3), "talk": (16, 16, 2), "replay": (310, 8, 0)}
+    assert sum(values["share_of_supervised_tokens"] for values in report.values()) == pytest.approx(1)
+    lines = (result.output_dir / "evaluation" / "after_losses.jsonl").read_text().splitlines()
+    assert {json.loads(line)["source"] for line in lines} == {"story", "talk"}
+
+
+@pytest.mark.thorough
+def test_one_source_trains_like_a_path(mixture, run_quick, read_losses, write_jsonl):
+    words = ["dataset=own", "dataset.format=chat", "dataset.messages_column=chat", "method=lora"]
+    path = write_jsonl(TALK, "talk.jsonl")
+    one, other = run_quick(*words, f"dataset.path={path}"), run_quick(*words, f"dataset.sources.talk.path={path}")
+    assert read_losses(one) == read_losses(other)
+    assert one.metrics["after/loss"] == other.metrics["after/loss"]
+
+
+@pytest.mark.thorough
+def test_mixture_resumes_in_its_order(mixture, run_quick, read_losses):
+    weights = ["dataset.sources.talk.weight=0.3", "dataset.sources.story.weight=0.7", "dataset.stopping=all_exhausted"]
+    saving = ["training.save_strategy=steps", "training.save_steps=2", "training.max_steps=4"]
+    whole = run_quick(*mixture, *weights, *saving)
+    checkpoint = whole.output_dir / "checkpoints" / "checkpoint-2"
+    resumed = run_quick(*mixture, *weights, *saving, f"training.resume_from_checkpoint={checkpoint}")
+    assert read_losses(resumed) == read_losses(whole)[2:]
+    assert resumed.metrics["after/source_loss/talk"] == whole.metrics["after/source_loss/talk"]

@@ -158,6 +158,11 @@ class DatasetConfig(Section):
         """Sources of the rows: `path` and `eval_path` where they are set."""
         return [path for path in (self.path, self.eval_path) if path and path != "none"]
 
+    @property
+    def parts(self) -> dict[str, "DatasetConfig"]:
+        """The datasets that the rows come from, by the names of sources; one alone is `dataset`."""
+        return {"dataset": self}
+
     @field_validator("path", "eval_path", mode="before")
     @classmethod
     def _one_file(cls, path: Any) -> Any:

@@ -26,6 +26,7 @@ SAVING = {"training.save_strategy": "steps", "training.save_steps": 12}
 HUB = {"dataset.path": "org/rows"}
 UNRELATED = {"unrelated.path": "rows.jsonl", "unrelated.format": "prompt_completion", "unrelated.input_column": None,
              "unrelated.prompt_column": "prompt", "unrelated.completion_column": "answer"}  # fmt: skip
+MIXTURE = {"dataset.sources": {"one": {}, "two": {"path": "other.jsonl", "max_train_rows": 4}}}
 SHARED = {"distributed.engine": "ddp", "distributed.num_processes": 2}
 MACHINES = {**SHARED, "distributed.num_machines": 2, "distributed.main_process_ip": "one",
             "distributed.main_process_port": 5000}  # fmt: skip
@@ -104,6 +105,10 @@ ENTRIES: dict[str, tuple[Any, ...]] = {
     "dataset.streaming": (Stages.rows, True, {**HUB, "dataset.max_train_rows": 4}),
     "dataset.reasoning_gym_size": (Stages.rows, 9, GYM),
     "dataset.reasoning_gym_config": (Stages.rows, {"min_terms": 5, "max_terms": 6}, GYM),
+    "dataset.sources": (Stages.rows, {"one": {}, "two": {"path": "other.jsonl"}}),
+    "dataset.mixing_temperature": (Stages.rows, 4.0, MIXTURE),
+    "dataset.stopping": (Stages.rows, "all_exhausted", {**MIXTURE, "dataset.mixing_temperature": 2.0}),
+    "dataset.replay": (Stages.rows, 0.2, UNRELATED),
     "distributed.name": (Stages.labels, "mine", SHARED),
     "distributed.engine": (Stages.journal, "ddp", {"distributed.num_processes": 2}),
     "distributed.num_processes": (Stages.processes, 4, SHARED),

@@ -10,6 +10,8 @@ from qlora_exp.config.untrusted import changed
 from qlora_exp.config.validate import from_dict, known_keys
 from qlora_exp.utils.errors import ConfigError
 
+NAMES = ("dataset.sources.a", "dataset.sources.b")
+SOURCES = ("dataset=own", *(f"{name}.path={number}.jsonl" for number, name in enumerate(NAMES)))
 FILE = ("dataset=own", "dataset.path=rows.jsonl")
 
 
@@ -23,6 +25,12 @@ FILE = ("dataset=own", "dataset.path=rows.jsonl")
         ([*FILE, "dataset.format=alpaca", "dataset.text_column=body"], "it is for format=text, not format=alpaca"),
         ([*FILE, "dataset.format=text", "dataset.prompt_column=q"], "format=text reads text_column"),
         ([*FILE, "dataset.reasoning_gym_size=9"], "is no reasoning_gym:TASK"),
+        ([*FILE, "dataset.sources.a.path=x.jsonl"], "dataset.path=rows.jsonl would change nothing: no source takes it"),
+        ([*SOURCES, "dataset.input_column=a", *(f"{name}.input_column=x" for name in NAMES)], "no source takes it"),
+        ([*SOURCES, "dataset.text_column=x"], "dataset.text_column=x would change nothing: it is for format=text"),
+        ([*SOURCES, "dataset.sources.b.split=test"], "dataset.sources.b.split=test would change nothing: it is for"),
+        ([*SOURCES, "dataset.stopping=all_exhausted"], "give sources weights or a temperature"),
+        ([*FILE, "dataset.mixing_temperature=2"], "there are no dataset.sources to mix"),
         (["unrelated.drop_leaks=none"], "unrelated text is not trained on"),
         (["unrelated.max_train_rows=3"], "use unrelated.max_eval_rows"),
         (["unrelated=none", "unrelated.eval_size=3"], "unrelated.path=none"),

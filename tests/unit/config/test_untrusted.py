@@ -28,6 +28,14 @@ from qlora_exp.utils.errors import ConfigError
         ({"unrelated": {"path": "reasoning_gym:countdown"}}, "unrelated.path=reasoning_gym:countdown"),
         ({"unrelated": {"eval_path": "reasoning_gym:countdown"}}, "unrelated.eval_path=reasoning_gym:countdown"),
         ({"dataset": {"path": "/etc/passwd"}}, "dataset.path=PATH"),
+        ({"dataset": {"sources": {"a": {"path": "/etc/passwd"}}}}, "dataset.sources.a.path=PATH"),
+        ({"dataset": {"sources": {"a": {}, "b": {"eval_path": "../x.jsonl"}}}}, "dataset.sources.b.eval_path=PATH"),
+        ({"dataset": {"sources": {"a": {"path": "s3://a/b.jsonl"}}}}, "fetches s3://.* dataset.sources.a.path=s3://"),
+        ({"dataset": {"sources": {"a": {"path": "reasoning_gym:n_queens"}}}}, "dataset.sources.a.path=reasoning_gym"),
+        ({"dataset": {"sources": {"a": {"drop_matching": "(a+)+$"}}}}, "add dataset.sources.a.drop_matching=VALUE"),
+        ({"dataset": {"sources": {"a": {"path": "file://a/b.jsonl"}}}}, "dataset.sources.a.path: begins with file://"),
+        ({"dataset": {"sources": {"a": {"_target_": "os.system"}}}}, "a source has no such key"),
+        ({"dataset": {"sources": {"../a": {}}}}, "cannot be a name"),
         ({"dataset": {"path": "../rows.jsonl"}}, "outside of this folder"),
         ({"dataset": {"eval_path": "~/.ssh/id_rsa"}}, "outside of this folder"),
         ({"model": {"model_name_or_path": "/srv/model"}}, "model.model_name_or_path=PATH"),
@@ -74,6 +82,16 @@ def test_recorded_path_does_not_lead_out_of_the_folder_by_links(path: str, tmp_p
     values["dataset"]["path"] = path
     with pytest.raises(ConfigError, match="outside of this folder; to allow it, add dataset.path=PATH"):
         untrusted.changed(values, {}, "run x")
+
+
+def test_user_allows_the_path_of_a_source():
+    values = compose(["dataset=own", "dataset.sources.a.path=/rows.jsonl"]).model_dump(mode="json")
+    told = untrusted.changed(values, {"dataset.sources.a.path": "/here/rows.jsonl"}, "run x")
+    assert told.dataset.paths == ["/here/rows.jsonl"]
+    told = untrusted.changed(
+        values, {"dataset.sources.a.prompt_template": r"{q}\n", "dataset.sources.a.path": "r.csv"}, ""
+    )
+    assert told.dataset.parts["a"].prompt_template == "{q}\n"
 
 
 def test_changes_of_templates_are_read_as_in_other_commands(tmp_path):

@@ -4,6 +4,7 @@ from helpers import tiny_models
 from helpers.rows import tokenized
 from helpers.tiny_models import CHATML
 
+from qlora_exp.config.sections.mixture import REPLAY
 from qlora_exp.data import label_audit, tokenization
 from qlora_exp.data.end_of_turn import end_of_turn
 from qlora_exp.utils.errors import DataError
@@ -63,3 +64,28 @@ def test_rows_without_supervised_tokens_are_rejected(tiny_tokenizer):
         label_audit.audit(tokens, 50, tiny_tokenizer, end_of_turn(tiny_tokenizer, None))
     with pytest.raises(DataError, match="no held-out row"):
         tokenization.cut(Dataset.from_list([{"prompt": "p"}]), tokens, 50)
+
+
+def test_sources_are_audited_apart_and_together(tiny_tokenizer):
+    end, audits = end_of_turn(tiny_tokenizer, None), {}
+    for name, rows, style in (
+        ("talk", [{"prompt": "p", "input": "", "completion": "c"}] * 3, "prompt_completion"),
+        ("story", [{"prompt": "", "input": "", "completion": "s" * 400}], "text"),
+    ):
+        tokens = tokenized(rows, tiny_tokenizer, f"dataset.format={style}")
+        audits[name] = label_audit.audit(tokens, 300, tiny_tokenizer, end, source=name)
+    whole = label_audit.together(audits)
+    assert (whole.rows, whole.truncated_rows_share, whole.eos_learned_share) == (4, 0.25, 0.75)
+    assert whole.supervised_tokens == sum(audit.supervised_tokens for audit in audits.values())
+    assert whole.supervised_share == whole.supervised_tokens / whole.tokens
+    assert whole.sample.startswith("talk: p[[c")
+    assert "story: [[sss" in whole.sample
+    nothing = tokenized([{"prompt": "p" * 400, "input": "", "completion": "c"}], tiny_tokenizer)
+    with pytest.raises(DataError, match="^talk: no token of the 1 training rows carries loss"):
+        label_audit.audit(nothing, 300, tiny_tokenizer, end, source="talk")
+
+
+def test_replayed_text_need_not_end(tiny_tokenizer, caplog):
+    tokens = tokenized([{"prompt": "", "input": "", "completion": "s" * 400}], tiny_tokenizer, "dataset.format=text")
+    label_audit.audit(tokens, 300, tiny_tokenizer, end_of_turn(tiny_tokenizer, None), source=REPLAY)
+    assert caplog.text == ""

@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.schema import Config
-from qlora_exp.config.sections.dataset import DatasetConfig
+from qlora_exp.config.sections.mixture import MixtureConfig
 from qlora_exp.data import label_audit, tokenization
 from qlora_exp.data.end_of_turn import end_of_turn
 from qlora_exp.data.prompts import chat_template
@@ -42,7 +43,7 @@ CALLED, RESULT = {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "
 
 
 def own(path: str = "rows.jsonl", **more: Any) -> Config:
-    return composed("model=tiny_llama").model_copy(update={"dataset": DatasetConfig(path=path, **(OWN | more))})
+    return composed("model=tiny_llama").model_copy(update={"dataset": MixtureConfig(path=path, **(OWN | more))})
 
 
 def settings(*rows: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -195,7 +196,7 @@ def test_file_from_the_wild_is_recognized_and_audited(write, chosen, learned, tm
     caplog.set_level(logging.INFO)
     asked = own(write(tmp_path), eval_size=1, drop_duplicates=False, drop_leaks="none")
     config = recognized(asked)
-    assert config.dataset == DatasetConfig.model_validate(asked.dataset.model_dump() | chosen)
+    assert config.dataset == MixtureConfig.model_validate(asked.dataset.model_dump() | chosen)
     (line,) = [line for line in caplog.messages if "recognized" in line]
     assert all(f"dataset.{key}={value}" in line for key, value in chosen.items())
     tokenizer = copy.copy(tiny_tokenizer)
@@ -332,7 +333,7 @@ def test_any_rows_are_recognized_or_refused(rows: list[dict]):
         found = settings(*rows)
     except DataError:
         return
-    DatasetConfig.model_validate(OWN | {"path": "rows.jsonl"} | found)
+    MixtureConfig.model_validate(OWN | {"path": "rows.jsonl"} | found)
     assert all(
         value in {name for row in rows for name in row} for key, value in found.items() if key != "format" and value
     )
@@ -375,3 +376,26 @@ def test_row_of_another_shape_is_named_with_its_place(tmp_path):
     path = lines(tmp_path / "b.jsonl", [*rows, {"messages": [{"role": "human", "content": "x"}]}])
     with pytest.raises(DataError, match="line 1101: messages.0.: unknown role 'human'; did you mean 'user'"):
         load_rows(recognized(own(path)).dataset)
+
+
+def test_each_source_of_a_mixture_is_recognized(write_jsonl):
+    dialogue = {"messages": [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5"}]}
+    kinds = {
+        "said": ("chat", dialogue),
+        "plain": ("text", {"text": "2+3=5"}),
+        "pairs": ("alpaca", {"instruction": "2+3?", "input": "", "output": "5"}),
+    }
+    paths = {name: write_jsonl([row, row], f"{name}.jsonl") for name, (_, row) in kinds.items()}
+
+    def mixed(*names: str, **keys: str):
+        words = [f"dataset.sources.{name}.path={paths[name]}" for name in names]
+        return compose(["dataset=own", *words, *(f"dataset.{key}={value}" for key, value in keys.items())])
+
+    settled = recognized(mixed("said", "plain")).dataset
+    assert {name: part.format for name, part in settled.parts.items()} == {"plain": "text", "said": "chat"}
+    assert settled.format == "chat"  # plain text has no prompt
+    assert recognized(mixed("plain")).dataset.format == "text"
+    with pytest.raises(ConfigError, match="several formats, alpaca and chat; add dataset.sources.pairs.format=auto"):
+        recognized(mixed("pairs", "said"))
+    auto = {f"sources.{name}.format": "auto" for name in ("pairs", "said")}
+    assert recognized(mixed("pairs", "said", format="alpaca", **auto)).dataset.format == "alpaca"

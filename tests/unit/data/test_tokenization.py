@@ -6,6 +6,7 @@ from helpers import tiny_models
 from helpers.rows import TEXT, tokenized
 from hypothesis import given, settings
 
+from qlora_exp.config.hydra_compose import compose
 from qlora_exp.data import tokenization
 from qlora_exp.data.rows import load_heldout, load_rows
 from qlora_exp.data.tokenization import IGNORED
@@ -172,3 +173,23 @@ def test_prompt_never_ends_with_the_tokenizers_eos(single, begins):
     plain = tokenizer("Say river 5.", add_special_tokens=False)["input_ids"]
     assert tokenization.prompt_tokens(tokenizer, "Say river 5.", special=True) == begins + plain
     assert tokenization.prompt_tokens(tokenizer, "Say river 5.", special=False) == plain
+
+
+def test_each_source_is_tokenized_in_its_own_format(tiny_tokenizer, write_jsonl):
+    talk = [{"chat": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": "a"}]} for n in range(4)]
+    paths = write_jsonl(talk, "talk.jsonl"), write_jsonl([{"text": f"story {n}"} for n in range(4)], "story.jsonl")
+    keys = ["talk.format=chat", "talk.messages_column=chat", "story.format=text"]
+    keys += [f"{name}.path={path}" for name, path in zip(("talk", "story"), paths, strict=True)]
+    words = ["dataset=own", "dataset.format=chat", *(f"dataset.sources.{key}" for key in keys)]
+
+    def texts(*more: str) -> dict[str, str]:
+        config = compose([*words, *more])
+        rows = load_rows(config.dataset).train
+        tokens = tokenization.tokenize(rows, config, tiny_tokenizer)
+        return {row["source"]: tiny_tokenizer.decode(ids) for row, ids in zip(rows, tokens["input_ids"], strict=True)}
+
+    plain, kind = texts(), texts("dataset.sources.talk.system_message=kind")
+    assert plain["talk"].startswith("<|im_start|>user\nq")
+    assert plain["story"] == kind["story"]
+    assert plain["story"].startswith("story ")
+    assert "kind" in kind["talk"]

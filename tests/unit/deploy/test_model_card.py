@@ -210,3 +210,17 @@ def test_card_shows_names_as_they_are_and_no_folder_of_this_machine(tmp_path, mo
     assert "base_model" not in head(text)
     assert r'qlora_exp.load("models:/a\"b/1")' in text
     assert dict(model_card.tags(config, {}))["dataset"] == "./rows.jsonl"
+
+
+def test_card_names_all_sources_and_their_losses():
+    sources = {"a": "databricks/databricks-dolly-15k", "b": "/home/me/rows.jsonl"}
+    config = compose(["dataset=own", *(f"dataset.sources.{name}.path={path}" for name, path in sources.items())])
+    recorded = Recorded()
+    recorded.metrics.update({"before/source_loss/a": 2.0, "after/source_loss/a": 1.5})
+    text = model_card.write(recorded, config, "runs:/x")
+    assert head(text)["datasets"] == ["databricks/databricks-dolly-15k"]
+    assert "| data | databricks/databricks-dolly-15k, rows.jsonl, a local file, 16 rows" in text
+    assert "| loss, a | 2.0000 | 1.5000 |" in text
+    assert "Data: databricks/databricks-dolly-15k: cc-by-sa-3.0; rows.jsonl:" in text
+    assert "/home/me" not in text
+    assert dict(model_card.tags(config, {}))["dataset"] == "databricks/databricks-dolly-15k, ./rows.jsonl"

@@ -110,6 +110,7 @@ def test_transformers_calls_what_our_trainer_overrides():
     """What the overrides do: tests/unit/training/test_trainer.py."""
     source = inspect.getsource(Trainer)
     assert "sampler_fn=self._get_train_sampler," in source
+    assert "sampler_fn=self._get_eval_sampler," in source
     assert "self._run_epoch(" in source
     assert "self._prepare_inputs(inputs)" in source
     assert "self._save_checkpoint(model, trial)" in source

@@ -24,7 +24,7 @@ def past_runs(mlflow_uri, tmp_path):
     )
     count = iter(range(10**6))
 
-    def add(losses=(), *, seed=1, outcome="ok", tags=None, metrics=None, weights=None, **params):
+    def add(losses=(), *, seed=1, outcome="ok", tags=None, metrics=None, weights=None, sources=None, **params):
         number = next(count)
         known = {
             "run_key": hashlib.sha256(f"{tmp_path}{number}".encode()).hexdigest()[:16],
@@ -37,7 +37,9 @@ def past_runs(mlflow_uri, tmp_path):
             mlflow.log_param(run, key, value)
         weights = weights or [10.0] * len(losses)
         if losses:
-            lines = [json.dumps({"nll": a * b, "tokens": b}) for a, b in zip(losses, weights, strict=True)]
+            rows = [{"nll": a * b, "tokens": b} for a, b in zip(losses, weights, strict=True)]
+            named = [row | {"source": name} for row, name in zip(rows, sources or (), strict=False)] or rows
+            lines = [json.dumps(row) for row in named]
             mlflow.log_text(run, "\n".join(lines), "evaluation/after_losses.jsonl")
             mean = sum(a * b for a, b in zip(losses, weights, strict=True)) / sum(weights)
             mlflow.log_metric(run, "after/loss", mean)

@@ -330,3 +330,22 @@ def test_deleted_experiment_is_named(past_runs):
     past_runs.mlflow.delete_experiment(experiment.experiment_id)
     with pytest.raises(TrackingError, match="was deleted in MLflow; .*restore_experiment"):
         find(past_runs.uri, experiment=past_runs.experiment)
+
+
+def test_losses_of_one_source_are_compared_on_its_own_rows(past_runs):
+    """The rows of a get better in each run, those of b worse: together they tie."""
+    losses = shifted(0.0)
+    names = ["a", "b"] * (len(losses) // 2)
+    for r, shift in ((4, 0.0), (8, 0.5)):
+        moved = [loss + (-shift if name == "a" else shift) for loss, name in zip(losses, names, strict=True)]
+        means = {f"after/source_loss/{name}": float(np.mean([loss for loss, own in zip(moved, names, strict=True)
+                 if own == name])) for name in "ab"}  # fmt: skip
+        past_runs(moved, method__r=r, sources=names, metrics=means)
+    records = find(past_runs.uri, experiment=past_runs.experiment)
+    verdicts = {source: compare(records, f"source_loss/{source}").verdicts["method.r=8"] for source in "ab"}
+    assert {source: round(each.difference.value, 6) for source, each in verdicts.items()} == {"a": -0.5, "b": 0.5}
+    assert {each.difference.items for each in verdicts.values()} == {len(losses) // 2}
+    headings, _ = report.table(compare(records))
+    assert {"loss", "loss/a", "loss/b"} <= {*headings}
+    with pytest.raises(ConfigError, match="available: loss, source_loss/a, source_loss/b"):
+        compare(records, metric="source_loss/c")

@@ -44,6 +44,16 @@ def test_changed_rows_change_the_key(tmp_path, write_jsonl):
     assert {part for part in first if first[part] != second[part]} == {"data"}
 
 
+def test_changed_rows_of_a_source_change_the_key_and_the_order_of_sources_does_not(write_jsonl):
+    def key(*names: str, changed: str = "") -> str:
+        run_key.data_version.cache_clear()
+        paths = [write_jsonl([{"prompt": name, "completion": changed}], f"{name}.jsonl") for name in names]
+        sources = [f"dataset.sources.{name}.path={path}" for name, path in zip(names, paths, strict=True)]
+        return run_key.run_key(compose(["dataset=own", *sources]))
+
+    assert key("a", "b") == key("b", "a") != key("a", "b", changed="x")
+
+
 def test_changed_row_of_a_large_file_changes_the_key(tmp_path):
     rows = tmp_path / "rows.jsonl"
     words = ["dataset=own", f"dataset.path={rows}"]

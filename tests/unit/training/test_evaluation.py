@@ -113,3 +113,17 @@ def test_text_metrics_work_offline(answer: str, rouge: float, exact: float):
 @pytest.mark.parametrize(("family", "isolated"), [("llama", True), ("qwen2", True), ("opt", False)])
 def test_isolation_of_packed_rows_is_detected(family: str, isolated: bool):
     assert evaluation.isolates_packed_rows(load(family)) is isolated
+
+
+def test_loss_of_each_source_is_measured(tiny_tokenizer):
+    rows = Dataset.from_list(ROWS).add_column("source", ["a", "b", "a", "b", "b"])
+    tokens = tokenization.tokenize(rows.remove_columns("source"), compose(), tiny_tokenizer)
+    config = EvaluationConfig(generate_rows=0)
+    found = evaluation.evaluate(load(), tiny_tokenizer, rows, tokens, config, batch_size=2)
+    of_a = [found.losses[0], found.losses[2]]
+    assert [row["source"] for row in found.losses] == ["a", "b", "a", "b", "b"]
+    assert found.metrics["source_loss/a"] == sum(row["nll"] for row in of_a) / sum(row["tokens"] for row in of_a)
+    counts = {name: sum(row["tokens"] for row in found.losses if row["source"] == name) for name in "ab"}
+    together = sum(found.metrics[f"source_loss/{name}"] * count for name, count in counts.items())
+    assert found.metrics["loss"] == pytest.approx(together / sum(counts.values()))
+    assert not [name for name in measure(load(), tiny_tokenizer, generate_rows=0).metrics if "source" in name]
