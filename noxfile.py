@@ -163,6 +163,13 @@ def compatibility(session: nox.Session) -> None:
     session.run(sys.executable, "benchmarks/compatibility.py", *session.posargs)
 
 
+@nox.session
+def families(session: nox.Session) -> None:
+    """Train, evaluate, save, merge and convert a tiny model of each family; write what works (a quarter of an hour)."""
+    install(session, *TESTED)
+    session.run(sys.executable, "benchmarks/families.py", *session.posargs)
+
+
 @nox.session(name="library-settings")
 def library_settings(session: nox.Session) -> None:
     """Write PEFT's methods and SFTConfig's arguments, as the installed libraries declare them, for checking configs."""

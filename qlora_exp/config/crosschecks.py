@@ -29,6 +29,8 @@ def problems(config: Config) -> Iterator[str]:
         yield f"method.target_modules: {OUTPUT_LAYER}"
     if config.model.adapter:
         yield from _trained_on(config)
+    if config.model.new_tokens:
+        yield from _new_tokens(config)
     yield from _trainer(config)
     yield from trainer_settings.problems(config)
     yield from _device(config)
@@ -131,6 +133,33 @@ def _lora(config: Config) -> Iterator[str]:
     others = [name for name in ("use_dora", "kasa_config", "monteclora_config", "lora_bias") if settings.get(name)]
     if optimizer.lora_optimizer == "lorafa" and (others or start == "mica"):
         yield f"lora_optimizer=lorafa trains LoRA's B only, not {', '.join(others) or 'mica'}"
+
+
+def _new_tokens(config: Config) -> Iterator[str]:
+    """Check that the method can train the embeddings of new tokens."""
+    method, settings = config.method, config.peft_settings
+    if method.peft_type not in (None, "LORA"):
+        yield f"model.new_tokens: method={method.name} cannot train their embeddings: use method=lora, qlora or full"
+        return
+    if settings.get("trainable_token_indices"):
+        yield "model.new_tokens sets method.trainable_token_indices: leave that out"
+    if config.quantization.quantized and not config.quantization.bitsandbytes:
+        yield (
+            f"model.new_tokens on a base stored as {config.quantization.name} were never tested: choose "
+            "quantization=nf4_double, int8 or none"
+        )
+    if method.peft_type and config.distributed.shards:
+        yield (
+            f"model.new_tokens: distributed={config.distributed.engine} cannot shard an embedding of which single rows "
+            f"are trained: use method=full, {_WHOLE_COPY}"
+        )
+    if config.lora_start == "eva":
+        yield "model.new_tokens: PEFT's EVA does not run with trained rows of embeddings: choose another lora_variant"
+    if peft_methods.moves_base_weights(config.lora_start):
+        yield (
+            f"model.new_tokens: init_lora_weights={config.lora_start} is saved as its difference from the start, with "
+            "no place for their embeddings: choose another lora_variant"
+        )
 
 
 def _trained_on(config: Config) -> Iterator[str]:

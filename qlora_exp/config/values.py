@@ -33,7 +33,7 @@ def values_to_yaml(values: Mapping[str, Any]) -> str:
 
 
 _NAMES_FILES = re.compile(
-    r"(?:model|method|lora_variant)\..*|(?:dataset|unrelated)\.(?:sources\.[^.]+\.)?(?:eval_)?path"
+    r"(?:model|method|lora_variant)\.(?!new_tokens$).*|(?:dataset|unrelated)\.(?:sources\.[^.]+\.)?(?:eval_)?path"
     r"|evaluation\.lm_eval_include_path|training\.resume_from_checkpoint"
 )
 """Keys whose values may be files or folders."""
@@ -105,6 +105,7 @@ _OF_ROWS = ("validation_size", "evaluate_on", "prompt_template", "chat_template"
 _OF_MIXTURES = ("sources", "mixing_temperature", "stopping", "replay")
 _EMPTY_IN_OLDER_RECORDS = (
     ("model", "adapter"),
+    ("model", "new_tokens"),
     ("training", "lr_scheduler_kwargs"),
     ("training", "tune"),
     ("training", "sft_config"),

@@ -347,7 +347,8 @@ def load_chat_model(
 
 def _base(saved: Saved) -> tuple[str, str]:
     model = saved.config.model
-    return model.model_name_or_path, run_key.model_version(model.model_name_or_path, model.revision)
+    more = f" with {', '.join(model.new_tokens)}" if model.new_tokens else ""
+    return model.model_name_or_path, run_key.model_version(model.model_name_or_path, model.revision) + more
 
 
 def read_requests(file: Path) -> Iterator[Request]:

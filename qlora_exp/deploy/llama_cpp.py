@@ -16,13 +16,14 @@ def installed() -> bool:
     return importlib.util.find_spec("xllamacpp") is not None
 
 
-def load(file: Path, context: int, threads: int) -> Any:
+def load(file: Path, context: int, threads: int, exact: bool = False) -> Any:
     """Start llama.cpp's server with the model in `file`, on the CPU and without log output.
 
     Args:
         file: the GGUF file.
         context: largest number of tokens of prompt and answer together.
         threads: number of threads to compute with.
+        exact: keep keys and values in 32 bits, in which its outputs can be compared with those of transformers.
     """
     import xllamacpp
 
@@ -30,6 +31,9 @@ def load(file: Path, context: int, threads: int) -> Any:
     settings.model.path, settings.n_ctx, settings.n_gpu_layers = str(file), context, 0
     settings.cpuparams.n_threads, settings.n_parallel = threads, 1
     settings.warmup, settings.verbosity = False, 0
+    if exact:
+        settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(settings)
     complete(server, [0], 1)  # a server released before its thread has started waits for it forever
     return server
@@ -47,6 +51,19 @@ def complete(server: Any, prompt: list[int] | str, max_new_tokens: int, stops: S
     request = {"prompt": prompt, "n_predict": max_new_tokens, "temperature": 0, "cache_prompt": False, "stop": [*stops]}
     response: dict[str, Any] = server.handle_completions(request)
     return response
+
+
+def log_probabilities(server: Any, prompt: list[int], tokens: int) -> dict[int, float]:
+    """Return the log probability of each token after a prompt; empty if an end of text is the most likely one.
+
+    Args:
+        server: a server of `load`.
+        prompt: token ids.
+        tokens: number of tokens of the model.
+    """
+    request = {"prompt": prompt, "n_predict": 1, "n_probs": tokens, "temperature": 0, "cache_prompt": False}
+    content = (server.handle_completions(request)["choices"][0].get("logprobs") or {}).get("content")
+    return {one["id"]: one["logprob"] for one in content[0]["top_logprobs"]} if content else {}
 
 
 def generator(server: Any, max_new_tokens: int, stops: Sequence[str] = ()) -> Generate:

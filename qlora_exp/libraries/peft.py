@@ -15,6 +15,7 @@ from peft.tuners.lora import monteclora
 from peft.tuners.lora.variants import KasaLinearVariant, MontecloraLinearVariant
 from peft.tuners.shira import config as shira_config
 from peft.tuners.shira import layer as shira
+from peft.utils.other import TrainableTokensWrapper
 
 from qlora_exp.libraries.patching import patched
 
@@ -48,6 +49,16 @@ def follow_forward_of_base(adapted: Any) -> None:
     """
     prompt = adapted.base_model
     prompt.forward = lambda *args, **kwargs: prompt.model(*args, **kwargs)
+
+
+def complete_heads(adapted: Any) -> None:
+    """Give output layers of which single rows are trained the attribute `bias`, which TRL's loss reads.
+
+    PEFT's `TrainableTokensWrapper` passes on `weight` only. Biases are refused before: PEFT would leave them out.
+    """
+    wrappers: Any = (module for module in adapted.modules() if isinstance(module, TrainableTokensWrapper))
+    for wrapper in wrappers:
+        wrapper.bias = None
 
 
 @contextmanager

@@ -36,6 +36,17 @@ def with_bitsandbytes_layers(model: Any, settings: Any) -> None:
     replace_with_bnb_linear(model, get_keys_to_not_convert(model), settings)
 
 
+def experts_without_values() -> AbstractContextManager[None]:
+    """Let fused experts multiply tensors without values within the context, in any dtype.
+
+    torch takes only bfloat16 in grouped products of such tensors, as on GPUs. Replaces `integrations.moe._grouped_mm`
+    by the product with the first expert, which has the same sizes and operations.
+    """
+    from transformers.integrations import moe
+
+    return patched(moe, _grouped_mm=lambda input, weight, offs: input.to(weight.dtype) @ weight[0])
+
+
 def quantized_on(device: str) -> AbstractContextManager[None]:
     """Let `from_pretrained` quantize to 4 bits on this device what it loads on the CPU, one matrix at a time.
 

@@ -55,3 +55,20 @@ def loss_as_on_gpu() -> Iterator[None]:
 def set_trained_tokens(trainer: Any, tokens: int) -> None:
     """Set the number of tokens trained on before a resume (`SFTTrainer._total_train_tokens`): TRL starts at zero."""
     trainer._total_train_tokens = tokens
+
+
+def name_experts(config: Any) -> None:
+    """Give TRL's loss the number of experts under the name that it reads, `num_experts`.
+
+    TRL's LM head (`trl.trainer.utils`) reads it from the config of every mixture of experts whose router has a loss;
+    configs of GraniteMoE and PhiMoE call it `num_local_experts`. The property is added to the config's class, so that
+    it is not saved.
+    """
+    if hasattr(config, "output_router_logits") and not hasattr(config, "num_experts"):
+        type(config).num_experts = property(lambda self: self.num_local_experts)
+
+
+def last_router_loss(trainer: Any) -> float:
+    """Return the router's loss of the last batch, without its coefficient (`SFTTrainer._metrics`)."""
+    losses: list[float] = trainer._metrics["train"]["aux_loss"]
+    return losses[-1]

@@ -7,7 +7,7 @@ import copy
 import json
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,17 @@ from transformers import PreTrainedModel
 import qlora_exp.models.bottleneck  # noqa: F401 - registers its method with PEFT
 from qlora_exp.config.schema import Config
 from qlora_exp.config.tables import compatibility
-from qlora_exp.libraries.peft import follow_forward_of_base, loss_of_adapter
-from qlora_exp.models.base import named
-from qlora_exp.models.targets import fused_experts, linear_layers, parts_without_text, resolve_targets, shortest_names
+from qlora_exp.libraries.peft import complete_heads, follow_forward_of_base, loss_of_adapter
+from qlora_exp.models.base import named, new_tokens
+from qlora_exp.models.new_tokens import rows_to_train
+from qlora_exp.models.targets import (
+    fused_experts,
+    is_named,
+    linear_layers,
+    parts_without_text,
+    resolve_targets,
+    shortest_names,
+)
 from qlora_exp.models.untrusted import explained
 from qlora_exp.utils.errors import ConfigError, ModelError, first_line, is_out_of_memory
 
@@ -38,7 +46,7 @@ LEAVES_UNUSED = ("SHADOW",)
 """Methods with trainable parameters that the loss does not depend on: ShadowPEFT's state after the last block."""
 
 
-def peft_config(config: Config, skeleton: PreTrainedModel) -> PeftConfig | None:
+def peft_config(config: Config, skeleton: PreTrainedModel, new: Collection[int] | None = None) -> PeftConfig | None:
     """Return PEFT's config of the method, with target modules that exist in the model.
 
     Text does not pass through all parts of a multimodal model; the others are never adapted.
@@ -46,6 +54,7 @@ def peft_config(config: Config, skeleton: PreTrainedModel) -> PeftConfig | None:
     Args:
         config: the run's config.
         skeleton: the base model; its weights are not used.
+        new: numbers of `model.new_tokens`; None: those that the model's tokenizer gives them.
 
     Returns:
         None for a full fine-tune, which trains all parameters.
@@ -63,6 +72,11 @@ def peft_config(config: Config, skeleton: PreTrainedModel) -> PeftConfig | None:
         settings["init_lora_weights"] = True  # PEFT's own LoftQ would quantize the base itself
     if settings.get("target_modules") is not None:
         settings["target_modules"] = resolve_targets(settings["target_modules"], skeleton)
+    if config.model.new_tokens and method.peft_type == "LORA":
+        rows = rows_to_train(skeleton, new_tokens(config.model) if new is None else new)
+        whole = settings.get("modules_to_save") or []
+        if rows := {name: numbers for name, numbers in rows.items() if not is_named(name, whole)}:
+            settings["trainable_token_indices"] = rows
     needs_names = config.lora_start in ("corda", "lora_ga") or config.quantization.quant_method in ("gptq", "awq")
     if settings.get("target_modules") == "all-linear" and needs_names:
         # For these starts PEFT looks for the layers before it expands "all-linear". Layers of these quantizers are not
@@ -151,6 +165,7 @@ def attach(
             ) from error
         reason = re.sub(r"(Target module \w+)\(.*\) is", r"\1 is", str(error), flags=re.DOTALL)  # it prints the module
         raise ConfigError(f"PEFT cannot adapt this model with {settings.peft_type}: {reason}") from error
+    complete_heads(adapted)
     if settings.peft_type == PeftType.ADAPTION_PROMPT:
         follow_forward_of_base(adapted)
     for parameter in adapted.parameters():
@@ -217,6 +232,16 @@ def check_complete(model: Any, folder: Path, name: str = "default") -> None:
             f"{folder}: the adapter's file lacks {len(missing)} tensors that its config describes: "
             f"{named(missing)}; copy the whole adapter again"
         )
+
+
+def save_trained_only(model: Any) -> None:
+    """Let the next `save_pretrained` of an adapter save what it trains; do nothing for other models.
+
+    PEFT would add whole embeddings if the model has another vocabulary than the files that its adapter's config names.
+    It writes the name again when it saves.
+    """
+    if isinstance(model, PeftModel):
+        model.active_peft_config.base_model_name_or_path = None
 
 
 def load_weights(adapted: Any, folder: Path) -> None:

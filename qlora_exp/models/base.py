@@ -41,6 +41,7 @@ from qlora_exp.environment.device import Resolved
 from qlora_exp.libraries.transformers import quantized_on, with_bitsandbytes_layers
 from qlora_exp.models import builtin, untrusted
 from qlora_exp.models.files import check_files, hub_error, locate
+from qlora_exp.models.new_tokens import Parts, add_rows, add_tokens
 from qlora_exp.models.quantization import check_stored, guard_layers, quantization_config, stored
 from qlora_exp.utils.errors import ModelError, first_line
 
@@ -58,8 +59,9 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
 
     Raises:
         ModelError: the tokenizer cannot be found, fetched or read, or has no EOS token.
+        ConfigError: one of `model.new_tokens` is a token already.
     """
-    tokenizer = _from_pretrained(AutoTokenizer, config)
+    tokenizer, _ = _with_new_tokens(config)
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         # The unknown token if there is one. EOS is safe too: padding is masked by position here, never by value.
@@ -70,6 +72,22 @@ def load_tokenizer(config: ModelConfig) -> Tokenizer:
             "choose another model"
         )
     return tokenizer
+
+
+def new_tokens(config: ModelConfig) -> Parts:
+    """Return the numbers of `model.new_tokens`, each with the tokens that its text consists of without it.
+
+    Raises:
+        ModelError: the tokenizer cannot be loaded.
+        ConfigError: one of them is a token already.
+    """
+    return _with_new_tokens(config)[1] if config.new_tokens else {}
+
+
+def _with_new_tokens(config: ModelConfig) -> tuple[Tokenizer, Parts]:
+    tokenizer = _from_pretrained(AutoTokenizer, config)
+    parts = add_tokens(tokenizer, config.new_tokens, config.model_name_or_path) if config.new_tokens else {}
+    return tokenizer, parts
 
 
 def model_config(config: ModelConfig) -> PretrainedConfig:
@@ -99,7 +117,9 @@ def skeleton(config: ModelConfig) -> PreTrainedModel:
     name, most = config.model_name_or_path, untrusted.most_values(folder) if folder.is_dir() else _MOST_VALUES
     try:
         with _explained(config), untrusted.bounded(name, most), init_empty_weights():
-            return AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+            model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=config.trust_remote_code)
+            _make_room(model, config)
+            return model
     except RuntimeError as error:  # without values only absurd sizes fill the memory
         raise ModelError(f"{name}: its config has sizes that no model has: {first_line(error)}") from error
 
@@ -166,6 +186,7 @@ def load_model(
         model = _with_weights(config, **arguments)
     model.config.use_cache = False  # training does not need the cache; generation turns it on itself
     guard_layers(model)
+    _make_room(model, config)
     if quantizer_config is not None and not to_shard:
         _copy_from_file(model)
     return model
@@ -256,7 +277,14 @@ def _copy_from_file(model: PreTrainedModel) -> None:
 
 def load_unquantized(config: ModelConfig, dtype: str = "auto") -> PreTrainedModel:
     """Load the base as it was before quantization, on the CPU, in a dtype (auto: the dtype of its files)."""
-    return _with_weights(config, dtype=dtype)
+    model = _with_weights(config, dtype=dtype)
+    _make_room(model, config)
+    return model
+
+
+def _make_room(model: PreTrainedModel, config: ModelConfig) -> None:
+    if config.new_tokens:
+        add_rows(model, new_tokens(config))
 
 
 def _with_weights(config: ModelConfig, **arguments: Any) -> PreTrainedModel:

@@ -34,25 +34,96 @@ _SIZES: dict[str, Any] = {
 }
 _LIKE_LLAMA: dict[str, Any] = {"intermediate_size": 128, "num_key_value_heads": 2}
 _EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2}
+_SMALL_EXPERTS: dict[str, Any] = _EXPERTS | {"num_experts": 4, "moe_intermediate_size": 32}
+_LINEAR_ATTENTION: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+_LATENT_ATTENTION: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
+_MAMBA: dict[str, Any] = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 16}
 TINY: dict[str, dict[str, Any]] = {
     "llama": _SIZES | _LIKE_LLAMA,
     "opt": _SIZES | {"word_embed_proj_dim": 64, "ffn_dim": 128},
     "qwen2": _SIZES | _LIKE_LLAMA,
+    "qwen2_moe": _SIZES | _LIKE_LLAMA | _SMALL_EXPERTS | {"shared_expert_intermediate_size": 32},
     "qwen3": _SIZES | _LIKE_LLAMA | {"head_dim": 16},
     "qwen3_moe": _SIZES | _LIKE_LLAMA | _EXPERTS | {"head_dim": 16, "num_experts": 4, "moe_intermediate_size": 32},
+    "qwen3_next": _SIZES
+    | _LIKE_LLAMA
+    | _SMALL_EXPERTS
+    | _LINEAR_ATTENTION
+    | {"head_dim": 16, "shared_expert_intermediate_size": 32},
+    "qwen3_5_text": _SIZES | _LIKE_LLAMA | _LINEAR_ATTENTION | {"head_dim": 16},
     "mistral": _SIZES | _LIKE_LLAMA,
+    "ministral": _SIZES | _LIKE_LLAMA | {"head_dim": 16},
+    "ministral3": _SIZES | _LIKE_LLAMA | {"head_dim": 16},
     "mixtral": _SIZES | _LIKE_LLAMA | _EXPERTS | {"num_local_experts": 4},
-    "gemma2": _SIZES | _LIKE_LLAMA | {"head_dim": 16},
-    "gemma3_text": _SIZES | _LIKE_LLAMA | {"head_dim": 16},
+    "gemma": _SIZES | _LIKE_LLAMA | {"head_dim": 16},
+    "gemma2": _SIZES | _LIKE_LLAMA | {"head_dim": 16, "query_pre_attn_scalar": 16},
+    "gemma3_text": _SIZES | _LIKE_LLAMA | {"head_dim": 16, "query_pre_attn_scalar": 16},
+    "phi": _SIZES | {"intermediate_size": 128},
     "phi3": _SIZES | _LIKE_LLAMA,
+    "phimoe": _SIZES | _LIKE_LLAMA | _EXPERTS | {"num_local_experts": 4},
+    "smollm3": _SIZES | _LIKE_LLAMA,
+    "olmo2": _SIZES | _LIKE_LLAMA,
+    "olmo3": _SIZES | _LIKE_LLAMA,
+    "olmoe": _SIZES | _LIKE_LLAMA | _EXPERTS | {"num_experts": 4},
+    "deepseek_v3": _SIZES | _LIKE_LLAMA | _EXPERTS | _LATENT_ATTENTION,
+    "granite": _SIZES | _LIKE_LLAMA,
+    "granitemoe": _SIZES | _LIKE_LLAMA | _EXPERTS | {"num_local_experts": 4},
+    "granitemoehybrid": _SIZES
+    | _LIKE_LLAMA
+    | _EXPERTS
+    | _MAMBA
+    | {"num_local_experts": 4, "shared_intermediate_size": 64, "layer_types": ["mamba", "attention"]},
+    "cohere2": _SIZES | _LIKE_LLAMA | {"head_dim": 16},
+    "glm4": _SIZES | _LIKE_LLAMA | {"head_dim": 16},
+    "glm4_moe": _SIZES
+    | _LIKE_LLAMA
+    | _EXPERTS
+    | {"head_dim": 16, "n_routed_experts": 4, "moe_intermediate_size": 32, "first_k_dense_replace": 1},
     "stablelm": _SIZES | _LIKE_LLAMA,
+    "starcoder2": _SIZES | _LIKE_LLAMA,
     "gpt_oss": _SIZES | _LIKE_LLAMA | _EXPERTS | {"head_dim": 16, "num_local_experts": 4},
     "gpt2": _SIZES,
     "gpt_bigcode": _SIZES,
     "gpt_neox": _SIZES | {"intermediate_size": 128},
     "gptj": _SIZES | {"rotary_dim": 8},
     "falcon": _SIZES | {"new_decoder_architecture": False, "multi_query": True, "bias": False},
+    "falcon_h1": _SIZES
+    | _LIKE_LLAMA
+    | {"head_dim": 16, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
+    | {"mamba_n_groups": 1, "mamba_chunk_size": 16},
     "bloom": _SIZES,
+    "lfm2": _SIZES | _LIKE_LLAMA | {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": _SIZES
+    | _LIKE_LLAMA
+    | _SMALL_EXPERTS
+    | {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
+    "jamba": _SIZES
+    | _LIKE_LLAMA
+    | _EXPERTS
+    | {"num_experts": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2}
+    | {"expert_layer_offset": 1, "mamba_d_state": 8, "use_mamba_kernels": False},
+    "mamba": {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8},
+    "mamba2": {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "num_heads": 8, "head_dim": 16}
+    | {"n_groups": 2, "chunk_size": 16},
 }
 """Families of tiny models, by transformers' `model_type`, with their sizes."""
 

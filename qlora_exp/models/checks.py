@@ -24,7 +24,14 @@ from qlora_exp.environment.device import Resolved
 from qlora_exp.models import files
 from qlora_exp.models.adapters import attach, lacks_values, peft_config, trainable_set
 from qlora_exp.models.base import Tokenizer, check_quantization, learned_positions, load_tokenizer, skeleton
-from qlora_exp.models.targets import adapted_names, is_within, misunderstood, parts_without_text
+from qlora_exp.models.targets import (
+    adapted_names,
+    count_kinds,
+    is_within,
+    misunderstood,
+    parts_without_text,
+    unquantizable_layers,
+)
 from qlora_exp.utils.errors import ConfigError, DataError, ModelError, first_line
 
 log = logging.getLogger(__name__)
@@ -58,6 +65,12 @@ def check_model(config: Config, resolved: Resolved, tokenize: Callable[[Tokenize
     _check_tokens(name, tokenizer, _embeddings(model), tokenize)
     if (positions := learned_positions(model)) is not None:
         _check_lengths(config, positions, tokenize(tokenizer))
+    if config.quantization.quantized and (read := unquantizable_layers(model)):
+        raise ConfigError(
+            f"quantization={config.quantization.name}: the blocks of {name} read the weights of "
+            f"{', '.join(count_kinds(read))} without calling these layers, so that the weights cannot be stored in few "
+            "bits: use quantization=none with method=lora"
+        )
     if config.quantization.bitsandbytes:
         check_quantization(config.model, config.quantization, resolved, skeleton(config.model))
     if not compatibility.is_ignored():
@@ -205,7 +218,9 @@ def _problems(adapted: Any, settings: PeftConfig, modules: list[str], apart: lis
         yield "it adapts none of its layers, which are of a type that the method does not support"
     yield from misunderstood(settings, modules, adapted_names(adapted))
     head = adapted.get_base_model().get_output_embeddings()
-    if isinstance(head, TrainableTokensWrapper | TrainableTokensLayer):
+    if isinstance(head, TrainableTokensWrapper) and getattr(head.original_module, "bias", None) is not None:
+        yield "its output layer has biases, which PEFT leaves out where it trains single rows: train no single tokens"
+    elif isinstance(head, TrainableTokensLayer):
         yield (
             "its output layer shares the embedding's weights (tie_word_embeddings), and training reads them directly, "
             "without the trained tokens: train no single tokens, or use a model whose weights are not tied"

@@ -1,5 +1,6 @@
 """Choose the modules that an adapter changes: by preset, name or regular expression, checked against the model."""
 
+import inspect
 import re
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
@@ -17,6 +18,7 @@ _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _MLP = re.compile(r"mlp|ffn|feed_?forward|\bff\b|\bfc|moe|expert|intermediate|output", re.IGNORECASE)
 _ROUTER = re.compile(r"(.*_)?gate|router")
 _OUTPUT = re.compile(r"(o|out|c|down)_proj|wo|w2|fc2|fc_out|dense|dense_4h_to_h")
+_READ = re.compile(r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape)\b)")
 _QUERY, _VALUE = (re.compile(rf"({names})(_proj|_lin)?") for names in ("q|query|wq", "v|value|wv"))
 
 
@@ -25,7 +27,8 @@ def resolve_targets(wanted: str | list[str], model: PreTrainedModel) -> str | li
 
     `attention`, `mlp`, `q_v` and `outputs` (the last layers of attention and MLP blocks) become the shortest names that
     PEFT, which compares the ends of names, finds in these layers only: `q_proj`, but `attn.c_proj` in GPT-2, whose MLP
-    has a `c_proj` too. In a model of text and images, layers that text does not pass through are never adapted.
+    has a `c_proj` too. Layers that text does not pass through (in a model of text and images), and those whose adapters
+    would be bypassed (in a state-space model), are never adapted.
 
     Args:
         wanted: a preset, a regular expression, or a list of names.
@@ -35,10 +38,10 @@ def resolve_targets(wanted: str | list[str], model: PreTrainedModel) -> str | li
         ConfigError: a name, preset or regular expression matches no module that text passes through.
     """
     names = [name for name, _ in model.named_modules() if name]
-    linear = linear_layers(model)
-    apart = parts_without_text(model)
+    apart, bypassed, routers = parts_without_text(model), {*bypassed_layers(model)}, _routers(model)
+    linear = [name for name in linear_layers(model) if name not in bypassed]
     if wanted == "all-linear":
-        return shortest_names(linear, model) if apart else wanted
+        return shortest_names(linear, model) if apart or bypassed or routers else wanted
     if isinstance(wanted, str) and wanted in PRESETS:
         if not (chosen := _preset(wanted, model, linear)):
             raise ConfigError(_no_match(wanted, model, linear))
@@ -51,6 +54,12 @@ def resolve_targets(wanted: str | list[str], model: PreTrainedModel) -> str | li
         if not matching:
             raise ConfigError(_no_match(target, model, linear, is_item=isinstance(wanted, list)))
         matched |= matching
+    if never := sorted(matched & bypassed):
+        raise ConfigError(
+            f"method.target_modules: {wanted} matches {', '.join(count_kinds(never))}, whose weights the block around "
+            "it reads without calling the layer, so that an adapter there would be bypassed; adapt others: all-linear "
+            "leaves them out"
+        )
     kept = {name for name in matched if not is_within(name, apart)}
     if not kept:
         raise ConfigError(
@@ -76,16 +85,53 @@ def _ends_with(name: str) -> str:
 def linear_layers(model: PreTrainedModel) -> list[str]:
     """Return the full names of the linear layers that text passes through, without the output layer.
 
-    GPT-2's Conv1D counts as linear.
+    GPT-2's Conv1D counts as linear. Layers of a router class that return more than their product do not: an adapter
+    could not be added to it.
     """
-    head, apart = model.get_output_embeddings(), parts_without_text(model)
+    head, apart, routers = model.get_output_embeddings(), parts_without_text(model), _routers(model)
     return [
         name
         for name, module in model.named_modules()
         if module is not head
+        and name not in routers
         and (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D")
         and not is_within(name, apart)
     ]
+
+
+def bypassed_layers(model: torch.nn.Module) -> list[str]:
+    """Return the full names of the linear layers whose weights a state-space block reads without calling the layer.
+
+    An adapter on them is bypassed, always (Mamba's `dt_proj`) or where fused kernels compute the block (`out_proj` of
+    Mamba 2). The source of the block's class says which they are; in other blocks such lines are for rare settings.
+    """
+    blocks = [(name, module) for name, module in model.named_modules() if hasattr(module, "A_log")]
+    read = {kind: sorted({*_READ.findall(_source(kind))}) for kind in {type(block) for _, block in blocks}}
+    return [
+        f"{name}.{layer}"
+        for name, block in blocks
+        for layer in read[type(block)]
+        if isinstance(getattr(block, layer, None), torch.nn.Linear)
+    ]
+
+
+def unquantizable_layers(model: torch.nn.Module) -> list[str]:
+    """Return the full names of the layers of `bypassed_layers` in blocks that do not expect packed weights."""
+    kinds = {name: type(module) for name, module in model.named_modules() if hasattr(module, "A_log")}
+    return [name for name in bypassed_layers(model) if "_is_quantized" not in _source(kinds[name.rpartition(".")[0]])]
+
+
+def _routers(model: torch.nn.Module) -> set[str]:
+    """Return the names of the linear layers that choose experts (PhiMoE's), which return more than their product."""
+    linear = ((name, type(module)) for name, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    return {name for name, kind in linear if "router" in kind.__name__.lower()}
+
+
+def _source(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # a class without a file
+        return ""
 
 
 def fused_experts(model: torch.nn.Module) -> list[str]:
@@ -137,12 +183,15 @@ def summary(adapted: Any, model: PreTrainedModel, wanted: str | list[str] | None
         wanted: `target_modules` of the run's config.
 
     Returns:
-        Names of layers with their counts, under `adapted`, `left_out` and `without_text`, where there are any.
+        Names of layers with their counts, under `adapted`, `left_out`, `bypassed` and `without_text`, where there are
+        any.
     """
     names = adapted_names(adapted)
     groups = {"adapted": names, "without_text": parts_without_text(model)}
     if wanted == "all-linear":
-        groups["left_out"] = [name for name in (*linear_layers(model), *fused_experts(model)) if name not in names]
+        groups["bypassed"] = bypassed_layers(model)
+        others = (*linear_layers(model), *fused_experts(model))
+        groups["left_out"] = [name for name in others if name not in {*names, *groups["bypassed"]}]
     return {
         group: ", ".join(f"{kind} ({count})" for kind, count in count_kinds(members).items())
         for group, members in groups.items()
@@ -201,7 +250,9 @@ def misunderstood(settings: PeftConfig, modules: Collection[str], adapted: Colle
 
 def _preset(preset: str, model: PreTrainedModel, linear: list[str]) -> set[str]:
     attention = {name for name in linear if _is_inside(name, model, _ATTENTION)}
-    mlp = {name for name in linear if name not in attention and _is_inside(name, model, _MLP)}
+    mixers = [name for name, module in model.named_modules() if hasattr(module, "A_log")]
+    others = [name for name in linear if name not in attention and not is_within(name, mixers)]
+    mlp = {name for name in others if _is_inside(name, model, _MLP)}
     match preset:
         case "attention":
             return attention
@@ -232,6 +283,11 @@ def _is_inside(name: str, model: PreTrainedModel, kind: re.Pattern[str]) -> bool
 def _ends(name: str) -> list[str]:
     parts = name.split(".")
     return [".".join(parts[-count:]) for count in range(1, len(parts) + 1)]
+
+
+def is_named(name: str, names: str | Iterable[str]) -> bool:
+    """Return whether a module is one of those that PEFT finds by these ends of names."""
+    return any(f".{name}".endswith(f".{end}") for end in ([names] if isinstance(names, str) else names))
 
 
 def is_within(name: str, parts: Iterable[str]) -> bool:

@@ -23,9 +23,11 @@ from qlora_exp.environment.device import UNPAGED, Device, Resolved, resolve
 from qlora_exp.libraries import trl
 from qlora_exp.libraries.peft import create_samplers, without_values
 from qlora_exp.libraries.torch import WANTS_VALUES, AssumedValues, computing_as_on_gpu, factors_as_on_cpu
+from qlora_exp.libraries.transformers import experts_without_values
 from qlora_exp.models import adapters
 from qlora_exp.models.base import model_config
 from qlora_exp.models.files import check_files
+from qlora_exp.models.quantization import check_stored, stored
 from qlora_exp.planning.fake_tensors import Work
 from qlora_exp.planning.packed_weights import quantize_meta
 from qlora_exp.planning.replay import Phase, offloaded, play
@@ -56,6 +58,8 @@ class Prediction:
     """Number of processes that share the run."""
     traffic: Traffic = field(default_factory=Traffic)
     """What each process sends for one optimizer step."""
+    unquantized: str | None = None
+    """Sentence about the weights of a quantized base that stay as they are; None if they are few."""
     offloaded: int = 0
     """Bytes of the machine's memory that each process takes for its share of the model."""
 
@@ -147,6 +151,7 @@ class Planner:
         with self._explained(), as_it_runs(self._on_cuda):
             model = build_model(self._config, self._resolved, self._architecture, self._depth)
             parameters = adapters.count_parameters(model)
+            self._unquantized = getattr(model, "unquantized", None)
             if shared.engine == "fsdp" and self._ranks > 1:
                 self._units = units(model, self._ranks, offloads)
                 keep_shares(model, self._ranks)
@@ -195,6 +200,7 @@ class Planner:
             in_16_bits,
             ranks=self._ranks,
             traffic=traffic,
+            unquantized=self._unquantized,
             offloaded=self._offloaded,
         )
 
@@ -258,7 +264,9 @@ class Planner:
 
 def build_model(config: Config, resolved: Resolved, architecture: PretrainedConfig, layers: int) -> Any:
     """Build the run's model on the meta device with `layers` layers, quantized and with its adapter."""
-    values = architecture.to_dict() | {"num_hidden_layers": layers}
+    values, new = architecture.to_dict() | {"num_hidden_layers": layers}, len(config.model.new_tokens)
+    if new:  # as if the model had no rows to spare
+        values["vocab_size"] += new
     if (kinds := values.get("layer_types")) is not None:
         values["layer_types"] = kinds[:layers]
     shorter = type(architecture)(**values)
@@ -271,9 +279,12 @@ def build_model(config: Config, resolved: Resolved, architecture: PretrainedConf
             trust_remote_code=config.model.trust_remote_code,
         )
         quantize_meta(base, config.quantization, resolved)
+        if config.quantization.bitsandbytes:
+            name = config.model.model_name_or_path
+            base.unquantized = check_stored(name, config.quantization, stored(base), dtype)
         base.config.use_cache = False
         add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))  # as TRL does before PEFT
-        settings: Any = adapters.peft_config(config, base)
+        settings: Any = adapters.peft_config(config, base, range(architecture.vocab_size, values["vocab_size"]))
         if config.lora_start is not None:
             # The initialization would need weights and rows. It changes no sizes, but for EVA's ranks.
             settings.init_lora_weights = True
@@ -323,6 +334,7 @@ def as_it_runs(on_cuda: bool, flash: bool = False) -> Iterator[None]:
     with ExitStack() as patches:
         patches.enter_context(trl.every_token_scored())
         patches.enter_context(without_values(dequantized))
+        patches.enter_context(experts_without_values())
         if on_cuda:
             patches.enter_context(trl.loss_as_on_gpu())
             patches.enter_context(computing_as_on_gpu(flash))

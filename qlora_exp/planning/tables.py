@@ -62,6 +62,8 @@ def show_one(planned: Planned, price: float | None) -> None:
     moved = ", before EVA moves ranks between layers" if config.lora_start == "eva" else ""
     print(f"trained  {prediction.trainable:,} of {prediction.total:,} parameters{moved}")
     print(f"memory   {expected(prediction, gpu) / GIB:.2f} GiB{_whether_it_fits(prediction, gpu)}")
+    if prediction.unquantized:
+        print(f"stored   {prediction.unquantized}")
     if prediction.paged:
         print(
             f"paged    {prediction.paged / GIB:.2f} GiB of optimizer states in addition, on the GPU while there is room"

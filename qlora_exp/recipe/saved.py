@@ -3,6 +3,7 @@
 What was recorded is only data: nothing in it can make code run.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -129,6 +130,9 @@ def first_adapter(config: Config) -> FirstAdapter | None:
         raise ModelError(f"{what} is a complete model, not an adapter: use model.model_name_or_path={folder}")
     recorded = saved_config(what, folder)
     _check_base(what, config, recorded, folder)
+    if config.model.new_tokens != recorded.model.new_tokens:
+        words = json.dumps(recorded.model.new_tokens, ensure_ascii=False)
+        raise ConfigError(f"{what} was trained with other new tokens: use 'model.new_tokens={words}'")
     _check_settings(what, config, _as_saved(recorded, saved))
     ranks = _ranks(folder, saved) if recorded.lora_start == "eva" else {}
     return FirstAdapter(folder, run_id, recorded, ranks)

@@ -28,6 +28,11 @@ _SUMMARY = {
         logging.WARNING,
         "method.target_modules=all-linear leaves out %s (LoRA's method.target_parameters adds some)",
     ),
+    "bypassed": (
+        logging.WARNING,
+        "method.target_modules=all-linear leaves out %s: their block reads the weights without calling the layer, so "
+        "that adapters there would be bypassed",
+    ),
     "without_text": (logging.INFO, "not trained, as text does not pass through: %s"),
 }
 
@@ -110,6 +115,12 @@ def build(run: RunContext, tokens: Tokens, first: FirstAdapter | None) -> Traina
             run.checkpoints,
             run.memory,
             tokens.heldout_sources,
+        )
+    if built.aux_loss_enabled:
+        run.tracker.params({"resolved.router_aux_loss_coef": built.router_aux_loss_coef})
+        log.info(
+            "a mixture of experts: the router's loss times %g is trained too; it is logged apart (train/aux_loss)",
+            built.router_aux_loss_coef,
         )
     used = places(adapted)  # a sharded model has only now left the CPU
     run.tracker.params({"resolved.places": ", ".join(used)})

@@ -136,6 +136,11 @@ def _log_rows(inputs: Inputs, tokens: Tokens, config: Config) -> None:
     """Log how many rows were left out or changed, and why."""
     for level, line in inputs.rows.report.lines(config.dataset.name):
         log.log(level, "%s", line)
+    if unseen := _unseen(config, tokens):
+        log.warning(
+            "model.new_tokens: no training row has %s within training.max_length, so that its embedding is not trained",
+            ", ".join(unseen),
+        )
     too_long = len(inputs.rows.heldout) - len(tokens.heldout_rows)
     for kind, count in (
         ("held-out", too_long),
@@ -149,6 +154,18 @@ def _log_rows(inputs: Inputs, tokens: Tokens, config: Config) -> None:
                 kind,
                 config.training.max_length,
             )
+
+
+def _unseen(config: Config, tokens: Tokens) -> list[str]:
+    """List the new tokens that are in no training row."""
+    texts = config.model.new_tokens
+    numbers = dict(zip(tokens.tokenizer.convert_tokens_to_ids(texts), texts, strict=True)) if texts else {}
+    for row in tokens.train["input_ids"] if numbers else ():
+        for number in numbers.keys() & {*row[: config.training.max_length]}:
+            del numbers[number]
+        if not numbers:
+            break
+    return [*numbers.values()]
 
 
 def _log_labels(run: RunContext, inputs: Inputs, audit: label_audit.LabelAudit) -> None:

@@ -28,7 +28,14 @@ from qlora_exp.environment.efficiency import FlopCounter
 from qlora_exp.environment.memory import MemoryMonitor
 from qlora_exp.libraries import accelerate, deepspeed, trl
 from qlora_exp.models import transformers_4, zero3
-from qlora_exp.models.adapters import allocates, fit_schedule, keep_dtypes, penalty, saved_parameters
+from qlora_exp.models.adapters import (
+    allocates,
+    fit_schedule,
+    keep_dtypes,
+    penalty,
+    save_trained_only,
+    saved_parameters,
+)
 from qlora_exp.models.base import keep_router_setting
 from qlora_exp.models.sharding import is_sharded, save_whole_states, shard, whole_weights
 from qlora_exp.training.arguments import arguments
@@ -80,6 +87,8 @@ class Trainer(SFTTrainer):
         self.counted: list[tuple[float, int, int]] = []
         """Operations, positions and supervised tokens of each batch whose operations were counted."""
         self._heldout: list[torch.Tensor] = []  # sums over the tokens of each row of an evaluation
+        self._router_loss = torch.zeros(2, dtype=torch.double)
+        """The router's part of the losses since they were logged last, summed over the steps, and their number."""
         self._engine: Any = None  # DeepSpeed's
         super().__init__(*args, **kwargs)
 
@@ -136,8 +145,18 @@ class Trainer(SFTTrainer):
         result = super().compute_loss(scored, inputs, return_outputs, *args, **kwargs)
         if not model.training:
             return result
+        if self.aux_loss_enabled:
+            part = self.router_aux_loss_coef * trl.last_router_loss(self)
+            self._router_loss += torch.tensor([part, 1.0]) / self.current_gradient_accumulation_steps
         added = penalty(self.accelerator.unwrap_model(model)) / self.current_gradient_accumulation_steps
         return (result[0] + added, result[1]) if return_outputs else result + added
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the loss of the language model alone, comparable between runs; TRL logs a router's as `aux_loss`."""
+        if "loss" in logs and self.aux_loss_enabled:
+            logs["loss"] -= float(self._router_loss[0] / self._router_loss[1])
+            self._router_loss.zero_()
+        super().log(logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure the held-out loss, in a memory phase of its own; the random state (for dropout) does not change."""
@@ -208,6 +227,7 @@ class Trainer(SFTTrainer):
             state_dict = whole_weights(self.model, saved_parameters(self.model))
             if not self.args.should_save:
                 return
+        save_trained_only(self.model)
         super()._save(output_dir, state_dict)
         if (folder := Path(str(output_dir))).name.startswith(PREFIX_CHECKPOINT_DIR):
             transformers_4.add_old_names(folder)
@@ -282,6 +302,7 @@ def build(
     if allocates(model):
         callbacks.append(_Allocation(model))
     settings = arguments(config, resolved, output_dir)
+    trl.name_experts(model.config.get_text_config())
     with keep_dtypes(model), keep_router_setting(model):
         trainer = Trainer(
             memory=memory,

@@ -66,6 +66,22 @@ def test_held_out_loss_in_training_is_that_after_it(kind, fields, method, rows, 
 
 
 @pytest.mark.slow
+def test_logged_losses_are_without_the_routers(rows, run_quick, read_losses):
+    """A rate that changes nothing: the losses of the steps are those of the language model, whatever the router's."""
+    words = (*rows, "model.model_name_or_path=random:qwen3_moe", "method=full", "training.learning_rate=1e-12")
+    words = (*words, "training.gradient_accumulation_steps=2", "evaluation.generate_rows=0", "training.logging_steps=1")
+    without, weighted = (
+        run_quick(*words, f"+model.random_config.router_aux_loss_coef={share}", folder=f"router{share}")
+        for share in (0.0, 0.5)
+    )
+    assert read_losses(weighted) == pytest.approx(read_losses(without), abs=1e-4)
+    assert weighted.metrics["train_loss"] == pytest.approx(without.metrics["train_loss"], abs=1e-4)
+    lines = (weighted.output_dir / "journal.jsonl").read_text("utf-8")
+    assert '"train/aux_loss": 2.' in lines
+    assert "train/aux_loss" not in (without.output_dir / "journal.jsonl").read_text("utf-8")
+
+
+@pytest.mark.slow
 def test_the_end_of_the_templates_turns_ends_answers(write_jsonl, tiny_model, run_quick):
     tokenizer = tiny_models.tokenizer(eos_token="<|endoftext|>")
     model = tiny_model("llama", tokenizer)

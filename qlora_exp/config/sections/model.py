@@ -7,16 +7,21 @@ from pydantic import field_validator
 
 from qlora_exp.config.sections.base import Dtype, Section, check_location
 
+_MOST_TOKENS, _LONGEST_TOKEN = 1000, 64
+
 
 class ModelConfig(Section):
     """The base model."""
 
     model_name_or_path: str = "embedded:smollm2-135m"
-    """Hub id, local folder, `embedded:smollm2-135m` (built-in), or `random:FAMILY`: a tiny random model of the family
-    opt, llama or qwen2."""
+    """Hub id, local folder, `embedded:smollm2-135m` (built-in), or `random:FAMILY`: a tiny random model of one of
+    the families in docs/families.md, such as llama or qwen3_moe."""
     adapter: str | None = None
     """Adapter of this base to train on from: id or run key of the run that saved it, `models:/NAME/VERSION`, or a
     folder. Its method, rank and other settings must be set as that run had them. null: a new adapter."""
+    new_tokens: list[str] = []
+    """Texts that become one token each, such as [<tool>,</tool>]. Their embeddings begin as the mean of those of the
+    tokens that the text consisted of, and are trained: by full fine-tuning with all others, by LoRA alone."""
     revision: str | None = None
     """Hub models: branch, tag or commit. null: the default branch."""
     dtype: Literal["auto"] | Dtype = "auto"
@@ -34,6 +39,20 @@ class ModelConfig(Section):
     `model_type` and `_name_or_path` (the model that they describe)."""
     random_config: dict[str, int | float | bool] = {}
     """Only with `random:FAMILY`: fields of the family's transformers config."""
+
+    @field_validator("new_tokens")
+    @classmethod
+    def _are_tokens(cls, texts: list[str]) -> list[str]:
+        if len(texts) > _MOST_TOKENS:
+            raise ValueError(f"has {len(texts)} tokens; at most {_MOST_TOKENS} can be added")
+        for text in texts:
+            if not text or text != text.strip() or len(text) > _LONGEST_TOKEN or not text.isprintable():
+                raise ValueError(
+                    f"{text!r:.100} is no token: 1 to {_LONGEST_TOKEN} printable characters, without blanks at the ends"
+                )
+        if twice := sorted({text for text in texts if texts.count(text) > 1}):
+            raise ValueError(f"has {', '.join(twice)} twice")
+        return texts
 
     _location = field_validator("model_name_or_path", "adapter")(check_location)
 

@@ -23,9 +23,14 @@ _NAMES = {
     "cohere": "command-r",
     "deepseek_v2": "deepseek2",
     "deepseek_v3": "deepseek2",
+    "falcon_mamba": "mamba",
     "gpt_bigcode": "starcoder",
+    "granitemoehybrid": "granitehybrid",
+    "ministral3": "mistral3",
     "mixtral": "llama",
+    "olmo3": "olmo2",
     "phi": "phi2",
+    "qwen3_5_text": "qwen35",
 }
 """llama.cpp's names of architectures that are not written here and have another name in transformers."""
 

@@ -39,6 +39,7 @@ UNRELATED_HUB = {**UNRELATED, "unrelated.path": "org/rows"}
 # key: the stage in which it shows, another value, and what else must be set for it.
 ENTRIES: dict[str, tuple[Any, ...]] = {
     "model.model_name_or_path": (Stages.loading, "random:opt"),
+    "model.new_tokens": (Stages.adapter, ["<tool>"]),
     "model.adapter": (Stages.first_weights, "trained"),
     "model.revision": (Stages.loading, "v2", {"model.model_name_or_path": "org/model"}),
     "model.dtype": (Stages.loading, "bfloat16"),

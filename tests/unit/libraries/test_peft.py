@@ -4,10 +4,12 @@ import pytest
 import torch
 from peft import AdaptionPromptConfig, LoraConfig, PeftType, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from transformers import AutoModelForCausalLM, LlamaConfig
+from peft.utils.other import TrainableTokensWrapper
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from qlora_exp.libraries import peft as private
 from qlora_exp.libraries.torch import AssumedValues
+from qlora_exp.models.builtin import TINY
 
 
 def test_a_type_is_added_to_the_enumeration():
@@ -81,3 +83,16 @@ def test_variants_of_lora_defer_what_needs_values_and_plans_need_none(variant: s
         model(torch.empty(2, 8, device="meta"))  # would truncate the base's weight, or create a sampler
     samplers = [name for name, _ in model.named_parameters() if "sampler" in name]
     assert len(samplers) == 2 * bool(trained)
+
+
+def test_output_layer_with_trained_rows_has_the_attribute_that_is_added():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **TINY["llama"], vocab_size=64))
+    rows = {"model.embed_tokens": [3], "lm_head": [3]}
+    tuned = get_peft_model(model, LoraConfig(target_modules=["q_proj"], trainable_token_indices=rows))
+    head = tuned.get_base_model().get_output_embeddings()
+    assert isinstance(head, TrainableTokensWrapper)
+    with pytest.raises(AttributeError, match="bias"):
+        _ = head.bias
+    private.complete_heads(tuned)
+    assert head.bias is None
+    assert head.weight.requires_grad

@@ -1,10 +1,12 @@
 import inspect
 
 import gguf
+import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from helpers.gguf_models import write_tiny_gguf
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
@@ -17,6 +19,7 @@ from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qlora_exp.libraries.transformers import (
+    experts_without_values,
     gguf_files_read_once,
     load_best_checkpoint,
     model_types,
@@ -24,6 +27,7 @@ from qlora_exp.libraries.transformers import (
     saved_by_any_process,
     with_bitsandbytes_layers,
 )
+from qlora_exp.models.builtin import TINY
 
 
 def test_linear_layers_become_bitsandbytes_and_the_head_stays():
@@ -123,3 +127,16 @@ def test_transformers_calls_what_our_trainer_overrides():
     assert "model = self._wrap_model(self.model_wrapped)" in source
     assert isinstance(TrainingArguments.n_gpu, property)
     assert "self.n_gpu" in inspect.getsource(TrainingArguments.train_batch_size.fget)
+
+
+def test_experts_compute_without_values_in_any_dtype():
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe", **TINY["qwen3_moe"], vocab_size=64))
+        ids = torch.zeros(2, 5, dtype=torch.long)
+        with pytest.raises(RuntimeError, match="BF16"):  # else the function is not needed any more
+            model(input_ids=ids)
+        with experts_without_values():
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+    experts = model.model.layers[0].mlp.experts
+    assert experts.gate_up_proj.grad.shape == experts.gate_up_proj.shape

@@ -2,7 +2,7 @@ import inspect
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from trl.kernels import chunked_logprob
 from trl.trainer import utils
 from trl.trainer.sft_trainer import SFTTrainer
@@ -75,3 +75,20 @@ def test_trained_tokens_are_counted_in_this_attribute():
     source = inspect.getsource(SFTTrainer)
     assert "self._total_train_tokens = 0" in source
     assert '["num_tokens"] = [self._total_train_tokens]' in source
+
+
+def test_router_losses_are_kept_in_this_attribute():
+    """What is logged without them: tests/integration/test_model_families.py."""
+    source = inspect.getsource(SFTTrainer)
+    assert 'self._metrics[mode]["aux_loss"].append(aux_loss)' in source
+    trainer = SFTTrainer.__new__(SFTTrainer)
+    trainer._metrics = {"train": {"aux_loss": [3.0, 2.0]}}
+    assert private.last_router_loss(trainer) == 2.0
+
+
+def test_experts_are_named_for_the_loss_that_reads_them():
+    assert "num_experts = text_config.num_experts\n" in inspect.getsource(utils)
+    config = AutoConfig.for_model("granitemoe", num_local_experts=4)
+    private.name_experts(config)
+    assert config.num_experts == 4
+    assert "num_experts" not in config.to_dict()

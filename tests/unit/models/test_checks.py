@@ -56,6 +56,7 @@ def folders(tmp_path_factory) -> Path:
         ("llama", ["method=lora", "method.target_modules='q_proj|v_proj'"], "whole names: '.*(q_proj|v_proj)'"),
         ("gpt_oss", [*EXPERTS, "+method.target_parameters=[experts.down_proj,w1]"], "'w1' matches no parameter"),
         ("gemma2", ["method=trainable_tokens"], "shares the embedding's weights"),
+        ("phi", ["method=lora", "+method.trainable_token_indices={embed_tokens: [5], lm_head: [5]}"], "has biases"),
         ("qwen2", [*Q_PROJ, "method.layer_replication=[[0,1],[0,1]]"], "leave method.layer_replication out"),
         ("gpt2", ["method=lora", "lora_variant=olora"], "Conv1D"),
         ("gpt2", ["method=lora", "lora_variant=kasa"], "Conv1D"),
@@ -126,13 +127,19 @@ def test_more_tokens_than_embeddings_are_accepted_if_no_row_has_them(folders: Pa
     checks.check_model(config, RESOLVED, lambda made: {"training": [{"input_ids": made("call 0")["input_ids"]}]})
 
 
-@pytest.mark.parametrize(
-    "words", [["method=lora", "+method.trainable_token_indices=[80]"], ["method=trainable_tokens"]]
-)
-def test_trained_tokens_of_a_tied_model_are_rejected(words: list[str], folders: Path):
-    config = compose(["model=hub", f"model.model_name_or_path={folders / 'tied'}", *words])
+def test_trained_tokens_of_a_tied_model_are_rejected_but_in_lora(folders: Path):
+    tied = ["model=hub", f"model.model_name_or_path={folders / 'tied'}"]
+    config = compose([*tied, "method=trainable_tokens"])
     with pytest.raises(ConfigError, match="tie_word_embeddings"):
         checks.check_adapter(config, skeleton(config.model))
+    config = compose([*tied, "method=lora", "+method.trainable_token_indices=[80]"])
+    checks.check_adapter(config, skeleton(config.model))
+
+
+def test_blocks_that_read_weights_themselves_are_not_quantized():
+    config = compose(["model=hub", "model.model_name_or_path=random:mamba", "method=qlora"])
+    with pytest.raises(ConfigError, match=r"blocks of random:mamba read the weights of .*dt_proj.*quantization=none"):
+        checks.check_model(config, RESOLVED, lambda _: {})
 
 
 def test_biases_that_cannot_be_merged_are_reported(caplog):

@@ -21,6 +21,7 @@ ATTENTION = {
     "gpt_neox": "query_key_value dense",
     "gptj": "q_proj k_proj v_proj out_proj",
     "opt": "q_proj k_proj v_proj out_proj",
+    "phi": "q_proj k_proj v_proj dense",
     "phi3": "qkv_proj o_proj",
 }
 """Linear layers of an attention block; q_proj, k_proj, v_proj and o_proj in other families."""
@@ -29,14 +30,23 @@ MLP = {
     "falcon": "dense_h_to_4h dense_4h_to_h",
     "gpt2": "c_fc c_proj",
     "gpt_bigcode": "c_fc c_proj",
+    "glm4": "gate_up_proj down_proj",
     "gpt_neox": "dense_h_to_4h dense_4h_to_h",
     "gptj": "fc_in fc_out",
+    "ministral3": "gate_proj up_proj down_proj",
     "opt": "fc1 fc2",
+    "phi": "fc1 fc2",
     "phi3": "gate_up_proj down_proj",
+    "starcoder2": "c_fc c_proj",
 }
 IN_ATTENTION = r".*\.(attn|self_attn|attention|self_attention)\.\w+"
 WITHOUT_Q_V = {"bloom", "falcon", "gpt2", "gpt_bigcode", "gpt_neox", "phi3"}
-FUSED = {"gpt_oss", "mixtral", "qwen3_moe"}
+FUSED = {"gpt_oss", "granitemoe", "mixtral", "olmoe", "phimoe", "qwen3_moe"}
+MIXED = {
+    "deepseek_v3", "falcon_h1", "glm4_moe", "granitemoehybrid", "jamba", "lfm2", "lfm2_moe", "mamba", "mamba2",
+    "qwen2_moe", "qwen3_5_text", "qwen3_next",
+}  # fmt: skip
+"""Families whose layers differ, or have no attention."""
 VISION = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -66,7 +76,7 @@ def adapted(model, wanted) -> set[str]:
         return {*get_peft_model(model, LoraConfig(target_modules=wanted)).base_model.targeted_module_names}
 
 
-@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize("family", sorted(TINY.keys() - MIXED))
 def test_presets_adapt_the_layers_that_they_say(family: str):
     def found(preset: str) -> set[str]:
         model = bare(family)
@@ -98,8 +108,53 @@ def test_preset_without_its_layers_is_rejected_with_the_layers_there_are(family:
 
 @pytest.mark.parametrize("family", sorted(FUSED))
 def test_mlp_of_fused_experts_is_rejected_with_their_parameters(family: str):
-    with pytest.raises(ConfigError, match=r"model\.layers\.\*\.mlp\.experts\.gate_up_proj.*method\.target_parameters"):
+    with pytest.raises(ConfigError, match=r"fused parameters \(model\.layers\.\*\..*method\.target_parameters"):
         targets.resolve_targets("mlp", bare(family))
+
+
+@pytest.mark.parametrize(
+    ("family", "bypassed"),
+    [
+        ("mamba", {"dt_proj", "out_proj", "x_proj"}),
+        ("mamba2", {"out_proj"}),
+        ("falcon_h1", {"out_proj"}),
+        ("granitemoehybrid", {"out_proj"}),
+        ("jamba", {"dt_proj"}),
+        ("qwen3_next", set()),
+        ("bloom", set()),  # which reads weights itself only with pretraining_tp
+    ],
+)
+def test_layers_whose_adapters_would_be_bypassed_are_left_out(family: str, bypassed: set[str]):
+    model = bare(family)
+    names = targets.bypassed_layers(model)
+    assert {name.rpartition(".")[2] for name in names} == bypassed
+    found = adapted(model, targets.resolve_targets("all-linear", model))
+    assert found
+    assert not found & {*names}
+    for name in names[:1]:
+        with pytest.raises(ConfigError, match="reads without calling the layer.*bypassed; adapt others: all-linear"):
+            targets.resolve_targets([name.rpartition(".")[2]], bare(family))
+
+
+def test_adapters_of_bypassed_layers_would_not_learn():
+    with torch.device("cpu"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **TINY["mamba"], vocab_size=64))
+    tuned = get_peft_model(model, LoraConfig(target_modules=["in_proj", "dt_proj"]))
+    ids = torch.arange(8)[None]
+    tuned.train()(input_ids=ids, labels=ids).loss.backward()
+    unused = {name.split(".")[6] for name, p in tuned.named_parameters() if p.requires_grad and p.grad is None}
+    assert unused == {"dt_proj"}
+
+
+def test_state_space_blocks_are_not_mlps():
+    assert not [name for name in targets.resolve_targets("mlp", bare("granitemoehybrid")) if "in_proj" in name]
+
+
+def test_routers_that_return_more_than_a_product_are_not_adapted():
+    model = bare("phimoe")
+    names = adapted(model, targets.resolve_targets("all-linear", model))
+    assert names
+    assert not [name for name in names if name.endswith(("router", "gate"))]
 
 
 def test_target_lists_and_regular_expressions_are_kept():

@@ -1,6 +1,7 @@
 """What is predicted agrees with closed forms, with what a real run takes, and moves where it should."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -264,3 +265,27 @@ def test_float32_layer_norms_can_be_planned():
 
 def test_code_that_asks_whether_any_value_holds_gets_no():
     assert predict("method=vblora").trainable > 0  # it looks for infinities
+
+
+def test_experts_that_stay_unquantized_are_said():
+    config = compose(["model=tiny_llama", "model.model_name_or_path=random:qwen3_moe", "method.lora_dropout=0"])
+    few = planner.build_model(config, resolve(config, GPU), base.model_config(config.model), 2)
+    experts, routers = 2 * 4 * 3 * 64 * 32, 2 * 4 * 64
+    said = rf"only 33\.1% of .*; {experts + routers:,} weights, most of them in fused experts, stay in bfloat16"
+    assert re.search(said, few.unquantized)
+
+
+@pytest.mark.thorough
+def test_mixture_of_experts_is_planned_in_float32():
+    config = compose(["model=tiny_llama", "model.model_name_or_path=random:qwen3_moe", "method=full", "device=cpu"])
+    plan = planner.Planner(config, resolve(config, CPU)).predict(evaluated=0)
+    assert plan.peak > 16 * plan.total > 16 * 2 * 4 * 3 * 64 * 32  # weights, gradients and states, those of experts too
+
+
+@pytest.mark.thorough
+def test_new_tokens_are_planned():
+    tokens = ['model.new_tokens=["<tool>","</tool>"]']
+    without, added = (predict("method=lora", *more, device=CPU) for more in ([], tokens))
+    rows = 2 * 2 * HIDDEN  # of the embedding and of the output layer
+    assert added.trainable - without.trainable == rows
+    assert added.total - without.total == 2 * rows

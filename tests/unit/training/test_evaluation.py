@@ -11,6 +11,7 @@ from qlora_exp.config.sections.evaluation import EvaluationConfig
 from qlora_exp.data import tokenization
 from qlora_exp.models.builtin import folder_of
 from qlora_exp.training import evaluation
+from qlora_exp.utils.errors import ConfigError
 
 ROWS = [{"prompt": "p" * (3 + 4 * i), "input": "", "completion": "answer " * (i + 1)} for i in range(5)]
 
@@ -110,7 +111,7 @@ def test_text_metrics_work_offline(answer: str, rouge: float, exact: float):
     assert samples[0]["exact_match"] == exact
 
 
-@pytest.mark.parametrize(("family", "isolated"), [("llama", True), ("qwen2", True), ("opt", False)])
+@pytest.mark.parametrize(("family", "isolated"), [("llama", True), ("qwen2", True), ("opt", False), ("jamba", False)])
 def test_isolation_of_packed_rows_is_detected(family: str, isolated: bool):
     assert evaluation.isolates_packed_rows(load(family)) is isolated
 
@@ -127,3 +128,8 @@ def test_loss_of_each_source_is_measured(tiny_tokenizer):
     together = sum(found.metrics[f"source_loss/{name}"] * count for name, count in counts.items())
     assert found.metrics["loss"] == pytest.approx(together / sum(counts.values()))
     assert not [name for name in measure(load(), tiny_tokenizer, generate_rows=0).metrics if "source" in name]
+
+
+def test_packing_that_needs_a_package_names_it():
+    with pytest.raises(ConfigError, match=r"training.packing: .* Install `causal_conv1d` .* training.packing=false"):
+        evaluation.isolates_packed_rows(load("lfm2"))

@@ -36,7 +36,10 @@ WEIGHTS = ("dataset.sources.a.weight=0.25", "dataset.sources.b.weight=0.75")
         ([A, "dataset.sources.a.wieght=1"], "a.wieght: a source has no such key; did you mean 'weight'"),
         ([A, "dataset.sources.a.split_seed=1"], "all sources share it: set dataset.split_seed"),
         ([A, "dataset.sources.a.max_train_rows=0"], "dataset.sources.a.max_train_rows: Input should be greater than 0"),
-        ([A, "dataset.sources.a.messages_column=m"], "dataset.sources.a: messages_column needs format=chat"),
+        (
+            [A, "dataset.sources.a.messages_column=m", "dataset.sources.a.format=text"],
+            "dataset.sources.a: messages_column needs format=chat",
+        ),
         (["dataset.sources.a.max_train_rows=3"], "dataset.sources.a.path: must be given"),
         (["dataset.sources.a=rows.jsonl"], "dataset.sources.a: Input should be a valid dictionary, got 'rows.jsonl'"),
         (["dataset.sources=[a.jsonl]"], "dataset.sources: must be a mapping of names to values, such as"),
