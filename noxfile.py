@@ -16,7 +16,7 @@ nox.options.sessions = ["tests"]
 # Python compiles what it imports; pip would compile all that it installs first, for a minute.
 PIP = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile")
 CONSTRAINTS = ("--constraint", "constraints.txt")
-TESTED = ("dev", "lm-eval", "quantizers", "optuna", "joblib", "slurm", "llama-cpp")
+TESTED = ("dev", "lm-eval", "quantizers", "optuna", "joblib", "slurm", "llama-cpp", "galore", "schedule-free")
 MYPY = ("-m", "mypy", "--num-workers", "2")
 MEMORY = Path("/dev/shm")
 """File system in memory, on Linux."""
@@ -269,7 +269,7 @@ def ui(session: nox.Session) -> None:
 @nox.session
 def constraints(session: nox.Session) -> None:
     """Write constraints.txt from what is installed here."""
-    install(session, *TESTED, "postgres", "ray", "deepspeed", "browser")
+    install(session, *TESTED, "apollo", "optimi", "postgres", "ray", "deepspeed", "browser")
     session.run(*PIP, *CONSTRAINTS, "mlflow[auth]")
     frozen = session.run(sys.executable, "-m", "pip", "freeze", "--exclude-editable", silent=True)
     lines = [line.split("+")[0] for line in str(frozen).splitlines() if "==" in line]  # torch's +cpu, +cu130 fit all

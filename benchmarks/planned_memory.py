@@ -6,6 +6,7 @@ Memory is measured by torch's profiler, which records every allocation of a tens
 """
 
 import argparse
+import gc
 import json
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +24,7 @@ from qlora_exp.environment.device import detect, resolve
 from qlora_exp.environment.memory import MemoryMonitor
 from qlora_exp.models import adapters
 from qlora_exp.models import base as model
+from qlora_exp.models.trained import freeze
 from qlora_exp.planning import planner
 from qlora_exp.training import trainer as training
 from qlora_exp.utils.quiet import quiet
@@ -34,15 +36,27 @@ METHODS = {
     "lora": ["method=lora"],
     "qlora": ["method=qlora"],
     "dora": ["method=lora", "lora_variant=dora"],
+    "freeze": ["method=freeze", "method.trainable_layers=4"],
+    "freeze_by_name": ["method=freeze", "method.trainable_layers=null", "method.unfrozen_parameters=[mlp.up_proj]"],
+    "lisa": ["method=lisa", "method.lisa_interval_steps=1"],
+    "muon": ["method=full", "optimizer=muon"],
 }
+"""Runs by name, with the words that choose them."""
+PACKAGED = {
+    name: ["method=full", f"optimizer={name}"]
+    for name in ("adamw_torch_8bit", "galore_adamw", "apollo_adamw", "schedule_free_adamw", "stable_adamw")
+}
+"""Runs with optimizers that need extra packages."""
 
 
 def measured(config: Config) -> float:
     """Return the peak tensor memory of two steps, in MiB."""
+    gc.collect()  # what the run before left must not be freed while this one is measured
     resolved = resolve(config, detect("cpu"))
     tokenizer = model.load_tokenizer(config.model)
     base = model.load_model(config.model, config.quantization, resolved)
     adapted = adapters.attach(base, adapters.peft_config(config, base), resolved.adapter_dtype)
+    freeze(adapted, config.method)
     # Rows alternate between two lengths, so that each batch has some padding, as most real batches have.
     ids = [[40 + (7 * row + place) % 900 for place in range(LENGTH - row % 2)] for row in range(16)]
     before = sum(_nbytes(layer) for layer in {id(layer): layer for layer in adapted.modules()}.values())
@@ -82,7 +96,7 @@ def main() -> None:
     """Predict and measure each run, and print the errors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "methods", nargs="*", metavar="METHOD", help=f"methods to run; default: all of {', '.join(METHODS)}"
+        "methods", nargs="*", metavar="RUN", help=f"runs; default: {', '.join(METHODS)}; others: {', '.join(PACKAGED)}"
     )
     parser.add_argument("--model", default="smollm2_135m", help="option of the config group `model`")
     parser.add_argument("--batches", type=int, nargs="+", default=[2, 4], help="batch sizes")
@@ -91,11 +105,11 @@ def main() -> None:
     errors = []
     print(f"{'run':28} {'predicted':>9} {'measured':>9} {'error':>7}  MiB")
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # one without the planner's tensors
-        for name, words in METHODS.items():
+        for name, words in {**METHODS, **PACKAGED}.items():
             for checkpointing in (False, True):
                 for batch in options.batches:
                     label = f"{name} batch {batch}{' checkpointing' if checkpointing else ''}"
-                    if options.methods and name not in options.methods:
+                    if name not in (options.methods or METHODS):
                         continue
                     config = compose(
                         [

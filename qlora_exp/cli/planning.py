@@ -65,6 +65,7 @@ def plan(options: argparse.Namespace) -> None:
     quiet()
     from qlora_exp.config import hydra_compose
     from qlora_exp.config.schema import Config
+    from qlora_exp.config.tables.optimizers import check_package
     from qlora_exp.models import files
 
     _refuse_options_as_keys(options)
@@ -81,6 +82,7 @@ def plan(options: argparse.Namespace) -> None:
         try:
             valid = hydra_compose.compose(words)
             files.check(valid, trains=False)
+            check_package(valid.optimizer.optim)
             composed.append(valid)
         except UserError as error:
             composed.append(error)

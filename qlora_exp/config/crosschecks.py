@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from qlora_exp.config import trainer_settings
 from qlora_exp.config.schema import Config
-from qlora_exp.config.tables import compatibility, peft_methods
+from qlora_exp.config.tables import compatibility, optimizers, peft_methods
 
 OUTPUT_LAYER = (
     "an adapter on the output layer would not learn, because training reads its weights directly: leave it out "
@@ -31,6 +31,7 @@ def problems(config: Config) -> Iterator[str]:
         yield from _trained_on(config)
     if config.model.new_tokens:
         yield from _new_tokens(config)
+    yield from _optimizer(config)
     yield from _trainer(config)
     yield from trainer_settings.problems(config)
     yield from _device(config)
@@ -178,6 +179,42 @@ def _trained_on(config: Config) -> Iterator[str]:
         )
 
 
+def _optimizer(config: Config) -> Iterator[str]:
+    optimizer, training, method = config.optimizer, config.training, config.method
+    if optimizer.optim in optimizers.PROJECTED and method.peft_type is not None:
+        yield (
+            f"optimizer={optimizer.name} projects gradients of whole weight matrices, and method={method.name} trains "
+            "an adapter: use method=full, or optimizer=adamw_torch"
+        )
+    if method.kind == "LISA":
+        yield from _lisa(config)
+    if optimizer.optim not in optimizers.SCHEDULE_FREE:
+        return
+    if training.lr_scheduler_type != "constant":
+        yield (
+            f"optimizer={optimizer.name} takes the place of a schedule: use training.lr_scheduler_type=constant "
+            "(training.warmup_steps stays; it is the optimizer's warmup)"
+        )
+    if optimizer.adam_beta1 == 0 and optimizer.optim != "schedule_free_sgd":
+        yield f"optimizer={optimizer.name} averages by adam_beta1, which must be above 0"
+
+
+def _lisa(config: Config) -> Iterator[str]:
+    training, interval = config.training, config.method.lisa_interval_steps or 0
+    if config.optimizer.optim not in _DROPS_STATES:
+        yield (
+            f"method=lisa drops the states of layers, which optimizer={config.optimizer.name} does not allow for: use "
+            f"optimizer={', '.join(_DROPS_STATES)}"
+        )
+    if training.torch_compile:
+        yield "method=lisa with training.torch_compile was never tested: use training.torch_compile=false"
+    if 0 < training.max_steps <= interval:
+        yield (
+            f"method.lisa_interval_steps={interval} draws layers once in training.max_steps={training.max_steps}, so "
+            "that the others never learn: use a smaller number, or method=freeze"
+        )
+
+
 def _trainer(config: Config) -> Iterator[str]:
     training = config.training
     requested = {
@@ -206,6 +243,12 @@ def _distributed(config: Config) -> Iterator[str]:
         yield f"distributed={engine} needs GPUs of NVIDIA, or device=cpu; this machine's mps is a single device"
     if config.distributed.cpu_offload and config.device == "cpu":
         yield "distributed.cpu_offload=true needs GPUs, not device=cpu: use false"
+    if engine != "none" and config.method.kind == "LISA":
+        yield (
+            f"distributed={engine} cannot train method={config.method.name} (the processes do not follow a change of "
+            "trained layers): choose another method, or distributed=none"
+        )
+        return
     if engine == "none" or compatibility.is_ignored():
         return
     if engine == "ddp" and config.quantization.quant_method == "torchao":
@@ -224,7 +267,10 @@ def _distributed(config: Config) -> Iterator[str]:
 
 def _device(config: Config) -> Iterator[str]:
     optim = config.optimizer.optim
-    if config.device == "mps" and (config.quantization.bitsandbytes or "bnb" in optim or "8bit" in optim):
+    compiled = optim in optimizers.COMPILED
+    if config.device == "mps" and compiled:
+        yield f"optimizer={config.optimizer.name} was never tested on mps: choose another, or device=cpu"
+    elif config.device == "mps" and (config.quantization.bitsandbytes or "bnb" in optim or "8bit" in optim):
         yield (
             "bitsandbytes (quantized bases, 8-bit optimizers) does not run on mps: choose another quantization and "
             "optimizer, or device=cpu"
@@ -293,5 +339,7 @@ _NOT_SHARDED = {
     **dict.fromkeys(("TINYLORA", "UNILORA", "VBLORA"), "it shares parameters between layers"),
 }
 """Why FSDP cannot train PEFT types that failed when they were tested, in clearer words than the libraries'."""
+_DROPS_STATES = ("adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit")
+"""Optimizers that make new states for a parameter that has none; tested with LISA."""
 _SHARDED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "sgd", "rmsprop")
 """Optimizers with states like the parameters, made in the first step. paged_adamw_32bit runs as adamw_torch."""

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.dataset import REASONING_GYM, DatasetConfig, UnrelatedConfig, looks_local
 from qlora_exp.config.sections.distributed import DistributedConfig
-from qlora_exp.config.tables import peft_methods
+from qlora_exp.config.tables import optimizers, peft_methods
 
 log = logging.getLogger(__name__)
 
@@ -125,9 +125,11 @@ def _storage_and_optimizer(config: Config) -> Iterator[tuple[str, str]]:
             yield f"quantization.bnb_4bit_{key}", "bitsandbytes does not store this base in 4 bits"
     if not quantization.load_in_8bit:
         yield "quantization.llm_int8_threshold", "bitsandbytes does not store this base in 8 bits"
-    if "adam" not in optimizer.optim:
+    if "adam" not in optimizer.optim and optimizer.optim != "muon":
         unused = ("adam_epsilon",) if "lion" in optimizer.optim else (*_ADAM, "adam_epsilon")
         yield from ((f"optimizer.{key}", f"optim={optimizer.optim} does not use it") for key in unused)
+    if optimizer.optim not in optimizers.PROJECTED:
+        yield "optimizer.optim_target_modules", f"optim={optimizer.optim} works on all trained parameters"
     for lora_optimizer, key in (("loraplus", "loraplus_lr_ratio"), ("riemannian", "riemannian_reg")):
         if optimizer.lora_optimizer != lora_optimizer:
             yield f"optimizer.{key}", f"it is for optimizer={lora_optimizer}"
@@ -181,7 +183,9 @@ def _training(config: Config) -> Iterator[tuple[str, str]]:
             "training.num_train_epochs",
             f"training.max_steps={training.max_steps} overrides it: set training.max_steps=-1",
         )
-    if training.lr_scheduler_type == "constant":
+    if (optim := config.optimizer.optim) == "schedule_free_radam":
+        yield "training.warmup_steps", f"optim={optim} needs no warmup"
+    elif training.lr_scheduler_type == "constant" and optim not in optimizers.SCHEDULE_FREE:
         yield "training.warmup_steps", "lr_scheduler_type=constant has no warmup: use constant_with_warmup"
     if not training.packing:
         yield "training.packing_strategy", "it needs training.packing=true"

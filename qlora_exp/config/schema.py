@@ -101,4 +101,4 @@ class Config(Section):
         stored = self.quantization
         other = stored.quant_method if stored.quantized else "plain"
         base = "4bit" if stored.load_in_4bit else "8bit" if stored.load_in_8bit else other
-        return compatibility.kind_of(self.method.peft_type, self.lora_variant.name), base
+        return compatibility.kind_of(self.method.kind, self.lora_variant.name), base

@@ -4,24 +4,11 @@ Names, types and ranges are checked in `config.tables.sft_arguments`.
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
-
-from pydantic import Field
+from typing import Any
 
 from qlora_exp.config.schema import Config
-from qlora_exp.config.tables import declared_types, sft_arguments
-from qlora_exp.utils.errors import did_you_mean
+from qlora_exp.config.tables import sft_arguments
 
-_Rate = Annotated[float, Field(ge=0)]
-_Share = Annotated[float, Field(ge=0, lt=1)]
-_Flag = Literal["true", "false"]
-OPTIM_ARGS: dict[str, dict[str, Any]] = {
-    "sgd": {"momentum": _Share, "dampening": _Share, "nesterov": _Flag},
-    "rmsprop": {"momentum": _Share, "alpha": _Share, "eps": _Rate, "centered": _Flag},
-    "adagrad": {"lr_decay": _Rate, "eps": _Rate},
-}
-"""What `optim_args` may have for each optimizer. Left out is `weight_decay`, which would change nothing: the trainer
-sets that of `training.weight_decay` for each group of parameters."""
 _WITH_TRAINED_PROMPT = ("P_TUNING", "PROMPT_TUNING")
 """Methods whose logits begin with those of trained tokens."""
 _OF_WORKERS = ("dataloader_multiprocessing_context", "dataloader_persistent_workers", "dataloader_prefetch_factor")
@@ -70,8 +57,6 @@ def _reasons(config: Config, given: dict[str, Any]) -> Iterator[tuple[str, str]]
     yield from _loss(config, given)
     yield from _batches(config, given)
     yield from _activations(config, given)
-    if given.get("optim_args"):
-        yield from (("optim_args", why) for why in _optim_args(config.optimizer.optim, given["optim_args"]))
 
 
 def _evaluation(config: Config, given: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -125,28 +110,3 @@ def _activations(config: Config, given: dict[str, Any]) -> Iterator[tuple[str, s
         yield offloads[0], f"{offloads[1]} offloads activations too: set one of them"
     if config.distributed.shards:
         yield from ((name, f"it was never tested with distributed={engine}") for name in offloads)
-
-
-def _optim_args(optim: str, text: str) -> Iterator[str]:
-    """Yield what is wrong with settings such as `momentum=0.9,nesterov=true`, of which transformers ignores a part."""
-    if (allowed := OPTIM_ARGS.get(optim)) is None:
-        yield f"optimizer.optim={optim} has no such settings; {', '.join(OPTIM_ARGS)} have"
-        return
-    parts = [part.partition("=") for part in text.replace(" ", "").split(",")]
-    given: dict[str, Any] = {}
-    for name, _, written in parts:
-        if name not in allowed or name in given:
-            yield (
-                f"{name or text!r} is not a setting of optimizer.optim={optim}, given once as NAME=VALUE"
-                f"{did_you_mean(name, allowed)} Its settings: {', '.join(allowed)}"
-            )
-            return
-        try:
-            given[name] = written if allowed[name] is _Flag else float(written)
-        except ValueError:
-            given[name] = written
-        if why := declared_types.misfit(declared_types.validator(allowed[name]), given[name]):
-            yield f"{name}: {why}"
-            return
-    if given.get("nesterov") == "true" and (not given.get("momentum") or given.get("dampening")):
-        yield "nesterov=true needs a momentum, and no dampening"

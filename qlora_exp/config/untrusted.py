@@ -174,6 +174,8 @@ def refuse_user_only_settings(config: Config, changes: Mapping[str, Any]) -> Non
     for section, part in (("method", config.method), ("lora_variant", config.lora_variant)):
         paths |= {f"{section}.{key}": value for key, value in part.settings.items()}
     patterns = {key: value for key, value in paths.items() if key.rpartition(".")[2] in _PATTERNS}
+    patterns["method.unfrozen_parameters"] = config.method.unfrozen_parameters
+    patterns["optimizer.optim_target_modules"] = config.optimizer.optim_target_modules
     patterns |= {f"{section}.drop_matching": rows.get("drop_matching") for section, rows in datasets.items()}
     for key, pattern in ((key, text) for key, value in patterns.items() for text in _texts(value)):
         if pattern and key not in changes and may_hang(pattern):

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel
 
 from qlora_exp.config.schema import Config
+from qlora_exp.config.sections.method import PARTS
 from qlora_exp.utils.secrets import redacted, redacted_tags
 
 CONFIG_FILE = "qlora_exp.yaml"
@@ -106,9 +107,12 @@ _OF_MIXTURES = ("sources", "mixing_temperature", "stopping", "replay")
 _EMPTY_IN_OLDER_RECORDS = (
     ("model", "adapter"),
     ("model", "new_tokens"),
+    *(("method", key) for key in PARTS),
     ("training", "lr_scheduler_kwargs"),
     ("training", "tune"),
     ("training", "sft_config"),
+    ("optimizer", "optim_args"),
+    ("optimizer", "optim_target_modules"),
     *((section, key) for section in ("dataset", "unrelated") for key in _OF_ROWS),
     *(("dataset", key) for key in _OF_MIXTURES),
 )

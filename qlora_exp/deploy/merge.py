@@ -84,7 +84,7 @@ def whole(saved: Saved, dtype: str = "auto", base: Base = "auto") -> Whole:
         description += _settle_tying(model)
         return Whole(model, tokenizer, description, ids, logits(model, ids), answer(model, tokenizer))
     config = saved.config
-    kind = compatibility.kind_of(config.method.peft_type, config.lora_variant.name)
+    kind = compatibility.kind_of(config.method.kind, config.lora_variant.name)
     if why := compatibility.refusal(kind, "plain", "merge"):
         raise ConfigError(f"method={config.method.name} cannot be merged: {why}")
     model, description = _base(config, dtype, base)

@@ -229,7 +229,7 @@ def _facts(record: Record, config: Config) -> list[list[str]]:
     params, training = record.params, config.training
     training_text = f"{record.metrics.get('steps', 0):,.0f} steps of {training.per_device_train_batch_size}"
     training_text += f" x {training.gradient_accumulation_steps} rows, learning rate {training.learning_rate:g}, "
-    settings = config.peft_settings
+    settings = config.method.parts | config.peft_settings
     data = ", ".join(f"{_name(path)}{_local(path, 'file')}" for path in _datasets(config))
     rows = params.get("data.training_rows", "?")
     return [

@@ -5,12 +5,14 @@ that they do not have; only `detect` asks torch, and only `nvml_handles` asks NV
 """
 
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora_exp.config import trainer_settings
 from qlora_exp.config.schema import Config
+from qlora_exp.config.tables.optimizers import COMPILED
 from qlora_exp.environment.ranks import ranks
 from qlora_exp.utils.errors import ConfigError
 
@@ -177,6 +179,11 @@ def resolve(config: Config, device: Device) -> Resolved:
     if optim in UNPAGED and (shared.shards or not device.paging):
         fallback = f"{f'distributed={shared.engine}' if shared.shards else device.type} has no paged memory for {optim}"
         optim = UNPAGED[optim]
+    if optim in COMPILED and device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise ConfigError(
+            f"optimizer={config.optimizer.name}: torchao compiles it, which on a CPU takes a C++ compiler: install g++ "
+            "or choose another optimizer"
+        )
     dtype = _auto(config.model.dtype, "float32" if full else best)
     return Resolved(
         device=device.type,

@@ -96,7 +96,7 @@ def _unfit(config: Config, settings: Any, skeleton: PreTrainedModel) -> Iterator
     method, experts = config.method, fused_experts(skeleton)
     if method.peft_type in _FROM_CACHE and experts:
         yield "in a mixture of experts, the router's loss counts the positions that this method adds; use method=lora"
-    kind = compatibility.kind_of(method.peft_type, config.lora_variant.name)
+    kind = compatibility.kind_of(method.kind, config.lora_variant.name)
     family = skeleton.config.get_text_config().model_type
     kinds = getattr(skeleton.config.get_text_config(), "layer_types", None)
     if getattr(settings, "layer_replication", None) and kinds:

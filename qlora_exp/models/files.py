@@ -189,7 +189,7 @@ def check(config: Config, trains: bool = True) -> None:
     if own and "auto_map" not in values and not name.startswith(builtin.PREFIXES):
         _check_family(name, own)
     _check_targets(config.peft_settings.get("target_modules"), _LINEAR.get(own, ()))
-    kind = compatibility.kind_of(config.method.peft_type, config.lora_variant.name)
+    kind = compatibility.kind_of(config.method.kind, config.lora_variant.name)
     if why := compatibility.family_refusal(kind, family):
         raise ConfigError(f"{config.cannot_train}: {why}")
 

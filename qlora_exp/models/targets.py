@@ -50,7 +50,7 @@ def resolve_targets(wanted: str | list[str], model: PreTrainedModel) -> str | li
     if not wanted:
         return wanted  # with target_parameters only
     for target in [wanted] if isinstance(wanted, str) else wanted:
-        matching = {*_matching("target_modules", target if wanted == target else _ends_with(target), names)}
+        matching = {*_matching("method.target_modules", target if wanted == target else _ends_with(target), names)}
         if not matching:
             raise ConfigError(_no_match(target, model, linear, is_item=isinstance(wanted, list)))
         matched |= matching
@@ -73,7 +73,7 @@ def _matching(setting: str, pattern: str, names: Iterable[str]) -> Iterator[str]
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise ConfigError(f"method.{setting}: '{pattern}' is not a valid regular expression: {error}") from error
+        raise ConfigError(f"{setting}: '{pattern}' is not a valid regular expression: {error}") from error
     return (name for name in names if compiled.fullmatch(name))
 
 
@@ -132,6 +132,30 @@ def _source(kind: type) -> str:
         return inspect.getsource(kind)
     except (OSError, TypeError):  # a class without a file
         return ""
+
+
+def linear_targets(wanted: str | list[str], model: Any) -> list[str]:
+    """Return the full names of the linear layers that an optimizer's `optim_target_modules` names.
+
+    Args:
+        wanted: a preset, a regular expression of whole names, or a list of (ends of) names.
+        model: the model.
+
+    Raises:
+        ConfigError: one of them matches no linear layer but the output layer.
+    """
+    linear, key = linear_layers(model), "optimizer.optim_target_modules"
+    chosen: set[str] = set()
+    for target in [wanted] if isinstance(wanted, str) else wanted:
+        if target == wanted and wanted in PRESETS:
+            matching = {*linear} if wanted == "all-linear" else _preset(wanted, model, linear)
+        else:
+            matching = {*_matching(key, target if target == wanted else _ends_with(target), linear)}
+        if not matching:
+            kinds = ", ".join(count_kinds(linear))
+            raise ConfigError(f"{key}: '{target}' matches no linear layer of this model; it has {kinds}")
+        chosen |= matching
+    return [name for name in linear if name in chosen]
 
 
 def fused_experts(model: torch.nn.Module) -> list[str]:
@@ -216,10 +240,10 @@ def misunderstood(settings: PeftConfig, modules: Collection[str], adapted: Colle
     kinds = ", ".join(count_kinds(adapted))
     for setting in ("rank_pattern", "alpha_pattern"):
         for key in getattr(settings, setting, None) or {}:
-            if not [*_matching(setting, rf"(.*\.)?({key})", adapted)]:
+            if not [*_matching(f"method.{setting}", rf"(.*\.)?({key})", adapted)]:
                 yield f"method.{setting}: '{key}' matches no adapted layer; adapted: {kinds}"
     for key in getattr(settings, "target_parameters", None) or []:
-        if not [*_matching("target_parameters", _ends_with(key), adapted)]:
+        if not [*_matching("method.target_parameters", _ends_with(key), adapted)]:
             yield f"method.target_parameters: '{key}' matches no parameter of this model; adapted: {kinds}"
     numbers = {int(part) for name in adapted for part in name.split(".") if part.isdigit()}
     chosen = getattr(settings, "layers_to_transform", None)
@@ -237,7 +261,7 @@ def misunderstood(settings: PeftConfig, modules: Collection[str], adapted: Colle
         wanted = getattr(settings, setting, None) or []
         for key in [wanted] if isinstance(wanted, str) else sorted(wanted):
             pattern = key if isinstance(wanted, str) else _ends_with(key)
-            if not (matching := {*_matching(setting, pattern, modules)}):
+            if not (matching := {*_matching(f"method.{setting}", pattern, modules)}):
                 leaves = {name.rpartition(".")[2] for name in modules} - {""}
                 yield f"method.{setting}: '{key}' matches no module of this model{did_you_mean(key, sorted(leaves))}"
             more = sorted({name for name in modules if name.endswith(key)} - matching)

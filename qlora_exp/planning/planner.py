@@ -19,6 +19,7 @@ from trl.trainer.utils import add_fused_lm_head
 from qlora_exp.config import trainer_settings
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.distributed import DistributedConfig
+from qlora_exp.config.tables.optimizers import check_package
 from qlora_exp.environment.device import UNPAGED, Device, Resolved, resolve
 from qlora_exp.libraries import trl
 from qlora_exp.libraries.peft import create_samplers, without_values
@@ -28,11 +29,13 @@ from qlora_exp.models import adapters
 from qlora_exp.models.base import model_config
 from qlora_exp.models.files import check_files
 from qlora_exp.models.quantization import check_stored, stored
+from qlora_exp.models.trained import freeze, sample_last
 from qlora_exp.planning.fake_tensors import Work
 from qlora_exp.planning.packed_weights import quantize_meta
 from qlora_exp.planning.replay import Phase, offloaded, play
 from qlora_exp.planning.sharding import Traffic, Units, all_reduced, buckets, keep_shares, shard, units
 from qlora_exp.planning.step import Batch, Step, optimizer, record, static_of, weigh
+from qlora_exp.training import own_optimizers
 from qlora_exp.utils.errors import ConfigError, ModelError, UserError, type_and_first_line
 
 
@@ -102,6 +105,7 @@ class Planner:
         ):
             if asked:
                 raise ConfigError(f"{key} cannot be planned yet")
+        check_package(config.optimizer.optim)
         name = config.model.model_name_or_path
         self._config, self._resolved, self._on_cuda = config, resolved, resolved.device == "cuda"
         self._architecture = model_config(config.model)
@@ -118,7 +122,7 @@ class Planner:
         self.has_router: bool = hasattr(self._architecture.get_text_config(), "router_aux_loss_coef")
         """Whether the model is a mixture of experts."""
         self._check(config.training.max_length)
-        self._recorded: dict[tuple[Batch, Batch | None], Step] = {}
+        self._recorded: dict[tuple[Batch, Batch | None, int | None], Step] = {}
         """The recording of the last batch."""
         self.share(shared)
 
@@ -156,7 +160,10 @@ class Planner:
                 self._units = units(model, self._ranks, offloads)
                 keep_shares(model, self._ranks)
             stay = [*static_of(model.buffers())] if offloads else []
-            weighed = weigh(model, partial(optimizer, optim, self._on_cuda and not offloads))
+            chosen = self._config.optimizer
+            own = partial(own_optimizers.build, config=chosen, learning_rate=1e-3, weight_decay=0.0)
+            many = self._on_cuda and not offloads
+            weighed = weigh(model, partial(optimizer, optim, many, settings=chosen.optim_args, own=own))
             if shared.engine == "ddp" and self._ranks > 1:
                 self._buckets = buckets(model)
         self._model = weighed if self._units is None else replace(weighed, parameters=parameters)
@@ -206,18 +213,24 @@ class Planner:
 
     def _step(self, batch: Batch, evaluated: Batch | None) -> Step:
         """Record a step, or return the recording of the last one if the batches are the same."""
-        if (batch, evaluated) not in self._recorded:
+        method = self._config.method
+        # A plan of shares needs all layers; with recomputation frozen layers keep their inputs.
+        short = method.freezes_first and self._units is None and not self._resolved.gradient_checkpointing
+        last = method.trainable_layers if short else None
+        if (batch, evaluated, last) not in self._recorded:
             self._recorded.clear()
             with self._explained(), as_it_runs(self._on_cuda, self._flash):
-                self._recorded[batch, evaluated] = record(
+                self._recorded[batch, evaluated, last] = record(
                     self._build,
                     self._depth,
                     batch,
                     loss=fused_loss,
                     computing=lambda: computing(self._resolved),
                     evaluated=evaluated,
+                    alike=not method.freezes and (method.lisa_activated_layers or 1) == 1,
+                    last=last,
                 )
-        return self._recorded[batch, evaluated]
+        return self._recorded[batch, evaluated, last]
 
     def _build(self, layers: int) -> Any:
         model = build_model(self._config, self._resolved, self._architecture, layers)
@@ -289,6 +302,8 @@ def build_model(config: Config, resolved: Resolved, architecture: PretrainedConf
             # The initialization would need weights and rows. It changes no sizes, but for EVA's ranks.
             settings.init_lora_weights = True
         model = adapters.attach(base, settings, resolved.adapter_dtype)
+        freeze(model, config.method)
+        sample_last(model, config.method)
         if config.lora_start == "mica":  # it learns LoRA's A only
             adapters.set_trainable(model, {name for name in adapters.trainable_set(model) if ".lora_B." not in name})
         create_samplers(model)

@@ -4,9 +4,11 @@ This module does not read configs. Callers pass functions that build the model, 
 """
 
 import gc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,8 +16,10 @@ from peft import PeftType
 from peft.optimizers import create_lorafa_optimizer
 from transformers.optimization import Adafactor
 
+from qlora_exp.config.tables.optimizers import COMPILED
 from qlora_exp.libraries.torch import FakeTensorMode, storage_address
 from qlora_exp.models import adapters
+from qlora_exp.models.trained import layers_of
 from qlora_exp.planning.fake_tensors import (
     LAYERS,
     Event,
@@ -28,6 +32,10 @@ from qlora_exp.planning.fake_tensors import (
 )
 from qlora_exp.planning.packed_weights import stored_bytes
 
+_AFTER_START = 100
+"""A step of schedule-free RAdam after those of its start, which allocate less."""
+_FROZEN = 3
+"""Number of frozen layers that stand for all."""
 _EIGHT_BIT = {"adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1, "paged_lion_8bit": 1}
 _FOUR_BYTES = {"paged_adamw_32bit": 2, "lion_32bit": 1, "paged_lion_32bit": 1}
 """Optimizers of bitsandbytes, with the number of states for each trained value."""
@@ -77,13 +85,21 @@ class Kept:
     """Bytes in managed memory."""
 
 
-def optimizer(name: str, many: bool, model: Any) -> Kept:
+def optimizer(
+    name: str,
+    many: bool,
+    model: Any,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+    own: Callable[..., torch.optim.Optimizer | None] = lambda *_, **__: None,
+) -> Kept:
     """Build the run's optimizer, or compute the size of its states.
 
     Args:
         name: transformers' name of the optimizer, or `lorafa`.
         many: update all parameters in one operation (`foreach`), as torch does on a GPU.
         model: the model whose trainable parameters the optimizer updates.
+        settings: `optim_args`.
+        own: builds the optimizer of a model, if transformers does not.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [{"params": [tensor for tensor in parameters if (tensor.ndim > 1) is decays]} for decays in (True, False)]
@@ -95,16 +111,26 @@ def optimizer(name: str, many: bool, model: Any) -> Kept:
         case "adamw_torch_fused":
             kept.run = torch.optim.AdamW(groups, fused=True)
         case "sgd":
-            kept.run = torch.optim.SGD(groups, lr=1e-3, foreach=many)
+            kept.run = torch.optim.SGD(groups, lr=1e-3, foreach=many, **settings)
         case "rmsprop":
-            kept.run = torch.optim.RMSprop(groups, foreach=many)
+            kept.run = torch.optim.RMSprop(groups, foreach=many, **settings)
         case "adagrad":
-            kept.run = torch.optim.Adagrad(groups, foreach=many)
+            kept.run = torch.optim.Adagrad(groups, foreach=many, **settings)
         case "adafactor":  # with the settings of transformers
             kept.run = Adafactor(groups, lr=1e-3, scale_parameter=False, relative_step=False)
         case "lorafa":
             lora: Any = model.active_peft_config
             kept.run = create_lorafa_optimizer(model, lora.r, lora.lora_alpha, lr=1e-3)
+        case _ if name in COMPILED:  # its compiled step allocates only states
+            bits = 8 if name.endswith("8bit") else 4
+            for parameter in parameters:
+                kept.nbytes += 2 * _blocks(parameter, bits, settings.get("block_size", 256))
+        case _ if (built := own(model, foreach=many)) is not None:
+            if callable(begin := getattr(built, "train", None)):  # a schedule-free one
+                begin()
+                for group in built.param_groups:
+                    group["k"] = _AFTER_START
+            kept.run = built
         case _:  # an optimizer of bitsandbytes
             tables = {id(layer.weight) for layer in model.modules() if isinstance(layer, torch.nn.Embedding)}
             for parameter in parameters:
@@ -123,6 +149,13 @@ def _states(name: str, count: int, table: bool) -> list[int]:
     """
     sizes = [count, 4 * -(-count // 256)] if name in _EIGHT_BIT and count >= 4096 and not table else [4 * count]
     return sizes * {**_EIGHT_BIT, **_FOUR_BYTES}[name]
+
+
+def _blocks(parameter: torch.Tensor, bits: int, block: int) -> list[int]:
+    """Return the bytes of a state of torchao: codes, a scale for each block, and a table; small tensors are plain."""
+    if (count := parameter.numel()) < 4096 or count % block:
+        return [parameter.nbytes]
+    return [count * bits // 8, 4 * count // block, 4 * 2**bits]
 
 
 def _importances(model: Any) -> list[int]:
@@ -149,6 +182,8 @@ def record(
     loss: Callable[..., torch.Tensor],
     computing: Callable[[], AbstractContextManager[Any]] = nullcontext,
     evaluated: Batch | None = None,
+    alike: bool = True,
+    last: int | None = None,
 ) -> Step:
     """Record a training step, and an evaluation step if requested, by running a few layers on fake tensors.
 
@@ -159,10 +194,15 @@ def record(
         loss: computes the loss from model, ids and mask.
         computing: creates the context of forward passes.
         evaluated: batch of evaluation; None: no evaluation.
+        alike: whether the first and last layers of a few are trained as those of all; else all layers are run.
+        last: number of trained layers, the last ones, of a model of which nothing else is trained. Frozen layers before
+            them keep nothing, so that a few stand for all. None: others are trained.
     """
+    if last is not None and depth - last > _FROZEN:
+        return _with_few_frozen(build, depth, last, partial(_passes, loss=loss, computing=computing), batch, evaluated)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     step = Step()
-    for few in (LAYERS, depth) if depth > LAYERS else (depth,):
+    for few in (LAYERS, depth) if depth > LAYERS and alike else (depth,):
         recorder = _passes(build(few), mode, batch, loss, computing)
         rest = _passes(build(few), mode, evaluated, loss, computing, train=False) if evaluated else None
         try:
@@ -176,6 +216,25 @@ def record(
             alike = name in ("forward", "backward") and place == few // 2
             step.work += works * (1 + extra if alike else 1)
         break
+    return step
+
+
+def _with_few_frozen(
+    build: Callable[[int], Any],
+    depth: int,
+    last: int,
+    passes: Callable[..., Recorder],
+    batch: Batch,
+    evaluated: Batch | None,
+) -> Step:
+    """Record a model that trains its last layers only, with a few of its frozen ones."""
+    few, mode = last + _FROZEN, FakeTensorMode(allow_non_fake_inputs=True)
+    recording = passes(build(few), mode, batch).recording
+    step = Step(passes=recording.events)
+    if evaluated is not None:
+        step.evaluation = passes(build(few), mode, evaluated, train=False).recording.events
+    for place, works in recording.work.items():
+        step.work += works * (1 + depth - few if place == ("forward", 1) else 1)
     return step
 
 
@@ -220,12 +279,6 @@ def _garbage_collector_off() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def layers_of(model: Any) -> list[torch.nn.Module]:
-    """Return the decoder's layers: the longest module list, of equally long ones the one with the most modules."""
-    lists = [list(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return max(lists, key=lambda layers: (len(layers), sum(len([*layer.modules()]) for layer in layers)))
 
 
 def static_of(tensors: Iterable[torch.Tensor]) -> Iterator[tuple[str, int]]:

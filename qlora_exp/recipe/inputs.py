@@ -13,6 +13,7 @@ from qlora_exp.config.plugins import Facts
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.dataset import looks_local
 from qlora_exp.config.sections.mixture import twice
+from qlora_exp.config.tables.optimizers import check_package
 from qlora_exp.distributed import group
 from qlora_exp.environment import data_files, hub
 from qlora_exp.environment.device import Resolved, detect, resolve, take
@@ -59,6 +60,7 @@ def check_config(config: Config) -> None:
     """
     if config.distributed.engine == "deepspeed_zero3" and find_spec("deepspeed") is None:
         raise ConfigError("distributed=deepspeed_zero3 needs an extra package: pip install 'qlora-exp[deepspeed]'")
+    check_package(config.optimizer.optim)
     # A `Config` may be made without `compose`.
     if problems := [*crosschecks.problems(config), *plugins.problems(config)]:
         raise ConfigError("\n".join(problems))

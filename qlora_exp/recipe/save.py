@@ -87,7 +87,7 @@ def log_model(run: RunContext, trainable: Trainable) -> None:
     is_adapter = trainable.peft_config is not None
     if not (config.tracking.log_adapter if is_adapter else config.tracking.log_full_model):
         return
-    settings = {f"method.{key}": value for key, value in config.peft_settings.items()}
+    settings = {f"method.{key}": value for key, value in (config.method.parts | config.peft_settings).items()}
     settings |= {"model.model_name_or_path": config.model.model_name_or_path}
     params = {key.partition(".")[2]: value for key, value in without_places(settings).items()}
     params |= {"quantization": config.quantization.name}

@@ -13,6 +13,7 @@ from qlora_exp.environment.device import places
 from qlora_exp.models import adapters, base, lora_init
 from qlora_exp.models.quantization import check_stored, stored
 from qlora_exp.models.targets import summary
+from qlora_exp.models.trained import described, freeze
 from qlora_exp.recipe.context import RunContext
 from qlora_exp.recipe.saved import FirstAdapter, base_origin
 from qlora_exp.recipe.tokens import Tokens
@@ -154,6 +155,11 @@ def _attach(
         for name, value in (first.ranks if first else {}).items():
             setattr(peft_config, name, value)
         adapted = adapters.attach(model, peft_config, run.resolved.adapter_dtype)
+        if config.method.freezes:
+            freeze(adapted, config.method)
+            trained = described(adapted)
+            log.info("trained are %s", trained)
+            run.tracker.params({"resolved.trained": trained})
         if first is not None:
             _log_first(run, tokens, first)
             adapters.load_weights(adapted, first.folder)

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from qlora_exp.utils.display import pasteable, say
 from qlora_exp.utils.tables import make_table, markdown_table
+from qlora_exp.utils.units import MIB
 
 if TYPE_CHECKING:
     from qlora_exp.recipe.result import RunResult
@@ -62,6 +63,8 @@ def cost(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
         rows.append(("weights in few bits", f"{metrics['quantized_share']:.1%} of the layers'"))
     if "tokens_per_second" in metrics:
         rows.append(("tokens/s", f"{metrics['tokens_per_second']:.0f} ({metrics['step_seconds_p50']:.2f} s a step)"))
+    if "optimizer_state_bytes" in metrics:
+        rows.append(("optimizer states", f"{metrics['optimizer_state_bytes'] / MIB:,.1f} MiB"))
     if "mfu" in metrics:
         done, peak = (metrics[f"{which}_per_second"] / 1e9 for which in ("flops", "peak_flops"))
         rows.append(("arithmetic", f"{done:,.0f} of {peak:,.0f} GFLOP/s ({metrics['mfu']:.1%})"))

@@ -16,6 +16,7 @@ from qlora_exp.recipe.context import RunContext
 from qlora_exp.recipe.setup import Trainable
 from qlora_exp.training import trainer
 from qlora_exp.training.checkpoints import checkpoint_to_resume
+from qlora_exp.training.own_optimizers import state_bytes
 from qlora_exp.utils.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,7 @@ def train(run: RunContext, trainable: Trainable, pruning: Mapping[str, Any] | No
     before = efficiency.peak_flops(*precision)
     with efficiency.EnergyMeter() as energy:
         run.log_metrics(trainer.train(trainable.trainer, run.tracker.metrics, checkpoint, judge))
+    _log_optimizer(run, trainable.trainer)
     used = group.gather(energy.joules if ranks().is_first_of_machine else 0.0)  # it measures the complete machine
     joules = None if checkpoint or None in used else sum(used)  # of a resumed run only a part is measured
     # The best of two moments: in one alone the machine may be busy with something else.
@@ -67,3 +69,12 @@ def train(run: RunContext, trainable: Trainable, pruning: Mapping[str, Any] | No
     steady = [peaks.get("steady", {}) for peaks in group.gather(run.memory.peaks)]
     together = {source: sum(peaks[source] for peaks in steady) for source in steady[0]}
     run.log_metrics(efficiency.of_training(run.metrics, {"steady": together}, peak, joules))
+
+
+def _log_optimizer(run: RunContext, trained: trainer.Trainer) -> None:
+    """Log which optimizer ran, and the bytes of its states in this process; DeepSpeed has its own."""
+    if run.config.distributed.engine == "deepspeed_zero3":
+        return
+    optimizer: Any = getattr(trained.optimizer, "optimizer", trained.optimizer)  # inside accelerate's
+    run.tracker.params({"resolved.optimizer": f"{type(optimizer).__module__}.{type(optimizer).__name__}"})
+    run.log_metrics({"optimizer_state_bytes": state_bytes(optimizer)})

@@ -72,7 +72,7 @@ def engine_verdicts(words: Sequence[str], base: str, folder: Path, engines: Sequ
         batch = config.training.per_device_train_batch_size
         whole = config.training.model_copy(update={"per_device_train_batch_size": 2 * batch})
         one = _run(config.model_copy(update={"training": whole}), folder / f"{name}-one")
-    reason = _BY_PROCESS.get(compatibility.kind_of(config.method.peft_type, config.lora_variant.name))
+    reason = _BY_PROCESS.get(compatibility.kind_of(config.method.kind, config.lora_variant.name))
     results: dict[str, str] = {}
     for engine in engines:
         shared = config.distributed.model_copy(update={"engine": engine, "num_processes": 2, "ddp_timeout": 60})

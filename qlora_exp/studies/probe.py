@@ -18,6 +18,7 @@ from transformers import set_seed
 
 from qlora_exp.config.hydra_compose import compose, conf_dir, options
 from qlora_exp.config.schema import Config
+from qlora_exp.config.sections.method import MethodConfig
 from qlora_exp.config.tables import compatibility, peft_methods
 from qlora_exp.config.tables.compatibility import ASPECTS, BASES, WORKS
 from qlora_exp.config.tables.peft_methods import moves_base_weights
@@ -28,12 +29,17 @@ from qlora_exp.libraries.transformers import load_best_checkpoint
 from qlora_exp.models import adapters, lora_init, quantization
 from qlora_exp.models import base as model
 from qlora_exp.models.checks import check_adapter
+from qlora_exp.models.trained import freeze
 from qlora_exp.training import trainer as training
 from qlora_exp.training.checkpoints import checkpoints
 from qlora_exp.utils.errors import ConfigError, type_and_first_line
 
 _CPU = Device("cpu", "CPU", bf16=False, paging=False)
-_NEEDED = {"method=trainable_tokens": ["method.token_indices=[41,42]"]}
+_NEEDED = {
+    "method=trainable_tokens": ["method.token_indices=[41,42]"],
+    "method=freeze": ["method.trainable_layers=1"],  # of two
+    "method=lisa": ["method.lisa_activated_layers=1", "method.lisa_interval_steps=2"],
+}
 _LENGTHS = (12, 17, 9, 14, 20, 11, 16, 13)
 _STEPS = 4
 
@@ -86,7 +92,7 @@ def family_verdict(words: Sequence[str], family: str) -> str:
     if verdict == WORKS:
         return WORKS
     config = _Trial(words, base).config()
-    if compatibility.family_refusal(compatibility.kind_of(config.method.peft_type, config.lora_variant.name), family):
+    if compatibility.family_refusal(compatibility.kind_of(config.method.kind, config.lora_variant.name), family):
         return verdict  # it is refused because of an earlier verdict
     try:
         check_adapter(config, model.skeleton(config.model))
@@ -143,6 +149,7 @@ class _Trial:
         batches = lora_init.batches(self.rows, 8, 1 if config.lora_start == "corda" else 8, 64, 0)
         lora_init.prepare(config.lora_start, base, settings, batches)
         adapted = adapters.attach(base, settings, resolved.adapter_dtype)
+        freeze(adapted, config.method)
         lora_init.finish(config.lora_start, adapted, batches, lambda: model.load_unquantized(config.model))
         return config, resolved, adapted
 
@@ -325,7 +332,7 @@ def kinds() -> dict[str, tuple[str, ...]]:
     by_kind: dict[str, tuple[str, ...]] = {}
     for method in sorted({*options("method")} - {"qlora"}):
         settings = yaml.safe_load((conf_dir() / "method" / f"{method}.yaml").read_text("utf-8"))["method"]
-        by_kind[settings.get("peft_type") or "FULL"] = (f"method={method}",)
+        by_kind[MethodConfig.model_validate(settings).kind] = (f"method={method}",)
     for variant in sorted({*options("lora_variant")} - {"lora"}):
         by_kind[f"LORA+{variant}"] = ("method=lora", f"lora_variant={variant}")
     return by_kind

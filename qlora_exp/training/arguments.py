@@ -7,6 +7,7 @@ from trl.trainer.sft_config import SFTConfig
 
 from qlora_exp.config.plugins import BUILT_IN
 from qlora_exp.config.schema import Config
+from qlora_exp.config.tables.optimizers import OWN
 from qlora_exp.environment.device import Resolved
 from qlora_exp.models.adapters import LEAVES_UNUSED
 
@@ -60,6 +61,11 @@ class _ShardedArguments(_Arguments):
         return False
 
 
+def as_text(settings: dict[str, Any]) -> str | None:
+    """Return settings of an optimizer in the form that transformers reads; None if there are none."""
+    return ",".join(f"{name}={value}" for name, value in settings.items()) or None
+
+
 def arguments(config: Config, resolved: Resolved, output_dir: Path) -> SFTConfig:
     """Return TRL's arguments of the run; all choices that TRL would make by itself are made here."""
     training, zero3 = config.training, config.distributed.engine == "deepspeed_zero3"
@@ -70,7 +76,8 @@ def arguments(config: Config, resolved: Resolved, output_dir: Path) -> SFTConfig
         output_dir=str(output_dir),
         **{name: getattr(training, name) for name in _SAME},
         loss_type=training.loss_type if training.loss_type in BUILT_IN["loss"] else "nll",  # see `user_losses`
-        optim=resolved.optim,
+        optim="adamw_torch" if resolved.optim in OWN else resolved.optim,
+        optim_args=None if resolved.optim in OWN else as_text(config.optimizer.optim_args),
         adam_beta1=config.optimizer.adam_beta1,
         adam_beta2=config.optimizer.adam_beta2,
         adam_epsilon=config.optimizer.adam_epsilon,

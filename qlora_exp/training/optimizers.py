@@ -1,4 +1,4 @@
-"""Build PEFT's optimizers for LoRA on top of the optimizer that the config names.
+"""Build the optimizer of a run, if transformers would not: PEFT's for LoRA, and those of `own_optimizers`.
 
 Of the trainer, this module needs only the arguments that choose an optimizer.
 """
@@ -11,6 +11,17 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from qlora_exp.config.sections.optimizer import OptimizerConfig
 from qlora_exp.models.adapters import set_trainable, trainable_set
+from qlora_exp.training import own_optimizers
+
+
+def chosen_optimizer(model: Any, config: OptimizerConfig, arguments: TrainingArguments) -> torch.optim.Optimizer | None:
+    """Return the run's optimizer; None leaves it to the trainer.
+
+    Raises:
+        ConfigError: the optimizer has no matrix to work on.
+    """
+    own = own_optimizers.build(model, config, arguments.learning_rate, arguments.weight_decay)
+    return lora_optimizer(model, config, arguments) if own is None else own
 
 
 def lora_optimizer(model: Any, config: OptimizerConfig, arguments: TrainingArguments) -> torch.optim.Optimizer | None:

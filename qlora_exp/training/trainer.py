@@ -40,7 +40,8 @@ from qlora_exp.models.base import keep_router_setting
 from qlora_exp.models.sharding import is_sharded, save_whole_states, shard, whole_weights
 from qlora_exp.training.arguments import arguments
 from qlora_exp.training.checkpoints import seal
-from qlora_exp.training.optimizers import KeepTrainableSet, lora_optimizer
+from qlora_exp.training.lisa import SampledLayers
+from qlora_exp.training.optimizers import KeepTrainableSet, chosen_optimizer
 from qlora_exp.training.user_losses import Loss
 from qlora_exp.training.user_losses import load as load_loss
 from qlora_exp.training.watcher import Log, Watcher
@@ -115,6 +116,19 @@ class Trainer(SFTTrainer):
         if is_sharded(self.model) and self._engine is None:
             save_whole_states(optimizer)
         return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Create the schedule; a schedule-free optimizer has its own warmup, of `warmup_steps`."""
+        assert self.optimizer is not None
+        for parameters in self.optimizer.param_groups:
+            if "warmup_steps" in parameters:
+                parameters["warmup_steps"] = self.args.get_warmup_steps(num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def average(self) -> None:
+        """Put the weights that a schedule-free optimizer averages into the model; training takes the others back."""
+        if callable(switch := getattr(self.optimizer, "eval", None)):
+            switch()
 
     def partition(self, cpu_offload: bool) -> None:
         """Divide the model and the optimizer over the processes, with DeepSpeed's ZeRO-3."""
@@ -240,10 +254,16 @@ class Trainer(SFTTrainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:  # transformers 5.23; no public hook before a save
         with self.memory.phase("save"):
             folder = Path(str(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+            self.average()
             super()._save_checkpoint(*args, **kwargs)
             group.wait()  # each process saves its random state
             if self.args.should_save:
                 seal(folder)
+
+    def _load_best_model(self) -> None:  # transformers 5.23; no public hook before it
+        """Load the best checkpoint; a schedule-free optimizer must not move its weights afterwards."""
+        self.average()
+        super()._load_best_model()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write no model card: TRL's would contain paths of this machine, and MLflow has the facts about the run."""
@@ -318,11 +338,15 @@ def build(
     if config.distributed.engine == "fsdp":
         shard(model, resolved.device, config.distributed.cpu_offload)
         trainer.is_distributed_loading_by_transformers = True  # the trainer must not wrap it again
-    trainer.optimizer = lora_optimizer(model, config.optimizer, settings)
+    trainer.optimizer = chosen_optimizer(model, config.optimizer, settings)
     if config.distributed.engine == "deepspeed_zero3":
         trainer.partition(config.distributed.cpu_offload)
     trainer.remove_callback(PrinterCallback)  # prints raw dictionaries
     trainer.add_callback(KeepTrainableSet(model))
+    method = config.method
+    if method.lisa_activated_layers and method.lisa_interval_steps:
+        sampled = SampledLayers(model, method.lisa_activated_layers, method.lisa_interval_steps, config.seed)
+        trainer.add_callback(sampled)  # after the one that trains all again
     return trainer
 
 
@@ -356,6 +380,7 @@ def train(
         # An earlier process was interrupted after its last checkpoint and before the evaluation of that epoch.
         if trainer.args.eval_strategy == "epoch" and not measured:
             trainer.evaluate()
+        trainer.average()
     step_metrics = {"train_loss": result.training_loss, **watcher.throughput()} if watcher.step_seconds else {}
     return {"steps": state.global_step, **step_metrics, **_mean_loss(state.log_history)}
 

@@ -81,6 +81,30 @@ class Stages:
         optimizer.step()
         return repr(groups), [parameter.sum().item() for parameter in parameters]
 
+    def trained(self, config: Config) -> Any:
+        """Which parameters are trained."""
+        from qlora_exp.models import adapters, base, trained
+
+        model = base.skeleton(config.model)
+        trained.freeze(model, config.method)
+        return sorted(adapters.trainable_set(model))
+
+    def sampled(self, config: Config) -> Any:
+        """Which layers LISA trains in each step."""
+        from qlora_exp.models import base
+        from qlora_exp.training.lisa import SampledLayers
+
+        model, method = base.skeleton(config.model), config.method
+        drawn = SampledLayers(model, method.lisa_activated_layers, method.lisa_interval_steps, config.seed)
+        return [drawn.layers(step) for step in range(12)]
+
+    def projected(self, config: Config) -> Any:
+        """Which weights an optimizer projects."""
+        from qlora_exp.models import base
+        from qlora_exp.models.trained import projected_weights
+
+        return projected_weights(base.skeleton(config.model), config.optimizer)
+
     def early_stopping(self, config: Config) -> Any:
         from qlora_exp.training import trainer
 

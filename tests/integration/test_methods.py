@@ -17,11 +17,13 @@ TOKENS = "method.token_indices=[41,42]"  # of the tiny models' tokenizer, and in
 
 
 def words(name: str) -> list[str]:
-    return [f"method={name}", *([TOKENS] if name == "trainable_tokens" else [])]
+    more = {"trainable_tokens": [TOKENS], "freeze": ["method.trainable_layers=1", "optimizer=muon"]}
+    return [f"method={name}", *more.get(name, [])]
 
 
-# One of each kind: what is put before the rows, into the layers, beside them, in place of weights.
-WHOLE_RUNS = ["adaption_prompt", "cartridge", "ia3", "osf", "p_tuning", "shadow", "trainable_tokens", "waveft"]
+# One of each kind: what is put before the rows, into the layers, beside them, in place of weights; some layers.
+WHOLE_RUNS = ["adaption_prompt", "cartridge", "freeze", "ia3", "osf", "p_tuning", "shadow"]
+WHOLE_RUNS += ["trainable_tokens", "waveft"]
 # Those that start from rows or from the base's weights.
 VARIANTS = [f"lora_variant={name}" for name in ("corda", "eva", "loftq", "lora_ga", "pissa")]
 

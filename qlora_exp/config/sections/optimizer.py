@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from qlora_exp.config.sections.base import Section
+from qlora_exp.config.tables import optimizers
 
 
 class OptimizerConfig(Section):
@@ -26,8 +27,24 @@ class OptimizerConfig(Section):
         "paged_lion_8bit",
         "rmsprop",
         "adagrad",
+        "adamw_torch_8bit",
+        "adamw_torch_4bit",
+        "galore_adamw",
+        "apollo_adamw",
+        "schedule_free_adamw",
+        "schedule_free_radam",
+        "schedule_free_sgd",
+        "stable_adamw",
+        "muon",
     ] = "adamw_torch"
-    """Name in transformers. Without paging on the device, a paged optimizer runs non-paged; the run records it."""
+    """Name in transformers, or muon (torch's). Without paging on the device, a paged optimizer runs non-paged; the run
+    records it."""
+    optim_args: dict[str, int | float | bool | str] = {}
+    """Settings of `optim`, by transformers' names: rank, update_proj_gap, scale and proj_type of galore_adamw, and so
+    on. A setting that `optim` does not have is rejected with the list of those it has."""
+    optim_target_modules: str | list[str] | None = None
+    """galore_adamw and apollo_adamw: linear layers whose gradients they project, as method.target_modules names them:
+    all-linear (without the output layer), attention, mlp, q_v, a list of names, or a regular expression."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
@@ -40,6 +57,12 @@ class OptimizerConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if wrong := [*optimizers.problems(self.optim, self.optim_args)]:
+            raise ValueError("\n".join(f"optimizer.{problem}" for problem in wrong))
+        if self.optim in optimizers.PROJECTED and not self.optim_target_modules:
+            raise ValueError(f"optim={self.optim} needs optim_target_modules, such as all-linear")
+        if self.lora_optimizer and self.optim in optimizers.OWN:
+            raise ValueError(f"lora_optimizer={self.lora_optimizer} cannot extend {self.optim}: set optim=adamw_torch")
         if self.lora_optimizer == "lorafa" and self.optim != "adamw_torch":
             raise ValueError("lora_optimizer=lorafa uses its own AdamW: set optim=adamw_torch")
         return self

@@ -35,7 +35,7 @@ def refusal(kind: str, base: str, aspect: str) -> str | None:
     """Return in a few words why `aspect` does not work; None if it works or was never tested.
 
     Args:
-        kind: PEFT type (`LORA`), with the variant of LoRA after a plus (`LORA+dora`), or `FULL` (full fine-tuning).
+        kind: PEFT type (`LORA`), with the variant of LoRA after a plus (`LORA+dora`), or the kind of full fine-tuning.
         base: key of BASES.
         aspect: item of ASPECTS or ENGINES.
     """
@@ -61,10 +61,10 @@ def family_refusal(kind: str, family: str) -> str | None:
     return f"{verdict} (tested on a tiny {family} model; see docs/compatibility.md)"
 
 
-def kind_of(peft_type: str | None, variant: str) -> str:
-    """Return the name under which the verdicts list a method."""
-    if peft_type != "LORA" or variant == "lora":
-        return peft_type or "FULL"
+def kind_of(method: str, variant: str) -> str:
+    """Return the name under which the verdicts list a method (its `kind`) with a variant of LoRA."""
+    if method != "LORA" or variant == "lora":
+        return method
     return with_variant if (with_variant := f"LORA+{variant}") in _verdicts() else "LORA"
 
 

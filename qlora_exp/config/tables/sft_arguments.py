@@ -32,7 +32,6 @@ ACCEPTED: dict[str, Any] = {
     "eval_delay": Annotated[float, Field(ge=0)],
     "gradient_checkpointing_kwargs": dict[str, Any],
     "label_smoothing_factor": Annotated[float, Field(ge=0, lt=1)],
-    "optim_args": str,
     "pad_to_multiple_of": PositiveInt,
     "router_aux_loss_coef": Annotated[float, Field(ge=0)],
     "tf32": bool,
@@ -91,6 +90,8 @@ OWN_KEYS = {name: f"training.{name}" for name in _OF_TRAINING} | {
     "eval_on_start": "evaluation.before",
     "logging_strategy": "training.logging_steps",
     "optim": "optimizer.optim",
+    "optim_args": "optimizer.optim_args",
+    "optim_target_modules": "optimizer.optim_target_modules",
     "output_dir": "hydra.run.dir",
     "padding_free": "training.packing",
     "run_name": "tracking.run_name",
@@ -185,7 +186,6 @@ NO_EFFECT = {
     "include_for_metrics": _LOSS_ONLY,
     "label_names": _COLUMNS,
     "length_column_name": _COLUMNS,
-    "optim_target_modules": "it is for GaLore and APOLLO, which are not among the optimizers (optimizer.optim)",
     "prediction_loss_only": _LOSS_ONLY,
     "remove_unused_columns": _COLUMNS,
 }
@@ -203,7 +203,6 @@ UNPLANNED = (
     "ddp_bucket_cap_mb",
     "gradient_checkpointing_kwargs",
     "label_smoothing_factor",
-    "optim_args",
     "torch_empty_cache_steps",
 )
 """Accepted arguments that change the memory of a run, and which plans do not know."""

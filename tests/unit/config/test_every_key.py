@@ -30,6 +30,9 @@ MIXTURE = {"dataset.sources": {"one": {}, "two": {"path": "other.jsonl", "max_tr
 SHARED = {"distributed.engine": "ddp", "distributed.num_processes": 2}
 MACHINES = {**SHARED, "distributed.num_machines": 2, "distributed.main_process_ip": "one",
             "distributed.main_process_port": 5000}  # fmt: skip
+FULL = {"method.peft_type": None, **{f"method.{key}": ... for key in (
+    "r", "lora_alpha", "lora_dropout", "bias", "target_modules")}}  # fmt: skip
+LISA = {**FULL, "method.lisa_activated_layers": 1, "method.lisa_interval_steps": 1}
 TORCHAO = {"quantization.quant_method": "torchao", "quantization.weights": "int8"}
 GYM = {"dataset.path": "reasoning_gym:chain_sum", "dataset.prompt_column": "question", "dataset.reasoning_gym_size": 6}
 UNRELATED_GYM = {**UNRELATED, **{key.replace("dataset", "unrelated"): value for key, value in GYM.items()}}
@@ -55,6 +58,10 @@ ENTRIES: dict[str, tuple[Any, ...]] = {
     "method.peft_type": (Stages.adapter, "DEFT", {"method.lora_alpha": ..., "method.lora_dropout": ...}),
     "method.quantized_base": (None, True, {}, "needs a quantized base"),
     "method.adapter_dtype": (Stages.resolved, "bfloat16"),
+    "method.trainable_layers": (Stages.trained, 1, {**FULL, "method.unfrozen_parameters": ["norm"]}),
+    "method.unfrozen_parameters": (Stages.trained, ["lm_head"], FULL),
+    "method.lisa_activated_layers": (Stages.sampled, 2, LISA),
+    "method.lisa_interval_steps": (Stages.sampled, 3, LISA),
     "method.r": (Stages.adapter, 5),
     "quantization.name": (Stages.labels, "mine", {"quantization.load_in_4bit": True}),
     "quantization.quant_method": (Stages.quantizer, "gptq"),
@@ -69,6 +76,9 @@ ENTRIES: dict[str, tuple[Any, ...]] = {
     "lora_variant.init_rows": (Stages.first_rows, 3, {"lora_variant.init_lora_weights": "eva"}),
     "optimizer.name": (Stages.labels, "mine"),
     "optimizer.optim": (Stages.arguments, "sgd"),
+    "optimizer.optim_args": (Stages.arguments, {"momentum": 0.9}, {"optimizer.optim": "sgd"}),
+    "optimizer.optim_target_modules": (Stages.projected, "mlp", {**FULL, "optimizer.optim": "galore_adamw",
+        "optimizer.optim_target_modules": "all-linear"}),
     "optimizer.adam_beta1": (Stages.arguments, 0.8),
     "optimizer.adam_beta2": (Stages.arguments, 0.8),
     "optimizer.adam_epsilon": (Stages.arguments, 1e-3),

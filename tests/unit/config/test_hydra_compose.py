@@ -22,6 +22,8 @@ GIVEN = {
     "hub": ["model.model_name_or_path=org/name"],
     "own": ["dataset.path=x.jsonl"],
     "server": ["tracking.uri=http://h"],
+    "galore_adamw": ["method=full"],
+    "apollo_adamw": ["method=full"],
 }
 
 

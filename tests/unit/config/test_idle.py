@@ -47,6 +47,8 @@ FILE = ("dataset=own", "dataset.path=rows.jsonl")
         (["quantization.llm_int8_threshold=3"], "does not store this base in 8 bits"),
         (["optimizer=sgd", "optimizer.adam_epsilon=1e-6"], "optim=sgd does not use it"),
         (["optimizer=loraplus", "optimizer.riemannian_reg=0.1"], "it is for optimizer=riemannian"),
+        (["optimizer.optim_target_modules=mlp"], "works on all trained parameters"),
+        (["method=full", "optimizer=schedule_free_radam", "training.warmup_steps=5"], "needs no warmup"),
         (["training.num_train_epochs=3"], "training.max_steps=30 overrides it: set training.max_steps=-1"),
         (["training.lr_scheduler_type=constant", "training.warmup_steps=5"], "use constant_with_warmup"),
         (["training.packing_strategy=bfd_split"], "it needs training.packing=true"),

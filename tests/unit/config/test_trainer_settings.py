@@ -37,15 +37,6 @@ CUDA = "it needs a CUDA device, not device=cpu"
         ("label_smoothing_factor=0.1", ["distributed=fsdp"], "never tested with distributed=fsdp"),
         ("pad_to_multiple_of=8", ["training.packing=true"], "are not padded"),
         ("pad_to_multiple_of=4096", [], "more than training.max_length"),
-        ("optim_args='momentum=0.5'", [], "has no such settings; sgd, rmsprop, adagrad have"),
-        ("optim_args='momentun=0.5'", ["optimizer.optim=sgd"], "did you mean 'momentum'?"),
-        ("optim_args='weight_decay=0.5'", ["optimizer.optim=sgd"], "'weight_decay' is not a setting"),
-        ("optim_args='momentum=0.5,momentum=0.6'", ["optimizer.optim=sgd"], "given once"),
-        ("optim_args='momentum=high'", ["optimizer.optim=sgd"], "momentum: Input should be a valid number"),
-        ("optim_args='momentum=nan'", ["optimizer.optim=sgd"], "momentum: Input should be"),
-        ("optim_args='momentum'", ["optimizer.optim=sgd"], "momentum: Input should be a valid number"),
-        ("optim_args='centered=maybe'", ["optimizer.optim=rmsprop"], "'true' or 'false'"),
-        ("optim_args='nesterov=true'", ["optimizer.optim=sgd"], "needs a momentum"),
     ],
 )
 def test_argument_that_fails_or_does_nothing_with_the_rest_is_refused(argument: str, words: list[str], problem: str):
@@ -64,5 +55,5 @@ def test_activations_are_offloaded_once():
 
 
 def test_null_is_as_if_an_argument_were_not_given():
-    config = compose(["device=cpu", "training.sft_config={tf32: null, data_seed: null, optim_args: null}"])
+    config = compose(["device=cpu", "training.sft_config={tf32: null, data_seed: null}"])
     assert [*unplanned(config.training.sft_config)] == []

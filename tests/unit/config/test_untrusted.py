@@ -69,6 +69,16 @@ def test_recorded_config_may_not_run_code_or_read_files(changes: dict, message: 
         untrusted.changed(values, {}, "run x")
 
 
+@pytest.mark.parametrize("key", ["method.unfrozen_parameters", "optimizer.optim_target_modules"])
+def test_recorded_names_of_parameters_may_not_run_for_ever(key: str):
+    values = compose(["method=full", "optimizer=galore_adamw"]).model_dump(mode="json")
+    section, _, name = key.partition(".")
+    values[section][name] = ["norm", "(a+)+Q"]
+    with pytest.raises(ConfigError, match=f"which may run for ever; .* add {key}=VALUE"):
+        untrusted.changed(values, {}, "run x")
+    untrusted.changed(values, {key: ["norm"]}, "run x")
+
+
 @pytest.mark.parametrize("path", ["l*nk/secret.jsonl", "rows", "link"])
 def test_recorded_path_does_not_lead_out_of_the_folder_by_links(path: str, tmp_path, monkeypatch):
     (tmp_path / "private").mkdir()

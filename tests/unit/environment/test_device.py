@@ -70,6 +70,14 @@ def test_unsupported_settings_of_a_device_are_rejected():
         resolve(compose(["training.fp16=true"]), CPU)
 
 
+def test_optimizer_that_is_compiled_needs_a_compiler_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
+    config = compose(["method=full", "optimizer=adamw_torch_8bit"])
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match=r"^optimizer=adamw_torch_8bit: .* takes a C\+\+ compiler: install g\+\+"):
+        resolve(config, CPU)
+    assert resolve(config, AMPERE).optim == "adamw_torch_8bit"
+
+
 def test_autocast_uses_the_precision_of_training():
     import torch
 

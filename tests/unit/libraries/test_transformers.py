@@ -119,6 +119,7 @@ def test_transformers_calls_what_our_trainer_overrides():
     assert "self._prepare_inputs(inputs)" in source
     assert "self._save_checkpoint(model, trial)" in source
     assert "self._save(" in source
+    assert "self._load_best_model()" in source
     assert "self._save_optimizer_and_scheduler(output_dir)" in source
     assert "self._defer_fsdp_gradient_reduction" in source
     assert "if self.is_distributed_loading_by_transformers:" in source

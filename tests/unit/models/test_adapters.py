@@ -12,6 +12,7 @@ from qlora_exp.config.tables.peft_methods import FROM_ROWS
 from qlora_exp.environment.device import Device, resolve
 from qlora_exp.models import adapters
 from qlora_exp.models.base import load_model, load_unquantized, model_config, skeleton
+from qlora_exp.models.trained import freeze
 from qlora_exp.planning.planner import as_it_runs, build_model
 from qlora_exp.studies import probe
 from qlora_exp.training.arguments import arguments
@@ -128,6 +129,7 @@ def test_same_parameters_are_planned_and_trained_over_every_context(words: tuple
     if start in FROM_ROWS:  # rows choose values, and EVA's ranks
         settings.init_lora_weights = True
     model = adapters.attach(base, settings, "float32")
+    freeze(model, config.method)
     lora_optimizer(model, config.optimizer, arguments(config, resolved, tmp_path))
     trained = adapters.trainable_set(model)
     frozen = "lora_B" if start == "mica" else "lora_A" if config.optimizer.lora_optimizer else "base_layer"

@@ -17,9 +17,10 @@ from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.sections.distributed import DistributedConfig
 from qlora_exp.environment.device import resolve
 from qlora_exp.models import base
+from qlora_exp.models.trained import layers_of
 from qlora_exp.planning import planner, sharding
 from qlora_exp.planning.fake_tensors import Event
-from qlora_exp.planning.step import Step, layers_of
+from qlora_exp.planning.step import Step
 from qlora_exp.utils.errors import ConfigError
 from qlora_exp.utils.units import MIB
 

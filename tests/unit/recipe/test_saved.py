@@ -166,7 +166,7 @@ def kinds():
     """List methods; all are tried by `nox -s thorough`."""
     usual = ("IA3", "OFT", "PREFIX_TUNING", "PROMPT_TUNING", "VERA", "TRAINABLE_TOKENS", "LORA+dora", "LORA+mica")
     for kind, words in probe.kinds().items():
-        if kind not in ("FULL", "LORA+qalora"):  # QA-LoRA needs GPTQ files
+        if kind not in ("FULL", "FREEZE", "LISA", "LORA+qalora"):  # QA-LoRA needs GPTQ files
             yield pytest.param(words, id=kind, marks=() if kind in usual else pytest.mark.thorough)
 
 
@@ -179,7 +179,7 @@ def test_adapter_that_is_trained_on_is_the_saved_one(words: tuple[str, ...], sto
             config = probe.trial_config(words, stored)
         except ConfigError as error:
             pytest.skip(str(error))
-        kind = compatibility.kind_of(config.method.peft_type, config.lora_variant.name)
+        kind = compatibility.kind_of(config.method.kind, config.lora_variant.name)
     if compatibility.refusal(kind, stored, "trains"):
         pytest.skip("it does not train on this base")
     if peft_methods.moves_base_weights(config.lora_start):

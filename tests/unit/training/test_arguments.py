@@ -33,7 +33,6 @@ SHOWN = {
     "eval_delay",
     "gradient_checkpointing_kwargs",
     "label_smoothing_factor",
-    "optim_args",
     "pad_to_multiple_of",
     "router_aux_loss_coef",
     "torch_compile_backend",
@@ -82,8 +81,9 @@ def loss_of(trainer: training.Trainer) -> float:
 def test_a_run_follows_its_arguments(build: Build):
     trainer = build(
         "training.max_steps=4", "training.eval_strategy=steps", "training.eval_steps=1", "optimizer.optim=sgd",
+        "optimizer.optim_args.momentum=0.5", "optimizer.optim_args.nesterov=true",
         "training.gradient_checkpointing=true",
-        eval_delay=3, gradient_checkpointing_kwargs={"every_n_layers": 2}, optim_args="momentum=0.5,nesterov=true",
+        eval_delay=3, gradient_checkpointing_kwargs={"every_n_layers": 2},
         pad_to_multiple_of=16,
     )  # fmt: skip
     widths, curves = set(), []

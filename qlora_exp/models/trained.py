@@ -1,0 +1,149 @@
+"""Choose which of a model's own parameters are trained, without an adapter: all, those of some layers, or some by name.
+
+Of the config this module needs only the sections `method` and `optimizer`.
+"""
+
+import re
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from qlora_exp.config.sections.method import MethodConfig
+from qlora_exp.config.sections.optimizer import OptimizerConfig
+from qlora_exp.config.tables.optimizers import PROJECTED
+from qlora_exp.models.targets import count_kinds, is_within, linear_targets, parts_without_text
+from qlora_exp.utils.errors import ConfigError, did_you_mean
+
+
+def layers_of(model: Any) -> list[torch.nn.Module]:
+    """Return the decoder's layers: the longest module list, of equally long ones the one with the most modules."""
+    lists = [list(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=lambda layers: (len(layers), sum(len([*layer.modules()]) for layer in layers)))
+
+
+def freeze(model: Any, method: MethodConfig) -> None:
+    """Train only what `trainable_layers` and `unfrozen_parameters` name; change nothing if neither is set.
+
+    Tied weights are one parameter: naming one of them trains both.
+
+    Raises:
+        ConfigError: the model has fewer layers, or a name matches none of its parameters that text passes through.
+    """
+    if not method.freezes:
+        return
+    chosen = {id(parameter) for layer in _layers(model, method.trainable_layers) for parameter in layer.parameters()}
+    apart = parts_without_text(model)
+    named = dict(model.named_parameters(remove_duplicate=False))
+    for pattern in method.unfrozen_parameters:
+        # A whole name, the end of one, or a module with all that is in it.
+        matches = re.compile(rf"(?:.*\.)?(?:{pattern})(?:\..*)?").fullmatch
+        matching = [name for name in named if matches(name) and not is_within(name, apart)]
+        if not matching:
+            kinds = count_kinds(name for name in named if not is_within(name, apart))
+            parts = sorted({part for kind in kinds for part in kind.split(".")} - {"*"})
+            raise ConfigError(
+                f"method.unfrozen_parameters: '{pattern}' matches no parameter that text passes through"
+                f"{did_you_mean(pattern, parts)} This model has {', '.join(kinds)}"
+            )
+        chosen |= {id(named[name]) for name in matching}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in chosen)
+
+
+def _layers(model: PreTrainedModel, count: int | None) -> list[torch.nn.Module]:
+    """Return so many last layers of the model; of a negative number so many first ones."""
+    if count is None:
+        return []
+    layers = layers_of(model.get_decoder())
+    if abs(count) > len(layers):
+        raise ConfigError(f"method.trainable_layers={count}: this model has {len(layers)} layers")
+    return layers[-count:] if count > 0 else layers[:-count]
+
+
+def train_layers(model: Any, numbers: Collection[int]) -> None:
+    """Train the decoder's layers with these numbers, counted from 0, and freeze its others."""
+    for number, layer in enumerate(layers_of(model.get_decoder())):
+        layer.requires_grad_(number in numbers)
+
+
+def sample_last(model: Any, method: MethodConfig) -> None:
+    """Train what LISA trains at a time, for a plan: of all draws the last layers' needs most memory.
+
+    Their gradients are there first, while all activations still are. Other methods change nothing.
+    """
+    if (count := method.lisa_activated_layers) is not None:
+        depth = len(layers_of(model.get_decoder()))
+        train_layers(model, range(depth - count, depth))
+
+
+def described(model: torch.nn.Module) -> str:
+    """Describe what is trained by name: `model.layers.28-29 (18), lm_head.weight = model.embed_tokens.weight`."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            names.setdefault(id(parameter), []).append(name)
+    tied = [" = ".join(sorted(same)) for same in names.values() if len(same) > 1]
+    layers: dict[str, set[int]] = {}
+    kinds: dict[str, int] = {}
+    for same in names.values():
+        if len(same) > 1:
+            continue
+        if match := re.fullmatch(r"(.*?)\.(\d+)\.(.*)", same[0]):
+            layers.setdefault(f"{match[1]}.*.{match[3]}", set()).add(int(match[2]))
+        else:
+            kinds[same[0]] = 1
+    parts = [f"{kind} ({', '.join(map(str, sorted(numbers)))})" for kind, numbers in layers.items()]
+    return ", ".join([*parts, *kinds, *tied])
+
+
+def projected_weights(model: Any, config: OptimizerConfig) -> list[str]:
+    """Return the names of the trained matrices whose gradients GaLore or APOLLO projects.
+
+    Raises:
+        ConfigError: `optim_target_modules` matches no linear layer, or none that is trained.
+    """
+    assert config.optim_target_modules is not None
+    trained = dict(model.named_parameters())
+    names = [f"{name}.weight" for name in linear_targets(config.optim_target_modules, model)]
+    if not (weights := [name for name in names if name in trained and trained[name].requires_grad]):
+        raise ConfigError(
+            f"optimizer.optim_target_modules={config.optim_target_modules}: none of these layers is trained: name "
+            "others, or use optimizer=adamw_torch"
+        )
+    return weights
+
+
+def inner_matrices(model: Any) -> list[str]:
+    """Return the names of the trained matrices inside the layers, for Muon: not embeddings, nor the output layer.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    if (head := model.get_output_embeddings()) is not None:
+        tables.add(id(head.weight))
+    matrices = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.ndim == 2 and id(parameter) not in tables
+    ]
+    if not matrices:
+        raise ConfigError("optimizer=muon: no matrix inside the layers is trained: use optimizer=adamw_torch")
+    return matrices
+
+
+def check_trained(model: PreTrainedModel, method: MethodConfig, optimizer: OptimizerConfig) -> None:
+    """Check on a model without values, which is changed, that the config names parameters that it has.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    freeze(model, method)
+    if (count := method.lisa_activated_layers) is not None and count > (depth := len(layers_of(model.get_decoder()))):
+        raise ConfigError(f"method.lisa_activated_layers={count}: this model has {depth} layers")
+    if optimizer.optim in PROJECTED:
+        projected_weights(model, optimizer)
+    elif optimizer.optim == "muon":
+        inner_matrices(model)

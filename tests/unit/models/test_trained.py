@@ -1,0 +1,122 @@
+"""Which of a model's own parameters full fine-tuning in parts trains: of layers, by name, or drawn by LISA."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qlora_exp.config.sections.method import MethodConfig
+from qlora_exp.config.sections.model import ModelConfig
+from qlora_exp.config.sections.optimizer import OptimizerConfig
+from qlora_exp.models import trained
+from qlora_exp.models.adapters import count_parameters, trainable_set
+from qlora_exp.models.base import load_unquantized, skeleton
+from qlora_exp.utils.errors import ConfigError
+
+
+def frozen(**keys):
+    model = skeleton(ModelConfig(model_name_or_path="random:llama", random_config={"num_hidden_layers": 3}))
+    trained.freeze(model, MethodConfig(**keys))
+    return model
+
+
+@pytest.mark.parametrize(("count", "numbers"), [(1, {"2"}), (2, {"1", "2"}), (3, {"0", "1", "2"}), (-1, {"0"})])
+def test_last_or_first_layers_are_trained_and_nothing_else(count: int, numbers: set[str]):
+    names = trainable_set(frozen(trainable_layers=count))
+    assert {name.split(".")[2] for name in names} == numbers
+    assert all(name.startswith("model.layers.") for name in names)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "names"),
+    [
+        (["model.norm.weight"], {"model.norm.weight"}),
+        (["norm"], {"model.norm.weight"}),
+        (["layers.1.mlp.up_proj"], {"model.layers.1.mlp.up_proj.weight"}),
+        (["layers.(0|2).*norm"], {f"model.layers.{n}.{kind}_layernorm.weight" for n in (0, 2)
+                                  for kind in ("input", "post_attention")}),
+        (["embed_tokens", "q_proj"], {"model.embed_tokens.weight",
+                                      *(f"model.layers.{n}.self_attn.q_proj.weight" for n in range(3))}),
+    ],
+)  # fmt: skip
+def test_names_are_whole_parts_of_names(patterns: list[str], names: set[str]):
+    assert trainable_set(frozen(unfrozen_parameters=patterns)) == names
+
+
+def test_the_number_of_a_layer_is_no_beginning_of_another():
+    model = skeleton(ModelConfig(model_name_or_path="random:llama", random_config={"num_hidden_layers": 12}))
+    trained.freeze(model, MethodConfig(unfrozen_parameters=["layers.1"]))
+    assert {name.split(".")[2] for name in trainable_set(model)} == {"1"}
+
+
+def test_layers_and_names_add_up():
+    both = trainable_set(frozen(trainable_layers=1, unfrozen_parameters=["lm_head"]))
+    assert both == trainable_set(frozen(trainable_layers=1)) | {"lm_head.weight"}
+
+
+def test_naming_one_of_two_tied_weights_trains_both_and_counts_them_once():
+    model = load_unquantized(ModelConfig(model_name_or_path="random:opt"))
+    trained.freeze(model, MethodConfig(unfrozen_parameters=["lm_head"]))
+    assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
+    assert model.lm_head.weight.requires_grad
+    assert count_parameters(model)[0] == model.lm_head.weight.numel()
+    assert trained.described(model) == "lm_head.weight = model.decoder.embed_tokens.weight"
+
+
+def test_trained_parameters_are_described_by_kind_and_layer():
+    text = trained.described(frozen(trainable_layers=2, unfrozen_parameters=["norm"]))
+    assert "model.layers.*.mlp.up_proj.weight (1, 2)" in text
+    assert text.endswith("model.norm.weight")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"trainable_layers": 4}, "method.trainable_layers=4: this model has 3 layers"),
+        ({"unfrozen_parameters": ["lm_heed"]}, "'lm_heed' matches no parameter .* did you mean 'lm_head'"),
+        ({"unfrozen_parameters": ["norm", "layers.7"]}, "'layers.7' matches no parameter"),
+    ],
+)
+def test_what_the_model_does_not_have_is_refused_by_name(keys, message: str):
+    with pytest.raises(ConfigError, match=message):
+        frozen(**keys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"trainable_layers": 0}, "trainable_layers=0 trains nothing"),
+        ({"name": "freeze"}, "set one of them"),
+        ({"peft_type": "LORA", "trainable_layers": 1}, "not an adapter"),
+        ({"unfrozen_parameters": ["(a"]}, "not a valid regular expression"),
+        ({"lisa_activated_layers": 1}, "needs both"),
+        ({"name": "lisa"}, "needs both"),
+        ({"lisa_activated_layers": 1, "lisa_interval_steps": 1, "trainable_layers": 1}, "use method=lisa alone"),
+    ],
+)
+def test_contradicting_keys_are_refused(keys, message: str):
+    with pytest.raises(ValueError, match=message):
+        MethodConfig(**keys)
+
+
+@settings(max_examples=8)
+@given(st.integers(1, 3), st.lists(st.sampled_from(["norm", "mlp", "layers.0", "embed_tokens", "lm_head"]), max_size=3))
+def test_trained_are_exactly_the_layers_and_the_named(count: int, patterns: list[str]):
+    names = trainable_set(frozen(trainable_layers=count, unfrozen_parameters=patterns))
+    layers = trainable_set(frozen(trainable_layers=count))
+    named = trainable_set(frozen(unfrozen_parameters=patterns)) if patterns else set()
+    assert names == layers | named
+
+
+def test_lisa_trains_what_is_outside_of_layers_and_plans_with_the_last():
+    model = frozen()
+    trained.sample_last(model, MethodConfig(lisa_activated_layers=1, lisa_interval_steps=2))
+    names = trainable_set(model)
+    assert {name.split(".")[2] for name in names if ".layers." in name} == {"2"}
+    assert {name for name in names if ".layers." not in name} == {
+        "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}  # fmt: skip
+
+
+def test_lisa_of_more_layers_than_there_are_is_refused():
+    method = MethodConfig(lisa_activated_layers=4, lisa_interval_steps=2)
+    with pytest.raises(ConfigError, match="lisa_activated_layers=4: this model has 3 layers"):
+        trained.check_trained(frozen(), method, OptimizerConfig())
