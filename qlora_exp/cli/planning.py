@@ -116,7 +116,7 @@ def plan(options: argparse.Namespace) -> None:
 def _say_formats(configs: Sequence["Config"]) -> None:
     """Say how rows on this machine would be read (`dataset.format=auto`); a plan does not need them."""
     from qlora_exp.config.sections.dataset import is_url, looks_local
-    from qlora_exp.data.recognize import recognized_in
+    from qlora_exp.data.reading.recognize import recognized_in
 
     parts = [part for config in configs for part in config.dataset.parts.values() if part.format == "auto"]
     for part in {part.model_dump_json(): part for part in parts}.values():

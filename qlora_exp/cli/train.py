@@ -110,7 +110,7 @@ def _job(composed: Any) -> None:
 def _single_run(composed: Any, output_dir: Path) -> None:
     """Run a configuration that is not a job of a sweep."""
     from qlora_exp.config.hydra_compose import check
-    from qlora_exp.data.recognize import recognized
+    from qlora_exp.data.reading.recognize import recognized
 
     try:
         checked = recognized(check(composed))

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from qlora_exp.config.sections.dataset import REASONING_GYM, DatasetConfig
 from qlora_exp.data import dialogues
-from qlora_exp.data.sources import Source
+from qlora_exp.data.reading.sources import Source
 from qlora_exp.data.values import as_text
 from qlora_exp.utils import prompt_templates
 from qlora_exp.utils.cache import built
@@ -105,7 +105,7 @@ def clean(source: Source, config: DatasetConfig, path: str) -> tuple[Dataset, Re
     Raises:
         DataError: a column is missing, or a value cannot be learned as it is.
     """
-    assert config.format != "auto", "data.recognize settles it before rows are read"
+    assert config.format != "auto", "data.reading.recognize settles it before rows are read"
     columns = _columns(config)
     if not source.columns:
         raise DataError(f"{path}: it has no rows")

@@ -18,7 +18,7 @@ from qlora_exp.config.sections.dataset import DatasetConfig
 from qlora_exp.config.sections.mixture import REPLAY, MixtureConfig
 from qlora_exp.data import leakage, mixture
 from qlora_exp.data.cleaning import Report, clean, decoded
-from qlora_exp.data.sources import read
+from qlora_exp.data.reading.sources import read
 from qlora_exp.utils.digests import text_digest
 from qlora_exp.utils.errors import DataError
 

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from qlora_exp.config.schema import Config
-from qlora_exp.data.recognize import recognized
+from qlora_exp.data.reading.recognize import recognized
 from qlora_exp.distributed import group
 from qlora_exp.environment.ranks import is_launched, take_place
 from qlora_exp.recipe.inputs import check_config, read_inputs

@@ -88,7 +88,8 @@ def read_inputs(config: Config) -> Inputs:
         ModelError: the model or its tokenizer cannot be loaded or used.
     """
     check_config(config)
-    from qlora_exp.data import sources, tokenization
+    from qlora_exp.data import tokenization
+    from qlora_exp.data.reading import sources
     from qlora_exp.data.rows import load_heldout, load_rows
 
     rows = load_rows(config.dataset, config.unrelated)

@@ -15,7 +15,7 @@ from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.dataset import looks_local
 from qlora_exp.config.untrusted import changed, refuse_plugins
 from qlora_exp.config.values import APART, flatten
-from qlora_exp.data.recognize import recognized
+from qlora_exp.data.reading.recognize import recognized
 from qlora_exp.environment import data_files, hub, provenance
 from qlora_exp.results import bundle, stats
 from qlora_exp.results.record import Record

@@ -179,7 +179,7 @@ def _make(source: str, uri: str | None, where: str, form: str, config: Config) -
 def _measure(source: str, uri: str | None, config: Config, form: str) -> Measured:
     from trl.trainer.utils import add_fused_lm_head
 
-    from qlora_exp.data import sources
+    from qlora_exp.data.reading import sources
     from qlora_exp.deploy import load
     from qlora_exp.environment.device import detect
     from qlora_exp.environment.memory import MemoryMonitor
@@ -214,9 +214,9 @@ def _measure(source: str, uri: str | None, config: Config, form: str) -> Measure
 def _ask_llama_cpp(source: str, uri: str | None, config: Config, form: str) -> tuple[dict[str, float], list[Any]]:
     import torch
 
-    from qlora_exp.data import sources
     from qlora_exp.data.end_of_turn import end_of_turn
     from qlora_exp.data.prompts import chat_template
+    from qlora_exp.data.reading import sources
     from qlora_exp.deploy import load
     from qlora_exp.environment.memory import MemoryMonitor
     from qlora_exp.training import evaluation

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from qlora_exp.config.schema import Config
-from qlora_exp.data.recognize import recognized_each
+from qlora_exp.data.reading.recognize import recognized_each
 from qlora_exp.tracking import run_key
 from qlora_exp.tracking.journal import FILE, is_locked, last_message, read
 from qlora_exp.training.checkpoints import checkpoints, is_complete, step

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qlora_exp.config.schema import Config
-from qlora_exp.data.recognize import recognized
+from qlora_exp.data.reading.recognize import recognized
 from qlora_exp.environment.ranks import ranks, take_place
 from qlora_exp.sweeps.jobs import JOB_FILE, TIME_LIMIT_FILE, stop, stopped
 from qlora_exp.tracking import run_key

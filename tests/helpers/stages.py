@@ -196,7 +196,8 @@ class Stages:
         """The rows, and what was asked of the hub for them."""
         from datasets import Dataset
 
-        from qlora_exp.data import rows, sources
+        from qlora_exp.data import rows
+        from qlora_exp.data.reading import sources
 
         asked: list[Any] = []
         load = sources.load_dataset

@@ -10,8 +10,8 @@ import pytest
 from helpers.rows import ROWS, own_dataset
 
 from qlora_exp.config.sections.dataset import DatasetConfig
-from qlora_exp.data import sources
 from qlora_exp.data.cleaning import Report, clean
+from qlora_exp.data.reading import sources
 from qlora_exp.data.rows import load_rows
 from qlora_exp.utils.errors import DataError
 

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 
 from qlora_exp.config.sections.dataset import DatasetConfig, UnrelatedConfig
 from qlora_exp.config.sections.mixture import MixtureConfig
-from qlora_exp.data import mixture, sources
+from qlora_exp.data import mixture
 from qlora_exp.data.cleaning import clean
+from qlora_exp.data.reading import sources
 from qlora_exp.data.rows import fingerprint, load_heldout, load_rows, order
 from qlora_exp.utils.errors import DataError
 

@@ -11,7 +11,8 @@ import pytest
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.sections.dataset import REASONING_GYM, DatasetConfig
-from qlora_exp.data import scoring, sources
+from qlora_exp.data import scoring
+from qlora_exp.data.reading import sources
 
 pytestmark = pytest.mark.skipif(not scoring.is_possible(), reason="needs seccomp")
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_exp.data import readers
+from qlora_exp.data.reading import readers
 from qlora_exp.data.values import as_text
 from qlora_exp.environment.data_files import File, find
 from qlora_exp.utils.errors import DataError

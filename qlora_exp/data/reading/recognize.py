@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 from qlora_exp.config import crosschecks, idle
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.dataset import DatasetConfig, looks_local, saved_dataset
-from qlora_exp.data import dialogues, readers
-from qlora_exp.data.readers import Row
+from qlora_exp.data import dialogues
+from qlora_exp.data.reading import readers
+from qlora_exp.data.reading.readers import Row
 from qlora_exp.environment import data_files, hub
 from qlora_exp.utils import prompt_templates
 from qlora_exp.utils.env_file import load_env_file
@@ -144,7 +145,7 @@ def first_rows(config: DatasetConfig) -> list[Row]:
             for file in files
             for place, row in islice(readers.rows(file), count)
         ]
-    from qlora_exp.data import sources  # imports datasets, which takes a second
+    from qlora_exp.data.reading import sources  # imports datasets, which takes a second
 
     source = sources.read(config, config.path, config.split)
     return [*islice(source.rows(source.columns), _ROWS)]

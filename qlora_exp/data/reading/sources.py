@@ -17,8 +17,8 @@ from datasets.exceptions import DatasetNotFoundError
 from tqdm import tqdm
 
 from qlora_exp.config.sections.dataset import REASONING_GYM, DatasetConfig, looks_local, saved_dataset
-from qlora_exp.data import readers
-from qlora_exp.data.readers import Row
+from qlora_exp.data.reading import readers
+from qlora_exp.data.reading.readers import Row
 from qlora_exp.data.scoring import Scorer, is_possible
 from qlora_exp.environment import data_files
 from qlora_exp.environment.data_files import File

@@ -22,7 +22,7 @@ from qlora_exp.config.sections.mixture import MixtureConfig
 from qlora_exp.data import label_audit, tokenization
 from qlora_exp.data.end_of_turn import end_of_turn
 from qlora_exp.data.prompts import chat_template
-from qlora_exp.data.recognize import recognize, recognized, recognized_each
+from qlora_exp.data.reading.recognize import recognize, recognized, recognized_each
 from qlora_exp.data.rows import load_rows
 from qlora_exp.tracking.run_key import digests
 from qlora_exp.utils.errors import ConfigError, DataError

@@ -6,7 +6,7 @@ from helpers.rows import ROWS, own_dataset
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.sections.dataset import DatasetConfig
-from qlora_exp.data import sources
+from qlora_exp.data.reading import sources
 from qlora_exp.data.rows import fingerprint, load_rows
 from qlora_exp.utils.errors import DataError
 
