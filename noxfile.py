@@ -28,7 +28,7 @@ Each worker begins with a part of the modules, so that most of what a module's t
 DEEPSPEED = (
     "tests/integration/test_deepspeed.py",
     "tests/unit/libraries/test_deepspeed.py",
-    "tests/unit/models/test_zero3.py",
+    "tests/unit/models/sharding/test_zero3.py",
 )
 TRANSFORMERS_4 = ("torch==2.13.0", "transformers==4.57.6", "accelerate==1.15.0", "sentencepiece==0.2.3")
 VLLM = "vllm==0.33.0"

@@ -34,7 +34,7 @@ from qlora_exp.models.base import (
     stop_strings,
     stop_tokens,
 )
-from qlora_exp.models.sharding import is_sharded
+from qlora_exp.models.sharding.fsdp import is_sharded
 from qlora_exp.training import user_metrics
 from qlora_exp.utils.errors import ConfigError, first_line
 

@@ -27,7 +27,7 @@ from qlora_exp.environment.device import Resolved
 from qlora_exp.environment.efficiency import FlopCounter
 from qlora_exp.environment.memory import MemoryMonitor
 from qlora_exp.libraries import accelerate, deepspeed, trl
-from qlora_exp.models import transformers_4, zero3
+from qlora_exp.models import transformers_4
 from qlora_exp.models.adapters import (
     allocates,
     fit_schedule,
@@ -37,7 +37,8 @@ from qlora_exp.models.adapters import (
     saved_parameters,
 )
 from qlora_exp.models.base import keep_router_setting
-from qlora_exp.models.sharding import is_sharded, save_whole_states, shard, whole_weights
+from qlora_exp.models.sharding import zero3
+from qlora_exp.models.sharding.fsdp import is_sharded, save_whole_states, shard, whole_weights
 from qlora_exp.training.arguments import arguments
 from qlora_exp.training.checkpoints import seal
 from qlora_exp.training.lisa import SampledLayers

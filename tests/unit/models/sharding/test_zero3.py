@@ -9,7 +9,8 @@ import torch
 from torch import distributed
 
 from qlora_exp.environment.device import detect, resolve
-from qlora_exp.models import adapters, base, sharding, zero3
+from qlora_exp.models import adapters, base
+from qlora_exp.models.sharding import fsdp, zero3
 
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs the extra `deepspeed`")
 
@@ -56,7 +57,7 @@ def test_parameter_without_a_gradient_does_not_get_that_of_the_step_before(cpu_o
         optimizers[0].step()
         engine(x, both).backward()
         assert zero3.step(engine) == pytest.approx(float(norm), rel=1e-5)
-        torch.testing.assert_close(sharding.whole_weights(model, {*whole.state_dict()}), whole.state_dict())
+        torch.testing.assert_close(fsdp.whole_weights(model, {*whole.state_dict()}), whole.state_dict())
 
 
 @pytest.mark.usefixtures("_one_process")
@@ -77,8 +78,8 @@ def test_divided_model_is_the_same_model(make_config, cpu_offload):
     ids, whole, model = torch.arange(40, 60)[None], build(), build()
     names, own, divided = adapters.saved_parameters(model), optimizer(whole), optimizer(model)
     engine = zero3.partition(model, divided, "cpu", 0.1, cpu_offload)
-    assert sharding.is_sharded(model)
-    assert not sharding.is_sharded(whole)
+    assert fsdp.is_sharded(model)
+    assert not fsdp.is_sharded(whole)
     assert all(parameter.numel() == 0 for parameter in model.parameters())
     assert adapters.count_parameters(model) == adapters.count_parameters(whole)
 
@@ -94,7 +95,7 @@ def test_divided_model_is_the_same_model(make_config, cpu_offload):
         own.zero_grad()
         assert zero3.step(engine) == pytest.approx(float(norm), rel=1e-5)
         divided.step()  # the trainer calls it too
-        saved, same = sharding.whole_weights(model, names), whole.state_dict()
+        saved, same = fsdp.whole_weights(model, names), whole.state_dict()
         assert saved.keys() == {name for name in same if ".lora_" in name}
         torch.testing.assert_close(saved, {name: same[name] for name in saved})
         assert all(parameter.numel() == 0 for parameter in model.parameters())

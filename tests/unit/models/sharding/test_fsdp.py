@@ -6,7 +6,8 @@ from torch import distributed
 from torch.distributed.tensor import DTensor
 
 from qlora_exp.environment.device import detect, resolve
-from qlora_exp.models import adapters, base, sharding
+from qlora_exp.models import adapters, base
+from qlora_exp.models.sharding import fsdp
 from qlora_exp.utils.errors import ConfigError
 
 
@@ -34,20 +35,20 @@ def test_sharded_model_is_the_same_model(build):
     model, ids = build("method=lora", "method.lora_dropout=0"), torch.arange(40, 60)[None]
     names, whole = adapters.saved_parameters(model), {k: v.clone() for k, v in model.state_dict().items()}
     before = model(input_ids=ids, labels=ids).loss
-    sharding.shard(model, "cpu")
+    fsdp.shard(model, "cpu")
     assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
-    sharding.save_whole_states(optimizer)
+    fsdp.save_whole_states(optimizer)
     loss = model(input_ids=ids, labels=ids).loss
     torch.testing.assert_close(loss, before)
     loss.backward()
     optimizer.step()
 
-    saved = sharding.whole_weights(model, names)
+    saved = fsdp.whole_weights(model, names)
     assert saved.keys() == {name for name in whole if ".lora_" in name}
     assert any(not saved[name].equal(whole[name]) for name in saved)
     model.load_state_dict({name: whole[name] for name in saved}, strict=False)
-    again = sharding.whole_weights(model, names)
+    again = fsdp.whole_weights(model, names)
     assert all(again[name].equal(whole[name]) for name in saved)
 
     state = optimizer.state_dict()
@@ -60,14 +61,14 @@ def test_sharded_model_is_the_same_model(build):
 
 def test_model_that_cannot_be_sharded_is_refused(build):
     with pytest.raises(ConfigError, match="shares parameters between layers"):
-        sharding.shard(build("method=vblora"), "cpu")
+        fsdp.shard(build("method=vblora"), "cpu")
     model = build("method=lora")
     trained = next(parameter for parameter in model.parameters() if parameter.requires_grad)
     trained.data = trained.data.bfloat16()
     with pytest.raises(ConfigError, match=r"trains parameters in torch\.bfloat16 and torch\.float32"):
-        sharding.shard(model, "cpu")
+        fsdp.shard(model, "cpu")
     with pytest.raises(ConfigError, match="no transformer layers"):
-        sharding.shard(torch.nn.Linear(2, 2), "cpu")
+        fsdp.shard(torch.nn.Linear(2, 2), "cpu")
 
 
 def test_parameters_of_an_adapter_are_saved(build):

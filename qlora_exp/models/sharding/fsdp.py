@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_exp.environment.ranks import ranks
-from qlora_exp.models import zero3
+from qlora_exp.models.sharding import zero3
 from qlora_exp.utils.errors import ConfigError
 
 
