@@ -117,9 +117,9 @@ def test_failed_jobs_are_repeated_only_on_request(make_jobs, read_runs, capsys):
 
 def test_job_that_cannot_begin_is_a_failed_run(make_jobs, read_runs, tmp_path, write_jsonl):
     rows = write_jsonl([{"question": "a", "completion": "b"}])
-    own = ["dataset=own", "dataset.prompt_column=prompt", "dataset.completion_column=completion"]
+    own = ["dataset=own", "dataset.format=prompt_completion", f"dataset.path={rows}"]
     with pytest.raises(SweepError):
-        execute(make_jobs("seed", ["1"], *own, f"dataset.path={rows}"))
+        execute(make_jobs("seed", ["1"], *own))
     _, (child,) = read_runs()
     assert (child.info.status, child.data.tags["outcome"]) == ("FAILED", "error")
     assert "no column 'prompt'" in child.data.tags["failure"]

@@ -27,7 +27,7 @@ FILE = ("dataset=own", "dataset.path=rows.jsonl")
         ([*FILE, "dataset.reasoning_gym_size=9"], "is no reasoning_gym:TASK"),
         ([*FILE, "dataset.sources.a.path=x.jsonl"], "dataset.path=rows.jsonl would change nothing: no source takes it"),
         ([*SOURCES, "dataset.input_column=a", *(f"{name}.input_column=x" for name in NAMES)], "no source takes it"),
-        ([*SOURCES, "dataset.text_column=x"], "dataset.text_column=x would change nothing: it is for format=text"),
+        ([*SOURCES, "dataset.format=alpaca", "dataset.text_column=x"], "it is for format=text"),
         ([*SOURCES, "dataset.sources.b.split=test"], "dataset.sources.b.split=test would change nothing: it is for"),
         ([*SOURCES, "dataset.stopping=all_exhausted"], "give sources weights or a temperature"),
         ([*FILE, "dataset.mixing_temperature=2"], "there are no dataset.sources to mix"),
