@@ -30,7 +30,7 @@ def from_dict(values: Any) -> Config:
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_describe(problem) for problem in error.errors())) from error
+        raise ConfigError("\n".join(dict.fromkeys(_describe(problem) for problem in error.errors()))) from error
     if problems := [*crosschecks.problems(config)]:
         raise ConfigError("\n".join(problems))
     return config
@@ -116,7 +116,7 @@ def no_such_key(key: str) -> str:
 
 
 def _describe(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"] if not str(part).startswith("literal["))
+    where = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("literal[", "constrained-")))
     if problem["type"] == "extra_forbidden":
         group, _, inner = where.partition(".")
         if group == "experiment" or inner.partition(".")[0] in ("hydra", *Config.model_fields):

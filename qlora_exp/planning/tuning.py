@@ -127,8 +127,8 @@ def choose(
         rates: its rates.
 
     Returns:
-        The fastest that fits. Times within `_EQUAL` count as equal: then the configured batch is kept if it is among
-        them, else the one that takes the least memory is taken. If none fits, the one that takes the least memory.
+        The fastest that fits, or the fastest with the configured batch if that is as fast within `_EQUAL`; if none
+        fits, the one that takes the least memory.
 
     Raises:
         ConfigError: the run cannot be planned.
@@ -137,13 +137,10 @@ def choose(
     found = [*_candidates(config, resolved, lengths, evaluated, device, rates)]
     if fitting := [choice for choice in found if choice.fits]:
         enough = _EQUAL * min(choice.seconds for choice in fitting)
-        fast = [choice for choice in fitting if choice.seconds <= enough]
-        return next((choice for choice in fast if choice.rows == resolved.per_device_train_batch_size), _least(fast))
-    return _least(found)
-
-
-def _least(choices: Sequence[Choice]) -> Choice:
-    return min(choices, key=lambda choice: choice.peak)
+        configured = [choice for choice in fitting if choice.rows == resolved.per_device_train_batch_size]
+        kept = [choice for choice in configured if choice.seconds <= enough]
+        return min(kept or fitting, key=lambda choice: choice.seconds)
+    return min(found, key=lambda choice: choice.peak)
 
 
 def _candidates(

@@ -69,8 +69,8 @@ def table(
 ) -> tuple[list[str], list[list[str]]]:
     """Return headings and rows as text, all or only some; rows without a successful run come last."""
     chosen = PRESETS[preset]
-    if chosen and comparison.metric.startswith("metric/"):  # no set knows metrics of packages
-        chosen = (*chosen, comparison.metric)
+    if chosen and comparison.metric != "loss":  # which is in each set, or its perplexity
+        chosen = (*chosen, _heading(f"after/{comparison.metric}"))
     columns = [(name, read) for name, read in _columns(comparison) if chosen is None or name in chosen]
     label_keys = list(comparison.rows[0].label)
     headings = [*label_keys, "seeds", *(name for name, _ in columns)]
@@ -100,7 +100,7 @@ def _columns(comparison: Comparison) -> list[tuple[str, Callable[[Row], str]]]:
         (f"{phase.replace('_', ' ')} MiB", f"memory/{phase}/{memory_kind}_peak_mib", ",.0f") for phase in _PHASES
     ]
     scores = [
-        (name.removeprefix("after/").removeprefix("lm_eval/").removeprefix("source_"), name, form)
+        (_heading(name), name, form)
         for prefix, form in (("after/source_loss/", ".4f"), ("after/metric/", ".4g"), ("after/lm_eval/", ".3f"))
         for name in sorted({name for row in measured for record in row.records for name in record.metrics})
         if name.startswith(prefix)
@@ -118,6 +118,11 @@ def _columns(comparison: Comparison) -> list[tuple[str, Callable[[Row], str]]]:
             ("time", lambda row: f"{seconds / base:.2f}x" if (seconds := _seconds(row)) else ""),
         ]
     return columns
+
+
+def _heading(metric: str) -> str:
+    usual = {name: heading for heading, name, _ in _COLUMNS}
+    return usual.get(metric) or metric.removeprefix("after/").removeprefix("lm_eval/").removeprefix("source_")
 
 
 def _reader(metric: str, number_format: str) -> Callable[[Row], str]:

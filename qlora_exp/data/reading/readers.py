@@ -200,10 +200,11 @@ class _JsonReader:
             try:
                 value, end = DECODER.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
+                read = self._text[self._at : error.pos]
                 cut_off = error.msg.startswith("Unterminated") or error.pos > len(self._text) - _LONGEST_WORD
                 if cut_off and self._more():
                     continue
-                self._line += self._text.count("\n", self._at, error.pos)
+                self._line += (read.rstrip() if "delimiter" in error.msg else read).count("\n")  # where it is missing
                 raise self._damaged(error.msg) from error
             except (ValueError, RecursionError) as error:  # a repeated key, too long a number, too deep a nesting
                 raise self._damaged(str(error)) from error

@@ -349,7 +349,10 @@ def _unknown(kinds: Mapping[str, set[str]]) -> str:
     elif {"chosen", "rejected"} <= names:
         why = "preferences without prompts; dataset.format=text dataset.text_column=chosen learns whole chosen texts"
     elif names & {*_PROMPTS} and not any(kinds[name] & {*_TEXTS, *_DIALOGUES} for name in answers):
-        why = "there are prompts and no answers of text"
+        why = (
+            "there are prompts and no answers of text under a usual name; set dataset.completion_column to the column "
+            "with the answers"
+        )
     else:
         why = "they have other names; set dataset.format and its columns (`qlora-exp keys dataset` lists them)"
     return f"dataset.format=auto recognizes no format in the columns {listed}: {why}"

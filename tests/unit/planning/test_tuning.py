@@ -82,7 +82,7 @@ def choice(rows: int, seconds: float, peak: int, fits: bool = True) -> tuning.Ch
     [
         ([choice(1, 1.0, 1), choice(8, 1.1, 8)], 8),  # as configured, since it is as fast
         ([choice(1, 1.0, 1), choice(8, 1.2, 8)], 1),
-        ([choice(1, 1.02, 1), choice(2, 1.0, 2), choice(8, 1.3, 8)], 1),
+        ([choice(1, 1.02, 1), choice(2, 1.0, 2), choice(8, 1.3, 8)], 2),
         ([choice(1, 1.0, 1), choice(8, 0.5, 8, fits=False)], 1),
         ([choice(1, 2.0, 1, fits=False), choice(8, 1.0, 8, fits=False)], 1),
     ],

@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 from helpers.past_runs import ROWS, recorded, shifted
@@ -46,7 +47,10 @@ def test_every_score_has_a_column(past_runs):
     scores = {"after/lm_eval/arc/acc": 0.25, "after/lm_eval/mmlu/acc": 0.5, "after/task_score": 1.0, "train/loss": 2.5}
     past_runs([3.0, 3.1], metrics=scores)
     past_runs([3.0, 3.2], seed=2, metrics=scores)
-    headings, (row,) = report.table(compare(find(past_runs.uri, experiment=past_runs.experiment)))
+    found = compare(find(past_runs.uri, experiment=past_runs.experiment))
+    headings, (row,) = report.table(found)
+    for metric, heading in {"lm_eval/arc/acc": "arc/acc", "task_score": "task score"}.items():
+        assert heading in report.table(replace(found, metric=metric), "cost")[0]  # what is compared is shown
     shown = dict(zip(headings, row, strict=True))
     assert {name: shown[name] for name in ("arc/acc", "mmlu/acc", "task score", "train loss")} == {
         "arc/acc": "0.250", "mmlu/acc": "0.500", "task score": "1.000", "train loss": "2.5000"

@@ -191,6 +191,7 @@ def test_parquet_values_keep_their_type(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("a.jsonl", '{"a": 1}\n{"a": 2\n{"a": 3}', "line 2: cannot be read as json: Expecting ','"),
         ("a.jsonl", '{"a": 1}\n{"a": 007}', "line 2: cannot be read as json: Expecting ','"),
         ("a.jsonl", '{"a": "b}\n{"a": "b"}', "line 1: cannot be read as json: Invalid control character"),
         ("a.jsonl", '{"a": "b"}\n{"a": "b', "line 2: cannot be read as json: Unterminated"),
