@@ -127,7 +127,8 @@ def page(results: dict[str, dict[str, str]], libraries: dict[str, str]) -> str:
         text += _row([f"`{family}`", MODELS[family], *(_cell(verdicts.get(feature)) for feature in FEATURES)])
         for feature in FEATURES:
             if (verdict := verdicts.get(feature, WORKS)) != WORKS:
-                reasons.setdefault((feature, verdict.removeprefix(REFUSED)), []).append(f"`{family}`")
+                why = verdict.removeprefix(REFUSED).replace(f"of type {family} are", "of this type are")
+                reasons.setdefault((feature, why), []).append(f"`{family}`")  # one line for all with the same reason
     text += "\n## Why not\n\n" + _row(["what", "families", "why"]) + _row(["---"] * 3)
     order = sorted(reasons.items(), key=lambda each: FEATURES.index(each[0][0]))
     return text + "".join(_row([feature, ", ".join(on), why.replace("|", "/")]) for (feature, why), on in order)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from campaign.world import QUICK, STORE, Command, World, train
-from qlora_exp.config.schedules import SETTINGS
+from qlora_exp.config.tables.schedules import SETTINGS
 from qlora_exp.sweeps.jobs import state
 
 _NEEDS_A_MINIMUM = ("cosine_with_min_lr", "cosine_warmup_with_min_lr")

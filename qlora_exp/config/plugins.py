@@ -7,8 +7,9 @@ never loaded, unless the user names it too (`untrusted`).
 import functools
 import importlib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -82,6 +83,30 @@ class Plugin:
             return functools.reduce(getattr, attribute.split("."), importlib.import_module(module))
         except (Exception, SystemExit) as error:  # it may raise anything
             raise ConfigError(f"{self} cannot be imported ({self.value}): {type_and_first_line(error)}") from error
+
+    def function(self, required: Sequence[str], optional: Sequence[str]) -> tuple[Callable[..., Any], tuple[str, ...]]:
+        """Import it, and return it with those of the optional arguments that it takes.
+
+        Args:
+            required: names of its arguments by position.
+            optional: further arguments, which it gets by name if it names them.
+
+        Raises:
+            ConfigError: it cannot be imported, is no function, or takes other arguments.
+        """
+        function = self.load()
+        if inspect.isclass(function) or not callable(function):
+            kind = "class" if inspect.isclass(function) else type(function).__name__
+            raise ConfigError(f"{self} is of the type {kind}, not a function ({self.value})")
+        try:
+            signature = inspect.signature(function)
+            taken = tuple(name for name in optional if name in signature.parameters)
+            signature.bind(*required, **dict.fromkeys(taken))
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{self} must take the arguments {', '.join(required)}, and may take {' and '.join(optional)}: {error}"
+            ) from error
+        return function, taken
 
 
 def named(config: Config) -> list[tuple[Kind, str]]:

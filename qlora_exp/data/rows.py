@@ -174,7 +174,9 @@ def _split(config: DatasetConfig, source: str | None = None) -> _Split:
     shuffled = order(len(rows), config.split_seed)
 
     def key(name: str) -> str:
-        return f"dataset.{name}" if source in (None, "dataset") else f"dataset.{name} (of {source})"
+        if source == REPLAY:
+            return f"unrelated.{name}"
+        return f"dataset.{name}" if source in (None, "dataset") else f"dataset.sources.{source}.{name}"
 
     if config.eval_path or config.eval_split:
         path = config.eval_path or config.path

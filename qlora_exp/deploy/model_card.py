@@ -284,7 +284,7 @@ def _results(record: Record) -> list[list[str]]:
             values = (record.metrics.get(f"{moment}/{key}", math.nan) for moment in ("before", "after"))
             first, last = ("-" if math.isnan(value) else format(value, form) for value in values)
             rows.append([name, first, last, "-"])
-    return [*rows, *([*values, "-"] for values in summary.scores(record.metrics, "metric/", ".4g"))]
+    return [*rows, *([*values, "-"] for values in summary.scores(record.metrics, "metric/"))]
 
 
 def _losses(rows: list[dict[str, float]]) -> Any:

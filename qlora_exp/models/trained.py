@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from qlora_exp.config.sections.method import MethodConfig
+from qlora_exp.config.sections.method import MethodConfig, names_in
 from qlora_exp.config.sections.optimizer import OptimizerConfig
 from qlora_exp.config.tables.optimizers import PROJECTED
 from qlora_exp.models.targets import count_kinds, is_within, linear_targets, parts_without_text
@@ -18,9 +18,12 @@ from qlora_exp.utils.errors import ConfigError, did_you_mean
 
 
 def layers_of(model: Any) -> list[torch.nn.Module]:
-    """Return the decoder's layers: the longest module list, of equally long ones the one with the most modules."""
-    lists = [list(module) for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    return max(lists, key=lambda layers: (len(layers), sum(len([*layer.modules()]) for layer in layers)))
+    """Return the decoder's layers: the module list with the most modules in it.
+
+    Not the longest one: a layer may have a list of more experts than there are layers.
+    """
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return [*max(lists, key=lambda layers: len([*layers.modules()]))]
 
 
 def freeze(model: Any, method: MethodConfig) -> None:
@@ -37,8 +40,7 @@ def freeze(model: Any, method: MethodConfig) -> None:
     apart = parts_without_text(model)
     named = dict(model.named_parameters(remove_duplicate=False))
     for pattern in method.unfrozen_parameters:
-        # A whole name, the end of one, or a module with all that is in it.
-        matches = re.compile(rf"(?:.*\.)?(?:{pattern})(?:\..*)?").fullmatch
+        matches = names_in(pattern).fullmatch
         matching = [name for name in named if matches(name) and not is_within(name, apart)]
         if not matching:
             kinds = count_kinds(name for name in named if not is_within(name, apart))
@@ -79,23 +81,26 @@ def sample_last(model: Any, method: MethodConfig) -> None:
 
 
 def described(model: torch.nn.Module) -> str:
-    """Describe what is trained by name: `model.layers.28-29 (18), lm_head.weight = model.embed_tokens.weight`."""
+    """Describe what is trained: names with the numbers of layers, `layers.*.mlp.up_proj.weight (28, 29)`, then others.
+
+    Names of tied weights are joined: `lm_head.weight = model.embed_tokens.weight`.
+    """
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:
             names.setdefault(id(parameter), []).append(name)
     tied = [" = ".join(sorted(same)) for same in names.values() if len(same) > 1]
     layers: dict[str, set[int]] = {}
-    kinds: dict[str, int] = {}
+    others = []
     for same in names.values():
         if len(same) > 1:
             continue
         if match := re.fullmatch(r"(.*?)\.(\d+)\.(.*)", same[0]):
             layers.setdefault(f"{match[1]}.*.{match[3]}", set()).add(int(match[2]))
         else:
-            kinds[same[0]] = 1
+            others.append(same[0])
     parts = [f"{kind} ({', '.join(map(str, sorted(numbers)))})" for kind, numbers in layers.items()]
-    return ", ".join([*parts, *kinds, *tied])
+    return ", ".join([*parts, *others, *tied])
 
 
 def projected_weights(model: Any, config: OptimizerConfig) -> list[str]:

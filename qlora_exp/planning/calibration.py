@@ -116,14 +116,14 @@ def plan_run(config: "Config", resolved: "Resolved", longest: int, evaluated: in
     return metrics
 
 
-def digest(config: "Config", resolved: "Resolved", *lengths: Any) -> str:
-    """Return a digest of everything that a plan for rows of these lengths may depend on."""
+def digest(config: "Config", resolved: "Resolved", *more: Any) -> str:
+    """Return a digest of everything that a plan may depend on; `more` are lengths of rows and what else it uses."""
     apart = {*APART, "seed", "dataset", "unrelated", "evaluation"}
     values = config.model_dump(
         mode="json", exclude=dict.fromkeys(apart, True) | {"training": {"learning_rate", "max_steps"}}
     )
     base = run_key.model_version(config.model.model_name_or_path, config.model.revision)
-    parts = values, asdict(resolved), lengths, base, run_key.code_digest(), libraries()
+    parts = values, asdict(resolved), more, base, run_key.code_digest(), libraries()
     return json_digest(parts)
 
 

@@ -28,8 +28,6 @@ PYTHON_SECONDS = 40e-6
 
 Source: docs/planning.md, "Against an H100": a step of 10,781 operations took 0.43 s with one row.
 """
-
-
 PYTHON_SECONDS_OF_CPU = 10e-6
 """The same for an operation of a CPU."""
 

@@ -68,9 +68,12 @@ def saved_config(
         raise ModelError(f"{source}: {CONFIG_FILE} is damaged: {error}") from error
     try:
         with compatibility.ignored():  # it was trained, so what would be refused now worked then
-            return from_dict(recorded | {"device": device})
+            config = from_dict(recorded | {"device": device})
     except ConfigError as error:
         raise ModelError(f"{source}: its config does not match this version of qlora_exp: {error}") from error
+    if config.dataset.format == "auto":  # runs record what was recognized
+        raise ModelError(f"{source}: {CONFIG_FILE} is damaged: dataset.format=auto does not say how it is prompted")
+    return config
 
 
 @dataclass(frozen=True)

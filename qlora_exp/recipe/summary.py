@@ -1,6 +1,6 @@
 """Summarize a run in two small tables: on the terminal at its end, and at the top of its page in MLflow."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
@@ -24,6 +24,8 @@ QUALITY = (
     ("generated_tokens_per_second", "generated tokens/s", ".1f"),
 )
 """Metric, its name in the tables, its number format."""
+SCORES = {"source_loss/": ".4f", "metric/": ".4g", "lm_eval/": ".3f"}
+"""Beginnings of the names of metrics of which a run may have any number, and their number formats."""
 _PHASES = ("load", "initialize", "first_step", "steady", "evaluation", "evaluate_after", "generate_after", "save")
 
 
@@ -34,13 +36,18 @@ def _quality(metrics: Mapping[str, float]) -> list[tuple[str, str, str]]:
         if f"after/{key}" in metrics:
             before = metrics.get(f"before/{key}")
             rows.append((name, "-" if before is None else format(before, spec), format(metrics[f"after/{key}"], spec)))
-    groups = [("source_loss/", ".4f"), ("metric/", ".4g"), ("lm_eval/", ".3f")]
-    return [*rows, *(row for group, spec in groups for row in scores(metrics, group, spec))]
+    return [*rows, *(row for group in SCORES for row in scores(metrics, group))]
 
 
-def scores(metrics: Mapping[str, float], group: str, spec: str) -> list[tuple[str, str, str]]:
-    """List name, value before training and value after it of each metric whose name begins with `group`."""
-    rows = []
+def names_of_scores(metrics: Iterable[str]) -> dict[str, str]:
+    """Return those of these names that are scores after training, in the order of `SCORES`, and their formats."""
+    names = sorted({*metrics})
+    return {name: spec for group, spec in SCORES.items() for name in names if name.startswith(f"after/{group}")}
+
+
+def scores(metrics: Mapping[str, float], group: str) -> list[tuple[str, str, str]]:
+    """List name, value before training and value after it of each metric of a group of `SCORES`."""
+    rows, spec = [], SCORES[group]
     names = {name for key in metrics if (name := key.partition("/")[2]).startswith(group)}
     for name in sorted(names):  # a metric of a package may have failed at one of the two moments
         values = (metrics.get(f"{moment}/{name}") for moment in ("before", "after"))

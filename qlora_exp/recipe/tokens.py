@@ -60,9 +60,8 @@ def tokenize(config: Config, inputs: Inputs) -> Tokens:
     """
     max_length = config.training.max_length
     tokenizer = load_tokenizer(config.model)
-    once = tokenization.tokenize(inputs.rows.train, config, tokenizer)
-    audits = _audits(config, inputs, once, tokenizer)
-    train = inputs.rows.epoch(once)
+    train = inputs.rows.epoch(tokenization.tokenize(inputs.rows.train, config, tokenizer))
+    audits = _audits(config, inputs, train, tokenizer)
     heldout_tokens = tokenization.tokenize(inputs.rows.heldout, config, tokenizer)
     heldout_rows, heldout = tokenization.cut(inputs.rows.heldout, heldout_tokens, max_length)
     unrelated_rows = unrelated = None
@@ -71,14 +70,13 @@ def tokenize(config: Config, inputs: Inputs) -> Tokens:
     return Tokens(tokenizer, train, heldout, heldout_rows, unrelated, unrelated_rows, audits)
 
 
-def _audits(config: Config, inputs: Inputs, once: Dataset, tokenizer: Any) -> dict[str, label_audit.LabelAudit]:
+def _audits(config: Config, inputs: Inputs, train: Dataset, tokenizer: Any) -> dict[str, label_audit.LabelAudit]:
     """Audit the labels of each source, whose prompt format says what ends an answer."""
     rows, audits = inputs.rows, {}
-    epoch = rows.epoch(once)
     sources = rows.epoch(rows.train).with_format(None)[SOURCE][:] if rows.portions else []
     saved = config.dataset.format  # what ends the saved model's answers is said of all rows
     for name, part in sorted(config.parts.items(), key=lambda item: item[1].format != saved):
-        own = epoch.select([place for place, source in enumerate(sources) if source == name]) if sources else epoch
+        own = train.select([place for place, source in enumerate(sources) if source == name]) if sources else train
         end = end_of_turn(tokenizer, chat_template(part, tokenizer))
         audits[name] = label_audit.audit(
             own, config.training.max_length, tokenizer, end, source=name if sources else None

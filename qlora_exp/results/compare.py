@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from qlora_exp.recipe.summary import names_of_scores
 from qlora_exp.results.metric_direction import facts_of, lower_is_better, recorded_facts
 from qlora_exp.results.record import Record
 from qlora_exp.results.row import Row
@@ -86,7 +87,7 @@ def compare(records: Sequence[Record], metric: str = "loss", baseline: str | Non
 
     Args:
         records: runs of any outcome; failed runs are listed but not compared.
-        metric: name from METRICS, an lm-eval metric `lm_eval/TASK/METRIC`, or an installed package's `metric/NAME`.
+        metric: name from METRICS, `source_loss/NAME`, `lm_eval/TASK/METRIC`, or an installed package's `metric/NAME`.
         baseline: row that the others are compared with, given by a part of its name such as `method.name=lora`.
             Default: the first row.
 
@@ -100,15 +101,8 @@ def compare(records: Sequence[Record], metric: str = "loss", baseline: str | Non
             f"none of these {len(records)} runs succeeded (outcomes: {outcomes}), so there is nothing to compare"
         )
     if not any(row.mean(f"after/{metric}") for row in ended):
-        scored = sorted(
-            {
-                name[6:]
-                for row in ended
-                for difference in row.records
-                for name in difference.metrics
-                if name.startswith(("after/lm_eval/", "after/source_loss/", "after/metric/"))
-            }
-        )
+        names = names_of_scores(name for row in ended for record in row.records for name in record.metrics)
+        scored = [name.removeprefix("after/") for name in names]
         available = ", ".join(name for name in (*METRICS, *scored) if any(row.mean(f"after/{name}") for row in ended))
         raise ConfigError(f"--metric {metric}: these runs did not measure it; available: {available}")
     measured = [row for row in ended if row.mean(f"after/{metric}")]

@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
+from qlora_exp.recipe.summary import names_of_scores
 from qlora_exp.results import tuned
 from qlora_exp.results.compare import Comparison
 from qlora_exp.results.page import data, looks, page
@@ -99,12 +100,8 @@ def _columns(comparison: Comparison) -> list[tuple[str, Callable[[Row], str]]]:
     memory += [
         (f"{phase.replace('_', ' ')} MiB", f"memory/{phase}/{memory_kind}_peak_mib", ",.0f") for phase in _PHASES
     ]
-    scores = [
-        (_heading(name), name, form)
-        for prefix, form in (("after/source_loss/", ".4f"), ("after/metric/", ".4g"), ("after/lm_eval/", ".3f"))
-        for name in sorted({name for row in measured for record in row.records for name in record.metrics})
-        if name.startswith(prefix)
-    ]
+    names = (name for row in measured for record in row.records for name in record.metrics)
+    scores = [(_heading(name), name, form) for name, form in names_of_scores(names).items()]
     used_columns = [column for column in (*_COLUMNS[:2], *memory, *_COLUMNS[2:], *scores)
                     if any(row.mean(column[1]) for row in measured)]  # fmt: skip
     columns = [(name, _reader(metric, form)) for name, metric, form in used_columns]

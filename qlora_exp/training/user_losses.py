@@ -5,7 +5,6 @@ each, a tensor of the same shape. Padding, prompts, packing, gradient accumulati
 of it: TRL's trainer divides the sum by the number of learned tokens of the whole step, as it does for its own losses.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -66,17 +65,8 @@ def load(name: str) -> Loss:
         ConfigError: it is not installed, cannot be imported, or does not give a finite loss and gradient.
     """
     plugin = plugins.find("loss", name)
-    function = plugin.load()
-    if inspect.isclass(function) or not callable(function):
-        raise ConfigError(f"{plugin} is not a function ({plugin.value})")
-    try:
-        asks_for_entropy = "entropy" in inspect.signature(function).parameters
-        inspect.signature(function).bind(None, **({"entropy": None} if asks_for_entropy else {}))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{plugin} must take the arguments log_probs and, if it needs it, entropy: {error}"
-        ) from error
-    loss = Loss(plugin, function, asks_for_entropy)
+    function, taken = plugin.function(("log_probs",), ("entropy",))
+    loss = Loss(plugin, function, "entropy" in taken)
     log_probs = torch.tensor([-1e-4, -1.0, -12.0], requires_grad=True)
     entropy = torch.tensor([1e-3, 1.5, 6.0], requires_grad=True)
     try:

@@ -4,7 +4,6 @@ A metric is a function of two lists of texts, answers and references. It returns
 all of them. What it declares, as attributes: `higher_is_better`, and optionally `range` and `unit` of its scores.
 """
 
-import inspect
 import logging
 import math
 import numbers
@@ -22,8 +21,6 @@ log = logging.getLogger(__name__)
 
 PREFIX = "metric/"
 """What the names of their scores begin with, in results and in samples."""
-_OPTIONAL = ("prompts", "rows")
-"""Further arguments, which a metric gets if it names them."""
 _SLACK = 1e-9
 """How far rounding may take a score out of its range."""
 _ANYTHING = (-math.inf, math.inf)
@@ -89,18 +86,7 @@ def load(name: str) -> Metric:
         ConfigError: it is not installed, cannot be imported, or is no such function.
     """
     plugin = plugins.find("metric", name)
-    function = plugin.load()
-    if inspect.isclass(function) or not callable(function):
-        kind = "a class" if inspect.isclass(function) else f"a {type(function).__name__}"
-        raise ConfigError(f"{plugin} is {kind}, not a function ({plugin.value})")
-    try:
-        parameters = inspect.signature(function).parameters
-        asks_for = tuple(key for key in _OPTIONAL if key in parameters)
-        inspect.signature(function).bind([], [], **dict.fromkeys(asks_for, ()))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{plugin} must take the arguments answers, references and, if it needs them, prompts and rows: {error}"
-        ) from error
+    function, asks_for = plugin.function(("answers", "references"), ("prompts", "rows"))
     higher = getattr(function, "higher_is_better", None)
     if not isinstance(higher, bool):
         raise ConfigError(

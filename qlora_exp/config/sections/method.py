@@ -13,6 +13,17 @@ PARTS = ("trainable_layers", "unfrozen_parameters", "lisa_activated_layers", "li
 """Keys of full fine-tuning that trains a part of the model, or parts of it in turn."""
 
 
+def names_in(pattern: str) -> re.Pattern[str]:
+    """Return the expression that names of parameters match in full if an item of `unfrozen_parameters` names them.
+
+    An item is a whole name, the end of one, or a module with all that is in it.
+
+    Raises:
+        re.error: it is no regular expression, or none inside another one (`(?i)`).
+    """
+    return re.compile(rf"(?:.*\.)?(?:{pattern})(?:\..*)?")
+
+
 class MethodConfig(PeftSettings):
     """Which parameters are trained. Any further key is a setting of the PEFT config that belongs to `peft_type`."""
 
@@ -81,7 +92,7 @@ class MethodConfig(PeftSettings):
             yield "freeze trains all parameters without trainable_layers and unfrozen_parameters: set one of them"
         for pattern in self.unfrozen_parameters:
             try:
-                re.compile(pattern)
+                names_in(pattern)
             except re.error as error:
                 yield f"unfrozen_parameters: '{pattern}' is not a valid regular expression: {error}"
 

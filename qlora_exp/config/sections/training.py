@@ -5,9 +5,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
-from qlora_exp.config import schedules
 from qlora_exp.config.sections.base import Interval, NonNegative, PluginName, Section
-from qlora_exp.config.tables import sft_arguments
+from qlora_exp.config.tables import schedules, sft_arguments
 
 
 class TrainingConfig(Section):

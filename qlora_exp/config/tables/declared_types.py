@@ -1,13 +1,16 @@
-"""Types of the settings of libraries, as the JSON files of this folder describe them, and their check.
+"""Check settings by the types that libraries declare, and read these types from the JSON files of this folder.
 
 The files are written by `nox -s library-settings` from the annotations of the installed libraries, so that a config is
 checked without importing them.
 """
 
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from qlora_exp.utils.errors import did_you_mean
 
 PLAIN: dict[str, Any] = {
     "any": Any,
@@ -57,6 +60,25 @@ def misfit(accepts: TypeAdapter[Any], value: Any) -> str | None:
         reasons = dict.fromkeys(problem["msg"] for problem in error.errors()[:3])
         return f"{'; or '.join(reasons)}; got {value!r}"
     return None
+
+
+def problems(where: str, owner: str, allowed: Mapping[str, Any], given: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a message for each setting that its owner does not have, or whose value does not fit.
+
+    Args:
+        where: key of the config with the settings, such as `optim_args`.
+        owner: what the settings are of, as the config names it: `optim=sgd`.
+        allowed: type of each setting that it has.
+        given: the settings and their values.
+    """
+    for name, value in given.items():
+        if name not in allowed:
+            yield (
+                f"{where}.{name}: {owner} has no such setting{did_you_mean(name, allowed)} "
+                f"Its settings: {', '.join(allowed) or 'none'}"
+            )
+        elif why := misfit(validator(allowed[name]), value):
+            yield f"{where}.{name}: {why}"
 
 
 def other_version(made_for: dict[str, str]) -> str:

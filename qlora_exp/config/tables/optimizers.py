@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
+from pydantic import Field, PositiveInt
 
-from qlora_exp.utils.errors import ConfigError, did_you_mean
+from qlora_exp.config.tables import declared_types
+from qlora_exp.utils.errors import ConfigError
 
 _Positive = Annotated[float, Field(gt=0)]
 _NotNegative = Annotated[float, Field(ge=0)]
@@ -74,18 +75,6 @@ def check_package(optim: str) -> None:
 
 def problems(optim: str, given: dict[str, Any]) -> Iterator[str]:
     """Yield a message for each of the given settings that the optimizer does not have, or whose value does not fit."""
-    allowed = SETTINGS.get(optim, {})
-    for name, value in given.items():
-        where = f"optim_args.{name}"
-        if name not in allowed:
-            yield (
-                f"{where}: optim={optim} has no such setting{did_you_mean(name, allowed)} "
-                f"Its settings: {', '.join(allowed) or 'none'}"
-            )
-            continue
-        try:
-            TypeAdapter(allowed[name]).validate_python(value, strict=True)
-        except ValidationError as error:
-            yield f"{where}: {error.errors()[0]['msg']}, got {value!r}"
+    yield from declared_types.problems("optim_args", f"optim={optim}", SETTINGS.get(optim, {}), given)
     if given.get("nesterov") and optim == "sgd" and (not given.get("momentum") or given.get("dampening")):
         yield "optim_args.nesterov needs optim_args.momentum above 0, and no dampening"

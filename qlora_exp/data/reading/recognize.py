@@ -267,7 +267,7 @@ def _asked_and_answered(
     """Return the columns of a row that may be its prompt, and those that may be its answer."""
 
     def of(candidates: Sequence[str]) -> list[str]:
-        found = [names[name] for name in candidates if name in names]
+        found = [name for candidate in candidates for name in kinds if name.strip().casefold() == candidate]
         return [name for name in found if kinds[name] in (*_TEXTS, *_DIALOGUES)]
 
     if {"instruction", "input", "output"} <= names.keys():  # whatever was made of them, such as a column `text`
@@ -322,7 +322,9 @@ def _settings(
         )
     if "history" in names:
         more.setdefault("history_column", names["history"])
-    context = named.get("input_column") or next((names[name] for name in _CONTEXTS if name in names), None)
+    # Not only a context that these rows have: later ones may have more.
+    known = (names, {name.strip().casefold(): name for name in kinds})
+    context = named.get("input_column") or next((by[name] for by in known for name in _CONTEXTS if name in by), None)
     taken = None if context in columns.values() else context
     settings = {**columns, "input_column": taken}
     is_alpaca = [name.casefold() for name in columns.values()] == ["instruction", "output"]
@@ -330,7 +332,6 @@ def _settings(
     is_chat |= bool(beside or kinds_of & {*_DIALOGUES})
     if is_alpaca:
         form, what = "chat" if is_chat else "alpaca", "Alpaca's"
-        settings["input_column"] = taken or next((name for name in kinds if name.casefold() == "input"), None)
     else:
         form, what = "chat" if is_chat else "prompt_completion", "prompt and answer"
     what = "conversational prompt and completion" if kinds_of & {*_DIALOGUES} else what

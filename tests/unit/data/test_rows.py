@@ -278,7 +278,7 @@ def test_text_that_measures_forgetting_is_not_trained_on(several: bool, mixed, w
 
 def test_source_without_rows_is_named(mixed, write_jsonl):
     few = {"asked": {"path": write_jsonl(ROWS[:2], "few.jsonl"), "drop_matching": "0"}}
-    with pytest.raises(DataError, match=r"dataset\.eval_size \(of asked\)=0\.1: only 1 rows to split"):
+    with pytest.raises(DataError, match=r"dataset\.sources\.asked\.eval_size=0\.1: only 1 rows to split"):
         load_rows(mixed("asked", "story", more=few))
     same = {"asked": {"eval_path": mixed("asked").sources["asked"]["path"]}}
     with pytest.raises(DataError, match=r"dataset\.sources: no rows of asked are left for training or for evaluation"):

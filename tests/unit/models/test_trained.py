@@ -1,6 +1,7 @@
 """Which of a model's own parameters full fine-tuning in parts trains: of layers, by name, or drawn by LISA."""
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,6 +49,14 @@ def test_the_number_of_a_layer_is_no_beginning_of_another():
     assert {name.split(".")[2] for name in trainable_set(model)} == {"1"}
 
 
+def test_layers_are_found_though_each_has_more_experts_than_there_are_layers():
+    def layer():
+        return torch.nn.ModuleDict({"experts": torch.nn.ModuleList(torch.nn.Linear(1, 1) for _ in range(5))})
+
+    model = torch.nn.Sequential(torch.nn.ModuleList(layer() for _ in range(2)))
+    assert trained.layers_of(model) == [*model[0]]
+
+
 def test_layers_and_names_add_up():
     both = trainable_set(frozen(trainable_layers=1, unfrozen_parameters=["lm_head"]))
     assert both == trainable_set(frozen(trainable_layers=1)) | {"lm_head.weight"}
@@ -88,6 +97,7 @@ def test_what_the_model_does_not_have_is_refused_by_name(keys, message: str):
         ({"name": "freeze"}, "set one of them"),
         ({"peft_type": "LORA", "trainable_layers": 1}, "not an adapter"),
         ({"unfrozen_parameters": ["(a"]}, "not a valid regular expression"),
+        ({"unfrozen_parameters": ["(?i)norm"]}, "not a valid regular expression: global flags"),
         ({"lisa_activated_layers": 1}, "needs both"),
         ({"name": "lisa"}, "needs both"),
         ({"lisa_activated_layers": 1, "lisa_interval_steps": 1, "trainable_layers": 1}, "use method=lisa alone"),

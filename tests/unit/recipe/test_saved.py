@@ -35,6 +35,13 @@ def found(folder: Path | str, *words: str) -> saved.FirstAdapter:
     return first
 
 
+def rewrite(folder: Path, old: str, new: str) -> None:
+    file = folder / "qlora_exp.yaml"
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -134,6 +141,10 @@ def test_ranks_that_are_no_numbers_by_layer_are_refused(ranks, trained_adapters,
         (lambda folder: (folder / "qlora_exp.yaml").unlink(), "not a model that a run saved"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), "not a complete model"),
         (lambda folder: (folder / "qlora_exp.yaml").write_text("&a [*a]"), "qlora_exp.yaml is damaged"),
+        (
+            lambda folder: rewrite(folder, "format: alpaca", "format: auto"),
+            "format=auto does not say how it is",
+        ),
         (lambda folder: (folder / "trainer_state.json").write_text("{}"), "is a checkpoint: training.resume_from_chec"),
         (
             lambda folder: (folder / "adapter_config.json").unlink(),

@@ -68,7 +68,7 @@ def test_outputs_with_logits_are_left_alone():
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("l = 3", "is not a function"),
+        ("l = 3", "of the type int, not a function"),
         ("def l(): pass", "must take the arguments log_probs"),
         ("def l(log_probs, labels): pass", "must take the arguments log_probs"),
         ("def l(log_probs): return -log_probs.mean()", r"of the shape of log_probs, \(3,\); it returned \(\)"),

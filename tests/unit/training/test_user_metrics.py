@@ -91,8 +91,8 @@ def test_metrics_score_each_answer_or_fail_alone(monkeypatch, tmp_path, caplog):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("m = 3", "is a int, not a function"),
-        ("class m: higher_is_better = True", "is a class, not a function"),
+        ("m = 3", "of the type int, not a function"),
+        ("class m: higher_is_better = True", "of the type class, not a function"),
         ("def m(answers): return 1", "must take the arguments answers, references"),
         ("def m(answers, references, model): return 1", "must take the arguments answers, references"),
         ("def m(answers, references): return 1", "set m.higher_is_better = True"),

@@ -228,6 +228,7 @@ PAIR = {"prompt": "p", "completion": "c"}
             {"instruction": "i", "context": "c", "response": "r"},
             {"format": "prompt_completion", "input_column": "context"},
         ),
+        ({"instruction": "i", "context": "", "response": "r"}, {"input_column": "context"}),  # later rows may have one
         ({"input": "i", "output": "o"}, {"prompt_column": "input", "input_column": None}),
         ({"question": "q", "answer": 3, "system_prompt": "s"}, {"format": "chat", "system_column": "system_prompt"}),
         (
@@ -301,6 +302,7 @@ def test_what_the_user_names_is_kept(more: dict, row: dict, expected: str):
         ),
         ([{"question": "q", "answer": "a", "solution": "s"}], "completion_column=answer.*completion_column=solution"),
         ([{"a": [USER, ANSWER], "b": [USER, ANSWER]}], "messages_column=a.*messages_column=b"),
+        ([{"Question": "Q", "question": "q", "answer": "a"}], "prompt_column=Question.*prompt_column=question"),
         ([{**PAIR, "label": False}], "line 1: the column label says which answers are good; keep the rows"),
         ([USER], "each row is one message; write the messages of a dialogue into one list"),
         ([{"prompt": "p"}], "there are prompts and no answers"),

@@ -9,9 +9,9 @@ import pytest
 import torch
 from helpers.planning import CPU
 
-from qlora_exp.config import schedules
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.sections.training import TrainingConfig
+from qlora_exp.config.tables import schedules
 from qlora_exp.environment.device import resolve
 from qlora_exp.utils.errors import ConfigError
 

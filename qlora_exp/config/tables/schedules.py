@@ -7,9 +7,9 @@ import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, TypeAdapter, ValidationError
+from pydantic import Field, PositiveInt
 
-from qlora_exp.utils.errors import did_you_mean
+from qlora_exp.config.tables import declared_types
 
 _Positive = Annotated[float, Field(gt=0)]
 _Share = Annotated[float, Field(ge=0, le=1)]
@@ -54,7 +54,7 @@ def problems(schedule: str, given: dict[str, Any], learning_rate: float, warmup:
         steps: `max_steps`; -1 if the number of steps follows from the number of rows.
     """
     allowed = SETTINGS[schedule]
-    if wrong := [*_wrong(schedule, given)]:
+    if wrong := [*declared_types.problems("lr_scheduler_kwargs", f"lr_scheduler_type={schedule}", allowed, given)]:
         yield from wrong
         return
     if "min_lr" in allowed and len(given.keys() & {"min_lr", "min_lr_rate"}) != 1:
@@ -86,23 +86,6 @@ def check_name(schedule: Any) -> Any:
             "evaluates; use cosine_with_min_lr or warmup_stable_decay"
         )
     return schedule
-
-
-def _wrong(schedule: str, given: dict[str, Any]) -> Iterator[str]:
-    """Yield the settings that the schedule does not have, or whose value has another type."""
-    allowed = SETTINGS[schedule]
-    for name, value in given.items():
-        where = f"lr_scheduler_kwargs.{name}"
-        if name not in allowed:
-            yield (
-                f"{where}: lr_scheduler_type={schedule} has no such setting{did_you_mean(name, allowed)} "
-                f"Its settings: {', '.join(allowed) or 'none'}"
-            )
-            continue
-        try:
-            TypeAdapter(allowed[name]).validate_python(value, strict=True)
-        except ValidationError as error:
-            yield f"{where}: {error.errors()[0]['msg']}, got {value!r}"
 
 
 def _phases(given: dict[str, Any], rise: int, steps: int) -> Iterator[str]:
