@@ -14,6 +14,7 @@ from qlora_exp.distributed import group
 from qlora_exp.environment.device import Resolved
 from qlora_exp.environment.ranks import ranks
 from qlora_exp.planning import calibration, gpus, tuning
+from qlora_exp.planning.fit import room
 from qlora_exp.planning.gpus import DRIVER_GIB, Gpu
 from qlora_exp.recipe.inputs import Inputs
 from qlora_exp.recipe.tokens import Tokens
@@ -42,7 +43,7 @@ def tune(config: Config, inputs: Inputs, tokens: Tokens) -> Inputs:
         log.warning("training.tune: computed as configured: %s", error)
         return replace(inputs, resolved=replace(inputs.resolved, tuned=f"as configured: {error}"))
     if not choice.fits:
-        log.warning("training.tune: nothing is planned to fit; the run may run out of memory")
+        log.warning("training.tune: what was chosen is planned not to fit what is free now; it may run out of memory")
     return replace(inputs, resolved=choice.applied(inputs.resolved))
 
 
@@ -57,7 +58,8 @@ def _choice(config: Config, resolved: Resolved, lengths: Sequence[int], evaluate
     # Without the free memory, which differs from run to run: runs with other seeds must be computed alike.
     depends_on = sorted(lengths), evaluated, device.calibration, torch.get_num_threads()
     folder = cache.built(f"tune-{calibration.digest(config, resolved, *depends_on)}", choose)
-    return tuning.Choice(**json.loads((folder / _CHOICE).read_text("utf-8")))
+    kept = tuning.Choice(**json.loads((folder / _CHOICE).read_text("utf-8")))
+    return replace(kept, fits=kept.peak <= room(device, ranks=resolved.num_processes))
 
 
 def _with_free_memory(config: Config) -> Gpu:
