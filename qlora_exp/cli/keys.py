@@ -1,6 +1,7 @@
 """`keys`: explain the keys of the config."""
 
 import argparse
+import re
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -35,7 +36,8 @@ def keys(options: argparse.Namespace) -> None:
     from qlora_exp.config.tables import peft_methods, sft_arguments
     from qlora_exp.config.validate import SFT_CONFIG, known_keys, no_such_key
 
-    chosen: str = options.chosen or ""
+    # a source has the keys of the section
+    chosen = re.sub(r"^dataset\.sources\.[^.]+\.(?!weight$)", "dataset.", options.chosen or "")
     sections = Config.model_fields
     names = [*sections, *(known for known in known_keys() if known not in idle.ALWAYS)]
     if chosen.startswith(f"{SFT_CONFIG}."):

@@ -116,15 +116,16 @@ def plan(options: argparse.Namespace) -> None:
 def _say_formats(configs: Sequence["Config"]) -> None:
     """Say how rows on this machine would be read (`dataset.format=auto`); a plan does not need them."""
     from qlora_exp.config.sections.dataset import is_url, looks_local
+    from qlora_exp.config.sections.mixture import of_source
     from qlora_exp.data.reading.recognize import recognized_in
 
-    parts = [part for config in configs for part in config.dataset.parts.values() if part.format == "auto"]
-    for part in {part.model_dump_json(): part for part in parts}.values():
+    parts = [(name, part) for config in configs for name, part in config.dataset.parts.items() if part.format == "auto"]
+    for name, part in {part.model_dump_json(): (name, part) for name, part in parts}.values():
         if looks_local(part.path) and not is_url(part.path):
             try:
-                say(recognized_in(part).line(part))
+                say(of_source(recognized_in(part).line(part), name))
             except UserError as error:
-                say(f"a run would be refused: {error}")
+                say(of_source(f"a run would be refused: {error}", name))
 
 
 def advise(options: argparse.Namespace) -> None:

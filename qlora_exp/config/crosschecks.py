@@ -15,8 +15,6 @@ OUTPUT_LAYER = (
     "of method.target_modules; to train it as a whole: method.modules_to_save=[lm_head]"
 )
 """Said of adapters on the output layer, which has another name than lm_head in some models."""
-_EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings", "embeddings", "tok_embeddings")
-"""Names of token embeddings in transformers' models."""
 
 
 def problems(config: Config) -> Iterator[str]:
@@ -144,12 +142,6 @@ def _new_tokens(config: Config) -> Iterator[str]:
     if method.peft_type not in (None, "LORA"):
         yield f"model.new_tokens: method={method.name} cannot train their embeddings: use method=lora, qlora or full"
         return
-    words = method.unfrozen_parameters
-    if method.kind == "FREEZE" and not any(re.search(word, name) for word in words for name in _EMBEDDINGS):
-        yield (
-            f"model.new_tokens: method={method.name} keeps the embeddings frozen: add their names to "
-            "method.unfrozen_parameters, such as [embed_tokens,lm_head]"
-        )
     if settings.get("trainable_token_indices"):
         yield "model.new_tokens sets method.trainable_token_indices: leave that out"
     if config.quantization.quantized and not config.quantization.bitsandbytes:

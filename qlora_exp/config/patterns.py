@@ -1,4 +1,4 @@
-"""Tell regular expressions that may run for ever from those that cannot, by their text."""
+"""Check regular expressions of a config: whether they are valid, and by their text whether they may run for ever."""
 
 import re
 
@@ -6,6 +6,15 @@ _MOST_REPEATS = 3
 _REPEAT = re.compile(r"[*+?]|\{\d*,?\d*\}")
 _SET, _GROUP = r"\[\^?\]?(?:\\.|[^\]\\])*\]", r"\(\?(?:P?<\w+>|P?[=!:<]+|[aiLmsux-]+[:)])?"
 _TOKEN = re.compile(rf"\\.|{_SET}|{_GROUP}|{_REPEAT.pattern}|.", re.DOTALL)
+
+
+def fault(pattern: str) -> str | None:
+    """Return why a text is no regular expression, or one that Python cannot compile; None if it is one."""
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        return str(error)
+    return None
 
 
 def may_hang(pattern: str) -> bool:

@@ -30,7 +30,7 @@ def from_dict(values: Any) -> Config:
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(dict.fromkeys(_describe(problem) for problem in error.errors()))) from error
+        raise ConfigError("\n".join(_lines(error))) from error
     if problems := [*crosschecks.problems(config)]:
         raise ConfigError("\n".join(problems))
     return config
@@ -115,8 +115,26 @@ def no_such_key(key: str) -> str:
     return f"{key}: no such key or group; `{f'qlora-exp keys {section}'.strip()}` lists them"
 
 
-def _describe(problem: Any) -> str:
-    where = ".".join(str(part) for part in problem["loc"] if not str(part).startswith(("literal[", "constrained-")))
+_OF_UNION = re.compile(r"(?:int|float|bool|str|constrained-\w+|(?:literal|list|dict)\[.*\])")
+"""Names of a union's types, which Pydantic adds to the place of a problem."""
+
+
+def _lines(error: ValidationError) -> Iterator[str]:
+    """Describe each problem; a value that fits no type of a union is one."""
+    by_place: dict[str, list[Any]] = {}
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"] if not _OF_UNION.fullmatch(str(part)))
+        by_place.setdefault(where, []).append(problem)
+    for where, problems in by_place.items():
+        first = problems[0]
+        if len(problems) == 1 or first["input"] is None or any(each["type"] == "value_error" for each in problems):
+            yield from dict.fromkeys(_describe(each, where) for each in problems)
+            continue
+        fitting = dict.fromkeys(each["msg"].removeprefix("Input should be ") for each in problems)
+        yield f"{where}: Input should be {' or '.join(fitting)}, got {redact(repr(first['input'])):.200}"
+
+
+def _describe(problem: Any, where: str) -> str:
     if problem["type"] == "extra_forbidden":
         group, _, inner = where.partition(".")
         if group == "experiment" or inner.partition(".")[0] in ("hydra", *Config.model_fields):

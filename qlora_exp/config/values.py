@@ -126,6 +126,8 @@ def result_values(values: dict[str, Any]) -> dict[str, Any]:
         values: a config as nested dictionaries.
     """
     counts = {key: value for key, value in values.items() if key not in APART}
+    if given := (training := counts.get("training") or {}).get("sft_config"):  # null is as not given
+        counts["training"] = training | {"sft_config": {key: item for key, item in given.items() if item is not None}}
     for section, key in (("model", "architecture"), *_EMPTY_IN_OLDER_RECORDS):
         kept = dict(counts.get(section) or {})
         if key == "architecture" or not kept.get(key):

@@ -15,7 +15,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from qlora_exp.config.sections.dataset import DatasetConfig
-from qlora_exp.config.sections.mixture import REPLAY, MixtureConfig
+from qlora_exp.config.sections.mixture import REPLAY, MixtureConfig, of_source
 from qlora_exp.data import leakage, mixture
 from qlora_exp.data.cleaning import Report, clean, decoded
 from qlora_exp.data.reading.sources import read
@@ -151,9 +151,9 @@ def load_heldout(config: DatasetConfig) -> Dataset:
 def _split_all(parts: Mapping[str, DatasetConfig]) -> _Split:
     """Split each dataset apart, and return the rows of all, one after another."""
     if len(parts) == 1:
-        (part,) = parts.values()
-        return _split(part)
-    splits = {name: _split(part, name) for name, part in parts.items()}
+        ((name, part),) = parts.items()
+        return _in_source(part, name, None)
+    splits = {name: _in_source(part, name, name) for name, part in parts.items()}
     if (replayed := splits.get(REPLAY)) is not None:  # what is held out of general text measures forgetting
         none = _pick(replayed.heldout, [])
         splits[REPLAY] = _Split(replayed.train, none, none, Report())
@@ -162,6 +162,13 @@ def _split_all(parts: Mapping[str, DatasetConfig]) -> _Split:
         report = report.plus(split.report)
     trains, validations, heldouts, _ = zip(*splits.values(), strict=True)
     return _Split(_joined(trains), _joined(validations), _joined(heldouts), report)
+
+
+def _in_source(part: DatasetConfig, name: str, marked: str | None) -> _Split:
+    try:
+        return _split(part, marked)
+    except DataError as error:
+        raise DataError(of_source(str(error), name)) from error
 
 
 def _joined(parts: Iterable[Dataset]) -> Dataset:
@@ -173,21 +180,16 @@ def _split(config: DatasetConfig, source: str | None = None) -> _Split:
     rows, report = _cleaned(config, config.path, config.split, source)
     shuffled = order(len(rows), config.split_seed)
 
-    def key(name: str) -> str:
-        if source == REPLAY:
-            return f"unrelated.{name}"
-        return f"dataset.{name}" if source in (None, "dataset") else f"dataset.sources.{source}.{name}"
-
     if config.eval_path or config.eval_split:
         path = config.eval_path or config.path
         heldout, heldout_report = _cleaned(config, path, config.eval_split or config.split, source)
         report = report.plus(heldout_report)
     else:
-        count = _count(key("eval_size"), config.eval_size, len(rows), report)
+        count = _count("dataset.eval_size", config.eval_size, len(rows), report)
         heldout, shuffled = _pick(rows, shuffled[:count]), shuffled[count:]
     count = 0
     if config.validation_size is not None:
-        count = _count(key("validation_size"), config.validation_size, len(shuffled), report)
+        count = _count("dataset.validation_size", config.validation_size, len(shuffled), report)
         use = "the held-out rows of this run" if config.evaluate_on else "not used in this run"
         log.info("%s: %d rows are for validation: %s", config.name, count, use)
     heldout = _first(heldout, config.max_eval_rows)

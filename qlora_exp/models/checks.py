@@ -32,7 +32,7 @@ from qlora_exp.models.targets import (
     parts_without_text,
     unquantizable_layers,
 )
-from qlora_exp.models.trained import check_trained
+from qlora_exp.models.trained import check_tables, check_trained
 from qlora_exp.utils.errors import ConfigError, DataError, ModelError, first_line
 
 log = logging.getLogger(__name__)
@@ -129,6 +129,8 @@ def check_adapter(config: Config, model: PreTrainedModel) -> None:
     """
     settings = peft_config(config, model)
     check_trained(model, config.method, config.optimizer)
+    if config.model.new_tokens and config.method.freezes:
+        check_tables(model)
     if settings is None or config.quantization.quant_method in ("gptq", "awq"):
         return  # the layers of these quantizers are built by their own packages only
     modules, apart = [name for name, _ in model.named_modules()], parts_without_text(model)

@@ -10,6 +10,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from transformers import PreTrainedModel
 
+from qlora_exp.config.patterns import fault
 from qlora_exp.config.tables.peft_methods import PRESETS
 from qlora_exp.models.files import NO_MODULE, no_module
 from qlora_exp.utils.errors import ConfigError, did_you_mean
@@ -70,11 +71,9 @@ def resolve_targets(wanted: str | list[str], model: PreTrainedModel) -> str | li
 
 
 def _matching(setting: str, pattern: str, names: Iterable[str]) -> Iterator[str]:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"{setting}: '{pattern}' is not a valid regular expression: {error}") from error
-    return (name for name in names if compiled.fullmatch(name))
+    if why := fault(pattern):
+        raise ConfigError(f"{setting}: '{pattern:.80}' is not a valid regular expression: {why}")
+    return (name for name in names if re.fullmatch(pattern, name))
 
 
 def _ends_with(name: str) -> str:

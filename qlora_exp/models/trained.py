@@ -139,6 +139,25 @@ def inner_matrices(model: Any) -> list[str]:
     return matrices
 
 
+def check_tables(model: PreTrainedModel) -> None:
+    """Check that the embedding and the output layer are trained, as new tokens need it.
+
+    Raises:
+        ConfigError: one of them is not.
+    """
+    tables = [model.get_input_embeddings(), model.get_output_embeddings()]
+    frozen = [
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if any(module is table for table in tables) and not module.weight.requires_grad
+    ]
+    if frozen:
+        raise ConfigError(
+            f"model.new_tokens: {' and '.join(frozen)} are not trained, so that new tokens would not learn: add "
+            f"{', '.join(frozen)} to method.unfrozen_parameters, or use method=full"
+        )
+
+
 def check_trained(model: PreTrainedModel, method: MethodConfig, optimizer: OptimizerConfig) -> None:
     """Check on a model without values, which is changed, that the config names parameters that it has.
 

@@ -187,11 +187,11 @@ class Trainer(SFTTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-        nll = -outputs.log_probs.float().sum(dim=1)
-        rows = torch.stack([nll, outputs.is_top1.sum(dim=1), outputs.label_mask.sum(dim=1)], dim=1).double()
+        sums = partial(_sums_of_rows, inputs["position_ids"]) if "position_ids" in inputs else partial(torch.sum, dim=1)
+        rows = torch.stack([*map(sums, (-outputs.log_probs.float(), outputs.is_top1, outputs.label_mask))], 1).double()
         # Of all processes, without the rows that accelerate repeats so that each gets as many.
         self._heldout.append(self.accelerator.gather_for_metrics(rows).cpu())
-        return nll.sum() / outputs.label_mask.sum(), None, None
+        return rows[:, 0].sum() / rows[:, 2].sum(), None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
         """Measure the held-out loss as the mean over tokens, of all rows and of each source.
@@ -384,6 +384,12 @@ def train(
         trainer.average()
     step_metrics = {"train_loss": result.training_loss, **watcher.throughput()} if watcher.step_seconds else {}
     return {"steps": state.global_step, **step_metrics, **_mean_loss(state.log_history)}
+
+
+def _sums_of_rows(positions: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """Sum values of tokens over each row of a batch in which the rows follow one another, by the tokens' positions."""
+    rows = ((positions[0] == 0).cumsum(0) - 1)[-values.shape[1] :]
+    return values.new_zeros(int(rows[-1]) + 1).double().index_add(0, rows, values[0, -len(rows) :].double())
 
 
 def _mean_loss(history: Sequence[Mapping[str, float]]) -> dict[str, float]:

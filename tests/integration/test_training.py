@@ -74,7 +74,7 @@ def test_run_that_cannot_be_planned_is_computed_as_configured(run_quick, shared_
 
     monkeypatch.setattr("qlora_exp.recipe.tune._choice", refuse)
     assert read_losses(run_quick("method=lora", "training.tune=auto")) == read_losses(shared_run("method=lora"))
-    assert "computed as configured: cannot be planned" in caplog.text
+    assert "training.tune: computed as configured: cannot be planned" in caplog.text
 
 
 def test_scoring_supervised_tokens_only_gives_the_same_loss(run_quick, read_losses, monkeypatch):
@@ -279,9 +279,10 @@ def mixture(write_jsonl) -> list[str]:
 
 
 def test_losses_of_a_mixture_are_measured_for_each_source(mixture, run_quick):
-    """Before, during and after training, with rows grouped by length and general text replayed."""
+    """Before, during and after training, with packed rows grouped by length and general text replayed."""
     result = run_quick(*mixture, "unrelated=python_docs", "dataset.replay=0.2", "training.eval_strategy=steps",
-                       "training.eval_steps=3", "training.train_sampling_strategy=group_by_length")  # fmt: skip
+                       "training.eval_steps=3", "training.packing=true",
+                       "training.train_sampling_strategy=group_by_length")  # fmt: skip
     measured = result.metrics
     for moment in ("before", "after"):
         story, talk = (measured[f"{moment}/source_loss/{name}"] for name in ("story", "talk"))

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
+from qlora_exp.config.patterns import fault
 from qlora_exp.config.sections.base import Section, Share, check_location
 from qlora_exp.utils import prompt_templates
 
@@ -175,10 +176,8 @@ class DatasetConfig(Section):
     @field_validator("drop_matching")
     @classmethod
     def _compiles(cls, pattern: str | None) -> str | None:
-        try:
-            re.compile(pattern or "")
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        if pattern and (why := fault(pattern)):
+            raise ValueError(f"{pattern!r:.80} is no regular expression: {why}")
         return pattern
 
     @field_validator("prompt_template")

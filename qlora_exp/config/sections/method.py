@@ -6,6 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import PositiveInt, model_validator
 
+from qlora_exp.config.patterns import fault
 from qlora_exp.config.sections.base import PeftSettings
 from qlora_exp.config.tables import peft_methods
 
@@ -91,10 +92,8 @@ class MethodConfig(PeftSettings):
         if self.name == "freeze" and not self.freezes:
             yield "freeze trains all parameters without trainable_layers and unfrozen_parameters: set one of them"
         for pattern in self.unfrozen_parameters:
-            try:
-                names_in(pattern)
-            except re.error as error:
-                yield f"unfrozen_parameters: '{pattern}' is not a valid regular expression: {error}"
+            if why := fault(pattern) or fault(f"(?:{pattern})"):  # it is put into a longer one
+                yield f"unfrozen_parameters: '{pattern:.80}' is not a valid regular expression: {why}"
 
 
 class LoraVariantConfig(PeftSettings):

@@ -2,6 +2,7 @@
 
 import math
 import re
+import sys
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Self
 
@@ -27,6 +28,19 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,49}")
 def source_keys() -> list[str]:
     """List the keys that a source can have."""
     return [*(key for key in DatasetConfig.model_fields if key not in OF_THE_WHOLE), "weight"]
+
+
+def of_source(message: str, name: str) -> str:
+    """Return a message about a dataset that names its keys as those of a source: `dataset.sources.NAME.path`.
+
+    Args:
+        message: a message with keys such as `dataset.path`.
+        name: name of the source; `dataset` stands for the section itself, `REPLAY` for `unrelated`.
+    """
+    if name == "dataset":
+        return message
+    section = "unrelated" if name == REPLAY else f"dataset.sources.{name}"
+    return re.sub(rf"\bdataset\.(?=(?:{'|'.join(source_keys())})\b)", f"{section}.", message)
 
 
 def twice(dataset: "MixtureConfig") -> list[str]:
@@ -138,7 +152,7 @@ class MixtureConfig(DatasetConfig):
             return
         for name, weight in weights.items():
             is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-            if not is_number or not 0 < weight < math.inf:
+            if not is_number or not 0 < weight < sys.float_info.max:
                 yield f"dataset.sources.{name}.weight={weight}: must be a number above 0"
                 return
         if missing := [name for name in sorted(self.sources) if name not in weights]:
@@ -155,10 +169,12 @@ class MixtureConfig(DatasetConfig):
             try:
                 parts[name] = self._part(name)
             except ValidationError as error:
-                for problem in error.errors():
+                messages: dict[str, list[str]] = {}
+                for problem in error.errors():  # several of a key are those of a union's types
                     key = "".join(f".{part}" for part in problem["loc"][:1])
-                    message = problem["msg"].removeprefix("Value error, ")
-                    yield f"dataset.sources.{name}{key}: {message}"
+                    messages.setdefault(key, []).append(problem["msg"].removeprefix("Value error, "))
+                for key, told in messages.items():
+                    yield f"dataset.sources.{name}{key}: {'; or '.join(dict.fromkeys(told))}"
                 continue
             if parts[name].path == "none":
                 yield f"dataset.sources.{name}.path: must be given; add dataset.sources.{name}.path=VALUE"

@@ -9,16 +9,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
-from qlora_exp.config import crosschecks, idle
+from qlora_exp.config import idle
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.dataset import DatasetConfig, looks_local, saved_dataset
+from qlora_exp.config.sections.mixture import of_source
+from qlora_exp.config.validate import from_dict
 from qlora_exp.data import dialogues
 from qlora_exp.data.reading import readers
 from qlora_exp.data.reading.readers import Row
 from qlora_exp.environment import data_files, hub
 from qlora_exp.utils import prompt_templates
 from qlora_exp.utils.env_file import load_env_file
-from qlora_exp.utils.errors import ConfigError, DataError
+from qlora_exp.utils.errors import ConfigError, DataError, did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -79,11 +81,18 @@ def recognized_each(configs: Sequence[Config]) -> list[Config]:
         for name, part in config.dataset.parts.items():
             if part.format == "auto":
                 if (key := part.model_dump_json()) not in known:
-                    known[key] = recognized_in(part)
-                    log.info("%s", known[key].line(part))
+                    known[key] = _in_source(part, name)
+                    log.info("%s", of_source(known[key].line(part), name))
                 found[name] = known[key]
         settled.append(_settled(config, found) if found else config)
     return settled
+
+
+def _in_source(part: DatasetConfig, name: str) -> Recognized:
+    try:
+        return recognized_in(part)
+    except DataError as error:
+        raise DataError(of_source(str(error), name)) from error
 
 
 def recognized_in(part: DatasetConfig) -> Recognized:
@@ -124,9 +133,13 @@ def _settled(config: Config, found: Mapping[str, Recognized]) -> Config:
     else:
         (changes,) = (each.settings for each in found.values())
         named = [f"dataset.{name}={value}" for name, value in _named(data).items()]
-    settled = config.model_copy(update={"dataset": type(data).model_validate(data.model_dump() | changes)})
-    if problems := [*crosschecks.problems(settled), *idle.problems([settled], named, sweeping=True)]:
-        lines = "; ".join(each.line(data.parts[name]) for name, each in found.items())
+    lines = "; ".join(of_source(each.line(data.parts[name]), name) for name, each in found.items())
+    try:
+        settled = from_dict(config.model_dump() | {"dataset": data.model_dump() | changes})
+        problems = [*idle.problems([settled], named, sweeping=True)]
+    except ConfigError as error:
+        problems = str(error).splitlines()
+    if problems:
         raise ConfigError("\n".join(f"{problem}; {lines}" for problem in problems))
     return settled
 
@@ -170,6 +183,10 @@ def recognize(rows: Iterable[Row], config: DatasetConfig, where: str) -> Recogni
             kinds.setdefault(name, set()).add(kind)
         for columns in _choices(kind_of, named, config):
             places.setdefault(columns, place)
+    if absent := [each for columns in places for each in columns if each[1] not in kinds]:
+        key, name = absent[0]
+        hint = did_you_mean(name, kinds)
+        raise DataError(f"dataset.{key}: {where} has no column '{name}'{hint} Its columns: {', '.join(kinds)}")
     if not places:
         raise DataError(f"{where}: {_unknown(kinds)}" if kinds else f"{where}: it has no rows")
     choices = {columns: _settings(dict(columns), kinds, named, config) for columns in places}

@@ -18,6 +18,11 @@ def test_keys_finds_one_key(capsys):
     assert "did you mean 'training.learning_rate'" in capsys.readouterr().err
 
 
+def test_keys_of_a_source_are_those_of_the_section(capsys):
+    assert exit_code("keys", "dataset.sources.talk.eval_path") == 0
+    assert "Where the held-out rows come from" in capsys.readouterr().out
+
+
 def test_keys_lists_further_arguments_of_trl_and_explains_the_others(capsys):
     assert exit_code("keys", "training.sft_config") == 0
     text = capsys.readouterr().out

@@ -174,23 +174,3 @@ def test_training_on_from_an_adapter_that_cannot_be_is_rejected(words: list[str]
 def test_prompts_without_a_projection_can_be_trained_on():
     for word in ("models:/NAME@ALIAS", "models:/NAME/3", "a" * 32):
         assert compose(["method=prefix_tuning", f"model.adapter={word}"]).model.adapter == word
-
-
-@pytest.mark.parametrize(
-    ("words", "refused"),
-    [
-        (["method=freeze"], True),
-        (["method=freeze", "method.unfrozen_parameters=[lm_head]"], True),
-        (["method=freeze", "method.unfrozen_parameters=[embed_tokens]"], False),
-        (["method=freeze", "method.unfrozen_parameters=[.*]"], False),
-        (["method=lisa"], False),
-        (["method=full"], False),
-    ],
-)
-def test_new_tokens_need_embeddings_that_are_trained(words: list[str], refused: bool):
-    words = [*words, "model=tiny_llama", 'model.new_tokens=["<tool>"]']
-    if not refused:
-        assert compose(words)
-        return
-    with pytest.raises(ConfigError, match="keeps the embeddings frozen: add their names to method.unfrozen_parameters"):
-        compose(words)

@@ -1,6 +1,9 @@
+import math
+
 import pytest
 
 from qlora_exp.config.hydra_compose import compose
+from qlora_exp.config.validate import from_dict
 from qlora_exp.utils.errors import ConfigError
 
 
@@ -34,3 +37,28 @@ def test_invalid_value_is_rejected_with_its_key(overrides: list[str], message: s
     with pytest.raises(ConfigError) as error:
         compose(overrides)
     assert message in str(error.value)
+
+
+def test_value_that_fits_no_type_of_a_union_is_one_problem():
+    for values, message in (
+        (
+            {"optimizer": {"optim_target_modules": 3}},
+            "optimizer.optim_target_modules: Input should be a valid string or a",
+        ),
+        ({"dataset": {"eval_size": math.inf}}, "dataset.eval_size: Input should be a finite number or a valid integer"),
+        ({"optimizer": {"optim_args": {"momentum": None}}}, "optimizer.optim_args.momentum: must be given; add"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            from_dict(values)
+        assert str(error.value).startswith(message)
+        assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("pattern", ["(", "(?i)norm", "(?:" * 5000, "a{1,99999999999}"])
+def test_expressions_that_cannot_be_compiled_are_refused(pattern):
+    freeze = {"name": "freeze", "peft_type": None, "unfrozen_parameters": [pattern]}
+    with pytest.raises(ConfigError, match="unfrozen_parameters: .* is not a valid regular expression"):
+        from_dict({"method": freeze})
+    if pattern != "(?i)norm":
+        with pytest.raises(ConfigError, match="drop_matching: .* is no regular expression"):
+            from_dict({"dataset": {"drop_matching": pattern}})

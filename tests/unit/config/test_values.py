@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.validate import from_dict
-from qlora_exp.config.values import flatten, to_yaml
+from qlora_exp.config.values import flatten, result_values, to_yaml
 
 DEFAULTS = compose().model_dump_json()
 
@@ -33,3 +33,11 @@ def test_flatten_gives_dotted_keys():
     assert flat["method.r"] == 16
     assert flat["evaluation.metrics"] == ["rouge", "exact_match"]
     assert not any(isinstance(value, dict) and value for value in flat.values())
+
+
+def test_null_in_sft_config_is_as_not_given():
+    nothing = {"training": {"sft_config": {"data_seed": None}}}
+    assert result_values(nothing)["training"] == {}
+    assert result_values({"training": {"sft_config": {"data_seed": 1, "tf32": None}}})["training"]["sft_config"] == {
+        "data_seed": 1
+    }

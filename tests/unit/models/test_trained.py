@@ -20,6 +20,12 @@ def frozen(**keys):
     return model
 
 
+def test_new_tokens_need_trained_tables():
+    with pytest.raises(ConfigError, match="add embed_tokens.* to method.unfrozen_parameters"):
+        trained.check_tables(frozen(trainable_layers=1))
+    trained.check_tables(frozen(unfrozen_parameters=["embed_tokens", "lm_head"]))
+
+
 @pytest.mark.parametrize(("count", "numbers"), [(1, {"2"}), (2, {"1", "2"}), (3, {"0", "1", "2"}), (-1, {"0"})])
 def test_last_or_first_layers_are_trained_and_nothing_else(count: int, numbers: set[str]):
     names = trainable_set(frozen(trainable_layers=count))

@@ -26,6 +26,8 @@ WEIGHTS = ("dataset.sources.a.weight=0.25", "dataset.sources.b.weight=0.75")
         ([A, B, WEIGHTS[0], "dataset.sources.b.weight=-1"], "dataset.sources.b.weight=-1: must be a number above 0"),
         ([A, B, WEIGHTS[0], "dataset.sources.b.weight=inf"], "dataset.sources.b.weight=inf: must be a number above 0"),
         ([A, B, WEIGHTS[0], "dataset.sources.b.weight=nan"], "dataset.sources.b.weight=nan: must be a number above 0"),
+        ([A, f"dataset.sources.a.weight=1{400 * '0'}"], "must be a number above 0"),
+        ([A, "dataset.sources.a.eval_size=0"], "dataset.sources.a.eval_size: Input should be greater than 0"),
         ([A, "dataset.sources.a.weight=true"], "dataset.sources.a.weight=True: must be a number above 0"),
         ([A, "dataset.sources.a.weight=much"], "dataset.sources.a.weight=much: must be a number above 0"),
         ([A, B, *WEIGHTS, "dataset.mixing_temperature=2"], "weights of sources both say"),

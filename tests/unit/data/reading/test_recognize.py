@@ -370,6 +370,25 @@ def test_key_that_does_not_go_with_the_rows_is_refused(tmp_path):
         recognized(own(sharegpt(tmp_path), messages_column="conversations", prompt_column="q"))
 
 
+def test_named_column_that_no_row_has_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"dataset.messages_column: .* has no column 'conversation'; did you mean"):
+        recognized(own(sharegpt(tmp_path), messages_column="conversation"))
+
+
+def test_messages_about_a_source_name_its_keys(tmp_path, caplog):
+    def mixed(format_, **keys):
+        source = {"path": str(sharegpt(tmp_path)), "format": "auto", **keys}
+        return own("none", format=format_, sources={"a": source})
+
+    with caplog.at_level("INFO"):
+        recognized(mixed("chat"))
+    assert "dataset.sources.a.format=chat dataset.sources.a.messages_column=conversations" in caplog.text
+    with pytest.raises(ConfigError, match=r"dataset.format=text is how .* no source has this format"):
+        recognized(mixed("text"))
+    with pytest.raises(DataError, match=r"dataset.sources.a.path: no file missing.jsonl"):
+        recognized(mixed("chat", path="missing.jsonl"))
+
+
 def test_row_of_another_shape_is_named_with_its_place(tmp_path):
     rows = [{"messages": [USER, ANSWER | {"content": str(n)}]} for n in range(1100)]
     path = lines(tmp_path / "a.jsonl", [*rows, {"comment": "none"}])
