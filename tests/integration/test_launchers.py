@@ -21,7 +21,15 @@ def test_every_launcher_runs_a_sweep_and_skips_finished_jobs(
 ):
     # A job whose file lacks a column fails before it loads torch, which costs each process of joblib and SLURM seconds.
     rows = write_jsonl([{"prompt": f"{number}+1=", "completion": str(number + 1)} for number in range(30)])
-    words = ["train", "-m", f"hydra/launcher={launcher}", *more, *QUICK, "dataset=own"]
+    words = [
+        "train",
+        "-m",
+        f"hydra/launcher={launcher}",
+        *more,
+        *QUICK,
+        "dataset=own",
+        "dataset.format=prompt_completion",
+    ]
     words += [
         f"dataset.path={rows}",
         "dataset.completion_column=answer,completion",

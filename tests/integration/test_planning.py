@@ -11,9 +11,11 @@ from qlora_exp.planning import calibration
 def test_run_logs_planned_and_measured_memory(run_quick):
     found = run_quick("tracking.plan=true", "training.eval_strategy=steps", "training.eval_steps=2").metrics
     assert found["plan/peak_mib"] == max(found[f"plan/{phase}_mib"] for phase in calibration.PHASES)
-    took = max(found[f"memory/{phase}/rss_peak_mib"] for phase in calibration.PHASES)
-    ratio = (took - found["memory/baseline/rss_mib"]) / found["plan/peak_mib"]
-    assert found["plan/memory_ratio"] == pytest.approx(ratio)
+    before = found["memory/baseline/rss_mib"]
+    pairs = {found[f"plan/{phase}_mib"]: found[f"memory/{phase}/rss_peak_mib"] - before for phase in calibration.PHASES}
+    grown = {planned: took for planned, took in pairs.items() if took > 0}  # not where other tests freed as much before
+    ratio = max(grown.values()) / max(grown) if grown else None
+    assert found.get("plan/memory_ratio") == (ratio and pytest.approx(ratio))
 
 
 def test_planning_does_not_change_losses(run_quick, read_losses):

@@ -23,8 +23,8 @@ def model_of(layers: int):
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 5))
 def test_draws_depend_on_seed_and_period_only(seed: int, count: int, interval: int):
-    stand_in = SimpleNamespace(get_decoder=lambda: torch.nn.ModuleList([torch.nn.ModuleList(
-        [torch.nn.Identity() for _ in range(4)])]))  # fmt: skip
+    decoder = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(torch.nn.Identity() for _ in range(4))})
+    stand_in = SimpleNamespace(get_decoder=lambda: decoder)
     first, second = (SampledLayers(stand_in, count, interval, seed) for _ in range(2))
     for step in range(12):
         layers = first.layers(step)
