@@ -131,9 +131,11 @@ def _log_mixture(run: RunContext, inputs: Inputs, tokens: Tokens) -> None:
 
 
 def _log_rows(inputs: Inputs, tokens: Tokens, config: Config) -> None:
-    """Log how many rows were left out or changed, and why."""
+    """Log how many rows there are, how many were left out or changed, and why."""
     for level, line in inputs.rows.report.lines(config.dataset.name):
         log.log(level, "%s", line)
+    train, heldout = (f"{len(part):,}" for part in (tokens.train, tokens.heldout))
+    log.info("%s: %s training rows in an epoch, %s held-out rows", config.dataset.name, train, heldout)
     if unseen := _unseen(config, tokens):
         log.warning(
             "model.new_tokens: no training row has %s within training.max_length, so that its embedding is not trained",

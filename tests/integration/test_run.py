@@ -58,6 +58,11 @@ def test_run_is_recorded_in_mlflow(run_quick, mlflow_uri):
     config = flatten(from_dict(yaml.safe_load((result.output_dir / "qlora_exp.yaml").read_text())))
     expected = {key: value for key, value in config.items() if key.split(".")[0] not in APART and value is not None}
     assert expected.keys() <= found.data.params.keys()
+    rows = f"{config['dataset.name']}: {found.data.params['data.training_rows']} training rows in an epoch, "
+    assert (
+        f"{rows}{found.data.params['data.evaluation_rows']} held-out rows"
+        in (result.output_dir / "run.log").read_text()
+    )
     assert found.data.params["resolved.optim"] == "adamw_torch"
     assert found.data.params["resolved.optim_fallback"]
     assert found.data.params["resolved.places"] == "cpu"
