@@ -59,6 +59,10 @@ class Case:
 def cases() -> dict[str, Case]:
     """Return every case by name, in the order of their worth."""
     made = {name: Case([[*BIG, *words]], 120) for name, words in RANKS}
+    four = ["training.gradient_accumulation_steps=4"]
+    for name, words in (pair for pair in RANKS if pair[0].endswith("r16")):
+        made[f"{name}_x4"] = Case([[*BIG, *words, *four]], 150)
+        made[f"{name}_x4_tuned"] = Case([[*BIG, *words, *four, "training.tune=auto"]], 180)
     made |= {f"{name}_packed": Case([[*BIG, *words, *PACKED]], 150) for name, words in RANKS if name.endswith("r16")}
     made |= {
         f"8b_qlora_{tokens}_tokens_{gib}_gib": Case([[*BIG, *LONG, f"training.max_length={tokens}"]], 150, gib)

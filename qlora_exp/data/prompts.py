@@ -216,7 +216,7 @@ def _rendered(
     written = [{"content": None, **message} if calls_of(message) else message for message in written]
     try:
         texts = render(called)
-    except Exception:
+    except Exception:  # of any kind: a template is a program, and may take arguments as text only
         if called == written:
             raise
         texts = []

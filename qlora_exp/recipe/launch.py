@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -136,6 +136,8 @@ def settings(shared: DistributedConfig, scratch: Path) -> Any:
 
     assert isinstance(shared.num_processes, int)
     alone = shared.num_machines == 1
+    grace = {"shutdown_timeout": int(GRACE_SECONDS)}
+    known = {field.name for field in fields(LaunchConfig)}  # torch 2.11 has none: it waits for its own 30 seconds
     return LaunchConfig(
         min_nodes=shared.num_machines,
         max_nodes=shared.num_machines,
@@ -149,7 +151,7 @@ def settings(shared: DistributedConfig, scratch: Path) -> Any:
         start_method="fork" if _is_fork() else "forkserver",
         logs_specs=DefaultLogsSpecs(str(scratch / "torch")),
         signals_to_handle=f"SIGTERM,{OUT_OF_TIME.name}",
-        shutdown_timeout=int(GRACE_SECONDS),
+        **{name: seconds for name, seconds in grace.items() if name in known},
     )
 
 
