@@ -74,6 +74,8 @@ class Choice:
     """Planned bytes at the fullest moment."""
     fits: bool
     """Whether that fits the device, even if the plan is as wrong as plans have been."""
+    kept: str | None = None
+    """Why the configured batch is kept whatever its speed."""
 
     def applied(self, resolved: Resolved) -> Resolved:
         """Return `resolved` with this choice."""
@@ -93,7 +95,7 @@ class Choice:
         )
         unless = "" if self.fits else ", which may not fit"
         cost = f"planned {self.peak / GIB:.1f} GiB{unless}, about {self.seconds:.2g} s a step with Python's share"
-        return f"{settings.lower()}: {cost}"
+        return f"{settings.lower()}: {cost}" + (f"; batches are not changed, because {self.kept}" if self.kept else "")
 
 
 def fixed_rows(config: Config, has_router: bool) -> str | None:
@@ -168,7 +170,7 @@ def _candidates(
             usual = longest if training.packing else round(_mean_of_longest(lengths, rows, training))
             typical = whole if usual == longest else plan.predict(length=usual, evaluated=0)
             seconds = batch // rows * rates.seconds(typical, rows * usual)
-            yield Choice(rows, batch // rows, recomputes, rates.bf16, seconds, whole.peak, fits)
+            yield Choice(rows, batch // rows, recomputes, rates.bf16, seconds, whole.peak, fits, fixed)
             if not fits:
                 break  # more rows take more memory
         else:

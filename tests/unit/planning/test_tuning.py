@@ -59,7 +59,11 @@ def test_less_memory_means_smaller_batches_and_then_recomputation():
 def test_batches_stay_where_they_are_part_of_what_is_learned(words, why):
     words = [*words, "training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=2"]
     assert why in tuning.fixed_rows(compose([*WORDS, *words]), has_router=False)
-    assert {choice.rows for choice in candidates(*words)} == {4}
+    found = candidates(*words)
+    assert {choice.rows for choice in found} == {4}
+    assert all(
+        f"batches are not changed, because {choice.kept}" in str(choice) and why in str(choice) for choice in found
+    )
 
 
 def test_batches_stay_in_a_mixture_of_experts():
