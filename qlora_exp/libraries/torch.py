@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch._subclasses import fake_tensor
-from torch.utils import _python_dispatch, _pytree
+from torch.utils import _python_dispatch, _pytree, _triton
 
 from qlora_exp.libraries.patching import patched
 
@@ -134,16 +134,23 @@ def gpus_without_cuda(capability: tuple[int, int]) -> Iterator[None]:
 
     Torch counts GPUs through NVML (the documented PYTORCH_NVML_BASED_CUDA_CHECK), and
     `torch.cuda.get_device_capability` is replaced. bitsandbytes 0.50, which PEFT and TRL import, makes both queries at
-    import, and uses the capability only to check that there is a GPU.
+    import, and uses the capability only to check that there is a GPU. torchao 0.18, which PEFT imports if it is
+    installed, asks `torch.utils._triton.has_triton` at import, which reads a GPU's properties from CUDA: it is replaced
+    too, and answers the same from the capability.
 
     Args:
         capability: returned as the GPU's compute capability.
     """
+
+    def has_triton() -> bool:
+        return _triton.has_triton_package() and tuple(capability) >= (7, 0)
+
     variable = "PYTORCH_NVML_BASED_CUDA_CHECK"
     before = os.environ.get(variable)
     os.environ[variable] = "1"
     try:
-        with patched(torch.cuda, get_device_capability=lambda *_, **__: capability):
+        answers = patched(torch.cuda, get_device_capability=lambda *_, **__: capability)
+        with answers, patched(_triton, has_triton=has_triton):
             yield
     finally:
         if before is None:

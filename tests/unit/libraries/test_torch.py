@@ -4,6 +4,7 @@ import os
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils import _triton
 
 from qlora_exp.libraries import torch as private
 
@@ -98,6 +99,17 @@ def test_questions_about_gpus_are_answered_without_cuda(before: str | None, monk
     assert torch.cuda.get_device_capability is original
     assert os.environ.get(variable) == before
     assert variable in inspect.getsource(torch.cuda)
+
+
+@pytest.mark.parametrize(("capability", "has"), [((9, 0), True), ([7, 5], True), ((6, 1), False)])
+def test_whether_there_is_triton_is_answered_without_cuda(capability, has: bool, monkeypatch):
+    monkeypatch.setattr(_triton, "has_triton_package", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: pytest.fail("starts CUDA"))
+    original = _triton.has_triton
+    assert not inspect.signature(original).parameters
+    with private.gpus_without_cuda(capability):
+        assert _triton.has_triton() is has
+    assert _triton.has_triton is original
 
 
 def test_on_a_gpu_layer_norms_are_in_float32_dropout_keeps_a_byte_a_value_and_autocast_is_on():
