@@ -11,8 +11,13 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import setup_globals
 from omegaconf import OmegaConf
 
-from qlora_exp.config.hydra_compose import conf_dir
+from qlora_exp.config.hydra_compose import conf_dir, register
 from qlora_exp.libraries import hydra as private
+
+
+@pytest.fixture(autouse=True, scope="module")
+def schema():
+    register()
 
 
 def parsed(*words: str):
