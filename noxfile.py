@@ -127,6 +127,13 @@ def statistics(session: nox.Session) -> None:
     session.run(sys.executable, "benchmarks/simulated_verdicts.py", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
+@nox.session(name="data-bench")
+def data_bench(session: nox.Session) -> None:
+    """Time reading, checking and tokenizing rows, and its memory: `nox -s data-bench -- --rows 1000000`."""
+    install(session)
+    session.run(sys.executable, "benchmarks/data.py", *session.posargs)
+
+
 @nox.session
 def sweeps(session: nox.Session) -> None:
     """Time sweeps against separate processes and Hydra's basic launcher (about ten minutes)."""

@@ -1,96 +1,45 @@
 """Give rows of any source the same columns, and leave out empty, unwanted and repeated ones; each is counted."""
 
 import json
-import logging
 import re
-from collections import Counter
-from dataclasses import asdict, dataclass, field
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import asdict
+from itertools import islice
+from lzma import LZMAError
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from datasets import Dataset, Features, Value
+import pyarrow as pa
+from datasets import Dataset, Features
 from datasets.arrow_writer import ArrowWriter
 from tqdm import tqdm
 
 from qlora_exp.config.sections.dataset import REASONING_GYM, DatasetConfig
 from qlora_exp.data import dialogues
+from qlora_exp.data.reading import pieces
+from qlora_exp.data.reading.readers import Row
 from qlora_exp.data.reading.sources import Source
+from qlora_exp.data.report import Report, visible
 from qlora_exp.data.values import as_text
+from qlora_exp.environment.ranks import ranks
 from qlora_exp.utils import prompt_templates
 from qlora_exp.utils.cache import built
 from qlora_exp.utils.digests import json_digest, text_digest
 from qlora_exp.utils.errors import DataError, did_you_mean
+from qlora_exp.utils.processes.workers import forks, in_order
+from qlora_exp.utils.units import MIB
 
-CACHE_LAYOUT = 8  # increase it when cached rows and tokens of older code must not be used any more
+CACHE_LAYOUT = 9  # increase it when cached rows and tokens of older code must not be used any more
 _ROWS, _REPORT = "rows.arrow", "report.json"
-_MANY = 0.1
+_BATCH = 1000
+_WORTH_A_PROCESS = 8 * MIB
+"""Bytes of files: with fewer, starting a process takes longer than it saves."""
 _PAIRS = (("prompt", "completion"), ("question", "answer"), ("prompt", "response"), ("instruction", "response"))
 _OPTIONAL = ("input", "system", "history")
 """Roles of columns that a row may lack."""
-_REMEDIES = {
-    "empty": "no prompt, no answer to learn or a message without content: correct the file, or name other columns "
-    "(dataset.prompt_column, ...)",
-    "without the columns": "correct the file, so that every row has the columns that the config names",
-    "matching drop_matching": "dataset.drop_matching=null keeps them",
-    "duplicates": "dataset.drop_duplicates=false keeps them",
-    "leaks": "the same prompt as a held-out row, or a similar text: dataset.drop_leaks=none keeps them",
-}
-
-
-@dataclass
-class Report:
-    """What cleaning did to the rows of a source."""
-
-    read: int = 0
-    """Number of rows that the source has."""
-    dropped: dict[str, int] = field(default_factory=dict)
-    """Number of rows left out, by reason."""
-    examples: dict[str, str] = field(default_factory=dict)
-    """Place of the first row that was left out, by reason."""
-    notes: dict[str, int] = field(default_factory=dict)
-    """Number of rows that were changed, by what was changed."""
-    unused: list[str] = field(default_factory=list)
-    """Columns of the source that are not used."""
-
-    def drop(self, reason: str, place: str) -> None:
-        """Count a row that is left out."""
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
-        self.examples.setdefault(reason, place)
-
-    def plus(self, other: "Report") -> "Report":
-        """Return the report of both sources together."""
-        return Report(
-            self.read + other.read,
-            {
-                reason: self.dropped.get(reason, 0) + other.dropped.get(reason, 0)
-                for reason in {**self.dropped, **other.dropped}
-            },
-            other.examples | self.examples,
-            dict(Counter(self.notes) + Counter(other.notes)),
-            list(dict.fromkeys(self.unused + other.unused)),
-        )
-
-    def why(self) -> str:
-        """Say in one line how many rows were left out, and what to do about it."""
-        counts = {reason: count for reason, count in self.dropped.items() if count}
-        parts = [f"{count} {reason} ({self._such_as(reason)}{_REMEDIES[reason]})" for reason, count in counts.items()]
-        return f"{self.read} rows read" + "".join(f"; left out: {part}" for part in parts)
-
-    def lines(self, name: str) -> list[tuple[int, str]]:
-        """Return a log level and a line for each reason that rows were left out or changed for."""
-        lines = []
-        for reason, count in self.dropped.items():
-            if count and reason != "leaks":  # which have a line of their own
-                share = f"{count} of {self.read} rows ({count / self.read:.0%}) left out"
-                level = logging.WARNING if count > _MANY * self.read else logging.INFO
-                lines.append((level, f"{name}: {share}: {reason} ({self._such_as(reason)}{_REMEDIES[reason]})"))
-        lines += [(logging.INFO, f"{name}: {what}: {count} rows") for what, count in self.notes.items()]
-        if self.unused:
-            lines.append((logging.INFO, f"{name}: columns that are not used: {', '.join(map(_visible, self.unused))}"))
-        return lines
-
-    def _such_as(self, reason: str) -> str:
-        return f"such as {self.examples[reason]}; " if reason in self.examples else ""
 
 
 def clean(source: Source, config: DatasetConfig, path: str) -> tuple[Dataset, Report]:
@@ -154,14 +103,9 @@ def _no_column(path: str, missing: str, source: Source) -> str:
     elif lists:
         hint = f". If {next(iter(lists))!r} is the list of rows, write that list alone into the file."
     return (
-        f"{path}: no column {missing!r}; it has {', '.join(map(_visible, source.columns))}{hint} "
+        f"{path}: no column {missing!r}; it has {', '.join(map(visible, source.columns))}{hint} "
         "Set dataset.prompt_column, dataset.completion_column, ... to yours, or dataset.format=auto"
     )
-
-
-def _visible(name: str) -> str:
-    """Return a column's name, in quotes if a part of it would not be seen."""
-    return name if name == name.strip() and name.isprintable() and name else repr(name)
 
 
 def _decoded(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -169,6 +113,17 @@ def _decoded(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     for name in {"messages", "tools"} & batch.keys():
         batch[name] = [None if text is None else json.loads(text) for text in batch[name]]
     return batch
+
+
+class _Batch(NamedTuple):
+    """Consecutive rows with uniform columns."""
+
+    rows: pa.Table
+    """Rows that are not left out, unless they are repeated."""
+    digests: list[bytes]
+    """A digest of what makes each of them a repeated row."""
+    report: Report
+    """What was left out and changed."""
 
 
 class _Cleaner:
@@ -180,57 +135,103 @@ class _Cleaner:
         if config.format == "chat" and not config.prompt_template:
             self._extra = ["tools"]
         self._unwanted = re.compile(config.drop_matching) if config.drop_matching else None
-        self._seen: set[bytes] = set()
-        wanted = [*columns.values(), *self._extra]
-        self._report = Report(
-            dropped={"empty": 0, "matching drop_matching": 0, "duplicates": 0},
-            unused=[column for column in source.columns if column not in wanted],
-        )
-        self._rows = source.rows(wanted)
+        self._wanted = [*columns.values(), *self._extra]
+        names = ["prompt", "input", "completion", "place"]
+        names += ["messages", "tools"] if config.format == "chat" else self._extra
+        self._schema = pa.schema({name: pa.string() for name in names})
+        self._report = Report()  # of a batch
 
     def write(self, folder: Path) -> None:
-        names = ["prompt", "input", "completion", "place"]
-        names += ["messages", "tools"] if self._config.format == "chat" else self._extra
-        with ArrowWriter(
-            path=str(folder / _ROWS), features=Features({name: Value("string") for name in names})
-        ) as writer:
-            for place, values in tqdm(self._rows, desc="reading", unit="row", leave=False, disable=None):
-                self._report.read += 1
-                if absent := [
-                    column for role, column in self._columns.items() if role not in _OPTIONAL and column not in values
-                ]:
-                    has = f"{place}, which has {', '.join(map(_visible, values))} and no {absent[0]}"
-                    self._report.drop("without the columns", has)
-                    continue
-                row = self._uniform(values, f"{self._path}, {place}")
-                if reason := self._reason(row, f"{self._path}, {place}"):
-                    self._report.drop(reason, place)
-                else:
-                    writer.write({name: row.get(name) for name in names} | {"place": place})
-            writer.finalize()
-        (folder / _REPORT).write_text(json.dumps(asdict(self._report)), "utf-8")
+        """Write the rows and the report; long files are shared among processes."""
+        files = self._source.files
+        processes = forks(sum(file.path.stat().st_size for file in files) // _WORTH_A_PROCESS, ranks().local_size)
+        if processes > 1:
+            # What one process cannot read or use is read again by this one, which says what it is.
+            with suppress(DataError, UnicodeDecodeError, OSError, EOFError, LZMAError, zlib.error, BrokenProcessPool):
+                self._write(in_order(self._of_piece, pieces.pieces(files), processes), folder)
+                return
+        self._write(self._batches(), folder)
 
-    def _reason(self, row: dict[str, Any], where: str) -> str | None:
-        """Return why a row is left out; None if it is not."""
-        config, completion = self._config, row["completion"]
-        asked = row["prompt"].strip() or row["input"] or config.format == "text"
-        if not completion.strip() or not asked:
+    def _of_piece(self, piece: pieces.Piece) -> _Batch:
+        several = len(self._source.files) > 1
+        rows = pieces.rows(piece)
+        return (
+            self._cleaned((f"{piece.file.name}, {place}", values) for place, values in rows)
+            if several
+            else self._cleaned(rows)
+        )
+
+    def _batches(self) -> Iterator[_Batch]:
+        rows = iter(self._source.rows(self._wanted))
+        while (batch := self._cleaned(islice(rows, _BATCH))).report.read:
+            yield batch
+
+    def _write(self, batches: Iterable[_Batch], folder: Path) -> None:
+        unused = [column for column in self._source.columns if column not in self._wanted]
+        report = Report(dropped={"empty": 0, "matching drop_matching": 0, "duplicates": 0}, unused=unused)
+        seen: set[bytes] = set()
+        features = Features.from_arrow_schema(self._schema)
+        with (
+            ArrowWriter(path=str(folder / _ROWS), features=features) as writer,
+            tqdm(desc="reading", unit="row", leave=False, disable=None) as bar,
+        ):
+            for rows, digests, found in batches:
+                report.add(found)
+                bar.update(found.read)
+                if self._config.drop_duplicates:
+                    keep = []
+                    for row, digest in enumerate(digests):
+                        keep.append(digest not in seen)
+                        seen.add(digest)
+                        if not keep[-1]:
+                            report.drop("duplicates", rows["place"][row].as_py())
+                    rows = rows if all(keep) else rows.filter(pa.array(keep))
+                writer.write_table(rows)
+            writer.finalize()
+        (folder / _REPORT).write_text(json.dumps(asdict(report)), "utf-8")
+
+    def _cleaned(self, rows: Iterable[Row]) -> _Batch:
+        """Give rows uniform columns, and leave out those that are not wanted, but not those that are repeated."""
+        self._report = report = Report()
+        columns: dict[str, list[Any]] = {name: [] for name in self._schema.names}
+        digests = []
+        for place, values in rows:
+            report.read += 1
+            if absent := [
+                column for role, column in self._columns.items() if role not in _OPTIONAL and column not in values
+            ]:
+                has = f"{place}, which has {', '.join(map(visible, values))} and no {absent[0]}"
+                report.drop("without the columns", has)
+                continue
+            row = self._uniform(values, f"{self._path}, {place}") | {"place": place}
+            if reason := self._reason(row):
+                report.drop(reason, place)
+                continue
+            digests.append(self._digest(row, f"{self._path}, {place}"))
+            for name, column in columns.items():
+                column.append(row.get(name))
+        return _Batch(pa.table(columns, self._schema), digests, report)
+
+    def _reason(self, row: dict[str, Any]) -> str | None:
+        """Return why a row is left out, if not as a repeated one; None if it is not."""
+        asked = row["prompt"].strip() or row["input"] or self._config.format == "text"
+        if not row["completion"].strip() or not asked:
             return "empty"
-        if self._unwanted and self._unwanted.search(completion):
+        if self._unwanted and self._unwanted.search(row["completion"]):
             return "matching drop_matching"
+        return None
+
+    def _digest(self, row: dict[str, Any], where: str) -> bytes:
+        """Return a digest of what makes a row a repeated one."""
         parts = [row["prompt"], row["input"], row.get("messages"), row.get("tools")]
-        if config.drop_duplicates == "exact" or config.format == "text":
-            parts.append(completion)
+        if self._config.drop_duplicates == "exact" or self._config.format == "text":
+            parts.append(row["completion"])
         try:
-            digest = text_digest(json.dumps(parts, ensure_ascii=False))
-            completion.encode()
+            row["completion"].encode()
+            lengths = [None if part is None else len(part) for part in parts]  # so that no text goes over into the next
+            return text_digest("".join([str(lengths), *filter(None, parts)]))
         except UnicodeEncodeError as error:
             raise DataError(f"{where}: half of a surrogate pair cannot be encoded; correct the text") from error
-        if config.drop_duplicates:
-            if digest in self._seen:
-                return "duplicates"
-            self._seen.add(digest)
-        return None
 
     def _uniform(self, values: dict[str, Any], where: str) -> dict[str, Any]:
         """Return a row as text; messages and tools as JSON."""
@@ -249,13 +250,15 @@ class _Cleaner:
         return row | {name: values.get(name) for name in self._extra if name == "entry"}
 
     def _text(self, value: Any, column: str, where: str) -> str:
+        if isinstance(value, str):
+            return value
         if dialogues.is_dialogue(value):
             raise DataError(f"{where}: column {column!r} is a list of messages, which needs dataset.format=chat")
         try:
             text = as_text(value)
         except ValueError as error:
             raise DataError(f"{where}: column {column!r}: {error}; write it as text in the file") from error
-        if not isinstance(value, str | None):
+        if value is not None:
             self._note(f"{column} is not text and is learned as JSON")
         return text
 

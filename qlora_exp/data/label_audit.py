@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 
 from qlora_exp.config.sections.mixture import REPLAY
+from qlora_exp.data.columns import lists
 from qlora_exp.data.end_of_turn import EndOfTurn
 from qlora_exp.data.tokenization import IGNORED
 from qlora_exp.utils.errors import DataError
@@ -55,23 +57,30 @@ def audit(tokens: Dataset, max_length: int, tokenizer: Any, end: EndOfTurn, sour
     Raises:
         DataError: no token of any row would carry loss.
     """
-    total = supervised = truncated = dropped = ended = cut = 0
+    total = supervised = truncated = dropped = ended = cut = first = 0
     where = f"{source}: " if source else ""
     sample = ""
-    for row in tokens:
-        ids, labels = row["input_ids"][:max_length], row["labels"][:max_length]
-        learned = [label for label in labels[1:] if label != IGNORED]  # the first token is never predicted
-        truncated += len(row["input_ids"]) > max_length
-        dropped += not learned
-        total += len(ids)
-        supervised += len(learned)
+    token = tokenizer.eos_token_id if end.token is None else end.token
+    for ids, labels in lists(tokens, "input_ids", "labels"):
+        places, row_of, count = labels.places(), labels.rows(), len(labels.ends)
+        # The first token is never predicted.
+        learned = (labels.values != IGNORED) & (places > 0) & (places < max_length)
+        learns = np.bincount(row_of[learned], minlength=count) > 0
+        truncated += int((ids.lengths > max_length).sum())
+        dropped += count - int(learns.sum())
+        total += int(np.minimum(ids.lengths, max_length).sum())
+        supervised += int(learned.sum())
         if end.stop is None:
-            ended += (tokenizer.eos_token_id if end.token is None else end.token) in learned
+            ended += len(np.unique(row_of[learned & (labels.values == token)]))
         else:
-            ended += end.stop in tokenizer.decode(learned)
-            cut += end.stop in row["reference"]
-        if learned and not sample:
-            sample = _mark(ids, labels, tokenizer)
+            texts = np.split(labels.values[learned], np.cumsum(np.bincount(row_of[learned], minlength=count))[:-1])
+            ended += sum(end.stop in tokenizer.decode(text.tolist()) for text in texts)
+            references = tokens.select(range(first, first + count)).with_format(None)["reference"][:]
+            cut += sum(end.stop in reference for reference in references)
+        if learns.any() and not sample:
+            row = tokens[first + int(learns.argmax())]
+            sample = _mark(row["input_ids"][:max_length], row["labels"][:max_length], tokenizer)
+        first += count
     if not supervised:
         raise DataError(
             f"{where}no token of the {len(tokens)} training rows carries loss: every prompt fills "

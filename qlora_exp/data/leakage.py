@@ -5,19 +5,29 @@ Depends only on the columns that `data.rows` creates.
 
 import json
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple, TypeAlias
 
-from tqdm import tqdm
+import numpy as np
+from datasets import Dataset
 
+from qlora_exp.data.columns import BATCH, Row, mapped
 from qlora_exp.data.dialogues import said
 from qlora_exp.utils.digests import text_digest
 
 _WORDS = 5
 _MANY = 10
 _WORD = re.compile(r"\w+")
+_SPACED = "".join(chr(code).lower() if _WORD.match(chr(code)) else " " for code in range(128))
+_COMPARED = ("prompt", "input", "completion", "messages", "tools")
+# Odd numbers, so that no bit of a word's hash is lost; one for each place of a word in a sequence.
+_FACTORS = np.random.default_rng(0).integers(0, 1 << 63, _WORDS, np.uint64) * np.uint64(2) + np.uint64(1)
+_FILTER_BITS = 1 << 27
+_FILTER_SHIFT = np.uint64(64 - 27)
+
+Rows: TypeAlias = Dataset | Sequence[Row]
 
 
 @dataclass(frozen=True)
@@ -37,41 +47,140 @@ class Leak:
     """Which rows the two indices count: also `validation, held-out` or `training, validation`."""
 
 
-def find(train: Iterable[Mapping[str, Any]], heldout: Iterable[Mapping[str, Any]], threshold: float) -> list[Leak]:
+def find(train: Rows, heldout: Rows, threshold: float) -> list[Leak]:
     """Return the worst leak of each training row that has one, in the order of the training rows.
 
-    Every pair of rows that shares a five-word sequence is compared. Only held-out rows are kept in memory.
+    Every pair of rows that shares a five-word sequence is compared; sequences are compared by 64-bit hashes. Many rows
+    are shared among processes.
 
     Args:
-        train: rows with `prompt`, `input` and `completion`.
+        train: rows with `prompt`, `input` and `completion`: a dataset, or a list.
         heldout: rows with the same columns.
         threshold: smallest overlap of a near leak.
     """
+    parts = [*mapped(_fingerprints, _texts_only(heldout), "reading held-out rows")]
     questions: dict[bytes, int] = {}
-    shingles: dict[int, list[int]] = {}
-    sizes: list[int] = []
-    for index, row in enumerate(heldout):
-        questions.setdefault(_question(row), index)
-        row_shingles = _shingles(row)
-        sizes.append(len(row_shingles))
-        for shingle in row_shingles:
-            shingles.setdefault(shingle, []).append(index)
-    many = max(_MANY, len(sizes) // 50)
-    common = {shingle for shingle, rows in shingles.items() if len(rows) > many}
-    for shingle in common:
-        for other in shingles.pop(shingle):
-            sizes[other] -= 1
-    leaks = []
-    for index, row in enumerate(tqdm(train, desc="looking for leaks", unit="row", leave=False, disable=None)):
-        if (same := questions.get(_question(row))) is not None:
-            leaks.append(Leak(index, same, "exact", 1.0))
-            continue
-        row_shingles = _shingles(row) - common
-        shared = Counter(other for shingle in row_shingles for other in shingles.get(shingle, ()))
-        overlaps = {other: count / (len(row_shingles) + sizes[other] - count) for other, count in shared.items()}
-        if overlaps and (worst := max(overlaps.values())) >= threshold:
-            leaks.append(Leak(index, min(other for other in overlaps if overlaps[other] == worst), "near", worst))
+    for row, question in enumerate(question for part in parts for question in part.questions):
+        questions.setdefault(question, row)
+    index = _Index(parts)
+    del parts
+
+    def compare(rows: list[Row]) -> list[tuple[int, int, str, float]]:
+        found = _fingerprints(rows)
+        same = {
+            row: other for row, digest in enumerate(found.questions) if (other := questions.get(digest)) is not None
+        }
+        near = index.worst(found, threshold)
+        leaks = {row: (other, "near", overlap) for row, other, overlap in near}
+        leaks |= {row: (other, "exact", 1.0) for row, other in same.items()}
+        return [(row, *leaks[row]) for row in sorted(leaks)]
+
+    leaks, first = [], 0
+    for found in mapped(compare, _texts_only(train), "looking for leaks"):
+        leaks += [Leak(first + row, other, kind, overlap) for row, other, kind, overlap in found]
+        first += BATCH
     return leaks
+
+
+def _texts_only(rows: Rows) -> Rows:
+    """Return rows without the columns that are not compared."""
+    if not isinstance(rows, Dataset):
+        return rows
+    return rows.select_columns([name for name in _COMPARED if name in rows.column_names])
+
+
+class _Fingerprints(NamedTuple):
+    """What is compared of rows."""
+
+    questions: list[bytes]
+    """Digest of the question of each row."""
+    rows: np.ndarray
+    """Row of each five-word sequence, ascending."""
+    hashes: np.ndarray
+    """Hash of each five-word sequence; each once in a row."""
+
+
+def _fingerprints(rows: list[Row]) -> _Fingerprints:
+    words = [_words(" ".join(_texts(row))) for row in rows]
+    counts = np.array([*map(len, words)])
+    # Python's own hashes: the same in forks of a process, and as good as random.
+    hashes = np.fromiter(map(hash, chain.from_iterable(words)), np.int64, counts.sum()).view(np.uint64)
+    behind = np.concatenate([hashes, np.zeros(_WORDS, np.uint64)])
+    starts = np.cumsum(counts) - counts
+    sequences = np.maximum(counts - _WORDS + 1, 1)
+    row_of = np.repeat(np.arange(len(rows)), sequences)
+    place = np.arange(len(row_of)) - np.repeat(np.cumsum(sequences) - sequences, sequences)
+    at, left = starts[row_of] + place, counts[row_of]  # rows with fewer words have one sequence, of all their words
+    mixed = np.minimum(left, _WORDS).astype(np.uint64)
+    for offset, factor in enumerate(_FACTORS):
+        mixed += np.where(offset < left, behind[at + offset], np.uint64(0)) * factor
+    # In a row each sequence counts once; the few that occur twice are found among all rows at once.
+    marked = np.sort(mixed ^ (row_of.astype(np.uint64) * _FACTORS[0]))
+    if len(twice := np.unique(marked[1:][marked[1:] == marked[:-1]])):
+        suspected = np.flatnonzero(np.isin(mixed ^ (row_of.astype(np.uint64) * _FACTORS[0]), twice))
+        pairs = np.stack([row_of[suspected].astype(np.uint64), mixed[suspected]])
+        _, first = np.unique(pairs, axis=1, return_index=True)
+        keep = np.ones(len(mixed), bool)
+        keep[suspected] = False
+        keep[suspected[first]] = True
+        row_of, mixed = row_of[keep], mixed[keep]
+    return _Fingerprints([*map(_question, rows)], row_of, mixed)
+
+
+def _words(text: str) -> list[str]:
+    """Return the words of a text in small letters: a regular expression takes five times as long for ASCII."""
+    return text.translate(_SPACED).split() if text.isascii() else _WORD.findall(text.casefold())
+
+
+class _Index:
+    """The held-out rows by their five-word sequences, in arrays: several million take a few hundred megabytes."""
+
+    def __init__(self, parts: list[_Fingerprints]) -> None:
+        count = sum(len(part.questions) for part in parts)
+        firsts = range(0, count, BATCH)
+        rows = np.concatenate(
+            [
+                np.zeros(0, np.int32),
+                *((part.rows + first).astype(np.int32) for part, first in zip(parts, firsts, strict=True)),
+            ]
+        )
+        hashes = np.concatenate([np.zeros(0, np.uint64), *(part.hashes for part in parts)])
+        order = np.argsort(hashes, kind="stable")  # stable: the rows of a sequence stay ascending
+        self._rows, hashes = rows[order], hashes[order]
+        del order
+        self._hashes, self._starts, counts = np.unique(hashes, return_index=True, return_counts=True)
+        self._counts = np.where(counts > max(_MANY, count // 50), 0, counts)  # 0: common, which tell nothing
+        self._sizes = np.bincount(rows, minlength=count)
+        common = np.repeat(self._counts == 0, counts)
+        self._sizes -= np.bincount(self._rows[common], minlength=count)
+        self._filter = np.zeros(_FILTER_BITS // 8, np.uint8)  # most sequences of training rows are in no held-out row
+        bits = self._hashes >> _FILTER_SHIFT
+        np.bitwise_or.at(self._filter, bits >> np.uint64(3), np.uint8(1) << (bits & np.uint64(7)).astype(np.uint8))
+
+    def worst(self, found: _Fingerprints, threshold: float) -> Iterator[tuple[int, int, float]]:
+        """Yield each row that has an overlap of at least `threshold`, with the first row of the largest, and that."""
+        bits = found.hashes >> _FILTER_SHIFT
+        passed = np.flatnonzero(
+            self._filter[bits >> np.uint64(3)] >> (bits & np.uint64(7)).astype(np.uint8) & np.uint8(1)
+        )
+        hashes, row_of = found.hashes[passed], found.rows[passed]
+        at = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
+        known = self._hashes[at] == hashes if len(self._hashes) else np.zeros(0, bool)
+        at, row_of = at[known], row_of[known]
+        shared = self._counts[at]
+        sizes = np.bincount(found.rows, minlength=len(found.questions))
+        sizes -= np.bincount(row_of[shared == 0], minlength=len(found.questions))
+        if not shared.sum():
+            return
+        runs = np.repeat(self._starts[at] - (np.cumsum(shared) - shared), shared) + np.arange(shared.sum())
+        pairs, counts = np.unique(np.repeat(row_of, shared) * len(self._sizes) + self._rows[runs], return_counts=True)
+        rows, others = np.divmod(pairs, len(self._sizes))
+        overlaps = counts / (sizes[rows] + self._sizes[others] - counts)
+        order = np.lexsort((others, -overlaps, rows))
+        _, firsts = np.unique(rows[order], return_index=True)
+        for best in order[firsts]:
+            if overlaps[best] >= threshold:
+                yield int(rows[best]), int(others[best]), float(overlaps[best])
 
 
 def _question(row: Mapping[str, Any]) -> bytes:
@@ -88,8 +197,3 @@ def _texts(row: Mapping[str, Any]) -> list[str]:
     tools = [json.dumps(row["tools"])] if row.get("tools") else []
     turns = [said(turn) for turn in row.get("messages") or ()]
     return [*tools, *turns] or [row["prompt"], row["input"], row["completion"]]
-
-
-def _shingles(row: Mapping[str, Any]) -> set[int]:
-    words = _WORD.findall(" ".join(_texts(row)).casefold())
-    return {hash(tuple(words[start : start + _WORDS])) for start in range(max(1, len(words) - _WORDS + 1))}

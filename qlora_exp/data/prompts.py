@@ -6,7 +6,7 @@ The two Alpaca prompts are copied from tatsu-lab/stanford_alpaca. Does not depen
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -43,6 +43,15 @@ class Rendered(NamedTuple):
     """Whether the text already contains the chat template's special tokens, so that the tokenizer must add none."""
 
 
+class _Request(NamedTuple):
+    """Beginnings of a dialogue to be rendered."""
+
+    dialogue: list[Message]
+    tools: Any
+    parts: list[tuple[int, bool]]
+    """So many messages, and whether the mark of an answer follows."""
+
+
 def render(row: dict[str, Any], config: DatasetConfig, tokenizer: Any, every_answer: bool = False) -> Rendered:
     """Render `row` as text in the configured format.
 
@@ -58,21 +67,43 @@ def render(row: dict[str, Any], config: DatasetConfig, tokenizer: Any, every_ans
         DataError: format `chat`, and the tokenizer has no chat template, or one that refuses the dialogue or rewrites
             earlier turns.
     """
+    return render_all([row], config, tokenizer, every_answer)[0]
+
+
+def render_all(
+    rows: Sequence[dict[str, Any]], config: DatasetConfig, tokenizer: Any, every_answer: bool = False
+) -> list[Rendered]:
+    """Render several rows as `render` does; their templates in one call, as this takes longer than most templates do.
+
+    Raises:
+        DataError: one of the rows cannot be rendered. The error may name another one; render them one by one to know.
+        ModelError: the template needs too much time or memory for one of the rows, or for all together.
+    """
+    if config.format != "chat":
+        return [_plain(row, config) for row in rows]
+    dialogues, places, requests = [], [], []
+    for row in rows:
+        answers = [place for place, message in enumerate(turns(row, config)) if learns(message)]
+        places.append(answers if every_answer else answers[-1:])
+        dialogues.append(messages(row, config))
+        asked, answered = [(place, True) for place in places[-1]], [(place + 1, False) for place in places[-1]]
+        requests.append(_Request(dialogues[-1], row.get("tools"), [*asked, *answered]))
+    rendered = _applied(tokenizer, config, requests)
+    return [Rendered(_pieces(*parts, every_answer), True) for parts in zip(dialogues, places, rendered, strict=True)]
+
+
+def _plain(row: Mapping[str, Any], config: DatasetConfig) -> Rendered:
     if config.format == "text":
         return Rendered([("", False), (row["completion"], True)], False)
     if config.format == "alpaca":
         template = ALPACA_WITH_INPUT if row["input"] else ALPACA_WITHOUT_INPUT
         alpaca_prompt = template.format(prompt=row["prompt"], input=row["input"])
         return Rendered([(alpaca_prompt, False), (row["completion"], True)], False)
-    if config.format == "prompt_completion":
-        return Rendered([(_asked(row), False), (row["completion"], True)], False)
-    dialogue = messages(row, config)
-    tools = row.get("tools")
-    answers = [place for place, message in enumerate(turns(row, config)) if learns(message)]
-    places = answers if every_answer else answers[-1:]
-    asked = [(place, True) for place in places]
-    answered = [(place + 1, False) for place in places]
-    texts = _applied(tokenizer, config, dialogue, tools, [*asked, *answered])
+    return Rendered([(_asked(row), False), (row["completion"], True)], False)
+
+
+def _pieces(dialogue: list[Message], places: list[int], texts: list[str], every_answer: bool) -> list[tuple[str, bool]]:
+    """Return the pieces of a dialogue by its beginnings: those before the answers, then those with each answer."""
     pieces, rendered = [], ""
     for place, before, through_answer in zip(places, texts[: len(places)], texts[len(places) :], strict=True):
         answer = through_answer[len(before) :] if through_answer.startswith(before) else None
@@ -88,7 +119,7 @@ def render(row: dict[str, Any], config: DatasetConfig, tokenizer: Any, every_ans
             )
         pieces += [(before[len(rendered) :], False), (answer, True)]
         rendered = through_answer
-    return Rendered(pieces, True)
+    return pieces
 
 
 def _answer_after(prompt: str, whole: str, asked: Message, answer: Message) -> str | None:
@@ -143,7 +174,7 @@ def apply_template(tokenizer: Any, config: DatasetConfig, dialogue: list[Message
         DataError: there is no template, or it refuses the dialogue.
         ModelError: it needs too much time or memory.
     """
-    return _applied(tokenizer, config, dialogue, tools, [(len(dialogue), False)])[0]
+    return _applied(tokenizer, config, [_Request(dialogue, tools, [(len(dialogue), False)])])[0][0]
 
 
 def render_chat(
@@ -155,12 +186,10 @@ def render_chat(
         DataError: the template refuses the dialogue.
         ModelError: it needs too much time or memory.
     """
-    return _parts(tokenizer, dialogue, template, None, [(len(dialogue), add_generation_prompt)])[0]
+    return _parts(tokenizer, template, [_Request(dialogue, None, [(len(dialogue), add_generation_prompt)])])[0][0]
 
 
-def _applied(
-    tokenizer: Any, config: DatasetConfig, dialogue: list[Message], tools: Any, parts: list[tuple[int, bool]]
-) -> list[str]:
+def _applied(tokenizer: Any, config: DatasetConfig, requests: list[_Request]) -> list[list[str]]:
     if not (config.chat_template or tokenizer.chat_template):
         raise DataError(
             "dataset.format=chat: this model's tokenizer has no chat template; use dataset.chat_template=FILE.jinja or "
@@ -168,7 +197,7 @@ def _applied(
             "dataset.format=prompt_completion or alpaca"
         )
     try:
-        return _parts(tokenizer, dialogue, config.chat_template, tools or None, parts)
+        return _parts(tokenizer, config.chat_template, requests)
     except DataError as error:
         raise DataError(
             f"dataset.format=chat: {error}. Change the dialogue (or dataset.system_message), or use another model or "
@@ -176,23 +205,24 @@ def _applied(
         ) from error
 
 
-def _parts(
-    tokenizer: Any, dialogue: list[Message], template: str | None, tools: Any, parts: list[tuple[int, bool]]
-) -> list[str]:
-    """Render the beginnings of a dialogue: so many messages, and whether the mark of an answer follows.
-
-    All are rendered in one call, as the way to the other process takes longer than most templates do.
-    """
+def _parts(tokenizer: Any, template: str | None, requests: list[_Request]) -> list[list[str]]:
+    """Render the beginnings of dialogues, all in one call of the other process."""
     try:
-        template = tokenizer.get_chat_template(template, tools)
-        values = {**tokenizer.special_tokens_map, "tools": tools}
-        texts: list[str] = _renderer.call(_rendered, template, dialogue, values, parts)
+        calls = []
+        for dialogue, tools, parts in requests:
+            values = {**tokenizer.special_tokens_map, "tools": tools or None}
+            calls.append((tokenizer.get_chat_template(template, tools or None), dialogue, values, parts))
+        texts: list[list[str]] = _renderer.call(_all_rendered, calls)
     except LimitError as error:
         raise ModelError(f"this model's chat template needs {error} for one dialogue; use another model") from error
     except (FailedError, ValueError) as error:  # ValueError: of several templates none is the default
-        roles = ", ".join(message["role"] for message in dialogue)
+        roles = ", ".join(message["role"] for message in requests[0].dialogue)
         raise DataError(f"this model's chat template refuses a dialogue with the roles {roles}: {error}") from error
     return texts
+
+
+def _all_rendered(calls: list[tuple[str, list[Message], dict[str, Any], list[tuple[int, bool]]]]) -> list[list[str]]:
+    return [_rendered(*call) for call in calls]
 
 
 def _rendered(

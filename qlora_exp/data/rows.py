@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
@@ -17,8 +18,10 @@ from datasets import Dataset, concatenate_datasets
 from qlora_exp.config.sections.dataset import DatasetConfig
 from qlora_exp.config.sections.mixture import REPLAY, MixtureConfig, of_source
 from qlora_exp.data import leakage, mixture
-from qlora_exp.data.cleaning import Report, clean, decoded
+from qlora_exp.data.cleaning import clean, decoded
+from qlora_exp.data.columns import Row, mapped
 from qlora_exp.data.reading.sources import read
+from qlora_exp.data.report import Report
 from qlora_exp.utils.digests import text_digest
 from qlora_exp.utils.errors import DataError
 
@@ -69,11 +72,24 @@ class _Split(NamedTuple):
 
 def fingerprint(rows: Dataset) -> str:
     """Return a digest of all rows, which depends on their order, but not on where they come from."""
-    digest = hashlib.sha256()
+    if (known := _fingerprints.get(rows)) is None:
+        digest = hashlib.sha256()
+        for text in mapped(_as_json, rows, "taking the fingerprint"):
+            digest.update(text)
+        known = _fingerprints[rows] = digest.hexdigest()[:16]
+    return known
+
+
+_fingerprints: WeakKeyDictionary[Dataset, str] = WeakKeyDictionary()  # a dataset does not change
+_encode = json.JSONEncoder(sort_keys=True, default=str).encode
+
+
+def _as_json(rows: list[Row]) -> bytes:
+    texts = []
     for row in rows:
         values = {name: value for name, value in row.items() if name not in ("place", SOURCE) and value is not None}
-        digest.update(json.dumps(values, sort_keys=True, default=str).encode() + b"\0")
-    return digest.hexdigest()[:16]
+        texts.append(f"{_encode(values)}\0")
+    return "".join(texts).encode()
 
 
 def sources_of(rows: Dataset) -> list[str]:

@@ -12,12 +12,25 @@ _MARK = "qzxmark"
 _NAMES_OF_CALLS = ("id", "type", "index")
 
 
+class UnrenderedError(DataError):
+    """A row has something that the template does not render."""
+
+
 class TemplateCheck:
     """Refuses rows with something that the template does not render; each kind of message is tried once."""
 
     def __init__(self, config: DatasetConfig, tokenizer: Any) -> None:
         self._config, self._tokenizer = config, tokenizer
         self._seen: set[tuple[str, ...]] = set()
+
+    @property
+    def seen(self) -> set[tuple[str, ...]]:
+        """Kinds of messages that were tried; may be set."""
+        return {*self._seen}
+
+    @seen.setter
+    def seen(self, kinds: set[tuple[str, ...]]) -> None:
+        self._seen = {*kinds}
 
     def check(self, row: Mapping[str, Any]) -> None:
         """Check a row.
@@ -88,8 +101,8 @@ class TemplateCheck:
         except DataError:
             return _MARK
 
-    def _ignored(self, what: str) -> DataError:
-        return DataError(
+    def _ignored(self, what: str) -> UnrenderedError:
+        return UnrenderedError(
             f"dataset.format=chat: this model's chat template does not render {what}, so it would be lost; "
             "remove it from the file, or use a model whose template renders it"
         )

@@ -1,27 +1,44 @@
 """Turn rows into tokens with labels. Does not depend on models: a tokenizer is enough."""
 
+import logging
 import re
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from datasets import Dataset, load_from_disk
-from tqdm import tqdm
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, Features
+from datasets.arrow_writer import ArrowWriter
 
 from qlora_exp.config.schema import Config
 from qlora_exp.data.cleaning import CACHE_LAYOUT
+from qlora_exp.data.columns import Row, lengths, lists, mapped
 from qlora_exp.data.end_of_turn import closed_once, end_of_turn
-from qlora_exp.data.prompts import chat_template, render, turns
+from qlora_exp.data.prompts import Rendered, chat_template, render_all, turns
 from qlora_exp.data.rows import SOURCE, fingerprint
-from qlora_exp.data.template_checks import TemplateCheck
-from qlora_exp.utils.cache import built
+from qlora_exp.data.template_checks import TemplateCheck, UnrenderedError
+from qlora_exp.utils.cache import built, cache_dir
 from qlora_exp.utils.digests import json_digest
-from qlora_exp.utils.errors import DataError
+from qlora_exp.utils.errors import DataError, ModelError
+from qlora_exp.utils.units import MIB
+
+log = logging.getLogger(__name__)
 
 IGNORED = -100
 """Label of a token that carries no loss, as in torch's cross entropy."""
+_LARGE = 100 * MIB
+"""Bytes of disk that a run says it takes."""
+_TOKENS = "tokens.arrow"
+_SCHEMA = pa.schema(
+    {
+        "input_ids": pa.list_(pa.int32()),
+        "labels": pa.list_(pa.int32()),
+        "prompt_length": pa.int32(),
+        "reference": pa.string(),
+    }
+)
 
 
 def tokenize(rows: Dataset, config: Config, tokenizer: Any) -> Dataset:
@@ -44,9 +61,7 @@ def tokenize(rows: Dataset, config: Config, tokenizer: Any) -> Dataset:
     folder = built(
         f"tokens-{json_digest([CACHE_LAYOUT, *inputs])}", lambda part: _tokenize(rows, config, tokenizer, part)
     )
-    tokens = load_from_disk(str(folder))
-    assert isinstance(tokens, Dataset)
-    return tokens
+    return Dataset.from_file(str(folder / _TOKENS))
 
 
 def encoder(config: Config, tokenizer: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -54,62 +69,135 @@ def encoder(config: Config, tokenizer: Any) -> Callable[[dict[str, Any]], dict[s
 
     It raises DataError for a row that cannot be learned as it is.
     """
-    encoders = {
-        name: _encoder(config.model_copy(update={"dataset": part}), tokenizer) for name, part in config.parts.items()
-    }
-    only = next(iter(encoders))
-    return lambda row: encoders[row.get(SOURCE, only)](row)
+    encode = _Encoder(config, tokenizer)
+    return lambda row: encode([row])[0]
 
 
-def _encoder(config: Config, tokenizer: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    eos, learn_all = tokenizer.eos_token_id, not config.training.completion_only_loss
-    eos_text = re.escape(tokenizer.eos_token)  # exported answers often end with it, and get it below or by the template
-    template = TemplateCheck(config.dataset, tokenizer)
-    end = cache(lambda: end_of_turn(tokenizer, chat_template(config.dataset, tokenizer)))
+class _Encoder:
+    """Turns rows into tokens, many at a time: that takes half as long as one by one."""
 
-    def encode(row: dict[str, Any]) -> dict[str, Any]:
+    def __init__(self, config: Config, tokenizer: Any) -> None:
+        self._of_parts = {
+            name: _PartEncoder(config.model_copy(update={"dataset": part}), tokenizer)
+            for name, part in config.parts.items()
+        }
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        """Return the tokens of each row.
+
+        Raises:
+            DataError: a row cannot be learned as it is; the first one is named.
+            ModelError: the chat template needs too much time or memory for a row.
+        """
+        seen = {name: part.template.seen for name, part in self._of_parts.items()}
+        try:
+            return self._encoded(rows)
+        except (DataError, ModelError):
+            if len(rows) == 1:
+                raise
+        for name, part in self._of_parts.items():
+            part.template.seen = seen[name]
+        return [self._encoded([row])[0] for row in rows]
+
+    def _encoded(self, rows: list[Row]) -> list[Row]:
+        only = next(iter(self._of_parts))
+        sources = [row.get(SOURCE, only) for row in rows]
+        encoded: list[Row] = [{}] * len(rows)
+        for name in dict.fromkeys(sources):
+            places = [place for place, source in enumerate(sources) if source == name]
+            for place, tokens in zip(places, self._of_parts[name]([rows[place] for place in places]), strict=True):
+                encoded[place] = tokens
+        return encoded
+
+
+class _PartEncoder:
+    """Turns rows of one source into tokens."""
+
+    def __init__(self, config: Config, tokenizer: Any) -> None:
+        self._config, self._tokenizer = config, tokenizer
+        # Exported answers often end with EOS, and get it below or by the template.
+        self._eos = re.compile(f"(?:{re.escape(tokenizer.eos_token)}\\s*)+$")
+        self.template = TemplateCheck(config.dataset, tokenizer)
+        self._end = cache(lambda: end_of_turn(tokenizer, chat_template(config.dataset, tokenizer)))
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        texts = self._rendered(rows)
+        learn_all, eos = not self._config.training.completion_only_loss, self._tokenizer.eos_token_id
+        pieces: dict[bool, list[str]] = {True: [], False: []}  # with the tokenizer's special tokens, and without
+        kinds = []
+        for text in texts:
+            for place, (piece, learned) in enumerate(text.pieces):
+                special = place == 0 and not text.has_special_tokens and not learned
+                plain = learned and not text.has_special_tokens
+                pieces[special].append(self._eos.sub("", piece) if plain else piece)
+                kinds.append(special)
+        found = {special: iter(_tokens(self._tokenizer, some, special)) for special, some in pieces.items()}
+        tokens = iter([next(found[special]) for special in kinds])
+        stop = self._end().stop or ""
+        encoded = []
+        for text in texts:
+            ids: list[int] = []
+            labels: list[int] = []
+            for (_, learned), own in zip(text.pieces, tokens, strict=False):
+                prompt_length, last = len(ids), own
+                ids += own
+                labels += own if learned or learn_all else [IGNORED] * len(own)
+            reference = self._tokenizer.decode(last, skip_special_tokens=True).strip()
+            reference = reference.removesuffix(stop).strip()
+            if not text.has_special_tokens:
+                ids, labels = [*ids, eos], [*labels, eos]
+            encoded.append({"input_ids": ids, "labels": labels, "prompt_length": prompt_length, "reference": reference})
+        return encoded
+
+    def _rendered(self, rows: list[Row]) -> list[Rendered]:
+        config, row = self._config, rows[0]
         try:
             if config.dataset.format == "chat":
-                template.check(row)
-                _check_weights(row, learn_all)
-                row = row | {"messages": closed_once(turns(row, config.dataset), tokenizer, end())}
-            text = render(row, config.dataset, tokenizer, config.training.assistant_only_loss)
+                checked = []
+                for row in rows:
+                    self.template.check(row)
+                    _check_weights(row, not config.training.completion_only_loss)
+                    dialogue = closed_once(turns(row, config.dataset), self._tokenizer, self._end())
+                    checked.append(row | {"messages": dialogue})
+                rows = checked
+            return render_all(rows, config.dataset, self._tokenizer, config.training.assistant_only_loss)
         except DataError as error:
-            raise DataError(f"{' or '.join(config.dataset.paths)}, {row.get('place')}: {error}") from error
-        ids: list[int] = []
-        labels: list[int] = []
-        prompt_length = 0
-        for place, (piece, learned) in enumerate(text.pieces):
-            first = place == 0 and not text.has_special_tokens
-            if learned and not text.has_special_tokens:
-                piece = re.sub(f"(?:{eos_text}\\s*)+$", "", piece)
-            tokens = prompt_tokens(tokenizer, piece, special=first and not learned)
-            prompt_length = len(ids)
-            ids += tokens
-            labels += tokens if learned or learn_all else [IGNORED] * len(tokens)
-        reference = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        reference = reference.removesuffix(end().stop or "").strip()
-        if not text.has_special_tokens:
-            ids, labels = [*ids, eos], [*labels, eos]
-        return {"input_ids": ids, "labels": labels, "prompt_length": prompt_length, "reference": reference}
+            where = f"{' or '.join(config.dataset.paths)}, {row.get('place')}"
+            raise type(error)(f"{where}: {error}") from error
 
-    return encode
+
+def _tokens(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
+    """Return the tokens of each text, as `prompt_tokens` does."""
+    if not texts:
+        return []
+    tokens: list[list[int]] = tokenizer(texts, add_special_tokens=special, return_attention_mask=False)["input_ids"]
+    added = special and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
+    return [ids[:-1] for ids in tokens] if added else tokens
 
 
 def _tokenize(rows: Dataset, config: Config, tokenizer: Any, folder: Path) -> None:
-    encode = encoder(config, tokenizer)
+    """Write the tokens of all rows into a file."""
+    encode = _Encoder(config, tokenizer)
 
-    def counted(row: dict[str, Any]) -> dict[str, Any]:
-        bar.update()
-        return encode(row)
+    def encoded(batch: list[Row]) -> pa.RecordBatch:
+        return pa.RecordBatch.from_pylist(encode(batch), _SCHEMA)
 
-    with (
-        tqdm(total=len(rows), desc="tokenizing", unit="row", leave=False, disable=None) as bar,
-        TemporaryDirectory(prefix="qlora_exp-") as scratch,
-    ):
-        options: dict[str, Any] = {"load_from_cache_file": False, "cache_file_name": f"{scratch}/tokens.arrow"}
-        encoded = rows.map(counted, remove_columns=rows.column_names, **options)
-        encoded.with_format(None).save_to_disk(str(folder))  # without the transform of the rows
+    def write(some: Callable[..., Iterator[pa.RecordBatch]]) -> None:
+        with ArrowWriter(path=str(folder / _TOKENS), features=Features.from_arrow_schema(_SCHEMA)) as writer:
+            for batch in some(encoded, rows, "tokenizing"):
+                writer.write_table(pa.Table.from_batches([batch]))
+            writer.finalize()
+
+    try:
+        write(mapped)
+    except UnrenderedError:
+        # Each kind of message is tried once, so that one process may accept a row that another one refuses.
+        encode = _Encoder(config, tokenizer)
+        write(partial(mapped, alone=True))
+    if (size := (folder / _TOKENS).stat().st_size) > _LARGE:
+        log.info(
+            "the tokens of %s rows take %s MiB of the cache, %s", f"{len(rows):,}", f"{size // MIB:,}", cache_dir()
+        )
 
 
 def _check_weights(row: dict[str, Any], learn_all: bool) -> None:
@@ -130,9 +218,7 @@ def prompt_tokens(tokenizer: Any, text: str, special: bool) -> list[int]:
         special: whether the tokenizer is to begin it with its special tokens. Some tokenizers also end every text with
             EOS, which is never in a prompt.
     """
-    tokens: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
-    added = special and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
-    return tokens[:-1] if added else tokens
+    return _tokens(tokenizer, [text], special)[0]
 
 
 def cut(rows: Dataset, tokens: Dataset, max_length: int) -> tuple[Dataset, Dataset]:
@@ -143,15 +229,46 @@ def cut(rows: Dataset, tokens: Dataset, max_length: int) -> tuple[Dataset, Datas
     Raises:
         DataError: no rows are left.
     """
-    keep = [i for i, labels in enumerate(tokens["labels"]) if any(label != IGNORED for label in labels[1:max_length])]
+    keep = np.flatnonzero(_learning(tokens, max_length, first=1)).tolist()
     if not keep:
         raise DataError(f"no held-out row has an answer token within training.max_length={max_length}; raise it")
-    shorter = tokens.select(keep).map(
-        lambda row: {"input_ids": row["input_ids"][:max_length], "labels": row["labels"][:max_length]},
-        load_from_cache_file=False,
-        keep_in_memory=True,
-    )
-    return rows.select(keep), shorter
+    kept = tokens.select(keep, keep_in_memory=True)
+    if lengths(kept).max() > max_length:
+        kept = kept.map(partial(_shortened, max_length), batched=True, load_from_cache_file=False, keep_in_memory=True)
+    return rows.select(keep, keep_in_memory=True), kept
+
+
+def for_training(tokens: Dataset, max_length: int | None) -> Dataset:
+    """Return rows as a trainer takes them: `input_ids` and `labels`, truncated, without rows that have no label left.
+
+    Rows are truncated when they are read, so that they stay files mapped into memory; TRL would copy all of them twice.
+
+    Args:
+        tokens: rows that `tokenize` returned.
+        max_length: number of tokens that a row is truncated to; None: all rows as they are, for TRL to pack.
+    """
+    tokens = tokens.select_columns(["input_ids", "labels"])
+    if max_length is None:
+        return tokens
+    keep = _learning(tokens, max_length, first=0)
+    tokens = tokens if keep.all() else tokens.select(np.flatnonzero(keep).tolist(), keep_in_memory=True)
+    too_long = lengths(tokens).max(initial=0) > max_length
+    return tokens.with_transform(partial(_shortened, max_length)) if too_long else tokens
+
+
+def _shortened(max_length: int, batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    cut_off = {name: [row[:max_length] for row in batch[name]] for name in batch.keys() & {"input_ids", "labels"}}
+    return batch | cut_off
+
+
+def _learning(tokens: Dataset, max_length: int, first: int) -> np.ndarray:
+    """Return for each row whether one of its labels from `first` to `max_length` carries loss."""
+    found = [np.zeros(0, bool)]
+    for (labels,) in lists(tokens, "labels"):
+        places = labels.places()
+        learned = (labels.values != IGNORED) & (places >= first) & (places < max_length)
+        found.append(np.bincount(labels.rows()[learned], minlength=len(labels.ends)) > 0)
+    return np.concatenate(found)
 
 
 def unrelated(rows: Dataset, config: Config, tokenizer: Any) -> tuple[Dataset, Dataset]:

@@ -6,10 +6,11 @@ values goes through. So what PEFT cannot adapt is refused by name, in architectu
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftConfig, PeftType
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -20,6 +21,7 @@ from qlora_exp.config import crosschecks
 from qlora_exp.config.schema import Config
 from qlora_exp.config.tables import compatibility
 from qlora_exp.config.tables.peft_methods import FROM_ROWS
+from qlora_exp.data.columns import lengths, lists
 from qlora_exp.environment.device import Resolved
 from qlora_exp.models import files
 from qlora_exp.models.adapters import attach, lacks_values, peft_config, trainable_set
@@ -37,10 +39,8 @@ from qlora_exp.utils.errors import ConfigError, DataError, ModelError, first_lin
 
 log = logging.getLogger(__name__)
 
-TextRows = Iterable[dict[str, Any]]
 
-
-def check_model(config: Config, resolved: Resolved, tokenize: Callable[[Tokenizer], dict[str, TextRows]]) -> None:
+def check_model(config: Config, resolved: Resolved, tokenize: Callable[[Tokenizer], dict[str, Dataset]]) -> None:
     """Check the model's tokenizer, positions and quantization, and the adapter of the run.
 
     Args:
@@ -79,7 +79,7 @@ def check_model(config: Config, resolved: Resolved, tokenize: Callable[[Tokenize
 
 
 def _check_tokens(
-    name: str, tokenizer: Tokenizer, embeddings: int, tokenize: Callable[[Tokenizer], dict[str, TextRows]]
+    name: str, tokenizer: Tokenizer, embeddings: int, tokenize: Callable[[Tokenizer], dict[str, Dataset]]
 ) -> None:
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         raise ModelError(
@@ -98,15 +98,19 @@ def _check_tokens(
                 f"{name}: its {role} token {tokenizer.convert_ids_to_tokens(token)!r} is {token}; {remedy}"
             )
     for part, rows in tokenize(tokenizer).items():
-        for place, row in enumerate(rows):
-            if (token := max(row["input_ids"], default=0)) >= embeddings:
+        first = 0
+        for (ids,) in lists(rows, "input_ids"):
+            if (unknown := ids.rows()[ids.values >= embeddings]).size:
+                place = unknown[0]
+                token = int(ids.values[ids.rows() == place].max())
                 text = tokenizer.convert_ids_to_tokens(token)
-                raise DataError(f"{part} row {place} has the token {text!r} ({token}) of {name}; {remedy}")
+                raise DataError(f"{part} row {first + place} has the token {text!r} ({token}) of {name}; {remedy}")
+            first += len(ids.ends)
 
 
-def _check_lengths(config: Config, positions: int, parts: dict[str, TextRows]) -> None:
+def _check_lengths(config: Config, positions: int, parts: dict[str, Dataset]) -> None:
     prefix = config.peft_settings.get("num_virtual_tokens", 0)
-    longest = max((len(row["input_ids"]) for rows in parts.values() for row in rows), default=0)
+    longest = max((int(lengths(rows).max(initial=0)) for rows in parts.values()), default=0)
     longest = min(longest, config.training.max_length)
     if longest + prefix > positions:
         raise ConfigError(

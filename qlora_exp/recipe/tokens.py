@@ -9,6 +9,7 @@ from datasets import Dataset
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.dataset import DatasetConfig
 from qlora_exp.data import label_audit, mixture, tokenization
+from qlora_exp.data.columns import lengths, lists
 from qlora_exp.data.end_of_turn import end_of_turn
 from qlora_exp.data.prompts import chat_template
 from qlora_exp.data.rows import SOURCE, fingerprint, sources_of
@@ -160,8 +161,8 @@ def _unseen(config: Config, tokens: Tokens) -> list[str]:
     """List the new tokens that are in no training row."""
     texts = config.model.new_tokens
     numbers = dict(zip(tokens.tokenizer.convert_tokens_to_ids(texts), texts, strict=True)) if texts else {}
-    for row in tokens.train["input_ids"] if numbers else ():
-        for number in numbers.keys() & {*row[: config.training.max_length]}:
+    for (ids,) in lists(tokens.train, "input_ids") if numbers else ():
+        for number in numbers.keys() & {*ids.values[ids.places() < config.training.max_length].tolist()}:
             del numbers[number]
         if not numbers:
             break
@@ -198,6 +199,6 @@ def _log_labels(run: RunContext, inputs: Inputs, audit: label_audit.LabelAudit) 
 def plan_memory(run: RunContext, tokens: Tokens) -> None:
     """Log the planned memory if `tracking.plan` is set; then mark the baseline of memory measurements."""
     if run.config.tracking.plan and ranks().is_main:
-        longest, longest_heldout = (max(map(len, part["input_ids"])) for part in (tokens.train, tokens.heldout))
+        longest, longest_heldout = (int(lengths(part).max()) for part in (tokens.train, tokens.heldout))
         run.log_metrics(calibration.plan_run(run.config, run.resolved, longest, longest_heldout))
     run.memory.mark_baseline()

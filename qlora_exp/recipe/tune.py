@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from qlora_exp.config.schema import Config
+from qlora_exp.data import columns
 from qlora_exp.distributed import group
 from qlora_exp.environment.device import Resolved
 from qlora_exp.environment.ranks import ranks
@@ -35,8 +36,8 @@ def tune(config: Config, inputs: Inputs, tokens: Tokens) -> Inputs:
     """
     if config.training.tune is None:
         return inputs
-    lengths = [len(ids) for ids in tokens.train["input_ids"]]
-    evaluated = min(max(map(len, tokens.heldout["input_ids"])), config.training.max_length)
+    lengths = columns.lengths(tokens.train).tolist()
+    evaluated = int(columns.lengths(tokens.heldout).max())
     try:
         choice = group.call_on_main(_choice, config, inputs.resolved, lengths, evaluated)
     except UserError as error:

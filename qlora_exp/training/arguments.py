@@ -91,6 +91,7 @@ def arguments(config: Config, resolved: Resolved, output_dir: Path) -> SFTConfig
         seed=config.seed,
         data_seed=config.seed,
         metric_for_best_model="eval_loss" if training.load_best_model_at_end else None,
+        dataset_kwargs={"skip_prepare_dataset": not training.packing},  # see `tokenization.for_training`
         eval_packing=False,  # the held-out loss is that of single rows
         logging_nan_inf_filter=False,  # the filter would log the last finite loss and hide a divergence
         report_to="none",

@@ -21,7 +21,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from qlora_exp.config.plugins import BUILT_IN
 from qlora_exp.config.schema import Config
-from qlora_exp.data.tokenization import IGNORED
+from qlora_exp.data.columns import lengths
+from qlora_exp.data.tokenization import IGNORED, for_training
 from qlora_exp.distributed import group
 from qlora_exp.environment.device import Resolved
 from qlora_exp.environment.efficiency import FlopCounter
@@ -214,11 +215,11 @@ class Trainer(SFTTrainer):
         return SequentialSampler(eval_dataset) if self._sources else super()._get_eval_sampler(eval_dataset)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:  # transformers 5.23; no public hook for a sampler
-        sampler = super()._get_train_sampler(train_dataset)
-        if isinstance(sampler, LengthGroupedSampler):
-            together = sampler.batch_size * self.accelerator.num_processes
-            return _ByLength(together, sampler.lengths, self.args.data_seed or 0)
-        return sampler
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        together = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        tokens = np.minimum(lengths(cast(Dataset, self.train_dataset)), cast(Any, self.args).max_length).tolist()
+        return _ByLength(together, tokens, self.args.data_seed or 0)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:  # transformers 5.23; no public hook before a step
         """Skip the epoch if training is to stop: the trainer would check that only after another step."""
@@ -330,7 +331,7 @@ def build(
             token_loss=None if config.training.loss_type in BUILT_IN["loss"] else load_loss(config.training.loss_type),
             model=model,
             args=settings,
-            train_dataset=train_tokens.select_columns(["input_ids", "labels"]),
+            train_dataset=for_training(train_tokens, None if settings.packing else config.training.max_length),
             eval_dataset=heldout_tokens.select_columns(["input_ids", "labels"]),
             sources=sources,
             processing_class=tokenizer,

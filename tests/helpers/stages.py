@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers.planning import CPU, GPU
 
 from qlora_exp.config.schema import Config
@@ -111,7 +112,7 @@ class Stages:
         built: list[Any] = []
         self.patch.setattr(trainer, "Trainer", lambda **given: built.append(given) or SimpleNamespace(
             remove_callback=lambda _: None, add_callback=lambda _: None))  # fmt: skip
-        rows = SimpleNamespace(select_columns=lambda _: None)
+        rows = Dataset.from_dict({"input_ids": [[1]], "labels": [[1]]})
         model = SimpleNamespace(named_parameters=list, config=SimpleNamespace(get_text_config=SimpleNamespace))
         trainer.build(model, None, rows, rows, config, resolve(config, CPU), Path("out"), None)
         return [vars(callback) for callback in built[0]["callbacks"]]

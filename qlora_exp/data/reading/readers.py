@@ -63,7 +63,7 @@ def rows(file: File, wanted: Collection[str] | None = None) -> Iterator[Row]:
     if file.format in ("parquet", "arrow"):
         yield from _table_rows(file, wanted)
         return
-    read = _json_rows if file.format == "json" else _csv_rows
+    read = json_rows if file.format == "json" else _csv_rows
     try:
         with opened(file) as content, io.TextIOWrapper(content, encoding="utf-8-sig", newline="") as stream:
             yield from read(stream, file)
@@ -158,9 +158,8 @@ def _is_utf8(line: bytes) -> bool:
 class _JsonReader:
     """Values of a JSON text, which is read in pieces: values one after another, or the elements of one list."""
 
-    def __init__(self, stream: TextIO, file: File) -> None:
-        self._stream, self._file = stream, file
-        self._text, self._at, self._line = "", 0, 1
+    def __init__(self, stream: TextIO, file: File, line: int) -> None:
+        self._stream, self._file, self._text, self._at, self._line = stream, file, "", 0, line
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
         """Yield each value with the line that it begins in."""
@@ -216,8 +215,9 @@ class _JsonReader:
         return DataError(f"{self._file.name}, line {self._line}: cannot be read as json: {why}")
 
 
-def _json_rows(stream: TextIO, file: File) -> Iterator[Row]:
-    for line, value in _JsonReader(stream, file):
+def json_rows(stream: TextIO, file: File, first: int = 1) -> Iterator[Row]:
+    """Yield the rows of a JSON text, whose first line has the number `first` in its file."""
+    for line, value in _JsonReader(stream, file, first):
         row = {"text": value} if isinstance(value, str) else value
         if not isinstance(row, dict):
             raise DataError(f'{file.name}, line {line}: a row must be an object such as {{"prompt": "...", ...}}')

@@ -6,7 +6,7 @@ Rows keep the columns of their source; `data.cleaning` makes the columns uniform
 import importlib.util
 import json
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -42,6 +42,8 @@ class Source:
     """Digest of the content."""
     rows: Callable[[Collection[str]], Iterable[Row]]
     """Reads the rows, each with its place in the source; values of columns other than the given ones may be missing."""
+    files: Sequence[File] = ()
+    """Files of JSON lines that the rows are in, if several processes may read them (`pieces`)."""
     fills_with_null: bool = False
     """Whether all dictionaries in a column have the same keys, with null for what a dictionary does not have."""
 
@@ -89,6 +91,7 @@ def _files(found: list[File]) -> Source:
         list(dict.fromkeys(name for file in found for name in readers.columns(file))),
         json_digest(list(digests.values())) if len(found) > 1 else digests[found[0].name],
         lambda wanted: _rows_of(found, wanted),
+        files=found if all(file.format == "json" for file in found) else (),
         fills_with_null=True in tables,
     )
 
@@ -102,7 +105,9 @@ def _rows_of(found: list[File], wanted: Collection[str]) -> Iterator[Row]:
 def _beginning(source: Source, config: DatasetConfig) -> Source:
     """Return the first rows of a source as a source, as many as a run can need."""
     count = _needed(config)
-    return replace(source, key=json_digest([source.key, count]), rows=lambda wanted: islice(source.rows(wanted), count))
+    return replace(
+        source, files=(), key=json_digest([source.key, count]), rows=lambda wanted: islice(source.rows(wanted), count)
+    )
 
 
 def _saved(path: str, split: str) -> Source:

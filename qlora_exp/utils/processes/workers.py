@@ -3,19 +3,82 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from concurrent import futures
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 MOST_WORKERS = 8
 ORPHAN_SECONDS = 10.0
 """Seconds that a process gets to record its end after its parent was killed."""
+
+
+_function: Callable[[Any], Any]  # of `in_order`; workers get it by being forked, as closures cannot be pickled
+
+
+def forks(pieces: int, shared_by: int = 1) -> int:
+    """Return in how many processes to work on so many pieces; 1: in this one.
+
+    Daemons can have no children. On macOS its own libraries forbid forks.
+
+    Args:
+        pieces: number of pieces of work that are large enough for a process each.
+        shared_by: number of processes of this machine that do the same at the same time.
+    """
+    if sys.platform != "linux" or multiprocessing.current_process().daemon:
+        return 1
+    return max(1, min(pieces, len(os.sched_getaffinity(0)) // shared_by, MOST_WORKERS))
+
+
+def in_order(function: Callable[[Item], Result], items: Iterable[Item], processes: int) -> Iterator[Result]:
+    """Yield the result of each item, in their order, computed by so many forks of this process; 1: by this one.
+
+    Only a few items are taken ahead. The forks must not use a GPU. An error is raised after the results of all earlier
+    items; also an error of `items`.
+
+    Args:
+        function: any function; what it returns and raises is pickled.
+        items: its arguments, which are pickled.
+        processes: number of processes (`forks`).
+
+    Raises:
+        BrokenProcessPool: a process was killed, such as for its memory.
+    """
+    if processes < 2:
+        yield from map(function, items)
+        return
+    global _function
+    _function = function
+    taken, failed = iter(items), None
+    pending: deque[Future[Result]] = deque()
+    with workers(processes, "fork") as pool:
+        while failed is None:
+            try:
+                pending.append(pool.submit(_call, next(taken)))
+            except StopIteration:
+                break
+            except Exception as error:
+                failed = error
+            if len(pending) > 2 * processes:
+                yield result(pending.popleft())
+        while pending:
+            yield result(pending.popleft())
+    if failed is not None:
+        raise failed
+
+
+def _call(item: Any) -> Any:
+    return _function(item)
 
 
 @contextmanager
@@ -52,6 +115,7 @@ def result(future: Future[Any]) -> Any:
 def _follow_parent() -> None:
     """In a worker: leave Ctrl-C to the parent process, and end when the parent has ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork has its parent's handlers
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()

@@ -3,15 +3,20 @@
 import datetime
 import json
 import logging
+import tempfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.rows import ROWS, own_dataset
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from qlora_exp.config.sections.dataset import DatasetConfig
-from qlora_exp.data.cleaning import Report, clean
-from qlora_exp.data.reading import sources
+from qlora_exp.data import cleaning
+from qlora_exp.data.cleaning import clean
+from qlora_exp.data.reading import pieces, sources
+from qlora_exp.data.report import Report
 from qlora_exp.data.rows import load_rows
 from qlora_exp.utils.errors import DataError
 
@@ -244,3 +249,53 @@ def test_prompt_template_takes_the_values_of_its_columns(form: str, write_jsonl)
         cleaned(write_jsonl(rows), prompt_template="{question}")
     with pytest.raises(DataError, match="column 'q' is a list of messages, which needs"):
         cleaned(write_jsonl([{"q": [{"role": "user", "content": "a"}], "completion": "x"}]), prompt_template="{q}")
+
+
+TEXTS = st.sampled_from(["same", "", " ", "[", "{", "\n", "\ufeff"])
+VALUES = st.one_of(st.text(max_size=5), TEXTS, st.integers(), st.none())
+LINES = st.builds(
+    lambda prompt, completion, indent: json.dumps({"prompt": prompt, "completion": completion}, indent=indent),
+    VALUES,
+    VALUES,
+    st.sampled_from([None, None, None, 1]),
+)
+PAIR = '{"prompt": "p", "completion": "c"}'
+ODD = ["", "[", "]", '{"prompt": "p"}', f"[{PAIR}]", "{", '"text"', "\x85", PAIR.replace("p", "\\ud800")]
+
+
+@given(
+    lines=st.lists(st.one_of(LINES, LINES, LINES, st.sampled_from(ODD)), max_size=12),
+    end=st.sampled_from(["\n", "\r\n", "\n\n", " "]),
+    damaged=st.booleans(),
+)
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_pieces_of_a_file_are_read_as_the_whole_file_is(lines: list[str], end: str, damaged: bool, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(end.join(lines).encode() + b"\xff" * damaged)
+
+    def outcome() -> tuple:
+        with tempfile.TemporaryDirectory() as cache, pytest.MonkeyPatch.context() as patched:
+            patched.setenv("QLORA_EXP_CACHE", cache)
+            try:
+                rows, report = cleaned(str(file))
+            except DataError as error:
+                return (str(error),)
+            return rows, report
+
+    whole = outcome()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(cleaning, "forks", lambda *_: 2)
+        patched.setattr(cleaning, "in_order", lambda function, items, _: map(function, items))
+        patched.setattr(pieces, "_PIECE", 20)
+        assert outcome() == whole
+
+
+def test_processes_clean_alike(write_jsonl, monkeypatch, tmp_path):
+    rows = [{"prompt": f"p{n % 70}", "completion": n % 7 and "c"} for n in range(100)]
+    path = write_jsonl(rows)
+    whole = cleaned(path)
+    monkeypatch.setenv("QLORA_EXP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(cleaning, "forks", lambda *_: 2)
+    monkeypatch.setattr(pieces, "_PIECE", 300)
+    assert cleaned(path) == whole
+    assert {reason: count for reason, count in whole[1].dropped.items() if count} == {"duplicates": 30}

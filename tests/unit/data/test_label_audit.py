@@ -1,12 +1,17 @@
+from itertools import groupby
+
 import pytest
 from datasets import Dataset
 from helpers import tiny_models
 from helpers.rows import tokenized
 from helpers.tiny_models import CHATML
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qlora_exp.config.sections.mixture import REPLAY
 from qlora_exp.data import label_audit, tokenization
-from qlora_exp.data.end_of_turn import end_of_turn
+from qlora_exp.data.end_of_turn import EndOfTurn, end_of_turn
+from qlora_exp.data.tokenization import IGNORED
 from qlora_exp.utils.errors import DataError
 
 
@@ -89,3 +94,31 @@ def test_replayed_text_need_not_end(tiny_tokenizer, caplog):
     tokens = tokenized([{"prompt": "", "input": "", "completion": "s" * 400}], tiny_tokenizer, "dataset.format=text")
     label_audit.audit(tokens, 300, tiny_tokenizer, end_of_turn(tiny_tokenizer, None), source=REPLAY)
     assert caplog.text == ""
+
+
+ROW = st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=8)
+
+
+@given(rows=st.lists(ROW, min_size=1, max_size=20), most=st.integers(1, 8))
+@settings(max_examples=30, deadline=None)
+def test_audit_counts_as_row_by_row(rows: list[list[tuple[int, bool]]], most: int, tiny_tokenizer):
+    ids = [[number for number, _ in row] for row in rows]
+    labels = [[number if learned else IGNORED for number, learned in row] for row in rows]
+    learned = [[label for label in row[1:most] if label != IGNORED] for row in labels]
+    tokens = Dataset.from_dict({"input_ids": ids, "labels": labels})
+    if not any(learned):
+        with pytest.raises(DataError, match="carries loss"):
+            label_audit.audit(tokens, most, tiny_tokenizer, EndOfTurn(2, ""))
+        return
+    audit = label_audit.audit(tokens, most, tiny_tokenizer, EndOfTurn(2, ""))
+    assert audit.tokens == sum(min(len(row), most) for row in rows)
+    assert audit.supervised_tokens == sum(map(len, learned))
+    assert audit.truncated_rows_share == sum(len(row) > most for row in rows) / len(rows)
+    assert audit.dropped_rows_share == sum(not row for row in learned) / len(rows)
+    assert audit.eos_learned_share == sum(2 in row for row in learned) / len(rows)
+    first = next(place for place, row in enumerate(learned) if row)
+    texts = [
+        tiny_tokenizer.decode([number for number, _ in run])
+        for _, run in groupby(rows[first][:most], key=lambda pair: pair[1])
+    ]
+    assert audit.sample.replace("[[", "").replace("]]", "") == "".join(texts)

@@ -1,10 +1,16 @@
 """Leaks are found whatever their spelling, and nothing else is."""
 
+import random
+import re
+from collections import Counter
+from itertools import chain
+
 import pytest
-from hypothesis import given
+from datasets import Dataset
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_exp.data import leakage
+from qlora_exp.data import columns, leakage
 
 WORDS = st.lists(
     st.sampled_from(["the", "a", "slab", "wall", "roof", "floor", "beam", "load", "cost", "time", "is", "of", "for"]),
@@ -89,3 +95,57 @@ def test_index_equals_comparison_of_all_pairs(train: list[list[str]], heldout: l
         ]
         worst = max(overlaps, default=0.0)
         assert found.get(index, 0.0) == (worst if worst >= 0.5 else 0.0)
+
+
+def compared_one_by_one(train: list[dict], heldout: list[dict], threshold: float) -> list[leakage.Leak]:
+    """Find leaks with Python's sets: slow, and easy to see through."""
+
+    def shingles(one: dict) -> set[tuple[str, ...]]:
+        words = re.findall(r"\w+", " ".join([one["prompt"], one["input"], one["completion"]]).casefold())
+        return {tuple(words[start : start + 5]) for start in range(max(1, len(words) - 4))}
+
+    def question(one: dict) -> str:
+        texts = [one["prompt"], one["input"]] if one["prompt"] or one["input"] else [one["completion"]]
+        return "\0".join(" ".join(text.casefold().split()) for text in texts).rstrip(".?!\0 ")
+
+    questions = [*map(question, heldout)]
+    counted = Counter(chain.from_iterable(map(shingles, heldout)))
+    common = {shingle for shingle, count in counted.items() if count > max(10, len(heldout) // 50)}
+    others = [shingles(one) - common for one in heldout]
+    leaks = []
+    for index, one in enumerate(train):
+        mine = shingles(one) - common
+        overlaps = [len(mine & other) / len(mine | other) if mine & other else 0.0 for other in others]
+        worst = max(overlaps, default=0.0)
+        if question(one) in questions:
+            leaks.append(leakage.Leak(index, questions.index(question(one)), "exact", 1.0))
+        elif worst >= threshold:
+            leaks.append(leakage.Leak(index, overlaps.index(worst), "near", worst))
+    return leaks
+
+
+ODD = st.lists(
+    st.sampled_from(["a", "Straße", "STRASSE", "\u0130", "b_1", "x-y", "10.5", "!", "\n", "é", "\x85", "\x1c"]),
+    max_size=14,
+)
+ANY_ROWS = st.lists(st.builds(row, *[st.one_of(ODD, WORDS).map(" ".join)] * 3), max_size=30)
+
+
+@given(ANY_ROWS, ANY_ROWS, st.sampled_from([0.01, 0.3, 0.7, 1.0]))
+@settings(deadline=None)
+def test_arrays_equal_sets(train: list[dict], heldout: list[dict], threshold: float):
+    # The same rows several times, so that some sequences are common.
+    heldout = heldout * 3
+    assert leakage.find(train, heldout, threshold) == compared_one_by_one(train, heldout, threshold)
+
+
+def test_processes_find_the_same_leaks(monkeypatch):
+    chance = random.Random(0)
+    rows = [row(f"question {n % 90}", " ".join(chance.choices("abcd", k=9))) for n in range(200)]
+    heldout, train = Dataset.from_list(rows[:60]), Dataset.from_list(rows[60:])
+    expected = leakage.find(train, heldout, 0.1)
+    monkeypatch.setattr(columns, "processes", lambda count: 2)
+    monkeypatch.setattr(columns, "BATCH", 30)
+    monkeypatch.setattr(leakage, "BATCH", 30)
+    assert leakage.find(train, heldout, 0.1) == expected
+    assert {leak.kind for leak in expected} == {"exact", "near"}

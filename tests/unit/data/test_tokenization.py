@@ -3,11 +3,12 @@ import copy
 import pytest
 from datasets import Dataset
 from helpers import tiny_models
-from helpers.rows import TEXT, tokenized
+from helpers.rows import TEXT, composed, tokenized
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qlora_exp.config.hydra_compose import compose
-from qlora_exp.data import tokenization
+from qlora_exp.data import columns, tokenization
 from qlora_exp.data.rows import load_heldout, load_rows
 from qlora_exp.data.tokenization import IGNORED
 from qlora_exp.utils.errors import DataError
@@ -193,3 +194,44 @@ def test_each_source_is_tokenized_in_its_own_format(tiny_tokenizer, write_jsonl)
     assert plain["story"] == kind["story"]
     assert plain["story"].startswith("story ")
     assert "kind" in kind["talk"]
+
+
+FORMATS = ["chat", "alpaca", "text"]
+TURNS = st.lists(st.sampled_from(["hi", "", "<|im_end|>", "two words", "é"]), min_size=1, max_size=3)
+
+
+@given(
+    drawn=st.lists(st.tuples(TURNS, TEXT), min_size=1, max_size=6), format_=st.sampled_from(["chat", "alpaca", "text"])
+)
+@settings(max_examples=30, deadline=None)
+def test_rows_are_tokenized_together_as_one_by_one(drawn: list, format_: str, tiny_tokenizer):
+    encode = tokenization._Encoder(composed(f"dataset.format={format_}"), tiny_tokenizer)
+    rows = []
+    for asked, answer in drawn:
+        said = [piece for text in asked for piece in (("user", text), ("assistant", "so"))]
+        turns = [{"role": role, "content": text} for role, text in [*said, ("user", "q"), ("assistant", answer)]]
+        rows.append({"prompt": "q", "input": asked[0], "completion": answer, "messages": turns, "place": "line 1"})
+    assert encode(rows) == [encode([row])[0] for row in rows]
+
+
+def test_processes_tokenize_alike(tiny_tokenizer, monkeypatch, tmp_path):
+    rows = [{"prompt": f"p{number}", "input": "", "completion": "c" * number} for number in range(40)]
+    expected = tokenized(rows, tiny_tokenizer).to_list()
+    monkeypatch.setenv("QLORA_EXP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(columns, "processes", lambda count: 2)
+    monkeypatch.setattr(columns, "BATCH", 9)
+    assert tokenized(rows, tiny_tokenizer).to_list() == expected
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_first_bad_row_is_named_in_any_number_of_processes(count: int, tiny_tokenizer, monkeypatch, tmp_path):
+    def row(number: int, **more: str) -> dict:
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", **more}]
+        return {"prompt": "q", "input": "", "completion": "a", "messages": turns, "place": f"line {number}"}
+
+    monkeypatch.setenv("QLORA_EXP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(columns, "processes", lambda _: count)
+    monkeypatch.setattr(columns, "BATCH", 2)
+    rows = [row(0), row(1), row(2), row(3, mood="good"), row(4, mood="bad"), row(5), row(6, taste="sweet")]
+    with pytest.raises(DataError, match="line 3: .* does not render the key 'mood'"):
+        tokenized(rows, tiny_tokenizer, "dataset.format=chat")

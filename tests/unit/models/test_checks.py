@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from datasets import Dataset
 from helpers.tiny_models import SPECIAL, save, tokenizer
 
 from qlora_exp.config.hydra_compose import compose
@@ -124,7 +125,9 @@ def test_model_that_does_not_fit_leaves_no_run(
 
 def test_more_tokens_than_embeddings_are_accepted_if_no_row_has_them(folders: Path):
     config = compose(["model=hub", f"model.model_name_or_path={folders / 'added'}", "method=lora"])
-    checks.check_model(config, RESOLVED, lambda made: {"training": [{"input_ids": made("call 0")["input_ids"]}]})
+    checks.check_model(
+        config, RESOLVED, lambda made: {"training": Dataset.from_list([{"input_ids": made("call 0")["input_ids"]}])}
+    )
 
 
 def test_trained_tokens_of_a_tied_model_are_rejected_but_in_lora(folders: Path):

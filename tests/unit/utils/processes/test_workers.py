@@ -1,16 +1,18 @@
 """Workers do what they are told, and end with the process that asked."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import psutil
 import pytest
 from support import take_interrupts
 
-from qlora_exp.utils.processes.workers import result, workers
+from qlora_exp.utils.processes.workers import forks, in_order, result, workers
 
 SLEEP = """
 import os, sys, time
@@ -27,6 +29,36 @@ if __name__ == "__main__":
 def test_workers_return_results():
     with workers(3, "forkserver") as pool:
         assert [result(pool.submit(pow, *two)) for two in ((2, 3), (3, 2), (4, 2))] == [8, 9, 16]
+
+
+def test_results_come_in_order_whoever_is_first():
+    def slowly(number: int) -> int:
+        time.sleep(0.02 * (number % 3 == 0))
+        return -number
+
+    assert [*in_order(slowly, range(20), 3)] == [*in_order(slowly, range(20), 1)] == [-number for number in range(20)]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_error_comes_after_the_results_of_earlier_items(processes: int):
+    def items() -> Iterator[int]:
+        yield from (1, 2, 0)
+        raise OSError("the source ended")
+
+    found = in_order(lambda number: 1 / number, items(), processes)
+    assert [next(found), next(found)] == [1, 0.5]
+    with pytest.raises(ZeroDivisionError):  # before that of the source, though that was read ahead
+        next(found)
+    found = in_order(lambda number: number, items(), processes)
+    assert [next(found) for _ in range(3)] == [1, 2, 0]
+    with pytest.raises(OSError, match="the source ended"):
+        next(found)
+
+
+def test_daemons_and_small_work_stay_in_one_process():
+    assert forks(0) == forks(1) == 1
+    with multiprocessing.get_context("fork").Pool(1) as pool:  # its processes are daemons
+        assert pool.apply(forks, (8,)) == 1
 
 
 def test_error_inside_the_block_ends_the_workers():
