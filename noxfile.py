@@ -16,7 +16,8 @@ nox.options.sessions = ["tests"]
 # Python compiles what it imports; pip would compile all that it installs first, for a minute.
 PIP = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile")
 CONSTRAINTS = ("--constraint", "constraints.txt")
-TESTED = ("dev", "lm-eval", "quantizers", "optuna", "joblib", "slurm", "llama-cpp", "galore", "schedule-free")
+OPTIMIZERS = ("adam-mini", "galore", "schedule-free")
+TESTED = ("dev", "lm-eval", "quantizers", "optuna", "joblib", "slurm", "llama-cpp", *OPTIMIZERS)
 MYPY = ("-m", "mypy", "--num-workers", "2")
 MEMORY = Path("/dev/shm")
 """File system in memory, on Linux."""

@@ -167,6 +167,7 @@ def _alike(verdict: str) -> str:
         (r"(Unsupported model type) for adaption prompt: .*", r"\1"),
         (r" \(model\.layers[\w.]*, \.\.\.\)", ""),
         (r"[\w=]+ does not work on them", "the variant does not work on them"),
+        (r"lora_variant=\w+ needs", "the variant needs"),
     ):
         why = re.sub(pattern, replacement, why)
     return why

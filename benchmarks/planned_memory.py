@@ -44,7 +44,7 @@ METHODS = {
 """Runs by name, with the words that choose them."""
 PACKAGED = {
     name: ["method=full", f"optimizer={name}"]
-    for name in ("adamw_torch_8bit", "galore_adamw", "apollo_adamw", "schedule_free_adamw", "stable_adamw")
+    for name in ("adamw_torch_8bit", "galore_adamw", "apollo_adamw", "schedule_free_adamw", "stable_adamw", "adam_mini")
 }
 """Runs with optimizers that need extra packages."""
 

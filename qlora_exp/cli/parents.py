@@ -19,7 +19,7 @@ SOURCE = argparse.ArgumentParser(add_help=False)
 SOURCE.add_argument(
     "source",
     metavar="RUN|MODEL|FOLDER",
-    help="run id; models:/NAME@ALIAS in MLflow's registry; or a folder with a saved adapter or model",
+    help="id, key or name of a run; models:/NAME@ALIAS in MLflow's registry; or a folder with a saved adapter or model",
 )
 
 

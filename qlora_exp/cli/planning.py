@@ -116,10 +116,12 @@ def plan(options: argparse.Namespace) -> None:
 def _say_formats(configs: Sequence["Config"]) -> None:
     """Say how rows on this machine would be read (`dataset.format=auto`); a plan does not need them."""
     from qlora_exp.config.sections.dataset import is_url, looks_local
-    from qlora_exp.config.sections.mixture import of_source
+    from qlora_exp.config.sections.mixture import REPLAY, of_source
     from qlora_exp.data.reading.recognize import recognized_in
 
-    parts = [(name, part) for config in configs for name, part in config.dataset.parts.items() if part.format == "auto"]
+    parts = [(name, part) for config in configs for name, part in config.dataset.parts.items()]
+    parts += [(REPLAY, config.unrelated) for config in configs if config.unrelated.paths]
+    parts = [(name, part) for name, part in parts if part.format == "auto"]
     for name, part in {part.model_dump_json(): (name, part) for name, part in parts}.values():
         if looks_local(part.path) and not is_url(part.path):
             try:

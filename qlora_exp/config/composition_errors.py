@@ -1,10 +1,12 @@
 """Turn errors of Hydra and OmegaConf into messages that name the cause and the nearest valid spelling."""
 
 import re
+from typing import Any
 
 from hydra.errors import MissingConfigException
 
 from qlora_exp.config.overrides import GROUPS, no_hydra_values
+from qlora_exp.config.schema import Config
 from qlora_exp.config.validate import no_such_key
 from qlora_exp.utils.errors import ConfigError, did_you_mean
 
@@ -37,10 +39,23 @@ def explain(error: Exception) -> ConfigError:
         key = re.search(r"full_key: (\S+)", text)
         return ConfigError(no_hydra_values(key[1] if key else "a key"))
     if match := re.search(r"Cannot merge DictConfig with \w+(?s:.*)full_key: (\S+)", f"{text}\n{error.__cause__}"):
+        if isinstance(_default(match[1]), list):
+            return ConfigError(f"{match[1]}: must be a list, such as {match[1]}=[VALUE,VALUE]")
         example = "dataset.sources.NAME.path=PATH" if match[1] == "dataset.sources" else f"{match[1]}.NAME=VALUE"
         return ConfigError(f"{match[1]}: must be a mapping of names to values, such as {example}")
     cause = f"\n{error.__cause__}" if error.__cause__ else ""
     return ConfigError(f"{text}{cause}")
+
+
+def _default(key: str) -> Any:
+    """Return the default of a declared key; None for others."""
+    section: Any = Config
+    default = None
+    for name in key.split("."):
+        if (field := getattr(section, "model_fields", {}).get(name)) is None:
+            return None
+        section, default = field.annotation, field.default
+    return default
 
 
 def _not_overridden(name: str, where: str) -> str:

@@ -181,10 +181,11 @@ def _trained_on(config: Config) -> Iterator[str]:
 
 def _optimizer(config: Config) -> Iterator[str]:
     optimizer, training, method = config.optimizer, config.training, config.method
-    if optimizer.optim in optimizers.PROJECTED and method.peft_type is not None:
+    if optimizer.optim in optimizers.WHOLE and method.peft_type is not None:
+        works = "projects gradients" if optimizer.optim in optimizers.PROJECTED else "has learning rates for rows"
         yield (
-            f"optimizer={optimizer.name} projects gradients of whole weight matrices, and method={method.name} trains "
-            "an adapter: use method=full, or optimizer=adamw_torch"
+            f"optimizer={optimizer.name} {works} of whole weight matrices, and method={method.name} trains an adapter: "
+            "use method=full, or optimizer=adamw_torch"
         )
     if method.kind == "LISA":
         yield from _lisa(config)

@@ -217,7 +217,7 @@ class _Cleaner:
         asked = row["prompt"].strip() or row["input"] or self._config.format == "text"
         if not row["completion"].strip() or not asked:
             return "empty"
-        if self._unwanted and self._unwanted.search(row["completion"]):
+        if self._unwanted and self._unwanted.search(row.get("answers", row["completion"])):
             return "matching drop_matching"
         return None
 
@@ -275,8 +275,8 @@ class _Cleaner:
         elif (
             tools or earlier or any(dialogues.parsed(values[self._columns[role]]) for role in ("prompt", "completion"))
         ):
-            turns = self._joined(values, where)
-            asked = len(earlier) + len(turns) - 1
+            turns, asked = self._joined(values, where)
+            asked += len(earlier)
         else:
             return None
         if earlier and turns and turns[0]["role"] in dialogues.SYSTEM_ROLES:
@@ -296,6 +296,7 @@ class _Cleaner:
             "prompt": dialogues.said(turns[-2]) if whole and len(turns) > 1 else "",
             "input": "",
             "completion": dialogues.said(turns[-1]) if whole and turns else "",
+            "answers": "\n".join(dialogues.said(turns[place]) for place in dialogues.learned(turns)),
         }
         try:
             parts = {
@@ -319,8 +320,14 @@ class _Cleaner:
             turns += told
         return turns
 
-    def _joined(self, values: dict[str, Any], where: str) -> list[dialogues.Message]:
-        """Return the messages of a prompt and its answer, each a list of messages, its JSON text, or another text."""
+    def _joined(self, values: dict[str, Any], where: str) -> tuple[list[dialogues.Message], int]:
+        """Return the messages of a prompt and its answer, each a list of messages, its JSON text, or another text.
+
+        The answer may have several messages, such as calls of tools, what these returned, and a last answer.
+
+        Returns:
+            All messages, and how many of them are the prompt.
+        """
         turns: list[list[dialogues.Message]] = []
         filled = self._source.fills_with_null
         column = self._columns.get("input")
@@ -338,12 +345,17 @@ class _Cleaner:
                 if role == "user" and context.strip():
                     text = "\n\n".join(filter(None, [text, context]))
                 turns.append([{"role": role, "content": text}])
-        if [turn["role"] for turn in turns[1]] != ["assistant"]:
+        asked, answered = turns
+        roles = [turn["role"] for turn in answered]
+        if roles[0] != "assistant" or {*roles} & {*dialogues.SYSTEM_ROLES}:
             raise DataError(
-                f"{where}: column {self._columns['completion']!r} must be one message of the assistant; write "
-                "the whole dialogue into one column and name it by dataset.messages_column"
+                f"{where}: column {self._columns['completion']!r} must begin with a message of the assistant, and have "
+                "none of the system; write the whole dialogue into one column and name it by dataset.messages_column"
             )
-        return turns[0] + turns[1]
+        if len(answered) > 1:
+            self._note("all answers of a completion of several messages are learned")
+            answered = [turn | {"train": True} if dialogues.learns(turn) else turn for turn in answered]
+        return asked + answered, len(asked)
 
     def _note(self, what: str) -> None:
         self._report.notes[what] = self._report.notes.get(what, 0) + 1

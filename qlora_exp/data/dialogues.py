@@ -230,6 +230,12 @@ def learns(message: Message) -> bool:
     return message["role"] == "assistant" and message.get("train") is not False
 
 
+def learned(dialogue: list[Message]) -> list[int]:
+    """Return the places of the answers that are learned: of those with `train: True`, or else of the last one."""
+    answers = [place for place, message in enumerate(dialogue) if learns(message)]
+    return [place for place in answers if dialogue[place].get("train")] or answers[-1:]
+
+
 def _content(content: Any, where: str) -> str:
     if not isinstance(content, list):
         try:

@@ -185,7 +185,8 @@ class _Index:
 
 def _question(row: Mapping[str, Any]) -> bytes:
     """Return a digest of everything before the answer; for plain text, which has no question, of the text."""
-    before_answer = _texts(row)[:-1]
+    first = next((place for place, turn in enumerate(row.get("messages") or ()) if turn.get("train")), None)
+    before_answer = _texts(row)[:-1] if first is None else _texts({**row, "messages": row["messages"][:first]})
     normalized = [
         " ".join(text.casefold().split()) for text in (before_answer if any(before_answer) else [row["completion"]])
     ]

@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from qlora_exp.config.sections.dataset import DatasetConfig
-from qlora_exp.data.dialogues import SYSTEM_ROLES, Message, arguments_of, calls_of, learns, with_arguments
+from qlora_exp.data.dialogues import SYSTEM_ROLES, Message, arguments_of, calls_of, learned, learns, with_arguments
 from qlora_exp.utils import prompt_templates
 from qlora_exp.utils.errors import DataError, ModelError
 from qlora_exp.utils.processes.limits import FailedError, LimitedProcess, LimitError
@@ -28,6 +28,8 @@ ALPACA_WITHOUT_INPUT = (
     "### Instruction:\n{prompt}\n\n### Response:\n"
 )
 _LONGEST_TEXT = 16 * MIB
+_LONGEST_LEFT_OUT = 10_000
+"""Most characters that a template may put before an answer for being the last."""
 _QUESTION = "\0question\0"
 _renderer = LimitedProcess()
 
@@ -60,8 +62,8 @@ def render(row: dict[str, Any], config: DatasetConfig, tokenizer: Any, every_ans
             complete dialogue.
         config: the dataset's config; `format`, `system_message` and `chat_template` are used.
         tokenizer: used for its chat template only, which needs no `{% generation %}` marks.
-        every_answer: learn all assistant turns of a dialogue, instead of the last one only; in both cases without those
-            that the row excludes.
+        every_answer: learn all assistant turns of a dialogue, instead of the last one, or those of a completion of
+            several messages; in both cases without those that the row excludes.
 
     Raises:
         DataError: format `chat`, and the tokenizer has no chat template, or one that refuses the dialogue or rewrites
@@ -83,8 +85,9 @@ def render_all(
         return [_plain(row, config) for row in rows]
     dialogues, places, requests = [], [], []
     for row in rows:
-        answers = [place for place, message in enumerate(turns(row, config)) if learns(message)]
-        places.append(answers if every_answer else answers[-1:])
+        marked = turns(row, config)
+        answers = [place for place, message in enumerate(marked) if learns(message)]
+        places.append(answers if every_answer else learned(marked))
         dialogues.append(messages(row, config))
         asked, answered = [(place, True) for place in places[-1]], [(place + 1, False) for place in places[-1]]
         requests.append(_Request(dialogues[-1], row.get("tools"), [*asked, *answered]))
@@ -109,16 +112,19 @@ def _pieces(dialogue: list[Message], places: list[int], texts: list[str], every_
         answer = through_answer[len(before) :] if through_answer.startswith(before) else None
         if len(places) == 1 and answer is None:
             answer = _answer_after(before, through_answer, dialogue[place - 1], dialogue[place])
+        elif answer is not None:
+            answer = _answer_within(texts[-1], before, answer, dialogue[place])
         if not before.startswith(rendered) or answer is None:
             raise DataError(
                 "dataset.format=chat: this model's chat template renders a dialogue differently once it has an answer, "
                 "so that training prompts would differ from those of generation; use another template "
                 "(dataset.chat_template=FILE.jinja), a format without one"
                 + (", or training.assistant_only_loss=false" if every_answer else "")
+                + (", or completions of one message" if len(places) > 1 and not every_answer else "")
                 + ", or leave out what it changes, such as the reasoning of earlier answers"
             )
         pieces += [(before[len(rendered) :], False), (answer, True)]
-        rendered = through_answer
+        rendered = before + answer
     return pieces
 
 
@@ -148,6 +154,31 @@ def _answer_after(prompt: str, whole: str, asked: Message, answer: Message) -> s
     said = [(answer.get("content") or "").strip(), *(str(call["function"].get("name")) for call in calls_of(answer))]
     has_asked = text and any(form in end for form in (text, json.dumps(text, ensure_ascii=False)[1:-1]))
     return rest if has_asked and any(said) and all(words in rest for words in said) else None
+
+
+def _answer_within(whole: str, prompt: str, alone: str, message: Message) -> str | None:
+    """Return the text of an answer as the whole dialogue has it after its prompt.
+
+    Some templates put more at the beginning of the last answer than of the same one among others, such as an empty
+    thought (Qwen3's).
+
+    Args:
+        whole: the dialogue through its last answer that is learned.
+        prompt: the dialogue up to this answer, with the mark of an answer.
+        alone: the text of this answer where the dialogue ends with it.
+        message: the answer.
+
+    Returns:
+        The text; None if it is not there, or if something that the answer says is not.
+    """
+    begin = len(prompt)
+    if not whole.startswith(prompt) or begin == len(whole):
+        return None
+    starts = (start for start, letter in enumerate(alone[:_LONGEST_LEFT_OUT]) if letter == whole[begin])
+    kept = next((alone[start:] for start in starts if whole.startswith(alone[start:], begin)), "")
+    texts = [value for key, value in message.items() if key != "role" and isinstance(value, str)]
+    texts += [str(call["function"].get("name")) for call in calls_of(message)]
+    return kept if kept == alone or (kept and all(text.strip() in kept for text in texts)) else None
 
 
 def messages(row: Mapping[str, Any], config: DatasetConfig) -> list[Message]:

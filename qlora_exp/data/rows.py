@@ -7,6 +7,7 @@ are looked for among all.
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -120,7 +121,7 @@ def load_rows(config: DatasetConfig, general: DatasetConfig | None = None) -> Ro
     others = [("validation, held-out", validation, heldout), ("training, validation", train, validation)]
     others = others if len(validation) else []
     if general is not None and general.paths and any(part.format == general.format for part in parts.values()):
-        others.append(("training, unrelated", train, _split(general).heldout))
+        others.append(("training, unrelated", train, _in_source(general, REPLAY, None).heldout))
     for pair, rows, given_away in others:
         leaks += [replace(leak, parts=pair) for leak in leakage.find(rows, given_away, config.leak_threshold)]
     report.dropped["leaks"] = 0
@@ -151,12 +152,12 @@ def _without(rows: Dataset, unwanted: set[int], report: Report, reason: str = "l
 
 
 def load_heldout(config: DatasetConfig) -> Dataset:
-    """Return the held-out rows only, and log what was left out.
+    """Return the held-out rows of section `unrelated`, and log what was left out.
 
     Raises:
         DataError: the source or a column does not exist, or no rows are left.
     """
-    _, _, heldout, report = _split(config)
+    _, _, heldout, report = _in_source(config, REPLAY, None)
     if not len(heldout):
         raise DataError(f"{config.path}: no held-out rows are left: {report.why()}")
     for level, line in report.lines(config.name):
@@ -198,7 +199,11 @@ def _split(config: DatasetConfig, source: str | None = None) -> _Split:
 
     if config.eval_path or config.eval_split:
         path = config.eval_path or config.path
-        heldout, heldout_report = _cleaned(config, path, config.eval_split or config.split, source)
+        try:
+            heldout, heldout_report = _cleaned(config, path, config.eval_split or config.split, source)
+        except DataError as error:
+            key = "path" if config.eval_path else "split"
+            raise DataError(re.sub(rf"^dataset\.{key}:", f"dataset.eval_{key}:", str(error))) from error
         report = report.plus(heldout_report)
     else:
         count = _count("dataset.eval_size", config.eval_size, len(rows), report)

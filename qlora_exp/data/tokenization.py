@@ -13,6 +13,7 @@ from datasets import Dataset, Features
 from datasets.arrow_writer import ArrowWriter
 
 from qlora_exp.config.schema import Config
+from qlora_exp.config.sections.mixture import REPLAY, of_source
 from qlora_exp.data.cleaning import CACHE_LAYOUT
 from qlora_exp.data.columns import Row, lengths, lists, mapped
 from qlora_exp.data.end_of_turn import closed_once, end_of_turn
@@ -78,7 +79,7 @@ class _Encoder:
 
     def __init__(self, config: Config, tokenizer: Any) -> None:
         self._of_parts = {
-            name: _PartEncoder(config.model_copy(update={"dataset": part}), tokenizer)
+            name: _PartEncoder(config.model_copy(update={"dataset": part}), tokenizer, name)
             for name, part in config.parts.items()
         }
 
@@ -113,8 +114,8 @@ class _Encoder:
 class _PartEncoder:
     """Turns rows of one source into tokens."""
 
-    def __init__(self, config: Config, tokenizer: Any) -> None:
-        self._config, self._tokenizer = config, tokenizer
+    def __init__(self, config: Config, tokenizer: Any, name: str) -> None:
+        self._config, self._tokenizer, self._name = config, tokenizer, name
         # Exported answers often end with EOS, and get it below or by the template.
         self._eos = re.compile(f"(?:{re.escape(tokenizer.eos_token)}\\s*)+$")
         self.template = TemplateCheck(config.dataset, tokenizer)
@@ -163,7 +164,7 @@ class _PartEncoder:
             return render_all(rows, config.dataset, self._tokenizer, config.training.assistant_only_loss)
         except DataError as error:
             where = f"{' or '.join(config.dataset.paths)}, {row.get('place')}"
-            raise type(error)(f"{where}: {error}") from error
+            raise type(error)(f"{where}: {of_source(str(error), self._name)}") from error
 
 
 def _tokens(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
@@ -274,4 +275,8 @@ def _learning(tokens: Dataset, max_length: int, first: int) -> np.ndarray:
 def unrelated(rows: Dataset, config: Config, tokenizer: Any) -> tuple[Dataset, Dataset]:
     """Return `rows` of the text that measures forgetting, and their tokens, truncated as the held-out rows are."""
     as_dataset = config.model_copy(update={"dataset": config.unrelated})
-    return cut(rows, tokenize(rows, as_dataset, tokenizer), config.training.max_length)
+    try:
+        tokens = tokenize(rows, as_dataset, tokenizer)
+    except DataError as error:
+        raise DataError(of_source(str(error), REPLAY)) from error
+    return cut(rows, tokens, config.training.max_length)

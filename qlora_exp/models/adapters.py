@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, PeftType, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import safe_open
 from transformers import PreTrainedModel
@@ -26,6 +27,7 @@ from qlora_exp.libraries.peft import complete_heads, follow_forward_of_base, los
 from qlora_exp.models.base import named, new_tokens
 from qlora_exp.models.new_tokens import rows_to_train
 from qlora_exp.models.targets import (
+    count_kinds,
     fused_experts,
     is_named,
     linear_layers,
@@ -40,6 +42,8 @@ _UNKNOWN_STEPS = 10**9
 """Placeholder: AdaLoRA needs the number of steps before it is determined. `fit_schedule` sets the real one later."""
 _NOT_ON_EXPERTS = ("use_dora", "lora_bias", "kasa_config", "monteclora_config", "velora_config")
 _NO_START_ON_EXPERTS = ("pissa", "olora", "orthogonal", "eva", "mica")
+_OF_SMALLEST_SIDE = ("pissa", "olora", "corda", "lora_ga", "mica")
+"""Ways to initialize LoRA from as many singular vectors of a layer as its rank."""
 _FROM_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
 """Methods that put learned keys and values into the attention's cache."""
 LEAVES_UNUSED = ("SHADOW",)
@@ -118,8 +122,28 @@ def _unfit(config: Config, settings: Any, skeleton: PreTrainedModel) -> Iterator
                 names.append(f"init_lora_weights={start}")
             if names:
                 yield f"{adapted}; {', '.join(names)} does not work on them: use lora_variant=lora, or {remedy}"
+        decomposes = start.startswith(_OF_SMALLEST_SIDE) or getattr(settings, "kasa_config", None)
+        if decomposes and (thin := _thinner_than_rank(settings, skeleton)):
+            yield (
+                f"lora_variant={config.lora_variant.name} needs layers with no side below method.r={settings.r}, which "
+                f"{', '.join(count_kinds(thin))} have: leave these out (method.exclude_modules=["
+                f"{','.join(shortest_names(thin, skeleton))}]), or use lora_variant=lora"
+            )
     if why := compatibility.family_refusal(kind, family):
         yield why
+
+
+def _thinner_than_rank(settings: Any, skeleton: PreTrainedModel) -> list[str]:
+    """Return the linear layers to adapt that have fewer inputs or outputs than LoRA's rank."""
+    chosen = copy.copy(settings)
+    if chosen.target_modules == "all-linear":
+        chosen.target_modules = ".*"
+    adapted = {name: skeleton.get_parameter(f"{name}.weight") for name in linear_layers(skeleton)}
+    return [
+        name
+        for name, weight in adapted.items()
+        if min(weight.shape) < settings.r and check_target_module_exists(chosen, name)
+    ]
 
 
 def _adapts_experts(settings: PeftConfig, skeleton: PreTrainedModel) -> bool:

@@ -20,7 +20,7 @@ _MLP = re.compile(r"mlp|ffn|feed_?forward|\bff\b|\bfc|moe|expert|intermediate|ou
 _ROUTER = re.compile(r"(.*_)?gate|router")
 _OUTPUT = re.compile(r"(o|out|c|down)_proj|wo|w2|fc2|fc_out|dense|dense_4h_to_h")
 _READ = re.compile(r"\bself\.(\w+)\.weight\b(?!\.(?:dtype|device|shape)\b)")
-_QUERY, _VALUE = (re.compile(rf"({names})(_proj|_lin)?") for names in ("q|query|wq", "v|value|wv"))
+_QUERY, _KEY, _VALUE = (re.compile(rf"({names})(_proj|_lin)?") for names in ("q|query|wq", "k|key|wk", "v|value|wv"))
 
 
 def resolve_targets(wanted: str | list[str], model: PreTrainedModel) -> str | list[str]:
@@ -155,6 +155,18 @@ def linear_targets(wanted: str | list[str], model: Any) -> list[str]:
             raise ConfigError(f"{key}: '{target}' matches no linear layer of this model; it has {kinds}")
         chosen |= matching
     return [name for name in linear if name in chosen]
+
+
+def roles(model: PreTrainedModel) -> dict[str, str]:
+    """Return what the linear layers inside the blocks are: query, key, value, output (of attention) or mlp.
+
+    Layers that are several of these at once (fused queries, keys and values) or none of them are left out.
+    """
+    linear = linear_layers(model)
+    known = {"query": _QUERY, "key": _KEY, "value": _VALUE, "output": _OUTPUT}
+    leaves = {name: name.rpartition(".")[2] for name in _preset("attention", model, linear)}
+    found = {name: role for name, leaf in leaves.items() for role, kind in known.items() if kind.fullmatch(leaf)}
+    return dict.fromkeys(_preset("mlp", model, linear), "mlp") | found
 
 
 def fused_experts(model: torch.nn.Module) -> list[str]:

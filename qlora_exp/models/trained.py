@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from qlora_exp.config.sections.method import MethodConfig, names_in
 from qlora_exp.config.sections.optimizer import OptimizerConfig
 from qlora_exp.config.tables.optimizers import PROJECTED
-from qlora_exp.models.targets import count_kinds, is_within, linear_targets, parts_without_text
+from qlora_exp.models.targets import count_kinds, is_within, linear_targets, parts_without_text, roles
 from qlora_exp.utils.errors import ConfigError, did_you_mean
 
 
@@ -139,6 +139,54 @@ def inner_matrices(model: Any) -> list[str]:
     return matrices
 
 
+def adam_mini_blocks(model: Any) -> tuple[dict[str, str], int]:
+    """Choose the parts of parameters that share a learning rate in Adam-mini, by what each parameter is for.
+
+    As its paper does (https://arxiv.org/abs/2406.16793): a head of queries or keys; a row of another matrix, so a token
+    of a table and a neuron of the rest; a whole norm; and a single value of a bias.
+
+    Returns:
+        head, row, whole or value for the name of each trained parameter, and the number of weights of a head (0: none
+        is trained).
+
+    Raises:
+        ConfigError: a trained parameter is none of these, or heads have several sizes, for which the optimizer's
+            package has no blocks.
+    """
+    kinds = {"query": "head", "key": "head", "value": "row", "output": "row", "mlp": "row"}
+    layers, head = roles(model), model.get_output_embeddings()
+    blocks: dict[str, str] = {}
+    sizes: set[int] = set()
+    unknown = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        kind = kinds.get(layers.get(owner, ""), "")
+        if leaf == "bias" and parameter.ndim == 1:
+            kind = "value"
+        elif "norm" in type(module).__name__.lower():
+            kind = "whole"
+        elif isinstance(module, torch.nn.Embedding) or module is head:
+            kind = "row"
+        elif not isinstance(module, torch.nn.Linear) or leaf != "weight":  # Conv1D has its rows in columns
+            kind = ""
+        if kind == "head":
+            size = getattr(model.get_submodule(owner.rpartition(".")[0]), "head_dim", 0)
+            kind = kind if isinstance(size, int) and size > 0 and len(parameter) % size == 0 else ""
+            sizes |= {size * parameter.shape[1]} if kind else set()
+        blocks[name] = kind
+        unknown += [] if kind else [name]
+    if unknown or len(sizes) > 1:
+        why = f"{', '.join(count_kinds(unknown))} have neither" if unknown else "its heads have several sizes"
+        raise ConfigError(
+            "optimizer=adam_mini has a learning rate for each head of queries and keys and for each row of separate "
+            f"matrices, which does not fit this model: {why}. Use optimizer=adamw_torch, muon or adamw_torch_8bit"
+        )
+    return blocks, max(sizes, default=0)
+
+
 def check_tables(model: PreTrainedModel) -> None:
     """Check that the embedding and the output layer are trained, as new tokens need it.
 
@@ -171,3 +219,5 @@ def check_trained(model: PreTrainedModel, method: MethodConfig, optimizer: Optim
         projected_weights(model, optimizer)
     elif optimizer.optim == "muon":
         inner_matrices(model)
+    elif optimizer.optim == "adam_mini":
+        adam_mini_blocks(model)

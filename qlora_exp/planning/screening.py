@@ -22,6 +22,8 @@ _START = "forkserver"  # a sweep with jobs has a fork server with the libraries 
 def unfit(configs: Sequence[Config], vram: float | None) -> list[str]:
     """Return for each run the reason why it does not fit; empty if it fits, may fit, or cannot be planned.
 
+    The first reason also says with which changes that run would fit.
+
     Args:
         configs: the configs of the runs. All rows are assumed to have `training.max_length` tokens.
         vram: memory in GiB of the GPU that the runs will use; None: the device of this machine.
@@ -37,10 +39,13 @@ def unfit(configs: Sequence[Config], vram: float | None) -> list[str]:
             kind: workers.result(future).calibrated(calibrations) for kind, future in zip(kinds, waiting, strict=True)
         }
     with workers.workers(len(configs), _START) as pool:
-        reasons = [
-            pool.submit(_why, config, gpus[config.device, config.quantization.bitsandbytes]) for config in configs
-        ]
-        return [workers.result(future) for future in reasons]
+        asked = [(config, gpus[config.device, config.quantization.bitsandbytes]) for config in configs]
+        waiting_for = [pool.submit(_why, *each) for each in asked]
+        reasons = [workers.result(future) for future in waiting_for]
+        first = next((each for each, reason in zip(asked, reasons, strict=True) if reason), None)
+        if first is not None:
+            reasons[asked.index(first)] += f"; {workers.result(pool.submit(_advice, *first))}"
+        return reasons
 
 
 def _why(config: Config, gpu: Gpu) -> str:
@@ -57,3 +62,10 @@ def _why(config: Config, gpu: Gpu) -> str:
         return ""
     needed = expected(prediction, gpu) / GIB
     return f"does not fit: needs about {needed:.1f} GiB, but {gpu.name} has {gpu.memory_gib:g} GiB"
+
+
+def _advice(config: Config, gpu: Gpu) -> str:
+    quiet()
+    from qlora_exp.planning.advisor import advice, remedies
+
+    return advice(remedies(config, gpu))

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qlora_exp.config.schema import Config
-from qlora_exp.planning.advisor import GPUS, Fit, Option, Sized, choose
+from qlora_exp.planning.advisor import GPUS, Fit, Option, Sized, advice, choose, remedies
 from qlora_exp.planning.fit import (
     WORST_ERROR,
     WORST_ERROR_OF_SEVERAL,
@@ -77,6 +77,8 @@ def show_one(planned: Planned, price: float | None) -> None:
         print(f"tuned    {planned.tuned}")
     print(f"error    {_error(gpu, prediction.ranks)}")
     print(_LEFT_OUT)
+    if _verdict(prediction, gpu).startswith("does not fit"):  # which plans a few more runs
+        print(f"instead  {advice(remedies(config, gpu))}")
 
 
 def _show_several(prediction: Prediction, gpu: Gpu) -> None:

@@ -13,6 +13,7 @@ from qlora_exp.config.plugins import Facts
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.dataset import looks_local
 from qlora_exp.config.sections.mixture import twice
+from qlora_exp.config.sections.model import ModelConfig
 from qlora_exp.config.tables.optimizers import check_package
 from qlora_exp.distributed import group
 from qlora_exp.environment import data_files, hub
@@ -70,7 +71,9 @@ def check_config(config: Config) -> None:
         for path in filter(looks_local, source.paths):
             data_files.check(path, f"{section}.path")
     load_env_file()
-    uris.check_driver(uris.store_uri(config.tracking.uri))
+    store = uris.store_uri(config.tracking.uri)
+    uris.check_driver(store)
+    uris.check_files(store)
     uris.experiment_name(config.tracking.experiment_name)
     if hub.is_needed(config):
         hub.go_offline_if_unreachable()  # must come before huggingface_hub is imported
@@ -119,7 +122,50 @@ def read_inputs(config: Config) -> Inputs:
         )
 
     check_model(config, resolved, tokenize)
+    if config.training.packing:
+        _check_packing_of_family(config, resolved)
     return Inputs(rows, unrelated, tasks, score, first_adapter(config), facts, resolved)
+
+
+def check_packing(model: Any, name: str) -> None:
+    """Check that a model keeps packed rows apart.
+
+    Args:
+        model: the model that is to be trained, or one that computes as it does.
+        name: name of the model, for messages.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    from qlora_exp.training.evaluation import isolates_packed_rows
+
+    if not isolates_packed_rows(model):
+        raise ConfigError(
+            f"training.packing: {name} does not keep packed rows apart, so the result would differ from training on "
+            "single rows; use training.packing=false"
+        )
+
+
+def _check_packing_of_family(config: Config, resolved: Resolved) -> None:
+    """Check packing on a tiny model of the same family, if there is one, before the weights are loaded.
+
+    Which kernels compute convolutions and state spaces depends on the device, so models that have them are checked here
+    on a CPU only. Every model is checked once more when it is loaded.
+
+    Raises:
+        ConfigError: packed rows are not kept apart.
+    """
+    from torch.nn import Conv1d
+
+    from qlora_exp.models import base, builtin
+
+    family = base.skeleton(config.model).config.get_text_config().model_type
+    implementation = config.model.attn_implementation
+    if family not in builtin.TINY or implementation not in (None, "eager", "sdpa"):
+        return
+    tiny = base.load_unquantized(ModelConfig(model_name_or_path=f"random:{family}", attn_implementation=implementation))
+    if resolved.device == "cpu" or not any(isinstance(module, Conv1d) for module in tiny.modules()):
+        check_packing(tiny, config.model.model_name_or_path)
 
 
 def _plugins(config: Config, rows: "Rows") -> dict[str, Facts]:

@@ -71,8 +71,9 @@ def saved_config(
             config = from_dict(recorded | {"device": device})
     except ConfigError as error:
         raise ModelError(f"{source}: its config does not match this version of qlora_exp: {error}") from error
-    if config.dataset.format == "auto":  # runs record what was recognized
-        raise ModelError(f"{source}: {CONFIG_FILE} is damaged: dataset.format=auto does not say how it is prompted")
+    for section, part in {"dataset": config.dataset, **config.sections_of_rows}.items():
+        if part.format == "auto" and (part.paths or section == "dataset"):  # runs record what was recognized
+            raise ModelError(f"{source}: {CONFIG_FILE} is damaged: {section}.format=auto does not say how it is read")
     return config
 
 

@@ -15,11 +15,10 @@ from qlora_exp.models.quantization import check_stored, stored
 from qlora_exp.models.targets import summary
 from qlora_exp.models.trained import described, freeze
 from qlora_exp.recipe.context import RunContext
+from qlora_exp.recipe.inputs import check_packing
 from qlora_exp.recipe.saved import FirstAdapter, base_origin
 from qlora_exp.recipe.tokens import Tokens
 from qlora_exp.training import trainer
-from qlora_exp.training.evaluation import isolates_packed_rows
-from qlora_exp.utils.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -99,11 +98,8 @@ def build(run: RunContext, tokens: Tokens, first: FirstAdapter | None) -> Traina
     for what, layers in summary(adapted, bare, config.method.settings.get("target_modules")).items():
         run.tracker.params({f"resolved.{what}_layers": layers})
         log.log(_SUMMARY[what][0], _SUMMARY[what][1], layers)
-    if config.training.packing and not isolates_packed_rows(adapted):
-        raise ConfigError(
-            f"training.packing: {config.model.model_name_or_path} does not keep packed rows apart, so the result "
-            "would differ from training on single rows; use training.packing=false"
-        )
+    if config.training.packing:
+        check_packing(adapted, name)
     total = adapters.count_parameters(adapted)[1]  # 4-bit weights cannot be counted in parts
     with run.memory.phase("load"):
         built = trainer.build(

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.quantization import OTHER_WEIGHTS
+from qlora_exp.data.reading.recognize import recognized
 from qlora_exp.data.rows import load_heldout
 from qlora_exp.data.tokenization import IGNORED, unrelated
 from qlora_exp.models.base import load_tokenizer, load_unquantized
@@ -182,6 +183,7 @@ def study(config: Config, blocksize: int, folder: Path) -> tuple[list[str], list
         Headings and rows of a table, as text: bits per weight, relative RMSE on weights and on normal samples each with
         its ratio to NF4's, increase of the loss on the text, perplexity.
     """
+    config = recognized(config)
     model = load_unquantized(config.model)
     width = model.dtype.itemsize * 8
     model = model.float().eval()

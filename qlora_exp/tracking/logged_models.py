@@ -35,7 +35,8 @@ def locate(source: str, tracking_uri: str | None) -> tuple[Path, str | None]:
     """Return the folder of a saved model, and the id of the run that saved it, if that is known.
 
     Args:
-        source: an MLflow run id, a run key, a `models:/...` URI, a folder that a run saved, or a run's output folder.
+        source: an MLflow run id, a run key, the name of a successful run, a `models:/...` URI, a folder that a run
+            saved, or a run's output folder.
         tracking_uri: the MLflow store; None: the one in `mlruns/`.
 
     Raises:
@@ -62,7 +63,7 @@ def _download(source: str, tracking_uri: str | None) -> tuple[Path, str | None]:
         raise ModelError(f"{source}: not a folder, and cannot be searched for in MLflow: {error}") from error
     try:
         if not source.startswith("models:/"):
-            run_id = _run_of_key(mlflow, source) if re.fullmatch("[0-9a-f]{16}", source) else source
+            run_id = source if re.fullmatch("[0-9a-f]{32}", source) else _run_of(mlflow, source)
             model_id = models_of(mlflow, run_id)[-1].model_id
         else:
             model_id = source.removeprefix("models:/")
@@ -92,14 +93,25 @@ def _fetched(location: str, tracking_uri: str) -> Path:
     return Path(download_artifacts(artifact_uri=location, tracking_uri=tracking_uri))
 
 
-def _run_of_key(mlflow: MlflowClient, key: str) -> str:
-    """Return the id of the newest successful run with a run key.
+def _run_of(mlflow: MlflowClient, named: str) -> str:
+    """Return the id of the newest successful run with a run key or a name.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is none, or successful runs with several run keys have the name.
     """
+    is_key = re.fullmatch("[0-9a-f]{16}", named)
+    quoted = f'"{named}"' if "'" in named else f"'{named}'"
+    if "'" in named and '"' in named:
+        raise ModelError(f"{named}: MLflow cannot search for a name that has both kinds of quotes; give the run's id")
     experiments = [experiment.experiment_id for experiment in mlflow.search_experiments()]
-    finished = f"tags.run_key = '{key}' and tags.outcome = 'ok'"
-    for run in mlflow.search_runs(experiments, finished, max_results=1, order_by=["attributes.start_time DESC"]):
-        return str(run.info.run_id)
-    raise ModelError(f"{key}: no successful run has this run key; `qlora-exp runs` lists runs")
+    where = f"{'tags.run_key' if is_key else 'attributes.run_name'} = {quoted} and tags.outcome = 'ok'"
+    runs = mlflow.search_runs(experiments, where, order_by=["attributes.start_time DESC"])
+    if not runs:
+        what = "has this run key" if is_key else "has this id or name"
+        raise ModelError(f"{named}: no successful run {what}; `qlora-exp runs` lists runs")
+    others = {run.data.tags.get("run_key"): run.info.run_id for run in reversed(runs)}
+    if len(others) > 1:
+        raise ModelError(
+            f"{named}: {len(others)} different runs have this name; give an id: {', '.join(others.values())}"
+        )
+    return str(runs[0].info.run_id)

@@ -15,7 +15,7 @@ from transformers import Trainer
 
 from qlora_exp.config.sections.optimizer import OptimizerConfig
 from qlora_exp.config.tables.optimizers import OWN, PROJECTED
-from qlora_exp.models.trained import inner_matrices, projected_weights
+from qlora_exp.models.trained import adam_mini_blocks, inner_matrices, projected_weights
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ def build(
             if params
         ]
 
+    optimizer: torch.optim.Optimizer
     adam: dict[str, Any] = {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
     settings: Any = config.optim_args
     if config.optim in PROJECTED:
@@ -71,9 +72,14 @@ def build(
         rest = groups([name for name in trained if name not in matrices])
         muon = torch.optim.Muon(groups(matrices), lr=learning_rate, **settings)
         return MuonAndAdamW(muon, torch.optim.AdamW(rest, lr=learning_rate, foreach=foreach, **adam) if rest else None)
+    if config.optim == "adam_mini":
+        optimizer = _adam_mini(model, lr=learning_rate, **adam)
+        for name, group in zip(trained, optimizer.param_groups, strict=True):
+            group["weight_decay"] = weight_decay if name in decaying else 0.0
+        return optimizer
     if config.optim == "schedule_free_sgd":
         adam = {}
-    optimizer: torch.optim.Optimizer = _imported(config.optim)(groups(trained), lr=learning_rate, **adam, **settings)
+    optimizer = _imported(config.optim)(groups(trained), lr=learning_rate, **adam, **settings)
     return optimizer
 
 
@@ -97,6 +103,25 @@ def _projecting(optim: str) -> Any:
 
     torch.serialization.add_safe_globals([GradientProjector, GaLoreProjector])
     return APOLLOAdamW
+
+
+def _adam_mini(model: Any, **settings: Any) -> torch.optim.Optimizer:
+    """Return Adam-mini with the blocks that `adam_mini_blocks` chooses, one group for each trained parameter.
+
+    Its package chooses blocks by parts of parameters' names, and takes names that it does not know for one block. So it
+    gets a name of each kind in the place of those of the model.
+    """
+    from qlora_exp.libraries.adam_mini import optimizer_class
+
+    blocks, head = adam_mini_blocks(model)
+    names = {"head": "query", "row": "mlp", "whole": "norm", "value": "bias"}
+    parameters = dict(model.named_parameters())
+    named = [(names[kind], parameters[name]) for name, kind in blocks.items()]
+    optimizer: Any = optimizer_class()(named, verbose=False, **settings)
+    optimizer.head_numel = head  # its own assumes heads that make up the hidden size
+    optimizer.check_block_name = False
+    optimizer.world_size = 1  # it takes all GPUs of a machine for processes that share parameters
+    return optimizer
 
 
 def _imported(optim: str) -> Any:

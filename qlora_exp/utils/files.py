@@ -27,17 +27,15 @@ def check_source(source: str, key: str = "") -> None:
     """Check that a model's source, if it can only be a folder, is one.
 
     Args:
-        source: a run id, a run key, a `models:/...` URI, or a folder.
+        source: a run id, a run key, a run's name, a `models:/...` URI, or a folder.
         key: what a message begins with.
 
     Raises:
         ModelError: there is no such folder.
     """
-    is_name = source.startswith("models:/") or re.fullmatch(r"[\w-]+", source)
+    is_name = source.startswith("models:/") or not re.search(r"^[.~]|[/\\]", source)
     if not is_name and not Path(source).expanduser().is_dir():
-        raise ModelError(
-            f"{key}{source}: there is no such folder; name a run id, models:/NAME/VERSION, or a saved folder"
-        )
+        raise ModelError(f"{key}{source}: there is no such folder; name a run, models:/NAME/VERSION, or a saved folder")
 
 
 def write_atomically(file: Path, content: str | bytes) -> None:

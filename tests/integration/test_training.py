@@ -110,9 +110,14 @@ def test_packed_rows_train_like_separate_rows(run_quick, read_losses):
     assert read_losses(packed) == pytest.approx(read_losses(rows), rel=1e-4)
 
 
-def test_packing_without_isolated_attention_is_rejected(run_quick):
+def test_packing_without_isolated_attention_is_rejected_before_weights_load(run_quick, tiny_model, monkeypatch):
+    own = f"model.model_name_or_path={tiny_model('opt')}"
+    with monkeypatch.context() as patched, pytest.raises(ConfigError, match="does not keep packed rows apart"):
+        patched.setattr("qlora_exp.models.base.load_model", None)
+        run_quick("model=hub", own, "training.packing=true")
+    monkeypatch.setattr("qlora_exp.models.builtin.TINY", {})  # a family of which there is no tiny model
     with pytest.raises(ConfigError, match="does not keep packed rows apart"):
-        run_quick("model=tiny_opt", "training.packing=true")
+        run_quick("model=hub", own, "training.packing=true")
 
 
 def test_gradient_checkpointing_does_not_change_losses(run_quick, read_losses):

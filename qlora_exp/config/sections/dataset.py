@@ -123,7 +123,7 @@ class DatasetConfig(Section):
     input_column: str | None = "input"
     """Column with optional context. chat, prompt_completion: appended to the prompt. null: no context."""
     completion_column: str = "output"
-    """Column with the answer."""
+    """Column with the answer. chat: text, or messages, of which all answers are learned."""
     messages_column: str | None = None
     """chat: column with complete dialogues: lists of messages (role and content, or from and value), or their JSON
     text. The last assistant turn is the completion; with `weight: 0` or `train: false` it is not learned. A column
@@ -234,4 +234,4 @@ class UnrelatedConfig(DatasetConfig):
     """Label of the text."""
     path: str = "none"
     """As `dataset.path`, or `embedded:python_docs` (built-in). none: forgetting is not measured."""
-    format: Literal["alpaca", "chat", "prompt_completion", "text"] = "text"
+    format: Literal["alpaca", "auto", "chat", "prompt_completion", "text"] = "text"

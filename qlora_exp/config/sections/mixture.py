@@ -39,8 +39,10 @@ def of_source(message: str, name: str) -> str:
     """
     if name == "dataset":
         return message
-    section = "unrelated" if name == REPLAY else f"dataset.sources.{name}"
-    return re.sub(rf"\bdataset\.(?=(?:{'|'.join(source_keys())})\b)", f"{section}.", message)
+    section, keys = f"dataset.sources.{name}", source_keys()
+    if name == REPLAY:
+        section, keys = "unrelated", [*DatasetConfig.model_fields]
+    return re.sub(rf"\bdataset\.(?=(?:{'|'.join(keys)})\b)", f"{section}.", message)
 
 
 def twice(dataset: "MixtureConfig") -> list[str]:

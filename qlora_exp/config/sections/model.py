@@ -17,7 +17,7 @@ class ModelConfig(Section):
     """Hub id, local folder, `embedded:smollm2-135m` (built-in), or `random:FAMILY`: a tiny random model of one of
     the families in docs/families.md, such as llama or qwen3_moe."""
     adapter: str | None = None
-    """Adapter of this base to train on from: id or run key of the run that saved it, `models:/NAME/VERSION`, or a
+    """Adapter of this base to train on from: id, run key or name of the run that saved it, `models:/NAME/VERSION`, or a
     folder. Its method, rank and other settings must be set as that run had them. null: a new adapter."""
     new_tokens: list[str] = []
     """Texts that become one token each, such as [<tool>,</tool>]. Their embeddings begin as the mean of those of the

@@ -35,10 +35,11 @@ class OptimizerConfig(Section):
         "schedule_free_radam",
         "schedule_free_sgd",
         "stable_adamw",
+        "adam_mini",
         "muon",
     ] = "adamw_torch"
-    """Name in transformers, or muon (torch's). Without paging on the device, a paged optimizer runs non-paged; the run
-    records it."""
+    """Name in transformers, or muon (torch's) or adam_mini. Without paging on the device, a paged optimizer runs
+    non-paged; the run records it."""
     optim_args: dict[str, int | float | bool | str] = {}
     """Settings of `optim`, by transformers' names: rank, update_proj_gap, scale and proj_type of galore_adamw, and so
     on. A setting that `optim` does not have is rejected with the list of those it has."""

@@ -67,7 +67,8 @@ class TrainingConfig(Section):
     completion_only_loss: bool = True
     """true: loss on the answer only; false: loss on the prompt too."""
     assistant_only_loss: bool = False
-    """Loss on every answer of a dialogue, not only on the last. The chat template needs no generation marks."""
+    """Loss on every answer of a dialogue, not only on the last or on those of its completion. The chat template needs
+    no generation marks."""
     loss_type: PluginName = "nll"
     """nll: negative log-likelihood (cross-entropy); dft: the loss of Dynamic Fine-Tuning; or the name of an installed
     package's loss (docs/metrics.md). Held-out losses are always nll."""

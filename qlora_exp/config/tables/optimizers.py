@@ -37,6 +37,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "schedule_free_radam": _AVERAGED,
     "schedule_free_sgd": {**_AVERAGED, "momentum": Annotated[float, Field(gt=0, lt=1)]},
     "stable_adamw": {"decouple_lr": bool, "kahan_sum": bool},
+    "adam_mini": {},
     "muon": {
         "momentum": _Momentum,
         "nesterov": bool,
@@ -47,10 +48,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """Settings of each optimizer that has some, by the names that transformers or the optimizer's package gives them."""
 PROJECTED = ("galore_adamw", "apollo_adamw")
 """Optimizers that keep states of projected gradients, for the weights in `optim_target_modules`."""
+WHOLE = (*PROJECTED, "adam_mini")
+"""Optimizers that need the rows and columns of a model's own matrices, not those of an adapter."""
 SCHEDULE_FREE = ("schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd")
 COMPILED = ("adamw_torch_8bit", "adamw_torch_4bit")
 """Optimizers of torchao, which compiles their steps."""
-OWN = (*COMPILED, *PROJECTED, *SCHEDULE_FREE, "stable_adamw", "muon")
+OWN = (*COMPILED, *PROJECTED, *SCHEDULE_FREE, "stable_adamw", "adam_mini", "muon")
 """Optimizers that `training.own_optimizers` builds."""
 _PACKAGES = {
     **dict.fromkeys(COMPILED, ("torchao", "quantizers")),
@@ -58,6 +61,7 @@ _PACKAGES = {
     "apollo_adamw": ("apollo_torch", "apollo"),
     **dict.fromkeys(SCHEDULE_FREE, ("schedulefree", "schedule-free")),
     "stable_adamw": ("optimi", "optimi"),
+    "adam_mini": ("adam_mini", "adam-mini"),
 }
 """Module that an optimizer is imported from, and the extra of this package that installs it."""
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from qlora_exp.config import idle
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.dataset import DatasetConfig, looks_local, saved_dataset
-from qlora_exp.config.sections.mixture import of_source
+from qlora_exp.config.sections.mixture import REPLAY, of_source
 from qlora_exp.config.validate import from_dict
 from qlora_exp.data import dialogues
 from qlora_exp.data.reading import readers
@@ -56,12 +56,14 @@ class Recognized(NamedTuple):
     def line(self, config: DatasetConfig) -> str:
         """Say in one line what was recognized, with the words of the command line that do the same."""
         told = {name: value for name, value in self.settings.items() if value or getattr(config, name) != value}
-        words = _words(told)
-        return f"{config.name}: rows recognized as {self.what}: {words}; set these keys to choose otherwise"
+        words, name = _words(told), config.path if config.name == "none" else config.name
+        return f"{name}: rows recognized as {self.what}: {words}; set these keys to choose otherwise"
 
 
 def recognized(config: Config) -> Config:
-    """Return a config with what its rows are recognized as in the place of `dataset.format=auto`, and log it.
+    """Return a config with what its rows are recognized as in the place of `format=auto`, and log it.
+
+    That is so for the rows to train on and for unrelated text.
 
     The result is the config that a user would have written: it has the same run key, and is what a run records.
 
@@ -78,14 +80,18 @@ def recognized_each(configs: Sequence[Config]) -> list[Config]:
     settled = []
     for config in configs:
         found: dict[str, Recognized] = {}
-        for name, part in config.dataset.parts.items():
-            if part.format == "auto":
+        for name, part in _parts(config).items():
+            if part.format == "auto" and part.paths:
                 if (key := part.model_dump_json()) not in known:
                     known[key] = _in_source(part, name)
                     log.info("%s", of_source(known[key].line(part), name))
                 found[name] = known[key]
         settled.append(_settled(config, found) if found else config)
     return settled
+
+
+def _parts(config: Config) -> dict[str, DatasetConfig]:
+    return {**config.dataset.parts, REPLAY: config.unrelated}
 
 
 def _in_source(part: DatasetConfig, name: str) -> Recognized:
@@ -113,12 +119,13 @@ def _settled(config: Config, found: Mapping[str, Recognized]) -> Config:
     Raises:
         ConfigError: a key does not go with it, or the sources have several formats and none is named for the model.
     """
-    data = config.dataset
+    data, changes, named = config.dataset, dict[str, Any](), list[str]()
+    general = found[REPLAY].settings if REPLAY in found else {}
     if data.sources:
         sources = {
             name: {**own, **(found[name].settings if name in found else {})} for name, own in data.sources.items()
         }
-        changes: dict[str, Any] = {"sources": sources}
+        changes["sources"] = sources
         if data.format == "auto":
             formats = {name: sources[name].get("format", data.format) for name in sorted(sources)}
             prompted = dict.fromkeys(format_ for format_ in formats.values() if format_ != "text") or {"text": None}
@@ -129,13 +136,15 @@ def _settled(config: Config, found: Mapping[str, Recognized]) -> Config:
                     "and for dataset.format the one in which the saved model will be prompted"
                 )
             (changes["format"],) = prompted
-        named = []
-    else:
-        (changes,) = (each.settings for each in found.values())
+    elif "dataset" in found:
+        changes = {**found["dataset"].settings}
         named = [f"dataset.{name}={value}" for name, value in _named(data).items()]
-    lines = "; ".join(of_source(each.line(data.parts[name]), name) for name, each in found.items())
+    if general:
+        named += [f"unrelated.{name}={value}" for name, value in _named(config.unrelated).items()]
+    lines = "; ".join(of_source(each.line(_parts(config)[name]), name) for name, each in found.items())
+    sections = {"dataset": data.model_dump() | changes, "unrelated": config.unrelated.model_dump() | general}
     try:
-        settled = from_dict(config.model_dump() | {"dataset": data.model_dump() | changes})
+        settled = from_dict(config.model_dump() | sections)
         problems = [*idle.problems([settled], named, sweeping=True)]
     except ConfigError as error:
         problems = str(error).splitlines()

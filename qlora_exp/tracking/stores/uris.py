@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 VARIABLE = "MLFLOW_TRACKING_URI"
 EXPERIMENT_VARIABLE = "MLFLOW_EXPERIMENT_NAME"
 _DEFAULT_EXPERIMENT = "qlora_exp"
+_SQLITE = b"SQLite format 3\0"
 _PACKAGES = {
     "psycopg": "'qlora-exp[postgres]'",
     "psycopg2": "psycopg2-binary",
@@ -100,6 +102,31 @@ def check_driver(uri: str) -> None:
         ) from error
     except ArgumentError:  # not a database that SQLAlchemy supports, which MLflow will say
         return
+
+
+def check_files(uri: str) -> None:
+    """Check what can be seen of a store on this machine without opening it.
+
+    Raises:
+        ConfigError: it is a folder, which MLflow refuses, or a file that is no database.
+    """
+    file = sqlite_file(uri)
+    if file is None:
+        allowed = os.environ.get("MLFLOW_ALLOW_FILE_STORE", "").lower() in ("true", "1")
+        if urlsplit(uri).scheme in ("", "file") and not uri.startswith("databricks") and not allowed:
+            folder = unquote(urlsplit(uri).path)
+            raise ConfigError(
+                f"tracking.uri: {redact(uri)} is a folder, in which MLflow keeps no runs any more: use "
+                f"sqlite:///{redact(folder)}/mlflow.db (`mlflow migrate-filestore` moves older runs into one; "
+                "MLFLOW_ALLOW_FILE_STORE=true still allows a folder)"
+            )
+    elif file.is_dir():
+        raise ConfigError(f"tracking.uri: {file} is a folder; name the database's file, such as {uri}/mlflow.db")
+    elif file.is_file():
+        with file.open("rb") as content:
+            begin = content.read(len(_SQLITE))
+        if begin not in (b"", _SQLITE):  # another process may be about to write the first bytes
+            raise ConfigError(f"tracking.uri: {file} is no SQLite database, and so no MLflow store: name another file")
 
 
 def experiment_name(name: str | None) -> str:

@@ -22,6 +22,7 @@ GIVEN = {
     "hub": ["model.model_name_or_path=org/name"],
     "own": ["dataset.path=x.jsonl"],
     "server": ["tracking.uri=http://h"],
+    "adam_mini": ["method=full"],
     "galore_adamw": ["method=full"],
     "apollo_adamw": ["method=full"],
 }
@@ -80,6 +81,13 @@ def test_unknown_key_or_option_is_rejected_with_a_suggestion(overrides: list[str
     with pytest.raises(ConfigError) as error:
         compose(overrides)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["model.new_tokens", "evaluation.metrics", "method.unfrozen_parameters"])
+def test_mapping_in_the_place_of_a_list_is_said_to_be_one(key: str):
+    words = ["method=freeze"] if key.startswith("method") else []
+    with pytest.raises(ConfigError, match=rf"^{key}: must be a list, such as {key}=\[VALUE,VALUE\]$"):
+        compose([*words, f"{key}={{a: 1}}"])
 
 
 def test_keys_inside_free_mappings_need_no_plus():

@@ -214,9 +214,37 @@ def test_prompt_and_completion_may_be_messages(write_jsonl):
     assert [row["messages"] for row in rows] == [[USER, ANSWER], [USER, {"role": "assistant", "content": "yes"}]]
     with pytest.raises(DataError, match="column 'prompt' is a list of messages, which needs dataset.format=chat"):
         cleaned(path)
-    longer = write_jsonl([{"prompt": [USER], "completion": [ANSWER, USER, ANSWER]}], "longer.jsonl")
-    with pytest.raises(DataError, match="must be one message of the assistant"):
-        cleaned(longer, format="chat")
+    for place, wrong in enumerate(([USER, ANSWER], [ANSWER, {"role": "system", "content": "s"}, ANSWER])):
+        path = write_jsonl([{"prompt": [USER], "completion": wrong}], f"{place}.jsonl")
+        with pytest.raises(DataError, match="line 1: column 'completion' must begin with a message of the assistant"):
+            cleaned(path, format="chat")
+
+
+def test_all_answers_of_a_completion_of_several_messages_are_learned(write_jsonl):
+    result, learned = {"role": "tool", "tool_call_id": "c", "content": "x"}, {"train": True}
+    silent = ANSWER | {"weight": 0}
+    path = write_jsonl(
+        [
+            {"prompt": [USER, ANSWER, USER], "completion": [CALL, result, ANSWER, USER], "tools": TOOLS},
+            {"prompt": "q", "completion": [silent, USER, ANSWER]},
+            {"prompt": "q", "completion": [silent, USER, silent]},
+        ]
+    )
+    rows, report = cleaned(path, format="chat")
+    asked = {"role": "user", "content": "q"}
+    assert [row["messages"] for row in rows] == [
+        [USER, ANSWER, USER, CALL | learned, result, ANSWER | learned],
+        [asked, ANSWER | {"train": False}, USER, ANSWER | learned],
+    ]
+    assert [row["completion"] for row in rows] == ["hi", "hi"]
+    assert report.dropped["empty"] == 1
+    assert report.notes == {
+        "all answers of a completion of several messages are learned": 3,
+        "answers with weight 0 or train false are not learned": 2,
+        "the turns after the last answer are not learned": 1,
+    }
+    _, report = cleaned(path, format="chat", drop_matching='"name": "f"')
+    assert report.dropped["matching drop_matching"] == 1
 
 
 def test_dialogue_without_answer_or_with_empty_message_is_left_out(write_jsonl):

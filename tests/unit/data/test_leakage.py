@@ -45,6 +45,15 @@ def test_dialogues_are_compared_by_all_turns():
     assert leakage.find([dialogue("What is a beam made of?")], [dialogue("what is a beam made of?")], 1.0)
 
 
+def test_question_of_a_completion_of_several_messages_ends_before_its_first_answer():
+    def rows(call: str) -> dict:
+        turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": call, "train": True}]
+        return row("q", "a") | {"messages": [*turns, {"role": "tool", "content": call}, turns[1]]}
+
+    (found,) = leakage.find([rows("one")], [rows("two")], 1.0)
+    assert found.kind == "exact"
+
+
 def test_shared_preamble_is_not_a_leak():
     preamble = " ".join(f"word{number}" for number in range(200))
     train = [row(f"{preamble} train question {number} of its own kind") for number in range(50)]

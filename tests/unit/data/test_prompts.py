@@ -318,6 +318,48 @@ def test_answer_follows_the_prompt_of_templates_that_render_earlier_turns_otherw
     ]
 
 
+EMPTY_THOUGHT = (  # as Qwen3's: the last answer begins with a thought, if an empty one
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and (loop.last or m.reasoning_content) %}"
+    "({{ m.reasoning_content or '' }}){% endif %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+    "{{ c.function.name }}{% endfor %}.{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+FORGOTTEN_THOUGHT = EMPTY_THOUGHT.replace("(loop.last or m.reasoning_content)", "loop.last")
+
+
+@pytest.mark.parametrize(
+    ("template", "empty"), [(EMPTY_THOUGHT, "()"), (EMPTY_THOUGHT.replace("loop.last or ", ""), "")]
+)
+def test_all_answers_of_a_completion_are_learned_as_the_whole_dialogue_has_them(
+    template: str, empty: str, tiny_tokenizer
+):
+    call = said("assistant", "", tool_calls=[{"function": {"name": "f", "arguments": {}}}])
+    asked = [said("user", "q"), said("assistant", "a"), said("user", "r")]
+    learned = [call | {"train": True}, said("tool", "1"), said("assistant", "no", train=False), said("tool", "2")]
+    learned += [said("assistant", "b", reasoning_content="so", train=True), said("tool", "3")]
+    row = {"messages": [*asked, *learned, said("assistant", "c", train=True)]}
+    pieces = [
+        ("<user>q.<assistant>a.<user>r.<assistant>", False),
+        ("f.", True),
+        ("<tool>1.<assistant>no.<tool>2.<assistant>", False),
+        ("(so)b.", True),
+        ("<tool>3.<assistant>", False),
+        (f"{empty}c.", True),
+    ]
+    config = CHAT.model_copy(update={"chat_template": template})
+    assert render(row, config, tiny_tokenizer).pieces == pieces
+    every = render(row, config, tiny_tokenizer, every_answer=True).pieces
+    assert "".join(text for text, _ in every) == "".join(text for text, _ in pieces)
+    assert [text for text, learned in every if learned] == ["a.", "f.", "(so)b.", f"{empty}c."]
+
+
+def test_thought_that_the_whole_dialogue_does_not_have_is_no_answer(tiny_tokenizer):
+    thought = said("assistant", "b", reasoning_content="so", train=True)
+    row = {"messages": [said("user", "q"), thought, said("tool", "1"), said("assistant", "c", train=True)]}
+    config = CHAT.model_copy(update={"chat_template": FORGOTTEN_THOUGHT})
+    with pytest.raises(DataError, match="or completions of one message, or leave out what it changes"):
+        render(row, config, tiny_tokenizer)
+
+
 @pytest.mark.parametrize(
     "template",
     [

@@ -127,6 +127,16 @@ def test_unrelated_text_is_read_from_a_file(make_config, tiny_tokenizer, write_j
     assert len(rows) == 3
 
 
+def test_text_that_cannot_be_rendered_names_the_key_of_its_section(make_config, tiny_tokenizer, write_jsonl):
+    mute = copy.copy(tiny_tokenizer)
+    mute.chat_template = None
+    path = write_jsonl([{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}])
+    words = [f"unrelated.path={path}", "unrelated.format=chat", "unrelated.messages_column=messages"]
+    checked = make_config(*words, f"unrelated.eval_path={path}")
+    with pytest.raises(DataError, match=r"line 1: unrelated\.format=chat: .*unrelated\.chat_template=FILE"):
+        tokenization.unrelated(load_heldout(checked.unrelated), checked, mute)
+
+
 def test_assistant_only_loss_covers_every_answer(make_config, tiny_tokenizer, write_jsonl):
     turns = [("user", "hi"), ("assistant", "hello"), ("user", "2+3?"), ("assistant", "5")]
     dialogue = {"chat": [{"role": role, "content": content} for role, content in turns]}

@@ -1,4 +1,5 @@
 import math
+import re
 from typing import Any
 
 import pytest
@@ -181,3 +182,18 @@ def test_attaching_leaves_the_runs_config_as_it_is():
     base.config.tie_word_embeddings = True
     adapters.attach(base, adapters.peft_config(config, base), None)
     assert config.method.settings["modules_to_save"] == ["embed_tokens"]
+
+
+@pytest.mark.parametrize("variant", ["pissa", "olora", "mica", "kasa", "corda", "lora_ga"])
+def test_start_from_singular_vectors_needs_layers_as_wide_as_the_rank(variant: str):
+    words = ["device=cpu", "model=tiny_llama", "model.model_name_or_path=random:qwen2_moe", "method=lora"]
+    words += [f"lora_variant={variant}", "method.lora_dropout=0", "method.target_modules=[q_proj,shared_expert_gate]"]
+    config = compose(words)
+    model = skeleton(config.model)
+    with pytest.raises(
+        ConfigError, match=r"needs layers with no side below method.r=16, .*shared_expert_gate"
+    ) as error:
+        adapters.peft_config(config, model)
+    (advice,) = re.findall(r"method\.exclude_modules=\S+\]", str(error.value))
+    assert adapters.peft_config(compose([*words, advice]), model) is not None
+    assert adapters.peft_config(compose([*words[:-1], "method.target_modules=attention"]), model) is not None

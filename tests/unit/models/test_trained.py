@@ -136,3 +136,40 @@ def test_lisa_of_more_layers_than_there_are_is_refused():
     method = MethodConfig(lisa_activated_layers=4, lisa_interval_steps=2)
     with pytest.raises(ConfigError, match="lisa_activated_layers=4: this model has 3 layers"):
         trained.check_trained(frozen(), method, OptimizerConfig())
+
+
+WITHOUT_BLOCKS = {
+    "bloom": "query_key_value",
+    "deepseek_v3": "kv_a_proj_with_mqa",
+    "gpt2": "c_fc",  # its rows are columns
+    "gpt_bigcode": "c_attn",
+    "gpt_oss": "sinks",
+    "jamba": "A_log",
+    "lfm2": "conv",
+    "mixtral": "experts.gate_up_proj",
+    "phi3": "qkv_proj",
+    "qwen3_5_text": "in_proj_qkv",
+}
+
+
+@pytest.mark.parametrize("family", WITHOUT_BLOCKS)
+def test_adam_mini_refuses_by_name_what_has_neither_heads_nor_rows(family: str):
+    model = skeleton(ModelConfig(model_name_or_path=f"random:{family}"))
+    with pytest.raises(ConfigError, match=rf"^optimizer=adam_mini has .*{WITHOUT_BLOCKS[family]}") as error:
+        trained.check_trained(model, MethodConfig(), OptimizerConfig(optim="adam_mini"))
+    assert "\n" not in str(error.value)
+
+
+def test_adam_mini_asks_only_for_blocks_of_what_is_trained():
+    model = skeleton(ModelConfig(model_name_or_path="random:phi3"))
+    trained.freeze(model, MethodConfig(unfrozen_parameters=["mlp", "norm"]))
+    blocks, head = trained.adam_mini_blocks(model)
+    assert (head, {*blocks.values()}) == (0, {"row", "whole"})
+    assert {name.split(".")[-2] for name, block in blocks.items() if block == "row"} == {"gate_up_proj", "down_proj"}
+
+
+def test_adam_mini_refuses_heads_of_several_sizes():
+    model = skeleton(ModelConfig(model_name_or_path="random:llama"))
+    model.model.layers[0].self_attn.head_dim = 8
+    with pytest.raises(ConfigError, match="its heads have several sizes"):
+        trained.adam_mini_blocks(model)

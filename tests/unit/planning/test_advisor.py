@@ -11,10 +11,12 @@ from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.sections.distributed import DistributedConfig
 from qlora_exp.planning import advisor
 from qlora_exp.planning.advisor import Fit, Option, choose, largest
+from qlora_exp.planning.fit import outside, verdict
 from qlora_exp.planning.gpus import GPUS, Gpu
-from qlora_exp.planning.planner import Prediction
+from qlora_exp.planning.planner import Prediction, planner
 from qlora_exp.planning.replay import Phase
 from qlora_exp.utils.errors import UserError
+from qlora_exp.utils.units import GIB
 
 CARD = Gpu("GPU", 24.0)
 TINY = [
@@ -24,6 +26,30 @@ TINY = [
     " max_position_embeddings: 256}",
     "training.max_length=64",
 ]
+
+
+@pytest.mark.slow
+def test_run_that_does_not_fit_would_fit_with_what_is_named_instead():
+    words = [*TINY, "++model.architecture.hidden_size=256", "++model.architecture.vocab_size=2048", "method=lora"]
+    words += ["training.max_length=256", "training.per_device_train_batch_size=8", "training.max_steps=1"]
+    words += ["training.gradient_checkpointing=false"]
+    config = compose(words)
+    needed = planner(config, CARD.device).predict().peak
+    card = replace(CARD, memory_gib=outside(1) + 0.6 * needed / GIB)
+    found = advisor.remedies(config, card)
+    assert len(found) == 2
+    assert all("per_device_eval_batch_size" in change for change in found)  # evaluation's batch is too large, too
+    for change in found:
+        changed = compose([*words, *change.split()])
+        assert verdict(planner(changed, card.device).predict(), card) == "fits", change
+        training = changed.training
+        assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 8
+
+
+def test_run_that_nothing_makes_fit_is_said_to():
+    config = compose([*TINY, "method=full"])
+    assert advisor.remedies(config, replace(CARD, memory_gib=outside(1) + 1e-6)) == []
+    assert "`qlora-exp advise` compares models" in advisor.advice([])
 
 
 @given(

@@ -18,11 +18,12 @@ TINY = [
 
 def test_oversized_config_is_explained_and_unplannable_config_is_kept():
     large = "++model.architecture.hidden_size=8192"
-    configs = [compose([*TINY, *words]) for words in ([], [large], ["quantization=quanto_int4"])]
-    small, too_large, unknown = unfit(configs, 3.0)
+    configs = [compose([*TINY, *words]) for words in ([], [large], ["quantization=quanto_int4"], [large, "seed=1"])]
+    small, too_large, unknown, again = unfit(configs, 3.0)
     assert (small, unknown) == ("", "")
     assert too_large.startswith("does not fit: ")
-    assert too_large.endswith("GPU has 3 GiB")
+    assert again.endswith("GPU has 3 GiB")
+    assert too_large.startswith(f"{again}; it would fit with quantization=nf4_double")
 
 
 def test_damaged_calibration_is_reported_before_planning(tmp_path, monkeypatch):

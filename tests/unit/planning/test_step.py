@@ -50,11 +50,16 @@ def test_momentum_of_sgd_is_planned():
     assert predict(*words, evaluated=8).phases["evaluation"].kinds["optimizer"] == 4 * (LINEAR + REST)
 
 
+ROWS = 2 * VOCABULARY + LAYERS * (3 * HIDDEN + 2 * INNER + 8 + 2) + 1
+
+
 @pytest.mark.parametrize(
     ("optim", "module", "nbytes"),
     [
         ("schedule_free_adamw", "schedulefree", 8 * (LINEAR + REST)),
         ("schedule_free_sgd", "schedulefree", 4 * (LINEAR + REST)),
+        # One for each row of a table, an MLP, values and outputs, one for each of four heads, and one for each norm.
+        ("adam_mini", "adam_mini", 4 * (LINEAR + REST) + 4 * ROWS),
         ("stable_adamw", "optimi", 8 * (LINEAR + REST)),
         # Each matrix: two states of r rows as long as its longer side, and r vectors as long as its shorter side.
         ("galore_adamw", "galore_torch", 8 * REST + LAYERS * (4 * 12 * 8 * HIDDEN + 3 * (8 * 8 * INNER + 32 * HIDDEN))),

@@ -143,7 +143,14 @@ def test_ranks_that_are_no_numbers_by_layer_are_refused(ranks, trained_adapters,
         (lambda folder: (folder / "qlora_exp.yaml").write_text("&a [*a]"), "qlora_exp.yaml is damaged"),
         (
             lambda folder: rewrite(folder, "format: alpaca", "format: auto"),
-            "format=auto does not say how it is",
+            "dataset.format=auto does not say how it is read",
+        ),
+        (
+            lambda folder: [
+                rewrite(folder, "path: none", "path: embedded:python_docs"),
+                rewrite(folder, "format: text", "format: auto"),
+            ],
+            "unrelated.format=auto does not say how it is read",
         ),
         (lambda folder: (folder / "trainer_state.json").write_text("{}"), "is a checkpoint: training.resume_from_chec"),
         (

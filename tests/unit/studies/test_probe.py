@@ -71,6 +71,8 @@ def test_recorded_verdicts_of_all_aspects_are_reproduced(kind: str):
         ("LORA+lora_ga", "falcon"),
         ("LORA+olora", "gpt2"),
         ("LORA+pissa", "mixtral"),
+        ("LORA+pissa", "qwen2_moe"),
+        pytest.param("SHIRA", "qwen2_moe", marks=pytest.mark.thorough),
         ("OSF", "gpt2"),
         ("TRAINABLE_TOKENS", "gemma2"),
     ],

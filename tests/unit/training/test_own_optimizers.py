@@ -1,17 +1,26 @@
 """Optimizers for full fine-tuning on little memory: what they update, with which settings, and what they keep."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from qlora_exp.config.hydra_compose import compose
+from qlora_exp.config.sections.model import ModelConfig
+from qlora_exp.config.sections.optimizer import OptimizerConfig
 from qlora_exp.models.base import load_unquantized
 from qlora_exp.models.trained import projected_weights
 from qlora_exp.studies import probe
 from qlora_exp.training import own_optimizers
 from qlora_exp.utils.errors import ConfigError
 
-MODULES = {"galore_adamw": "galore_torch", "apollo_adamw": "apollo_torch", "stable_adamw": "optimi"}
+MODULES = {
+    "adam_mini": "adam_mini",
+    "galore_adamw": "galore_torch",
+    "apollo_adamw": "apollo_torch",
+    "stable_adamw": "optimi",
+}
 MODULES |= dict.fromkeys(("schedule_free_adamw", "schedule_free_radam", "schedule_free_sgd"), "schedulefree")
 MODULES |= dict.fromkeys(("adamw_torch_8bit", "adamw_torch_4bit"), "torchao")
 
@@ -98,6 +107,57 @@ def test_muon_goes_on_from_its_saved_states_and_follows_schedules(tmp_path):
     assert own_optimizers.state_bytes(again) == own_optimizers.state_bytes(optimizer)
 
 
+def adam_mini(family: str, **fields):
+    """A tiny model of a family, and its Adam-mini."""
+    pytest.importorskip("adam_mini")
+    model = load_unquantized(ModelConfig(model_name_or_path=f"random:{family}", random_config=fields))
+    with patch.object(torch.cuda, "device_count", return_value=2):  # for which its package calls other processes
+        return model, own_optimizers.build(model, OptimizerConfig(optim="adam_mini"), 1e-2, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "size"), [("llama", {}, 16), ("opt", {}, 16), ("qwen3", {"head_dim": 32}, 32)]
+)
+def test_adam_mini_has_one_second_moment_for_each_block_of_the_paper(family: str, fields: dict, size: int):
+    model, optimizer = adam_mini(family, **fields)
+    expected = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    first, second = ({name: torch.zeros(()) for name in expected} for _ in range(2))
+    for step in (1, 2, 3):
+        give_gradients(model)
+        optimizer.step()
+        for name, parameter in model.named_parameters():
+            values = parameter.grad
+            if "norm" in name and not name.endswith("bias"):
+                blocks = values.reshape(1, -1)
+            elif name.endswith("bias"):
+                blocks = values.reshape(-1, 1)
+            else:
+                blocks = values.reshape(-1, size * 64 if "q_proj" in name or "k_proj" in name else values.shape[1])
+            mean = (blocks**2).mean(1, keepdim=True).expand_as(blocks).reshape(values.shape)
+            first[name] = 0.9 * first[name] + 0.1 * values
+            second[name] = 0.999 * second[name] + 0.001 * mean
+            change = first[name] / (1 - 0.9**step) / ((second[name] / (1 - 0.999**step)).sqrt() + 1e-8)
+            decay = 0 if "norm" in name or name.endswith("bias") else 0.1
+            expected[name] = expected[name] * (1 - 1e-2 * decay) - 1e-2 * change
+            torch.testing.assert_close(parameter.detach(), expected[name], msg=f"{name}, step {step}")
+
+
+def test_adam_mini_goes_on_from_its_saved_states(tmp_path):
+    model, optimizer = adam_mini("qwen2")
+    other, again = adam_mini("qwen2")
+    give_gradients(model)
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    other.load_state_dict(model.state_dict())
+    again.load_state_dict(torch.load(tmp_path / "optimizer.pt", weights_only=True))
+    for each in (model, other):
+        give_gradients(each)
+    optimizer.step()
+    again.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    assert own_optimizers.state_bytes(again) == own_optimizers.state_bytes(optimizer)
+
+
 def test_muon_without_a_matrix_is_refused():
     config = compose(["model=tiny_llama", "method=full", "optimizer=muon"])
     model = load_unquantized(config.model)
@@ -158,6 +218,19 @@ def test_state_bytes_count_states_in_few_bits():
     optimizer = torch.optim.SGD([parameter])
     optimizer.state[parameter] = {"a": OptimState8bit.zeros((4096,), signed=True, block_size=256)}
     assert own_optimizers.state_bytes(optimizer) == 4096 + 4 * 16 + 4 * 256
+
+
+@pytest.mark.thorough
+def test_resumed_adam_mini_is_the_uninterrupted_one(tmp_path):
+    pytest.importorskip("adam_mini")
+    words = ["training.save_strategy=steps", "training.save_steps=2"]
+    trial = probe._Trial(["method=full", "optimizer=adam_mini"], "plain")
+    whole, losses = trial.train(tmp_path, *words)
+    again, rest = trial.train(tmp_path / "again", *words, checkpoint=tmp_path / "checkpoint-2")
+    assert rest == losses[2:]
+    assert own_optimizers.state_bytes(again.optimizer) == own_optimizers.state_bytes(whole.optimizer)
+    for kept, resumed in zip(whole.model.parameters(), again.model.parameters(), strict=True):
+        assert torch.equal(kept, resumed)
 
 
 @pytest.mark.slow

@@ -143,12 +143,12 @@ def test_folder_is_copied_without_links(tmp_path):
         copy_without_links(tmp_path / "from", tmp_path / "again")
 
 
-@pytest.mark.parametrize("source", ["./nowhere", "outputs/gone", "~/gone", "/gone"])
+@pytest.mark.parametrize("source", ["./nowhere", "../gone", "outputs/gone", "~/gone", "/gone"])
 def test_source_that_can_only_be_a_folder_must_exist(source: str):
-    with pytest.raises(ModelError, match=f"{source}: there is no such folder; name a run id"):
+    with pytest.raises(ModelError, match=f"{source}: there is no such folder; name a run, models"):
         check_source(source)
 
 
-@pytest.mark.parametrize("source", [".", "0a1b2c", "models:/m-1", "models:/concrete@champion"])
+@pytest.mark.parametrize("source", [".", "0a1b2c", "r=8, s=1.5", "models:/m-1", "models:/concrete@champion"])
 def test_source_that_may_exist_is_accepted(source: str):
     check_source(source)

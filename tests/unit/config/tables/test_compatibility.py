@@ -36,6 +36,17 @@ def test_compatibility_page_matches_the_verdicts():
     assert (ROOT / "docs" / "compatibility.md").read_text("utf-8") == text
 
 
+def test_no_method_is_refused_on_a_whole_family_for_the_sizes_of_its_tiny_model():
+    """Each of these was looked at; an error that only sizes cause must be refused by what the model has instead."""
+    whole = {
+        (family, kind)
+        for family, verdicts in KEPT["families"].items()
+        for kind, verdict in verdicts.items()
+        if not verdict.startswith(compatibility.REFUSED)
+    }
+    assert whole == {("falcon", "LORA+lora_ga"), ("mamba", "LORA+loftq")}  # no base of Mamba is stored in 4 bits
+
+
 def test_verdicts_are_of_the_pinned_versions():
     pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     assert KEPT["libraries"] == {name: pinned[name] for name in KEPT["libraries"]}

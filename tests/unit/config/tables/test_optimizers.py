@@ -14,7 +14,7 @@ from qlora_exp.utils.errors import ConfigError
 
 def test_names_are_those_of_transformers():
     names = {name.value for name in OptimizerNames}
-    assert {*optimizers.SETTINGS, *optimizers.OWN} - names == {"muon"}
+    assert {*optimizers.SETTINGS, *optimizers.OWN} - names == {"adam_mini", "muon"}
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,10 @@ def test_names_are_those_of_transformers():
         (["optimizer=galore_adamw", "optimizer.optim_target_modules=null"], "needs optim_target_modules"),
         (["optimizer=galore_adamw", "method=qlora"], "trains an adapter: use method=full"),
         (["optimizer=apollo_adamw", "method=lora"], "trains an adapter: use method=full"),
+        (["optimizer=adam_mini", "method=lora"], "has learning rates for rows of whole weight matrices"),
+        (["optimizer=adam_mini", "method=qlora"], "trains an adapter: use method=full"),
+        (["optimizer=adam_mini", "optimizer.optim_args={dim: 2}"], "has no such setting"),
+        (["optimizer=adam_mini", "distributed=fsdp", "distributed.num_processes=2"], "cannot be sharded"),
         (["optimizer=schedule_free_adamw", "training.lr_scheduler_type=linear"], "use training.lr_scheduler_type"),
         (["optimizer=schedule_free_adamw", "optimizer.adam_beta1=0"], "adam_beta1, which must be above 0"),
         (["optimizer=muon", "method=lora", "optimizer.lora_optimizer=loraplus"], "loraplus cannot extend muon"),

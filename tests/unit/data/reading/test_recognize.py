@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.schema import Config
+from qlora_exp.config.sections.dataset import UnrelatedConfig
 from qlora_exp.config.sections.mixture import MixtureConfig
 from qlora_exp.data import label_audit, tokenization
 from qlora_exp.data.end_of_turn import end_of_turn
@@ -81,6 +82,11 @@ def axolotl(folder: Path) -> str:
 
 def trl(folder: Path) -> str:
     return lines(folder / "a.jsonl", [{"prompt": [USER], "completion": [ANSWER]}] * 2)
+
+
+def trl_with_calls(folder: Path) -> str:
+    earlier = [USER, ANSWER | {"content": "4"}, USER]
+    return lines(folder / "a.jsonl", [{"prompt": earlier, "completion": [CALLED, RESULT, ANSWER], "tools": SCHEMA}] * 2)
 
 
 def pairs(folder: Path) -> str:
@@ -166,6 +172,12 @@ WILD: list[tuple[Any, dict[str, Any], str]] = [
         f"{SYSTEM}{TURN}[[5<|im_end|>\n]]",
     ),
     (trl, {"format": "chat"}, f"{TURN}[[5<|im_end|>\n]]"),
+    (
+        trl_with_calls,
+        {"format": "chat"},
+        f"{json.dumps(SCHEMA)}\n{TURN}4<|im_end|>\n{TURN}[[{CALLED_TEXT}<|im_end|>\n]]"
+        "<|im_start|>tool\n5<|im_end|>\n<|im_start|>assistant\n[[5<|im_end|>\n]]",
+    ),
     (pairs, {"format": "prompt_completion"}, "2+3=[[5<|im_end|>]]"),
     (
         questions_of_excel,
@@ -359,6 +371,28 @@ def test_recognized_run_is_the_run_with_the_same_keys(tmp_path, caplog):
     assert first == second == third == explicit
     assert digests(first) == digests(explicit)
     assert len([line for line in caplog.messages if "recognized" in line]) == 1
+
+
+def test_unrelated_text_is_recognized_too(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    path, keys = sharegpt(tmp_path), {"format": "chat", "messages_column": "conversations"}
+
+    def beside(dataset: Config, **more: Any) -> Config:
+        unrelated = {"path": path, "prompt_column": "prompt", "input_column": None, "completion_column": "completion"}
+        return dataset.model_copy(update={"unrelated": UnrelatedConfig.model_validate(unrelated | more)})
+
+    explicit = beside(composed("model=tiny_llama"), **keys)
+    assert recognized(beside(composed("model=tiny_llama"), format="auto")) == explicit
+    assert f"{path}: rows recognized as ShareGPT" in caplog.text
+    assert "unrelated.messages_column=conversations" in caplog.text
+    both = beside(own(path), format="auto")
+    settled = recognized(both)
+    assert digests(settled) == digests(beside(own(path, **keys), **keys))
+    assert recognized(settled) is settled
+    with pytest.raises(DataError, match=r"unrelated\.format=auto recognizes no format"):
+        recognized(beside(both, format="auto", path=lines(tmp_path / "b.jsonl", [{"prompt": "p"}])))
+    with pytest.raises(ConfigError, match=r"unrelated\.text_column"):
+        recognized(beside(both, format="auto", text_column="mine", messages_column="conversations"))
 
 
 def test_key_that_does_not_go_with_the_rows_is_refused(tmp_path):

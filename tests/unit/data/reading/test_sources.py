@@ -5,9 +5,10 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from helpers.rows import ROWS, own_dataset
 
 from qlora_exp.config.hydra_compose import compose
-from qlora_exp.config.sections.dataset import DatasetConfig
+from qlora_exp.config.sections.dataset import DatasetConfig, UnrelatedConfig
+from qlora_exp.config.sections.mixture import MixtureConfig
 from qlora_exp.data.reading import sources
-from qlora_exp.data.rows import fingerprint, load_rows
+from qlora_exp.data.rows import fingerprint, load_heldout, load_rows
 from qlora_exp.utils.errors import DataError
 
 
@@ -143,3 +144,34 @@ def test_hub_dataset_is_read_with_its_types(monkeypatch):
     assert rows.report.unused == ["p", "at"]
     with pytest.raises(DataError, match="org/name, row 1: column 'at': 2024-07-16 is of the type date"):
         load_rows(own_dataset("org/name", prompt_column="p", completion_column="at"))
+
+
+WRONG = {"path": "embedded:nothing"}
+
+
+@pytest.mark.parametrize(
+    ("read", "key"),
+    [
+        (lambda: load_rows(MixtureConfig(**WRONG)), "dataset.path"),
+        (lambda: load_rows(MixtureConfig(eval_path="embedded:nothing")), "dataset.eval_path"),
+        (lambda: load_rows(MixtureConfig(sources={"a": WRONG})), "dataset.sources.a.path"),
+        (
+            lambda: load_rows(MixtureConfig(sources={"a": {"path": sources.FAQ, "eval_path": "embedded:nothing"}})),
+            "dataset.sources.a.eval_path",
+        ),
+        (lambda: load_heldout(UnrelatedConfig(**WRONG)), "unrelated.path"),
+        (lambda: load_rows(MixtureConfig(), UnrelatedConfig(format="alpaca", **WRONG)), "unrelated.path"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_error_names_the_key_of_its_source(read, key: str):
+    with pytest.raises(DataError, match=rf"^{key}: there is no 'embedded:nothing'"):
+        read()
+
+
+@pytest.mark.parametrize(("held_out", "key"), [({"split": "test"}, "split"), ({"eval_split": "test"}, "eval_split")])
+def test_error_of_a_split_names_the_key_that_asks_for_it(held_out: dict, key: str, tmp_path):
+    DatasetDict(train=Dataset.from_list(ROWS)).save_to_disk(tmp_path / "saved")
+    columns = {"prompt_column": "prompt", "input_column": None, "completion_column": "completion"}
+    with pytest.raises(DataError, match=rf"^dataset\.{key}: .* has no split 'test'"):
+        load_rows(MixtureConfig(path=str(tmp_path / "saved"), format="prompt_completion", **columns, **held_out))

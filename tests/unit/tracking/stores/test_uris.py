@@ -7,6 +7,7 @@ from sqlalchemy.engine import make_url
 from support import QUICK, exit_code
 
 from qlora_exp.config.hydra_compose import compose
+from qlora_exp.recipe.inputs import check_config
 from qlora_exp.tracking.stores import uris
 from qlora_exp.tracking.stores.sqlite_store import sqlite_file
 from qlora_exp.utils.errors import ConfigError
@@ -104,6 +105,35 @@ def test_missing_driver_is_found_before_anything_is_made(tmp_path, monkeypatch, 
         assert (code, error.count("\n")) == (1, 1), error
         assert "pip install 'qlora-exp[postgres]'" in error
     assert [*tmp_path.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        ("{0}/folder", "is a folder, in which MLflow keeps no runs any more: use sqlite:///{0}/folder/mlflow.db"),
+        ("file://{0}/folder", "use sqlite:///{0}/folder/mlflow.db .*MLFLOW_ALLOW_FILE_STORE=true still allows"),
+        ("{0}/not_there", "is a folder, in which"),
+        ("sqlite:///{0}/folder", "is a folder; name the database's file, such as sqlite:///{0}/folder/mlflow.db"),
+        ("sqlite:///{0}/folder/text", "is no SQLite database"),
+    ],
+)
+def test_store_that_cannot_be_one_is_refused_before_rows_are_read(uri: str, message: str, tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "text").write_text("no database")
+    monkeypatch.setattr("qlora_exp.data.rows.load_rows", None)
+    config = compose([f"tracking.uri={uri.format(tmp_path)}"])
+    with pytest.raises(ConfigError, match=rf"^tracking\.uri: .*{message.format(tmp_path)}"):
+        check_config(config)
+    if "sqlite" not in uri:
+        monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+        check_config(config)
+
+
+@pytest.mark.parametrize("uri", ["http://h", "databricks", "databricks://me", "sqlite:///new.db", "sqlite:///empty.db"])
+def test_stores_that_only_mlflow_can_judge_are_left_to_it(uri: str, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.db").touch()  # another process is making it
+    uris.check_files(uris.store_uri(uri))
 
 
 def test_variable_in_use_is_named(monkeypatch, capsys):
