@@ -6,18 +6,26 @@
    process for all jobs), and with 8 plain scripts one after the other.
 2. Memory of the sweep's own process after 5 and after 50 jobs.
 3. Time to detect that all of 500 jobs are already done.
+4. Eight LoRA and eight QLoRA jobs of the built-in model (ranks 4 to 64): one after the other, two at once, by turns on
+   one base (`sweep.fuse=8`), and with their rows in one pass. Time, memory, and how far each adapter is from that of
+   the job alone.
 """
 
 import argparse
+import contextlib
+import math
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 from bench import export
+from safetensors.torch import load_file
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.tracking.run_key import run_key
@@ -57,12 +65,70 @@ def scripts(folder: Path, jobs: int) -> float:
     return time.perf_counter() - begin
 
 
+HOW = {
+    "one after the other": [],
+    "sweep.n_jobs=2": ["sweep.n_jobs=2"],
+    "sweep.fuse=8": ["sweep.fuse=8", "sweep.fused_rows=false"],
+    "sweep.fuse=8 sweep.fused_rows=true": ["sweep.fuse=8", "sweep.fused_rows=true"],
+}
+"""Ways to run the jobs that are compared with `sweep.fuse`; the first is what the others are compared with."""
+
+
+def fused(folder: Path, method: str, steps: int, device: str) -> None:
+    """Print the time and memory of eight jobs of the built-in model, and how exact each way is."""
+    words = [f"method={method}", "method.r=4,8,16,64", "seed=1,2", f"training.max_steps={steps}", f"device={device}"]
+    words += ["training.eval_strategy=no", "dataset.max_eval_rows=8", "evaluation=loss_only", "evaluation.before=false"]
+    words += ["unrelated=none", "tracking.plan=false"]
+    alone: dict[str, dict[str, Any]] = {}
+    first: tuple[float, float] | None = None
+    for number, (name, more) in enumerate(HOW.items()):
+        place = folder / f"{method}{number}"
+        where = [f"hydra.sweep.dir={place}", f"tracking.uri=sqlite:///{place}.db", "sweep.name=jobs"]
+        seconds, memory = watched([sys.executable, "-m", "qlora_exp", "train", "-m", *words, *more, *where])
+        adapters = {file.parts[-3]: load_file(file) for file in place.glob("jobs/*/model/adapter_model.safetensors")}
+        alone, first = alone or adapters, first or (seconds, memory)
+        if adapters.keys() != alone.keys() or len(alone) != 8:
+            raise RuntimeError(f"{name}: not all jobs ended")
+        farthest = max(map(distance, adapters.values(), (alone[key] for key in adapters)))
+        print(
+            f"8 {method} jobs, {name}: {seconds:.1f} s ({seconds / first[0]:.2f}), "
+            f"{memory / MIB:,.0f} MiB ({memory / first[1]:.2f}), adapters differ by {farthest:.1e}",
+            flush=True,
+        )
+
+
+def watched(words: list[str]) -> tuple[float, float]:
+    """Run a command; return its seconds, and the most bytes of its processes, each with its part of shared pages."""
+    begin, most = time.perf_counter(), 0.0
+    with tempfile.TemporaryFile() as out:
+        process = psutil.Popen(words, stdout=out, stderr=out)
+        while process.poll() is None:
+            taken = 0
+            for each in (process, *process.children(recursive=True)):
+                with contextlib.suppress(psutil.Error):
+                    taken += each.memory_full_info().pss
+            most = max(most, taken)
+            time.sleep(0.3)
+        if process.returncode:
+            out.seek(0)
+            raise RuntimeError(out.read().decode())
+    return time.perf_counter() - begin, most
+
+
+def distance(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> float:
+    """Return the norm of the difference of two adapters, relative to the second one's."""
+    differences = sum(float((ours[name].double() - theirs[name].double()).square().sum()) for name in theirs)
+    return math.sqrt(differences / sum(float(tensor.double().square().sum()) for tensor in theirs.values()))
+
+
 def main() -> None:
-    """Run all three measurements."""
+    """Run the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=8, help="jobs of the first measurement; 0: skip it")
     parser.add_argument("--many", type=int, default=50, help="jobs of the second measurement; 0: skip it")
     parser.add_argument("--done", type=int, default=500, help="jobs of the third measurement; 0: skip it")
+    parser.add_argument("--fused", type=int, default=6, help="steps of the jobs of the fourth measurement; 0: skip it")
+    parser.add_argument("--device", default="cpu", help="device of the fourth measurement")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -77,6 +143,9 @@ def main() -> None:
             print(
                 f"sweep with all {options.done} jobs already done: {many:.2f} s; with its only job done: {single:.2f} s"
             )
+
+        for method in ("lora", "qlora") if options.fused else ():
+            fused(folder, method, options.fused, options.device)
 
 
 def makespan(folder: Path, jobs: int) -> None:

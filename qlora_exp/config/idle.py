@@ -90,8 +90,10 @@ def idle(config: Config, sweeping: bool = False) -> Iterator[tuple[str, str]]:
         sections = ((name, type(getattr(config, name)).model_fields) for name in SWEEP_ONLY)
         keys = (f"{name}.{key}" for name, fields in sections for key in fields)
         yield from ((key, SINGLE_RUN) for key in keys if key != "sweep.dry_run")
-    if config.sweep.unfit == "run":
+    if config.sweep.unfit == "run" and config.sweep.fuse != "auto":
         yield "sweep.vram", "sweep.unfit=run asks no job whether it fits: set sweep.unfit=skip or refuse"
+    if config.sweep.fuse == "off":
+        yield "sweep.fused_rows", "jobs are not trained together: set sweep.fuse=auto"
 
 
 def _model(config: Config) -> Iterator[tuple[str, str]]:

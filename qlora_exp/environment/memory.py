@@ -10,6 +10,8 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
+from weakref import WeakSet
 
 from qlora_exp.utils.units import MIB
 
@@ -21,13 +23,17 @@ class MemoryMonitor:
 
     `peaks[phase]` has `rss` (process, imports included), and on CUDA also `allocated`, `reserved` (torch's peaks) and
     `driver` (all processes on the device, read when a phase ends), summed over the devices that the process uses. A
-    phase's peak counts only while no inner phase is open.
+    phase's peak counts only while no inner phase is open. Of several runs in one process, each has its own monitor, and
+    the peaks of each are the process's.
     """
+
+    _all: ClassVar[WeakSet["MemoryMonitor"]] = WeakSet()
 
     def __init__(self, device: str = "cpu") -> None:
         self.peaks: dict[str, dict[str, float]] = {}
         self._cuda = device == "cuda"
-        self._open: list[str] = []
+        self.phases: list[str] = []
+        self._all.add(self)
         self.baseline: dict[str, float] = {}
         """MiB used before the model is loaded: by the interpreter, its imports and the rows."""
         self.mark_baseline()
@@ -41,22 +47,22 @@ class MemoryMonitor:
     def phase(self, name: str) -> Iterator[None]:
         """Count the memory peak within the context for the phase `name`, except in inner phases."""
         self._switch()
-        self._open.append(name)
+        self.phases.append(name)
         try:
             yield
         finally:
             self._switch()
-            self._open.pop()
+            self.phases.pop()
 
     def _switch(self) -> None:
         """Record the peak of the innermost phase, and reset the high-water marks."""
-        if self._open:
-            peaks = self.peaks.setdefault(self._open[-1], {})
-            for source, value in self._read().items():
-                peaks[source] = max(value, peaks.get(source, 0.0))
         self._reset()
 
     def _reset(self) -> None:
+        """Record the peaks of all open phases of this process, and reset the high-water marks."""
+        for phase, peaks in ((monitor.phases[-1], monitor.peaks) for monitor in self._all if monitor.phases):
+            for source, value in self._read().items():
+                peaks.setdefault(phase, {})[source] = max(value, peaks.get(phase, {}).get(source, 0.0))
         if resettable():
             release_freed_memory()  # memory of an earlier phase must not count for this one
             (_PROC / "clear_refs").write_text("5")

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from accelerate import data_loader
+from accelerate import data_loader, state
 
 from qlora_exp.libraries.patching import patched
 
@@ -54,3 +54,19 @@ def is_blank(accelerator: Any, rows: int, batch_size: int) -> bool:
     """
     left = rows % (batch_size * accelerator.num_processes)
     return bool(accelerator.gradient_state.end_of_dataloader) and 0 < left <= accelerator.process_index
+
+
+_BORGS = (state.PartialState, state.AcceleratorState, state.GradientState)
+"""Classes whose instances all have the same attributes."""
+
+
+def shared_states() -> list[dict[str, Any]]:
+    """Return what accelerate keeps for the whole process (`_shared_state` of its classes)."""
+    return [dict(each._shared_state) for each in _BORGS]
+
+
+def set_shared_states(states: list[dict[str, Any]]) -> None:
+    """Put back what `shared_states` returned."""
+    for each, values in zip(_BORGS, states, strict=True):
+        each._shared_state.clear()
+        each._shared_state.update(values)

@@ -1,8 +1,11 @@
 """Wrap bitsandbytes' private parts. Checked on bitsandbytes 0.50.2."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from bitsandbytes.autograd._functions import MatmulLtState
+from bitsandbytes.functional import QuantState
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 
 
@@ -24,3 +27,15 @@ def keep_trainable(module: torch.nn.Module) -> None:
 def _restore_scales(module: Any, _arguments: Any) -> None:
     if module.weight.CB is not None and module.weight.SCB is None:
         module.weight.SCB = module.state.SCB
+
+
+def constants(owner: Any) -> Iterator[Any]:
+    """Yield what a layer or its weight keeps to dequantize: tensors and `QuantState`s.
+
+    An 8-bit layer has them in its `state`, a `bitsandbytes.autograd._functions.MatmulLtState`.
+    """
+    for value in vars(owner).values():
+        if isinstance(value, torch.Tensor | QuantState):
+            yield value
+        elif isinstance(value, MatmulLtState):
+            yield from (each for each in vars(value).values() if isinstance(each, torch.Tensor))

@@ -230,3 +230,8 @@ def without_pickles(error: Exception) -> Iterator[None]:
 
     with patched(torch, load=refuse):
         yield
+
+
+def times_changed(tensor: torch.Tensor) -> int:
+    """Return how often a tensor was changed in place (`Tensor._version`)."""
+    return tensor._version

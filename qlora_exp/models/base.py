@@ -37,12 +37,14 @@ from qlora_exp.config.sections.model import ModelConfig
 from qlora_exp.config.sections.quantization import QuantizationConfig
 from qlora_exp.data.end_of_turn import end_of_turn
 from qlora_exp.data.prompts import chat_template
+from qlora_exp.environment import turns
 from qlora_exp.environment.device import Resolved
 from qlora_exp.libraries.transformers import quantized_on, with_bitsandbytes_layers
 from qlora_exp.models import builtin, untrusted
 from qlora_exp.models.files import check_files, hub_error, locate
 from qlora_exp.models.new_tokens import Parts, add_rows, add_tokens
 from qlora_exp.models.quantization import check_stored, guard_layers, quantization_config, stored
+from qlora_exp.models.sharing.copies import SharedBase
 from qlora_exp.utils.errors import ModelError, first_line
 
 Tokenizer = PreTrainedTokenizerBase
@@ -171,6 +173,15 @@ def load_model(
     Raises:
         ModelError: the model cannot be found, fetched or read, or its files are quantized in another way.
     """
+    if (group := turns.current()) is None:
+        return _load_model(config, quantization, resolved, shared)
+    base: SharedBase = group.keep("base", lambda: SharedBase(_load_model(config, quantization, resolved, shared)))
+    return base.copy()
+
+
+def _load_model(
+    config: ModelConfig, quantization: QuantizationConfig, resolved: Resolved, shared: DistributedConfig
+) -> PreTrainedModel:
     to_shard, spread = shared.shards, config.device_map if shared.engine == "none" else None
     arguments: dict[str, Any] = {
         "dtype": getattr(torch, resolved.dtype),

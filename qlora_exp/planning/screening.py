@@ -4,6 +4,7 @@ Planning runs in separate processes, because it imports heavy libraries and init
 does neither.
 """
 
+import itertools
 import logging
 from collections.abc import Sequence
 
@@ -31,6 +32,46 @@ def unfit(configs: Sequence[Config], vram: float | None) -> list[str]:
     Raises:
         ConfigError: the calibration file is damaged, or this machine does not have the device.
     """
+    asked = [*zip(configs, _devices(configs, vram), strict=True)]
+    with workers.workers(len(configs), _START) as pool:
+        waiting_for = [pool.submit(_why, *each) for each in asked]
+        reasons = [workers.result(future) for future in waiting_for]
+        first = next((each for each, reason in zip(asked, reasons, strict=True) if reason), None)
+        if first is not None:
+            reasons[asked.index(first)] += f"; {workers.result(pool.submit(_advice, *first))}"
+        return reasons
+
+
+def most_together(configs: Sequence[Config], vram: float | None, rows_together: bool, most: int) -> int:
+    """Return how many of these runs fit a device at once, if they share their base model; at least 1, at most `most`.
+
+    A group takes what its largest run takes, with the rows of all if they go through the base in one pass, and what
+    the others train: adapters, gradients, optimizer states.
+
+    Args:
+        configs: the configs of the runs.
+        vram: memory in GiB of the GPU that the runs will use; None: the device of this machine.
+        rows_together: whether the rows of all runs go through the base in one pass.
+        most: largest number to consider.
+    """
+    gpus = _devices(configs, vram)
+    with workers.workers(len(configs), _START) as pool:
+        parts = [pool.submit(_part, config, gpu) for config, gpu in zip(configs, gpus, strict=True)]
+        found = [workers.result(future) for future in parts]
+        if any(part is None for part in found):
+            return 1
+        order = sorted(range(len(found)), key=lambda index: found[index], reverse=True)
+        owns = [found[index][1] for index in order]
+        largest = configs[order[0]], gpus[order[0]]
+        fits = [
+            pool.submit(_group_fits, *largest, number if rows_together else 1, sum(owns[1:number]))
+            for number in range(2, most + 1)
+        ]
+        return 1 + sum(itertools.takewhile(bool, map(workers.result, fits)))
+
+
+def _devices(configs: Sequence[Config], vram: float | None) -> list[Gpu]:
+    """Return the calibrated device of each run."""
     calibrations = calibration.read()
     kinds = {(config.device, config.quantization.bitsandbytes): config for config in configs}
     with workers.workers(1, _START) as pool:  # a single process initializes the GPU, not all of them
@@ -38,14 +79,31 @@ def unfit(configs: Sequence[Config], vram: float | None) -> list[str]:
         gpus = {
             kind: workers.result(future).calibrated(calibrations) for kind, future in zip(kinds, waiting, strict=True)
         }
-    with workers.workers(len(configs), _START) as pool:
-        asked = [(config, gpus[config.device, config.quantization.bitsandbytes]) for config in configs]
-        waiting_for = [pool.submit(_why, *each) for each in asked]
-        reasons = [workers.result(future) for future in waiting_for]
-        first = next((each for each, reason in zip(asked, reasons, strict=True) if reason), None)
-        if first is not None:
-            reasons[asked.index(first)] += f"; {workers.result(pool.submit(_advice, *first))}"
-        return reasons
+    return [gpus[config.device, config.quantization.bitsandbytes] for config in configs]
+
+
+def _part(config: Config, gpu: Gpu) -> tuple[int, int] | None:
+    """Return the planned peak of a run, and what of it is the run's own if its base is shared; None without a plan."""
+    quiet()
+    from qlora_exp.planning.planner import planner
+
+    try:
+        prediction = planner(config, gpu.device).predict()
+    except UserError as error:
+        log.warning("sweep.fuse=auto: jobs are run alone, because they cannot be planned: %s", error)
+        return None
+    kinds = prediction.phases["steady"].kinds
+    return prediction.peak, sum(kinds.get(kind, 0) for kind in ("trainable", "gradients", "optimizer"))
+
+
+def _group_fits(config: Config, gpu: Gpu, times: int, own: int) -> bool:
+    """Return whether a run with so many times its rows fits, together with what the others train."""
+    quiet()
+    from qlora_exp.planning.fit import room
+    from qlora_exp.planning.planner import planner
+
+    plan = planner(config, gpu.device).predict(rows=times * config.training.per_device_train_batch_size)
+    return plan.peak + own <= room(gpu)
 
 
 def _why(config: Config, gpu: Gpu) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from qlora_exp.config.schema import Config
 from qlora_exp.distributed import group, watch
-from qlora_exp.environment import provenance
+from qlora_exp.environment import provenance, turns
 from qlora_exp.environment.device import Resolved
 from qlora_exp.environment.memory import MemoryMonitor, reuse_freed_memory
 from qlora_exp.environment.ranks import ranks
@@ -85,7 +85,8 @@ class RunContext:
         if trained and len(summaries) > 1:
             peaks = [(rank, key, each[key]) for rank, each in enumerate(summaries) for key in each if "/" not in key]
             self.log_metrics({f"memory/rank{rank}/{key}": value for rank, key, value in peaks})
-        self.log_metrics(calibration.ratio(self.metrics) if trained else {})
+        alone = turns.current() is None  # a plan is that of a job alone
+        self.log_metrics(calibration.ratio(self.metrics) if trained and alone else {})
 
     def finish(self) -> RunResult:
         """Log the memory peaks and the summary, which need the complete run, and return the result."""

@@ -9,9 +9,12 @@ from transformers import set_seed
 
 from qlora_exp.config.tables.peft_methods import FROM_ROWS
 from qlora_exp.distributed import group
+from qlora_exp.environment import turns
 from qlora_exp.environment.device import places
 from qlora_exp.models import adapters, base, lora_init
 from qlora_exp.models.quantization import check_stored, stored
+from qlora_exp.models.sharing.copies import SharedBase
+from qlora_exp.models.sharing.rows import Rows, by_turns
 from qlora_exp.models.targets import summary
 from qlora_exp.models.trained import described, freeze
 from qlora_exp.recipe.context import RunContext
@@ -119,6 +122,8 @@ def build(run: RunContext, tokens: Tokens, first: FirstAdapter | None) -> Traina
             "a mixture of experts: the router's loss times %g is trained too; it is logged apart (train/aux_loss)",
             built.router_aux_loss_coef,
         )
+    if (group := turns.current()) is not None:
+        _share(run, built, group)
     used = places(adapted)  # a sharded model has only now left the CPU
     run.tracker.params({"resolved.places": ", ".join(used)})
     if len(used) > 1:
@@ -128,6 +133,19 @@ def build(run: RunContext, tokens: Tokens, first: FirstAdapter | None) -> Traina
         {"trainable_parameters": trainable, "total_parameters": total, "trainable_share": trainable / total}
     )
     return Trainable(built, peft_config, base_parameters, same_start)
+
+
+def _share(run: RunContext, built: trainer.Trainer, group: turns.Turns) -> None:
+    """Let the rows of a job go through the base with those of others, if that was asked for and the base allows it."""
+    base: SharedBase = group.keep("base")
+    base.check()
+    why = by_turns(built.model) if group.rows_together else None
+    if group.rows_together and why is None:
+        recomputes = run.resolved.gradient_checkpointing
+        built.together = group.keep("rows", lambda: Rows(group, base.copy(), recomputes))
+    how = "by turns" if built.together is None else "rows in one pass"
+    run.tracker.params({"resolved.fused": f"{group.size} jobs, {how}"})
+    log.info("trained with %d others on one base, %s%s", group.size - 1, how, f": {why}" if why else "")
 
 
 def _attach(

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import set_seed
 
 from qlora_exp.distributed import group
-from qlora_exp.environment import efficiency
+from qlora_exp.environment import efficiency, turns
 from qlora_exp.environment.device import computes_in
 from qlora_exp.environment.ranks import ranks
 from qlora_exp.models.adapters import missing_tensors
@@ -61,9 +61,12 @@ def train(run: RunContext, trainable: Trainable, pruning: Mapping[str, Any] | No
     before = efficiency.peak_flops(*precision)
     with efficiency.EnergyMeter() as energy:
         run.log_metrics(trainer.train(trainable.trainer, run.tracker.metrics, checkpoint, judge))
+    if (others := turns.current()) is not None:
+        others.keep("base").check()
     _log_optimizer(run, trainable.trainer)
     used = group.gather(energy.joules if ranks().is_first_of_machine else 0.0)  # it measures the complete machine
-    joules = None if checkpoint or None in used else sum(used)  # of a resumed run only a part is measured
+    # Of a resumed run only a part is measured, and with several runs in this process not which took what.
+    joules = None if checkpoint or None in used or turns.current() else sum(used)
     # The best of two moments: in one alone the machine may be busy with something else.
     peak = sum(group.gather(max(before, efficiency.peak_flops(*precision))))
     steady = [peaks.get("steady", {}) for peaks in group.gather(run.memory.peaks)]

@@ -41,6 +41,7 @@ _CONDITIONS = {
     ),
     "rows at once": lambda record: record.params.get("resolved.per_device_train_batch_size"),
     "gradient checkpointing": lambda record: record.params.get("resolved.gradient_checkpointing"),
+    "trained together": lambda record: record.params.get("resolved.fused", "alone"),
     "autocast": lambda record: _autocast(record),
     "base dtype": lambda record: record.params.get("resolved.dtype"),
     "adapter dtype": lambda record: record.params.get("resolved.adapter_dtype"),

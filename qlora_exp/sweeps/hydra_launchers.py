@@ -15,6 +15,7 @@ from omegaconf import DictConfig, open_dict
 
 from qlora_exp.libraries.hydra import singletons
 from qlora_exp.sweeps import jobs
+from qlora_exp.sweeps.fused import Place
 from qlora_exp.sweeps.jobs import Ending
 from qlora_exp.sweeps.launchers import local
 from qlora_exp.utils.env_file import load_env_file
@@ -59,8 +60,9 @@ class _Launcher(Launcher):
             parent = sweep_settings.get("hydra.sweep.dir", str(self.config.hydra.sweep.dir))
             folder = Path(parent, sweep_settings.get("hydra.sweep.subdir", str(number)))
             job = _HydraJob(self.hydra_context, self.task_function, self.config, list(overrides), number)
-            processes = json.loads((folder / jobs.JOB_FILE).read_text("utf-8"))["processes"]
-            tasks.append(local.Task(cloudpickle.dumps(job), folder, processes))
+            known = json.loads((folder / jobs.JOB_FILE).read_text("utf-8"))
+            place = known["group"] and Place(**known["group"])
+            tasks.append(local.Task(cloudpickle.dumps(job), folder, known["processes"], place))
         parent_folder = tasks[0].folder.parent
         fail_fast = self.config.sweep.fail_fast
         endings = self.run_all(
@@ -89,7 +91,7 @@ class LocalLauncher(_Launcher):
 
     def run_all(self, tasks: Sequence[local.Task], stopped: Stopped, died: Died) -> Sequence[Ending | None]:
         """Run each task in a process of its own."""
-        return local.run_all(tasks, self.config.sweep.n_jobs, stopped, died)
+        return local.run_groups(tasks, self.config.sweep.n_jobs, stopped, died)
 
 
 class RayLauncher(_Launcher):

@@ -130,6 +130,8 @@ class JobSweeper(Sweeper):
             return [job_return.return_value for job_return in self.launcher.launch(job_overrides, initial_job_idx=0)]
 
         local = isinstance(self.launcher, LocalLauncher)
+        if settings.fuse != "off" and not local:
+            raise ConfigError("sweep.fuse: only hydra/launcher=local trains several jobs in one process")
         return sweep.Sweep(folder, settings, launch, lambda: local and launcher.warm(settings.n_jobs), is_part)
 
 

@@ -32,6 +32,7 @@ from optuna.trial import FrozenTrial, TrialState
 from qlora_exp.config.sections.sweep import SearchConfig, SweepConfig
 from qlora_exp.libraries.hydra import as_written
 from qlora_exp.results.metric_direction import lower_is_better
+from qlora_exp.sweeps import fused
 from qlora_exp.sweeps.jobs import NOT_FAILED, Job
 from qlora_exp.sweeps.sweep import Sweep
 from qlora_exp.training import user_metrics
@@ -84,10 +85,10 @@ def search(
         def proposed() -> int:
             return sum(trial.number not in replaced for trial in study.trials)
 
+        at_once = fused.jobs_at_once(how)
         while unfinished_trials or proposed() < settings.n_trials:
-            batch = unfinished_trials[: how.n_jobs]
-            unfinished_trials = unfinished_trials[how.n_jobs :]
-            while len(batch) < how.n_jobs and proposed() < settings.n_trials:
+            batch, unfinished_trials = unfinished_trials[:at_once], unfinished_trials[at_once:]
+            while len(batch) < at_once and proposed() < settings.n_trials:
                 if new := _unseen(study, space):
                     study.enqueue_trial(new)
                 number = study.ask(dict(space)).number

@@ -7,11 +7,14 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
 from qlora_exp.config.sections.sweep import SweepConfig
 from qlora_exp.environment import provenance
+from qlora_exp.sweeps import fused
+from qlora_exp.sweeps.fused import Group
 from qlora_exp.sweeps.jobs import (
     JOB_FILE,
     NOT_FAILED,
@@ -148,7 +151,8 @@ class Sweep:
         with handle_signals():
             plan |= self._screen([job for job in jobs if plan[job.key][0] != "skip"])
         waiting = [job for job in jobs if plan[job.key][0] != "skip"]
-        show_plan(jobs, plan, self.folder)
+        grouped, together = self._groups(waiting)
+        show_plan(jobs, plan, self.folder, together)
         if not waiting or self._settings.dry_run:
             return
         if self._parent is None:
@@ -156,24 +160,53 @@ class Sweep:
         for job in waiting:
             if plan[job.key][0] == "rerun":
                 _keep_under_other_name(job.folder)
-            job.folder.mkdir(parents=True, exist_ok=True)
-            tags = {"mlflow.parentRunId": str(self._parent.run_id), "mlflow.runName": job.name}
-            tags |= {"sweep": self.folder.name, **{f"sweep.{key}": value for key, value in job.swept.items()}}
-            tags |= job.tags
-            tags |= {"mlflow.source.name": provenance.command()}  # a scheduler starts the job with another one
-            minutes = self._settings.timeout_minutes
-            job_file = {"tags": redacted(tags), "parts": job.parts, "fail_fast": self._settings.fail_fast}
-            job_file |= {
-                "processes": job.processes,
-                "time_limit": minutes and 60 * minutes,
-                "pruning": (pruning or {}).get(job.key),
-            }
-            write_atomically(job.folder / JOB_FILE, json.dumps(job_file))
+            self._prepare(job, grouped.get(job.key), (pruning or {}).get(job.key))
         with handle_signals():
-            not_started = self._launch_some(waiting)
-            # If the launcher failed before it started all jobs, launch the others, as long as that starts at least one.
-            while not_started and len(not_started) < len(waiting) and not stopped(self.folder):
-                waiting, not_started = not_started, self._launch_some(not_started)
+            self._launch_all(waiting)
+            again = [job for job in waiting if job.key in grouped and self.ended(job)["outcome"] == "oom"]
+            if again and not stopped(self.folder):
+                log.warning("%d jobs ran out of memory beside others; they run again, alone", len(again))
+                for job in again:
+                    _keep_under_other_name(job.folder)
+                    self._prepare(job, None, (pruning or {}).get(job.key))
+                self._launch_all(again)
+
+    def _prepare(self, job: Job, group: Group | None, pruning: Any) -> None:
+        """Write what the process of a job needs to know."""
+        job.folder.mkdir(parents=True, exist_ok=True)
+        tags = {"mlflow.parentRunId": str(self._parent.run_id), "mlflow.runName": job.name}
+        tags |= {"sweep": self.folder.name, **{f"sweep.{key}": value for key, value in job.swept.items()}}
+        tags |= job.tags
+        tags |= {"mlflow.source.name": provenance.command()}  # a scheduler starts the job with another one
+        minutes = self._settings.timeout_minutes
+        known = {
+            "tags": redacted(tags),
+            "parts": job.parts,
+            "fail_fast": self._settings.fail_fast,
+            "processes": job.processes,
+            "time_limit": minutes and 60 * minutes,
+            "pruning": pruning,
+            "group": group and asdict(group.place),
+        }
+        write_atomically(job.folder / JOB_FILE, json.dumps(known))
+
+    def _launch_all(self, waiting: Sequence[Job]) -> None:
+        not_started = self._launch_some(waiting)
+        # If the launcher failed before it started all jobs, launch the others, as long as that starts at least one.
+        while not_started and len(not_started) < len(waiting) and not stopped(self.folder):
+            waiting, not_started = not_started, self._launch_some(not_started)
+
+    def _groups(self, waiting: Sequence[Job]) -> tuple[dict[str, Group], dict[str, str]]:
+        """Group jobs that share a base model, as `sweep.fuse` asks.
+
+        Returns:
+            By run key, the groups of jobs that are not alone; and with which others each job is trained, or why alone.
+        """
+        if self._settings.fuse == "off" or not waiting:
+            return {}, {}
+        found = fused.groups(waiting, self._settings)
+        grouped = {job.key: group for group in found for job in group.jobs if len(group.jobs) > 1}
+        return grouped, {job.key: fused.described(job, grouped) for job in waiting}
 
     def _screen(self, waiting: Sequence[Job]) -> dict[str, tuple[Action, str]]:
         """Decide what to do with jobs that would exceed their device's memory, as `sweep.unfit` demands.

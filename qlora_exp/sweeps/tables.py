@@ -57,10 +57,15 @@ def _scores(metrics: Iterable[str], prefix: str) -> list[str]:
     return sorted(name for name in metrics if name.startswith(prefix))
 
 
-def show_plan(todo: Sequence[Job], plan: Mapping[str, tuple[Action, str]], folder: Path) -> None:
-    """Print what will happen to each job, and why."""
-    rows = [[number, job.name, *plan[job.key]] for number, job in enumerate(todo)]
-    _console().print(make_table(["", "job", "what", "why"], rows, f"{folder.name}: {len(todo)} jobs"))
+def show_plan(
+    todo: Sequence[Job], plan: Mapping[str, tuple[Action, str]], folder: Path, together: Mapping[str, str]
+) -> None:
+    """Print what will happen to each job, and why; if jobs are trained together, with which."""
+    rows = [[number, job.name, *plan[job.key], together.get(job.key, "")] for number, job in enumerate(todo)]
+    columns = ["", "job", "what", "why", "together"]
+    if not together:
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    _console().print(make_table(columns, rows, f"{folder.name}: {len(todo)} jobs"))
 
 
 def show_rows(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from qlora_exp.config.schema import Config
 from qlora_exp.data.reading.recognize import recognized
+from qlora_exp.environment import turns
 from qlora_exp.environment.ranks import ranks, take_place
 from qlora_exp.sweeps.jobs import JOB_FILE, TIME_LIMIT_FILE, stop, stopped
 from qlora_exp.tracking import run_key
@@ -45,7 +46,8 @@ def run_job(config: Config, folder: Path) -> None:
     try:
         config = recognized(config)
         _check_unchanged(config, job["parts"])
-        with handle_signals(), time_limit(job["time_limit"] if main else None, folder / TIME_LIMIT_FILE):
+        limit = time_limit if turns.current() is None else turns.time_limit
+        with handle_signals(), limit(job["time_limit"] if main else None, folder / TIME_LIMIT_FILE):
             result = run(config, folder, job["tags"], must_reach=False, pruning=job["pruning"])
         if main:
             show(result, config.tracking.uri)

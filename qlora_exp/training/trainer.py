@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import SequentialSampler
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from trl.trainer.sft_trainer import SFTTrainer
@@ -24,6 +24,7 @@ from qlora_exp.config.schema import Config
 from qlora_exp.data.columns import lengths
 from qlora_exp.data.tokenization import IGNORED, for_training
 from qlora_exp.distributed import group
+from qlora_exp.environment import turns
 from qlora_exp.environment.device import Resolved
 from qlora_exp.environment.efficiency import FlopCounter
 from qlora_exp.environment.memory import MemoryMonitor
@@ -31,7 +32,6 @@ from qlora_exp.libraries import accelerate, deepspeed, trl
 from qlora_exp.models import transformers_4
 from qlora_exp.models.adapters import (
     allocates,
-    fit_schedule,
     keep_dtypes,
     penalty,
     save_trained_only,
@@ -40,7 +40,9 @@ from qlora_exp.models.adapters import (
 from qlora_exp.models.base import keep_router_setting
 from qlora_exp.models.sharding import zero3
 from qlora_exp.models.sharding.fsdp import is_sharded, save_whole_states, shard, whole_weights
+from qlora_exp.models.sharing.rows import Rows
 from qlora_exp.training.arguments import arguments
+from qlora_exp.training.callbacks import Allocation, EarlyStopping
 from qlora_exp.training.checkpoints import seal
 from qlora_exp.training.lisa import SampledLayers
 from qlora_exp.training.optimizers import KeepTrainableSet, chosen_optimizer
@@ -93,6 +95,8 @@ class Trainer(SFTTrainer):
         self._router_loss = torch.zeros(2, dtype=torch.double)
         """The router's part of the losses since they were logged last, summed over the steps, and their number."""
         self._engine: Any = None  # DeepSpeed's
+        self.together: Rows | None = None
+        """The jobs with which this one puts its rows through the base; None: alone."""
         super().__init__(*args, **kwargs)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -105,6 +109,10 @@ class Trainer(SFTTrainer):
         supervised = (inputs["labels"] != IGNORED).sum()
         counts = torch.stack([tokens, supervised, ids.new_tensor(len(ids)), ids.new_tensor(ids.numel())])
         self.seen = self.seen.to(ids.device) + counts * (supervised > 0)  # a batch without loss is a blank one
+        if self.together is not None:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+            self.together.backward(turns.number())
+            return loss
         if not self.counts_flops:
             return super().training_step(model, inputs, *args, **kwargs)
         with FlopCounter() as counter:
@@ -146,6 +154,7 @@ class Trainer(SFTTrainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> Any:
         """Load the batches of a step, and take the loss off those that only keep a process busy."""
+        turns.pass_on()
         return super().get_batch_samples(self._without_blanks(epoch_iterator), num_batches, device)
 
     def _without_blanks(self, batches: Iterator[Any]) -> Iterator[Any]:
@@ -271,33 +280,6 @@ class Trainer(SFTTrainer):
         """Write no model card: TRL's would contain paths of this machine, and MLflow has the facts about the run."""
 
 
-class _Allocation(TrainerCallback):
-    """Let the method (AdaLoRA, AdaMSS) reallocate its parameter budget after each optimizer step.
-
-    This comes before the gradients are cleared, because the method needs them.
-    """
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        fit_schedule(self._model, state.max_steps)
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._model.base_model.update_and_allocate(state.global_step)
-
-
-class _EarlyStopping(EarlyStoppingCallback):
-    """Early stopping of transformers; a resumed run continues its count, and does not train if it had stopped."""
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        self.early_stopping_patience_counter = saved["attributes"]["early_stopping_patience_counter"]
-        if self.early_stopping_patience_counter >= self.early_stopping_patience:
-            control.should_training_stop = True
-
-
 def build(
     model: Any,
     tokenizer: Any,
@@ -319,10 +301,10 @@ def build(
     callbacks: list[TrainerCallback] = []
     if config.training.early_stopping_patience:
         callbacks.append(
-            _EarlyStopping(config.training.early_stopping_patience, config.training.early_stopping_threshold)
+            EarlyStopping(config.training.early_stopping_patience, config.training.early_stopping_threshold)
         )
     if allocates(model):
-        callbacks.append(_Allocation(model))
+        callbacks.append(Allocation(model))
     settings = arguments(config, resolved, output_dir)
     trl.name_experts(model.config.get_text_config())
     with keep_dtypes(model), keep_router_setting(model):
@@ -375,7 +357,12 @@ def train(
     is_own = checkpoint is not None and checkpoint.parent.resolve() == Path(trainer.args.output_dir or "").resolve()
     watcher = Watcher(trainer, log, judge, replays=is_own)
     trainer.add_callback(watcher)
-    with trainer.memory.phase("load"), closing(watcher):  # loads the checkpoint; `watcher` opens the later phases
+    together = trainer.together.joined(turns.number(), trainer.model) if trainer.together else nullcontext()
+    with (
+        trainer.memory.phase("load"),
+        closing(watcher),
+        together,
+    ):  # loads the checkpoint; `watcher` opens the later phases
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = trainer.state
         measured = any(line["step"] == state.global_step and "eval_loss" in line for line in state.log_history)

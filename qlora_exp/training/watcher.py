@@ -2,7 +2,6 @@
 
 import logging
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain
@@ -13,6 +12,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from qlora_exp.distributed import group
+from qlora_exp.environment import turns
 from qlora_exp.environment.ranks import hides_bars
 from qlora_exp.libraries import trl
 from qlora_exp.utils.errors import DivergedError
@@ -89,14 +89,14 @@ class Watcher(TrainerCallback):
 
     def _restart(self) -> None:
         self._seen = self._trainer.seen
-        self._mark = time.perf_counter()
+        self._mark = turns.seconds()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Record the duration of the step, including the loading of its data."""
         # `tolist` waits until the GPU has finished this step.
         counts = self._trainer.seen - self._seen.to(self._trainer.seen.device)
         self.step_counts.append(self._trainer.accelerator.reduce(counts, "sum").tolist())
-        self.step_seconds.append(time.perf_counter() - self._mark)
+        self.step_seconds.append(turns.seconds() - self._mark)
         self._first_step.close()
         if self._bar is not None:
             self._bar.update()

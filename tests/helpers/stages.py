@@ -338,7 +338,9 @@ class Stages:
         failed.append(start)
         failed.append({"op": "end", "outcome": "error", "status": "FAILED", "timestamp": 1, "metrics": {}})
         failed.close()
-        fresh = jobs.Job(job.swept, job.overrides, config, job.parts, "new", folder / "new")
+        fresh = [
+            jobs.Job(job.swept, job.overrides, config, job.parts, name, folder / name) for name in ("new", "newer")
+        ]
         self.patch.setattr(screening, "unfit", lambda jobs, vram: asked.append(("unfit", vram)) or [""] * len(jobs))
         self.patch.setattr(sweep, "_finished", lambda _: {})
         self.patch.setattr(sweep.Sweep, "_open", lambda self, _: setattr(self, "_parent", SimpleNamespace(run_id=1)))
@@ -346,11 +348,13 @@ class Stages:
         def launch(waiting: Any) -> Any:
             for one in waiting:
                 made = json.loads((one.folder / jobs.JOB_FILE).read_text())
-                asked.append(("launched", one.key == "new", made["fail_fast"], made["time_limit"]))
+                asked.append(
+                    ("launched", one.key.startswith("new"), made["fail_fast"], made["time_limit"], made["group"])
+                )
             return [None] * len(waiting)
 
-        sweep.Sweep(folder, config.sweep, launch).run([job, fresh])
-        self.patch.setattr(hydra_launchers.local, "run_all", lambda _, count, *__: asked.append(("at once", count)))
+        sweep.Sweep(folder, config.sweep, launch).run([job, *fresh])
+        self.patch.setattr(hydra_launchers.local, "run_groups", lambda _, count, *__: asked.append(("at once", count)))
         hydra_launchers.LocalLauncher.run_all(SimpleNamespace(config=config), [], None, None)
         return name, asked
 

@@ -22,7 +22,7 @@ RUN_HERE = {
     "published_fms": ("--runs 1", r"SantaCoder .*%"),
     "published_fsdp": ("--runs 1", r"Llama 2 7B LoRA .*%"),
     "published_litgpt": ("--runs 1", r"llama2_7b .*%"),
-    "sweeps": ("--jobs 0 --many 0 --done 2", r"sweep with all 2 jobs already done"),
+    "sweeps": ("--jobs 0 --many 0 --done 2 --fused 0", r"sweep with all 2 jobs already done"),
 }
 """Benchmark, arguments of its smallest run, and what that prints."""
 PARTS = {"plain", "published_table", "team_facts", "team_servers"}

@@ -15,6 +15,12 @@ class SweepConfig(Section):
     resumes that sweep."""
     n_jobs: PositiveInt = 1
     """Number of jobs that run at the same time on this machine. They share its cores."""
+    fuse: Literal["off", "auto"] | Annotated[int, Field(ge=2)] = "off"
+    """Train jobs that have the same base model in one process, which loads it once: so many at most, or as many as
+    fit the device (auto). Each job's result is what it would be alone."""
+    fused_rows: Literal["auto"] | bool = "auto"
+    """Put the rows of jobs that are trained together through the base in one pass, instead of a step of each in turn.
+    auto: on a GPU, where the sums of a pass may be rounded differently."""
     timeout_minutes: Annotated[float, Field(gt=0)] | None = None
     """Time limit of each job. null: none."""
     fail_fast: bool = False

@@ -11,7 +11,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -19,8 +19,9 @@ from typing import Any, cast
 
 from qlora_exp.environment.device import visible_gpus
 from qlora_exp.recipe.launch import fork_server
-from qlora_exp.sweeps.jobs import Ending
-from qlora_exp.utils.processes.signals import GRACE_SECONDS
+from qlora_exp.sweeps.fused import Place
+from qlora_exp.sweeps.jobs import Ending, state
+from qlora_exp.utils.processes.signals import GRACE_SECONDS, handle_signals
 from qlora_exp.utils.processes.workers import end_with_parent, write_into
 
 _FORK_SERVER_GONE = 255  # exit code that multiprocessing reports if the fork server has died
@@ -39,6 +40,8 @@ class Task:
     """Folder of the job."""
     processes: int = 1
     """Number of processes that the job starts on this machine; each takes a GPU, if there are any."""
+    place: Place | None = None
+    """Group with which the job shares a process."""
 
 
 @dataclass
@@ -99,6 +102,77 @@ def run_all(
     finally:  # on Ctrl-C or SIGTERM, give the jobs time to record that they were killed
         _end(list(running.values()))
     return endings
+
+
+def run_groups(
+    tasks: Sequence[Task],
+    n_jobs: int = 1,
+    stopped: Callable[[], bool] = lambda: False,
+    died: Callable[[], object] = lambda: None,
+) -> list[Ending | None]:
+    """Call every task as `run_all` does, those of a group in one process, where they take turns.
+
+    A group whose process is killed because memory ran out goes on in two halves.
+    """
+    groups: dict[Any, list[int]] = {}
+    for index, task in enumerate(tasks):
+        groups.setdefault(index if task.place is None else task.place, []).append(index)
+    endings: list[Ending | None] = [None] * len(tasks)
+    waiting = [*groups.values()]
+    while waiting:
+        merged = [_merged([tasks[index] for index in members]) for members in waiting]
+        halves = []
+        for members, ending in zip(waiting, run_all(merged, n_jobs, stopped, died), strict=True):
+            left = [index for index in members if state(tasks[index].folder)[0] in ("new", "cut off")]
+            if ending is not None and ending.outcome == "oom" and len(members) > 1:
+                half = (len(left) + 1) // 2
+                halves += [part for part in (left[:half], left[half:]) if part]
+                continue
+            for index in left if len(members) > 1 else members:
+                endings[index] = ending
+        if halves:
+            log.warning("memory ran out; jobs go on in groups of at most %d", max(map(len, halves)))
+        waiting = halves
+    return endings
+
+
+def _merged(members: Sequence[Task]) -> Task:
+    """Return the task that calls these ones in one process."""
+    import cloudpickle
+
+    first = members[0]
+    if len(members) == 1:
+        return first
+    assert first.place is not None
+    calls, folders = [task.call for task in members], [task.folder for task in members]
+    group = _Group(calls, folders, first.place.rows_together)
+    log.info("%d jobs in one process; their output: %s", len(members), " ".join(map(str, group.outputs)))
+    return replace(first, call=cloudpickle.dumps(group))
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Jobs that share a process."""
+
+    calls: Sequence[bytes]
+    folders: Sequence[Path]
+    rows_together: bool
+
+    @property
+    def outputs(self) -> list[Path]:
+        """File with the output of each job."""
+        return [folder / OUTPUT_FILE for folder in self.folders]
+
+    def __call__(self) -> None:
+        import cloudpickle
+
+        from qlora_exp.environment.turns import Turns
+
+        with handle_signals():
+            errors = Turns([*map(cloudpickle.loads, self.calls)], self.outputs, self.rows_together).run()
+        for error in errors:
+            if error is not None:
+                raise error
 
 
 def _end(running: Sequence[_Running]) -> None:

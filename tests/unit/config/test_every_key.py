@@ -170,6 +170,8 @@ ENTRIES: dict[str, tuple[Any, ...]] = {
     "tracking.plan": (Stages.recipe, True),
     "sweep.name": (Stages.sweep, "mine"),
     "sweep.n_jobs": (Stages.sweep, 2),
+    "sweep.fuse": (Stages.sweep, 2),
+    "sweep.fused_rows": (Stages.sweep, True, {"sweep.fuse": 2}),
     "sweep.timeout_minutes": (Stages.sweep, 5.0),
     "sweep.fail_fast": (Stages.sweep, True),
     "sweep.rerun": (Stages.sweep, "failed"),

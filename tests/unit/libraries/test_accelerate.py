@@ -2,12 +2,12 @@
 
 from types import SimpleNamespace
 
-from accelerate import data_loader
+from accelerate import data_loader, state
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler, SequentialSampler
 
-from qlora_exp.libraries.accelerate import even_shares, is_blank
+from qlora_exp.libraries.accelerate import even_shares, is_blank, set_shared_states, shared_states
 
 
 def accelerator(process: int, processes: int, ends: bool = True):
@@ -37,3 +37,13 @@ def test_processes_share_the_rows_of_each_batch(rows: int, size: int, processes:
 def test_rows_count_before_the_end_of_an_epoch():
     assert is_blank(accelerator(1, 2), 5, 2)
     assert not is_blank(accelerator(1, 2, ends=False), 5, 2)
+
+
+def test_states_are_put_back():
+    before = shared_states()
+    state.GradientState._shared_state["name"] = 1
+    inside = shared_states()
+    set_shared_states(before)
+    assert "name" not in state.GradientState._shared_state
+    set_shared_states(inside)
+    assert state.GradientState._shared_state.pop("name") == 1

@@ -1,7 +1,7 @@
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
-from qlora_exp.libraries.bitsandbytes import keep_trainable
+from qlora_exp.libraries.bitsandbytes import constants, keep_trainable
 
 
 def test_a_4_bit_layer_does_not_repack_its_weights():
@@ -26,3 +26,10 @@ def test_other_layers_are_left_alone():
     layer = torch.nn.Linear(2, 2)
     keep_trainable(layer)
     assert not layer._forward_pre_hooks
+
+
+def test_what_layers_keep_to_dequantize():
+    eight, four = Linear8bitLt(64, 64, has_fp16_weights=False).to("cpu"), Linear4bit(64, 64).to("cpu")
+    eight(torch.ones(2, 64))
+    assert {id(eight.state.CB), id(eight.state.SCB)} <= {*map(id, constants(eight))}
+    assert id(four.weight.quant_state) in {*map(id, constants(four.weight))}

@@ -182,3 +182,10 @@ def test_precision_of_float32_is_put_back_also_after_an_error():
         torch.backends.fp32_precision = "tf32"
         raise KeyError
     assert torch.backends.fp32_precision == before
+
+
+def test_changes_of_a_tensor_are_counted():
+    tensor = torch.zeros(2)
+    before = private.times_changed(tensor)
+    tensor.add_(1)
+    assert private.times_changed(tensor) == before + 1

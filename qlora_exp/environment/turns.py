@@ -1,0 +1,252 @@
+"""Run several jobs in one process by turns, so that they can share what they do not change: each as if it were alone.
+
+Every job has a thread; only the thread whose turn it is runs. What the libraries keep for the whole process (random
+states, log handlers, accelerate's states, the output) is kept for each job, and exchanged when the turn passes on.
+"""
+
+import faulthandler
+import logging
+import math
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora_exp.utils.errors import TimeLimitError
+from qlora_exp.utils.processes.signals import GRACE_SECONDS
+
+_place = threading.local()
+"""In a job's thread: `turns`, and the job's `number`."""
+
+
+@dataclass
+class _Job:
+    call: Callable[[], object]
+    output: Path
+    kept: Any = None
+    """State of the process as this job left it; None before its first turn."""
+    error: BaseException | None = None
+    raised: BaseException | None = None
+    """Exception to raise in the job at its next turn."""
+    waited: float = 0.0
+    """Seconds in which other jobs had their turns."""
+    ends: float = math.inf
+    """Time by `seconds` at which the job's time limit is over."""
+    note: Path | None = None
+    """File that is created then."""
+
+
+class Turns:
+    """Jobs of one process that take turns."""
+
+    def __init__(
+        self, calls: Sequence[Callable[[], object]], outputs: Sequence[Path], rows_together: bool = False
+    ) -> None:
+        """Create the jobs.
+
+        Args:
+            calls: what each job does.
+            outputs: the file that gets each job's output.
+            rows_together: whether the jobs' rows go through the base in one pass, where they can.
+        """
+        self.rows_together = rows_together
+        self._jobs = [_Job(call, output) for call, output in zip(calls, outputs, strict=True)]
+        self._running = list(range(len(calls)))
+        """Jobs that have not ended, in the order of their turns; the first has its turn."""
+        self._changed = threading.Condition()
+        self._begin: Any = None
+        self._shared: dict[Hashable, Any] = {}
+
+    @property
+    def size(self) -> int:
+        """Number of jobs."""
+        return len(self._jobs)
+
+    @property
+    def running(self) -> Sequence[int]:
+        """Numbers of the jobs that have not ended."""
+        return tuple(sorted(self._running))
+
+    def run(self) -> list[BaseException | None]:
+        """Run all jobs to their ends; return the exception that each ended with.
+
+        An exception in this thread (Ctrl-C, SIGTERM) is raised in each job at its next turn.
+        """
+        self._begin = _state()
+        threads = [threading.Thread(target=self._run, args=(number,)) for number in range(self.size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            while thread.is_alive():
+                try:
+                    thread.join()
+                except BaseException as error:
+                    self._interrupt(error)
+        _restore(self._begin)
+        return [job.error for job in self._jobs]
+
+    def _interrupt(self, error: BaseException) -> None:
+        """Raise an exception in each job at its next turn."""
+        for job in self._jobs:
+            job.raised = job.raised or type(error)(*error.args)
+
+    def _run(self, number: int) -> None:
+        _place.turns, _place.number = self, number
+        job = self._jobs[number]
+        self._await(number)
+        try:
+            job.output.parent.mkdir(parents=True, exist_ok=True)
+            with job.output.open("a", encoding="utf-8", buffering=1) as output:
+                sys.stdout = sys.stderr = output
+                self._check(job)
+                job.call()
+        except BaseException as error:
+            job.error = error
+            if isinstance(error, KeyboardInterrupt | SystemExit):  # a signal is for all
+                self._interrupt(KeyboardInterrupt())
+        faulthandler.cancel_dump_traceback_later()
+        with self._changed:
+            self._running.remove(number)
+            self._changed.notify_all()
+
+    def _await(self, number: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._running[0] == number)
+        _restore(self._jobs[number].kept or self._begin)
+
+    def pass_on(self, number: int) -> None:
+        """Let the other jobs have their turns, and return when it is this job's again."""
+        job = self._jobs[number]
+        faulthandler.cancel_dump_traceback_later()
+        if len(self._running) > 1:
+            job.kept, begin = _state(), time.perf_counter()
+            with self._changed:
+                self._running.append(self._running.pop(0))
+                self._changed.notify_all()
+            self._await(number)
+            job.waited += time.perf_counter() - begin
+        self._check(job)
+
+    def _check(self, job: _Job) -> None:
+        """Raise what was asked to be raised in the job, or that its time is over; else start its turn's time limit."""
+        if job.raised is not None:
+            error, job.raised = job.raised, None
+            raise error
+        left = job.ends - (time.perf_counter() - job.waited)
+        if left <= 0 and job.note is not None:
+            job.ends = math.inf
+            job.note.touch()
+            raise TimeLimitError("the time limit of the job is over")
+        self._guard(left)
+
+    def keep(self, name: Hashable, make: Callable[[], Any] | None = None) -> Any:
+        """Return what the jobs share under a name; the first job that asks makes it."""
+        if name not in self._shared:
+            assert make is not None
+            self._shared[name] = make()
+        return self._shared[name]
+
+    def share(self, seconds: float, shares: Mapping[int, float]) -> None:
+        """Count time that this job's turn has just taken as that of several jobs, by their shares."""
+        for number, share in shares.items():
+            self._jobs[number].waited -= seconds * share
+        self._jobs[self._running[0]].waited += seconds
+
+    def limit(self, number: int, limit: float, note: Path | None) -> None:
+        """Let a job's turns take so many seconds from now on; then create the file `note`."""
+        job = self._jobs[number]
+        job.ends, job.note = time.perf_counter() - job.waited + limit, note
+        self._guard(limit)
+
+    def _guard(self, left: float) -> None:
+        """Kill this process if a turn does not end: the other jobs wait for it."""
+        faulthandler.cancel_dump_traceback_later()
+        if left < math.inf:
+            faulthandler.dump_traceback_later(left + GRACE_SECONDS, exit=True)
+
+    def waited(self, number: int) -> float:
+        """Return the seconds in which a job waited for its turns."""
+        return self._jobs[number].waited
+
+
+def current() -> Turns | None:
+    """Return the jobs that this one takes turns with; None outside."""
+    return getattr(_place, "turns", None)
+
+
+def number() -> int:
+    """Return the number of this job."""
+    return int(_place.number)
+
+
+def pass_on() -> None:
+    """Let the other jobs have their turns; do nothing outside."""
+    if (turns := current()) is not None:
+        turns.pass_on(number())
+
+
+def seconds() -> float:
+    """Return a clock that stands while other jobs have their turns."""
+    waited = 0.0 if (turns := current()) is None else turns.waited(number())
+    return time.perf_counter() - waited
+
+
+@contextmanager
+def time_limit(limit: float | None, note: Path) -> Iterator[None]:
+    """Raise TimeLimitError at the job's first turn after its turns took `limit` seconds inside.
+
+    If a turn lasts `GRACE_SECONDS` longer, all jobs are killed.
+
+    Args:
+        limit: time limit in seconds; None: no limit.
+        note: file that is created at the time limit.
+    """
+    note.unlink(missing_ok=True)
+    turns = current()
+    assert turns is not None
+    if limit is not None:
+        turns.limit(number(), limit, note)
+    try:
+        yield
+    finally:
+        turns.limit(number(), math.inf, None)
+
+
+def _state() -> Any:
+    """Return what the libraries keep for the whole process."""
+    import numpy as np
+    import torch
+
+    from qlora_exp.libraries import accelerate
+
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    root = logging.getLogger()
+    return (
+        (random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda),
+        (sys.stdout, sys.stderr),
+        (root.handlers[:], root.level),
+        accelerate.shared_states(),
+    )
+
+
+def _restore(state: Any) -> None:
+    import numpy as np
+    import torch
+
+    from qlora_exp.libraries import accelerate
+
+    (python, numpy, cpu, cuda), (sys.stdout, sys.stderr), (handlers, level), states = state
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)
+    root = logging.getLogger()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    accelerate.set_shared_states(states)

@@ -1,0 +1,1 @@
+"""Share the frozen weights of one base model between jobs of one process."""

@@ -1,0 +1,177 @@
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from qlora_exp.config.hydra_compose import compose
+from qlora_exp.environment import turns
+from qlora_exp.environment.device import detect, resolve
+from qlora_exp.environment.turns import Turns
+from qlora_exp.models.base import load_model
+from qlora_exp.models.builtin import TINY
+from qlora_exp.models.sharing.copies import SharedBase
+from qlora_exp.models.sharing.rows import Rows, by_turns
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64, "intermediate_size": 48}
+ADAPTERS = [
+    {"r": 2, "target_modules": ["q_proj", "down_proj"], "lora_dropout": 0.3},
+    {"r": 8, "target_modules": ["q_proj", "v_proj"], "use_rslora": True, "lora_alpha": 3},
+    {"r": 4, "target_modules": "all-linear", "use_dora": True, "lora_dropout": 0.1},
+]
+MIXTURES = [name for name, fields in TINY.items() if any("expert" in field for field in fields)]
+ROWS = [(2, 7), (1, 12), (3, 5)]
+"""Rows and tokens of each job's batches."""
+
+
+def tiny() -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES))
+
+
+def train(base: SharedBase, number: int, rows: Rows | None, steps: int = 2, targets: Any = None) -> list[torch.Tensor]:
+    """Train a job's adapter for some steps, and return its gradients of each step and its weights."""
+    torch.manual_seed(number)
+    settings = ADAPTERS[number] | ({"target_modules": targets} if targets else {})
+    model = get_peft_model(base.copy(), LoraConfig(**settings, init_lora_weights=False, task_type="CAUSAL_LM")).train()
+    if rows is None:
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, made = torch.optim.SGD(trained, lr=1e-2), []
+
+    def learn() -> None:
+        for step in range(steps + number):  # jobs end at different times
+            turns.pass_on()
+            ids = torch.randint(1, 64, ROWS[number], generator=torch.Generator().manual_seed(10 * number + step))
+            mask = torch.ones_like(ids)
+            mask[-1, -2:] = 0
+            loss = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+            loss.backward()
+            if rows is not None:
+                rows.backward(number)
+            made.extend(parameter.grad.clone() for parameter in trained if parameter.grad is not None)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    if rows is None:
+        learn()
+    else:
+        with rows.joined(number, model):
+            learn()
+    return [*made, *trained]
+
+
+def together(base: SharedBase, tmp_path, numbers=(0, 1, 2), **options: Any) -> tuple[list[Any], list[Any]]:
+    results: dict[int, Any] = {}
+
+    def job(number: int):
+        def call() -> None:
+            rows = turns.current().keep("rows", lambda: Rows(turns.current(), base.copy(), recomputes=True))
+            results[number] = train(base, number, rows, **options)
+
+        return call
+
+    errors = Turns([job(number) for number in numbers], [tmp_path / f"{number}.log" for number in numbers]).run()
+    return [results.get(number) for number in numbers], errors
+
+
+def assert_close(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> None:
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_every_job_gets_the_gradients_and_weights_that_it_gets_alone(tmp_path):
+    base = SharedBase(tiny())
+    found, errors = together(base, tmp_path)
+    assert errors == [None, None, None]
+    for number, ours in enumerate(found):
+        assert_close(ours, train(base, number, None))
+    base.check()
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("family", TINY)
+def test_rows_of_every_family_go_together_or_by_turns(family: str, tmp_path):
+    config = compose([f"model.model_name_or_path=random:{family}", "method=lora", "device=cpu"])
+    base = SharedBase(load_model(config.model, config.quantization, resolve(config, detect("cpu"))))
+    if why := by_turns(base.copy()):
+        assert ("router" in why) is (family in MIXTURES)
+        return
+    targets = ["in_proj"] if "mamba" in family or family == "falcon_h1" else "all-linear"
+    found, errors = together(base, tmp_path, numbers=(0, 1), targets=targets)
+    for error in errors:
+        if error is not None:
+            raise error
+    for number, ours in enumerate(found):
+        theirs = train(base, number, None, targets=targets)
+        for one, other in zip(ours, theirs, strict=True):
+            assert (one - other).norm() <= 1e-4 * other.norm() + 1e-6
+
+
+def test_a_job_that_fails_does_not_change_the_others(tmp_path, monkeypatch):
+    base = SharedBase(tiny())
+    passed = Rows.backward
+
+    def backward(self: Rows, number: int) -> None:
+        if number == 1:
+            raise ValueError("its own")
+        passed(self, number)
+
+    monkeypatch.setattr(Rows, "backward", backward)
+    found, errors = together(base, tmp_path)
+    assert [str(error) for error in errors] == ["None", "its own", "None"]
+    for number in (0, 2):
+        assert_close(found[number], train(base, number, None))
+
+
+@pytest.mark.parametrize("where", ["_through", "_one_back"])
+def test_when_memory_runs_out_fewer_jobs_go_together(tmp_path, monkeypatch, where: str):
+    base, sizes = SharedBase(tiny()), []
+    passed = getattr(Rows, where)
+
+    def limited(self: Rows, batches: Any) -> None:
+        sizes.append(len(batches))
+        passed(self, batches)
+        if len(batches) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Rows, where, limited)
+    found, errors = together(base, tmp_path)
+    assert errors == [None, None, None]
+    assert sizes[0] == 3
+    assert {*sizes[-4:]} == {1}
+    for number, ours in enumerate(found):
+        assert_close(ours, train(base, number, None))
+
+
+def test_evaluation_goes_through_the_base_alone(tmp_path):
+    base = SharedBase(tiny())
+    model = get_peft_model(base.copy(), LoraConfig(**ADAPTERS[1], init_lora_weights=False, task_type="CAUSAL_LM"))
+    ids = torch.arange(1, 9)[None]
+    alone = model.eval()(ids).logits
+
+    def job() -> None:
+        rows = Rows(turns.current(), base.copy(), recomputes=False)
+        with rows.joined(0, model), torch.no_grad():
+            assert torch.equal(model(ids).logits, alone)
+
+    assert Turns([job], [tmp_path / "0.log"]).run() == [None]
+    assert torch.equal(model(ids).logits, alone)
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"model_type": "llama"}, None),
+        ({"model_type": "llama", "attention_dropout": 0.1}, "attention_dropout"),
+        ({"model_type": "gpt2"}, "pdrop"),
+        ({"model_type": "opt"}, "dropout"),
+        ({"model_type": "mixtral"}, "router"),
+    ],
+)
+def test_a_base_whose_rows_depend_on_one_another_takes_turns(fields: dict[str, Any], why: str | None):
+    config = AutoConfig.for_model(**fields)
+    found = by_turns(type("Model", (), {"config": config}))
+    assert found is None if why is None else why in (found or "")
