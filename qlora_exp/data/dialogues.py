@@ -10,6 +10,9 @@ from typing import Any
 from qlora_exp.data.values import DECODER, as_text
 from qlora_exp.utils.errors import DataError, did_you_mean
 
+_LONGEST_LEFT_OUT = 10_000
+"""Most characters that a template may put before an answer for being the last."""
+
 Message = dict[str, Any]
 
 SYSTEM_ROLES = ("system", "developer")
@@ -256,3 +259,56 @@ def said(message: Message) -> str:
     """Return what a message says, as text: its content, and the other keys but the role as JSON."""
     more = {key: value for key, value in message.items() if key not in ("role", "content", "train")}
     return "\n".join(filter(None, [message.get("content"), json.dumps(more, ensure_ascii=False) if more else ""]))
+
+
+def answer_after(prompt: str, whole: str, asked: Message, answer: Message) -> str | None:
+    """Return the text of the last answer, to be learned after a prompt that the whole dialogue does not begin with.
+
+    Some templates change what stands before a prompt's last message once there is an answer: Mistral's leave out the
+    system message, gpt-oss' the thoughts between tool calls. The answer is what follows the end of the prompt, if that
+    has the last message.
+
+    Args:
+        prompt: the dialogue up to the answer, with the mark of an answer.
+        whole: the dialogue with the answer.
+        asked: the message before the answer.
+        answer: the answer.
+
+    Returns:
+        The text; None if it cannot be told.
+    """
+    shortest, longest = 0, len(prompt)
+    while shortest < longest:  # the longest end of the prompt that is in the whole
+        middle = (shortest + longest + 1) // 2
+        shortest, longest = (middle, longest) if prompt[-middle:] in whole else (shortest, middle - 1)
+    end = prompt[len(prompt) - shortest :]
+    text = (asked.get("content") or "").strip()
+    rest = whole[whole.rfind(end) + len(end) :]
+    said = [(answer.get("content") or "").strip(), *(str(call["function"].get("name")) for call in calls_of(answer))]
+    has_asked = text and any(form in end for form in (text, json.dumps(text, ensure_ascii=False)[1:-1]))
+    return rest if has_asked and any(said) and all(words in rest for words in said) else None
+
+
+def answer_within(whole: str, prompt: str, alone: str, message: Message) -> str | None:
+    """Return the text of an answer as the whole dialogue has it after its prompt.
+
+    Some templates put more at the beginning of the last answer than of the same one among others, such as an empty
+    thought (Qwen3's).
+
+    Args:
+        whole: the dialogue through its last answer that is learned.
+        prompt: the dialogue up to this answer, with the mark of an answer.
+        alone: the text of this answer where the dialogue ends with it.
+        message: the answer.
+
+    Returns:
+        The text; None if it is not there, or if something that the answer says is not.
+    """
+    begin = len(prompt)
+    if not whole.startswith(prompt) or begin == len(whole):
+        return None
+    starts = (start for start, letter in enumerate(alone[:_LONGEST_LEFT_OUT]) if letter == whole[begin])
+    kept = next((alone[start:] for start in starts if whole.startswith(alone[start:], begin)), "")
+    texts = [value for key, value in message.items() if key != "role" and isinstance(value, str)]
+    texts += [str(call["function"].get("name")) for call in calls_of(message)]
+    return kept if kept == alone or (kept and all(text.strip() in kept for text in texts)) else None
