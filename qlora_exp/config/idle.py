@@ -123,7 +123,7 @@ def _adapter(config: Config) -> Iterator[tuple[str, str]]:
 def _storage_and_optimizer(config: Config) -> Iterator[tuple[str, str]]:
     quantization, optimizer = config.quantization, config.optimizer
     if not quantization.load_in_4bit:
-        for key in ("quant_type", "use_double_quant", "compute_dtype"):
+        for key in ("quant_type", "use_double_quant", "compute_dtype", "experts"):
             yield f"quantization.bnb_4bit_{key}", "bitsandbytes does not store this base in 4 bits"
     if not quantization.load_in_8bit:
         yield "quantization.llm_int8_threshold", "bitsandbytes does not store this base in 8 bits"

@@ -108,6 +108,7 @@ _EMPTY_IN_OLDER_RECORDS = (
     ("model", "adapter"),
     ("model", "new_tokens"),
     *(("method", key) for key in PARTS),
+    ("quantization", "bnb_4bit_experts"),
     ("training", "lr_scheduler_kwargs"),
     ("training", "tune"),
     ("training", "sft_config"),

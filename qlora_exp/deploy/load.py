@@ -6,7 +6,7 @@ What was recorded is only data: nothing in it can make code run.
 import json
 import re
 from collections.abc import Collection
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from qlora_exp.deploy.untrusted_folders import (
 from qlora_exp.environment.device import detect, resolve
 from qlora_exp.models.adapters import check_complete, fit_explained
 from qlora_exp.models.base import load_model, model_config, named, stop_at_end_of_turn
+from qlora_exp.models.experts import packing
 from qlora_exp.models.files import GGUF_FILE, check_files, read_json
 from qlora_exp.models.quantization import guard_layers, quantization_config
 from qlora_exp.models.untrusted import bounded, check_folder, explained, most_values
@@ -193,6 +194,9 @@ def load_saved(saved: Saved, quantization: str | None = None, name: str = "defau
     config = saved.config
     if quantization is not None:
         chosen = compose(["method=lora", f"quantization={quantization}"]).quantization
+        trained = {"bnb_4bit_experts": config.quantization.bnb_4bit_experts}
+        if saved.adapter and chosen.model_copy(update=trained) == config.quantization:
+            chosen = config.quantization  # options of older versions left experts in 16 bits
         if saved.adapter and config.lora_start == "loftq" and chosen != config.quantization:
             raise ConfigError(
                 f"--quantization {quantization}: this adapter makes up for what {config.quantization.name} lost "
@@ -207,7 +211,8 @@ def load_saved(saved: Saved, quantization: str | None = None, name: str = "defau
         model = with_adapter(base, saved, name)
     else:
         settings = None if quantization is None else quantization_config(config.quantization, resolved)
-        model = load_complete_model(saved, resolved.dtype, resolved.device, settings)
+        with nullcontext() if quantization is None else packing(config.quantization):
+            model = load_complete_model(saved, resolved.dtype, resolved.device, settings)
     model.config.use_cache = True
     stop_at_end_of_turn(model, config.dataset, saved.tokenizer())
     return model.eval()

@@ -27,6 +27,12 @@ TorchDispatchMode = _python_dispatch.TorchDispatchMode
 tree_leaves: Callable[[Any], list[Any]] = _pytree.tree_leaves
 """`torch.utils._pytree.tree_leaves`: the tensors in an operation's nested arguments; has no public name."""
 
+tree_map: Callable[[Callable[[Any], Any], Any], Any] = _pytree.tree_map
+"""`torch.utils._pytree.tree_map`: an operation's nested arguments, each replaced; has no public name."""
+
+AS_PLAIN_TENSOR: Any = torch._C._disabled_torch_function_impl
+"""`torch._C._disabled_torch_function_impl`: `__torch_function__` of a class of tensors that makes ordinary results."""
+
 VALUE_OF_SCALAR = torch.ops.aten._local_scalar_dense.default
 """`aten::_local_scalar_dense`: the operation of `Tensor.item`, which reads a value."""
 
@@ -38,6 +44,26 @@ FUSED_ATTENTION = tuple(
 
 UNSAFE_VIEW = "aten._unsafe_view"
 """`aten::_unsafe_view`: an operation that moves no memory, though torch does not mark it as a view."""
+
+
+TO_COPY = torch.ops.aten._to_copy
+"""`aten::_to_copy`: the operation of `Tensor.to`, which changes dtype or device."""
+
+
+def changed_by(func: Any, args: Any) -> list[Any]:
+    """Return the arguments that an operation writes into, by its schema (`OpOverload._schema`)."""
+    infos = (argument.alias_info for argument in func._schema.arguments)
+    return [value for value, info in zip(args, infos, strict=False) if info is not None and info.is_write]
+
+
+class Wrapper(torch.Tensor):
+    """Tensor without a storage, whose class says what operations do (`torch.Tensor._make_wrapper_subclass`)."""
+
+    @classmethod
+    def wrapping(cls, sizes: list[int], strides: list[int], dtype: torch.dtype, device: torch.device) -> Any:
+        """Create one that looks like a tensor of these sizes, strides (in values), dtype and device."""
+        make: Any = torch.Tensor._make_wrapper_subclass
+        return make(cls, sizes, strides=strides, dtype=dtype, device=device)
 
 
 class AssumedValues(TorchDispatchMode):
@@ -110,6 +136,14 @@ def fake_device(func: Any, args: Any) -> torch.device | None:
     if args[0].fake_mode.in_kernel_invocation:  # the kernel runs on the meta device
         return None
     return args[0].fake_device
+
+
+def ignored_by_ddp(model: torch.nn.Module, names: list[str]) -> None:
+    """Let DDP neither send nor check these parameters of a model that it will wrap.
+
+    This is `DistributedDataParallel._set_params_and_buffers_to_ignore_for_model`, which has no public name.
+    """
+    torch.nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 
 def storage_address(tensor: torch.Tensor) -> int:

@@ -1,7 +1,8 @@
 """Wrap transformers' private parts. Checked on transformers 5.23.0."""
 
 import runpy
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,15 +37,17 @@ def with_bitsandbytes_layers(model: Any, settings: Any) -> None:
     replace_with_bnb_linear(model, get_keys_to_not_convert(model), settings)
 
 
-def experts_without_values() -> AbstractContextManager[None]:
+def experts_without_values(product: Callable[[Any, Any], Any]) -> AbstractContextManager[None]:
     """Let fused experts multiply tensors without values within the context, in any dtype.
 
-    torch takes only bfloat16 in grouped products of such tensors, as on GPUs. Replaces `integrations.moe._grouped_mm`
-    by the product with the first expert, which has the same sizes and operations.
+    torch takes only bfloat16 in grouped products of such tensors, as on GPUs. Replaces `integrations.moe._grouped_mm`.
+
+    Args:
+        product: returns the product of tokens with the first of several experts, which has the same sizes.
     """
     from transformers.integrations import moe
 
-    return patched(moe, _grouped_mm=lambda input, weight, offs: input.to(weight.dtype) @ weight[0])
+    return patched(moe, _grouped_mm=lambda input, weight, offs: product(input.to(weight.dtype), weight))
 
 
 def quantized_on(device: str) -> AbstractContextManager[None]:
@@ -63,6 +66,37 @@ def quantized_on(device: str) -> AbstractContextManager[None]:
         return {name: value.to("cpu") for name, value in original(self, moved, *args, **kwargs).items()}
 
     return patched(Bnb4bitQuantize, convert=convert)
+
+
+@contextmanager
+def parameters_packed(names: Callable[[Any], Collection[str]], pack: Callable[[Any], Any]) -> Iterator[None]:
+    """Let `from_pretrained` with bitsandbytes in 4 bits pack other parameters than linear layers' too, in the context.
+
+    Each is packed as soon as it is read, like a layer's weight. Replaces `Bnb4BitHfQuantizer.param_needs_quantization`,
+    by which transformers plans memory too, and `Bnb4bitQuantize.convert`.
+
+    Args:
+        names: returns the full names of these parameters of a model.
+        pack: returns the parameter to store for a tensor of the model's dtype.
+    """
+    from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+    needed, original, chosen = Bnb4BitHfQuantizer.param_needs_quantization, Bnb4bitQuantize.convert, cache(names)
+
+    def needs(self: Any, model: Any, param_name: str, **kwargs: Any) -> bool:
+        if param_name in chosen(model):
+            return not self.pre_quantized  # files of 4-bit layers have such parameters as they were
+        return needed(self, model, param_name, **kwargs)
+
+    def convert(self: Any, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if input_dict.keys() - chosen(kwargs["model"]):
+            return original(self, input_dict, *args, **kwargs)
+        return {name: pack(value[0] if isinstance(value, list) else value) for name, value in input_dict.items()}
+
+    quantizer = patched(Bnb4BitHfQuantizer, param_needs_quantization=needs)
+    with quantizer, patched(Bnb4bitQuantize, convert=convert):
+        yield
 
 
 def saved_by_any_process() -> AbstractContextManager[None]:

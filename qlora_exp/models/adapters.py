@@ -44,6 +44,7 @@ _NOT_ON_EXPERTS = ("use_dora", "lora_bias", "kasa_config", "monteclora_config", 
 _NO_START_ON_EXPERTS = ("pissa", "olora", "orthogonal", "eva", "mica")
 _OF_SMALLEST_SIDE = ("pissa", "olora", "corda", "lora_ga", "mica")
 """Ways to initialize LoRA from as many singular vectors of a layer as its rank."""
+_DOT = re.compile(r"\.")
 _FROM_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
 """Methods that put learned keys and values into the attention's cache."""
 LEAVES_UNUSED = ("SHADOW",)
@@ -103,6 +104,13 @@ def _unfit(config: Config, settings: Any, skeleton: PreTrainedModel) -> Iterator
     kind = compatibility.kind_of(method.kind, config.lora_variant.name)
     family = skeleton.config.get_text_config().model_type
     kinds = getattr(skeleton.config.get_text_config(), "layer_types", None)
+    packed = experts if config.quantization.packs_experts else []
+    whole = getattr(settings, "modules_to_save", None) or []
+    if trained := [name for name in packed if any(is_named(name[: dot.start()], whole) for dot in _DOT.finditer(name))]:
+        yield (
+            f"method.modules_to_save={list(whole)} trains fused experts as a whole ({trained[0]}, ...), which 4 bits "
+            "cannot be: adapt them (method.target_modules=all-linear), or set quantization.bnb_4bit_experts=false"
+        )
     if getattr(settings, "layer_replication", None) and kinds:
         yield (
             f"PEFT repeats layers, but not their kinds, which the config of a {family} model lists (layer_types): "
@@ -118,6 +126,8 @@ def _unfit(config: Config, settings: Any, skeleton: PreTrainedModel) -> Iterator
             if settings.lora_dropout:
                 yield f"{adapted}; LoRA on them has no dropout: set method.lora_dropout=0, or {remedy}"
             names = [name for name in _NOT_ON_EXPERTS if getattr(settings, name, None)]
+            if packed and start == "loftq":
+                yield f"{adapted}; LoftQ does not make up for what 4 bits lose of them: {remedy}, or use another start"
             if start.startswith(_NO_START_ON_EXPERTS):
                 names.append(f"init_lora_weights={start}")
             if names:

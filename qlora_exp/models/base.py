@@ -41,6 +41,7 @@ from qlora_exp.environment import turns
 from qlora_exp.environment.device import Resolved
 from qlora_exp.libraries.transformers import quantized_on, with_bitsandbytes_layers
 from qlora_exp.models import builtin, untrusted
+from qlora_exp.models.experts import pack_meta, packing
 from qlora_exp.models.files import check_files, hub_error, locate
 from qlora_exp.models.new_tokens import Parts, add_rows, add_tokens
 from qlora_exp.models.quantization import check_stored, guard_layers, quantization_config, stored
@@ -143,6 +144,7 @@ def check_quantization(
     if not quantization.bitsandbytes:
         return None
     with_bitsandbytes_layers(skeleton, quantization_config(quantization, resolved))
+    pack_meta(skeleton, quantization)
     return check_stored(config.model_name_or_path, quantization, stored(skeleton), getattr(torch, resolved.dtype))
 
 
@@ -193,7 +195,8 @@ def _load_model(
     check_files(config.model_name_or_path, quantization, stored)
     if (quantizer_config := quantization_config(quantization, resolved)) is not None:
         arguments["quantization_config"] = quantizer_config
-    with quantized_on(resolved.device) if to_shard and quantization.load_in_4bit else nullcontext():
+    on_gpu = quantized_on(resolved.device) if to_shard and quantization.load_in_4bit else nullcontext()
+    with on_gpu, packing(quantization):
         model = _with_weights(config, **arguments)
     model.config.use_cache = False  # training does not need the cache; generation turns it on itself
     guard_layers(model)

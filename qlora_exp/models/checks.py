@@ -26,6 +26,7 @@ from qlora_exp.environment.device import Resolved
 from qlora_exp.models import files
 from qlora_exp.models.adapters import attach, lacks_values, peft_config, trainable_set
 from qlora_exp.models.base import Tokenizer, check_quantization, learned_positions, load_tokenizer, skeleton
+from qlora_exp.models.experts import check_use
 from qlora_exp.models.targets import (
     adapted_names,
     count_kinds,
@@ -73,7 +74,9 @@ def check_model(config: Config, resolved: Resolved, tokenize: Callable[[Tokenize
             "bits: use quantization=none with method=lora"
         )
     if config.quantization.bitsandbytes:
-        check_quantization(config.model, config.quantization, resolved, skeleton(config.model))
+        quantized = skeleton(config.model)
+        check_quantization(config.model, config.quantization, resolved, quantized)
+        check_use(quantized, config.distributed, config.training.torch_compile)
     if not compatibility.is_ignored():
         check_adapter(config, model)
 

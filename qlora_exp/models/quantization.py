@@ -19,11 +19,10 @@ from transformers.utils.quantization_config import AwqBackend
 from qlora_exp.config.sections.quantization import QuantizationConfig
 from qlora_exp.environment.device import Resolved
 from qlora_exp.libraries.bitsandbytes import keep_trainable
+from qlora_exp.models.experts import Experts4bit, packed_experts, unpack
 from qlora_exp.models.files import require_package, unquantized
 from qlora_exp.utils.errors import ModelError
 
-BLOCK = 64
-"""Number of weights that share a constant in bitsandbytes' 4-bit types."""
 _MOST = 0.9
 """Share of weights in few bits from which on nothing is said about the others."""
 _CONVOLUTIONS = torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d
@@ -70,6 +69,8 @@ def weights_bytes(model: Any) -> int:
         total += sum(state.absmax.nbytes for state in states)
         if isinstance(scales := getattr(parameter, "SCB", None), torch.Tensor):
             total += scales.nbytes
+    for _, experts in packed_experts(model):  # which look as if they were in 16 bits
+        total += sum(part.nbytes for part in experts.parts.values()) - experts.numel() * experts.element_size()
     return total
 
 
@@ -79,7 +80,7 @@ class Stored:
 
     few_bits: int
     experts: int
-    """Weights of fused experts: tensors of three dimensions and no layers, which quantizers leave as they are."""
+    """Weights of fused experts, and other tensors of more than two dimensions, that stay as they are."""
     others: dict[str, int]
     """Further matrices that stay as they are: number of weights by the class of their layer."""
 
@@ -103,6 +104,9 @@ def stored(model: Any) -> Stored:
             few_bits += weight.numel()
         else:
             for parameter in module.parameters(recurse=False):
+                if isinstance(parameter, Experts4bit):
+                    few_bits += parameter.numel()
+                    continue
                 experts += parameter.numel() if parameter.ndim > 2 else 0
                 others[type(module).__name__] += parameter.numel() if parameter.ndim == 2 else 0
     return Stored(few_bits, experts, +others)
@@ -120,12 +124,15 @@ def check_stored(name: str, quantization: QuantizationConfig, found: Stored, dty
         raise ModelError(unquantized(name, quantization, f"{1 - found.share:.0%}", kinds or "of this model"))
     if found.share >= _MOST:
         return None
-    kinds = "in fused experts" if found.experts > left else f"in {', '.join(found.others)}"
+    fused = found.experts > left
+    kinds = "in fused experts" if fused else f"in {', '.join(found.others)}"
     count = found.experts + left
+    asked = fused and quantization.load_in_4bit and not quantization.bnb_4bit_experts
     return (
         f"quantization={quantization.name}: only {found.share:.1%} of {name}'s weights are stored in few bits; "
         f"{count:,} weights, most of them {kinds}, stay in {str(dtype).removeprefix('torch.')} and take "
         f"{count * dtype.itemsize / 1e9:,.2f} GB"
+        + ("; quantization.bnb_4bit_experts=true stores them in 4 bits" if asked else "")
     )
 
 
@@ -157,6 +164,8 @@ def weight_of(layer: Any) -> torch.Tensor | None:
 
         return dequantize_gemm(layer.qweight, layer.qzeros, layer.scales, layer.bits, layer.group_size).T.float()
     weight = getattr(layer, "weight", None)
+    if isinstance(weight, Experts4bit):  # not of a linear layer
+        return None
     if type(weight).__name__ in ("Params4bit", "Int8Params"):
         return dequantize_module_weight(layer).float()
     return dense(weight).float() if isinstance(weight, torch.Tensor) and dense(weight) is not weight else None
@@ -164,7 +173,8 @@ def weight_of(layer: Any) -> torch.Tensor | None:
 
 @torch.no_grad()
 def dequantized(model: Any, dtype: torch.dtype) -> Any:
-    """Replace quantized layers by ordinary linear ones of `dtype`, one layer at a time; return the model."""
+    """Replace quantized layers and experts by ordinary ones of `dtype`, one at a time; return the model."""
+    unpack(model, dtype)
     for name, layer in [*model.named_modules()]:
         if (weight := weight_of(layer)) is None:
             continue
@@ -227,7 +237,9 @@ def _input_rounding(threshold: float) -> Callable[[Any, Any], Any]:
 
 
 def dense(tensor: torch.Tensor) -> torch.Tensor:
-    """Convert a tensor of a library's own class (torchao, Quanto) to an ordinary one; return others unchanged."""
+    """Convert a tensor of a special class (torchao, Quanto, experts in 4 bits) to an ordinary one, if it is one."""
+    if isinstance(tensor, Experts4bit):
+        return tensor.dense()
     return tensor.dequantize() if type(tensor).__module__.startswith(_TENSOR_CLASSES) else tensor
 
 

@@ -23,6 +23,8 @@ from qlora_exp.libraries.torch import (
     storage_address,
     tree_leaves,
 )
+from qlora_exp.models.experts import Experts4bit
+from qlora_exp.planning.packed_weights import parts_of
 
 Group = tuple[str, int]
 """Part of a step: (`start`, 0), (`forward`, layer), (`loss`, 0), then (`loss`, 1), (`backward`, layer), (`end`, 0)."""
@@ -91,9 +93,9 @@ class Recorder(TorchDispatchMode):
         They are kept alive: if a layer replaces one, as bitsandbytes does with biases, the next storage could have its
         address.
         """
-        for tensor in tensors:
-            self._ignored.append(tensor.untyped_storage())
-            self._numbers[storage_address(tensor)] = -1
+        for part in (part for tensor in tensors for part in parts_of(tensor)):
+            self._ignored.append(part.untyped_storage())
+            self._numbers[storage_address(part)] = -1
 
     def add(self, tensor: torch.Tensor, kind: str | None = None) -> None:
         """Record a tensor's storage if it is new."""
@@ -123,6 +125,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation; record the storages it creates and its work."""
+        if any(issubclass(kind, Experts4bit) for kind in types):
+            return NotImplemented  # it comes again with what the experts are dequantized to
         if (device := fake_device(func, args)) is not None:
             return device
         kwargs = kwargs or {}

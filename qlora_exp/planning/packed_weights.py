@@ -12,7 +12,8 @@ from qlora_exp.config.sections.quantization import QuantizationConfig
 from qlora_exp.environment.device import Resolved
 from qlora_exp.libraries.bitsandbytes import keep_trainable
 from qlora_exp.libraries.transformers import with_bitsandbytes_layers
-from qlora_exp.models.quantization import BLOCK, check_stored, quantization_config, stored
+from qlora_exp.models.experts import BLOCK, Experts4bit, pack_meta
+from qlora_exp.models.quantization import check_stored, quantization_config, stored
 from qlora_exp.utils.errors import ConfigError
 
 
@@ -28,6 +29,7 @@ def quantize_meta(model: Any, quantization: QuantizationConfig, resolved: Resolv
     if not quantization.bitsandbytes:
         raise ConfigError(f"quantization={quantization.name} cannot be planned yet: choose nf4_double or int8")
     with_bitsandbytes_layers(model, quantization_config(quantization, resolved))
+    pack_meta(model, quantization)
     check_stored(model.config.name_or_path, quantization, stored(model), getattr(torch, resolved.dtype))
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
@@ -110,8 +112,32 @@ class Int8Params(_Packed):
         return weight
 
 
+class _FirstOfAll(Experts4bit):
+    """The first of experts in 4 bits, for which all are dequantized."""
+
+    alone = False
+
+
+def first_product(tokens: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    """Return the product of tokens, (tokens, rows), with the first of experts, (experts, rows, columns).
+
+    It allocates what the grouped product of all experts does, also in the backward pass.
+    """
+    if not isinstance(experts, Experts4bit):
+        return tokens @ experts[0]
+    stored = experts.parts, experts.whole, experts.stored_dtype, experts.quant_type
+    return tokens @ _FirstOfAll(*stored, expert=0, transposed=experts.transposed, dtype=experts.dtype)
+
+
+def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the tensors with storages that a tensor consists of: itself, or what experts in 4 bits are stored as."""
+    return [*tensor.parts.values()] if isinstance(tensor, Experts4bit) else [tensor]
+
+
 def stored_bytes(parameter: torch.Tensor) -> list[int] | None:
     """Return the bytes of a bitsandbytes weight: its values, then each kind of constants; None for other tensors."""
+    if isinstance(parameter, Experts4bit):
+        return [part.nbytes for part in parts_of(parameter)]
     if isinstance(parameter, Params4bit):
         blocks = -(-math.prod(parameter.shape_of_values) // BLOCK)
         return [

@@ -27,11 +27,12 @@ from qlora_exp.libraries.torch import WANTS_VALUES, AssumedValues, computing_as_
 from qlora_exp.libraries.transformers import experts_without_values
 from qlora_exp.models import adapters
 from qlora_exp.models.base import model_config
+from qlora_exp.models.experts import check_use
 from qlora_exp.models.files import check_files
 from qlora_exp.models.quantization import check_stored, stored
 from qlora_exp.models.trained import freeze, sample_last
 from qlora_exp.planning.fake_tensors import Work
-from qlora_exp.planning.packed_weights import quantize_meta
+from qlora_exp.planning.packed_weights import first_product, quantize_meta
 from qlora_exp.planning.replay import Phase, offloaded, play
 from qlora_exp.planning.sharding import Traffic, Units, all_reduced, buckets, keep_shares, shard, units
 from qlora_exp.planning.step import Batch, Step, optimizer, record, static_of, weigh
@@ -154,6 +155,7 @@ class Planner:
             optim = UNPAGED.get(optim, optim)
         with self._explained(), as_it_runs(self._on_cuda):
             model = build_model(self._config, self._resolved, self._architecture, self._depth)
+            check_use(model, shared)
             parameters = adapters.count_parameters(model)
             self._unquantized = getattr(model, "unquantized", None)
             if shared.engine == "fsdp" and self._ranks > 1:
@@ -349,7 +351,7 @@ def as_it_runs(on_cuda: bool, flash: bool = False) -> Iterator[None]:
     with ExitStack() as patches:
         patches.enter_context(trl.every_token_scored())
         patches.enter_context(without_values(dequantized))
-        patches.enter_context(experts_without_values())
+        patches.enter_context(experts_without_values(first_product))
         if on_cuda:
             patches.enter_context(trl.loss_as_on_gpu())
             patches.enter_context(computing_as_on_gpu(flash))

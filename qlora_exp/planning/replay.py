@@ -56,6 +56,7 @@ def play(model: Model, step: Step, on_cuda: bool, accumulates: bool, buckets: It
         memory.take("temporary", _WORKSPACE)
     for kind, nbytes in model.static:
         memory.take(kind, nbytes)
+    memory.run([Event(("start", 0), 0, model.loading, "temporary")] if model.loading else [])
     phases = {"load": memory.phase()}
     if on_cuda:
         memory.take("temporary", _WORKSPACE)

@@ -19,6 +19,7 @@ from transformers.optimization import Adafactor
 from qlora_exp.config.tables.optimizers import COMPILED
 from qlora_exp.libraries.torch import FakeTensorMode, storage_address
 from qlora_exp.models import adapters
+from qlora_exp.models.experts import packed_experts
 from qlora_exp.models.trained import layers_of
 from qlora_exp.planning.fake_tensors import (
     LAYERS,
@@ -53,6 +54,8 @@ class Model:
     """Number of trainable parameters and of all parameters."""
     paged: int
     """Bytes of optimizer states that are paged."""
+    loading: int = 0
+    """Bytes that loading takes besides for a moment: experts before they are packed."""
 
 
 @dataclass
@@ -168,10 +171,12 @@ def _importances(model: Any) -> list[int]:
 def weigh(model: Any, optimizer: Callable[[Any], Kept]) -> Model:
     """Compute the static memory of a model on the meta device, and record its optimizer's steps on fake tensors."""
     static = [*static_of([*model.parameters(), *model.buffers()])]
+    # As they are read, each by itself in most files, and as the tensor that they are joined to.
+    loading = 2 * max((experts.numel() * experts.element_size() for _, experts in packed_experts(model)), default=0)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     materialize(model, mode, frozen=False)
     kept = optimizer(model)
-    return Model(static, _updates(kept, model, mode), adapters.count_parameters(model), kept.paged)
+    return Model(static, _updates(kept, model, mode), adapters.count_parameters(model), kept.paged, loading)
 
 
 def record(

@@ -12,6 +12,7 @@ from qlora_exp.distributed import group
 from qlora_exp.environment import turns
 from qlora_exp.environment.device import places
 from qlora_exp.models import adapters, base, lora_init
+from qlora_exp.models.experts import keep_from_ddp
 from qlora_exp.models.quantization import check_stored, stored
 from qlora_exp.models.sharing.copies import SharedBase
 from qlora_exp.models.sharing.rows import Rows, by_turns
@@ -178,6 +179,8 @@ def _attach(
             _log_first(run, tokens, first)
             adapters.load_weights(adapted, first.folder)
         lora_init.finish(start, adapted, batches, partial(base.load_unquantized, config.model))
+        if config.distributed.engine == "ddp":
+            keep_from_ddp(adapted)
         if config.distributed.shards and peft_config is not None:  # DDP does that by itself
             own = adapters.saved_parameters(adapted)
             group.take_from_main(parameter for name, parameter in adapted.named_parameters() if name in own)

@@ -29,6 +29,7 @@ from qlora_exp.libraries.transformers import load_best_checkpoint
 from qlora_exp.models import adapters, lora_init, quantization
 from qlora_exp.models import base as model
 from qlora_exp.models.checks import check_adapter
+from qlora_exp.models.experts import packed_experts
 from qlora_exp.models.trained import freeze
 from qlora_exp.training import trainer as training
 from qlora_exp.training.checkpoints import checkpoints
@@ -148,10 +149,13 @@ class _Trial:
         resolved = resolve(config, _CPU)
         set_seed(1)
         base = model.load_model(config.model, config.quantization, resolved)
-        for name, layer in values_of.named_modules() if values_of is not None else ():
-            if (weight := quantization.weight_of(layer)) is not None:
-                same = base.get_submodule(name)
-                same.weight.data = weight.T if type(same).__name__ == "Conv1D" else weight
+        if values_of is not None:
+            for name, layer in values_of.named_modules():
+                if (weight := quantization.weight_of(layer)) is not None:
+                    same = base.get_submodule(name)
+                    same.weight.data = weight.T if type(same).__name__ == "Conv1D" else weight
+            for name, experts in packed_experts(values_of):
+                base.get_parameter(name).data = experts.dense()
         settings = adapters.peft_config(config, model.skeleton(config.model))
         batches = lora_init.batches(self.rows, 8, 1 if config.lora_start == "corda" else 8, 64, 0)
         lora_init.prepare(config.lora_start, base, settings, batches)

@@ -129,6 +129,17 @@ class Stages:
         chosen = quantization_config(config.quantization, resolve(config, CPU))
         return chosen and (type(chosen).__name__, repr(chosen))
 
+    def experts(self, config: Config) -> Any:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        from qlora_exp.models.builtin import TINY
+        from qlora_exp.models.experts import pack_meta, packed_experts
+
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **TINY["mixtral"]))
+        pack_meta(model, config.quantization)
+        return [name for name, _ in packed_experts(model)]
+
     def first_rows(self, config: Config) -> Any:
         from qlora_exp.recipe import setup
 

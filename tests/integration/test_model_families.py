@@ -2,14 +2,18 @@
 
 import json
 import random
+from pathlib import Path
 
 import pytest
+import torch
 from helpers import tiny_models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_exp.deploy.chat import Sampling, asked, load_chat_model
 from qlora_exp.deploy.load import find, load
+from qlora_exp.deploy.merge import logits, whole
 from qlora_exp.deploy.serving import commands
+from qlora_exp.models.experts import packed_experts
 from qlora_exp.utils.errors import ConfigError
 
 WORDS = ["tap", "pipe", "roof", "wall", "door", "lamp"]
@@ -123,7 +127,7 @@ def test_text_that_ends_the_templates_turns_ends_answers(write_jsonl, tiny_model
 
 
 @pytest.mark.slow
-def test_experts_stay_unquantized_and_it_is_said(rows, tiny_model, run_quick, tmp_path, caplog):
+def test_experts_in_4_bits_are_trained_loaded_and_merged(rows, tiny_model, run_quick, tmp_path, caplog):
     model = tiny_model("mixtral", num_local_experts=4, num_experts_per_tok=2)
     mixtral = (*rows, "model=hub", f"model.model_name_or_path={model}", "method=qlora")
     with pytest.raises(
@@ -131,11 +135,32 @@ def test_experts_stay_unquantized_and_it_is_said(rows, tiny_model, run_quick, tm
     ):
         run_quick(*mixtral, "method.lora_dropout=0.1")
     assert not (tmp_path / "run0").exists()
-    done = run_quick(*mixtral, "method.lora_dropout=0")
+    done = run_quick(*mixtral, "method.lora_dropout=0", "training.max_steps=4")
     attention, experts, router = 2 * 64 * (64 + 32 + 32 + 64), 2 * 4 * 3 * 64 * 128, 2 * 4 * 64
-    assert done.metrics["quantized_share"] == pytest.approx(attention / (attention + experts + router))
-    assert "only 11.1% of" in caplog.text
+    quantized = attention + experts
+    assert done.metrics["quantized_share"] == pytest.approx(quantized / (quantized + router))
+    assert "stay in" not in caplog.text
     assert "model.layers.*.mlp.experts.gate_up_proj (2)" in caplog.text
+    loaded, tokenizer = load(str(done.output_dir / "model"), device="cpu")
+    assert quantized_experts(loaded) == 4
+    ids = tokenizer("tap pipe", return_tensors="pt").input_ids
+    merged = whole(find(str(done.output_dir / "model"), device="cpu"), base="trained").model
+    assert quantized_experts(merged) == 0
+    assert torch.allclose(logits(merged, ids), logits(loaded, ids), atol=1e-4)
+    plain, _ = load(str(done.output_dir / "model"), device="cpu", quantization="none")
+    assert quantized_experts(plain) == 0
+    assert not torch.allclose(logits(plain, ids), logits(loaded, ids), atol=1e-4)
+    recorded = done.output_dir / "model" / "qlora_exp.yaml"
+    assert "  bnb_4bit_experts: true\n" in recorded.read_text("utf-8")
+    recorded.write_text(recorded.read_text("utf-8").replace("  bnb_4bit_experts: true\n", ""), "utf-8")
+    Path(Path(model).name).symlink_to(model)  # where an adapter looks for its base once its run is not known
+    for chosen, count in ((None, 0), ("nf4_double", 0), ("nf4", 4)):  # a run of an older version
+        older, _ = load(str(done.output_dir / "model"), device="cpu", quantization=chosen)
+        assert quantized_experts(older) == count, chosen
+
+
+def quantized_experts(model) -> int:
+    return sum(1 for _ in packed_experts(model))
 
 
 @pytest.mark.slow

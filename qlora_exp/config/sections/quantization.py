@@ -29,6 +29,9 @@ class QuantizationConfig(Section):
     """Double quantization: quantize the quantization constants too, which saves about 0.4 bits per parameter."""
     bnb_4bit_compute_dtype: Literal["auto"] | Dtype = "auto"
     """Data type of the computation. auto: float32 on a CPU, bfloat16 on a GPU that supports it, else float16."""
+    bnb_4bit_experts: bool = False
+    """Store the fused experts of a mixture of experts in 4 bits too, not in the model's dtype. The options nf4, fp4,
+    nf4_double and fp4_double set it; runs of older versions did not."""
     llm_int8_threshold: Annotated[float, Field(ge=0)] = 6.0
     """int8: activations above this value are computed without quantization."""
 
@@ -41,6 +44,11 @@ class QuantizationConfig(Section):
     def bitsandbytes(self) -> bool:
         """Whether bitsandbytes quantizes the base. bitsandbytes does not run on Apple GPUs."""
         return self.load_in_4bit or self.load_in_8bit
+
+    @property
+    def packs_experts(self) -> bool:
+        """Whether fused experts are stored in 4 bits."""
+        return self.load_in_4bit and self.bnb_4bit_experts
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -70,6 +70,7 @@ ENTRIES: dict[str, tuple[Any, ...]] = {
     "quantization.load_in_8bit": (Stages.quantizer, True),
     "quantization.bnb_4bit_quant_type": (Stages.quantizer, "fp4", {"quantization.load_in_4bit": True}),
     "quantization.bnb_4bit_use_double_quant": (Stages.quantizer, True, {"quantization.load_in_4bit": True}),
+    "quantization.bnb_4bit_experts": (Stages.experts, True, {"quantization.load_in_4bit": True}),
     "quantization.bnb_4bit_compute_dtype": (Stages.quantizer, "bfloat16", {"quantization.load_in_4bit": True}),
     "quantization.llm_int8_threshold": (Stages.quantizer, 2.0, {"quantization.load_in_8bit": True}),
     "lora_variant.name": (Stages.labels, "mine"),

@@ -41,3 +41,15 @@ def test_null_in_sft_config_is_as_not_given():
     assert result_values({"training": {"sft_config": {"data_seed": 1, "tf32": None}}})["training"]["sft_config"] == {
         "data_seed": 1
     }
+
+
+def test_older_records_say_that_experts_stay_in_16_bits():
+    new = compose(["method=qlora", "quantization=nf4"])
+    values = new.model_dump(mode="json")
+    older = from_dict(
+        values | {"quantization": {k: v for k, v in values["quantization"].items() if "experts" not in k}}
+    )
+    assert new.quantization.packs_experts
+    assert not older.quantization.packs_experts
+    assert "bnb_4bit_experts" not in result_values(older.model_dump(mode="json"))["quantization"]
+    assert not compose(["method=qlora", "quantization=int8"]).quantization.packs_experts

@@ -54,6 +54,37 @@ def test_fused_attention_has_these_names():
 
 def test_leaves_of_nested_arguments():
     assert private.tree_leaves(([1, {"a": 2}], (3, None), [])) == [1, 2, 3, None]
+    assert private.tree_map(str, ([1, {"a": 2}], (3,))) == (["1", {"a": "2"}], ("3",))
+
+
+def test_an_operation_names_what_it_writes():
+    table, rows = torch.zeros(2, 2), torch.ones(2, 2)
+    assert private.changed_by(torch.ops.aten.add_.Tensor, (table, rows)) == [table]
+    assert private.changed_by(torch.ops.aten.add.Tensor, (table, rows)) == []
+    with Seen() as seen:
+        table.to(torch.float64)
+    assert private.TO_COPY in {one.overloadpacket for one in seen.operations}
+
+
+def test_a_tensor_without_storage_looks_like_one_with():
+    class Sum(private.Wrapper):
+        __torch_function__ = private.AS_PLAIN_TENSOR
+
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            return func(*private.tree_map(lambda value: torch.ones(2, 3) if isinstance(value, cls) else value, args))
+
+    made = Sum.wrapping([2, 3], [3, 1], torch.float32, torch.device("cpu"))
+    assert (made.shape, made.stride(), made.device.type) == ((2, 3), (3, 1), "cpu")
+    assert type(made + 1) is torch.Tensor
+    assert torch.equal(made + 1, torch.full((2, 3), 2.0))
+
+
+def test_ddp_reads_the_names_that_it_shall_ignore():
+    model = torch.nn.Linear(2, 2)
+    private.ignored_by_ddp(model, ["bias"])
+    assert model._ddp_params_and_buffers_to_ignore == ["bias"]
+    assert "_ddp_params_and_buffers_to_ignore" in inspect.getsource(torch.nn.parallel.DistributedDataParallel.__init__)
 
 
 @pytest.mark.parametrize("fake", [False, True])

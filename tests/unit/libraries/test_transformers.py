@@ -17,12 +17,14 @@ from transformers import (
 )
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from qlora_exp.libraries.transformers import (
     experts_without_values,
     gguf_files_read_once,
     load_best_checkpoint,
     model_types,
+    parameters_packed,
     quantized_on,
     saved_by_any_process,
     with_bitsandbytes_layers,
@@ -52,6 +54,22 @@ def test_weights_are_quantized_on_another_device_than_they_are_loaded_on(monkeyp
     assert places == [{"meta"}]
     assert loaded["weight"].device.type == "cpu"
     assert Bnb4bitQuantize.convert is convert
+
+
+def test_other_parameters_are_packed_as_they_are_read(monkeypatch):
+    monkeypatch.setattr(Bnb4bitQuantize, "convert", lambda self, input_dict, **_: dict.fromkeys(input_dict, "layer"))
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    quantizer = Bnb4BitHfQuantizer(BitsAndBytesConfig(load_in_4bit=True), pre_quantized=False)
+    needs = Bnb4BitHfQuantizer.param_needs_quantization
+    with parameters_packed(lambda _: {"0.bias"}, lambda tensor: tensor * 2):
+        assert quantizer.param_needs_quantization(model, "0.bias")
+        assert not quantizer.param_needs_quantization(model, "0.weight")
+        convert = Bnb4bitQuantize(quantizer).convert
+        assert torch.equal(convert({"0.bias": [torch.ones(2)]}, model=model)["0.bias"], torch.full((2,), 2.0))
+        assert convert({"0.weight": [torch.ones(2)]}, model=model) == {"0.weight": "layer"}
+        quantizer.pre_quantized = True
+        assert not quantizer.param_needs_quantization(model, "0.bias")
+    assert Bnb4BitHfQuantizer.param_needs_quantization is needs
 
 
 def test_every_type_of_model_that_generates_text_is_known():
@@ -136,7 +154,7 @@ def test_experts_compute_without_values_in_any_dtype():
         ids = torch.zeros(2, 5, dtype=torch.long)
         with pytest.raises(RuntimeError, match="BF16"):  # else the function is not needed any more
             model(input_ids=ids)
-        with experts_without_values():
+        with experts_without_values(lambda tokens, experts: tokens @ experts[0]):
             loss = model(input_ids=ids, labels=ids).loss
             loss.backward()
     experts = model.model.layers[0].mlp.experts

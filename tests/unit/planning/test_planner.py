@@ -9,10 +9,13 @@ import torch
 from helpers.planning import ARCHITECTURE, CPU, GPU, HIDDEN, INNER, LAYERS, LINEAR, REST, VOCABULARY, predict
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM
+from trl.trainer.utils import add_fused_lm_head
 
 from qlora_exp.config.hydra_compose import compose
+from qlora_exp.config.sections.distributed import DistributedConfig
 from qlora_exp.environment.device import resolve
 from qlora_exp.models import adapters, base
+from qlora_exp.models.quantization import weights_bytes
 from qlora_exp.planning import planner
 from qlora_exp.planning.fake_tensors import Recorder
 from qlora_exp.utils.errors import ConfigError, ModelError
@@ -268,11 +271,65 @@ def test_code_that_asks_whether_any_value_holds_gets_no():
 
 
 def test_experts_that_stay_unquantized_are_said():
-    config = compose(["model=tiny_llama", "model.model_name_or_path=random:qwen3_moe", "method.lora_dropout=0"])
+    model = ["model=tiny_llama", "model.model_name_or_path=random:qwen3_moe", "method.lora_dropout=0"]
+    config = compose([*model, "quantization.bnb_4bit_experts=false"])
     few = planner.build_model(config, resolve(config, GPU), base.model_config(config.model), 2)
     experts, routers = 2 * 4 * 3 * 64 * 32, 2 * 4 * 64
     said = rf"only 33\.1% of .*; {experts + routers:,} weights, most of them in fused experts, stay in bfloat16"
     assert re.search(said, few.unquantized)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(["model.model_name_or_path=random:gpt_oss"], marks=pytest.mark.thorough),
+        pytest.param(["method.target_modules=attention"], marks=pytest.mark.thorough),
+        ["training.gradient_checkpointing=true"],
+    ],
+    ids=str,
+)
+def test_experts_in_4_bits_are_planned_as_a_profiled_step_takes(words: list[str], tmp_path: Path):
+    sizes = ["+model.random_config.num_hidden_layers=6", "+model.random_config.hidden_size=128"]
+    model = ["model=tiny_llama", "model.model_name_or_path=random:mixtral", *sizes, "method.lora_dropout=0"]
+    config = compose([*model, "method=qlora", "optimizer=adamw_torch", "training.max_length=64", "device=cpu", *words])
+    resolved = resolve(config, CPU)
+    found = planner.Planner(config, resolved).predict(4).phases["first_step"].allocated
+    ids = torch.arange(4 * 64).view(4, 64) % 200
+    mask = torch.ones_like(ids)
+    mask[0, 60:] = 0
+    before = base.load_model(config.model, config.quantization, resolved)
+    add_fused_lm_head(before, outputs=("log_probs", "entropy", "is_top1"))
+    trace = tmp_path / "trace.json"
+    with torch.profiler.profile(profile_memory=True) as profiler:
+        adapted = adapters.attach(before, adapters.peft_config(config, before), resolved.adapter_dtype).train()
+        if resolved.gradient_checkpointing:
+            before.enable_input_require_grads()
+            before.gradient_checkpointing_enable({"use_reentrant": False})
+        trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained)
+        planner.fused_loss(adapted, ids, mask).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+    profiler.export_chrome_trace(str(trace))
+    now = most = weights_bytes(before) - sum(parameter.nbytes for parameter in trained)
+    for event in json.loads(trace.read_text("utf-8"))["traceEvents"]:
+        if event.get("name") == "[memory]":
+            now += event["args"]["Bytes"]
+            most = max(most, now)
+    assert found == pytest.approx(most, rel=0.03)
+
+
+def test_loading_has_the_experts_of_a_layer_unpacked():
+    config = compose(["model=tiny_llama", "model.model_name_or_path=random:mixtral", "method.lora_dropout=0"])
+    plan = planner.Planner(config, resolve(config, CPU)).predict(1, 8, evaluated=0)
+    assert plan.phases["load"].kinds["temporary"] == 2 * 4 * 256 * 64 * 4
+
+
+def test_experts_in_4_bits_are_not_planned_in_shares():
+    config = compose(["model=tiny_llama", "model.model_name_or_path=random:mixtral", "method.lora_dropout=0"])
+    sharded = config.model_copy(update={"distributed": DistributedConfig(engine="fsdp", num_processes=2)})
+    with pytest.raises(ConfigError, match="fsdp cannot shard experts that are stored in 4 bits"):
+        planner.Planner(sharded, resolve(sharded, GPU))
 
 
 @pytest.mark.thorough
