@@ -18,7 +18,7 @@ from transformers.utils.quantization_config import AwqBackend
 
 from qlora_exp.config.sections.quantization import QuantizationConfig
 from qlora_exp.environment.device import Resolved
-from qlora_exp.libraries.bitsandbytes import keep_trainable
+from qlora_exp.libraries.bitsandbytes import dequantize_every_width, keep_trainable
 from qlora_exp.models.experts import Experts4bit, packed_experts, unpack
 from qlora_exp.models.files import require_package, unquantized
 from qlora_exp.utils.errors import ModelError
@@ -50,6 +50,7 @@ def quantization_config(quantization: QuantizationConfig, resolved: Resolved) ->
     if quantization.load_in_8bit:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=quantization.llm_int8_threshold)
     if quantization.load_in_4bit:
+        dequantize_every_width()
         return BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=quantization.bnb_4bit_quant_type,

@@ -1,7 +1,9 @@
+import pytest
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from bitsandbytes import functional
+from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
 
-from qlora_exp.libraries.bitsandbytes import constants, keep_trainable
+from qlora_exp.libraries.bitsandbytes import constants, dequantize_every_width, keep_trainable
 
 
 def test_a_4_bit_layer_does_not_repack_its_weights():
@@ -33,3 +35,20 @@ def test_what_layers_keep_to_dequantize():
     eight(torch.ones(2, 64))
     assert {id(eight.state.CB), id(eight.state.SCB)} <= {*map(id, constants(eight))}
     assert id(four.weight.quant_state) in {*map(id, constants(four.weight))}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_4_bit_weights_of_every_width_are_dequantized_to_their_own_values(kind: str, dtype: torch.dtype):
+    dequantize_every_width()
+    for width in (2, 32, 33, 48, 64, 96, 100, 128, 160):
+        weight = torch.randn(7, width, dtype=dtype)
+        packed, state = functional.quantize_4bit(weight, quant_type=kind)
+        codes = torch.stack([packed >> 4, packed & 15], dim=1).flatten()[: weight.numel()].long()
+        values = state.code[codes] * state.absmax.repeat_interleave(64)[: weight.numel()]
+        expected = values.reshape(weight.shape).to(dtype)
+        torch.testing.assert_close(functional.dequantize_4bit(packed, state), expected, rtol=1e-2, atol=1e-6)
+        layer = Linear4bit(width, 7, bias=False, quant_type=kind)
+        layer.weight = Params4bit(weight.clone(), requires_grad=False, quant_type=kind)
+        inputs = torch.eye(width, dtype=dtype, requires_grad=True)
+        torch.testing.assert_close(layer.to("cpu")(inputs).T, expected, rtol=2e-2, atol=1e-5)
