@@ -41,7 +41,14 @@ BIG = ["train", "model=hub", "model.model_name_or_path={base}", *SHORT]
 RANKS = [(f"8b_{method}_r{r}", [f"method={method}", f"method.r={r}"]) for method in ("qlora", "lora") for r in (16, 32)]
 PACKED = ["training.packing=true", "training.max_length=2048", "training.per_device_train_batch_size=1"]
 LONG = ["method=qlora", "method.r=32", "dataset=own", "dataset.path={rows}", "dataset.eval_size=1"]
-LONG += ["training.per_device_train_batch_size=1", "training.max_steps=2"]
+LONG += [
+    "training=long_rows",
+    "training.max_steps=2",
+    "training.per_device_eval_batch_size=1",
+    "training.eval_strategy=no",
+]
+LENGTHS = {24: (16_384, 78_475), 78: (131_072, 262_144)}
+"""Tokens of one row, by GiB (docs/long_rows.md). The longest takes 70 GiB of the machine's memory."""
 STORED = ["torchao_int8", "torchao_float8", "quanto_int8", "quanto_int4", "int8", "fp4"]
 
 
@@ -65,8 +72,12 @@ def cases() -> dict[str, Case]:
         made[f"{name}_x4_tuned"] = Case([[*BIG, *words, *four, "training.tune=auto"]], 180)
     made |= {f"{name}_packed": Case([[*BIG, *words, *PACKED]], 150) for name, words in RANKS if name.endswith("r16")}
     made |= {
-        f"8b_qlora_{tokens}_tokens_{gib}_gib": Case([[*BIG, *LONG, f"training.max_length={tokens}"]], 150, gib)
-        for gib, lengths in ((24, (8192, 16384)), (78, (32768, 65536)))
+        f"8b_qlora_{tokens}_tokens_{gib}_gib": Case(
+            [[*BIG, *LONG, f"training.max_length={tokens}", *(["training.max_steps=1"] if gib > 24 else [])]],
+            150 + tokens**2 // 200_000_000,
+            gib,
+        )
+        for gib, lengths in LENGTHS.items()
         for tokens in lengths
     }
     run = ["train", "method=qlora", "training.max_steps=20", "hydra.run.dir={folder}/run", "evaluation.generate_rows=4"]
@@ -100,7 +111,7 @@ def make_base(folder: Path, small: bool, device: str) -> None:
 
     tokenizer = load_tokenizer(compose([]).model)
     rows = 49152 if small else 128256
-    sizes = {"vocab_size": rows, "max_position_embeddings": 131072, "tie_word_embeddings": False, **SHAPES[small]}
+    sizes = {"vocab_size": rows, "max_position_embeddings": 2**19, "tie_word_embeddings": False, **SHAPES[small]}
     config = AutoConfig.for_model("llama", eos_token_id=tokenizer.eos_token_id, **sizes)
     with torch.device(device):
         torch.manual_seed(0)
@@ -111,7 +122,7 @@ def make_base(folder: Path, small: bool, device: str) -> None:
 
 def write_long_rows(file: Path) -> None:
     """Write rows that are longer than any case's."""
-    text = "The quick brown fox jumps over the lazy dog. " * 8000
+    text = "The quick brown fox jumps over the lazy dog. " * 40_000
     lines = [{"instruction": f"{number}", "input": "", "output": text} for number in range(3)]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
 

@@ -1,4 +1,6 @@
-"""Check that arguments in `training.sft_config` go together with the rest of a config. Must not import torch.
+"""Check that arguments of TRL's SFTConfig, most in `training.sft_config`, go together with the rest of a config.
+
+Must not import torch.
 
 Names, types and ranges are checked in `config.tables.sft_arguments`.
 """
@@ -7,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qlora_exp.config.schema import Config
+from qlora_exp.config.sections.training import TrainingConfig
 from qlora_exp.config.tables import sft_arguments
 
 _WITH_TRAINED_PROMPT = ("P_TUNING", "PROMPT_TUNING")
@@ -16,19 +19,21 @@ _OF_WORKERS = ("dataloader_multiprocessing_context", "dataloader_persistent_work
 
 def problems(config: Config) -> Iterator[str]:
     """Yield a message for each argument that would fail or change nothing with the rest of the config."""
+    if config.device in ("cpu", "mps"):
+        yield from (f"{key}: it needs a CUDA device, not device={config.device}" for key in needs_gpu(config.training))
     for name, why in _reasons(config, config.training.sft_config):
         yield f"training.sft_config.{name}: {why}"
+    yield from _long_rows(config)
 
 
-def needs_gpu(given: dict[str, Any]) -> Iterator[str]:
-    """Yield the arguments that fail or change nothing without a GPU.
-
-    Args:
-        given: `training.sft_config`.
-    """
-    yield from (name for name in sft_arguments.GPU_ONLY if given.get(name) is not None)
+def needs_gpu(training: TrainingConfig) -> Iterator[str]:
+    """Yield the keys that fail or change nothing without a GPU."""
+    given = training.sft_config
+    if training.activation_offloading:
+        yield "training.activation_offloading"
+    yield from (f"training.sft_config.{name}" for name in sft_arguments.GPU_ONLY if given.get(name) is not None)
     if (given.get("gradient_checkpointing_kwargs") or {}).get("offload"):
-        yield "gradient_checkpointing_kwargs.offload"
+        yield "training.sft_config.gradient_checkpointing_kwargs.offload"
 
 
 def unplanned(given: dict[str, Any]) -> Iterator[str]:
@@ -38,8 +43,6 @@ def unplanned(given: dict[str, Any]) -> Iterator[str]:
 
 def _reasons(config: Config, given: dict[str, Any]) -> Iterator[tuple[str, str]]:
     training = config.training
-    if config.device in ("cpu", "mps"):
-        yield from ((name, f"it needs a CUDA device, not device={config.device}") for name in needs_gpu(given))
     for name in _OF_WORKERS:
         if given.get(name) and not training.dataloader_num_workers:
             yield name, "it needs training.dataloader_num_workers, processes that load rows"
@@ -94,19 +97,29 @@ def _batches(config: Config, given: dict[str, Any]) -> Iterator[tuple[str, str]]
 
 
 def _activations(config: Config, given: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    engine = config.distributed.engine
     recomputing = given.get("gradient_checkpointing_kwargs")
     if recomputing and config.training.gradient_checkpointing is not True:
         yield "gradient_checkpointing_kwargs", "it needs training.gradient_checkpointing=true"
-    offloads = [
-        name
-        for name, asked in (
-            ("activation_offloading", given.get("activation_offloading")),
-            ("gradient_checkpointing_kwargs.offload", (recomputing or {}).get("offload")),
-        )
-        if asked
-    ]
-    if len(offloads) > 1:
-        yield offloads[0], f"{offloads[1]} offloads activations too: set one of them"
+    name, engine = "gradient_checkpointing_kwargs.offload", config.distributed.engine
+    if not (recomputing or {}).get("offload"):
+        return
+    if config.training.activation_offloading:
+        yield name, "training.activation_offloading=true offloads activations too: set one of them"
     if config.distributed.shards:
-        yield from ((name, f"it was never tested with distributed={engine}") for name in offloads)
+        yield name, f"it was never tested with distributed={engine}"
+
+
+def _long_rows(config: Config) -> Iterator[str]:
+    """Check what saves the memory of long rows."""
+    training, method = config.training, config.method.name
+    for key in ("activation_offloading", "tiled_mlp"):
+        if getattr(training, key) and config.distributed.shards:
+            yield f"training.{key} was never tested with distributed={config.distributed.engine}: use {key}=false"
+    if not training.tiled_mlp:
+        return
+    if config.depends_on_batch:
+        yield f"training.tiled_mlp: method={method} depends on all tokens of a batch: use training.tiled_mlp=false"
+    elif why := config.refusal("gradient_checkpointing"):
+        yield f"training.tiled_mlp: method={method} cannot compute activations again ({why}): use tiled_mlp=false"
+    if training.torch_compile:
+        yield "training.tiled_mlp was never tested with training.torch_compile: set one of them"

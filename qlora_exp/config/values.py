@@ -111,6 +111,8 @@ _EMPTY_IN_OLDER_RECORDS = (
     ("quantization", "bnb_4bit_experts"),
     ("training", "lr_scheduler_kwargs"),
     ("training", "tune"),
+    ("training", "activation_offloading"),
+    ("training", "tiled_mlp"),
     ("training", "sft_config"),
     ("optimizer", "optim_args"),
     ("optimizer", "optim_target_modules"),

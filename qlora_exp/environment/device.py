@@ -156,8 +156,8 @@ def resolve(config: Config, device: Device) -> Resolved:
     shared = config.distributed
     if device.type != "cuda" and shared.cpu_offload:
         raise ConfigError(f"distributed.cpu_offload: needs a CUDA device, not {device.type}; use false")
-    if device.type != "cuda" and (unmet := next(trainer_settings.needs_gpu(training.sft_config), None)):
-        raise ConfigError(f"training.sft_config.{unmet}: it needs a CUDA device, not {device.type}; leave it out")
+    if device.type != "cuda" and (unmet := next(trainer_settings.needs_gpu(training), None)):
+        raise ConfigError(f"{unmet}: it needs a CUDA device, not {device.type}; leave it out")
     mapped = config.model.device_map
     if device.type == "cuda" and isinstance(mapped, dict) and (elsewhere := _another_gpu([*mapped.values()])):
         raise ConfigError(

@@ -126,6 +126,14 @@ def fp32_precision_kept() -> Iterator[None]:
         backends.fp32_precision = before
 
 
+def running_node() -> Any:
+    """Return the node of the graph that a backward pass runs at this moment (`torch._C._current_autograd_node`).
+
+    It has a public `register_hook`. A saved tensor has no public way to learn which node asks for it.
+    """
+    return torch._C._current_autograd_node()
+
+
 def fake_device(func: Any, args: Any) -> torch.device | None:
     """Return the device of a fake tensor if an operation asks for it (`prim::device`); None for all other operations.
 

@@ -50,6 +50,18 @@ def experts_without_values(product: Callable[[Any, Any], Any]) -> AbstractContex
     return patched(moe, _grouped_mm=lambda input, weight, offs: product(input.to(weight.dtype), weight))
 
 
+def rows_without_values() -> AbstractContextManager[None]:
+    """Let rows of tensors without values be single ones within the context, as an unpadded row is.
+
+    Whether rows are packed stands in their positions. Without values transformers assumes it, and makes a mask as large
+    as the square of the row. Replaces `masking_utils.find_packed_sequence_indices`, which it calls only where no mask
+    of padding is given.
+    """
+    from transformers import masking_utils
+
+    return patched(masking_utils, find_packed_sequence_indices=lambda position_ids: None)
+
+
 def quantized_on(device: str) -> AbstractContextManager[None]:
     """Let `from_pretrained` quantize to 4 bits on this device what it loads on the CPU, one matrix at a time.
 

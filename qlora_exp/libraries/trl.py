@@ -52,6 +52,15 @@ def loss_as_on_gpu() -> Iterator[None]:
         yield
 
 
+def offload_one_at_a_time(trainer: Any) -> None:
+    """Let a tensor leave the GPU before the next one does, in the place of five at once.
+
+    Of checkpointed layers only their inputs leave, and there is the time of a layer between two of them. Sets
+    `max_fwd_stash_size` of `SFTTrainer.maybe_activation_offload_context`, for which SFTConfig has no argument.
+    """
+    trainer.maybe_activation_offload_context.max_fwd_stash_size = 1
+
+
 def set_trained_tokens(trainer: Any, tokens: int) -> None:
     """Set the number of tokens trained on before a resume (`SFTTrainer._total_train_tokens`): TRL starts at zero."""
     trainer._total_train_tokens = tokens

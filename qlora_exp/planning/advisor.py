@@ -174,6 +174,8 @@ def _fits(config: Config, planned: "Prediction", plans: "Planner", cards: Sequen
 
     @cache
     def shared_by(count: int) -> float:
+        if config.training.activation_offloading or config.training.tiled_mlp:
+            return math.inf  # such runs are refused
         try:
             return (
                 plans.over(DistributedConfig(engine="fsdp", num_processes=count)).predict(1, length, evaluated=0).peak

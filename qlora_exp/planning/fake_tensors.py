@@ -20,6 +20,7 @@ from qlora_exp.libraries.torch import (
     TorchDispatchMode,
     assumed,
     fake_device,
+    running_node,
     storage_address,
     tree_leaves,
 )
@@ -28,6 +29,12 @@ from qlora_exp.planning.packed_weights import parts_of
 
 Group = tuple[str, int]
 """Part of a step: (`start`, 0), (`forward`, layer), (`loss`, 0), then (`loss`, 1), (`backward`, layer), (`end`, 0)."""
+HOST = "host"
+"""Kind of what is in the machine's memory, not on the device."""
+_COPIES = 1
+"""CUDA stream on which tensors come back from the machine's memory."""
+_LEAST_OFFLOADED = 1024
+"""Smaller tensors stay on the device (bytes; TRL's `min_offload_size`)."""
 LAYERS = 5
 """Number of layers that run: the first, the last, and three between them that should allocate alike."""
 
@@ -66,12 +73,15 @@ class Recording:
 class Recorder(TorchDispatchMode):
     """Dispatch mode that records storages when operations create them and when they are freed."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_gpu: bool = False) -> None:
         super().__init__()
         self.recording = Recording()
+        self._workspaces = _WORKSPACES_OF_GPU if on_gpu else _WORKSPACES
         self.group: Group = ("start", 0)
         self.kind = "activations"
         """Kind of the storages that are created from now on."""
+        self.stream = 0
+        """CUDA stream that they are created on."""
         self._numbers: dict[int, int] = {}
         """Number of each storage that is alive, by address; -1 for storages that are not recorded."""
         self._ignored: list[Any] = []
@@ -106,12 +116,26 @@ class Recorder(TorchDispatchMode):
         kind = kind or ("loss" if self.group[0] == "loss" else self.kind)
         number, self._count = self._count, self._count + 1
         self._numbers[address] = number
-        self.recording.events.append(Event(self.group, number, nbytes, kind))
+        self.recording.events.append(Event(self.group, number, nbytes, kind, self.stream))
         weakref.finalize(storage, self._gone, address, number, nbytes)
 
     def _gone(self, address: int, number: int, nbytes: int) -> None:
         if self._numbers.pop(address, None) is not None and self._inside:
             self.recording.events.append(Event(self.group, number, -nbytes))
+
+    def on_host(self, nbytes: int) -> int:
+        """Record memory of the machine, pinned by torch's allocator for it in powers of two; return its number."""
+        number, self._count = self._count, self._count + 1
+        self.recording.events.append(Event(self.group, number, 1 << (nbytes - 1).bit_length(), HOST))
+        return number
+
+    def off_host(self, number: int, nbytes: int) -> None:
+        """Record that memory of the machine is free again."""
+        self.recording.events.append(Event(self.group, number, -(1 << (nbytes - 1).bit_length()), HOST))
+
+    def existed(self, tensor: torch.Tensor) -> bool:
+        """Return whether a tensor's storage existed before the step."""
+        return self._numbers.get(storage_address(tensor)) == -1
 
     def is_gradient(self, parameter: torch.Tensor) -> None:
         """Mark the storage of a parameter's newly created gradient as kind `gradients`."""
@@ -130,7 +154,7 @@ class Recorder(TorchDispatchMode):
         if (device := fake_device(func, args)) is not None:
             return device
         kwargs = kwargs or {}
-        if (workspace_bytes := _WORKSPACES.get(str(func.overloadpacket))) is not None:
+        if (workspace_bytes := self._workspaces.get(str(func.overloadpacket))) is not None:
             workspace = self._count = self._count + 1
             nbytes = workspace_bytes(*args, **kwargs)
             self.recording.events += [
@@ -155,8 +179,76 @@ class Recorder(TorchDispatchMode):
         return output
 
 
+class Offloading(torch.autograd.graph.saved_tensors_hooks):
+    """Context of a forward pass whose saved tensors go to the machine's memory, recorded as a GPU would do it.
+
+    It allocates what TRL's `OffloadActivations` allocates there, of whose copies one is under way at a time: a tensor
+    stays on the device until the next one is saved, and when it is back until the backward pass has used the next one.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._leaving: tuple[int, torch.Tensor] | None = None
+        self._back: dict[int, torch.Tensor] = {}
+        self._node: Any = None
+        super().__init__(self._save, self._load)
+
+    def _save(self, tensor: torch.Tensor) -> Any:
+        nbytes = tensor.numel() * tensor.element_size()
+        if nbytes < _LEAST_OFFLOADED or isinstance(tensor, torch.nn.Parameter) or self._recorder.existed(tensor):
+            return tensor
+        if self._leaving and _place(self._leaving[1]) == _place(tensor):
+            return tensor
+        if not tensor.is_contiguous() or tensor.storage_offset():
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        number = self._recorder.on_host(nbytes)
+        self._leaving = number, tensor.detach()
+        return number, tensor.shape, tensor.dtype
+
+    def _load(self, saved: Any) -> torch.Tensor:
+        if isinstance(saved, torch.Tensor):
+            return saved
+        number, shape, dtype = saved
+        node, before = running_node(), []
+        if node is not self._node:
+            self._node, before = node, [*self._back]
+        if self._leaving and self._leaving[0] == number:
+            tensor = self._leaving[1]
+        else:
+            self._recorder.stream = _COPIES
+            tensor = self._back[number] = torch.empty(shape, dtype=dtype)
+            self._recorder.stream = 0
+        self._recorder.off_host(number, tensor.numel() * tensor.element_size())
+
+        def free(*_: Any) -> None:
+            self._leaving = None
+            for used in before:
+                self._back.pop(used, None)
+
+        node.register_hook(free)
+        return tensor
+
+    def close(self) -> None:
+        """Free what a backward pass leaves."""
+        self._leaving = self._node = None
+        self._back.clear()
+
+
+def _place(tensor: torch.Tensor) -> tuple[int, int]:
+    return storage_address(tensor), int(tensor.storage_offset())
+
+
 def _dequantized_4bit(inputs: torch.Tensor, packed: torch.Tensor, *_: Any, **__: Any) -> int:
     return packed.numel() * 2 * inputs.element_size()
+
+
+def _attention_gradients(_grad: Any, query: torch.Tensor, key: torch.Tensor, *_: Any, **__: Any) -> int:
+    """Return the bytes of sums of the queries' gradients in float32, and of those of keys and values for all heads.
+
+    Source: `mha_bwd` in flash_api.cpp of FlashAttention 2, and of torch.
+    """
+    expanded = 2 * query.numel() * query.element_size() if query.shape[1] != key.shape[1] else 0
+    return 4 * query.numel() + expanded
 
 
 _WITHOUT_TRAFFIC = {
@@ -165,6 +257,10 @@ _WITHOUT_TRAFFIC = {
 }
 _WORKSPACES: dict[str, Callable[..., int]] = {"bitsandbytes.gemm_4bit": _dequantized_4bit}
 """Operations that allocate large workspaces internally, with a function that returns the bytes of the workspace."""
+_WORKSPACES_OF_GPU: dict[str, Callable[..., int]] = _WORKSPACES | {
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward": _attention_gradients
+}
+"""The same where operations stand for those of a GPU."""
 
 
 def materialize(model: torch.nn.Module, mode: FakeTensorMode, frozen: bool = True) -> None:
@@ -286,11 +382,11 @@ def deepen(recording: Recording, depth: int) -> list[Event]:
                     origins = inner if origin == middle else (depth_of(origin),)
             if event.nbytes > 0:
                 alive[maker, origins[0], at] = number = len(deeper)
-                deeper.append(Event((name, layer), number, event.nbytes, event.kind))
+                deeper.append(Event((name, layer), number, event.nbytes, event.kind, event.stream))
                 continue
             for owner in origins:
                 if (number := alive.pop((maker, owner, at), -1)) >= 0:  # the first layer frees what layers share
-                    deeper.append(Event((name, layer), number, event.nbytes))
+                    deeper.append(Event((name, layer), number, event.nbytes, event.kind))
 
     for group in groups:
         name, place = group

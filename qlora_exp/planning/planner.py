@@ -24,8 +24,8 @@ from qlora_exp.environment.device import UNPAGED, Device, Resolved, resolve
 from qlora_exp.libraries import trl
 from qlora_exp.libraries.peft import create_samplers, without_values
 from qlora_exp.libraries.torch import WANTS_VALUES, AssumedValues, computing_as_on_gpu, factors_as_on_cpu
-from qlora_exp.libraries.transformers import experts_without_values
-from qlora_exp.models import adapters
+from qlora_exp.libraries.transformers import experts_without_values, rows_without_values
+from qlora_exp.models import adapters, tiling
 from qlora_exp.models.base import model_config
 from qlora_exp.models.experts import check_use
 from qlora_exp.models.files import check_files
@@ -33,7 +33,7 @@ from qlora_exp.models.quantization import check_stored, stored
 from qlora_exp.models.trained import freeze, sample_last
 from qlora_exp.planning.fake_tensors import Work
 from qlora_exp.planning.packed_weights import first_product, quantize_meta
-from qlora_exp.planning.replay import Phase, offloaded, play
+from qlora_exp.planning.replay import Phase, offloaded, on_host, play
 from qlora_exp.planning.sharding import Traffic, Units, all_reduced, buckets, keep_shares, shard, units
 from qlora_exp.planning.step import Batch, Step, optimizer, record, static_of, weigh
 from qlora_exp.training import own_optimizers
@@ -66,6 +66,8 @@ class Prediction:
     """Sentence about the weights of a quantized base that stay as they are; None if they are few."""
     offloaded: int = 0
     """Bytes of the machine's memory that each process takes for its share of the model."""
+    activations_offloaded: int = 0
+    """Bytes of the machine's memory that each process takes for activations."""
 
     @property
     def peak(self) -> int:
@@ -97,6 +99,10 @@ class Planner:
         for key, asked in (
             ("training.torch_compile=true", config.training.torch_compile),
             ("device=mps", resolved.device == "mps"),
+            (
+                "training.activation_offloading=true without gradient_checkpointing",
+                config.training.activation_offloading and not resolved.gradient_checkpointing,
+            ),
             ("distributed=deepspeed_zero3", config.distributed.engine == "deepspeed_zero3"),  # only ddp and fsdp
             (
                 "method.use_dynamic_rank=true",
@@ -211,6 +217,7 @@ class Planner:
             traffic=traffic,
             unquantized=self._unquantized,
             offloaded=self._offloaded,
+            activations_offloaded=on_host(step.passes),
         )
 
     def _step(self, batch: Batch, evaluated: Batch | None) -> Step:
@@ -231,6 +238,8 @@ class Planner:
                     evaluated=evaluated,
                     alike=not method.freezes and (method.lisa_activated_layers or 1) == 1,
                     last=last,
+                    offloads=self._config.training.activation_offloading,
+                    on_gpu=self._on_cuda,
                 )
         return self._recorded[batch, evaluated, last]
 
@@ -309,6 +318,8 @@ def build_model(config: Config, resolved: Resolved, architecture: PretrainedConf
         if config.lora_start == "mica":  # it learns LoRA's A only
             adapters.set_trainable(model, {name for name in adapters.trainable_set(model) if ".lora_B." not in name})
         create_samplers(model)
+    if config.training.tiled_mlp:
+        tiling.tile(model)
     if resolved.gradient_checkpointing:
         if settings is not None:
             base.enable_input_require_grads()
@@ -352,6 +363,7 @@ def as_it_runs(on_cuda: bool, flash: bool = False) -> Iterator[None]:
         patches.enter_context(trl.every_token_scored())
         patches.enter_context(without_values(dequantized))
         patches.enter_context(experts_without_values(first_product))
+        patches.enter_context(rows_without_values())
         if on_cuda:
             patches.enter_context(trl.loss_as_on_gpu())
             patches.enter_context(computing_as_on_gpu(flash))

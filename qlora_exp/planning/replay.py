@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_exp.planning.cuda_allocator import CachingAllocator
-from qlora_exp.planning.fake_tensors import Event
+from qlora_exp.planning.fake_tensors import HOST, Event
 from qlora_exp.planning.step import Model, Step
 from qlora_exp.utils.units import MIB
 
@@ -87,6 +87,15 @@ def offloaded(model: Model) -> int:
     return memory.phase().tensors + model.paged
 
 
+def on_host(events: Iterable[Event]) -> int:
+    """Return the most bytes of the machine's memory that events take at once."""
+    now = most = 0
+    for event in events:
+        now += event.nbytes if event.kind == HOST else 0
+        most = max(most, now)
+    return most
+
+
 class Memory:
     """Replayer of events that keeps track of the fullest moment."""
 
@@ -119,6 +128,8 @@ class Memory:
         """
         alive: dict[int, tuple[str, int, Any]] = {}
         for event in events:
+            if event.kind == HOST:
+                continue
             if event.nbytes > 0:
                 allocation = event.kind, event.nbytes, self.take(event.kind, event.nbytes, event.stream)
                 if event.kind in brief:

@@ -25,6 +25,7 @@ from qlora_exp.planning.fake_tensors import (
     LAYERS,
     Event,
     IrregularError,
+    Offloading,
     Recorder,
     Work,
     deepen,
@@ -189,6 +190,8 @@ def record(
     evaluated: Batch | None = None,
     alike: bool = True,
     last: int | None = None,
+    offloads: bool = False,
+    on_gpu: bool = False,
 ) -> Step:
     """Record a training step, and an evaluation step if requested, by running a few layers on fake tensors.
 
@@ -202,14 +205,17 @@ def record(
         alike: whether the first and last layers of a few are trained as those of all; else all layers are run.
         last: number of trained layers, the last ones, of a model of which nothing else is trained. Frozen layers before
             them keep nothing, so that a few stand for all. None: others are trained.
+        offloads: whether what the backward pass needs goes to the machine's memory.
+        on_gpu: whether the fake tensors, which are on the CPU, stand for those of a GPU.
     """
+    passes = partial(_passes, loss=loss, computing=computing, offloads=offloads, on_gpu=on_gpu)
     if last is not None and depth - last > _FROZEN:
-        return _with_few_frozen(build, depth, last, partial(_passes, loss=loss, computing=computing), batch, evaluated)
+        return _with_few_frozen(build, depth, last, passes, batch, evaluated)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     step = Step()
     for few in (LAYERS, depth) if depth > LAYERS and alike else (depth,):
-        recorder = _passes(build(few), mode, batch, loss, computing)
-        rest = _passes(build(few), mode, evaluated, loss, computing, train=False) if evaluated else None
+        recorder = passes(build(few), mode, batch)
+        rest = passes(build(few), mode, evaluated, train=False) if evaluated else None
         try:
             step.passes = deepen(recorder.recording, depth) if few != depth else recorder.recording.events
             if rest is not None:
@@ -250,11 +256,13 @@ def _passes(
     loss: Callable[..., torch.Tensor],
     computing: Callable[[], AbstractContextManager[Any]],
     train: bool = True,
+    offloads: bool = False,
+    on_gpu: bool = False,
 ) -> Recorder:
     """Record a forward pass and, if `train`, a backward pass."""
     materialize(model, mode)
     model.train(train)
-    recorder = Recorder()
+    recorder = Recorder(on_gpu)
     recorder.ignore([*model.parameters(), *model.buffers()])
     with mode:
         ids = torch.zeros(batch.rows, batch.length, dtype=torch.long)
@@ -263,12 +271,15 @@ def _passes(
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(recorder.is_gradient)
     marked = layers_marked(recorder, layers_of(model))
+    saving = Offloading(recorder) if train and offloads else nullcontext()
     with mode, recorder, marked, _garbage_collector_off(), torch.set_grad_enabled(train):
-        with computing():
+        with computing(), saving:
             value = loss(model, ids, mask)
         if train:
             recorder.group, recorder.kind = ("loss", 1), "temporary"
             value.backward()
+        if isinstance(saving, Offloading):
+            saving.close()
         recorder.group = ("end", 0)
         del value
     return recorder

@@ -28,6 +28,10 @@ _BASIS = (
     "GPUs: how many train one row of training.max_length each with distributed=fsdp;\n"
     "rows assume that training.per_device_eval_batch_size is no larger than the training batch"
 )
+_LONGER = (
+    "longer   rows: the same with training=long_rows, which keeps inputs of layers in the machine's memory, and\n"
+    "         computes MLPs in tiles; model.architecture.max_position_embeddings=N tries rows beyond its positions"
+)
 _LEFT_OUT = "left out: generation, data loading; all rows are assumed to have training.max_length tokens"
 
 
@@ -68,6 +72,8 @@ def show_one(planned: Planned, price: float | None) -> None:
         print(
             f"paged    {prediction.paged / GIB:.2f} GiB of optimizer states in addition, on the GPU while there is room"
         )
+    if pinned := prediction.activations_offloaded:
+        print(f"offload  {pinned / GIB:.2f} GiB of the machine's memory, pinned, for activations")
     _show_several(prediction, gpu)
     flops, traffic = (sum(getattr(work, name) for work in prediction.work) for name in ("flops", "nbytes"))
     print(f"work     {flops / 1e12:,.2f} TFLOP and {traffic / 1e9:,.0f} GB of traffic for a forward and backward pass")
@@ -163,6 +169,7 @@ def show_card(options: Sequence[Option], why: Mapping[str, str], gpu: Gpu) -> No
     if chosen:
         print(f"choose   {chosen}: {reason}")
     print(f"{_BASIS}; tokens/s at {gpu.rates}" if timed else _BASIS)
+    _show_longer(options)
     _show_room(gpu, max(option.planned.ranks for option in options))
 
 
@@ -179,6 +186,7 @@ def show_cards(options: Sequence[Option], why: Mapping[str, str], cards: Sequenc
     print_table(title, ["GiB", *(option.name for option in options), "choose"], rows)
     _show_reasons(why)
     print(_BASIS)
+    _show_longer(options)
     _show_room(cards[0], max(option.planned.ranks for option in options))
 
 
@@ -196,6 +204,12 @@ def show_models(models: Sequence[Sized], why: Mapping[str, str], cards: Sequence
     print("models  ", ", ".join(f"{_billions(model)} {model.name}" for model in models))
     _show_reasons(why)
     _show_room(cards[0], ranks)
+
+
+def _show_longer(options: Sequence[Option]) -> None:
+    """Say how rows can be longer, if the options do not do that already."""
+    if not any(option.config.training.activation_offloading for option in options):
+        print(_LONGER)
 
 
 def _sent(prediction: Prediction, gpu: Gpu) -> str:

@@ -11,7 +11,7 @@ from qlora_exp.config.tables.peft_methods import FROM_ROWS
 from qlora_exp.distributed import group
 from qlora_exp.environment import turns
 from qlora_exp.environment.device import places
-from qlora_exp.models import adapters, base, lora_init
+from qlora_exp.models import adapters, base, lora_init, tiling
 from qlora_exp.models.experts import keep_from_ddp
 from qlora_exp.models.quantization import check_stored, stored
 from qlora_exp.models.sharing.copies import SharedBase
@@ -70,10 +70,7 @@ def build(run: RunContext, tokens: Tokens, first: FirstAdapter | None) -> Traina
     config, resolved, name = run.config, run.resolved, run.config.model.model_name_or_path
     run.tracker.deliver_now()
     set_seed(config.seed)
-    bare = base.skeleton(config.model)
-    peft_config = adapters.peft_config(config, bare)
-    if why := base.check_quantization(config.model, config.quantization, resolved, bare):
-        log.warning("%s", why)
+    bare, peft_config = _checked(run)
     if peft_config is not None:
         run.tracker.json(peft_config.to_dict(), "peft_config.json")
         if targets := getattr(peft_config, "target_modules", None):
@@ -149,6 +146,22 @@ def _share(run: RunContext, built: trainer.Trainer, group: turns.Turns) -> None:
     log.info("trained with %d others on one base, %s%s", group.size - 1, how, f": {why}" if why else "")
 
 
+def _checked(run: RunContext) -> tuple[Any, Any]:
+    """Check that the model can be trained as configured, before its weights are loaded.
+
+    Returns:
+        The model without weights, and PEFT's config; None for full fine-tuning.
+    """
+    config = run.config
+    bare = base.skeleton(config.model)
+    peft_config = adapters.peft_config(config, bare)
+    if config.training.tiled_mlp:
+        tiling.check(bare)
+    if why := base.check_quantization(config.model, config.quantization, run.resolved, bare):
+        log.warning("%s", why)
+    return bare, peft_config
+
+
 def _attach(
     run: RunContext, tokens: Tokens, model: Any, peft_config: Any, first: FirstAdapter | None = None
 ) -> tuple[Any, bool]:
@@ -184,6 +197,8 @@ def _attach(
         if config.distributed.shards and peft_config is not None:  # DDP does that by itself
             own = adapters.saved_parameters(adapted)
             group.take_from_main(parameter for name, parameter in adapted.named_parameters() if name in own)
+        if config.training.tiled_mlp:
+            tiling.tile(adapted)
         return adapted, group.call_on_main(lora_init.remember, start, adapted, run.first_adapter)
 
 

@@ -89,8 +89,9 @@ def why_by_turns(config: Config) -> str | None:
         return f"method={config.method.name}"
     if others := sorted(name for name, value in config.peft_settings.items() if value and name not in _TOGETHER):
         return f"{config.lora_variant.name}'s {others[0]}"
-    if training.packing:
-        return "training.packing"
+    for key in ("packing", "activation_offloading", "tiled_mlp"):
+        if getattr(training, key):
+            return f"training.{key}"
     if training.neftune_noise_alpha:
         return "training.neftune_noise_alpha"
     if config.model.new_tokens:

@@ -22,6 +22,7 @@ _SAME = (
     "warmup_steps",
     "weight_decay",
     "max_grad_norm",
+    "activation_offloading",
     "max_length",
     "packing",
     "packing_strategy",

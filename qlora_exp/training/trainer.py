@@ -299,10 +299,8 @@ def build(
         deepspeed.library(resolved.device)  # before accelerate imports it
     trl.score_supervised_tokens_only()
     callbacks: list[TrainerCallback] = []
-    if config.training.early_stopping_patience:
-        callbacks.append(
-            EarlyStopping(config.training.early_stopping_patience, config.training.early_stopping_threshold)
-        )
+    if patience := config.training.early_stopping_patience:
+        callbacks.append(EarlyStopping(patience, config.training.early_stopping_threshold))
     if allocates(model):
         callbacks.append(Allocation(model))
     settings = arguments(config, resolved, output_dir)
@@ -319,6 +317,8 @@ def build(
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+    if settings.activation_offloading and settings.gradient_checkpointing:
+        trl.offload_one_at_a_time(trainer)
     if config.distributed.engine == "fsdp":
         shard(model, resolved.device, config.distributed.cpu_offload)
         trainer.is_distributed_loading_by_transformers = True  # the trainer must not wrap it again

@@ -50,6 +50,12 @@ class Stages:
 
         return asdict(planned(config, resolve(config, GPU), Gpu("GPU", 24.0)))
 
+    def planned(self, config: Config) -> Any:
+        from qlora_exp.planning.planner import Planner
+
+        prediction = Planner(config, resolve(config, GPU)).predict()
+        return prediction.phases, prediction.activations_offloaded
+
     def device(self, config: Config) -> Any:
         return detect(config.device)
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from trl.trainer import utils as trl_utils
 
 from qlora_exp.libraries import trl
+from qlora_exp.models import tiling
 from qlora_exp.planning import tuning
 from qlora_exp.recipe.finetune import run
 from qlora_exp.sweeps import search
@@ -118,6 +119,30 @@ def test_packing_without_isolated_attention_is_rejected_before_weights_load(run_
     monkeypatch.setattr("qlora_exp.models.builtin.TINY", {})  # a family of which there is no tiny model
     with pytest.raises(ConfigError, match="does not keep packed rows apart"):
         run_quick("model=hub", own, "training.packing=true")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["method=qlora", "training.gradient_accumulation_steps=2", "training.gradient_checkpointing=true"],
+        pytest.param(["method=full", "training.packing=true", "training.bf16=true"], marks=pytest.mark.thorough),
+        pytest.param(["method=lora", "lora_variant=dora", "training.eval_strategy=epoch"], marks=pytest.mark.thorough),
+    ],
+    ids=str,
+)
+def test_tiles_do_not_change_losses(words: list[str], run_quick, read_losses, monkeypatch):
+    still = [*words, *([] if words[0] == "method=full" else ["method.lora_dropout=0"])]
+    plain = run_quick(*still)
+    monkeypatch.setattr(tiling, "LEAST", 32)
+    tiled = run_quick(*still, "training.tiled_mlp=true")
+    assert read_losses(tiled) == pytest.approx(read_losses(plain), rel=1e-2 if "training.bf16=true" in words else 1e-4)
+    assert tiled.metrics["after/loss"] == pytest.approx(plain.metrics["after/loss"], rel=1e-2)
+
+
+def test_models_without_mlps_are_refused_before_they_are_loaded(run_quick, monkeypatch):
+    monkeypatch.setattr("qlora_exp.models.base.load_model", None)
+    with pytest.raises(ConfigError, match="training.tiled_mlp: layer 0 of this model .opt. has no MLP"):
+        run_quick("model=tiny_opt", "training.tiled_mlp=true")
 
 
 def test_gradient_checkpointing_does_not_change_losses(run_quick, read_losses):

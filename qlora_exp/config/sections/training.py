@@ -56,6 +56,12 @@ class TrainingConfig(Section):
     """Autocast to float16. auto: only on a GPU without bfloat16."""
     gradient_checkpointing: Literal["auto"] | bool = "auto"
     """Recompute activations in the backward pass. auto: on for a GPU (if the method supports it), off for a CPU."""
+    activation_offloading: bool = False
+    """Keep in the machine's memory, on a GPU, what the backward pass needs: with gradient_checkpointing the inputs of
+    layers. They are copied while the GPU computes. For long rows: training=long_rows (docs/long_rows.md)."""
+    tiled_mlp: bool = False
+    """Compute the MLPs and norms of rows that are longer than the model's hidden size in tiles of tokens, and again in
+    the backward pass. Gradients are the same up to rounding, and the masks of dropout."""
     max_length: PositiveInt = 1024
     """Largest number of tokens in a row. Longer rows are truncated; the label audit counts them."""
     packing: bool = False

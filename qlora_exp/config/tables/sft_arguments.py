@@ -21,7 +21,6 @@ FILE = Path(__file__).with_suffix(".json")
 
 _MANY = 1000
 ACCEPTED: dict[str, Any] = {
-    "activation_offloading": None,
     "data_seed": Annotated[int, Field(ge=0, lt=2**32)],
     "dataloader_multiprocessing_context": Literal["fork", "spawn", "forkserver"],
     "dataloader_persistent_workers": None,
@@ -44,6 +43,7 @@ ACCEPTED: dict[str, Any] = {
 With each, null means that it is not given."""
 
 _OF_TRAINING = (
+    "activation_offloading",
     "assistant_only_loss",
     "bf16",
     "completion_only_loss",
@@ -192,14 +192,12 @@ NO_EFFECT = {
 """Arguments that would change nothing in a run, with the reason."""
 
 GPU_ONLY = (
-    "activation_offloading",
     "dataloader_pin_memory",
     "tf32",
     "torch_empty_cache_steps",
 )
 """Accepted arguments that fail or change nothing without a GPU."""
 UNPLANNED = (
-    "activation_offloading",
     "ddp_bucket_cap_mb",
     "gradient_checkpointing_kwargs",
     "label_smoothing_factor",

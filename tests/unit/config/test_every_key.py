@@ -136,6 +136,8 @@ ENTRIES: dict[str, tuple[Any, ...]] = {
     "training.completion_only_loss": (Stages.tokens, False),
     "training.assistant_only_loss": (Stages.tokens, True, CHAT),
     "training.tune": (Stages.tuned, "auto"),
+    "training.activation_offloading": (Stages.planned, True),
+    "training.tiled_mlp": (Stages.planned, True, {"training.max_length": 2048}),
     "training.bf16": (Stages.resolved, False),
     "training.fp16": (Stages.resolved, True),
     "training.gradient_checkpointing": (Stages.resolved, False),

@@ -11,7 +11,6 @@ CUDA = "it needs a CUDA device, not device=cpu"
 @pytest.mark.parametrize(
     ("argument", "words", "problem"),
     [
-        ("activation_offloading=true", ["device=cpu"], CUDA),
         ("tf32=false", ["device=cpu"], CUDA),
         ("torch_empty_cache_steps=2", ["device=mps"], "not device=mps"),
         ("dataloader_pin_memory=true", ["device=cpu"], CUDA),
@@ -49,9 +48,34 @@ def test_argument_that_fails_or_does_nothing_with_the_rest_is_refused(argument: 
 
 
 def test_activations_are_offloaded_once():
-    both = "{activation_offloading: true, gradient_checkpointing_kwargs: {offload: true}}"
+    twice = "training.sft_config.gradient_checkpointing_kwargs={offload: true}"
     with pytest.raises(ConfigError, match="offloads activations too"):
-        compose(["training.gradient_checkpointing=true", f"training.sft_config={both}"])
+        compose(["training.gradient_checkpointing=true", "training.activation_offloading=true", twice])
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["training.activation_offloading=true", "device=cpu"], f"training.activation_offloading: {CUDA}"),
+        (["training=long_rows", "device=mps"], "training.activation_offloading: it needs a CUDA device"),
+        (["training.activation_offloading=true", "distributed=fsdp"], "never tested with distributed=fsdp"),
+        (["training.tiled_mlp=true", "distributed=deepspeed_zero3"], "never tested with distributed=deepspeed_zero3"),
+        (["training.tiled_mlp=true", "training.torch_compile=true"], "never tested with training.torch_compile"),
+        (["training.tiled_mlp=true", "method=lily"], "method=lily depends on all tokens of a batch"),
+        (["training.tiled_mlp=true", "method=prefix_tuning"], "cannot compute activations again"),
+        (["training.sft_config.activation_offloading=true"], "set training.activation_offloading instead"),
+    ],
+)
+def test_long_rows_with_what_does_not_go_together_are_refused(words: list[str], problem: str):
+    with pytest.raises(ConfigError) as error:
+        compose(words)
+    assert problem in str(error.value)
+
+
+def test_long_rows_are_one_option():
+    training = compose(["training=long_rows", "training.max_length=78475"]).training
+    assert (training.gradient_checkpointing, training.activation_offloading, training.tiled_mlp) == (True, True, True)
+    assert (training.per_device_train_batch_size, training.per_device_eval_batch_size) == (1, 1)
 
 
 def test_null_is_as_if_an_argument_were_not_given():

@@ -220,3 +220,19 @@ def test_changes_of_a_tensor_are_counted():
     before = private.times_changed(tensor)
     tensor.add_(1)
     assert private.times_changed(tensor) == before + 1
+
+
+def test_a_saved_tensor_learns_which_node_asks_for_it():
+    asked, done = [], []
+
+    def load(tensor):
+        node = private.running_node()
+        node.register_hook(lambda *_: done.append(node.name()))
+        asked.append(node.name())
+        return tensor
+
+    x = torch.ones(2, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, load):
+        y = x.exp()
+    y.sum().backward()
+    assert asked == done == ["ExpBackward0"]

@@ -5,6 +5,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from helpers.gguf_models import write_tiny_gguf
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -14,6 +15,7 @@ from transformers import (
     LlamaConfig,
     Trainer,
     TrainingArguments,
+    masking_utils,
 )
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -26,6 +28,7 @@ from qlora_exp.libraries.transformers import (
     model_types,
     parameters_packed,
     quantized_on,
+    rows_without_values,
     saved_by_any_process,
     with_bitsandbytes_layers,
 )
@@ -39,6 +42,18 @@ def test_linear_layers_become_bitsandbytes_and_the_head_stays():
         with_bitsandbytes_layers(model, BitsAndBytesConfig(load_in_4bit=True))
     assert isinstance(model.model.layers[0].mlp.up_proj, Linear4bit)
     assert type(model.lm_head) is torch.nn.Linear
+
+
+def test_a_row_without_values_has_no_mask_of_its_square():
+    shape = LlamaConfig(num_attention_heads=2, attn_implementation="sdpa")
+    with FakeTensorMode():
+        inputs, places = torch.ones(1, 8, 4), torch.arange(8)[None]
+        settings = {"attention_mask": None, "past_key_values": None, "position_ids": places}
+        assert masking_utils.create_causal_mask(shape, inputs, **settings).shape == (1, 1, 8, 8)
+        with rows_without_values():
+            assert masking_utils.create_causal_mask(shape, inputs, **settings) is None
+            padded = settings | {"attention_mask": torch.ones(1, 8, dtype=torch.long)}
+            assert masking_utils.create_causal_mask(shape, inputs, **padded) is not None
 
 
 def test_weights_are_quantized_on_another_device_than_they_are_loaded_on(monkeypatch):

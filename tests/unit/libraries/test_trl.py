@@ -1,14 +1,18 @@
 import inspect
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from trl.kernels import chunked_logprob
+from trl.models.activation_offloading import get_act_offloading_ctx_manager
 from trl.trainer import utils
 from trl.trainer.sft_trainer import SFTTrainer
 
 from qlora_exp.libraries import trl as private
 from qlora_exp.libraries.patching import patched
+from qlora_exp.models import tiling
 
 KERNELS = ("_forward_tile", "_backward_tile", "_addmm_fp32")
 
@@ -92,3 +96,45 @@ def test_experts_are_named_for_the_loss_that_reads_them():
     private.name_experts(config)
     assert config.num_experts == 4
     assert "num_experts" not in config.to_dict()
+
+
+class Copies:
+    """What TRL takes of a device: streams that are always done."""
+
+    class Stream:
+        wait_stream = wait_event = record_event = synchronize = lambda *_: None
+
+    current_stream = Stream
+    stream = staticmethod(lambda _: nullcontext())
+    empty_cache = staticmethod(lambda: None)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_checkpoints_that_were_offloaded_come_back_exactly(streams: bool, monkeypatch: pytest.MonkeyPatch):
+    """TRL's own code, with the CPU as the device that tensors leave."""
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    monkeypatch.setattr(tiling, "LEAST", 16)
+    shape = LlamaConfig(vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2)
+    torch.manual_seed(0)
+    model, ids = AutoModelForCausalLM.from_config(shape), torch.arange(160).reshape(2, 80) % 32
+    expected = torch.autograd.grad(model(ids, labels=ids, use_cache=False).loss, [*model.parameters()])
+    tiling.tile(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    with monkeypatch.context() as with_device:
+        with_device.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+        with_device.setattr(torch, "get_device_module", lambda _: Copies)
+        offloading = get_act_offloading_ctx_manager(model, use_pin_memory=False, use_streams=streams)
+    private.offload_one_at_a_time(SimpleNamespace(maybe_activation_offload_context=offloading))
+    assert offloading.max_fwd_stash_size == 1
+    for _ in range(2):  # steps
+        left = []
+        with offloading:
+            loss = model(ids, labels=ids, use_cache=False).loss
+            left = [kept[0].shape for kept in offloading.tracker.values() if kept[1]]
+            loss.backward()
+        for parameter, gradient in zip(model.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-7)
+        model.zero_grad()
+        assert left.count((2, 80, 32)) >= 3  # the input of each layer
+        assert not offloading.tracker

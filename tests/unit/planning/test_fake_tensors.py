@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.environment.device import Device, resolve
+from qlora_exp.models import tiling
 from qlora_exp.models.base import model_config
 from qlora_exp.planning import planner, step
 from qlora_exp.planning.fake_tensors import LAYERS, Event, IrregularError, Recorder, Recording, deepen, materialize
@@ -27,7 +28,12 @@ def recorded(layers: int, *words: str) -> Recording:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with planner.as_it_runs(on_cuda=True):
         return step._passes(
-            model, mode, step.Batch(2, 32, True), planner.fused_loss, lambda: planner.computing(resolved)
+            model,
+            mode,
+            step.Batch(2, 32, True),
+            planner.fused_loss,
+            lambda: planner.computing(resolved),
+            offloads=config.training.activation_offloading,
         ).recording
 
 
@@ -51,12 +57,14 @@ def highest(events: list[Event]) -> int:
     [
         pytest.param(["method=qlora", "lora_variant=dora"], marks=pytest.mark.thorough),
         ["method=lora"],
+        ["method=qlora", "training=long_rows"],
         pytest.param(["method=full", "training.gradient_checkpointing=false"], marks=pytest.mark.thorough),
         pytest.param(["method=oft", "training.gradient_checkpointing=false"], marks=pytest.mark.thorough),
     ],
     ids=str,
 )
-def test_deepened_recording_equals_that_of_the_deeper_model(words: list[str]):
+def test_deepened_recording_equals_that_of_the_deeper_model(words: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tiling, "LEAST", 32)
     found = deepen(recorded(LAYERS, *words), LAYERS + 2)
     expected = recorded(LAYERS + 2, *words).events
     assert made(found) == made(expected)

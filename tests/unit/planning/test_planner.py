@@ -123,9 +123,9 @@ def test_rows_that_are_padded_to_a_multiple_are_as_long_as_it():
         (["method=adamss", "method.use_dynamic_rank=true"], ConfigError, "use_dynamic_rank=true cannot be planned yet"),
         (["method=lora", "training.torch_compile=true"], ConfigError, "torch_compile=true cannot be planned yet"),
         (
-            ["method=lora", "training.sft_config.activation_offloading=true"],
+            ["method=lora", "training.activation_offloading=true", "training.gradient_checkpointing=false"],
             ConfigError,
-            "training.sft_config.activation_offloading cannot be planned yet",
+            "training.activation_offloading=true without gradient_checkpointing cannot be planned yet",
         ),
         (
             ["distributed=deepspeed_zero3", "distributed.num_processes=2"],
@@ -218,6 +218,31 @@ def test_model_without_fused_attention_is_planned_with_its_own():
 def test_architecture_of_another_model_is_not_used():
     with pytest.raises(ModelError, match="nobody/none"):
         planner.planner(compose(["model=llama3_8b", "model.model_name_or_path=nobody/none"]), GPU)
+
+
+def test_memory_of_a_single_row_does_not_grow_with_its_square():
+    config = compose(["model=tiny_llama", ARCHITECTURE, "method=lora", "training.per_device_train_batch_size=1"])
+    plan = planner.planner(config, GPU)
+    short, long = (plan.predict(length=length, evaluated=0).phases["steady"] for length in (1024, 2048))
+    moved = [phase.kinds["activations"] + phase.kinds["temporary"] - 2 * 32 * MIB for phase in (short, long)]
+    assert moved[0] < moved[1] < 2.02 * moved[0]
+
+
+def test_offloaded_checkpoints_are_in_the_machines_memory():
+    words = ["method=lora", "training.per_device_train_batch_size=1", "training.max_length=2000"]
+    words += ["++model.architecture.num_hidden_layers=12"]
+    kept, moved = (predict(*words, f"training.activation_offloading={on}") for on in ("false", "true"))
+    assert kept.activations_offloaded == 0
+    layers = 12 * MIB // 2  # each 2000 x 128 values of two bytes, in a power of two
+    assert layers <= moved.activations_offloaded <= layers + 4 * MIB  # and what the last norm and the loss need
+    less = kept.phases["steady"].tensors - moved.phases["steady"].tensors
+    assert less > 9 * 2000 * HIDDEN * 2
+
+
+def test_tiles_take_less_than_whole_rows():
+    words = ["method=qlora", "training.per_device_train_batch_size=1", "training.max_length=2048"]
+    whole, tiled = (predict(*words, f"training.tiled_mlp={on}").phases["steady"].tensors for on in ("false", "true"))
+    assert tiled < whole - 1024 * HIDDEN * 2  # at least a norm's part of the row
 
 
 def test_packed_batch_is_planned_as_one_long_row():

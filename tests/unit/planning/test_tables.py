@@ -23,6 +23,11 @@ def test_plan_command_says_whether_a_run_fits(capsys: pytest.CaptureFixture[str]
     assert "steady" in shown
 
 
+def test_plan_command_says_what_goes_to_the_machines_memory(capsys: pytest.CaptureFixture[str]):
+    assert plan("method=lora", "training=long_rows") == 0
+    assert re.search(r"^offload +0\.0\d GiB of the machine's memory, pinned", capsys.readouterr().out, re.MULTILINE)
+
+
 @pytest.mark.slow
 def test_plan_command_shows_a_line_for_each_run_of_a_sweep(capsys: pytest.CaptureFixture[str]):
     assert plan("method=lora,qlora", "quantization=none,quanto_int4", "--vram", "0.7") == 0

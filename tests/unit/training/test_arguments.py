@@ -150,9 +150,9 @@ def test_processes_and_compiler_are_set_as_asked(build: Build):
 
 
 def test_arguments_for_gpus_are_handed_on_and_refused_elsewhere(monkeypatch):
-    given = {"activation_offloading": True, "dataloader_pin_memory": False, "torch_empty_cache_steps": 2, "tf32": True}
+    given = {"dataloader_pin_memory": False, "torch_empty_cache_steps": 2, "tf32": True}
     values = config_with("training.bf16=false").model_dump() | {"device": "auto"}
-    values["training"]["sft_config"] = given
+    values["training"] |= {"sft_config": given, "activation_offloading": True}
     config = from_dict(values)
     monkeypatch.setattr("transformers.training_args.is_torch_tf32_available", lambda: True)
     before = torch.backends.fp32_precision
@@ -161,6 +161,10 @@ def test_arguments_for_gpus_are_handed_on_and_refused_elsewhere(monkeypatch):
         assert torch.backends.fp32_precision == "tf32"
     assert torch.backends.fp32_precision == before
     assert {name: getattr(found, name) for name in given} == given
+    assert found.activation_offloading
+    with pytest.raises(ConfigError, match="training.activation_offloading: it needs a CUDA device, not cpu"):
+        resolve(from_dict(values), CPU)
+    values["training"]["activation_offloading"] = False
     for name, value in given.items():
         values["training"]["sft_config"] = {name: value}
         with pytest.raises(ConfigError, match=f"training.sft_config.{name}: it needs a CUDA device, not cpu"):

@@ -63,7 +63,7 @@ def test_what_is_not_accepted_is_refused_with_a_reason_whatever_its_value(name: 
         ({"label_smoothing_factor": 1.0}, "less than 1"),
         ({"eval_delay": -1}, "greater than or equal to 0"),
         ({"eval_delay": float("inf")}, "finite number"),
-        ({"activation_offloading": 1}, "valid boolean"),
+        ({"dataloader_pin_memory": 1}, "valid boolean"),
         ({"dataloader_prefetch_factor": 10**9}, "less than or equal to 1000"),
         ({"dataloader_multiprocessing_context": "os.system"}, "'fork', 'spawn' or 'forkserver'"),
         ({"torch_compile_backend": "own_package"}, "'inductor', 'eager'"),
