@@ -108,7 +108,7 @@ def style(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Time `qlora-exp train` against a plain script of the same libraries, alternating (about a quarter of an hour)."""
+    """Time `qlora-exp train` against a plain script, TRL's command line and LLaMA-Factory, in turn (half an hour)."""
     install(session)
     session.run(sys.executable, "benchmarks/bench.py", *session.posargs)
 

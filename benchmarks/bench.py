@@ -1,152 +1,135 @@
-"""Compare `qlora-exp train` with a plain script that uses the same libraries, running the two alternately.
+"""Compare `qlora-exp train` with its peers on equal work: a plain script, TRL's command line and LLaMA-Factory.
 
-    nox -s bench                        # about a quarter of an hour on 2 cores; keep the machine quiet meanwhile
+    nox -s bench                            # half an hour on 2 cores; keep the machine quiet meanwhile
+    nox -s bench -- --peers plain           # only the plain script of the same libraries
+    nox -s bench -- --device cuda           # on a GPU, where all compute in bfloat16
 
-1. Overhead: both run the same job (precision, batches, seed). Compares step time, peak memory and time to the first
-   step. The peak of `qlora-exp` is the largest of all phases, that of the plain script is of its complete process; both
-   occur in training.
-2. Defaults: the plain script runs with TRL's own precision, checkpointing and sampling. Compares the time in training
-   steps until the same held-out loss.
+All train the same rows in the same order with the same settings, one after another, several rounds. Each is seen from
+outside: when its steps end, by the losses that it prints; CPU seconds and peak memory of its process. LLaMA-Factory is
+installed in an environment of its own, in .nox. `--race` compares the time in training steps until the same held-out
+loss: of the plain script (float32, nothing recomputed, rows in random order) and of qlora-exp's defaults.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-HERE = Path(__file__).parent
+import peers
+from peers import HERE, Job, Measured
 
-
-def export(folder: Path, model: str) -> str:
-    """Write the rows of the default job as prompt and completion; return the path of the converted base model."""
-    from qlora_exp.config.hydra_compose import compose
-    from qlora_exp.data.prompts import render
-    from qlora_exp.data.rows import load_rows
-    from qlora_exp.models import base, files
-
-    config = compose([f"model={model}"])
-    rows = load_rows(config.dataset)
-    tokenizer = base.load_tokenizer(config.model)
-    for name, part in (("train", rows.train), ("heldout", rows.heldout)):
-        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as lines:
-            for row in part:
-                *before, (answer, _) = render(row, config.dataset, tokenizer).pieces
-                prompt = "".join(piece for piece, _ in before)
-                lines.write(json.dumps({"prompt": prompt, "completion": answer}) + "\n")
-    return files.locate(config.model)
+ON_CPU = ["", "bf16"]
+"""Settings that are compared on a CPU; "": float32."""
+FIGURES: dict[str, Callable[[Measured], float]] = {
+    "step, seconds": lambda run: statistics.median(run.steps),
+    "CPU seconds of a step": lambda run: statistics.median(run.step_cpu),
+    "command to first step, seconds": lambda run: run.first_step,
+    "CPU seconds of the command": lambda run: run.cpu_seconds,
+    "peak memory, MiB": lambda run: run.peak_mib,
+}
 
 
-def plain(model: str, data: Path, out: Path, *arguments: str) -> dict[str, Any]:
-    """Run the plain script; return the values that it printed."""
-    command = [
-        sys.executable,
-        str(HERE / "plain.py"),
-        "--model",
-        model,
-        "--data",
-        str(data),
-        "--out",
-        str(out),
-        *arguments,
-    ]
-    begin = time.time()
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    printed = json.loads(done.stdout.splitlines()[-1])
-    return printed | {"first_step": printed["first_step"] - begin}
+def contestants(tools: Sequence[str], device: str) -> list[str]:
+    """List who is compared; on a CPU, LLaMA-Factory also as it is by default, which recomputes activations."""
+    tools = ["qlora-exp", *tools]
+    if device == "cuda":
+        return [f"{tool} bf16" for tool in tools]
+    named = [" ".join(filter(None, (tool, setting))) for setting in ON_CPU for tool in tools]
+    return named + ["llamafactory recompute"] * ("llamafactory" in tools)
 
 
-def ours(folder: Path, *overrides: str) -> dict[str, Any]:
-    """Run `qlora-exp train`; return the same values, read from its output folder."""
+def report(runs: Sequence[Measured]) -> None:
+    """Print medians with the range, the ratio to qlora-exp with the same settings, and the losses."""
+    names = [*dict.fromkeys(run.contestant for run in runs)]
+    of = {name: [run for run in runs if run.contestant == name] for name in names}
+    for figure, value in FIGURES.items():
+        print(f"\n{figure}")
+        for name in names:
+            values = [value(run) for run in of[name]]
+            ours = " ".join(["qlora-exp", *(word for word in name.split()[1:] if word == "bf16")])
+            ratios = [value(a) / b for a, b in zip(of.get(ours, []), values, strict=False)]
+            spread = f"{statistics.median(values):10.2f} ({min(values):.2f} to {max(values):.2f})"
+            ratio = f"   qlora-exp: {statistics.median(ratios):.2f} of it" if ratios and name != ours else ""
+            print(f"  {name:<24} {spread}{ratio}")
+    print("\nlosses")
+    for name in names:
+        print(f"  {name:<24} {' '.join(f'{loss:.3f}' for loss in of[name][0].losses)}")
+
+
+def race(job: Job, steps: int, overrides: Sequence[str], rounds: int) -> None:
+    """Compare the time in training steps until the held-out loss that the plain script ends with."""
     from qlora_exp.tracking.journal import metrics
 
-    command = [sys.executable, "-m", "qlora_exp", "train", "device=cpu", f"hydra.run.dir={folder}"]
-    common = [
-        "evaluation=loss_only",
-        "training.save_strategy=no",
-        f"tracking.uri=sqlite:///{folder.parent / 'mlflow.db'}",
-    ]
-    begin = time.time()
-    subprocess.run([*command, *common, *overrides], capture_output=True, text=True, check=True)
-    records = metrics(folder)
-    steps = [record for record in records if "train/step_seconds" in record]
-    elapsed = {
-        record["step"]: sum(r["train/step_seconds"] for r in steps if r["step"] <= record["step"]) for record in records
-    }
-    return {
-        "steps": [record["train/step_seconds"] for record in steps],
-        "first_step": steps[0]["timestamp"] / 1000 - begin,
-        "peak_mib": next(r["memory/rss_peak_mib"] for r in records if "memory/rss_peak_mib" in r),
-        "losses": [(elapsed[record["step"]], record["eval/loss"]) for record in records if "eval/loss" in record],
-    }
-
-
-def report(name: str, mine: list[float], theirs: list[float]) -> None:
-    """Print the medians, and the median and range of the ratios of the pairs."""
-    ratios = [a / b for a, b in zip(mine, theirs, strict=True)]
-    print(
-        f"{name:<34} qlora-exp {statistics.median(mine):9.2f}   plain {statistics.median(theirs):9.2f}   "
-        f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})",
-        flush=True,
-    )
+    interval = max(1, steps // 10)
+    for turn in range(rounds):
+        words = ["--model", job.base, "--data", str(job.folder / "rows"), "--out", str(job.folder / "race-plain")]
+        words += ["--method", job.method, "--steps", str(steps), "--eval-steps", str(interval)]
+        done = subprocess.run(
+            [sys.executable, str(HERE / "plain.py"), *words], stdout=subprocess.PIPE, text=True, check=True
+        )
+        seconds, target = json.loads(done.stdout.splitlines()[-1])["heldout"][-1]
+        for name in ("", "training.tune=auto"):
+            folder = job.folder / f"race-{turn}-{'tuned' if name else 'defaults'}"
+            keys = [f"model={job.model}", f"method={job.method}", "device=cpu", f"hydra.run.dir={folder}"]
+            keys += ["evaluation=loss_only", "training.save_strategy=no", f"training.max_steps={steps}"]
+            keys += [f"training.eval_steps={interval}", f"tracking.uri=sqlite:///{job.folder / 'mlflow.db'}"]
+            command = [sys.executable, "-m", "qlora_exp", "train", *keys, *filter(None, [name]), *overrides]
+            subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+            lines, elapsed, reached = metrics(folder), 0.0, None
+            for line in lines:
+                elapsed += line.get("train/step_seconds", 0.0)
+                if reached is None and line.get("eval/loss", target + 1) <= target:
+                    reached = elapsed
+            result = {"race": name or "defaults", "target": target, "plain": seconds, "qlora-exp": reached}
+            print(json.dumps(result | {"ratio": reached and reached / seconds}), flush=True)
 
 
 def main() -> None:
-    """Run both comparisons."""
+    """Run the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", default="plain,trl,llamafactory", help="whom to compare with (default: %(default)s)")
     parser.add_argument("--model", default="smollm2_135m", help="option of the config group `model`")
-    parser.add_argument("--pairs", type=int, default=3, help="number of alternating pairs")
-    parser.add_argument("--steps", type=int, default=10, help="steps of each run, at least 2: the first is not counted")
-    parser.add_argument("--race-steps", type=int, default=20, help="steps of the second comparison; 0: skip it")
+    parser.add_argument("--method", default="lora", choices=["lora", "qlora"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=8, help="steps of each run; the first is not counted")
+    parser.add_argument("--only", default="", help="contestants by name, separated by commas, such as `qlora-exp bf16`")
+    parser.add_argument("--race", type=int, default=0, metavar="STEPS", help="compare the time to a held-out loss too")
+    parser.add_argument("--environment", type=Path, default=Path(".nox/llamafactory"), help="for LLaMA-Factory")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="further overrides of qlora-exp's runs")
     options = parser.parse_args()
+    tools = [name for name in options.peers.split(",") if name]
+    if unknown := {*tools} - {*peers.COMMANDS} | {"qlora-exp"} & {*tools}:
+        parser.error(f"--peers: unknown: {', '.join(sorted(unknown))}; there are plain, trl, llamafactory")
+    python = peers.llamafactory(options.environment.absolute()) if "llamafactory" in tools else None
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else a thread that waits takes a core from another program
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        model, chosen = export(folder, options.model), [f"model={options.model}", *options.overrides]
-        ours(folder / "warmup", *chosen, "training.max_steps=1", "training.eval_strategy=no", "dataset.max_eval_rows=1")
-        mine, theirs = [], []
-        for pair in range(options.pairs):
-            theirs.append(plain(model, folder, folder / f"plain{pair}", "--steps", str(options.steps)))
-            steps = [
-                *chosen,
-                f"training.max_steps={options.steps}",
-                "training.train_sampling_strategy=random",
-                "training.eval_strategy=no",
-                "dataset.max_eval_rows=1",
-            ]
-            mine.append(ours(folder / f"ours{pair}", *steps))
-        print(f"The same job, {options.pairs} alternating pairs of {options.steps} steps; medians and ratios:")
-        for name, pick in (
-            ("step, seconds (without the first)", lambda run: statistics.median(run["steps"][1:])),
-            ("peak RSS, MiB", lambda run: run["peak_mib"]),
-            ("command to first step, seconds", lambda run: run["first_step"]),
-        ):
-            report(name, [pick(run) for run in mine], [pick(run) for run in theirs])
-        if options.race_steps:
-            interval = max(1, options.race_steps // 10)
-            slow = plain(
-                model,
-                folder,
-                folder / "default",
-                "--steps",
-                str(options.race_steps),
-                "--eval-steps",
-                str(interval),
-                "--trl-defaults",
-            )
-            seconds, target = slow["losses"][-1]
-            race = [*chosen, f"training.max_steps={options.race_steps}", f"training.eval_steps={interval}"]
-            fast = ours(folder / "race", *race)
-            reached = next((elapsed for elapsed, loss in fast["losses"] if loss <= target), None)
-            print(f"Held-out loss {target:.4f}: TRL's defaults needed {seconds:.1f} s of training steps, ", end="")
-            print(
-                f"qlora-exp {reached:.1f} s, ratio {reached / seconds:.3f}" if reached else "qlora-exp did not reach it"
-            )
-            print(f"  TRL's defaults {slow['losses']}\n  qlora-exp      {fast['losses']}")
+        base = peers.export(folder, options.model)
+        more = tuple(options.overrides)
+        job = Job(folder, options.model, base, options.method, options.steps, options.device, python, more)
+        names = options.only.split(",") if options.only else contestants(tools, options.device)
+        print(json.dumps({"qlora-exp": peers.versions()}))
+        if python:
+            print(json.dumps({"llamafactory": peers.versions(python)}))
+        runs = []
+        for name in names if options.rounds else []:
+            if name.startswith("qlora-exp"):
+                peers.run(name, replace(job, steps=1))  # fills the caches
+        for _ in range(options.rounds):
+            for name in names:
+                runs.append(peers.run(name, job))
+                print(runs[-1].line(), flush=True)
+        if runs:
+            report(runs)
+        if options.race:
+            race(job, options.race, more, 1)
 
 
 if __name__ == "__main__":

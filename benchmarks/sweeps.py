@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from bench import export
+from peers import export
 from safetensors.torch import load_file
 
 from qlora_exp.config.hydra_compose import compose
@@ -56,7 +56,7 @@ def sweep(folder: Path, jobs: int, *more: str) -> tuple[float, list[int]]:
 def scripts(folder: Path, jobs: int) -> float:
     """Return the seconds that `jobs` runs of the plain script took, one after the other."""
     model = export(folder, "tiny_llama")
-    words = [sys.executable, str(Path(__file__).parent / "plain.py"), "--model", model, "--data", str(folder)]
+    words = [sys.executable, str(Path(__file__).parent / "plain.py"), "--model", model, "--data", str(folder / "rows")]
     begin = time.perf_counter()
     for number in range(jobs):
         subprocess.run(

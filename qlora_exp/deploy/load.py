@@ -31,8 +31,8 @@ from qlora_exp.deploy.untrusted_folders import (
 from qlora_exp.environment.device import detect, resolve
 from qlora_exp.models.adapters import check_complete, fit_explained
 from qlora_exp.models.base import load_model, model_config, named, stop_at_end_of_turn
-from qlora_exp.models.experts import packing
 from qlora_exp.models.files import GGUF_FILE, check_files, read_json
+from qlora_exp.models.layers.experts import packing
 from qlora_exp.models.quantization import guard_layers, quantization_config
 from qlora_exp.models.untrusted import bounded, check_folder, explained, most_values
 from qlora_exp.recipe.saved import saved_config

@@ -142,7 +142,8 @@ def nvml_handles() -> list[Any]:
 def resolve(config: Config, device: Device) -> Resolved:
     """Replace each `auto` of `config` by its value for `device`.
 
-    On a CPU, float32 is the fastest and most precise choice. On a GPU, the frozen base is bfloat16 (float16 on older
+    On a CPU, float32 is the most precise choice; where bfloat16 is faster, only `training.tune` chooses it, because it
+    changes losses by more than the order of sums does. On a GPU, the frozen base is bfloat16 (float16 on older
     GPUs) under autocast, while trainable parameters stay float32, for both LoRA and QLoRA.
 
     Raises:

@@ -46,6 +46,11 @@ UNSAFE_VIEW = "aten._unsafe_view"
 """`aten::_unsafe_view`: an operation that moves no memory, though torch does not mark it as a view."""
 
 
+def is_fake(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor is one of `FakeTensorMode`, which has no values."""
+    return isinstance(tensor, fake_tensor.FakeTensor)
+
+
 TO_COPY = torch.ops.aten._to_copy
 """`aten::_to_copy`: the operation of `Tensor.to`, which changes dtype or device."""
 

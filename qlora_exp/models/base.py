@@ -41,8 +41,8 @@ from qlora_exp.environment import turns
 from qlora_exp.environment.device import Resolved
 from qlora_exp.libraries.transformers import quantized_on, with_bitsandbytes_layers
 from qlora_exp.models import builtin, untrusted
-from qlora_exp.models.experts import pack_meta, packing
 from qlora_exp.models.files import check_files, hub_error, locate
+from qlora_exp.models.layers.experts import pack_meta, packing
 from qlora_exp.models.new_tokens import Parts, add_rows, add_tokens
 from qlora_exp.models.quantization import check_stored, guard_layers, quantization_config, stored
 from qlora_exp.models.sharing.copies import SharedBase

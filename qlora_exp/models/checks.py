@@ -26,7 +26,7 @@ from qlora_exp.environment.device import Resolved
 from qlora_exp.models import files
 from qlora_exp.models.adapters import attach, lacks_values, peft_config, trainable_set
 from qlora_exp.models.base import Tokenizer, check_quantization, learned_positions, load_tokenizer, skeleton
-from qlora_exp.models.experts import check_use
+from qlora_exp.models.layers.experts import check_use
 from qlora_exp.models.targets import (
     adapted_names,
     count_kinds,

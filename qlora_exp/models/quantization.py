@@ -19,8 +19,8 @@ from transformers.utils.quantization_config import AwqBackend
 from qlora_exp.config.sections.quantization import QuantizationConfig
 from qlora_exp.environment.device import Resolved
 from qlora_exp.libraries.bitsandbytes import dequantize_every_width, keep_trainable
-from qlora_exp.models.experts import Experts4bit, packed_experts, unpack
 from qlora_exp.models.files import require_package, unquantized
+from qlora_exp.models.layers.experts import Experts4bit, packed_experts, unpack
 from qlora_exp.utils.errors import ModelError
 
 _MOST = 0.9

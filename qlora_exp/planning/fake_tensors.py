@@ -24,7 +24,7 @@ from qlora_exp.libraries.torch import (
     storage_address,
     tree_leaves,
 )
-from qlora_exp.models.experts import Experts4bit
+from qlora_exp.models.layers.experts import Experts4bit
 from qlora_exp.planning.packed_weights import parts_of
 
 Group = tuple[str, int]

@@ -12,7 +12,7 @@ from qlora_exp.config.sections.quantization import QuantizationConfig
 from qlora_exp.environment.device import Resolved
 from qlora_exp.libraries.bitsandbytes import keep_trainable
 from qlora_exp.libraries.transformers import with_bitsandbytes_layers
-from qlora_exp.models.experts import BLOCK, Experts4bit, pack_meta
+from qlora_exp.models.layers.experts import BLOCK, Experts4bit, pack_meta
 from qlora_exp.models.quantization import check_stored, quantization_config, stored
 from qlora_exp.utils.errors import ConfigError
 

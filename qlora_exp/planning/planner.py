@@ -25,10 +25,11 @@ from qlora_exp.libraries import trl
 from qlora_exp.libraries.peft import create_samplers, without_values
 from qlora_exp.libraries.torch import WANTS_VALUES, AssumedValues, computing_as_on_gpu, factors_as_on_cpu
 from qlora_exp.libraries.transformers import experts_without_values, rows_without_values
-from qlora_exp.models import adapters, tiling
+from qlora_exp.models import adapters
 from qlora_exp.models.base import model_config
-from qlora_exp.models.experts import check_use
 from qlora_exp.models.files import check_files
+from qlora_exp.models.layers import dropout, tiling
+from qlora_exp.models.layers.experts import check_use
 from qlora_exp.models.quantization import check_stored, stored
 from qlora_exp.models.trained import freeze, sample_last
 from qlora_exp.planning.fake_tensors import Work
@@ -318,6 +319,8 @@ def build_model(config: Config, resolved: Resolved, architecture: PretrainedConf
         if config.lora_start == "mica":  # it learns LoRA's A only
             adapters.set_trainable(model, {name for name in adapters.trainable_set(model) if ".lora_B." not in name})
         create_samplers(model)
+        if resolved.device == "cpu":
+            dropout.on_cpu(model)
     if config.training.tiled_mlp:
         tiling.tile(model)
     if resolved.gradient_checkpointing:

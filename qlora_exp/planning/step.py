@@ -19,7 +19,7 @@ from transformers.optimization import Adafactor
 from qlora_exp.config.tables.optimizers import COMPILED
 from qlora_exp.libraries.torch import FakeTensorMode, storage_address
 from qlora_exp.models import adapters
-from qlora_exp.models.experts import packed_experts
+from qlora_exp.models.layers.experts import packed_experts
 from qlora_exp.models.trained import layers_of
 from qlora_exp.planning.fake_tensors import (
     LAYERS,

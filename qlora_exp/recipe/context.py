@@ -16,6 +16,7 @@ from qlora_exp.distributed import group, watch
 from qlora_exp.environment import provenance, turns
 from qlora_exp.environment.device import Resolved
 from qlora_exp.environment.memory import MemoryMonitor, reuse_freed_memory
+from qlora_exp.environment.products import fast_products
 from qlora_exp.environment.ranks import ranks
 from qlora_exp.libraries.torch import fp32_precision_kept
 from qlora_exp.planning import calibration
@@ -117,6 +118,7 @@ def open_run(
         _logging_of_run(folder, LOG_FILE if place.is_main else f"{RANKS_FOLDER}/{place.rank}.log"),
         handle_signals(),
         fp32_precision_kept(),
+        fast_products(resolved.device) as by_onednn,
         _tracked(config, folder, tags, must_reach) as tracker,
     ):
         log.info("run %s in %s on %s", tracker.run_id or "of rank 0", folder, resolved.place)
@@ -128,6 +130,8 @@ def open_run(
         if resolved.optim_fallback:
             log.info("optimizer %s: %s", resolved.optim, resolved.optim_fallback)
         tracker.params({f"resolved.{key}": value for key, value in asdict(resolved).items() if value is not None})
+        if by_onednn:
+            tracker.params({"resolved.float32_products": "oneDNN"})
         tracker.tags({f"hardware.{key}": value for key, value in provenance.hardware().items()})
         reuse_freed_memory()
         run = RunContext(config, resolved, folder, tracker, MemoryMonitor(resolved.device))

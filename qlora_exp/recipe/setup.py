@@ -11,8 +11,9 @@ from qlora_exp.config.tables.peft_methods import FROM_ROWS
 from qlora_exp.distributed import group
 from qlora_exp.environment import turns
 from qlora_exp.environment.device import places
-from qlora_exp.models import adapters, base, lora_init, tiling
-from qlora_exp.models.experts import keep_from_ddp
+from qlora_exp.models import adapters, base, lora_init
+from qlora_exp.models.layers import dropout, tiling
+from qlora_exp.models.layers.experts import keep_from_ddp
 from qlora_exp.models.quantization import check_stored, stored
 from qlora_exp.models.sharing.copies import SharedBase
 from qlora_exp.models.sharing.rows import Rows, by_turns
@@ -194,6 +195,8 @@ def _attach(
         lora_init.finish(start, adapted, batches, partial(base.load_unquantized, config.model))
         if config.distributed.engine == "ddp":
             keep_from_ddp(adapted)
+        if run.resolved.device == "cpu":
+            dropout.on_cpu(adapted)
         if config.distributed.shards and peft_config is not None:  # DDP does that by itself
             own = adapters.saved_parameters(adapted)
             group.take_from_main(parameter for name, parameter in adapted.named_parameters() if name in own)

@@ -29,7 +29,7 @@ from qlora_exp.libraries.transformers import load_best_checkpoint
 from qlora_exp.models import adapters, lora_init, quantization
 from qlora_exp.models import base as model
 from qlora_exp.models.checks import check_adapter
-from qlora_exp.models.experts import packed_experts
+from qlora_exp.models.layers.experts import packed_experts
 from qlora_exp.models.trained import freeze
 from qlora_exp.training import trainer as training
 from qlora_exp.training.checkpoints import checkpoints

@@ -153,13 +153,15 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 
 def _row_losses(model: Any, tokenizer: Any, tokens: Dataset, batch_size: int, label: str) -> list[dict[str, Any]]:
+    """Return the loss of each row; rows of similar length are in a batch together, for little padding."""
     collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
     losses = []
+    order = np.argsort([len(ids) for ids in tokens["input_ids"]], kind="stable")
     starts = range(0, len(tokens), batch_size)
     for start in tqdm(group.own_share(starts), desc=f"{label}loss", unit="batch", leave=False, disable=hides_bars()):
         rows = [
             {"input_ids": row["input_ids"], "labels": row["labels"]}
-            for row in tokens.select(range(start, min(start + batch_size, len(tokens))))
+            for row in tokens.select(order[start : start + batch_size])
         ]
         batch = {name: tensor.to(model.device) for name, tensor in collate(rows).items()}
         # trl 1.16: `log_probs` has the shape (batch, length - 1), and is zero where `label_mask` is false.
@@ -167,7 +169,8 @@ def _row_losses(model: Any, tokenizer: Any, tokens: Dataset, batch_size: int, la
         nll = -outputs.log_probs.float().cpu().double().sum(dim=1)
         count = outputs.label_mask.sum(dim=1)
         losses.append([{"nll": n, "tokens": c} for n, c in zip(nll.tolist(), count.tolist(), strict=True)])
-    return [row for batch in group.joined_shares(losses, len(starts)) for row in batch]
+    by_length = [row for batch in group.joined_shares(losses, len(starts)) for row in batch]
+    return [by_length[place] for place in np.argsort(order)]
 
 
 class _Clock(StoppingCriteria):

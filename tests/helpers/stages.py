@@ -139,7 +139,7 @@ class Stages:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         from qlora_exp.models.builtin import TINY
-        from qlora_exp.models.experts import pack_meta, packed_experts
+        from qlora_exp.models.layers.experts import pack_meta, packed_experts
 
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mixtral", **TINY["mixtral"]))

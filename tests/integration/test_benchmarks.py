@@ -14,7 +14,7 @@ from helpers import processes
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 LEAST = "dataset.max_train_rows=16 unrelated=none tracking.plan=false"
 RUN_HERE = {
-    "bench": (f"--model tiny_llama --pairs 1 --steps 2 --race-steps 0 {LEAST}", r"peak RSS, MiB +qlora-exp"),
+    "bench": (f"--model tiny_llama --peers plain --rounds 1 --steps 2 {LEAST}", r"peak memory, MiB\n +qlora-exp"),
     "compatibility": ("ia3 --bases plain --families gpt2 --check", r"IA3 plain unchanged\ngpt2 unchanged"),
     "fuzz": ("0.03 --kinds config", r"config +│ \d+ +│ \d+ +│ 0 "),
     "measured_h100": ("--runs 1", r"the default run .*%"),
@@ -25,7 +25,7 @@ RUN_HERE = {
     "sweeps": ("--jobs 0 --many 0 --done 2 --fused 0", r"sweep with all 2 jobs already done"),
 }
 """Benchmark, arguments of its smallest run, and what that prints."""
-PARTS = {"plain", "published_table", "team_facts", "team_servers"}
+PARTS = {"peers", "plain", "published_table", "team_facts", "team_servers"}
 """What other benchmarks consist of."""
 OTHERS = sorted({file.stem for file in FOLDER.glob("*.py")} - {*RUN_HERE, *PARTS, "published_memory"})
 PEFT_RUN = {

@@ -13,7 +13,7 @@ from qlora_exp.deploy.chat import Sampling, asked, load_chat_model
 from qlora_exp.deploy.load import find, load
 from qlora_exp.deploy.merge import logits, whole
 from qlora_exp.deploy.serving import commands
-from qlora_exp.models.experts import packed_experts
+from qlora_exp.models.layers.experts import packed_experts
 from qlora_exp.utils.errors import ConfigError
 
 WORDS = ["tap", "pipe", "roof", "wall", "door", "lamp"]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from trl.trainer import utils as trl_utils
 
 from qlora_exp.libraries import trl
-from qlora_exp.models import tiling
+from qlora_exp.models.layers import tiling
 from qlora_exp.planning import tuning
 from qlora_exp.recipe.finetune import run
 from qlora_exp.sweeps import search

@@ -236,3 +236,9 @@ def test_a_saved_tensor_learns_which_node_asks_for_it():
         y = x.exp()
     y.sum().backward()
     assert asked == done == ["ExpBackward0"]
+
+
+def test_tensors_without_values_are_told_from_others():
+    assert not private.is_fake(torch.ones(2))
+    with private.FakeTensorMode():
+        assert private.is_fake(torch.ones(2))

@@ -12,7 +12,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from qlora_exp.libraries import trl as private
 from qlora_exp.libraries.patching import patched
-from qlora_exp.models import tiling
+from qlora_exp.models.layers import tiling
 
 KERNELS = ("_forward_tile", "_backward_tile", "_addmm_fp32")
 

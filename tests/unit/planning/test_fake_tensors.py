@@ -9,8 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.environment.device import Device, resolve
-from qlora_exp.models import tiling
 from qlora_exp.models.base import model_config
+from qlora_exp.models.layers import tiling
 from qlora_exp.planning import planner, step
 from qlora_exp.planning.fake_tensors import LAYERS, Event, IrregularError, Recorder, Recording, deepen, materialize
 

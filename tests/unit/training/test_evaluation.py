@@ -52,6 +52,17 @@ def test_loss_does_not_depend_on_the_batch_size(tiny_tokenizer):
     assert one.metrics["loss"] == pytest.approx(five.metrics["loss"], rel=1e-5)
 
 
+def test_each_row_has_its_own_loss_though_batches_are_by_length(tiny_tokenizer):
+    model, mixed = load(), [ROWS[place] for place in (3, 0, 4, 1, 2)]
+    config, found = EvaluationConfig(generate_rows=0), []
+    for rows in (Dataset.from_list(mixed), *(Dataset.from_list([row]) for row in mixed)):
+        tokens = tokenization.tokenize(rows, compose(), tiny_tokenizer)
+        found.append(evaluation.evaluate(model, tiny_tokenizer, rows, tokens, config, batch_size=2).losses)
+    together, alone = found[0], [losses[0] for losses in found[1:]]
+    assert [row["tokens"] for row in together] == [row["tokens"] for row in alone]
+    assert [row["nll"] for row in together] == pytest.approx([row["nll"] for row in alone], rel=1e-5)
+
+
 def test_generated_answers_do_not_depend_on_padding(tiny_tokenizer):
     model = load()
     together = measure(model, tiny_tokenizer, generation_batch_size=3)

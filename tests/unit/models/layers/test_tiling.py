@@ -9,9 +9,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_exp.config.sections.model import ModelConfig
-from qlora_exp.models import tiling
 from qlora_exp.models.base import skeleton
 from qlora_exp.models.builtin import TINY
+from qlora_exp.models.layers import tiling
 from qlora_exp.models.trained import layers_of
 from qlora_exp.utils.errors import ConfigError
 

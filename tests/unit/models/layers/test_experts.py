@@ -14,12 +14,12 @@ from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.sections.distributed import DistributedConfig
 from qlora_exp.config.sections.quantization import QuantizationConfig
 from qlora_exp.environment.device import Device, resolve
-from qlora_exp.models import experts as module
 from qlora_exp.models import quantization
 from qlora_exp.models.adapters import attach, peft_config
 from qlora_exp.models.base import check_quantization, load_model, skeleton
 from qlora_exp.models.builtin import TINY
-from qlora_exp.models.experts import Experts4bit, check_use, packed_experts, unpack
+from qlora_exp.models.layers import experts as module
+from qlora_exp.models.layers.experts import Experts4bit, check_use, packed_experts, unpack
 from qlora_exp.models.targets import fused_experts
 from qlora_exp.utils.errors import ConfigError
 

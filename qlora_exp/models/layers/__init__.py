@@ -1,0 +1,1 @@
+"""Replace how layers of a model store their weights or compute, without changing what they compute."""
