@@ -325,7 +325,7 @@ class Stages:
         trainable = SimpleNamespace(
             peft_config=is_adapter, trainer=SimpleNamespace(state=SimpleNamespace(global_step=1))
         )
-        part = {"input_ids": [[1, 2]]}
+        part = Dataset.from_dict({"input_ids": [[1, 2]]})
         self.patch.setattr(finetune, "read_inputs", lambda _: SimpleNamespace(resolved=None, first_adapter=None))
         self.patch.setattr(context, "open_run", opened)
         self.patch.setattr(tokens, "tokenize", lambda *_: SimpleNamespace(train=part, heldout=part))
