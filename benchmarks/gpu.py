@@ -49,6 +49,16 @@ LONG += [
 ]
 LENGTHS = {24: (16_384, 78_475), 78: (131_072, 262_144)}
 """Tokens of one row, by GiB (docs/long_rows.md). The longest takes 70 GiB of the machine's memory."""
+RECOMPUTED = "training.gradient_checkpointing=true"
+COMPUTED = {
+    "by_length": ["training.padding=by_length"],
+    "free": ["training.padding=free"],
+    "free_flash": ["training.padding=free", "model.attn_implementation=flash_attention_2"],
+    "recomputed_0": ["training.gradient_checkpointing=false"],
+    "recomputed_8": [RECOMPUTED, "training.recomputed_layers=8"],
+    "recomputed_16": [RECOMPUTED, "training.recomputed_layers=16"],
+}
+"""Ways to compute a step that do not change what it learns. `free_flash` needs the package flash-attn."""
 STORED = ["torchao_int8", "torchao_float8", "quanto_int8", "quanto_int4", "int8", "fp4"]
 
 
@@ -70,6 +80,9 @@ def cases() -> dict[str, Case]:
     for name, words in (pair for pair in RANKS if pair[0].endswith("r16")):
         made[f"{name}_x4"] = Case([[*BIG, *words, *four]], 150)
         made[f"{name}_x4_tuned"] = Case([[*BIG, *words, *four, "training.tune=auto"]], 180)
+        made |= {  # what tuning chooses from, one by one
+            f"{name}_x4_{what}": Case([[*BIG, *words, *four, *settings]], 150) for what, settings in COMPUTED.items()
+        }
     made |= {f"{name}_packed": Case([[*BIG, *words, *PACKED]], 150) for name, words in RANKS if name.endswith("r16")}
     made |= {
         f"8b_qlora_{tokens}_tokens_{gib}_gib": Case(

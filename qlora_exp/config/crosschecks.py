@@ -227,6 +227,18 @@ def _trainer(config: Config) -> Iterator[str]:
     is_chat = config.dataset.format in ("chat", "auto")
     if training.assistant_only_loss and not (is_chat and training.completion_only_loss):
         yield "training.assistant_only_loss needs dataset.format=chat and training.completion_only_loss=true"
+    if training.padding == "free" and (why := config.refusal("packing")):
+        yield f"method={config.method.name} does not work with rows in one sequence ({why}): use training.padding=batch"
+    if training.padding in ("by_length", "free") and training.neftune_noise_alpha:
+        yield (
+            f"training.padding={training.padding}: NEFTune's noise depends on the longest row of a batch, so that more "
+            "than rounding would change: use training.padding=batch"
+        )
+    if training.padding == "by_length" and config.depends_on_batch:
+        yield (
+            f"training.padding=by_length: method={config.method.name} depends on which rows make a batch: use "
+            "training.padding=batch"
+        )
     for aspect, wanted in requested.items():
         if wanted and (why := config.refusal(aspect)):
             key = "resume_from_checkpoint=null" if aspect == "resume" else f"{aspect}=false"

@@ -189,6 +189,15 @@ def _training(config: Config) -> Iterator[tuple[str, str]]:
         yield "training.warmup_steps", f"optim={optim} needs no warmup"
     elif training.lr_scheduler_type == "constant" and optim not in optimizers.SCHEDULE_FREE:
         yield "training.warmup_steps", "lr_scheduler_type=constant has no warmup: use constant_with_warmup"
+    together, batches = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    if training.packing:
+        yield "training.padding", "sequences of packed rows (training.packing=true) are not padded"
+    elif training.tune is None and together == 1:
+        yield "training.padding", "batches of one row (training.per_device_train_batch_size=1) are not padded"
+    elif training.padding == "by_length" and training.tune is None and batches == 1:
+        yield "training.padding", "a step is one batch (training.gradient_accumulation_steps=1)"
+    if training.gradient_checkpointing is not True:
+        yield "training.recomputed_layers", "it needs training.gradient_checkpointing=true"
     if not training.packing:
         yield "training.packing_strategy", "it needs training.packing=true"
     if training.eval_strategy != "steps":

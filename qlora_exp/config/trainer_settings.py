@@ -92,6 +92,8 @@ def _batches(config: Config, given: dict[str, Any]) -> Iterator[tuple[str, str]]
         return
     if training.packing:
         yield name, "sequences of packed rows (training.packing=true) are not padded"
+    if training.padding == "free":
+        yield name, "training.padding=free has no padding"
     if multiple > training.max_length:
         yield name, f"{multiple} is more than training.max_length={training.max_length}"
 

@@ -113,6 +113,8 @@ _EMPTY_IN_OLDER_RECORDS = (
     ("training", "tune"),
     ("training", "activation_offloading"),
     ("training", "tiled_mlp"),
+    ("training", "padding"),
+    ("training", "recomputed_layers"),
     ("training", "sft_config"),
     ("optimizer", "optim_args"),
     ("optimizer", "optim_target_modules"),

@@ -62,6 +62,10 @@ class Resolved:
     per_device_train_batch_size: int
     gradient_accumulation_steps: int
     gradient_checkpointing: bool
+    recomputed_layers: int | None
+    """Number of layers, the first ones, that recompute; None: all or none, as `gradient_checkpointing` says."""
+    padding: str
+    """`batch`, `by_length` or `free`, as in `training.padding`."""
     tuned: str | None
     """What `training.tune` chose, with the reason; None if it chose nothing."""
     optim: str
@@ -186,6 +190,8 @@ def resolve(config: Config, device: Device) -> Resolved:
             "or choose another optimizer"
         )
     dtype = _auto(config.model.dtype, "float32" if full else best)
+    checkpoints = device.type == "cuda" and not config.refusal("gradient_checkpointing")
+    recomputes: bool = _auto(training.gradient_checkpointing, checkpoints)
     return Resolved(
         device=device.type,
         device_index=device.index if device.type == "cuda" else None,
@@ -200,9 +206,9 @@ def resolve(config: Config, device: Device) -> Resolved:
         per_device_train_batch_size=training.per_device_train_batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         tuned=None,
-        gradient_checkpointing=_auto(
-            training.gradient_checkpointing, device.type == "cuda" and not config.refusal("gradient_checkpointing")
-        ),
+        gradient_checkpointing=recomputes,
+        recomputed_layers=training.recomputed_layers if recomputes else None,
+        padding=training.padding or "batch",
         optim=optim,
         optim_fallback=fallback,
         num_processes=ranks().size,

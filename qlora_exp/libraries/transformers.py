@@ -111,6 +111,14 @@ def parameters_packed(names: Callable[[Any], Collection[str]], pack: Callable[[A
         yield
 
 
+def attention_of(model: Any) -> str | None:
+    """Return the name of a model's implementation of attention, such as `sdpa`; None if it has no choice of them.
+
+    `_attn_implementation` of its config has what `from_pretrained` chose where nothing was asked for.
+    """
+    return getattr(model.config, "_attn_implementation", None)
+
+
 def saved_by_any_process() -> AbstractContextManager[None]:
     """Let `save_pretrained` write in whatever process of a run calls it within the context; else only rank 0's does."""
     from transformers import PreTrainedModel

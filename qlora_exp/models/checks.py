@@ -35,7 +35,7 @@ from qlora_exp.models.targets import (
     parts_without_text,
     unquantizable_layers,
 )
-from qlora_exp.models.trained import check_tables, check_trained
+from qlora_exp.models.trained import check_tables, check_trained, recompute_first
 from qlora_exp.utils.errors import ConfigError, DataError, ModelError, first_line
 
 log = logging.getLogger(__name__)
@@ -136,6 +136,8 @@ def check_adapter(config: Config, model: PreTrainedModel) -> None:
     """
     settings = peft_config(config, model)
     check_trained(model, config.method, config.optimizer)
+    if config.training.recomputed_layers:
+        recompute_first(model, config.training.recomputed_layers)
     if config.model.new_tokens and config.method.freezes:
         check_tables(model)
     if settings is None or config.quantization.quant_method in ("gptq", "awq"):

@@ -4,11 +4,12 @@ Of the config this module needs only the sections `method` and `optimizer`.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_exp.config.sections.method import MethodConfig, names_in
 from qlora_exp.config.sections.optimizer import OptimizerConfig
@@ -24,6 +25,28 @@ def layers_of(model: Any) -> list[torch.nn.Module]:
     """
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     return [*max(lists, key=lambda layers: len([*layers.modules()]))]
+
+
+def recompute_first(model: Any, count: int) -> None:
+    """Let only the first layers recompute their activations, of a model in which all do.
+
+    Their activations are needed last in a backward pass, when those of the others are gone.
+
+    Raises:
+        ConfigError: the model has fewer layers, or recomputes in another way than layer by layer.
+    """
+    layers = layers_of(model)
+    if not can_recompute_some(layers):
+        raise ConfigError("training.recomputed_layers: this model cannot recompute some of its layers: leave it out")
+    if count > len(layers):
+        raise ConfigError(f"training.recomputed_layers={count}: this model has {len(layers)} layers")
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = number < count  # type: ignore[assignment]
+
+
+def can_recompute_some(layers: Sequence[torch.nn.Module]) -> bool:
+    """Return whether these layers of a model recompute their activations each for itself."""
+    return all(isinstance(layer, GradientCheckpointingLayer) for layer in layers)
 
 
 def freeze(model: Any, method: MethodConfig) -> None:

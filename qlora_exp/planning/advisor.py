@@ -319,7 +319,8 @@ def _reach(config: Config, gpu: Gpu) -> tuple[list[str] | None, int]:
     within = room(gpu, ranks=1 if shared.engine == "none" else int(shared.num_processes))
 
     def need(size: int, length: int, evaluated: int | None = 0) -> int:
-        return plans.in_batches(size, rows * batches // size).predict(length=length, evaluated=evaluated).peak
+        divided = {"per_device_train_batch_size": size, "gradient_accumulation_steps": rows * batches // size}
+        return plans.computing(**divided).predict(length=length, evaluated=evaluated).peak
 
     if fitting := [*takewhile(lambda size: need(size, most) <= within, sizes)]:
         size, evaluated = fitting[-1], config.training.per_device_eval_batch_size

@@ -31,9 +31,9 @@ from qlora_exp.models.files import check_files
 from qlora_exp.models.layers import dropout, tiling
 from qlora_exp.models.layers.experts import check_use
 from qlora_exp.models.quantization import check_stored, stored
-from qlora_exp.models.trained import freeze, sample_last
-from qlora_exp.planning.fake_tensors import Work
+from qlora_exp.models.trained import can_recompute_some, freeze, layers_of, sample_last
 from qlora_exp.planning.packed_weights import first_product, quantize_meta
+from qlora_exp.planning.recording.fake_tensors import Work
 from qlora_exp.planning.replay import Phase, offloaded, on_host, play
 from qlora_exp.planning.sharding import Traffic, Units, all_reduced, buckets, keep_shares, shard, units
 from qlora_exp.planning.step import Batch, Step, optimizer, record, static_of, weigh
@@ -121,7 +121,10 @@ class Planner:
         check_files(name, config.quantization, stored)
         if (depth := getattr(self._architecture, "num_hidden_layers", None)) is None:
             raise ModelError(f"{name}: the architecture {self._architecture.model_type} cannot be planned yet")
-        self._depth: int = depth
+        self.depth: int = depth
+        """Number of layers."""
+        self.family: str = self._architecture.get_text_config().model_type
+        """Transformers' `model_type`."""
         shared = config.distributed
         if shared.engine != "none" and shared.num_processes == "auto":
             raise ConfigError("distributed.num_processes: a plan needs the number of processes, not auto")
@@ -129,6 +132,8 @@ class Planner:
         """Longest row that the model accepts, in tokens; None if its config does not declare it."""
         self.has_router: bool = hasattr(self._architecture.get_text_config(), "router_aux_loss_coef")
         """Whether the model is a mixture of experts."""
+        if (recomputed := resolved.recomputed_layers or 0) > depth:
+            raise ConfigError(f"training.recomputed_layers={recomputed}: this model has {depth} layers")
         self._check(config.training.max_length)
         self._recorded: dict[tuple[Batch, Batch | None, int | None], Step] = {}
         """The recording of the last batch."""
@@ -140,15 +145,19 @@ class Planner:
         other.share(shared)
         return other
 
-    def in_batches(self, rows: int, batches: int) -> "Planner":
-        """Return the planner of the same run, which computes a step in other batches."""
+    def computing(self, **changes: Any) -> "Planner":
+        """Return the planner of the same run, which computes a step otherwise: batches, padding, recomputation.
+
+        Args:
+            changes: fields of `Resolved`.
+        """
         other = copy(self)
-        other.divide(rows, batches)
+        other.compute(**changes)
         return other
 
-    def divide(self, rows: int, batches: int) -> None:
-        """Compute a step in so many batches of so many rows."""
-        self._resolved = replace(self._resolved, per_device_train_batch_size=rows, gradient_accumulation_steps=batches)
+    def compute(self, **changes: Any) -> None:
+        """Compute a step otherwise."""
+        self._resolved, self._recorded = replace(self._resolved, **changes), {}
 
     def share(self, shared: DistributedConfig) -> None:
         """Compute what one process holds, whatever the batch."""
@@ -161,9 +170,10 @@ class Planner:
         if shared.engine == "fsdp":  # bitsandbytes' optimizers do not update shares
             optim = UNPAGED.get(optim, optim)
         with self._explained(), as_it_runs(self._on_cuda):
-            model = build_model(self._config, self._resolved, self._architecture, self._depth)
+            model = build_model(self._config, self._resolved, self._architecture, self.depth)
             check_use(model, shared)
             parameters = adapters.count_parameters(model)
+            self.can_recompute_some = can_recompute_some(layers_of(model))
             self._unquantized = getattr(model, "unquantized", None)
             if shared.engine == "fsdp" and self._ranks > 1:
                 self._units = units(model, self._ranks, offloads)
@@ -198,7 +208,7 @@ class Planner:
         evaluated = length if evaluated is None else evaluated
         self._check(max(length, evaluated))
         batch = self._batch(rows, length)
-        if training.packing:
+        if training.packing or (self._resolved.padding == "free" and rows > 1):
             batch = Batch(1, rows * length, not self._flash)
         step = self._step(batch, self._batch(training.per_device_eval_batch_size, evaluated) if evaluated else None)
         accumulated = self._resolved.gradient_accumulation_steps
@@ -232,7 +242,7 @@ class Planner:
             with self._explained(), as_it_runs(self._on_cuda, self._flash):
                 self._recorded[batch, evaluated, last] = record(
                     self._build,
-                    self._depth,
+                    self.depth,
                     batch,
                     loss=fused_loss,
                     computing=lambda: computing(self._resolved),
@@ -241,6 +251,7 @@ class Planner:
                     last=last,
                     offloads=self._config.training.activation_offloading,
                     on_gpu=self._on_cuda,
+                    recomputed=self._resolved.recomputed_layers,
                 )
         return self._recorded[batch, evaluated, last]
 

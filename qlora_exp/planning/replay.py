@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_exp.planning.cuda_allocator import CachingAllocator
-from qlora_exp.planning.fake_tensors import HOST, Event
+from qlora_exp.planning.recording.fake_tensors import HOST, Event
 from qlora_exp.planning.step import Model, Step
 from qlora_exp.utils.units import MIB
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from qlora_exp.models.trained import layers_of
-from qlora_exp.planning.fake_tensors import Event, Group
 from qlora_exp.planning.packed_weights import stored_bytes
+from qlora_exp.planning.recording.fake_tensors import Event, Group
 from qlora_exp.planning.step import Step
 from qlora_exp.utils.units import MIB
 

@@ -4,7 +4,7 @@ This module does not read configs. Callers pass functions that build the model, 
 """
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,19 +20,17 @@ from qlora_exp.config.tables.optimizers import COMPILED
 from qlora_exp.libraries.torch import FakeTensorMode, storage_address
 from qlora_exp.models import adapters
 from qlora_exp.models.layers.experts import packed_experts
-from qlora_exp.models.trained import layers_of
-from qlora_exp.planning.fake_tensors import (
-    LAYERS,
+from qlora_exp.models.trained import layers_of, recompute_first
+from qlora_exp.planning.packed_weights import stored_bytes
+from qlora_exp.planning.recording.deepen import IrregularError, deepen, stand_ins
+from qlora_exp.planning.recording.fake_tensors import (
     Event,
-    IrregularError,
     Offloading,
     Recorder,
     Work,
-    deepen,
     layers_marked,
     materialize,
 )
-from qlora_exp.planning.packed_weights import stored_bytes
 
 _AFTER_START = 100
 """A step of schedule-free RAdam after those of its start, which allocate less."""
@@ -192,6 +190,7 @@ def record(
     last: int | None = None,
     offloads: bool = False,
     on_gpu: bool = False,
+    recomputed: int | None = None,
 ) -> Step:
     """Record a training step, and an evaluation step if requested, by running a few layers on fake tensors.
 
@@ -207,27 +206,36 @@ def record(
             them keep nothing, so that a few stand for all. None: others are trained.
         offloads: whether what the backward pass needs goes to the machine's memory.
         on_gpu: whether the fake tensors, which are on the CPU, stand for those of a GPU.
+        recomputed: number of layers, the first ones, that recompute, if others do not.
     """
     passes = partial(_passes, loss=loss, computing=computing, offloads=offloads, on_gpu=on_gpu)
     if last is not None and depth - last > _FROZEN:
         return _with_few_frozen(build, depth, last, passes, batch, evaluated)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     step = Step()
-    for few in (LAYERS, depth) if depth > LAYERS and alike else (depth,):
-        recorder = passes(build(few), mode, batch)
-        rest = passes(build(few), mode, evaluated, train=False) if evaluated else None
+    every = [1] * depth
+    few = stand_ins(depth, recomputed) if alike else every
+    for counts in (few, every) if few != every else (every,):
+        recorder = passes(_short(build, counts, recomputed), mode, batch)
+        rest = passes(_short(build, counts, recomputed), mode, evaluated, train=False) if evaluated else None
         try:
-            step.passes = deepen(recorder.recording, depth) if few != depth else recorder.recording.events
+            step.passes = deepen(recorder.recording, counts) if counts != every else recorder.recording.events
             if rest is not None:
-                step.evaluation = deepen(rest.recording, depth) if few != depth else rest.recording.events
+                step.evaluation = deepen(rest.recording, counts) if counts != every else rest.recording.events
         except IrregularError:
             continue  # record the model at its full depth, which takes longer
-        extra = depth - few
         for (name, place), works in recorder.recording.work.items():
-            alike = name in ("forward", "backward") and place == few // 2
-            step.work += works * (1 + extra if alike else 1)
+            step.work += works * (counts[place] if name in ("forward", "backward") else 1)
         break
     return step
+
+
+def _short(build: Callable[[int], Any], counts: Sequence[int], recomputed: int | None) -> Any:
+    """Build a model whose layers stand for those of a deep one, of which the first `recomputed` recompute."""
+    model = build(len(counts))
+    if recomputed is not None:
+        recompute_first(model, next(n for n in range(len(counts) + 1) if sum(counts[:n]) >= recomputed))
+    return model
 
 
 def _with_few_frozen(

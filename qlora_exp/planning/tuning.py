@@ -1,9 +1,10 @@
-"""Choose how a run computes its steps: rows at once, recomputation, precision; never what it learns from.
+"""Choose how a run computes its steps: rows at once, padding, recomputation, precision; never what it learns from.
 
-The rows of a step and their order stay, and the loss is that of all tokens of a step, so batches and checkpointing
-change sums in their rounding only, and the masks of dropout. Bfloat16 on a CPU rounds more.
+The rows of a step stay, and so does the order of steps. The loss is that of all tokens of a step, so batches, padding
+and checkpointing change sums in their rounding only, and the masks of dropout. Bfloat16 on a CPU rounds more.
 """
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,6 +16,7 @@ from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.training import TrainingConfig
 from qlora_exp.environment.device import Resolved
 from qlora_exp.environment.efficiency import copied_bytes, product_flops
+from qlora_exp.models import builtin
 from qlora_exp.planning.fit import room
 from qlora_exp.planning.gpus import GPUS, Gpu
 from qlora_exp.utils.errors import ConfigError
@@ -37,6 +39,8 @@ _FASTER = 1.2
 """How many times as fast bfloat16 must be on a CPU to be chosen."""
 _EQUAL = 1.15
 """Ratio of estimated times that are not told apart: on a CPU, estimates were off by as much."""
+_DRAWN = 200
+"""Number of steps that are drawn to estimate the padding of sorted rows."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,12 @@ class Choice:
     """Whether that fits the device, even if the plan is as wrong as plans have been."""
     kept: str | None = None
     """Why the configured batch is kept whatever its speed."""
+    recomputed_layers: int | None = None
+    """Number of layers that recompute; None: all or none."""
+    padding: str = "batch"
+    """As in `training.padding`."""
+    among: str = ""
+    """What it was chosen from."""
 
     def applied(self, resolved: Resolved) -> Resolved:
         """Return `resolved` with this choice."""
@@ -84,17 +94,21 @@ class Choice:
             per_device_train_batch_size=self.rows,
             gradient_accumulation_steps=self.batches,
             gradient_checkpointing=self.gradient_checkpointing,
+            recomputed_layers=self.recomputed_layers,
+            padding=self.padding,
             bf16=self.bf16,
             tuned=str(self),
         )
 
     def __str__(self) -> str:
+        some = f"recomputed_layers={self.recomputed_layers} " if self.recomputed_layers else ""
         settings = (
             f"per_device_train_batch_size={self.rows} gradient_accumulation_steps={self.batches} "
-            f"gradient_checkpointing={self.gradient_checkpointing} bf16={self.bf16}"
+            f"gradient_checkpointing={self.gradient_checkpointing} {some}padding={self.padding} bf16={self.bf16}"
         )
         unless = "" if self.fits else ", which may not fit"
         cost = f"planned {self.peak / GIB:.1f} GiB{unless}, about {self.seconds:.2g} s a step with Python's share"
+        cost += f", {self.among}" if self.among else ""
         return f"{settings.lower()}: {cost}" + (f"; batches are not changed, because {self.kept}" if self.kept else "")
 
 
@@ -111,6 +125,8 @@ def fixed_rows(config: Config, has_router: bool) -> str | None:
         return "the loss of the experts' router is that of a batch"
     if config.depends_on_batch:
         return f"method={config.method.name} depends on the rows of a batch"
+    if config.quantization.load_in_8bit:
+        return "LLM.int8 rounds what it multiplies by the largest values of a batch"
     return None
 
 
@@ -129,65 +145,174 @@ def choose(
 
     Returns:
         The fastest that fits, or the fastest with the configured batch if that is as fast within `_EQUAL`; if none
-        fits, the one that takes the least memory.
+        fits, the one that takes the least memory. Rows in one sequence are chosen only if they are faster by as much:
+        attention with a mask of their ends may be slower than other attention.
 
     Raises:
         ConfigError: the run cannot be planned.
         ModelError: the architecture is not available locally.
     """
     found = [*_candidates(config, resolved, lengths, evaluated, device, rates)]
-    if fitting := [choice for choice in found if choice.fits]:
-        enough = _EQUAL * min(choice.seconds for choice in fitting)
-        configured = [choice for choice in fitting if choice.rows == resolved.per_device_train_batch_size]
-        kept = [choice for choice in configured if choice.seconds <= enough]
-        return min(kept or fitting, key=lambda choice: choice.seconds)
-    return min(found, key=lambda choice: choice.peak)
+    fitting = [choice for choice in found if choice.fits]
+    among = f"of {len(found)} ways that were planned, of which {len(fitting)} fit"
+    if not fitting:
+        return replace(min(found, key=lambda choice: choice.peak), among=f"the smallest {among}")
+    if padded := [choice.seconds for choice in fitting if choice.padding != "free"]:
+        least = min(padded) / _EQUAL
+        fitting = [choice for choice in fitting if choice.padding != "free" or choice.seconds < least]
+    enough = _EQUAL * min(choice.seconds for choice in fitting)
+    configured = [choice for choice in fitting if choice.rows == resolved.per_device_train_batch_size]
+    kept = [choice for choice in configured if choice.seconds <= enough]
+    return replace(min(kept or fitting, key=lambda choice: choice.seconds), among=f"the fastest {among}")
 
 
 def _candidates(
     config: Config, resolved: Resolved, lengths: Sequence[int], evaluated: int | None, device: Gpu, rates: Rates
 ) -> Iterator[Choice]:
-    """Plan every division of a step's rows into batches, first without recomputation, with it if not all of these fit.
+    """Plan every division of a step's rows into batches, and recomputation for those that do not fit without.
 
-    Of those that do not fit only the smallest is given.
+    Of those that do not fit only the smallest is given. Where recomputation in all layers fits, recomputation in a
+    quarter, a half or three quarters of them is planned too, until one fits.
     """
-    from qlora_exp.planning.planner import Planner
-
-    training = config.training
-    most = training.max_length
-    longest = most if training.packing else min(most, max(lengths))
-    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    asked = config.training.gradient_checkpointing
-    can = asked is True or not config.refusal("gradient_checkpointing")
-    for recomputes in (False, True) if asked == "auto" and can else (resolved.gradient_checkpointing,):
-        plans = Planner(config, replace(resolved, gradient_checkpointing=recomputes, bf16=rates.bf16))
-        fixed = fixed_rows(config, plans.has_router)
-        sizes = [n for n in range(1, batch + 1) if batch % n == 0]
-        for rows in [training.per_device_train_batch_size] if fixed else sizes:
-            plan = plans.in_batches(rows, batch // rows)
-            whole = plan.predict(length=longest, evaluated=evaluated)
-            fits = whole.peak <= room(device, ranks=whole.ranks)
-            usual = longest if training.packing else round(_mean_of_longest(lengths, rows, training))
-            typical = whole if usual == longest else plan.predict(length=usual, evaluated=0)
-            seconds = batch // rows * rates.seconds(typical, rows * usual)
-            yield Choice(rows, batch // rows, recomputes, rates.bf16, seconds, whole.peak, fits, fixed)
-            if not fits:
+    ways = _Ways(config, replace(resolved, bf16=rates.bf16), lengths, evaluated, device, rates)
+    choosing = config.training.gradient_checkpointing == "auto" and not config.refusal("gradient_checkpointing")
+    fit: set[tuple[int, str]] = set()
+    for recomputes in (False, True) if choosing else (resolved.gradient_checkpointing,):
+        for rows in ways.sizes:
+            paddings = [padding for padding in ways.paddings(rows) if (rows, padding) not in fit]
+            found = [ways.choice(rows, padding, recomputes) for padding in paddings]
+            for choice in found:
+                yield choice
+                if choosing and recomputes and choice.fits:
+                    yield from ways.in_fewer_layers(choice)
+            fit |= {(choice.rows, choice.padding) for choice in found if choice.fits}
+            if found and not any(choice.fits for choice in found):
                 break  # more rows take more memory
-        else:
-            return  # nothing need be recomputed
 
 
-def _mean_of_longest(lengths: Sequence[int], rows: int, training: TrainingConfig) -> float:
+class _Ways:
+    """Ways to compute the steps of a run."""
+
+    def __init__(
+        self,
+        config: Config,
+        resolved: Resolved,
+        lengths: Sequence[int],
+        evaluated: int | None,
+        device: Gpu,
+        rates: Rates,
+    ) -> None:
+        from qlora_exp.planning.planner import Planner
+
+        self._config, self._resolved, self._device, self._rates = config, resolved, device, rates
+        self._lengths, self._evaluated = lengths, evaluated
+        self._plans = Planner(config, resolved)
+        self._fixed = fixed_rows(config, self._plans.has_router)
+        training = config.training
+        self._rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of rows of a batch."""
+        if self._fixed:
+            return [self._config.training.per_device_train_batch_size]
+        return [rows for rows in range(1, self._rows + 1) if self._rows % rows == 0]
+
+    def paddings(self, rows: int) -> list[str]:
+        """Return how batches of so many rows may be padded: as configured, or else with as little as can be."""
+        training = self._config.training
+        if self._fixed or training.packing or training.padding:
+            return [self._resolved.padding]
+        if rows == 1:
+            return ["batch"]
+        return ["by_length" if rows < self._rows else "batch", *["free"] * self._can_be_free]
+
+    @property
+    def _can_be_free(self) -> bool:
+        """Whether rows in one sequence are computed as they are apart, and by a GPU: a CPU was not faster with them."""
+        config = self._config
+        alone = not (config.refusal("packing") or config.training.sft_config.get("pad_to_multiple_of"))
+        return self._device.type != "cpu" and alone and keeps_rows_apart(self._plans.family)
+
+    def choice(self, rows: int, padding: str, recomputes: bool, layers: int | None = None) -> Choice:
+        """Plan batches of so many rows, with recomputation in all layers, the first `layers` or none."""
+        training, batches = self._config.training, self._rows // rows
+        layers = layers or (self._resolved.recomputed_layers if recomputes else None)
+        plan = self._plans.computing(
+            per_device_train_batch_size=rows,
+            gradient_accumulation_steps=batches,
+            padding=padding,
+            gradient_checkpointing=recomputes,
+            recomputed_layers=layers,
+        )
+        longest = training.max_length if training.packing else min(training.max_length, max(self._lengths))
+        whole = plan.predict(length=longest, evaluated=self._evaluated)
+        usual = longest if training.packing else round(_usual_length(self._lengths, rows, batches, padding, training))
+        typical = whole if usual == longest else plan.predict(length=usual, evaluated=0)
+        return Choice(
+            rows,
+            batches,
+            recomputes,
+            self._resolved.bf16,
+            seconds=batches * self._rates.seconds(typical, rows * usual),
+            peak=whole.peak,
+            fits=whole.peak <= room(self._device, ranks=whole.ranks),
+            kept=self._fixed,
+            recomputed_layers=layers,
+            padding=padding,
+        )
+
+    def in_fewer_layers(self, choice: Choice) -> Iterator[Choice]:
+        """Plan the same batches with recomputation in some layers, by quarters of them; yield the first that fits."""
+        quarters = {self._plans.depth * count // 4 for count in (1, 2, 3)} - {0}
+        for layers in sorted(quarters) if self._plans.can_recompute_some else ():
+            if (found := self.choice(choice.rows, choice.padding, True, layers)).fits:
+                yield found
+                return
+
+
+@cache
+def keeps_rows_apart(family: str) -> bool:
+    """Return whether models of a family (`model_type`) keep rows in one sequence apart, tried with a tiny one.
+
+    A family of which there is no tiny model is taken not to. A run tries its own model again once that is loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from qlora_exp.training.evaluation import isolates_packed_rows
+
+    if family not in builtin.TINY:
+        return False
+    model = AutoModelForCausalLM.from_pretrained(builtin.folder_of(f"random:{family}"))
+    try:
+        return isolates_packed_rows(model)
+    except ConfigError:  # it needs a package that is not here
+        return False
+
+
+def _usual_length(lengths: Sequence[int], rows: int, batches: int, padding: str, training: TrainingConfig) -> float:
+    """Return the mean of what a row of a step takes in its batch, in tokens, padding included."""
+    cut = [min(length, training.max_length) for length in lengths]
+    if padding == "free" or training.train_sampling_strategy == "group_by_length":
+        return sum(cut) / len(cut)
+    return _mean_of_sorted(cut, rows, batches) if padding == "by_length" else _mean_of_longest(cut, rows)
+
+
+def _mean_of_longest(lengths: Sequence[int], rows: int) -> float:
     """Return the mean length of the longest of `rows` rows that come together."""
-    ordered = sorted(min(length, training.max_length) for length in lengths)
-    count = len(ordered)
-    if training.train_sampling_strategy == "group_by_length":
-        return sum(ordered) / count
+    ordered, count = sorted(lengths), len(lengths)
     # The longest of so many draws is the i-th smallest with probability (i/n)^rows - ((i-1)/n)^rows.
     return sum(
         length * ((place / count) ** rows - ((place - 1) / count) ** rows)
         for place, length in enumerate(ordered, start=1)
     )
+
+
+def _mean_of_sorted(lengths: Sequence[int], rows: int, batches: int) -> float:
+    """Estimate the mean length of the longest row of each batch, if a step's rows are sorted, from 200 steps drawn."""
+    draw = random.Random(0)
+    steps = [sorted(draw.choices(lengths, k=rows * batches)) for _ in range(_DRAWN)]
+    return sum(sum(step[rows - 1 :: rows]) for step in steps) / (_DRAWN * batches)
 
 
 def planned(config: Config, resolved: Resolved, device: Gpu) -> Resolved:

@@ -122,27 +122,28 @@ def read_inputs(config: Config) -> Inputs:
         )
 
     check_model(config, resolved, tokenize)
-    if config.training.packing:
+    if config.training.packing or config.training.padding == "free":
         _check_packing_of_family(config, resolved)
     return Inputs(rows, unrelated, tasks, score, first_adapter(config), facts, resolved)
 
 
-def check_packing(model: Any, name: str) -> None:
-    """Check that a model keeps packed rows apart.
+def check_packing(model: Any, config: Config) -> None:
+    """Check that a model keeps rows in one sequence apart.
 
     Args:
         model: the model that is to be trained, or one that computes as it does.
-        name: name of the model, for messages.
+        config: the run, for messages.
 
     Raises:
         ConfigError: it does not.
     """
     from qlora_exp.training.evaluation import isolates_packed_rows
 
-    if not isolates_packed_rows(model):
+    instead = "training.packing=false" if config.training.packing else "training.padding=batch"
+    if not isolates_packed_rows(model, instead):
         raise ConfigError(
-            f"training.packing: {name} does not keep packed rows apart, so the result would differ from training on "
-            "single rows; use training.packing=false"
+            f"{instead.partition('=')[0]}: {config.model.model_name_or_path} does not keep packed rows apart, so the "
+            f"result would differ from training on single rows; use {instead}"
         )
 
 
@@ -165,7 +166,7 @@ def _check_packing_of_family(config: Config, resolved: Resolved) -> None:
         return
     tiny = base.load_unquantized(ModelConfig(model_name_or_path=f"random:{family}", attn_implementation=implementation))
     if resolved.device == "cpu" or not any(isinstance(module, Conv1d) for module in tiny.modules()):
-        check_packing(tiny, config.model.model_name_or_path)
+        check_packing(tiny, config)
 
 
 def _plugins(config: Config, rows: "Rows") -> dict[str, Facts]:

@@ -11,6 +11,7 @@ from qlora_exp.config.tables.peft_methods import FROM_ROWS
 from qlora_exp.distributed import group
 from qlora_exp.environment import turns
 from qlora_exp.environment.device import places
+from qlora_exp.libraries.transformers import attention_of
 from qlora_exp.models import adapters, base, lora_init
 from qlora_exp.models.layers import dropout, tiling
 from qlora_exp.models.layers.experts import keep_from_ddp
@@ -24,6 +25,7 @@ from qlora_exp.recipe.inputs import check_packing
 from qlora_exp.recipe.saved import FirstAdapter, base_origin
 from qlora_exp.recipe.tokens import Tokens
 from qlora_exp.training import trainer
+from qlora_exp.utils.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -100,8 +102,8 @@ def build(run: RunContext, tokens: Tokens, first: FirstAdapter | None) -> Traina
     for what, layers in summary(adapted, bare, config.method.settings.get("target_modules")).items():
         run.tracker.params({f"resolved.{what}_layers": layers})
         log.log(_SUMMARY[what][0], _SUMMARY[what][1], layers)
-    if config.training.packing:
-        check_packing(adapted, name)
+    if config.training.packing or resolved.padding == "free":
+        check_packing(adapted, config)
     total = adapters.count_parameters(adapted)[1]  # 4-bit weights cannot be counted in parts
     with run.memory.phase("load"):
         built = trainer.build(
@@ -116,11 +118,9 @@ def build(run: RunContext, tokens: Tokens, first: FirstAdapter | None) -> Traina
             tokens.heldout_sources,
         )
     if built.aux_loss_enabled:
-        run.tracker.params({"resolved.router_aux_loss_coef": built.router_aux_loss_coef})
-        log.info(
-            "a mixture of experts: the router's loss times %g is trained too; it is logged apart (train/aux_loss)",
-            built.router_aux_loss_coef,
-        )
+        _log_router(run, built)
+    if attention := attention_of(model):
+        run.tracker.params({"resolved.attention": attention})
     if (group := turns.current()) is not None:
         _share(run, built, group)
     used = places(adapted)  # a sharded model has only now left the CPU
@@ -161,6 +161,24 @@ def _checked(run: RunContext) -> tuple[Any, Any]:
     if why := base.check_quantization(config.model, config.quantization, run.resolved, bare):
         log.warning("%s", why)
     return bare, peft_config
+
+
+def _log_router(run: RunContext, built: trainer.Trainer) -> None:
+    """Log that the loss of the experts' router is trained too.
+
+    Raises:
+        ConfigError: its batches are not those that the rows come in.
+    """
+    if run.resolved.padding == "by_length":
+        raise ConfigError(
+            "training.padding=by_length: the loss of the experts' router depends on which rows make a batch; use "
+            "training.padding=batch"
+        )
+    run.tracker.params({"resolved.router_aux_loss_coef": built.router_aux_loss_coef})
+    log.info(
+        "a mixture of experts: the router's loss times %g is trained too; it is logged apart (train/aux_loss)",
+        built.router_aux_loss_coef,
+    )
 
 
 def _attach(

@@ -40,9 +40,11 @@ _CONDITIONS = {
         record, "resolved.num_processes", "training.per_device_train_batch_size", "training.gradient_accumulation_steps"
     ),
     "rows at once": lambda record: record.params.get("resolved.per_device_train_batch_size"),
-    "gradient checkpointing": lambda record: record.params.get("resolved.gradient_checkpointing"),
+    "gradient checkpointing": lambda record: _recomputation(record),
     "trained together": lambda record: record.params.get("resolved.fused", "alone"),
+    "padding": lambda record: record.params.get("resolved.padding"),
     "autocast": lambda record: _autocast(record),
+    "attention": lambda record: record.params.get("resolved.attention"),
     "base dtype": lambda record: record.params.get("resolved.dtype"),
     "adapter dtype": lambda record: record.params.get("resolved.adapter_dtype"),
     "loss": lambda record: record.params.get("training.loss_type"),
@@ -224,6 +226,12 @@ def _unfair(rows: Sequence[Row]) -> list[str]:
         if len(values := dict.fromkeys(record.tags.get(key, "none") for record in records)) > 1:
             lines.append(f"{key.removeprefix('version.')} version: {_listed(values)}")
     return lines
+
+
+def _recomputation(record: Record) -> str | None:
+    """Return which layers of a run recomputed, if the record has it."""
+    layers = record.params.get("resolved.recomputed_layers")
+    return f"first {layers} layers" if layers else record.params.get("resolved.gradient_checkpointing")
 
 
 def _autocast(record: Record) -> str | None:

@@ -5,6 +5,7 @@ from typing import Any
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from qlora_exp.models.adapters import fit_schedule
+from qlora_exp.models.trained import recompute_first
 
 
 class Allocation(TrainerCallback):
@@ -23,6 +24,17 @@ class Allocation(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Reallocate the budget."""
         self._model.base_model.update_and_allocate(state.global_step)
+
+
+class Recomputation(TrainerCallback):
+    """Let only the first layers recompute, after the trainer has let all."""
+
+    def __init__(self, model: Any, count: int) -> None:
+        self._model, self._count = model, count
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Turn recomputation off in the other layers."""
+        recompute_first(self._model, self._count)
 
 
 class EarlyStopping(EarlyStoppingCallback):

@@ -357,14 +357,14 @@ def _metric(name: str) -> Any:
     return evaluate_library.load(str(Path(__file__).parent / "metrics" / f"{name}.py"))
 
 
-def isolates_packed_rows(model: Any) -> bool:
+def isolates_packed_rows(model: Any, instead: str = "training.packing=false") -> bool:
     """Check whether rows packed into one sequence give the same outputs as single rows, which packing relies on.
 
     The check runs the model itself on a few tokens. TRL marks where a row starts by restarting the position ids, and
     not all architectures use them to keep rows apart (OPT does not). The change caused by packing is compared with the
     change caused by plain concatenation, so that rounding in half precision does not count. Another first row must not
-    change the second one either, by more than rounding: the state of Mamba layers and short convolutions may pass from
-    row to row, which changes the outputs of random weights by less than a hundredth of what concatenation does.
+    change the second one either, by more than rounding: states of Mamba layers and short convolutions, passed on from
+    row to row, change outputs by less than a hundredth of that. `instead` is the setting without it, for messages.
 
     Raises:
         ConfigError: the model needs a package for it, which is not installed.
@@ -390,7 +390,7 @@ def isolates_packed_rows(model: Any) -> bool:
     except ValueError as error:  # transformers 5.23: blocks whose fused kernels are not installed
         if "packed sequences" not in str(error):
             raise
-        raise ConfigError(f"training.packing: {first_line(error)} Or use training.packing=false") from error
+        raise ConfigError(f"{instead.partition('=')[0]}: {first_line(error)} Or use {instead}") from error
 
     def change(logits: torch.Tensor, others: torch.Tensor = apart) -> float:
         return (logits.float().log_softmax(-1) - others.float().log_softmax(-1)).abs().mean().item()

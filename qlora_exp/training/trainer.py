@@ -15,7 +15,6 @@ import torch
 from datasets import Dataset
 from torch.utils.data import SequentialSampler
 from transformers import PrinterCallback, TrainerCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -41,8 +40,9 @@ from qlora_exp.models.base import keep_router_setting
 from qlora_exp.models.sharding import zero3
 from qlora_exp.models.sharding.fsdp import is_sharded, save_whole_states, shard, whole_weights
 from qlora_exp.models.sharing.rows import Rows
+from qlora_exp.training import batches
 from qlora_exp.training.arguments import arguments
-from qlora_exp.training.callbacks import Allocation, EarlyStopping
+from qlora_exp.training.callbacks import Allocation, EarlyStopping, Recomputation
 from qlora_exp.training.checkpoints import seal
 from qlora_exp.training.lisa import SampledLayers
 from qlora_exp.training.optimizers import KeepTrainableSet, chosen_optimizer
@@ -51,23 +51,6 @@ from qlora_exp.training.user_losses import load as load_loss
 from qlora_exp.training.watcher import Log, Watcher
 
 log = logging.getLogger(__name__)
-
-
-class _ByLength(LengthGroupedSampler):
-    """Sampler that groups rows of similar length, in an order that depends only on the seed and the epoch.
-
-    So a resumed run continues in the same order. The sampler of transformers draws the order from the global random
-    state, which differs in a resumed run.
-    """
-
-    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
-        super().__init__(batch_size, lengths=lengths)
-        self.seed = seed
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Seed the order of an epoch; accelerate calls this before each epoch."""
-        self.generator = torch.Generator().manual_seed(self.seed + epoch)
 
 
 class Trainer(SFTTrainer):
@@ -79,14 +62,16 @@ class Trainer(SFTTrainer):
         memory: MemoryMonitor,
         token_loss: Loss | None = None,
         sources: Sequence[str] = (),
+        padding: str = "batch",
         **kwargs: Any,
     ) -> None:
         self.memory = memory
+        self._padding, self._multiple = padding, kwargs["args"].pad_to_multiple_of or 1
         self.token_loss = token_loss
         """Loss of an installed package to train by; None for TRL's own."""
         self._sources = sources  # of each held-out row; empty if there is one
         self.seen: Any = torch.zeros(4, dtype=torch.long)
-        """Numbers of tokens, supervised tokens, sequences, and positions (tokens and padding)."""
+        """Numbers of tokens, supervised tokens, rows, and positions (tokens and padding)."""
         self.counts_flops = False
         """Whether to count the operations of the current step."""
         self.counted: list[tuple[float, int, int]] = []
@@ -107,7 +92,8 @@ class Trainer(SFTTrainer):
         ids, mask = inputs["input_ids"], inputs.get("attention_mask")
         tokens = mask.sum() if mask is not None else ids.new_tensor(ids.numel())
         supervised = (inputs["labels"] != IGNORED).sum()
-        counts = torch.stack([tokens, supervised, ids.new_tensor(len(ids)), ids.new_tensor(ids.numel())])
+        rows = ids.new_tensor(batches.count_rows(inputs))
+        counts = torch.stack([tokens, supervised, rows, ids.new_tensor(ids.numel())])
         self.seen = self.seen.to(ids.device) + counts * (supervised > 0)  # a batch without loss is a blank one
         if self.together is not None:
             loss = super().training_step(model, inputs, *args, **kwargs)
@@ -155,11 +141,12 @@ class Trainer(SFTTrainer):
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: Any) -> Any:
         """Load the batches of a step, and take the loss off those that only keep a process busy."""
         turns.pass_on()
-        return super().get_batch_samples(self._without_blanks(epoch_iterator), num_batches, device)
+        loaded, learned = super().get_batch_samples(self._without_blanks(epoch_iterator), num_batches, device)
+        return batches.arranged(loaded, self._padding, self._multiple), learned
 
-    def _without_blanks(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def _without_blanks(self, loaded: Iterator[Any]) -> Iterator[Any]:
         rows = cast(Sized, self.train_dataset)
-        for batch in batches:
+        for batch in loaded:
             if accelerate.is_blank(self.accelerator, len(rows), self.args.per_device_train_batch_size):
                 batch["labels"] = torch.full_like(batch["labels"], IGNORED)
             yield batch
@@ -197,7 +184,8 @@ class Trainer(SFTTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs, use_cache=False, fused_lm_head=True)
-        sums = partial(_sums_of_rows, inputs["position_ids"]) if "position_ids" in inputs else partial(torch.sum, dim=1)
+        positions = inputs.get("position_ids")
+        sums = partial(torch.sum, dim=1) if positions is None else partial(batches.sums_of_rows, positions)
         rows = torch.stack([*map(sums, (-outputs.log_probs.float(), outputs.is_top1, outputs.label_mask))], 1).double()
         # Of all processes, without the rows that accelerate repeats so that each gets as many.
         self._heldout.append(self.accelerator.gather_for_metrics(rows).cpu())
@@ -228,7 +216,7 @@ class Trainer(SFTTrainer):
             return super()._get_train_sampler(train_dataset)
         together = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
         tokens = np.minimum(lengths(cast(Dataset, self.train_dataset)), cast(Any, self.args).max_length).tolist()
-        return _ByLength(together, tokens, self.args.data_seed or 0)
+        return batches.ByLength(together, tokens, self.args.data_seed or 0)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:  # transformers 5.23; no public hook before a step
         """Skip the epoch if training is to stop: the trainer would check that only after another step."""
@@ -303,12 +291,15 @@ def build(
         callbacks.append(EarlyStopping(patience, config.training.early_stopping_threshold))
     if allocates(model):
         callbacks.append(Allocation(model))
+    if resolved.recomputed_layers:
+        callbacks.append(Recomputation(model, resolved.recomputed_layers))
     settings = arguments(config, resolved, output_dir)
     trl.name_experts(model.config.get_text_config())
     with keep_dtypes(model), keep_router_setting(model):
         trainer = Trainer(
             memory=memory,
             token_loss=None if config.training.loss_type in BUILT_IN["loss"] else load_loss(config.training.loss_type),
+            padding=resolved.padding,
             model=model,
             args=settings,
             train_dataset=for_training(train_tokens, None if settings.packing else config.training.max_length),
@@ -372,12 +363,6 @@ def train(
         trainer.average()
     step_metrics = {"train_loss": result.training_loss, **watcher.throughput()} if watcher.step_seconds else {}
     return {"steps": state.global_step, **step_metrics, **_mean_loss(state.log_history)}
-
-
-def _sums_of_rows(positions: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Sum values of tokens over each row of a batch in which the rows follow one another, by the tokens' positions."""
-    rows = ((positions[0] == 0).cumsum(0) - 1)[-values.shape[1] :]
-    return values.new_zeros(int(rows[-1]) + 1).double().index_add(0, rows, values[0, -len(rows) :].double())
 
 
 def _mean_loss(history: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -52,7 +52,7 @@ class Watcher(TrainerCallback):
     ) -> None:
         self.step_seconds: list[float] = []
         self.step_counts: list[list[int]] = []
-        """Numbers of tokens, supervised tokens, sequences and positions of each step."""
+        """Numbers of tokens, supervised tokens, rows and positions of each step."""
         self.untimed: list[int] = [0]
         """Indices of the steps that rates leave out: the first allocates and warms up, others count operations."""
         self._trainer = trainer
@@ -154,7 +154,7 @@ class Watcher(TrainerCallback):
         seconds = [self.step_seconds[step] for step in timed]
         total = sum(seconds)
         counts = zip(*(self.step_counts[step] for step in timed), strict=True)
-        tokens, supervised, sequences, positions = (sum(numbers) for numbers in counts)
+        tokens, supervised, rows, positions = (sum(numbers) for numbers in counts)
         flops = _flops([*chain(*group.gather(self._trainer.counted))], positions, supervised)
         arithmetic = {} if math.isnan(flops) else {"flops_per_second": flops / total}
         return {
@@ -162,7 +162,7 @@ class Watcher(TrainerCallback):
             "step_seconds_mean": total / len(seconds),
             "tokens_per_second": tokens / total,
             "supervised_tokens_per_second": supervised / total,
-            "samples_per_second": sequences / total,
+            "samples_per_second": rows / total,
             **arithmetic,
         }
 

@@ -58,10 +58,11 @@ def test_gradient_accumulation_equals_the_whole_batch(run_quick, read_losses):
     assert read_losses(whole) == pytest.approx(read_losses(parts), rel=1e-4)
 
 
-@pytest.mark.parametrize("recomputes", [False, True])
-def test_tuned_run_learns_the_same(recomputes, run_quick, shared_run, read_losses, monkeypatch, caplog):
+@pytest.mark.parametrize(("recomputed", "padding"), [(1, "by_length"), (None, "free")])
+def test_tuned_run_learns_the_same(recomputed, padding, run_quick, shared_run, read_losses, monkeypatch, caplog):
     still = ["method.lora_dropout=0.0", "training.per_device_train_batch_size=4", "method=lora"]
-    choice = tuning.Choice(2, 2, recomputes, bf16=False, seconds=1.0, peak=2**30, fits=True)
+    recomputes = recomputed is not None
+    choice = tuning.Choice(2, 2, recomputes, False, 1.0, 2**30, True, recomputed_layers=recomputed, padding=padding)
     monkeypatch.setattr("qlora_exp.recipe.tune._choice", lambda *_: choice)
     tuned = run_quick(*still, "training.tune=auto")
     assert read_losses(tuned) == pytest.approx(read_losses(shared_run(*still)), rel=1e-4)
@@ -109,6 +110,29 @@ def test_packed_rows_train_like_separate_rows(run_quick, read_losses):
         *still, "training.per_device_train_batch_size=1", "training.packing=true", "training.max_length=2000"
     )
     assert read_losses(packed) == pytest.approx(read_losses(rows), rel=1e-4)
+
+
+MIXTURE = ["model.model_name_or_path=random:mixtral", "method.lora_dropout=0.0"]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model=tiny_opt", "training.padding=free"], "training.padding: random:opt does not keep packed rows apart"),
+        (
+            [*MIXTURE, "training.padding=by_length", "training.gradient_accumulation_steps=2"],
+            "the experts' router depends on which rows make a batch",
+        ),
+        (
+            ["training.gradient_checkpointing=true", "training.recomputed_layers=3"],
+            "training.recomputed_layers=3: this model has 2 layers",
+        ),
+    ],
+)
+def test_computing_that_a_model_cannot_do_is_rejected(words, message, run_quick):
+    with pytest.raises(ConfigError, match=message):
+        run_quick("method=lora", *words)
 
 
 def test_packing_without_isolated_attention_is_rejected_before_weights_load(run_quick, tiny_model, monkeypatch):

@@ -22,8 +22,9 @@ class TrainingConfig(Section):
     """Batches whose gradients are accumulated for one optimizer step."""
     tune: Literal["auto"] | None = None
     """auto: compute each step in the fastest way that is planned to fit the device: in other batches of the same rows,
-    with or without gradient_checkpointing and, on a CPU, bf16 (the last two where they are auto). Losses change by
-    rounding and by the masks of dropout; `resolved.tuned` says what was chosen. null: as configured."""
+    with another padding, with gradient_checkpointing in no, some or all layers and, on a CPU, bf16 (where these are not
+    set). Losses change by rounding and by the masks of dropout; `resolved.tuned` says what was chosen. null: as
+    configured."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     lr_scheduler_type: Annotated[
         Literal[
@@ -62,8 +63,15 @@ class TrainingConfig(Section):
     tiled_mlp: bool = False
     """Compute the MLPs and norms of rows that are longer than the model's hidden size in tiles of tokens, and again in
     the backward pass. Gradients are the same up to rounding, and the masks of dropout."""
+    recomputed_layers: PositiveInt | None = None
+    """Number of layers, the first ones, that gradient_checkpointing recomputes. null: all."""
     max_length: PositiveInt = 1024
     """Largest number of tokens in a row. Longer rows are truncated; the label audit counts them."""
+    padding: Literal["batch", "by_length", "free"] | None = None
+    """How rows of unequal length make batches. batch: each batch is padded to its longest row. by_length: the rows of
+    each step of a process are sorted by length before they are divided into its batches, which takes padding off. free:
+    the rows of a batch follow one another in one sequence, with isolated attention and no padding. The rows of a step
+    and the loss are the same. null: batch, unless tune chooses."""
     packing: bool = False
     """Put several rows into one sequence, with isolated attention. Refused for a model that cannot isolate them."""
     packing_strategy: Literal["bfd", "bfd_split"] = "bfd"

@@ -93,7 +93,7 @@ OWN_KEYS = {name: f"training.{name}" for name in _OF_TRAINING} | {
     "optim_args": "optimizer.optim_args",
     "optim_target_modules": "optimizer.optim_target_modules",
     "output_dir": "hydra.run.dir",
-    "padding_free": "training.packing",
+    "padding_free": "training.padding",
     "run_name": "tracking.run_name",
     "seed": "seed",
     "trust_remote_code": "model.trust_remote_code",

@@ -36,6 +36,20 @@ def test_lora_fa_with_extra_matrices_is_rejected(words: list[str]):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["method=prompt_tuning", "training.padding=free"], "does not work with rows in one sequence"),
+        (["training.padding=free", "training.neftune_noise_alpha=5"], "NEFTune's noise depends on the longest row"),
+        (["training.padding=by_length", "training.neftune_noise_alpha=5"], "NEFTune's noise"),
+        (["method=lily", "training.padding=by_length"], "method=lily depends on which rows make a batch"),
+    ],
+)
+def test_padding_that_would_change_what_is_learned_is_rejected(words: list[str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        compose(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
         (["lora_variant=pissa", "quantization=nf4"], "init_lora_weights=pissa needs the base's own weights"),
         (["lora_variant=orthogonal", "quantization=int8"], "needs the base's own weights"),
         (["lora_variant=monteclora", "quantization=nf4"], "monteclora_config=.* needs the base's own weights"),

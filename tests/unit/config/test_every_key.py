@@ -141,6 +141,8 @@ ENTRIES: dict[str, tuple[Any, ...]] = {
     "training.bf16": (Stages.resolved, False),
     "training.fp16": (Stages.resolved, True),
     "training.gradient_checkpointing": (Stages.resolved, False),
+    "training.recomputed_layers": (Stages.resolved, 1, {"training.gradient_checkpointing": True}),
+    "training.padding": (Stages.resolved, "free"),
     "training.packing_strategy": (Stages.arguments, "bfd_split", {"training.packing": True}),
     "training.lr_scheduler_type": (Stages.arguments, "cosine"),
     "training.train_sampling_strategy": (Stages.arguments, "sequential"),

@@ -35,6 +35,7 @@ CUDA = "it needs a CUDA device, not device=cpu"
         ("label_smoothing_factor=0.1", ["method=prompt_tuning"], "labels would not match"),
         ("label_smoothing_factor=0.1", ["distributed=fsdp"], "never tested with distributed=fsdp"),
         ("pad_to_multiple_of=8", ["training.packing=true"], "are not padded"),
+        ("pad_to_multiple_of=8", ["training.padding=free"], "has no padding"),
         ("pad_to_multiple_of=4096", [], "more than training.max_length"),
     ],
 )

@@ -22,6 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
 from qlora_exp.libraries.transformers import (
+    attention_of,
     experts_without_values,
     gguf_files_read_once,
     load_best_checkpoint,
@@ -33,6 +34,14 @@ from qlora_exp.libraries.transformers import (
     with_bitsandbytes_layers,
 )
 from qlora_exp.models.builtin import TINY
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_of_a_model_is_named(attention: str):
+    shape = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape, attn_implementation=attention)
+    assert attention_of(model) == attention
 
 
 def test_linear_layers_become_bitsandbytes_and_the_head_stays():

@@ -26,6 +26,36 @@ def test_new_tokens_need_trained_tables():
     trained.check_tables(frozen(unfrozen_parameters=["embed_tokens", "lm_head"]))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_recomputation_in_some_layers_gives_the_same_gradients(family: str):
+    model = load_unquantized(ModelConfig(model_name_or_path=f"random:{family}")).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    layers, calls = trained.layers_of(model), []
+    for number, layer in enumerate(layers):
+        norm = next(module for module in layer.modules() if "Norm" in type(module).__name__)
+        norm.register_forward_pre_hook(lambda *_, number=number: calls.append(number))
+    ids = torch.arange(6, 30)[None]
+
+    def gradients():
+        calls.clear()
+        model.zero_grad()
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    plain = gradients()
+    assert calls == [0, 1]
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    for count, expected in ((1, [0, 1, 0]), (2, [0, 1, 1, 0])):
+        trained.recompute_first(model, count)
+        found = gradients()
+        assert calls == expected
+        assert all(torch.equal(one, other) for one, other in zip(plain, found, strict=True))
+    with pytest.raises(ConfigError, match="recomputed_layers=3: this model has 2 layers"):
+        trained.recompute_first(model, 3)
+
+
 @pytest.mark.parametrize(("count", "numbers"), [(1, {"2"}), (2, {"1", "2"}), (3, {"0", "1", "2"}), (-1, {"0"})])
 def test_last_or_first_layers_are_trained_and_nothing_else(count: int, numbers: set[str]):
     names = trainable_set(frozen(trainable_layers=count))

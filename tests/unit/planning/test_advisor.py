@@ -89,7 +89,7 @@ def test_search_asks_for_few_predictions():
 
 def option(name: str, gib: float, rows: int, length: int, flops: float = 1.0) -> Option:
     size = int(gib * 2**30)
-    from qlora_exp.planning.fake_tensors import Work
+    from qlora_exp.planning.recording.fake_tensors import Work
 
     planned = Prediction({"steady": Phase({"weights": size}, size, size)}, [Work(flops, 0)], 1, 2)
     return Option(name, compose(["method=lora"]), planned, {CARD: Fit(rows, length)})

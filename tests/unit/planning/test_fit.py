@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 
 from qlora_exp.planning.calibration import Calibration
-from qlora_exp.planning.fake_tensors import Work
 from qlora_exp.planning.fit import expected, room, step_seconds, verdict
 from qlora_exp.planning.gpus import GPUS
 from qlora_exp.planning.planner import Prediction
+from qlora_exp.planning.recording.fake_tensors import Work
 from qlora_exp.planning.replay import Phase
 from qlora_exp.utils.units import GIB
 

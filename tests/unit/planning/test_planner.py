@@ -17,7 +17,7 @@ from qlora_exp.environment.device import resolve
 from qlora_exp.models import adapters, base
 from qlora_exp.models.quantization import weights_bytes
 from qlora_exp.planning import planner
-from qlora_exp.planning.fake_tensors import Recorder
+from qlora_exp.planning.recording.fake_tensors import Recorder
 from qlora_exp.utils.errors import ConfigError, ModelError
 from qlora_exp.utils.units import MIB
 
@@ -371,3 +371,16 @@ def test_new_tokens_are_planned():
     rows = 2 * 2 * HIDDEN  # of the embedding and of the output layer
     assert added.trainable - without.trainable == rows
     assert added.total - without.total == 2 * rows
+
+
+def test_rows_without_padding_are_planned_as_one_sequence():
+    found = predict("method=lora", "training.padding=free", "training.per_device_train_batch_size=4")
+    one = ["training.packing=true", "training.max_length=256", "training.per_device_train_batch_size=1"]
+    packed = predict("method=lora", *one)
+    assert (found.phases, found.work) == (packed.phases, packed.work)
+
+
+def test_more_recomputed_layers_than_there_are_is_rejected():
+    words = ["method=lora", "training.gradient_checkpointing=true", "training.recomputed_layers=3"]
+    with pytest.raises(ConfigError, match="recomputed_layers=3: this model has 2 layers"):
+        predict(*words)

@@ -19,7 +19,7 @@ from qlora_exp.environment.device import resolve
 from qlora_exp.models import base
 from qlora_exp.models.trained import layers_of
 from qlora_exp.planning import planner, sharding
-from qlora_exp.planning.fake_tensors import Event
+from qlora_exp.planning.recording.fake_tensors import Event
 from qlora_exp.planning.step import Step
 from qlora_exp.utils.errors import ConfigError
 from qlora_exp.utils.units import MIB

@@ -142,12 +142,15 @@ def test_different_held_out_rows_are_not_paired(past_runs):
 def test_other_differences_are_warnings(past_runs):
     tags = {"version.torch": "1", "sweep.method.r": "4"}
     measured = {"train/num_tokens": 100.0, "memory/baseline/rss_mib": 500.0}
-    past_runs(shifted(0.0), metrics=measured, tags=tags, resolved__adapter_dtype="float32")
+    computed = {"resolved__gradient_checkpointing": True, "resolved__padding": "batch", "resolved__attention": "sdpa"}
+    others = {"resolved__recomputed_layers": 8, "resolved__padding": "free", "resolved__attention": "eager"}
+    past_runs(shifted(0.0), metrics=measured, tags=tags, resolved__adapter_dtype="float32", **computed)
     past_runs(
         shifted(0.1),
         method__r=8,
         training__learning_rate=1e-3,
         resolved__adapter_dtype="bfloat16",
+        **computed | others,
         metrics={"train/num_tokens": 200.0, "memory/baseline/rss_mib": 600.0},
         tags={"version.torch": "2", "sweep.method.r": "8"},
     )
@@ -158,6 +161,9 @@ def test_other_differences_are_warnings(past_runs):
         "MiB before loading: 500 (r=4), 600 (r=8)",
         "torch version: 1, 2",
         "adapter dtype: float32, bfloat16",
+        "gradient checkpointing: True, first 8 layers",
+        "padding: batch, free",
+        "attention: sdpa, eager",
     ):
         assert expected in found.warnings
     assert found.settings == ["training.learning_rate: none, 0.001"]

@@ -6,7 +6,7 @@ use configs or devices.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -331,68 +331,3 @@ def layers_marked(recorder: Recorder, layers: list[torch.nn.Module]) -> Iterator
     finally:
         for handle in handles:
             handle.remove()
-
-
-class IrregularError(Exception):
-    """The layers that ran allocate differently, so that none can represent the layers of a deeper model."""
-
-
-def deepen(recording: Recording, depth: int) -> list[Event]:
-    """Derive the events of a model with `depth` layers from a recording of LAYERS layers.
-
-    A storage is identified by its position among the storages of its group. If the middle layer frees a storage of its
-    neighbour, each layer that it represents frees the storage at the same position of its own neighbour.
-
-    Raises:
-        IrregularError: the neighbours of the middle layer create other storages than it does.
-    """
-    groups: dict[Group, list[Event]] = {}
-    made: dict[Group, list[int]] = {}
-    home: dict[int, tuple[Group, int]] = {}
-    """For each storage, the group that created it and its position within that group."""
-    for event in recording.events:
-        groups.setdefault(event.group, []).append(event)
-        if event.nbytes > 0:
-            home[event.storage] = event.group, len(made.setdefault(event.group, []))
-            made[event.group].append(event.nbytes)
-    middle = LAYERS // 2
-    inner = range(middle, depth - (LAYERS - 1 - middle))
-    for name in ("forward", "backward"):
-        between = [made.get((name, layer), []) for layer in range(1, LAYERS - 1)]
-        if any(sizes != between[0] for sizes in between):
-            raise IrregularError(f"{name}: layers allocate {[len(sizes) for sizes in between]} storages")
-
-    def depth_of(layer: int) -> int:
-        """Return the index in the deeper model of one of the first or last layers that ran."""
-        return layer if layer < middle else depth - LAYERS + layer
-
-    alive: dict[tuple[str, int, int], int] = {}
-    deeper: list[Event] = []
-
-    def play(group: Group, layer: int) -> None:
-        """Append a group's events as events of `layer`."""
-        name, place = group
-        for event in groups[group]:
-            (maker, origin), at = home[event.storage]
-            origins: Sequence[int] = (origin,)
-            if maker in ("forward", "backward"):
-                if name in ("forward", "backward"):
-                    origins = (layer + origin - place,)
-                else:
-                    origins = inner if origin == middle else (depth_of(origin),)
-            if event.nbytes > 0:
-                alive[maker, origins[0], at] = number = len(deeper)
-                deeper.append(Event((name, layer), number, event.nbytes, event.kind, event.stream))
-                continue
-            for owner in origins:
-                if (number := alive.pop((maker, owner, at), -1)) >= 0:  # the first layer frees what layers share
-                    deeper.append(Event((name, layer), number, event.nbytes, event.kind))
-
-    for group in groups:
-        name, place = group
-        if name in ("forward", "backward") and place == middle:
-            for layer in inner if name == "forward" else reversed(inner):
-                play(group, layer)
-        else:
-            play(group, depth_of(place) if name in ("forward", "backward") else place)
-    return deeper

@@ -5,14 +5,24 @@ from itertools import accumulate
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.environment.device import Device, resolve
 from qlora_exp.models.base import model_config
 from qlora_exp.models.layers import tiling
+from qlora_exp.models.trained import recompute_first
 from qlora_exp.planning import planner, step
-from qlora_exp.planning.fake_tensors import LAYERS, Event, IrregularError, Recorder, Recording, deepen, materialize
+from qlora_exp.planning.recording.deepen import IrregularError, deepen, stand_ins
+from qlora_exp.planning.recording.fake_tensors import (
+    LAYERS,
+    Event,
+    Recorder,
+    Recording,
+    materialize,
+)
 
 GPU = Device("cuda", "GPU", bf16=True, paging=True)
 ARCHITECTURE = (
@@ -21,10 +31,12 @@ ARCHITECTURE = (
 )
 
 
-def recorded(layers: int, *words: str) -> Recording:
-    config = compose(["model=tiny_llama", ARCHITECTURE, *words])
+def recorded(layers: int, *words: str, recomputed: int | None = None) -> Recording:
+    config = compose(["model=tiny_llama", "method=lora", ARCHITECTURE, *words])
     resolved = resolve(config, GPU)
     model = planner.build_model(config, resolved, model_config(config.model), layers)
+    if recomputed is not None:
+        recompute_first(model, recomputed)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with planner.as_it_runs(on_cuda=True):
         return step._passes(
@@ -65,17 +77,36 @@ def highest(events: list[Event]) -> int:
 )
 def test_deepened_recording_equals_that_of_the_deeper_model(words: list[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tiling, "LEAST", 32)
-    found = deepen(recorded(LAYERS, *words), LAYERS + 2)
+    found = deepen(recorded(LAYERS, *words), stand_ins(LAYERS + 2))
     expected = recorded(LAYERS + 2, *words).events
     assert made(found) == made(expected)
     assert freed(found) == freed(expected)
     assert highest(found) == highest(expected)
 
 
+@pytest.mark.slow
+def test_recording_of_some_recomputed_layers_equals_that_of_the_deeper_model():
+    depth, recomputed = 2 * LAYERS + 3, LAYERS + 2
+    found = deepen(recorded(2 * LAYERS, recomputed=LAYERS), stand_ins(depth, recomputed))
+    expected = recorded(depth, recomputed=recomputed).events
+    assert made(found) == made(expected)
+    assert freed(found) == freed(expected)
+    assert highest(found) == highest(expected)
+
+
+@given(st.integers(1, 90), st.data())
+def test_every_layer_of_a_deep_model_has_a_stand_in(depth: int, data):
+    recomputed = data.draw(st.none() | st.integers(1, depth))
+    counts = stand_ins(depth, recomputed)
+    assert sum(counts) == depth
+    assert recomputed is None or any(sum(counts[:n]) == recomputed for n in range(len(counts) + 1))
+    assert len(counts) <= 2 * LAYERS or {*counts} == {1}
+
+
 def test_irregular_layers_are_rejected():
     events = [Event(("forward", layer), layer, 100 + (layer == 2), "activations") for layer in range(LAYERS)]
     with pytest.raises(IrregularError, match="forward"):
-        deepen(Recording(events), 9)
+        deepen(Recording(events), stand_ins(9))
 
 
 def test_allocations_and_frees_are_recorded_once():

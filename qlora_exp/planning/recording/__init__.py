@@ -1,0 +1,1 @@
+"""Record what code allocates on fake tensors, and derive what a deeper model allocates."""
