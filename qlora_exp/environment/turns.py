@@ -231,7 +231,18 @@ def _state() -> Any:
         (sys.stdout, sys.stderr),
         (root.handlers[:], root.level),
         accelerate.shared_states(),
+        _precision(),
     )
+
+
+def _precision() -> str | None:
+    """Return how torch multiplies float32 matrices; None if that was set by torch's newer settings."""
+    import torch
+
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
 
 
 def _restore(state: Any) -> None:
@@ -240,7 +251,7 @@ def _restore(state: Any) -> None:
 
     from qlora_exp.libraries import accelerate
 
-    (python, numpy, cpu, cuda), (sys.stdout, sys.stderr), (handlers, level), states = state
+    (python, numpy, cpu, cuda), (sys.stdout, sys.stderr), (handlers, level), states, precision = state
     random.setstate(python)
     np.random.set_state(numpy)
     torch.set_rng_state(cpu)
@@ -250,3 +261,5 @@ def _restore(state: Any) -> None:
     root.handlers[:] = handlers
     root.setLevel(level)
     accelerate.set_shared_states(states)
+    if precision not in (None, _precision()):
+        torch.set_float32_matmul_precision(precision)

@@ -153,7 +153,7 @@ class Stages:
         self.patch.setattr(setup.lora_init, "batches", lambda _, rows, *__: asked.append(rows))
         for name in ("prepare", "finish", "remember"):
             self.patch.setattr(setup.lora_init, name, lambda *_: None)
-        self.patch.setattr(setup.adapters, "attach", lambda *_: None)
+        self.patch.setattr(setup.adapters, "attach", lambda *_: torch.nn.Module())
         memory = SimpleNamespace(phase=lambda _: nullcontext())
         run = SimpleNamespace(config=config, memory=memory, resolved=resolve(config, CPU), first_adapter=None)
         setup._attach(run, SimpleNamespace(train=None, tokenizer=self.tokenizer), None, None)

@@ -140,6 +140,6 @@ def test_config_that_is_no_text_is_refused(adapter: Path):
 def test_token_without_an_embedding_is_refused(adapter: Path, monkeypatch):
     model = chat.load_chat_model({"default": str(adapter)}, device="cpu")
     assert model.tokenizer.chat_template != CHATML  # that of the run's format
-    monkeypatch.setattr(type(model.tokenizer), "__call__", lambda *_, **__: {"input_ids": [10**9]})
+    monkeypatch.setattr(type(model.tokenizer), "__call__", lambda *_, **__: {"input_ids": [[10**9]]})
     with pytest.raises(ModelError, match="has the token 1000000000, but the model only"):
         model.answer(chat.asked("hi"), chat.Sampling(max_new_tokens=2))

@@ -62,17 +62,21 @@ def test_output_logs_and_states_of_libraries_are_each_jobs_own(take, tmp_path):
             handler = logging.FileHandler(tmp_path / f"{name}.txt")
             logging.getLogger().handlers[:] = [handler]
             GradientState._shared_state["name"] = name
+            precision = {"a": "medium", "b": "highest"}[name]
+            torch.set_float32_matmul_precision(precision)
             for step in range(2):
                 print(f"{name} {step}")
                 logging.getLogger().error("%s %d", name, step)
                 turns.pass_on()
                 assert GradientState._shared_state["name"] == name
+                assert torch.get_float32_matmul_precision() == precision
             handler.close()
 
         return call
 
-    handlers = logging.getLogger().handlers[:]
+    handlers, precision = logging.getLogger().handlers[:], torch.get_float32_matmul_precision()
     assert take(job("a"), job("b")).run() == [None, None]
+    assert torch.get_float32_matmul_precision() == precision
     assert logging.getLogger().handlers == handlers
     assert "name" not in GradientState._shared_state
     for number, name in enumerate("ab"):
