@@ -175,7 +175,7 @@ def _plugins(config: Config, rows: "Rows") -> dict[str, Facts]:
     Raises:
         ConfigError: one cannot be used.
     """
-    from qlora_exp.training import user_metrics
+    from qlora_exp.training.plugins import user_metrics
 
     facts: dict[str, Facts] = {}
     if names := user_metrics.of_config(config.evaluation):
@@ -184,7 +184,7 @@ def _plugins(config: Config, rows: "Rows") -> dict[str, Facts]:
         metrics = group.call_on_main(user_metrics.try_out, names, both)
         facts |= {f"metric.{name}": declared for name, declared in metrics.items()}
     if (name := config.training.loss_type) not in plugins.BUILT_IN["loss"]:
-        from qlora_exp.training import user_losses  # imports torch, which takes seconds
+        from qlora_exp.training.plugins import user_losses  # imports torch, which takes seconds
 
         facts[f"loss.{name}"] = user_losses.load(name).facts
     return facts

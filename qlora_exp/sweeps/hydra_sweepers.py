@@ -25,7 +25,7 @@ from qlora_exp.config.validate import from_composed
 from qlora_exp.sweeps import jobs, sweep
 from qlora_exp.sweeps.hydra_launchers import LocalLauncher
 from qlora_exp.sweeps.launchers import local as launcher
-from qlora_exp.training import user_metrics
+from qlora_exp.training.plugins import user_metrics
 from qlora_exp.utils.display import say
 from qlora_exp.utils.errors import ConfigError
 from qlora_exp.utils.quiet import quiet
@@ -175,7 +175,7 @@ def try_out(configs: Sequence[Config]) -> None:
     )
     losses = {each.training.loss_type for each in configs} - {*plugins.BUILT_IN["loss"]}
     if losses:
-        from qlora_exp.training import user_losses  # imports torch, which takes seconds
+        from qlora_exp.training.plugins import user_losses  # imports torch, which takes seconds
 
         for name in sorted(losses):
             user_losses.load(name)

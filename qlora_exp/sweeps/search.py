@@ -35,7 +35,7 @@ from qlora_exp.results.metric_direction import lower_is_better
 from qlora_exp.sweeps import fused
 from qlora_exp.sweeps.jobs import NOT_FAILED, Job
 from qlora_exp.sweeps.sweep import Sweep
-from qlora_exp.training import user_metrics
+from qlora_exp.training.plugins import user_metrics
 from qlora_exp.utils.errors import ConfigError, did_you_mean
 from qlora_exp.utils.files import write_atomically
 from qlora_exp.utils.names import valid_names

@@ -52,7 +52,8 @@ def arranged(batches: Sequence[Batch], padding: str, multiple: int = 1) -> list[
 def by_length(batches: Sequence[Batch], multiple: int = 1) -> list[Batch]:
     """Divide the rows into as many batches, the longest rows into the first one.
 
-    So the fullest batch comes before there are gradients. A step with a batch that only keeps a process busy, which has
+    So the fullest batch comes before there are gradients. If not all are full, the one that is not gets the longest
+    rows, as that takes the least padding. A step with a batch that only keeps a process busy, which has
     no labels, stays as it is: its row must not count.
     """
     if not all(bool((batch["labels"] != IGNORED).any()) for batch in batches):
@@ -65,7 +66,8 @@ def by_length(batches: Sequence[Batch], multiple: int = 1) -> list[Batch]:
         for name, fill in (("input_ids", 0), ("labels", IGNORED), ("attention_mask", 0))
     }
     size = len(batches[0]["input_ids"])
-    chosen = [order[begin : begin + size] for begin in range(0, len(order), size)]
+    first = len(order) % size or size
+    chosen = [order[max(0, end - size) : end] for end in range(first, len(order) + 1, size)]
     longest = [-(-lengths[places[0]] // multiple) * multiple for places in chosen]
     return [
         {name: values[places, :length] for name, values in rows.items()}

@@ -35,7 +35,7 @@ from qlora_exp.models.base import (
     stop_tokens,
 )
 from qlora_exp.models.sharding.fsdp import is_sharded
-from qlora_exp.training import user_metrics
+from qlora_exp.training.plugins import user_metrics
 from qlora_exp.utils.errors import ConfigError, first_line
 
 log = logging.getLogger(__name__)

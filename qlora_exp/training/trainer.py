@@ -46,8 +46,8 @@ from qlora_exp.training.callbacks import Allocation, EarlyStopping, Recomputatio
 from qlora_exp.training.checkpoints import seal
 from qlora_exp.training.lisa import SampledLayers
 from qlora_exp.training.optimizers import KeepTrainableSet, chosen_optimizer
-from qlora_exp.training.user_losses import Loss
-from qlora_exp.training.user_losses import load as load_loss
+from qlora_exp.training.plugins.user_losses import Loss
+from qlora_exp.training.plugins.user_losses import load as load_loss
 from qlora_exp.training.watcher import Log, Watcher
 
 log = logging.getLogger(__name__)

@@ -8,8 +8,8 @@ from trl.trainer.utils import add_fused_lm_head
 
 from qlora_exp.config.plugins import Plugin
 from qlora_exp.models.builtin import folder_of
-from qlora_exp.training import user_losses
-from qlora_exp.training.user_losses import Loss
+from qlora_exp.training.plugins import user_losses
+from qlora_exp.training.plugins.user_losses import Loss
 from qlora_exp.utils.errors import ConfigError
 
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_exp.config.plugins import Facts, Plugin
-from qlora_exp.training import user_losses, user_metrics
-from qlora_exp.training.user_metrics import Metric
+from qlora_exp.training.plugins import user_losses, user_metrics
+from qlora_exp.training.plugins.user_metrics import Metric
 from qlora_exp.utils.errors import ConfigError
 
 SAMPLES = [{"prompt": "p", "reference": "a b", "answer": text} for text in ("a b", "a", "")]
@@ -129,7 +129,7 @@ def test_metrics_are_not_imported_if_nothing_is_answered():
 
 
 def test_package_of_the_documentation_works(monkeypatch, tmp_path):
-    page = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text("utf-8")
+    page = (Path(__file__).parents[4] / "docs" / "metrics.md").read_text("utf-8")
     metric, loss = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     first, second = (tomllib.loads(block) for block in re.findall(r"```toml\n(.*?)```", page, re.DOTALL))
     points = first["project"]["entry-points"] | second["project"]["entry-points"]

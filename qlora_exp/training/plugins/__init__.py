@@ -1,0 +1,1 @@
+"""Metrics and losses of installed packages."""
