@@ -132,6 +132,23 @@ def reuse_freed_memory() -> bool:
     return bool(mallopt(m_mmap_threshold, 64 * MIB) and mallopt(m_trim_threshold, 256 * MIB))
 
 
+def share_freed_memory() -> bool:
+    """Make glibc keep the freed blocks of all threads in one place, where the next thread takes them.
+
+    By default each thread has an arena of its own, and keeps there what its training step has freed. Threads that
+    began before keep theirs. Source: mallopt(3), M_ARENA_MAX.
+
+    Returns:
+        Whether the allocator accepted the setting.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # not glibc
+        return False
+    m_arena_max = -8
+    return bool(mallopt(m_arena_max, 1))
+
+
 def release_freed_memory() -> None:
     """Return freed blocks to the kernel now, if the allocator can do so. Source: malloc_trim(3)."""
     try:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora_exp.environment.memory import share_freed_memory
 from qlora_exp.utils.errors import TimeLimitError
 from qlora_exp.utils.processes.signals import GRACE_SECONDS
 
@@ -77,6 +78,7 @@ class Turns:
 
         An exception in this thread (Ctrl-C, SIGTERM) is raised in each job at its next turn.
         """
+        share_freed_memory()
         self._begin = _state()
         threads = [threading.Thread(target=self._run, args=(number,)) for number in range(self.size)]
         for thread in threads:

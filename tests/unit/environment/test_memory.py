@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 
 from qlora_exp.environment import memory
@@ -114,3 +117,38 @@ def test_cuda_reports_allocated_reserved_and_driver(monkeypatch):
 def test_allocator_setting_is_accepted_and_memory_is_released():
     assert reuse_freed_memory()
     memory.release_freed_memory()
+
+
+THREADS = """
+import sys, threading
+import numpy as np
+from qlora_exp.environment.memory import reuse_freed_memory, share_freed_memory
+reuse_freed_memory()
+if sys.argv[1] == "shared":
+    assert share_freed_memory()
+ends = threading.Event()
+
+def step(done):
+    blocks = [np.ones(3 * 2**20) for _ in range(4)]  # 24 MiB each
+    del blocks
+    done.set()
+    ends.wait()
+
+for _ in range(6):
+    done = threading.Event()
+    threading.Thread(target=step, args=(done,)).start()
+    done.wait()
+print([int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmRSS")][0])
+ends.set()
+"""
+
+
+@linux
+def test_threads_take_the_memory_that_others_have_freed():
+    taken = {
+        kind: int(
+            subprocess.run([sys.executable, "-c", THREADS, kind], capture_output=True, text=True, check=True).stdout
+        )
+        for kind in ("own", "shared")
+    }
+    assert taken["own"] > taken["shared"] + 150  # of 6 times 96 MiB
