@@ -71,13 +71,16 @@ class DivergedError(Exception):
 
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
+_ONEDNN_OUT_OF_MEMORY = ("could not create a primitive", "could not create a memory object")
+"""All that torch says if oneDNN finds no memory; what oneDNN cannot compute ends in `primitive descriptor`."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out, on the device or on the host; torch raises a RuntimeError for both."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY)
+        isinstance(error, RuntimeError)
+        and (any(words in text for words in _OUT_OF_MEMORY) or text.strip() in _ONEDNN_OUT_OF_MEMORY)
     )
 
 

@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 from qlora_exp.config.hydra_compose import conf_dir, options
 from qlora_exp.config.tables import peft_methods
 from qlora_exp.config.validate import known_keys
-from qlora_exp.utils.errors import ConfigError, did_you_mean, first_line, last_line, nearest, type_and_first_line
+from qlora_exp.utils.errors import (
+    ConfigError,
+    did_you_mean,
+    first_line,
+    is_out_of_memory,
+    last_line,
+    nearest,
+    type_and_first_line,
+)
 
 GROUPS = sorted(folder.name for folder in conf_dir().iterdir() if folder.is_dir() and folder.name != "hydra")
 NAMES = {group: options(group) for group in GROUPS} | {"keys": known_keys(), "LoRA": [*peft_methods.settings("LORA")]}
@@ -148,3 +156,17 @@ def test_cause_of_a_long_line_is_kept():
     assert first_line(OSError(f"{autoflush}\nvalue too long for type character varying(250)")).startswith("value too")
     assert first_line(ConfigError("y" * 400)) == "y" * 400
     assert len(first_line(ConfigError("y" * 400), 120)) == 120
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("could not create a primitive"), True),  # oneDNN's, on a CPU
+        (RuntimeError("could not create a primitive descriptor for a matmul primitive"), False),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), True),
+        (MemoryError(), True),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_errors_of_memory_that_ran_out_are_known(error: BaseException, expected: bool):
+    assert is_out_of_memory(error) is expected
