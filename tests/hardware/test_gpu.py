@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from qlora_exp.config.hydra_compose import compose
 from qlora_exp.environment.device import detect, resolve
 from qlora_exp.environment.efficiency import EnergyMeter, FlopCounter, peak_flops
 from qlora_exp.environment.memory import MIB, MemoryMonitor
+from qlora_exp.environment.turns import Turns
 from qlora_exp.models.base import load_model
 from qlora_exp.tracking.journal import last_message
 
@@ -135,3 +137,42 @@ sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
 def test_process_forked_after_preloading_uses_the_gpu():
     result = subprocess.run([sys.executable, "-c", ON_GPU], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("rows_together", [False, True])
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_jobs_on_one_base_learn_on_the_gpu_what_they_learn_alone(
+    method: str, rows_together: bool, run_quick, read_losses, mlflow_uri, tmp_path
+):
+    words = ["device=cuda", f"method={method}", "method.lora_dropout=0", f"tracking.uri={mlflow_uri}"]
+    chosen = [[*words, "method.r=4"], [*words, "method.r=16", "training.learning_rate=1e-3"]]
+    results: dict[int, Any] = {}
+
+    def job(number: int):
+        def call() -> None:
+            results[number] = run_quick(*chosen[number])
+
+        return call
+
+    turns = Turns([job(0), job(1)], [tmp_path / "0.log", tmp_path / "1.log"], rows_together)
+    assert turns.run() == [None, None]
+    for number, each in enumerate(chosen):
+        alone = run_quick(*each)
+        assert read_losses(results[number]) == pytest.approx(read_losses(alone), rel=1e-3)
+        assert results[number].metrics["after/loss"] == pytest.approx(alone.metrics["after/loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_experts_in_4_bits_learn_on_the_gpu(family: str, run_quick):
+    words = ["device=cuda", "method=qlora", "method.lora_dropout=0", "training.learning_rate=1e-2"]
+    metrics = run_quick(*words, f"model.model_name_or_path=random:{family}", "training.max_steps=6").metrics
+    assert metrics["after/loss"] < metrics["before/loss"]
+
+
+@pytest.mark.parametrize(
+    "words", [["training.padding=free"], ["training.padding=by_length"], ["training.activation_offloading=true"]]
+)
+def test_ways_to_compute_a_step_give_the_same_losses_on_the_gpu(words, run_quick, read_losses):
+    shared = ["device=cuda", "method=lora", "method.lora_dropout=0", "training.gradient_accumulation_steps=2"]
+    plain, other = run_quick(*shared), run_quick(*shared, *words)
+    assert read_losses(other) == pytest.approx(read_losses(plain), rel=2e-3)
