@@ -95,8 +95,8 @@ def cases() -> dict[str, Case]:
     }
     swept = [*BIG, "-m", "method=qlora", "method.r=8,16,32,64", "training.per_device_train_batch_size=1"]
     made["8b_qlora_four_alone"] = Case([swept], 300)
-    made["8b_qlora_four_by_turns"] = Case([[*swept, "sweep.fuse=4", "sweep.fused_rows=false"]], 180)
-    made["8b_qlora_four_rows_together"] = Case([[*swept, "sweep.fuse=4"]], 180)
+    made["8b_qlora_four_by_turns"] = Case([[*swept, "sweep.fuse=4"]], 180)
+    made["8b_qlora_four_rows_together"] = Case([[*swept, "sweep.fuse=4", "sweep.fused_rows=true"]], 180)
     run = ["train", "method=qlora", "training.max_steps=20", "hydra.run.dir={folder}/run", "evaluation.generate_rows=4"]
     taken = [
         ["export", "{folder}/run", "--to", kind, "--out", f"{{folder}}/{kind}"] for kind in ("gguf", "nf4", "int8")

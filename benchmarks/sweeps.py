@@ -68,7 +68,7 @@ def scripts(folder: Path, jobs: int) -> float:
 HOW = {
     "one after the other": [],
     "sweep.n_jobs=2": ["sweep.n_jobs=2"],
-    "sweep.fuse=8": ["sweep.fuse=8", "sweep.fused_rows=false"],
+    "sweep.fuse=8": ["sweep.fuse=8"],
     "sweep.fuse=8 sweep.fused_rows=true": ["sweep.fuse=8", "sweep.fused_rows=true"],
 }
 """Ways to run the jobs that are compared with `sweep.fuse`; the first is what the others are compared with."""

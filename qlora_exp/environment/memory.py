@@ -7,7 +7,7 @@ statistics.
 """
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
@@ -124,12 +124,8 @@ def reuse_freed_memory() -> bool:
     Returns:
         Whether the allocator accepted the setting.
     """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # not glibc
-        return False
     m_trim_threshold, m_mmap_threshold = -1, -3
-    return bool(mallopt(m_mmap_threshold, 64 * MIB) and mallopt(m_trim_threshold, 256 * MIB))
+    return _set_allocator({m_mmap_threshold: 64 * MIB, m_trim_threshold: 256 * MIB})
 
 
 def share_freed_memory() -> bool:
@@ -141,12 +137,16 @@ def share_freed_memory() -> bool:
     Returns:
         Whether the allocator accepted the setting.
     """
+    m_arena_max = -8
+    return _set_allocator({m_arena_max: 1})
+
+
+def _set_allocator(settings: Mapping[int, int]) -> bool:
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # not glibc
         return False
-    m_arena_max = -8
-    return bool(mallopt(m_arena_max, 1))
+    return all(mallopt(*setting) for setting in settings.items())
 
 
 def release_freed_memory() -> None:

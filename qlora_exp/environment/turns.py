@@ -87,7 +87,7 @@ class Turns:
             while thread.is_alive():
                 try:
                     thread.join()
-                except BaseException as error:
+                except BaseException as error:  # Ctrl-C or SIGTERM: the jobs record how they end
                     self._interrupt(error)
         _restore(self._begin)
         return [job.error for job in self._jobs]
@@ -107,7 +107,7 @@ class Turns:
                 sys.stdout = sys.stderr = output
                 self._check(job)
                 job.call()
-        except BaseException as error:
+        except BaseException as error:  # it must not reach the other jobs; the caller of `run` gets it
             job.error = error
             if isinstance(error, KeyboardInterrupt | SystemExit):  # a signal is for all
                 self._interrupt(KeyboardInterrupt())

@@ -8,7 +8,6 @@ from typing import Any
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.sweep import SweepConfig
 from qlora_exp.config.tables.peft_methods import moves_base_weights
-from qlora_exp.environment.device import visible_gpus
 from qlora_exp.sweeps.jobs import Job
 from qlora_exp.utils.digests import json_digest
 
@@ -39,6 +38,8 @@ class Group:
 
     jobs: Sequence[Job]
     place: Place
+    by_turns: str | None = None
+    """Why their rows do not go through the base in one pass, although `sweep.fused_rows` asks for it."""
 
 
 def jobs_at_once(settings: SweepConfig) -> int:
@@ -57,7 +58,8 @@ def described(job: Job, grouped: Mapping[str, Group]) -> str:
     if (group := grouped.get(job.key)) is None:
         return f"alone: {why_alone(job.config) or 'no other job has its base'}"
     how = "rows in one pass" if group.place.rows_together else "by turns"
-    return f"group {group.place.group + 1}: {len(group.jobs)} jobs, {how}"
+    why = f" because of {group.by_turns}" if group.by_turns else ""
+    return f"group {group.place.group + 1}: {len(group.jobs)} jobs, {how}{why}"
 
 
 def why_alone(config: Config) -> str | None:
@@ -111,20 +113,15 @@ def groups(jobs: Sequence[Job], settings: SweepConfig) -> list[Group]:
     alike: dict[str, list[Job]] = defaultdict(list)
     for job in jobs:
         alike[json_digest(_kind(job.config)) if why_alone(job.config) is None else job.key].append(job)
-    parts: list[tuple[Sequence[Job], bool]] = []
+    made: list[Group] = []
     for found in alike.values():
-        together = _rows_together(found, settings)
+        reasons = [why for job in found if (why := why_by_turns(job.config))] if settings.fused_rows else []
+        together = settings.fused_rows and not reasons
         most = _most(found, settings, together)
         size = -(-len(found) // -(-len(found) // most))  # groups of about the same size
-        parts += [(found[begin : begin + size], together) for begin in range(0, len(found), size)]
-    return [Group(members, Place(number, together)) for number, (members, together) in enumerate(parts)]
-
-
-def _rows_together(jobs: Sequence[Job], settings: SweepConfig) -> bool:
-    asked = settings.fused_rows
-    if asked == "auto":
-        asked = bool(visible_gpus()) and all(job.config.device != "cpu" for job in jobs)
-    return asked and all(why_by_turns(job.config) is None for job in jobs)
+        for begin in range(0, len(found), size):
+            made.append(Group(found[begin : begin + size], Place(len(made), together), next(iter(reasons), None)))
+    return made
 
 
 def _most(jobs: Sequence[Job], settings: SweepConfig, together: bool) -> int:

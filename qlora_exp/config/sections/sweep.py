@@ -18,9 +18,9 @@ class SweepConfig(Section):
     fuse: Literal["off", "auto"] | Annotated[int, Field(ge=2)] = "off"
     """Train jobs that have the same base model in one process, which loads it once: so many at most, or as many as
     fit the device (auto). Each job's result is what it would be alone."""
-    fused_rows: Literal["auto"] | bool = "auto"
+    fused_rows: bool = False
     """Put the rows of jobs that are trained together through the base in one pass, instead of a step of each in turn.
-    auto: on a GPU, where the sums of a pass may be rounded differently."""
+    Sums may be rounded differently."""
     timeout_minutes: Annotated[float, Field(gt=0)] | None = None
     """Time limit of each job. null: none."""
     fail_fast: bool = False

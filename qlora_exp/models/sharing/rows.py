@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -36,10 +36,10 @@ class _Batch:
     """(rows, tokens)."""
     mask: torch.Tensor
     """(rows, tokens); 0 for padding."""
-    random: Any
-    """The job's random state when its rows went in."""
+    random: torch.Tensor
+    """The job's random state, of the device, when its rows went in."""
     after: Any = None
-    """The job's random state after the pass."""
+    """The same after the pass."""
     before: Sequence[torch.Tensor | None] = ()
     """Gradients of the job's adapter before the pass."""
     hidden: torch.Tensor | None = None
@@ -89,6 +89,8 @@ class Rows:
         self._pass: _Pass | None = None
         self._left: set[int] = set()
         self._adapted: set[str] = set()
+        self._drawing: set[tuple[str, int]] = set()
+        """Names of layers that draw random numbers, with the number of the job."""
         self._output: Any = None
         """Class of what the base returns."""
 
@@ -101,8 +103,13 @@ class Rows:
             model: its base model with the adapter, a `PeftModel`.
         """
         self._models[number] = inner = model.get_base_model()
-        for name, module in inner.base_model.named_modules():
-            if isinstance(module, BaseTunerLayer) and name not in self._adapted:
+        layers: dict[str, Any] = dict(inner.base_model.named_modules())
+        for name, layer in layers.items():
+            if not isinstance(layer, BaseTunerLayer):
+                continue
+            if any(isinstance(part, torch.nn.Dropout) and part.p for part in cast(Any, layer).modules()):
+                self._drawing.add((name, number))
+            if name not in self._adapted:
                 self._adapted.add(name)
                 self._base.base_model.get_submodule(name).register_forward_hook(partial(self._adapt, name))
         alone = inner.base_model.forward
@@ -132,7 +139,7 @@ class Rows:
                 self._enter({each: self._waiting[each] for each in sorted(party) if each in self._waiting})
             else:
                 self._turns.pass_on(number)
-        _set_random_state(batch.after)
+        _set_random_state(batch.after, input_ids.device)
         return self._output(last_hidden_state=batch.hidden)
 
     def _enter(self, batches: Mapping[int, _Batch]) -> None:
@@ -187,25 +194,14 @@ class Rows:
             given, made, length = whole[batch.rows], output[batch.rows], batch.ids.shape[1]
             if isinstance(layer, BaseTunerLayer):
                 given, made = given[:, :length], made[:, :length]
-                with self._own_random_state(name, number, batch, given.device):
-                    made = _adapted(layer, given, made)
-                made = _padded(made, output.shape[1])
+                draws, recomputes = (name, number) in self._drawing, (name, number) in self._pass.drawn
+                if draws:  # its own numbers, and in recomputation the same ones again
+                    _set_random_state(self._pass.drawn.setdefault((name, number), batch.after), given.device)
+                made = _padded(_adapted(layer, given, made), output.shape[1])
+                if draws and not recomputes:
+                    batch.after = _random_state(given.device)
             parts.append(made)
         return torch.cat(parts)
-
-    @contextmanager
-    def _own_random_state(self, name: str, number: int, batch: _Batch, device: torch.device) -> Iterator[None]:
-        """Draw from the job's random numbers inside; in recomputation, the same numbers again."""
-        assert self._pass is not None
-        key, outside = (name, number), _random_state(device)
-        recomputes = key in self._pass.drawn
-        _set_random_state(self._pass.drawn.setdefault(key, batch.after))
-        try:
-            yield
-        finally:
-            if not recomputes:
-                batch.after = _random_state(device)
-            _set_random_state(outside)
 
     def backward(self, number: int) -> None:
         """Put the job's gradients back through the base, with those of the others; return when that is done."""
@@ -215,6 +211,8 @@ class Rows:
         while self._pass is current:
             missing = [each for each, batch in current.batches.items() if not batch.has_gradients]
             if all(each in self._left for each in missing):
+                device = current.batches[number].ids.device
+                outside = _random_state(device)
                 try:
                     with self._timed(current.batches):
                         self._back(current.batches)
@@ -223,6 +221,7 @@ class Rows:
                     raise
                 finally:
                     self._pass = None
+                    _set_random_state(outside, device)
             else:
                 self._turns.pass_on(number)
         if current.error is not None:  # the gradients are incomplete
@@ -310,13 +309,12 @@ def _calling(module: Any, forward: Any) -> Iterator[None]:
             module.forward = own
 
 
-def _random_state(device: torch.device) -> Any:
-    on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return torch.get_rng_state(), on_gpu, device
+def _random_state(device: torch.device) -> torch.Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def _set_random_state(state: Any) -> None:
-    cpu, on_gpu, device = state
-    torch.set_rng_state(cpu)
-    if on_gpu is not None:
-        torch.cuda.set_rng_state(on_gpu, device)
+def _set_random_state(state: torch.Tensor, device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    else:
+        torch.set_rng_state(state)

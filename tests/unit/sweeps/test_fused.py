@@ -90,14 +90,17 @@ def test_rows_go_together_only_where_that_is_right(make_config, words: str, why:
     assert found is None if why is None else why in found
 
 
-@pytest.mark.parametrize(("asked", "gpus", "expected"), [
-    ("auto", ["0"], True), ("auto", [], False), (True, [], True), (False, ["0"], False),
-])  # fmt: skip
-def test_rows_go_together_on_a_gpu_or_where_asked(make_jobs, monkeypatch, asked: Any, gpus: list[str], expected: bool):
-    monkeypatch.setattr(fused, "visible_gpus", lambda: gpus)
-    made = make_jobs("method=lora device=auto", "method=lora seed=2 device=auto")
-    (group,) = fused.groups(made, SweepConfig(fuse=8, fused_rows=asked))
-    assert group.place.rows_together is expected
+def test_rows_go_together_where_that_is_asked_for_and_right(make_jobs):
+    made = make_jobs("method=lora", "method=lora seed=2")
+    (group,) = fused.groups(made, SweepConfig(fuse=8))
+    assert not group.place.rows_together
+    (group,) = fused.groups(made, SweepConfig(fuse=8, fused_rows=True))
+    assert fused.described(made[0], dict.fromkeys((made[0].key,), group)) == "group 1: 2 jobs, rows in one pass"
+    other = make_jobs("method=lora", "method=ia3")
+    (group,) = fused.groups(other, SweepConfig(fuse=8, fused_rows=True))
+    assert not group.place.rows_together
+    text = fused.described(other[0], dict.fromkeys((other[0].key,), group))
+    assert text == "group 1: 2 jobs, by turns because of method=ia3"
 
 
 def test_as_many_as_are_planned_to_fit_go_together(make_jobs, monkeypatch):
