@@ -17,7 +17,7 @@ nox.options.sessions = ["tests"]
 PIP = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile")
 CONSTRAINTS = ("--constraint", "constraints.txt")
 OPTIMIZERS = ("adam-mini", "galore", "schedule-free")
-TESTED = ("dev", "lm-eval", "quantizers", "optuna", "joblib", "slurm", "llama-cpp", *OPTIMIZERS)
+TESTED = ("dev", "docs", "lm-eval", "quantizers", "optuna", "joblib", "slurm", "llama-cpp", *OPTIMIZERS)
 MYPY = ("-m", "mypy", "--num-workers", "2")
 MEMORY = Path("/dev/shm")
 """File system in memory, on Linux."""
@@ -104,6 +104,14 @@ def style(session: nox.Session) -> None:
     session.run(sys.executable, "-m", "ruff", "format", "--check", ".")
     session.run(sys.executable, "-m", "codespell_lib")
     session.run(str(Path(sys.executable).with_name("lint-imports")), "--no-cache")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation's site into site/ (`nox -s docs -- serve` shows it while you write)."""
+    install(session, "docs")
+    words = session.posargs or ("build", "--strict")
+    session.run(sys.executable, "-m", "mkdocs", *words, env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session

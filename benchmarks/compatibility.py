@@ -34,7 +34,7 @@ from qlora_exp.models.builtin import TINY
 from qlora_exp.studies.probe import kinds, name_of
 from qlora_exp.utils.quiet import quiet
 
-TABLE = Path(__file__).parent.parent / "docs" / "compatibility.md"
+TABLE = Path(__file__).parent.parent / "docs" / "reference" / "compatibility.md"
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "torchao", "optimum-quanto")
 HEADINGS = {
     "gradient_checkpointing": "gradient checkpointing",

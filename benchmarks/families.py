@@ -3,7 +3,7 @@
     nox -s families                   # all (a quarter of an hour)
     nox -s families -- qwen3 gemma2   # only these; results of others stay
 
-Writes docs/families.md and benchmarks/families.json. Prints the results that differ from those in the file.
+Writes docs/reference/families.md and benchmarks/families.json. Prints the results that differ from those in the file.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from qlora_exp.models.builtin import TINY
 from qlora_exp.utils.quiet import quiet
 
 FILE = Path(__file__).with_suffix(".json")
-PAGE = Path(__file__).parent.parent / "docs" / "families.md"
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "families.md"
 LIBRARIES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "xllamacpp")
 FEATURES = (
     "lora",

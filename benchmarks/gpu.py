@@ -48,7 +48,7 @@ LONG += [
     "training.eval_strategy=no",
 ]
 LENGTHS = {24: (16_384, 78_475), 78: (131_072, 262_144)}
-"""Tokens of one row, by GiB (docs/long_rows.md). The longest takes 70 GiB of the machine's memory."""
+"""Tokens of one row, by GiB (docs/how_to/long_rows.md). The longest takes 70 GiB of the machine's memory."""
 RECOMPUTED = "training.gradient_checkpointing=true"
 COMPUTED = {
     "by_length": ["training.padding=by_length"],

@@ -82,7 +82,7 @@ def _awq_on_this_device() -> AbstractContextManager[None]:
 
     if torch.accelerator.is_available():
         return nullcontext()
-    # In docs/library_patches.md: IntermediatesCache (replaced)
+    # In docs/reference/library_patches.md: IntermediatesCache (replaced)
     return patched(IntermediatesCache, pin_memory=lambda *_: None)
 
 

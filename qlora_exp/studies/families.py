@@ -1,6 +1,6 @@
 """Test what works with a family of models: complete runs of a tiny random one, from its rows to llama.cpp.
 
-`nox -s families` writes the results to docs/families.md.
+`nox -s families` writes the results to docs/reference/families.md.
 """
 
 from collections.abc import Callable, Collection

@@ -15,7 +15,7 @@ class ModelConfig(Section):
 
     model_name_or_path: str = "embedded:smollm2-135m"
     """Hub id, local folder, `embedded:smollm2-135m` (built-in), or `random:FAMILY`: a tiny random model of one of
-    the families in docs/families.md, such as llama or qwen3_moe."""
+    the families in docs/reference/families.md, such as llama or qwen3_moe."""
     adapter: str | None = None
     """Adapter of this base to train on from: id, run key or name of the run that saved it, `models:/NAME/VERSION`, or a
     folder. Its method, rank and other settings must be set as that run had them. null: a new adapter."""

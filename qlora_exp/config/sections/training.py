@@ -59,7 +59,7 @@ class TrainingConfig(Section):
     """Recompute activations in the backward pass. auto: on for a GPU (if the method supports it), off for a CPU."""
     activation_offloading: bool = False
     """Keep in the machine's memory, on a GPU, what the backward pass needs: with gradient_checkpointing the inputs of
-    layers. They are copied while the GPU computes. For long rows: training=long_rows (docs/long_rows.md)."""
+    layers. They are copied while the GPU computes. For long rows: training=long_rows (docs/how_to/long_rows.md)."""
     tiled_mlp: bool = False
     """Compute the MLPs and norms of rows that are longer than the model's hidden size in tiles of tokens, and again in
     the backward pass. Gradients are the same up to rounding, and the masks of dropout."""
@@ -85,7 +85,7 @@ class TrainingConfig(Section):
     no generation marks."""
     loss_type: PluginName = "nll"
     """nll: negative log-likelihood (cross-entropy); dft: the loss of Dynamic Fine-Tuning; or the name of an installed
-    package's loss (docs/metrics.md). Held-out losses are always nll."""
+    package's loss (docs/how_to/metrics.md). Held-out losses are always nll."""
     neftune_noise_alpha: Annotated[float, Field(ge=0)] | None = None
     """NEFTune: strength of the noise on embeddings during training. null: none."""
     logging_steps: PositiveInt = 1

@@ -58,7 +58,7 @@ def family_refusal(kind: str, family: str) -> str | None:
     verdict: str = _results().get("families", {}).get(family, {}).get(kind, WORKS)
     if _ignored or verdict == WORKS or verdict.startswith(REFUSED):
         return None
-    return f"{verdict} (tested on a tiny {family} model; see docs/compatibility.md)"
+    return f"{verdict} (tested on a tiny {family} model; see docs/reference/compatibility.md)"
 
 
 def kind_of(method: str, variant: str) -> str:

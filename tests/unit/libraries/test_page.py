@@ -1,4 +1,4 @@
-"""docs/library_patches.md lists every touch of other libraries' private parts; outside its room there is no other."""
+"""docs/reference/library_patches.md lists every touch of other libraries' private parts; outside its room there is no other."""
 
 import ast
 import importlib
@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[3]
 PACKAGE = ROOT / "qlora_exp"
 LIBRARIES = PACKAGE / "libraries"
-PAGE = (ROOT / "docs" / "library_patches.md").read_text("utf-8")
+PAGE = (ROOT / "docs" / "reference" / "library_patches.md").read_text("utf-8")
 DISTRIBUTIONS = {"hydra": "hydra-core"}
 MODULES = sorted(file.stem for file in LIBRARIES.glob("*.py") if file.stem not in ("__init__", "patching"))
 PUBLIC = {"_exit", "_current_frames"}
