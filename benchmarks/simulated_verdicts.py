@@ -1,8 +1,8 @@
 """Simulate the statistics of `qlora-exp compare` on results whose truth is known: `nox -s statistics` (half an hour).
 
-Prints the tables of docs/explanation/statistics.md: how often rows that do not differ are called different, how often intervals
-cover the truth, how often true differences are found (all also with Satterthwaite's approximation, which was used
-before), how often ties are settled with as many more seeds as it names, and what power is possible.
+Prints the tables of docs/explanation/statistics.md: how often rows that do not differ are called different, how often
+intervals cover the truth, how often true differences are found (all also with Satterthwaite's approximation, which was
+used before), how often ties are settled with as many more seeds as it names, and what power is possible.
 """
 
 import argparse

@@ -5,8 +5,8 @@ a difference is the sum of what these sources add, each estimated with its own d
 tested by the Behrens-Fisher distribution (Fisher 1935, doi:10.1111/j.1469-1809.1935.tb02120.x). This test errs on the
 safe side whatever the share of each source (Robinson 1976, Annals of Statistics 4, 963-971), also far in the tail,
 where the p-values of many comparisons lie: few seeds do not borrow the many degrees of freedom of the items, as they do
-in Satterthwaite's approximation. docs/explanation/statistics.md shows simulated errors. This module is arithmetic on arrays: no
-runs, no metrics.
+in Satterthwaite's approximation. docs/explanation/statistics.md shows simulated errors. This module is arithmetic on
+arrays: no runs, no metrics.
 """
 
 import math

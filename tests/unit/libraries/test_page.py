@@ -1,4 +1,4 @@
-"""docs/reference/library_patches.md lists every touch of other libraries' private parts; outside its room there is no other."""
+"""docs/reference/library_patches.md lists every use of libraries' private parts; outside its room there is none."""
 
 import ast
 import importlib
