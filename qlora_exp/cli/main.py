@@ -8,14 +8,14 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from qlora_exp.cli import inference, keys, methods, models, planning, runs, train
+from qlora_exp.cli import doctor, inference, keys, methods, models, planning, runs, train
 from qlora_exp.cli.failures import exit_code
 from qlora_exp.cli.parents import Commands
 from qlora_exp.utils.display import shown
 from qlora_exp.utils.env_file import load_env_file
 
 FAMILIES = {
-    "prepare a run": (keys, planning, methods),
+    "prepare a run": (doctor, keys, planning, methods),
     "run, compare, repeat": (train, runs),
     "use and share trained models": (inference, models),
 }

@@ -10,7 +10,7 @@ import re
 import socket
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 from urllib.request import getproxies
 
 from qlora_exp.config.schema import Config
@@ -33,15 +33,30 @@ def go_offline_if_unreachable(timeout: float = 3.0) -> None:
     Args:
         timeout: seconds to wait for the connection.
     """
-    if "HF_HUB_OFFLINE" in os.environ or getproxies():
-        return
-    endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    if "HF_HUB_OFFLINE" not in os.environ and (why := unreachable(timeout)):
+        log.warning("the hub at %s cannot be reached (%s): only cached files are used", _endpoint().hostname, why)
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def unreachable(timeout: float = 3.0) -> str:
+    """Return why the hub accepts no connection; empty if it does, or if connections go through a proxy.
+
+    Args:
+        timeout: seconds to wait for the connection.
+    """
+    if getproxies():
+        return ""
+    endpoint = _endpoint()
     try:
         port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
         socket.create_connection((endpoint.hostname or "", port), timeout).close()
-    except OSError as error:
-        log.warning("the hub at %s cannot be reached (%s): only cached files are used", endpoint.hostname, error)
-        os.environ["HF_HUB_OFFLINE"] = "1"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def _endpoint() -> SplitResult:
+    return urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
 
 
 def commit(repo_id: str, revision: str | None, repo_type: Literal["model", "dataset"]) -> str:
