@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 PYTHON_SECONDS = 40e-6
 """Time in which Python starts an operation of a GPU, which a step of few tokens waits for.
 
-Source: docs/explanation/planning.md, "Against an H100": a step of 10,781 operations took 0.43 s with one row.
+Source: docs/explanation/planning_accuracy.md, "An H100": a step of 10,781 operations took 0.43 s with one row.
 """
 PYTHON_SECONDS_OF_CPU = 10e-6
 """The same for an operation of a CPU: an assumption. Torch alone takes 3 microseconds for an addition."""

@@ -16,14 +16,14 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def composed_commands(page: Path) -> list[list[str]]:
-    """List the overrides of each command on a page that composes a config, but what is swept."""
+    """List the overrides of each command on a page that composes a config: of swept keys the first value."""
     commands = []
     for block in re.findall(r"```(?:bash|console)\n(.*?)```", page.read_text("utf-8"), re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             if named := re.search(r"(?:qlora-exp|-m qlora_exp) (?:train|plan|advise)\b(.*)", line.split(" #")[0]):
                 overrides = [word for word in shlex.split(named[1]) if re.match(r"[+~]?[\w./@]+=", word)]
-                swept = re.compile(r"=[^\[{(]*,|=(choice|range|interval|tag)\(")
-                commands.append([word for word in overrides if not swept.search(word)])
+                single = [word for word in overrides if not re.search(r"=(choice|range|interval|tag)\(", word)]
+                commands.append([re.sub(r"=([^\[{(,]*),.*", r"=\1", word) for word in single])
     return commands
 
 
@@ -37,21 +37,11 @@ def test_pages_have_commands():
     assert sum(len(composed_commands(page)) for page in PAGES) >= 30
 
 
-def test_nox_sessions_named_in_the_readme_exist():
-    sessions = set(re.findall(r"^def (\w+)\(session", (ROOT / "noxfile.py").read_text("utf-8"), re.MULTILINE))
-    named = set(re.findall(r"nox -s (\w+)", README))
-    assert {"train", "tests"} <= named <= sessions
-
-
 def test_ci_runs_the_readmes_test_command():
+    assert len([line for line in LINES if line.endswith("nox -s train")]) == 1
     commands = [line for line in LINES if line.endswith("nox -s tests")]
     assert len(commands) == 1
     assert commands[0].split("&& ")[-1] in (ROOT / ".ci" / "run").read_text("utf-8")
-
-
-def test_files_linked_in_the_readme_exist():
-    missing = [path for path in re.findall(r"\]\(([\w./-]+)\)", README) if not (ROOT / path).exists()]
-    assert missing == []
 
 
 def test_every_room_is_named_in_the_readme():

@@ -18,7 +18,7 @@ class EvaluationConfig(Section):
     """Answers generated at the same time."""
     metrics: list[PluginName] = ["rouge", "exact_match"]
     """Metrics that compare generated answers with the references: rouge, exact_match, and those of installed packages
-    (docs/how_to/metrics.md). A dataset with its own scorer adds its score."""
+    (docs/how_to/add_a_metric.md). A dataset with its own scorer adds its score."""
     lm_eval_tasks: list[str] = []
     """Tasks and groups of lm-eval, such as mmlu, to run before and after training."""
     lm_eval_include_path: str | None = None
