@@ -1,14 +1,16 @@
 """Write the settings that the installed libraries declare, for checking configs without importing these libraries.
 
-`qlora_exp/config/tables/peft_methods.json` has PEFT's methods with their settings, `sft_arguments.json` the arguments
-of TRL's SFTConfig. Run `nox -s library-settings` after another version of PEFT, TRL or transformers, and after a change
-of `qlora_exp/models/bottleneck.py`.
+`qlora_exp/config/tables/peft_methods.json` has PEFT's methods with their settings, `peft_help.json` what PEFT says of
+them, `sft_arguments.json` the arguments of TRL's SFTConfig. Run `nox -s library-settings` after another version of
+PEFT, TRL or transformers, and after a change of `qlora_exp/models/bottleneck.py`.
 """
 
 import argparse
 import dataclasses
+import enum
 import inspect
 import json
+import re
 import types
 import typing
 from importlib.metadata import version
@@ -28,6 +30,7 @@ def main() -> None:
     """Write the files."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     peft_methods.FILE.write_text(written_methods(), "utf-8")
+    peft_methods.HELP_FILE.write_text(written_help(), "utf-8")
     sft_arguments.FILE.write_text(written_arguments(), "utf-8")
 
 
@@ -39,6 +42,31 @@ def written_methods() -> str:
         methods.append(f"{head}{{\n{_lines(config, 4)}\n   }}\n  }}")
     entries = ",\n".join(methods)
     return f'{{\n "peft": {json.dumps(version("peft"))},\n "methods": {{\n{entries}\n }}\n}}\n'
+
+
+def written_help() -> str:
+    """Return the text of peft_help.json: default and help of each setting of each method, one per line."""
+    methods = []
+    for peft_type, config in sorted(PEFT_TYPE_TO_CONFIG_MAPPING.items()):
+        fields = {field.name: field for field in dataclasses.fields(config) if field.init}
+        lines = [f"  {json.dumps(name)}: {json.dumps(explained(fields[name]))}" for name in sorted(fields)]
+        methods.append(f" {json.dumps(peft_type.value)}: {{\n{f',{chr(10)}'.join(lines)}\n }}")
+    return f"{{\n{f',{chr(10)}'.join(methods)}\n}}\n"
+
+
+def explained(field: Any) -> dict[str, Any]:
+    """Return a field's default, as JSON or as Python writes it, and its help without markup."""
+    default = field.default if field.default is not dataclasses.MISSING else None
+    if field.default_factory is not dataclasses.MISSING:
+        default = field.default_factory()
+    if isinstance(default, enum.Enum):
+        default = default.value
+    if not isinstance(default, bool | int | float | str | list | dict | None):
+        default = repr(default)
+    said = field.metadata.get("help", "")
+    said = said if isinstance(said, str) else " ".join(said)  # PEFT has a comma too many in places
+    text = re.sub(r"<a href='([^']*)'>(.*?)</a>", r"\2 (\1)", said)
+    return {"default": default, "help": " ".join(text.split())}
 
 
 def written_arguments() -> str:

@@ -17,7 +17,9 @@ class TrainingConfig(Section):
     max_steps: int = -1
     """Number of optimizer steps; overrides num_train_epochs. -1: train for num_train_epochs."""
     per_device_train_batch_size: PositiveInt = 8
+    """Rows of one forward and backward pass on each device; gradient_accumulation_steps of these make a step."""
     per_device_eval_batch_size: PositiveInt = 8
+    """Rows of one forward pass on each device when losses are measured. It changes no result."""
     gradient_accumulation_steps: PositiveInt = 1
     """Batches whose gradients are accumulated for one optimizer step."""
     tune: Literal["auto"] | None = None
@@ -26,6 +28,7 @@ class TrainingConfig(Section):
     set). Losses change by rounding and by the masks of dropout; `resolved.tuned` says what was chosen. null: as
     configured."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    """Peak learning rate, which the schedule reaches after warm-up."""
     lr_scheduler_type: Annotated[
         Literal[
             "linear",
@@ -49,6 +52,7 @@ class TrainingConfig(Section):
     warmup_steps: Annotated[float, Field(ge=0)] = 0
     """Steps of learning rate warmup. Below 1: a share of all steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay: each step shrinks weights by this times the learning rate. Biases and norms have none."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradient clipping: largest norm of the gradient. 0: no clipping. The QLoRA paper clips at 0.3."""
     bf16: Literal["auto"] | bool = "auto"
@@ -91,6 +95,7 @@ class TrainingConfig(Section):
     logging_steps: PositiveInt = 1
     """Steps between logged training losses."""
     logging_first_step: bool = False
+    """Whether to log the first step too, whatever logging_steps is."""
     eval_strategy: Interval = "no"
     """When to measure the held-out loss during training. steps: every eval_steps."""
     eval_steps: PositiveInt | None = None

@@ -21,6 +21,7 @@ from qlora_exp.config.tables import declared_types
 from qlora_exp.utils.errors import ConfigError, did_you_mean
 
 FILE = Path(__file__).with_suffix(".json")
+HELP_FILE = FILE.with_name("peft_help.json")
 
 # PEFT, the run or the model sets these, so they are not settings of an experiment.
 _NOT_SETTINGS = frozenset(
@@ -130,6 +131,35 @@ def settings(peft_type: str) -> dict[str, Any]:
         for name, kind in fields
         if name not in _NOT_SETTINGS
     }
+
+
+@cache
+def _help() -> dict[str, dict[str, dict[str, Any]]]:
+    return json.loads(HELP_FILE.read_text("utf-8"))
+
+
+def default(peft_type: str, name: str) -> Any:
+    """Return the value of a setting that PEFT takes if a config sets none."""
+    return _help()[peft_type][name]["default"]
+
+
+def explained(peft_type: str, name: str) -> str:
+    """Return what PEFT says of a setting; empty if it says nothing."""
+    return str(_help()[peft_type][name]["help"])
+
+
+def with_setting(name: str) -> list[str]:
+    """List the PEFT types that have a setting, LORA first."""
+    return sorted((each for each in methods() if name in settings(each)), key=lambda each: (each != "LORA", each))
+
+
+def allowed(name: str) -> str:
+    """Return the values that `check` allows beyond a setting's type; empty if it allows all."""
+    if name in _POSITIVE:
+        return "above 0"
+    if name.endswith("dropout"):
+        return "at least 0 and below 1"
+    return f"names of modules, a regular expression, or {', '.join(PRESETS)}" if name == "target_modules" else ""
 
 
 def _other_version() -> str:

@@ -33,7 +33,7 @@ def test_compatibility_page_matches_the_verdicts():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     text = module.table(KEPT["verdicts"], KEPT["libraries"], KEPT["families"])
-    assert (ROOT / "docs" / "compatibility.md").read_text("utf-8") == text
+    assert (ROOT / "docs" / "reference" / "compatibility.md").read_text("utf-8") == text
 
 
 def test_no_method_is_refused_on_a_whole_family_for_the_sizes_of_its_tiny_model():

@@ -129,7 +129,7 @@ def test_metrics_are_not_imported_if_nothing_is_answered():
 
 
 def test_package_of_the_documentation_works(monkeypatch, tmp_path):
-    page = (Path(__file__).parents[4] / "docs" / "metrics.md").read_text("utf-8")
+    page = (Path(__file__).parents[4] / "docs" / "how_to" / "add_a_metric.md").read_text("utf-8")
     metric, loss = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     first, second = (tomllib.loads(block) for block in re.findall(r"```toml\n(.*?)```", page, re.DOTALL))
     points = first["project"]["entry-points"] | second["project"]["entry-points"]
