@@ -193,6 +193,12 @@ def library_settings(session: nox.Session) -> None:
 
 
 @nox.session
+def reference(session: nox.Session) -> None:
+    """Write the pages of docs/reference that come from the code: keys, PEFT's settings, options, commands."""
+    session.run(sys.executable, "benchmarks/reference.py")
+
+
+@nox.session
 def slurm(session: nox.Session) -> None:
     """Run sweeps on a real SLURM cluster of one node (as root, with Debian's packages: tests/clusters/cluster.sh)."""
     install(session, "dev", "slurm")

@@ -66,6 +66,7 @@ def explained(field: Any) -> dict[str, Any]:
     said = field.metadata.get("help", "")
     said = said if isinstance(said, str) else " ".join(said)  # PEFT has a comma too many in places
     text = re.sub(r"<a href='([^']*)'>(.*?)</a>", r"\2 (\1)", said)
+    text = re.sub(r"\[([^\]]*)\]\((https?://[^)]*)\)", r"\1 (\2)", text)
     return {"default": default, "help": " ".join(text.split())}
 
 

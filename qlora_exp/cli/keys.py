@@ -53,7 +53,7 @@ def keys(options: argparse.Namespace) -> None:
     if chosen.startswith(f"{SFT_CONFIG}."):
         if chosen not in names:
             raise ConfigError(no_such_key(chosen))
-        print(f"{chosen}: {_type(sft_arguments.accepted()[chosen.removeprefix(f'{SFT_CONFIG}.')])}")
+        print(f"{chosen}: {written_type(sft_arguments.accepted()[chosen.removeprefix(f'{SFT_CONFIG}.')])}")
         return
     if chosen and chosen not in names:
         same_name = [key for key in names if key.endswith(f".{chosen}")]
@@ -81,7 +81,7 @@ def keys(options: argparse.Namespace) -> None:
                     print(*_advice(chosen), sep="\n", end="\n" * bool(advice.on(chosen)))
                 if chosen == SFT_CONFIG:
                     for argument, accepted in sft_arguments.accepted().items():
-                        print(f"      {argument}: {_type(accepted)}")
+                        print(f"      {argument}: {written_type(accepted)}")
         if issubclass(kind, PeftSettings) and key not in kind.model_fields:
             print(f"  further keys for LoRA: {', '.join(peft_methods.settings('LORA'))}")
             print(f"  `qlora-exp keys {name}.KEY` explains one of them, or of another method's settings")
@@ -96,7 +96,7 @@ def _peft_setting(section: str, name: str, chosen: str | None) -> Iterator[str]:
 
     peft_types = peft_methods.with_setting(name) if section == "method" else ["LORA"]
     shown = chosen if chosen in peft_types else peft_types[0]
-    kind, default = _type(peft_methods.settings(shown)[name]), peft_methods.default(shown, name)
+    kind, default = written_type(peft_methods.settings(shown)[name]), peft_methods.default(shown, name)
     yield f"{section}.{name}: {kind} = {default!r}, of PEFT's {peft_methods.methods()[shown]}"
     meaning = advice.MEANINGS.get(name, "") if shown == "LORA" else ""
     yield textwrap.fill(
@@ -147,18 +147,18 @@ def _describe(name: str, field: Any, value: Any, which: str) -> str:
     differs = value != field.default and not isinstance(value, dict)
     also = f"; {value!r} in {which}" if differs else ""
     meaning = "".join(f"\n      {line}" for line in (field.description or "").splitlines())
-    return f"{name}: {_type(field.annotation)} = {field.default!r}{also}{meaning}"
+    return f"{name}: {written_type(field.annotation)} = {field.default!r}{also}{meaning}"
 
 
-def _type(kind: Any) -> str:
+def written_type(kind: Any) -> str:
     """Write a type as a user would write its values."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
-        return _type(inner[0])
+        return written_type(inner[0])
     if origin is Literal:
         return " | ".join(map(str, inner))
     if origin in (Union, UnionType):
-        return " | ".join(dict.fromkeys(map(_type, inner)))
+        return " | ".join(dict.fromkeys(map(written_type, inner)))
     if origin is not None:
-        return f"{origin.__name__}[{', '.join(map(_type, inner))}]"
+        return f"{origin.__name__}[{', '.join(map(written_type, inner))}]"
     return "null" if kind is NoneType else getattr(kind, "__name__", str(kind))

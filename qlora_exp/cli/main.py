@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
-    parser, commands = _parser()
+    parser, commands = make_parser()
     if not words or words[0] not in commands.choices:
         return parser.parse_args(words)  # --help, --version or an error: exits
     command = commands.choices[words[0]]
@@ -62,7 +62,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
     return options
 
 
-def _parser() -> tuple[argparse.ArgumentParser, Commands]:
+def make_parser() -> tuple[argparse.ArgumentParser, Commands]:
+    """Return the parser of the command line, and that of each command."""
     parser = argparse.ArgumentParser(
         prog="qlora-exp",
         usage="qlora-exp COMMAND [OPTIONS]",

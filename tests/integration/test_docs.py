@@ -42,7 +42,8 @@ def commands(page: Path) -> Iterator[list[str]]:
     lines += re.findall(r"`([^`]*qlora-exp [^`]+)`", sentences)
     for line in lines:
         if named := re.search(r"(?:^|\s|/)qlora-exp ([a-z-].*)", line, re.DOTALL):
-            yield shlex.split(named[1], comments=True)
+            words = shlex.split(named[1], comments=True)
+            yield words[: min((words.index(sign) for sign in (">", "|") if sign in words), default=None)]
 
 
 def test_readme_is_short():
