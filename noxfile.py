@@ -260,6 +260,34 @@ def takeaway(session: nox.Session) -> None:
 
 
 @nox.session
+def package(session: nox.Session) -> None:
+    """Build wheel and sdist, install the wheel into an empty environment, and run it away from the checkout."""
+    install(session, "dev")
+    folder = Path(session.create_tmp()).resolve()
+    for name in ("dist", "environment", "away"):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    session.run(sys.executable, "-m", "hatchling", "build", "--directory", str(folder / "dist"))
+    wheel, sdist = next(folder.glob("dist/*.whl")), next(folder.glob("dist/*.tar.gz"))
+    session.run(*PIP[:6], "wheel", "--no-deps", "--wheel-dir", str(folder / "dist" / "of_sdist"), str(sdist))
+    again = next(folder.glob("dist/of_sdist/*.whl"))
+    if zipfile.ZipFile(again).namelist() != zipfile.ZipFile(wheel).namelist():
+        session.error("a wheel of the sdist has other files than the wheel")
+    session.run(sys.executable, "-m", "venv", str(folder / "environment"))
+    python = str(folder / "environment" / "bin" / "python")
+    session.run(python, *PIP[1:], *CONSTRAINTS, f"{wheel}[embedded]")
+    (folder / "away").mkdir()
+    session.chdir(folder / "away")
+    command = str(folder / "environment" / "bin" / "qlora-exp")
+    session.run(command, "doctor")
+    session.run(command, "plan", "model=llama3_8b", "method=qlora", "--gpu", "rtx4090")
+    tiny = ("model=tiny_llama", "training.max_steps=3")
+    session.run(command, "train", "-m", *tiny, "method.r=4,8", "sweep.name=first")
+    session.run(command, "compare", "first")
+    run = session.run(python, "-c", "import qlora_exp; print(qlora_exp.runs().index[0])", silent=True)
+    session.run(command, "generate", str(run).split()[-1], "--prompt", "What is concrete?")
+
+
+@nox.session
 def thorough(session: nox.Session) -> None:
     """Run the tests that only add a case to what others show (four minutes)."""
     install(session, *TESTED)
