@@ -268,7 +268,7 @@ def package(session: nox.Session) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
     session.run(sys.executable, "-m", "hatchling", "build", "--directory", str(folder / "dist"))
     wheel, sdist = next(folder.glob("dist/*.whl")), next(folder.glob("dist/*.tar.gz"))
-    session.run(*PIP[:6], "wheel", "--no-deps", "--wheel-dir", str(folder / "dist" / "of_sdist"), str(sdist))
+    session.run(*PIP[:3], "wheel", *PIP[4:6], "--no-deps", "--wheel-dir", str(folder / "dist" / "of_sdist"), str(sdist))
     again = next(folder.glob("dist/of_sdist/*.whl"))
     if zipfile.ZipFile(again).namelist() != zipfile.ZipFile(wheel).namelist():
         session.error("a wheel of the sdist has other files than the wheel")

@@ -115,8 +115,12 @@ def _single_run(composed: Any, output_dir: Path) -> None:
     try:
         checked = recognized(check(composed))
         if checked.sweep.dry_run:
+            from qlora_exp.recipe.inputs import check_config, resolved_here
+
+            check_config(checked)
+            resolved_here(checked)
             print(
-                "this run is valid; it was not started. Add -m for a sweep, or --cfg job to print the complete config"
+                "this run is valid here; it was not started. Add -m for a sweep, or --cfg job to print the whole config"
             )
             return
         logging.getLogger(__name__).info("starting: loading the libraries takes a few seconds")

@@ -3,6 +3,7 @@
 An error here leaves no run behind. Rows are read first, before the slow imports.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
     from qlora_exp.data.rows import Rows
     from qlora_exp.recipe.saved import FirstAdapter
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ def check_config(config: Config) -> None:
     if config.distributed.engine == "deepspeed_zero3" and find_spec("deepspeed") is None:
         raise ConfigError("distributed=deepspeed_zero3 needs an extra package: pip install 'qlora-exp[deepspeed]'")
     check_package(config.optimizer.optim)
+    _check_attention(config.model)
     # A `Config` may be made without `compose`.
     if problems := [*crosschecks.problems(config), *plugins.problems(config)]:
         raise ConfigError("\n".join(problems))
@@ -109,7 +113,7 @@ def read_inputs(config: Config) -> Inputs:
     if family in builtin.TINY:
         builtin.check_fields("model.random_config", family, dict(config.model.random_config))
     tasks = lm_eval.load_tasks(config.evaluation) if config.evaluation.lm_eval_tasks else {}
-    resolved = resolve(config, detect(config.device, bitsandbytes=config.quantization.bitsandbytes))
+    resolved = resolved_here(config)
     take(resolved)
 
     def tokenize(tokenizer: Any) -> dict[str, "Dataset"]:
@@ -125,6 +129,31 @@ def read_inputs(config: Config) -> Inputs:
     if config.training.packing or config.training.padding == "free":
         _check_packing_of_family(config, resolved)
     return Inputs(rows, unrelated, tasks, score, first_adapter(config), facts, resolved)
+
+
+def resolved_here(config: Config) -> Resolved:
+    """Return the values that the settings `auto` take on this machine's device; it imports torch.
+
+    Raises:
+        ConfigError: the device does not exist, or does not support a setting.
+    """
+    device = detect(config.device, bitsandbytes=config.quantization.bitsandbytes)
+    if device.type == "cuda" and config.training.bf16 is True and not device.bf16:
+        log.warning("training.bf16: %s has no bfloat16 and emulates it, which is slow; auto takes float16", device.name)
+    return resolve(config, device)
+
+
+_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+"""Modules of attention implementations that are packages of their own."""
+
+
+def _check_attention(model: ModelConfig) -> None:
+    module = _PACKAGES.get(model.attn_implementation or "")
+    if module and find_spec(module) is None and find_spec("kernels") is None:
+        raise ConfigError(
+            f"model.attn_implementation={model.attn_implementation}: needs the package flash-attn, which is not "
+            "installed here; set model.attn_implementation=sdpa, which needs none and has its own flash kernel on GPUs"
+        )
 
 
 def check_packing(model: Any, config: Config) -> None:

@@ -61,3 +61,18 @@ def test_flags_that_do_not_go_together_are_rejected(words, message, capsys):
     shown = capsys.readouterr().err
     assert message in shown
     assert "Traceback" not in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["model.attn_implementation=flash_attention_2"], "set model.attn_implementation=sdpa"),
+        (["training.fp16=true"], "training.fp16: needs a CUDA device"),
+        ([], "this run is valid here"),
+    ],
+)
+def test_dry_run_checks_this_machine(words, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert exit_code("train", "model=tiny_llama", "--dry-run", *words) == (0 if not words else 1)
+    out, err = capsys.readouterr()
+    assert says in out + err

@@ -52,15 +52,30 @@ def test_full_fine_tuning_keeps_float32_weights_under_autocast():
 
 def test_explicit_choices_override_auto():
     resolved = resolve(
-        compose(["model.dtype=bfloat16", "training.fp16=true", "training.gradient_checkpointing=false",
+        compose(["model.dtype=float32", "training.fp16=true", "training.gradient_checkpointing=false",
                  "quantization.bnb_4bit_compute_dtype=float16", "method.adapter_dtype=bfloat16"]), AMPERE
     )  # fmt: skip
     assert (resolved.dtype, resolved.compute_dtype, resolved.adapter_dtype) == (
-        "bfloat16",
+        "float32",
         "float16",
         "bfloat16",
     )
     assert (resolved.bf16, resolved.fp16, resolved.gradient_checkpointing) == (False, True, False)
+
+
+@pytest.mark.parametrize(("key", "half"), [("fp16", "float16"), ("bf16", "bfloat16")])
+@pytest.mark.parametrize("device", [AMPERE, TURING])
+def test_base_and_4_bit_products_follow_the_precision_of_training(key: str, half: str, device: Device):
+    resolved = resolve(compose(["method=qlora", f"training.{key}=true"]), device)
+    assert (resolved.dtype, resolved.compute_dtype) == (half, half)
+    assert (resolved.fp16, resolved.bf16) == (key == "fp16", key == "bf16")
+
+
+@pytest.mark.parametrize("other", ["model.dtype", "quantization.bnb_4bit_compute_dtype"])
+@pytest.mark.parametrize(("key", "half"), [("fp16", "bfloat16"), ("bf16", "float16")])
+def test_two_16_bit_precisions_in_one_run_are_rejected(other: str, key: str, half: str):
+    with pytest.raises(ConfigError, match=rf"training\.{key} computes in .*{other}={half}"):
+        resolve(compose(["method=qlora", f"training.{key}=true", f"{other}={half}"]), AMPERE)
 
 
 def test_unsupported_settings_of_a_device_are_rejected():
