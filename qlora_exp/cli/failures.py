@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qlora_exp.utils.display import NEWLINES, shown
-from qlora_exp.utils.errors import DivergedError, TimeLimitError, UserError, is_out_of_memory, type_and_first_line
+from qlora_exp.utils.errors import DivergedError, TimeLimitError, UserError, first_line, is_out_of_memory
 
 
 def exit_code(command: Callable[[], None]) -> int:
@@ -48,14 +48,12 @@ def full_disk_named(folder: Path) -> Iterator[None]:
 
 
 def _message(error: BaseException) -> str:
-    # Only a process that has imported torch can raise torch's error; importing torch here would take seconds.
-    expected = (DivergedError, getattr(sys.modules.get("torch"), "OutOfMemoryError", DivergedError))
     if isinstance(error, UserError | TimeLimitError):
         return f"error: {error}"
-    if isinstance(error, expected):
+    if isinstance(error, DivergedError):
         return f"error: {type(error).__name__}: {error}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"error: no space left on the disk of {error.filename or Path.cwd()}"
     if is_out_of_memory(error):
-        return f"error: out of memory: {type_and_first_line(error)}"
+        return "\n".join([f"error: out of memory: {first_line(error)}", *getattr(error, "__notes__", ())])
     return "".join(traceback.format_exception(error))

@@ -290,6 +290,14 @@ def _device(config: Config) -> Iterator[str]:
         )
     if config.device == "cpu" and config.training.fp16 is True:
         yield "training.fp16 needs a GPU: use training.fp16=auto, or training.bf16=true"
+    products = config.quantization.bnb_4bit_compute_dtype if config.quantization.load_in_4bit else "auto"
+    for key, value in (("model.dtype", config.model.dtype), ("quantization.bnb_4bit_compute_dtype", products)):
+        for precision, other in (("fp16", "bfloat16"), ("bf16", "float16")):
+            if getattr(config.training, precision) is True and value == other:
+                yield (
+                    f"training.{precision} and {key}={value} do not go together, each rounds what the other keeps: set "
+                    f"{key}=auto, which follows, or the same precision for both"
+                )
 
 
 def _sharded(config: Config) -> Iterator[str]:

@@ -172,17 +172,6 @@ def resolve(config: Config, device: Device) -> Resolved:
 
     asked = "float16" if training.fp16 is True else "bfloat16" if training.bf16 is True else None
     half = asked or ("bfloat16" if device.bf16 else "float16")  # the base follows the precision of training
-    given = {
-        "model.dtype": config.model.dtype,
-        "quantization.bnb_4bit_compute_dtype": quantization.bnb_4bit_compute_dtype,
-    }
-    if asked and (
-        other := next((key for key, value in given.items() if value not in ("auto", "float32", asked)), None)
-    ):
-        raise ConfigError(
-            f"training.{'fp16' if asked == 'float16' else 'bf16'} computes in {asked}; {other}={given[other]} would "
-            f"round each product once more: set {other}=auto, which follows, or the same precision for both"
-        )
     best = half if device.type == "cuda" else "float32"
     full = config.method.peft_type is None
     bf16 = training.bf16 if training.bf16 != "auto" else best == "bfloat16" and training.fp16 is not True

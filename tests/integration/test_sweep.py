@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from support import QUICK, exit_code
 
+from qlora_exp.planning import screening
 from qlora_exp.sweeps import jobs
 from qlora_exp.sweeps.hydra_sweepers import JobSweeper
 from qlora_exp.sweeps.jobs import Ending, Job
@@ -138,7 +139,9 @@ def test_dry_run_leaves_no_files(make_jobs, tmp_path, capsys):
     assert not (tmp_path / "multirun").exists()
 
 
-def test_dead_job_is_recorded_with_its_cause(make_jobs, read_runs):
+def test_dead_job_is_recorded_with_its_cause(make_jobs, read_runs, monkeypatch):
+    monkeypatch.setattr(screening, "after_oom", lambda *_: "fewer rows fit")
+
     def dies(waiting):
         for job in waiting:
             with lifecycle.start(job.config, job.folder, must_reach=False) as tracked:
@@ -260,15 +263,16 @@ def test_launcher_that_starts_nothing_is_not_retried_forever(make_jobs, capsys):
     assert "not started" in capsys.readouterr().out
 
 
-def test_job_that_dies_before_its_run_begins_is_recorded_and_not_repeated(make_jobs, read_runs):
+def test_job_that_dies_before_its_run_begins_is_recorded_and_not_repeated(make_jobs, read_runs, monkeypatch):
     launched = []
+    monkeypatch.setattr(screening, "after_oom", lambda *_: "fewer rows fit")
 
     def launch(waiting):
         launched.extend(job.swept["seed"] for job in waiting)
         endings = [Ending("oom", "made up")]
         return endings + in_process(waiting[1:])
 
-    with pytest.raises(SweepError, match="1 of 2 jobs"):
+    with pytest.raises(SweepError, match=r"1 of 2 jobs did not end well.*\nseed=1: fewer rows fit$"):
         execute(make_jobs("seed", ["1", "2"]), launch)
     assert launched == ["1", "2"]
     _, children = read_runs()

@@ -74,8 +74,8 @@ def test_base_and_4_bit_products_follow_the_precision_of_training(key: str, half
 @pytest.mark.parametrize("other", ["model.dtype", "quantization.bnb_4bit_compute_dtype"])
 @pytest.mark.parametrize(("key", "half"), [("fp16", "bfloat16"), ("bf16", "float16")])
 def test_two_16_bit_precisions_in_one_run_are_rejected(other: str, key: str, half: str):
-    with pytest.raises(ConfigError, match=rf"training\.{key} computes in .*{other}={half}"):
-        resolve(compose(["method=qlora", f"training.{key}=true", f"{other}={half}"]), AMPERE)
+    with pytest.raises(ConfigError, match=rf"training\.{key} and {other}={half} do not go together"):
+        compose(["method=qlora", f"training.{key}=true", f"{other}={half}"])
 
 
 def test_unsupported_settings_of_a_device_are_rejected():

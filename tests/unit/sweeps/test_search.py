@@ -11,6 +11,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import TrialState
 
 from qlora_exp.config.sections.sweep import SearchConfig, SweepConfig
+from qlora_exp.planning import screening
 from qlora_exp.sweeps import jobs, search
 from qlora_exp.sweeps.jobs import Ending
 from qlora_exp.sweeps.sweep import Sweep
@@ -147,7 +148,8 @@ def test_parallel_trials_overlap(run_search):
     assert trials[2].datetime_start > trials[1].datetime_complete
 
 
-def test_failed_job_is_a_failed_trial_and_the_search_continues(run_search):
+def test_failed_job_is_a_failed_trial_and_the_search_continues(run_search, monkeypatch):
+    monkeypatch.setattr(screening, "after_oom", lambda *_: "fewer rows fit")
     with pytest.raises(Exception, match="did not end well"):
         run_search(n_trials=4, fails=lambda number: number == 1)
     states = [trial.state for trial in run_search.trials()]
