@@ -1,8 +1,8 @@
 """Write the settings that the installed libraries declare, for checking configs without importing these libraries.
 
-`qlora_exp/config/tables/peft_methods.json` has PEFT's methods with their settings, `peft_help.json` what PEFT says of
-them, `sft_arguments.json` the arguments of TRL's SFTConfig. Run `nox -s library-settings` after another version of
-PEFT, TRL or transformers, and after a change of `qlora_exp/models/bottleneck.py`.
+`qlora_exp/config/tables/peft_methods.json` has PEFT's methods with their settings, `peft_help.json` the default and
+the help text of each setting, `sft_arguments.json` the arguments of TRL's SFTConfig. Run `nox -s library-settings`
+after another version of PEFT, TRL or transformers, and after a change of `qlora_exp/models/bottleneck.py`.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from trl.trainer.sft_config import SFTConfig
 
-from qlora_exp.config.tables import peft_methods, sft_arguments
+from qlora_exp.config.tables import peft_help, peft_methods, sft_arguments
 from qlora_exp.config.tables.declared_types import PLAIN
 from qlora_exp.models import bottleneck  # noqa: F401 - the import registers its method with PEFT
 
@@ -30,7 +30,7 @@ def main() -> None:
     """Write the files."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     peft_methods.FILE.write_text(written_methods(), "utf-8")
-    peft_methods.HELP_FILE.write_text(written_help(), "utf-8")
+    peft_help.FILE.write_text(written_help(), "utf-8")
     sft_arguments.FILE.write_text(written_arguments(), "utf-8")
 
 
@@ -45,29 +45,37 @@ def written_methods() -> str:
 
 
 def written_help() -> str:
-    """Return the text of peft_help.json: default and help of each setting of each method, one per line."""
-    methods = []
+    """Return the text of peft_help.json: for each setting, `[default, help]` for each distinct pair and its methods.
+
+    Most settings have the same help in many methods, so that this is a fifth of a list by method.
+    """
+    texts: dict[str, dict[str, list[str]]] = {}
     for peft_type, config in sorted(PEFT_TYPE_TO_CONFIG_MAPPING.items()):
-        fields = {field.name: field for field in dataclasses.fields(config) if field.init}
-        lines = [f"  {json.dumps(name)}: {json.dumps(explained(fields[name]))}" for name in sorted(fields)]
-        methods.append(f" {json.dumps(peft_type.value)}: {{\n{f',{chr(10)}'.join(lines)}\n }}")
-    return f"{{\n{f',{chr(10)}'.join(methods)}\n}}\n"
+        for field in dataclasses.fields(config):
+            if field.init and field.name in peft_methods.settings(peft_type.value):
+                entry = json.dumps([_default(field), _plain(field.metadata.get("help", ""))], ensure_ascii=False)
+                texts.setdefault(field.name, {}).setdefault(entry, []).append(peft_type.value)
+    lines = []
+    for name, entries in sorted(texts.items()):
+        listed = ",\n".join(f"  [{json.dumps(methods)}, {entry[1:]}" for entry, methods in entries.items())
+        lines.append(f" {json.dumps(name)}: [\n{listed}\n ]")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def explained(field: Any) -> dict[str, Any]:
-    """Return a field's default, as JSON or as Python writes it, and its help without markup."""
-    default = field.default if field.default is not dataclasses.MISSING else None
-    if field.default_factory is not dataclasses.MISSING:
-        default = field.default_factory()
-    if isinstance(default, enum.Enum):
-        default = default.value
-    if not isinstance(default, bool | int | float | str | list | dict | None):
-        default = repr(default)
-    said = field.metadata.get("help", "")
-    said = said if isinstance(said, str) else " ".join(said)  # PEFT has a comma too many in places
-    text = re.sub(r"<a href='([^']*)'>(.*?)</a>", r"\2 (\1)", said)
-    text = re.sub(r"\[([^\]]*)\]\((https?://[^)]*)\)", r"\1 (\2)", text)
-    return {"default": default, "help": " ".join(text.split())}
+def _default(field: "dataclasses.Field[Any]") -> Any:
+    """Return the default of a field as JSON has it."""
+    value = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+    if value is dataclasses.MISSING or dataclasses.is_dataclass(value):
+        return None
+    return value.value if isinstance(value, enum.Enum) else sorted(value) if isinstance(value, set) else value
+
+
+def _plain(text: str | tuple[str, ...]) -> str:
+    """Return help as one line of plain text; of a link, its text and its address. Some of PEFT's helps are tuples."""
+    text = text if isinstance(text, str) else " ".join(text)
+    text = re.sub(r"<a href=['\"]([^'\"]*)['\"]>(.*?)</a>", r"\2 (\1)", text)
+    text = re.sub(r"\[([^\]]+)\]\((http[^)]*)\)", r"\1 (\2)", text)
+    return " ".join(text.split())
 
 
 def written_arguments() -> str:

@@ -1,233 +1,195 @@
-"""Write pages of docs/reference from the code: keys, settings of PEFT, options, commands (`nox -s reference`).
+"""Write the generated pages of docs/reference/: keys, PEFT's settings, options and commands.
 
-A test fails when they are not up to date.
+Run `nox -s reference` after a change of a key, an option file, a command or its help, or another version of PEFT.
 """
 
 import argparse
 import re
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import yaml
-from pydantic import BaseModel
-
-from qlora_exp.cli.keys import written_type
-from qlora_exp.cli.main import FAMILIES, make_parser
-from qlora_exp.config import hydra_compose, idle
-from qlora_exp.config.schema import Config
-from qlora_exp.config.tables import advice, peft_methods, sft_arguments
-from qlora_exp.utils.display import markdown, markdown_code
-from qlora_exp.utils.tables import markdown_table
+from qlora_exp.cli.main import FAMILIES, parsers
+from qlora_exp.config.describe import entries, presets
+from qlora_exp.config.describe.entries import Entry
+from qlora_exp.config.describe.types import shown_value
+from qlora_exp.config.hydra_compose import compose
+from qlora_exp.config.tables import peft_methods
 
 FOLDER = Path(__file__).parents[1] / "docs" / "reference"
-WRITTEN = "<!-- Written by `nox -s reference` from the code; do not edit. -->"
+_WRITTEN = "<!-- Written by `nox -s reference`. -->"
 
 
 def main() -> None:
-    """Write the pages."""
+    """Write the pages, and say how many entries they have."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    total = 0
     for name, text in pages().items():
-        (FOLDER / f"{name}.md").write_text(text, "utf-8")
-        print(f"{name}.md: {sum(line.startswith('| `') for line in text.splitlines())} entries")
+        (FOLDER / name).write_text(text, "utf-8")
+        count = sum(line.startswith("| `") for line in text.splitlines())
+        print(f"docs/reference/{name}: {count} entries")
+        total += count
+    print(f"{total} entries")
 
 
 def pages() -> dict[str, str]:
-    """Return the text of each page by its name."""
-    made = {"keys": _keys(), "peft_settings": _peft_settings(), "options": _options(), "commands": _commands()}
-    return {name: "\n".join([WRITTEN, "", *lines]).rstrip() + "\n" for name, lines in made.items()}
+    """Return the text of each page by its file name."""
+    made = {"keys.md": _keys(), "peft_settings.md": _settings(), "options.md": _options(), "commands.md": _commands()}
+    return {name: "\n".join([*lines, ""]) for name, lines in made.items()}
 
 
 def _keys() -> Iterator[str]:
-    yield "# Keys of the config"
-    yield ""
+    yield from ("# Keys of the config", "", _WRITTEN, "")
     yield (
-        "Every key with its type, its default and its meaning. `qlora-exp keys SECTION.KEY` prints the same on the "
-        "terminal, with the value in a run that you name. The default of a key is what a config without it gets; "
-        "[options](options.md) of the config groups set others."
+        "Every key, its type, its default, and its value in the default run (plain `qlora-exp train`) where an option\n"
+        "file changes it. `qlora-exp keys KEY` prints the same, with the options that set it. `null` is no value.\n"
+        "`method` and `lora_variant` also take the settings of PEFT's methods: [PEFT's settings](peft_settings.md)."
     )
-    for name, field in Config.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from ("", f"## {name}", "", _text(kind.__doc__ or ""), "")
-            inner = kind.model_fields.items()
-            rows = [_row(key, each) for key, each in inner if f"{name}.{key}" not in idle.ALWAYS]
-            yield from _table(["key", "type", "default", "meaning"], rows)
-    alone = [_row(name, field) for name, field in Config.model_fields.items() if not _is_section(field.annotation)]
-    yield from ("", "## Keys without a section", "")
-    yield from _table(["key", "type", "default", "meaning"], alone)
-    yield from ("", "## training.sft_config", "", "Arguments of TRL's SFTConfig that have no key of their own.", "")
-    accepted = sft_arguments.accepted().items()
-    rows = [[f"`{name}`", markdown_code(written_type(kind))] for name, kind in accepted]
-    yield from _table(["argument", "type"], rows)
-    yield from _advice()
+    default_run = compose([])
+    loose: list[Entry] = []
+    for name, section in entries.sections().items():
+        if section is None:
+            loose += entries.of_section(name)
+            continue
+        yield from ("", f"## {name}", "", _text(section.__doc__ or ""), "")
+        yield from _table([_row(entry, getattr(getattr(default_run, name), entry.key.partition(".")[2], entry.default))
+                           for entry in entries.of_section(name)])  # fmt: skip
+    yield from ("", "## Keys outside of sections", "")
+    yield from _table([_row(entry, getattr(default_run, entry.key)) for entry in loose])
+    yield from ("", "## training.sft_config", "", "Further arguments of TRL's SFTConfig. Default: TRL's own.", "")
+    rows = [[f"`{entry.key}`", _type(entry), entry.unit, _text(entry.meaning)] for entry in entries.sft_config()]
+    yield from _lines(["Key", "Type", "Unit", "Meaning"], rows)
 
 
-def _peft_settings() -> Iterator[str]:
-    yield "# Settings of PEFT's methods"
-    yield ""
+def _row(entry: Entry, in_run: object) -> list[str]:
+    differs = in_run != entry.default and not isinstance(in_run, dict)
+    also = f"; in the default run `{shown_value(in_run)}`" if differs else ""
+    return [f"`{entry.key}`", _type(entry), f"`{shown_value(entry.default)}`{also}", entry.unit, _text(entry.meaning)]
+
+
+def _table(rows: list[list[str]]) -> Iterator[str]:
+    return _lines(["Key", "Type", "Default", "Unit", "Meaning"], rows)
+
+
+def _settings() -> Iterator[str]:
+    yield from ("# PEFT's settings, by method", "", _WRITTEN, "")
     yield (
-        "Any of them is a key of the section `method`, with PEFT's own name: `method.r=16`. LoRA's can stand in "
-        "`lora_variant` too. Types, defaults and meanings are those of the installed PEFT; the files in `conf/method` "
-        "set others ([options](options.md#method))."
+        "What `method` takes with each of its options, as the installed PEFT declares and explains it, with PEFT's\n"
+        "default and the value in the option's file. `qlora-exp keys method.r` says which methods have a setting.\n"
+        "Settings that PEFT ignores with a method are left out; a config that sets them is refused."
     )
-    for peft_type in sorted(peft_methods.methods()):
-        yield from _method(peft_type)
+    types = presets.peft_types()
+    for kind in sorted(set(types.values()), key=lambda kind: (kind != "LORA", kind)):
+        names = [option for option, of in types.items() if of == kind]
+        first = "lora" if "lora" in names else names[0]
+        given = presets.values_of("method", first)
+        yield from ("", f"## {', '.join(names)}", "", f"PEFT's `{peft_methods.methods()[kind]}`. ", "")
+        rows = []
+        for name in peft_methods.of_options(kind):
+            entry = entries.setting(name, kind)
+            own = f"; in {first}.yaml `{shown_value(given[entry.key])}`" if entry.key in given else ""
+            default = f"`{shown_value(entry.default)}`{own}"
+            rows.append([f"`method.{name}`", _type(entry), default, _text(entry.meaning) + _advice(entry)])
+        yield from _lines(["Key", "Type", "Default", "Meaning"], rows)
 
 
-def _is_section(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, BaseModel)
-
-
-def _row(key: str, field: Any) -> list[str]:
-    default = field.get_default(call_default_factory=True)
-    shown = "" if _is_section(field.annotation) or isinstance(default, BaseModel) else markdown_code(_value(default))
-    return [f"`{key}`", markdown_code(written_type(field.annotation)), shown, _text(field.description or "")]
-
-
-def _value(value: Any) -> str:
-    """Return a value as a config file or a command line has it."""
-    if value is None or isinstance(value, bool):
-        return "null" if value is None else str(value).lower()
-    return str(value)
-
-
-def _advice() -> Iterator[str]:
-    yield from ("", "## What is known about good values", "")
-    yield "What each piece of advice rests on stands after it."
-    yield ""
-    rows = [
-        [f"`{key}`", _text(each.text), each.basis + (f": {_text(each.source)}" if each.source else "")]
-        for key, known in advice.ADVICE.items()
-        for each in known
-    ]
-    yield from _table(["key", "advice", "basis"], rows)
-
-
-def _method(peft_type: str) -> Iterator[str]:
-    yield from ("", f"## {peft_type}", "", f"PEFT's {peft_methods.methods()[peft_type]}.", "")
-    rows = []
-    for name, kind in peft_methods.settings(peft_type).items():
-        meaning = advice.MEANINGS.get(name, "") if peft_type == "LORA" else ""
-        default = markdown_code(_value(peft_methods.default(peft_type, name)))
-        said = meaning or peft_methods.explained(peft_type, name)
-        rows.append([f"`{name}`", markdown_code(written_type(kind)), default, _text(said)])
-    yield from _table(["setting", "type", "default", "meaning"], rows)
+def _advice(entry: Entry) -> str:
+    given = (f"{each.text} ({each.basis}{f': {each.source}' if each.source else ''})" for each in entry.advice)
+    return "".join(f" <br>*Advice*: {_text(text)}." for text in given)
 
 
 def _options() -> Iterator[str]:
-    yield "# Options of the config groups"
-    yield ""
+    yield from ("# Options of the config groups", "", _WRITTEN, "")
     yield (
-        "`GROUP=OPTION` on the command line takes a file of `conf/GROUP`. Here is what a file says of itself, and the "
-        "keys that it sets. `qlora-exp train GROUP=OPTION --cfg job` prints the whole config."
+        "`qlora-exp train GROUP=OPTION` chooses one option of each group: a file in `conf/GROUP/`, which sets keys.\n"
+        "Options of your own go into a folder with the same layout: `--config-dir FOLDER`."
     )
-    root = hydra_compose.conf_dir()
-    groups = sorted(path for path in root.rglob("*") if path.is_dir() and any(path.glob("*.yaml")))
-    for folder in groups:
-        group = folder.relative_to(root).as_posix()
-        if group == "hydra/help":
-            continue
-        yield from ("", f"## {group}", "")
-        rows = []
-        for file in sorted(folder.glob("*.yaml")):
-            text = file.read_text("utf-8")
-            rows.append([f"`{group}={file.stem}`", _comment(text), _sets(text)])
-        yield from _table(["option", "what it is", "sets"], rows)
+    default = dict(re.findall(r"^  - (\w+): (\w+)", (presets.root_file()).read_text("utf-8"), re.MULTILINE))
+    for group, names in presets.options().items():
+        chosen = {"hydra/launcher": "local", "hydra/sweeper": "grid"} | default
+        also = "" if chosen.get(group) in (None, "null") else f" Default: `{chosen[group]}`."
+        yield from ("", f"## {group}", "", f"{len(names)} options.{also}", "")
+        yield from _lines(["Option", "What it is"], [[f"`{group}={name}`", _about(group, name)] for name in names])
 
 
-def _comment(text: str) -> str:
-    """Return the comment at the beginning of a file."""
-    lines = []
-    for line in text.splitlines():
-        if not line.startswith("#"):
-            break
-        if "@package" not in line:
-            lines.append(line.removeprefix("#").strip())
-    return _text(" ".join(lines))
-
-
-_MANY = 8
-
-
-def _sets(text: str) -> str:
-    """Return the keys that a file sets, with their values; of many only the first."""
-    loaded = yaml.safe_load(text) or {}
-    flat = [f"{key}={value}" for key, value in _flat(loaded) if not key.startswith("defaults") and key != "name"]
-    shown = [markdown_code(each if len(each) < 80 else f"{each[:77]}...") for each in flat[:_MANY]]
-    return ", ".join(shown) + (f" and {len(flat) - _MANY} more" if len(flat) > _MANY else "")
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", _value(value)
+def _about(group: str, name: str) -> str:
+    """Describe an option: the comment in its file, and of a model its name on the hub."""
+    model = presets.values_of(group, name).get("model.model_name_or_path") if group == "model" else None
+    return f"{f'`{model}`. ' if model else ''}{_text(presets.comment(group, name))}"
 
 
 def _commands() -> Iterator[str]:
-    parser, commands = make_parser()
-    yield "# Commands"
-    yield ""
-    yield (
-        "`qlora-exp COMMAND --help` prints the same. Words such as `training.max_steps=3` are [keys](keys.md) and "
-        "[options](options.md) of the config."
-    )
-    listed = str(parser.description)
-    for title in FAMILIES:
-        names = re.findall(r"^  ([a-z-]+)  ", listed.split(f"{title}:\n")[1].split("\n\n")[0], re.MULTILINE)
-        yield from ("", f"## {title[0].upper()}{title[1:]}", "")
-        for name in names:
-            yield from _command(name, commands.choices[name])
+    yield from ("# Commands", "", _WRITTEN, "")
+    yield "`qlora-exp COMMAND --help` prints the same. [Exit codes](exit_codes.md) are those of every command."
+    made = parsers()
+    families = {title: [module.__name__ for module in modules] for title, modules in FAMILIES.items()}
+    for title, modules in families.items():
+        yield from ("", f"## {title[0].upper()}{title[1:]}")
+        for name, parser in made.items():
+            if parser.get_default("handler").__module__ in modules:
+                yield from _command(name, parser)
 
 
-def _command(name: str, command: argparse.ArgumentParser) -> Iterator[str]:
-    about, _, examples = (command.description or "").partition("\nexamples:\n")
-    yield from (f"### {name}", "", _paragraphs(about), "")
-    if examples:
-        lines = re.sub(r"^ +", "", examples, flags=re.MULTILINE).splitlines()
-        yield from ("```bash", *(re.sub(r"(?<=\S) {2,}(?=\S)", "  # ", line) for line in lines), "```", "")
-    rows = []
-    for action in command._actions:  # argparse has no public list of them
-        if isinstance(action, argparse._HelpAction):
-            continue
-        names = ", ".join(f"`{option}`" for option in action.option_strings) or f"`{action.metavar or action.dest}`"
-        takes = action.metavar if action.option_strings and action.nargs != 0 else None
-        values = f" `{takes}`" if isinstance(takes, str) else ""
-        if action.choices and action.option_strings:
-            values = f" one of {', '.join(f'`{choice}`' for choice in action.choices)}"
-        text = (action.help or "") % {"default": action.default} if action.help else ""
-        rows.append([names + values, _text(text)])
+def _command(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
+    text, _, examples = (parser.description or "").partition("\nexamples:\n")
+    first, _, rest = text.partition("\n")
+    yield from ("", f"### {name}", "", _prose(first))
+    if rest.strip():
+        yield from ("", _prose(rest.strip()))
+    usage = " ".join(parser.format_usage().split()).removeprefix("usage: ")
+    usage = textwrap.fill(usage, 110, subsequent_indent="    ", break_on_hyphens=False)
+    if name == "train":
+        usage = "qlora-exp train [GROUP=OPTION ...] [KEY=VALUE ...] [FLAGS]"
+    yield from ("", "```text", usage, "```")
+    rows = [*_flags_of_train()] if name == "train" else []
+    if name == "train":
+        examples = textwrap.dedent(_help_of_train().partition("  Examples:\n")[2].partition("\n\n")[0])
+    for action in parser._actions:
+        if not isinstance(action, argparse._HelpAction) and name != "train":
+            value = "" if action.nargs == 0 else action.metavar or action.dest.upper()
+            flags = f"{', '.join(action.option_strings)} {value if isinstance(value, str) else ' '.join(value)}"
+            choices = f" One of {', '.join(map(str, action.choices))}." if action.choices else ""
+            rows.append([_text(f"`{flags.strip()}`"), f"{_text(action.help or '')}{choices}"])
     if rows:
-        yield from _table(["argument", "meaning"], rows)
-        yield ""
+        yield from ("", *_lines(["Argument", "Meaning"], rows))
+    if examples:
+        yield from ("", "```bash", *(line.removeprefix("  ") for line in examples.rstrip().splitlines()), "```")
 
 
-def _paragraphs(text: str) -> str:
-    return "\n\n".join(_text(paragraph) for paragraph in text.strip().split("\n\n"))
+def _help_of_train() -> str:
+    return (presets.root_file().parent / "hydra" / "help" / "qlora_exp.yaml").read_text("utf-8")
 
 
-def _table(headings: list[str], rows: list[list[str]]) -> Iterator[str]:
-    """Yield a Markdown table whose cells are Markdown already."""
-    yield from markdown_table(headings, []).splitlines()
-    yield from (f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
+def _flags_of_train() -> Iterator[list[str]]:
+    """Yield the flags in the footer of conf/hydra/help/qlora_exp.yaml, which is the help of `train`."""
+    for line in _help_of_train().partition("footer: |\n")[2].partition("template:")[0].splitlines():
+        if line.strip():
+            flag, meaning = re.split(r" {2,}", line.strip(), maxsplit=1)
+            yield [f"`{flag}`", _text(meaning)]
+
+
+def _lines(headings: Sequence[str], rows: list[list[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(headings)} |"
+    yield f"|{'---|' * len(headings)}"
+    for row in rows:
+        yield f"| {' | '.join(cell.strip() for cell in row)} |"
+
+
+def _type(entry: Entry) -> str:
+    kind = entry.type.replace("|", "\\|")
+    return f"`{kind}`" + (f", {entry.range}" if entry.range else "")
 
 
 def _text(text: str) -> str:
-    """Return a docstring or a help text as one line of Markdown; web addresses stay links."""
-    parts = re.split(r"(https?://[a-z][^\s,;)]+)", " ".join(text.split()))
-    return "".join(_link(part) if re.match("https?://[a-z]", part) else _escaped(part) for part in parts)
+    """Return text as a cell of a table: one line, in which nothing is taken for markup."""
+    parts = re.split(r"(`[^`]*`)", " ".join(text.split()))
+    plain = re.sub(r"([\\*_<>\[\]|])", r"\\\1", "\0".join(parts[::2])).split("\0")
+    code = [part.replace("|", "\\|") for part in parts[1::2]]
+    return "".join(a + b for a, b in zip(plain, [*code, ""], strict=True))
 
 
-def _link(address: str) -> str:
-    return f"<{address.rstrip('.')}>{'.' * address.endswith('.')}"
-
-
-def _escaped(text: str) -> str:
-    """Escape what Markdown and HTML would read otherwise; code in backticks stays code."""
-    parts = re.split(r"(`[^`]+`)", text)
-    return "".join(part if part.startswith("`") else markdown(f"x{part}x")[1:-1] if part else "" for part in parts)
+def _prose(text: str) -> str:
+    return "\n\n".join(_text(paragraph) for paragraph in text.split("\n\n"))
 
 
 if __name__ == "__main__":

@@ -4,161 +4,243 @@ import argparse
 import re
 import textwrap
 from collections.abc import Iterator
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any
 
-from qlora_exp.cli.parents import Commands, add_command, add_overrides
+from qlora_exp.cli.parents import Commands, add_command, completed
 from qlora_exp.utils.errors import ConfigError, did_you_mean
 
-_INDENT, _WIDTH = " " * 6, 100
+if TYPE_CHECKING:
+    from qlora_exp.config.describe.entries import Entry
+    from qlora_exp.config.schema import Config
+
+_MOST_OPTIONS = 6
+"""Options listed for one value of a key; the others are counted."""
 
 
 def add_parsers(commands: Commands) -> None:
     """Add `keys`."""
     parser = add_command(commands, "keys", keys)
     what = "section of the config, such as training, or one key, such as training.max_steps; default: all"
-    parser.add_argument("chosen", nargs="?", metavar="SECTION|KEY", help=what)
-    add_overrides(parser, "show values in this run, as for `train`, such as method=vera; default: the default run")
+    chosen = parser.add_argument("chosen", nargs="?", metavar="SECTION|KEY", help=what)
+    chosen.completer = _completed  # type: ignore[attr-defined]
+    method = "method whose settings to explain, as an option of the group method; default: LoRA, and how others differ"
+    parser.add_argument("method", nargs="?", type=_method, metavar="method=NAME", help=method)
+
+
+def _completed(prefix: str, **_: Any) -> list[str]:
+    """List the sections and keys that begin with a prefix."""
+    words = [word.removesuffix("=") for word in completed(prefix.partition("=")[0])]
+    return [*dict.fromkeys(word if "." in prefix else word.removesuffix(".") for word in words)]
+
+
+def _method(word: str) -> str:
+    if not word.startswith("method="):
+        raise argparse.ArgumentTypeError(f"'{word}' is not method=NAME")
+    return word.removeprefix("method=")
 
 
 def keys(options: argparse.Namespace) -> None:
     """Explain the keys of the config: type, default and meaning.
 
     Prints `KEY: TYPE = DEFAULT`, then the value in the default run (plain
-    `qlora-exp train`, or with the KEY=VALUE that you give) if it differs, then
-    the meaning, and what is known about good values.
+    `qlora-exp train`) if it differs, then the meaning. Of one key also: range,
+    unit, the options and experiments that set it, and advice with its basis
+    (measured here, published, or rule of thumb).
 
     examples:
-      qlora-exp keys                      every section and key
-      qlora-exp keys training             one section
-      qlora-exp keys training.max_steps   one key
-      qlora-exp keys method.r             a setting of PEFT: meaning, default, presets, advice
-      qlora-exp keys method.r method=vera   the same of another method
-      qlora-exp keys training.sft_config  further arguments of TRL's SFTConfig
+      qlora-exp keys                        every section and key
+      qlora-exp keys training               one section
+      qlora-exp keys training.max_steps     one key
+      qlora-exp keys method.r               a setting of PEFT: LoRA's, and how other methods differ
+      qlora-exp keys method method=loha     every setting of a method
+      qlora-exp keys method.r method=loha   one of them
+      qlora-exp keys training.sft_config    further arguments of TRL's SFTConfig
     """
-    from pydantic import BaseModel
-
-    from qlora_exp.config import hydra_compose, idle
-    from qlora_exp.config.schema import Config
-    from qlora_exp.config.sections.base import PeftSettings
-    from qlora_exp.config.tables import advice, peft_methods, sft_arguments
-    from qlora_exp.config.validate import SFT_CONFIG, known_keys, no_such_key
+    from qlora_exp.config import hydra_compose
+    from qlora_exp.config.describe import entries, presets
+    from qlora_exp.config.validate import OPEN_SECTIONS, SFT_CONFIG
 
     # a source has the keys of the section
     chosen = re.sub(r"^dataset\.sources\.[^.]+\.(?!weight$)", "dataset.", options.chosen or "")
-    sections = Config.model_fields
-    of_methods = (f"method.{name}" for peft_type in peft_methods.methods() for name in peft_methods.settings(peft_type))
-    keys_of_runs = (known for known in known_keys() if known not in idle.ALWAYS)
-    names = [*dict.fromkeys((*sections, *keys_of_runs, *of_methods))]
+    section, _, name = chosen.partition(".")
+    if options.method:
+        types = presets.peft_types()
+        if options.method not in types:
+            raise ConfigError(
+                f"method={options.method}: no option with PEFT settings{did_you_mean(options.method, types)}"
+            )
+        if section != "method":
+            raise ConfigError(f"method={options.method} is for the keys of method: keys method method={options.method}")
+        _print_settings(options.method, types[options.method], name)
+        return
+    declared = {entry.key: entry for each in entries.sections() for entry in entries.of_section(each)}
+    declared |= {entry.key: entry for entry in entries.sft_config()}
+    default_run = hydra_compose.compose([])
+    if section in OPEN_SECTIONS and name and chosen not in declared and entries.methods_with(name):
+        _print_setting(section, name, default_run)
+    elif chosen in declared:
+        _print_one(declared[chosen], default_run)
+        if chosen == SFT_CONFIG:
+            _print_listed(entry for entry in declared.values() if entry.key.startswith(f"{chosen}."))
+    elif not name and (not section or section in entries.sections()):
+        _print_sections(section, default_run)
+    else:
+        raise ConfigError(_unknown(chosen, [*entries.sections(), *declared]))
+
+
+def _unknown(chosen: str, known: list[str]) -> str:
+    """Return the message for what is neither a section nor a key."""
+    from qlora_exp.config.describe import entries
+    from qlora_exp.config.tables import peft_methods
+    from qlora_exp.config.validate import OPEN_SECTIONS, SFT_CONFIG, no_such_key
+
     if chosen.startswith(f"{SFT_CONFIG}."):
-        if chosen not in names:
-            raise ConfigError(no_such_key(chosen))
-        print(f"{chosen}: {written_type(sft_arguments.accepted()[chosen.removeprefix(f'{SFT_CONFIG}.')])}")
-        return
-    if chosen and chosen not in names:
-        same_name = [key for key in names if key.endswith(f".{chosen}")]
-        hint = f"; did you mean '{same_name[0]}'?" if same_name else did_you_mean(chosen, names)
-        raise ConfigError(f"no section or key '{chosen}'{hint} Sections: {', '.join(sections)}")
-    section, _, key = chosen.partition(".")
-    run = hydra_compose.compose(options.overrides)
-    which = "this run" if options.overrides else "the default run"
-    if section in _OF_PEFT and key and key not in sections[section].annotation.model_fields:  # type: ignore[union-attr]
-        print("\n".join(_peft_setting(section, key, run.method.peft_type)))
-        return
-    for name, field in sections.items():
+        return no_such_key(chosen)
+    settings = {name: None for kind in peft_methods.trainable() for name in peft_methods.of_options(kind)}
+    names = [*known, *(f"{section}.{name}" for section in OPEN_SECTIONS for name in settings)]
+    same_name = [key for key in names if key.endswith(f".{chosen}")]
+    hint = f"; did you mean '{same_name[0]}'?" if same_name else did_you_mean(chosen, names)
+    return f"no section or key '{chosen}'{hint} Sections: {', '.join(entries.sections())}"
+
+
+def _print_sections(section: str, default_run: "Config") -> None:
+    """Print one section, or all."""
+    from qlora_exp.config.describe import entries
+    from qlora_exp.config.tables import peft_methods
+    from qlora_exp.config.validate import OPEN_SECTIONS
+
+    for name, kind in entries.sections().items():
         if section not in ("", name):
             continue
-        kind, value = field.annotation, getattr(run, name)
-        if not (isinstance(kind, type) and issubclass(kind, BaseModel)):
-            print(_describe(name, field, value, which))
-            continue
-        if not key:
+        if kind is not None:
             print(f"\n{name}: {(kind.__doc__ or '').strip()}")
-        for inner_name, inner in kind.model_fields.items():
-            if key in ("", inner_name) and f"{name}.{inner_name}" not in idle.ALWAYS:
-                print(_describe(f"  {inner_name}", inner, getattr(value, inner_name), which))
-                if key:
-                    print(*_advice(chosen), sep="\n", end="\n" * bool(advice.on(chosen)))
-                if chosen == SFT_CONFIG:
-                    for argument, accepted in sft_arguments.accepted().items():
-                        print(f"      {argument}: {written_type(accepted)}")
-        if issubclass(kind, PeftSettings) and key not in kind.model_fields:
-            print(f"  further keys for LoRA: {', '.join(peft_methods.settings('LORA'))}")
-            print(f"  `qlora-exp keys {name}.KEY` explains one of them, or of another method's settings")
+        for entry in entries.of_section(name):
+            print(_head(entry, default_run, entry.key if kind is None else f"  {entry.key.partition('.')[2]}"))
+        if name in OPEN_SECTIONS:
+            names = ", ".join(peft_methods.of_options("LORA"))
+            print(textwrap.fill(f"settings of PEFT's LoraConfig: {names}", 120, **_INDENTED))
+            print(
+                f"      `qlora-exp keys {name}.r` explains one; `qlora-exp keys method method=loha` lists those of LoHa"
+            )
 
 
-_OF_PEFT = ("method", "lora_variant")
+def _print_one(entry: "Entry", default_run: "Config") -> None:
+    print(_head(entry, default_run))
+    _print_details(entry)
 
 
-def _peft_setting(section: str, name: str, chosen: str | None) -> Iterator[str]:
-    """Yield lines that explain a setting of the chosen PEFT type, else of LoRA, else of the first that has it."""
-    from qlora_exp.config.tables import advice, peft_methods
+def _head(entry: "Entry", default_run: "Config", name: str = "") -> str:
+    """Describe one key in brief."""
+    from qlora_exp.config.describe.types import shown_value
 
-    peft_types = peft_methods.with_setting(name) if section == "method" else ["LORA"]
-    shown = chosen if chosen in peft_types else peft_types[0]
-    kind, default = written_type(peft_methods.settings(shown)[name]), peft_methods.default(shown, name)
-    yield f"{section}.{name}: {kind} = {default!r}, of PEFT's {peft_methods.methods()[shown]}"
-    meaning = advice.MEANINGS.get(name, "") if shown == "LORA" else ""
-    yield textwrap.fill(
-        meaning or peft_methods.explained(shown, name) or "PEFT does not explain it.",
-        _WIDTH,
-        initial_indent=_INDENT,
-        subsequent_indent=_INDENT,
-    )
-    if allowed := peft_methods.allowed(name):
-        yield f"{_INDENT}Allowed: {allowed}."
-    others = [f"{each.lower()} ({peft_methods.default(each, name)!r})" for each in peft_types if each != shown]
-    if others:
-        text = f"Other methods have it too, with a default: {', '.join(others)}; method=NAME explains theirs."
-        yield textwrap.fill(text, _WIDTH, initial_indent=_INDENT, subsequent_indent=_INDENT)
-    presets = _presets(name)
-    if presets:
-        listed = "; ".join(f"{value}: {', '.join(options)}" for value, options in presets.items())
-        yield textwrap.fill(f"Set by: {listed}", _WIDTH, initial_indent=_INDENT, subsequent_indent=_INDENT)
-    if shown == "LORA":  # what is known is of LoRA
-        yield from _advice(f"{section}.{name}")
+    value: Any = default_run
+    for part in entry.key.split("."):
+        value = getattr(value, part, entry.default)
+    differs = value != entry.default and not isinstance(value, dict)
+    also = f"; {shown_value(value)} in the default run" if differs else ""
+    meaning = "".join(f"\n      {line}" for line in entry.meaning.splitlines())
+    return f"{name or entry.key}: {entry.type} = {shown_value(entry.default)}{also}{meaning}"
 
 
-def _presets(name: str) -> dict[str, list[str]]:
-    """Return the options that set a setting of PEFT, by its value."""
-    import yaml
-
-    from qlora_exp.config.hydra_compose import conf_dir
-
-    found: dict[str, list[str]] = {}
-    for group in (*_OF_PEFT, "experiment"):
-        for file in sorted((conf_dir() / group).glob("*.yaml")):
-            values = yaml.safe_load(file.read_text("utf-8")) or {}
-            for part in (values, *(values.get(section) or {} for section in _OF_PEFT)):
-                if name in part and (part is not values or group == "lora_variant"):
-                    found.setdefault(str(part[name]), []).append(f"{group}={file.stem}")
-    return found
+def _print_details(entry: "Entry") -> None:
+    """Print the range, the unit, the options that set a key, and advice."""
+    for title, text in {"range": entry.range, "unit": entry.unit}.items():
+        if text:
+            print(f"  {title}: {text}")
+    for line in _set_by(entry.key):
+        print(textwrap.fill(line, 120, **_INDENTED))
+    for advice in entry.advice:
+        source = f": {advice.source}" if advice.source else ""
+        print(textwrap.fill(f"advice: {advice.text} [{advice.basis}{source}]", 120, **_INDENTED))
 
 
-def _advice(key: str) -> Iterator[str]:
-    from qlora_exp.config.tables import advice
-
-    for each in advice.on(key):
-        yield textwrap.fill(f"- {each}", _WIDTH, initial_indent=_INDENT, subsequent_indent=f"{_INDENT}  ")
-
-
-def _describe(name: str, field: Any, value: Any, which: str) -> str:
-    """Describe one key; `value` is its value in the run that `which` says."""
-    differs = value != field.default and not isinstance(value, dict)
-    also = f"; {value!r} in {which}" if differs else ""
-    meaning = "".join(f"\n      {line}" for line in (field.description or "").splitlines())
-    return f"{name}: {written_type(field.annotation)} = {field.default!r}{also}{meaning}"
+_INDENTED: dict[str, Any] = {
+    "initial_indent": "  ",
+    "subsequent_indent": "      ",
+    "break_long_words": False,
+    "break_on_hyphens": False,
+}
 
 
-def written_type(kind: Any) -> str:
-    """Write a type as a user would write its values."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        return written_type(inner[0])
-    if origin is Literal:
-        return " | ".join(map(str, inner))
-    if origin in (Union, UnionType):
-        return " | ".join(dict.fromkeys(map(written_type, inner)))
-    if origin is not None:
-        return f"{origin.__name__}[{', '.join(map(written_type, inner))}]"
-    return "null" if kind is NoneType else getattr(kind, "__name__", str(kind))
+def _set_by(key: str) -> Iterator[str]:
+    """Yield a line for each group with options that set a key."""
+    from qlora_exp.config.describe import presets
+
+    for group, values in presets.setting(key).items():
+        parts = []
+        for value, names in values.items():
+            more = f" and {len(names) - _MOST_OPTIONS} more" if len(names) > _MOST_OPTIONS else ""
+            parts.append(f"{value} in {', '.join(names[:_MOST_OPTIONS])}{more}")
+        yield f"{group}=: {'; '.join(parts)}"
+
+
+def _print_listed(listed: "Iterator[Entry]") -> None:
+    for entry in listed:
+        bounds = f" ({entry.range})" if entry.range else ""
+        print(f"      {entry.key.rpartition('.')[2]}: {entry.type}{bounds}. {entry.meaning}")
+
+
+def _print_setting(section: str, name: str, default_run: "Config") -> None:
+    """Explain a setting of PEFT: LoRA's, or that of the first method that has it; then how other methods differ."""
+    from qlora_exp.config.describe import entries, presets
+
+    first, *others = entries.methods_with(name)
+    if section == "lora_variant" and first != "LORA":
+        raise ConfigError(f"lora_variant.{name}: LoRA has no such setting; `qlora-exp keys method.{name}` explains it")
+    entry = entries.setting(name, first, section)
+    names: dict[str, list[str]] = {}
+    for option, kind in presets.peft_types().items():
+        names.setdefault(kind, []).append(option)
+    print(f"{_wrapped(entry, default_run)}\n  of method={', '.join(names[first])}")
+    _print_details(entry)
+    if section == "method":
+        for line in _of_others(name, entry, sorted((option, kind) for kind in others for option in names[kind])):
+            print(line)
+
+
+def _of_others(name: str, first: "Entry", methods: list[tuple[str, str]]) -> Iterator[str]:
+    """Yield how a setting differs in other methods, given by their option and PEFT type."""
+    from qlora_exp.config.describe import entries
+    from qlora_exp.config.describe.types import shown_value
+
+    same = []
+    for option, kind in methods:
+        other = entries.setting(name, kind)
+        if (other.type, other.default) == (first.type, first.default):
+            same.append(option)
+        else:
+            text = textwrap.shorten(other.meaning.removeprefix("PEFT: "), 90, placeholder=" ...")
+            yield f"  method={option}: {other.type} = {shown_value(other.default)}. {text}"
+    if same:
+        yield textwrap.fill(f"same type and default: method={', '.join(same)}", 120, **_INDENTED)
+    if methods:
+        yield f"  `qlora-exp keys {first.key} method=NAME` explains that of another method"
+
+
+def _print_settings(option: str, peft_type: str, name: str) -> None:
+    """Explain the settings of one method, or one of them."""
+    from qlora_exp.config.describe import entries, presets
+    from qlora_exp.config.describe.types import shown_value
+    from qlora_exp.config.hydra_compose import compose
+    from qlora_exp.config.tables import peft_methods
+
+    names = peft_methods.of_options(peft_type)
+    if name and name not in names:
+        raise ConfigError(f"method.{name}: method={option} has no such setting{did_you_mean(name, names)}")
+    given = presets.values_of("method", option)
+    for each in [name] if name else names:
+        entry = entries.setting(each, peft_type)
+        if name:
+            print(_wrapped(entry, compose([])))
+            _print_details(entry)
+        own = f"; {shown_value(given[entry.key])} with method={option}" if entry.key in given else ""
+        text = textwrap.shorten(entry.meaning, 200, placeholder=" ...")
+        if not name:
+            print(textwrap.fill(f"{each}: {entry.type} = {shown_value(entry.default)}{own}. {text}", 120, **_INDENTED))
+
+
+def _wrapped(entry: "Entry", default_run: "Config") -> str:
+    """Describe a setting of PEFT, whose help has long lines."""
+    first, *lines = _head(entry, default_run).splitlines()
+    wrapped = [textwrap.fill(line.strip(), 120, **(_INDENTED | {"initial_indent": "      "})) for line in lines]
+    return "\n".join([first, *wrapped])

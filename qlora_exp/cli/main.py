@@ -8,14 +8,14 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from qlora_exp.cli import doctor, inference, keys, methods, models, planning, runs, train
+from qlora_exp.cli import completion, doctor, inference, keys, methods, models, planning, runs, schema, train
 from qlora_exp.cli.failures import exit_code
 from qlora_exp.cli.parents import Commands
 from qlora_exp.utils.display import shown
 from qlora_exp.utils.env_file import load_env_file
 
 FAMILIES = {
-    "prepare a run": (doctor, keys, planning, methods),
+    "prepare a run": (doctor, keys, planning, methods, schema),
     "run, compare, repeat": (train, runs),
     "use and share trained models": (inference, models),
 }
@@ -37,6 +37,8 @@ first steps:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command and exit with its status."""
+    if completion.is_asked():
+        sys.exit(exit_code(lambda: completion.complete(*_parser())))
     words = list(sys.argv[1:] if argv is None else argv)
     atexit.register(gc.freeze)  # at exit Python would search all imports for garbage, 2 s for nothing
     options = _parse(words)
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(words: list[str]) -> argparse.Namespace:
-    parser, commands = make_parser()
+    parser, commands = _parser()
     if not words or words[0] not in commands.choices:
         return parser.parse_args(words)  # --help, --version or an error: exits
     command = commands.choices[words[0]]
@@ -62,8 +64,12 @@ def _parse(words: list[str]) -> argparse.Namespace:
     return options
 
 
-def make_parser() -> tuple[argparse.ArgumentParser, Commands]:
-    """Return the parser of the command line, and that of each command."""
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    """Return the parser of each command, by its name."""
+    return dict(_parser()[1].choices)
+
+
+def _parser() -> tuple[argparse.ArgumentParser, Commands]:
     parser = argparse.ArgumentParser(
         prog="qlora-exp",
         usage="qlora-exp COMMAND [OPTIONS]",

@@ -3,7 +3,7 @@
 import argparse
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Handler = Callable[[argparse.Namespace], None]
@@ -45,7 +45,15 @@ def add_command(
 
 def add_overrides(parser: argparse.ArgumentParser, purpose: str, nargs: str = "*") -> None:
     """Let a command accept KEY=VALUE words anywhere among its options, as `options.overrides`."""
-    parser.add_argument("overrides", nargs=nargs, type=_key_value, metavar="KEY=VALUE", help=purpose)
+    words = parser.add_argument("overrides", nargs=nargs, type=_key_value, metavar="KEY=VALUE", help=purpose)
+    words.completer = completed  # type: ignore[attr-defined]
+
+
+def completed(prefix: str, **_: Any) -> list[str]:
+    """List what an override that is being typed may become, as argcomplete asks."""
+    from qlora_exp.config.describe.complete import overrides
+
+    return [*overrides(prefix)]
 
 
 def _key_value(word: str) -> str:

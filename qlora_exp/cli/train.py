@@ -32,6 +32,7 @@ def train(options: argparse.Namespace) -> None:
     """Fine-tune one configuration, or with -m every combination (a sweep)."""
     gc.disable()  # until the run starts: saves a fifth of the imports' time
     from qlora_exp.config import hydra_compose
+    from qlora_exp.config.conf_folder import conf_dir
     from qlora_exp.config.overrides import readable
     from qlora_exp.environment.ranks import is_launched
     from qlora_exp.libraries import hydra
@@ -59,7 +60,7 @@ def train(options: argparse.Namespace) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # let Hydra raise its errors, so that we can explain them
     try:
         with hydra_compose.errors_explained(), _secrets_hidden(shows_config):
-            hydra.main(arguments, _job, hydra_compose.conf_dir(), "config")
+            hydra.main(arguments, _job, conf_dir(), "config")
     except OSError as error:
         key = "hydra.sweep.dir" if arguments.multirun else "hydra.run.dir"
         raise ConfigError(f"cannot write to the output folder: {error}; choose another: {key}=FOLDER") from error

@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qlora_exp.config.composition_errors import explain
-from qlora_exp.config.overrides import GROUPS, OPTIONAL, no_option
+from qlora_exp.config.conf_folder import GROUPS
+from qlora_exp.config.overrides import OPTIONAL, no_option
 from qlora_exp.libraries.hydra import apply_overrides, is_group
 from qlora_exp.utils.errors import ConfigError
 

@@ -5,7 +5,8 @@ from typing import Any
 
 from hydra.errors import MissingConfigException
 
-from qlora_exp.config.overrides import GROUPS, no_hydra_values
+from qlora_exp.config.conf_folder import GROUPS
+from qlora_exp.config.overrides import no_hydra_values
 from qlora_exp.config.schema import Config
 from qlora_exp.config.validate import no_such_key
 from qlora_exp.utils.errors import ConfigError, did_you_mean

@@ -1,7 +1,6 @@
 """Turn overrides into a checked `Config`: Hydra composes it, `schema` checks it, errors become one clear message.
 
-The place of the shipped `conf/` folder is defined here. Imports must stay light: `--help` and `--cfg job` use this
-module.
+Imports must stay light: `--help` and `--cfg job` use this module.
 """
 
 import functools
@@ -25,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from qlora_exp.config import idle
 from qlora_exp.config.composer import Composer, plain
 from qlora_exp.config.composition_errors import explain
+from qlora_exp.config.conf_folder import conf_dir
 from qlora_exp.config.overrides import combinations, of_job, readable
 from qlora_exp.config.schema import Config
 from qlora_exp.config.validate import OPEN_SECTIONS, from_composed
@@ -35,19 +35,6 @@ log = logging.getLogger(__name__)
 
 SWEEPING = {"sweeper": "grid", "launcher": "local"}
 """The default sweeper and launcher, which option files and the command line can change."""
-
-
-def conf_dir() -> Path:
-    """Return the folder of the shipped config groups: next to the package in a checkout, inside it in a wheel.
-
-    Raises:
-        ConfigError: there is no such folder.
-    """
-    package = Path(__file__).resolve().parents[1]
-    for folder in (package / "conf", package.parent / "conf"):
-        if (folder / "config.yaml").is_file():
-            return folder
-    raise ConfigError(f"no conf/config.yaml next to or inside {package}: the installation is incomplete")
 
 
 @functools.cache

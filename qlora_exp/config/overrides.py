@@ -13,14 +13,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
+from qlora_exp.config.conf_folder import GROUPS
 from qlora_exp.libraries.hydra import every_combination
 from qlora_exp.utils.errors import ConfigError
 
-GROUPS = (
-    "model", "method", "quantization", "lora_variant", "optimizer", "dataset", "training", "distributed", "evaluation",
-    "unrelated", "tracking", "experiment", "sweep",
-)  # fmt: skip
-"""The shipped config groups."""
 OPTIONAL = ("experiment", "sweep")
 """Groups without which a config is complete."""
 _CALL = re.compile(r"(choice|range|interval|glob|shuffle|sort|tag|int|float|str|bool|json_str)\(")

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from qlora_exp.config import idle, plugins
-from qlora_exp.config.overrides import GROUPS
+from qlora_exp.config.conf_folder import GROUPS
 from qlora_exp.config.patterns import may_hang
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.dataset import REASONING_GYM, is_pattern, is_url

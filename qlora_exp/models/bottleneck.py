@@ -22,21 +22,29 @@ _ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "silu": nn.SiLU, "tanh": nn.Ta
 class BottleneckConfig(PeftConfig):
     """PEFT's config of bottleneck adapters.
 
-    Args:
-        bottleneck_size: number of features between down- and up-projection.
-        non_linearity: activation function between the two projections.
-        adapter_dropout: dropout after the activation function.
-        target_modules: layers whose output goes through an adapter. In Houlsby's paper, they are the last layers of
-            each attention and each MLP block, before the residual connection.
-        modules_to_save: other modules to train and to save.
+    The settings are described by their `help`, as PEFT's are.
     """
 
-    bottleneck_size: int = field(default=64)
-    non_linearity: Literal["relu", "gelu", "silu", "tanh"] = field(default="gelu")
-    adapter_dropout: float = field(default=0.0)
-    target_modules: list[str] | str | None = field(default=None)
-    exclude_modules: list[str] | str | None = field(default=None)
-    modules_to_save: list[str] | None = field(default=None)
+    bottleneck_size: int = field(
+        default=64, metadata={"help": "Number of features between the down- and the up-projection."}
+    )
+    non_linearity: Literal["relu", "gelu", "silu", "tanh"] = field(
+        default="gelu", metadata={"help": "Activation function between the two projections."}
+    )
+    adapter_dropout: float = field(default=0.0, metadata={"help": "Dropout after the activation function."})
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Layers whose output goes through an adapter. In Houlsby's paper, they are the last layers of each "
+            "attention and each MLP block, before the residual connection."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Layers to leave out of target_modules: names, or a regular expression."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Other modules to train and to save with the adapter."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

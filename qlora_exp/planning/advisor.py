@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import yaml
 
 from qlora_exp.config import hydra_compose as configs
-from qlora_exp.config.hydra_compose import compose, conf_dir, grid
+from qlora_exp.config.conf_folder import conf_dir
+from qlora_exp.config.hydra_compose import compose, grid
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.distributed import DistributedConfig
 from qlora_exp.config.validate import from_dict

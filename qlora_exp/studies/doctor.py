@@ -34,6 +34,7 @@ EXTRAS = {
     "adam-mini": "optimizer=adam_mini",
     "apollo": "optimizer=apollo_adamw",
     "deepspeed": "distributed=deepspeed_zero3",
+    "completion": "shell completion",
     "dev": "the tests",
     "docs": "the documentation's site",
     "embedded": "the built-in model and rows",

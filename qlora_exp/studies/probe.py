@@ -16,7 +16,8 @@ from peft import PeftModel
 from torch.nn.functional import cosine_similarity
 from transformers import set_seed
 
-from qlora_exp.config.hydra_compose import compose, conf_dir, options
+from qlora_exp.config.conf_folder import conf_dir
+from qlora_exp.config.hydra_compose import compose, options
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.method import MethodConfig
 from qlora_exp.config.tables import compatibility, peft_methods

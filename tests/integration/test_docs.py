@@ -39,9 +39,10 @@ def commands(page: Path) -> Iterator[list[str]]:
     shown = [block.replace("\\\n", " ") for block in blocks(page, "bash", "console", "text")]
     lines = [line for block in shown for line in block.splitlines()]
     sentences = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
-    lines += re.findall(r"`([^`]*qlora-exp [^`]+)`", sentences)
+    lines += re.findall(r"`([^`\n]*qlora-exp [^`\n]+)`", sentences)
     for line in lines:
-        if named := re.search(r"(?:^|\s|/)qlora-exp ([a-z-].*)", line, re.DOTALL):
+        named = re.search(r"(?:^|\s|/)qlora-exp ([a-z-].*)", line, re.DOTALL)
+        if named and "[-h]" not in line:  # a usage
             words = shlex.split(named[1], comments=True)
             yield words[: min((words.index(sign) for sign in (">", "|") if sign in words), default=None)]
 

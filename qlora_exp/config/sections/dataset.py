@@ -235,4 +235,4 @@ class UnrelatedConfig(DatasetConfig):
     path: str = "none"
     """As `dataset.path`, or `embedded:python_docs` (built-in). none: forgetting is not measured."""
     format: Literal["alpaca", "auto", "chat", "prompt_completion", "text"] = "text"
-    """Format of its rows, as in dataset.format."""
+    """As `dataset.format`."""

@@ -47,11 +47,11 @@ class OptimizerConfig(Section):
     """galore_adamw and apollo_adamw: linear layers whose gradients they project, as method.target_modules names them:
     all-linear (without the output layer), attention, mlp, q_v, a list of names, or a regular expression."""
     adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Decay of the running mean of gradients in Adam-like optimizers (β1)."""
+    """Decay rate of the running mean of the gradients (Adam's first moment), per optimizer step."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
-    """Decay of the running mean of squared gradients in Adam-like optimizers (β2)."""
+    """Decay rate of the running mean of the squared gradients (Adam's second moment), per optimizer step."""
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the denominator of the update in Adam-like optimizers (ε)."""
+    """Constant added to the root of the second moment, against division by zero."""
     lora_optimizer: Literal["loraplus", "lorafa", "riemannian"] | None = None
     """PEFT's optimizer for LoRA, which extends `optim`. lorafa replaces it by its own AdamW. null: `optim` alone."""
     loraplus_lr_ratio: Annotated[float, Field(ge=1)] = 16.0

@@ -17,9 +17,10 @@ class TrainingConfig(Section):
     max_steps: int = -1
     """Number of optimizer steps; overrides num_train_epochs. -1: train for num_train_epochs."""
     per_device_train_batch_size: PositiveInt = 8
-    """Rows of one forward and backward pass on each device; gradient_accumulation_steps of these make a step."""
+    """Rows of a training batch on each device. One optimizer step learns from per_device_train_batch_size *
+    gradient_accumulation_steps * distributed.num_processes rows."""
     per_device_eval_batch_size: PositiveInt = 8
-    """Rows of one forward pass on each device when losses are measured. It changes no result."""
+    """Rows of a batch when held-out losses are measured, on each device."""
     gradient_accumulation_steps: PositiveInt = 1
     """Batches whose gradients are accumulated for one optimizer step."""
     tune: Literal["auto"] | None = None
@@ -28,7 +29,8 @@ class TrainingConfig(Section):
     set). Losses change by rounding and by the masks of dropout; `resolved.tuned` says what was chosen. null: as
     configured."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
-    """Peak learning rate, which the schedule reaches after warm-up."""
+    """Largest learning rate, after warmup; lr_scheduler_type says how it changes. Adapters take a rate about ten times
+    as high as full fine-tuning does: the options of `method` set one for each."""
     lr_scheduler_type: Annotated[
         Literal[
             "linear",
@@ -52,7 +54,7 @@ class TrainingConfig(Section):
     warmup_steps: Annotated[float, Field(ge=0)] = 0
     """Steps of learning rate warmup. Below 1: a share of all steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """Decoupled weight decay: each step shrinks weights by this times the learning rate. Biases and norms have none."""
+    """Weight decay of the optimizer (in AdamW, apart from the gradient). Biases and norms have none. 0: none."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     """Gradient clipping: largest norm of the gradient. 0: no clipping. The QLoRA paper clips at 0.3."""
     bf16: Literal["auto"] | bool = "auto"
@@ -89,13 +91,13 @@ class TrainingConfig(Section):
     no generation marks."""
     loss_type: PluginName = "nll"
     """nll: negative log-likelihood (cross-entropy); dft: the loss of Dynamic Fine-Tuning; or the name of an installed
-    package's loss (docs/how_to/add_a_metric.md). Held-out losses are always nll."""
+    package's loss (docs/how_to/metrics.md). Held-out losses are always nll."""
     neftune_noise_alpha: Annotated[float, Field(ge=0)] | None = None
     """NEFTune: strength of the noise on embeddings during training. null: none."""
     logging_steps: PositiveInt = 1
     """Steps between logged training losses."""
     logging_first_step: bool = False
-    """Whether to log the first step too, whatever logging_steps is."""
+    """Log the training loss of the first step too, where logging_steps is more than 1."""
     eval_strategy: Interval = "no"
     """When to measure the held-out loss during training. steps: every eval_steps."""
     eval_steps: PositiveInt | None = None

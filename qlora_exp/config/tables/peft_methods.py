@@ -21,7 +21,6 @@ from qlora_exp.config.tables import declared_types
 from qlora_exp.utils.errors import ConfigError, did_you_mean
 
 FILE = Path(__file__).with_suffix(".json")
-HELP_FILE = FILE.with_name("peft_help.json")
 
 # PEFT, the run or the model sets these, so they are not settings of an experiment.
 _NOT_SETTINGS = frozenset(
@@ -133,33 +132,23 @@ def settings(peft_type: str) -> dict[str, Any]:
     }
 
 
-@cache
-def _help() -> dict[str, dict[str, dict[str, Any]]]:
-    return json.loads(HELP_FILE.read_text("utf-8"))
+def of_options(peft_type: str) -> list[str]:
+    """List the settings of a method that can change something: without those that PEFT ignores with it.
+
+    Raises:
+        ConfigError: PEFT has no such type.
+    """
+    return [name for name in settings(peft_type) if name not in ("fan_in_fan_out", *_UNUSED.get(peft_type, ()))]
 
 
-def default(peft_type: str, name: str) -> Any:
-    """Return the value of a setting that PEFT takes if a config sets none."""
-    return _help()[peft_type][name]["default"]
+def trainable() -> list[str]:
+    """List the PEFT types that supervised fine-tuning of one model can use."""
+    return sorted(methods().keys() - _NEEDS_MORE.keys())
 
 
-def explained(peft_type: str, name: str) -> str:
-    """Return what PEFT says of a setting; empty if it says nothing."""
-    return str(_help()[peft_type][name]["help"])
-
-
-def with_setting(name: str) -> list[str]:
-    """List the PEFT types that have a setting, LORA first."""
-    return sorted((each for each in methods() if name in settings(each)), key=lambda each: (each != "LORA", each))
-
-
-def allowed(name: str) -> str:
-    """Return the values that `check` allows beyond a setting's type; empty if it allows all."""
-    if name in _POSITIVE:
-        return "above 0"
-    if name.endswith("dropout"):
-        return "at least 0 and below 1"
-    return f"names of modules, a regular expression, or {', '.join(PRESETS)}" if name == "target_modules" else ""
+def allowed_range(name: str) -> str:
+    """Return the range of a setting that is checked before a run, in words; empty if only its type is."""
+    return "above 0" if name in _POSITIVE else "at least 0 and below 1" if name.endswith("dropout") else ""
 
 
 def _other_version() -> str:
@@ -237,5 +226,5 @@ def check(section: str, peft_type: str, given: dict[str, Any]) -> list[str]:
         if name in _POSITIVE and value <= 0:
             problems.append(f"{section}.{name}: must be positive, got {value}")
         if name.endswith("dropout") and not 0 <= value < 1:
-            problems.append(f"{section}.{name}: must be at least 0 and below 1, got {value}")
+            problems.append(f"{section}.{name}: must be {allowed_range(name)}, got {value}")
     return problems

@@ -42,6 +42,26 @@ ACCEPTED: dict[str, Any] = {
 
 With each, null means that it is not given."""
 
+MEANINGS = {
+    "data_seed": "Random seed of the order of training rows. Default: the run's seed.",
+    "dataloader_multiprocessing_context": "How the processes that load training rows are started.",
+    "dataloader_persistent_workers": "Keep the processes that load training rows from one epoch to the next.",
+    "dataloader_pin_memory": "Put loaded rows into pinned memory, from which they are copied to the GPU faster.",
+    "dataloader_prefetch_factor": "Batches that each loading process prepares ahead.",
+    "ddp_broadcast_buffers": "DDP: copy the model's buffers from the first process to the others in each forward pass.",
+    "ddp_bucket_cap_mb": "DDP: size in MB of the parts in which gradients are exchanged.",
+    "eval_delay": "Steps or epochs (as eval_strategy counts) before the first evaluation during training.",
+    "gradient_checkpointing_kwargs": "Which layers are recomputed: every_n_layers, and offload to the CPU's memory.",
+    "label_smoothing_factor": "Share of the probability that is spread evenly over all tokens as the target. 0: none.",
+    "pad_to_multiple_of": "Pad each batch to a length that is a multiple of this number of tokens.",
+    "router_aux_loss_coef": "Mixtures of experts: weight of the router's loss in the training loss. 0: none.",
+    "tf32": "Multiply float32 matrices in TensorFloat-32 on NVIDIA GPUs: faster, with 10 bits of precision.",
+    "torch_compile_backend": "Backend of torch.compile, with training.torch_compile=true.",
+    "torch_compile_mode": "Mode of torch.compile, with training.torch_compile=true.",
+    "torch_empty_cache_steps": "Steps after which torch's cache of GPU memory is emptied.",
+}
+"""What each accepted argument means."""
+
 _OF_TRAINING = (
     "activation_offloading",
     "assistant_only_loss",

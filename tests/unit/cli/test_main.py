@@ -12,7 +12,7 @@ from qlora_exp.cli import main
 from qlora_exp.utils.errors import ConfigError
 
 MODULES = [f"qlora_exp.cli.{module.name}" for module in pkgutil.iter_modules(qlora_exp.cli.__path__)]
-COMMANDS = [*main.make_parser()[1].choices]
+COMMANDS = [*main.parsers()]
 
 
 def test_every_module_with_commands_is_in_the_table():
@@ -30,7 +30,7 @@ def test_help_lists_every_command_once_under_a_title(capsys):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_explains_itself(command: str, capsys):
-    parser = main.make_parser()[1].choices[command]
+    parser = main.parsers()[command]
     summary = parser.description.splitlines()[0]
     assert summary[0].isupper()
     assert summary.endswith(".")

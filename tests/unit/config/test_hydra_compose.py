@@ -3,7 +3,7 @@ import sys
 
 import pytest
 
-from qlora_exp.config import hydra_compose
+from qlora_exp.config import conf_folder
 from qlora_exp.config.hydra_compose import check_command, compose, conf_dir, grid, options
 from qlora_exp.utils.errors import ConfigError
 
@@ -183,7 +183,7 @@ def test_shipped_config_folder_is_found():
 
 
 def test_missing_config_folder_is_an_error(monkeypatch):
-    monkeypatch.setattr(hydra_compose, "__file__", "/nowhere/qlora_exp/config/hydra_compose.py")
+    monkeypatch.setattr(conf_folder, "__file__", "/nowhere/qlora_exp/config/hydra_compose.py")
     with pytest.raises(ConfigError, match="incomplete"):
         conf_dir()
 

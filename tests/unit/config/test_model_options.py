@@ -5,7 +5,7 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from qlora_exp.config.hydra_compose import conf_dir
+from qlora_exp.config.conf_folder import conf_dir
 
 PARAMETERS = {
     "codellama_34b": 33_743_970_304,

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from qlora_exp.config.hydra_compose import conf_dir
+from qlora_exp.config.conf_folder import conf_dir
 from qlora_exp.config.overrides import GROUPS, quoted, readable
 from qlora_exp.utils.errors import ConfigError
 

@@ -1,7 +1,7 @@
 import math
 
 import pytest
-from helpers.library_settings import generator
+from helpers.scripts import script
 
 from qlora_exp.config.tables import declared_types
 
@@ -14,7 +14,7 @@ def test_a_word_that_is_not_in_the_vocabulary_is_refused(described):
 
 def test_a_type_that_the_vocabulary_cannot_say_is_not_written():
     with pytest.raises(TypeError, match="cannot express"):
-        generator().described(set[int])
+        script("library_settings").described(set[int])
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan, "1", True])

@@ -2,17 +2,18 @@ import json
 
 import peft
 import pytest
-from helpers.library_settings import generator
+from helpers.scripts import script
 from omegaconf import OmegaConf
 
-from qlora_exp.config.hydra_compose import conf_dir
-from qlora_exp.config.tables import declared_types, peft_methods
+from qlora_exp.config.conf_folder import conf_dir
+from qlora_exp.config.tables import declared_types, peft_help, peft_methods
 from qlora_exp.utils.errors import ConfigError
 
 
 def test_the_file_is_what_the_installed_peft_declares():
     """If this fails, PEFT has changed: run `nox -s library-settings` and read the diff."""
-    assert generator().written_methods() == peft_methods.FILE.read_text("utf-8")
+    assert script("library_settings").written_methods() == peft_methods.FILE.read_text("utf-8")
+    assert script("library_settings").written_help() == peft_help.FILE.read_text("utf-8")
 
 
 def test_every_type_in_the_file_becomes_a_validator():

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 
 import pytest
-from helpers.library_settings import generator
+from helpers.scripts import script
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,7 +18,7 @@ CLASSES = (sft_arguments.ACCEPTED, sft_arguments.OWN_KEYS, sft_arguments.DECIDED
 
 def test_the_file_is_what_the_installed_libraries_declare():
     """If this fails, TRL or transformers has changed: run `nox -s library-settings` and read the diff."""
-    assert generator().written_arguments() == sft_arguments.FILE.read_text("utf-8")
+    assert script("library_settings").written_arguments() == sft_arguments.FILE.read_text("utf-8")
 
 
 def test_every_argument_of_sftconfig_is_in_exactly_one_class():

@@ -1,0 +1,135 @@
+"""Explain the PEFT settings that people choose most, with advice that says where it comes from.
+
+PEFT's own help of these is short ("Lora alpha"). Values from a paper are those of its authors' experiments; a rule of
+thumb is common practice that no single experiment shows. The learning rate matters as much: tune it first.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+_TUNED = "docs/explanation/peft_methods.md"
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One piece of advice.
+
+    Attributes:
+        text: the advice.
+        basis: what it rests on.
+        source: paper or page with the evidence; empty for a rule of thumb.
+    """
+
+    text: str
+    basis: Literal["measured here", "published", "rule of thumb"]
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a setting of LoRA means, and advice on its value."""
+
+    meaning: str
+    advice: tuple[Advice, ...]
+
+
+NOTES = {
+    "r": Note(
+        "Rank of the update: a layer of weight W learns W + lora_alpha / r * B A, where A has r rows and B r columns. "
+        "Parameters, gradients and optimizer states of the adapter grow in proportion to r.",
+        (
+            Advice("8 to 16 for a style or a format, 32 to 64 for new knowledge, 128 and more for code or mathematics",
+                   "rule of thumb"),
+            Advice("with all linear layers adapted, ranks of 8 to 256 gave the same quality on Alpaca",
+                   "published", "QLoRA, https://arxiv.org/abs/2305.14314, appendix A"),
+            Advice("ranks of 16 to 256 fell short of full fine-tuning on code, less so on mathematics, and forgot less",
+                   "published", "LoRA Learns Less and Forgets Less, https://arxiv.org/abs/2405.09673"),
+            Advice("`-m sweep=rank_scaling` compares r = 8 to 128 on your rows", "rule of thumb"),
+        ),
+    ),
+    "lora_alpha": Note(
+        "Scale of the update: lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. It acts like a factor of the "
+        "adapter's learning rate.",
+        (
+            Advice("twice r; or fix it, and tune the learning rate instead", "rule of thumb"),
+            Advice("fix lora_alpha when you vary r, since the best learning rate is then about the same",
+                   "published", "LoRA, https://arxiv.org/abs/2106.09685, section 4.1"),
+        ),
+    ),
+    "lora_dropout": Note(
+        "Share of the inputs of A that are set to zero at random in training. 0: none, which is also the fastest.",
+        (
+            Advice("0.1 for models up to 13B parameters, 0.05 for 33B and 65B",
+                   "published", "QLoRA, https://arxiv.org/abs/2305.14314, appendix B"),
+            Advice("0 for a single epoch over many rows", "rule of thumb"),
+        ),
+    ),
+    "target_modules": Note(
+        "Layers that get an adapter: names of modules, a regular expression of full names, or a preset. all-linear: "
+        "every linear layer but the output layer. attention: the attention's projections. mlp: those of the MLP. q_v: "
+        "the query and value projections. outputs: the last layer of each attention and MLP.",
+        (
+            Advice("all linear layers are needed to match full fine-tuning; the attention alone does not, at any rank",
+                   "published", "QLoRA, https://arxiv.org/abs/2305.14314, figure 2"),
+            Advice("at the same number of parameters more layers at a lower rank beat fewer at a higher one",
+                   "published", "LoRA, https://arxiv.org/abs/2106.09685, table 5"),
+            Advice("q_v trains the fewest parameters, with the least memory", "rule of thumb"),
+        ),
+    ),
+    "use_rslora": Note(
+        "Scale the update by lora_alpha / sqrt(r) (rsLoRA), so that high ranks learn as fast as low ones.",
+        (
+            Advice("for ranks of 64 and more, where lora_alpha / r makes learning slow",
+                   "published", "rsLoRA, https://arxiv.org/abs/2312.03732"),
+            Advice("divide lora_alpha by sqrt(r) when you switch it on, so that the scale stays the same",
+                   "rule of thumb"),
+        ),
+    ),
+    "use_dora": Note(
+        "Learn the magnitude and the direction of each weight separately (DoRA). A step takes longer, and more memory.",
+        (
+            Advice("at low ranks, where it gained most over LoRA", "published", "DoRA, https://arxiv.org/abs/2402.09353"),
+            Advice("`plan lora_variant=dora` says what it takes in memory; merged, it costs nothing", "rule of thumb"),
+        ),
+    ),
+    "init_lora_weights": Note(
+        "How A and B begin. true: A random, B zero, so that training begins with the base model itself. The options of "
+        "lora_variant set it, with what each needs.",
+        (
+            Advice("true, unless you compare initializations: `-m sweep=lora_starts`", "rule of thumb"),
+            Advice("pissa converges faster than the default on an unquantized base",
+                   "published", "PiSSA, https://arxiv.org/abs/2404.02948"),
+            Advice("loftq for bases in 4 bits and below, where the quantization error is large",
+                   "published", "LoftQ, https://arxiv.org/abs/2310.08659"),
+        ),
+    ),
+    "modules_to_save": Note(
+        "Modules that are trained in full beside the adapter, and saved with it: names such as lm_head.",
+        (
+            Advice("null; for new tokens, model.new_tokens trains only their embeddings", "rule of thumb"),
+            Advice("embed_tokens and lm_head cost memory as in full fine-tuning: vocabulary x hidden size each",
+                   "rule of thumb"),
+        ),
+    ),
+    "bias": Note(
+        "Which biases are trained too. none; all: every bias of the model; lora_only: those of the adapted layers.",
+        (Advice("none: with other values the base model is not what it was when the adapter is switched off",
+                "published", "PEFT, https://huggingface.co/docs/peft/package_reference/lora"),),
+    ),
+    "rank_pattern": Note(
+        "Ranks of layers that differ from r: layer names or regular expressions, each with its rank. "
+        "method.rank_pattern={q_proj: 32}. alpha_pattern does the same for lora_alpha.",
+        (Advice("empty; lora_variant=eva distributes ranks by what it sees in training rows", "rule of thumb"),),
+    ),
+}  # fmt: skip
+"""Notes by the name of LoRA's setting."""
+LEARNING_RATE = (
+    Advice(
+        "tune it before anything else: it moved the loss as much as the choice among eight methods did",
+        "measured here",
+        _TUNED,
+    ),
+    Advice("2e-4 for QLoRA up to 13B parameters, 1e-4 for 33B and 65B", "published", "QLoRA, appendix B"),
+    Advice("1e-4 to 5e-4 for LoRA and its variants, 1e-5 to 5e-5 for full fine-tuning", "rule of thumb"),
+)
+"""Advice on `training.learning_rate`."""
