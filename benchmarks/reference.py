@@ -153,7 +153,8 @@ def _command(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
     if rows:
         yield from ("", *_lines(["Argument", "Meaning"], rows))
     if examples:
-        yield from ("", "```bash", *(line.removeprefix("  ") for line in examples.rstrip().splitlines()), "```")
+        lines = examples.rstrip().splitlines()
+        yield from ("", "```bash", *(re.sub(r"(?<=\S) {2,}(?!#)", "  # ", line.strip()) for line in lines), "```")
 
 
 def _help_of_train() -> str:

@@ -1,7 +1,7 @@
 """Measure quantization error: on weights and on normal samples, with bits per value and the model's loss.
 
-Quantizes as bitsandbytes does when it loads a base model. Uniform 4-bit levels are included for comparison. Works on
-models, not on runs.
+Quantizes as bitsandbytes does when it loads a base model. Uniform 4-bit levels and 16-bit floats are included for
+comparison. Works on models, not on runs.
 """
 
 import json
@@ -59,6 +59,11 @@ def _int8(weight: torch.Tensor, blocksize: int) -> Stored:
     return (values.to(weight.dtype) * scales[:, None].to(weight.dtype) / 127), values.nbytes + scales.nbytes
 
 
+def _rounded(weight: torch.Tensor, _blocksize: int, dtype: torch.dtype) -> Stored:
+    """Round each value to a 16-bit float; nothing is shared between values."""
+    return weight.to(dtype).to(weight.dtype), weight.numel() * dtype.itemsize
+
+
 def _as_layer(weight: torch.Tensor, _blocksize: int, quant_method: str, weights: str) -> Stored:
     """Quantize as torchao or Quanto does for a layer; these libraries choose which values share a scale."""
     layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
@@ -85,6 +90,8 @@ def _nbytes(tensor: Any) -> int:
 
 
 FORMATS: dict[str, Store] = {
+    "bfloat16": partial(_rounded, dtype=torch.bfloat16),
+    "float16": partial(_rounded, dtype=torch.float16),
     **{
         f"{kind}{'_double' if double else ''}": partial(_four_bits, quant_type=kind, double=double)
         for kind in ("nf4", "fp4")
@@ -99,9 +106,10 @@ FORMATS: dict[str, Store] = {
         for weights in kinds
     },
 }
-"""Formats by name in `conf/quantization`: (weight (rows, columns), blocksize) -> dequantized weight, stored bytes.
+"""Formats by name: (weight (rows, columns), blocksize) -> dequantized weight, stored bytes.
 
-Formats of torchao and Quanto are included if these are installed."""
+The names are those of `conf/quantization`, besides 16-bit floats and uniform levels. Formats of torchao and Quanto are
+included if these are installed."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,8 @@ from qlora_exp.studies import quantize_error
 pytestmark = pytest.mark.usefixtures("_quanto")
 
 BITS = {
+    "bfloat16": 16,
+    "float16": 16,
     "nf4": 4 + 32 / 64,
     "nf4_double": 4 + 8 / 64 + 32 / (64 * 256),
     "fp4": 4 + 32 / 64,
@@ -51,8 +53,14 @@ def test_double_quantization_saves_bits_at_almost_no_error(sample_losses):
 
 
 def test_nf4_beats_uniform_levels_and_fp4_on_normal_samples(sample_losses):
-    order = sorted(("nf4", "int4_uniform", "fp4", "int8"), key=lambda name: sample_losses[name].rmse)
-    assert order == ["int8", "nf4", "int4_uniform", "fp4"]
+    kinds = ("nf4", "int4_uniform", "fp4", "int8", "bfloat16", "float16")
+    order = sorted(kinds, key=lambda name: sample_losses[name].rmse)
+    assert order == ["float16", "bfloat16", "int8", "nf4", "int4_uniform", "fp4"]
+
+
+def test_16_bit_floats_are_off_by_half_a_unit_in_the_last_place_at_most(sample_losses):
+    assert sample_losses["bfloat16"].rmse < 2**-8
+    assert sample_losses["float16"].rmse < 2**-11
 
 
 def test_nf4_has_16_levels_with_zero_and_both_ends():
