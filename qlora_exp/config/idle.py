@@ -92,6 +92,8 @@ def idle(config: Config, sweeping: bool = False) -> Iterator[tuple[str, str]]:
         yield from ((key, SINGLE_RUN) for key in keys if key != "sweep.dry_run")
     if config.sweep.unfit == "run" and config.sweep.fuse != "auto":
         yield "sweep.vram", "sweep.unfit=run asks no job whether it fits: set sweep.unfit=skip or refuse"
+    if not config.search.prune:
+        yield "search.pruner", "no trial is stopped early: set search.prune=true"
     if config.sweep.fuse == "off":
         yield "sweep.fused_rows", "jobs are not trained together: set sweep.fuse=auto"
 

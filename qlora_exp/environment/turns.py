@@ -5,12 +5,15 @@ states, log handlers, accelerate's states, the output) is kept for each job, and
 """
 
 import faulthandler
+import gc
 import logging
 import math
 import random
 import sys
 import threading
 import time
+import traceback
+from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,7 +49,11 @@ class Turns:
     """Jobs of one process that take turns."""
 
     def __init__(
-        self, calls: Sequence[Callable[[], object]], outputs: Sequence[Path], rows_together: bool = False
+        self,
+        calls: Sequence[Callable[[], object]],
+        outputs: Sequence[Path],
+        rows_together: bool = False,
+        at_once: int | None = None,
     ) -> None:
         """Create the jobs.
 
@@ -54,23 +61,24 @@ class Turns:
             calls: what each job does.
             outputs: the file that gets each job's output.
             rows_together: whether the jobs' rows go through the base in one pass, where they can.
+            at_once: number of jobs that take turns; as one ends, the next begins. None: all.
         """
         self.rows_together = rows_together
         self._jobs = [_Job(call, output) for call, output in zip(calls, outputs, strict=True)]
-        self._running = list(range(len(calls)))
-        """Jobs that have not ended, in the order of their turns; the first has its turn."""
+        self.at_once = min(at_once or len(self._jobs), len(self._jobs))
+        """Number of jobs that take turns, at most."""
+        self._waiting = deque(range(len(self._jobs)))
+        """Jobs that have not begun."""
+        self._running: list[int] = []
+        """Jobs that have begun and not ended, in the order of their turns; the first has its turn."""
+        self._threads: list[threading.Thread] = []
         self._changed = threading.Condition()
         self._begin: Any = None
         self._shared: dict[Hashable, Any] = {}
 
     @property
-    def size(self) -> int:
-        """Number of jobs."""
-        return len(self._jobs)
-
-    @property
     def running(self) -> Sequence[int]:
-        """Numbers of the jobs that have not ended."""
+        """Numbers of the jobs that have begun and not ended."""
         return tuple(sorted(self._running))
 
     def run(self) -> list[BaseException | None]:
@@ -80,10 +88,10 @@ class Turns:
         """
         share_freed_memory()
         self._begin = _state()
-        threads = [threading.Thread(target=self._run, args=(number,)) for number in range(self.size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
+        with self._changed:  # the first has its turn once all have begun
+            for _ in range(self.at_once):
+                self._begin_next()
+        for thread in self._threads:  # an ended job has added the thread of the next
             while thread.is_alive():
                 try:
                     thread.join()
@@ -92,10 +100,21 @@ class Turns:
         _restore(self._begin)
         return [job.error for job in self._jobs]
 
+    def _begin_next(self) -> None:
+        """Let the next job take turns, if there is one."""
+        with self._changed:
+            if self._waiting:
+                self._running.append(self._waiting.popleft())
+                self._threads.append(threading.Thread(target=self._run, args=(self._running[-1],)))
+                self._threads[-1].start()
+
     def _interrupt(self, error: BaseException) -> None:
-        """Raise an exception in each job at its next turn."""
-        for job in self._jobs:
-            job.raised = job.raised or type(error)(*error.args)
+        """Raise an exception in each job at its next turn, and begin no other."""
+        with self._changed:
+            self._waiting.clear()
+            for number in self._running:
+                job = self._jobs[number]
+                job.raised = job.raised or type(error)(*error.args)
 
     def _run(self, number: int) -> None:
         _place.turns, _place.number = self, number
@@ -111,7 +130,12 @@ class Turns:
             job.error = error
             if isinstance(error, KeyboardInterrupt | SystemExit):  # a signal is for all
                 self._interrupt(KeyboardInterrupt())
+            traceback.clear_frames(error.__traceback__)  # they hold the model
         faulthandler.cancel_dump_traceback_later()
+        job.kept = None
+        if self._waiting:
+            gc.collect()  # the next job needs the memory
+            self._begin_next()
         with self._changed:
             self._running.remove(number)
             self._changed.notify_all()

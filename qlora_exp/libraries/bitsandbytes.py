@@ -53,6 +53,18 @@ def dequantize_every_width() -> None:
 _KERNELS = torch.library.Library("bitsandbytes", "IMPL")  # its kernels last as long as it
 
 
+def take_scales(model: torch.nn.Module) -> None:
+    """Let 8-bit layers take their scales from their weights (`Linear8bitLt.init_8bit_state`).
+
+    A layer does so at its first forward, and the weight has none then. Another layer with the same weight would take
+    its whole numbers for weights, and quantize them once more.
+    """
+    layers: Iterator[Any] = (module for module in model.modules() if isinstance(module, Linear8bitLt))
+    for layer in layers:
+        if layer.weight.CB is not None:
+            layer.init_8bit_state()
+
+
 def constants(owner: Any) -> Iterator[Any]:
     """Yield what a layer or its weight keeps to dequantize: tensors and `QuantState`s.
 

@@ -30,7 +30,7 @@ def measure(
     # If the initialization moved a part of the base into the adapter, only both together are the base model.
     is_base = config.model.adapter is None and not moves_base_weights(config.lora_start)
     without_adapter = moment == "before" and is_base
-    with run.memory.phase(f"evaluate_{moment}"), autocast(run.resolved):
+    with run.memory.phase(f"evaluate_{moment}"), autocast(run.resolved), trainable.trainer.beside_others():
         measured = evaluation.evaluate(
             model,
             tokens.tokenizer,

@@ -1,5 +1,6 @@
 """Group jobs of a sweep that share a base model, to train them in one process (`sweep.fuse`)."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ class Place:
     """Number of the group."""
     rows_together: bool
     """Whether the jobs' rows go through the base in one pass; else they take turns, a step each."""
+    at_once: int
+    """Number of jobs that train at the same time, at most; as one ends, the next begins."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ def described(job: Job, grouped: Mapping[str, Group]) -> str:
     if (group := grouped.get(job.key)) is None:
         return f"alone: {why_alone(job.config) or 'no other job has its base'}"
     how = "rows in one pass" if group.place.rows_together else "by turns"
+    if group.place.at_once < len(group.jobs):
+        how = f"{group.place.at_once} at a time, {how}"
     why = f" because of {group.by_turns}" if group.by_turns else ""
     return f"group {group.place.group + 1}: {len(group.jobs)} jobs, {how}{why}"
 
@@ -100,6 +105,8 @@ def why_by_turns(config: Config) -> str | None:
         return "training.neftune_noise_alpha"
     if config.model.new_tokens:
         return "model.new_tokens"
+    if config.quantization.load_in_8bit and config.quantization.llm_int8_threshold:
+        return "quantization.llm_int8_threshold, which chooses columns by the rows of all"
     return None
 
 
@@ -118,9 +125,12 @@ def groups(jobs: Sequence[Job], settings: SweepConfig) -> list[Group]:
         reasons = [why for job in found if (why := why_by_turns(job.config))] if settings.fused_rows else []
         together = settings.fused_rows and not reasons
         most = _most(found, settings, together)
-        size = -(-len(found) // -(-len(found) // most))  # groups of about the same size
+        # A process for all, or as many as run at once, with jobs to go on with; alone, each has its own.
+        processes = min(settings.n_jobs, math.ceil(len(found) / most)) if most > 1 else len(found)
+        size = math.ceil(len(found) / processes)
         for begin in range(0, len(found), size):
-            made.append(Group(found[begin : begin + size], Place(len(made), together), next(iter(reasons), None)))
+            place = Place(len(made), together, min(most, size))
+            made.append(Group(found[begin : begin + size], place, next(iter(reasons), None)))
     return made
 
 

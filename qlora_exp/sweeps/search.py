@@ -39,6 +39,7 @@ from qlora_exp.training.plugins import user_metrics
 from qlora_exp.utils.errors import ConfigError, did_you_mean
 from qlora_exp.utils.files import write_atomically
 from qlora_exp.utils.names import valid_names
+from qlora_exp.utils.text import shortened
 
 log = logging.getLogger(__name__)
 STUDY_FILE = "optuna.log"
@@ -86,37 +87,30 @@ def search(
             return sum(trial.number not in replaced for trial in study.trials)
 
         at_once = fused.jobs_at_once(how)
+        unguided = settings.n_trials if settings.sampler == "random" else STARTUP_TRIALS
         while unfinished_trials or proposed() < settings.n_trials:
-            batch, unfinished_trials = unfinished_trials[:at_once], unfinished_trials[at_once:]
-            while len(batch) < at_once and proposed() < settings.n_trials:
+            # Values that do not depend on results are proposed ahead: as a trial ends, the next takes its place.
+            size = max(at_once, unguided - proposed()) if at_once > 1 else 1
+            batch, unfinished_trials = unfinished_trials[:size], unfinished_trials[size:]
+            while len(batch) < size and proposed() < settings.n_trials:
                 if new := _unseen(study, space):
                     study.enqueue_trial(new)
                 number = study.ask(dict(space)).number
                 batch.append(study.trials[number])
-            log.info("trials %s of %d", ", ".join(str(trial.number + 1) for trial in batch), settings.n_trials)
+            numbers = ", ".join(str(trial.number + 1) for trial in batch)
+            log.info("trials %s of %d", shortened(numbers), settings.n_trials)
             jobs = _jobs(study, batch, jobs_of)
             if not jobs:
                 continue
             batch = [trial for trial in batch if trial.number in jobs]
-            pruning = (
-                {jobs[trial.number][0].key: _pruning(sweep.folder, trial) for trial in batch} if settings.prune else {}
-            )
+            pruning = {
+                jobs[trial.number][0].key: _pruning(sweep.folder, trial, settings.pruner)
+                for trial in (batch if settings.prune else ())
+            }
             sweep.run([job for repeats in jobs.values() for job in repeats], pruning)
             for trial in batch:
-                endings = [sweep.ended(job) for job in jobs[trial.number]]
-                outcomes = {ending["outcome"] for ending in endings}
-                if "pruned" in outcomes:
-                    study.tell(trial.number, state=TrialState.PRUNED)
-                elif outcomes == {"ok"} and (missing := failed_metrics(endings, settings.metrics)):
-                    log.warning("trial %d counts as failed: %s is not measured", trial.number + 1, ", ".join(missing))
-                    study.tell(trial.number, state=TrialState.FAIL)
-                elif outcomes == {"ok"}:
-                    columns = zip(*(values(ending["metrics"], settings.metrics) for ending in endings), strict=True)
-                    means = [statistics.fmean(column) for column in columns]
-                    measured = all(map(math.isfinite, means))
-                    study.tell(trial.number, means if measured else None, None if measured else TrialState.FAIL)
-                elif outcomes <= {*NOT_FAILED, "oom", "nan", "timeout", "error"}:
-                    study.tell(trial.number, state=TrialState.FAIL)
+                if not study.trials[trial.number].state.is_finished():  # else its job has told the result
+                    _tell(study, trial.number, [sweep.ended(job) for job in jobs[trial.number]], settings.metrics)
             if any(sweep.ended(job)["outcome"] == "not started" for repeats in jobs.values() for job in repeats):
                 break  # the launcher failed, or jobs may not start; the next start of the search resumes these trials
         best_trials = list({str(trial.params): trial for trial in study.best_trials}.values())
@@ -126,6 +120,23 @@ def search(
         ]
         write_atomically(sweep.folder / BEST_FILE, json.dumps(entries, indent=1))
         return best_trials
+
+
+def _tell(study: optuna.Study, number: int, endings: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> None:
+    """Tell Optuna the result of a trial whose jobs have ended; nothing if one was interrupted."""
+    outcomes = {ending["outcome"] for ending in endings}
+    if "pruned" in outcomes:
+        study.tell(number, state=TrialState.PRUNED)
+    elif outcomes == {"ok"} and (missing := failed_metrics(endings, metrics)):
+        log.warning("trial %d counts as failed: %s is not measured", number + 1, ", ".join(missing))
+        study.tell(number, state=TrialState.FAIL)
+    elif outcomes == {"ok"}:
+        columns = zip(*(values(ending["metrics"], metrics) for ending in endings), strict=True)
+        means = [statistics.fmean(column) for column in columns]
+        measured = all(map(math.isfinite, means))
+        study.tell(number, means if measured else None, None if measured else TrialState.FAIL)
+    elif outcomes <= {*NOT_FAILED, "oom", "nan", "timeout", "error"}:
+        study.tell(number, state=TrialState.FAIL)
 
 
 @contextmanager
@@ -328,5 +339,5 @@ def values(metrics: Mapping[str, float], names: Sequence[str], key: str = "searc
     return [metrics[name] for name in names]
 
 
-def _pruning(folder: Path, trial: FrozenTrial) -> dict[str, Any]:
-    return {"file": str(folder / STUDY_FILE), "trial": trial.number}
+def _pruning(folder: Path, trial: FrozenTrial, pruner: str) -> dict[str, Any]:
+    return {"file": str(folder / STUDY_FILE), "trial": trial.number, "pruner": pruner}

@@ -142,6 +142,7 @@ class Sweep:
             jobs: any jobs of the sweep.
             pruning: for a run key, the study file and trial with which the job asks whether to stop early.
         """
+        jobs = list({job.key: job for job in jobs}.values())  # trials of a search may have the same values
         self.register(jobs)
         plan = {job.key: decide(job, self._settings.rerun) for job in jobs}
         deadline = time.monotonic() + _ORPHAN_SECONDS

@@ -49,6 +49,10 @@ def run_job(config: Config, folder: Path) -> None:
         limit = time_limit if turns.current() is None else turns.time_limit
         with handle_signals(), limit(job["time_limit"] if main else None, folder / TIME_LIMIT_FILE):
             result = run(config, folder, job["tags"], must_reach=False, pruning=job["pruning"])
+        if main and job["pruning"]:
+            from qlora_exp.training import pruning  # needs the extra `optuna`
+
+            pruning.tell(job["pruning"], result.metrics["after/loss"])
         if main:
             show(result, config.tracking.uri)
     except PrunedError as error:

@@ -5,7 +5,7 @@
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from contextlib import closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -105,6 +105,10 @@ class Trainer(SFTTrainer):
             loss = super().training_step(model, inputs, *args, **kwargs)
         self.counted.append((counter.flops, ids.numel(), int(supervised)))
         return loss
+
+    def beside_others(self) -> AbstractContextManager[None]:
+        """Let batches go through the base with those of the jobs in `together` inside, to train and to evaluate."""
+        return self.together.joined(turns.number(), self.model) if self.together else nullcontext()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Create the optimizer; that of a sharded model saves and loads whole states."""
@@ -348,11 +352,10 @@ def train(
     is_own = checkpoint is not None and checkpoint.parent.resolve() == Path(trainer.args.output_dir or "").resolve()
     watcher = Watcher(trainer, log, judge, replays=is_own)
     trainer.add_callback(watcher)
-    together = trainer.together.joined(turns.number(), trainer.model) if trainer.together else nullcontext()
     with (
         trainer.memory.phase("load"),
         closing(watcher),
-        together,
+        trainer.beside_others(),
     ):  # loads the checkpoint; `watcher` opens the later phases
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = trainer.state

@@ -50,7 +50,11 @@ class SearchConfig(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     """Random seed of the sampler."""
     prune: bool = False
-    """Stop a job whose held-out loss during training is worse than the median of earlier trials."""
+    """Stop jobs whose held-out loss during training is bad beside other trials'."""
+    pruner: Literal["median", "halving"] = "median"
+    """What `prune` compares with. median: the median of the trials that have ended; needs three of them. halving: all
+    trials that have come as far, those that still train too: a third of them goes on at the first evaluation, and
+    again at steps 3, 9, .. times as late."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from qlora_exp.libraries.bitsandbytes import constants
+from qlora_exp.libraries.bitsandbytes import constants, take_scales
 from qlora_exp.libraries.torch import times_changed
 from qlora_exp.utils.errors import ConfigError
 
@@ -17,6 +17,7 @@ class SharedBase:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model.requires_grad_(False)
+        take_scales(model)
         self._before = self._versions()
 
     def copy(self) -> PreTrainedModel:

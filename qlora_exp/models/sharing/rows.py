@@ -36,6 +36,8 @@ class _Batch:
     """(rows, tokens)."""
     mask: torch.Tensor
     """(rows, tokens); 0 for padding."""
+    kind: tuple[bool, str]
+    """Whether the job trains, else it evaluates; and the dtype of autocast. Only batches of one kind go together."""
     random: torch.Tensor
     """The job's random state, of the device, when its rows went in."""
     after: Any = None
@@ -59,6 +61,7 @@ class _Pass:
     """A forward and backward pass through the base."""
 
     batches: Mapping[int, _Batch]
+    trains: bool
     hidden: torch.Tensor | None = None
     """What the base made of all rows."""
     drawn: dict[tuple[str, int], Any] = field(default_factory=dict)
@@ -83,8 +86,8 @@ class Rows:
         if recomputes:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         self._models: dict[int, Any] = {}
-        self._parties: list[set[int]] = [set(range(turns.size))]
-        """Jobs that go together; halved when memory runs out."""
+        self._most = turns.at_once
+        """Number of jobs that go together, at most; halved when memory runs out."""
         self._waiting: dict[int, _Batch] = {}
         self._pass: _Pass | None = None
         self._left: set[int] = set()
@@ -96,12 +99,16 @@ class Rows:
 
     @contextmanager
     def joined(self, number: int, model: Any) -> Iterator[None]:
-        """Let the training batches of a job go through the base with those of the others inside.
+        """Let the batches of a job go through the base with those of the others inside.
+
+        Batches that it evaluates wait for the other jobs too, and go through with those that others evaluate then.
+        Generated tokens do not: each job has a cache of its own, and its answers end at other lengths.
 
         Args:
             number: number of the job.
             model: its base model with the adapter, a `PeftModel`.
         """
+        self._left.discard(number)
         self._models[number] = inner = model.get_base_model()
         layers: dict[str, Any] = dict(inner.base_model.named_modules())
         for name, layer in layers.items():
@@ -115,8 +122,9 @@ class Rows:
         alone = inner.base_model.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            trains = inner.training and torch.is_grad_enabled()
-            return self._forward(number, *args, **kwargs) if trains else alone(*args, **kwargs)
+            if not torch.is_grad_enabled() and (args or _more_than_rows(kwargs)):
+                return alone(*args, **kwargs)
+            return self._forward(number, alone, *args, **kwargs)
 
         try:
             with _calling(inner.base_model, forward):
@@ -125,25 +133,33 @@ class Rows:
             self._left.add(number)
             self._waiting.pop(number, None)
 
-    def _forward(
-        self, number: int, input_ids: Any, attention_mask: Any = None, return_dict: bool | None = True, **others: Any
-    ) -> Any:
-        if unknown := [name for name, value in others.items() if value is not None and value is not False]:
+    def _forward(self, number: int, alone: Any, input_ids: Any, attention_mask: Any = None, **others: Any) -> Any:
+        if unknown := _more_than_rows(others):
             raise TypeError(f"rows of several jobs cannot go together with {', '.join(unknown)}")
+        device, trains = input_ids.device, torch.is_grad_enabled()
+        kind = trains, str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else ""
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        batch = self._waiting[number] = _Batch(input_ids, mask, _random_state(input_ids.device))
+        batch = self._waiting[number] = _Batch(input_ids, mask, kind, _random_state(device))
         while batch.hidden is None:
-            party = next(party for party in self._parties if number in party)
-            ready = all(each in self._waiting or each in self._left for each in self._turns.running if each in party)
-            if ready and self._pass is None:
-                self._enter({each: self._waiting[each] for each in sorted(party) if each in self._waiting})
-            else:
+            there = [each for each in self._turns.running if each not in self._left]
+            begin = there.index(number) // self._most * self._most
+            party = there[begin : begin + self._most]
+            if self._pass is not None or any(each not in self._waiting for each in party):
                 self._turns.pass_on(number)
-        _set_random_state(batch.after, input_ids.device)
+                continue
+            first = min(self._waiting[each].kind for each in party)  # evaluation, which jobs that train wait for
+            batches = {each: self._waiting[each] for each in party if self._waiting[each].kind == first}
+            if [*batches] == [number] and not trains:
+                del self._waiting[number]
+                return alone(input_ids=input_ids, attention_mask=attention_mask, **others)
+            self._enter(batches)
+        _set_random_state(batch.after, device)
         return self._output(last_hidden_state=batch.hidden)
 
     def _enter(self, batches: Mapping[int, _Batch]) -> None:
-        """Put the rows of these jobs through the base; if memory runs out, halve their party instead."""
+        """Put the rows of these jobs through the base; if memory runs out, let fewer go together instead."""
+        for gone in self._left & {*self._models}:
+            del self._models[gone]
         try:
             with self._timed(batches):
                 self._through(batches)
@@ -160,30 +176,36 @@ class Rows:
         self._halve(batches)
 
     def _halve(self, batches: Mapping[int, _Batch]) -> list[dict[int, _Batch]]:
-        """Divide a party; called outside of `except` clauses, whose tracebacks would keep the tensors."""
+        """Divide jobs; called outside of `except` clauses, whose tracebacks would keep the tensors."""
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         half = math.ceil(len(batches) / 2)
         halves = [dict(itertools.islice(batches.items(), *ends)) for ends in ((half,), (half, None))]
         log.warning("out of memory with the rows of %d jobs in one pass; %d from now on", len(batches), half)
-        self._parties = [left for party in self._parties if (left := party - {*batches})]
-        self._parties += [{*part} for part in halves]
+        self._most = half
         return halves
 
     def _through(self, batches: Mapping[int, _Batch]) -> None:
         longest, begin = max(batch.ids.shape[1] for batch in batches.values()), 0
+        trains, autocast = next(iter(batches.values())).kind
         for number, batch in batches.items():
             batch.rows = slice(begin, begin := begin + len(batch.ids))
             batch.after = batch.random
             batch.before = [None if each.grad is None else each.grad.clone() for each in self._trained(number)]
         ids = torch.cat([_padded(batch.ids, longest) for batch in batches.values()])
         mask = torch.cat([_padded(batch.mask, longest) for batch in batches.values()])
-        self._pass = _Pass(batches)
-        output = self._base.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-        self._output, self._pass.hidden = type(output), (hidden := output.last_hidden_state)
+        self._pass = _Pass(batches, trains)
+        dtype = getattr(torch, autocast.removeprefix("torch."), None)
+        with torch.set_grad_enabled(trains), torch.autocast(ids.device.type, dtype, enabled=bool(autocast)):
+            output = self._base.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        self._output, hidden = type(output), output.last_hidden_state
         for batch in batches.values():
             if batch.hidden is None:
-                batch.hidden = hidden[batch.rows, : batch.ids.shape[1]].detach().requires_grad_()
+                batch.hidden = hidden[batch.rows, : batch.ids.shape[1]].detach().requires_grad_(trains)
+        if trains:
+            self._pass.hidden = hidden
+        else:
+            self._pass = None
 
     def _adapt(self, name: str, _module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         """Let each job's layer of that name adapt what the base layer made of the job's rows."""
@@ -194,7 +216,8 @@ class Rows:
             given, made, length = whole[batch.rows], output[batch.rows], batch.ids.shape[1]
             if isinstance(layer, BaseTunerLayer):
                 given, made = given[:, :length], made[:, :length]
-                draws, recomputes = (name, number) in self._drawing, (name, number) in self._pass.drawn
+                draws = self._pass.trains and (name, number) in self._drawing
+                recomputes = (name, number) in self._pass.drawn
                 if draws:  # its own numbers, and in recomputation the same ones again
                     _set_random_state(self._pass.drawn.setdefault((name, number), batch.after), given.device)
                 made = _padded(_adapted(layer, given, made), output.shape[1])
@@ -276,6 +299,12 @@ def by_turns(model: Any) -> str | None:
         if _DROPOUT.search(name) and isinstance(value, float) and value:
             return f"{name} of the base would draw from the random numbers of one job"
     return None
+
+
+def _more_than_rows(arguments: Mapping[str, Any]) -> list[str]:
+    """Return which arguments of a base model besides rows ask for something."""
+    rows = ("input_ids", "attention_mask", "return_dict")
+    return [name for name, value in arguments.items() if name not in rows and value is not None and value is not False]
 
 
 def _padded(tensor: torch.Tensor, length: int) -> torch.Tensor:

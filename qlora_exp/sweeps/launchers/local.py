@@ -6,6 +6,7 @@ This module is independent of what a job does.
 
 import gc
 import logging
+import math
 import os
 import signal
 import time
@@ -43,6 +44,11 @@ class Task:
     place: Place | None = None
     """Group with which the job shares a process."""
 
+    @property
+    def output(self) -> Path:
+        """File with its output, if several jobs run at once."""
+        return self.folder / OUTPUT_FILE
+
 
 @dataclass
 class _Running:
@@ -79,7 +85,7 @@ def run_all(
         while waiting or running:
             while waiting and len(running) < n_jobs and not stopped():
                 index = waiting.popleft()
-                output = tasks[index].folder / OUTPUT_FILE if n_jobs > 1 else None
+                output = tasks[index].output if n_jobs > 1 else None
                 slot = min(set(range(n_jobs)) - {job.slot for job in running.values()})
                 numbers = range(slot * width, (slot + 1) * width) if n_jobs > 1 and gpus else ()
                 own = ",".join(dict.fromkeys(gpus[number % len(gpus)] for number in numbers))
@@ -112,31 +118,36 @@ def run_groups(
 ) -> list[Ending | None]:
     """Call every task as `run_all` does, those of a group in one process, where they take turns.
 
-    A group whose process is killed because memory ran out goes on in two halves.
+    If a group's process is killed because memory ran out, its jobs go on with half as many at once. Of one that dies
+    otherwise, the jobs that had not begun are as if not started.
     """
     groups: dict[Any, list[int]] = {}
     for index, task in enumerate(tasks):
         groups.setdefault(index if task.place is None else task.place, []).append(index)
     endings: list[Ending | None] = [None] * len(tasks)
-    waiting = [*groups.values()]
+    waiting = [(members, place.at_once if (place := tasks[members[0]].place) else 1) for members in groups.values()]
     while waiting:
-        merged = [_merged([tasks[index] for index in members]) for members in waiting]
-        halves = []
-        for members, ending in zip(waiting, run_all(merged, n_jobs, stopped, died), strict=True):
-            left = [index for index in members if state(tasks[index].folder)[0] in ("new", "cut off")]
+        merged = [_merged([tasks[index] for index in members], at_once) for members, at_once in waiting]
+        again: list[tuple[list[int], int]] = []
+        for (members, at_once), ending in zip(waiting, run_all(merged, n_jobs, stopped, died), strict=True):
+            states = {index: state(tasks[index].folder)[0] for index in members}
+            left = [index for index in members if states[index] in ("new", "cut off")]
             if ending is not None and ending.outcome == "oom" and len(members) > 1:
-                half = (len(left) + 1) // 2
-                halves += [part for part in (left[:half], left[half:]) if part]
-                continue
-            for index in left if len(members) > 1 else members:
-                endings[index] = ending
-        if halves:
-            log.warning("memory ran out; jobs go on in groups of at most %d", max(map(len, halves)))
-        waiting = halves
+                half = math.ceil(at_once / 2)
+                again += [(left, half)] if half > 1 else [([index], 1) for index in left]
+            elif len(members) == 1:
+                endings[members[0]] = ending
+            else:
+                begun = [index for index in left if states[index] != "new" or tasks[index].output.exists()]
+                for index in begun:
+                    endings[index] = ending
+        if again:
+            log.warning("memory ran out; jobs go on in groups of at most %d", max(at_once for _, at_once in again))
+        waiting = again
     return endings
 
 
-def _merged(members: Sequence[Task]) -> Task:
+def _merged(members: Sequence[Task], at_once: int) -> Task:
     """Return the task that calls these ones in one process."""
     import cloudpickle
 
@@ -144,9 +155,10 @@ def _merged(members: Sequence[Task]) -> Task:
     if len(members) == 1:
         return first
     assert first.place is not None
-    calls, folders = [task.call for task in members], [task.folder for task in members]
-    group = _Group(calls, folders, first.place.rows_together)
-    log.info("%d jobs in one process; their output: %s", len(members), " ".join(map(str, group.outputs)))
+    outputs = [task.output for task in members]
+    group = _Group([task.call for task in members], outputs, first.place.rows_together, at_once)
+    many = f"{len(members)} jobs in one process" + (f", {at_once} at a time" if at_once < len(members) else "")
+    log.info("%s; their output: %s in the folder of each in %s", many, OUTPUT_FILE, first.folder.parent)
     return replace(first, call=cloudpickle.dumps(group))
 
 
@@ -155,13 +167,10 @@ class _Group:
     """Jobs that share a process."""
 
     calls: Sequence[bytes]
-    folders: Sequence[Path]
+    outputs: Sequence[Path]
+    """File with the output of each job."""
     rows_together: bool
-
-    @property
-    def outputs(self) -> list[Path]:
-        """File with the output of each job."""
-        return [folder / OUTPUT_FILE for folder in self.folders]
+    at_once: int
 
     def __call__(self) -> None:
         import cloudpickle
@@ -169,7 +178,8 @@ class _Group:
         from qlora_exp.environment.turns import Turns
 
         with handle_signals():
-            errors = Turns([*map(cloudpickle.loads, self.calls)], self.outputs, self.rows_together).run()
+            calls = [*map(cloudpickle.loads, self.calls)]
+            errors = Turns(calls, self.outputs, self.rows_together, self.at_once).run()
         for error in errors:
             if error is not None:
                 raise error

@@ -189,6 +189,7 @@ ENTRIES: dict[str, tuple[Any, ...]] = {
     "search.sampler": (Stages.search, "random", {"search.n_trials": 12}),
     "search.seed": (Stages.search, 1),
     "search.prune": (Stages.search, True),
+    "search.pruner": (Stages.search, "halving", {"search.prune": True}),
     "tuning.tuned_keys": (Stages.tuning, ["training.weight_decay"]),
     "tuning.n_trials": (Stages.tuning, 3),
     "tuning.reduction_factor": (Stages.tuning, 2),

@@ -2,6 +2,8 @@ import logging
 import random
 import threading
 import time
+import weakref
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from qlora_exp.utils.errors import TimeLimitError
 @pytest.fixture
 def take(tmp_path):
     """Let jobs take turns; their output goes to `NUMBER.log`."""
-    return lambda *calls: Turns(calls, [tmp_path / f"{number}.log" for number in range(len(calls))])
+    return lambda *calls, **how: Turns(calls, [tmp_path / f"{number}.log" for number in range(len(calls))], **how)
 
 
 def test_jobs_go_on_one_at_a_time_in_turn(take):
@@ -34,6 +36,43 @@ def test_jobs_go_on_one_at_a_time_in_turn(take):
 
     assert take(job("a", 1), job("b", 3), job("c", 2)).run() == [None, None, None]
     assert seen == ["a0", "b0", "c0", "b1", "c1", "b2"]
+
+
+def test_as_a_job_ends_the_next_takes_its_place_and_gets_its_memory(take):
+    seen: list[str] = []
+    models: list[weakref.ref[Any]] = []
+
+    class Model:
+        pass
+
+    def job(name: str, steps: int, fails: bool = False):
+        def call() -> None:
+            model = Model()
+            model.itself = model  # as models do, so that only a collection frees it
+            models.append(weakref.ref(model))
+            for step in range(steps):
+                seen.append(f"{name}{step}")
+                turns.pass_on()
+            if fails:
+                raise ValueError(name)
+
+        return call
+
+    jobs = take(job("a", 3), job("b", 1, fails=True), job("c", 1), job("d", 2), at_once=2)
+    assert [str(error) for error in jobs.run()] == ["None", "b", "None", "None"]
+    assert seen == ["a0", "b0", "a1", "a2", "c0", "d0", "d1"]
+    assert [model() is None for model in models[:2]] == [True, True]
+    assert jobs.running == ()
+
+
+def test_after_an_interrupt_no_job_begins(take, tmp_path):
+    def interrupt() -> None:
+        turns.pass_on()
+        raise KeyboardInterrupt
+
+    errors = take(interrupt, turns.pass_on, turns.pass_on, at_once=2).run()
+    assert [type(error) for error in errors] == [KeyboardInterrupt, KeyboardInterrupt, type(None)]
+    assert not (tmp_path / "2.log").exists()
 
 
 def test_each_job_draws_the_numbers_that_it_would_draw_alone(take):

@@ -1,9 +1,11 @@
+import copy
+
 import pytest
 import torch
 from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit, Linear8bitLt, Params4bit
 
-from qlora_exp.libraries.bitsandbytes import constants, dequantize_every_width, keep_trainable
+from qlora_exp.libraries.bitsandbytes import constants, dequantize_every_width, keep_trainable, take_scales
 
 
 def test_a_4_bit_layer_does_not_repack_its_weights():
@@ -35,6 +37,16 @@ def test_what_layers_keep_to_dequantize():
     eight(torch.ones(2, 64))
     assert {id(eight.state.CB), id(eight.state.SCB)} <= {*map(id, constants(eight))}
     assert id(four.weight.quant_state) in {*map(id, constants(four.weight))}
+
+
+def test_8_bit_layers_with_one_weight_compute_the_same_once_they_have_its_scales():
+    layer = Linear8bitLt(64, 64, bias=False, has_fp16_weights=False).to("cpu")
+    take_scales(layer)
+    other = Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
+    other.weight, other.state = layer.weight, copy.copy(layer.state)
+    x = torch.randn(2, 64)
+    assert torch.equal(layer(x), other(x))
+    assert torch.equal(layer(x), other(x))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

@@ -29,7 +29,11 @@ def test_jobs_that_differ_in_what_is_trained_share_a_base(make_jobs):
         "method=lora lora_variant=dora training.per_device_train_batch_size=1",
     )
     assert sizes(fused.groups(made, SweepConfig(fuse=8))) == [4]
-    assert sizes(fused.groups(made, SweepConfig(fuse=3))) == [2, 2]
+    (group,) = fused.groups(made, SweepConfig(fuse=3))
+    assert (len(group.jobs), group.place.at_once) == (4, 3)  # as one ends, the next begins
+    halves = fused.groups(made, SweepConfig(fuse=2, n_jobs=3))
+    assert [(len(group.jobs), group.place.at_once) for group in halves] == [(2, 2), (2, 2)]
+    assert sizes(fused.groups(made, SweepConfig(fuse=3, n_jobs=2))) == [2, 2]
     assert sizes(fused.groups(made, SweepConfig())) == [1, 1, 1, 1]
 
 
@@ -83,6 +87,8 @@ def test_jobs_that_cannot_share_are_alone_and_say_why(make_jobs, words: str, why
         ("method=lora training.packing=true", "training.packing"),
         ("method=lora training.neftune_noise_alpha=5", "neftune"),
         ("method=lora model.new_tokens=[new]", "new_tokens"),
+        ("method=qlora quantization=int8", "llm_int8_threshold"),
+        ("method=qlora quantization=int8 quantization.llm_int8_threshold=0", None),
     ],
 )
 def test_rows_go_together_only_where_that_is_right(make_config, words: str, why: str | None):
@@ -108,7 +114,11 @@ def test_as_many_as_are_planned_to_fit_go_together(make_jobs, monkeypatch):
 
     made = make_jobs(*(f"method=lora seed={seed}" for seed in range(7)))
     monkeypatch.setattr(screening, "most_together", lambda configs, vram, rows, most: 3)
-    assert sizes(fused.groups(made, SweepConfig(fuse="auto"))) == [3, 3, 1]
+    (group,) = fused.groups(made, SweepConfig(fuse="auto"))
+    assert group.place.at_once == 3
+    assert fused.described(made[0], {made[0].key: group}) == "group 1: 7 jobs, 3 at a time, by turns"
+    monkeypatch.setattr(screening, "most_together", lambda configs, vram, rows, most: 1)
+    assert sizes(fused.groups(made, SweepConfig(fuse="auto"))) == [1] * 7
 
 
 @pytest.mark.parametrize(("settings", "count"), [({}, 1), ({"fuse": 3}, 3), ({"fuse": "auto", "n_jobs": 2}, 16)])

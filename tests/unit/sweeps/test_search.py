@@ -141,11 +141,22 @@ def test_interrupted_search_resumes(run_search):
 
 
 def test_parallel_trials_overlap(run_search):
-    run_search(n_trials=5, how=SweepConfig(n_jobs=2))
+    first = search.STARTUP_TRIALS
+    run_search(n_trials=first + 3, how=SweepConfig(n_jobs=2))
     trials = run_search.trials()
-    assert len(trials) == 5
-    assert trials[1].datetime_start < trials[0].datetime_complete
-    assert trials[2].datetime_start > trials[1].datetime_complete
+    assert len(trials) == first + 3
+    assert trials[first - 1].datetime_start < trials[0].datetime_complete  # drawn at random, so proposed ahead
+    assert trials[first].datetime_start > trials[first - 1].datetime_complete
+    assert trials[first + 1].datetime_start < trials[first].datetime_complete
+    assert trials[first + 2].datetime_start > trials[first + 1].datetime_complete
+
+
+def test_a_random_search_proposes_all_trials_ahead_and_runs_equal_ones_once(run_search):
+    space = {"method.r": CategoricalDistribution([2, 4])}
+    run_search(n_trials=12, how=SweepConfig(n_jobs=2), space=space, sampler="random")
+    assert len(run_search.trials()) == 12
+    assert sorted(job["method.r"] for job in run_search.ran) == ["2", "4"]
+    assert {trial.state for trial in run_search.trials()} == {TrialState.COMPLETE}
 
 
 def test_failed_job_is_a_failed_trial_and_the_search_continues(run_search, monkeypatch):

@@ -17,9 +17,9 @@ def load(quantization: str):
 
 @pytest.mark.parametrize("quantization", ["none", "nf4_double", "int8"])
 def test_copies_share_every_weight_and_compute_the_same_apart_from_their_adapters(quantization: str):
-    model = load(quantization)
     ids = torch.arange(5, 25)[None]
-    before = model(ids).logits
+    before = load(quantization)(ids).logits
+    model = load(quantization)
     base = SharedBase(model)
     one, two = base.copy(), base.copy()
     assert one.config is not model.config

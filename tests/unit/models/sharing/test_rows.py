@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -146,7 +147,70 @@ def test_when_memory_runs_out_fewer_jobs_go_together(tmp_path, monkeypatch, wher
         assert_close(ours, train(base, number, None))
 
 
-def test_evaluation_goes_through_the_base_alone(tmp_path):
+def test_batches_that_jobs_evaluate_go_together_and_give_the_losses_that_they_give_alone(tmp_path, monkeypatch):
+    base, passes, losses = SharedBase(tiny()), [], {}
+    through = Rows._through
+
+    def counted(self: Rows, batches: Any) -> None:
+        passes.append(sorted(batches))
+        through(self, batches)
+
+    monkeypatch.setattr(Rows, "_through", counted)
+
+    def job(number: int) -> Any:
+        def call() -> None:
+            rows = turns.current().keep("rows", lambda: Rows(turns.current(), base.copy(), recomputes=True))
+            torch.manual_seed(number)
+            config = LoraConfig(**ADAPTERS[number], init_lora_weights=False, task_type="CAUSAL_LM")
+            model, found = get_peft_model(base.copy(), config), []
+            batches = [torch.randint(1, 64, (rows_, tokens)) for rows_, tokens in ROWS[: 1 + number]]
+            state = torch.get_rng_state()
+            for inside in (rows.joined(number, model), nullcontext()):
+                with inside, torch.no_grad():
+                    turns.pass_on()
+                    model.train()
+                    model.eval()
+                    found.append([model(ids, labels=ids).loss for ids in batches])
+                    found[-1].append(model.generate(input_ids=batches[0], max_new_tokens=3))
+            assert torch.equal(torch.get_rng_state(), state)
+            losses[number] = found
+
+        return call
+
+    jobs = Turns([job(number) for number in range(3)], [tmp_path / f"{number}.log" for number in range(3)])
+    assert jobs.run() == [None] * 3
+    assert passes == [[0, 1, 2], [1, 2]]  # then job 2 has a batch of its own
+    for ours, theirs in losses.values():
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+
+def test_jobs_that_train_wait_for_one_that_evaluates(tmp_path):
+    base = SharedBase(tiny())
+
+    def job(number: int, results: dict[int, Any]) -> Any:
+        def call() -> None:
+            rows = turns.current().keep("rows", lambda: Rows(turns.current(), base.copy(), recomputes=False))
+            results[number] = train(base, number, rows)
+            if number == 0:
+                config = LoraConfig(**ADAPTERS[1], init_lora_weights=False, task_type="CAUSAL_LM")
+                model = get_peft_model(base.copy(), config).eval()
+                with rows.joined(number, model), torch.no_grad():
+                    ids = torch.arange(1, 9)[None]
+                    for _ in range(3):
+                        model(ids)
+                        turns.pass_on()
+
+        return call
+
+    results: dict[int, Any] = {}
+    jobs = [job(number, results) for number in (0, 1, 2)]
+    assert Turns(jobs, [tmp_path / f"{number}.log" for number in (0, 1, 2)]).run() == [None] * 3
+    for number in (0, 1, 2):
+        assert_close(results[number], train(base, number, None))
+
+
+def test_a_job_by_itself_evaluates_bit_for_bit_what_it_evaluates_alone(tmp_path):
     base = SharedBase(tiny())
     model = get_peft_model(base.copy(), LoraConfig(**ADAPTERS[1], init_lora_weights=False, task_type="CAUSAL_LM"))
     ids = torch.arange(1, 9)[None]

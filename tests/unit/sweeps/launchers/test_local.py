@@ -9,6 +9,8 @@ import cloudpickle
 import psutil
 import pytest
 
+from qlora_exp.environment import turns
+from qlora_exp.sweeps.fused import Place
 from qlora_exp.sweeps.launchers import local
 from qlora_exp.sweeps.launchers.local import Task, run_all
 
@@ -166,3 +168,52 @@ def test_jobs_get_the_environment_of_their_own_sweep(tmp_path, monkeypatch):
         monkeypatch.setenv("NAME_OF_SWEEP", name)
         assert run_all([task(tmp_path, note)]) == [None]
         assert (tmp_path / name).exists()
+
+
+@pytest.fixture
+def group(tmp_path):
+    """Make the tasks of a group of jobs, each of which notes its process; some are killed with it."""
+
+    def make(*names: str, at_once: int, killed: str = "") -> list[Task]:
+        def job(name: str):
+            def call() -> None:
+                folder = tmp_path / name
+                with (folder / "ran").open("a") as ran:
+                    ran.write(f"{os.getpid()}\n")
+                turns.pass_on()
+                if name in killed and len((folder / "ran").read_text().split()) == 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            return call
+
+        for name in names:
+            (tmp_path / name).mkdir()
+        return [replace(task(tmp_path / name, job(name)), place=Place(0, False, at_once)) for name in names]
+
+    def processes() -> dict[str, list[str]]:
+        return {file.parent.name: file.read_text().split() for file in tmp_path.glob("*/ran")}
+
+    make.processes = processes
+    return make
+
+
+def test_jobs_of_a_group_share_a_process_a_few_at_a_time(group):
+    assert local.run_groups(group("a", "b", "c", "d", at_once=2)) == [None] * 4
+    ran = group.processes()
+    assert len(ran) == 4
+    assert len({process for each in ran.values() for process in each}) == 1
+
+
+def test_when_a_group_is_killed_its_jobs_that_had_not_begun_are_not_started(group):
+    endings = local.run_groups(group("a", "b", "c", at_once=2, killed="a"))
+    assert [ending and ending.outcome for ending in endings] == ["killed", "killed", None]
+    assert "c" not in group.processes()
+
+
+def test_when_a_group_is_killed_for_lack_of_memory_half_as_many_go_on_at_once(group, monkeypatch):
+    counts = iter([0, 1])
+    monkeypatch.setattr(local, "_oom_kills", lambda: next(counts, 1))
+    assert local.run_groups(group("a", "b", "c", "d", "e", at_once=4, killed="a")) == [None] * 5
+    ran = group.processes()
+    assert {name: len(each) for name, each in ran.items()} == {"a": 2, "b": 2, "c": 2, "d": 2, "e": 1}
+    assert len({each[-1] for each in ran.values()}) == 1  # the base is loaded once
