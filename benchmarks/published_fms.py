@@ -25,6 +25,7 @@ from qlora_exp.environment.device import Device, resolve
 from qlora_exp.planning import planner, sharding
 from qlora_exp.planning import step as steps
 from qlora_exp.planning.packed_weights import quantize_meta
+from qlora_exp.planning.recording.fake_tensors import Work
 from qlora_exp.planning.replay import play
 
 SANTACODER: dict[str, Any] = {
@@ -91,6 +92,11 @@ def loss(model: Any, ids: torch.Tensor, mask: torch.Tensor | None, in_float32: b
 
 def allocated(name: str, method: str, rows: int) -> float:
     """Return the predicted peak of allocated bytes."""
+    return planned(name, method, rows)[0]
+
+
+def planned(name: str, method: str, rows: int) -> tuple[float, list[Work]]:
+    """Return the predicted peak of allocated bytes, and the operations of a step."""
     architecture = AutoConfig.for_model(**MODELS[name])
     method, several, _ = method.partition(TWO)
     quantized = compose(["model=llama2_7b", "method=qlora"])
@@ -126,7 +132,7 @@ def allocated(name: str, method: str, rows: int) -> float:
         step = steps.record(build, depth, batch, loss=partial(loss, in_float32=name != "SantaCoder"))
     if several:
         step, _ = sharding.shard(step, divided, 1)
-    return max(phase.allocated for phase in play(model, step, True, False).values())
+    return max(phase.allocated for phase in play(model, step, True, False).values()), step.work
 
 
 def main() -> None:

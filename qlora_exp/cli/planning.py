@@ -3,12 +3,12 @@
 import argparse
 import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qlora_exp.cli.parents import URI, Commands, add_command, add_overrides
-from qlora_exp.planning import calibration, gpus
+from qlora_exp.planning import calibration, cost, gpus
 from qlora_exp.planning.gpus import Gpu
 from qlora_exp.utils.display import say
 from qlora_exp.utils.errors import ConfigError, UserError
@@ -16,25 +16,26 @@ from qlora_exp.utils.quiet import quiet
 
 if TYPE_CHECKING:
     from qlora_exp.config.schema import Config
+    from qlora_exp.planning.tables import Planned
 
 
 def add_parsers(commands: Commands) -> None:
     """Add the three commands."""
     gpu = argparse.ArgumentParser(add_help=False)
-    gpu.add_argument("--gpu", metavar="NAME", help=f"GPU to plan for: {', '.join(gpus.GPUS)}")
+    gpu.add_argument("--gpu", metavar="NAME", help=f"GPU to plan for (`plan`: or several, A,B): {', '.join(gpus.GPUS)}")
     gpu.add_argument("--vram", type=float, metavar="GIB", help="memory of the GPU in GiB, if --gpu does not list it")
 
     parser = add_command(commands, "plan", plan, [gpu])
     add_overrides(
         parser, "keys of the config, as for `train`; a list of values (KEY=A,B) gives a row for each combination"
     )
+    _add_price(parser)
     parser.add_argument(
-        "--price",
-        type=float,
-        metavar="PER_HOUR",
-        help="price of the GPU per hour, to show the cost of the run; needs --gpu",
+        "--rows",
+        type=int,
+        metavar="N",
+        help="training rows of an epoch, for hours and cost; default: rows on this machine are counted with --price",
     )
-
     parser.add_argument(
         "--bandwidth",
         type=float,
@@ -42,7 +43,14 @@ def add_parsers(commands: Commands) -> None:
         help="rate at which each GPU sends to the others, for distributed=ddp and fsdp; default: that of --gpu",
     )
 
-    parser = add_command(commands, "advise", advise, [gpu])
+    parser = add_command(commands, "advise", advise, [gpu, URI])
+    _add_price(parser)
+    parser.add_argument(
+        "--goal",
+        choices=("quality", "speed", "memory", "cost"),
+        default="quality",
+        help="what to choose by, among what fits; default: quality",
+    )
     add_overrides(parser, "model=NAME, training.max_length=N, method=A,B, ..., as for `train`")
     parser.add_argument("--models", action="store_true", help="find the largest model for each GPU instead")
 
@@ -51,15 +59,17 @@ def add_parsers(commands: Commands) -> None:
 
 
 def plan(options: argparse.Namespace) -> None:
-    """Predict the memory and the step time of a run before it starts.
+    """Predict memory, hours and cost of a run before it starts.
 
     Needs no GPU and downloads no weights. Shows memory by phase of the run and by
-    kind (weights, gradients, ...); with --gpu or --vram also whether the run fits.
+    kind (weights, gradients, ...); with --gpu or --vram also whether the run fits;
+    with --gpu and --rows or --price also hours and cost, of several GPUs side by side.
 
     examples:
       qlora-exp plan model=llama3_8b --gpu rtx4090 training.max_length=1024
       qlora-exp plan model=llama3_8b method=lora,qlora --vram 24
       qlora-exp plan model=llama3_8b --gpu a10 training.max_steps=1000 --price 0.5
+      qlora-exp plan model=llama3_8b --rows 20000 --gpu a10,l40s --price a10=0.8,l40s=1.6
       qlora-exp plan model=llama2_13b distributed=fsdp distributed.num_processes=2,4,8 --gpu rtx4090
     """
     quiet()
@@ -69,13 +79,13 @@ def plan(options: argparse.Namespace) -> None:
     from qlora_exp.models import files
 
     _refuse_options_as_keys(options)
-    if options.price is not None and (options.price < 0 or not options.gpu):
-        raise ConfigError("--price: must not be negative, and needs the GPU's name: --gpu NAME --price PER_HOUR")
     if options.bandwidth is not None and not 0 < options.bandwidth < 100_000:
         raise ConfigError(f"--bandwidth {options.bandwidth:g}: not a rate in GB/s")
-    gpu, cpu = _gpu(options), gpus.this_cpu().calibrated(calibration.read())
+    cards, cpu = _gpus(options), gpus.this_cpu().calibrated(calibration.read())
+    prices = cost.prices(options.price, cards)
+    cost.check_rows(options.rows, options.overrides)
     if options.bandwidth is not None:
-        gpu, cpu = (replace(device, link_gb_per_s=options.bandwidth) for device in (gpu, cpu))
+        cards = [replace(device, link_gb_per_s=options.bandwidth) for device in cards]
     jobs = hydra_compose.grid(options.overrides)
     composed: list[Config | UserError] = []
     for words in jobs:  # report mistakes before the slow imports
@@ -91,26 +101,53 @@ def plan(options: argparse.Namespace) -> None:
         raise ConfigError("\n".join(dict.fromkeys(map(str, composed))))
     _say_formats(valid_configs)
     _import_planner()
-    from qlora_exp.planning import tables, tuning
-    from qlora_exp.planning.planner import Planner, resolved_on
+    from qlora_exp.planning import tables
 
-    planned = []
-    for words, config in zip(jobs, composed, strict=True):
-        try:
-            if isinstance(config, UserError):
-                raise config
-            device = cpu if config.device == "cpu" else gpu
-            resolved = tuning.planned(config, resolved_on(config, device.device), device)
-            prediction = Planner(config, resolved).predict()
-            planned.append(tables.Planned(words, config, prediction, device, tuned=resolved.tuned))
-        except UserError as error:
-            if len(jobs) == 1:
-                raise
-            planned.append(tables.Planned(words, None, None, gpu, str(error)))
+    lengths = cost.Lengths(options.rows) if options.rows or prices else None
+    planned = [
+        run
+        for words, config in zip(jobs, composed, strict=True)
+        for run in _planned(words, config, cards, cpu, lengths, alone=len(jobs) == 1)
+    ]
     if len(planned) == 1:
-        tables.show_one(planned[0], options.price)
+        tables.show_one(planned[0], prices.get(planned[0].gpu.name))
     else:
-        tables.show_many(planned, options.price)
+        tables.show_many(planned, prices)
+
+
+def _planned(
+    words: Sequence[str],
+    config: "Config | UserError",
+    cards: Sequence[Gpu],
+    cpu: Gpu,
+    lengths: cost.Lengths | None,
+    alone: bool,
+) -> "Iterator[Planned]":
+    """Plan a run for each card; cards on which it resolves alike share a prediction.
+
+    Raises:
+        UserError: the only run cannot be planned.
+    """
+    from qlora_exp.planning import tables, tuning
+    from qlora_exp.planning.planner import Planner, Prediction, resolved_on
+
+    if isinstance(config, UserError):
+        yield tables.Planned(words, None, None, cards[0], why=str(config))
+        return
+    predictions: dict[str, Prediction] = {}
+    try:
+        asked = lengths is not None or config.training.max_steps > 0
+        amount = (lengths or cost.Lengths()).of(config) if asked else tables.UNASKED
+        for card in [cpu] if config.device == "cpu" else cards:
+            resolved = tuning.planned(config, resolved_on(config, card.device), card)
+            alike = repr(replace(resolved, device_name=""))
+            if alike not in predictions:
+                predictions[alike] = Planner(config, resolved).predict()
+            yield tables.Planned(words, config, predictions[alike], card, amount, resolved.tuned)
+    except UserError as error:
+        if alone:
+            raise
+        yield tables.Planned(words, None, None, cards[0], why=str(error))
 
 
 def _say_formats(configs: Sequence["Config"]) -> None:
@@ -133,13 +170,15 @@ def _say_formats(configs: Sequence["Config"]) -> None:
 def advise(options: argparse.Namespace) -> None:
     """Recommend method, batch size and sequence length for a GPU.
 
-    Shows for each method its largest batch and its longest sequence, and says
-    whether to use LoRA or QLoRA and why. Without --gpu or --vram, shows this for GPUs
-    of 4 to 80 GiB.
+    Shows for each method what it takes (memory, largest batch, longest sequence, time
+    and cost of 1,000 examples) and what is known of its quality: from runs in the
+    MLflow store on the same model and rows, else what is published. Says which one to
+    take, why, and with which settings. Without --gpu or --vram, for GPUs of 4 to 80 GiB.
 
     examples:
       qlora-exp advise model=llama3_8b --gpu rtx4090
       qlora-exp advise model=llama3_8b method=lora,qlora --vram 24
+      qlora-exp advise model=llama3_8b --gpu l4 --price 0.7 --goal cost
       qlora-exp advise --models training.max_length=512
     """
     quiet()
@@ -148,10 +187,16 @@ def advise(options: argparse.Namespace) -> None:
     from qlora_exp.planning import advisor
 
     _refuse_options_as_keys(options)
-    gpu = _gpu(options)
+    gpu, *more = _gpus(options)
+    if more:
+        raise ConfigError("advise is about one GPU: --gpu NAME; `qlora-exp plan --gpu A,B` shows several side by side")
+    price = cost.prices(options.price, [gpu]).get(gpu.name)
+    if options.goal == "cost" and price is None:
+        raise ConfigError("--goal cost needs the price of the GPU: --gpu NAME --price PER_HOUR")
     advisor.check(options.overrides, options.models)
     _import_planner()
     from qlora_exp.planning import tables
+    from qlora_exp.planning.guidance import tables as advice
 
     cards = advisor.cards(gpu)
     with Console(stderr=True).status("planning") as status:
@@ -166,9 +211,14 @@ def advise(options: argparse.Namespace) -> None:
     if options.models:
         tables.show_models(sized, why, cards)
     elif gpu.memory_gib:
-        tables.show_card(fitting, why, gpu)
+        from qlora_exp.studies.measured_quality import measured
+
+        found, notes = measured(options.uri, {option.name: option.config for option in fitting})
+        advice.show_card(fitting, why, gpu, options.goal, price, found)
+        for text in notes:
+            tables.note("measured", text)
     else:
-        tables.show_cards(fitting, why, cards)
+        advice.show_cards(fitting, why, cards, options.goal)
 
 
 def calibrate(options: argparse.Namespace) -> None:
@@ -208,18 +258,26 @@ def calibrate(options: argparse.Namespace) -> None:
 def _refuse_options_as_keys(options: argparse.Namespace) -> None:
     for word in options.overrides:
         key, _, value = word.partition("=")
-        if key in ("gpu", "vram", "price", "bandwidth") and key in options:  # `advise` has no --price
+        if key in ("gpu", "vram", "price", "rows", "bandwidth", "goal") and key in options:  # `advise` has no --rows
             raise ConfigError(f"{key}: no such key or group; did you mean --{key} {value}?")
 
 
-def _gpu(options: argparse.Namespace) -> Gpu:
-    """Return the GPU of --gpu or --vram, with the correction that `calibrate` wrote."""
+def _gpus(options: argparse.Namespace) -> list[Gpu]:
+    """Return the GPUs of --gpu, or that of --vram, with the corrections that `calibrate` wrote."""
     if options.gpu and options.vram:
         raise ConfigError("--gpu and --vram: give one of them")
     if options.vram is not None and not 0 < options.vram < 10_000:
         raise ConfigError(f"--vram {options.vram:g}: not the memory of a GPU in GiB")
-    gpu = gpus.find(options.gpu) if options.gpu else Gpu("GPU", options.vram or 0.0)
-    return gpu.calibrated(calibration.read())
+    found = gpus.find_all(options.gpu) if options.gpu else [Gpu("GPU", options.vram or 0.0)]
+    return [gpu.calibrated(calibration.read()) for gpu in found]
+
+
+def _add_price(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--price",
+        metavar="PER_HOUR",
+        help="price of a GPU per hour, in any currency, to show cost; of several NAME=PRICE,...; needs --gpu",
+    )
 
 
 def _import_planner() -> None:

@@ -22,11 +22,10 @@ from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.distributed import DistributedConfig
 from qlora_exp.config.validate import from_dict
 from qlora_exp.models import files
-from qlora_exp.planning.fit import expected, room, step_seconds
+from qlora_exp.planning.fit import room
 from qlora_exp.planning.gpus import Gpu
 from qlora_exp.utils.errors import ConfigError, UserError
 from qlora_exp.utils.processes import workers
-from qlora_exp.utils.units import GIB
 
 if TYPE_CHECKING:
     from qlora_exp.planning.planner import Planner, Prediction
@@ -220,40 +219,6 @@ def largest(need: Callable[[int], float], room: float, most: int, start: int) ->
         slope = (need(guess) - need(low)) / (guess - low)
         low, high = (guess, high) if need(guess) <= room else (low, guess)
     return low
-
-
-def choose(options: Sequence[Option], gpu: Gpu) -> tuple[str, str]:
-    """Choose LoRA, QLoRA or neither, and say why; return empty texts if one is not an option."""
-    by_name = {option.name: option for option in options}
-    if not {"LoRA", "QLoRA"} <= by_name.keys():
-        return "", ""
-    lora, qlora = by_name["LoRA"], by_name["QLoRA"]
-    gib = {name: f"{expected(by_name[name].planned, gpu) / GIB:.1f}" for name in ("LoRA", "QLoRA")}
-    wanted, length = lora.config.training.per_device_train_batch_size, lora.config.training.max_length
-    if rows := lora.fits[gpu].rows:
-        why = (
-            f"it fits, so no accuracy is lost to 4-bit weights; QLoRA would take {gib['QLoRA']} GiB, not {gib['LoRA']}"
-        )
-        times = [step_seconds(option.planned, gpu) for option in (lora, qlora)]
-        if times[0] and times[1]:
-            why += f", and {times[1] / times[0] - 1:+.0%} time at {gpu.rates}"
-        return "LoRA", why + _fewer(rows, wanted)
-    if rows := qlora.fits[gpu].rows:
-        why = f"LoRA does not fit with one row of {length} tokens (it takes {gib['LoRA']} GiB with {wanted})"
-        return "QLoRA", why + _fewer(rows, wanted)
-    if longest := qlora.fits[gpu].length:
-        return "QLoRA", f"with rows of at most {longest} tokens: training.max_length={longest}"
-    why = "not even QLoRA with one short row fits: choose a smaller model (--models), a larger GPU"
-    several = {name: by_name[name].fits[gpu].gpus for name in ("LoRA", "QLoRA")}
-    named = ", ".join(f"{count} for {name}" for name, count in several.items() if count > 1)
-    return "neither", why + (f", or several of these with distributed=fsdp ({named})" if named else "")
-
-
-def _fewer(rows: int, wanted: int) -> str:
-    if rows >= wanted:
-        return ""
-    unit = "row" if rows == 1 else "rows"
-    return f"; with {rows} {unit} per batch, not {wanted}: raise training.gradient_accumulation_steps to compensate"
 
 
 def remedies(config: Config, gpu: Gpu) -> list[str]:

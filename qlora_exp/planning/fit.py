@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from qlora_exp.planning.gpus import DRIVER_GIB, NCCL_GIB, Gpu
+from qlora_exp.planning.gpus import DRIVER_GIB, EFFICIENCY, NCCL_GIB, PYTHON_SECONDS, Gpu
 from qlora_exp.utils.units import GIB, MIB
 
 if TYPE_CHECKING:
@@ -17,13 +17,16 @@ Source: `benchmarks/published_*.py` and `benchmarks/measured_h100.py`.
 WORST_ERROR_OF_SEVERAL = 0.21
 """Worst relative error of plans for several GPUs. Source: `benchmarks/published_fms.py`."""
 
+TOO_GOOD = "real steps on an H100 took 0.7 to 2.8 times as long, the longest those of small models and short rows"
+"""How far off planned times were where no run of the device is known. Source: docs/explanation/planning.md."""
+
 
 def step_seconds(prediction: "Prediction", gpu: Gpu) -> float | None:
     """Estimate the seconds of an optimizer step.
 
-    Uses the rate that runs reached on this kind of device, else the manufacturer's rates. With the latter, each
-    operation takes the longer of the time for its arithmetic and the time for its memory traffic. Source: the roofline
-    model (Williams et al. 2009).
+    Uses the rate that runs reached on this kind of device, else a share (`EFFICIENCY`) of the manufacturer's rates.
+    With the latter, each operation takes the longest of the time for its arithmetic, the time for its memory traffic
+    and the time in which Python starts it. Source: the roofline model (Williams et al. 2009).
 
     Returns:
         Seconds; None if there is no rate. Manufacturers' rates do not apply to float32.
@@ -33,9 +36,8 @@ def step_seconds(prediction: "Prediction", gpu: Gpu) -> float | None:
         return passes * sum(work.flops for work in prediction.work) / gpu.calibration.flops_per_second
     if not (gpu.tflops and gpu.gb_per_s and prediction.in_16_bits):
         return None
-    return passes * sum(
-        max(work.flops / (gpu.tflops * 1e12), work.nbytes / (gpu.gb_per_s * 1e9)) for work in prediction.work
-    )
+    flops, nbytes = EFFICIENCY * gpu.tflops * 1e12, EFFICIENCY * gpu.gb_per_s * 1e9
+    return passes * sum(max(PYTHON_SECONDS, work.flops / flops, work.nbytes / nbytes) for work in prediction.work)
 
 
 def expected(prediction: "Prediction", gpu: Gpu) -> float:

@@ -24,6 +24,18 @@ NCCL_GIB = 0.4
 Source: NVIDIA/nccl issue 1685 on GitHub, 1.06 GB outside torch's allocator on each of 8 H100 with the driver's context.
 """
 
+EFFICIENCY = 0.7
+"""Share of the manufacturer's rates, of arithmetic and of memory, at which an operation is assumed to run.
+
+Source: `benchmarks/published_times.py`: with it, steps of five published runs on an A100 are planned within 6 %.
+"""
+
+PYTHON_SECONDS = 40e-6
+"""Time in which Python starts an operation of a GPU, which a step of few tokens waits for.
+
+Source: docs/explanation/planning_accuracy.md, "An H100": a step of 10,781 operations took 0.43 s with one row.
+"""
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -51,7 +63,7 @@ class Gpu:
         """Description of the rates that step times are computed with."""
         if self.calibration and self.calibration.flops_per_second:
             return f"the median rate of {self.calibration.runs} runs on it"
-        return "the manufacturer's rates"
+        return f"{EFFICIENCY:g} of the manufacturer's rates and {PYTHON_SECONDS * 1e6:.0f} µs an operation"
 
     def calibrated(self, calibrations: Iterable[Calibration]) -> "Gpu":
         """Return this GPU with the calibration of its kind, if there is one.
@@ -59,14 +71,19 @@ class Gpu:
         Calibrations carry the driver's name of the device, for example `NVIDIA GeForce RTX 4090`.
         """
         calibrations = [*calibrations]
-        parts = set(self.name.removeprefix("rtx").split("-"))
+        parts = _parts(self.name)
         matching = [fit for fit in calibrations if fit.device == self.name]
         matching += [fit for fit in calibrations if self.type == "cuda" and _matches_name(parts, fit.device)]
         return replace(self, calibration=matching[0]) if matching else self
 
 
-_EXTRA = {"nvidia", "geforce", "tesla", "rtx", "sxm", "hbm"}
-"""Words in a driver's name that do not denote another GPU; `ti`, `laptop`, `pcie` and `mig` do."""
+_EXTRA = {"nvidia", "geforce", "tesla", "rtx", "sxm", "hbm", "generation", "blackwell", "workstation", "edition"}
+"""Words in a driver's name that do not denote another GPU; `ti`, `super`, `laptop`, `pcie` and `mig` do."""
+
+
+def _parts(name: str) -> set[str]:
+    """Return the words that a driver's name has if it means this GPU: those of `rtx4070ti` are `4070` and `ti`."""
+    return set(re.sub(r"(?<=\d)ti$", "-ti", name.removeprefix("rtx").removeprefix("-")).split("-"))
 
 
 def _words(name: str) -> set[str]:
@@ -84,20 +101,39 @@ def _matches_name(parts: set[str], driver: str) -> bool:
 GPUS = {
     gpu.name: gpu
     for gpu in (
+        # GeForce: tensor cores' rate with float32 accumulation is half of the advertised one. Turing, Ampere GA102, Ada
+        # and RTX Blackwell architecture papers (appendices with a table of each card), PCIe one direction.
+        Gpu("rtx2080ti", 11.0, 53.8, 616, 16, bf16=False),
+        Gpu("rtx3080", 10.0, 59.5, 760, 32),
+        Gpu("rtx3090", 24.0, 71, 936, 32),
+        Gpu("rtx4070ti", 12.0, 80.2, 504, 32),
+        Gpu("rtx4080", 16.0, 97.5, 717, 32),
+        Gpu("rtx4090", 24.0, 165, 1008, 32),
+        Gpu("rtx5070", 11.9, 61.7, 672, 64),
+        Gpu("rtx5070ti", 15.9, 87.9, 896, 64),
+        Gpu("rtx5080", 15.9, 112.6, 960, 64),
+        Gpu("rtx5090", 31.8, 209.5, 1792, 64),
+        # Workstations: data sheets of the RTX A6000 and of the RTX 6000 Ada; RTX Blackwell PRO architecture paper.
+        Gpu("a6000", 48.0, 155, 768, 32),
+        Gpu("rtx6000-ada", 48.0, 364, 960, 32),
+        Gpu("rtx-pro-6000", 95.6, 503.8, 1792, 64),
+        # Data centres: data sheets, dense rates (half of those "with sparsity"), memory with ECC on.
         Gpu("t4", 15.0, 65, 320, 16, bf16=False),
         Gpu("v100-32gb", 32.0, 125, 900, 150, bf16=False),
-        Gpu("rtx3090", 24.0, 71, 936, 32),
-        Gpu("rtx4090", 24.0, 165, 1008, 32),
         Gpu("a10", 22.5, 125, 600, 32),
+        Gpu("a40", 45.0, 149.7, 696, 32),
         Gpu("l4", 22.5, 121, 300, 32),
-        Gpu("a6000", 48.0, 155, 768, 32),
+        Gpu("l40", 45.0, 181, 864, 32),
         Gpu("l40s", 45.0, 362, 864, 32),
         Gpu("a100-40gb", 40.0, 312, 1555, 300),
         Gpu("a100-80gb", 80.0, 312, 2039, 300),
+        Gpu("h100-pcie", 79.6, 756, 2000, 64),
         Gpu("h100", 79.6, 989, 3350, 450),
         Gpu("h200", 140.4, 989, 4800, 450),
+        Gpu("b200", 179.0, 2250, 8000, 900),
     )
 }
+"""Cards by the names that `--gpu` takes. Cards of other makers are not listed: no plan of one was ever compared."""
 
 
 def find(name: str) -> Gpu:
@@ -111,6 +147,18 @@ def find(name: str) -> Gpu:
             f"--gpu {name}: not listed{did_you_mean(name, GPUS)} Choose from {', '.join(GPUS)}; or give --vram"
         )
     return GPUS[name]
+
+
+def find_all(names: str) -> list[Gpu]:
+    """Return the GPUs called by `names`, which commas separate, in that order.
+
+    Raises:
+        ConfigError: GPUS does not list one, or one is named twice.
+    """
+    words = [name.strip() for name in names.split(",")]
+    if twice := sorted({name for name in words if words.count(name) > 1}):
+        raise ConfigError(f"--gpu: {', '.join(twice)} is named twice")
+    return [find(name) for name in words]
 
 
 def this_cpu() -> Gpu:

@@ -1,11 +1,14 @@
-"""Print plans and advice as tables: where memory goes, whether it fits, the time of a step. Does not plan itself."""
+"""Print plans as tables: where memory goes, whether it fits, hours and cost. Only `remedies` plans more."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qlora_exp.config.schema import Config
-from qlora_exp.planning.advisor import GPUS, Fit, Option, Sized, advice, choose, remedies
+from qlora_exp.planning.advisor import Sized, advice, remedies
+from qlora_exp.planning.cost import HOW, Amount, Bill, bill, rows_of_step, total
 from qlora_exp.planning.fit import (
+    TOO_GOOD,
     WORST_ERROR,
     WORST_ERROR_OF_SEVERAL,
     communication_seconds,
@@ -23,16 +26,14 @@ from qlora_exp.utils.tables import print_table
 from qlora_exp.utils.text import shortened
 from qlora_exp.utils.units import GIB, MIB
 
-_BASIS = (
-    "most rows: largest batch of rows of training.max_length tokens; longest row: in a batch of one row;\n"
-    "GPUs: how many train one row of training.max_length each with distributed=fsdp;\n"
-    "rows assume that training.per_device_eval_batch_size is no larger than the training batch"
+_LEFT_OUT = (
+    "left out: generation, evaluation's time, data loading, sending between GPUs\n"
+    "all rows are assumed to have training.max_length tokens; shorter ones take less time"
 )
-_LONGER = (
-    "longer   rows: the same with training=long_rows, which keeps inputs of layers in the machine's memory, and\n"
-    "         computes MLPs in tiles; model.architecture.max_position_embeddings=N tries rows beyond its positions"
-)
-_LEFT_OUT = "left out: generation, data loading; all rows are assumed to have training.max_length tokens"
+
+
+UNASKED = f"{HOW}, or --price PER_HOUR, with which rows on this machine are counted"
+"""Why it is not known how much a run trains, if neither --rows nor --price asked for it."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +45,27 @@ class Planned:
     prediction: Prediction | None
     gpu: Gpu
     """The device that the run was planned for."""
-    why: str = ""
-    """Reason why there is no prediction."""
+    amount: Amount | str = ""
+    """How much the run trains, or why that is not known."""
     tuned: str | None = None
     """What `training.tune` chose."""
+    why: str = ""
+    """Reason why there is no prediction."""
+
+    @property
+    def seconds(self) -> float | None:
+        """Planned time of a step; None if it is not known."""
+        return None if self.prediction is None else step_seconds(self.prediction, self.gpu)
+
+    def bill(self, price: float | None) -> Bill | None:
+        """Return what the run takes at a price per hour of its GPU; None if its length or its time is not known."""
+        if self.prediction is None or self.seconds is None or not isinstance(self.amount, Amount):
+            return None
+        return bill(self.seconds, self.amount, price, self.prediction.ranks)
 
 
 def show_one(planned: Planned, price: float | None) -> None:
-    """Print the plan of one run: memory by phase and kind, then totals, work, time and error."""
+    """Print the plan of one run: memory by phase and kind, then totals, work, time, cost and error."""
     config, prediction, gpu = planned.config, planned.prediction, planned.gpu
     assert config is not None
     assert prediction is not None
@@ -77,8 +91,7 @@ def show_one(planned: Planned, price: float | None) -> None:
     _show_several(prediction, gpu)
     flops, traffic = (sum(getattr(work, name) for work in prediction.work) for name in ("flops", "nbytes"))
     print(f"work     {flops / 1e12:,.2f} TFLOP and {traffic / 1e9:,.0f} GB of traffic for a forward and backward pass")
-    if (seconds := step_seconds(prediction, gpu)) is not None:
-        print(f"time     {_time(config, seconds, price)}, at {gpu.rates}{_time_error(gpu)}")
+    _show_time(planned, price)
     if planned.tuned:
         print(f"tuned    {planned.tuned}")
     print(f"error    {_error(gpu, prediction.ranks)}")
@@ -105,89 +118,143 @@ def _show_several(prediction: Prediction, gpu: Gpu) -> None:
     print(f"sends    {text}")
 
 
-def show_many(planned: Sequence[Planned], price: float | None) -> None:
-    """Print one line for each run."""
+def _show_time(planned: Planned, price: float | None) -> None:
+    """Print the time of a step and, as far as it is known how much the run trains, hours and cost."""
+    assert planned.config is not None
+    if (seconds := planned.seconds) is None:
+        if planned.gpu.type == "cuda":
+            print("time     unknown: " + ("no rates for float32" if planned.gpu.tflops else "add --gpu NAME"))
+        return
+    note("time", f"{seconds:.3g} s per step, at {planned.gpu.rates}{_time_error(planned.gpu)}")
+    amount = planned.amount
+    if not isinstance(amount, Amount):
+        note("hours", f"unknown: {amount}")
+        return
+    each = planned.bill(price)
+    assert each is not None
+    steps = f"{each.hours:.3g} h for {amount.steps:,} steps of {rows_of_step(planned.config)} rows"
+    note("hours", f"{steps}; {amount.source}")
+    if each.cost is not None and price is not None and planned.prediction is not None:
+        ranks = f" for each of {planned.prediction.ranks} GPUs" if planned.prediction.ranks > 1 else ""
+        print(f"cost     {each.cost:.3g} at {price:g} per hour{ranks}; {each.per_thousand:.3g} per 1,000 examples")
+
+
+def show_many(planned: Sequence[Planned], prices: Mapping[str, float]) -> None:
+    """Print one line for each run on each card, and what all runs take on each card."""
+    configs = [run.config for run in planned if run.config]
+    cards = list(dict.fromkeys(run.gpu for run in planned))
+    names, names_of = _names([run.words for run in planned])
+    bills = [run.bill(prices.get(run.gpu.name)) for run in planned]
+    least = _cheapest(planned, bills)
+    headings = [*names, "card", "GiB", "fits", "s a step", "hours", "cost", "per 1,000", "sends"]
     rows = []
-    common = set.intersection(*(set(run.words) for run in planned))
-    for run in planned:
-        name = " ".join(shortened(word) for word in run.words if word not in common)
-        if run.config is None or run.prediction is None:
-            rows.append([name, "-", "-", run.why, "-"])
+    for place, (run, each) in enumerate(zip(planned, bills, strict=True)):
+        cells = [*names_of[place], run.gpu.name if len(cards) > 1 else ""]
+        if run.prediction is None:
+            rows.append([*cells, "-", "no plan", "", "", "", "", ""])
             continue
-        gpu = run.gpu
-        name += f" ({run.tuned.partition(':')[0]})" if run.tuned else ""
-        seconds = step_seconds(run.prediction, gpu)
+        ranks = f" x {run.prediction.ranks}" if run.prediction.ranks > 1 else ""
+        judged = FITS[verdict(run.prediction, run.gpu)] if _judged(run.gpu) else ""
         rows.append(
             [
-                name,
-                f"{expected(run.prediction, gpu) / GIB:.2f}"
-                + (f" x {ranks}" if (ranks := run.prediction.ranks) > 1 else ""),
-                _verdict(run.prediction, gpu),
-                "" if seconds is None else _time(run.config, seconds, price),
-                _sent(run.prediction, gpu),
+                *cells,
+                f"{expected(run.prediction, run.gpu) / GIB:.2f}{ranks}",
+                judged + ("*" if place in least else ""),
+                "" if run.seconds is None or any(bills) else f"{run.seconds:.3g}",
+                "" if each is None else f"{each.hours:.3g}",
+                *(("", "") if each is None or each.cost is None else (f"{each.cost:.3g}", f"{each.per_thousand:.3g}")),
+                _sent(run.prediction, run.gpu),
             ]
         )
+    kept = [place for place in range(len(headings)) if any(row[place] for row in rows)]
+    common = set.intersection(*(set(run.words) for run in planned))
     shared = f", all with {' '.join(shortened(word) for word in planned[0].words if word in common)}" if common else ""
-    headings = ["run", "GiB", "", "time", "sends"]
-    if not any(run.prediction and run.prediction.ranks > 1 for run in planned):
-        headings, rows = headings[:-1], [row[:-1] for row in rows]
-    print_table(f"{len(rows)} runs{shared}", headings, rows)
+    print_table(
+        f"{len(rows)} runs{shared}",
+        [headings[place] for place in kept],
+        [[row[place] for place in kept] for row in rows],
+        whole=len(names) + (len(cards) > 1) if sum(map(_width, zip(*names_of, strict=True))) <= WIDEST else 0,
+    )
+    for place, run in enumerate(planned):
+        if run.why:
+            print(f"{' '.join(names_of[place])}: {run.why}")
+    if least:
+        print("*        the cheapest of the cards that it fits")
+    _show_totals(planned, bills, prices, cards)
+    if configs:
+        _show_basis(planned, cards)
+
+
+FITS = {"fits": "yes", "may fit": "maybe", "does not fit": "no"}
+"""Cells for the three verdicts."""
+WIDEST = 40
+"""Characters of names that a table of 80 has room for on one line."""
+
+
+def _names(runs: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """Return headings and cells that name runs: a column for each key that differs, or one for all their words."""
+    pairs = [dict(word.partition("=")[::2] for word in words) for words in runs]
+    keys = list(dict.fromkeys(key for words in pairs for key in words))
+    differ = [key for key in keys if len({words.get(key) for words in pairs}) > 1]
+    cells = [[shortened(words.get(key, "-"), WIDEST) for key in differ] for words in pairs]
+    ends = [key.rpartition(".")[2] for key in differ]
+    headings = [end if ends.count(end) == 1 else key for end, key in zip(ends, differ, strict=True)]
+    return headings, cells
+
+
+def _width(cells: Sequence[str]) -> int:
+    return max(map(len, cells))
+
+
+def _cheapest(planned: Sequence[Planned], bills: Sequence[Bill | None]) -> set[int]:
+    """Return the places of the cards that cost least for each run of those that fit, if several have a cost."""
+    runs: dict[str, dict[int, float]] = {}
+    for place, (run, each) in enumerate(zip(planned, bills, strict=True)):
+        if run.prediction and each and each.cost is not None and verdict(run.prediction, run.gpu) == "fits":
+            runs.setdefault(" ".join(run.words), {})[place] = each.cost
+    several = len({run.gpu for run in planned}) > 1
+    return {min(costs, key=costs.__getitem__) for costs in runs.values()} if several else set()
+
+
+def _show_totals(
+    planned: Sequence[Planned], bills: Sequence[Bill | None], prices: Mapping[str, float], cards: Sequence[Gpu]
+) -> None:
+    """Print what all runs take on each card, and why that is not known of some."""
+    for gpu in cards:
+        found = [each for run, each in zip(planned, bills, strict=True) if run.gpu == gpu]
+        known = [each for each in found if each is not None]
+        if not known or len(found) < 2:
+            continue
+        hours, cost = total(known)
+        price = "" if cost is None else f", cost {cost:.3g} at {prices[gpu.name]:g} per hour"
+        missing = f"; {len(found) - len(known)} more are not counted" if len(known) < len(found) else ""
+        print(f"total    {gpu.name}: {hours:.3g} h for {len(known)} runs, one after another{price}{missing}")
+    for why in dict.fromkeys(run.amount for run in planned if run.seconds is not None and isinstance(run.amount, str)):
+        note("hours", f"unknown: {why}")
+    for source in dict.fromkeys(run.amount.source for run in planned if isinstance(run.amount, Amount)):
+        note("rows", source)
+
+
+def _show_basis(planned: Sequence[Planned], cards: Sequence[Gpu]) -> None:
+    """Print what the cards and the figures of a table mean."""
     most = max((run.prediction.ranks for run in planned if run.prediction), default=1)
-    for gpu in dict.fromkeys(run.gpu for run in planned):
-        print(f"{gpu.name}: times at {gpu.rates}; error {_error(gpu, most)}")
+    about: dict[str, list[str]] = {}
+    for gpu in cards:
+        timed = f"times at {gpu.rates}; " if any(run.seconds for run in planned if run.gpu == gpu) else ""
+        name = f"{gpu.name} ({gpu.memory_gib:g} GiB)" if gpu.memory_gib else gpu.name
+        about.setdefault(f"{timed}error of GiB {_error(gpu, most)}", []).append(name)
+    for text, names in about.items():
+        note("cards", f"{', '.join(names)}: {text}")
+    if any(run.seconds and not run.gpu.calibration for run in planned):
+        note("times", TOO_GOOD)
+    if not any(map(_judged, cards)):
+        note("fits", "add --gpu NAME or --vram GIB to see whether they fit")
     print(_LEFT_OUT)
 
 
-def show_card(options: Sequence[Option], why: Mapping[str, str], gpu: Gpu) -> None:
-    """Print memory, largest batch and speed of each option on one GPU, and which option to choose."""
-    timed = bool(gpu.tflops or (gpu.calibration and gpu.calibration.flops_per_second))
-    rows = []
-    for option in options:
-        planned, fit = option.planned, option.fits[gpu]
-        seconds = step_seconds(planned, gpu)
-        tokens = option.config.training.per_device_train_batch_size * option.config.training.max_length
-        tokens *= option.config.training.gradient_accumulation_steps
-        rows.append(
-            [
-                option.name,
-                f"{planned.trainable / 1e6:,.1f} M",
-                f"{expected(planned, gpu) / GIB:.1f}",
-                verdict(planned, gpu),
-                f"{fit.rows:,}" if fit.rows else "-",
-                f"{fit.length:,}" if fit.length else "-",
-                f"{fit.gpus}" if fit.gpus else f"over {GPUS[-1]}",
-                *(["" if seconds is None else f"{tokens / seconds:,.0f}"] if timed else []),
-            ]
-        )
-    training = options[0].config.training
-    batch = f"{training.per_device_train_batch_size} rows of {training.max_length} tokens"
-    title = f"{options[0].config.model.model_name_or_path} in {gpu.memory_gib:g} GiB ({gpu.name}), batches of {batch}"
-    headings = ["", "trained", "GiB", "", "most rows", "longest row", "GPUs", "tokens/s"]
-    print_table(title, headings if timed else headings[:-1], rows)
-    _show_reasons(why)
-    chosen, reason = choose(options, gpu)
-    if chosen:
-        print(f"choose   {chosen}: {reason}")
-    print(f"{_BASIS}; tokens/s at {gpu.rates}" if timed else _BASIS)
-    _show_longer(options)
-    _show_room(gpu, max(option.planned.ranks for option in options))
-
-
-def show_cards(options: Sequence[Option], why: Mapping[str, str], cards: Sequence[Gpu]) -> None:
-    """Print the largest batch and the longest row of each option on GPUs of several sizes."""
-    length = options[0].config.training.max_length
-    rows = []
-    for card in cards:
-        reaches = [_rows_and_length(option.fits[card]) for option in options]
-        rows.append([f"{card.memory_gib:g}", *reaches, choose(options, card)[0]])
-    title = (
-        f"{options[0].config.model.model_name_or_path}: most rows of {length} tokens | longest row in a batch of one"
-    )
-    print_table(title, ["GiB", *(option.name for option in options), "choose"], rows)
-    _show_reasons(why)
-    print(_BASIS)
-    _show_longer(options)
-    _show_room(cards[0], max(option.planned.ranks for option in options))
+def note(label: str, text: str) -> None:
+    """Print a line with a label, broken to the width of a terminal of 80 columns."""
+    print(textwrap.fill(f"{label:8} {text}", 80, subsequent_indent=" " * 9, break_long_words=False))
 
 
 def show_models(models: Sequence[Sized], why: Mapping[str, str], cards: Sequence[Gpu]) -> None:
@@ -202,14 +269,8 @@ def show_models(models: Sequence[Sized], why: Mapping[str, str], cards: Sequence
         rows.append([f"{card.memory_gib:g}", *cells])
     print_table("largest model for each GPU size", ["GiB", *names], rows)
     print("models  ", ", ".join(f"{_billions(model)} {model.name}" for model in models))
-    _show_reasons(why)
-    _show_room(cards[0], ranks)
-
-
-def _show_longer(options: Sequence[Option]) -> None:
-    """Say how rows can be longer, if the options do not do that already."""
-    if not any(option.config.training.activation_offloading for option in options):
-        print(_LONGER)
+    show_reasons(why)
+    show_room(cards[0], ranks)
 
 
 def _sent(prediction: Prediction, gpu: Gpu) -> str:
@@ -223,13 +284,8 @@ def _billions(model: Sized) -> str:
     return f"{model.parameters / 1e9:.1f} B"
 
 
-def _rows_and_length(fit: Fit) -> str:
-    if fit.rows or fit.length:
-        return f"{fit.rows:,} | {fit.length:,}"
-    return f"on {fit.gpus} GPUs" if fit.gpus else "-"
-
-
-def _show_reasons(why: Mapping[str, str]) -> None:
+def show_reasons(why: Mapping[str, str]) -> None:
+    """Print why options are missing."""
     for reason in dict.fromkeys(why.values()):
         print(f"{'; '.join(name for name, own in why.items() if own == reason)}: {reason}")
 
@@ -239,9 +295,13 @@ def _verdict(prediction: Prediction, gpu: Gpu) -> str:
 
     A CPU's plan covers tensors only, so it needs a calibration from past runs to account for the rest.
     """
-    if not gpu.memory_gib or (gpu.type == "cpu" and gpu.calibration is None):
+    if not _judged(gpu):
         return ""
     return f"{verdict(prediction, gpu)} in {gpu.memory_gib:g} GiB ({gpu.name})"
+
+
+def _judged(gpu: Gpu) -> bool:
+    return bool(gpu.memory_gib) and not (gpu.type == "cpu" and gpu.calibration is None)
 
 
 def _whether_it_fits(prediction: Prediction, gpu: Gpu) -> str:
@@ -269,19 +329,11 @@ def _error(gpu: Gpu, ranks: int) -> str:
 def _time_error(gpu: Gpu) -> str:
     if gpu.calibration and gpu.calibration.time_error is not None:
         return f" (error up to {gpu.calibration.time_error:.0%})"
-    return ""
+    return "" if gpu.calibration else f"; {TOO_GOOD}"
 
 
-def _show_room(gpu: Gpu, ranks: int) -> None:
+def show_room(gpu: Gpu, ranks: int) -> None:
+    """Print what is allowed for where something is said to fit."""
     nccl = " and NCCL" if ranks > 1 else ""
     error = f"{worst_error(gpu, ranks):.1%}"
     print(f"fits     even if the prediction is {error} too low, with {outside(ranks):g} GiB for the driver{nccl}")
-
-
-def _time(config: Config, seconds: float, price: float | None) -> str:
-    steps = config.training.max_steps
-    text = f"{seconds:.3g} s per step"
-    if steps <= 0:
-        return text
-    text += f", {steps * seconds / 3600:.3g} h for {steps} steps"
-    return text if price is None else f"{text}, cost {price * steps * seconds / 3600:.3g} at {price:g} per hour"

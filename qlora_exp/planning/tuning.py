@@ -18,20 +18,15 @@ from qlora_exp.environment.device import Resolved
 from qlora_exp.environment.efficiency import copied_bytes, product_flops
 from qlora_exp.models import builtin
 from qlora_exp.planning.fit import room
-from qlora_exp.planning.gpus import GPUS, Gpu
+from qlora_exp.planning.gpus import GPUS, PYTHON_SECONDS, Gpu
 from qlora_exp.utils.errors import ConfigError
 from qlora_exp.utils.units import GIB
 
 if TYPE_CHECKING:
     from qlora_exp.planning.planner import Prediction
 
-PYTHON_SECONDS = 40e-6
-"""Time in which Python starts an operation of a GPU, which a step of few tokens waits for.
-
-Source: docs/explanation/planning_accuracy.md, "An H100": a step of 10,781 operations took 0.43 s with one row.
-"""
 PYTHON_SECONDS_OF_CPU = 10e-6
-"""The same for an operation of a CPU: an assumption. Torch alone takes 3 microseconds for an addition."""
+"""Time in which Python starts an operation of a CPU: an assumption; torch alone takes 3 µs for an addition."""
 
 _MOST_TOKENS = 1024
 """Products of more tokens are no faster."""

@@ -22,6 +22,7 @@ RUN_HERE = {
     "published_fms": ("--runs 1", r"SantaCoder .*%"),
     "published_fsdp": ("--runs 1", r"Llama 2 7B LoRA .*%"),
     "published_litgpt": ("--runs 1", r"llama2_7b .*%"),
+    "published_times": ("--runs 1", r"SantaCoder .*%"),
     "sweeps": ("--jobs 0 --many 0 --done 2 --fused 0", r"sweep with all 2 jobs already done"),
 }
 """Benchmark, arguments of its smallest run, and what that prints."""
@@ -71,7 +72,16 @@ def _thorough(names: tuple[str, ...]) -> list[Any]:
 @pytest.mark.parametrize(
     "name",
     _thorough(
-        ("bench", "compatibility", "measured_h100", "planned_memory", "published_fms", "published_fsdp", "sweeps")
+        (
+            "bench",
+            "compatibility",
+            "measured_h100",
+            "planned_memory",
+            "published_fms",
+            "published_fsdp",
+            "published_times",
+            "sweeps",
+        )
     ),
 )
 def test_benchmark_runs_at_its_smallest_size(name: str, run):

@@ -10,9 +10,9 @@ from support import exit_code
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.sections.distributed import DistributedConfig
 from qlora_exp.planning import advisor
-from qlora_exp.planning.advisor import Fit, Option, choose, largest
+from qlora_exp.planning.advisor import largest
 from qlora_exp.planning.fit import outside, verdict
-from qlora_exp.planning.gpus import GPUS, Gpu
+from qlora_exp.planning.gpus import Gpu
 from qlora_exp.planning.planner import Prediction, planner
 from qlora_exp.planning.replay import Phase
 from qlora_exp.utils.errors import UserError
@@ -87,33 +87,6 @@ def test_search_asks_for_few_predictions():
     assert len(asked) <= 5
 
 
-def option(name: str, gib: float, rows: int, length: int, flops: float = 1.0) -> Option:
-    size = int(gib * 2**30)
-    from qlora_exp.planning.recording.fake_tensors import Work
-
-    planned = Prediction({"steady": Phase({"weights": size}, size, size)}, [Work(flops, 0)], 1, 2)
-    return Option(name, compose(["method=lora"]), planned, {CARD: Fit(rows, length)})
-
-
-@pytest.mark.parametrize(
-    ("lora", "qlora", "says"),
-    [
-        (
-            (14, 6848),
-            (39, 8192),
-            "LoRA: it fits, so no accuracy is lost to 4-bit weights; QLoRA would take 7.0 GiB, not 18.0",
-        ),
-        ((2, 1024), (39, 8192), "with 2 rows per batch, not 4: raise training.gradient_accumulation_steps"),
-        ((0, 0), (39, 8192), "QLoRA: LoRA does not fit with one row of 512 tokens (it takes 18.0 GiB with 4)"),
-        ((0, 0), (1, 512), "with 1 row per batch"),
-        ((0, 0), (0, 256), "training.max_length=256"),
-        ((0, 0), (0, 0), "neither"),
-    ],
-)
-def test_lora_is_chosen_if_it_fits(lora, qlora, says):
-    assert says in ": ".join(choose([option("LoRA", 18, *lora), option("QLoRA", 7, *qlora)], CARD))
-
-
 def test_number_of_gpus_is_the_first_on_which_a_share_fits():
     class Plans:
         positions = 4096
@@ -135,22 +108,6 @@ def test_number_of_gpus_is_the_first_on_which_a_share_fits():
         return advisor._fits(compose(["method=lora"]), plans.predict(4), plans, [CARD])[CARD].gpus
 
     assert [gpus(gib) for gib in (20, 36, 72, 144, 320, 2000)] == [1, 2, 4, 8, 0, 0]
-    found = [option("LoRA", 80, 0, 0), option("QLoRA", 40, 0, 0)]
-    for one, count in zip(found, (4, 2), strict=True):
-        one.fits[CARD] = Fit(0, 0, count)
-    assert "several of these with distributed=fsdp (4 for LoRA, 2 for QLoRA)" in choose(found, CARD)[1]
-
-
-def test_time_cost_of_4_bits_is_stated_for_gpus_with_rates():
-    card = replace(GPUS["rtx4090"], memory_gib=24.0)
-    options = [option("LoRA", 18, 4, 512, 1e12), option("QLoRA", 7, 4, 512, 1.2e12)]
-    for one in options:
-        one.fits[card] = Fit(4, 512)
-    assert "+20% time" in choose(options, card)[1]
-
-
-def test_nothing_is_chosen_unless_both_methods_were_planned():
-    assert choose([option("LoRA", 18, 1, 64)], CARD) == ("", "")
 
 
 @pytest.mark.slow
@@ -191,7 +148,8 @@ def test_advise_command_says_what_to_choose(capsys, monkeypatch):
     monkeypatch.setattr(advisor, "METHODS", {name: advisor.METHODS[name] for name in ("LoRA", "QLoRA")})
     assert advise("--vram", "8") == 0
     shown = capsys.readouterr().out
-    assert "choose   LoRA" in shown
+    assert "choose   LoRA for quality: it fits" in shown
+    assert "settings method.r=16" in shown
     assert "7.0%" in shown
     monkeypatch.setattr(advisor, "CARDS", (4, 24))
     assert advise("method=lora") == 0  # for cards of every size
@@ -209,6 +167,9 @@ def test_advise_command_says_what_to_choose(capsys, monkeypatch):
         (["method.r=4,8"], "only if the methods are named"),
         (["model.dtype=float16"], "name the methods too"),
         (["quantization=nf4"], "name the methods too"),
+        (["--gpu", "a10,l4"], "advise is about one GPU"),
+        (["--vram", "8", "--goal", "cost"], "--goal cost needs the price"),
+        (["--vram", "8", "--price", "1"], "--price needs the GPU's name"),
     ],
 )
 def test_contradictory_advise_arguments_are_rejected(arguments, says, capsys):

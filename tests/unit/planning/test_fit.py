@@ -40,10 +40,10 @@ def test_calibration_with_large_errors_gives_no_certain_verdict():
     assert [verdict(planned(gib), gpu) for gib in (5, 50)] == ["fits", "may fit"]
 
 
-def test_step_time_is_the_larger_of_arithmetic_and_traffic():
-    work = Work(int(165e12), 0), Work(0, int(1008e9)), Work(int(1e12), int(1008e9))
-    assert step_seconds(replace(planned(1, *work), batches=2), GPU) == pytest.approx(6)
-    assert GPU.rates == "the manufacturer's rates"
+def test_step_time_is_the_largest_of_arithmetic_traffic_and_starting():
+    work = Work(int(165e12), 0), Work(0, int(1008e9)), Work(int(1e12), int(1008e9)), Work(1, 1)
+    assert step_seconds(replace(planned(1, *work), batches=2), GPU) == pytest.approx(2 * (3 / 0.7 + 40e-6))
+    assert GPU.rates == "0.7 of the manufacturer's rates and 40 µs an operation"
 
 
 def test_float32_step_has_a_time_only_with_calibration():

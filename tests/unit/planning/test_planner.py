@@ -1,5 +1,6 @@
 """What is predicted agrees with closed forms, with what a real run takes, and moves where it should."""
 
+import gc
 import json
 import re
 from pathlib import Path
@@ -33,6 +34,19 @@ def test_weights_and_states_match_closed_forms():
     matrices, table = LINEAR + VOCABULARY * HIDDEN, VOCABULARY * HIDDEN  # transformers keeps 32 bits for embeddings
     states = 2 * (matrices + matrices // 256 * 4 + 4 * table + 4 * (2 * LAYERS + 1) * HIDDEN)
     assert eight.phases["evaluation"].kinds["optimizer"] == states
+
+
+def test_prediction_is_the_same_whenever_garbage_is_collected():
+    def prediction(threshold: int) -> dict[str, int]:
+        before = gc.get_threshold()
+        gc.set_threshold(threshold)
+        try:
+            phases = predict("method=qlora", evaluated=32).phases
+        finally:
+            gc.set_threshold(*before)
+        return {name: phase.reserved for name, phase in phases.items()}
+
+    assert prediction(1) == prediction(700) == prediction(10**6)
 
 
 def test_larger_batches_and_no_checkpointing_take_more_memory():

@@ -4,10 +4,16 @@ import pytest
 from helpers.planning import ARCHITECTURE
 from support import exit_code
 
-from qlora_exp.planning import advisor
+from qlora_exp.config.hydra_compose import compose
+from qlora_exp.planning import advisor, tables
 from qlora_exp.planning.advisor import Sized
-from qlora_exp.planning.gpus import Gpu
-from qlora_exp.planning.tables import show_models
+from qlora_exp.planning.cost import Amount
+from qlora_exp.planning.gpus import GPUS, Gpu
+from qlora_exp.planning.planner import Prediction
+from qlora_exp.planning.recording.fake_tensors import Work
+from qlora_exp.planning.replay import Phase
+from qlora_exp.planning.tables import Planned, show_models
+from qlora_exp.utils.units import GIB
 
 
 def plan(*arguments: str) -> int:
@@ -19,7 +25,8 @@ def test_plan_command_says_whether_a_run_fits(capsys: pytest.CaptureFixture[str]
     assert plan("method=lora", "--gpu", "rtx4090", "training.max_steps=10", "--price", "0.5") == 0
     shown = capsys.readouterr().out
     assert "fits in 24 GiB (rtx4090)" in shown
-    assert "for 10 steps" in shown
+    assert "h for 10 steps of 4 rows; training.max_steps" in shown
+    assert re.search(r"^cost +\S+ at 0.5 per hour; \S+ per 1,000 examples", shown, re.MULTILINE)
     assert "steady" in shown
 
 
@@ -68,3 +75,38 @@ def test_largest_model_for_each_card_is_shown(capsys):
         ["4", "1.0 B", "1.0 B"], ["6", "1.0 B", "1.0 B"],
         *([str(size), "1.0 B", "10.0 B"] for size in advisor.CARDS[2:]),
     ]  # fmt: skip
+
+
+def test_cards_are_compared_and_the_cheapest_that_fits_is_marked(capsys: pytest.CaptureFixture[str]):
+    prediction = Prediction({"steady": Phase({}, 0, 20 * GIB)}, [Work(10**14, 0)], 1, 2)
+    words = [["experiment=llama3_8b_alpaca_lora"], ["experiment=llama3_8b_alpaca_qlora"]]
+    cards = [GPUS["t4"], GPUS["rtx4090"], GPUS["a100-80gb"]]
+    amount = Amount(1000, 8000.0, "--rows")
+    config = compose(["method=lora"])
+    runs = [Planned(words[0], config, prediction, card, amount) for card in cards]
+    runs.append(Planned(words[1], None, None, cards[0], why="cannot be planned: no"))
+    tables.show_many(runs, {"t4": 0.1, "rtx4090": 0.4, "a100-80gb": 2.0})
+    shown = capsys.readouterr().out
+    rows = {card.name: next(line for line in shown.splitlines() if f"│ {card.name} " in line) for card in cards}
+    assert " no " in rows["t4"]
+    assert "yes*" in rows["rtx4090"]
+    assert "*" not in rows["a100-80gb"]
+    assert all(word.partition("=")[2] in shown for (word,) in words)  # names are not cut at 80 columns
+    assert "llama3_8b_alpaca_qlora: cannot be planned: no" in shown
+    assert max(len(line) for line in shown.splitlines() if "│" in line) <= 80
+
+
+def test_table_without_a_gpu_has_no_empty_column(capsys: pytest.CaptureFixture[str]):
+    prediction = Prediction({"steady": Phase({}, 0, GIB)}, [], 1, 2)
+    runs = [Planned([f"method={name}"], compose(["method=lora"]), prediction, Gpu("GPU", 0.0)) for name in "ab"]
+    tables.show_many(runs, {})
+    heading = capsys.readouterr().out.splitlines()[2]
+    assert [cell.strip() for cell in heading.strip("┃").split("┃")] == ["method", "GiB"]
+
+
+def test_what_to_give_is_said_where_hours_are_not_known(capsys: pytest.CaptureFixture[str]):
+    prediction = Prediction({"steady": Phase({}, 0, GIB)}, [Work(10**14, 0)], 1, 2)
+    run = Planned([], compose(["method=lora"]), prediction, GPUS["t4"], tables.UNASKED)
+    assert run.bill(1.0) is None
+    tables.show_many([run, run], {})
+    assert "give --rows N" in capsys.readouterr().out
