@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qlora_exp.cli.parents import URI, Commands, add_command, add_overrides
+from qlora_exp.libraries.imports import import_quickly
 from qlora_exp.planning import calibration, cost, gpus
 from qlora_exp.planning.gpus import Gpu
 from qlora_exp.utils.display import say
@@ -284,6 +285,7 @@ def _import_planner() -> None:
     # Nothing is compiled here, and importing the compiler takes a second.
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     gc.disable()  # saves a fifth of the imports' time
+    import_quickly()
     from transformers.utils import logging as transformers_logging
 
     import qlora_exp.planning.planner  # noqa: F401

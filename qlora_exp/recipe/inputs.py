@@ -19,6 +19,7 @@ from qlora_exp.config.tables.optimizers import check_package
 from qlora_exp.distributed import group
 from qlora_exp.environment import data_files, hub
 from qlora_exp.environment.device import Resolved, detect, resolve, take
+from qlora_exp.libraries.imports import import_quickly
 from qlora_exp.models import files as model_files
 from qlora_exp.tracking.stores import uris
 from qlora_exp.utils.env_file import load_env_file
@@ -104,6 +105,7 @@ def read_inputs(config: Config) -> Inputs:
     score = sources.scorer(config.dataset)
     facts = _plugins(config, rows)
     # Imported after the rows are read: these modules import torch, which takes seconds.
+    import_quickly()
     from qlora_exp.models import builtin
     from qlora_exp.models.checks import check_model
     from qlora_exp.recipe.saved import first_adapter

@@ -13,6 +13,7 @@ import importlib
 
 from qlora_exp.environment import provenance
 from qlora_exp.environment.device import nvml_handles, visible_gpus
+from qlora_exp.libraries.imports import import_quickly
 from qlora_exp.tracking import run_key
 from qlora_exp.utils.quiet import quiet
 
@@ -73,6 +74,8 @@ _CODE_IS_LOADED = bool(_GPUS) or not visible_gpus()
 quiet()
 gc.disable()  # collecting would take a fifth of the import time for nothing; each job enables it again
 with _without_cuda(_GPUS):
+    if _CODE_IS_LOADED:
+        import_quickly()
     for _name in (*_ALWAYS, *(_IF_UNTOUCHED if _CODE_IS_LOADED else ())):
         with contextlib.suppress(ImportError):  # a job that needs the package reports that it is missing
             importlib.import_module(_name)

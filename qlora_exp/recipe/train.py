@@ -57,10 +57,10 @@ def train(run: RunContext, trainable: Trainable, pruning: Mapping[str, Any] | No
 
         judge = search.judge(pruning)
     run.tracker.deliver_now()
-    precision = run.resolved.device, computes_in(run.resolved)
-    before = efficiency.peak_flops(*precision)
     with efficiency.EnergyMeter() as energy:
         run.log_metrics(trainer.train(trainable.trainer, run.tracker.metrics, checkpoint, judge))
+    precision = run.resolved.device, computes_in(run.resolved)
+    first = efficiency.peak_flops(*precision)  # not before training, whose first step would be later
     if (others := turns.current()) is not None:
         others.keep("base").check()
     _log_optimizer(run, trainable.trainer)
@@ -68,7 +68,7 @@ def train(run: RunContext, trainable: Trainable, pruning: Mapping[str, Any] | No
     # Of a resumed run only a part is measured, and with several runs in this process not which took what.
     joules = None if checkpoint or None in used or turns.current() else sum(used)
     # The best of two moments: in one alone the machine may be busy with something else.
-    peak = sum(group.gather(max(before, efficiency.peak_flops(*precision))))
+    peak = sum(group.gather(max(first, efficiency.peak_flops(*precision))))
     steady = [peaks.get("steady", {}) for peaks in group.gather(run.memory.peaks)]
     together = {source: sum(peaks[source] for peaks in steady) for source in steady[0]}
     run.log_metrics(efficiency.of_training(run.metrics, {"steady": together}, peak, joules))

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "qlora_exp"
 LIBRARIES = PACKAGE / "libraries"
 PAGE = (ROOT / "docs" / "reference" / "library_patches.md").read_text("utf-8")
 DISTRIBUTIONS = {"hydra": "hydra-core"}
-MODULES = sorted(file.stem for file in LIBRARIES.glob("*.py") if file.stem not in ("__init__", "patching"))
+MODULES = sorted(file.stem for file in LIBRARIES.glob("*.py") if file.stem not in ("__init__", "patching", "imports"))
 PUBLIC = {"_exit", "_current_frames"}
 """Of Python's `os` and `sys`, documented."""
 
