@@ -21,7 +21,8 @@ def composed_commands(page: Path) -> list[list[str]]:
     for block in re.findall(r"```(?:bash|console)\n(.*?)```", page.read_text("utf-8"), re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             if named := re.search(r"(?:qlora-exp|-m qlora_exp) (?:train|plan|advise)\b(.*)", line.split(" #")[0]):
-                overrides = [word for word in shlex.split(named[1]) if re.match(r"[+~]?[\w./@]+=", word)]
+                words = shlex.split(re.sub(r"--price \S+", "", named[1]))
+                overrides = [word for word in words if re.match(r"[+~]?[\w./@]+=", word)]
                 single = [word for word in overrides if not re.search(r"=(choice|range|interval|tag)\(", word)]
                 commands.append([re.sub(r"=([^\[{(,]*),.*", r"=\1", word) for word in single])
     return commands
