@@ -5,8 +5,8 @@
 Claims about code are run: with a Llama of two layers and random weights, and the library versions that are installed.
 """
 
+import argparse
 import inspect
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -207,7 +207,12 @@ CLAIMS = {
 
 def main() -> None:
     """Print what each claim is about, and the right values."""
-    for number in [int(word) for word in sys.argv[1:]] or CLAIMS:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("claims", nargs="*", type=int, metavar="CLAIM", help="numbers of the page; default: all")
+    chosen = parser.parse_args().claims
+    if unknown := {*chosen} - {*CLAIMS}:
+        parser.error(f"no claim {min(unknown)}; there are {', '.join(map(str, CLAIMS))}")
+    for number in chosen or CLAIMS:
         print(f"\n{number}. {(CLAIMS[number].__doc__ or '').partition(': ')[2]}")
         CLAIMS[number]()
 
