@@ -1,6 +1,6 @@
 """Compute what docs/explanation/source_documents.md corrects, where `qlora-exp plan` is not the command that does it.
 
-    python benchmarks/source_documents.py [CLAIM ...]       # numbers of that page; all take some 20 s; no GPU, no hub
+    nox -s memory -- source_documents [CLAIM ...]       # numbers of that page; all take some 20 s; no GPU, no hub
 
 Claims about code are run: with a Llama of two layers and random weights, and the library versions that are installed.
 """
