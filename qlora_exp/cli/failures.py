@@ -9,14 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qlora_exp.utils.display import NEWLINES, shown
-from qlora_exp.utils.errors import DivergedError, TimeLimitError, UserError, first_line, is_out_of_memory
+from qlora_exp.utils.errors import DivergedError, TimeLimitError, UserError, is_out_of_memory, type_and_first_line
 
 
-def exit_code(command: Callable[[], None]) -> int:
+def exit_code(command: Callable[[], None], less_memory: str = "") -> int:
     """Call `command`: 0 if it succeeds, 1 if it fails, 130 if it is interrupted.
 
     An error that the user can fix is shown as one message. Any other error is a bug of this program and is shown with
     its traceback.
+
+    Args:
+        command: the command.
+        less_memory: with what it takes less memory, said if that ran out; empty: the error says it, or nothing does.
     """
     try:
         command()
@@ -29,7 +33,7 @@ def exit_code(command: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (Exception, TimeLimitError) as error:
-        print(shown(_message(error), keep=NEWLINES), file=sys.stderr)
+        print(shown(_message(error, less_memory), keep=NEWLINES), file=sys.stderr)
         return 1
     return 0
 
@@ -47,13 +51,16 @@ def full_disk_named(folder: Path) -> Iterator[None]:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 
 
-def _message(error: BaseException) -> str:
+def _message(error: BaseException, less_memory: str) -> str:
+    # Only a process that has imported torch can raise torch's error; importing torch here would take seconds.
+    of_device = isinstance(error, getattr(sys.modules.get("torch"), "OutOfMemoryError", ()))
+    advice = less_memory and f"; {less_memory}"
     if isinstance(error, UserError | TimeLimitError):
         return f"error: {error}"
-    if isinstance(error, DivergedError):
-        return f"error: {type(error).__name__}: {error}"
+    if isinstance(error, DivergedError) or of_device:
+        return f"error: {type(error).__name__}: {error}{advice if of_device else ''}"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"error: no space left on the disk of {error.filename or Path.cwd()}"
     if is_out_of_memory(error):
-        return "\n".join([f"error: out of memory: {first_line(error)}", *getattr(error, "__notes__", ())])
+        return f"error: out of memory: {type_and_first_line(error)}{advice}"
     return "".join(traceback.format_exception(error))

@@ -28,6 +28,7 @@ def add_parsers(commands: Commands) -> None:
     adapter = "load another adapter of the same base model as NAME; SOURCE: RUN, MODEL or FOLDER; may be repeated"
     sampling.add_argument("--adapter", action="append", default=[], metavar="NAME=SOURCE", help=adapter)
     quantization = "quantization of the base model: nf4_double, int8, none, ...; default: as in training"
+    sampling.set_defaults(less_memory=_LESS_MEMORY)
     sampling.add_argument("--quantization", metavar="NAME", help=quantization)
     sampling.add_argument(
         "--max-new-tokens", type=int, default=256, metavar="N", help="most tokens of an answer; default: 256"
@@ -76,6 +77,9 @@ def add_parsers(commands: Commands) -> None:
     parser.add_argument("--api-key-env", metavar="NAME", help=key)
     parser.add_argument("--host", default="127.0.0.1", help="address to serve on; default: this machine only")
     parser.add_argument("--port", type=int, default=8000, help="port to serve on; default: 8000")
+
+
+_LESS_MEMORY = "less is taken with --quantization nf4_double, a smaller --max-new-tokens or --device cpu"
 
 
 def generate(options: argparse.Namespace) -> None:

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(shown(f"MLflow: {uri} ({_STORE})"), file=sys.stderr)
         options.handler(options)
 
-    sys.exit(exit_code(run))
+    sys.exit(exit_code(run, getattr(options, "less_memory", "")))
 
 
 def _parse(words: list[str]) -> argparse.Namespace:

@@ -32,6 +32,7 @@ def add_parsers(commands: Commands) -> None:
         "that the adapter was trained on (trained); auto (default): files, unless the files are quantized",
     )
 
+    out.set_defaults(less_memory=_LESS_MEMORY)
     add_command(commands, "merge", merge, [SOURCE, URI, out])
 
     parser = add_command(commands, "export", export, [SOURCE, URI, out])
@@ -53,6 +54,7 @@ def add_parsers(commands: Commands) -> None:
     )
 
     parser = add_command(commands, "deployment-gap", deployment_gap, [RUN, URI])
+    parser.set_defaults(less_memory="less is taken with fewer --forms, or evaluation.generation_batch_size=1")
     add_overrides(parser, "keys of the run's config to change, such as dataset.path=FILE or evaluation.generate_rows=8")
     parser.add_argument(
         "--forms",
@@ -65,6 +67,12 @@ def add_parsers(commands: Commands) -> None:
         metavar="FOLDER",
         help="folder to write the exported models to; default: outputs/deployment/RUN_ID",
     )
+
+
+_LESS_MEMORY = (
+    "the merged model is held in memory whole: free some, use a machine with more, or --dtype bfloat16, which takes "
+    "half of float32; an adapter need not be merged to be used (qlora-exp serve)"
+)
 
 
 def merge(options: argparse.Namespace) -> None:

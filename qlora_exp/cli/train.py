@@ -9,17 +9,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qlora_exp.cli.failures import exit_code, full_disk_named
 from qlora_exp.cli.parents import Commands, add_command
 from qlora_exp.utils.display import NEWLINES, shown
-from qlora_exp.utils.errors import ConfigError, is_out_of_memory
+from qlora_exp.utils.errors import ConfigError
 from qlora_exp.utils.files import remove_if_empty
 from qlora_exp.utils.quiet import quiet
-
-if TYPE_CHECKING:
-    from qlora_exp.config.schema import Config
 
 
 def add_parsers(commands: Commands) -> None:
@@ -119,12 +116,15 @@ def _single_run(composed: Any, output_dir: Path) -> None:
     try:
         checked = recognized(check(composed))
         if checked.sweep.dry_run:
-            from qlora_exp.recipe.inputs import check_config, resolved_here
+            from qlora_exp.environment import hub
+            from qlora_exp.recipe.inputs import check_config
 
             check_config(checked)
-            resolved_here(checked)
+            offline = hub.is_needed(checked) and hub.is_offline()
+            cached = ", if what it needs of the hub is in the hub's cache" if offline else ""
             print(
-                "this run is valid here; it was not started. Add -m for a sweep, or --cfg job to print the whole config"
+                f"this run is valid here{cached}; it was not started. Add -m for a sweep, or --cfg job to print the "
+                "whole config"
             )
             return
         logging.getLogger(__name__).info("starting: loading the libraries takes a few seconds")
@@ -142,22 +142,5 @@ def _single_run(composed: Any, output_dir: Path) -> None:
         if any(is_complete(checkpoint) for checkpoint in checkpoints(output_dir / "checkpoints")):
             print(f"to resume: run the same command with hydra.run.dir={output_dir}", file=sys.stderr)
         raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            _advise(error, checked, output_dir)
-        raise
     finally:
         remove_if_empty(output_dir)
-
-
-def _advise(error: Exception, config: "Config", output_dir: Path) -> None:
-    """Add to an error what the run would fit with."""
-    from qlora_exp.environment.ranks import ranks
-    from qlora_exp.planning.screening import after_oom
-    from qlora_exp.tracking import journal
-
-    if not ranks().is_main or config.distributed.engine != "none":
-        return
-    logging.getLogger(__name__).info("out of memory: planning what would fit")
-    lines = journal.metrics(output_dir) if (output_dir / journal.FILE).is_file() else []
-    error.add_note(after_oom(config, {name: value for line in lines for name, value in line.items()}))

@@ -92,6 +92,31 @@ def known_keys() -> list[str]:
     return [*walk("", Config), *lora, *(f"{SFT_CONFIG}.{name}" for name in sft_arguments.ACCEPTED)]
 
 
+_ELSEWHERE = {
+    "evaluation_strategy": "set training.eval_strategy instead",
+    "group_by_length": "set training.train_sampling_strategy=group_by_length instead",
+    "load_in_4bit": "set quantization=nf4_double instead",
+    "load_in_8bit": "set quantization=int8 instead",
+    "warmup_ratio": "set training.warmup_steps instead, to a share of all steps below 1",
+    **dict.fromkeys(("fp32", "use_fp32"), "set model.dtype=float32 training.bf16=false training.fp16=false instead"),
+    **dict.fromkeys(
+        ("tokenizer", "tokenizer_name", "tokenizer_name_or_path", "processing_class", "use_fast_tokenizer"),
+        "the tokenizer is that of model.model_name_or_path; for new tokens set model.new_tokens, for another chat "
+        "template dataset.chat_template",
+    ),
+    **dict.fromkeys(
+        ("use_auth_token", "token", "hf_token", "hub_token", "auth_token"),
+        "tokens are in no config: set the environment variable HF_TOKEN, or run `hf auth login`",
+    ),
+    **dict.fromkeys(
+        ("use_flash_attention_2", "use_flash_attention", "use_flash_attn", "flash_attn"),
+        "set model.attn_implementation=flash_attention_2 instead",
+    ),
+    **dict.fromkeys(("no_cuda", "device_type"), "set device=cpu, cuda or mps instead"),
+}
+"""What takes the place of keys that are elsewhere here than in transformers, TRL and other programs."""
+
+
 def no_such_key(key: str) -> str:
     """Return the message for an unknown key, with the most similar existing keys."""
     if key.rpartition(".")[2] in ("output_dir", "out", "output"):
@@ -105,8 +130,12 @@ def no_such_key(key: str) -> str:
         return f"{key}: this launcher has no such key; did you mean 'sweep.n_jobs'?"
     if key.startswith("hydra."):
         return f"{key}: Hydra has no such key (--cfg hydra shows its keys); +{key}=VALUE adds one for a plugin"
+    name = key.rpartition(".")[2]
+    if (key == name or key.partition(".")[0] in ("training", "model", "dataset")) and name in _ELSEWHERE:
+        return f"{key}: no such key; {_ELSEWHERE[name]}"
     name = key.removeprefix("training.").removeprefix("sft_config.")
-    if key != name and name in sft_arguments.declared():
+    elsewhere = (*sft_arguments.ACCEPTED, *sft_arguments.OWN_KEYS) if name == key else ()
+    if "." not in name and name in sft_arguments.declared() and name not in elsewhere:
         refused = sft_arguments.refusal(name)
         return f"{key}: {refused}" if refused else f"{key}: no such key; did you mean '{SFT_CONFIG}.{name}'?"
     if (hint := did_you_mean(key, known_keys())) != ".":

@@ -6,7 +6,9 @@ that they do not have; only `detect` asks torch, and only `nvml_handles` asks NV
 
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +178,10 @@ def resolve(config: Config, device: Device) -> Resolved:
     full = config.method.peft_type is None
     bf16 = training.bf16 if training.bf16 != "auto" else best == "bfloat16" and training.fp16 is not True
     fp16 = training.fp16 if training.fp16 != "auto" else best == "float16" and not bf16
+    dtype = _auto(config.model.dtype, "float32" if full else best)
+    compute = _auto(quantization.bnb_4bit_compute_dtype, best) if quantization.load_in_4bit else None
+    if fp16:
+        _check_fp16(config, dtype)
     if fp16 and shared.shards:
         raise ConfigError(
             f"distributed={shared.engine} has no loss scaling for float16; use distributed=ddp or training.bf16=true"
@@ -190,7 +196,6 @@ def resolve(config: Config, device: Device) -> Resolved:
             f"optimizer={config.optimizer.name}: torchao compiles it, which on a CPU takes a C++ compiler: install g++ "
             "or choose another optimizer"
         )
-    dtype = _auto(config.model.dtype, "float32" if full else best)
     checkpoints = device.type == "cuda" and not config.refusal("gradient_checkpointing")
     recomputes: bool = _auto(training.gradient_checkpointing, checkpoints)
     return Resolved(
@@ -199,7 +204,7 @@ def resolve(config: Config, device: Device) -> Resolved:
         visible_gpus=device.visible_gpus,
         device_name=device.name,
         dtype=dtype,
-        compute_dtype=_auto(quantization.bnb_4bit_compute_dtype, best) if quantization.load_in_4bit else None,
+        compute_dtype=compute,
         quant_storage=dtype if shared.shards and quantization.load_in_4bit else None,
         adapter_dtype=None if full else _auto(config.method.adapter_dtype, "float32"),
         bf16=bf16,
@@ -215,6 +220,37 @@ def resolve(config: Config, device: Device) -> Resolved:
         num_processes=ranks().size,
         global_batch=ranks().size * training.per_device_train_batch_size * training.gradient_accumulation_steps,
     )
+
+
+def _check_fp16(config: Config, dtype: str) -> None:
+    """Check that float16 autocast goes with what is trained; `config.crosschecks` compares it with the base.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if config.method.peft_type is None and dtype == "float16":
+        raise ConfigError(
+            "model.dtype=float16: float16 autocast scales gradients, which must be float32, and method="
+            f"{config.method.name} trains these weights; use model.dtype=float32"
+        )
+
+
+def remarks(config: Config, device: Device) -> Iterator[str]:
+    """Yield a sentence for each setting that the device can compute, but slowly."""
+    asked = [
+        key
+        for key, value in (
+            ("training.bf16=true", config.training.bf16),
+            ("model.dtype=bfloat16", config.model.dtype),
+            ("quantization.bnb_4bit_compute_dtype=bfloat16", config.quantization.bnb_4bit_compute_dtype),
+        )
+        if value is True or value == "bfloat16"
+    ]
+    if device.type == "cuda" and not device.bf16 and asked:
+        yield (
+            f"{' and '.join(asked)}: {device.name} has no bfloat16 of its own and emulates it, which is slow; auto "
+            "takes float16 there"
+        )
 
 
 def autocast(resolved: Resolved) -> Any:
@@ -243,6 +279,7 @@ def _auto(value: Any, chosen: Any) -> Any:
     return chosen if value == "auto" else value
 
 
+@cache
 def cpu_name() -> str:
     """Return the system's name of the CPU."""
     import platform

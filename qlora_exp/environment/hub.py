@@ -38,6 +38,11 @@ def go_offline_if_unreachable(timeout: float = 3.0) -> None:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def is_offline() -> bool:
+    """Return whether only cached files of the hub are used, as `HF_HUB_OFFLINE` says in huggingface_hub's spelling."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
 def unreachable(timeout: float = 3.0) -> str:
     """Return why the hub accepts no connection; empty if it does, or if connections go through a proxy.
 

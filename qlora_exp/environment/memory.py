@@ -7,11 +7,14 @@ statistics.
 """
 
 import ctypes
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 from weakref import WeakSet
+
+import psutil
 
 from qlora_exp.utils.units import MIB
 
@@ -97,6 +100,26 @@ class MemoryMonitor:
                 key = f"{source}_peak_mib"
                 metrics[key] = max(value, metrics.get(key, 0.0))
         return metrics
+
+
+_CGROUP = tuple(map(Path, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")))
+
+
+def limits() -> dict[str, int]:
+    """Return limits of this process's memory in bytes that are below the machine's: of `address space`, of its `group`.
+
+    The first is `ulimit -v`. The second is that of the control group of a container or a SLURM job.
+    """
+    total, found = psutil.virtual_memory().total, {}
+    for file in _CGROUP:
+        if file.is_file() and (text := file.read_text("ascii").strip()).isdecimal() and int(text) < total:
+            found["group"] = int(text)
+    if sys.platform != "win32":
+        import resource
+
+        if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+            found["address space"] = limit
+    return found
 
 
 def resettable() -> bool:

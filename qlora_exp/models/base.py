@@ -365,6 +365,13 @@ def _from_files(kind: Any, config: ModelConfig, **arguments: Any) -> Any:
 
 
 def _gated(name: str) -> str:
+    from huggingface_hub import get_token
+
+    if get_token():
+        return (
+            f"{name} is gated, and the token that was found has no access: accept its licence at "
+            f"https://huggingface.co/{name} with the account of this token, and let the token read gated repositories"
+        )
     return (
         f"{name} is gated: accept its licence at https://huggingface.co/{name}, then set HF_TOKEN "
         "in the environment or in a .env file"

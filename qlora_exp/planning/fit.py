@@ -76,6 +76,13 @@ def room(gpu: Gpu, sign: int = 1, ranks: int = 1) -> float:
     return usable
 
 
+def needed_for(peak: float, gpu: Gpu, ranks: int = 1) -> float:
+    """Return the GiB of memory that a device of this kind needs, so that its `room` is `peak`."""
+    if gpu.calibration:
+        peak = peak * gpu.calibration.slope + gpu.calibration.offset_mib * MIB
+    return peak * (1 + min(worst_error(gpu, ranks), 0.99)) / GIB + outside(ranks)
+
+
 def verdict(prediction: "Prediction", gpu: Gpu) -> str:
     """Return `fits`, `may fit` or `does not fit` for the fullest phase together with the driver's memory."""
     least, most = (room(gpu, sign, prediction.ranks) for sign in (1, -1))

@@ -6,18 +6,15 @@ does neither.
 
 import itertools
 import logging
-import math
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 from qlora_exp.config.schema import Config
 from qlora_exp.planning import calibration
-from qlora_exp.planning.gpus import DRIVER_GIB, Gpu, here
+from qlora_exp.planning.gpus import Gpu, here
 from qlora_exp.utils.errors import UserError
 from qlora_exp.utils.processes import workers
 from qlora_exp.utils.quiet import quiet
-from qlora_exp.utils.units import GIB, MIB
+from qlora_exp.utils.units import GIB
 
 log = logging.getLogger(__name__)
 _START = "forkserver"  # a sweep with jobs has a fork server with the libraries loaded
@@ -43,32 +40,6 @@ def unfit(configs: Sequence[Config], vram: float | None) -> list[str]:
         if first is not None:
             reasons[asked.index(first)] += f"; {workers.result(pool.submit(_advice, *first))}"
         return reasons
-
-
-def after_oom(config: Config, metrics: Mapping[str, float]) -> str:
-    """Return with which settings a run that ran out of memory would fit into what it had; it is planned now.
-
-    Args:
-        config: config of the run.
-        metrics: metrics of the run: `memory/..._peak_mib` says how much it had.
-    """
-    try:
-        with workers.workers(1, _START) as pool:  # a sweep's own process does not import torch; a GPU may be full
-            gpu = here(config, None) if "torch" in sys.modules else workers.result(pool.submit(here, config, None))
-        peak = "memory/rss_peak_mib" if gpu.type == "cpu" else "memory/reserved_peak_mib"
-        had = metrics.get(peak, math.inf) * MIB / GIB + (DRIVER_GIB if gpu.type == "cuda" else 0.0)
-        gpu = replace(gpu, memory_gib=min(had, gpu.memory_gib)).calibrated(calibration.read())
-        with workers.workers(1, _START) as pool:
-            return str(workers.result(pool.submit(_advice, config, gpu)))
-    except (UserError, OSError, RuntimeError, MemoryError) as error:  # a process that plans has no memory either
-        log.debug("no plan after memory ran out: %s", error)
-        return _USUAL
-
-
-_USUAL = (
-    "less memory is needed with training.per_device_train_batch_size=1 and more training.gradient_accumulation_steps, "
-    "training.gradient_checkpointing=true, method=qlora, or a smaller training.max_length: see `qlora-exp advise`"
-)
 
 
 def most_together(configs: Sequence[Config], vram: float | None, rows_together: bool, most: int) -> int:

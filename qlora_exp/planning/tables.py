@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qlora_exp.config.schema import Config
+from qlora_exp.environment.device import remarks
 from qlora_exp.planning.advisor import Sized, advice, remedies
 from qlora_exp.planning.cost import HOW, Amount, Bill, bill, rows_of_step, total
 from qlora_exp.planning.fit import (
@@ -80,6 +81,8 @@ def show_one(planned: Planned, price: float | None) -> None:
     moved = ", before EVA moves ranks between layers" if config.lora_start == "eva" else ""
     print(f"trained  {prediction.trainable:,} of {prediction.total:,} parameters{moved}")
     print(f"memory   {expected(prediction, gpu) / GIB:.2f} GiB{_whether_it_fits(prediction, gpu)}")
+    for remark in remarks(config, gpu.device):
+        print(f"note     {remark}")
     if prediction.unquantized:
         print(f"stored   {prediction.unquantized}")
     if prediction.paged:

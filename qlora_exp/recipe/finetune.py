@@ -7,15 +7,19 @@ model is saved before it is measured.
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_exp.config.schema import Config
 from qlora_exp.data.reading.recognize import recognized
 from qlora_exp.distributed import group
 from qlora_exp.environment.ranks import is_launched, take_place
-from qlora_exp.recipe.inputs import check_config, read_inputs
+from qlora_exp.planning.guidance.exhausted import explained
+from qlora_exp.recipe.inputs import Inputs, check_config, read_inputs
 from qlora_exp.recipe.launch import launch, with_processes
 from qlora_exp.recipe.result import RunResult
+
+if TYPE_CHECKING:
+    from qlora_exp.recipe.tokens import Tokens
 
 
 def run(
@@ -39,39 +43,43 @@ def run(
         UserError: the user can correct it; the message says how.
         RankError: another process of the run failed, died or hung.
         DivergedError: a loss or a gradient norm is not finite.
+        MemoryExhaustedError: memory ran out; the message says with which settings it would not.
         PrunedError: the search that the run belongs to stops it.
     """
     take_place(config.distributed)
     config = with_processes(recognized(config))
+    arguments = {"output_dir": Path(output_dir), "tags": dict(tags), "must_reach": must_reach, "pruning": pruning}
     if config.distributed.engine != "none" and not is_launched():
         check_config(config)
-        arguments = {"tags": dict(tags), "must_reach": must_reach, "pruning": pruning}
-        return launch(run, config, output_dir=Path(output_dir), **arguments)
+        with explained(config):
+            return launch(run, config, **arguments)
     with group.joined(config):
-        return _run(config, output_dir, tags, must_reach, pruning)
+        return _run(config, **arguments)
 
 
-def _run(
-    config: Config,
-    output_dir: str | Path,
-    tags: Mapping[str, str],
-    must_reach: bool,
-    pruning: Mapping[str, Any] | None,
-) -> RunResult:
+def _run(config: Config, **arguments: Any) -> RunResult:
     """Run in this process; if the run has several, each of them calls this."""
     inputs = read_inputs(config)
     # Imported here, because these modules import torch, which takes seconds.
-    from qlora_exp.recipe.context import open_run
-    from qlora_exp.recipe.measure import log_changes, measure
-    from qlora_exp.recipe.save import log_model, model_logged_on_error, save
-    from qlora_exp.recipe.setup import build
-    from qlora_exp.recipe.tokens import log_data, plan_memory, tokenize
-    from qlora_exp.recipe.train import train
+    from qlora_exp.recipe.tokens import tokenize
     from qlora_exp.recipe.tune import tune
 
     tokens = tokenize(config, inputs)
     inputs = tune(config, inputs, tokens)
-    with open_run(config, inputs.resolved, output_dir, tags, must_reach) as context:
+    with explained(config, lambda: tokens.longest):
+        return _stages(config, inputs, tokens, **arguments)
+
+
+def _stages(config: Config, inputs: Inputs, tokens: "Tokens", pruning: Any, **place: Any) -> RunResult:
+    """Do what is tracked: plan, build, measure, train, save and measure again."""
+    from qlora_exp.recipe.context import open_run
+    from qlora_exp.recipe.measure import log_changes, measure
+    from qlora_exp.recipe.save import log_model, model_logged_on_error, save
+    from qlora_exp.recipe.setup import build
+    from qlora_exp.recipe.tokens import log_data, plan_memory
+    from qlora_exp.recipe.train import train
+
+    with open_run(config, inputs.resolved, **place) as context:
         log_data(context, inputs, tokens)
         plan_memory(context, tokens)
         trainable = build(context, tokens, inputs.first_adapter)

@@ -17,7 +17,7 @@ from qlora_exp.config.sections.mixture import twice
 from qlora_exp.config.sections.model import ModelConfig
 from qlora_exp.config.tables.optimizers import check_package
 from qlora_exp.distributed import group
-from qlora_exp.environment import data_files, hub
+from qlora_exp.environment import data_files, hub, likely
 from qlora_exp.environment.device import Resolved, detect, resolve, take
 from qlora_exp.libraries.imports import import_quickly
 from qlora_exp.models import files as model_files
@@ -66,7 +66,8 @@ def check_config(config: Config) -> None:
     if config.distributed.engine == "deepspeed_zero3" and find_spec("deepspeed") is None:
         raise ConfigError("distributed=deepspeed_zero3 needs an extra package: pip install 'qlora-exp[deepspeed]'")
     check_package(config.optimizer.optim)
-    _check_attention(config.model)
+    for remark in likely.check(config):
+        log.warning("%s", remark)
     # A `Config` may be made without `compose`.
     if problems := [*crosschecks.problems(config), *plugins.problems(config)]:
         raise ConfigError("\n".join(problems))
@@ -115,7 +116,7 @@ def read_inputs(config: Config) -> Inputs:
     if family in builtin.TINY:
         builtin.check_fields("model.random_config", family, dict(config.model.random_config))
     tasks = lm_eval.load_tasks(config.evaluation) if config.evaluation.lm_eval_tasks else {}
-    resolved = resolved_here(config)
+    resolved = resolve(config, detect(config.device, bitsandbytes=config.quantization.bitsandbytes))
     take(resolved)
 
     def tokenize(tokenizer: Any) -> dict[str, "Dataset"]:
@@ -131,31 +132,6 @@ def read_inputs(config: Config) -> Inputs:
     if config.training.packing or config.training.padding == "free":
         _check_packing_of_family(config, resolved)
     return Inputs(rows, unrelated, tasks, score, first_adapter(config), facts, resolved)
-
-
-def resolved_here(config: Config) -> Resolved:
-    """Return the values that the settings `auto` take on this machine's device; it imports torch.
-
-    Raises:
-        ConfigError: the device does not exist, or does not support a setting.
-    """
-    device = detect(config.device, bitsandbytes=config.quantization.bitsandbytes)
-    if device.type == "cuda" and config.training.bf16 is True and not device.bf16:
-        log.warning("training.bf16: %s has no bfloat16 and emulates it, which is slow; auto takes float16", device.name)
-    return resolve(config, device)
-
-
-_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
-"""Modules of attention implementations that are packages of their own."""
-
-
-def _check_attention(model: ModelConfig) -> None:
-    module = _PACKAGES.get(model.attn_implementation or "")
-    if module and find_spec(module) is None and find_spec("kernels") is None:
-        raise ConfigError(
-            f"model.attn_implementation={model.attn_implementation}: needs the package flash-attn, which is not "
-            "installed here; set model.attn_implementation=sdpa, which needs none and has its own flash kernel on GPUs"
-        )
 
 
 def check_packing(model: Any, config: Config) -> None:

@@ -62,7 +62,9 @@ def saved_config(
         recorded = with_places(plain_yaml((folder / CONFIG_FILE).read_text("utf-8"), CONFIG_FILE))
         # A config from somebody else must not run their code: neither the model's own code nor a kernel of the hub.
         recorded["model"] |= {"trust_remote_code": False, "attn_implementation": None}
-        recorded["training"]["resume_from_checkpoint"] = None
+        # Settings of a step, which another device may not have, are no part of a model.
+        recorded["training"] |= {"resume_from_checkpoint": None, "bf16": "auto", "fp16": "auto"}
+        recorded["training"] |= {"activation_offloading": False, "sft_config": {}}
         recorded["tracking"] = {}
     except (ConfigError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ModelError(f"{source}: {CONFIG_FILE} is damaged: {error}") from error

@@ -46,6 +46,11 @@ class Tokens:
         return sources_of(self.heldout_rows)
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(int(lengths(part).max()) for part in (self.train, self.heldout))
+
+    @property
     def audit(self) -> label_audit.LabelAudit:
         """Which tokens of all training rows carry loss."""
         audits = self.audits

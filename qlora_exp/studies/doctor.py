@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -23,6 +24,7 @@ from packaging.requirements import Requirement
 
 from qlora_exp.environment import hub, provenance
 from qlora_exp.environment.device import cpu_name
+from qlora_exp.environment.memory import limits
 from qlora_exp.utils.cache import cache_dir
 from qlora_exp.utils.errors import UserError, type_and_first_line
 from qlora_exp.utils.secrets import redact
@@ -173,21 +175,19 @@ def _flags() -> set[str]:
     return set(found[1].split()) if found else set()
 
 
-def _memory() -> Iterator[Finding]:
-    memory, limits = psutil.virtual_memory(), []
-    for file in map(Path, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-        if file.is_file() and (text := file.read_text().strip()).isdecimal() and int(text) < memory.total:
-            limits.append(f"limited to {int(text) / GIB:.1f} GiB by its control group")
-    if sys.platform != "win32":
-        import resource
+_LIMITS = {
+    "group": "limited to {:.1f} GiB by its control group",
+    "address space": "address space limited to {:.1f} GiB (ulimit -v)",
+}
 
-        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-        if limit != resource.RLIM_INFINITY:
-            limits.append(f"address space limited to {limit / GIB:.1f} GiB (ulimit -v)")
+
+def _memory() -> Iterator[Finding]:
+    memory = psutil.virtual_memory()
+    limited = [_LIMITS[kind].format(limit / GIB) for kind, limit in limits().items()]
     what = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB available"
     small = memory.available < 4 * GIB
     remedy = "the built-in model takes 4 GiB on a CPU: `qlora-exp plan` says what a run needs" if small else ""
-    yield Finding("memory", "warning" if small or limits else "ok", "; ".join([what, *limits]), remedy)
+    yield Finding("memory", "warning" if small or limited else "ok", "; ".join([what, *limited]), remedy)
 
 
 def _disks() -> Iterator[Finding]:
@@ -219,14 +219,17 @@ def _torch() -> Iterator[Finding]:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         assert process.stdout is not None
         last = "torch"
+        timer = threading.Timer(_SECONDS, process.kill)  # a driver may hang
+        timer.start()
         try:
             for line in process.stdout:
                 if line.startswith("{"):
                     finding = Finding(**json.loads(line))
                     last = finding.name
                     yield finding
-            code = process.wait(_SECONDS)
+            code = process.wait()
         finally:
+            timer.cancel()
             process.kill()
             process.stdout.close()
             process.wait()
@@ -242,8 +245,8 @@ _REINSTALL = "install torch and bitsandbytes again (pip install --force-reinstal
 
 def _hub() -> Iterator[Finding]:
     endpoint = redact(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
-    offline = os.environ.get("HF_HUB_OFFLINE")
-    if offline in ("1", "true", "True", "ON", "on", "YES", "yes", "TRUE"):
+    if hub.is_offline():
+        offline = os.environ["HF_HUB_OFFLINE"]
         yield Finding("hub", "note", f"HF_HUB_OFFLINE={offline}: only cached models and datasets are found")
         return
     if why := hub.unreachable():

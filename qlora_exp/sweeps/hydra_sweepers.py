@@ -3,6 +3,7 @@
 import gc
 import importlib.util
 import itertools
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from qlora_exp.config.overrides import combinations, of_job, quoted, readable
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.sweep import SweepConfig
 from qlora_exp.config.validate import from_composed
+from qlora_exp.environment import likely
 from qlora_exp.sweeps import jobs, sweep
 from qlora_exp.sweeps.hydra_launchers import LocalLauncher
 from qlora_exp.sweeps.launchers import local as launcher
@@ -31,6 +33,8 @@ from qlora_exp.utils.errors import ConfigError
 from qlora_exp.utils.quiet import quiet
 from qlora_exp.utils.secrets import redact
 from qlora_exp.utils.text import FILE_NAME, shortened
+
+log = logging.getLogger(__name__)
 
 
 class JobSweeper(Sweeper):
@@ -116,6 +120,27 @@ class JobSweeper(Sweeper):
             words = " ".join(shortened(word) for word in (*fixed, *chosen))
             raise ConfigError(f"{error}\nin: {words}") from error
 
+    def try_out(self, configs: Sequence[Config]) -> None:
+        """Check before the first job costs time what each job checks again: this machine, metrics and losses of others.
+
+        Jobs of other launchers run on other machines.
+
+        Raises:
+            ConfigError: a job cannot run.
+        """
+        if isinstance(self.launcher, LocalLauncher):
+            for remark in dict.fromkeys(remark for config in configs for remark in likely.check(config)):
+                log.warning("%s", remark)
+        user_metrics.try_out(
+            list(dict.fromkeys(name for each in configs for name in user_metrics.of_config(each.evaluation)))
+        )
+        losses = {each.training.loss_type for each in configs} - {*plugins.BUILT_IN["loss"]}
+        if losses:
+            from qlora_exp.training.plugins import user_losses  # imports torch, which takes seconds
+
+            for name in sorted(losses):
+                user_losses.load(name)
+
     def begin(self, folder: Path, settings: SweepConfig, is_part: bool = False) -> sweep.Sweep:
         """Return a sweep that passes its jobs to the launcher; `is_part` as in `Sweep`."""
         quiet()
@@ -168,19 +193,6 @@ def refuse_idle_keys(configs: Sequence[Config], arguments: Sequence[str]) -> Non
         raise ConfigError("\n".join(problems))
 
 
-def try_out(configs: Sequence[Config]) -> None:
-    """Try out the metrics and losses of installed packages before the first job costs time; each job does it again."""
-    user_metrics.try_out(
-        list(dict.fromkeys(name for each in configs for name in user_metrics.of_config(each.evaluation)))
-    )
-    losses = {each.training.loss_type for each in configs} - {*plugins.BUILT_IN["loss"]}
-    if losses:
-        from qlora_exp.training.plugins import user_losses  # imports torch, which takes seconds
-
-        for name in sorted(losses):
-            user_losses.load(name)
-
-
 class GridSweeper(JobSweeper):
     """Runs every combination of the swept values that has not been run yet."""
 
@@ -196,7 +208,7 @@ class GridSweeper(JobSweeper):
         fixed = job_overrides[0][:shared]
         configs = [self.check(fixed, words[shared:]) for words in job_overrides]
         refuse_idle_keys(configs, arguments)
-        try_out(configs)
+        self.try_out(configs)
         settings = configs[0].sweep
         folder = self.folder(overrides, settings)
         with self.begin(folder, settings) as running:
@@ -244,7 +256,7 @@ class OptunaSweeper(JobSweeper):
 
         valid, refused = _configs(lambda values: checked(repeats[0], values), space, searched)
         refuse_idle_keys([config for _, config in valid], arguments)
-        try_out([config for _, config in valid])
+        self.try_out([config for _, config in valid])
         values, config = valid[0]
         for repeat in repeats[1:]:
             checked(repeat, values)

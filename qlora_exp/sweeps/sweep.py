@@ -6,7 +6,7 @@ This module does not depend on Hydra, nor on how jobs are launched.
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -96,19 +96,10 @@ class Sweep:
             if self.folder.is_dir():  # otherwise every job was done elsewhere
                 say(f"files  {self.folder}", f"table  {self._compare_command()}")
             if advice := _advice([row["outcome"] for row in rows]):
-                raise SweepError("\n".join([advice, *self._after_oom()]))
+                raise SweepError(advice)
         if isinstance(error, KeyboardInterrupt) and self._jobs:
             done = sum(self.ended(job)["outcome"] in NOT_FAILED for job in self._jobs.values())
             print(f"{done} of {len(self._jobs)} jobs are done; run the same command again to resume the others")
-
-    def _after_oom(self) -> Iterator[str]:
-        """Yield what the first job whose memory ran out would have fitted with."""
-        job = next((job for job in self._jobs.values() if self.ended(job)["outcome"] == "oom"), None)
-        if job is not None:
-            log.info("out of memory: planning what would fit")
-            from qlora_exp.planning import screening
-
-            yield f"{job.name}: {screening.after_oom(job.config, self.ended(job).get('metrics', {}))}"
 
     def _compare_command(self) -> str:
         uri = next(iter(self._jobs.values())).config.tracking.uri

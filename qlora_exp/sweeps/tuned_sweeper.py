@@ -16,7 +16,6 @@ from qlora_exp.sweeps.hydra_sweepers import (
     refuse_settings_of_others,
     require_optuna,
     short,
-    try_out,
 )
 from qlora_exp.utils.display import say
 from qlora_exp.utils.errors import ConfigError, SweepError
@@ -45,7 +44,7 @@ class TunedSweeper(JobSweeper):
         configs = [config for of_row in finals for config in of_row]
         _check(configs)
         refuse_idle_keys(configs, arguments)
-        try_out(configs)
+        self.try_out(configs)
         settings, how = configs[0].tuning, configs[0].sweep
         folder = self.folder(overrides, how, "tuned")
         trials_folder = folder.with_name(f"{folder.name}_trials")

@@ -66,6 +66,10 @@ class RankError(UserError):
         return RankError, (self.rank, self.why, self.outcome, self.report)
 
 
+class MemoryExhaustedError(UserError):
+    """Memory ran out. The message says with which settings it would not."""
+
+
 class DivergedError(Exception):
     """The loss or the gradient is no longer a finite number."""
 
@@ -78,7 +82,7 @@ _ONEDNN_OUT_OF_MEMORY = ("could not create a primitive", "could not create a mem
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether memory ran out, on the device or on the host; torch raises a RuntimeError for both."""
     text = str(error).lower()
-    return isinstance(error, MemoryError) or (
+    return isinstance(error, MemoryError | MemoryExhaustedError) or (
         isinstance(error, RuntimeError)
         and (any(words in text for words in _OUT_OF_MEMORY) or text.strip() in _ONEDNN_OUT_OF_MEMORY)
     )
@@ -128,11 +132,8 @@ _ALIASES = {
     "batch_size": "per_device_train_batch_size",
     "micro_batch_size": "per_device_train_batch_size",
     "grad_accum": "gradient_accumulation_steps",
-    "evaluation_strategy": "eval_strategy",
-    "group_by_length": "train_sampling_strategy",
     "max_seq_length": "max_length",
     "torch_dtype": "dtype",
-    "warmup_ratio": "warmup_steps",
     "sequence_len": "max_length",
     "cutoff_len": "max_length",
     "base_model": "model_name_or_path",

@@ -313,7 +313,7 @@ class Stages:
             return lambda *words: calls.append(" ".join([name, *(word for word in words if isinstance(word, str))]))
 
         @contextmanager
-        def opened(*_: Any) -> Iterator[Any]:
+        def opened(*_: Any, **__: Any) -> Iterator[Any]:
             tracker = SimpleNamespace(model=note("model"))
             memory = SimpleNamespace(mark_baseline=lambda: None)
             yield SimpleNamespace(

@@ -128,24 +128,3 @@ def test_data_blocks_can_be_read(page: Path):
         assert tomllib.loads(block)
     for block in blocks(page, "json"):
         assert json.loads(block) is not None
-
-
-def test_messages_quoted_for_troubleshooting_are_in_the_code():
-    texts = []
-    for file in (ROOT / "qlora_exp").rglob("*.py"):
-        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
-            if isinstance(node, ast.JoinedStr):
-                texts.append(
-                    "".join(str(part.value) if isinstance(part, ast.Constant) else "..." for part in node.values)
-                )
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                texts.append(re.sub(r"%\.?\w", "...", node.value))
-    quoted = re.findall(r"^### `([^`]*)`", (ROOT / "docs" / "troubleshooting.md").read_text("utf-8"), re.MULTILINE)
-    assert len(quoted) > 30
-    parts = {message: [part.strip() for part in message.split("...") if part.strip()] for message in quoted}
-    unknown = [
-        message
-        for message, words in parts.items()
-        if not any(re.search(".*".join(map(re.escape, words)), text, re.DOTALL) for text in texts)
-    ]
-    assert unknown == []

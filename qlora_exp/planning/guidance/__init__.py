@@ -1,1 +1,1 @@
-"""Turn plans into advice: hours and money, what is known of each method's quality, which one to take for which goal."""
+"""Turn plans into advice: which method to take for which goal, and what a run that ran out of memory would fit with."""

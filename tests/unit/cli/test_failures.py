@@ -1,5 +1,7 @@
 import errno
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors import SafetensorError
@@ -18,12 +20,12 @@ class OutOfMemoryError(RuntimeError):
         (ConfigError("no such key"), 1, "error: no such key\n"),
         (TimeLimitError("60 minutes are over"), 1, "error: 60 minutes are over\n"),
         (DivergedError("loss is nan"), 1, "error: DivergedError: loss is nan\n"),
-        (RuntimeError("CUDA out of memory. 9 GiB\nmore"), 1, "error: out of memory: CUDA out of memory. 9 GiB\n"),
-        (MemoryError("of the host"), 1, "error: out of memory: of the host\n"),
+        (OutOfMemoryError("no GiB"), 1, "error: OutOfMemoryError: no GiB\n"),
+        (MemoryError("of the host"), 1, "error: out of memory: MemoryError: of the host\n"),
         (
             RuntimeError("can't allocate memory: 9\nat x"),
             1,
-            "error: out of memory: can't allocate memory: 9\n",
+            "error: out of memory: RuntimeError: can't allocate memory: 9\n",
         ),
         (OSError(errno.ENOSPC, "no space", "file"), 1, "error: no space left on the disk of file\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
@@ -32,6 +34,7 @@ class OutOfMemoryError(RuntimeError):
     ],
 )
 def test_errors_become_one_message_and_a_status(error, code, shown, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(OutOfMemoryError=OutOfMemoryError))
     monkeypatch.setenv("SOME_API_KEY", "a-secret-value")
 
     def fail() -> None:
@@ -41,8 +44,23 @@ def test_errors_become_one_message_and_a_status(error, code, shown, monkeypatch,
     assert capsys.readouterr().err == shown
 
 
-def test_a_fault_of_the_program_is_shown_whole_without_secrets(monkeypatch, capsys):
-    """An error that is only named as an expected one is a fault too."""
+@pytest.mark.parametrize("error", [OutOfMemoryError("no GiB"), MemoryError("no GiB"), ConfigError("no GiB")])
+def test_commands_that_run_out_of_memory_say_what_takes_less(error, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(OutOfMemoryError=OutOfMemoryError))
+
+    def fail() -> None:
+        raise error
+
+    assert exit_code(fail, "less is taken with X") == 1
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1
+    assert ("; less is taken with X" in shown) == (not isinstance(error, ConfigError))
+
+
+@pytest.mark.parametrize("torch", [None, SimpleNamespace()])
+def test_a_fault_of_the_program_is_shown_whole_without_secrets(torch, monkeypatch, capsys):
+    """An error that is only named as an expected one is a fault too, whether torch is imported or not."""
+    monkeypatch.setitem(sys.modules, "torch", torch)
     monkeypatch.setenv("SOME_API_KEY", "a-secret-value")
 
     def fail() -> None:
@@ -86,13 +104,3 @@ def test_other_errors_are_not_changed():
         with pytest.raises(type(error)) as raised, full_disk_named(Path("outputs")):
             raise error
         assert raised.value is error
-
-
-def test_advice_after_memory_ran_out_is_shown(capsys):
-    def fail() -> None:
-        error = MemoryError("of the host")
-        error.add_note("it would fit with method=qlora")
-        raise error
-
-    assert exit_code(fail) == 1
-    assert capsys.readouterr().err == "error: out of memory: of the host\nit would fit with method=qlora\n"

@@ -66,7 +66,7 @@ def test_flags_that_do_not_go_together_are_rejected(words, message, capsys):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["model.attn_implementation=flash_attention_2"], "set model.attn_implementation=sdpa"),
+        (["model.attn_implementation=flash_attention_2"], "use model.attn_implementation=sdpa"),
         (["training.fp16=true"], "training.fp16: needs a CUDA device"),
         ([], "this run is valid here"),
     ],

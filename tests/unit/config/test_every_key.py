@@ -139,7 +139,7 @@ ENTRIES: dict[str, tuple[Any, ...]] = {
     "training.activation_offloading": (Stages.planned, True),
     "training.tiled_mlp": (Stages.planned, True, {"training.max_length": 2048}),
     "training.bf16": (Stages.resolved, False),
-    "training.fp16": (Stages.resolved, True),
+    "training.fp16": (Stages.resolved, True, {"model.dtype": "float16"}),
     "training.gradient_checkpointing": (Stages.resolved, False),
     "training.recomputed_layers": (Stages.resolved, 1, {"training.gradient_checkpointing": True}),
     "training.padding": (Stages.resolved, "free"),

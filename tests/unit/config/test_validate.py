@@ -3,7 +3,7 @@ import math
 import pytest
 
 from qlora_exp.config.hydra_compose import compose
-from qlora_exp.config.validate import from_dict
+from qlora_exp.config.validate import from_dict, no_such_key
 from qlora_exp.utils.errors import ConfigError
 
 
@@ -62,3 +62,26 @@ def test_expressions_that_cannot_be_compiled_are_refused(pattern):
     if pattern != "(?i)norm":
         with pytest.raises(ConfigError, match="drop_matching: .* is no regular expression"):
             from_dict({"dataset": {"drop_matching": pattern}})
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("training.group_by_length", "training.train_sampling_strategy=group_by_length"),
+        ("group_by_length", "training.train_sampling_strategy=group_by_length"),
+        ("model.use_auth_token", "HF_TOKEN"),
+        ("use_auth_token", "HF_TOKEN"),
+        ("tokenizer", "model.model_name_or_path"),
+        ("model.tokenizer", "model.model_name_or_path"),
+        ("training.warmup_ratio", "training.warmup_steps"),
+        ("training.evaluation_strategy", "training.eval_strategy"),
+        ("training.max_seq_length", "training.max_length"),
+        ("report_to", "tracking"),
+        ("training.report_to", "tracking"),
+        ("dataset_num_proc", "the run tokenizes rows itself"),
+        ("model.use_flash_attention_2", "model.attn_implementation"),
+        ("learning_rate", "did you mean 'training.learning_rate'"),
+    ],
+)
+def test_keys_of_other_programs_are_explained(key, hint):
+    assert hint in no_such_key(key)

@@ -3,8 +3,7 @@
 import pytest
 
 from qlora_exp.config.hydra_compose import compose
-from qlora_exp.planning import screening
-from qlora_exp.planning.screening import after_oom, unfit
+from qlora_exp.planning.screening import unfit
 from qlora_exp.utils.errors import ConfigError
 
 pytestmark = pytest.mark.slow
@@ -33,17 +32,3 @@ def test_damaged_calibration_is_reported_before_planning(tmp_path, monkeypatch):
     (tmp_path / "mlruns" / "calibration.json").write_text("{")
     with pytest.raises(ConfigError, match="is damaged"):
         unfit([compose(TINY)], 4.0)
-
-
-@pytest.mark.thorough
-def test_after_memory_ran_out_settings_that_fit_are_named():
-    config = compose([*TINY, "device=cpu", "training.per_device_train_batch_size=400", "training.max_length=1024"])
-    assert after_oom(config, {"memory/rss_peak_mib": 3000.0}).startswith("it would fit with ")
-
-
-def test_without_memory_to_plan_in_the_usual_settings_are_named(monkeypatch):
-    def no_memory(*_):
-        raise MemoryError
-
-    monkeypatch.setattr(screening, "here", no_memory)
-    assert "training.per_device_train_batch_size=1" in after_oom(compose(TINY), {})

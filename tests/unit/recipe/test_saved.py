@@ -259,3 +259,11 @@ def test_weights_of_another_adapter_are_refused(tmp_path: Path):
     ):
         with pytest.raises(ModelError, match=message):
             adapters.load_weights(attached(*words), tmp_path)
+
+
+@pytest.mark.parametrize("line", ["fp16: true", "bf16: true", "activation_offloading: true"])
+def test_models_trained_on_a_gpu_load_on_a_cpu(line: str, adapter: Path):
+    name = line.partition(":")[0]
+    rewrite(adapter, f"  {name}: {'false' if 'offload' in name else 'auto'}", f"  {line}")
+    config = saved.saved_config(str(adapter), adapter, "cpu")
+    assert not resolve(config, CPU).fp16

@@ -1,0 +1,108 @@
+"""A run that is out of memory ends with settings that would fit."""
+
+import json
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+
+from qlora_exp.config.hydra_compose import compose
+from qlora_exp.planning.calibration import Calibration
+from qlora_exp.planning.fit import needed_for, room
+from qlora_exp.planning.gpus import Gpu
+from qlora_exp.planning.guidance import exhausted
+from qlora_exp.planning.planner import planner
+from qlora_exp.utils.errors import MemoryExhaustedError, RankError, UserError, is_out_of_memory
+
+TINY = ["model=tiny_llama", "method=lora", "device=cpu", "training.max_length=256"]
+FULL = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+
+@pytest.mark.parametrize("error", [FULL, MemoryError(), RankError(1, "it had none", "oom")])
+def test_error_about_memory_says_what_would_fit(error, monkeypatch):
+    monkeypatch.setattr(exhausted, "advice", lambda config, longest: f"it would fit with {longest}")
+    says = r"^out of memory \(.+\); it would fit with 7$"
+    with pytest.raises(MemoryExhaustedError, match=says) as raised, exhausted.explained(compose(TINY), lambda: 7):
+        raise error
+    assert raised.value.__cause__ is error
+    assert is_out_of_memory(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), UserError("no"), RankError(1, "no", "error"), KeyboardInterrupt()])
+def test_other_errors_stay(error, monkeypatch):
+    monkeypatch.setattr(exhausted, "advice", lambda *_: pytest.fail("nothing to advise on"))
+    with pytest.raises(type(error)) as raised, exhausted.explained(compose(TINY)):
+        raise error
+    assert raised.value is error
+
+
+def test_what_the_run_held_is_freed_before_plans_are_made(monkeypatch):
+    class Model:
+        pass
+
+    alive = []
+
+    def train() -> None:
+        model = Model()
+        alive.append(exhausted.gc.is_tracked(model))
+        raise FULL
+
+    def advice(config, longest) -> str:
+        return f"{sum(isinstance(each, Model) for each in exhausted.gc.get_objects())} models"
+
+    monkeypatch.setattr(exhausted, "advice", advice)
+    with pytest.raises(MemoryExhaustedError, match="; 0 models"), exhausted.explained(compose(TINY)):
+        train()
+
+
+def test_settings_are_planned_to_fit_and_keep_the_rows_of_a_step():
+    words = [*TINY, "training.per_device_train_batch_size=64", "training.gradient_accumulation_steps=2"]
+    config = compose(words)
+    peak = planner(config, Gpu("CPU", 0, type="cpu").device).predict().peak
+    advice = exhausted.planned(config, None)
+    assert advice.startswith("it would fit with ")
+    for option in advice.removeprefix("it would fit with ").split(", or with "):
+        changed = compose([*words, *option.split()])
+        training = changed.training
+        assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 128
+        assert planner(changed, Gpu("CPU", 0, type="cpu").device).predict().peak < peak
+
+
+@pytest.mark.parametrize("fit", [None, Calibration("GPU", 3, 200.0, 1.2, 0.02, 0.05, None, None)])
+def test_room_of_the_memory_that_a_peak_needs_is_the_peak(fit):
+    gpu = Gpu("GPU", 1.0, calibration=fit)
+    needed = Gpu("GPU", needed_for(3e9, gpu), calibration=fit)
+    assert room(needed) == pytest.approx(3e9)
+
+
+@pytest.mark.parametrize("output", ["", "no JSON", None])
+def test_without_plans_the_advice_is_general(output, monkeypatch):
+    def run(*_, **__):
+        if output is None:
+            raise subprocess.CalledProcessError(-9, "plan")
+        return SimpleNamespace(stdout=output)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    text = exhausted.advice(compose(["model=tiny_llama", "method=full", "training.gradient_accumulation_steps=3"]))
+    assert "per_device_train_batch_size=1 training.gradient_accumulation_steps=" in text
+    assert "gradient_checkpointing=true" in text
+    assert "method=qlora" in text
+
+
+def test_rows_that_are_shorter_are_planned_as_they_are(monkeypatch):
+    asked = []
+
+    def run(command, input, **_):
+        asked.append(json.loads(input))
+        return SimpleNamespace(stdout='noise\n"it would fit"\n')
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert exhausted.advice(compose(TINY), 99) == "it would fit"
+    exhausted.advice(compose([*TINY, "training.packing=true"]), 99)
+    assert [request["config"]["training"]["max_length"] for request in asked] == [99, 256]
+
+
+@pytest.mark.thorough
+def test_another_process_plans_what_would_fit():
+    assert exhausted.advice(compose([*TINY, "training.per_device_train_batch_size=64"])).startswith("it would fit with")
