@@ -317,6 +317,14 @@ def ui(session: nox.Session) -> None:
 
 
 @nox.session
+def notebook(session: nox.Session) -> None:
+    """Run docs/tutorial/notebook.ipynb in Jupyter, and keep its outputs (a minute)."""
+    install(session)
+    session.run(*PIP, "nbclient==0.11.0", "ipykernel==7.4.0")
+    session.run(sys.executable, "benchmarks/notebook.py")
+
+
+@nox.session
 def constraints(session: nox.Session) -> None:
     """Write constraints.txt from what is installed here."""
     install(session, *TESTED, "apollo", "optimi", "postgres", "ray", "deepspeed", "browser")

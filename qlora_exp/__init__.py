@@ -1,7 +1,7 @@
 """Run experiments in efficient fine-tuning, composed with Hydra, trained with TRL, and tracked in MLflow.
 
-The Python API is `compose`, `train`, `load`, `runs` and `curves`. Each name is imported when it is first used, because
-importing torch takes seconds.
+The Python API is `compose`, `train`, `sweep`, `runs`, `curves`, `compare` and `load`; `quiet`, called
+first, hides messages of libraries. Each name is imported when it is first used, because importing torch takes seconds.
 """
 
 import importlib
@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from qlora_exp.deploy.load import load
     from qlora_exp.recipe.finetune import run as train
     from qlora_exp.recipe.result import RunResult
-    from qlora_exp.results.frame import curves, runs
+    from qlora_exp.results.frame import compare, curves, runs
+    from qlora_exp.sweeps.from_python import sweep
+    from qlora_exp.utils.quiet import quiet
 
 __version__ = version("qlora-exp")
-__all__ = ["Config", "RunResult", "compose", "curves", "load", "runs", "train"]
+__all__ = ["Config", "RunResult", "compare", "compose", "curves", "load", "quiet", "runs", "sweep", "train"]
 
 # No usage data is sent to anyone unless the user asks for it.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -27,10 +29,13 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 _HOME = {
     "Config": ("config.schema", "Config"),
     "RunResult": ("recipe.result", "RunResult"),
+    "compare": ("results.frame", "compare"),
     "compose": ("config.hydra_compose", "compose"),
     "curves": ("results.frame", "curves"),
     "load": ("deploy.load", "load"),
+    "quiet": ("utils.quiet", "quiet"),
     "runs": ("results.frame", "runs"),
+    "sweep": ("sweeps.from_python", "sweep"),
     "train": ("recipe.finetune", "run"),
 }
 

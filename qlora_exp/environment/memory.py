@@ -30,12 +30,16 @@ class MemoryMonitor:
     the peaks of each are the process's.
     """
 
+    _STEPS: ClassVar = ("first_step", "steady")
+    """Phases of training steps."""
     _all: ClassVar[WeakSet["MemoryMonitor"]] = WeakSet()
 
     def __init__(self, device: str = "cpu") -> None:
         self.peaks: dict[str, dict[str, float]] = {}
         self._cuda = device == "cuda"
         self.phases: list[str] = []
+        self.step_peaks: dict[str, float] = {}
+        """Peaks of training steps since the last call of `of_steps`."""
         self._all.add(self)
         self.baseline: dict[str, float] = {}
         """MiB used before the model is loaded: by the interpreter, its imports and the rows."""
@@ -57,22 +61,45 @@ class MemoryMonitor:
             self._switch()
             self.phases.pop()
 
+    def of_steps(self) -> dict[str, float]:
+        """Return the peaks of training steps since the last call, without the driver's; nothing is freed."""
+        self._record()
+        self._clear()
+        peaks, self.step_peaks = self.step_peaks, {}
+        return peaks
+
     def _switch(self) -> None:
         """Record the peak of the innermost phase, and reset the high-water marks."""
         self._reset()
 
     def _reset(self) -> None:
-        """Record the peaks of all open phases of this process, and reset the high-water marks."""
-        for phase, peaks in ((monitor.phases[-1], monitor.peaks) for monitor in self._all if monitor.phases):
-            for source, value in self._read().items():
-                peaks.setdefault(phase, {})[source] = max(value, peaks.get(phase, {}).get(source, 0.0))
+        """Record the peaks of all phases of this process, free what is unused, and reset the high-water marks."""
+        self._record()
         if resettable():
             release_freed_memory()  # memory of an earlier phase must not count for this one
-            (_PROC / "clear_refs").write_text("5")
         if self._cuda:
             import torch
 
             torch.cuda.empty_cache()
+        self._clear()
+
+    def _record(self) -> None:
+        """Record the peaks since the last reset, for the innermost phase of each monitor of this process."""
+        for monitor in (monitor for monitor in self._all if monitor.phases):
+            phase = monitor.phases[-1]
+            for source, value in self._read().items():
+                peaks = monitor.peaks.setdefault(phase, {})
+                peaks[source] = max(value, peaks.get(source, 0.0))
+                if phase in self._STEPS and source != "driver":  # which has no peak
+                    monitor.step_peaks[source] = max(value, monitor.step_peaks.get(source, 0.0))
+
+    def _clear(self) -> None:
+        """Reset the high-water marks."""
+        if resettable():
+            (_PROC / "clear_refs").write_text("5")
+        if self._cuda:
+            import torch
+
             for device in range(torch.cuda.device_count()):
                 torch.cuda.reset_peak_memory_stats(device)
 

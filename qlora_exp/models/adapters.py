@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, PeftType, TaskType, get_peft_model, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors import safe_open
@@ -165,6 +166,12 @@ def _adapts_experts(settings: PeftConfig, skeleton: PreTrainedModel) -> bool:
         raise ConfigError(f"method.target_modules: {first_line(error)}") from error
     names = tuple(f".{name}" for name in converted.target_parameters or ())
     return any(f".{parameter}".endswith(names) for parameter in fused_experts(skeleton))
+
+
+def scalings(model: Any) -> list[float]:
+    """Return LoRA's distinct factors of what layers add, in order: alpha / r, or with rsLoRA alpha / sqrt(r)."""
+    layers = (module for module in model.modules() if isinstance(module, LoraLayer))
+    return sorted({float(factor) for layer in layers for factor in layer.scaling.values()})
 
 
 def attach(

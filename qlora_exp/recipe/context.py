@@ -5,6 +5,7 @@ import logging
 import os
 import socket
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -46,6 +47,8 @@ class RunContext:
     memory: MemoryMonitor
     metrics: dict[str, float] = field(default_factory=dict)
     """Last value of each metric that is measured once in a run."""
+    began: float = field(default_factory=time.monotonic)
+    """When the run began, in seconds."""
 
     @property
     def checkpoints(self) -> Path:
@@ -90,7 +93,10 @@ class RunContext:
         self.log_metrics(calibration.ratio(self.metrics) if trained and alone else {})
 
     def finish(self) -> RunResult:
-        """Log the memory peaks and the summary, which need the complete run, and return the result."""
+        """Log the time, the memory peaks and the summary, which need the complete run, and return the result."""
+        # A resumed run has no record of how long it was interrupted; time that jobs share belongs to no one of them.
+        if not self.tracker.resumed and turns.current() is None:
+            self.log_metrics({"run_seconds": time.monotonic() - self.began})
         self.log_memory(of_all=True)
         if ranks().is_main:
             self.tracker.describe(summary.markdown(self.metrics))

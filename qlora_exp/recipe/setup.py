@@ -209,6 +209,9 @@ def _attach(
             trained = described(adapted)
             log.info("trained are %s", trained)
             run.tracker.params({"resolved.trained": trained})
+        if config.method.peft_type == "LORA":
+            factors = [f"{factor:.6g}" for factor in adapters.scalings(adapted)]
+            run.tracker.params({"resolved.lora_scaling": ", ".join(factors)})
         if first is not None:
             _log_first(run, tokens, first)
             adapters.load_weights(adapted, first.folder)

@@ -68,6 +68,14 @@ def cost(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     ]
     if "quantized_share" in metrics:
         rows.append(("weights in few bits", f"{metrics['quantized_share']:.1%} of the layers'"))
+    if "final_train_loss" in metrics:
+        means = f"{metrics['final_train_loss']:.4f} at the end, {metrics['train_loss']:.4f} on average"
+        rows.append(("training loss", means))
+    if "step_seconds_mean" in metrics:
+        seconds = metrics["step_seconds_mean"] * metrics["steps"]
+        rows.append(("training time", f"{_duration(seconds)}, {metrics['steps']:,.0f} steps"))
+    if "run_seconds" in metrics:
+        rows.append(("total time", _duration(metrics["run_seconds"])))
     if "tokens_per_second" in metrics:
         rows.append(("tokens/s", f"{metrics['tokens_per_second']:.0f} ({metrics['step_seconds_p50']:.2f} s a step)"))
     if "optimizer_state_bytes" in metrics:
@@ -89,6 +97,10 @@ def cost(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
         planned, times = metrics["plan/peak_mib"], metrics["plan/memory_ratio"]
         rows.append(("planned memory", f"{planned:,.0f} MiB without imports; measured: {times:.2f} times that"))
     return [*rows, ("saved model", f"{metrics['model_bytes'] / 1e6:,.1f} MB")]
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else f"{seconds / 60:,.1f} min"
 
 
 def markdown(metrics: Mapping[str, float]) -> str:

@@ -149,7 +149,13 @@ def _labels(firsts: Sequence[Record]) -> list[dict[str, str]]:
         with_it = [{name: config.get(name, "") for name in [*chosen, key]} for config in configs]
         if _count(with_it) > _count([{name: config.get(name, "") for name in chosen} for config in configs]):
             chosen.append(key)
-    return [{key: config.get(key, "") for key in chosen} for config in configs]
+    return [{key: _value(first, key) for key in chosen} for first in firsts]
+
+
+def _value(first: Record, key: str) -> str:
+    """Return a value of a configuration; only LoRA has a variant, although every config has the section."""
+    no_variant = key == "lora_variant.name" and first.params.get("method.peft_type") != "LORA"
+    return "none" if no_variant else first.config.get(key, "")
 
 
 def _tell_apart(labels: Sequence[Mapping[str, str]]) -> bool:

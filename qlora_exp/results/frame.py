@@ -4,7 +4,8 @@ import ast
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qlora_exp.results import records
+from qlora_exp.results import compare as comparing
+from qlora_exp.results import records, report
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,6 +66,40 @@ def curves(run_ids: Sequence[str], metric: str = "train/loss", uri: str | None =
 
     points = {record.run_id: dict(record.curve(metric)) for record in records.by_ids(uri, list(run_ids))}
     return pd.DataFrame(points).sort_index().rename_axis("step")
+
+
+def compare(
+    *chosen: str,
+    metric: str = "loss",
+    baseline: str | None = None,
+    experiment: str | None = None,
+    where: str | None = None,
+    uri: str | None = None,
+) -> "pd.DataFrame":
+    """Compare runs as `qlora-exp compare` does.
+
+    Args:
+        chosen: names of sweeps or runs, output folders, run ids or run keys. Default: the newest sweep.
+        metric: metric to compare, such as `loss`, `rougeL` or `lm_eval/TASK/METRIC`.
+        baseline: row that the others are compared with, by a part of its name. Default: the first row.
+        experiment: name of an MLflow experiment: compare its runs only.
+        where: filter in MLflow's syntax, such as `params.method.name = 'lora'`.
+        uri: MLflow tracking URI. Default: SQLite in ./mlruns.
+
+    Returns:
+        A row for each configuration. Columns: keys that differ; `seeds` and `failed`, numbers of runs; the mean over
+        seeds of each metric, with `METRIC low` and `METRIC high`, its 95 % interval, if there are several; `difference`
+        from the baseline with its interval, `p`, adjusted for the number of comparisons, and `verdict`; `ties`: rows
+        that share a letter do not differ significantly. What a row does not have is missing.
+
+    Raises:
+        ConfigError: nothing can be compared, or no row or several rows match `baseline`.
+        TrackingError: the store cannot be reached, or has no such sweep, experiment or run.
+    """
+    import pandas as pd
+
+    comparison = comparing.compare(records.find(uri, chosen, experiment, where), metric, baseline)
+    return pd.DataFrame([report.as_numbers(row, comparison) for row in comparison.rows])
 
 
 def _typed(value: str) -> Any:

@@ -105,6 +105,8 @@ def _columns(comparison: Comparison) -> list[tuple[str, Callable[[Row], str]]]:
     used_columns = [column for column in (*_COLUMNS[:2], *memory, *_COLUMNS[2:], *scores)
                     if any(row.mean(column[1]) for row in measured)]  # fmt: skip
     columns = [(name, _reader(metric, form)) for name, metric, form in used_columns]
+    if len({_scaling(row) for row in measured}) > 1:
+        columns.append(("LoRA scaling", _scaling))
     if any(row.tuned for row in measured):
         columns += tuned.COLUMNS.items()
     base = _seconds(comparison.baseline)
@@ -140,6 +142,11 @@ def _seconds(row: Row) -> float | None:
     """Return the duration of all training steps, in seconds."""
     step, steps = row.mean("step_seconds_mean"), row.mean("steps")
     return step.value * steps.value if step and steps else None
+
+
+def _scaling(row: Row) -> str:
+    """Return the factor of what LoRA adds, alpha / r or alpha / sqrt(r); empty for other methods and older runs."""
+    return row.records[0].params.get("resolved.lora_scaling", "")
 
 
 def _verdict(row: Row, comparison: Comparison) -> str:
@@ -292,7 +299,7 @@ def write(comparison: Comparison, folder: Path, preset: str = "all", name: str |
     headings, rows = table(comparison, preset)
     text = io.StringIO()
     numbers = [
-        {str(csv_cell(key)): csv_cell(redacted(value)) for key, value in _numbers(row, comparison).items()}
+        {str(csv_cell(key)): csv_cell(redacted(value)) for key, value in as_numbers(row, comparison).items()}
         for row in comparison.rows
     ]
     writer = csv.DictWriter(text, dict.fromkeys(key for line in numbers for key in line))
@@ -326,7 +333,7 @@ def _page(comparison: Comparison, rows: list[list[str]], headings: list[str]) ->
     return page.build(data.collect(comparison, headings, cells, _notes(comparison)))
 
 
-def _numbers(row: Row, comparison: Comparison) -> dict[str, Any]:
+def as_numbers(row: Row, comparison: Comparison) -> dict[str, Any]:
     """Return a row as numbers: means and intervals over seeds, and the difference from the baseline."""
     line: dict[str, Any] = {**row.label, "seeds": len(row.records), "failed": 0, **_not_ended(row)}
     metrics = dict.fromkeys(key for record in row.records for key in record.metrics)

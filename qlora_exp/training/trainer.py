@@ -344,7 +344,7 @@ def train(
 
     Returns:
         The number of `steps`; `train_loss`, the mean over all steps up to the last logged one, those of earlier
-        processes too; if this process trained any step, the throughput.
+        processes too; `final_train_loss`, the last logged one; if this process trained any step, the throughput.
 
     Raises:
         DivergedError: a loss or a gradient norm is not finite.
@@ -365,11 +365,14 @@ def train(
             trainer.evaluate()
         trainer.average()
     step_metrics = {"train_loss": result.training_loss, **watcher.throughput()} if watcher.step_seconds else {}
-    return {"steps": state.global_step, **step_metrics, **_mean_loss(state.log_history)}
+    return {"steps": state.global_step, **step_metrics, **_losses(state.log_history)}
 
 
-def _mean_loss(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Average the logged losses, each the mean of the steps since the one before; empty if there are none."""
+def _losses(history: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean of the logged losses, each of the steps since the one before, and the last; empty if none."""
     losses = [(line["step"], line["loss"]) for line in history if "loss" in line]
     steps = np.diff([0, *(step for step, _ in losses)])
-    return {"train_loss": float(np.average([loss for _, loss in losses], weights=steps))} if losses else {}
+    if not losses:
+        return {}
+    mean = float(np.average([loss for _, loss in losses], weights=steps))
+    return {"train_loss": mean, "final_train_loss": losses[-1][1]}

@@ -125,6 +125,8 @@ class Watcher(TrainerCallback):
             return
         curves = _curves(logs)
         if self.step_seconds and "loss" in logs:
+            peaks = self._trainer.memory.of_steps()
+            curves |= {f"train/{source}_peak_mib": value for source, value in peaks.items()}
             curves["train/step_seconds"] = self.step_seconds[-1]
             curves["train/tokens_per_second"] = self.step_counts[-1][0] / self.step_seconds[-1]
         self._log(curves, state.global_step)

@@ -73,7 +73,14 @@ def test_run_is_recorded_in_mlflow(run_quick, mlflow_uri):
     for phase in ("load", "evaluate_before", "first_step", "steady", "evaluation", "evaluate_after", "save"):
         assert metrics[f"memory/{phase}/rss_peak_mib"] > 100
     assert metrics["memory/baseline/rss_mib"] > 100
-    assert {"labels/supervised_share", "tokens_per_second", "model_bytes", "train_loss"} <= metrics.keys()
+    assert {
+        "labels/supervised_share",
+        "tokens_per_second",
+        "model_bytes",
+        "train_loss",
+        "final_train_loss",
+        "run_seconds",
+    } <= metrics.keys()
     assert result.metrics.items() <= metrics.items()
     assert len(mlflow.get_metric_history(result.run_id, "train/loss")) == 3
 

@@ -113,6 +113,42 @@ def test_cuda_reports_allocated_reserved_and_driver(monkeypatch):
     assert found["step/driver_peak_mib"] == 300
 
 
+def test_each_call_has_the_peaks_of_its_own_steps(monkeypatch):
+    cuda = FakeCuda()
+    monkeypatch.setattr("torch.cuda", cuda)
+    monitor = MemoryMonitor("cuda")
+
+    def peaks(phase: str, mebibytes: int) -> float | None:
+        with monitor.phase(phase):
+            cuda.peak = mebibytes * MIB
+        return monitor.of_steps().get("allocated")
+
+    with monitor.phase("load"):
+        cuda.peak = 90 * MIB
+    assert [peaks("first_step", 50), peaks("steady", 20), peaks("evaluation", 80), peaks("steady", 30)] == [
+        50, 20, None, 30
+    ]  # fmt: skip
+    with monitor.phase("steady"):
+        cuda.peak = 70 * MIB
+        assert monitor.of_steps()["reserved"] == 140
+        cuda.peak = 40 * MIB
+        peaks_now = monitor.of_steps()
+        assert (peaks_now["allocated"], peaks_now["reserved"], "driver" in peaks_now) == (40, 80, False)
+    assert monitor.peaks["steady"]["allocated"] == 70
+
+
+@linux
+def test_peak_of_a_step_does_not_count_for_the_next():
+    monitor = MemoryMonitor()
+    peaks = []
+    with monitor.phase("steady"):
+        for size in (300, 10):
+            take(size)
+            peaks.append(monitor.of_steps()["rss"])
+    assert peaks[0] - peaks[1] > 200
+    assert monitor.peaks["steady"]["rss"] == peaks[0]
+
+
 @pytest.mark.skipif(not reuse_freed_memory(), reason="not glibc")
 def test_allocator_setting_is_accepted_and_memory_is_released():
     assert reuse_freed_memory()

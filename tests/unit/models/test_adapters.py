@@ -65,6 +65,21 @@ def test_lora_variant_sets_scaling_and_magnitude(variant: str, scaling: float, m
     assert any("magnitude" in name for name, _ in model.named_parameters()) == magnitude
 
 
+@pytest.mark.parametrize(
+    ("words", "factors"),
+    [
+        (["method=lora", "method.r=8", "method.lora_alpha=4"], [0.5]),
+        (["method=lora", "lora_variant=rslora", "method.r=4", "method.lora_alpha=4"], [2.0]),
+        (["method=lora", "method.r=8", "method.lora_alpha=8", "method.rank_pattern={q_proj: 2}"], [1.0, 4.0]),
+        (["method=ia3"], []),
+    ],
+)
+def test_scalings_are_those_of_the_layers(words: list[str], factors: list[float]):
+    config = compose(["model=tiny_llama", *words])
+    model = adapters.attach(real(), adapters.peft_config(config, bare()), "float32")
+    assert adapters.scalings(model) == factors
+
+
 def test_only_the_adapter_trains_in_its_dtype():
     config = compose(["model=tiny_llama", "method=lora"])
     model = adapters.attach(real().to(torch.bfloat16), adapters.peft_config(config, bare()), "float32")

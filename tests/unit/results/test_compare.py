@@ -355,3 +355,13 @@ def test_losses_of_one_source_are_compared_on_its_own_rows(past_runs):
     assert {"loss", "loss/a", "loss/b"} <= {*headings}
     with pytest.raises(ConfigError, match="available: loss, source_loss/a, source_loss/b"):
         compare(records, metric="source_loss/c")
+
+
+def test_only_lora_is_labelled_with_a_variant_of_lora(past_runs):
+    lora = {"method__peft_type": "LORA", "lora_variant__use_dora": "None"}
+    past_runs([1.0, 2.0], **lora, lora_variant__name="lora")
+    past_runs([1.0, 2.0], **lora, lora_variant__name="dora")
+    past_runs([1.0, 2.0], method__name="ia3", method__peft_type="IA3", lora_variant__name="lora")
+    past_runs([1.0, 2.0], method__name="full", lora_variant__name="lora")
+    rows = compare(find(past_runs.uri, [], past_runs.experiment)).rows
+    assert sorted(row.label["lora_variant.name"] for row in rows) == ["dora", "lora", "none", "none"]

@@ -46,3 +46,17 @@ def test_curves_have_a_column_for_each_run(past_runs):
     assert curves[ids[0]].tolist() == [5.0, 4.0]
     assert curves[ids[1]].dropna().to_dict() == {2: 3.0}
     assert curves.index.name == "step"
+
+
+def test_comparison_is_a_frame_of_numbers(past_runs):
+    for rank, loss in ((4, 3.0), (8, 2.0)):
+        for seed in (1, 2, 3):
+            past_runs([loss + seed / 100, loss + 0.1], seed=seed, method__r=rank)
+    past_runs(seed=1, method__r=16, outcome="oom")
+    frame = qlora_exp.compare(experiment=past_runs.experiment, uri=past_runs.uri, baseline="r=4")
+    assert frame["method.r"].tolist() == ["4", "8", "16"]
+    assert frame["seeds"].tolist() == [3, 3, 0]
+    assert frame["failed"].tolist() == [0, 0, 1]
+    assert frame["difference"].tolist()[1] == pytest.approx(-1.0)
+    assert frame["after/loss low"][0] < frame["after/loss"][0] < frame["after/loss high"][0]
+    assert frame[["difference", "verdict"]].isna().all(axis=1).tolist() == [True, False, True]

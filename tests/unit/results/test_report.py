@@ -57,6 +57,18 @@ def test_every_score_has_a_column(past_runs):
     }  # fmt: skip
 
 
+def test_scaling_of_lora_has_a_column_if_it_differs(past_runs):
+    def headings_and_rows():
+        return report.table(compare(find(past_runs.uri, [], past_runs.experiment)))
+
+    past_runs([1.0, 2.0], method__r=4, resolved__lora_scaling="0.5")
+    past_runs([1.0, 2.0], method__r=8, resolved__lora_scaling="0.5")
+    assert "LoRA scaling" not in headings_and_rows()[0]
+    past_runs([1.0, 2.0], method__r=16, resolved__lora_scaling="0.25")
+    headings, rows = headings_and_rows()
+    assert [row[headings.index("LoRA scaling")] for row in rows] == ["0.5", "0.5", "0.25"]
+
+
 def test_preset_chooses_columns(comparison):
     headings, _ = report.table(comparison, "cost")
     assert headings[2:-2] == ["trainable", "share", "peak MiB", "time"]

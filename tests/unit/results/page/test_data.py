@@ -130,8 +130,8 @@ def test_runs_with_other_items_are_not_of_one_set():
     assert [losses["of_run"][place]["items"] for place in (0, 1)] == [0, 1]
 
 
-def test_limits_are_those_that_the_readme_names():
-    readme = (Path(__file__).parents[4] / "README.md").read_text("utf-8")
+def test_limits_are_those_that_the_docs_name():
+    page = (Path(__file__).parents[4] / "docs" / "how_to" / "compare.md").read_text("utf-8")
     limits = (data.ROWS, data.RUNS, data.ANSWERS, data.LOSSES)
-    named = "rows beyond the best {:,}; runs beyond {:,}, answers beyond {:,}, losses beyond {:,}".format(*limits)
-    assert named in " ".join(readme.split())
+    named = "rows beyond the best {:,}, runs beyond {:,}, answers beyond {:,}, losses beyond {:,}".format(*limits)
+    assert named in " ".join(page.split())
