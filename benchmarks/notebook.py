@@ -6,15 +6,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import nbformat
-from nbclient import NotebookClient
-
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "tutorial" / "notebook.ipynb"
 
 
 def main() -> None:
     """Run each cell in an empty folder and write the notebook back."""
     argparse.ArgumentParser(description=__doc__).parse_args()
+    import nbformat
+    from nbclient import NotebookClient
+
     notebook: Any = nbformat.read(NOTEBOOK, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
         NotebookClient(notebook, timeout=600, resources={"metadata": {"path": folder}}).execute()
@@ -32,6 +32,8 @@ def main() -> None:
 
 def _joined(outputs: list[Any]) -> list[Any]:
     """Join what a cell printed; standard error, which has warnings of libraries and progress bars, is left out."""
+    import nbformat
+
     texts = [output.text for output in outputs if output.output_type == "stream" and output.name == "stdout"]
     rest = [output for output in outputs if output.output_type != "stream"]
     return [nbformat.v4.new_output("stream", name="stdout", text="".join(texts)), *rest] if texts else rest

@@ -4,7 +4,7 @@ A step has the same rows however they are arranged. Their losses are sums over t
 tokens of the whole step, so that only rounding differs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -52,8 +52,8 @@ def arranged(batches: Sequence[Batch], padding: str, multiple: int = 1) -> list[
 def by_length(batches: Sequence[Batch], multiple: int = 1) -> list[Batch]:
     """Divide the rows into as many batches, the longest rows into the first one.
 
-    So the fullest batch comes before there are gradients. If not all are full, the one that is not gets the longest
-    rows, as that takes the least padding. A step with a batch that only keeps a process busy, which has
+    So the fullest batch comes before there are gradients. If not all are full, the one that is not gets the rows with
+    which there is least padding. A step with a batch that only keeps a process busy, which has
     no labels, stays as it is: its row must not count.
     """
     if not all(bool((batch["labels"] != IGNORED).any()) for batch in batches):
@@ -66,13 +66,23 @@ def by_length(batches: Sequence[Batch], multiple: int = 1) -> list[Batch]:
         for name, fill in (("input_ids", 0), ("labels", IGNORED), ("attention_mask", 0))
     }
     size = len(batches[0]["input_ids"])
-    first = len(order) % size or size
-    chosen = [order[max(0, end - size) : end] for end in range(first, len(order) + 1, size)]
-    longest = [-(-lengths[places[0]] // multiple) * multiple for places in chosen]
-    return [
-        {name: values[places, :length] for name, values in rows.items()}
-        for places, length in zip(chosen, longest, strict=True)
-    ]
+
+    def padded(places: list[int]) -> int:
+        return -(-lengths[places[0]] // multiple) * multiple
+
+    chosen = min(_divisions(order, size), key=lambda parts: sum(len(part) * padded(part) for part in parts))
+    return [{name: values[places, : padded(places)] for name, values in rows.items()} for places in chosen]
+
+
+def _divisions(order: list[int], size: int) -> Iterator[list[list[int]]]:
+    """Yield each division into parts of `size` in this order, with the smaller one, if there is one, in each place."""
+    rest = len(order) % size
+    for place in range(len(order) // size + 1 if rest else 1):
+        before = place * size
+        parts = [order[:before][begin : begin + size] for begin in range(0, before, size)]
+        parts += [order[before : before + rest]] if rest else []
+        after = order[before + rest :]
+        yield [*parts, *(after[begin : begin + size] for begin in range(0, len(after), size))]
 
 
 def without_padding(batch: Batch) -> Batch:

@@ -312,7 +312,7 @@ def test_held_out_loss_of_all_tokens_is_what_a_search_judges(faked_losses, make_
         study.tell(trial, 1.5)
     trial = study.ask()
     config = make_config(*faked_losses[0], f"tracking.uri={mlflow_uri}")
-    run(config, tmp_path / "run", pruning={"file": str(file), "trial": trial.number})
+    run(config, tmp_path / "run", pruning={"file": str(file), "trial": trial.number, "pruner": "median"})
     first, second, third = study.trials[-1].intermediate_values.values()
     assert 1 < first < 1.1  # the mean over batches would be 2.3, and pruned
     assert 1.9 < second < 2

@@ -37,6 +37,8 @@ LENGTHS = st.lists(st.integers(1, 30), min_size=1, max_size=13)
 
 @given(LENGTHS, st.integers(1, 5), st.sampled_from([None, 8]))
 @example([1, 1, 2], 2, None)
+@example([1, 2, 2, 1], 3, None)
+@example([10, 1, 1, 1], 3, None)
 @settings(deadline=None)
 def test_sorted_batches_have_the_rows_of_the_step_and_no_more_padding(lengths, size, multiple):
     _, before = step_of(lengths, size, multiple)
