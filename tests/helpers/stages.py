@@ -155,8 +155,8 @@ class Stages:
             self.patch.setattr(setup.lora_init, name, lambda *_: None)
         self.patch.setattr(setup.adapters, "attach", lambda *_: torch.nn.Module())
         memory = SimpleNamespace(phase=lambda _: nullcontext())
-        tracker = SimpleNamespace(params=lambda _: None)
-        run = SimpleNamespace(config=config, memory=memory, resolved=resolve(config, CPU), tracker=tracker)
+        run = SimpleNamespace(config=config, memory=memory, resolved=resolve(config, CPU), first_adapter=None)
+        run.tracker = SimpleNamespace(params=lambda _: None)
         setup._attach(run, SimpleNamespace(train=None, tokenizer=self.tokenizer), None, None)
         return asked
 
