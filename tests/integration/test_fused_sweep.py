@@ -62,6 +62,7 @@ SEARCH += ["training.eval_strategy=steps", "training.eval_steps=2"]
 
 
 @pytest.mark.long
+@pytest.mark.thorough
 def test_trials_that_are_stopped_or_diverge_make_room_and_leave_the_others_what_they_are_alone(sweep, run_quick, capfd):
     rates = ["0.01", "0.0001", "0.0002", "1e30"]
     words = [f"training.learning_rate={','.join(rates)}", "search.n_trials=4", "sweep.fuse=2"]

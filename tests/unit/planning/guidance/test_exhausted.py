@@ -56,6 +56,7 @@ def test_what_the_run_held_is_freed_before_plans_are_made(monkeypatch):
         train()
 
 
+@pytest.mark.thorough
 def test_settings_are_planned_to_fit_and_keep_the_rows_of_a_step():
     words = [*TINY, "training.per_device_train_batch_size=64", "training.gradient_accumulation_steps=2"]
     config = compose(words)
