@@ -170,10 +170,12 @@ def show_many(planned: Sequence[Planned], prices: Mapping[str, float]) -> None:
             ]
         )
     kept = [place for place in range(len(headings)) if any(row[place] for row in rows)]
+    number = len({tuple(run.words) for run in planned})
+    runs = "1 run" if number == 1 else f"{number} runs"
     common = set.intersection(*(set(run.words) for run in planned))
     shared = f", all with {' '.join(shortened(word) for word in planned[0].words if word in common)}" if common else ""
     print_table(
-        f"{len(rows)} runs{shared}",
+        f"{runs}{f' on {len(cards)} cards' if len(cards) > 1 else ''}{shared}",
         [headings[place] for place in kept],
         [[row[place] for place in kept] for row in rows],
         whole=len(names) + (len(cards) > 1) if sum(map(_width, zip(*names_of, strict=True))) <= WIDEST else 0,
