@@ -16,7 +16,7 @@ from support import QUICK, exit_code
 
 from qlora_exp.environment.device import cpu_name
 from qlora_exp.tracking.journal import last_message, metrics
-from qlora_exp.utils.errors import ConfigError, RankError, TimeLimitError
+from qlora_exp.utils.errors import ConfigError, MemoryExhaustedError, RankError, TimeLimitError
 from qlora_exp.utils.processes.signals import OUT_OF_TIME, handle_signals
 
 ONE = ["training.per_device_train_batch_size=4"]
@@ -162,7 +162,8 @@ def test_processes_end_as_one(rank, number, ends, says, run_quick, tmp_path):
     threading.Thread(target=fault, daemon=True).start()
     words = [*TWO, "method=lora", "training.max_steps=100000"]
     words += ["distributed.ddp_timeout=5"] if number == signal.SIGSTOP else []
-    raised = {signal.SIGINT: KeyboardInterrupt, OUT_OF_TIME: TimeLimitError}.get(number, RankError)
+    kinds = {signal.SIGINT: KeyboardInterrupt, OUT_OF_TIME: TimeLimitError, None: MemoryExhaustedError}
+    raised = kinds.get(number, RankError)
     with handle_signals(), pytest.raises(raised, match=says):
         run_quick(*words, folder="shared")
     seconds = time.monotonic() - fault_at[0]
