@@ -38,8 +38,8 @@ _SHORTEST_LINE = 16
 """Fewest characters of a line that is searched for, of a secret with several lines."""
 _SECRET_QUERY_KEY = re.compile(r"^(?:passfile|sig|.*signature)$", re.IGNORECASE)
 """Keys in URIs that concern secrets although their names do not say so."""
-_FILES_IN_QUERY = {"sslkey", "ssl_key"}
-"""Keys in URIs whose values are files, although their names are those of secrets."""
+_NO_SECRETS_IN_QUERY = {"sslkey", "ssl_key", "viewstatesharekey"}
+"""Keys in URIs that look like secrets, whose values are files, or a view of MLflow's page that anybody may open."""
 
 # The lengths are limited, so that no text takes long.
 _START = r"(?:(?<![A-Za-z0-9])|(?<=%[0-9A-Fa-f]{2}))"
@@ -263,4 +263,4 @@ def _field_hidden(match: re.Match[str]) -> str:
 
 
 def _is_secret_field(key: str) -> bool:
-    return bool(_SECRET_QUERY_KEY.search(key)) or (is_secret_name(key) and key.lower() not in _FILES_IN_QUERY)
+    return bool(_SECRET_QUERY_KEY.search(key)) or (is_secret_name(key) and key.lower() not in _NO_SECRETS_IN_QUERY)

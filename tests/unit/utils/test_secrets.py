@@ -181,3 +181,8 @@ def test_secret_in_a_uri_is_found(uri: str, secret: str | None, monkeypatch):
     monkeypatch.setenv("MY_TOKEN", "my-token-1")
     monkeypatch.setenv("POSTGRES_PASSWORD", "postgres")
     assert secret_in_uri(uri) == secret
+
+
+def test_a_shared_view_of_mlflows_page_is_no_secret():
+    link = "http://localhost:5000/#/experiments/1?viewStateShareKey=qlora_exp_all_runs&api_key=abc123"
+    assert redact(link) == link.replace("abc123", "***")
