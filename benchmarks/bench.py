@@ -74,20 +74,22 @@ def race(job: Job, steps: int, overrides: Sequence[str], rounds: int) -> None:
             [sys.executable, str(HERE / "plain.py"), *words], stdout=subprocess.PIPE, text=True, check=True
         )
         seconds, target = json.loads(done.stdout.splitlines()[-1])["heldout"][-1]
-        for name in ("", "training.tune=auto"):
-            folder = job.folder / f"race-{turn}-{'tuned' if name else 'defaults'}"
+        for number, name in enumerate(("", "training.tune=auto training.bf16=false", "training.tune=auto")):
+            folder = job.folder / f"race-{turn}-{number}"
             keys = [f"model={job.model}", f"method={job.method}", "device=cpu", f"hydra.run.dir={folder}"]
             keys += ["evaluation=loss_only", "training.save_strategy=no", f"training.max_steps={steps}"]
             keys += [f"training.eval_steps={interval}", f"tracking.uri=sqlite:///{job.folder / 'mlflow.db'}"]
-            command = [sys.executable, "-m", "qlora_exp", "train", *keys, *filter(None, [name]), *overrides]
+            command = [sys.executable, "-m", "qlora_exp", "train", *keys, *name.split(), *overrides]
             subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
-            lines, elapsed, reached = metrics(folder), 0.0, None
-            for line in lines:
+            elapsed, heldout = 0.0, []
+            for line in metrics(folder):
                 elapsed += line.get("train/step_seconds", 0.0)
-                if reached is None and line.get("eval/loss", target + 1) <= target:
-                    reached = elapsed
+                if "eval/loss" in line:
+                    heldout.append((elapsed, line["eval/loss"]))
+            reached = next((at for at, loss in heldout if loss <= target), None)
             result = {"race": name or "defaults", "target": target, "plain": seconds, "qlora-exp": reached}
-            print(json.dumps(result | {"ratio": reached and reached / seconds}), flush=True)
+            result |= {"ratio": reached and reached / seconds, "all steps": elapsed, "last loss": heldout[-1][1]}
+            print(json.dumps(result), flush=True)
 
 
 def main() -> None:

@@ -5,9 +5,16 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 PAGES = ("CHANGELOG", "CONTRIBUTING", "SECURITY")
 ROOT = Path(__file__).parents[1]
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Make links to these pages, which lead out of docs/, lead to the site's pages."""
+    names = "|".join(PAGES)
+    return re.sub(rf"\]\(\.\./((?:\.\./)*)({names})\.md", lambda link: f"]({link[1]}{link[2].lower()}.md", markdown)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

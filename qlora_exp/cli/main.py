@@ -47,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         load_env_file()
         if getattr(options, "reads_store", False) and options.uri is None and (uri := os.environ.get(_STORE)):
             print(shown(f"MLflow: {uri} ({_STORE})"), file=sys.stderr)
+        if folder := getattr(options, "config_dir", None):
+            from qlora_exp.config.hydra_compose import own_options
+
+            own_options.set(folder)
         options.handler(options)
 
     sys.exit(exit_code(run, getattr(options, "less_memory", "")))

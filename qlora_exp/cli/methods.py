@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from qlora_exp.cli.parents import Commands, add_command, add_overrides
+from qlora_exp.cli.parents import OWN_OPTIONS, Commands, add_command, add_overrides
 from qlora_exp.config.tables import compatibility
 from qlora_exp.utils.errors import ConfigError
 from qlora_exp.utils.quiet import quiet
@@ -13,7 +13,7 @@ _BLOCK_SIZES = [64 * 2**power for power in range(7)]  # the sizes that bitsandby
 
 def add_parsers(commands: Commands) -> None:
     """Add both commands."""
-    parser = add_command(commands, "probe", probe)
+    parser = add_command(commands, "probe", probe, [OWN_OPTIONS])
     add_overrides(parser, "method=NAME and further keys, as for `train`", nargs="+")
     bases = {name: f"{name} ({quantization})" for name, quantization in compatibility.BASES.items()}
     parser.add_argument(
@@ -23,7 +23,7 @@ def add_parsers(commands: Commands) -> None:
         help=f"how the base model's weights are stored: {', '.join(bases.values())}; may be repeated; default: plain",
     )
 
-    parser = add_command(commands, "quantize-error", quantize_error)
+    parser = add_command(commands, "quantize-error", quantize_error, [OWN_OPTIONS])
     add_overrides(parser, "model=NAME, unrelated=NAME (text to measure the loss on) and further keys, as for `train`")
     size = "number of weights that share one scale; default: 64"
     parser.add_argument("--blocksize", type=int, default=64, choices=_BLOCK_SIZES, help=size)

@@ -3,6 +3,7 @@
 import argparse
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -15,6 +16,8 @@ URI.add_argument("--uri", help="MLflow tracking URI; default: MLFLOW_TRACKING_UR
 URI.set_defaults(reads_store=True)
 RUN = argparse.ArgumentParser(add_help=False)
 RUN.add_argument("run", metavar="RUN", help="run id, run key, name or output folder of a recorded run")
+OWN_OPTIONS = argparse.ArgumentParser(add_help=False)
+OWN_OPTIONS.add_argument("--config-dir", type=Path, metavar="FOLDER", help="folder with your own groups and options")
 SOURCE = argparse.ArgumentParser(add_help=False)
 SOURCE.add_argument(
     "source",

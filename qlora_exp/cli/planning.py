@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from qlora_exp.cli.parents import URI, Commands, add_command, add_overrides
+from qlora_exp.cli.parents import OWN_OPTIONS, URI, Commands, add_command, add_overrides
 from qlora_exp.libraries.imports import import_quickly
 from qlora_exp.planning import calibration, cost, gpus
 from qlora_exp.planning.gpus import Gpu
@@ -26,7 +26,7 @@ def add_parsers(commands: Commands) -> None:
     gpu.add_argument("--gpu", metavar="NAME", help=f"GPU to plan for (`plan`: or several, A,B): {', '.join(gpus.GPUS)}")
     gpu.add_argument("--vram", type=float, metavar="GIB", help="memory of the GPU in GiB, if --gpu does not list it")
 
-    parser = add_command(commands, "plan", plan, [gpu])
+    parser = add_command(commands, "plan", plan, [gpu, OWN_OPTIONS])
     add_overrides(
         parser, "keys of the config, as for `train`; a list of values (KEY=A,B) gives a row for each combination"
     )
@@ -44,7 +44,7 @@ def add_parsers(commands: Commands) -> None:
         help="rate at which each GPU sends to the others, for distributed=ddp and fsdp; default: that of --gpu",
     )
 
-    parser = add_command(commands, "advise", advise, [gpu, URI])
+    parser = add_command(commands, "advise", advise, [gpu, URI, OWN_OPTIONS])
     _add_price(parser)
     parser.add_argument(
         "--goal",
@@ -82,7 +82,7 @@ def plan(options: argparse.Namespace) -> None:
     _refuse_options_as_keys(options)
     if options.bandwidth is not None and not 0 < options.bandwidth < 100_000:
         raise ConfigError(f"--bandwidth {options.bandwidth:g}: not a rate in GB/s")
-    cards, cpu = _gpus(options), gpus.this_cpu().calibrated(calibration.read())
+    cards, cpu = _gpus(options, gpus.of_this_machine()), gpus.this_cpu().calibrated(calibration.read())
     prices = cost.prices(options.price, cards)
     cost.check_rows(options.rows, options.overrides)
     if options.bandwidth is not None:
@@ -100,6 +100,8 @@ def plan(options: argparse.Namespace) -> None:
     valid_configs = [config for config in composed if isinstance(config, Config)]
     if not valid_configs:
         raise ConfigError("\n".join(dict.fromkeys(map(str, composed))))
+    if (options.gpu or options.vram) and all(config.device == "cpu" for config in valid_configs):
+        raise ConfigError("--gpu, --vram: device=cpu is planned for the CPU of this machine; leave them out")
     _say_formats(valid_configs)
     _import_planner()
     from qlora_exp.planning import tables
@@ -263,13 +265,14 @@ def _refuse_options_as_keys(options: argparse.Namespace) -> None:
             raise ConfigError(f"{key}: no such key or group; did you mean --{key} {value}?")
 
 
-def _gpus(options: argparse.Namespace) -> list[Gpu]:
-    """Return the GPUs of --gpu, or that of --vram, with the corrections that `calibrate` wrote."""
+def _gpus(options: argparse.Namespace, default: Gpu | None = None) -> list[Gpu]:
+    """Return the GPUs of --gpu, or that of --vram, or `default`, with the corrections that `calibrate` wrote."""
     if options.gpu and options.vram:
         raise ConfigError("--gpu and --vram: give one of them")
     if options.vram is not None and not 0 < options.vram < 10_000:
         raise ConfigError(f"--vram {options.vram:g}: not the memory of a GPU in GiB")
-    found = gpus.find_all(options.gpu) if options.gpu else [Gpu("GPU", options.vram or 0.0)]
+    named = [Gpu("GPU", options.vram)] if options.vram else [default or Gpu("GPU", 0.0)]
+    found = gpus.find_all(options.gpu) if options.gpu else named
     return [gpu.calibrated(calibration.read()) for gpu in found]
 
 

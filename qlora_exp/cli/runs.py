@@ -16,6 +16,7 @@ from qlora_exp.utils.errors import ConfigError, TrackingError
 from qlora_exp.utils.names import valid_names
 from qlora_exp.utils.notice import notice_if_slow
 from qlora_exp.utils.quiet import quiet
+from qlora_exp.utils.secrets import redact
 
 _USUAL_FOLDERS = (Path("outputs"), Path("multirun"))
 """Folders in which `train` writes runs and sweeps."""
@@ -28,7 +29,8 @@ def add_parsers(commands: Commands) -> None:
     parser.add_argument("chosen", nargs="*", metavar="SWEEP|RUN", help=which)
     parser.add_argument("--experiment", metavar="NAME", help="list runs of this MLflow experiment only")
     parser.add_argument("--filter", help='list only runs that match this MLflow filter, such as "metrics.steps > 10"')
-    parser.add_argument("--columns", default="", metavar="KEY,...", help="config keys, tags or metrics to show too")
+    shown = "config keys, tags or metrics to show too; also run_id, and user, which is shown if there are several"
+    parser.add_argument("--columns", default="", metavar="KEY,...", help=shown)
     parser.add_argument("--sort", metavar="KEY", help="config key, tag or metric to sort by, the smallest first")
     parser.add_argument("--reverse", action="store_true", help="list in the reverse order")
     parser.add_argument("--limit", type=int, default=50, metavar="N", help="most runs to list; 0: all; default: 50")
@@ -266,7 +268,7 @@ def sync(options: argparse.Namespace) -> None:
     runs = {Path(os.path.abspath(path)) for path, below, files in walk if journal.FILE in (*below, *files)}
     runs |= {run.parent for run in runs if (run.parent / journal.FILE).is_file()}  # the sweep of a job
     sent, problems = 0, []
-    still = ""
+    still = where = ""
     if runs:
         quiet()
         from qlora_exp.tracking.sync import settle
@@ -274,6 +276,7 @@ def sync(options: argparse.Namespace) -> None:
         with notice_if_slow("waiting for MLflow"):
             settled = settle(runs, options.uri)
         sent = settled.sent
+        where = f" ({', '.join(map(redact, settled.stores))})" * bool(settled.stores)
         unread += settled.unread
         for run, lacks in settled.lacks.items():
             for line in lacks:
@@ -287,4 +290,4 @@ def sync(options: argparse.Namespace) -> None:
     problems[:0] = [f"{len(unread)} runs or folders could not be read completely (see the warnings)"] * bool(unread)
     if problems:
         raise TrackingError(f"{sent} runs sent; {'; '.join(problems)}{still}")
-    say(f"{sent} runs sent; MLflow has everything of all runs under {', '.join(map(str, folders))}{still}")
+    say(f"{sent} runs sent; MLflow has everything of all runs under {', '.join(map(str, folders))}{where}{still}")

@@ -8,6 +8,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 
 SWEEPING = {"sweeper": "grid", "launcher": "local"}
 """The default sweeper and launcher, which option files and the command line can change."""
+own_options: ContextVar[Path | None] = ContextVar("own_options", default=None)
+"""Folder with the user's own groups and options, as `--config-dir` of `plan`, `advise` and `probe` names it."""
 
 
 @functools.cache
@@ -65,7 +68,7 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
 
     Args:
         overrides: Hydra overrides, e.g. `["method=lora", "method.r=8"]`.
-        config_dir: folder with your own groups and options, searched after the shipped ones.
+        config_dir: folder with your own groups and options, searched after the shipped ones. Default: `own_options`.
 
     Raises:
         ConfigError: the config is invalid; the message names the key and the nearest valid spelling. Or an override
@@ -79,6 +82,7 @@ def compose(overrides: Sequence[str] = (), config_dir: str | Path | None = None)
 def _compose(overrides: Sequence[str], config_dir: str | Path | None) -> tuple[Config, Mapping[str, Any]]:
     """Compose and check a config; return it and the options that were chosen, by group."""
     register()
+    config_dir = config_dir or own_options.get()
     if config_dir is not None:
         check_own_options(Path(config_dir))
     with errors_explained(), initialized(conf_dir(), config_dir):
@@ -176,13 +180,17 @@ def grid(overrides: Sequence[str]) -> list[list[str]]:
     name = next((word.split("=", 1)[1] for word in reversed(overrides) if word.startswith("sweep=")), None)
     params: dict[str, str] = {}
     if name is not None:
-        if name not in options("sweep"):
-            raise ConfigError(f"sweep: no option '{name}'{did_you_mean(name, options('sweep'))}")
-        values = yaml.safe_load((conf_dir() / "sweep" / f"{name}.yaml").read_text("utf-8"))
-        params = values["hydra"]["sweeper"]["params"]
+        found = {file.stem: file for folder in (own_options.get(), conf_dir()) if folder
+                 for file in sorted((folder / "sweep").glob("*.yaml"))}  # fmt: skip
+        if name not in found:
+            raise ConfigError(f"sweep: no option '{name}'{did_you_mean(name, found)}")
+        try:
+            params = yaml.safe_load(found[name].read_text("utf-8"))["hydra"]["sweeper"]["params"]
+        except (KeyError, TypeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{found[name]}: has no hydra.sweeper.params that can be read") from error
     overridden = {word.split("=", 1)[0] for word in overrides}
     words = [*(f"{key}={value}" for key, value in params.items() if key not in overridden), *overrides]
-    with errors_explained(), initialized(conf_dir(), None):
+    with errors_explained(), initialized(conf_dir(), own_options.get()):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
         return [of_job(job) for job in combinations(parser.parse_overrides(words))]
 

@@ -113,15 +113,19 @@ def _activations(config: Config, given: dict[str, Any]) -> Iterator[tuple[str, s
 
 def _long_rows(config: Config) -> Iterator[str]:
     """Check what saves the memory of long rows."""
-    training, method = config.training, config.method.name
     for key in ("activation_offloading", "tiled_mlp"):
-        if getattr(training, key) and config.distributed.shards:
+        if getattr(config.training, key) and config.distributed.shards:
             yield f"training.{key} was never tested with distributed={config.distributed.engine}: use {key}=false"
-    if not training.tiled_mlp:
-        return
+    if config.training.tiled_mlp:
+        yield from untiled(config)
+
+
+def untiled(config: Config) -> Iterator[str]:
+    """Yield why MLPs cannot be computed in parts (`training.tiled_mlp`), as far as the config tells."""
+    method = config.method.name
     if config.depends_on_batch:
         yield f"training.tiled_mlp: method={method} depends on all tokens of a batch: use training.tiled_mlp=false"
     elif why := config.refusal("gradient_checkpointing"):
         yield f"training.tiled_mlp: method={method} cannot compute activations again ({why}): use tiled_mlp=false"
-    if training.torch_compile:
+    if config.training.torch_compile:
         yield "training.tiled_mlp was never tested with training.torch_compile: set one of them"

@@ -186,6 +186,8 @@ def refuse_user_only_settings(config: Config, changes: Mapping[str, Any]) -> Non
     for key, path in ((key, path) for key, value in paths.items() for path in _texts(value)):
         if not path or key in changes:
             continue
+        if "${" in path:
+            raise ConfigError(f"the recorded config has {key}={path}, and records have no references: add {key}=VALUE")
         if path.startswith(REASONING_GYM):
             raise ConfigError(
                 "the recorded config uses a reasoning-gym task, and some run code that a model generates; "

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
 from pydantic import BaseModel, ValidationError
 
 from qlora_exp.config import crosschecks, plugins
+from qlora_exp.config.conf_folder import conf_dir
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.sweep import SearchConfig
 from qlora_exp.config.tables import peft_methods, sft_arguments
@@ -129,6 +131,8 @@ def no_such_key(key: str) -> str:
     if key == "hydra.launcher.n_jobs":
         return f"{key}: this launcher has no such key; did you mean 'sweep.n_jobs'?"
     if key.startswith("hydra."):
+        if (hint := did_you_mean(key, _launcher_keys())) != ".":
+            return f"{key}: Hydra has no such key{hint} +{key}=VALUE adds one for a plugin"
         return f"{key}: Hydra has no such key (--cfg hydra shows its keys); +{key}=VALUE adds one for a plugin"
     name = key.rpartition(".")[2]
     if (key == name or key.partition(".")[0] in ("training", "model", "dataset")) and name in _ELSEWHERE:
@@ -142,6 +146,18 @@ def no_such_key(key: str) -> str:
         return f"{key}: no such key or group{hint}"
     section = key.rpartition(".")[0]
     return f"{key}: no such key or group; `{f'qlora-exp keys {section}'.strip()}` lists them"
+
+
+def _launcher_keys() -> list[str]:
+    """Return the settings of all shipped launchers."""
+
+    def walk(prefix: str, node: Any) -> Iterator[str]:
+        for name, value in node.items() if isinstance(node, dict) else ():
+            yield f"{prefix}.{name}"
+            yield from walk(f"{prefix}.{name}", value)
+
+    files = (conf_dir() / "hydra" / "launcher").glob("*.yaml")
+    return [key for file in files for key in walk("hydra.launcher", OmegaConf.to_container(OmegaConf.load(file)))]
 
 
 _OF_UNION = re.compile(r"(?:int|float|bool|str|constrained-\w+|(?:literal|list|dict)\[.*\])")

@@ -66,6 +66,8 @@ class Resolved:
     gradient_checkpointing: bool
     recomputed_layers: int | None
     """Number of layers, the first ones, that recompute; None: all or none, as `gradient_checkpointing` says."""
+    activation_offloading: bool
+    tiled_mlp: bool
     padding: str
     """`batch`, `by_length` or `free`, as in `training.padding`."""
     tuned: str | None
@@ -145,6 +147,14 @@ def nvml_handles() -> list[Any]:
         return []
 
 
+def own_nvml_handle() -> Any | None:
+    """Return NVML's handle of the GPU that a run here would take; None if it cannot be told, or there is none."""
+    visible, handles = visible_gpus(), nvml_handles()
+    if not visible or not visible[0].isdecimal() or int(visible[0]) >= len(handles):
+        return None
+    return handles[int(visible[0])]
+
+
 def resolve(config: Config, device: Device) -> Resolved:
     """Replace each `auto` of `config` by its value for `device`.
 
@@ -214,6 +224,8 @@ def resolve(config: Config, device: Device) -> Resolved:
         tuned=None,
         gradient_checkpointing=recomputes,
         recomputed_layers=training.recomputed_layers if recomputes else None,
+        activation_offloading=training.activation_offloading,
+        tiled_mlp=training.tiled_mlp,
         padding=training.padding or "batch",
         optim=optim,
         optim_fallback=fallback,

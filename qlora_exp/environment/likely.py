@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from qlora_exp.config.schema import Config
-from qlora_exp.environment.device import Device, cpu_name, nvml_handles, remarks, resolve, visible_gpus
+from qlora_exp.environment.device import Device, cpu_name, own_nvml_handle, remarks, resolve, visible_gpus
 from qlora_exp.utils.errors import ConfigError
 
 _NODES = ("nvidia[0-9]*", "kfd", "dxg")
@@ -24,17 +24,13 @@ def device(config: Config) -> Device | None:
     """Return the device that the run would take, as far as it can be told without torch; None if it cannot."""
     if config.device == "cpu" or (config.device != "mps" and _has_no_gpu()):
         return Device("cpu", cpu_name(), bf16=False, paging=False)
-    visible = visible_gpus()
-    if config.device == "mps" or not visible or not visible[0].isdecimal():
-        return None
-    handles = nvml_handles()
-    if (index := int(visible[0])) >= len(handles):
+    if config.device == "mps" or (handle := own_nvml_handle()) is None:
         return None
     import pynvml
 
-    name = str(pynvml.nvmlDeviceGetName(handles[index]))
-    major, _ = pynvml.nvmlDeviceGetCudaComputeCapability(handles[index])
-    return Device("cuda", name, bf16=major >= 8, paging=True, visible_gpus=len(visible))
+    name = str(pynvml.nvmlDeviceGetName(handle))
+    major, _ = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    return Device("cuda", name, bf16=major >= 8, paging=True, visible_gpus=len(visible_gpus()))
 
 
 def check(config: Config) -> list[str]:

@@ -16,7 +16,7 @@ from weakref import WeakSet
 
 import psutil
 
-from qlora_exp.utils.units import MIB
+from qlora_exp.utils.units import GIB, MIB
 
 _PROC = Path("/proc/self")
 
@@ -132,6 +132,10 @@ class MemoryMonitor:
 _CGROUP = tuple(map(Path, ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")))
 
 
+_MAPPED = int(1.6 * GIB)
+"""Address space that a run's libraries take beyond memory, as measured with torch 2.13 for CPUs."""
+
+
 def limits() -> dict[str, int]:
     """Return limits of this process's memory in bytes that are below the machine's: of `address space`, of its `group`.
 
@@ -147,6 +151,30 @@ def limits() -> dict[str, int]:
         if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
             found["address space"] = limit
     return found
+
+
+def _taken(kind: str) -> int:
+    """Return what this process has taken of a limit."""
+    process = psutil.Process().memory_info()
+    return int(process.vms if kind == "address space" else process.rss)
+
+
+def capacity() -> tuple[int, str]:
+    """Return the bytes of memory that a run on this CPU can take, its libraries included, and what limits them.
+
+    The second is empty if nothing but the machine's memory does.
+    """
+    found = {kind: limit - _MAPPED * (kind == "address space") for kind, limit in limits().items()}
+    kind = min(found, key=found.__getitem__, default="")
+    total = psutil.virtual_memory().total
+    by = {"address space": "ulimit -v", "group": "its control group"}
+    return (max(0, found[kind]), by[kind]) if kind and found[kind] < total else (total, "")
+
+
+def free() -> int:
+    """Return the bytes that this process can take now, of what the machine has free and its limits leave."""
+    left = [limit - _taken(kind) for kind, limit in limits().items()]
+    return max(0, min([psutil.virtual_memory().available, *left]))
 
 
 def resettable() -> bool:

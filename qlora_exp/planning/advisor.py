@@ -249,14 +249,21 @@ def advice(found: Sequence[str]) -> str:
 
 
 def _with_less_memory(config: Config, gpu: Gpu) -> Iterator[tuple[list[str], Config]]:
-    """Yield a config as it is, with recomputation, and with a base in 4 bits, and the words that change it so."""
+    """Yield a config with less and less memory, and the words that change it so.
+
+    It is as it is; with attention that keeps no matrix of all pairs of tokens; with recomputation; on a base in 4 bits.
+    """
     from qlora_exp.planning.planner import resolved_on
 
-    recomputing = config.training.model_copy(update={"gradient_checkpointing": True})
     changes: list[tuple[list[str], Config]] = [([], config)]
+    if config.model.attn_implementation == "eager":
+        fused = config.model.model_copy(update={"attn_implementation": "sdpa"})
+        changes.append((["model.attn_implementation=sdpa"], config.model_copy(update={"model": fused})))
     if not (resolved_on(config, gpu.device).gradient_checkpointing or config.refusal("gradient_checkpointing")):
-        words = ["training.gradient_checkpointing=true"]
-        changes.append((words, config.model_copy(update={"training": recomputing})))
+        recomputing = config.training.model_copy(update={"gradient_checkpointing": True})
+        words, least = changes[-1]
+        words = [*words, "training.gradient_checkpointing=true"]
+        changes.append((words, least.model_copy(update={"training": recomputing})))
     yield from changes
     if config.method.peft_type == "LORA" and not config.quantization.quantized:
         stored = compose(["method=qlora"]).quantization

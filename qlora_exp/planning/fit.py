@@ -58,7 +58,7 @@ def communication_seconds(prediction: "Prediction", gpu: Gpu) -> float | None:
 
 
 def outside(ranks: int) -> float:
-    """Return the GiB of a GPU that the driver takes, and NCCL with several ranks."""
+    """Return the GiB of a GPU that the driver takes, and NCCL with several ranks; on a CPU, the libraries' share."""
     return DRIVER_GIB + (NCCL_GIB if ranks > 1 else 0.0)
 
 
@@ -85,5 +85,16 @@ def needed_for(peak: float, gpu: Gpu, ranks: int = 1) -> float:
 
 def verdict(prediction: "Prediction", gpu: Gpu) -> str:
     """Return `fits`, `may fit` or `does not fit` for the fullest phase together with the driver's memory."""
-    least, most = (room(gpu, sign, prediction.ranks) for sign in (1, -1))
-    return "fits" if prediction.peak <= least else "may fit" if prediction.peak <= most else "does not fit"
+    if is_too_much(prediction.peak, gpu, prediction.ranks):
+        return "does not fit"
+    return "fits" if prediction.peak <= room(gpu, ranks=prediction.ranks) else "may fit"
+
+
+def is_too_much(peak: float, gpu: Gpu, ranks: int = 1) -> bool:
+    """Return whether a planned peak in bytes does not fit, even if the plan is as much too high as plans have been.
+
+    Plans for CPUs cover tensors only. Without a calibration only these are compared with the memory.
+    """
+    if gpu.type == "cpu" and gpu.calibration is None:
+        return peak > (gpu.memory_gib - outside(ranks)) * GIB
+    return peak > room(gpu, -1, ranks)

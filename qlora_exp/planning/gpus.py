@@ -8,10 +8,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-import psutil
-
 from qlora_exp.config.schema import Config
-from qlora_exp.environment.device import Device, cpu_name, detect
+from qlora_exp.environment.device import Device, cpu_name, detect, own_nvml_handle
+from qlora_exp.environment.memory import capacity
 from qlora_exp.planning.calibration import Calibration
 from qlora_exp.utils.errors import ConfigError, did_you_mean
 from qlora_exp.utils.units import GIB
@@ -52,6 +51,13 @@ class Gpu:
     bf16: bool = True
     type: str = "cuda"
     calibration: Calibration | None = None
+    limited_by: str = ""
+    """What lets a process take less than the machine's memory, on a CPU."""
+
+    @property
+    def where(self) -> str:
+        """Its memory and its name."""
+        return f"{self.memory_gib:g} GiB ({self.name}{self.limited_by and f', as {self.limited_by} allows'})"
 
     @property
     def device(self) -> Device:
@@ -162,8 +168,25 @@ def find_all(names: str) -> list[Gpu]:
 
 
 def this_cpu() -> Gpu:
-    """Return this machine's CPU, with the machine's memory."""
-    return Gpu(cpu_name(), round(psutil.virtual_memory().total / GIB, 1), bf16=False, type="cpu")
+    """Return this machine's CPU, with the memory that a run can take there."""
+    memory, by = capacity()
+    return Gpu(cpu_name(), round(memory / GIB, 1), bf16=False, type="cpu", limited_by=by)
+
+
+def of_this_machine() -> Gpu | None:
+    """Return the GPU that a run here would take, as NVIDIA's driver describes it, without torch; None if there is none.
+
+    Rates are those of GPUS, if it lists the card.
+    """
+    if (handle := own_nvml_handle()) is None:
+        return None
+    import pynvml
+
+    name = str(pynvml.nvmlDeviceGetName(handle))
+    memory = round(pynvml.nvmlDeviceGetMemoryInfo(handle).total / GIB, 1)
+    listed = next((gpu for gpu in GPUS.values() if _matches_name(_parts(gpu.name), name)), None)
+    major, _ = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    return replace(listed or Gpu("", 0.0, bf16=major >= 8), name=name, memory_gib=memory)
 
 
 def here(config: Config, vram: float | None) -> Gpu:

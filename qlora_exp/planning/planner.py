@@ -102,7 +102,7 @@ class Planner:
             ("device=mps", resolved.device == "mps"),
             (
                 "training.activation_offloading=true without gradient_checkpointing",
-                config.training.activation_offloading and not resolved.gradient_checkpointing,
+                resolved.activation_offloading and not resolved.gradient_checkpointing,
             ),
             ("distributed=deepspeed_zero3", config.distributed.engine == "deepspeed_zero3"),  # only ddp and fsdp
             (
@@ -249,7 +249,7 @@ class Planner:
                     evaluated=evaluated,
                     alike=not method.freezes and (method.lisa_activated_layers or 1) == 1,
                     last=last,
-                    offloads=self._config.training.activation_offloading,
+                    offloads=self._resolved.activation_offloading,
                     on_gpu=self._on_cuda,
                     recomputed=self._resolved.recomputed_layers,
                 )
@@ -332,7 +332,7 @@ def build_model(config: Config, resolved: Resolved, architecture: PretrainedConf
         create_samplers(model)
         if resolved.device == "cpu":
             dropout.on_cpu(model)
-    if config.training.tiled_mlp:
+    if resolved.tiled_mlp:
         tiling.tile(model)
     if resolved.gradient_checkpointing:
         if settings is not None:

@@ -119,7 +119,7 @@ def _why(config: Config, gpu: Gpu) -> str:
     if verdict(prediction, gpu) != "does not fit":
         return ""
     needed = expected(prediction, gpu) / GIB
-    return f"does not fit: needs about {needed:.1f} GiB, but {gpu.name} has {gpu.memory_gib:g} GiB"
+    return f"does not fit: needs about {needed:.1f} GiB, and there are {gpu.where}"
 
 
 def _advice(config: Config, gpu: Gpu) -> str:

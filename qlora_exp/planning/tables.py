@@ -14,6 +14,7 @@ from qlora_exp.planning.fit import (
     WORST_ERROR_OF_SEVERAL,
     communication_seconds,
     expected,
+    is_too_much,
     outside,
     room,
     step_seconds,
@@ -157,7 +158,7 @@ def show_many(planned: Sequence[Planned], prices: Mapping[str, float]) -> None:
             rows.append([*cells, "-", "no plan", "", "", "", "", ""])
             continue
         ranks = f" x {run.prediction.ranks}" if run.prediction.ranks > 1 else ""
-        judged = FITS[verdict(run.prediction, run.gpu)] if _judged(run.gpu) else ""
+        judged = FITS[verdict(run.prediction, run.gpu)] if _verdict(run.prediction, run.gpu) else ""
         rows.append(
             [
                 *cells,
@@ -298,11 +299,11 @@ def show_reasons(why: Mapping[str, str]) -> None:
 def _verdict(prediction: Prediction, gpu: Gpu) -> str:
     """Return whether a run fits, as text; empty if that cannot be judged.
 
-    A CPU's plan covers tensors only, so it needs a calibration from past runs to account for the rest.
+    A CPU's plan covers tensors only, so that without a calibration from past runs only too many of them are judged.
     """
-    if not _judged(gpu):
+    if not gpu.memory_gib or not (_judged(gpu) or is_too_much(prediction.peak, gpu)):
         return ""
-    return f"{verdict(prediction, gpu)} in {gpu.memory_gib:g} GiB ({gpu.name})"
+    return f"{verdict(prediction, gpu)} in {gpu.where}"
 
 
 def _judged(gpu: Gpu) -> bool:
@@ -313,8 +314,8 @@ def _whether_it_fits(prediction: Prediction, gpu: Gpu) -> str:
     if not gpu.memory_gib:
         return " (add --gpu NAME or --vram GIB to see whether it fits)"
     if not (judged := _verdict(prediction, gpu)):
-        return f" of tensors, in {gpu.memory_gib:g} GiB ({gpu.name})"
-    taker = "the driver and NCCL" if prediction.ranks > 1 else "the driver"
+        return f" of tensors, in {gpu.where}"
+    taker = "libraries" if gpu.type == "cpu" else "the driver and NCCL" if prediction.ranks > 1 else "the driver"
     return f"; {judged} with {outside(prediction.ranks):g} GiB for {taker}"
 
 

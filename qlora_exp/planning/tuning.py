@@ -14,12 +14,13 @@ import torch
 
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.training import TrainingConfig
+from qlora_exp.config.trainer_settings import untiled
 from qlora_exp.environment.device import Resolved
 from qlora_exp.environment.efficiency import copied_bytes, product_flops
 from qlora_exp.models import builtin
 from qlora_exp.planning.fit import room
 from qlora_exp.planning.gpus import GPUS, PYTHON_SECONDS, Gpu
-from qlora_exp.utils.errors import ConfigError
+from qlora_exp.utils.errors import ConfigError, UserError
 from qlora_exp.utils.units import GIB
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ class Choice:
     """Number of layers that recompute; None: all or none."""
     padding: str = "batch"
     """As in `training.padding`."""
+    activation_offloading: bool = False
+    tiled_mlp: bool = False
     among: str = ""
     """What it was chosen from."""
 
@@ -91,12 +94,15 @@ class Choice:
             gradient_checkpointing=self.gradient_checkpointing,
             recomputed_layers=self.recomputed_layers,
             padding=self.padding,
+            activation_offloading=self.activation_offloading,
+            tiled_mlp=self.tiled_mlp,
             bf16=self.bf16,
             tuned=str(self),
         )
 
     def __str__(self) -> str:
         some = f"recomputed_layers={self.recomputed_layers} " if self.recomputed_layers else ""
+        some += "".join(f"{key}=true " for key in ("activation_offloading", "tiled_mlp") if getattr(self, key))
         settings = (
             f"per_device_train_batch_size={self.rows} gradient_accumulation_steps={self.batches} "
             f"gradient_checkpointing={self.gradient_checkpointing} {some}padding={self.padding} bf16={self.bf16}"
@@ -167,7 +173,8 @@ def _candidates(
     """Plan every division of a step's rows into batches, and recomputation for those that do not fit without.
 
     Of those that do not fit only the smallest is given. Where recomputation in all layers fits, recomputation in a
-    quarter, a half or three quarters of them is planned too, until one fits.
+    quarter, a half or three quarters of them is planned too, until one fits. Where nothing fits, the smallest batch is
+    planned with what saves the memory of long rows, until it fits.
     """
     ways = _Ways(config, replace(resolved, bf16=rates.bf16), lengths, evaluated, device, rates)
     choosing = config.training.gradient_checkpointing == "auto" and not config.refusal("gradient_checkpointing")
@@ -183,6 +190,8 @@ def _candidates(
             fit |= {(choice.rows, choice.padding) for choice in found if choice.fits}
             if found and not any(choice.fits for choice in found):
                 break  # more rows take more memory
+    if choosing and not fit:
+        yield from ways.of_long_rows()
 
 
 class _Ways:
@@ -229,8 +238,21 @@ class _Ways:
         alone = not (config.refusal("packing") or config.training.sft_config.get("pad_to_multiple_of"))
         return self._device.type != "cpu" and alone and keeps_rows_apart(self._plans.family)
 
-    def choice(self, rows: int, padding: str, recomputes: bool, layers: int | None = None) -> Choice:
-        """Plan batches of so many rows, with recomputation in all layers, the first `layers` or none."""
+    def choice(
+        self,
+        rows: int,
+        padding: str,
+        recomputes: bool,
+        layers: int | None = None,
+        offloads: bool | None = None,
+        tiles: bool | None = None,
+    ) -> Choice:
+        """Plan batches of so many rows, with recomputation in all layers, the first `layers` or none.
+
+        With `offloads` and `tiles` None, activations are offloaded and MLPs tiled as configured.
+        """
+        offloads = self._resolved.activation_offloading if offloads is None else offloads
+        tiles = self._resolved.tiled_mlp if tiles is None else tiles
         training, batches = self._config.training, self._rows // rows
         layers = layers or (self._resolved.recomputed_layers if recomputes else None)
         plan = self._plans.computing(
@@ -239,6 +261,8 @@ class _Ways:
             padding=padding,
             gradient_checkpointing=recomputes,
             recomputed_layers=layers,
+            activation_offloading=offloads,
+            tiled_mlp=tiles,
         )
         longest = training.max_length if training.packing else min(training.max_length, max(self._lengths))
         whole = plan.predict(length=longest, evaluated=self._evaluated)
@@ -255,7 +279,23 @@ class _Ways:
             kept=self._fixed,
             recomputed_layers=layers,
             padding=padding,
+            activation_offloading=offloads,
+            tiled_mlp=tiles,
         )
+
+    def of_long_rows(self) -> Iterator[Choice]:
+        """Plan the smallest batch with activations in the machine's memory, tiled MLPs, or both; end with what fits."""
+        config, rows = self._config, min(self.sizes)
+        offloads = self._device.type == "cuda" and not config.distributed.shards
+        tiles = not (config.distributed.shards or [*untiled(config)])
+        for ways in [(True, False)] * offloads + [(False, True)] * tiles + [(True, True)] * (offloads and tiles):
+            try:
+                found = self.choice(rows, self.paddings(rows)[0], True, None, *ways)
+            except UserError:  # layers without an MLP of their own
+                continue
+            yield found
+            if found.fits:
+                return
 
     def in_fewer_layers(self, choice: Choice) -> Iterator[Choice]:
         """Plan the same batches with recomputation in some layers, by quarters of them; yield the first that fits."""

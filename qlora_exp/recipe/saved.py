@@ -20,7 +20,7 @@ from qlora_exp.data.prompts import chat_template
 from qlora_exp.models import adapters
 from qlora_exp.models.base import Tokenizer, skeleton
 from qlora_exp.models.builtin import PREFIXES
-from qlora_exp.models.files import GGUF_FILE, check_place, exported, read_json
+from qlora_exp.models.files import GGUF_FILE, NO_PICKLE, check_place, exported, read_json
 from qlora_exp.models.targets import linear_layers, shortest_names
 from qlora_exp.tracking import logged_models, run_key
 from qlora_exp.tracking.journal import CONFIG_FILE
@@ -57,6 +57,8 @@ def saved_config(
             "programs are not taken, as nothing says in which format they are prompted"
         )
     if not any(list(folder.glob(name)) for name in names):
+        if any(folder.glob("*model*.bin")):
+            raise ModelError(f"{source}: {NO_PICKLE}")
         raise ModelError(f"{source}: not a complete model: it has no {' or '.join(names)}")
     try:
         recorded = with_places(plain_yaml((folder / CONFIG_FILE).read_text("utf-8"), CONFIG_FILE))

@@ -158,7 +158,7 @@ def _checked(run: RunContext) -> tuple[Any, Any]:
     config = run.config
     bare = base.skeleton(config.model)
     peft_config = adapters.peft_config(config, bare)
-    if config.training.tiled_mlp:
+    if run.resolved.tiled_mlp:
         tiling.check(bare)
     if why := base.check_quantization(config.model, config.quantization, run.resolved, bare):
         log.warning("%s", why)
@@ -223,7 +223,7 @@ def _attach(
         if config.distributed.shards and peft_config is not None:  # DDP does that by itself
             own = adapters.saved_parameters(adapted)
             group.take_from_main(parameter for name, parameter in adapted.named_parameters() if name in own)
-        if config.training.tiled_mlp:
+        if run.resolved.tiled_mlp:
             tiling.tile(adapted)
         return adapted, group.call_on_main(lora_init.remember, start, adapted, run.first_adapter)
 

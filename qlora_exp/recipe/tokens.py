@@ -1,7 +1,7 @@
 """Tokenize the rows, audit their labels, log the data, and plan the memory of the run."""
 
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from datasets import Dataset
@@ -15,9 +15,11 @@ from qlora_exp.data.prompts import chat_template
 from qlora_exp.data.rows import SOURCE, fingerprint, sources_of
 from qlora_exp.environment.ranks import ranks
 from qlora_exp.models.base import load_tokenizer
-from qlora_exp.planning import calibration
+from qlora_exp.planning import calibration, gpus
+from qlora_exp.planning.fit import is_too_much
 from qlora_exp.recipe.context import RunContext
 from qlora_exp.recipe.inputs import Inputs
+from qlora_exp.utils.units import GIB, MIB
 
 log = logging.getLogger(__name__)
 
@@ -205,5 +207,21 @@ def plan_memory(run: RunContext, tokens: Tokens) -> None:
     """Log the planned memory if `tracking.plan` is set; then mark the baseline of memory measurements."""
     if run.config.tracking.plan and ranks().is_main:
         longest, longest_heldout = (int(lengths(part).max()) for part in (tokens.train, tokens.heldout))
-        run.log_metrics(calibration.plan_run(run.config, run.resolved, longest, longest_heldout))
+        planned = calibration.plan_run(run.config, run.resolved, longest, longest_heldout)
+        run.log_metrics(planned)
+        _warn_of(planned.get("plan/peak_mib", 0.0), run.config)
     run.memory.mark_baseline()
+
+
+def _warn_of(peak_mib: float, config: Config) -> None:
+    """Warn if a run is planned to take more memory than its device has, or its process may take."""
+    device = gpus.here(config, None)
+    if device.type == "cpu":  # whose memory is shared by the processes of a machine
+        device = replace(device, memory_gib=device.memory_gib / ranks().local_size)
+    if device.memory_gib and is_too_much(peak_mib * MIB, device, ranks().size):
+        log.warning(
+            "this run is planned to take %.1f GiB, more than there are of %s, so it may run out of memory: "
+            "`qlora-exp plan` with the same keys says what would fit",
+            peak_mib * MIB / GIB,
+            device.where,
+        )

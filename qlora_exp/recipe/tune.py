@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import psutil
 import torch
 
 from qlora_exp.config.schema import Config
 from qlora_exp.data import columns
 from qlora_exp.distributed import group
+from qlora_exp.environment import memory
 from qlora_exp.environment.device import Resolved
 from qlora_exp.environment.ranks import ranks
 from qlora_exp.planning import calibration, gpus, tuning
@@ -57,7 +57,8 @@ def _choice(config: Config, resolved: Resolved, lengths: Sequence[int], evaluate
         (folder / _CHOICE).write_text(json.dumps(asdict(choice)), "utf-8")
 
     # Without the free memory, which differs from run to run: runs with other seeds must be computed alike.
-    depends_on = sorted(lengths), evaluated, device.calibration, torch.get_num_threads()
+    limit = memory.capacity()[0] if device.limited_by else 0
+    depends_on = sorted(lengths), evaluated, device.calibration, torch.get_num_threads(), limit
     folder = cache.built(f"tune-{calibration.digest(config, resolved, *depends_on)}", choose)
     kept = tuning.Choice(**json.loads((folder / _CHOICE).read_text("utf-8")))
     return replace(kept, fits=kept.peak <= room(device, ranks=resolved.num_processes))
@@ -67,6 +68,6 @@ def _with_free_memory(config: Config) -> Gpu:
     """Return this device with the memory that is free for this process; the CPU's is shared by those of a machine."""
     device = gpus.here(config, None)
     if device.type == "cpu":
-        return replace(device, memory_gib=psutil.virtual_memory().available / GIB / ranks().local_size)
+        return replace(device, memory_gib=memory.free() / GIB / ranks().local_size)
     free, total = torch.cuda.mem_get_info()
     return replace(device, memory_gib=min(free / GIB + DRIVER_GIB, total / GIB))  # the driver has its share already

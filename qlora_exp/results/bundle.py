@@ -157,6 +157,8 @@ def read(path: Path) -> BundledRecord:
     """
     if not path.exists():
         raise ConfigError(f"{path}: there is no such file or folder")
+    if path.suffix in (".yaml", ".yml"):
+        raise ConfigError(f"{path}: a config alone has no results: give the folder, the id or the bundle of its run")
 
     try:
         read_file = _of_zip(zipfile.ZipFile(path)) if path.is_file() else partial(_of_folder, path)

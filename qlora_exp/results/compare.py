@@ -194,8 +194,9 @@ def _direction_and_unit(metric: str, rows: Sequence[Row]) -> tuple[bool, str]:
 
 
 def _about(records: Sequence[Record]) -> dict[str, str]:
-    facts = {
-        "sweep": [record.tags.get("sweep") for record in records],
+    sweeps = [record.tags.get("sweep") for record in records]
+    facts: dict[str, list[str | None]] = {
+        "sweep": [name or "none" for name in sweeps] if any(sweeps) else [],
         "model": [record.params.get("model.model_name_or_path") for record in records],
         "dataset": [record.params.get("dataset.name") for record in records],
         "device": [record.params.get("resolved.device_name") for record in records],

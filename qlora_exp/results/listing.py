@@ -1,6 +1,6 @@
 """List past runs on the terminal, and show one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,23 +12,31 @@ from qlora_exp.utils.errors import ConfigError, did_you_mean
 from qlora_exp.utils.tables import print_table
 from qlora_exp.utils.text import shortened
 
+_OF_MLFLOW: dict[str, Callable[[MlflowRecord], str]] = {
+    "run_id": lambda record: record.run_id,
+    "user": lambda record: record.tags.get("mlflow.user", ""),
+}
+"""What MLflow itself keeps of a run, by the name of its column."""
+
 
 def show_list(
     records: Sequence[MlflowRecord], columns: Sequence[str], by: str | None, reverse: bool, limit: int
 ) -> None:
-    """Print a line for each run.
+    """Print a line for each run; with the user who started it, if there are several.
 
     Args:
         records: the runs, newest first.
-        columns: config keys, tags or metrics to print besides the usual ones.
-        by: config key, tag or metric to sort by; runs without it, or with NaN, come last. None: keep the order.
+        columns: config keys, tags, metrics, `run_id` or `user`, to print besides the usual ones.
+        by: any of these to sort by; runs without it, or with NaN, come last. None: keep the order.
         reverse: print them in the reverse order.
         limit: most lines to print; 0: all.
 
     Raises:
         ConfigError: no run has such a key or metric.
     """
-    extra = list(dict.fromkeys([*columns, by or "after/loss"]))
+    several_users = len({_value(record, "user") for record in records}) > 1
+    ids = ["run key", *["run_id"] * ("run_id" in columns)]
+    extra = [key for key in dict.fromkeys([*["user"] * several_users, *columns, by or "after/loss"]) if key not in ids]
     _check(records, [*columns, *([by] if by else [])])
     if by:
         values = {record.run_id: value for record in records if (value := _value(record, by)) not in ("", "nan")}
@@ -42,6 +50,7 @@ def show_list(
     lines = [
         [
             record.tags.get("run_key", ""),
+            *[record.run_id] * ("run_id" in ids),
             shortened(record.name),
             record.outcome,
             f"{_started(record):%Y-%m-%d %H:%M}",
@@ -49,7 +58,7 @@ def show_list(
         ]
         for record in records[: limit if left > 0 else None]
     ]
-    print_table(f"{len(records)} runs", ["run key", "name", "outcome", "started", *extra], lines, whole=1)
+    print_table(f"{len(records)} runs", [*ids, "name", "outcome", "started", *extra], lines, whole=len(ids))
     if left > 0:
         say(f"{left} more; --limit 0 lists all")
 
@@ -59,7 +68,7 @@ def show_one(record: MlflowRecord) -> None:
     defaults = {key: str(value) for key, value in flatten(compose()).items()}
     say(f"run      {record.run_id} {record.name}")
     say(f"started  {_started(record):%Y-%m-%d %H:%M:%S}, {record.outcome}")
-    for name in ("run_key", "sweep", "failure", "process.folder"):
+    for name in ("run_key", "sweep", "failure", "process.folder", "mlflow.user"):
         if value := record.tags.get(name):
             say(f"{name.rpartition('.')[2].replace('_', ' '):<8} {value}")
     for tag in sorted(key for key in record.tags if key.startswith("metric_failed.")):
@@ -76,13 +85,15 @@ def _started(record: MlflowRecord) -> datetime:
 
 
 def _check(records: Sequence[MlflowRecord], keys: Sequence[str]) -> None:
-    known = {key for record in records for key in (*record.params, *record.tags, *record.metrics)}
+    known = {key for record in records for key in (*_OF_MLFLOW, *record.params, *record.tags, *record.metrics)}
     for key in keys:
         if key not in known:
             raise ConfigError(f"no run has '{key}'{did_you_mean(key, known)}")
 
 
 def _value(record: MlflowRecord, key: str) -> str:
+    if key in _OF_MLFLOW:
+        return _OF_MLFLOW[key](record)
     if key in record.metrics:
         return f"{record.metrics[key]:.6g}"
     return record.params.get(key, record.tags.get(key, ""))

@@ -23,8 +23,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from qlora_exp.libraries.mlflow import stored_runs
 from qlora_exp.results.record import Record
+from qlora_exp.tracking.journal import ELSEWHERE_TAG, PARENT_TAG, run_id
 from qlora_exp.tracking.journal import FILE as JOURNAL_FILE
-from qlora_exp.tracking.journal import run_id
 from qlora_exp.tracking.mlflow_store import reader
 from qlora_exp.tracking.refusals import hint
 from qlora_exp.tracking.stores import artifacts, mlflow_views
@@ -175,7 +175,7 @@ def every(
     with mlflow_errors_explained():
         ids = _experiments(mlflow, experiment)
         selections: list[_Selection | None] = [_selection(mlflow, ids, word) for word in words] or [None]
-        runs = {run.run_id: run for selection in selections for run in _search(mlflow, ids, selection, where)}
+        runs = {run.run_id: run for selection in selections for run in _selected(mlflow, ids, selection, where)}
     return sorted(runs.values(), key=lambda run: run.start_time, reverse=True)
 
 
@@ -205,7 +205,7 @@ def _find(mlflow: MlflowClient, chosen: Sequence[str], experiment: str | None, w
     selections: list[_Selection | None] = [_selection(mlflow, ids, word) for word in chosen]
     if not selections:
         selections = [None] if experiment or where else [_newest_sweep(mlflow, ids)]
-    results = [_search(mlflow, ids, selection, where) for selection in selections]
+    results = [_selected(mlflow, ids, selection, where) for selection in selections]
     # Only `reproduce` judges repetitions: in a table, a repetition would replace the run that it repeats.
     runs = [
         run
@@ -269,6 +269,22 @@ class _Selection:
         return f"{'attributes' if self.attribute else 'tags'}.`{self.key}` = {quoted}"
 
 
+def _selected(
+    mlflow: MlflowClient, ids: list[str], selection: "_Selection | None", where: str | None
+) -> Iterator[MlflowRecord]:
+    """Iterate over the runs that match; of a sweep also over the jobs that were done before it, as other runs."""
+    yield from _search(mlflow, ids, selection, where)
+    if selection is None or selection.key not in ("sweep", PARENT_TAG):
+        return
+    its_own = _Selection("run_id", selection.value, attribute=True) if selection.key == PARENT_TAG else selection
+    for sweep in mlflow.search_runs(ids, f"{its_own} and tags.`{ELSEWHERE_TAG}0` LIKE '%'", max_results=_PAGE):
+        for key, run_ids in sweep.data.tags.items():
+            if key.startswith(ELSEWHERE_TAG):
+                listed = ", ".join(f"'{run_id}'" for run_id in run_ids.split() if _RUN_ID.fullmatch(run_id))
+                by_id = f"attributes.run_id IN ({listed})"
+                yield from _search(mlflow, ids, None, f"{by_id} and {where}" if where else by_id)
+
+
 def _search(
     mlflow: MlflowClient, ids: list[str], selection: _Selection | None, where: str | None
 ) -> Iterator[MlflowRecord]:
@@ -294,7 +310,7 @@ def _selection(mlflow: MlflowClient, ids: list[str], word: str) -> _Selection:
     """Return the runs that one word of `chosen` names."""
     if _RUN_ID.fullmatch(word):
         is_sweep = "sweep.keys" in mlflow.get_run(word).data.tags
-        return _Selection("mlflow.parentRunId", word) if is_sweep else _Selection("run_id", word, attribute=True)
+        return _Selection(PARENT_TAG, word) if is_sweep else _Selection("run_id", word, attribute=True)
     if _RUN_KEY.fullmatch(word):
         return _Selection("run_key", word)
     if "'" in word and '"' in word:
@@ -324,4 +340,4 @@ def _word(word: str, uri: str) -> str:
 
 def _newest_sweep(mlflow: MlflowClient, ids: list[str]) -> _Selection | None:
     newest = mlflow.search_runs(ids, "tags.`sweep.keys` LIKE '%'", max_results=1)
-    return _Selection("mlflow.parentRunId", newest[0].info.run_id) if newest else None
+    return _Selection(PARENT_TAG, newest[0].info.run_id) if newest else None

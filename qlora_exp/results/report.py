@@ -247,6 +247,8 @@ def _notes(comparison: Comparison) -> list[str]:
         lines.append("± is the 95 % interval of the mean over seeds (Student's t).")
     if comparison.without_artifacts:
         lines.append(f"Not compared on single held-out items, because {comparison.without_artifacts}.")
+    if how_tuned := [f"  {row.name}: {row.tuned.text}" for row in comparison.rows if row.tuned]:
+        lines += ["How the rows were tuned:", *how_tuned]
     if comparison.warnings:
         lines.append("The comparison may be unfair, because these conditions differ:")
         lines += [f"  {line}" for line in comparison.warnings]

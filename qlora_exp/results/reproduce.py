@@ -101,7 +101,10 @@ def differences(record: Record, config: Config) -> list[str]:
     if record.tags.get("identity.code") != now["code"]:
         recorded_commit = record.tags.get("git.sha", "no commit")[:12]
         current_commit = provenance.git().get("sha", "no commit")[:12]
-        lines.append(f"code of qlora_exp: commit {recorded_commit} then, {current_commit} now")
+        commits = f"commit {recorded_commit} then, {current_commit} now"
+        if recorded_commit == current_commit:
+            commits = f"commit {current_commit} then and now, with other changes that are not committed"
+        lines.append(f"code of qlora_exp: {commits}")
     current_versions = provenance.libraries(config.quantization.quant_method)
     for key, before in sorted(record.tags.items()):
         name = key.removeprefix("version.")

@@ -5,6 +5,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -110,6 +111,17 @@ class SubmititLauncher(_Launcher):
     """Jobs on a SLURM cluster."""
 
     package, extra = "submitit", "slurm"
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        """Check as well that this machine can submit jobs."""
+        super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
+        if (cluster := self.settings["cluster"]) not in ("slurm", "local"):
+            raise ConfigError(f"hydra.launcher.cluster={cluster}: choose slurm or local")
+        if cluster == "slurm" and not which("srun") and not config.sweep.dry_run:
+            raise ConfigError(
+                "hydra/launcher=slurm: this machine has no command srun: start the sweep on a node of the cluster, "
+                "such as its login node, or try it here with hydra.launcher.cluster=local"
+            )
 
     def run_all(self, tasks: Sequence[local.Task], stopped: Stopped, died: Died) -> Sequence[Ending | None]:
         """Run each task as a job of the cluster."""

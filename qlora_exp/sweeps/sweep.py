@@ -31,7 +31,7 @@ from qlora_exp.sweeps.jobs import (
     stopped,
 )
 from qlora_exp.sweeps.tables import further_scores, row, show_plan, show_rows
-from qlora_exp.tracking.journal import is_delivered, run_id
+from qlora_exp.tracking.journal import ELSEWHERE_TAG, is_delivered, run_id
 from qlora_exp.tracking.stores import mlflow_views
 from qlora_exp.utils.display import pasteable, say
 from qlora_exp.utils.errors import JournalError, SweepError, TrackingError
@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 
 _ORPHAN_SECONDS = 15.0
 """Seconds to wait for jobs of an earlier sweep that was killed, because they are about to end as well."""
+_IDS_IN_A_TAG = 100
+"""MLflow's tags have a greatest length."""
 
 
 class Sweep:
@@ -318,6 +320,9 @@ class Sweep:
         rows = self.rows()
         failed = sum(row["outcome"] not in NOT_FAILED for row in rows)
         self._parent.metrics({"jobs": len(rows), "jobs_failed": failed})
+        ids = [ended["run_id"] for ended in self._elsewhere.values()]
+        parts = enumerate(ids[at : at + _IDS_IN_A_TAG] for at in range(0, len(ids), _IDS_IN_A_TAG))
+        self._parent.tags({f"{ELSEWHERE_TAG}{number}": " ".join(part) for number, part in parts})
         measured = {name for job in self._jobs.values() for name in self.ended(job).get("metrics", {})}
         if scores := further_scores(measured):
             self._view(scores)
@@ -333,6 +338,8 @@ class Sweep:
         try:
             ids = [self._elsewhere[key]["run_id"] if key in self._elsewhere else run_id(job.folder, store_uri(uri))
                    for key, job in self._jobs.items()]  # fmt: skip
+            if not any(ids):
+                return  # no job was started
             comparison = compare.compare(records.by_ids(uri, [id_ for id_ in ids if id_ is not None]))
             for file in report.write(comparison, self.folder):
                 self._parent.file(str(file.relative_to(self.folder)))

@@ -37,7 +37,7 @@ def row(job: Job, last: Mapping[str, Any]) -> dict[str, Any]:
         *((name.removeprefix("after/"), metrics[name], ".4g") for name in _scores(metrics, "after/metric/")),
         *((name.removeprefix("after/lm_eval/"), metrics[name], ".3f") for name in _scores(metrics, "after/lm_eval/")),
         ("forgotten", metrics.get("forgetting"), "+.4f"),
-        ("train loss", metrics.get("train/loss"), ".4f"),
+        ("train loss", metrics.get("final_train_loss", metrics.get("train/loss")), ".4f"),
         ("peak MiB", metrics.get("memory/allocated_peak_mib", metrics.get("memory/rss_peak_mib")), ".0f"),
         ("tokens/s", metrics.get("tokens_per_second"), ".0f"),
         ("seconds", last.get("seconds"), ".0f"),

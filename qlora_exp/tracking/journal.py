@@ -11,8 +11,8 @@ of its messages would look complete in MLflow. Once the line is corrected or del
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -33,6 +33,8 @@ LOCK_FILE = "environment.txt"
 _STATE = "delivered.json"
 PARENT_TAG = "mlflow.parentRunId"
 """Tag with the id of the sweep's run in a job's run."""
+ELSEWHERE_TAG = "sweep.elsewhere."
+"""Start of the tags of a sweep's run with the ids of jobs that were done before, outside the sweep."""
 _BLOCK = MIB
 
 
@@ -262,6 +264,16 @@ def is_delivered(folder: Path, uri: str | None = None) -> bool:
     begin, _ = next(read(folder / FILE))
     state, size = received(folder, uri or begin["uri"]), (folder / FILE).stat().st_size
     return bool(state["offset"] == state.get("verified") == size) and not state.get("left_out")
+
+
+def store_of_newest(folders: Iterable[Path]) -> str | None:
+    """Return the store that the newest run below these folders was started with; None if no run can be read."""
+    files = [file for folder in folders for file in folder.rglob(FILE)]
+    for file in sorted(files, key=lambda file: file.lstat().st_mtime, reverse=True):
+        with suppress(JournalError, OSError, StopIteration):
+            begin, _ = next(read(file))
+            return str(begin["uri"])
+    return None
 
 
 def require_whole(folder: Path) -> None:

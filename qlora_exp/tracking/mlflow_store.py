@@ -32,7 +32,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import SQLAlchemyError
 
 from qlora_exp.libraries.mlflow import create_tables, reopen, schema_version
-from qlora_exp.tracking.journal import PARENT_TAG, Journal, parent_run_id
+from qlora_exp.tracking.journal import PARENT_TAG, Journal, parent_run_id, store_of_newest
 from qlora_exp.tracking.limits import fit_message
 from qlora_exp.tracking.refusals import Entry, LeftOut, cause, hint, log_entries, no_content, read_run
 from qlora_exp.tracking.stores import artifacts, mlflow_views, pyfunc_files, sqlite_store
@@ -84,9 +84,11 @@ def reader(uri: str | None = None) -> MlflowClient:
             with notice_if_slow(f"waiting for MLflow at {redact(address)}"):
                 return _connected(address)
         if not file.is_file():
-            raise TrackingError(
-                f"no runs yet: {file} does not exist; start this in the folder where you train, or give --uri"
-            )
+            if (used := store_of_newest([Path("outputs"), Path("multirun")])) not in (None, address):
+                hint = f"the newest run of this folder was sent to {redact(str(used))}: give it with --uri"
+            else:
+                hint = "start this in the folder where you train, or give --uri"
+            raise TrackingError(f"no runs yet: {file} does not exist; {hint}")
         sqlite_store.check_readable(file, schema_version())
         return _connected(sqlite_store.read_only_uri(file))
 

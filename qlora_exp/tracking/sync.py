@@ -27,6 +27,8 @@ class Settled:
 
     sent: int = 0
     running: int = 0
+    stores: list[str] = field(default_factory=list, compare=False)
+    """The stores that were asked."""
     lacks: dict[Path, list[str]] = field(default_factory=dict)
     """What MLflow lacks of a run, one line each."""
     unread: list[str] = field(default_factory=list)
@@ -62,6 +64,7 @@ def settle(folders: Iterable[Path], uri: str | None = None) -> Settled:
             result.lacks[folder] = [str(error)]
         except (JournalError, OSError) as error:
             result.unread.append(str(error))
+    result.stores = [*stores]
     for address, runs in stores.items():
         _settle_store(address, runs, result)
     return result

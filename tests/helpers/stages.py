@@ -331,7 +331,7 @@ class Stages:
         self.patch.setattr(context, "open_run", opened)
         self.patch.setattr(tokens, "tokenize", lambda *_: SimpleNamespace(train=part, heldout=part))
         self.patch.setattr(tokens, "log_data", lambda *_: None)
-        self.patch.setattr(tokens.calibration, "plan_run", note("plan"))
+        self.patch.setattr(tokens.calibration, "plan_run", lambda *_: note("plan")() or {})
         self.patch.setattr(setup, "build", lambda *_: trainable)
         self.patch.setattr(measure, "measure", note("measure"))
         self.patch.setattr(measure, "log_changes", lambda *_: None)

@@ -9,6 +9,7 @@ import pytest
 from support import QUICK, exit_code
 
 from qlora_exp.planning import screening
+from qlora_exp.results.records import find
 from qlora_exp.sweeps import jobs
 from qlora_exp.sweeps.hydra_sweepers import JobSweeper
 from qlora_exp.sweeps.jobs import Ending, Job
@@ -95,6 +96,14 @@ def test_job_finished_in_another_folder_is_not_repeated(make_jobs, tmp_path, cap
     loss = re.search(r"\b\d\.\d{4}\b", before)
     assert loss
     assert loss[0] in shown
+
+
+def test_sweep_has_the_jobs_that_were_done_before_it(make_jobs, read_runs, tmp_path, mlflow_uri):
+    execute(make_jobs("seed", ["1"]))
+    (tmp_path / "multirun").rename(tmp_path / "elsewhere")
+    execute(make_jobs("seed", ["1", "2"]))
+    (sweep,) = [run for run in read_runs()[0] if run.data.metrics["jobs"] == 2]
+    assert sorted(run.params["seed"] for run in find(mlflow_uri, [sweep.info.run_id])) == ["1", "2"]
 
 
 def test_failed_jobs_are_repeated_only_on_request(make_jobs, read_runs, capsys):

@@ -7,7 +7,6 @@ memory left, and its plans must not keep it from ending.
 import gc
 import json
 import logging
-import os
 import subprocess
 import sys
 import traceback
@@ -16,12 +15,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
-import psutil
-
 from qlora_exp.config.schema import Config
 from qlora_exp.config.validate import from_dict
 from qlora_exp.environment import turns
-from qlora_exp.environment.memory import limits
+from qlora_exp.environment.memory import free
 from qlora_exp.environment.ranks import ranks
 from qlora_exp.planning import advisor, calibration
 from qlora_exp.planning.fit import needed_for, room
@@ -119,11 +116,7 @@ def _device(config: Config, free_gib: float | None) -> Gpu:
         return device if free_gib is None else replace(device, memory_gib=free_gib)
     import trl  # noqa: F401  # their libraries take address space
 
-    free = [float(psutil.virtual_memory().available)]
-    for kind, limit in limits().items():
-        process = psutil.Process(os.getpid()).memory_info()
-        free.append(limit - (process.vms if kind == "address space" else process.rss))
-    return replace(device, memory_gib=max(0.0, min(free)) / GIB)
+    return replace(device, memory_gib=free() / GIB)
 
 
 def planned(config: Config, free_gib: float | None) -> str:

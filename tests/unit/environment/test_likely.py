@@ -3,6 +3,7 @@
 import pytest
 
 from qlora_exp.config.hydra_compose import compose
+from qlora_exp.environment import device as environment_device
 from qlora_exp.environment import likely
 from qlora_exp.environment.device import Device
 from qlora_exp.utils.errors import ConfigError
@@ -65,8 +66,11 @@ def test_device_is_told_without_torch(visible, nodes, asked, found, monkeypatch,
     monkeypatch.setattr(likely, "Path", lambda _: tmp_path)
     monkeypatch.setattr(likely.sys, "platform", "linux")
     gpus = [name for name in (visible or "").split(",") if name not in ("", "-1")]
-    monkeypatch.setattr(likely, "visible_gpus", lambda: gpus if visible is not None else ["0"] * ("nvidia0" in nodes))
-    monkeypatch.setattr(likely, "nvml_handles", lambda: ["handle"])
+    for module in (likely, environment_device):
+        monkeypatch.setattr(
+            module, "visible_gpus", lambda: gpus if visible is not None else ["0"] * ("nvidia0" in nodes)
+        )
+    monkeypatch.setattr(environment_device, "nvml_handles", lambda: ["handle"])
     monkeypatch.setattr("pynvml.nvmlDeviceGetName", lambda handle: "Tesla T4")
     monkeypatch.setattr("pynvml.nvmlDeviceGetCudaComputeCapability", lambda handle: (7, 5))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

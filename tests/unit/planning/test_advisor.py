@@ -10,8 +10,8 @@ from support import exit_code
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.sections.distributed import DistributedConfig
 from qlora_exp.planning import advisor
-from qlora_exp.planning.advisor import largest
-from qlora_exp.planning.fit import outside, verdict
+from qlora_exp.planning.advisor import largest, remedies
+from qlora_exp.planning.fit import needed_for, outside, verdict
 from qlora_exp.planning.gpus import Gpu
 from qlora_exp.planning.planner import Prediction, planner
 from qlora_exp.planning.replay import Phase
@@ -132,7 +132,7 @@ def test_shipped_models_are_planned_smallest_first(monkeypatch):
     monkeypatch.setattr(advisor, "METHODS", {"LoRA": ["method=lora"]})
     names = ["opt_125m", "llama2_7b", "smollm2_135m", "hub", "tiny_llama"]
     monkeypatch.setattr(advisor.configs, "options", lambda group: names)
-    found, why = advisor.models(["training.max_length=4096"], CARD, lambda _: None)
+    found, why = advisor.models(["training.max_length=2048"], CARD, lambda _: None)
     assert "2048 positions" in why["opt_125m, LoRA"]
     assert [one.name for one in found] == ["smollm2_135m", "llama2_7b"]
     assert found[0].parameters == 134_515_008
@@ -180,3 +180,13 @@ def test_contradictory_advise_arguments_are_rejected(arguments, says, capsys):
 def test_batch_longer_than_the_model_is_rejected():
     with pytest.raises(UserError, match="positions"):
         advisor.options([*TINY, "method=lora", "training.max_length=512"], CARD, [CARD], lambda _: None)
+
+
+def test_attention_that_keeps_no_matrix_is_named_first():
+    words = ["model=tiny_llama", "method=lora", "model.attn_implementation=eager", "training.max_length=2048"]
+    words += ["training.per_device_train_batch_size=1", "training.per_device_eval_batch_size=1"]
+    attentions = [], ["model.attn_implementation=sdpa"]
+    peaks = [planner(compose([*words, *more]), Gpu("", 0.0).device).predict().peak for more in attentions]
+    assert peaks[1] < 0.9 * peaks[0]
+    gpu = Gpu("", needed_for(0.95 * peaks[0], Gpu("", 0.0)))
+    assert remedies(compose(words), gpu)[0] == "model.attn_implementation=sdpa"

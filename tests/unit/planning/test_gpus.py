@@ -1,8 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 from helpers.planning import ARCHITECTURE
 from support import exit_code
 
 from qlora_exp.config.hydra_compose import compose
+from qlora_exp.planning import gpus
 from qlora_exp.planning.calibration import Calibration
 from qlora_exp.planning.gpus import GPUS, Gpu, here, this_cpu
 
@@ -82,3 +85,22 @@ def test_device_is_the_present_one_unless_vram_is_given(make_config):
     assert here(make_config("device=cpu"), None).type == "cpu"
     assert here(make_config("device=cpu"), 8.0).type == "cpu"
     assert here(compose(["method=lora"]), 8.0) == Gpu("GPU", 8.0)
+
+
+@pytest.mark.parametrize(
+    ("driver", "rates"), [("NVIDIA GeForce RTX 4090", GPUS["rtx4090"].tflops), ("NVIDIA GeForce RTX 4070 SUPER", 0)]
+)
+def test_plan_without_a_gpu_is_for_the_one_of_this_machine(driver, rates, monkeypatch, capsys):
+    monkeypatch.setattr(gpus, "own_nvml_handle", lambda: "handle")
+    monkeypatch.setattr("pynvml.nvmlDeviceGetName", lambda handle: driver)
+    monkeypatch.setattr("pynvml.nvmlDeviceGetMemoryInfo", lambda handle: SimpleNamespace(total=12 * 2**30))
+    monkeypatch.setattr("pynvml.nvmlDeviceGetCudaComputeCapability", lambda handle: (8, 9))
+    found = gpus.of_this_machine()
+    assert (found.name, found.memory_gib, found.tflops, found.bf16) == (driver, 12, rates, True)
+    assert exit_code("plan", "model=tiny_llama", ARCHITECTURE, "method=lora") == 0
+    assert f"fits in 12 GiB ({driver})" in capsys.readouterr().out
+
+
+def test_card_for_a_run_on_the_cpu_is_refused(capsys):
+    assert exit_code("plan", "model=tiny_llama", ARCHITECTURE, "device=cpu", "--vram", "8") == 1
+    assert "device=cpu is planned for the CPU of this machine" in capsys.readouterr().err

@@ -22,7 +22,7 @@ def test_oversized_config_is_explained_and_unplannable_config_is_kept():
     small, too_large, unknown, again = unfit(configs, 3.0)
     assert (small, unknown) == ("", "")
     assert too_large.startswith("does not fit: ")
-    assert again.endswith("GPU has 3 GiB")
+    assert again.endswith("and there are 3 GiB (GPU)")
     assert too_large.startswith(f"{again}; it would fit with quantization=nf4_double")
 
 

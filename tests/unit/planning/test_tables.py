@@ -110,3 +110,13 @@ def test_what_to_give_is_said_where_hours_are_not_known(capsys: pytest.CaptureFi
     assert run.bill(1.0) is None
     tables.show_many([run, run], {})
     assert "give --rows N" in capsys.readouterr().out
+
+
+def test_run_that_a_limit_of_this_process_does_not_let_fit_is_told_what_would(monkeypatch, capsys):
+    monkeypatch.setattr("qlora_exp.environment.memory.limits", lambda: {"group": 2**30})
+    words = ["model=tiny_llama", "device=cpu", "method=lora", "training.per_device_train_batch_size=64"]
+    assert exit_code("plan", *words) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "does not fit in 1 GiB (" in shown
+    assert "as its control group allows)" in shown
+    assert "instead it would fit with training.per_device_train_batch_size=" in shown

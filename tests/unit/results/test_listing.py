@@ -62,3 +62,14 @@ def test_no_runs_are_said_to_be_none(past_runs, listed):
     code, _, err = listed("--filter", "params.seed = '9'")
     assert code == 1
     assert "MLflow has no runs of params.seed = '9' there" in err
+
+
+def test_ids_are_shown_on_request_and_users_if_there_are_several(past_runs, listed):
+    run = past_runs([3.0], tags={"mlflow.user": "ana"})
+    assert "ana" not in listed()[1]
+    past_runs([2.0], tags={"mlflow.user": "ben"})
+    assert listed("--columns", "user")[1].count("ben") == 1
+    out = listed("--columns", "run_id")[1]
+    assert run in out
+    assert "ana" in out
+    assert "ben" in out

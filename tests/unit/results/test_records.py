@@ -11,6 +11,7 @@ from support import exit_code
 
 from qlora_exp.results import records
 from qlora_exp.results.compare import compare
+from qlora_exp.results.records import every, find
 from qlora_exp.tracking.stores.sqlite_store import sqlite_file
 from qlora_exp.utils.errors import ConfigError
 
@@ -90,3 +91,17 @@ def test_damaged_page_of_a_store_is_one_line(table: str, make_store, tmp_path, c
         said = capsys.readouterr().err
         assert "malformed" in said
         assert len(said.splitlines()) == 1
+
+
+def test_jobs_of_a_sweep_that_were_done_before_it_belong_to_it(past_runs):
+    before = past_runs([3.0], method__r=4)
+    inside = past_runs([2.0], method__r=8, tags={"sweep": "later", "mlflow.parentRunId": "f" * 32})
+    (experiment,) = [past_runs.mlflow.get_experiment_by_name(past_runs.experiment).experiment_id]
+    tags = {"sweep": "later", "sweep.keys": "method.r", "sweep.elsewhere.0": f"{before} not-an-id"}
+    sweep = past_runs.mlflow.create_run(experiment, tags=tags).info.run_id
+    for read in (find, every):
+        assert {run.run_id for run in read(past_runs.uri, ["later"], past_runs.experiment)} == {before, inside}
+        assert {run.run_id for run in read(past_runs.uri, [sweep], past_runs.experiment)} == {
+            before
+        }  # of no other parent
+    assert {run.run_id for run in find(past_runs.uri, ["later"], where="params.`method.r` = '4'")} == {before}

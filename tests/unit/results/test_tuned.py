@@ -74,3 +74,13 @@ def test_damaged_tag_counts_as_not_tuned_and_is_reported(past_runs, damaged: str
 def test_remark_needs_exactly_one_tuned_row():
     tuned = Tuned.model_validate(FACTS)
     assert remark(tuned, tuned) == remark(None, None) == ""
+
+
+def test_comparison_says_how_its_rows_were_tuned(past_runs, capsys):
+    facts = FACTS | {"at_edge": ["training.learning_rate"]}
+    past_runs(ROWS, method__r=4, tags={"tuned": Tuned.model_validate(facts).model_dump_json()})
+    past_runs(ROWS, method__r=8)
+    report.show(compare(find(past_runs.uri, experiment=past_runs.experiment)))
+    shown = capsys.readouterr().out
+    assert "method.r=4: learning_rate=0.00312: after/loss 3.3000 on validation rows" in shown
+    assert "is the smallest or largest tried: widen the range" in shown

@@ -72,7 +72,7 @@ def check(store: str, folder) -> None:
 def test_sweep_moves_to_another_store(sweep, store, tmp_path, capsys):
     other = f"sqlite:///{tmp_path / 'there' / 'other.db'}"
     assert exit_code("sync", "--uri", other) == 0
-    assert capsys.readouterr().out == "3 runs sent; MLflow has everything of all runs under multirun\n"
+    assert capsys.readouterr().out == f"3 runs sent; MLflow has everything of all runs under multirun ({other})\n"
     check(other, sweep)
     location = client(other).get_experiment_by_name("qlora_exp").artifact_location
     assert location == (tmp_path / "there" / "artifacts").as_uri()
