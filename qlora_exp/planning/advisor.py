@@ -251,7 +251,8 @@ def advice(found: Sequence[str]) -> str:
 def _with_less_memory(config: Config, gpu: Gpu) -> Iterator[tuple[list[str], Config]]:
     """Yield a config with less and less memory, and the words that change it so.
 
-    It is as it is; with attention that keeps no matrix of all pairs of tokens; with recomputation; on a base in 4 bits.
+    It is as it is; with attention that keeps no matrix of all pairs of tokens; with recomputation; on a base in 4 bits;
+    on a GPU, with what saves the memory of long rows.
     """
     from qlora_exp.planning.planner import resolved_on
 
@@ -268,9 +269,21 @@ def _with_less_memory(config: Config, gpu: Gpu) -> Iterator[tuple[list[str], Con
     if config.method.peft_type == "LORA" and not config.quantization.quantized:
         stored = compose(["method=qlora"]).quantization
         with suppress(ConfigError):  # another setting does not go with it
-            for words, changed in changes:
-                values = changed.model_dump() | {"quantization": stored.model_dump()}
-                yield [f"quantization={stored.name}", *words], from_dict(values)
+            quantized = {"quantization": stored.model_dump()}
+            changes = [
+                ([f"quantization={stored.name}", *words], from_dict(changed.model_dump() | quantized))
+                for words, changed in changes
+            ]
+            yield from changes
+    if gpu.type == "cuda":
+        words, least = changes[-1]
+        keys = {"activation_offloading": True, "tiled_mlp": True}
+        with suppress(ConfigError):
+            values = least.model_dump()
+            yield (
+                [*words, *(f"training.{key}=true" for key in keys)],
+                from_dict(values | {"training": values["training"] | keys}),
+            )
 
 
 def _reach(config: Config, gpu: Gpu) -> tuple[list[str] | None, int]:

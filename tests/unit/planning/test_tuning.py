@@ -191,3 +191,32 @@ def test_cpu_computes_in_bfloat16_only_where_that_is_measured_to_be_faster(monke
     for words in (["training.bf16=false"], ["model.dtype=bfloat16"]):
         fixed = compose([*WORDS, "device=cpu", *words])
         assert not tuning.measured(fixed, resolved_on(fixed, CARD.device), [64]).bf16
+
+
+@pytest.mark.parametrize(
+    ("words", "ways"),
+    [
+        ([], [(True, False), (False, True), (True, True)]),
+        (["method=lily"], [(True, False)]),  # its rules look at all tokens
+        (["training.gradient_checkpointing=false"], []),
+    ],
+)
+def test_memory_of_long_rows_is_saved_where_nothing_else_fits(words, ways):
+    words = ["training.max_length=2048", "training.per_device_train_batch_size=1", *words]
+    found = candidates(*words, gib=0.601, lengths=[2048])
+    long = [choice for choice in found if choice.activation_offloading or choice.tiled_mlp]
+    assert [(choice.activation_offloading, choice.tiled_mlp) for choice in long] == ways
+    assert all(choice.gradient_checkpointing and choice.rows == 1 for choice in long)
+    if long:
+        resolved = long[-1].applied(resolved_on(compose([*WORDS, *words]), CARD.device))
+        assert (resolved.activation_offloading, resolved.tiled_mlp) == ways[-1]
+
+
+@pytest.mark.thorough
+def test_longest_row_of_an_8b_is_planned_with_tiles_where_it_does_not_fit_otherwise():
+    words = ["model=llama31_8b", "method=qlora", "training.per_device_train_batch_size=1", "training.tune=auto"]
+    words += ["training.max_length=40000", "training.per_device_eval_batch_size=1"]
+    config = compose([*words, "model.architecture.max_position_embeddings=65536"])
+    resolved = resolved_on(config, CARD.device)
+    choice = tuning.choose(config, resolved, [40000], 40000, CARD, tuning.published(CARD, resolved))
+    assert (choice.fits, choice.tiled_mlp, choice.gradient_checkpointing) == (True, True, True)
