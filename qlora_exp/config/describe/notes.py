@@ -7,7 +7,12 @@ thumb is common practice that no single experiment shows. The learning rate matt
 from dataclasses import dataclass
 from typing import Literal
 
-_TUNED = "docs/explanation/peft_methods.md"
+RATES = "docs/explanation/peft_methods.md"
+"""Page with the best learning rates of methods, as measured."""
+_QLORA = "QLoRA, https://arxiv.org/abs/2305.14314"
+
+
+Basis = Literal["measured here", "published", "rule of thumb"]
 
 
 @dataclass(frozen=True)
@@ -21,8 +26,11 @@ class Advice:
     """
 
     text: str
-    basis: Literal["measured here", "published", "rule of thumb"]
+    basis: Basis
     source: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.text} ({self.basis}{': ' if self.source else ''}{self.source})"
 
 
 @dataclass(frozen=True)
@@ -33,15 +41,39 @@ class Note:
     advice: tuple[Advice, ...]
 
 
+RANK = Advice(
+    "16; 8 for a style or a format, 32 to 64 for much that is new: a domain, code, mathematics", "rule of thumb"
+)
+ALPHA = Advice("twice r; or fix it, and tune the learning rate instead", "rule of thumb")
+LAYERS = Advice(
+    "all linear layers are needed to match full fine-tuning; the attention alone does not, at any rank",
+    "published",
+    f"{_QLORA}, figure 2",
+)
+RSLORA = Advice(
+    "for high ranks, such as 32 and more, at which lora_alpha / r makes learning slow",
+    "published",
+    "rsLoRA, https://arxiv.org/abs/2312.03732",
+)
+DORA = Advice("where LoRA is nearly good enough, at a low rank; a step is slower", "rule of thumb")
+RATE_UP_TO_13B = Advice("2e-4 for LoRA and QLoRA up to 13B parameters", "published", f"{_QLORA}, appendix B")
+RATE_FROM_33B = Advice("1e-4 for LoRA and QLoRA of 33B and 65B", "published", f"{_QLORA}, appendix B")
+RATE_OF_SMALL = Advice(
+    "2e-4 to 3e-3 for LoRA of models below 1B parameters; sweep it", "measured here", f"{RATES}, 135 M"
+)
+RATE_OF_FULL = Advice("1e-5 to 2e-5 for full fine-tuning", "rule of thumb")
+RATE_OF_SMALL_FULL = Advice(
+    "2e-5 to 2e-4 for full fine-tuning of models below 1B parameters; sweep it", "measured here", f"{RATES}, 135 M"
+)
+
 NOTES = {
     "r": Note(
         "Rank of the update: a layer of weight W learns W + lora_alpha / r * B A, where A has r rows and B r columns. "
         "Parameters, gradients and optimizer states of the adapter grow in proportion to r.",
         (
-            Advice("8 to 16 for a style or a format, 32 to 64 for new knowledge, 128 and more for code or mathematics",
-                   "rule of thumb"),
+            RANK,
             Advice("with all linear layers adapted, ranks of 8 to 256 gave the same quality on Alpaca",
-                   "published", "QLoRA, https://arxiv.org/abs/2305.14314, appendix A"),
+                   "published", f"{_QLORA}, appendix A"),
             Advice("ranks of 16 to 256 fell short of full fine-tuning on code, less so on mathematics, and forgot less",
                    "published", "LoRA Learns Less and Forgets Less, https://arxiv.org/abs/2405.09673"),
             Advice("`-m sweep=rank_scaling` compares r = 8 to 128 on your rows", "rule of thumb"),
@@ -51,7 +83,7 @@ NOTES = {
         "Scale of the update: lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. It acts like a factor of the "
         "adapter's learning rate.",
         (
-            Advice("twice r; or fix it, and tune the learning rate instead", "rule of thumb"),
+            ALPHA,
             Advice("fix lora_alpha when you vary r, since the best learning rate is then about the same",
                    "published", "LoRA, https://arxiv.org/abs/2106.09685, section 4.1"),
         ),
@@ -60,7 +92,7 @@ NOTES = {
         "Share of the inputs of A that are set to zero at random in training. 0: none, which is also the fastest.",
         (
             Advice("0.1 for models up to 13B parameters, 0.05 for 33B and 65B",
-                   "published", "QLoRA, https://arxiv.org/abs/2305.14314, appendix B"),
+                   "published", f"{_QLORA}, appendix B"),
             Advice("0 for a single epoch over many rows", "rule of thumb"),
         ),
     ),
@@ -69,8 +101,7 @@ NOTES = {
         "every linear layer but the output layer. attention: the attention's projections. mlp: those of the MLP. q_v: "
         "the query and value projections. outputs: the last layer of each attention and MLP.",
         (
-            Advice("all linear layers are needed to match full fine-tuning; the attention alone does not, at any rank",
-                   "published", "QLoRA, https://arxiv.org/abs/2305.14314, figure 2"),
+            LAYERS,
             Advice("at the same number of parameters more layers at a lower rank beat fewer at a higher one",
                    "published", "LoRA, https://arxiv.org/abs/2106.09685, table 5"),
             Advice("q_v trains the fewest parameters, with the least memory", "rule of thumb"),
@@ -79,8 +110,7 @@ NOTES = {
     "use_rslora": Note(
         "Scale the update by lora_alpha / sqrt(r) (rsLoRA), so that high ranks learn as fast as low ones.",
         (
-            Advice("for ranks of 64 and more, where lora_alpha / r makes learning slow",
-                   "published", "rsLoRA, https://arxiv.org/abs/2312.03732"),
+            RSLORA,
             Advice("divide lora_alpha by sqrt(r) when you switch it on, so that the scale stays the same",
                    "rule of thumb"),
         ),
@@ -88,6 +118,7 @@ NOTES = {
     "use_dora": Note(
         "Learn the magnitude and the direction of each weight separately (DoRA). A step takes longer, and more memory.",
         (
+            DORA,
             Advice("at low ranks, where it gained most over LoRA", "published", "DoRA, https://arxiv.org/abs/2402.09353"),
             Advice("`plan lora_variant=dora` says what it takes in memory; merged, it costs nothing", "rule of thumb"),
         ),
@@ -127,9 +158,12 @@ LEARNING_RATE = (
     Advice(
         "tune it before anything else: it moved the loss as much as the choice among eight methods did",
         "measured here",
-        _TUNED,
+        RATES,
     ),
-    Advice("2e-4 for QLoRA up to 13B parameters, 1e-4 for 33B and 65B", "published", "QLoRA, appendix B"),
-    Advice("1e-4 to 5e-4 for LoRA and its variants, 1e-5 to 5e-5 for full fine-tuning", "rule of thumb"),
+    RATE_UP_TO_13B,
+    RATE_FROM_33B,
+    RATE_OF_SMALL,
+    RATE_OF_FULL,
+    RATE_OF_SMALL_FULL,
 )
 """Advice on `training.learning_rate`."""

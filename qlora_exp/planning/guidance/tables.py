@@ -92,8 +92,8 @@ def _show_settings(options: Sequence[Option], chosen: str, gpu: Gpu) -> None:
     if option is None:
         return
     label = "settings"
-    for known in knowledge.settings(option.config, option.planned.total, gpu.memory_gib):
-        note(label, str(known))
+    for setting, advice in knowledge.settings(option.config, option.planned.total, gpu.memory_gib):
+        note(label, f"{setting}: {advice}")
         label = ""
     note("", f"more: {knowledge.PAGE}")
 
