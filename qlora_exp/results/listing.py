@@ -51,14 +51,14 @@ def show_list(
         [
             record.tags.get("run_key", ""),
             *[record.run_id] * ("run_id" in ids),
-            shortened(record.name),
-            record.outcome,
             f"{_started(record):%Y-%m-%d %H:%M}",
+            record.outcome,
+            shortened(record.name),
             *(shortened(_value(record, key)) for key in extra),
         ]
         for record in records[: limit if left > 0 else None]
     ]
-    print_table(f"{len(records)} runs", [*ids, "name", "outcome", "started", *extra], lines, whole=len(ids))
+    print_table(f"{len(records)} runs", [*ids, "started", "outcome", "name", *extra], lines, whole=len(ids) + 2)
     if left > 0:
         say(f"{left} more; --limit 0 lists all")
 

@@ -5,7 +5,10 @@ independent of what a job does.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import cloudpickle
@@ -49,7 +52,9 @@ def run_all(
     limits = {"slurm_max_num_timeout": max_num_timeout} if cluster == "slurm" else {}
     executor = submitit.AutoExecutor(folder=log_folder, cluster=cluster, **limits)
     executor.update_parameters(**{key: value for key, value in parameters.items() if value is not None})
-    submitted = executor.map_array(_Call(), [task.call for task in tasks])
+    # On this machine, submitit's processes beside the jobs print a traceback each when the sweep is interrupted.
+    with _errors_in(tasks[0].folder.parent / FOLDER / "submitit.log") if cluster == "local" else nullcontext():
+        submitted = executor.map_array(_Call(), [task.call for task in tasks])
     for job, task in zip(submitted, tasks, strict=True):
         log.info("job %s: %s; output: %s", job.job_id, task.folder.name, job.paths.stdout)
     try:
@@ -63,6 +68,20 @@ def run_all(
             job.cancel()
         raise
     return endings
+
+
+@contextmanager
+def _errors_in(file: Path) -> Iterator[None]:
+    """Let processes that are started inside write their errors to a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    own = os.dup(2)
+    try:
+        with file.open("ab") as log_file:
+            os.dup2(log_file.fileno(), 2)
+        yield
+    finally:
+        os.dup2(own, 2)
+        os.close(own)
 
 
 def _check_tasks(tasks: Sequence[Task], cluster: str, parameters: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ def listed(past_runs, capsys, monkeypatch):
 
 
 def names(out: str) -> list[str]:
-    return [line.split("│")[2].strip() for line in out.splitlines() if line.startswith("│")]
+    return [line.split("│")[4].strip() for line in out.splitlines() if line.startswith("│")]
 
 
 def test_runs_are_listed_newest_first_and_sorted_on_request(past_runs, listed):
