@@ -63,7 +63,6 @@ def find(train: Rows, heldout: Rows, threshold: float) -> list[Leak]:
     for row, question in enumerate(question for part in parts for question in part.questions):
         questions.setdefault(question, row)
     index = _Index(parts)
-    del parts
 
     def compare(rows: list[Row]) -> list[tuple[int, int, str, float]]:
         found = _fingerprints(rows)
@@ -124,7 +123,7 @@ def _fingerprints(rows: list[Row]) -> _Fingerprints:
         keep[suspected] = False
         keep[suspected[first]] = True
         row_of, mixed = row_of[keep], mixed[keep]
-    return _Fingerprints([*map(_question, rows)], row_of, mixed)
+    return _Fingerprints([*map(_question, rows)], row_of.astype(np.int32), mixed)
 
 
 def _words(text: str) -> list[str]:
@@ -136,23 +135,27 @@ class _Index:
     """The held-out rows by their five-word sequences, in arrays: several million take a few hundred megabytes."""
 
     def __init__(self, parts: list[_Fingerprints]) -> None:
+        """Build it; `parts` are removed from the list, so that their memory is free as soon as it can be."""
         count = sum(len(part.questions) for part in parts)
         firsts = range(0, count, BATCH)
-        rows = np.concatenate(
-            [
-                np.zeros(0, np.int32),
-                *((part.rows + first).astype(np.int32) for part, first in zip(parts, firsts, strict=True)),
-            ]
-        )
+        offset = [part.rows + first for part, first in zip(parts, firsts, strict=True)]
+        rows = np.concatenate([np.zeros(0, np.int32), *offset])
+        del offset
         hashes = np.concatenate([np.zeros(0, np.uint64), *(part.hashes for part in parts)])
+        parts.clear()
+        self._sizes = np.bincount(rows, minlength=count)
         order = np.argsort(hashes, kind="stable")  # stable: the rows of a sequence stay ascending
         self._rows, hashes = rows[order], hashes[order]
-        del order
-        self._hashes, self._starts, counts = np.unique(hashes, return_index=True, return_counts=True)
-        self._counts = np.where(counts > max(_MANY, count // 50), 0, counts)  # 0: common, which tell nothing
-        self._sizes = np.bincount(rows, minlength=count)
-        common = np.repeat(self._counts == 0, counts)
-        self._sizes -= np.bincount(self._rows[common], minlength=count)
+        del rows, order
+        starts = np.flatnonzero(np.concatenate([[True], hashes[1:] != hashes[:-1]])[: len(hashes)])
+        self._hashes, self._starts = hashes[starts], starts.astype(np.uint32)  # of fewer than 2**32 sequences
+        del hashes
+        counts = np.diff(starts, append=len(self._rows)).astype(np.uint32)
+        del starts
+        common = counts > max(_MANY, count // 50)
+        self._sizes -= np.bincount(self._rows[np.repeat(common, counts)], minlength=count)
+        counts[common] = 0  # which tell nothing
+        self._counts = counts
         self._filter = np.zeros(_FILTER_BITS // 8, np.uint8)  # most sequences of training rows are in no held-out row
         bits = self._hashes >> _FILTER_SHIFT
         np.bitwise_or.at(self._filter, bits >> np.uint64(3), np.uint8(1) << (bits & np.uint64(7)).astype(np.uint8))
@@ -163,16 +166,18 @@ class _Index:
         passed = np.flatnonzero(
             self._filter[bits >> np.uint64(3)] >> (bits & np.uint64(7)).astype(np.uint8) & np.uint8(1)
         )
-        hashes, row_of = found.hashes[passed], found.rows[passed]
+        hashes, row_of = found.hashes[passed], found.rows[passed].astype(np.int64)
         at = np.minimum(np.searchsorted(self._hashes, hashes), len(self._hashes) - 1)
         known = self._hashes[at] == hashes if len(self._hashes) else np.zeros(0, bool)
         at, row_of = at[known], row_of[known]
-        shared = self._counts[at]
+        shared = self._counts[at].astype(np.int64)
         sizes = np.bincount(found.rows, minlength=len(found.questions))
         sizes -= np.bincount(row_of[shared == 0], minlength=len(found.questions))
         if not shared.sum():
             return
-        runs = np.repeat(self._starts[at] - (np.cumsum(shared) - shared), shared) + np.arange(shared.sum())
+        runs = np.repeat(self._starts[at].astype(np.int64) - (np.cumsum(shared) - shared), shared) + np.arange(
+            shared.sum()
+        )
         pairs, counts = np.unique(np.repeat(row_of, shared) * len(self._sizes) + self._rows[runs], return_counts=True)
         rows, others = np.divmod(pairs, len(self._sizes))
         overlaps = counts / (sizes[rows] + self._sizes[others] - counts)
