@@ -136,7 +136,7 @@ GPUS = {
         Gpu("h100-pcie", 79.6, 756, 2000, 64),
         Gpu("h100", 79.6, 989, 3350, 450),
         Gpu("h200", 140.4, 989, 4800, 450),
-        Gpu("b200", 179.0, 2250, 8000, 900),
+        Gpu("b200", 179.1, 2250, 7700, 900),
     )
 }
 """Cards by the names that `--gpu` takes. Cards of other makers are not listed: no plan of one was ever compared."""
