@@ -74,8 +74,8 @@ NOTES = {
             RANK,
             Advice("with all linear layers adapted, ranks of 8 to 256 gave the same quality on Alpaca",
                    "published", f"{_QLORA}, appendix A"),
-            Advice("instruction tuning of a 7B: on code r=16 and 64 fell short of full fine-tuning and 256 matched it, on "
-                   "mathematics 64 nearly did; lower ranks forget less",
+            Advice("instruction tuning of a 7B: r=16 and 64 fell short of full fine-tuning on code and 256 matched it; on "
+                   "mathematics 64 nearly did. Lower ranks forget less",
                    "published", "LoRA Learns Less and Forgets Less, https://arxiv.org/abs/2405.09673v2, section 4"),
             Advice("`-m sweep=rank_scaling` compares r = 8 to 128 on your rows", "rule of thumb"),
         ),
@@ -104,7 +104,7 @@ NOTES = {
         "the query and value projections. outputs: the last layer of each attention and MLP.",
         (
             LAYERS,
-            Advice("at the same number of parameters, all four matrices of the attention at r=2 did better than one at r=8",
+            Advice("of equal size, adapters of all four matrices of the attention at r=2 did better than of one at r=8",
                    "published", "LoRA, https://arxiv.org/abs/2106.09685, table 5"),
             Advice("q_v trains the fewest parameters, with the least memory", "rule of thumb"),
         ),
