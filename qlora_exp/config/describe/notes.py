@@ -74,8 +74,8 @@ NOTES = {
             RANK,
             Advice("with all linear layers adapted, ranks of 8 to 256 gave the same quality on Alpaca",
                    "published", f"{_QLORA}, appendix A"),
-            Advice("instruction tuning of a 7B: r=16 and 64 fell short of full fine-tuning on code and 256 matched it; on "
-                   "mathematics 64 nearly did. Lower ranks forget less",
+            Advice("tuning a 7B on instructions: r=16 and 64 fell short of full fine-tuning on code, and 256 did not; "
+                   "on mathematics 64 nearly did. Lower ranks forget less",
                    "published", "LoRA Learns Less and Forgets Less, https://arxiv.org/abs/2405.09673v2, section 4"),
             Advice("`-m sweep=rank_scaling` compares r = 8 to 128 on your rows", "rule of thumb"),
         ),
