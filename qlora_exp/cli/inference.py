@@ -140,6 +140,8 @@ def chat(options: argparse.Namespace) -> None:
     while True:
         try:
             line = input(f"{adapter or ''}> " if sys.stdin.isatty() else "").strip()
+            if not sys.stdin.isatty():
+                print(shown(f"{adapter or ''}> {line}"), file=sys.stderr)
         except EOFError:
             return
         word, _, rest = line.partition(" ")

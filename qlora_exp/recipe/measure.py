@@ -74,6 +74,14 @@ def log_changes(run: RunContext, before: evaluation.Evaluation | None, after: ev
     """Log what training changed: forgetting, and the answers to the same prompts before and after."""
     if before and "unrelated_loss" in after.metrics:
         run.log_metrics({"forgetting": after.metrics["unrelated_loss"] - before.metrics["unrelated_loss"]})
+    empty = sum(not sample["answer"].strip() for sample in after.samples)
+    if 2 * empty > len(after.samples):
+        log.warning(
+            "%d of %d answers after training are empty (evaluation/answers.json): the model ends at once. See the row "
+            "in label_audit.json: is there a mark between question and answer, and is the answer what carries loss?",
+            empty,
+            len(after.samples),
+        )
     if after.samples:
         columns = {key: [sample[key] for sample in after.samples] for key in ("prompt", "reference")}
         if before:

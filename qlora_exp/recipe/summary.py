@@ -95,7 +95,8 @@ def cost(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
         rows.append(("memory before loading (imports)", f"{metrics[key]:,.0f} MiB"))
     if "plan/memory_ratio" in metrics:
         planned, times = metrics["plan/peak_mib"], metrics["plan/memory_ratio"]
-        rows.append(("planned memory", f"{planned:,.0f} MiB without imports; measured: {times:.2f} times that"))
+        of_tensors = "" if source == "allocated" else " of tensors only, as always for a CPU"
+        rows.append(("planned memory", f"{planned:,.0f} MiB{of_tensors}; measured: {times:.2f} times that"))
     return [*rows, ("saved model", f"{metrics['model_bytes'] / 1e6:,.1f} MB")]
 
 

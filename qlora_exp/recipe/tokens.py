@@ -1,6 +1,7 @@
 """Tokenize the rows, audit their labels, log the data, and plan the memory of the run."""
 
 import logging
+import re
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -22,6 +23,10 @@ from qlora_exp.recipe.inputs import Inputs
 from qlora_exp.utils.units import GIB, MIB
 
 log = logging.getLogger(__name__)
+
+_LOOKED_AT = 200
+_GLUED = re.compile(r"[\w.?!,;]\0\w")
+"""The end of a prompt and the beginning of its answer, if there is neither space nor mark between them."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,7 @@ def _log_rows(inputs: Inputs, tokens: Tokens, config: Config) -> None:
             "model.new_tokens: no training row has %s within training.max_length, so that its embedding is not trained",
             ", ".join(unseen),
         )
+    _warn_of_glued(inputs.rows.train, config)
     too_long = len(inputs.rows.heldout) - len(tokens.heldout_rows)
     for kind, count in (
         ("held-out", too_long),
@@ -162,6 +168,25 @@ def _log_rows(inputs: Inputs, tokens: Tokens, config: Config) -> None:
                 kind,
                 config.training.max_length,
             )
+
+
+def _warn_of_glued(rows: Dataset, config: Config) -> None:
+    """Warn of prompts that are followed by their answers with nothing between them; looks at the first rows."""
+    parts = {name: part for name, part in config.dataset.parts.items() if part.format == "prompt_completion"}
+    seen = [
+        row for row in rows.select(range(min(len(rows), _LOOKED_AT))) if row.get(SOURCE) is None or row[SOURCE] in parts
+    ]
+    if not parts or not seen:
+        return
+    glued = [row for row in seen if _GLUED.search(f"{row['prompt']}\0{row['completion']}")]
+    if 2 * len(glued) > len(seen):
+        example = f"{glued[0]['prompt'][-20:]}{glued[0]['completion'][:20]}"
+        log.warning(
+            "%s: nothing stands between prompt and answer (such as %r), so a model hardly learns where to answer: use "
+            "dataset.format=chat, which is the model's chat template, or alpaca, or end prompts with a mark",
+            config.dataset.name,
+            example,
+        )
 
 
 def _unseen(config: Config, tokens: Tokens) -> list[str]:

@@ -57,7 +57,10 @@ class Recognized(NamedTuple):
         """Say in one line what was recognized, with the words of the command line that do the same."""
         told = {name: value for name, value in self.settings.items() if value or getattr(config, name) != value}
         words, name = _words(told), config.path if config.name == "none" else config.name
-        return f"{name}: rows recognized as {self.what}: {words}; set these keys to choose otherwise"
+        line = f"{name}: rows recognized as {self.what}: {words}; set these keys to choose otherwise"
+        if self.settings["format"] == "prompt_completion" and not config.prompt_template:
+            line += " (dataset.format=chat with the same columns: the model's chat template)"
+        return line
 
 
 def recognized(config: Config) -> Config:

@@ -3,6 +3,7 @@
 import logging
 
 import pytest
+from datasets import Dataset
 
 from qlora_exp.planning.gpus import Gpu
 from qlora_exp.recipe import tokens
@@ -16,3 +17,35 @@ def test_run_that_is_planned_to_exceed_its_device_is_warned_of(gib, warns, make_
         tokens._warn_of(2048.0, make_config())
     says = "planned to take 2.0 GiB, more than there are of 1 GiB (a CPU, as ulimit -v allows)"
     assert (says in caplog.text) == warns
+
+
+@pytest.mark.parametrize(
+    ("rows", "words", "warns"),
+    [
+        ([("Can I?", "Yes, you can")], [], True),
+        ([("Can I?", "Yes"), ("Why", "So"), ("Ends here. ", "no")], [], True),
+        ([("Can I?", " Yes")], [], False),
+        ([("Question: can I?\nAnswer:", "Yes")], [], False),
+        ([("Can I?\n\n###\n\n", "Yes")], [], False),
+        ([("", "all of a text")], [], False),
+        ([("Can I?", "Yes")], ["dataset.format=chat"], False),
+        ([("Can I?", "Yes")], ["dataset.format=alpaca"], False),
+    ],
+)
+def test_answers_that_follow_prompts_with_nothing_between_are_warned_of(rows, words, warns, make_config, caplog):
+    config = make_config("dataset=own", "dataset.path=rows.jsonl", "dataset.format=prompt_completion", *words)
+    with caplog.at_level(logging.WARNING):
+        tokens._warn_of_glued(Dataset.from_list([{"prompt": a, "input": "", "completion": b} for a, b in rows]), config)
+    assert ("nothing stands between prompt and answer" in caplog.text) == warns
+
+
+def test_source_of_a_mixture_is_warned_of_by_its_own_format(make_config, caplog):
+    sources = [f"dataset.sources.{name}={{path: {name}.jsonl, format: {form}}}"
+               for name, form in (("a", "alpaca"), ("b", "prompt_completion"))]  # fmt: skip
+    config = make_config("dataset=own", "dataset.format=prompt_completion", *sources)
+    row = {"prompt": "Can I?", "input": "", "completion": "Yes"}
+    for names, warns in (("aaa", False), ("aab", True), ("bbb", True)):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            tokens._warn_of_glued(Dataset.from_list([row | {tokens.SOURCE: name} for name in names]), config)
+        assert ("nothing stands between" in caplog.text) == warns
