@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 _MANY = 0.1
 _REMEDIES = {
-    "empty": "no prompt, no answer to learn or a message without content: correct the file, or name other columns "
+    "empty": "a prompt, an answer or a message has no text: correct the file, or name other columns "
     "(dataset.prompt_column, ...)",
     "without the columns": "correct the file, so that every row has the columns that the config names",
     "matching drop_matching": "dataset.drop_matching=null keeps them",

@@ -160,7 +160,7 @@ def load_heldout(config: DatasetConfig) -> Dataset:
     _, _, heldout, report = _in_source(config, REPLAY, None)
     if not len(heldout):
         raise DataError(f"{config.path}: no held-out rows are left: {report.why()}")
-    for level, line in report.lines(config.name):
+    for level, line in report.lines(f"{config.name} (unrelated text)"):
         log.log(level, "%s", line)
     return heldout
 
