@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 SWEEPING = {"sweeper": "grid", "launcher": "local"}
 """The default sweeper and launcher, which option files and the command line can change."""
 own_options: ContextVar[Path | None] = ContextVar("own_options", default=None)
-"""Folder with the user's own groups and options, as `--config-dir` of `plan`, `advise` and `probe` names it."""
+"""Folder with the user's own groups and options, as `--config-dir` of commands that only compose configs names it."""
 
 
 @functools.cache

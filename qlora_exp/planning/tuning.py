@@ -286,11 +286,13 @@ class _Ways:
     def of_long_rows(self) -> Iterator[Choice]:
         """Plan the smallest batch with activations in the machine's memory, tiled MLPs, or both; end with what fits."""
         config, rows = self._config, min(self.sizes)
-        offloads = self._device.type == "cuda" and not config.distributed.shards
-        tiles = not (config.distributed.shards or [*untiled(config)])
-        for ways in [(True, False)] * offloads + [(False, True)] * tiles + [(True, True)] * (offloads and tiles):
+        already = self._resolved.activation_offloading, self._resolved.tiled_mlp
+        offloads = already[0] or (self._device.type == "cuda" and not config.distributed.shards)
+        tiles = already[1] or not (config.distributed.shards or [*untiled(config)])
+        ways = (offloads, already[1]), (already[0], tiles), (offloads, tiles)
+        for offload, tile in dict.fromkeys(way for way in ways if way != already):
             try:
-                found = self.choice(rows, self.paddings(rows)[0], True, None, *ways)
+                found = self.choice(rows, self.paddings(rows)[0], True, None, offload, tile)
             except UserError:  # layers without an MLP of their own
                 continue
             yield found

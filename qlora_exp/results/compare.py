@@ -41,6 +41,7 @@ _CONDITIONS = {
     ),
     "rows at once": lambda record: record.params.get("resolved.per_device_train_batch_size"),
     "gradient checkpointing": lambda record: _recomputation(record),
+    "tiled MLPs": lambda record: record.params.get("resolved.tiled_mlp"),
     "trained together": lambda record: record.params.get("resolved.fused", "alone"),
     "padding": lambda record: record.params.get("resolved.padding"),
     "autocast": lambda record: _autocast(record),

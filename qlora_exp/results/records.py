@@ -279,8 +279,8 @@ def _selected(
     its_own = _Selection("run_id", selection.value, attribute=True) if selection.key == PARENT_TAG else selection
     for sweep in mlflow.search_runs(ids, f"{its_own} and tags.`{ELSEWHERE_TAG}0` LIKE '%'", max_results=_PAGE):
         for key, run_ids in sweep.data.tags.items():
-            if key.startswith(ELSEWHERE_TAG):
-                listed = ", ".join(f"'{run_id}'" for run_id in run_ids.split() if _RUN_ID.fullmatch(run_id))
+            listed = ", ".join(f"'{run_id}'" for run_id in run_ids.split() if _RUN_ID.fullmatch(run_id))
+            if key.startswith(ELSEWHERE_TAG) and listed:
                 by_id = f"attributes.run_id IN ({listed})"
                 yield from _search(mlflow, ids, None, f"{by_id} and {where}" if where else by_id)
 
