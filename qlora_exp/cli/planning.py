@@ -114,8 +114,19 @@ def plan(options: argparse.Namespace) -> None:
     ]
     if len(planned) == 1:
         tables.show_one(planned[0], prices.get(planned[0].gpu.name))
+        _show_remedies(planned[0])
     else:
         tables.show_many(planned, prices)
+
+
+def _show_remedies(planned: "Planned") -> None:
+    """Print with which settings a run that does not fit would; a few more runs are planned for it."""
+    from qlora_exp.planning.fit import is_too_much
+    from qlora_exp.planning.guidance.remedies import advice, remedies
+
+    gpu, plan = planned.gpu, planned.prediction
+    if planned.config and plan and gpu.memory_gib and is_too_much(plan.peak, gpu, plan.ranks):
+        print(f"instead  {advice(remedies(planned.config, gpu))}")
 
 
 def _planned(

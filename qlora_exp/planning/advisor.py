@@ -6,11 +6,9 @@ runs, and it imports heavy libraries only when it starts to plan.
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import yaml
@@ -20,7 +18,6 @@ from qlora_exp.config.conf_folder import conf_dir
 from qlora_exp.config.hydra_compose import compose, grid
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.distributed import DistributedConfig
-from qlora_exp.config.validate import from_dict
 from qlora_exp.models import files
 from qlora_exp.planning.fit import room
 from qlora_exp.planning.gpus import Gpu
@@ -219,107 +216,6 @@ def largest(need: Callable[[int], float], room: float, most: int, start: int) ->
         slope = (need(guess) - need(low)) / (guess - low)
         low, high = (guess, high) if need(guess) <= room else (low, guess)
     return low
-
-
-def remedies(config: Config, gpu: Gpu) -> list[str]:
-    """Return up to two changes with which a run that does not fit would fit, as words of the command line.
-
-    They keep the rows of a step: smaller batches, recomputation, 4-bit weights of the base, or some of these together.
-    Shorter rows are named only if none of these is enough. No more are looked for, as each is a few plans.
-    """
-    found: list[str] = []
-    shorter: list[str] = []
-    for words, changed in _with_less_memory(config, gpu):
-        if len(found) == 2:
-            break
-        with suppress(UserError):  # it cannot be planned, or not be combined
-            batches, longest = _reach(changed, gpu)
-            if batches is not None:
-                found.append(" ".join([*words, *batches]))
-            elif longest:
-                shorter.append(" ".join([*words, f"training.max_length={longest}"]))
-    return found or shorter[:1]
-
-
-def advice(found: Sequence[str]) -> str:
-    """Return what `remedies` found as text."""
-    if not found:
-        return "no smaller batch, recomputation, 4-bit base or shorter row fits; `qlora-exp advise` compares models"
-    return f"it would fit with {', or with '.join(found)}"
-
-
-def _with_less_memory(config: Config, gpu: Gpu) -> Iterator[tuple[list[str], Config]]:
-    """Yield a config with less and less memory, and the words that change it so.
-
-    It is as it is; with attention that keeps no matrix of all pairs of tokens; with recomputation; on a base in 4 bits;
-    on a GPU, with what saves the memory of long rows.
-    """
-    from qlora_exp.planning.planner import resolved_on
-
-    changes: list[tuple[list[str], Config]] = [([], config)]
-    if config.model.attn_implementation == "eager":
-        fused = config.model.model_copy(update={"attn_implementation": "sdpa"})
-        changes.append((["model.attn_implementation=sdpa"], config.model_copy(update={"model": fused})))
-    if not (resolved_on(config, gpu.device).gradient_checkpointing or config.refusal("gradient_checkpointing")):
-        recomputing = config.training.model_copy(update={"gradient_checkpointing": True})
-        words, least = changes[-1]
-        words = [*words, "training.gradient_checkpointing=true"]
-        changes.append((words, least.model_copy(update={"training": recomputing})))
-    yield from changes
-    if config.method.peft_type == "LORA" and not config.quantization.quantized:
-        stored = compose(["method=qlora"]).quantization
-        with suppress(ConfigError):  # another setting does not go with it
-            quantized = {"quantization": stored.model_dump()}
-            changes = [
-                ([f"quantization={stored.name}", *words], from_dict(changed.model_dump() | quantized))
-                for words, changed in changes
-            ]
-            yield from changes
-    if gpu.type == "cuda":
-        words, least = changes[-1]
-        keys = {"activation_offloading": True, "tiled_mlp": True}
-        with suppress(ConfigError):
-            values = least.model_dump()
-            yield (
-                [*words, *(f"training.{key}=true" for key in keys)],
-                from_dict(values | {"training": values["training"] | keys}),
-            )
-
-
-def _reach(config: Config, gpu: Gpu) -> tuple[list[str] | None, int]:
-    """Return words for the largest batches of the run's step that fit; if none do, the length of the rows that would.
-
-    Raises:
-        ConfigError: the run cannot be planned.
-        ModelError: the architecture is not available locally.
-    """
-    from qlora_exp.planning.planner import Planner, resolved_on
-    from qlora_exp.planning.tuning import fixed_rows
-
-    resolved, most = resolved_on(config, gpu.device), config.training.max_length
-    plans = Planner(config, resolved)
-    rows, batches = resolved.per_device_train_batch_size, resolved.gradient_accumulation_steps
-    sizes = [size for size in range(1, rows + 1) if rows % size == 0]
-    sizes = sizes[-1:] if fixed_rows(config, plans.has_router) else sizes
-    shared = config.distributed
-    within = room(gpu, ranks=1 if shared.engine == "none" else int(shared.num_processes))
-
-    def need(size: int, length: int, evaluated: int | None = 0) -> int:
-        divided = {"per_device_train_batch_size": size, "gradient_accumulation_steps": rows * batches // size}
-        return plans.computing(**divided).predict(length=length, evaluated=evaluated).peak
-
-    if fitting := [*takewhile(lambda size: need(size, most) <= within, sizes)]:
-        size, evaluated = fitting[-1], config.training.per_device_eval_batch_size
-        words = [f"training.per_device_train_batch_size={size}"] if size != rows else []
-        words += [f"training.gradient_accumulation_steps={rows * batches // size}"] if words else []
-        if need(size, most, None) > within and evaluated > size:
-            fewer = config.training.model_copy(update={"per_device_eval_batch_size": size})
-            plans = Planner(config.model_copy(update={"training": fewer}), resolved)
-            words.append(f"training.per_device_eval_batch_size={size}")
-        if need(size, most, None) <= within:
-            return words, most
-    steps = most // LENGTH_STEP
-    return None, LENGTH_STEP * largest(lambda count: need(sizes[0], LENGTH_STEP * count), within, steps, steps)
 
 
 @dataclass(frozen=True)

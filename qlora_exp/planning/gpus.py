@@ -110,8 +110,12 @@ GPUS = {
         # GeForce: tensor cores' rate with float32 accumulation is half of the advertised one. Turing, Ampere GA102, Ada
         # and RTX Blackwell architecture papers (appendices with a table of each card), PCIe one direction.
         Gpu("rtx2080ti", 11.0, 53.8, 616, 16, bf16=False),
+        Gpu("rtx3060", 12.0, 25.5, 360, 32),
+        Gpu("rtx3070", 8.0, 40.6, 448, 32),
         Gpu("rtx3080", 10.0, 59.5, 760, 32),
         Gpu("rtx3090", 24.0, 71, 936, 32),
+        Gpu("rtx4060", 8.0, 30.2, 272, 16),
+        Gpu("rtx4060ti", 8.0, 44.1, 288, 16),
         Gpu("rtx4070ti", 12.0, 80.2, 504, 32),
         Gpu("rtx4080", 16.0, 97.5, 717, 32),
         Gpu("rtx4090", 24.0, 165, 1008, 32),

@@ -124,6 +124,6 @@ def _why(config: Config, gpu: Gpu) -> str:
 
 def _advice(config: Config, gpu: Gpu) -> str:
     quiet()
-    from qlora_exp.planning.advisor import advice, remedies
+    from qlora_exp.planning.guidance.remedies import advice, remedies
 
     return advice(remedies(config, gpu))

@@ -1,4 +1,4 @@
-"""Print plans as tables: where memory goes, whether it fits, hours and cost. Only `remedies` plans more."""
+"""Print plans as tables: where memory goes, whether it fits, hours and cost."""
 
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from qlora_exp.config.schema import Config
 from qlora_exp.environment.device import remarks
-from qlora_exp.planning.advisor import Sized, advice, remedies
+from qlora_exp.planning.advisor import Sized
 from qlora_exp.planning.cost import HOW, Amount, Bill, bill, rows_of_step, total
 from qlora_exp.planning.fit import (
     TOO_GOOD,
@@ -100,8 +100,6 @@ def show_one(planned: Planned, price: float | None) -> None:
         print(f"tuned    {planned.tuned}")
     print(f"error    {_error(gpu, prediction.ranks)}")
     print(_LEFT_OUT)
-    if _verdict(prediction, gpu).startswith("does not fit"):  # which plans a few more runs
-        print(f"instead  {advice(remedies(config, gpu))}")
 
 
 def _show_several(prediction: Prediction, gpu: Gpu) -> None:

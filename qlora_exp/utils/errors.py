@@ -74,7 +74,7 @@ class DivergedError(Exception):
     """The loss or the gradient is no longer a finite number."""
 
 
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed")
 _ONEDNN_OUT_OF_MEMORY = ("could not create a primitive", "could not create a memory object")
 """All that torch says if oneDNN finds no memory; what oneDNN cannot compute ends in `primitive descriptor`."""
 

@@ -18,11 +18,12 @@ from typing import Any
 from qlora_exp.config.schema import Config
 from qlora_exp.config.validate import from_dict
 from qlora_exp.environment import turns
-from qlora_exp.environment.memory import free
+from qlora_exp.environment.memory import free, limits
 from qlora_exp.environment.ranks import ranks
-from qlora_exp.planning import advisor, calibration
+from qlora_exp.planning import calibration
 from qlora_exp.planning.fit import needed_for, room
 from qlora_exp.planning.gpus import DRIVER_GIB, Gpu, here
+from qlora_exp.planning.guidance import remedies
 from qlora_exp.utils.errors import MemoryExhaustedError, RankError, is_out_of_memory, type_and_first_line
 from qlora_exp.utils.quiet import quiet
 from qlora_exp.utils.units import GIB
@@ -30,6 +31,9 @@ from qlora_exp.utils.units import GIB
 log = logging.getLogger(__name__)
 
 _SECONDS = 180.0
+_BEYOND, _OF_WEIGHTS = 0.65 * GIB, 9
+"""Address space in bytes that a run maps beyond its tensors, and for each parameter: files of weights, blocks that the
+allocator keeps. It counts under `ulimit -v`. As measured with the built-in model and a tiny one."""
 _LESS = 0.9
 """Largest part of what was planned for a run that ran out of memory that may be planned for one that would fit."""
 
@@ -129,9 +133,12 @@ def planned(config: Config, free_gib: float | None) -> str:
 
     device = _device(config, free_gib).calibrated(calibration.read())
     plan = planner(config, device.device).predict()
+    if device.type == "cpu" and "address space" in limits():
+        beyond = _BEYOND + _OF_WEIGHTS * plan.total
+        device = replace(device, memory_gib=max(0.0, device.memory_gib - beyond / GIB))
     most = min(room(device, ranks=plan.ranks), _LESS * plan.peak)
     smaller = replace(device, memory_gib=needed_for(most, device, plan.ranks))
-    return advisor.advice(advisor.remedies(config, smaller))
+    return remedies.advice(remedies.remedies(config, smaller))
 
 
 def main() -> None:

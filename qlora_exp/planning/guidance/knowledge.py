@@ -19,6 +19,8 @@ PAGE = "docs/explanation/choosing.md"
 _DETTMERS = "Dettmers et al. 2023"
 _PEFT = "PEFT's comparison, Llama-3.2-3B on GSM8K"
 UNKNOWN_RANK = 3
+_SMALL_GIB = 16
+"""Memory of a GPU below which guides advise optimizer states in 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def settings(config: Config, parameters: int, memory_gib: float) -> Iterator[tup
             fused = Advice("needs no second copy of the weights", "measured here", "`qlora-exp plan`")
             yield "optimizer=adamw_torch_fused", fused
         case "lora" | "dora" | "qlora" | "qdora":
-            yield from _lora(config, parameters)
+            yield from _lora(config, parameters, memory_gib)
         case "ia3":
             yield "training.learning_rate", Advice("3e-3, with Adafactor", PUBLISHED, "Liu et al. 2022")
             yield "method=ia3", Advice("for few rows, many adapters or the last few MiB; else LoRA", RULE)
@@ -90,17 +92,17 @@ def settings(config: Config, parameters: int, memory_gib: float) -> Iterator[tup
             yield from _virtual_tokens(parameters)
         case _:
             yield f"training.learning_rate={config.training.learning_rate:g}", notes.LEARNING_RATE[0]
-    if 0 < memory_gib < 16 and config.optimizer.name not in ("paged_adamw_8bit", "adamw_bnb_8bit"):
+    if 0 < memory_gib < _SMALL_GIB and config.optimizer.name not in ("paged_adamw_8bit", "adamw_bnb_8bit"):
         yield "optimizer=paged_adamw_8bit", Advice("below 16 GB, where states are a large part", RULE)
 
 
-def _lora(config: Config, parameters: int) -> Iterator[tuple[str, Advice]]:
+def _lora(config: Config, parameters: int, memory_gib: float) -> Iterator[tuple[str, Advice]]:
     yield "method.r", notes.RANK
     yield "method.lora_alpha", notes.ALPHA
     yield "method.target_modules=all-linear", notes.LAYERS
     of_large = notes.RATE_FROM_33B if parameters >= 3e10 else notes.RATE_UP_TO_13B
     yield "training.learning_rate", of_large if parameters >= 1e9 else notes.RATE_OF_SMALL
-    if config.quantization.bitsandbytes:
+    if config.quantization.bitsandbytes and not 0 < memory_gib < _SMALL_GIB:
         yield "optimizer=paged_adamw_32bit", Advice("with max_grad_norm=0.3", PUBLISHED, _DETTMERS)
     yield "lora_variant=rslora", notes.RSLORA
     yield "lora_variant=dora", notes.DORA
