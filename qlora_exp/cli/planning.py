@@ -120,13 +120,12 @@ def plan(options: argparse.Namespace) -> None:
 
 
 def _show_remedies(planned: "Planned") -> None:
-    """Print with which settings a run that does not fit would; a few more runs are planned for it."""
-    from qlora_exp.planning.fit import is_too_much
+    """Print with which settings a run would fit that does not, or only may; a few more runs are planned for it."""
+    from qlora_exp.planning import tables
     from qlora_exp.planning.guidance.remedies import advice, remedies
 
-    gpu, plan = planned.gpu, planned.prediction
-    if planned.config and plan and gpu.memory_gib and is_too_much(plan.peak, gpu, plan.ranks):
-        print(f"instead  {advice(remedies(planned.config, gpu))}")
+    if planned.config and tables.judged(planned) in ("does not fit", "may fit"):
+        tables.note("instead", advice(remedies(planned.config, planned.gpu)))
 
 
 def _planned(

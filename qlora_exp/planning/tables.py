@@ -81,7 +81,7 @@ def show_one(planned: Planned, price: float | None) -> None:
     print_table(f"peak memory of each phase, MiB{of_each}", ["", *prediction.phases], rows)
     moved = ", before EVA moves ranks between layers" if config.lora_start == "eva" else ""
     print(f"trained  {prediction.trainable:,} of {prediction.total:,} parameters{moved}")
-    print(f"memory   {expected(prediction, gpu) / GIB:.2f} GiB{_whether_it_fits(prediction, gpu)}")
+    print(f"memory   {expected(prediction, gpu) / GIB:.2f} GiB{_whether_it_fits(planned, prediction)}")
     for remark in remarks(config, gpu.device):
         print(f"note     {remark}")
     if prediction.unquantized:
@@ -156,12 +156,12 @@ def show_many(planned: Sequence[Planned], prices: Mapping[str, float]) -> None:
             rows.append([*cells, "-", "no plan", "", "", "", "", ""])
             continue
         ranks = f" x {run.prediction.ranks}" if run.prediction.ranks > 1 else ""
-        judged = FITS[verdict(run.prediction, run.gpu)] if _verdict(run.prediction, run.gpu) else ""
+        fits = FITS.get(judged(run), "")
         rows.append(
             [
                 *cells,
                 f"{expected(run.prediction, run.gpu) / GIB:.2f}{ranks}",
-                judged + ("*" if place in least else ""),
+                fits + ("*" if place in least else ""),
                 "" if run.seconds is None or any(bills) else f"{run.seconds:.3g}",
                 "" if each is None else f"{each.hours:.3g}",
                 *(("", "") if each is None or each.cost is None else (f"{each.cost:.3g}", f"{each.per_thousand:.3g}")),
@@ -184,6 +184,8 @@ def show_many(planned: Sequence[Planned], prices: Mapping[str, float]) -> None:
             print(f"{' '.join(names_of[place])}: {run.why}")
     if least:
         print("*        the cheapest of the cards that it fits")
+    if any(judged(run) in ("does not fit", "may fit") for run in planned):
+        note("instead", "planned alone, a run that does not fit is shown with settings that would")
     _show_totals(planned, bills, prices, cards)
     if configs:
         _show_basis(planned, cards)
@@ -294,27 +296,29 @@ def show_reasons(why: Mapping[str, str]) -> None:
         print(f"{'; '.join(name for name, own in why.items() if own == reason)}: {reason}")
 
 
-def _verdict(prediction: Prediction, gpu: Gpu) -> str:
-    """Return whether a run fits, as text; empty if that cannot be judged.
+def judged(planned: Planned) -> str:
+    """Return whether a run fits (`fit.verdict`); empty if that cannot be judged.
 
     A CPU's plan covers tensors only, so that without a calibration from past runs only too many of them are judged.
     """
-    if not gpu.memory_gib or not (_judged(gpu) or is_too_much(prediction.peak, gpu)):
+    prediction, gpu = planned.prediction, planned.gpu
+    if prediction is None or not gpu.memory_gib or not (_judged(gpu) or is_too_much(prediction.peak, gpu)):
         return ""
-    return f"{verdict(prediction, gpu)} in {gpu.where}"
+    return verdict(prediction, gpu)
 
 
 def _judged(gpu: Gpu) -> bool:
     return bool(gpu.memory_gib) and not (gpu.type == "cpu" and gpu.calibration is None)
 
 
-def _whether_it_fits(prediction: Prediction, gpu: Gpu) -> str:
+def _whether_it_fits(planned: Planned, prediction: Prediction) -> str:
+    gpu = planned.gpu
     if not gpu.memory_gib:
         return " (add --gpu NAME or --vram GIB to see whether it fits)"
-    if not (judged := _verdict(prediction, gpu)):
+    if not (fits := judged(planned)):
         return f" of tensors, in {gpu.where}"
     taker = "libraries" if gpu.type == "cpu" else "the driver and NCCL" if prediction.ranks > 1 else "the driver"
-    return f"; {judged} with {outside(prediction.ranks):g} GiB for {taker}"
+    return f"; {fits} in {gpu.where} with {outside(prediction.ranks):g} GiB for {taker}"
 
 
 def _error(gpu: Gpu, ranks: int) -> str:
