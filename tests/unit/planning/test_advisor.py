@@ -104,7 +104,7 @@ def test_shipped_models_are_planned_smallest_first(monkeypatch):
     monkeypatch.setattr(advisor, "METHODS", {"LoRA": ["method=lora"]})
     names = ["opt_125m", "llama2_7b", "smollm2_135m", "hub", "tiny_llama"]
     monkeypatch.setattr(advisor.configs, "options", lambda group: names)
-    found, why = advisor.models(["training.max_length=2048"], CARD, lambda _: None)
+    found, why = advisor.models(["training.max_length=2112"], CARD, lambda _: None)
     assert "2048 positions" in why["opt_125m, LoRA"]
     assert [one.name for one in found] == ["smollm2_135m", "llama2_7b"]
     assert found[0].parameters == 134_515_008
