@@ -145,7 +145,7 @@ def wait_until(done) -> None:
     raise TimeoutError
 
 
-@pytest.mark.parametrize("launcher", ["slurm", "joblib"])
+@pytest.mark.parametrize("launcher", ["slurm hydra.launcher.cluster=local", "joblib"])
 def test_other_launchers_refuse_fused_jobs_before_anything_runs(launcher: str, capfd):
-    assert exit_code("train", "-m", *QUICK, "seed=1,2", "sweep.fuse=auto", f"hydra/launcher={launcher}") == 1
+    assert exit_code("train", "-m", *QUICK, "seed=1,2", "sweep.fuse=auto", *f"hydra/launcher={launcher}".split()) == 1
     assert "sweep.fuse: only hydra/launcher=local" in capfd.readouterr().err
