@@ -282,7 +282,7 @@ def sync(options: argparse.Namespace) -> None:
             for line in lacks:
                 say(f"warning: MLflow lacks a part of {run}: {line}", file=sys.stderr)
         problems += [f"MLflow lacks a part of {len(settled.lacks)} runs (see the warnings)"] * bool(settled.lacks)
-        problems += [f"{why}; try again later, it has not received all of {count} runs"
+        problems += [f"{why}; try again later, {count} runs here may not be there completely"
                      for why, count in settled.away.items()]  # fmt: skip
         still = f"; {settled.running} are still running and were left alone" if settled.running else ""
     for line in unread:

@@ -70,7 +70,7 @@ def table(
 ) -> tuple[list[str], list[list[str]]]:
     """Return headings and rows as text, all or only some; rows without a successful run come last."""
     chosen = PRESETS[preset]
-    if chosen and comparison.metric != "loss":  # which is in each set, or its perplexity
+    if chosen:
         chosen = (*chosen, _heading(f"after/{comparison.metric}"))
     columns = [(name, read) for name, read in _columns(comparison) if chosen is None or name in chosen]
     label_keys = list(comparison.rows[0].label)

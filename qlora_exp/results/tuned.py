@@ -50,10 +50,10 @@ class Tuned(BaseModel, ser_json_inf_nan="strings"):
     @property
     def text(self) -> str:
         """How the row was tuned, in one line."""
-        parts = [f"{self.metric} {self.best:.4f} on validation rows", ", ".join(self.budget)]
+        parts = [f"{self.metric} {self.best:.4f} on validation rows", f"trials: {', '.join(self.budget)}"]
         parts.append(f"the median trial is {self.spread:.4f} worse than the best")
         if math.isfinite(self.first_own):
-            parts.append(f"the row's own values {abs(self.first_own - self.first_best):.4f}")
+            parts.append(f"the trial with the row's own values is {abs(self.first_own - self.first_best):.4f} worse")
         if self.failed:
             parts.append(f"trials that failed: {self.failed}")
         if self.at_edge:

@@ -157,5 +157,6 @@ def _outlook(difference: stats.Difference, level: float) -> str:
     alone = "significant on its own, but not after the correction for the number of comparisons; "
     shown = alone if difference.p < ALPHA else ""
     if more_seeds := stats.seeds_to_settle(difference, level):
-        return f"{shown}{more_seeds} more seeds would settle it with 80 % probability"
+        seeds = f"{more_seeds} more seed{'s' if more_seeds > 1 else ''}"
+        return f"{shown}{seeds} would settle it with 80 % probability"
     return f"{shown}a true difference of {stats.detectable(difference, level):.4f} would be found with 80 % power"

@@ -71,7 +71,7 @@ def test_scaling_of_lora_has_a_column_if_it_differs(past_runs):
 
 def test_preset_chooses_columns(comparison):
     headings, _ = report.table(comparison, "cost")
-    assert headings[2:-2] == ["trainable", "share", "peak MiB", "time"]
+    assert headings[2:-2] == ["trainable", "share", "peak MiB", "time", "loss"]
 
 
 def test_of_many_rows_the_best_and_the_worst_are_shown(past_runs, capsys, monkeypatch):

@@ -29,8 +29,9 @@ def test_numbers_of_any_kind_survive_the_tag(best: float, median: float, own: fl
 def test_text_says_the_budget_the_sensitivity_and_what_to_doubt():
     facts = {"first_own": 3.5, "failed": 2, "at_edge": ["training.learning_rate"]}
     assert Tuned.model_validate(FACTS | facts).text == (
-        "learning_rate=0.00312: after/loss 3.3000 on validation rows; 9 x training.max_steps=4, "
-        "3 x training.max_steps=12; the median trial is 0.2500 worse than the best; the row's own values 0.1000; "
+        "learning_rate=0.00312: after/loss 3.3000 on validation rows; trials: 9 x training.max_steps=4, "
+        "3 x training.max_steps=12; the median trial is 0.2500 worse than the best; "
+        "the trial with the row's own values is 0.1000 worse; "
         "trials that failed: 2; the best training.learning_rate is the smallest or largest tried: widen the range"
     )
     assert "own values" not in Tuned.model_validate(FACTS).text
