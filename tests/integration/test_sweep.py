@@ -487,4 +487,4 @@ def test_tuned_comparison_chooses_on_validation_rows_and_scores_on_held_out_rows
     assert final.data.params["training.learning_rate"] == best.data.params["training.learning_rate"]
     tuned = json.loads(final.data.tags["tuned"])
     assert tuned["best"] == best.data.metrics["after/loss"]
-    assert f"after/loss {tuned['best']:.4f} on validation rows; 2 x training.max_steps=2" in shown
+    assert f"after/loss {tuned['best']:.4f} on validation rows; trials: 2 x training.max_steps=2" in shown
