@@ -242,6 +242,12 @@ def _refuse_processes(config: Config, changes: Mapping[str, Any]) -> None:
             "distributed.num_machines=1 distributed.main_process_ip=null, or the addresses of your own machines"
         )
     most = max(_ALWAYS_ALLOWED, os.cpu_count() or 1)
+    loaders = config.training.dataloader_num_workers
+    if loaders > most and "training.dataloader_num_workers" not in changes:
+        raise ConfigError(
+            f"the recorded config reads rows in {loaders} processes, more than this machine has cores; add "
+            "training.dataloader_num_workers=0, or that number if you want it"
+        )
     if shared.num_processes != "auto" and shared.num_processes > most and "distributed.num_processes" not in changes:
         raise ConfigError(
             f"the recorded config starts {shared.num_processes} processes, more than this machine has cores; if you "

@@ -191,6 +191,8 @@ def read(path: Path) -> BundledRecord:
 def _of_zip(archive: zipfile.ZipFile) -> Callable[[str], str]:
     """Return a function that reads a file of the archive, whose list of files is read only once."""
     names = set(archive.namelist())
+    if len(names) < len(archive.namelist()):
+        raise zipfile.BadZipFile("it has two files of one name")
 
     def read_file(name: str) -> str:
         if name not in names:

@@ -55,6 +55,12 @@ from qlora_exp.utils.errors import ConfigError
         ({"unrelated": {"eval_path": "a/" * 600}}, "unrelated.eval_path: can be neither"),
         ({"dataset": {"eval_path": "a\0b"}}, "dataset.eval_path: can be neither"),
         ({"dataset": {"path": "~nobody-here/x"}}, "dataset.path: begins with the home folder of a user"),
+        (
+            {"training": {"dataloader_num_workers": 5000}},
+            "reads rows in 5000 processes.* add training.dataloader_num",
+        ),
+        ({"dataset": {"path": "${oc.env:HOME}"}}, "records have no references: add dataset.path=VALUE"),
+        ({"model": {"adapter": "${oc.env:HOME}/x"}}, "records have no references: add model.adapter=VALUE"),
         ({"dataset": {"drop_matching": "(a+)+$"}}, "which may run for ever; .* add dataset.drop_matching=VALUE"),
         ({"unrelated": {"drop_matching": "(a|a)*b"}}, "unrelated.drop_matching=VALUE"),
         ({"method": {"target_modules": "(([a-z._0-9])+)+Q"}}, "method.target_modules=VALUE"),

@@ -156,6 +156,15 @@ def test_link_out_of_a_bundle_is_rejected(bundle_path, tmp_path):
 
 
 @pytest.mark.parametrize("bundle_path", ["shared.zip"], indirect=True)
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_zip_with_two_files_of_one_name_is_rejected(bundle_path):
+    with zipfile.ZipFile(bundle_path, "a") as archive:
+        archive.writestr("qlora_exp.yaml", "{}")
+    with pytest.raises(ConfigError, match="this bundle cannot be read: it has two files of one name"):
+        bundle.read(bundle_path)
+
+
+@pytest.mark.parametrize("bundle_path", ["shared.zip"], indirect=True)
 def test_zip_can_neither_write_files_nor_fill_the_memory(bundle_path, tmp_path, monkeypatch):
     with zipfile.ZipFile(bundle_path, "a") as archive:
         archive.writestr("../outside.txt", "x")
