@@ -245,7 +245,7 @@ def _warn_of(peak_mib: float, config: Config) -> None:
         device = replace(device, memory_gib=device.memory_gib / ranks().local_size)
     if device.memory_gib and is_too_much(peak_mib * MIB, device, ranks().size):
         log.warning(
-            "this run is planned to take %.1f GiB, more than there are of %s, so it may run out of memory: "
+            "this run is planned to take %.1f GiB and has only %s, so it may run out of memory: "
             "`qlora-exp plan` with the same keys says what would fit",
             peak_mib * MIB / GIB,
             device.where,

@@ -20,6 +20,16 @@ ARCHITECTURE = (
 )
 
 
+ONE_LAYER = [
+    "model=tiny_llama",
+    "+model.architecture={_name_or_path: random:llama, model_type: llama, vocab_size: 512, hidden_size: 128,"
+    " intermediate_size: 256, num_hidden_layers: 1, num_attention_heads: 4, num_key_value_heads: 4,"
+    " max_position_embeddings: 256}",
+    "training.max_length=64",
+]
+"""Words of a run whose plans take little time."""
+
+
 LINEAR = LAYERS * (4 * HIDDEN**2 + 3 * HIDDEN * INNER)
 
 

@@ -1,6 +1,7 @@
 """What is advised is the most that is planned to fit, and says why."""
 
 import pytest
+from helpers.planning import ONE_LAYER
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from support import exit_code
@@ -15,13 +16,6 @@ from qlora_exp.planning.replay import Phase
 from qlora_exp.utils.errors import UserError
 
 CARD = Gpu("GPU", 24.0)
-TINY = [
-    "model=tiny_llama",
-    "+model.architecture={_name_or_path: random:llama, model_type: llama, vocab_size: 512, hidden_size: 128,"
-    " intermediate_size: 256, num_hidden_layers: 1, num_attention_heads: 4, num_key_value_heads: 4,"
-    " max_position_embeddings: 256}",
-    "training.max_length=64",
-]
 
 
 @given(
@@ -85,7 +79,7 @@ def test_number_of_gpus_is_the_first_on_which_a_share_fits():
 @pytest.mark.slow
 @pytest.mark.thorough
 def test_named_ways_are_compared_and_unplannable_ones_explained():
-    words = [*TINY, "method=lora", "quantization=none,quanto_int4", "lora_variant=lora"]
+    words = [*ONE_LAYER, "method=lora", "quantization=none,quanto_int4", "lora_variant=lora"]
     cards = [Gpu("GPU", size) for size in (0.68, 0.72)]
     found, why = advisor.options(words, cards[0], cards, lambda _: None)
     assert [one.name for one in found] == ["method=lora quantization=none"]
@@ -95,7 +89,7 @@ def test_named_ways_are_compared_and_unplannable_ones_explained():
     assert smaller.rows < larger.rows
     assert 1 < larger.rows < advisor.MOST_ROWS
     with pytest.raises(UserError, match="cannot be planned"):
-        advisor.options([*TINY, "method=lora", "quantization=quanto_int4"], cards[0], cards, lambda _: None)
+        advisor.options([*ONE_LAYER, "method=lora", "quantization=quanto_int4"], cards[0], cards, lambda _: None)
 
 
 @pytest.mark.slow
@@ -111,7 +105,7 @@ def test_shipped_models_are_planned_smallest_first(monkeypatch):
 
 
 def advise(*arguments: str) -> int:
-    return exit_code("advise", *TINY, *arguments)
+    return exit_code("advise", *ONE_LAYER, *arguments)
 
 
 @pytest.mark.slow
@@ -151,4 +145,4 @@ def test_contradictory_advise_arguments_are_rejected(arguments, says, capsys):
 
 def test_batch_longer_than_the_model_is_rejected():
     with pytest.raises(UserError, match="positions"):
-        advisor.options([*TINY, "method=lora", "training.max_length=512"], CARD, [CARD], lambda _: None)
+        advisor.options([*ONE_LAYER, "method=lora", "training.max_length=512"], CARD, [CARD], lambda _: None)

@@ -1,4 +1,4 @@
-"""What is said of a model after training."""
+"""Warnings about the answers of a trained model."""
 
 import logging
 from types import SimpleNamespace

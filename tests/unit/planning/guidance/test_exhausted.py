@@ -56,6 +56,19 @@ def test_what_the_run_held_is_freed_before_plans_are_made(monkeypatch):
         train()
 
 
+def test_files_and_blocks_count_where_the_address_space_is_limited(monkeypatch):
+    config, cpu = compose([*TINY, "training.per_device_train_batch_size=64"]), Gpu("CPU", 0, type="cpu")
+    plan = planner(config, cpu.device).predict()
+    half, beyond = needed_for(0.5 * plan.peak, cpu), 0.65 + 9 * plan.total / 2**30
+    rooms: list[float] = []
+    monkeypatch.setattr(exhausted, "free", lambda: (half + beyond) * 2**30)
+    monkeypatch.setattr(exhausted.remedies, "remedies", lambda config, gpu: rooms.append(gpu.memory_gib) or [])
+    for limits in ({}, {"address space": 1}):
+        monkeypatch.setattr(exhausted, "limits", lambda limits=limits: limits)
+        exhausted.planned(config, None)
+    assert rooms == pytest.approx([needed_for(0.9 * plan.peak, cpu), half])
+
+
 @pytest.mark.thorough
 def test_settings_are_planned_to_fit_and_keep_the_rows_of_a_step():
     words = [*TINY, "training.per_device_train_batch_size=64", "training.gradient_accumulation_steps=2"]

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from helpers.planning import ONE_LAYER
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.planning.fit import needed_for, outside, verdict
@@ -12,18 +13,11 @@ from qlora_exp.planning.planner import planner
 from qlora_exp.utils.units import GIB
 
 CARD = Gpu("a card", 24.0)
-TINY = [
-    "model=tiny_llama",
-    "+model.architecture={_name_or_path: random:llama, model_type: llama, vocab_size: 512, hidden_size: 128,"
-    " intermediate_size: 256, num_hidden_layers: 1, num_attention_heads: 4, num_key_value_heads: 4,"
-    " max_position_embeddings: 256}",
-    "training.max_length=64",
-]
 
 
 @pytest.mark.slow
 def test_run_that_does_not_fit_would_fit_with_what_is_named_instead():
-    words = [*TINY, "++model.architecture.hidden_size=256", "++model.architecture.vocab_size=2048", "method=lora"]
+    words = [*ONE_LAYER, "++model.architecture.hidden_size=256", "++model.architecture.vocab_size=2048", "method=lora"]
     words += ["training.max_length=256", "training.per_device_train_batch_size=8", "training.max_steps=1"]
     words += ["training.gradient_checkpointing=false"]
     config = compose(words)
@@ -40,7 +34,7 @@ def test_run_that_does_not_fit_would_fit_with_what_is_named_instead():
 
 
 def test_run_that_nothing_makes_fit_is_said_to():
-    config = compose([*TINY, "method=full"])
+    config = compose([*ONE_LAYER, "method=full"])
     assert remedies(config, replace(CARD, memory_gib=outside(1) + 1e-6)) == []
     assert "`qlora-exp advise` compares models" in advice([])
 
@@ -57,7 +51,7 @@ def test_attention_that_keeps_no_matrix_is_named_first():
 
 @pytest.mark.slow
 def test_longest_row_that_is_named_fits_with_the_batches_that_are_named():
-    words = [*TINY, "++model.architecture.hidden_size=256", "++model.architecture.vocab_size=2048", "method=lora"]
+    words = [*ONE_LAYER, "++model.architecture.hidden_size=256", "++model.architecture.vocab_size=2048", "method=lora"]
     words.append("++model.architecture.max_position_embeddings=4096")
     words += [
         "training.max_length=4096",
