@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_exp.cli.failures import exit_code, full_disk_named
 from qlora_exp.cli.parents import Commands, add_command
@@ -17,6 +17,12 @@ from qlora_exp.utils.display import NEWLINES, shown
 from qlora_exp.utils.errors import ConfigError
 from qlora_exp.utils.files import remove_if_empty
 from qlora_exp.utils.quiet import quiet
+
+if TYPE_CHECKING:
+    from qlora_exp.config.schema import Config
+
+_SHOWN = 2000
+"""Characters of a row that --dry-run shows."""
 
 
 def add_parsers(commands: Commands) -> None:
@@ -116,16 +122,7 @@ def _single_run(composed: Any, output_dir: Path) -> None:
     try:
         checked = recognized(check(composed))
         if checked.sweep.dry_run:
-            from qlora_exp.environment import hub
-            from qlora_exp.recipe.inputs import check_config
-
-            check_config(checked)
-            offline = hub.is_needed(checked) and hub.is_offline()
-            cached = ", if what it needs of the hub is in the hub's cache" if offline else ""
-            print(
-                f"this run is valid here{cached}; it was not started. Add -m for a sweep, or --cfg job to print the "
-                "whole config"
-            )
+            _dry_run(checked)
             return
         logging.getLogger(__name__).info("starting: loading the libraries takes a few seconds")
         from qlora_exp.environment.ranks import ranks
@@ -144,3 +141,23 @@ def _single_run(composed: Any, output_dir: Path) -> None:
         raise
     finally:
         remove_if_empty(output_dir)
+
+
+def _dry_run(config: "Config") -> None:
+    """Check a run and show what it would learn."""
+    from qlora_exp.environment import hub
+    from qlora_exp.recipe.inputs import check_config, read_inputs
+
+    check_config(config)
+    if hub.is_needed(config) and hub.is_offline():
+        print("the config is valid here, if what it needs of the hub is in the hub's cache; nothing was started")
+        return
+    print("the config is valid here; nothing is started. Add -m for a sweep, or --cfg job to print the whole config")
+    print("reading the rows (Ctrl+C skips that) ...", file=sys.stderr)
+    inputs = read_inputs(config)
+    from qlora_exp.recipe.tokens import preview  # imports torch, which takes seconds
+
+    row = shown(preview(config, inputs), keep=NEWLINES)
+    left = len(row) - _SHOWN
+    print("\nthe first row, as the model reads it; [[what is in double brackets]] is learned:\n")
+    print(row[:_SHOWN] + f" ... and {left:,} more characters" * (left > 0))

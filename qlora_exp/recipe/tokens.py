@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from qlora_exp.data.rows import SOURCE, fingerprint, sources_of
 from qlora_exp.environment.ranks import ranks
 from qlora_exp.models.base import load_tokenizer
 from qlora_exp.planning import calibration, gpus
+from qlora_exp.planning.cost import rows_of_step, steps_of
 from qlora_exp.planning.fit import is_too_much
 from qlora_exp.recipe.context import RunContext
 from qlora_exp.recipe.inputs import Inputs
@@ -97,11 +99,52 @@ def _audits(config: Config, inputs: Inputs, train: Dataset, tokenizer: Any) -> d
     return audits
 
 
+def describe(config: Config, inputs: Inputs, tokens: Tokens) -> None:
+    """Say how many rows there are, which of them were left out and why, and what of them is learned."""
+    _log_rows(inputs, tokens, config)
+    leaks, audit = Counter(leak.kind for leak in inputs.rows.leaks), tokens.audit
+    if leaks:
+        log.warning(
+            "leaks: %d training rows have the question of a held-out row, %d more are similar to one (a run writes "
+            "leaks.json); %d were left out (dataset.drop_leaks=none keeps them)",
+            leaks["exact"],
+            leaks["near"],
+            inputs.rows.report.dropped["leaks"],
+        )
+    log.info(
+        "labels: %.0f%% of %s tokens carry loss; %.0f%% of rows are truncated; %s carries loss in %.0f%% of rows",
+        100 * audit.supervised_share,
+        f"{audit.tokens:,}",
+        100 * audit.truncated_rows_share,
+        audit.end_token or (audit.end_text and repr(audit.end_text)) or "EOS",
+        100 * audit.eos_learned_share,
+    )
+
+
+def preview(config: Config, inputs: Inputs) -> str:
+    """Say what `describe` says and how many steps there are, for a run that is not started.
+
+    Returns:
+        The first training row that carries loss, as the model reads it, with [[the tokens that carry loss]] in double
+        brackets; one of each source where there are several.
+
+    Raises:
+        ModelError, DataError: as `tokenize`.
+    """
+    tokens, most = tokenize(config, inputs), config.training.max_steps
+    describe(config, inputs, tokens)
+    audit = tokens.audit
+    if not config.training.packing:
+        steps = most if most > 0 else steps_of(config, round(audit.rows * (1 - audit.dropped_rows_share)))
+        log.info("%s steps of %s rows", f"{steps:,}", f"{rows_of_step(config):,}")
+    return audit.sample
+
+
 def log_data(run: RunContext, inputs: Inputs, tokens: Tokens) -> None:
     """Log the label audit, the rows that were left out, leaks, and a fingerprint of each part of the data."""
     config = run.config
-    _log_rows(inputs, tokens, config)
-    _log_labels(run, inputs, tokens.audit)
+    describe(config, inputs, tokens)
+    _record_labels(run, inputs, tokens.audit)
     facts = inputs.plugin_facts.items()
     run.tracker.tags({name: declared.model_dump_json(exclude_defaults=True) for name, declared in facts})
     train = inputs.rows.epoch(inputs.rows.train)
@@ -201,30 +244,14 @@ def _unseen(config: Config, tokens: Tokens) -> list[str]:
     return [*numbers.values()]
 
 
-def _log_labels(run: RunContext, inputs: Inputs, audit: label_audit.LabelAudit) -> None:
-    """Log which tokens carry loss, and which training rows leak a held-out row."""
+def _record_labels(run: RunContext, inputs: Inputs, audit: label_audit.LabelAudit) -> None:
+    """Record which tokens carry loss, and which training rows leak a held-out row."""
     leaks, report = inputs.rows.leaks, inputs.rows.report
     left_out = {"left_out": report.dropped, "left_out_examples": report.examples, "changed": report.notes}
     run.tracker.json(asdict(audit) | left_out, "label_audit.json")
-    counts = {kind: sum(leak.kind == kind for leak in leaks) for kind in ("exact", "near")}
     if leaks:
-        log.warning(
-            "leaks: %d training rows have the question of a held-out row, %d more are similar to one (see leaks.json); "
-            "%d were left out (dataset.drop_leaks=none keeps them)",
-            len(leaks) - counts["near"],
-            counts["near"],
-            report.dropped["leaks"],
-        )
         run.tracker.json([asdict(leak) for leak in leaks], "leaks.json")
-    run.log_metrics({f"leaks/{kind}": count for kind, count in counts.items()})
-    log.info(
-        "labels: %.0f%% of %s tokens carry loss; %.0f%% of rows are truncated; %s carries loss in %.0f%% of rows",
-        100 * audit.supervised_share,
-        f"{audit.tokens:,}",
-        100 * audit.truncated_rows_share,
-        audit.end_token or (audit.end_text and repr(audit.end_text)) or "EOS",
-        100 * audit.eos_learned_share,
-    )
+    run.log_metrics({f"leaks/{kind}": sum(leak.kind == kind for leak in leaks) for kind in ("exact", "near")})
     run.log_metrics({f"labels/{key}": value for key, value in asdict(audit).items() if isinstance(value, int | float)})
 
 

@@ -68,7 +68,7 @@ def test_flags_that_do_not_go_together_are_rejected(words, message, capsys):
     [
         (["model.attn_implementation=flash_attention_2"], "use model.attn_implementation=sdpa"),
         (["training.fp16=true"], "training.fp16: needs a CUDA device"),
-        ([], "this run is valid here"),
+        ([], "the config is valid here"),
     ],
 )
 def test_dry_run_checks_this_machine(words, says, tmp_path, monkeypatch, capsys):
@@ -76,3 +76,27 @@ def test_dry_run_checks_this_machine(words, says, tmp_path, monkeypatch, capsys)
     assert exit_code("train", "model=tiny_llama", "--dry-run", *words) == (0 if not words else 1)
     out, err = capsys.readouterr()
     assert says in out + err
+
+
+def test_dry_run_shows_what_would_be_learned_and_leaves_no_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = "".join(f'{{"prompt": "{number}+1=", "completion": "{number + 1}"}}\n' for number in range(40))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    words = ["model=tiny_llama", "dataset=own", "dataset.path=rows.jsonl", "training.max_steps=-1"]
+    assert exit_code("train", *words, "training.num_train_epochs=2", "--dry-run", "unrelated=none") == 0
+    out, err = capsys.readouterr()
+    row, end = out.rsplit("+1=", 1)
+    assert row.splitlines()[-1].isdigit()
+    assert end.strip() == f"[[{int(row.splitlines()[-1]) + 1}<|im_end|>]]"
+    for line in ("36 training rows in an epoch, 4 held-out rows", "100% of rows", "18 steps of 4 rows"):
+        assert line in out + err
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl"}
+
+
+def test_dry_run_refuses_rows_from_which_nothing_is_learned(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = "".join(f'{{"prompt": "{"long " * 40}{number}", "completion": "yes"}}\n' for number in range(40))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    words = ["model=tiny_llama", "dataset=own", "dataset.path=rows.jsonl", "training.max_length=8", "unrelated=none"]
+    assert exit_code("train", *words, "--dry-run") == 1
+    assert "carries loss: every prompt fills training.max_length=8" in capsys.readouterr().err
