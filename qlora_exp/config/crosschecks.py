@@ -4,11 +4,13 @@ Single keys and sections are checked in `config.sections`.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from qlora_exp.config import trainer_settings
 from qlora_exp.config.schema import Config
 from qlora_exp.config.tables import compatibility, optimizers, peft_methods
+from qlora_exp.config.values import flatten
 
 OUTPUT_LAYER = (
     "an adapter on the output layer would not learn, because training reads its weights directly: leave it out "
@@ -17,8 +19,15 @@ OUTPUT_LAYER = (
 """Said of adapters on the output layer, which has another name than lm_head in some models."""
 
 
+_LARGEST = 2**32 - 1
+"""Largest integer of a config: the largest seed. Numbers of 64 bits and more make libraries fail in their own ways."""
+
+
 def problems(config: Config) -> Iterator[str]:
     """Yield a message for each problem, with what to do about it."""
+    for key, number in _integers(flatten(config)):
+        if abs(number) > _LARGEST:
+            yield f"{key}={str(number)[:40]} is too large: at most {_LARGEST}"
     lora = [*_lora(config)]
     yield from lora
     explained = lora and config.method.peft_type == "LORA"
@@ -57,6 +66,17 @@ def problems(config: Config) -> Iterator[str]:
         yield "search.prune needs a held-out loss during training: set training.eval_strategy=steps"
     elif config.search.prune and 0 < config.training.max_steps <= (config.training.eval_steps or 0):
         yield "search.prune needs a held-out loss before the last step: set training.eval_steps < max_steps"
+
+
+def _integers(values: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Yield the integers of a config, those in lists and mappings too, with their keys."""
+    for key, value in values.items():
+        if isinstance(value, int):
+            yield key, value
+        elif isinstance(value, Mapping):
+            yield from _integers({f"{key}.{name}": part for name, part in value.items()})
+        elif isinstance(value, list | tuple):
+            yield from _integers({f"{key}[{place}]": part for place, part in enumerate(value)})
 
 
 def _chosen_by(config: Config) -> Iterator[str]:

@@ -13,6 +13,25 @@ def test_random_config_without_a_random_model_is_rejected():
 
 
 @pytest.mark.parametrize(
+    "word",
+    [
+        "training.max_steps",
+        "method.r",
+        "method.rank_pattern={{q_proj: {}}}",
+        "training.gradient_accumulation_steps",
+        "dataset.max_train_rows",
+        "training.sft_config.torch_empty_cache_steps",
+    ],
+)
+def test_integers_that_no_library_can_hold_are_rejected(word):
+    key, _, value = word.partition("=")
+    place = f"{key}.q_proj" if value else key
+    for number in (2**32, 10**30):
+        with pytest.raises(ConfigError, match=rf"{place}={number} is too large"):
+            compose(["method=lora", f"{key}={(value or '{}').format(number)}"])
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["method=ia3"], "needs a LoRA method, not method=ia3"),
