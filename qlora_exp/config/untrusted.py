@@ -125,10 +125,13 @@ def changed(values: dict[str, Any], changes: Mapping[str, Any], whose: str) -> C
                 f"{key}={value}: only keys of {whose} can be changed, such as {name}.KEY=VALUE, not options"
             )
         place[name] = as_written(key, value)
-    config = from_dict(values)
+    try:
+        config = from_dict(values)
+        refuse_user_only_settings(config, changes)
+    except ConfigError as error:
+        raise ConfigError(f"{whose}: {error}") from error
     if problems := [*idle.problems([config], [*changes])]:
         raise ConfigError("\n".join(problems))
-    refuse_user_only_settings(config, changes)
     return config
 
 
