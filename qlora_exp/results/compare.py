@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from qlora_exp.config.conf_folder import GROUPS
 from qlora_exp.recipe.summary import names_of_scores
 from qlora_exp.results.metric_direction import facts_of, lower_is_better, recorded_facts
 from qlora_exp.results.record import Record
@@ -92,7 +93,7 @@ def compare(records: Sequence[Record], metric: str = "loss", baseline: str | Non
     Args:
         records: runs of any outcome; failed runs are listed but not compared.
         metric: name from METRICS, `source_loss/NAME`, `lm_eval/TASK/METRIC`, or an installed package's `metric/NAME`.
-        baseline: row that the others are compared with, given by a part of its name such as `method.name=lora`.
+        baseline: row that the others are compared with, given by a part of its name such as `method=lora`.
             Default: the first row.
 
     Raises:
@@ -150,7 +151,13 @@ def _labels(firsts: Sequence[Record]) -> list[dict[str, str]]:
         with_it = [{name: config.get(name, "") for name in [*chosen, key]} for config in configs]
         if _count(with_it) > _count([{name: config.get(name, "") for name in chosen} for config in configs]):
             chosen.append(key)
-    return [{key: _value(first, key) for key in chosen} for first in firsts]
+    return [{_as_swept(key): _value(first, key) for key in chosen} for first in firsts]
+
+
+def _as_swept(key: str) -> str:
+    """Return the name of a key in labels: an option of a config group as a sweep over the group names it."""
+    group, _, name = key.rpartition(".")
+    return group if name == "name" and group in GROUPS else key
 
 
 def _value(first: Record, key: str) -> str:

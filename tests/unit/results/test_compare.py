@@ -229,8 +229,8 @@ def test_baseline_is_chosen_by_part_of_its_name(past_runs):
         for r in (4, 8):
             past_runs(shifted(r / 100), method__name=name, method__r=r)
     records = find(past_runs.uri, experiment=past_runs.experiment)
-    assert compare(records, baseline="method.r=8 method.name=dora").baseline.name == "method.name=dora method.r=8"
-    assert compare(records, baseline="name=dora r=8").baseline.short == "name=dora r=8"
+    assert compare(records, baseline="method.r=8 method=dora").baseline.name == "method=dora method.r=8"
+    assert compare(records, baseline="method=dora r=8").baseline.short == "method=dora r=8"
     with pytest.raises(ConfigError, match="several rows match"):
         compare(records, baseline="method.r=8")
     with pytest.raises(ConfigError, match="no row matches"):
@@ -364,4 +364,4 @@ def test_only_lora_is_labelled_with_a_variant_of_lora(past_runs):
     past_runs([1.0, 2.0], method__name="ia3", method__peft_type="IA3", lora_variant__name="lora")
     past_runs([1.0, 2.0], method__name="full", lora_variant__name="lora")
     rows = compare(find(past_runs.uri, [], past_runs.experiment)).rows
-    assert sorted(row.label["lora_variant.name"] for row in rows) == ["dora", "lora", "none", "none"]
+    assert sorted(row.label["lora_variant"] for row in rows) == ["dora", "lora", "none", "none"]

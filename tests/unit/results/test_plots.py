@@ -52,7 +52,7 @@ def test_every_plot_shows_what_was_measured(compare_grid):
     (ranked,) = drawn["Ranked"].axes
     names = [label.get_text() for label in ranked.get_yticklabels()]
     assert len(names) == 8
-    assert names[-1].startswith(("name=nf4 r=8", "name=fp4 r=8"))  # the best on top
+    assert names[-1].startswith(("quantization=nf4 r=8", "quantization=fp4 r=8"))  # the best on top
     assert sum("(baseline)" in name for name in names) == 1
     maps = drawn["Rank and alpha"].axes
     assert [one.get_title() for one in maps] == ["name=nf4", "name=fp4", ""]  # the last is the scale of colours

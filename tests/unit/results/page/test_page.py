@@ -40,7 +40,7 @@ def test_hostile_text_stays_in_the_data(tmp_path):
     assert "<img" not in before
     assert before.count("<script") == 1
     plain = HOSTILE.replace("\u2028", r"\u2028")
-    assert content["rows"][0]["label"]["method.name"].startswith(plain[:60])
+    assert content["rows"][0]["label"]["method"].startswith(plain[:60])
 
 
 def test_page_is_one_file_whose_policy_allows_only_its_own_scripts(tmp_path):
