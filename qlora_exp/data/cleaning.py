@@ -32,7 +32,7 @@ from qlora_exp.utils.errors import DataError, did_you_mean
 from qlora_exp.utils.processes.workers import forks, in_order
 from qlora_exp.utils.units import MIB
 
-CACHE_LAYOUT = 9  # increase it when cached rows and tokens of older code must not be used any more
+CACHE_LAYOUT = 9  # increase it when cached rows, leaks and tokens of older code must not be used any more
 _ROWS, _REPORT = "rows.arrow", "report.json"
 _BATCH = 1000
 _WORTH_A_PROCESS = 8 * MIB

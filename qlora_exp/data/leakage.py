@@ -6,17 +6,24 @@ Depends only on the columns that `data.rows` creates.
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from datasets import Dataset
 
+from qlora_exp.data.cleaning import CACHE_LAYOUT
 from qlora_exp.data.columns import BATCH, Row, mapped
 from qlora_exp.data.dialogues import said
-from qlora_exp.utils.digests import text_digest
+from qlora_exp.libraries.datasets import content_key
+from qlora_exp.utils.cache import built
+from qlora_exp.utils.digests import json_digest, text_digest
 
+_LEAKS = "leaks.json"
+_WORTH_KEEPING = 20_000
+"""Number of rows: with fewer, looking for leaks again takes a second."""
 _WORDS = 5
 _MANY = 10
 _WORD = re.compile(r"\w+")
@@ -51,13 +58,26 @@ def find(train: Rows, heldout: Rows, threshold: float) -> list[Leak]:
     """Return the worst leak of each training row that has one, in the order of the training rows.
 
     Every pair of rows that shares a five-word sequence is compared; sequences are compared by 64-bit hashes. Many rows
-    are shared among processes.
+    are shared among processes, and their leaks are kept in the cache.
 
     Args:
         train: rows with `prompt`, `input` and `completion`: a dataset, or a list.
         heldout: rows with the same columns.
         threshold: smallest overlap of a near leak.
     """
+    if not (isinstance(train, Dataset) and isinstance(heldout, Dataset)) or len(train) + len(heldout) < _WORTH_KEEPING:
+        return _found(train, heldout, threshold)
+    key = json_digest([CACHE_LAYOUT, content_key(train), content_key(heldout), threshold])
+
+    def build(folder: Path) -> None:
+        leaks = [astuple(leak) for leak in _found(train, heldout, threshold)]
+        (folder / _LEAKS).write_text(json.dumps(leaks), "utf-8")
+
+    kept = built(f"leaks-{key}", build) / _LEAKS
+    return [Leak(*values) for values in json.loads(kept.read_text("utf-8"))]
+
+
+def _found(train: Rows, heldout: Rows, threshold: float) -> list[Leak]:
     parts = [*mapped(_fingerprints, _texts_only(heldout), "reading held-out rows")]
     questions: dict[bytes, int] = {}
     for row, question in enumerate(question for part in parts for question in part.questions):

@@ -158,3 +158,20 @@ def test_processes_find_the_same_leaks(monkeypatch):
     monkeypatch.setattr(leakage, "BATCH", 30)
     assert leakage.find(train, heldout, 0.1) == expected
     assert {leak.kind for leak in expected} == {"exact", "near"}
+
+
+def test_leaks_of_many_rows_are_found_once(monkeypatch):
+    monkeypatch.setattr(leakage, "_WORTH_KEEPING", 4)
+    train = Dataset.from_list([row(f"question {number} of many") for number in range(4)])
+    heldout = Dataset.from_list([row("Question 2 of many?"), row("quite another one")])
+    found = leakage.find(train, heldout, 0.7)
+    assert [(leak.train, leak.heldout, leak.kind) for leak in found] == [(2, 0, "exact")]
+    with monkeypatch.context() as patch:
+        patch.setattr(leakage, "_found", lambda *_: pytest.fail("looked for again"))
+        assert leakage.find(train, heldout, 0.7) == found
+    # Other rows or another threshold are another question.
+    assert leakage.find(train.select([0, 2]), heldout.select([0, 1]), 0.7) == [leakage.Leak(1, 0, "exact", 1.0)]
+    looked = []
+    monkeypatch.setattr(leakage, "_found", lambda *given: looked.append(given[2]) or [])
+    assert leakage.find(train, heldout, 0.8) == []
+    assert looked == [0.8]

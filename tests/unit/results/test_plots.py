@@ -55,7 +55,11 @@ def test_every_plot_shows_what_was_measured(compare_grid):
     assert names[-1].startswith(("quantization=nf4 r=8", "quantization=fp4 r=8"))  # the best on top
     assert sum("(baseline)" in name for name in names) == 1
     maps = drawn["Rank and alpha"].axes
-    assert [one.get_title() for one in maps] == ["quantization=nf4", "quantization=fp4", ""]  # the last is the scale of colours
+    assert [one.get_title() for one in maps] == [
+        "quantization=nf4",
+        "quantization=fp4",
+        "",
+    ]  # the last is the scale of colours
     assert maps[-1].get_ylabel() == "held-out loss, nats per token (lower is better)"
     assert len(drawn["Over rank"].legends[0].get_texts()) == 4
     (memory,) = drawn["Memory by phase"].axes
