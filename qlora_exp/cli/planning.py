@@ -125,7 +125,7 @@ def _show_remedies(planned: "Planned") -> None:
     from qlora_exp.planning.guidance.remedies import advice, remedies
 
     if planned.config and tables.judged(planned) in ("does not fit", "may fit"):
-        tables.note("instead", advice(remedies(planned.config, planned.gpu)))
+        tables.note("instead", advice(remedies(planned.config, planned.gpu), planned.gpu))
 
 
 def _planned(

@@ -126,4 +126,4 @@ def _advice(config: Config, gpu: Gpu) -> str:
     quiet()
     from qlora_exp.planning.guidance.remedies import advice, remedies
 
-    return advice(remedies(config, gpu))
+    return advice(remedies(config, gpu), gpu)

@@ -19,6 +19,7 @@ from qlora_exp.recipe.launch import launch, with_processes
 from qlora_exp.recipe.result import RunResult
 
 if TYPE_CHECKING:
+    from qlora_exp.recipe.context import RunContext
     from qlora_exp.recipe.tokens import Tokens
 
 
@@ -66,28 +67,30 @@ def _run(config: Config, **arguments: Any) -> RunResult:
 
     tokens = tokenize(config, inputs)
     inputs = tune(config, inputs, tokens)
-    with explained(config, lambda: tokens.longest):
-        return _stages(config, inputs, tokens, **arguments)
-
-
-def _stages(config: Config, inputs: Inputs, tokens: "Tokens", pruning: Any, **place: Any) -> RunResult:
-    """Do what is tracked: plan, build, measure, train, save and measure again."""
     from qlora_exp.recipe.context import open_run
+
+    pruning = arguments.pop("pruning")
+    # What would fit is a part of the record; what the stages hold is freed before it is planned.
+    with open_run(config, inputs.resolved, **arguments) as context, explained(config, lambda: tokens.longest):
+        return _stages(context, inputs, tokens, pruning)
+
+
+def _stages(context: "RunContext", inputs: Inputs, tokens: "Tokens", pruning: Any) -> RunResult:
+    """Do what is tracked: plan, build, measure, train, save and measure again."""
     from qlora_exp.recipe.measure import log_changes, measure
     from qlora_exp.recipe.save import log_model, model_logged_on_error, save
     from qlora_exp.recipe.setup import build
     from qlora_exp.recipe.tokens import log_data, plan_memory
     from qlora_exp.recipe.train import train
 
-    with open_run(config, inputs.resolved, **place) as context:
-        log_data(context, inputs, tokens)
-        plan_memory(context, tokens)
-        trainable = build(context, tokens, inputs.first_adapter)
-        before = measure(context, inputs, tokens, trainable, "before") if config.evaluation.before else None
-        train(context, trainable, pruning)
-        save(context, tokens, trainable)
-        with model_logged_on_error(context, trainable):
-            after = measure(context, inputs, tokens, trainable, "after")
-            log_changes(context, before, after)
-        log_model(context, trainable)
-        return context.finish()
+    log_data(context, inputs, tokens)
+    plan_memory(context, tokens)
+    trainable = build(context, tokens, inputs.first_adapter)
+    before = measure(context, inputs, tokens, trainable, "before") if context.config.evaluation.before else None
+    train(context, trainable, pruning)
+    save(context, tokens, trainable)
+    with model_logged_on_error(context, trainable):
+        after = measure(context, inputs, tokens, trainable, "after")
+        log_changes(context, before, after)
+    log_model(context, trainable)
+    return context.finish()

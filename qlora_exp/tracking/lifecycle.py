@@ -200,8 +200,10 @@ def _check_folder(config: Config, folder: Path) -> None:
     if last is None:
         return
     if has_ended(last):
+        has_checkpoints = last["outcome"] != "ok" and any((folder / "checkpoints").glob("checkpoint-*"))
         raise ConfigError(
             f"{folder}: contains a run that has ended ({last['outcome']}); choose another folder: hydra.run.dir=FOLDER"
+            + f", and to go on from its checkpoints: training.resume_from_checkpoint={folder}" * has_checkpoints
         )
     file = folder / CONFIG_FILE
     recorded = plain_yaml(file.read_text("utf-8", errors="replace"), str(file)) if file.is_file() else None

@@ -18,7 +18,7 @@ from typing import Any
 from qlora_exp.config.schema import Config
 from qlora_exp.config.validate import from_dict
 from qlora_exp.environment import turns
-from qlora_exp.environment.memory import free, limits
+from qlora_exp.environment.memory import free
 from qlora_exp.environment.ranks import ranks
 from qlora_exp.planning import calibration
 from qlora_exp.planning.fit import needed_for, room
@@ -31,9 +31,6 @@ from qlora_exp.utils.units import GIB
 log = logging.getLogger(__name__)
 
 _SECONDS = 180.0
-_BEYOND, _OF_WEIGHTS = 0.65 * GIB, 9
-"""Address space in bytes that a run maps beyond its tensors, and for each parameter: files of weights, blocks that the
-allocator keeps. It counts under `ulimit -v`. As measured with the built-in model and a tiny one."""
 _LESS = 0.9
 """Largest part of what was planned for a run that ran out of memory that may be planned for one that would fit."""
 
@@ -59,7 +56,7 @@ def explained(config: Config, longest: Callable[[], int] | None = None) -> Itera
             raise
         what = type_and_first_line(error)
         _free(error)
-        raise MemoryExhaustedError(f"out of memory ({what}); {advice(config, longest and longest())}") from error
+        raise MemoryExhaustedError(f"out of memory; {advice(config, longest and longest())} ({what})") from error
 
 
 def advice(config: Config, longest: int | None = None) -> str:
@@ -118,8 +115,6 @@ def _device(config: Config, free_gib: float | None) -> Gpu:
     device = here(config, None)
     if device.type != "cpu":
         return device if free_gib is None else replace(device, memory_gib=free_gib)
-    import trl  # noqa: F401  # their libraries take address space
-
     return replace(device, memory_gib=free() / GIB)
 
 
@@ -133,12 +128,9 @@ def planned(config: Config, free_gib: float | None) -> str:
 
     device = _device(config, free_gib).calibrated(calibration.read())
     plan = planner(config, device.device).predict()
-    if device.type == "cpu" and "address space" in limits():
-        beyond = _BEYOND + _OF_WEIGHTS * plan.total
-        device = replace(device, memory_gib=max(0.0, device.memory_gib - beyond / GIB))
     most = min(room(device, ranks=plan.ranks), _LESS * plan.peak)
     smaller = replace(device, memory_gib=needed_for(most, device, plan.ranks))
-    return remedies.advice(remedies.remedies(config, smaller))
+    return remedies.advice(remedies.remedies(config, smaller), smaller)
 
 
 def main() -> None:

@@ -38,12 +38,15 @@ def remedies(config: Config, gpu: Gpu) -> list[str]:
     return [" ".join([*words, *reach.smallest, f"training.max_length={length}"])] if length else []
 
 
-def advice(found: Sequence[str]) -> str:
-    """Return what `remedies` found as text."""
+def advice(found: Sequence[str], gpu: Gpu) -> str:
+    """Return what `remedies` found for a device as text."""
     if not found:
+        if gpu.limited_by:
+            return f"no smaller batch or shorter row is sure to fit in what {gpu.limited_by} allows: raise that limit"
         return "no smaller batch, recomputation, 4-bit base or shorter row fits; `qlora-exp advise` compares models"
     cut = ", which cuts longer rows" if any("max_length=" in words for words in found) else ""
-    return f"it would fit with {', or with '.join(found)}{cut}"
+    likely = "would" if gpu.type == "cuda" or gpu.calibration else "should"  # plans for CPUs count tensors only
+    return f"it {likely} fit with {', or with '.join(found)}{cut}"
 
 
 def _with_less_memory(config: Config, gpu: Gpu) -> Iterator[tuple[list[str], Config]]:

@@ -119,4 +119,4 @@ def test_run_that_a_limit_of_this_process_does_not_let_fit_is_told_what_would(mo
     shown = " ".join(capsys.readouterr().out.split())
     assert "does not fit in 1 GiB (" in shown
     assert "as its control group allows)" in shown
-    assert "instead it would fit with training.per_device_train_batch_size=" in shown
+    assert "instead it should fit with training.per_device_train_batch_size=" in shown

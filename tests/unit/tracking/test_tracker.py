@@ -235,6 +235,17 @@ def test_folder_accepts_only_its_own_run(mlflow_uri, tmp_path):
         pass
 
 
+@pytest.mark.parametrize("has_checkpoint", [True, False])
+def test_folder_of_a_failed_run_says_how_to_go_on(has_checkpoint, mlflow_uri, tmp_path):
+    with pytest.raises(MemoryError), start_run(mlflow_uri, tmp_path):
+        raise MemoryError
+    (tmp_path / "checkpoints" / ("checkpoint-3" if has_checkpoint else "other")).mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"has ended \(oom\)") as refused, start_run(mlflow_uri, tmp_path):
+        pass
+    hint = f", and to go on from its checkpoints: training.resume_from_checkpoint={tmp_path}"
+    assert str(refused.value).endswith(hint) == has_checkpoint
+
+
 def test_other_store_receives_everything(mlflow_uri, mlflow_client, tmp_path, make_store):
     with start_run(mlflow_uri, tmp_path / "run") as tracked:
         tracked.metrics({"loss": 2.0}, 1)

@@ -36,7 +36,19 @@ def test_run_that_does_not_fit_would_fit_with_what_is_named_instead():
 def test_run_that_nothing_makes_fit_is_said_to():
     config = compose([*ONE_LAYER, "method=full"])
     assert remedies(config, replace(CARD, memory_gib=outside(1) + 1e-6)) == []
-    assert "`qlora-exp advise` compares models" in advice([])
+    assert "`qlora-exp advise` compares models" in advice([], CARD)
+
+
+@pytest.mark.parametrize(
+    ("device", "found", "says"),
+    [
+        (CARD, ["a=1", "b=2"], "it would fit with a=1, or with b=2"),
+        (Gpu("CPU", 1, type="cpu"), ["a=1"], "it should fit with a=1"),  # plans for CPUs count tensors only
+        (Gpu("CPU", 1, type="cpu", limited_by="ulimit -v"), [], "what ulimit -v allows: raise that limit"),
+    ],
+)  # fmt: skip
+def test_advice_is_as_sure_as_the_plan(device, found, says):
+    assert advice(found, device).endswith(says)
 
 
 def test_attention_that_keeps_no_matrix_is_named_first():
@@ -64,7 +76,7 @@ def test_longest_row_that_is_named_fits_with_the_batches_that_are_named():
                    for length in (4096, 2048))  # fmt: skip
     card = replace(CARD, memory_gib=needed_for((half + whole) / 2, CARD))
     (found,) = remedies(compose(words), card)
-    assert "which cuts longer rows" in advice([found])
+    assert "which cuts longer rows" in advice([found], CARD)
     changed = compose([*words, *found.split()])
     assert 2048 <= changed.training.max_length < 4096
     assert verdict(planner(changed, card.device).predict(), card) == "fits"
