@@ -28,8 +28,9 @@ def add_parsers(commands: Commands) -> None:
         "--base",
         choices=("auto", "files", "trained"),
         default="auto",
-        help="if training quantized the base model, weights to merge into: those in its files, or the quantized ones "
-        "that the adapter was trained on (trained); auto (default): files, unless the files are quantized",
+        help="if training quantized the base model, weights to merge into: the quantized ones that the adapter was "
+        "trained on (auto, the default, and trained), or those in its files, which give another model than the run "
+        "measured (files)",
     )
 
     out.set_defaults(less_memory=_LESS_MEMORY)
@@ -120,7 +121,8 @@ def _export(options: argparse.Namespace, form: str, gguf_type: str = "", overrid
     )
     for difference in made.differences:
         say(f"differs {difference}")
-    say(f"answer  {made.same_answer_tokens} of {made.answer_tokens} tokens are as before the export: {made.answer!r}")
+    same = f"{made.same_answer_tokens} of {made.answer_tokens} tokens"
+    say(f"answer  to a fixed question: {same} are as adapter and base apart: {made.answer!r}")
     say(f"folder  {made.folder} ({made.bytes / 1e6:,.1f} MB)")
 
 

@@ -124,8 +124,11 @@ def _show_remedies(planned: "Planned") -> None:
     from qlora_exp.planning import tables
     from qlora_exp.planning.guidance.remedies import advice, remedies
 
-    if planned.config and tables.judged(planned) in ("does not fit", "may fit"):
-        tables.note("instead", advice(remedies(planned.config, planned.gpu), planned.gpu))
+    judged = tables.judged(planned)
+    if planned.config and judged in ("does not fit", "may fit"):
+        found = remedies(planned.config, planned.gpu)
+        if found or judged == "does not fit":
+            tables.note("instead", advice(found, planned.gpu))
 
 
 def _planned(

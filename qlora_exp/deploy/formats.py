@@ -19,7 +19,7 @@ TRAINED = "trained"
 DEPLOYED: dict[str, dict[str, Any]] = {
     TRAINED: {},
     "merged": {"form": "merged"},
-    "merged_trained": {"form": "merged", "base": "trained"},
+    "merged_files": {"form": "merged", "base": "files"},
     "nf4": {"form": "nf4"},
     "int8": {"form": "int8"},
     "gptq": {"form": "gptq"},

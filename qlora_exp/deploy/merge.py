@@ -19,7 +19,14 @@ from qlora_exp.data.tokenization import prompt_tokens
 from qlora_exp.deploy.load import Saved, load_complete_model, stored_as, with_adapter
 from qlora_exp.environment.device import Device, resolve
 from qlora_exp.models import quantization
-from qlora_exp.models.base import load_model, load_unquantized, own_settings_alone, stop_at_end_of_turn, stop_tokens
+from qlora_exp.models.base import (
+    load_model,
+    load_unquantized,
+    own_settings_alone,
+    skeleton,
+    stop_at_end_of_turn,
+    stop_tokens,
+)
 from qlora_exp.utils.errors import ConfigError, DataError, ModelError, is_out_of_memory
 
 Base = Literal["auto", "files", "trained"]
@@ -59,9 +66,9 @@ def whole(saved: Saved, dtype: str = "auto", base: Base = "auto") -> Whole:
     Args:
         saved: an adapter, which is merged, or a complete model, which is used as it is.
         dtype: dtype of the merged weights: float32, bfloat16, float16; auto: that of the base model's files.
-        base: weights to merge the adapter into. `files`: those in the base model's files; `trained`: the quantized
-            weights that the adapter was trained on, dequantized; auto: `files`, unless the files are quantized or the
-            adapter makes up for quantization (LoftQ).
+        base: weights to merge the adapter into. `trained`: those that it was trained on, dequantized if they were
+            quantized, so that the result is the model that the run measured; `files`: those in the base model's files,
+            which make another model of it after QLoRA; auto: `trained`.
 
     Raises:
         ConfigError: the model cannot be merged.
@@ -113,17 +120,17 @@ def _base(config: Config, dtype: str, base: Base) -> tuple[Any, str]:
         )
     if not stored.quantized:
         return load_unquantized(config.model, dtype), f"{name}, as its files are"
-    if base == "trained" or files_are_quantized or makes_up:
-        resolved = resolve(config, Device("cpu", "CPU", bf16=False, paging=False))
-        model = load_model(config.model, stored, resolved)
-        wanted = resolved.dtype if dtype == "auto" else dtype
-        return quantization.dequantized(model, getattr(torch, wanted)), (
-            f"{name}, what its weights stored as {stored.name} stand for: "
-            + ("its files have no others" if files_are_quantized else "what the adapter was trained on")
-            + (" and makes up for (LoftQ)" if makes_up else "")
+    if base == "files":
+        return load_unquantized(config.model, dtype), (
+            f"{name}, as its files are, not as {stored.name} made of them what the adapter was trained on"
         )
-    return load_unquantized(config.model, dtype), (
-        f"{name}, as its files are: what {stored.name} lost of them is not kept (--base trained keeps it)"
+    of_files = skeleton(config.model).config.dtype or "float32"
+    model = load_model(config.model, stored, resolve(config, Device("cpu", "CPU", bf16=False, paging=False)))
+    wanted = str(of_files).removeprefix("torch.") if dtype == "auto" else dtype
+    return quantization.dequantized(model, getattr(torch, wanted)), (
+        f"{name}, what its weights stored as {stored.name} stand for: "
+        + ("its files have no others" if files_are_quantized else "what the adapter was trained on")
+        + (" and makes up for (LoftQ)" if makes_up else "")
     )
 
 

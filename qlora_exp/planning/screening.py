@@ -7,6 +7,7 @@ does neither.
 import itertools
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from qlora_exp.config.schema import Config
 from qlora_exp.planning import calibration
@@ -15,6 +16,9 @@ from qlora_exp.utils.errors import UserError
 from qlora_exp.utils.processes import workers
 from qlora_exp.utils.quiet import quiet
 from qlora_exp.utils.units import GIB
+
+if TYPE_CHECKING:
+    from qlora_exp.planning.planner import Prediction
 
 log = logging.getLogger(__name__)
 _START = "forkserver"  # a sweep with jobs has a fork server with the libraries loaded
@@ -85,10 +89,9 @@ def _devices(configs: Sequence[Config], vram: float | None) -> list[Gpu]:
 def _part(config: Config, gpu: Gpu) -> tuple[int, int] | None:
     """Return the planned peak of a run, and what of it is the run's own if its base is shared; None without a plan."""
     quiet()
-    from qlora_exp.planning.planner import planner
 
     try:
-        prediction = planner(config, gpu.device).predict()
+        prediction = _predicted(config, gpu)
     except UserError as error:
         log.warning("sweep.fuse=auto: jobs are run alone, because they cannot be planned: %s", error)
         return None
@@ -100,19 +103,25 @@ def _group_fits(config: Config, gpu: Gpu, times: int, own: int) -> bool:
     """Return whether a run with so many times its rows fits, together with what the others train."""
     quiet()
     from qlora_exp.planning.fit import room
-    from qlora_exp.planning.planner import planner
 
-    plan = planner(config, gpu.device).predict(rows=times * config.training.per_device_train_batch_size)
-    return plan.peak + own <= room(gpu)
+    return _predicted(config, gpu, times).peak + own <= room(gpu)
+
+
+def _predicted(config: Config, gpu: Gpu, times: int = 1) -> "Prediction":
+    """Predict a run on a device, as `training.tune` would have it computed there, with so many times its rows."""
+    from qlora_exp.planning import tuning
+    from qlora_exp.planning.planner import Planner, resolved_on
+
+    resolved = tuning.planned(config, resolved_on(config, gpu.device), gpu)
+    return Planner(config, resolved).predict(rows=times * resolved.per_device_train_batch_size)
 
 
 def _why(config: Config, gpu: Gpu) -> str:
     quiet()
     from qlora_exp.planning.fit import expected, verdict
-    from qlora_exp.planning.planner import planner
 
     try:
-        prediction = planner(config, gpu.device).predict()
+        prediction = _predicted(config, gpu)
     except UserError as error:
         log.warning("cannot check whether a job fits, so it will run: %s", error)
         return ""

@@ -119,10 +119,22 @@ def describe(config: Config, inputs: Inputs, tokens: Tokens) -> None:
         audit.end_token or (audit.end_text and repr(audit.end_text)) or "EOS",
         100 * audit.eos_learned_share,
     )
+    if not config.training.packing:
+        log.info("%s", _steps(config, round(audit.rows * (1 - audit.dropped_rows_share))))
+
+
+def _steps(config: Config, rows: int) -> str:
+    """Say how many steps there are, and which part of the rows they see."""
+    most, together = config.training.max_steps, rows_of_step(config)
+    steps = most if most > 0 else steps_of(config, rows)
+    seen = steps * together
+    part = f", so {seen:,} of {rows:,}" if seen < rows else ""
+    more = ": training.max_steps=-1 trains on all" if part and most > 0 else ""
+    return f"{steps:,} steps of {together:,} rows{part}{more}"
 
 
 def preview(config: Config, inputs: Inputs) -> str:
-    """Say what `describe` says and how many steps there are, for a run that is not started.
+    """Say what `describe` says, for a run that is not started.
 
     Returns:
         The first training row that carries loss, as the model reads it, with [[the tokens that carry loss]] in double
@@ -131,13 +143,9 @@ def preview(config: Config, inputs: Inputs) -> str:
     Raises:
         ModelError, DataError: as `tokenize`.
     """
-    tokens, most = tokenize(config, inputs), config.training.max_steps
+    tokens = tokenize(config, inputs)
     describe(config, inputs, tokens)
-    audit = tokens.audit
-    if not config.training.packing:
-        steps = most if most > 0 else steps_of(config, round(audit.rows * (1 - audit.dropped_rows_share)))
-        log.info("%s steps of %s rows", f"{steps:,}", f"{rows_of_step(config):,}")
-    return audit.sample
+    return tokens.audit.sample
 
 
 def log_data(run: RunContext, inputs: Inputs, tokens: Tokens) -> None:

@@ -85,7 +85,7 @@ def formats_of(config: Config, adapter: bool, family: str, names: Sequence[str] 
     """
     if unknown := [name for name in names if name not in DEPLOYED]:
         raise ConfigError(f"--forms {unknown[0]}: no such format; choose from {', '.join(DEPLOYED)}")
-    inapplicable = {name for name in ("merged", "merged_trained") if not adapter}
+    inapplicable = {name for name in ("merged", "merged_files") if not adapter}
     packages = {"gptq": "gptqmodel", "w4a16": "llmcompressor"}
     missing = {
         name: f"{package} is not installed"
@@ -99,10 +99,11 @@ def formats_of(config: Config, adapter: bool, family: str, names: Sequence[str] 
         if wrong := [name for name in names if name in written]:
             raise ConfigError(f"--forms {wrong[0]}: {error}") from error
         missing |= dict.fromkeys(written, str(error).removeprefix("--to gguf: ").split(" (")[0])
-    if not config.quantization.quantized:
-        inapplicable.add("merged_trained")
+    stored = config.quantization
+    if not stored.quantized or stored.quant_method in ("gptq", "awq") or config.lora_start == "loftq":
+        inapplicable.add("merged_files")
     if wrong := [name for name in names if name in inapplicable]:
-        model = "an adapter on an unquantized base" if adapter else "a model without an adapter"
+        model = "this adapter and its base" if adapter else "a model without an adapter"
         raise ConfigError(f"--forms {wrong[0]}: does not apply to {model}; leave it out")
     if missing and not names:
         log.warning("not measured: %s", "; ".join(f"{name} ({why})" for name, why in missing.items()))

@@ -116,7 +116,7 @@ def test_deployment_gap_command_measures_each_format(mlflow_uri, tmp_path, capsy
     result = run(compose([*QUICK, *words]), tmp_path / "run")
     capsys.readouterr()
     monkeypatch.setenv("COLUMNS", "200")
-    forms = "merged,merged_trained,nf4,gguf_q8_0"
+    forms = "merged,merged_files,nf4,gguf_q8_0"
     assert exit_code("deployment-gap", result.run_id, "--uri", mlflow_uri, "--forms", forms, "--out", "gap") == 0
     shown = capsys.readouterr().out
     assert all(form in shown for form in ("trained", *forms.split(",")))
@@ -124,7 +124,8 @@ def test_deployment_gap_command_measures_each_format(mlflow_uri, tmp_path, capsy
     by_form = {one["form"]: one for one in told["forms"]}
     assert by_form["trained"]["metrics"]["loss"] == pytest.approx(result.metrics["after/loss"], abs=1e-5)
     changes = {form: {gap["metric"]: gap["value"] for gap in one["gaps"]} for form, one in by_form.items()}
-    assert changes["merged_trained"]["loss"] == pytest.approx(0, abs=1e-4)
+    assert changes["merged"]["loss"] == pytest.approx(0, abs=1e-4)
+    assert changes["merged_files"]["loss"] != pytest.approx(0, abs=1e-4)
     assert abs(changes["merged"]["loss"]) > 1e-4
     assert by_form["merged"]["bytes"] > by_form["nf4"]["bytes"] > 0
     assert all(len(one["losses"]) == 4 and len(one["samples"]) == 2 for one in by_form.values())

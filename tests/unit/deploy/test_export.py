@@ -41,8 +41,7 @@ def find(folder):
 )
 def test_merged_model_equals_base_with_adapter(words, trained_adapters, tmp_path):
     folder = trained_adapters(*words)
-    base = "trained" if "method=qlora" in words else "auto"
-    made = export.export(find(folder), tmp_path / "merged", base=base)
+    made = export.export(find(folder), tmp_path / "merged")
     assert made.max_logit_difference < 1e-4
     assert made.same_first_choice == 1
     assert made.same_answer_tokens == made.answer_tokens

@@ -10,15 +10,16 @@ from qlora_exp.deploy.serving import commands as serve
 from qlora_exp.utils.errors import ConfigError
 
 
-def test_quantized_run_is_merged_into_the_unquantized_base_by_default(trained_adapters):
+def test_quantized_run_is_merged_into_what_it_was_trained_on_by_default(trained_adapters):
     saved = load.find(str(trained_adapters("method=qlora")), device="cpu")
     made = {base: whole(saved, base=base) for base in ("auto", "files", "trained")}
-    assert "what nf4_double lost" in made["auto"].base
-    assert "what the adapter was trained on" in made["trained"].base
+    assert "as its files are, not as nf4_double made of them" in made["files"].base
+    assert "stand for: what the adapter was trained on" in made["auto"].base
+    assert {base: one.dtype for base, one in made.items()} == dict.fromkeys(made, "float32")  # the files'
     name = "model.layers.0.mlp.gate_proj.weight"
     weights = {base: one.model.state_dict()[name] for base, one in made.items()}
-    assert torch.equal(weights["auto"], weights["files"])
-    assert not torch.allclose(weights["auto"], weights["trained"], atol=1e-3)
+    assert torch.equal(weights["auto"], weights["trained"])
+    assert not torch.allclose(weights["auto"], weights["files"], atol=1e-3)
 
 
 def test_adapter_that_makes_up_for_quantization_goes_only_into_what_it_was_trained_on(trained_adapters, tiny_model):
@@ -34,9 +35,7 @@ def test_adapter_that_makes_up_for_quantization_goes_only_into_what_it_was_train
 
 @pytest.mark.parametrize("words", [("method=qlora",), ("lora_variant=dora",)], ids=" ".join)
 def test_expected_logits_are_those_of_base_and_adapter(words, trained_adapters):
-    made = whole(
-        load.find(str(trained_adapters(*words)), device="cpu"), base="trained" if "method=qlora" in words else "auto"
-    )
+    made = whole(load.find(str(trained_adapters(*words)), device="cpu"))
     apart, _ = load.load(str(trained_adapters(*words)), device="cpu")
     with torch.no_grad():
         assert torch.allclose(made.expected, apart(made.ids).logits[0], atol=1e-5)

@@ -3,6 +3,9 @@
 import pytest
 
 from qlora_exp.config.hydra_compose import compose
+from qlora_exp.planning.fit import needed_for
+from qlora_exp.planning.gpus import Gpu
+from qlora_exp.planning.planner import planner
 from qlora_exp.planning.screening import unfit
 from qlora_exp.utils.errors import ConfigError
 
@@ -24,6 +27,18 @@ def test_oversized_config_is_explained_and_unplannable_config_is_kept():
     assert too_large.startswith("does not fit: ")
     assert again.endswith("and there are 3 GiB (GPU)")
     assert too_large.startswith(f"{again}; it would fit with quantization=nf4_double")
+
+
+def test_run_that_its_tuning_makes_fit_is_not_unfit():
+    words = [*TINY, "training.max_length=512", "training.per_device_train_batch_size=32"]
+    words.append("training.per_device_eval_batch_size=1")
+    gpu = Gpu("GPU", 0.0)
+    peaks = [planner(compose([*words, f"training.per_device_train_batch_size={rows}"]), gpu.device).predict().peak
+             for rows in (32, 4)]  # fmt: skip
+    gib = needed_for(sum(peaks) / 2, gpu)
+    (fixed, tuned) = unfit([compose(words), compose([*words, "training.tune=auto"])], gib)
+    assert fixed.startswith("does not fit: ")
+    assert tuned == ""
 
 
 def test_damaged_calibration_is_reported_before_planning(tmp_path, monkeypatch):

@@ -49,3 +49,19 @@ def test_source_of_a_mixture_is_warned_of_by_its_own_format(make_config, caplog)
         with caplog.at_level(logging.WARNING):
             tokens._warn_of_glued(Dataset.from_list([row | {tokens.SOURCE: name} for name in names]), config)
         assert ("nothing stands between" in caplog.text) == warns
+
+
+@pytest.mark.parametrize(
+    ("words", "rows", "says"),
+    [
+        ([], 400, "30 steps of 4 rows, so 120 of 400: training.max_steps=-1 trains on all"),
+        ([], 120, "30 steps of 4 rows"),
+        (["training.max_steps=-1", "training.num_train_epochs=2"], 400, "200 steps of 4 rows"),
+        (["training.max_steps=-1", "training.num_train_epochs=0.5"], 400, "50 steps of 4 rows, so 200 of 400"),
+        (["training.gradient_accumulation_steps=4"], 4000, "30 steps of 16 rows, so 480 of 4,000: "
+         "training.max_steps=-1 trains on all"),
+    ],
+)  # fmt: skip
+def test_run_says_how_many_of_the_rows_its_steps_see(words, rows, says, make_config):
+    usual = ["training.max_steps=30", "training.per_device_train_batch_size=4"]
+    assert tokens._steps(make_config(*usual, *words), rows) == says

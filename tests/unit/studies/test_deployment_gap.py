@@ -62,7 +62,12 @@ def test_only_differing_scores_are_shown():
     ("words", "adapter", "forms"),
     [
         (["method=qlora"], True, [name for name in DEPLOYED if name not in ("gptq", "w4a16")]),
-        (["method=lora"], True, [name for name in DEPLOYED if name not in ("merged_trained", "gptq", "w4a16")]),
+        (
+            ["method=qlora", "lora_variant=loftq"],
+            True,
+            [name for name in DEPLOYED if name not in ("merged_files", "gptq", "w4a16")],
+        ),
+        (["method=lora"], True, [name for name in DEPLOYED if name not in ("merged_files", "gptq", "w4a16")]),
         (["method=full"], False, ["trained", "nf4", "int8", "gguf_q8_0", "gguf_q4_0"]),
     ],
     ids=str,
@@ -77,9 +82,9 @@ def test_measured_formats_are_those_that_make_sense(words, adapter, forms, monke
     assert formats_of(config, adapter, "llama", ["int8"]) == ["trained", "int8"]
     with pytest.raises(ConfigError, match="choose from trained, merged"):
         formats_of(config, adapter, "llama", ["int9"])
-    if "merged_trained" not in forms:
+    if "merged_files" not in forms:
         with pytest.raises(ConfigError, match="does not apply"):
-            formats_of(config, adapter, "llama", ["merged_trained"])
+            formats_of(config, adapter, "llama", ["merged_files"])
 
 
 def test_results_are_kept_if_a_format_fails(tmp_path, monkeypatch):
