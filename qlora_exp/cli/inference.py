@@ -146,7 +146,7 @@ def chat(options: argparse.Namespace) -> None:
             return
         word, _, rest = line.partition(" ")
         try:
-            if word == "/exit":
+            if word in ("/exit", "/quit"):
                 return
             if word == "/adapter":
                 talker.named(rest.strip())

@@ -20,23 +20,18 @@ _MOST_OPTIONS = 6
 def add_parsers(commands: Commands) -> None:
     """Add `keys`."""
     parser = add_command(commands, "keys", keys)
-    what = "section of the config, such as training, or one key, such as training.max_steps; default: all"
-    chosen = parser.add_argument("chosen", nargs="?", metavar="SECTION|KEY", help=what)
+    what = (
+        "sections of the config, such as training, or keys, such as training.max_steps; default: all. method=NAME: the "
+        "method whose settings to explain, as an option of the group method; default: LoRA, and how others differ"
+    )
+    chosen = parser.add_argument("chosen", nargs="*", metavar="SECTION|KEY|method=NAME", help=what)
     chosen.completer = _completed  # type: ignore[attr-defined]
-    method = "method whose settings to explain, as an option of the group method; default: LoRA, and how others differ"
-    parser.add_argument("method", nargs="?", type=_method, metavar="method=NAME", help=method)
 
 
 def _completed(prefix: str, **_: Any) -> list[str]:
     """List the sections and keys that begin with a prefix."""
     words = [word.removesuffix("=") for word in completed(prefix.partition("=")[0])]
     return [*dict.fromkeys(word if "." in prefix else word.removesuffix(".") for word in words)]
-
-
-def _method(word: str) -> str:
-    if not word.startswith("method="):
-        raise argparse.ArgumentTypeError(f"'{word}' is not method=NAME")
-    return word.removeprefix("method=")
 
 
 def keys(options: argparse.Namespace) -> None:
@@ -51,27 +46,37 @@ def keys(options: argparse.Namespace) -> None:
       qlora-exp keys                        every section and key
       qlora-exp keys training               one section
       qlora-exp keys training.max_steps     one key
+      qlora-exp keys method.r method.lora_alpha     two
       qlora-exp keys method.r               a setting of PEFT: LoRA's, and how other methods differ
       qlora-exp keys method method=loha     every setting of a method
       qlora-exp keys method.r method=loha   one of them
       qlora-exp keys training.sft_config    further arguments of TRL's SFTConfig
     """
+    methods = [word.removeprefix("method=") for word in options.chosen if word.startswith("method=")]
+    if len(methods) > 1:
+        raise ConfigError(f"method={' method='.join(methods)}: name one method")
+    for place, word in enumerate([word for word in options.chosen if not word.startswith("method=")] or [""]):
+        if place:
+            print()
+        _explain(word, *methods)
+
+
+def _explain(word: str, method: str | None = None) -> None:
+    """Print what `keys` prints of a section or a key; "": of all."""
     from qlora_exp.config import hydra_compose
     from qlora_exp.config.describe import entries, presets
     from qlora_exp.config.validate import OPEN_SECTIONS, SFT_CONFIG
 
     # a source has the keys of the section
-    chosen = re.sub(r"^dataset\.sources\.[^.]+\.(?!weight$)", "dataset.", options.chosen or "")
+    chosen = re.sub(r"^dataset\.sources\.[^.]+\.(?!weight$)", "dataset.", word)
     section, _, name = chosen.partition(".")
-    if options.method:
+    if method is not None:
         types = presets.peft_types()
-        if options.method not in types:
-            raise ConfigError(
-                f"method={options.method}: no option with PEFT settings{did_you_mean(options.method, types)}"
-            )
+        if method not in types:
+            raise ConfigError(f"method={method}: no option with PEFT settings{did_you_mean(method, types)}")
         if section != "method":
-            raise ConfigError(f"method={options.method} is for the keys of method: keys method method={options.method}")
-        _print_settings(options.method, types[options.method], name)
+            raise ConfigError(f"method={method} is for the keys of method: keys method method={method}")
+        _print_settings(method, types[method], name)
         return
     declared = {entry.key: entry for each in entries.sections() for entry in entries.of_section(each)}
     declared |= {entry.key: entry for entry in entries.sft_config()}

@@ -224,7 +224,7 @@ class Sweep:
             return {}
         from qlora_exp.planning import screening
 
-        log.info("planning %d jobs", len(waiting))
+        log.info("planning %d job%s", len(waiting), "s" * (len(waiting) > 1))
         found_reasons = screening.unfit([job.config for job in waiting], self._settings.vram)
         reasons = {job.key: reason for job, reason in zip(waiting, found_reasons, strict=True) if reason}
         if reasons and self._settings.unfit == "refuse":

@@ -18,6 +18,19 @@ def test_keys_finds_one_key(capsys):
     assert "did you mean 'training.learning_rate'" in capsys.readouterr().err
 
 
+def test_keys_explains_several_keys_in_their_order(capsys):
+    assert (
+        exit_code("keys", "method.r", "training.seed", "method.lora_alpha", "method=lora") == 1
+    )  # only method has one
+    assert "method=lora is for the keys of method" in capsys.readouterr().err
+    assert exit_code("keys", "method.r", "training.max_steps", "method.lora_alpha") == 0
+    text = f"\n{capsys.readouterr().out}"
+    places = [text.index(f"\n{key}: ") for key in ("method.r", "training.max_steps", "method.lora_alpha")]
+    assert places == sorted(places)
+    assert exit_code("keys", "method", "method=loha", "method=lokr") == 1
+    assert "name one method" in capsys.readouterr().err
+
+
 def test_keys_of_a_source_are_those_of_the_section(capsys):
     assert exit_code("keys", "dataset.sources.talk.eval_path") == 0
     assert "Where the held-out rows come from" in capsys.readouterr().out
