@@ -135,6 +135,11 @@ def _items(row: Row, metric: str) -> tuple[dict[str, stats.Items], str]:
 
 
 def _text(difference: stats.Difference, p: float, level: float, lower_is_better: bool) -> str:
+    if not difference.sources and difference.value:
+        return (
+            f"not tested {difference.value:+.4f}; one seed each, and not the same held-out rows: nothing says how much "
+            "they vary by chance"
+        )
     low, high = difference.interval
     interval = f" [{low:+.4f}, {high:+.4f}]" if low < high else ""
     verdict = "tie" if p >= ALPHA else "better" if (difference.value < 0) == lower_is_better else "worse"

@@ -365,3 +365,10 @@ def test_only_lora_is_labelled_with_a_variant_of_lora(past_runs):
     past_runs([1.0, 2.0], method__name="full", lora_variant__name="lora")
     rows = compare(find(past_runs.uri, [], past_runs.experiment)).rows
     assert sorted(row.label["lora_variant"] for row in rows) == ["dora", "lora", "none", "none"]
+
+
+def test_runs_that_nothing_makes_comparable_are_not_tested(past_runs):
+    past_runs(shifted(0.0), method__r=4)
+    past_runs(shifted(4.0), method__r=8, data__evaluation_fingerprint="other rows")
+    (verdict,) = compare(find(past_runs.uri, experiment=past_runs.experiment)).verdicts.values()
+    assert verdict.text.startswith("not tested +4.0000; one seed each, and not the same held-out rows")
