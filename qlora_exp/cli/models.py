@@ -29,8 +29,8 @@ def add_parsers(commands: Commands) -> None:
         choices=("auto", "files", "trained"),
         default="auto",
         help="if training quantized the base model, weights to merge into: the quantized ones that the adapter was "
-        "trained on (auto, the default, and trained), or those in its files, which give another model than the run "
-        "measured (files)",
+        "trained on, which give the model that the run measured (trained), or those in its files (files); auto "
+        "(default): trained, but files for formats of fewer than 8 bits and int8, which would round twice",
     )
 
     out.set_defaults(less_memory=_LESS_MEMORY)

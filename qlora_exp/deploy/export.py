@@ -25,7 +25,7 @@ from qlora_exp.config.schema import Config
 from qlora_exp.config.untrusted import refuse_user_only_settings
 from qlora_exp.config.values import without_places
 from qlora_exp.deploy import compressed, gptq, merge, ollama
-from qlora_exp.deploy.formats import BITSANDBYTES, COMPRESSED, EXPORT_FORMATS, GPTQ_FORMATS
+from qlora_exp.deploy.formats import BITSANDBYTES, COMPRESSED, EXPORT_FORMATS, FINE_TYPES, GPTQ_FORMATS, has_two_bases
 from qlora_exp.deploy.gguf import write as gguf
 from qlora_exp.deploy.gguf.tokenizers import differences
 from qlora_exp.deploy.load import Saved, architecture, load_complete_model, remove_places
@@ -133,7 +133,9 @@ def export(
         form: export format, one of EXPORT_FORMATS.
         dtype: dtype of the merged weights, before they are quantized: float32, bfloat16, float16; auto: that of the
             base model's files.
-        base: which weights an adapter is merged into; see `merge.whole`.
+        base: which weights an adapter is merged into; see `merge.whole`. auto: those that it was trained on, but the
+            files' for formats of fewer than 8 bits and for int8: there what it changes of weights that were rounded
+            before would be lost in the second rounding.
         type_: type of a GGUF file's weights, one of GGUF_TYPES.
         rows_of: config whose training rows GPTQ, AWQ and compressed formats calibrate on. None: the run's own config,
             which is refused if it names files that only the user may name.
@@ -150,7 +152,7 @@ def export(
         raise ConfigError(f"{saved.folder} is a full model already; there is no adapter to merge")
     write = _writer(saved, form, type_, rows_of)  # refuse what cannot be written before loading anything
     asked = _asked(saved, form, dtype, base, type_)
-    whole = merge.whole(saved, dtype, base)
+    whole = merge.whole(saved, dtype, _base_for(saved, form, type_) if base == "auto" else base)
     dtype = whole.dtype
     size = sum(tensor.nbytes for tensor in whole.model.state_dict().values())
     # For a while both the quantized and the unquantized files exist, and a float32 file may be twice its model's size.
@@ -175,6 +177,11 @@ def export(
             file.chmod((part / EXPORT_FILE).stat().st_mode)
         _log_to_run(saved, facts)  # before the folder appears: if this process is killed, the next one does both
     return made
+
+
+def _base_for(saved: Saved, form: str, type_: str) -> Base:
+    rounds = form != "merged" and not (form == "gguf" and type_ in FINE_TYPES)
+    return "files" if saved.adapter and rounds and has_two_bases(saved.config) else "auto"
 
 
 @dataclass(frozen=True)

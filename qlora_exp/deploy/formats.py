@@ -1,6 +1,9 @@
 """Names of the export formats and of the servers. Imports nothing heavy, so that the command line starts quickly."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qlora_exp.config.schema import Config
 
 BITSANDBYTES = ("nf4", "nf4_double", "fp4", "fp4_double", "int8")
 GPTQ_FORMATS = ("gptq", "awq")
@@ -11,6 +14,8 @@ EXPORT_FORMATS = ("merged", "gguf", *BITSANDBYTES, *GPTQ_FORMATS, *COMPRESSED)
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 """Types in which the `gguf` library can store weights. llama.cpp's `llama-quantize` makes other types from an f16 or
 bf16 file."""
+FINE_TYPES = ("f32", "f16", "bf16", "q8_0")
+"""Types that keep what an adapter changes of weights that were stored in few bits before."""
 SERVERS = ("transformers", "vllm", "llama.cpp")
 """Engines that `serve` answers with: transformers in this process, or the programs of others."""
 FIRST = "default"
@@ -29,3 +34,12 @@ DEPLOYED: dict[str, dict[str, Any]] = {
 }
 """Formats that `deployment-gap` measures, by name, with their arguments of `export.export`. `TRAINED`, the model as it
 was trained, is not exported and has none."""
+
+
+def has_two_bases(config: "Config") -> bool:
+    """Return whether an adapter can go into the weights of the base model's files, which are not those it learned on.
+
+    It cannot if the files are quantized themselves, or if it makes up for what quantization lost (LoftQ).
+    """
+    stored = config.quantization
+    return stored.quantized and stored.quant_method not in ("gptq", "awq") and config.lora_start != "loftq"

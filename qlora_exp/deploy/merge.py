@@ -122,7 +122,7 @@ def _base(config: Config, dtype: str, base: Base) -> tuple[Any, str]:
         return load_unquantized(config.model, dtype), f"{name}, as its files are"
     if base == "files":
         return load_unquantized(config.model, dtype), (
-            f"{name}, as its files are, not as {stored.name} made of them what the adapter was trained on"
+            f"{name}, as its files are, not as {stored.name} stored them for training"
         )
     of_files = skeleton(config.model).config.dtype or "float32"
     model = load_model(config.model, stored, resolve(config, Device("cpu", "CPU", bf16=False, paging=False)))

@@ -19,7 +19,7 @@ from qlora_exp.environment.device import Resolved
 from qlora_exp.environment.efficiency import copied_bytes, product_flops
 from qlora_exp.models import builtin
 from qlora_exp.planning.fit import room
-from qlora_exp.planning.gpus import GPUS, PYTHON_SECONDS, Gpu
+from qlora_exp.planning.gpus import EFFICIENCY, GPUS, PYTHON_SECONDS, Gpu
 from qlora_exp.utils.errors import ConfigError, UserError
 from qlora_exp.utils.units import GIB
 
@@ -391,6 +391,7 @@ def measured(config: Config, resolved: Resolved, lengths: Sequence[int]) -> Rate
 
 
 def published(gpu: Gpu, resolved: Resolved) -> Rates:
-    """Return the manufacturer's rates; of a GPU that is not listed, those of an A100."""
+    """Return the manufacturer's rates, as far as plans rely on them; of a GPU that is not listed, those of an A100."""
     known = gpu if gpu.tflops else GPUS["a100-80gb"]
-    return Rates(lambda _: known.tflops * 1e12, known.gb_per_s * 1e9, PYTHON_SECONDS, resolved.bf16)
+    flops, nbytes = EFFICIENCY * known.tflops * 1e12, EFFICIENCY * known.gb_per_s * 1e9
+    return Rates(lambda _: flops, nbytes, PYTHON_SECONDS, resolved.bf16)

@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from bitsandbytes import functional
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -435,3 +436,34 @@ def test_adapter_that_lacks_a_tensor_is_rejected_by_its_name(broken_adapter, tmp
         {name: one for name, one in weights.items() if name != lost}, broken_adapter / "adapter_model.safetensors"
     )
     assert f"lacks 1 tensors that its config describes: {lost}" in refused(broken_adapter, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "form", "type_", "base"),
+    [
+        (("method=qlora",), "merged", "q8_0", "auto"),
+        (("method=qlora",), "gguf", "q8_0", "auto"),
+        (("method=qlora",), "gguf", "q4_0", "files"),
+        (("method=qlora",), "nf4", "q8_0", "files"),
+        (("method=qlora",), "int8", "q8_0", "files"),
+        (("method=lora",), "nf4", "q8_0", "auto"),
+    ],
+)
+def test_base_that_was_rounded_before_is_not_rounded_again(words, form, type_, base, trained_adapters):
+    assert export._base_for(find(trained_adapters(*words)), form, type_) == base
+
+
+def test_small_changes_of_weights_survive_one_rounding_to_4_bits_and_not_two():
+    """Why `_base_for` takes the files' weights for formats of few bits."""
+    torch.manual_seed(0)
+    weights = torch.randn(512, 512)
+    change = 0.02 * torch.randn_like(weights)
+
+    def rounded(values: torch.Tensor) -> torch.Tensor:
+        return functional.dequantize_4bit(*functional.quantize_4bit(values, blocksize=64, quant_type="nf4"))
+
+    def surviving(result: torch.Tensor) -> float:
+        return ((result - rounded(weights)) * change).sum().item() / change.square().sum().item()
+
+    assert surviving(rounded(weights + change)) == pytest.approx(1, abs=0.05)
+    assert surviving(rounded(rounded(weights) + change)) < 0.05

@@ -13,7 +13,7 @@ from qlora_exp.utils.errors import ConfigError
 def test_quantized_run_is_merged_into_what_it_was_trained_on_by_default(trained_adapters):
     saved = load.find(str(trained_adapters("method=qlora")), device="cpu")
     made = {base: whole(saved, base=base) for base in ("auto", "files", "trained")}
-    assert "as its files are, not as nf4_double made of them" in made["files"].base
+    assert "as its files are, not as nf4_double stored them for training" in made["files"].base
     assert "stand for: what the adapter was trained on" in made["auto"].base
     assert {base: one.dtype for base, one in made.items()} == dict.fromkeys(made, "float32")  # the files'
     name = "model.layers.0.mlp.gate_proj.weight"

@@ -1,6 +1,7 @@
 """The way to compute a step is chosen by what fits and what is fast, and never changes what a step learns from."""
 
 import random
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,9 +11,9 @@ from hypothesis import strategies as st
 
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.planning import gpus, tuning
-from qlora_exp.planning.fit import room
+from qlora_exp.planning.fit import room, step_seconds
 from qlora_exp.planning.gpus import GPUS
-from qlora_exp.planning.planner import resolved_on
+from qlora_exp.planning.planner import Planner, resolved_on
 from qlora_exp.utils.errors import ConfigError
 
 CARD = GPUS["rtx4090"]
@@ -222,3 +223,12 @@ def test_longest_row_of_an_8b_is_planned_with_tiles_where_it_does_not_fit_otherw
     resolved = resolved_on(config, CARD.device)
     choice = tuning.choose(config, resolved, [40000], 40000, CARD, tuning.published(CARD, resolved))
     assert (choice.fits, choice.tiled_mlp, choice.gradient_checkpointing) == (True, True, True)
+
+
+def test_time_of_a_choice_is_that_of_its_plan():
+    config = compose([*WORDS, "training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=2"])
+    tuned = tuning.planned(config, resolved_on(config, CARD.device), CARD)
+    seconds = step_seconds(Planner(config, tuned).predict(), CARD)
+    assert seconds is not None
+    (stated,) = re.findall(r"about (\S+) s a step", str(tuned.tuned))
+    assert float(stated) == pytest.approx(seconds, rel=0.1)  # it is printed with two digits
