@@ -180,10 +180,10 @@ def show_many(planned: Sequence[Planned], prices: Mapping[str, float]) -> None:
         whole=len(names) + (len(cards) > 1) if sum(map(_width, zip(*names_of, strict=True))) <= WIDEST else 0,
     )
     for place, run in enumerate(planned):
-        name = " ".join([*names_of[place], *[run.gpu.name] * (len(cards) > 1)])
         if run.why:
-            print(f"{name}: {run.why}")
+            print(f"{' '.join(names_of[place])}: {run.why}")
         elif run.tuned:
+            name = " ".join([*names_of[place], *[run.gpu.name] * (len(cards) > 1)])
             print(f"{name}: tuned to {run.tuned.partition(': ')[0]}")
     if least:
         print("*        the cheapest of the cards that it fits")

@@ -126,7 +126,6 @@ def test_deployment_gap_command_measures_each_format(mlflow_uri, tmp_path, capsy
     changes = {form: {gap["metric"]: gap["value"] for gap in one["gaps"]} for form, one in by_form.items()}
     assert changes["merged"]["loss"] == pytest.approx(0, abs=1e-4)
     assert changes["merged_files"]["loss"] != pytest.approx(0, abs=1e-4)
-    assert abs(changes["merged"]["loss"]) > 1e-4
     assert by_form["merged"]["bytes"] > by_form["nf4"]["bytes"] > 0
     assert all(len(one["losses"]) == 4 and len(one["samples"]) == 2 for one in by_form.values())
     assert by_form["gguf_q8_0"]["metrics"]["token_seconds_p50"] > 0

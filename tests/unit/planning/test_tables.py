@@ -83,7 +83,8 @@ def test_cards_are_compared_and_the_cheapest_that_fits_is_marked(capsys: pytest.
     cards = [GPUS["t4"], GPUS["rtx4090"], GPUS["a100-80gb"]]
     amount = Amount(1000, 8000.0, "--rows")
     config = compose(["method=lora"])
-    runs = [Planned(words[0], config, prediction, card, amount) for card in cards]
+    tuned = "per_device_train_batch_size=2: planned 20 GiB"
+    runs = [Planned(words[0], config, prediction, card, amount, tuned) for card in cards]
     runs.append(Planned(words[1], None, None, cards[0], why="cannot be planned: no"))
     tables.show_many(runs, {"t4": 0.1, "rtx4090": 0.4, "a100-80gb": 2.0})
     shown = capsys.readouterr().out
@@ -93,6 +94,7 @@ def test_cards_are_compared_and_the_cheapest_that_fits_is_marked(capsys: pytest.
     assert "*" not in rows["a100-80gb"]
     assert all(word.partition("=")[2] in shown for (word,) in words)  # names are not cut at 80 columns
     assert "llama3_8b_alpaca_qlora: cannot be planned: no" in shown
+    assert "llama3_8b_alpaca_lora t4: tuned to per_device_train_batch_size=2\n" in shown
     assert max(len(line) for line in shown.splitlines() if "│" in line) <= 80
 
 
