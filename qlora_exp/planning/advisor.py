@@ -69,6 +69,8 @@ class Option:
     planned: "Prediction"
     """For the configured batch size and row length."""
     fits: dict[Gpu, Fit]
+    words: Sequence[str] = ()
+    """Overrides of a command that trains so."""
 
 
 def cards(gpu: Gpu) -> list[Gpu]:
@@ -153,7 +155,7 @@ def _option(name: str, words: Sequence[str], gpu: Gpu, cards: Sequence[Gpu]) -> 
     config = compose(words)
     plans = planner(config, gpu.device)
     planned = plans.predict()
-    return Option(name, config, planned, _fits(config, planned, plans, cards))
+    return Option(name, config, planned, _fits(config, planned, plans, cards), words)
 
 
 def _fits(config: Config, planned: "Prediction", plans: "Planner", cards: Sequence[Gpu]) -> dict[Gpu, Fit]:

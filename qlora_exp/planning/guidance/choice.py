@@ -1,13 +1,14 @@
 """Choose one of several planned ways to train for a goal, and say why."""
 
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from qlora_exp.planning.advisor import Option
 from qlora_exp.planning.cost import seconds_per_thousand
-from qlora_exp.planning.fit import expected, step_seconds
+from qlora_exp.planning.fit import expected, step_seconds, verdict
 from qlora_exp.planning.gpus import GPUS, Gpu
 from qlora_exp.planning.guidance import knowledge
 
@@ -42,6 +43,8 @@ class Choice:
 
     name: str
     why: str
+    command: str = ""
+    """A command that trains so; empty if nothing fits."""
 
 
 def seconds(option: Option, gpu: Gpu) -> float | None:
@@ -69,12 +72,14 @@ def choose(
     """
     if fitting := [option for option in options if option.fits[gpu].rows]:
         best = _best(fitting, gpu, goal, measured)
-        fewer = _fewer(best.fits[gpu].rows, best.config.training.per_device_train_batch_size)
-        return Choice(best.name, _why(best, options, gpu, goal, measured) + fewer)
+        rows, wanted = best.fits[gpu].rows, best.config.training.per_device_train_batch_size
+        fewer = f"; {rows} row{'s fit' if rows > 1 else ' fits'} in a batch, not {wanted}" if rows < wanted else ""
+        return Choice(best.name, _why(best, options, gpu, goal, measured) + fewer, _command(best, gpu, rows))
     if short := [option for option in options if option.fits[gpu].length]:
         best = _best(short, gpu, goal, measured)
         longest = best.fits[gpu].length
-        return Choice(best.name, f"with rows of at most {longest} tokens: training.max_length={longest}")
+        why = f"with rows of at most {longest} tokens"
+        return Choice(best.name, why, _command(best, gpu, 1, f"training.max_length={longest}"))
     least = min(options, key=lambda option: option.planned.peak)
     need = knowledge.gib(expected(least.planned, gpu))
     why = f"not even {least.name} with one short row fits (it takes {need}): choose a smaller model (--models)"
@@ -153,8 +158,18 @@ def _quality(option: Option, measured: Mapping[str, Measured]) -> str:
     return f"quality: {knowledge.quality(option.config)}"
 
 
-def _fewer(rows: int, wanted: int) -> str:
-    if rows >= wanted:
-        return ""
-    unit = "row" if rows == 1 else "rows"
-    return f"; with {rows} {unit} per batch, not {wanted}: raise training.gradient_accumulation_steps to compensate"
+def _command(option: Option, gpu: Gpu, rows: int, *more: str) -> str:
+    """Return a command that trains with batches of at most so many rows, and as many rows in a step as configured."""
+    training = option.config.training
+    wanted = training.per_device_train_batch_size
+    step = wanted * training.gradient_accumulation_steps
+    size = max(size for size in range(1, min(rows, wanted) + 1) if step % size == 0)
+    changes = [*more]
+    if size < wanted:
+        changes.append(f"training.per_device_train_batch_size={size}")
+        changes.append(f"training.gradient_accumulation_steps={step // size}")
+    as_planned = size == wanted and verdict(option.planned, gpu) == "fits"
+    if training.per_device_eval_batch_size > size and not as_planned:
+        changes.append(f"training.per_device_eval_batch_size={size}")
+    keys = {change.partition("=")[0] for change in changes}
+    return shlex.join(["qlora-exp", "train", *(w for w in option.words if w.partition("=")[0] not in keys), *changes])

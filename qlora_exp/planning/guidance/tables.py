@@ -53,6 +53,8 @@ def show_card(
     show_reasons(why)
     chosen = choose(options, gpu, goal, measured)
     note("choose", f"{chosen.name} for {goal}: {chosen.why}")
+    if chosen.command:
+        print(f"command  {chosen.command}")  # not wrapped: it is to be copied
     _show_settings(options, chosen.name, gpu)
     note("basis", _BASIS)
     _show_longer(options)

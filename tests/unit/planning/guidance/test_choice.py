@@ -21,7 +21,8 @@ WORDS = {"LoRA": ["method=lora"], "QLoRA": ["method=qlora"], "DoRA": ["method=lo
 def option(name: str, gib: float, rows: int, length: int, flops: float = 1e12, gpu: Gpu = CARD) -> Option:
     size = int(gib * 2**30)
     planned = Prediction({"steady": Phase({"weights": size}, size, size)}, [Work(int(flops), 0)], 1, 2 * 10**9)
-    return Option(name, compose(WORDS.get(name, [f"method={name}"])), planned, {gpu: Fit(rows, length)})
+    words = WORDS.get(name, [f"method={name}"])
+    return Option(name, compose(words), planned, {gpu: Fit(rows, length)}, words)
 
 
 @pytest.mark.parametrize(
@@ -32,16 +33,43 @@ def option(name: str, gib: float, rows: int, length: int, flops: float = 1e12, g
             (39, 8192),
             "LoRA: it fits, so no accuracy is lost to 4-bit weights; QLoRA would take 7.0 GiB, not 18.0",
         ),
-        ((2, 1024), (39, 8192), "with 2 rows per batch, not 4: raise training.gradient_accumulation_steps"),
+        ((2, 1024), (39, 8192), "; 2 rows fit in a batch, not 4"),
         ((0, 0), (39, 8192), "QLoRA: LoRA does not fit with one row of 512 tokens (it takes 18.0 GiB with 4)"),
-        ((0, 0), (1, 512), "with 1 row per batch"),
-        ((0, 0), (0, 256), "training.max_length=256"),
+        ((0, 0), (1, 512), "; 1 row fits in a batch, not 4"),
+        ((0, 0), (0, 256), "with rows of at most 256 tokens"),
         ((0, 0), (0, 0), "none: not even QLoRA with one short row fits"),
     ],
 )
 def test_lora_is_chosen_if_it_fits(lora, qlora, says):
     chosen = choose([option("LoRA", 18, *lora), option("QLoRA", 7, *qlora)], CARD)
     assert says in f"{chosen.name}: {chosen.why}"
+
+
+@pytest.mark.parametrize(
+    ("more", "fit", "words"),
+    [
+        ([], (8, 512), ""),  # as configured
+        ([], (3, 512), "per_device_train_batch_size=2 gradient_accumulation_steps=2 per_device_eval_batch_size=2"),
+        (
+            ["training.per_device_train_batch_size=4", "training.gradient_accumulation_steps=3"],
+            (3, 512),
+            "per_device_train_batch_size=3 gradient_accumulation_steps=4 per_device_eval_batch_size=3",
+        ),
+        (
+            ["training.max_length=600"],
+            (0, 256),
+            "max_length=256 per_device_train_batch_size=1 gradient_accumulation_steps=4 per_device_eval_batch_size=1",
+        ),
+    ],
+)
+def test_command_keeps_the_rows_of_a_step_and_fits(more, fit, words, monkeypatch):
+    monkeypatch.setitem(WORDS, "QLoRA", ["method=qlora", *more])
+    asked = choose([option("QLoRA", 7, *fit)], CARD).command
+    kept = [word for word in more if word.partition("=")[0].partition(".")[2] not in words]
+    assert asked == " ".join(["qlora-exp train method=qlora", *kept, *(f"training.{word}" for word in words.split())])
+    before, after = (compose(given).training for given in (WORDS["QLoRA"], asked.split()[2:]))
+    rows = [each.per_device_train_batch_size * each.gradient_accumulation_steps for each in (before, after)]
+    assert rows[0] == rows[1]
 
 
 def test_number_of_gpus_that_would_do_is_said():
@@ -84,7 +112,7 @@ def test_advice_is_readable_and_marked(capsys):
     seen = {"LoRA": Measured(2.0, ["night-3"], "", worse=False)}
     show_card(options, {}, CARD, "quality", None, seen)
     shown = capsys.readouterr().out
-    assert max(map(len, shown.splitlines())) <= 80
+    assert max(len(line) for line in shown.splitlines() if not line.startswith("command  ")) <= 80
     for text in (
         "(measured here)",
         "(published: ",
