@@ -207,6 +207,11 @@ def _parts(tokenizer: Any, template: str | None, requests: list[_Request]) -> li
     return texts
 
 
+def end_renderer() -> None:
+    """End the process that renders templates; the next rendering starts another one."""
+    _renderer.close()
+
+
 def _all_rendered(calls: list[tuple[str, list[Message], dict[str, Any], list[tuple[int, bool]]]]) -> list[list[str]]:
     return [_rendered(*call) for call in calls]
 

@@ -14,6 +14,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.mixture import REPLAY, of_source
+from qlora_exp.data import prompts
 from qlora_exp.data.cleaning import CACHE_LAYOUT
 from qlora_exp.data.columns import Row, lengths, lists, mapped
 from qlora_exp.data.end_of_turn import closed_once, end_of_turn
@@ -83,6 +84,12 @@ class _Encoder:
             for name, part in config.parts.items()
         }
 
+    def prepare(self) -> None:
+        """Find out what all rows need, so that forks of this process have it and start none of their own for it."""
+        for part in self._of_parts.values():
+            part.end()
+        prompts.end_renderer()
+
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Return the tokens of each row.
 
@@ -119,7 +126,7 @@ class _PartEncoder:
         # Exported answers often end with EOS, and get it below or by the template.
         self._eos = re.compile(f"(?:{re.escape(tokenizer.eos_token)}\\s*)+$")
         self.template = TemplateCheck(config.dataset, tokenizer)
-        self._end = cache(lambda: end_of_turn(tokenizer, chat_template(config.dataset, tokenizer)))
+        self.end = cache(lambda: end_of_turn(tokenizer, chat_template(config.dataset, tokenizer)))
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         texts = self._rendered(rows)
@@ -134,7 +141,7 @@ class _PartEncoder:
                 kinds.append(special)
         found = {special: iter(_tokens(self._tokenizer, some, special)) for special, some in pieces.items()}
         tokens = iter([next(found[special]) for special in kinds])
-        stop = self._end().stop or ""
+        stop = self.end().stop or ""
         encoded = []
         for text in texts:
             ids: list[int] = []
@@ -158,7 +165,7 @@ class _PartEncoder:
                 for row in rows:
                     self.template.check(row)
                     _check_weights(row, not config.training.completion_only_loss)
-                    dialogue = closed_once(turns(row, config.dataset), self._tokenizer, self._end())
+                    dialogue = closed_once(turns(row, config.dataset), self._tokenizer, self.end())
                     checked.append(row | {"messages": dialogue})
                 rows = checked
             return render_all(rows, config.dataset, self._tokenizer, config.training.assistant_only_loss)
@@ -179,6 +186,7 @@ def _tokens(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
 def _tokenize(rows: Dataset, config: Config, tokenizer: Any, folder: Path) -> None:
     """Write the tokens of all rows into a file."""
     encode = _Encoder(config, tokenizer)
+    encode.prepare()
 
     def encoded(batch: list[Row]) -> pa.RecordBatch:
         return pa.RecordBatch.from_pylist(encode(batch), _SCHEMA)

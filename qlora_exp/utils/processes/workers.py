@@ -1,5 +1,6 @@
 """Run work in several processes, on all cores. The processes end when the main process does."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -61,7 +62,7 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], processe
     _function = function
     taken, failed = iter(items), None
     pending: deque[Future[Result]] = deque()
-    with workers(processes, "fork") as pool:
+    with _uncollected(), workers(processes, "fork") as pool:
         while failed is None:
             try:
                 pending.append(pool.submit(_call, next(taken)))
@@ -75,6 +76,21 @@ def in_order(function: Callable[[Item], Result], items: Iterable[Item], processe
             yield result(pending.popleft())
     if failed is not None:
         raise failed
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Keep the garbage collector from the objects that forks share with this process.
+
+    It writes into each object that it looks at, so that each process would have its own copy. Source: gc.freeze.
+    """
+    is_frozen = gc.get_freeze_count() > 0
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not is_frozen:
+            gc.unfreeze()
 
 
 def _call(item: Any) -> Any:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_exp.config.hydra_compose import compose
-from qlora_exp.data import columns, tokenization
+from qlora_exp.data import columns, prompts, tokenization
 from qlora_exp.data.rows import load_heldout, load_rows
 from qlora_exp.data.tokenization import IGNORED
 from qlora_exp.utils.errors import DataError
@@ -245,3 +245,13 @@ def test_first_bad_row_is_named_in_any_number_of_processes(count: int, tiny_toke
     rows = [row(0), row(1), row(2), row(3, mood="good"), row(4, mood="bad"), row(5), row(6, taste="sweet")]
     with pytest.raises(DataError, match="line 3: .* does not render the key 'mood'"):
         tokenized(rows, tiny_tokenizer, "dataset.format=chat")
+
+
+def test_forks_start_no_process_for_what_all_rows_need(make_config, tiny_tokenizer, monkeypatch):
+    config = make_config("dataset=own", "dataset.path=rows.jsonl", "dataset.format=alpaca")
+    rows = [{"prompt": f"{number}+1?", "input": "", "completion": str(number + 1)} for number in range(3)]
+    encode = tokenization._Encoder(config, tiny_tokenizer)
+    encode.prepare()
+    monkeypatch.setattr(prompts._renderer, "call", lambda *_: pytest.fail("rendered again"))
+    assert prompts._renderer._pipe is None
+    assert len(encode(rows)) == 3

@@ -1,5 +1,6 @@
 """Workers do what they are told, and end with the process that asked."""
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -89,3 +90,17 @@ def test_workers_end_with_their_parent(how, tmp_path):
     while (alive := [pid for pid in pids if psutil.pid_exists(pid)]) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert alive == []
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_objects_that_forks_share_are_not_collected_meanwhile(before: int):
+    """The collector writes into each object: without this every fork would have a copy of all."""
+    gc.unfreeze()
+    if before:
+        gc.freeze()  # as a run does once it has imported everything
+    try:
+        counts = [*in_order(lambda _: gc.get_freeze_count(), range(4), 2)]
+        assert min(counts) > 1000
+        assert (gc.get_freeze_count() > 0) == bool(before)
+    finally:
+        gc.unfreeze()
