@@ -95,8 +95,12 @@ def cost(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
         rows.append(("memory before loading (imports)", f"{metrics[key]:,.0f} MiB"))
     if "plan/memory_ratio" in metrics:
         planned, times = metrics["plan/peak_mib"], metrics["plan/memory_ratio"]
-        of_tensors = "" if source == "allocated" else " of tensors only, as always for a CPU"
-        rows.append(("planned memory", f"{planned:,.0f} MiB{of_tensors}; measured: {times:.2f} times that"))
+        took = (
+            f"; measured: {times:.2f} times that"
+            if source == "allocated"
+            else f" of tensors, beside the imports; measured beside them: {times:.2f} times that"
+        )
+        rows.append(("planned memory", f"{planned:,.0f} MiB{took}"))
     return [*rows, ("saved model", f"{metrics['model_bytes'] / 1e6:,.1f} MB")]
 
 

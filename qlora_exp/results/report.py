@@ -163,9 +163,9 @@ def _verdict(row: Row, comparison: Comparison) -> str:
 
 
 def _not_ended(row: Row) -> dict[str, int]:
-    """Count the failed runs of a row, and the runs that a search pruned."""
-    pruned = sum(record.outcome == "pruned" for record in row.failed)
-    counts = {"failed": len(row.failed) - pruned, "pruned": pruned}
+    """Count the runs of a row that failed, that a search pruned, and that have not ended."""
+    ends = Counter(record.outcome if record.outcome in ("pruned", "running") else "failed" for record in row.failed)
+    counts = {name: ends[name] for name in ("failed", "pruned", "running")}
     return {name: count for name, count in counts.items() if count}
 
 

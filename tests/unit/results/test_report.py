@@ -89,6 +89,13 @@ def test_of_many_rows_the_best_and_the_worst_are_shown(past_runs, capsys, monkey
     assert "not shown" not in capsys.readouterr().out
 
 
+def test_run_that_goes_on_is_not_called_failed(past_runs):
+    past_runs(shifted(0.0), method__r=4)
+    past_runs(method__r=8, outcome="running")
+    headings, rows = report.table(compare(find(past_runs.uri, experiment=past_runs.experiment)))
+    assert dict(zip(headings, rows[1], strict=True))["seeds"] == "0 (+1 running)"
+
+
 def test_report_files_agree(comparison, tmp_path):
     files = {file.suffix: file for file in report.write(comparison, tmp_path / "new")}
     with files[".csv"].open(newline="") as lines:
