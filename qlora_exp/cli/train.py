@@ -21,6 +21,8 @@ from qlora_exp.utils.quiet import quiet
 if TYPE_CHECKING:
     from qlora_exp.config.schema import Config
 
+log = logging.getLogger(__name__)
+
 _SHOWN = 2000
 """Characters of a row that --dry-run shows."""
 
@@ -124,7 +126,7 @@ def _single_run(composed: Any, output_dir: Path) -> None:
         if checked.sweep.dry_run:
             _dry_run(checked)
             return
-        logging.getLogger(__name__).info("starting: loading the libraries takes a few seconds")
+        log.info("starting: loading the libraries takes a few seconds")
         from qlora_exp.environment.ranks import ranks
         from qlora_exp.recipe.finetune import run
         from qlora_exp.recipe.summary import show
@@ -144,7 +146,7 @@ def _single_run(composed: Any, output_dir: Path) -> None:
 
 
 def _dry_run(config: "Config") -> None:
-    """Check a run and show what it would learn."""
+    """Do what a run does before it loads weights, and show what it would learn."""
     from qlora_exp.environment import hub
     from qlora_exp.recipe.inputs import check_config, read_inputs
 
@@ -155,9 +157,16 @@ def _dry_run(config: "Config") -> None:
     print("the config is valid here; nothing is started. Add -m for a sweep, or --cfg job to print the whole config")
     print("reading the rows (Ctrl+C skips that) ...", file=sys.stderr)
     inputs = read_inputs(config)
-    from qlora_exp.recipe.tokens import preview  # imports torch, which takes seconds
+    from qlora_exp.recipe.tokens import describe, planned, tokenize  # import torch, which takes seconds
+    from qlora_exp.recipe.tune import tune
 
-    row = shown(preview(config, inputs), keep=NEWLINES)
+    tokens = tokenize(config, inputs)
+    resolved = tune(config, inputs, tokens).resolved
+    describe(config, inputs, tokens)
+    if resolved.tuned:
+        log.info("training.tune: %s", resolved.tuned)
+    planned(config, resolved, tokens)
+    row = shown(tokens.audit.sample, keep=NEWLINES)
     left = len(row) - _SHOWN
     print("\nthe first row, as the model reads it; [[what is in double brackets]] is learned:\n")
     print(row[:_SHOWN] + f" ... and {left:,} more characters" * (left > 0))

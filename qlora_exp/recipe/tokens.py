@@ -15,6 +15,7 @@ from qlora_exp.data.columns import lengths, lists
 from qlora_exp.data.end_of_turn import end_of_turn
 from qlora_exp.data.prompts import chat_template
 from qlora_exp.data.rows import SOURCE, fingerprint, sources_of
+from qlora_exp.environment.device import Resolved
 from qlora_exp.environment.ranks import ranks
 from qlora_exp.models.base import load_tokenizer
 from qlora_exp.planning import calibration, gpus
@@ -131,21 +132,6 @@ def _steps(config: Config, rows: int) -> str:
     part = f", so {seen:,} of {rows:,}" if seen < rows else ""
     more = ": training.max_steps=-1 trains on all" if part and most > 0 else ""
     return f"{steps:,} steps of {together:,} rows{part}{more}"
-
-
-def preview(config: Config, inputs: Inputs) -> str:
-    """Say what `describe` says, for a run that is not started.
-
-    Returns:
-        The first training row that carries loss, as the model reads it, with [[the tokens that carry loss]] in double
-        brackets; one of each source where there are several.
-
-    Raises:
-        ModelError, DataError: as `tokenize`.
-    """
-    tokens = tokenize(config, inputs)
-    describe(config, inputs, tokens)
-    return tokens.audit.sample
 
 
 def log_data(run: RunContext, inputs: Inputs, tokens: Tokens) -> None:
@@ -265,12 +251,19 @@ def _record_labels(run: RunContext, inputs: Inputs, audit: label_audit.LabelAudi
 
 def plan_memory(run: RunContext, tokens: Tokens) -> None:
     """Log the planned memory if `tracking.plan` is set; then mark the baseline of memory measurements."""
-    if run.config.tracking.plan and ranks().is_main:
-        longest, longest_heldout = (int(lengths(part).max()) for part in (tokens.train, tokens.heldout))
-        planned = calibration.plan_run(run.config, run.resolved, longest, longest_heldout)
-        run.log_metrics(planned)
-        _warn_of(planned.get("plan/peak_mib", 0.0), run.config)
+    if ranks().is_main:
+        run.log_metrics(planned(run.config, run.resolved, tokens))
     run.memory.mark_baseline()
+
+
+def planned(config: Config, resolved: Resolved, tokens: Tokens) -> dict[str, float]:
+    """Return the planned memory if `tracking.plan` is set, and say how much that is, and if the device has less."""
+    if not config.tracking.plan:
+        return {}
+    longest, longest_heldout = (int(lengths(part).max()) for part in (tokens.train, tokens.heldout))
+    plan = calibration.plan_run(config, resolved, longest, longest_heldout)
+    _warn_of(plan.get("plan/peak_mib", 0.0), config)
+    return plan
 
 
 def _warn_of(peak_mib: float, config: Config) -> None:

@@ -88,7 +88,7 @@ def test_dry_run_shows_what_would_be_learned_and_leaves_no_files(tmp_path, monke
     row, end = out.rsplit("+1=", 1)
     assert row.splitlines()[-1].isdigit()
     assert end.strip() == f"[[{int(row.splitlines()[-1]) + 1}<|im_end|>]]"
-    for line in ("36 training rows in an epoch, 4 held-out rows", "100% of rows", "18 steps of 4 rows"):
+    for line in ("36 training rows in an epoch, 4 held-out rows", "100% of rows", "18 steps of 4 rows", "planned peak memory: "):
         assert line in out + err
     assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl"}
 
