@@ -186,6 +186,7 @@ def _talker(options: argparse.Namespace) -> "tuple[ChatModel, Sampling]":
 
     # Wrong values are reported before anything is loaded.
     sampling = chatting.Sampling(**{name: getattr(options, name) for name in chatting.Sampling.__dataclass_fields__})
+    print("loading the model ...", file=sys.stderr, flush=True)
     return chatting.load_chat_model(sources, options.uri, options.device, options.quantization), sampling
 
 

@@ -232,6 +232,7 @@ def bundle(options: argparse.Namespace) -> None:
     and samples, but no weights. It needs no MLflow store.
     """
     quiet()
+    from qlora_exp.config.sections.dataset import looks_local
     from qlora_exp.results import bundle as bundles
     from qlora_exp.results import reproduce as reproducing
 
@@ -240,10 +241,20 @@ def bundle(options: argparse.Namespace) -> None:
     bundles.write(record, target)
     say(f"{target}: run {record.run_id} {record.name}")
     repeat = shlex.join(["qlora-exp", "reproduce", str(target)])
+    files = {
+        key: path
+        for key, path in record.params.items()
+        if re.fullmatch(r"(dataset|unrelated)\.(sources\..+\.)?(eval_)?path", key)
+        and path != "None"
+        and looks_local(path)
+    }
+    repeat = " ".join([repeat, *(f"{key}=FILE" for key in files)])
     if record.outcome == "ok":
         say(f"to repeat the run on any machine: {repeat}")
     else:
         say(f"the outcome of this run is {record.outcome}, so only differences can be listed: {repeat} --check-only")
+    if files:
+        say(f"rows are not in it: whoever repeats the run needs a copy of {', '.join(dict.fromkeys(files.values()))}")
 
 
 def sync(options: argparse.Namespace) -> None:

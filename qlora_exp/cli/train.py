@@ -140,6 +140,12 @@ def _single_run(composed: Any, output_dir: Path) -> None:
 
         if any(is_complete(checkpoint) for checkpoint in checkpoints(output_dir / "checkpoints")):
             print(f"to resume: run the same command with hydra.run.dir={output_dir}", file=sys.stderr)
+        elif output_dir.is_dir() and any(output_dir.iterdir()):  # a run that is refused leaves nothing
+            print(
+                "no checkpoint was saved, so the run would begin again; to save some: training.save_strategy=steps "
+                "training.save_steps=20",
+                file=sys.stderr,
+            )
         raise
     finally:
         remove_if_empty(output_dir)

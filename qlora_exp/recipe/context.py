@@ -134,7 +134,7 @@ def open_run(
         if resolved.tuned:
             log.info("training.tune: %s", resolved.tuned)
         if resolved.optim_fallback:
-            log.info("optimizer %s: %s", resolved.optim, resolved.optim_fallback)
+            log.info("optimizer: %s is used, because %s", resolved.optim, resolved.optim_fallback)
         tracker.params({f"resolved.{key}": value for key, value in asdict(resolved).items() if value is not None})
         if by_onednn:
             tracker.params({"resolved.float32_products": "oneDNN"})

@@ -24,7 +24,9 @@ def measure(
     run: RunContext, inputs: Inputs, tokens: Tokens, trainable: Trainable, moment: Moment
 ) -> evaluation.Evaluation:
     """Evaluate the model and log its metrics as `MOMENT/...`, with the losses of each row as artifacts."""
-    log.info("evaluating %s training", moment)
+    answered = min(run.config.evaluation.generate_rows, len(tokens.heldout))
+    answers = f", {answered} answers" if answered else ""
+    log.info("evaluating %s training: the loss of %d rows%s", moment, len(tokens.heldout), answers)
     run.tracker.deliver_now()
     model, config = trainable.trainer.model, run.config
     # If the initialization moved a part of the base into the adapter, only both together are the base model.

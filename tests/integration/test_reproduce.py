@@ -118,9 +118,23 @@ def test_drift_is_judged_by_the_seeds_in_the_bundle(bundle_path, make_store, tmp
 def test_bundle_command_writes_what_reproduce_reads(recorded_run, mlflow_uri, tmp_path, capsys):
     assert exit_code("bundle", recorded_run.run_id, "--uri", mlflow_uri, "--out", "it.zip") == 0
     assert (tmp_path / "it.zip").is_file()
-    capsys.readouterr()
+    assert "to repeat the run on any machine: qlora-exp reproduce it.zip\n" in capsys.readouterr().out
     assert exit_code("reproduce", "it.zip", "--check-only") == 0
     assert "nothing that was recorded differs" in capsys.readouterr().out
     assert not (tmp_path / "mlruns").exists()
     assert exit_code("reproduce", "other.zip", "--check-only") == 1
     assert capsys.readouterr().err == "error: other.zip: there is no such file or folder\n"
+
+
+def test_bundle_of_own_rows_says_that_they_are_needed_too(run_quick, mlflow_uri, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(f'{{"prompt": "{n}+1=", "completion": "{n + 1}"}}\n' for n in range(30))
+    )
+    words = ["dataset=own", "dataset.path=rows.jsonl", "training.max_steps=1", "evaluation=loss_only"]
+    run = run_quick("method=lora", *words)
+    capsys.readouterr()
+    assert exit_code("bundle", run.run_id, "--uri", mlflow_uri, "--out", "it.zip") == 0
+    shown = capsys.readouterr().out
+    assert "qlora-exp reproduce it.zip dataset.path=FILE\n" in shown
+    assert "whoever repeats the run needs a copy of rows.jsonl" in shown

@@ -13,13 +13,19 @@ def test_an_interrupted_run_says_how_to_go_on(make_config, tmp_path, monkeypatch
 
     monkeypatch.setattr("qlora_exp.recipe.finetune.run", interrupted)
     composed, folder = OmegaConf.create(make_config().model_dump(mode="json")), tmp_path / "run"
-    for hint in ("", f"to resume: run the same command with hydra.run.dir={folder}\n"):
+    checkpoint = folder / "checkpoints" / "checkpoint-2"
+    unsaved = "no checkpoint was saved, so the run would begin again; to save some: training.save_strategy=steps "
+    for hint, file in (
+        ("", folder / "run.log"),
+        (f"{unsaved}training.save_steps=20\n", checkpoint / "trainer_state.json"),
+        (f"to resume: run the same command with hydra.run.dir={folder}\n", None),
+    ):
         with pytest.raises(KeyboardInterrupt):
             train._single_run(composed, folder)
         assert capsys.readouterr().err == hint
-        checkpoint = folder / "checkpoints" / "checkpoint-2"
-        checkpoint.mkdir(parents=True, exist_ok=True)
-        (checkpoint / "trainer_state.json").write_text("{}")
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("{}")
 
 
 @pytest.mark.parametrize(
@@ -88,7 +94,12 @@ def test_dry_run_shows_what_would_be_learned_and_leaves_no_files(tmp_path, monke
     row, end = out.rsplit("+1=", 1)
     assert row.splitlines()[-1].isdigit()
     assert end.strip() == f"[[{int(row.splitlines()[-1]) + 1}<|im_end|>]]"
-    for line in ("36 training rows in an epoch, 4 held-out rows", "100% of rows", "18 steps of 4 rows", "planned peak memory: "):
+    for line in (
+        "36 training rows in an epoch, 4 held-out rows",
+        "100% of rows",
+        "18 steps of 4 rows",
+        "planned peak memory: ",
+    ):
         assert line in out + err
     assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl"}
 
