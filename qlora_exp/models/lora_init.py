@@ -11,7 +11,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -147,8 +147,9 @@ def _inputs_at(inputs: Any, positions: torch.Tensor, _name: str) -> torch.Tensor
 def _initialize_loftq(adapted: PeftModel, original: PreTrainedModel) -> None:
     """Apply one iteration of LoftQ (https://arxiv.org/abs/2310.08659).
 
-    B A becomes the best approximation of rank r to the quantization error. PEFT 0.21's own `replace_lora_weights_loftq`
-    needs a GPU, and is correct for `lora_alpha == r` only.
+    B A becomes the best approximation of rank r to the quantization error. In a layer with fewer inputs or outputs than
+    r, it is the whole error, and the other rows of A keep their random values. PEFT 0.21's own
+    `replace_lora_weights_loftq` needs a GPU, and is correct for `lora_alpha == r` only.
     """
     adapter = adapted.active_adapter
     for name, layer in adapted.get_base_model().named_modules():
@@ -159,10 +160,10 @@ def _initialize_loftq(adapted: PeftModel, original: PreTrainedModel) -> None:
         weight = source.weight.T if type(source).__name__ == "Conv1D" else source.weight
         error = (weight.to(dequantized) - dequantized) / layer.scaling[adapter]
         u, s, v = torch.linalg.svd(error, full_matrices=False)
-        root, r = s.sqrt(), layer.r[adapter]
-        for matrix, values in ((layer.lora_A, root[:r, None] * v[:r]), (layer.lora_B, u[:, :r] * root[:r])):
-            parameter: Any = matrix[adapter].weight
-            parameter.data.copy_(values)
+        root, most = s.sqrt(), min(layer.r[adapter], len(s))
+        first, second = (cast(Any, matrix[adapter].weight).data for matrix in (layer.lora_A, layer.lora_B))
+        first[:most] = root[:most, None] * v[:most]
+        second.zero_()[:, :most] = u[:, :most] * root[:most]
 
 
 def remember(start: str | None, adapted: Any, folder: Path) -> bool:

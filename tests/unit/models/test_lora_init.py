@@ -107,6 +107,18 @@ def test_loftq_compensates_quantization_as_well_as_its_rank_allows(quantization:
         torch.testing.assert_close(left, best, rtol=1e-3, atol=1e-5)
 
 
+def test_loftq_makes_up_for_all_of_a_layer_that_is_narrower_than_its_rank(make_lora):
+    """As the gates of Qwen3.5's linear attention are, with one output for each head."""
+    adapted, _, _ = make_lora("lora_variant=loftq", "quantization=nf4", "method.r=48", "method.target_modules=[k_proj]")
+    weights = dict(load_unquantized(compose(["model=tiny_llama"]).model).named_parameters())
+    for name, layer in layers(adapted).items():
+        stored = dequantize_module_weight(layer.get_base_layer()).float()
+        assert min(stored.shape) < 48
+        made = stored + layer.get_delta_weight("default")
+        torch.testing.assert_close(made, weights[f"{name}.weight"].float(), rtol=1e-4, atol=1e-5)
+        assert layer.lora_A["default"].weight.any(dim=1).all()  # else the rest could never learn
+
+
 def test_too_few_rows_for_a_rank_are_rejected(make_lora):
     with pytest.raises(ConfigError, match="no batch of the first training rows has the 4000 tokens"):
         make_lora("lora_variant=eva", "method.r=2000")
