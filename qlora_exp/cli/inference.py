@@ -117,14 +117,14 @@ def generate(options: argparse.Namespace) -> None:
 
 _CHAT_HELP = (
     "/adapter NAME switches the adapter, /system TEXT starts over with a system message, /reset starts over, "
-    "/exit or Ctrl-D ends"
+    "/exit, /quit or Ctrl-D ends"
 )
 
 
 def chat(options: argparse.Namespace) -> None:
     """Talk with a trained model in the terminal.
 
-    Commands during the dialogue: /adapter NAME, /system TEXT, /reset, /exit.
+    Commands during the dialogue: /adapter NAME, /system TEXT, /reset, /exit or /quit.
 
     examples:
       qlora-exp chat RUN_ID

@@ -1,9 +1,11 @@
 """`keys`: explain the keys of the config."""
 
 import argparse
+import io
 import re
 import textwrap
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from qlora_exp.cli.parents import Commands, add_command, completed
@@ -55,10 +57,16 @@ def keys(options: argparse.Namespace) -> None:
     methods = [word.removeprefix("method=") for word in options.chosen if word.startswith("method=")]
     if len(methods) > 1:
         raise ConfigError(f"method={' method='.join(methods)}: name one method")
-    for place, word in enumerate([word for word in options.chosen if not word.startswith("method=")] or [""]):
-        if place:
-            print()
-        _explain(word, *methods)
+    words = dict.fromkeys(word for word in options.chosen if not word.startswith("method="))
+    explained = [_explained(word, *methods) for word in words or [""]]  # a mistake in one is reported before the others
+    print("\n".join(explained), end="")
+
+
+def _explained(word: str, *method: str) -> str:
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        _explain(word, *method)
+    return printed.getvalue()
 
 
 def _explain(word: str, method: str | None = None) -> None:

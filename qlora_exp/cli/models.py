@@ -31,7 +31,8 @@ def add_parsers(commands: Commands) -> None:
         default="auto",
         help="if training quantized the base model, weights to merge into: the quantized ones that the adapter was "
         "trained on, which give the model that the run measured (trained), or those in its files (files); auto "
-        "(default): trained, but files for formats of fewer than 8 bits and int8, which would round twice",
+        "(default): trained for merged and for GGUF in f32, f16, bf16 and q8_0, files for all other formats, which "
+        "would round twice",
     )
 
     out.set_defaults(less_memory=_LESS_MEMORY)

@@ -230,7 +230,7 @@ def advise(options: argparse.Namespace) -> None:
         from qlora_exp.studies.measured_quality import measured
 
         found, notes = measured(options.uri, {option.name: option.config for option in fitting})
-        advice.show_card(fitting, why, gpu, options.goal, price, found)
+        advice.show_card(fitting, why, gpu, options.goal, price, found, str(options.config_dir or ""))
         for text in notes:
             tables.note("measured", text)
     else:

@@ -158,7 +158,7 @@ def _dry_run(config: "Config") -> None:
 
     check_config(config)
     if hub.is_needed(config) and hub.is_offline():
-        print("the config is valid here, if what it needs of the hub is in the hub's cache; nothing was started")
+        print("the config is valid here, if what it needs of the hub is in the hub's cache; nothing is started")
         return
     print("the config is valid here; nothing is started. Add -m for a sweep, or --cfg job to print the whole config")
     print("reading the rows (Ctrl+C skips that) ...", file=sys.stderr)
@@ -172,7 +172,17 @@ def _dry_run(config: "Config") -> None:
     if resolved.tuned:
         log.info("training.tune: %s", resolved.tuned)
     planned(config, resolved, tokens)
-    row = shown(tokens.audit.sample, keep=NEWLINES)
-    left = len(row) - _SHOWN
-    print("\nthe first row, as the model reads it; [[what is in double brackets]] is learned:\n")
-    print(row[:_SHOWN] + f" ... and {left:,} more characters" * (left > 0))
+    print("\nthe first row, as the model reads it; [[what is in double brackets]] is learned:")
+    for name, audit in tokens.audits.items():
+        print(f"\n{f'{name}: ' if len(tokens.audits) > 1 else ''}{_excerpt(shown(audit.sample, keep=NEWLINES))}")
+
+
+def _excerpt(row: str) -> str:
+    """Return a row as it is, or of a long one the beginning and what is around the first mark."""
+    if len(row) <= _SHOWN:
+        return row
+    begin = max(_SHOWN // 4, row.find("[[") - _SHOWN // 4)
+    end = begin + 3 * _SHOWN // 4
+    left_out = f" ... {begin - _SHOWN // 4:,} characters ... " if begin > _SHOWN // 4 else ""
+    more = f" ... and {len(row) - end:,} more characters" if end < len(row) else ""
+    return f"{row[: _SHOWN // 4]}{left_out}{row[begin:end]}{more}"

@@ -27,7 +27,8 @@ def problems(config: Config) -> Iterator[str]:
     """Yield a message for each problem, with what to do about it."""
     for key, number in _integers(flatten(config)):
         if abs(number) > _LARGEST:
-            yield f"{key}={str(number)[:40]} is too large: at most {_LARGEST}"
+            bound = f"too large: at most {_LARGEST}" if number > 0 else f"too small: at least -{_LARGEST}"
+            yield f"{key}={str(number)[:40]} is {bound}"
     lora = [*_lora(config)]
     yield from lora
     explained = lora and config.method.peft_type == "LORA"

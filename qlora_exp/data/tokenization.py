@@ -14,7 +14,7 @@ from datasets.arrow_writer import ArrowWriter
 
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.mixture import REPLAY, of_source
-from qlora_exp.data import prompts
+from qlora_exp.data import columns, prompts
 from qlora_exp.data.cleaning import CACHE_LAYOUT
 from qlora_exp.data.columns import Row, lengths, lists, mapped
 from qlora_exp.data.end_of_turn import closed_once, end_of_turn
@@ -186,7 +186,8 @@ def _tokens(tokenizer: Any, texts: list[str], special: bool) -> list[list[int]]:
 def _tokenize(rows: Dataset, config: Config, tokenizer: Any, folder: Path) -> None:
     """Write the tokens of all rows into a file."""
     encode = _Encoder(config, tokenizer)
-    encode.prepare()
+    if columns.processes(len(rows)) > 1:
+        encode.prepare()
 
     def encoded(batch: list[Row]) -> pa.RecordBatch:
         return pa.RecordBatch.from_pylist(encode(batch), _SCHEMA)

@@ -112,7 +112,8 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _asked(saved: Saved, form: str, dtype: str, base: Base, type_: str) -> dict[str, str]:
     """Return what distinguishes one export from another: the weights that it was made from, and the options."""
-    wanted = {"form": form, "dtype": dtype, "base": base} | ({"type": type_} if form == "gguf" else {})
+    into = _base_for(saved, form, type_, base)
+    wanted = {"form": form, "dtype": dtype, "base": into} | ({"type": type_} if form == "gguf" else {})
     return {"weights": run_key.weights_digest(saved.folder), **wanted}
 
 
@@ -133,8 +134,8 @@ def export(
         form: export format, one of EXPORT_FORMATS.
         dtype: dtype of the merged weights, before they are quantized: float32, bfloat16, float16; auto: that of the
             base model's files.
-        base: which weights an adapter is merged into; see `merge.whole`. auto: those that it was trained on, but the
-            files' for formats of fewer than 8 bits and for int8: there what it changes of weights that were rounded
+        base: which weights an adapter is merged into; see `merge.whole`. auto: for merged, and GGUF in FINE_TYPES,
+            those that it was trained on; for all other formats the files': what it changes of weights that were rounded
             before would be lost in the second rounding.
         type_: type of a GGUF file's weights, one of GGUF_TYPES.
         rows_of: config whose training rows GPTQ, AWQ and compressed formats calibrate on. None: the run's own config,
@@ -152,7 +153,7 @@ def export(
         raise ConfigError(f"{saved.folder} is a full model already; there is no adapter to merge")
     write = _writer(saved, form, type_, rows_of)  # refuse what cannot be written before loading anything
     asked = _asked(saved, form, dtype, base, type_)
-    whole = merge.whole(saved, dtype, _base_for(saved, form, type_) if base == "auto" else base)
+    whole = merge.whole(saved, dtype, _base_for(saved, form, type_, base))
     dtype = whole.dtype
     size = sum(tensor.nbytes for tensor in whole.model.state_dict().values())
     # For a while both the quantized and the unquantized files exist, and a float32 file may be twice its model's size.
@@ -179,9 +180,11 @@ def export(
     return made
 
 
-def _base_for(saved: Saved, form: str, type_: str) -> Base:
-    rounds = form != "merged" and not (form == "gguf" and type_ in FINE_TYPES)
-    return "files" if saved.adapter and rounds and has_two_bases(saved.config) else "auto"
+def _base_for(saved: Saved, form: str, type_: str, base: Base) -> Base:
+    """Return which weights `auto` means; where there is no choice, it stays as it is."""
+    if base != "auto" or not (saved.adapter and has_two_bases(saved.config)):
+        return base
+    return "trained" if form == "merged" or (form == "gguf" and type_ in FINE_TYPES) else "files"
 
 
 @dataclass(frozen=True)

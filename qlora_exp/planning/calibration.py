@@ -118,13 +118,18 @@ def plan_run(config: "Config", resolved: "Resolved", longest: int, evaluated: in
 
 def digest(config: "Config", resolved: "Resolved", *more: Any) -> str:
     """Return a digest of everything that a plan may depend on; `more` are lengths of rows and what else it uses."""
-    apart = {*APART, "seed", "dataset", "unrelated", "evaluation"}
-    values = config.model_dump(
-        mode="json", exclude=dict.fromkeys(apart, True) | {"training": {"learning_rate", "max_steps"}}
-    )
+    values = planned_values(config)
     base = run_key.model_version(config.model.model_name_or_path, config.model.revision)
     parts = values, asdict(resolved), more, base, run_key.code_digest(), libraries()
     return json_digest(parts)
+
+
+def planned_values(config: "Config") -> dict[str, Any]:
+    """Return the values that a plan may depend on."""
+    apart = {*APART, "seed", "dataset", "unrelated", "evaluation"}
+    return config.model_dump(
+        mode="json", exclude=dict.fromkeys(apart, True) | {"training": {"learning_rate", "max_steps"}}
+    )
 
 
 def measured(metrics: Mapping[str, float], phase: str) -> float | None:

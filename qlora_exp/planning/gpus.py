@@ -174,7 +174,7 @@ def find_all(names: str) -> list[Gpu]:
 def this_cpu() -> Gpu:
     """Return this machine's CPU, with the memory that a run can take there."""
     memory, by = capacity()
-    return Gpu(cpu_name(), round(memory / GIB, 1), bf16=False, type="cpu", limited_by=by)
+    return Gpu(cpu_name(), round(memory / GIB, 2), bf16=False, type="cpu", limited_by=by)
 
 
 def of_this_machine() -> Gpu | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from qlora_exp.config.schema import Config
 from qlora_exp.planning import calibration
 from qlora_exp.planning.gpus import Gpu, here
+from qlora_exp.utils.digests import json_digest
 from qlora_exp.utils.errors import UserError
 from qlora_exp.utils.processes import workers
 from qlora_exp.utils.quiet import quiet
@@ -37,9 +38,10 @@ def unfit(configs: Sequence[Config], vram: float | None) -> list[str]:
         ConfigError: the calibration file is damaged, or this machine does not have the device.
     """
     asked = [*zip(configs, _devices(configs, vram), strict=True)]
-    with workers.workers(len(configs), _START) as pool:
-        waiting_for = [pool.submit(_why, *each) for each in asked]
-        reasons = [workers.result(future) for future in waiting_for]
+    alike = [json_digest(calibration.planned_values(config)) for config in configs]  # seeds and rates change no plan
+    with workers.workers(len({*alike}), _START) as pool:
+        waiting_for = {key: pool.submit(_why, *each) for key, each in dict(zip(alike, asked, strict=True)).items()}
+        reasons = [workers.result(waiting_for[key]) for key in alike]
         first = next((each for each, reason in zip(asked, reasons, strict=True) if reason), None)
         if first is not None:
             reasons[asked.index(first)] += f"; {workers.result(pool.submit(_advice, *first))}"

@@ -20,7 +20,7 @@ from qlora_exp.environment.ranks import ranks
 from qlora_exp.models.base import load_tokenizer
 from qlora_exp.planning import calibration, gpus
 from qlora_exp.planning.cost import rows_of_step, steps_of
-from qlora_exp.planning.fit import is_too_much
+from qlora_exp.planning.fit import is_too_much, outside
 from qlora_exp.recipe.context import RunContext
 from qlora_exp.recipe.inputs import Inputs
 from qlora_exp.utils.units import GIB, MIB
@@ -106,8 +106,8 @@ def describe(config: Config, inputs: Inputs, tokens: Tokens) -> None:
     leaks, audit = Counter(leak.kind for leak in inputs.rows.leaks), tokens.audit
     if leaks:
         log.warning(
-            "leaks: %d training rows have the question of a held-out row, %d more are similar to one (a run writes "
-            "leaks.json); %d were left out (dataset.drop_leaks=none keeps them)",
+            "leaks: %d training rows have the question of a held-out row, %d more are similar to one (leaks.json of "
+            "a run lists them); %d were left out (dataset.drop_leaks=none keeps them)",
             leaks["exact"],
             leaks["near"],
             inputs.rows.report.dropped["leaks"],
@@ -273,8 +273,10 @@ def _warn_of(peak_mib: float, config: Config) -> None:
         device = replace(device, memory_gib=device.memory_gib / ranks().local_size)
     if device.memory_gib and is_too_much(peak_mib * MIB, device, ranks().size):
         log.warning(
-            "this run is planned to take %.1f GiB and has only %s, so it may run out of memory: "
+            "this run is planned to take %.1f GiB, and %.1f more for %s, and has only %s, so it may run out of memory: "
             "`qlora-exp plan` with the same keys says what would fit",
             peak_mib * MIB / GIB,
+            outside(ranks().size),
+            "libraries" if device.type == "cpu" else "the driver",
             device.where,
         )

@@ -21,7 +21,7 @@ from qlora_exp.results import tuned
 from qlora_exp.results.compare import Comparison
 from qlora_exp.results.page import data, looks, page
 from qlora_exp.results.row import Row
-from qlora_exp.results.verdicts import ALPHA
+from qlora_exp.results.verdicts import ALPHA, NOT_TESTED
 from qlora_exp.tracking.mlflow_store import client
 from qlora_exp.utils.display import csv_cell, say, shown
 from qlora_exp.utils.display import markdown as as_markdown
@@ -165,8 +165,7 @@ def _verdict(row: Row, comparison: Comparison) -> str:
 def _not_ended(row: Row) -> dict[str, int]:
     """Count the runs of a row that failed, that a search pruned, and that have not ended."""
     ends = Counter(record.outcome if record.outcome in ("pruned", "running") else "failed" for record in row.failed)
-    counts = {name: ends[name] for name in ("failed", "pruned", "running")}
-    return {name: count for name, count in counts.items() if count}
+    return {name: ends[name] for name in ("failed", "pruned", "running") if ends[name]}
 
 
 def show(comparison: Comparison, preset: str = "all", most: int = 0) -> None:
@@ -219,6 +218,7 @@ def _counts(rows: Sequence[Row], comparison: Comparison) -> str:
     """Say how many rows were judged how."""
     kinds = Counter(
         "without a result" if (verdict := comparison.verdicts.get(row.name)) is None
+        else NOT_TESTED if verdict.text.startswith(NOT_TESTED)
         else "no significant difference" if verdict.p >= ALPHA
         else "significantly different"
         for row in rows

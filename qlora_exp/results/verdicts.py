@@ -14,6 +14,7 @@ from qlora_exp.results import stats
 from qlora_exp.results.row import Row
 
 ALPHA = 1 - stats.LEVEL
+NOT_TESTED = "not tested"
 TIED = 100
 """With more rows than this, pairs are not tested: it would take long, and nobody could read that many letters."""
 
@@ -39,9 +40,9 @@ def verdicts(rows: Sequence[Row], baseline: Row, metric: str, lower_is_better: b
     """Return the verdict on each row against the baseline, by row name."""
     others = [row for row in rows if row is not baseline]
     differences = stats.moderated([difference(row, baseline, metric) for row in others])
-    adjusted = stats.holm([each.p for each in differences])
+    adjusted = _adjusted(differences)
     # The level at which Holm's procedure tests the next of the ties.
-    level = ALPHA / max(1, sum(p >= ALPHA for p in adjusted))
+    level = ALPHA / max(1, sum(p >= ALPHA and bool(d.sources) for p, d in zip(adjusted, differences, strict=True)))
     return {
         row.name: Verdict(each, p, level, lower_is_better)
         for row, each, p in zip(others, differences, adjusted, strict=True)
@@ -54,7 +55,7 @@ def ties(rows: Sequence[Row], metric: str, lower_is_better: bool) -> dict[str, s
         return {}
     pairs = [(first, second) for first in range(len(rows)) for second in range(first)]
     differences = stats.moderated([difference(rows[first], rows[second], metric) for first, second in pairs])
-    adjusted = stats.holm([each.p for each in differences])
+    adjusted = _adjusted(differences)
     differ = [[False] * len(rows) for _ in rows]
     for (first, second), p in zip(pairs, adjusted, strict=True):
         differ[first][second] = differ[second][first] = p < ALPHA
@@ -63,6 +64,12 @@ def ties(rows: Sequence[Row], metric: str, lower_is_better: bool) -> dict[str, s
     order = sorted(range(len(rows)), key=lambda index: sign * means[index].value)  # type: ignore[union-attr]
     letters = stats.groups_of_ties(order, differ)
     return {row.name: letter for row, letter in zip(rows, letters, strict=True)}
+
+
+def _adjusted(differences: Sequence[stats.Difference]) -> list[float]:
+    """Return p-values adjusted for the number of comparisons; what cannot be tested is none of them."""
+    tested = iter(stats.holm([each.p for each in differences if each.sources]))
+    return [next(tested) if each.sources else 1.0 for each in differences]
 
 
 def too_few_seeds(judged: Mapping[str, Verdict]) -> str:
@@ -137,8 +144,8 @@ def _items(row: Row, metric: str) -> tuple[dict[str, stats.Items], str]:
 def _text(difference: stats.Difference, p: float, level: float, lower_is_better: bool) -> str:
     if not difference.sources and difference.value:
         return (
-            f"not tested {difference.value:+.4f}; one seed each, and not the same held-out rows: nothing says how much "
-            "they vary by chance"
+            f"{NOT_TESTED} {difference.value:+.4f}; one seed each, and not several held-out rows on which both were "
+            "scored, row by row: nothing says how much they vary by chance"
         )
     low, high = difference.interval
     interval = f" [{low:+.4f}, {high:+.4f}]" if low < high else ""

@@ -187,6 +187,8 @@ def _memory() -> Iterator[Finding]:
     what = f"{memory.available / GIB:.1f} of {memory.total / GIB:.1f} GiB available"
     small = memory.available < 4 * GIB
     remedy = "the built-in model takes 4 GiB on a CPU: `qlora-exp plan` says what a run needs" if small else ""
+    if limited and not small:
+        remedy = "runs are planned within that limit; raise it if they do not fit"
     yield Finding("memory", "warning" if small or limited else "ok", "; ".join([what, *limited]), remedy)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from qlora_exp.config.schema import Config
 from qlora_exp.config.validate import from_dict
 from qlora_exp.environment import turns
-from qlora_exp.environment.memory import free
+from qlora_exp.environment.memory import capacity, free
 from qlora_exp.environment.ranks import ranks
 from qlora_exp.planning import calibration
 from qlora_exp.planning.fit import needed_for, room
@@ -56,12 +56,16 @@ def explained(config: Config, longest: Callable[[], int] | None = None) -> Itera
             raise
         what = type_and_first_line(error)
         _free(error)
-        raise MemoryExhaustedError(f"out of memory; {advice(config, longest and longest())} ({what})") from error
+        try:
+            found = advice(config, longest and longest())
+        except (KeyboardInterrupt, SystemExit):  # nobody waits for it; the run ended because memory ran out
+            found = _general(config)
+        raise MemoryExhaustedError(f"out of memory; {found} ({what})") from error
 
 
 def advice(config: Config, longest: int | None = None) -> str:
     """Return with which settings the run would fit, as planned by another process; general advice if it cannot be."""
-    log.info("out of memory: planning what would fit")
+    log.info("out of memory: planning what would fit, which may take a minute (Ctrl+C skips it)")
     training = config.training
     if longest is not None and longest < training.max_length and not training.packing:
         training = training.model_copy(update={"max_length": longest})
@@ -115,7 +119,8 @@ def _device(config: Config, free_gib: float | None) -> Gpu:
     device = here(config, None)
     if device.type != "cpu":
         return device if free_gib is None else replace(device, memory_gib=free_gib)
-    return replace(device, memory_gib=free() / GIB)
+    left, by = free(), device.limited_by
+    return replace(device, memory_gib=left / GIB, limited_by=by if left >= capacity()[0] else "")
 
 
 def planned(config: Config, free_gib: float | None) -> str:
@@ -128,8 +133,9 @@ def planned(config: Config, free_gib: float | None) -> str:
 
     device = _device(config, free_gib).calibrated(calibration.read())
     plan = planner(config, device.device).predict()
-    most = min(room(device, ranks=plan.ranks), _LESS * plan.peak)
-    smaller = replace(device, memory_gib=needed_for(most, device, plan.ranks))
+    left, less = room(device, ranks=plan.ranks), _LESS * plan.peak
+    most, by = (left, device.limited_by) if left < less else (less, "")
+    smaller = replace(device, memory_gib=needed_for(most, device, plan.ranks), limited_by=by)
     return remedies.advice(remedies.remedies(config, smaller), smaller)
 
 

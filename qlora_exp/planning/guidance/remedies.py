@@ -42,9 +42,13 @@ def advice(found: Sequence[str], gpu: Gpu) -> str:
     """Return what `remedies` found for a device as text."""
     if not found:
         if gpu.limited_by:
-            return f"no smaller batch or shorter row is sure to fit in what {gpu.limited_by} allows: raise that limit"
+            return (
+                f"no smaller batch or shorter row is sure to fit in what {gpu.limited_by} allows: raise that limit, or "
+                "take a smaller model"
+            )
         return "no smaller batch, recomputation, 4-bit base or shorter row fits; `qlora-exp advise` compares models"
     cut = ", which cuts longer rows" if any("max_length=" in words for words in found) else ""
+    cut += ", which makes LoRA QLoRA" if any("quantization=" in words for words in found) else ""
     likely = "would" if gpu.type == "cuda" or gpu.calibration else "should"  # plans for CPUs count tensors only
     return f"it {likely} fit with {', or with '.join(found)}{cut}"
 

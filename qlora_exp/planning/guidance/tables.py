@@ -1,5 +1,6 @@
 """Print advice: what fits a card, what it takes and is worth, which option to choose, usual settings."""
 
+import shlex
 from collections.abc import Mapping, Sequence
 
 from qlora_exp.planning.advisor import GPUS, Fit, Option
@@ -29,8 +30,12 @@ def show_card(
     goal: str = "quality",
     price: float | None = None,
     measured: Mapping[str, Measured] = NONE,
+    own_options: str = "",
 ) -> None:
-    """Print memory, largest batch, time, cost and quality of each option on one GPU, and which option to choose."""
+    """Print memory, largest batch, time, cost and quality of each option on one GPU, and which option to choose.
+
+    `own_options` is the folder of `--config-dir`, which the printed command needs too.
+    """
     rows = []
     for option in options:
         planned, fit = option.planned, option.fits[gpu]
@@ -54,7 +59,8 @@ def show_card(
     chosen = choose(options, gpu, goal, measured)
     note("choose", f"{chosen.name} for {goal}: {chosen.why}")
     if chosen.command:
-        print(f"command  {chosen.command}")  # not wrapped: it is to be copied
+        more = f" --config-dir {shlex.quote(own_options)}" if own_options else ""
+        print(f"command  {chosen.command}{more}")  # not wrapped: it is to be copied
     _show_settings(options, chosen.name, gpu)
     note("basis", _BASIS)
     _show_longer(options)

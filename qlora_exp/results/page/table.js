@@ -83,8 +83,8 @@ function showTop() {
   const best = order.filter(row => rows[row].value).sort((a, b) => sign * (rows[a].value[0] - rows[b].value[0]))[0];
   item(`best ${data.metric.name}`, `${short(rows[best].value[0])} · ${rows[best].name}`);
   item("baseline", `${short(rows[data.baseline].value[0])} · ${rows[data.baseline].name}`);
-  const kinds = ["better", "tie", "worse"].map(kind => [kind, rows.filter(row => row.cells.some((cell, place) => isVerdict(place) && cell.startsWith(kind))).length]);
-  if (rows.length > 1) item("against the baseline", kinds.map(([kind, count]) => kind === "tie" ? plural(count, "tie") : `${count} ${kind}`).join(", "));
+  const kinds = ["better", "tie", "worse", "not tested"].map(kind => [kind, rows.filter(row => row.cells.some((cell, place) => isVerdict(place) && cell.startsWith(kind))).length]);
+  if (rows.length > 1) item("against the baseline", kinds.filter(([kind, count]) => count || kind !== "not tested").map(([kind, count]) => kind === "tie" ? plural(count, "tie") : `${count} ${kind}`).join(", "));
   const outcomes = new Map();
   for (const run of runs) outcomes.set(run.outcome, (outcomes.get(run.outcome) ?? 0) + 1);
   item(plural(rows.length, "row"), `${plural(runs.length, "run")}: ${[...outcomes].map(([name, count]) => `${count} ${name}`).join(", ")}`);

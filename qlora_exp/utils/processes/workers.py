@@ -85,6 +85,8 @@ def _uncollected() -> Iterator[None]:
     It writes into each object that it looks at, so that each process would have its own copy. Source: gc.freeze.
     """
     is_frozen = gc.get_freeze_count() > 0
+    if is_frozen:
+        gc.collect()  # what is frozen is never collected again, if this process was frozen before
     gc.freeze()
     try:
         yield

@@ -104,6 +104,18 @@ def test_dry_run_shows_what_would_be_learned_and_leaves_no_files(tmp_path, monke
     assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl"}
 
 
+@pytest.mark.parametrize(
+    ("row", "shown"),
+    [
+        ("ask [[answer]]", "ask [[answer]]"),
+        ("a" * 3000 + "[[answer]]", "a" * 500 + " ... 2,000 characters ... " + "a" * 500 + "[[answer]]"),
+        ("[[" + "b" * 3000 + "]]", "[[" + "b" * 1998 + " ... and 1,004 more characters"),
+    ],
+)
+def test_what_is_learned_of_a_long_row_is_shown(row, shown):
+    assert train._excerpt(row) == shown
+
+
 def test_dry_run_refuses_rows_from_which_nothing_is_learned(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rows = "".join(f'{{"prompt": "{"long " * 40}{number}", "completion": "yes"}}\n' for number in range(40))

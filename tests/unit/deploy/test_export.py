@@ -441,16 +441,21 @@ def test_adapter_that_lacks_a_tensor_is_rejected_by_its_name(broken_adapter, tmp
 @pytest.mark.parametrize(
     ("words", "form", "type_", "base"),
     [
-        (("method=qlora",), "merged", "q8_0", "auto"),
-        (("method=qlora",), "gguf", "q8_0", "auto"),
+        (("method=qlora",), "merged", "q8_0", "trained"),
+        (("method=qlora",), "gguf", "q8_0", "trained"),
         (("method=qlora",), "gguf", "q4_0", "files"),
+        (("method=qlora",), "w8a8", "q8_0", "files"),
+        (("method=qlora",), "fp8", "q8_0", "files"),
+        (("method=qlora",), "gptq", "q8_0", "files"),
         (("method=qlora",), "nf4", "q8_0", "files"),
         (("method=qlora",), "int8", "q8_0", "files"),
         (("method=lora",), "nf4", "q8_0", "auto"),
     ],
 )
 def test_base_that_was_rounded_before_is_not_rounded_again(words, form, type_, base, trained_adapters):
-    assert export._base_for(find(trained_adapters(*words)), form, type_) == base
+    assert export._base_for(saved := find(trained_adapters(*words)), form, type_, "auto") == base
+    assert export._asked(saved, form, "auto", "auto", type_)["base"] == base  # an older export is not taken for it
+    assert export._base_for(saved, form, type_, "trained") == "trained"
 
 
 def test_small_changes_of_weights_survive_one_rounding_to_4_bits_and_not_two():

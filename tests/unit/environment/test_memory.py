@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -204,3 +205,12 @@ def test_memory_of_a_run_is_what_the_machine_and_its_limits_leave(group, space, 
     assert memory.free() <= found
     monkeypatch.setattr(memory, "limits", lambda: {"group": 1, "address space": 1})
     assert memory.free() == 0
+
+
+def test_free_memory_is_what_others_leave_and_this_process_has(monkeypatch):
+    machine, own = SimpleNamespace(total=16 * 2**30, available=3 * 2**30), SimpleNamespace(rss=2**30)
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: machine)
+    monkeypatch.setattr(memory.psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: own))
+    for group, gib in ((None, 4), (8, 4), (2, 2)):
+        monkeypatch.setattr(memory, "limits", lambda group=group: {"group": group * 2**30} if group else {})
+        assert memory.free() == gib * 2**30

@@ -15,7 +15,7 @@ def test_run_that_is_planned_to_exceed_its_device_is_warned_of(gib, warns, make_
     monkeypatch.setattr(tokens.gpus, "here", lambda config, vram: device)
     with caplog.at_level(logging.WARNING):
         tokens._warn_of(2048.0, make_config())
-    says = "planned to take 2.0 GiB and has only 1 GiB (a CPU, as ulimit -v allows)"
+    says = "planned to take 2.0 GiB, and 0.6 more for libraries, and has only 1 GiB (a CPU, as ulimit -v allows)"
     assert (says in caplog.text) == warns
 
 

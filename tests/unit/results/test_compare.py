@@ -371,4 +371,12 @@ def test_runs_that_nothing_makes_comparable_are_not_tested(past_runs):
     past_runs(shifted(0.0), method__r=4)
     past_runs(shifted(4.0), method__r=8, data__evaluation_fingerprint="other rows")
     (verdict,) = compare(find(past_runs.uri, experiment=past_runs.experiment)).verdicts.values()
-    assert verdict.text.startswith("not tested +4.0000; one seed each, and not the same held-out rows")
+    assert verdict.text.startswith("not tested +4.0000; one seed each, and not several held-out rows on which both")
+    past_runs(shifted(0.5), method__r=16)
+    alone, among = (
+        compare(find(past_runs.uri, experiment=past_runs.experiment, where=where)).verdicts["method.r=16"]
+        for where in ("params.`method.r` != '8'", None)
+    )
+    assert alone.p == among.p  # what is not tested is no comparison to correct for
+    found = compare(find(past_runs.uri, experiment=past_runs.experiment))
+    assert report._counts(found.rows[1:], found) == "1 not tested, 1 significantly different"

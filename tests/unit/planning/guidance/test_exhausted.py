@@ -56,6 +56,33 @@ def test_what_the_run_held_is_freed_before_plans_are_made(monkeypatch):
         train()
 
 
+@pytest.mark.parametrize("interrupted", [KeyboardInterrupt, SystemExit])
+def test_run_stays_out_of_memory_if_the_advice_is_interrupted(interrupted, monkeypatch):
+    def advice(*_: object) -> None:
+        raise interrupted
+
+    monkeypatch.setattr(exhausted, "advice", advice)
+    says = "^out of memory; less memory is taken with"
+    with pytest.raises(MemoryExhaustedError, match=says), exhausted.explained(compose(TINY)):
+        raise FULL
+
+
+@pytest.mark.parametrize(
+    ("capacity", "free_share", "by"),
+    [(0.5, 0.5, "ulimit -v"), (0.5, 0.4, ""), (2.0, 2.0, "")],  # others may have the memory, or the plan was too low
+)
+def test_limit_is_named_only_if_it_is_what_leaves_too_little(capacity, free_share, by, monkeypatch):
+    config, cpu = compose([*TINY, "training.per_device_train_batch_size=64"]), Gpu("CPU", 0, type="cpu")
+    peak = planner(config, cpu.device).predict().peak
+    limits: list[str] = []
+    monkeypatch.setattr(exhausted, "here", lambda *_: Gpu("CPU", 1, type="cpu", limited_by="ulimit -v"))
+    monkeypatch.setattr(exhausted, "free", lambda: needed_for(free_share * peak, cpu) * 2**30)
+    monkeypatch.setattr(exhausted, "capacity", lambda: (needed_for(capacity * peak, cpu) * 2**30, "ulimit -v"))
+    monkeypatch.setattr(exhausted.remedies, "remedies", lambda config, gpu: limits.append(gpu.limited_by) or [])
+    exhausted.planned(config, None)
+    assert limits == [by]
+
+
 @pytest.mark.parametrize("free_share", [2.0, 0.5])
 def test_less_is_planned_than_ran_out_and_than_is_free(free_share, monkeypatch):
     config, cpu = compose([*TINY, "training.per_device_train_batch_size=64"]), Gpu("CPU", 0, type="cpu")
