@@ -27,6 +27,7 @@ from qlora_exp.utils.units import GIB, MIB
 
 log = logging.getLogger(__name__)
 
+_MANY_STEPS = 200
 _LOOKED_AT = 200
 _GLUED = re.compile(r"[\w.?!,;]\0\w")
 """The end of a prompt and the beginning of its answer, if there is neither space nor mark between them."""
@@ -121,17 +122,24 @@ def describe(config: Config, inputs: Inputs, tokens: Tokens) -> None:
         100 * audit.eos_learned_share,
     )
     if not config.training.packing:
-        log.info("%s", _steps(config, round(audit.rows * (1 - audit.dropped_rows_share))))
+        _log_steps(config, round(audit.rows * (1 - audit.dropped_rows_share)))
 
 
-def _steps(config: Config, rows: int) -> str:
-    """Say how many steps there are, and which part of the rows they see."""
+def _log_steps(config: Config, rows: int) -> None:
+    """Log how many steps there are, and which part of the rows they see; warn of many steps without a checkpoint."""
     most, together = config.training.max_steps, rows_of_step(config)
     steps = most if most > 0 else steps_of(config, rows)
     seen = steps * together
     part = f", so {seen:,} of {rows:,}" if seen < rows else ""
     more = ": training.max_steps=-1 trains on all" if part and most > 0 else ""
-    return f"{steps:,} steps of {together:,} rows{part}{more}"
+    log.info("%s steps of %s rows%s%s", f"{steps:,}", f"{together:,}", part, more)
+    if steps >= _MANY_STEPS and config.training.save_strategy == "no":
+        log.warning(
+            "no checkpoint is saved in %s steps, so the run begins again if it is interrupted: set "
+            "training.save_strategy=steps training.save_steps=%d",
+            f"{steps:,}",
+            _MANY_STEPS,
+        )
 
 
 def log_data(run: RunContext, inputs: Inputs, tokens: Tokens) -> None:

@@ -62,6 +62,22 @@ def test_source_of_a_mixture_is_warned_of_by_its_own_format(make_config, caplog)
          "training.max_steps=-1 trains on all"),
     ],
 )  # fmt: skip
-def test_run_says_how_many_of_the_rows_its_steps_see(words, rows, says, make_config):
+def test_run_says_how_many_of_the_rows_its_steps_see(words, rows, says, make_config, caplog):
     usual = ["training.max_steps=30", "training.per_device_train_batch_size=4"]
-    assert tokens._steps(make_config(*usual, *words), rows) == says
+    with caplog.at_level(logging.INFO):
+        tokens._log_steps(make_config(*usual, *words), rows)
+    assert caplog.messages[0] == says
+
+
+@pytest.mark.parametrize(
+    ("words", "warns"),
+    [
+        (["training.max_steps=199"], False),
+        (["training.max_steps=200"], True),
+        (["training.max_steps=200", "training.save_strategy=steps", "training.save_steps=50"], False),
+        (["training.max_steps=-1", "training.num_train_epochs=200"], True),
+    ],
+)
+def test_many_steps_without_a_checkpoint_are_warned_of(words, warns, make_config, caplog):
+    tokens._log_steps(make_config("training.per_device_train_batch_size=4", *words), 4)
+    assert ("no checkpoint is saved" in caplog.text) == warns
