@@ -155,7 +155,9 @@ def _dry_run(config: "Config") -> None:
     """Do what a run does before it loads weights, and show what it would learn."""
     from qlora_exp.environment import hub
     from qlora_exp.recipe.inputs import check_config, read_inputs
+    from qlora_exp.recipe.launch import with_processes
 
+    config = with_processes(config)
     check_config(config)
     if hub.is_needed(config) and hub.is_offline():
         print("the config is valid here, if what it needs of the hub is in the hub's cache; nothing is started")

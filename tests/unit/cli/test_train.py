@@ -74,6 +74,7 @@ def test_flags_that_do_not_go_together_are_rejected(words, message, capsys):
     [
         (["model.attn_implementation=flash_attention_2"], "use model.attn_implementation=sdpa"),
         (["training.fp16=true"], "training.fp16: needs a CUDA device"),
+        (["distributed=ddp", "distributed.num_processes=auto", "device=cpu"], "counts GPUs, and there are none here"),
         ([], "the config is valid here"),
     ],
 )
