@@ -122,7 +122,10 @@ def commands(saved: Saved, out: Path, host: str, port: int) -> list[str]:
         (other, server(other, out if saved.adapter else saved.folder, host, port, stop)),
     ]
     if (unmerged := adapter_on_vllm(saved, host, port)) is not None:
-        servers.append(("vllm, base model and adapter without merging", unmerged))
+        which = ""
+        if (stored := saved.config.quantization).quantized:
+            which = f" (a base that is not stored as {stored.name}, so another model than the run measured)"
+        servers.append((f"vllm, base model and adapter without merging{which}", unmerged))
     merging = ["qlora-exp", "merge", saved.source, "--out", str(out)]
     merging += ["--uri", saved.tracking_uri] if saved.tracking_uri else []
     merge_first = {"vllm": [shlex.join(merging)]} if saved.adapter else {}

@@ -98,6 +98,16 @@ def test_vllm_serves_plain_lora_without_merging(vllm_command, tmp_path):
         assert command[command.index("--max-lora-rank") + 1] == most
 
 
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_base_that_was_quantized_in_training_is_named(method, trained_adapters, tmp_path):
+    saved = load.find(str(trained_adapters(f"method={method}")), device="cpu")
+    hub = saved.config.model.model_copy(update={"model_name_or_path": "org/model"})
+    of_hub = export.replace(saved, config=saved.config.model_copy(update={"model": hub}))
+    (line,) = [line for line in commands.commands(of_hub, tmp_path, "127.0.0.1", 80) if "without merging" in line]
+    says = "a base that is not stored as nf4_double, so another model than the run measured"
+    assert (says in line) == (method == "qlora")
+
+
 @pytest.mark.parametrize(
     "changes",
     [
