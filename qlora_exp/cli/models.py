@@ -4,7 +4,6 @@ import argparse
 import json
 import logging
 import os
-import sys
 from pathlib import Path
 
 from qlora_exp.cli.parents import RUN, SOURCE, URI, Commands, add_command, add_overrides
@@ -115,7 +114,6 @@ def _export(options: argparse.Namespace, form: str, gguf_type: str = "", overrid
     rows_of = None
     if overrides:
         rows_of = changed(saved.config.model_dump(mode="json"), given(overrides), "the recorded config")
-    print("loading the base and the adapter, writing, and reading back: minutes for a large model", file=sys.stderr)
     made = exporting.export(saved, options.out, form, options.dtype, options.base, gguf_type, rows_of)
     say(f"base    {made.base}; {made.weights}")
     say(

@@ -39,7 +39,10 @@ class LabelAudit:
     end_text: str | None
     """The text that the chat template puts after an answer where it puts no token; None if nothing."""
     sample: str
-    """First row that carries loss, decoded, with [[the tokens that carry loss]] in double brackets."""
+    """First row that carries loss, decoded, with [[the tokens that carry loss]] in double brackets.
+
+    Double brackets of the text itself are written with backslashes.
+    """
 
 
 def audit(tokens: Dataset, max_length: int, tokenizer: Any, end: EndOfTurn, source: str | None = None) -> LabelAudit:
@@ -153,7 +156,7 @@ def _mark(ids: list[int], labels: list[int], tokenizer: Any) -> str:
     text, start = "", 0
     for end in range(1, len(ids) + 1):
         if end == len(ids) or (labels[end] == IGNORED) != (labels[start] == IGNORED):
-            piece = tokenizer.decode(ids[start:end])
+            piece = tokenizer.decode(ids[start:end]).replace("[[", r"\[\[").replace("]]", r"\]\]")
             text += piece if labels[start] == IGNORED else f"[[{piece}]]"
             start = end
     return text

@@ -153,6 +153,7 @@ def export(
         raise ConfigError(f"{saved.folder} is a full model already; there is no adapter to merge")
     write = _writer(saved, form, type_, rows_of)  # refuse what cannot be written before loading anything
     asked = _asked(saved, form, dtype, base, type_)
+    log.info("loading the base and the adapter, writing, and reading back: minutes for a large model")
     whole = merge.whole(saved, dtype, _base_for(saved, form, type_, base))
     dtype = whole.dtype
     size = sum(tensor.nbytes for tensor in whole.model.state_dict().values())

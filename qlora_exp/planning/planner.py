@@ -76,6 +76,10 @@ class Prediction:
         return max(phase.reserved for phase in self.phases.values())
 
 
+_MOST_TOKENS = 2**28
+"""Tokens of a batch that no device holds; its loss would be planned for minutes, a chunk after the other."""
+
+
 def planner(config: Config, gpu: Device) -> "Planner":
     """Return the planner of a run on `gpu`, or on the device that `config.device` names. Raises as `Planner` does."""
     return Planner(config, resolved_on(config, gpu))
@@ -201,12 +205,15 @@ class Planner:
             evaluated: tokens of the longest row of evaluation; None: as `length`; 0: evaluation is not planned.
 
         Raises:
-            ConfigError: the length exceeds the model's positions, or the method's code cannot run on fake tensors.
+            ConfigError: the length exceeds the model's positions, the batch what any device holds, or the method's code
+                cannot run on fake tensors.
         """
         training = self._config.training
         rows, length = rows or self._resolved.per_device_train_batch_size, length or training.max_length
         evaluated = length if evaluated is None else evaluated
         self._check(max(length, evaluated))
+        if rows * length > _MOST_TOKENS:
+            raise ConfigError(f"a batch of {rows * length:,} tokens cannot be planned: set per_device_train_batch_size")
         batch = self._batch(rows, length)
         if training.packing or (self._resolved.padding == "free" and rows > 1):
             batch = Batch(1, rows * length, not self._flash)

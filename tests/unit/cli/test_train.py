@@ -109,6 +109,10 @@ def test_dry_run_shows_what_would_be_learned_and_leaves_no_files(tmp_path, monke
     ("row", "shown"),
     [
         ("ask [[answer]]", "ask [[answer]]"),
+        (
+            r"\[\[link\]\]" + "a" * 3000 + "[[answer]]",
+            r"\[\[link\]\]" + "a" * 488 + " ... 2,012 characters ... " + "a" * 500 + "[[answer]]",
+        ),
         ("a" * 3000 + "[[answer]]", "a" * 500 + " ... 2,000 characters ... " + "a" * 500 + "[[answer]]"),
         ("[[" + "b" * 3000 + "]]", "[[" + "b" * 1998 + " ... and 1,004 more characters"),
     ],

@@ -27,6 +27,13 @@ def test_audit_marks_supervised_text(style: str, tiny_tokenizer):
     assert audit.supervised_share == audit.supervised_tokens / audit.tokens
 
 
+def test_brackets_of_the_text_are_no_marks(tiny_tokenizer):
+    tokens = tokenized([{"prompt": "see [[here]]", "input": "", "completion": "a]] b"}], tiny_tokenizer)
+    sample = label_audit.audit(tokens, 512, tiny_tokenizer, end_of_turn(tiny_tokenizer, None)).sample
+    assert r"see \[\[here\]\]" in sample.split("[[")[0]
+    assert sample.split("[[")[1:] == [r"a\]\] b<|im_end|>]]"]
+
+
 def test_audit_counts_truncated_rows(tiny_tokenizer, caplog):
     rows = [{"prompt": "p", "input": "", "completion": "c" * n} for n in (5, 500)] + [
         {"prompt": "p" * 600, "input": "", "completion": "c"}

@@ -398,3 +398,9 @@ def test_more_recomputed_layers_than_there_are_is_rejected():
     words = ["method=lora", "training.gradient_checkpointing=true", "training.recomputed_layers=3"]
     with pytest.raises(ConfigError, match="recomputed_layers=3: this model has 2 layers"):
         predict(*words)
+
+
+def test_batch_that_no_device_holds_is_refused_at_once():
+    config = compose(["model=tiny_llama", "method=lora", "training.per_device_train_batch_size=2147483648"])
+    with pytest.raises(ConfigError, match=r"a batch of 1,099,511,627,776 tokens cannot be planned"):
+        planner.planner(config, GPU).predict()
