@@ -48,7 +48,7 @@ def keys(options: argparse.Namespace) -> None:
       qlora-exp keys                        every section and key
       qlora-exp keys training               one section
       qlora-exp keys training.max_steps     one key
-      qlora-exp keys method.r method.lora_alpha     two
+      qlora-exp keys method.r method.lora_alpha   two keys
       qlora-exp keys method.r               a setting of PEFT: LoRA's, and how other methods differ
       qlora-exp keys method method=loha     every setting of a method
       qlora-exp keys method.r method=loha   one of them
@@ -75,8 +75,9 @@ def _explain(word: str, method: str | None = None) -> None:
     from qlora_exp.config.describe import entries, presets
     from qlora_exp.config.validate import OPEN_SECTIONS, SFT_CONFIG
 
-    # a source has the keys of the section
-    chosen = re.sub(r"^dataset\.sources\.[^.]+\.(?!weight$)", "dataset.", word)
+    # A source has the keys of the section, and a weight, which the key `sources` explains.
+    chosen = re.sub(r"^dataset\.sources\.[^.]+\.weight$", "dataset.sources", word)
+    chosen = re.sub(r"^dataset\.sources\.[^.]+\.", "dataset.", chosen)
     section, _, name = chosen.partition(".")
     if method is not None:
         types = presets.peft_types()

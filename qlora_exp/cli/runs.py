@@ -244,9 +244,7 @@ def bundle(options: argparse.Namespace) -> None:
     files = {
         key: path
         for key, path in record.params.items()
-        if re.fullmatch(r"(dataset|unrelated)\.(sources\..+\.)?(eval_)?path", key)
-        and path != "None"
-        and looks_local(path)
+        if re.fullmatch(r"(dataset|unrelated)\.(sources\..+\.)?(eval_)?path", key) and looks_local(path)
     }
     repeat = " ".join([repeat, *(f"{key}=FILE" for key in files)])
     if record.outcome == "ok":

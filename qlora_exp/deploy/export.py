@@ -25,7 +25,7 @@ from qlora_exp.config.schema import Config
 from qlora_exp.config.untrusted import refuse_user_only_settings
 from qlora_exp.config.values import without_places
 from qlora_exp.deploy import compressed, gptq, merge, ollama
-from qlora_exp.deploy.formats import BITSANDBYTES, COMPRESSED, EXPORT_FORMATS, FINE_TYPES, GPTQ_FORMATS, has_two_bases
+from qlora_exp.deploy.formats import BITSANDBYTES, COMPRESSED, EXPORT_FORMATS, FINE_TYPES, GPTQ_FORMATS, why_one_base
 from qlora_exp.deploy.gguf import write as gguf
 from qlora_exp.deploy.gguf.tokenizers import differences
 from qlora_exp.deploy.load import Saved, architecture, load_complete_model, remove_places
@@ -183,7 +183,7 @@ def export(
 
 def _base_for(saved: Saved, form: str, type_: str, base: Base) -> Base:
     """Return which weights `auto` means; where there is no choice, it stays as it is."""
-    if base != "auto" or not (saved.adapter and has_two_bases(saved.config)):
+    if base != "auto" or not saved.adapter or why_one_base(saved.config):
         return base
     return "trained" if form == "merged" or (form == "gguf" and type_ in FINE_TYPES) else "files"
 

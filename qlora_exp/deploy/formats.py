@@ -1,4 +1,7 @@
-"""Names of the export formats and of the servers. Imports nothing heavy, so that the command line starts quickly."""
+"""Names of the export formats and of the servers, and which bases an adapter can go into.
+
+Imports nothing heavy, so that the command line starts quickly.
+"""
 
 from typing import TYPE_CHECKING, Any
 
@@ -36,10 +39,11 @@ DEPLOYED: dict[str, dict[str, Any]] = {
 was trained, is not exported and has none."""
 
 
-def has_two_bases(config: "Config") -> bool:
-    """Return whether an adapter can go into the weights of the base model's files, which are not those it learned on.
-
-    It cannot if the files are quantized themselves, or if it makes up for what quantization lost (LoftQ).
-    """
+def why_one_base(config: "Config") -> str:
+    """Return why an adapter goes only into the weights that it was trained on; empty if into those of the files too."""
     stored = config.quantization
-    return stored.quantized and stored.quant_method not in ("gptq", "awq") and config.lora_start != "loftq"
+    if not stored.quantized:
+        return "its base was not quantized in training"
+    if stored.quant_method in ("gptq", "awq"):
+        return "the base model's files are quantized themselves"
+    return f"this adapter makes up for what {stored.name} lost (LoftQ)" if config.lora_start == "loftq" else ""

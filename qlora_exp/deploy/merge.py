@@ -16,6 +16,7 @@ from qlora_exp.config.schema import Config
 from qlora_exp.config.tables import compatibility
 from qlora_exp.data.prompts import render_chat, served_template
 from qlora_exp.data.tokenization import prompt_tokens
+from qlora_exp.deploy.formats import why_one_base
 from qlora_exp.deploy.load import Saved, load_complete_model, stored_as, with_adapter
 from qlora_exp.environment.device import Device, resolve
 from qlora_exp.models import quantization
@@ -110,16 +111,11 @@ def whole(saved: Saved, dtype: str = "auto", base: Base = "auto") -> Whole:
 def _base(config: Config, dtype: str, base: Base) -> tuple[Any, str]:
     """Return the base model to merge into, and a description of which weights it has and why."""
     name, stored = config.model.model_name_or_path, config.quantization
-    files_are_quantized = stored.quant_method in ("gptq", "awq")
-    if base == "files" and files_are_quantized:
-        raise ConfigError("--base files: the base model's files are quantized themselves; use --base trained")
-    makes_up = config.lora_start == "loftq"
-    if base == "files" and makes_up:
-        raise ConfigError(
-            f"--base files: this adapter makes up for what {stored.name} lost (LoftQ); use --base trained"
-        )
     if not stored.quantized:
         return load_unquantized(config.model, dtype), f"{name}, as its files are"
+    why = why_one_base(config)
+    if base == "files" and why:
+        raise ConfigError(f"--base files: {why}; use --base trained")
     if base == "files":
         return load_unquantized(config.model, dtype), (
             f"{name}, as its files are, not as {stored.name} stored them for training"
@@ -127,10 +123,9 @@ def _base(config: Config, dtype: str, base: Base) -> tuple[Any, str]:
     of_files = skeleton(config.model).config.dtype or "float32"
     model = load_model(config.model, stored, resolve(config, Device("cpu", "CPU", bf16=False, paging=False)))
     wanted = str(of_files).removeprefix("torch.") if dtype == "auto" else dtype
+    only = f" ({why})" if why else ""
     return quantization.dequantized(model, getattr(torch, wanted)), (
-        f"{name}, what its weights stored as {stored.name} stand for: "
-        + ("its files have no others" if files_are_quantized else "what the adapter was trained on")
-        + (" and makes up for (LoftQ)" if makes_up else "")
+        f"{name}, what its weights stored as {stored.name} stand for: what the adapter was trained on{only}"
     )
 
 

@@ -391,7 +391,7 @@ def measured(config: Config, resolved: Resolved, lengths: Sequence[int]) -> Rate
 
 
 def published(gpu: Gpu, resolved: Resolved) -> Rates:
-    """Return the manufacturer's rates, as far as plans rely on them; of a GPU that is not listed, those of an A100."""
+    """Return the manufacturer's rates times `EFFICIENCY`, as plans are timed; for an unlisted GPU an A100's."""
     known = gpu if gpu.tflops else GPUS["a100-80gb"]
     flops, nbytes = EFFICIENCY * known.tflops * 1e12, EFFICIENCY * known.gb_per_s * 1e9
     return Rates(lambda _: flops, nbytes, PYTHON_SECONDS, resolved.bf16)

@@ -20,7 +20,7 @@ import numpy as np
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.evaluation import EvaluationConfig
 from qlora_exp.deploy import llama_cpp
-from qlora_exp.deploy.formats import DEPLOYED, TRAINED, has_two_bases
+from qlora_exp.deploy.formats import DEPLOYED, TRAINED, why_one_base
 from qlora_exp.deploy.gguf.families import check_family
 from qlora_exp.models.files import EXPORT_FILE, GGUF_FILE
 from qlora_exp.results import stats
@@ -99,7 +99,7 @@ def formats_of(config: Config, adapter: bool, family: str, names: Sequence[str] 
         if wrong := [name for name in names if name in written]:
             raise ConfigError(f"--forms {wrong[0]}: {error}") from error
         missing |= dict.fromkeys(written, str(error).removeprefix("--to gguf: ").split(" (")[0])
-    if not has_two_bases(config):
+    if why_one_base(config):
         inapplicable.add("merged_files")
     if wrong := [name for name in names if name in inapplicable]:
         model = "this adapter and its base" if adapter else "a model without an adapter"

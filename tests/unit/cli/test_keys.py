@@ -34,6 +34,8 @@ def test_keys_explains_several_keys_in_their_order(capsys):
 def test_keys_of_a_source_are_those_of_the_section(capsys):
     assert exit_code("keys", "dataset.sources.talk.eval_path") == 0
     assert "Where the held-out rows come from" in capsys.readouterr().out
+    assert exit_code("keys", "dataset.sources.talk.weight") == 0
+    assert "weight" in capsys.readouterr().out.partition("\n")[2]
 
 
 def test_keys_lists_further_arguments_of_trl_and_explains_the_others(capsys):

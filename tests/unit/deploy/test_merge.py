@@ -25,7 +25,9 @@ def test_quantized_run_is_merged_into_what_it_was_trained_on_by_default(trained_
 def test_adapter_that_makes_up_for_quantization_goes_only_into_what_it_was_trained_on(trained_adapters, tiny_model):
     words = ("method=qlora", "lora_variant=loftq", "model=hub", f"model.model_name_or_path={tiny_model('llama')}")
     saved = load.find(str(trained_adapters(*words)), device="cpu")
-    assert "what the adapter was trained on and makes up for (LoftQ)" in whole(saved).base
+    assert (
+        "what the adapter was trained on (this adapter makes up for what nf4_double lost (LoftQ))" in whole(saved).base
+    )
     with pytest.raises(ConfigError, match="use --base trained"):
         whole(saved, base="files")
     with pytest.raises(ConfigError, match="leave --quantization out"):
@@ -33,7 +35,11 @@ def test_adapter_that_makes_up_for_quantization_goes_only_into_what_it_was_train
     assert serve.adapter_on_vllm(saved, "127.0.0.1", 8000) is None
 
 
-@pytest.mark.parametrize("words", [("method=qlora",), ("lora_variant=dora",)], ids=" ".join)
+@pytest.mark.parametrize(
+    "words",
+    [("method=qlora",), ("lora_variant=dora",), ("quantization=torchao_int8",), ("quantization=quanto_int4",)],
+    ids=" ".join,
+)
 def test_expected_logits_are_those_of_base_and_adapter(words, trained_adapters):
     made = whole(load.find(str(trained_adapters(*words)), device="cpu"))
     apart, _ = load.load(str(trained_adapters(*words)), device="cpu")
