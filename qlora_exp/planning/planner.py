@@ -196,13 +196,16 @@ class Planner:
             self._offloaded = offloaded(replace(weighed, static=[*moved.elements()]))
             self._model = replace(self._model, static=stay, updates=[[], []], paged=0)
 
-    def predict(self, rows: int | None = None, length: int | None = None, evaluated: int | None = None) -> Prediction:
+    def predict(
+        self, rows: int | None = None, length: int | None = None, evaluated: int | None = None, jobs: int = 1
+    ) -> Prediction:
         """Predict memory and work.
 
         Args:
             rows: rows of a batch; None: as configured.
             length: tokens of its longest row; None: `training.max_length`.
             evaluated: tokens of the longest row of evaluation; None: as `length`; 0: evaluation is not planned.
+            jobs: number of jobs of such batches that go through the base in one pass.
 
         Raises:
             ConfigError: the length exceeds the model's positions, the batch what any device holds, or the method's code
@@ -214,10 +217,11 @@ class Planner:
         self._check(max(length, evaluated))
         if rows * length > _MOST_TOKENS:
             raise ConfigError(f"a batch of {rows * length:,} tokens cannot be planned: set per_device_train_batch_size")
-        batch = self._batch(rows, length)
+        batch = self._batch(jobs * rows, length)
         if training.packing or (self._resolved.padding == "free" and rows > 1):
-            batch = Batch(1, rows * length, not self._flash)
-        step = self._step(batch, self._batch(training.per_device_eval_batch_size, evaluated) if evaluated else None)
+            batch = Batch(jobs, rows * length, not self._flash)
+        held_out = self._batch(jobs * training.per_device_eval_batch_size, evaluated) if evaluated else None
+        step = self._step(batch, held_out)
         accumulated = self._resolved.gradient_accumulation_steps
         traffic = all_reduced(sum(self._buckets), self._ranks)
         if self._units is not None:

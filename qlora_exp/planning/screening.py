@@ -102,7 +102,7 @@ def _part(config: Config, gpu: Gpu) -> tuple[int, int] | None:
 
 
 def _group_fits(config: Config, gpu: Gpu, times: int, own: int) -> bool:
-    """Return whether a run with so many times its rows fits, together with what the others train."""
+    """Return whether the rows of so many runs fit in one pass, together with what the others train."""
     quiet()
     from qlora_exp.planning.fit import room
 
@@ -110,12 +110,12 @@ def _group_fits(config: Config, gpu: Gpu, times: int, own: int) -> bool:
 
 
 def _predicted(config: Config, gpu: Gpu, times: int = 1) -> "Prediction":
-    """Predict a run on a device, as `training.tune` would have it computed there, with so many times its rows."""
+    """Predict a run on a device, as `training.tune` would have it computed there, or so many of them in one pass."""
     from qlora_exp.planning import tuning
     from qlora_exp.planning.planner import Planner, resolved_on
 
     resolved = tuning.planned(config, resolved_on(config, gpu.device), gpu)
-    return Planner(config, resolved).predict(rows=times * resolved.per_device_train_batch_size)
+    return Planner(config, resolved).predict(jobs=times)
 
 
 def _why(config: Config, gpu: Gpu) -> str:

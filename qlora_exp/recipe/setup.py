@@ -138,7 +138,8 @@ def _share(run: RunContext, built: trainer.Trainer, group: turns.Turns) -> None:
     """Let the rows of a job go through the base with those of others, if that was asked for and the base allows it."""
     base: SharedBase = group.keep("base")
     base.check()
-    why = by_turns(built.model) if group.rows_together else None
+    in_sequences = run.config.training.packing or run.resolved.padding == "free"
+    why = by_turns(built.model, in_sequences) if group.rows_together else None
     if group.rows_together and why is None:
         recomputes = run.resolved.gradient_checkpointing
         built.together = group.keep("rows", lambda: Rows(group, base.copy(), recomputes))

@@ -96,11 +96,9 @@ def why_by_turns(config: Config) -> str | None:
         return f"method={config.method.name}"
     if others := sorted(name for name, value in config.peft_settings.items() if value and name not in _TOGETHER):
         return f"{config.lora_variant.name}'s {others[0]}"
-    for key in ("packing", "activation_offloading", "tiled_mlp", "recomputed_layers"):
+    for key in ("activation_offloading", "tiled_mlp", "recomputed_layers"):
         if getattr(training, key):
             return f"training.{key}"
-    if training.padding == "free":
-        return "training.padding=free"
     if training.neftune_noise_alpha:
         return "training.neftune_noise_alpha"
     if config.model.new_tokens:

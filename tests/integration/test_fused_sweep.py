@@ -81,9 +81,9 @@ def test_trials_that_are_stopped_or_diverge_make_room_and_leave_the_others_what_
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_jobs_whose_rows_go_through_the_base_together_learn_the_same_but_for_rounding(sweep, run_quick, method: str):
-    words = [f"method={method}", "training.learning_rate=1e-2", "training.eval_strategy=steps", "training.eval_steps=1"]
+@pytest.mark.parametrize("kind", ["method=lora", "method=qlora", "training.packing=true", "training.padding=free"])
+def test_jobs_whose_rows_go_through_the_base_together_learn_the_same_but_for_rounding(sweep, run_quick, kind: str):
+    words = ["training.learning_rate=1e-2", "training.eval_strategy=steps", "training.eval_steps=1", "method=lora", kind]
     folders = sweep(*words, "method.r=2,4,16", "sweep.fuse=auto", "sweep.fused_rows=true")
     for r, folder in folders.items():
         alone = run_quick(*MORE, *words, f"method.r={r}")

@@ -17,9 +17,9 @@ from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch.nn import functional
 
 from qlora_exp.environment.turns import Turns
+from qlora_exp.models.sharing import layout
 from qlora_exp.utils.errors import is_out_of_memory
 
 log = logging.getLogger(__name__)
@@ -36,8 +36,13 @@ class _Batch:
     """(rows, tokens)."""
     mask: torch.Tensor
     """(rows, tokens); 0 for padding."""
-    kind: tuple[bool, str]
-    """Whether the job trains, else it evaluates; and the dtype of autocast. Only batches of one kind go together."""
+    positions: torch.Tensor | None
+    """(1, tokens), each token's place in its row, if the rows follow one another in one sequence."""
+    kind: tuple[bool, str, tuple[str, ...]]
+    """Whether the job trains, else it evaluates; the dtype of autocast; the marks of rows that follow one another.
+
+    Only batches of one kind go together.
+    """
     random: torch.Tensor
     """The job's random state, of the device, when its rows went in."""
     after: Any = None
@@ -122,7 +127,7 @@ class Rows:
         alone = inner.base_model.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            if not torch.is_grad_enabled() and (args or _more_than_rows(kwargs)):
+            if not torch.is_grad_enabled() and (args or layout.more_than_rows(kwargs)):
                 return alone(*args, **kwargs)
             return self._forward(number, alone, *args, **kwargs)
 
@@ -134,12 +139,15 @@ class Rows:
             self._waiting.pop(number, None)
 
     def _forward(self, number: int, alone: Any, input_ids: Any, attention_mask: Any = None, **others: Any) -> Any:
-        if unknown := _more_than_rows(others):
+        if unknown := layout.more_than_rows(others):
             raise TypeError(f"rows of several jobs cannot go together with {', '.join(unknown)}")
         device, trains = input_ids.device, torch.is_grad_enabled()
-        kind = trains, str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else ""
+        dtype = str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else ""
+        marks = tuple(name for name in layout.MARKS if others.get(name) is not None)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        batch = self._waiting[number] = _Batch(input_ids, mask, kind, _random_state(device))
+        positions = others.get("position_ids")
+        batch = _Batch(input_ids, mask, positions, (trains, dtype, marks), _random_state(device))
+        self._waiting[number] = batch
         while batch.hidden is None:
             there = [each for each in self._turns.running if each not in self._left]
             begin = there.index(number) // self._most * self._most
@@ -147,7 +155,9 @@ class Rows:
             if self._pass is not None or any(each not in self._waiting for each in party):
                 self._turns.pass_on(number)
                 continue
-            first = min(self._waiting[each].kind for each in party)  # evaluation, which jobs that train wait for
+            # Evaluation, which jobs that train wait for; else what has waited longest.
+            evaluated = [each for each in self._waiting if each in party and not self._waiting[each].kind[0]]
+            first = self._waiting[next(iter(evaluated), next(each for each in self._waiting if each in party))].kind
             batches = {each: self._waiting[each] for each in party if self._waiting[each].kind == first}
             if [*batches] == [number] and not trains:
                 del self._waiting[number]
@@ -186,18 +196,22 @@ class Rows:
         return halves
 
     def _through(self, batches: Mapping[int, _Batch]) -> None:
-        longest, begin = max(batch.ids.shape[1] for batch in batches.values()), 0
-        trains, autocast = next(iter(batches.values())).kind
+        begin, (trains, autocast, marks) = 0, next(iter(batches.values())).kind
         for number, batch in batches.items():
             batch.rows = slice(begin, begin := begin + len(batch.ids))
             batch.after = batch.random
             batch.before = [None if each.grad is None else each.grad.clone() for each in self._trained(number)]
-        ids = torch.cat([_padded(batch.ids, longest) for batch in batches.values()])
-        mask = torch.cat([_padded(batch.mask, longest) for batch in batches.values()])
+        ids = [batch.ids for batch in batches.values()]
+        if marks:
+            positions = [batch.positions for batch in batches.values() if batch.positions is not None]
+            rows = layout.in_one_sequence_each(ids, positions, marks)
+        else:
+            rows = layout.padded_rows(ids, [batch.mask for batch in batches.values()])
         self._pass = _Pass(batches, trains)
         dtype = getattr(torch, autocast.removeprefix("torch."), None)
-        with torch.set_grad_enabled(trains), torch.autocast(ids.device.type, dtype, enabled=bool(autocast)):
-            output = self._base.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        device = rows["input_ids"].device.type
+        with torch.set_grad_enabled(trains), torch.autocast(device, dtype, enabled=bool(autocast)):
+            output = self._base.base_model(**rows, use_cache=False)
         self._output, hidden = type(output), output.last_hidden_state
         for batch in batches.values():
             if batch.hidden is None:
@@ -220,7 +234,7 @@ class Rows:
                 recomputes = (name, number) in self._pass.drawn
                 if draws:  # its own numbers, and in recomputation the same ones again
                     _set_random_state(self._pass.drawn.setdefault((name, number), batch.after), given.device)
-                made = _padded(_adapted(layer, given, made), output.shape[1])
+                made = layout.padded(_adapted(layer, given, made), output.shape[1])
                 if draws and not recomputes:
                     batch.after = _random_state(given.device)
             parts.append(made)
@@ -290,27 +304,24 @@ class Rows:
         self._turns.share(seconds, {number: batch.ids.numel() / total for number, batch in batches.items()})
 
 
-def by_turns(model: Any) -> str | None:
-    """Return why rows of several jobs cannot go through a base model together; None if they can."""
+def by_turns(model: Any, in_sequences: bool = False) -> str | None:
+    """Return why rows of several jobs cannot go through a base model together; None if they can.
+
+    Args:
+        model: the base model.
+        in_sequences: whether rows follow one another in a sequence (packing, no padding).
+    """
     config = model.config.get_text_config()
     if hasattr(config, "output_router_logits"):
         return "the loss of the experts' router is that of a batch"
+    if in_sequences and "linear_attention" in (getattr(config, "layer_types", None) or ()):
+        return (
+            "its layers of linear attention keep rows apart in one sequence only"  # flash-linear-attention: cu_seqlens
+        )
     for name, value in vars(config).items():
         if _DROPOUT.search(name) and isinstance(value, float) and value:
             return f"{name} of the base would draw from the random numbers of one job"
     return None
-
-
-def _more_than_rows(arguments: Mapping[str, Any]) -> list[str]:
-    """Return which arguments of a base model besides rows ask for something."""
-    rows = ("input_ids", "attention_mask", "return_dict")
-    return [name for name, value in arguments.items() if name not in rows and value is not None and value is not False]
-
-
-def _padded(tensor: torch.Tensor, length: int) -> torch.Tensor:
-    """Pad (rows, tokens, ...) with zeros to `length` tokens."""
-    missing = length - tensor.shape[1]
-    return functional.pad(tensor, (*(0, 0) * (tensor.ndim - 2), 0, missing)) if missing else tensor
 
 
 def _adapted(layer: Any, given: torch.Tensor, made: torch.Tensor) -> torch.Tensor:

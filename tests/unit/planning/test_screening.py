@@ -6,7 +6,7 @@ from qlora_exp.config.hydra_compose import compose
 from qlora_exp.planning.fit import needed_for
 from qlora_exp.planning.gpus import Gpu
 from qlora_exp.planning.planner import planner
-from qlora_exp.planning.screening import unfit
+from qlora_exp.planning.screening import most_together, unfit
 from qlora_exp.utils.errors import ConfigError
 
 pytestmark = pytest.mark.slow
@@ -50,3 +50,21 @@ def test_damaged_calibration_is_reported_before_planning(tmp_path, monkeypatch):
     (tmp_path / "mlruns" / "calibration.json").write_text("{")
     with pytest.raises(ConfigError, match="is damaged"):
         unfit([compose(TINY)], 4.0)
+
+
+def test_evaluation_batches_of_jobs_in_one_pass_are_planned_too():
+    words = [*TINY, "training.per_device_train_batch_size=1", "training.per_device_eval_batch_size=64"]
+    config, gpu = compose([*words, "training.max_length=256"]), Gpu("GPU", 0.0)
+    one, two = (planner(config, gpu.device).predict(jobs=jobs) for jobs in (1, 2))
+    assert two.phases["evaluation"].tensors > 1.5 * one.phases["evaluation"].tensors > two.phases["steady"].tensors
+    gib = needed_for((one.peak + two.peak) / 2, gpu)
+    assert most_together([config, config], gib, rows_together=True, most=2) == 1
+    assert most_together([config, config], gib, rows_together=False, most=2) == 2
+
+
+@pytest.mark.parametrize("kind", ["training.packing=true", "training.padding=free"])
+def test_packed_rows_of_jobs_in_one_pass_have_a_sequence_for_each_job(kind: str):
+    config = compose([*TINY, "model.attn_implementation=eager", "training.per_device_train_batch_size=4", kind])
+    made = planner(config, Gpu("GPU", 0.0).device)
+    peaks = [made.predict(jobs=jobs).phases["steady"].tensors for jobs in (1, 2, 3)]
+    assert peaks[2] - peaks[1] == pytest.approx(peaks[1] - peaks[0], rel=0.1)  # not the square of all rows

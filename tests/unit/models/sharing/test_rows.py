@@ -14,6 +14,9 @@ from qlora_exp.models.base import load_model
 from qlora_exp.models.builtin import TINY
 from qlora_exp.models.sharing.copies import SharedBase
 from qlora_exp.models.sharing.rows import Rows, by_turns
+from qlora_exp.training.batches import without_padding
+from qlora_exp.training.evaluation import isolates_packed_rows
+from qlora_exp.utils.errors import ConfigError
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64, "intermediate_size": 48}
 ADAPTERS = [
@@ -31,8 +34,13 @@ def tiny() -> Any:
     return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES))
 
 
-def train(base: SharedBase, number: int, rows: Rows | None, steps: int = 2, targets: Any = None) -> list[torch.Tensor]:
-    """Train a job's adapter for some steps, and return its gradients of each step and its weights."""
+def train(
+    base: SharedBase, number: int, rows: Rows | None, steps: int = 2, targets: Any = None, in_sequence: bool = False
+) -> list[torch.Tensor]:
+    """Train a job's adapter for some steps, and return its gradients of each step and its weights.
+
+    Its rows are padded, or follow one another in one sequence.
+    """
     torch.manual_seed(number)
     settings = ADAPTERS[number] | ({"target_modules": targets} if targets else {})
     model = get_peft_model(base.copy(), LoraConfig(**settings, init_lora_weights=False, task_type="CAUSAL_LM")).train()
@@ -47,7 +55,8 @@ def train(base: SharedBase, number: int, rows: Rows | None, steps: int = 2, targ
             ids = torch.randint(1, 64, ROWS[number], generator=torch.Generator().manual_seed(10 * number + step))
             mask = torch.ones_like(ids)
             mask[-1, -2:] = 0
-            loss = model(ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss
+            batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+            loss = model(**without_padding(batch) if in_sequence else batch).loss
             loss.backward()
             if rows is not None:
                 rows.backward(number)
@@ -63,13 +72,15 @@ def train(base: SharedBase, number: int, rows: Rows | None, steps: int = 2, targ
     return [*made, *trained]
 
 
-def together(base: SharedBase, tmp_path, numbers=(0, 1, 2), **options: Any) -> tuple[list[Any], list[Any]]:
+def together(
+    base: SharedBase, tmp_path, numbers=(0, 1, 2), sequences=(), **options: Any
+) -> tuple[list[Any], list[Any]]:
     results: dict[int, Any] = {}
 
     def job(number: int):
         def call() -> None:
             rows = turns.current().keep("rows", lambda: Rows(turns.current(), base.copy(), recomputes=True))
-            results[number] = train(base, number, rows, **options)
+            results[number] = train(base, number, rows, in_sequence=number in sequences, **options)
 
         return call
 
@@ -92,21 +103,47 @@ def test_every_job_gets_the_gradients_and_weights_that_it_gets_alone(tmp_path):
     base.check()
 
 
+@pytest.mark.parametrize("sequences", [(0, 1, 2), (0, 2)], ids=["all", "some"])
+def test_rows_that_follow_one_another_in_sequences_go_together_too(tmp_path, monkeypatch, sequences: tuple[int, ...]):
+    base, passes = SharedBase(tiny()), []
+    through = Rows._through
+
+    def counted(self: Rows, batches: Any) -> None:
+        passes.append(tuple(sorted(batches)))
+        through(self, batches)
+
+    monkeypatch.setattr(Rows, "_through", counted)
+    found, errors = together(base, tmp_path, sequences=sequences)
+    assert errors == [None, None, None]
+    # Job 0 has two steps, job 1 three, job 2 four. Jobs whose batches differ in kind are not starved by the others.
+    assert passes == ([(0, 1, 2)] * 2 + [(1, 2), (2,)] if 1 in sequences else [(0, 2), (1,)] * 2 + [(2,), (1,), (2,)])
+    for number, ours in enumerate(found):
+        assert_close(ours, train(base, number, None, in_sequence=number in sequences))
+
+
 @pytest.mark.thorough
+@pytest.mark.parametrize("in_sequence", [False, True], ids=["padded", "in_sequence"])
 @pytest.mark.parametrize("family", TINY)
-def test_rows_of_every_family_go_together_or_by_turns(family: str, tmp_path):
+def test_rows_of_every_family_go_together_or_by_turns(family: str, in_sequence: bool, tmp_path):
     config = compose([f"model.model_name_or_path=random:{family}", "method=lora", "device=cpu"])
     base = SharedBase(load_model(config.model, config.quantization, resolve(config, detect("cpu"))))
-    if why := by_turns(base.copy()):
+    if why := by_turns(base.copy(), in_sequence):
         assert ("router" in why) is (family in MIXTURES)
         return
+    if in_sequence:
+        try:
+            if not isolates_packed_rows(base.copy()):
+                return
+        except ConfigError:
+            return
     targets = ["in_proj"] if "mamba" in family or family == "falcon_h1" else "all-linear"
-    found, errors = together(base, tmp_path, numbers=(0, 1), targets=targets)
+    sequences = (0, 1) if in_sequence else ()
+    found, errors = together(base, tmp_path, numbers=(0, 1), sequences=sequences, targets=targets)
     for error in errors:
         if error is not None:
             raise error
     for number, ours in enumerate(found):
-        theirs = train(base, number, None, targets=targets)
+        theirs = train(base, number, None, targets=targets, in_sequence=in_sequence)
         for one, other in zip(ours, theirs, strict=True):
             assert (one - other).norm() <= 1e-4 * other.norm() + 1e-6
 
@@ -239,3 +276,9 @@ def test_a_base_whose_rows_depend_on_one_another_takes_turns(fields: dict[str, A
     config = AutoConfig.for_model(**fields)
     found = by_turns(type("Model", (), {"config": config}))
     assert found is None if why is None else why in (found or "")
+
+
+def test_layers_of_linear_attention_take_turns_where_rows_follow_one_another():
+    model = type("Model", (), {"config": AutoConfig.for_model("qwen3_5_text")})
+    assert by_turns(model) is None
+    assert "linear attention" in (by_turns(model, in_sequences=True) or "")
