@@ -54,6 +54,7 @@ class Turns:
         outputs: Sequence[Path],
         rows_together: bool = False,
         at_once: int | None = None,
+        more: Callable[[], Sequence[tuple[Callable[[], object], Path]]] = lambda: (),
     ) -> None:
         """Create the jobs.
 
@@ -62,6 +63,7 @@ class Turns:
             outputs: the file that gets each job's output.
             rows_together: whether the jobs' rows go through the base in one pass, where they can.
             at_once: number of jobs that take turns; as one ends, the next begins. None: all.
+            more: called as a job ends and all others have begun; returns what further jobs do, with their output files.
         """
         self.rows_together = rows_together
         self._jobs = [_Job(call, output) for call, output in zip(calls, outputs, strict=True)]
@@ -69,6 +71,7 @@ class Turns:
         """Number of jobs that take turns, at most."""
         self._waiting = deque(range(len(self._jobs)))
         """Jobs that have not begun."""
+        self._more = more
         self._running: list[int] = []
         """Jobs that have begun and not ended, in the order of their turns; the first has its turn."""
         self._threads: list[threading.Thread] = []
@@ -112,6 +115,7 @@ class Turns:
         """Raise an exception in each job at its next turn, and begin no other."""
         with self._changed:
             self._waiting.clear()
+            self._more = lambda: ()
             for number in self._running:
                 job = self._jobs[number]
                 job.raised = job.raised or type(error)(*error.args)
@@ -133,12 +137,25 @@ class Turns:
             traceback.clear_frames(error.__traceback__)  # they hold the model
         faulthandler.cancel_dump_traceback_later()
         job.kept = None
-        if self._waiting:
+        try:
+            self._fill_places()
+        finally:
+            with self._changed:
+                self._running.remove(number)
+                self._changed.notify_all()
+
+    def _fill_places(self) -> None:
+        """Let jobs that have not begun take the place of the one that has ended, and other free ones."""
+        while len(self._running) <= self.at_once:
+            if not self._waiting:
+                _restore(self._begin)  # what is asked must not write into the ended job's output
+                for call, output in self._more():
+                    self._waiting.append(len(self._jobs))
+                    self._jobs.append(_Job(call, output))
+            if not self._waiting:
+                break
             gc.collect()  # the next job needs the memory
             self._begin_next()
-        with self._changed:
-            self._running.remove(number)
-            self._changed.notify_all()
 
     def _await(self, number: int) -> None:
         with self._changed:

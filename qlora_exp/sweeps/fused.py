@@ -9,7 +9,7 @@ from typing import Any
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.sweep import SweepConfig
 from qlora_exp.config.tables.peft_methods import moves_base_weights
-from qlora_exp.sweeps.jobs import Job
+from qlora_exp.sweeps.jobs import Job, Place
 from qlora_exp.utils.digests import json_digest
 
 MOST = 8
@@ -21,18 +21,6 @@ _TOGETHER = frozenset({
     "alpha_pattern", "layers_to_transform", "layers_pattern", "init_lora_weights", "bias", "fan_in_fan_out",
 })  # fmt: skip
 """Settings of LoRA with which rows of several jobs go through the base together."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Group of a job, as its launcher needs it."""
-
-    group: int
-    """Number of the group."""
-    rows_together: bool
-    """Whether the jobs' rows go through the base in one pass; else they take turns, a step each."""
-    at_once: int
-    """Number of jobs that train at the same time, at most; as one ends, the next begins."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +94,13 @@ def why_by_turns(config: Config) -> str | None:
     if config.quantization.load_in_8bit and config.quantization.llm_int8_threshold:
         return "quantization.llm_int8_threshold, which chooses columns by the rows of all"
     return None
+
+
+def joins(config: Config, group: Group) -> bool:
+    """Return whether a further job can be trained with those of a group."""
+    if why_alone(config) is not None or (group.place.rows_together and why_by_turns(config) is not None):
+        return False
+    return json_digest(_kind(config)) == json_digest(_kind(group.jobs[0].config))
 
 
 def groups(jobs: Sequence[Job], settings: SweepConfig) -> list[Group]:

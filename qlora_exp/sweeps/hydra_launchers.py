@@ -16,14 +16,14 @@ from omegaconf import DictConfig, open_dict
 
 from qlora_exp.libraries.hydra import singletons
 from qlora_exp.sweeps import jobs
-from qlora_exp.sweeps.fused import Place
-from qlora_exp.sweeps.jobs import Ending
+from qlora_exp.sweeps.jobs import Ending, Place
 from qlora_exp.sweeps.launchers import local
 from qlora_exp.utils.env_file import load_env_file
 from qlora_exp.utils.errors import ConfigError
 
 Stopped = Callable[[], bool]
 Died = Callable[[], object]
+More = Callable[[Place | None], Sequence[local.Task]]
 
 
 class _Launcher(Launcher):
@@ -34,6 +34,11 @@ class _Launcher(Launcher):
 
     def __init__(self, **settings: Any) -> None:
         self.settings = settings
+        self.more: Callable[[Place | None], Sequence[Sequence[str]]] = lambda place: ()
+        """Called, if the launcher can, when there is a place for another job: in a group, or None for any other.
+
+        It returns the overrides of jobs.
+        """
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Store what Hydra passes before it calls `launch`."""
@@ -45,15 +50,36 @@ class _Launcher(Launcher):
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run these jobs, as Hydra's interface demands.
+        """Run these jobs, as Hydra's interface demands, and those that `more` returns.
 
         Returns:
             For each job how its process died as the return value; None if it did not die.
         """
+        tasks = self._tasks(job_overrides, initial_job_idx)
+        known = len(tasks)
+        parent_folder = tasks[0].folder.parent
+        fail_fast = self.config.sweep.fail_fast
+
+        def more(place: Place | None) -> list[local.Task]:
+            nonlocal known
+            added = self._tasks(self.more(place), initial_job_idx + known)
+            known += len(added)
+            return added
+
+        endings = self.run_all(
+            tasks,
+            stopped=lambda: fail_fast and jobs.stopped(parent_folder),
+            died=lambda: jobs.stop(parent_folder) if fail_fast else None,
+            more=more,
+        )
+        return [_job_return(ending) for ending in endings]
+
+    def _tasks(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[local.Task]:
+        """Return the task of each job; their numbers begin with `first`."""
         import cloudpickle
 
         parser, tasks = OverridesParser.create(), []
-        for number, overrides in enumerate(job_overrides, initial_job_idx):
+        for number, overrides in enumerate(job_overrides, first):
             words = [word for word in overrides if word.startswith("hydra.sweep.")]
             sweep_settings = {
                 override.key_or_group: str(override.value()) for override in map(parser.parse_override, words)
@@ -64,35 +90,29 @@ class _Launcher(Launcher):
             known = json.loads((folder / jobs.JOB_FILE).read_text("utf-8"))
             place = known["group"] and Place(**known["group"])
             tasks.append(local.Task(cloudpickle.dumps(job), folder, known["processes"], place))
-        parent_folder = tasks[0].folder.parent
-        fail_fast = self.config.sweep.fail_fast
-        endings = self.run_all(
-            tasks,
-            stopped=lambda: fail_fast and jobs.stopped(parent_folder),
-            died=lambda: jobs.stop(parent_folder) if fail_fast else None,
-        )
-        return [_job_return(ending) for ending in endings]
+        return tasks
 
     @abstractmethod
-    def run_all(self, tasks: Sequence[local.Task], stopped: Stopped, died: Died) -> Sequence[Ending | None]:
+    def run_all(self, tasks: Sequence[local.Task], stopped: Stopped, died: Died, more: More) -> Sequence[Ending | None]:
         """Run each task in a process of its own.
 
         Args:
             tasks: the tasks in order.
             stopped: returns true if no further task may start.
             died: called when a process has died.
+            more: may be called for further tasks, if there is a place for them.
 
         Returns:
-            For each task how its process died; None if it did not die.
+            For each task how its process died; None if it did not die. Further tasks come last.
         """
 
 
 class LocalLauncher(_Launcher):
     """Jobs on this machine."""
 
-    def run_all(self, tasks: Sequence[local.Task], stopped: Stopped, died: Died) -> Sequence[Ending | None]:
-        """Run each task in a process of its own."""
-        return local.run_groups(tasks, self.config.sweep.n_jobs, stopped, died)
+    def run_all(self, tasks: Sequence[local.Task], stopped: Stopped, died: Died, more: More) -> Sequence[Ending | None]:
+        """Run each task in a process of its own, or those of a group in one."""
+        return local.run_groups(tasks, self.config.sweep.n_jobs, stopped, died, more)
 
 
 class RayLauncher(_Launcher):
@@ -100,7 +120,7 @@ class RayLauncher(_Launcher):
 
     package, extra = "ray", "ray"
 
-    def run_all(self, tasks: Sequence[local.Task], stopped: Stopped, died: Died) -> Sequence[Ending | None]:
+    def run_all(self, tasks: Sequence[local.Task], stopped: Stopped, died: Died, more: More) -> Sequence[Ending | None]:
         """Run each task in a Ray worker of its own."""
         from qlora_exp.sweeps.launchers import ray
 
@@ -123,7 +143,7 @@ class SubmititLauncher(_Launcher):
                 "such as its login node, or try it here with hydra.launcher.cluster=local"
             )
 
-    def run_all(self, tasks: Sequence[local.Task], stopped: Stopped, died: Died) -> Sequence[Ending | None]:
+    def run_all(self, tasks: Sequence[local.Task], stopped: Stopped, died: Died, more: More) -> Sequence[Ending | None]:
         """Run each task as a job of the cluster."""
         from qlora_exp.sweeps.launchers import slurm
 

@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -146,13 +146,16 @@ class JobSweeper(Sweeper):
         quiet()
         gc.enable()
 
-        def launch(waiting: Sequence[jobs.Job]) -> list[Any]:
+        def words(of_jobs: Sequence[jobs.Job]) -> list[list[str]]:
             sweep_dir = f"hydra.sweep.dir={quoted(str(folder))}"
-            job_overrides = [
+            return [
                 [*job.overrides, *_of_environment(job), sweep_dir, f"hydra.sweep.subdir={quoted(job.folder.name)}"]
-                for job in waiting
+                for job in of_jobs
             ]
-            return [job_return.return_value for job_return in self.launcher.launch(job_overrides, initial_job_idx=0)]
+
+        def launch(waiting: Sequence[jobs.Job], more: jobs.MoreJobs) -> list[Any]:
+            cast(Any, self.launcher).more = lambda place: words(more(place))
+            return [job_return.return_value for job_return in self.launcher.launch(words(waiting), initial_job_idx=0)]
 
         local = isinstance(self.launcher, LocalLauncher)
         if settings.fuse != "off" and not local:

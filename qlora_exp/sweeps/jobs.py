@@ -82,8 +82,35 @@ class Ending:
     """Description of the failure."""
 
 
-Launch = Callable[[Sequence[Job]], Sequence[Ending | None]]
-"""Function that runs jobs and returns once all have ended; for jobs whose process died it returns an `Ending`."""
+@dataclass(frozen=True)
+class Place:
+    """Group of a job, as its launcher needs it."""
+
+    group: int
+    """Number of the group."""
+    rows_together: bool
+    """Whether the jobs' rows go through the base in one pass; else they take turns, a step each."""
+    at_once: int
+    """Number of jobs that train at the same time, at most; as one ends, the next begins."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Jobs that a search proposes."""
+
+    jobs: Sequence[Job]
+    """Those of one trial or more, one for each seed."""
+    pruning: Mapping[str, Any] = field(default_factory=dict)
+    """For a run key, the study file and trial with which the job asks whether to stop early."""
+
+
+MoreJobs = Callable[[Place | None], Sequence[Job]]
+"""Function that a launcher may call to fill a free place: of a group that shares a process; or None, any other."""
+Launch = Callable[[Sequence[Job], MoreJobs], Sequence[Ending | None]]
+"""Function that runs jobs, and those it asks for, and returns once all have ended.
+
+For jobs whose process died it returns an `Ending`; those it has asked for come last, in that order.
+"""
 
 
 def jobs(
@@ -214,3 +241,19 @@ def allow_starts(folder: Path) -> None:
 def stopped(folder: Path) -> bool:
     """Return whether no further job of the sweep in `folder` may start."""
     return (folder / _STOP_FILE).exists()
+
+
+def finished_elsewhere(new: Sequence[Job]) -> dict[str, dict[str, Any]]:
+    """Return finished MLflow runs of these jobs by run key; they may be from another folder or another machine."""
+    from qlora_exp.tracking import mlflow_store
+
+    settings = new[0].config.tracking
+    return mlflow_store.finished_runs(settings.uri, settings.experiment_name, [job.key for job in new])
+
+
+def keep_under_other_name(folder: Path) -> None:
+    """Rename the folder of an ended run, to keep it."""
+    number = 1
+    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(aside)

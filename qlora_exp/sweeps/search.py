@@ -10,6 +10,7 @@ import logging
 import math
 import random
 import statistics
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ from optuna.distributions import (
     IntDistribution,
     distribution_to_json,
 )
+from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
@@ -33,7 +35,7 @@ from qlora_exp.config.sections.sweep import SearchConfig, SweepConfig
 from qlora_exp.libraries.hydra import as_written
 from qlora_exp.results.metric_direction import lower_is_better
 from qlora_exp.sweeps import fused
-from qlora_exp.sweeps.jobs import NOT_FAILED, Job
+from qlora_exp.sweeps.jobs import NOT_FAILED, Job, Proposal
 from qlora_exp.sweeps.sweep import Sweep
 from qlora_exp.training.plugins import user_metrics
 from qlora_exp.utils.errors import ConfigError, did_you_mean
@@ -75,43 +77,19 @@ def search(
     """
     with alone(sweep.folder):
         study = _study(sweep.folder, settings, space)
-        replaced = {trial.number for trial in study.trials if trial.state == TrialState.FAIL and how.rerun == "failed"}
-        unfinished_trials = _unfinished(study, space, retry_failed=how.rerun == "failed")
+        trials = _Trials(sweep, study, space, jobs_of, settings, retry_failed=how.rerun == "failed")
         for trial in study.trials:
             if trial.state.is_finished() and trial.params:
                 failed = trial.state == TrialState.FAIL  # a failed job without a folder exceeded memory and was not run
                 with suppress(*[ConfigError] * failed):  # its values cannot run
                     sweep.register([job for job in jobs_of(trial.params) if job.folder.exists() or not failed])
-
-        def proposed() -> int:
-            return sum(trial.number not in replaced for trial in study.trials)
-
         at_once = fused.jobs_at_once(how)
         unguided = settings.n_trials if settings.sampler == "random" else STARTUP_TRIALS
-        while unfinished_trials or proposed() < settings.n_trials:
-            # Values that do not depend on results are proposed ahead: as a trial ends, the next takes its place.
-            size = max(at_once, unguided - proposed()) if at_once > 1 else 1
-            batch, unfinished_trials = unfinished_trials[:size], unfinished_trials[size:]
-            while len(batch) < size and proposed() < settings.n_trials:
-                if new := _unseen(study, space):
-                    study.enqueue_trial(new)
-                number = study.ask(dict(space)).number
-                batch.append(study.trials[number])
-            numbers = ", ".join(str(trial.number + 1) for trial in batch)
-            log.info("trials %s of %d", shortened(numbers), settings.n_trials)
-            jobs = _jobs(study, batch, jobs_of)
-            if not jobs:
-                continue
-            batch = [trial for trial in batch if trial.number in jobs]
-            pruning = {
-                jobs[trial.number][0].key: _pruning(sweep.folder, trial, settings.pruner)
-                for trial in (batch if settings.prune else ())
-            }
-            sweep.run([job for repeats in jobs.values() for job in repeats], pruning)
-            for trial in batch:
-                if not study.trials[trial.number].state.is_finished():  # else its job has told the result
-                    _tell(study, trial.number, [sweep.ended(job) for job in jobs[trial.number]], settings.metrics)
-            if any(sweep.ended(job)["outcome"] == "not started" for repeats in jobs.values() for job in repeats):
+        # Values that do not depend on results are proposed ahead.
+        while first := trials.next(max(at_once, unguided - trials.proposed) if at_once > 1 else 1):
+            sweep.run(first.jobs, first.pruning, trials.following if at_once > 1 else lambda: None)
+            trials.tell()
+            if any(sweep.ended(job)["outcome"] == "not started" for job in trials.jobs):
                 break  # the launcher failed, or jobs may not start; the next start of the search resumes these trials
         best_trials = list({str(trial.params): trial for trial in study.best_trials}.values())
         entries = [
@@ -120,6 +98,78 @@ def search(
         ]
         write_atomically(sweep.folder / BEST_FILE, json.dumps(entries, indent=1))
         return best_trials
+
+
+class _Trials:
+    """What a search runs next, and what it tells Optuna."""
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        study: optuna.Study,
+        space: Mapping[str, BaseDistribution],
+        jobs_of: Callable[[Mapping[str, Any]], list[Job]],
+        settings: SearchConfig,
+        retry_failed: bool,
+    ) -> None:
+        self._sweep, self._study, self._space, self._jobs_of, self._settings = sweep, study, space, jobs_of, settings
+        failed = {trial.number for trial in study.trials if trial.state == TrialState.FAIL}
+        self._replaced = failed if retry_failed else set[int]()
+        """Trials whose values run again as another trial."""
+        self._unfinished = _unfinished(study, space, retry_failed)
+        self._begun: dict[int, list[Job]] = {}
+        """Jobs of each trial that was begun here."""
+
+    @property
+    def jobs(self) -> list[Job]:
+        """Jobs of all trials that were begun here."""
+        return [job for repeats in self._begun.values() for job in repeats]
+
+    @property
+    def proposed(self) -> int:
+        """Number of trials that were proposed, here and earlier."""
+        return sum(trial.number not in self._replaced for trial in self._study.trials)
+
+    def next(self, size: int) -> Proposal | None:
+        """Return the jobs of so many trials, or of those that are left; None if none is."""
+        while batch := self._ask(size):
+            numbers = ", ".join(str(trial.number + 1) for trial in batch)
+            log.info("trials %s of %d", shortened(numbers), self._settings.n_trials)
+            self._begun.update(jobs := _jobs(self._study, batch, self._jobs_of))
+            if jobs:
+                pruning = {
+                    repeats[0].key: _pruning(self._sweep.folder, number, self._settings.pruner)
+                    for number, repeats in (jobs if self._settings.prune else {}).items()
+                }
+                return Proposal([job for repeats in jobs.values() for job in repeats], pruning)
+        return None
+
+    def following(self) -> Proposal | None:
+        """Return the jobs of the next trial, as one has ended; None if there is none."""
+        try:
+            self.tell(leave="oom")  # beside others: it runs again, alone
+        except ConfigError:  # it is raised again when the others have ended
+            return None
+        return self.next(1)
+
+    def tell(self, leave: str = "") -> None:
+        """Tell Optuna the results of trials that have ended, but not of those with a job of the outcome `leave`."""
+        for number, repeats in self._begun.items():
+            endings = [self._sweep.ended(job) for job in repeats]
+            told = self._study.trials[number].state.is_finished()  # by its job
+            if not told and leave not in {ending["outcome"] for ending in endings}:
+                _tell(self._study, number, endings, self._settings.metrics)
+
+    def _ask(self, size: int) -> list[FrozenTrial]:
+        """Return unfinished trials of earlier processes, then new ones, while there may be more."""
+        batch = self._unfinished[:size]
+        del self._unfinished[:size]
+        while len(batch) < size and self.proposed < self._settings.n_trials:
+            if new := _unseen(self._study, self._space):
+                self._study.enqueue_trial(new)
+            number = self._study.ask(dict(self._space)).number
+            batch.append(self._study.trials[number])
+        return batch
 
 
 def _tell(study: optuna.Study, number: int, endings: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> None:
@@ -288,7 +338,10 @@ def _study(folder: Path, settings: SearchConfig, space: Mapping[str, BaseDistrib
     study = optuna.create_study(storage=file, study_name=name, directions=directions, load_if_exists=True)
     check_space(study, space, folder, {"search.directions": ",".join(directions)})
     sampler_seed = settings.seed + len(study.trials)  # so that a resumed search does not draw the same values again
-    tpe = optuna.samplers.TPESampler(seed=sampler_seed, n_startup_trials=STARTUP_TRIALS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        # Trials that are running count as bad ones, so that those beside them try other values.
+        tpe = optuna.samplers.TPESampler(seed=sampler_seed, n_startup_trials=STARTUP_TRIALS, constant_liar=True)
     study.sampler = tpe if settings.sampler == "tpe" else optuna.samplers.RandomSampler(sampler_seed)
     return study
 
@@ -339,5 +392,5 @@ def values(metrics: Mapping[str, float], names: Sequence[str], key: str = "searc
     return [metrics[name] for name in names]
 
 
-def _pruning(folder: Path, trial: FrozenTrial, pruner: str) -> dict[str, Any]:
-    return {"file": str(folder / STUDY_FILE), "trial": trial.number, "pruner": pruner}
+def _pruning(folder: Path, trial: int, pruner: str) -> dict[str, Any]:
+    return {"file": str(folder / STUDY_FILE), "trial": trial, "pruner": pruner}

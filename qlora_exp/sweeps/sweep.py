@@ -3,17 +3,19 @@
 This module does not depend on Hydra, nor on how jobs are launched.
 """
 
+import itertools
 import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from types import MappingProxyType
+from typing import Any, Self, cast
 
 from qlora_exp.config.sections.sweep import SweepConfig
 from qlora_exp.environment import provenance
-from qlora_exp.sweeps import fused
+from qlora_exp.sweeps import fused, tables
 from qlora_exp.sweeps.fused import Group
 from qlora_exp.sweeps.jobs import (
     JOB_FILE,
@@ -24,13 +26,17 @@ from qlora_exp.sweeps.jobs import (
     Ending,
     Job,
     Launch,
+    MoreJobs,
+    Place,
+    Proposal,
     allow_starts,
     decide,
     exceeded_time_limit,
+    finished_elsewhere,
+    keep_under_other_name,
     state,
     stopped,
 )
-from qlora_exp.sweeps.tables import further_scores, row, show_plan, show_rows
 from qlora_exp.tracking.journal import ELSEWHERE_TAG, is_delivered, run_id
 from qlora_exp.tracking.stores import mlflow_views
 from qlora_exp.utils.display import pasteable, say
@@ -91,21 +97,18 @@ class Sweep:
         ended_well = error is None and not self._settings.dry_run
         rows = self.rows() if ended_well else []
         if ended_well and not self._is_part:
-            show_rows(rows, self.folder)
+            tables.show_rows(rows, self.folder)
         if self._parent is not None:
             self._end(error)
         if ended_well and not self._is_part:
             if self.folder.is_dir():  # otherwise every job was done elsewhere
-                say(f"files  {self.folder}", f"table  {self._compare_command()}")
-            if advice := _advice([row["outcome"] for row in rows]):
+                uri = next(iter(self._jobs.values())).config.tracking.uri
+                say(f"files  {self.folder}", f"table  {pasteable('compare', self.folder.name, uri=uri)}")
+            if advice := tables.advice([row["outcome"] for row in rows]):
                 raise SweepError(advice)
         if isinstance(error, KeyboardInterrupt) and self._jobs:
             done = sum(self.ended(job)["outcome"] in NOT_FAILED for job in self._jobs.values())
             print(f"{done} of {len(self._jobs)} jobs are done; run the same command again to resume the others")
-
-    def _compare_command(self) -> str:
-        uri = next(iter(self._jobs.values())).config.tracking.uri
-        return pasteable("compare", self.folder.name, uri=uri)
 
     def _end(self, error: BaseException | None) -> None:
         """Record the end of the sweep in MLflow."""
@@ -128,12 +131,58 @@ class Sweep:
         """Register jobs of earlier processes, so that tables and exit status include them."""
         self._jobs |= {job.key: job for job in jobs}
 
-    def run(self, jobs: Sequence[Job], pruning: Mapping[str, Any] | None = None) -> None:
+    def run(
+        self,
+        jobs: Sequence[Job],
+        pruning: Mapping[str, Any] = MappingProxyType({}),
+        more: Callable[[], Proposal | None] = lambda: None,
+    ) -> None:
         """Run those of `jobs` that are not done yet, and return when all have ended, whatever their outcomes.
 
         Args:
             jobs: any jobs of the sweep.
             pruning: for a run key, the study file and trial with which the job asks whether to stop early.
+            more: called when one has ended and another could begin in its place, if the launcher can begin it.
+        """
+        waiting, grouped = self._prepared(jobs, pruning := {**pruning})
+        apart: list[Proposal] = []  # they cannot join the group that has a free place
+
+        def added(place: Place | None) -> list[Job]:
+            group = next((each for each in grouped.values() if each.place == place), None)
+            new: list[Job] = []
+            alone = group is None and self._settings.fuse != "off"
+            while not (new or apart or alone) and (proposed := more()) is not None:
+                if group is not None and not all(fused.joins(job.config, group) for job in proposed.jobs):
+                    apart.append(proposed)
+                    break
+                twins = [job for job in waiting if job.key in {each.key for each in proposed.jobs}]
+                if any(self.ended(job)["outcome"] in UNFINISHED for job in twins):
+                    break  # another trial with these values is running
+                pruning.update(proposed.pruning)
+                new, _ = self._prepared(proposed.jobs, pruning, group)
+                grouped.update({job.key: group for job in new} if group else {})
+                waiting.extend(new)
+            return new
+
+        with handle_signals():
+            self._launch_all(waiting, added)
+            again = [job for job in waiting if job.key in grouped and self.ended(job)["outcome"] == "oom"]
+            if again and not stopped(self.folder):
+                log.warning("%d jobs ran out of memory beside others; they run again, alone", len(again))
+                for job in again:
+                    keep_under_other_name(job.folder)
+                    self._prepare(job, None, pruning.get(job.key))
+                self._launch_all(again)
+        for proposed in apart:
+            self.run(proposed.jobs, proposed.pruning)
+
+    def _prepared(
+        self, jobs: Sequence[Job], pruning: Mapping[str, Any], group: Group | None = None
+    ) -> tuple[list[Job], dict[str, Group]]:
+        """Decide which of `jobs` to run in `group`, or in groups of their own; print that, and write the jobs' files.
+
+        Returns:
+            The jobs to run, none in a dry run; and the groups of those that are not alone, by run key.
         """
         jobs = list({job.key: job for job in jobs}.values())  # trials of a search may have the same values
         self.register(jobs)
@@ -145,7 +194,7 @@ class Sweep:
         if not self._settings.dry_run and any(action != "skip" for action, _ in plan.values()):
             self._warm()
         if (new_jobs := [job for job in jobs if plan[job.key][0] == "run"]) and self._settings.rerun != "all":
-            self._elsewhere |= _finished(new_jobs)
+            self._elsewhere |= finished_elsewhere(new_jobs)
             plan |= {
                 job.key: ("skip", f"done as MLflow run {self._elsewhere[job.key]['run_id']}")
                 for job in new_jobs
@@ -154,25 +203,21 @@ class Sweep:
         with handle_signals():
             plan |= self._screen([job for job in jobs if plan[job.key][0] != "skip"])
         waiting = [job for job in jobs if plan[job.key][0] != "skip"]
-        grouped, together = self._groups(waiting)
-        show_plan(jobs, plan, self.folder, together)
+        if group is None:
+            grouped, together = self._groups(waiting)
+        else:
+            grouped = {job.key: group for job in waiting}
+            together = {job.key: fused.described(job, grouped) for job in waiting}
+        tables.show_plan(jobs, plan, self.folder, together)
         if not waiting or self._settings.dry_run:
-            return
+            return [], {}
         if self._parent is None:
             self._open(jobs[0])
         for job in waiting:
             if plan[job.key][0] == "rerun":
-                _keep_under_other_name(job.folder)
-            self._prepare(job, grouped.get(job.key), (pruning or {}).get(job.key))
-        with handle_signals():
-            self._launch_all(waiting)
-            again = [job for job in waiting if job.key in grouped and self.ended(job)["outcome"] == "oom"]
-            if again and not stopped(self.folder):
-                log.warning("%d jobs ran out of memory beside others; they run again, alone", len(again))
-                for job in again:
-                    _keep_under_other_name(job.folder)
-                    self._prepare(job, None, (pruning or {}).get(job.key))
-                self._launch_all(again)
+                keep_under_other_name(job.folder)
+            self._prepare(job, grouped.get(job.key), pruning.get(job.key))
+        return waiting, grouped
 
     def _prepare(self, job: Job, group: Group | None, pruning: Any) -> None:
         """Write what the process of a job needs to know."""
@@ -193,11 +238,11 @@ class Sweep:
         }
         write_atomically(job.folder / JOB_FILE, json.dumps(known))
 
-    def _launch_all(self, waiting: Sequence[Job]) -> None:
-        not_started = self._launch_some(waiting)
+    def _launch_all(self, waiting: Sequence[Job], more: MoreJobs = lambda place: ()) -> None:
+        not_started = self._launch_some(waiting, more) if waiting else []
         # If the launcher failed before it started all jobs, launch the others, as long as that starts at least one.
         while not_started and len(not_started) < len(waiting) and not stopped(self.folder):
-            waiting, not_started = not_started, self._launch_some(not_started)
+            waiting, not_started = not_started, self._launch_some(not_started, more)
 
     def _groups(self, waiting: Sequence[Job]) -> tuple[dict[str, Group], dict[str, str]]:
         """Group jobs that share a base model, as `sweep.fuse` asks.
@@ -253,17 +298,22 @@ class Sweep:
         swept = list(next(iter(self._jobs.values())).swept)
         self._parent.view(*mlflow_views.newest_sweep(self.folder.name, swept, int(1000 * time.time()), scores))
 
-    def _launch_some(self, waiting: Sequence[Job]) -> list[Job]:
+    def _launch_some(self, waiting: Sequence[Job], more: MoreJobs) -> list[Job]:
         """Launch jobs, record those whose process died, and return the jobs that were not started."""
         from qlora_exp.tracking import lifecycle
 
-        endings: Sequence[Ending | None] = [None] * len(waiting)
+        waiting, endings = [*waiting], cast(Sequence[Ending | None], ())
+
+        def added(place: Place | None) -> Sequence[Job]:
+            waiting.extend(new := more(place))
+            return new
+
         try:
-            endings = self._launch(waiting)
+            endings = self._launch(tuple(waiting), added)
         except Exception as error:  # a launcher may fail when it loses a job; each job's progress is on disk
             log.error("the launcher failed: %s: %s", type(error).__name__, error)  # noqa: TRY400
         finally:  # also if the sweep is interrupted
-            for job, ending in zip(waiting, endings, strict=True):
+            for job, ending in itertools.zip_longest(waiting, endings):
                 if ending is not None or state(job.folder)[0] == "cut off":
                     died = ending or Ending("killed", "its process is gone")
                     if exceeded_time_limit(job.folder):
@@ -313,7 +363,7 @@ class Sweep:
 
     def rows(self) -> list[dict[str, Any]]:
         """Return the table row of each job."""
-        return [row(job, self.ended(job)) for job in self._jobs.values()]
+        return [tables.row(job, self.ended(job)) for job in self._jobs.values()]
 
     def _record(self) -> None:
         """Log the outcomes of the jobs to MLflow."""
@@ -324,7 +374,7 @@ class Sweep:
         parts = enumerate(ids[at : at + _IDS_IN_A_TAG] for at in range(0, len(ids), _IDS_IN_A_TAG))
         self._parent.tags({f"{ELSEWHERE_TAG}{number}": " ".join(part) for number, part in parts})
         measured = {name for job in self._jobs.values() for name in self.ended(job).get("metrics", {})}
-        if scores := further_scores(measured):
+        if scores := tables.further_scores(measured):
             self._view(scores)
         columns = dict.fromkeys(name for row in rows for name in row)
         self._parent.table({name: [row.get(name, "") for row in rows] for name in columns}, "jobs.json")
@@ -346,28 +396,3 @@ class Sweep:
             self._parent.describe(report.markdown(comparison, "short"))
         except Exception as error:  # must not fail the sweep, whose jobs are done; `qlora-exp compare` can repeat it
             log.warning("no comparison: %s", error)
-
-
-def _advice(outcomes: Sequence[str]) -> str:
-    """Return advice about jobs that did not end well; empty if all did."""
-    unfinished = sum(outcome in UNFINISHED for outcome in outcomes)
-    failed = len(outcomes) - unfinished - sum(outcome in NOT_FAILED for outcome in outcomes)
-    parts = [f"{failed} failed: sweep.rerun=failed runs them again"] * bool(failed)
-    parts += [f"{unfinished} did not finish: the same command resumes them"] * bool(unfinished)
-    return f"{failed + unfinished} of {len(outcomes)} jobs did not end well; {'; '.join(parts)}" if parts else ""
-
-
-def _finished(new: Sequence[Job]) -> dict[str, dict[str, Any]]:
-    """Return finished MLflow runs of these jobs by run key; they may be from another folder or another machine."""
-    from qlora_exp.tracking import mlflow_store
-
-    settings = new[0].config.tracking
-    return mlflow_store.finished_runs(settings.uri, settings.experiment_name, [job.key for job in new])
-
-
-def _keep_under_other_name(folder: Path) -> None:
-    """Rename the folder of an ended run, to keep it."""
-    number = 1
-    while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    folder.rename(aside)

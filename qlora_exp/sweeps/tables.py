@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from qlora_exp.sweeps.jobs import Action, Job
+from qlora_exp.sweeps.jobs import NOT_FAILED, UNFINISHED, Action, Job
 from qlora_exp.utils.tables import make_table
 from qlora_exp.utils.text import shortened
 
@@ -89,3 +89,12 @@ def _console() -> Console:
     if not console.is_terminal:  # a log file has no width
         console.width = 200
     return console
+
+
+def advice(outcomes: Sequence[str]) -> str:
+    """Return advice about jobs that did not end well; empty if all did."""
+    unfinished = sum(outcome in UNFINISHED for outcome in outcomes)
+    failed = len(outcomes) - unfinished - sum(outcome in NOT_FAILED for outcome in outcomes)
+    parts = [f"{failed} failed: sweep.rerun=failed runs them again"] * bool(failed)
+    parts += [f"{unfinished} did not finish: the same command resumes them"] * bool(unfinished)
+    return f"{failed + unfinished} of {len(outcomes)} jobs did not end well; {'; '.join(parts)}" if parts else ""

@@ -360,10 +360,10 @@ class Stages:
             jobs.Job(job.swept, job.overrides, config, job.parts, name, folder / name) for name in ("new", "newer")
         ]
         self.patch.setattr(screening, "unfit", lambda jobs, vram: asked.append(("unfit", vram)) or [""] * len(jobs))
-        self.patch.setattr(sweep, "_finished", lambda _: {})
+        self.patch.setattr(sweep, "finished_elsewhere", lambda _: {})
         self.patch.setattr(sweep.Sweep, "_open", lambda self, _: setattr(self, "_parent", SimpleNamespace(run_id=1)))
 
-        def launch(waiting: Any) -> Any:
+        def launch(waiting: Any, more: Any) -> Any:
             for one in waiting:
                 made = json.loads((one.folder / jobs.JOB_FILE).read_text())
                 asked.append(
@@ -373,7 +373,7 @@ class Stages:
 
         sweep.Sweep(folder, config.sweep, launch).run([job, *fresh])
         self.patch.setattr(hydra_launchers.local, "run_groups", lambda _, count, *__: asked.append(("at once", count)))
-        hydra_launchers.LocalLauncher.run_all(SimpleNamespace(config=config), [], None, None)
+        hydra_launchers.LocalLauncher.run_all(SimpleNamespace(config=config), [], None, None, None)
         return name, asked
 
     def search(self, config: Config) -> Any:

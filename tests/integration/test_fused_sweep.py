@@ -81,9 +81,32 @@ def test_trials_that_are_stopped_or_diverge_make_room_and_leave_the_others_what_
 
 
 @pytest.mark.thorough
+def test_a_trial_of_tpe_takes_the_place_of_one_that_has_ended(sweep, capfd):
+    words = ["hydra/sweeper=optuna", "method=lora", "training.max_steps=2", "evaluation=loss_only"]
+    words += ["training.learning_rate=tag(log,interval(1e-4,1e-1))", "method.r=2,4", "search.n_trials=15"]
+    sweep(*words, "sweep.fuse=2")
+    study = optuna.load_study(study_name=None, storage=search.storage(Path("multirun/fused")))
+    trials = study.trials
+    assert {trial.state for trial in trials} == {TrialState.COMPLETE}
+    first = search.STARTUP_TRIALS
+    for trial in trials[first:]:
+        assert trial.datetime_start > trials[trial.number - 2].datetime_complete
+        assert trial.datetime_start < trials[trial.number - 1].datetime_complete
+    shown = "".join(capfd.readouterr())
+    assert "group 1: 10 jobs, 2 at a time, by turns" in shown
+    assert shown.count("jobs in one process") == 1
+
+
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", ["method=lora", "method=qlora", "training.packing=true", "training.padding=free"])
 def test_jobs_whose_rows_go_through_the_base_together_learn_the_same_but_for_rounding(sweep, run_quick, kind: str):
-    words = ["training.learning_rate=1e-2", "training.eval_strategy=steps", "training.eval_steps=1", "method=lora", kind]
+    words = [
+        "training.learning_rate=1e-2",
+        "training.eval_strategy=steps",
+        "training.eval_steps=1",
+        "method=lora",
+        kind,
+    ]
     folders = sweep(*words, "method.r=2,4,16", "sweep.fuse=auto", "sweep.fused_rows=true")
     for r, folder in folders.items():
         alone = run_quick(*MORE, *words, f"method.r={r}")

@@ -54,7 +54,7 @@ def read_runs(mlflow_uri, request):
     return read
 
 
-def in_process(waiting):
+def in_process(waiting, more=None):
     """A launcher without processes."""
     for job in waiting:
         run_job(job.config, job.folder)
@@ -66,16 +66,18 @@ def execute(todo: list[Job], launch=in_process):
         running.run(todo)
 
 
-def never(waiting):
+def never(waiting, more=None):
     pytest.fail(f"launched {waiting}")
 
 
 def test_done_jobs_are_skipped_and_new_ones_run(make_jobs, read_runs, capsys):
     execute(make_jobs("seed", ["1", "2"]))
     execute(make_jobs("seed", ["1", "2"]), never)
-    assert capsys.readouterr().out.count("done in") == 2
+    shown = capsys.readouterr().out
+    assert shown.count("done in") == 2
+    assert "table  qlora-exp compare test --uri sqlite:///" in shown
     launched = []
-    execute(make_jobs("seed", ["1", "2", "3"]), lambda waiting: launched.extend(waiting) or in_process(waiting))
+    execute(make_jobs("seed", ["1", "2", "3"]), lambda waiting, more: launched.extend(waiting) or in_process(waiting))
     assert [job.swept for job in launched] == [{"seed": "3"}]
     parents, children = read_runs()
     assert len(parents) == 1
@@ -117,7 +119,8 @@ def test_failed_jobs_are_repeated_only_on_request(make_jobs, read_runs, capsys):
     launched = []
     with pytest.raises(SweepError):
         execute(
-            make_jobs(*words, "sweep.rerun=failed"), lambda waiting: launched.extend(waiting) or in_process(waiting)
+            make_jobs(*words, "sweep.rerun=failed"),
+            lambda waiting, more: launched.extend(waiting) or in_process(waiting),
         )
     assert [job.swept["training.max_length"] for job in launched] == ["5"]
     assert launched[0].folder.with_name(f"{launched[0].folder.name}.1").is_dir()
@@ -149,7 +152,7 @@ def test_dry_run_leaves_no_files(make_jobs, tmp_path, capsys):
 
 
 def test_dead_job_is_recorded_with_its_cause(make_jobs, read_runs):
-    def dies(waiting):
+    def dies(waiting, more):
         for job in waiting:
             with lifecycle.start(job.config, job.folder, must_reach=False) as tracked:
                 tracked.metrics({"train/loss": 1.0, "before/loss": 5.0}, 1)
@@ -199,7 +202,8 @@ def test_sweep_writes_its_comparison_to_its_folder_and_mlflow(make_jobs, read_ru
 def test_sweep_of_failed_jobs_has_no_comparison(make_jobs, read_runs, caplog):
     with pytest.raises(SweepError):
         execute(
-            make_jobs("training.max_grad_norm", ["1", "2"]), lambda waiting: [Ending("killed", "gone")] * len(waiting)
+            make_jobs("training.max_grad_norm", ["1", "2"]),
+            lambda some, more: [Ending("killed", "gone")] * len(some),
         )
     assert "no comparison: none of these 2 runs succeeded" in caplog.text
     (parent,), _ = read_runs()
@@ -255,7 +259,7 @@ def test_newest_sweep_has_a_view_in_mlflow(make_jobs, mlflow_uri, request):
 
 
 def test_jobs_lost_by_the_launcher_are_launched_again(make_jobs, read_runs):
-    def gives_up(waiting):
+    def gives_up(waiting, more):
         in_process(waiting[:1])
         raise RuntimeError("a worker was lost")
 
@@ -266,14 +270,14 @@ def test_jobs_lost_by_the_launcher_are_launched_again(make_jobs, read_runs):
 
 def test_launcher_that_starts_nothing_is_not_retried_forever(make_jobs, capsys):
     with pytest.raises(SweepError, match="2 of 2"):
-        execute(make_jobs("seed", ["1", "2"]), lambda waiting: [None] * len(waiting))
+        execute(make_jobs("seed", ["1", "2"]), lambda waiting, more: [None] * len(waiting))
     assert "not started" in capsys.readouterr().out
 
 
 def test_job_that_dies_before_its_run_begins_is_recorded_and_not_repeated(make_jobs, read_runs):
     launched = []
 
-    def launch(waiting):
+    def launch(waiting, more):
         launched.extend(job.swept["seed"] for job in waiting)
         endings = [Ending("oom", "made up")]
         return endings + in_process(waiting[1:])
@@ -294,7 +298,7 @@ def cut_off(job: Job) -> None:
 
 
 def test_job_killed_at_its_time_limit_has_outcome_timeout(make_jobs, read_runs):
-    def launch(waiting):
+    def launch(waiting, more):
         cut_off(waiting[0])
         (waiting[0].folder / "out_of_time").touch()
         return [Ending("error", "the process died: exit code 1")]
@@ -306,7 +310,7 @@ def test_job_killed_at_its_time_limit_has_outcome_timeout(make_jobs, read_runs):
 
 
 def test_interrupted_sweep_records_its_killed_jobs(make_jobs, read_runs):
-    def launch(waiting):
+    def launch(waiting, more):
         cut_off(waiting[0])
         raise KeyboardInterrupt
 
@@ -402,7 +406,7 @@ def test_jobs_are_not_planned_by_default(make_jobs, monkeypatch):
 def test_damaged_journal_does_not_stop_other_jobs(make_jobs, capsys):
     damaged_at = (0, 3, 10**6)
 
-    def cut_off(waiting):
+    def cut_off(waiting, more):
         endings = in_process(waiting)
         for index, at in enumerate(damaged_at):
             file = waiting[index].folder / FILE
@@ -419,7 +423,7 @@ def test_damaged_journal_does_not_stop_other_jobs(make_jobs, capsys):
     assert shown.count("journal.jsonl") >= 3
     launched = []
 
-    def again(waiting):
+    def again(waiting, more):
         launched.extend(waiting)
         return in_process(waiting[:1]) + [Ending("killed", "as above")] * 2
 

@@ -12,16 +12,16 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, cast
 
 from qlora_exp.environment.device import visible_gpus
 from qlora_exp.recipe.launch import fork_server
-from qlora_exp.sweeps.fused import Place
-from qlora_exp.sweeps.jobs import Ending, state
+from qlora_exp.sweeps.jobs import Ending, Place, state
 from qlora_exp.utils.processes.signals import GRACE_SECONDS, handle_signals
 from qlora_exp.utils.processes.workers import end_with_parent, write_into
 
@@ -43,6 +43,8 @@ class Task:
     """Number of processes that the job starts on this machine; each takes a GPU, if there are any."""
     place: Place | None = None
     """Group with which the job shares a process."""
+    asks: bool = False
+    """Whether the function takes a connection, through which its process asks for more tasks."""
 
     @property
     def output(self) -> Path:
@@ -55,6 +57,8 @@ class _Running:
     process: ForkServerProcess
     index: int
     slot: int
+    questions: Connection | None
+    """Through which the process asks for more tasks."""
 
 
 def run_all(
@@ -62,6 +66,7 @@ def run_all(
     n_jobs: int = 1,
     stopped: Callable[[], bool] = lambda: False,
     died: Callable[[], object] = lambda: None,
+    more: Callable[[int | None], Sequence[Task]] = lambda index: (),
 ) -> list[Ending | None]:
     """Call every task, at most `n_jobs` at a time, each in its own process, so that tasks cannot affect each other.
 
@@ -71,10 +76,14 @@ def run_all(
             sees one GPU for each of its processes.
         stopped: called before each start; if it returns true, no further task starts.
         died: called when a process has died.
+        more: called for further tasks when all have started: with None, if there is a place for another process; with
+            the number of a task whose process has asked, and calls them itself.
 
     Returns:
-        For each task how its process died; None if it returned or was not started.
+        For each task how its process died; None if it returned or was not started. Further tasks that have processes of
+        their own come last.
     """
+    tasks = [*tasks]
     width = max((task.processes for task in tasks), default=1)
     context, gpus = warm(n_jobs * width), visible_gpus()
     endings: list[Ending | None] = [None] * len(tasks)
@@ -82,8 +91,14 @@ def run_all(
     running: dict[int, _Running] = {}
     oom_kills = _oom_kills()
     try:
-        while waiting or running:
-            while waiting and len(running) < n_jobs and not stopped():
+        while True:
+            while len(running) < n_jobs and not stopped():
+                if not waiting:
+                    waiting.extend(range(len(tasks), len(tasks) + len(added := more(None))))
+                    tasks.extend(added)
+                    endings.extend([None] * len(added))
+                if not waiting:
+                    break
                 index = waiting.popleft()
                 output = tasks[index].output if n_jobs > 1 else None
                 slot = min(set(range(n_jobs)) - {job.slot for job in running.values()})
@@ -91,13 +106,20 @@ def run_all(
                 own = ",".join(dict.fromkeys(gpus[number % len(gpus)] for number in numbers))
                 log.info("job %d of %d: %s", index + 1, len(tasks), output or tasks[index].folder.name)
                 environment = dict(os.environ) | ({"CUDA_VISIBLE_DEVICES": own} if own else {})
-                process = context.Process(target=_call, args=(tasks[index].call, output, environment))
+                ours, theirs = context.Pipe() if tasks[index].asks else (None, None)
+                process = context.Process(target=_call, args=(tasks[index].call, output, environment, theirs))
                 process.start()
-                running[process.sentinel] = _Running(process, index, slot)
+                if theirs is not None:
+                    theirs.close()  # so that reading ends with the process
+                running[process.sentinel] = _Running(process, index, slot, ours)
             if not running:
                 break
-            for sentinel in wait(list(running)):
-                ended_job = running.pop(cast(int, sentinel))
+            asking = {job.questions: job for job in running.values() if job.questions is not None}
+            for ready in wait([*running, *asking]):
+                if (job := asking.get(cast(Any, ready))) is not None:
+                    _answer(job, lambda index=job.index: [] if stopped() else more(index))
+                    continue
+                ended_job = running.pop(cast(int, ready))
                 ended_job.process.join()
                 ending = endings[ended_job.index] = _ending(ended_job.process.exitcode, oom_kills)
                 if n_jobs > 1:
@@ -110,26 +132,65 @@ def run_all(
     return endings
 
 
+def _answer(job: _Running, more: Callable[[], Sequence[Task]]) -> None:
+    """Send a process the tasks that it asks for."""
+    assert job.questions is not None
+    try:
+        job.questions.recv()
+    except (EOFError, OSError):  # the process has ended
+        job.questions.close()
+        job.questions = None
+        return
+    answer = [(task.call, task.output) for task in more()]
+    with suppress(OSError):  # it has ended since: these tasks have not been started
+        job.questions.send(answer)
+
+
 def run_groups(
     tasks: Sequence[Task],
     n_jobs: int = 1,
     stopped: Callable[[], bool] = lambda: False,
     died: Callable[[], object] = lambda: None,
+    more: Callable[[Place | None], Sequence[Task]] = lambda place: (),
 ) -> list[Ending | None]:
     """Call every task as `run_all` does, those of a group in one process, where they take turns.
 
     If a group's process is killed because memory ran out, its jobs go on with half as many at once. Of one that dies
     otherwise, the jobs that had not begun are as if not started.
+
+    Args:
+        tasks: tasks in order.
+        n_jobs: as for `run_all`.
+        stopped: as for `run_all`.
+        died: as for `run_all`.
+        more: called for further tasks when a place is free: in a group, or None for a process of its own.
+
+    Returns:
+        As `run_all`; the endings of further tasks come last, in the order in which `more` returned them.
     """
+    tasks = [*tasks]
     groups: dict[Any, list[int]] = {}
     for index, task in enumerate(tasks):
         groups.setdefault(index if task.place is None else task.place, []).append(index)
     endings: list[Ending | None] = [None] * len(tasks)
     waiting = [(members, place.at_once if (place := tasks[members[0]].place) else 1) for members in groups.values()]
+
+    def added(process: int | None) -> list[Task]:
+        """Ask for more, for the process of `waiting` with that number, or for new ones."""
+        new = [*more(None if process is None else tasks[waiting[process][0][0]].place)]
+        numbers = range(len(tasks), len(tasks) + len(new))
+        tasks.extend(new)
+        endings.extend([None] * len(new))
+        if process is None:
+            waiting.extend(([number], 1) for number in numbers)
+        else:
+            waiting[process][0].extend(numbers)
+        return new
+
     while waiting:
         merged = [_merged([tasks[index] for index in members], at_once) for members, at_once in waiting]
         again: list[tuple[list[int], int]] = []
-        for (members, at_once), ending in zip(waiting, run_all(merged, n_jobs, stopped, died), strict=True):
+        for ending, (members, at_once) in zip(run_all(merged, n_jobs, stopped, died, added), waiting, strict=True):
             states = {index: state(tasks[index].folder)[0] for index in members}
             left = [index for index in members if states[index] in ("new", "cut off")]
             if ending is not None and ending.outcome == "oom" and len(members) > 1:
@@ -159,7 +220,7 @@ def _merged(members: Sequence[Task], at_once: int) -> Task:
     group = _Group([task.call for task in members], outputs, first.place.rows_together, at_once)
     many = f"{len(members)} jobs in one process" + (f", {at_once} at a time" if at_once < len(members) else "")
     log.info("%s; their output: %s in the folder of each in %s", many, OUTPUT_FILE, first.folder.parent)
-    return replace(first, call=cloudpickle.dumps(group))
+    return replace(first, call=cloudpickle.dumps(group), asks=True)
 
 
 @dataclass(frozen=True)
@@ -172,14 +233,18 @@ class _Group:
     rows_together: bool
     at_once: int
 
-    def __call__(self) -> None:
+    def __call__(self, questions: Connection) -> None:
         import cloudpickle
 
         from qlora_exp.environment.turns import Turns
 
+        def more() -> list[tuple[Callable[[], object], Path]]:
+            questions.send(None)
+            return [(cloudpickle.loads(call), output) for call, output in questions.recv()]
+
         with handle_signals():
             calls = [*map(cloudpickle.loads, self.calls)]
-            errors = Turns(calls, self.outputs, self.rows_together, self.at_once).run()
+            errors = Turns(calls, self.outputs, self.rows_together, self.at_once, more).run()
         for error in errors:
             if error is not None:
                 raise error
@@ -230,7 +295,7 @@ def warm(n_jobs: int) -> Any:
     return fork_server()
 
 
-def _call(pickled: bytes, output: Path | None, environment: dict[str, str]) -> None:
+def _call(pickled: bytes, output: Path | None, environment: dict[str, str], *questions: Connection | None) -> None:
     """Call the task; runs in the job's process."""
     import cloudpickle
 
@@ -240,4 +305,4 @@ def _call(pickled: bytes, output: Path | None, environment: dict[str, str]) -> N
     if output is not None:
         write_into(output)
     end_with_parent()
-    cloudpickle.loads(pickled)()
+    cloudpickle.loads(pickled)(*filter(None, questions))

@@ -227,3 +227,41 @@ def test_outside_of_turns_nothing_happens():
     turns.pass_on()
     assert turns.current() is None
     assert turns.seconds() == pytest.approx(time.perf_counter(), abs=0.1)
+
+
+def test_a_free_place_is_filled_with_what_is_asked_for_then(take, tmp_path, capsys):
+    seen: list[str] = []
+
+    def job(name: str, steps: int):
+        def call() -> None:
+            for step in range(steps):
+                seen.append(f"{name}{step}")
+                print(name)
+                turns.pass_on()
+
+        return call
+
+    further = [[], [(job("c", 1), tmp_path / "c.log"), (job("d", 1), tmp_path / "d.log")], []]
+
+    def more():
+        print("asked")
+        return further.pop(0) if further else []
+
+    jobs = take(job("a", 1), job("b", 2), at_once=2, more=more)
+    assert jobs.run() == [None] * 4
+    assert seen == ["a0", "b0", "b1", "c0", "d0"]  # nothing takes a's place, so two take that of b and a
+    assert (tmp_path / "c.log").read_text() == "c\n"
+    assert {*capsys.readouterr().out.split()} == {"asked"}
+    assert jobs.running == ()
+
+
+def test_if_asking_fails_the_other_jobs_go_on(take, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+
+    def more():
+        raise EOFError
+
+    done: list[int] = []
+    jobs = take(lambda: None, lambda: (turns.pass_on(), done.append(1)), more=more)
+    assert jobs.run() == [None, None]
+    assert done == [1]

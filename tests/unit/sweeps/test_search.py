@@ -1,4 +1,5 @@
 import json
+from collections import deque
 from types import SimpleNamespace
 
 import optuna
@@ -68,13 +69,15 @@ def run_search(make_config, mlflow_uri, tmp_path, request):
         how=IN_ORDER,
         space=space,
         outcome="oom",
+        refills=False,
         **settings,
     ):
         folder = tmp_path / "search"
 
-        def launch(waiting):
-            endings = []
-            for job in waiting:
+        def launch(waiting, more):
+            endings, waiting = [], deque(waiting)
+            while waiting:
+                job = waiting.popleft()
                 if len(ran) >= stop_after:
                     raise KeyboardInterrupt
                 if fails(len(ran)):
@@ -83,6 +86,8 @@ def run_search(make_config, mlflow_uri, tmp_path, request):
                 else:
                     ends(job)
                     endings.append(None)
+                if refills and len(waiting) < how.n_jobs:
+                    waiting.extend(more(None))
             return endings
 
         def jobs_of(values):
@@ -148,6 +153,31 @@ def test_parallel_trials_overlap(run_search):
     assert trials[first].datetime_start > trials[first - 1].datetime_complete
     assert trials[first + 1].datetime_start < trials[first].datetime_complete
     assert trials[first + 2].datetime_start > trials[first + 1].datetime_complete
+
+
+def test_a_launcher_that_can_gets_the_next_trial_as_one_ends(run_search):
+    first = search.STARTUP_TRIALS
+    (best,) = run_search(n_trials=first + 6, how=SweepConfig(n_jobs=2), refills=True)
+    trials = run_search.trials()
+    assert len(trials) == len(run_search.ran) == first + 6
+    for before, trial in zip(trials[first - 2 :], trials[first:], strict=False):
+        assert before.datetime_complete < trial.datetime_start  # one of two has ended
+        assert trial.datetime_start < trials[trial.number - 1].datetime_complete  # the other has not
+    assert best.value < min(trial.value for trial in trials[:first])  # results were told in time to be learned from
+
+
+def test_equal_values_do_not_run_twice_at_once_and_the_search_ends(run_search):
+    space = {"method.r": CategoricalDistribution([2, 4, 8])}
+    run_search(n_trials=16, how=SweepConfig(n_jobs=2), space=space, refills=True)
+    assert sorted(job["method.r"] for job in run_search.ran) == ["2", "4", "8"]
+    assert {trial.state for trial in run_search.trials()} == {TrialState.COMPLETE}
+    assert len(run_search.trials()) == 16
+
+
+def test_a_failure_to_tell_while_others_run_is_raised_when_they_have_ended(run_search):
+    with pytest.raises(ConfigError, match="jobs have no metric 'after/los'"):
+        run_search(n_trials=14, how=SweepConfig(n_jobs=2), refills=True, metrics=["after/los"], directions=["minimize"])
+    assert len(run_search.ran) == search.STARTUP_TRIALS
 
 
 def test_a_random_search_proposes_all_trials_ahead_and_runs_equal_ones_once(run_search):

@@ -33,3 +33,17 @@ def test_narrow_terminals_get_the_columns_that_fit(width: int, shown, left_out, 
     tables.show_rows([tables.row(JOB, {"outcome": "ok", "metrics": METRICS})], Path("night"))
     heading = " ".join(capsys.readouterr().out.splitlines()[2].split())
     assert [name for name in (*shown, *left_out) if name in heading] == shown
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "expected"),
+    [
+        (["ok", "pruned"], ""),
+        (["ok", "oom"], "1 of 2 jobs did not end well; 1 failed: sweep.rerun=failed runs them again"),
+        (["killed", "not started"], "2 of 2 jobs did not end well; 2 did not finish: the same command"),
+        (["nan", "running", "ok"], "2 of 3 jobs did not end well; 1 failed: sweep.rerun=failed runs them again; 1 did"),
+    ],
+)
+def test_advice_names_what_to_do_about_failed_jobs(outcomes: list[str], expected: str):
+    assert tables.advice(outcomes).startswith(expected)
+    assert bool(tables.advice(outcomes)) is bool(expected)

@@ -28,7 +28,7 @@ def run_tuned(monkeypatch, mlflow_uri, request):
     experiment = request.node.name[:40]
 
     def start(*words: str, fails=lambda config: "", stop_after=10**6) -> int:
-        def launch(waiting):
+        def launch(waiting, more):
             endings = []
             for job in waiting:
                 config = job.config

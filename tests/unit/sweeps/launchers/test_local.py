@@ -217,3 +217,47 @@ def test_when_a_group_is_killed_for_lack_of_memory_half_as_many_go_on_at_once(gr
     ran = group.processes()
     assert {name: len(each) for name, each in ran.items()} == {"a": 2, "b": 2, "c": 2, "d": 2, "e": 1}
     assert len({each[-1] for each in ran.values()}) == 1  # the base is loaded once
+
+
+def test_a_group_gets_further_jobs_as_its_jobs_end(group):
+    first, *further = group("a", "b", "c", "d", at_once=2)
+    asked = []
+
+    def more(place: Place | None) -> list[Task]:
+        asked.append(place)
+        return [further.pop()] if place and further else []
+
+    assert local.run_groups([first, further.pop(0)], more=more) == [None] * 4
+    assert asked[0] == first.place
+    assert asked[-1] is None  # once the group's process has ended, another could begin
+    ran = group.processes()
+    assert len(ran) == 4
+    assert len({process for each in ran.values() for process in each}) == 1
+
+
+def test_when_a_group_is_killed_for_lack_of_memory_its_further_jobs_go_on_too(group, monkeypatch):
+    counts = iter([0, 1])
+    monkeypatch.setattr(local, "_oom_kills", lambda: next(counts, 1))
+    tasks = group("a", "b", "c", at_once=2, killed="c")
+    further = [tasks[2]]
+    endings = local.run_groups(tasks[:2], more=lambda place: [further.pop()] if place and further else [])
+    assert endings == [None] * 3
+    assert [len(group.processes()[name]) for name in "abc"] in ([1, 1, 2], [1, 2, 2], [2, 1, 2], [2, 2, 2])
+
+
+def test_a_free_process_gets_further_jobs(tmp_path):
+    folders = [tmp_path / name for name in "abc"]
+    for folder in folders:
+        folder.mkdir()
+    tasks = [task(folder, (folder / "ran").touch) for folder in folders]
+    further = tasks[1:]
+    endings = local.run_groups(tasks[:1], n_jobs=2, more=lambda place: [further.pop(0)] if further else [])
+    assert endings == [None] * 3
+    assert all((folder / "ran").exists() for folder in folders)
+
+
+def test_a_further_job_that_dies_has_its_ending_last(tmp_path):
+    further = [task(tmp_path, crash(signal.SIGKILL))]
+    (one, other) = local.run_groups([task(tmp_path, lambda: None)], more=lambda place: further and [further.pop()])
+    assert one is None
+    assert other.outcome == "killed"
