@@ -117,7 +117,7 @@ def run_all(
             asking = {job.questions: job for job in running.values() if job.questions is not None}
             for ready in wait([*running, *asking]):
                 if (job := asking.get(cast(Any, ready))) is not None:
-                    _answer(job, lambda index=job.index: [] if stopped() else more(index))
+                    _answer(job, (lambda index: []) if stopped() else more)
                     continue
                 ended_job = running.pop(cast(int, ready))
                 ended_job.process.join()
@@ -132,7 +132,7 @@ def run_all(
     return endings
 
 
-def _answer(job: _Running, more: Callable[[], Sequence[Task]]) -> None:
+def _answer(job: _Running, more: Callable[[int], Sequence[Task]]) -> None:
     """Send a process the tasks that it asks for."""
     assert job.questions is not None
     try:
@@ -141,7 +141,7 @@ def _answer(job: _Running, more: Callable[[], Sequence[Task]]) -> None:
         job.questions.close()
         job.questions = None
         return
-    answer = [(task.call, task.output) for task in more()]
+    answer = [(task.call, task.output) for task in more(job.index)]
     with suppress(OSError):  # it has ended since: these tasks have not been started
         job.questions.send(answer)
 
