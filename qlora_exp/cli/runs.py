@@ -12,7 +12,7 @@ from qlora_exp.cli import ports
 from qlora_exp.cli.failures import full_disk_named
 from qlora_exp.cli.parents import RUN, URI, Commands, add_command, add_overrides
 from qlora_exp.utils.display import say
-from qlora_exp.utils.errors import ConfigError, TrackingError
+from qlora_exp.utils.errors import ConfigError, NoRunsError, TrackingError
 from qlora_exp.utils.names import valid_names
 from qlora_exp.utils.notice import notice_if_slow
 from qlora_exp.utils.quiet import quiet
@@ -168,7 +168,7 @@ def ui(options: argparse.Namespace) -> None:
     address = uris.store_uri(options.uri)
     file = sqlite_store.sqlite_file(address)
     if file is not None and not file.is_file():
-        raise TrackingError(f"no runs yet: {file} does not exist; run `qlora-exp train` here first, or give --uri")
+        raise NoRunsError(f"no runs yet: {file} does not exist; run `qlora-exp train` here first, or give --uri")
     if not address.startswith("http"):
         ports.require_free(options.host, options.port)
     quiet()

@@ -17,6 +17,7 @@ from qlora_exp.planning.guidance.exhausted import explained
 from qlora_exp.recipe.inputs import Inputs, check_config, read_inputs
 from qlora_exp.recipe.launch import launch, with_processes
 from qlora_exp.recipe.result import RunResult
+from qlora_exp.tracking.stores import uris
 
 if TYPE_CHECKING:
     from qlora_exp.recipe.context import RunContext
@@ -60,6 +61,8 @@ def run(
 
 def _run(config: Config, **arguments: Any) -> RunResult:
     """Run in this process; if the run has several, each of them calls this."""
+    if arguments["must_reach"]:
+        uris.check_answers(config.tracking.uri)
     inputs = read_inputs(config)
     # Imported here, because these modules import torch, which takes seconds.
     from qlora_exp.recipe.tokens import tokenize

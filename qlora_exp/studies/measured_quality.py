@@ -10,7 +10,7 @@ from qlora_exp.results import records
 from qlora_exp.results.compare import compare
 from qlora_exp.results.record import Record
 from qlora_exp.results.verdicts import ALPHA
-from qlora_exp.utils.errors import TrackingError
+from qlora_exp.utils.errors import NoRunsError, TrackingError
 from qlora_exp.utils.text import shortened
 
 _LENGTH = ("training.max_steps", "training.num_train_epochs", "resolved.global_batch", "data.training_fingerprint")
@@ -30,8 +30,10 @@ def measured(uri: str | None, configs: Mapping[str, Config]) -> tuple[dict[str, 
     """
     try:
         runs: Sequence[Record] = records.every(uri)
+    except NoRunsError:
+        return {}, []
     except TrackingError as error:
-        return {}, [] if "no runs yet" in str(error) else [f"no past run was looked at: {error}"]
+        return {}, [f"no past run was looked at: {error}"]
     return of_runs(list(reversed(runs)), configs)
 
 

@@ -1,6 +1,7 @@
 """Implement the launchers for Hydra: local processes, Ray, SLURM."""
 
 import json
+import logging
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -14,19 +15,22 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
+from qlora_exp.config.schema import Config
+from qlora_exp.environment import likely
 from qlora_exp.libraries.hydra import singletons
 from qlora_exp.sweeps import jobs
 from qlora_exp.sweeps.jobs import Ending, Place
-from qlora_exp.sweeps.launchers import local
+from qlora_exp.sweeps.launchers import local, request
 from qlora_exp.utils.env_file import load_env_file
 from qlora_exp.utils.errors import ConfigError
 
+log = logging.getLogger(__name__)
 Stopped = Callable[[], bool]
 Died = Callable[[], object]
 More = Callable[[Place | None], Sequence[local.Task]]
 
 
-class _Launcher(Launcher):
+class JobLauncher(Launcher):
     """Base of the launchers: turns the jobs that Hydra passes into tasks for processes."""
 
     package, extra = "", ""
@@ -92,6 +96,17 @@ class _Launcher(Launcher):
             tasks.append(local.Task(cloudpickle.dumps(job), folder, known["processes"], place))
         return tasks
 
+    def try_out(self, configs: Sequence[Config]) -> list[str]:
+        """Check, before anything starts, that the launcher can run jobs of these configs.
+
+        Returns:
+            What is to be said about that.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        return []
+
     @abstractmethod
     def run_all(self, tasks: Sequence[local.Task], stopped: Stopped, died: Died, more: More) -> Sequence[Ending | None]:
         """Run each task in a process of its own.
@@ -107,15 +122,19 @@ class _Launcher(Launcher):
         """
 
 
-class LocalLauncher(_Launcher):
+class LocalLauncher(JobLauncher):
     """Jobs on this machine."""
+
+    def try_out(self, configs: Sequence[Config]) -> list[str]:
+        """Check that this machine can run them."""
+        return [remark for config in configs for remark in likely.check(config)]
 
     def run_all(self, tasks: Sequence[local.Task], stopped: Stopped, died: Died, more: More) -> Sequence[Ending | None]:
         """Run each task in a process of its own, or those of a group in one."""
         return local.run_groups(tasks, self.config.sweep.n_jobs, stopped, died, more)
 
 
-class RayLauncher(_Launcher):
+class RayLauncher(JobLauncher):
     """Jobs on a Ray cluster."""
 
     package, extra = "ray", "ray"
@@ -127,7 +146,7 @@ class RayLauncher(_Launcher):
         return ray.run_all(tasks, self.config.sweep.n_jobs, **self.settings, died=died)
 
 
-class SubmititLauncher(_Launcher):
+class SubmititLauncher(JobLauncher):
     """Jobs on a SLURM cluster."""
 
     package, extra = "submitit", "slurm"
@@ -142,6 +161,12 @@ class SubmititLauncher(_Launcher):
                 "hydra/launcher=slurm: this machine has no command srun: start the sweep on a node of the cluster, "
                 "such as its login node, or try it here with hydra.launcher.cluster=local"
             )
+
+    def try_out(self, configs: Sequence[Config]) -> list[str]:
+        """Check that the processes of each job are those that SLURM starts, and that there is a GPU for each."""
+        cluster, parameters = self.settings["cluster"], self.settings["parameters"]
+        log.info("%s: %s", cluster, request.described(self.settings))
+        return [*filter(None, (request.check(config, cluster, parameters) for config in configs))]
 
     def run_all(self, tasks: Sequence[local.Task], stopped: Stopped, died: Died, more: More) -> Sequence[Ending | None]:
         """Run each task as a job of the cluster."""

@@ -23,9 +23,8 @@ from qlora_exp.config.overrides import combinations, of_job, quoted, readable
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.sweep import SweepConfig
 from qlora_exp.config.validate import from_composed
-from qlora_exp.environment import likely
 from qlora_exp.sweeps import jobs, sweep
-from qlora_exp.sweeps.hydra_launchers import LocalLauncher
+from qlora_exp.sweeps.hydra_launchers import JobLauncher, LocalLauncher
 from qlora_exp.sweeps.launchers import local as launcher
 from qlora_exp.training.plugins import user_metrics
 from qlora_exp.utils.display import say
@@ -121,15 +120,13 @@ class JobSweeper(Sweeper):
             raise ConfigError(f"{error}\nin: {words}") from error
 
     def try_out(self, configs: Sequence[Config]) -> None:
-        """Check before the first job costs time what each job checks again: this machine, metrics and losses of others.
-
-        Jobs of other launchers run on other machines.
+        """Check before the first job costs time what each job checks again: the launcher, metrics and losses of others.
 
         Raises:
             ConfigError: a job cannot run.
         """
-        if isinstance(self.launcher, LocalLauncher):
-            for remark in dict.fromkeys(remark for config in configs for remark in likely.check(config)):
+        if isinstance(self.launcher, JobLauncher):
+            for remark in dict.fromkeys(self.launcher.try_out(configs)):
                 log.warning("%s", remark)
         user_metrics.try_out(
             list(dict.fromkeys(name for each in configs for name in user_metrics.of_config(each.evaluation)))

@@ -62,14 +62,19 @@ class Job:
     @property
     def processes(self) -> int:
         """Number of processes of the job on one machine; each takes a GPU, if there are any."""
-        shared = self.config.distributed
-        return 1 if isinstance(shared.num_processes, str) else shared.num_processes // shared.num_machines
+        return processes(self.config)
 
     @property
     def name(self) -> str:
         """The swept keys and values as text, short enough for a table and for the name of an MLflow run."""
         values = (f"{key}={shortened(value)}" for key, value in self.swept.items())
         return shortened(" ".join(values), RUN_NAME) or self.config.method.name
+
+
+def processes(config: Config) -> int:
+    """Return the number of processes of a job on one machine."""
+    shared = config.distributed
+    return 1 if isinstance(shared.num_processes, str) else shared.num_processes // shared.num_machines
 
 
 @dataclass(frozen=True)

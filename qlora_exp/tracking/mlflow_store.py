@@ -38,7 +38,7 @@ from qlora_exp.tracking.refusals import Entry, LeftOut, cause, hint, log_entries
 from qlora_exp.tracking.stores import artifacts, mlflow_views, pyfunc_files, sqlite_store
 from qlora_exp.tracking.stores.guarded_client import GuardedClient
 from qlora_exp.tracking.stores.uris import check_driver, exists, experiment_name, origin, store_uri
-from qlora_exp.utils.errors import TrackingError
+from qlora_exp.utils.errors import NoRunsError, TrackingError
 from qlora_exp.utils.files import open_inside, own_user, scratch_folder
 from qlora_exp.utils.notice import notice_if_slow
 from qlora_exp.utils.secrets import redact
@@ -88,7 +88,7 @@ def reader(uri: str | None = None) -> MlflowClient:
                 hint = f"the newest run of this folder was sent to {redact(str(used))}: give it with --uri"
             else:
                 hint = "start this in the folder where you train, or give --uri"
-            raise TrackingError(f"no runs yet: {file} does not exist; {hint}")
+            raise NoRunsError(f"no runs yet: {file} does not exist; {hint}")
         sqlite_store.check_readable(file, schema_version())
         return _connected(sqlite_store.read_only_uri(file))
 
@@ -363,7 +363,10 @@ def finished_runs(uri: str | None, experiment: str | None, run_keys: Iterable[st
     """
     if not exists(uri):
         return {}
-    mlflow = reader(uri)
+    try:
+        mlflow = reader(uri)
+    except NoRunsError:  # another process is creating it
+        return {}
     found_experiment = mlflow.get_experiment_by_name(experiment_name(experiment))
     if found_experiment is None:
         return {}

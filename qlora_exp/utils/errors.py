@@ -33,6 +33,10 @@ class TrackingError(UserError):
     """An MLflow store that cannot be reached or written to."""
 
 
+class NoRunsError(TrackingError):
+    """An MLflow store that does not exist yet, or that another process is creating."""
+
+
 class DeletedError(TrackingError):
     """A run, or its experiment, that was deleted in MLflow and can be restored there."""
 

@@ -111,3 +111,15 @@ def test_run_takes_the_processes_of_srun(mlflow_uri, tmp_path):
     assert [run.info.status for run in mlflow_runs] == ["FINISHED"]
     assert mlflow_runs[0].data.params["resolved.num_processes"] == "2"
     assert len(list(tmp_path.glob("outputs/*/*"))) == 1
+
+
+def test_job_that_the_time_limit_ended_is_resumed_by_the_same_command(mlflow_uri, tmp_path):
+    own = [word.replace("timeout_min=20", "timeout_min=3") for word in SLURM]  # submitit asks to end 90 s before
+    words = command(mlflow_uri, "limit", *own, *LONG[:1], "training.max_steps=100000", *LONG[2:])
+    result = subprocess.run(words, capture_output=True, text=True, check=False, cwd=tmp_path, timeout=400)
+    assert result.returncode == 1
+    assert "1 did not finish: the same command resumes them" in result.stderr
+    _, (child,) = runs(mlflow_uri, "limit")
+    assert (child.info.status, child.data.tags["outcome"]) == ("KILLED", "killed")
+    again = subprocess.run([*words, "sweep.dry_run=true"], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert "was interrupted; resumes from step" in again.stdout

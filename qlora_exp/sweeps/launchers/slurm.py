@@ -6,6 +6,7 @@ independent of what a job does.
 
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -17,7 +18,7 @@ from submitit.helpers import DelayedSubmission
 
 from qlora_exp.sweeps.jobs import Ending
 from qlora_exp.sweeps.launchers.local import Task
-from qlora_exp.utils.errors import ConfigError, last_line
+from qlora_exp.utils.errors import last_line
 
 log = logging.getLogger(__name__)
 FOLDER = ".submitit"
@@ -44,10 +45,7 @@ def run_all(
     Returns:
         For each task how its process died; None if it returned.
 
-    Raises:
-        ConfigError: the tasks that SLURM would start for a job are not the processes of its run.
     """
-    _check_tasks(tasks, cluster, parameters)
     log_folder = tasks[0].folder.parent / FOLDER / "%j"
     limits = {"slurm_max_num_timeout": max_num_timeout} if cluster == "slurm" else {}
     executor = submitit.AutoExecutor(folder=log_folder, cluster=cluster, **limits)
@@ -84,30 +82,36 @@ def _errors_in(file: Path) -> Iterator[None]:
         os.close(own)
 
 
-def _check_tasks(tasks: Sequence[Task], cluster: str, parameters: Mapping[str, Any]) -> None:
-    """Check that SLURM starts one process for each job, or all the processes of the job's run."""
-    nodes, tasks_per_node = (int(parameters.get(name) or 1) for name in ("nodes", "tasks_per_node"))
-    if (started := nodes * tasks_per_node) == 1:
-        return
-    asked = f"hydra.launcher.parameters: nodes={nodes} and tasks_per_node={tasks_per_node} start {started} processes"
-    if cluster != "slurm":
-        raise ConfigError(
-            f"{asked} of a job, which only SLURM can do; leave them out, or use hydra.launcher.cluster=slurm"
-        )
-    if other := sorted({task.processes for task in tasks} - {started}):
-        raise ConfigError(
-            f"{asked} of a job, and a job here has {' or '.join(map(str, other))}: set distributed=ddp or fsdp, "
-            f"distributed.num_processes={started} and distributed.num_machines=1"
-        )
-
-
 class _Call:
     def __call__(self, pickled: bytes) -> None:
-        cloudpickle.loads(pickled)()
+        with _interrupted_at_time_limit():
+            cloudpickle.loads(pickled)()
 
     def checkpoint(self, pickled: bytes) -> DelayedSubmission:
         """Return what submitit queues again for a preempted job; the job resumes from its own checkpoint."""
         return DelayedSubmission(self, pickled)
+
+
+@contextmanager
+def _interrupted_at_time_limit() -> Iterator[None]:
+    """Interrupt a job that is not queued again at the cluster's time limit: then the same command resumes it.
+
+    Submitit raises an error in the job, which would count as one of its own.
+    """
+    number = getattr(signal, f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}")
+    told = signal.getsignal(number)
+
+    def handle(received: int, frame: Any) -> None:
+        assert callable(told)
+        try:
+            told(received, frame)
+        except submitit.core.utils.UncompletedJobError as error:
+            log.warning("the cluster's time limit is over (%s); the same command resumes the job", error)
+            raise KeyboardInterrupt from error
+
+    if callable(told):
+        signal.signal(number, handle)
+    yield
 
 
 def _ending(job: submitit.Job[None]) -> Ending | None:
@@ -115,9 +119,10 @@ def _ending(job: submitit.Job[None]) -> Ending | None:
     if error is None:
         return None
     state = job.state
-    for outcome, named in (("oom", "OUT_OF_MEMORY"), ("timeout", "TIMEOUT")):
-        if named in state:
-            return Ending(outcome, f"{state} (job {job.job_id})")
+    if "OUT_OF_MEMORY" in state:
+        return Ending("oom", f"{state} (job {job.job_id})")
+    if "TIMEOUT" in state:  # not the limit of a job, which is `sweep.timeout_minutes`
+        return Ending("killed", f"the cluster's time limit is over: {state} (job {job.job_id})")
     if isinstance(error, submitit.core.utils.FailedJobError):  # the job raised an exception
         return Ending("error", last_line(error))
     return Ending("killed", f"the process died: {state} (job {job.job_id})")

@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-from qlora_exp.utils.errors import TrackingError
+from qlora_exp.utils.errors import NoRunsError, TrackingError
 
 _TABLES = {"alembic_version", "experiments"}
 
@@ -66,7 +66,7 @@ def check_readable(file: Path, schema: str) -> None:
                 f"`mlflow db upgrade sqlite:///{file}` upgrades an older one"
             )
         if not connection.execute("SELECT 1 FROM experiments WHERE experiment_id = 0").fetchone():
-            raise TrackingError(f"no runs yet: {file} has no experiment 0, which MLflow adds at its first write")
+            raise NoRunsError(f"no runs yet: {file} has no experiment 0, which MLflow adds at its first write")
 
 
 def tags_of(file: Path, run_ids: Iterable[str]) -> dict[str, dict[str, str]]:

@@ -6,15 +6,18 @@ A key of the config or `--uri` comes first, then MLflow's own environment variab
 import functools
 import logging
 import os
+import socket
 from pathlib import Path
+from urllib.error import URLError
 from urllib.parse import unquote, urlsplit
+from urllib.request import urlopen
 
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from qlora_exp.config.schema import Config
 from qlora_exp.tracking.stores.sqlite_store import sqlite_file
-from qlora_exp.utils.errors import ConfigError, first_line
+from qlora_exp.utils.errors import ConfigError, TrackingError, first_line
 from qlora_exp.utils.secrets import HOW_TO_GIVE, redact, secret_in_uri
 
 log = logging.getLogger(__name__)
@@ -23,6 +26,8 @@ VARIABLE = "MLFLOW_TRACKING_URI"
 EXPERIMENT_VARIABLE = "MLFLOW_EXPERIMENT_NAME"
 _DEFAULT_EXPERIMENT = "qlora_exp"
 _SQLITE = b"SQLite format 3\0"
+_ANSWERS_IN = 3.0
+"""Seconds to wait for a server's answer."""
 _PACKAGES = {
     "psycopg": "'qlora-exp[postgres]'",
     "psycopg2": "psycopg2-binary",
@@ -39,7 +44,8 @@ def given_uri(uri: str | None) -> str | None:
 
 def origin(uri: str | None) -> str:
     """Return what the URI comes from, for messages."""
-    return VARIABLE if not uri and given_uri(uri) else "tracking.uri"
+    in_environment = os.environ.get(VARIABLE)
+    return VARIABLE if in_environment and uri in (None, "", in_environment) else "tracking.uri"
 
 
 def store_uri(uri: str | None) -> str:
@@ -127,6 +133,27 @@ def check_files(uri: str) -> None:
             begin = content.read(len(_SQLITE))
         if begin not in (b"", _SQLITE):  # another process may be about to write the first bytes
             raise ConfigError(f"tracking.uri: {file} is no SQLite database, and so no MLflow store: name another file")
+
+
+def check_answers(uri: str | None) -> None:
+    """Check that a server is there, before a run costs time; whether it is one of MLflow's is found out later.
+
+    Raises:
+        TrackingError: its name is not known, or nothing answers at its address.
+    """
+    address = store_uri(uri)
+    if urlsplit(address).scheme not in ("http", "https"):
+        return
+    try:
+        urlopen(f"{address.rstrip('/')}/health", timeout=_ANSWERS_IN).close()
+    except URLError as error:
+        if isinstance(error.reason, ConnectionRefusedError | socket.gaierror):
+            raise TrackingError(
+                f"{origin(uri)}: nothing answers at {redact(address)} ({error.reason}); to train without it: "
+                f"tracking=local, and later `qlora-exp sync --uri {redact(address)}`"
+            ) from error
+    except (OSError, ValueError):  # a slow server, a proxy of its own, ...: MLflow's client may still reach it
+        return
 
 
 def experiment_name(name: str | None) -> str:

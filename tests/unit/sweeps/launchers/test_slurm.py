@@ -1,32 +1,20 @@
 """Processes that SLURM starts for a job are those of its run. `tests/clusters` runs jobs on a real cluster."""
 
+import os
+import signal
 import subprocess
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
+import cloudpickle
 import pytest
 from support import exit_code
 
 pytest.importorskip("submitit")
 
+from submitit.core.utils import UncompletedJobError
+
 from qlora_exp.sweeps.launchers import slurm
-from qlora_exp.sweeps.launchers.local import Task
-from qlora_exp.sweeps.launchers.slurm import run_all
-from qlora_exp.utils.errors import ConfigError
-
-
-@pytest.mark.parametrize(
-    ("cluster", "parameters", "processes", "message"),
-    [
-        ("slurm", {"nodes": 2, "tasks_per_node": 4}, 4, "start 8 processes of a job, and a job here has 4: set dist"),
-        ("slurm", {"tasks_per_node": 2}, 1, r"a job here has 1: .* distributed\.num_processes=2"),
-        ("local", {"tasks_per_node": 2}, 2, "which only SLURM can do"),
-    ],
-)
-def test_tasks_that_are_not_the_processes_of_a_run_are_refused(cluster, parameters, processes, message, tmp_path):
-    with pytest.raises(ConfigError, match=message):
-        run_all([Task(b"", tmp_path / "job", processes)], cluster, 0, parameters)
-    assert not [*Path(tmp_path).iterdir()]
 
 
 def test_errors_of_processes_beside_the_jobs_go_to_a_file(tmp_path, capfd):
@@ -53,3 +41,39 @@ def test_sweep_that_cannot_be_submitted_is_refused_with_what_to_do(words, says, 
     assert exit_code("train", "-m", "model=tiny_llama", "method.r=2,4", "hydra/launcher=slurm", *words) == 1
     assert says in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_job_that_is_not_queued_again_at_the_time_limit_is_interrupted():
+    previous = signal.getsignal(signal.SIGUSR2)
+
+    def out_of_time(number, frame):
+        raise UncompletedJobError("Job not requeued because: timed-out too many times.")
+
+    def job() -> None:
+        os.kill(os.getpid(), signal.SIGUSR2)
+        pytest.fail("it went on")
+
+    signal.signal(signal.SIGUSR2, out_of_time)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            slurm._Call()(cloudpickle.dumps(job))
+        signal.signal(signal.SIGUSR2, lambda *_: sys.exit(-1))  # it is queued again
+        with pytest.raises(SystemExit):
+            slurm._Call()(cloudpickle.dumps(job))
+    finally:
+        signal.signal(signal.SIGUSR2, previous)
+
+
+@pytest.mark.parametrize(
+    ("state", "outcome", "says"),
+    [
+        ("TIMEOUT", "killed", "the cluster's time limit is over"),
+        ("OUT_OF_MEMORY", "oom", "OUT_OF_MEMORY (job 7)"),
+        ("NODE_FAIL", "killed", "the process died: NODE_FAIL"),
+    ],
+)
+def test_what_the_cluster_ended_is_told_by_its_state(state: str, outcome: str, says: str):
+    ended = SimpleNamespace(exception=lambda: UncompletedJobError("no output"), state=state, job_id=7)
+    ending = slurm._ending(ended)
+    assert ending.outcome == outcome
+    assert says in ending.failure
