@@ -305,3 +305,48 @@ def _listed(values: Mapping[str, Any]) -> str:
 
 def _product(record: Record, *keys: str) -> float:
     return math.prod(float(record.params.get(key, "1")) for key in keys)
+
+
+def everything(comparison: Comparison) -> dict[str, Any]:
+    """Return a comparison as plain data, which JSON can represent: all metrics of all runs, and each verdict."""
+    rows = []
+    for row in comparison.rows:
+        verdict = comparison.verdicts.get(row.name)
+        against_baseline = verdict and {
+            "difference": _number(verdict.difference.value),
+            "low": _number(verdict.difference.interval[0]),
+            "high": _number(verdict.difference.interval[1]),
+            "p": _number(verdict.p),
+            "verdict": verdict.text,
+        }
+        rows.append(
+            {
+                "label": row.label,
+                "baseline": row is comparison.baseline,
+                "against_baseline": against_baseline,
+                "ties": comparison.ties.get(row.name),
+                "runs": [
+                    {
+                        "run_id": record.run_id,
+                        "name": record.name,
+                        "outcome": record.outcome,
+                        "seed": record.params.get("seed"),
+                        "metrics": {key: _number(value) for key, value in record.metrics.items()},
+                    }
+                    for record in (*row.records, *row.failed)
+                ],
+            }
+        )
+    return {
+        "metric": comparison.metric,
+        "about": comparison.about,
+        "not_equal": comparison.warnings,
+        "settings": comparison.settings,
+        "too_few_seeds": comparison.too_few_seeds,
+        "rows": rows,
+    }
+
+
+def _number(value: float) -> float | None:
+    """Return the value, or None if it is NaN or infinite, which JSON cannot represent."""
+    return value if math.isfinite(value) else None

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from qlora_exp.recipe.summary import names_of_scores
 from qlora_exp.results import tuned
-from qlora_exp.results.compare import Comparison
+from qlora_exp.results.compare import Comparison, everything
 from qlora_exp.results.page import data, looks, page
 from qlora_exp.results.row import Row
 from qlora_exp.results.verdicts import ALPHA, NOT_TESTED
@@ -28,7 +28,7 @@ from qlora_exp.utils.display import markdown as as_markdown
 from qlora_exp.utils.errors import ConfigError
 from qlora_exp.utils.files import write_atomically
 from qlora_exp.utils.secrets import redacted
-from qlora_exp.utils.tables import make_table, markdown_table
+from qlora_exp.utils.tables import latex_table, make_table, markdown_table
 from qlora_exp.utils.text import shortened
 
 _MEMORY = ("allocated", "rss")
@@ -280,12 +280,12 @@ def log(comparison: Comparison, uri: str | None, preset: str = "all") -> str | N
 
 
 def write(comparison: Comparison, folder: Path, preset: str = "all", name: str | None = None) -> list[Path]:
-    """Write table (`.csv`, `.md`), interactive page (`.html`), figures, and all metrics of all runs (`.json`).
+    """Write table (`.csv`, `.md`, `.tex`), interactive page (`.html`), figures, and all metrics of all runs (`.json`).
 
     Args:
         comparison: the comparison.
         folder: target folder; created if it does not exist.
-        preset: set of columns of the `.md` and `.html`, a key of `PRESETS`.
+        preset: set of columns of the `.md`, `.tex` and `.html`, a key of `PRESETS`.
         name: name of the files without suffix. Default: `comparison_TIMESTAMP`.
 
     Returns:
@@ -310,8 +310,9 @@ def write(comparison: Comparison, folder: Path, preset: str = "all", name: str |
     name = name or f"comparison_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     contents = {
         "csv": text.getvalue(),
-        "json": json.dumps(redacted(_everything(comparison)), indent=1),
+        "json": json.dumps(redacted(everything(comparison)), indent=1),
         "md": markdown(comparison, preset),
+        "tex": latex(comparison, preset),
         "html": _page(comparison, rows, headings),
     }
     files = []
@@ -327,6 +328,13 @@ def markdown(comparison: Comparison, preset: str = "all") -> str:
     """Return the table and the notes below it as Markdown."""
     headings, rows = table(comparison, preset)
     return "\n\n".join([markdown_table(headings, rows), *map(as_markdown, _notes(comparison))]) + "\n"
+
+
+def latex(comparison: Comparison, preset: str = "all") -> str:
+    """Return the table for a paper, which has no room for all columns, and the notes as comments."""
+    headings, rows = table(comparison, "short" if preset == "all" else preset)
+    without_reasons = [[*row[:-2], row[-2].partition(";")[0], row[-1]] for row in rows]
+    return latex_table(headings, without_reasons, _notes(comparison))
 
 
 def _page(comparison: Comparison, rows: list[list[str]], headings: list[str]) -> str:
@@ -354,47 +362,3 @@ def as_numbers(row: Row, comparison: Comparison) -> dict[str, Any]:
         }
         line["verdict"] = verdict.text
     return line | {"ties": comparison.ties.get(row.name, "")}
-
-
-def _everything(comparison: Comparison) -> dict[str, Any]:
-    rows = []
-    for row in comparison.rows:
-        verdict = comparison.verdicts.get(row.name)
-        against_baseline = verdict and {
-            "difference": _number(verdict.difference.value),
-            "low": _number(verdict.difference.interval[0]),
-            "high": _number(verdict.difference.interval[1]),
-            "p": _number(verdict.p),
-            "verdict": verdict.text,
-        }
-        rows.append(
-            {
-                "label": row.label,
-                "baseline": row is comparison.baseline,
-                "against_baseline": against_baseline,
-                "ties": comparison.ties.get(row.name),
-                "runs": [
-                    {
-                        "run_id": record.run_id,
-                        "name": record.name,
-                        "outcome": record.outcome,
-                        "seed": record.params.get("seed"),
-                        "metrics": {key: _number(value) for key, value in record.metrics.items()},
-                    }
-                    for record in (*row.records, *row.failed)
-                ],
-            }
-        )
-    return {
-        "metric": comparison.metric,
-        "about": comparison.about,
-        "not_equal": comparison.warnings,
-        "settings": comparison.settings,
-        "too_few_seeds": comparison.too_few_seeds,
-        "rows": rows,
-    }
-
-
-def _number(value: float) -> float | None:
-    """Return the value, or None if it is NaN or infinite, which JSON cannot represent."""
-    return value if math.isfinite(value) else None

@@ -15,6 +15,15 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> st
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def latex_table(headings: Sequence[str], rows: Sequence[Sequence[str]], notes: Iterable[str] = ()) -> str:
+    """Return a LaTeX table for the package booktabs, with notes as comments; nothing in cells is a command."""
+    import pandas as pd  # slow
+
+    frame = pd.DataFrame([[*map(shown, row)] for row in rows], columns=[*map(shown, headings)])
+    comments = (f"% {line}\n" for note in notes for line in shown(note).splitlines())
+    return "".join(comments) + frame.to_latex(index=False, escape=True)
+
+
 def make_table(
     headings: Iterable[object], rows: Iterable[Iterable[object]], title: str | None = None, whole: int = 0
 ) -> Table:

@@ -110,6 +110,7 @@ def test_report_files_agree(comparison, tmp_path):
     assert told["rows"][0]["baseline"] is True
     assert told["rows"][1]["against_baseline"]["difference"] == pytest.approx(-0.2)
     assert r"oom: a \| b" in files[".md"].read_text()
+    assert r"\midrule" in files[".tex"].read_text()
 
 
 def test_compare_command_shows_the_table(comparison, past_runs, tmp_path, capsys, monkeypatch):
@@ -117,7 +118,7 @@ def test_compare_command_shows_the_table(comparison, past_runs, tmp_path, capsys
     words = ["compare", "--experiment", past_runs.experiment, "--uri", past_runs.uri]
     assert exit_code(*words, "--out", str(tmp_path)) == 0
     assert "better -0.2000" in capsys.readouterr().out
-    assert len(list(tmp_path.glob("comparison_*"))) == 5
+    assert len(list(tmp_path.glob("comparison_*"))) == 6
     mistakes = {
         "--metric=x": "choose one of loss",
         "--baseline=x": "no row matches",

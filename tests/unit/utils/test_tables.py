@@ -3,7 +3,7 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_exp.utils.tables import markdown_table, print_table
+from qlora_exp.utils.tables import latex_table, markdown_table, print_table
 
 
 @given(st.lists(st.tuples(st.text(), st.text()), min_size=1, max_size=4))
@@ -13,6 +13,26 @@ def test_cell_text_cannot_break_a_markdown_table(rows: list[tuple[str, str]]):
     for line in lines:
         bare = line.replace("\\\\", "")  # a backslash that stands for itself
         assert bare.count("|") - bare.count("\\|") == 3
+
+
+_LATEX = re.compile(r"\\(?:[&%$#_{}]|text(?:backslash|asciitilde|asciicircum)(?: |\\space |(?![a-zA-Z])))")
+"""Escaped characters."""
+
+
+@given(st.lists(st.tuples(st.text(), st.text()), min_size=1, max_size=4), st.text(min_size=1))
+def test_text_cannot_be_a_command_of_latex(rows: list[tuple[str, str]], note: str):
+    made = latex_table(["one", "two"], rows, [note])
+    comment, table = made.split("\\begin{tabular}{ll}\n\\toprule\n")
+    assert comment.startswith("%")
+    assert comment.count("\n") == 1
+    head, body, end = re.split(r"\\midrule\n|\\bottomrule\n", table)
+    assert (head, end) == ("one & two \\\\\n", "\\end{tabular}\n")
+    lines = body.split(" \\\\\n")[:-1]
+    assert len(lines) == len(rows)
+    for line in lines:
+        bare = _LATEX.sub("", line)
+        assert not {*bare} & {*"\\%$#_{}"}
+        assert bare.count("&") == 1
 
 
 def test_html_in_a_cell_is_escaped():
