@@ -117,6 +117,26 @@ def plan(options: argparse.Namespace) -> None:
         _show_remedies(planned[0])
     else:
         tables.show_many(planned, prices)
+    if hydra_compose.sweeper(options.overrides) == "tuned":
+        _show_trials(planned)
+
+
+def _show_trials(planned: Sequence["Planned"]) -> None:
+    """Print what the trials of a tuned comparison add to its final runs."""
+    from qlora_exp.planning import tables
+    from qlora_exp.sweeps.rungs import rungs
+
+    one = next(run.config for run in planned if run.config)
+    steps = rungs(one, one.tuning)
+    share = sum(each.trials * each.share for each in steps)
+    seeds = len({word for run in planned for word in run.words if word.startswith("seed=")}) or 1
+    *shorter, last = (f"{each.trials} with 1/{round(1 / each.share)} of the steps" for each in steps)
+    trials = " and ".join([", ".join(shorter), last.replace("1/1 of the", "all")] if shorter else [last])
+    tables.note(
+        "trials",
+        f"each row also has trials, {trials}, which take as long as {share:.3g} final runs: the whole comparison "
+        f"takes {1 + share / seeds:.3g} times the hours of the final runs above",
+    )
 
 
 def _show_remedies(planned: "Planned") -> None:

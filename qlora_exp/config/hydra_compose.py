@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from hydra import compose as hydra_compose
@@ -173,26 +173,58 @@ def _refuse_idle_keys(config: Config, overrides: Sequence[str], sweeping: bool) 
 def grid(overrides: Sequence[str]) -> list[list[str]]:
     """List each combination of the values in overrides (`method.r=4,8`) and in a named sweep (`sweep=NAME`).
 
+    Of an interval, which only a search has, the lowest value stands for all.
+
     Raises:
         ConfigError: an override cannot be read.
     """
     overrides = readable(overrides)
-    name = next((word.split("=", 1)[1] for word in reversed(overrides) if word.startswith("sweep=")), None)
-    params: dict[str, str] = {}
-    if name is not None:
-        found = {file.stem: file for folder in (own_options.get(), conf_dir()) if folder
-                 for file in sorted((folder / "sweep").glob("*.yaml"))}  # fmt: skip
-        if name not in found:
-            raise ConfigError(f"sweep: no option '{name}'{did_you_mean(name, found)}")
-        try:
-            params = yaml.safe_load(found[name].read_text("utf-8"))["hydra"]["sweeper"]["params"]
-        except (KeyError, TypeError, yaml.YAMLError) as error:
-            raise ConfigError(f"{found[name]}: has no hydra.sweeper.params that can be read") from error
+    named, file = _named_sweep(overrides)
+    try:
+        params = named["hydra"]["sweeper"]["params"] if named else {}
+    except (KeyError, TypeError) as error:
+        raise ConfigError(f"{file}: has no hydra.sweeper.params that can be read") from error
     overridden = {word.split("=", 1)[0] for word in overrides}
     words = [*(f"{key}={value}" for key, value in params.items() if key not in overridden), *overrides]
     with errors_explained(), initialized(conf_dir(), own_options.get()):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        parsed = parser.parse_overrides(words)
+        lowest = {each.key_or_group: f"{each.key_or_group}={cast(Any, each.value()).start}"
+                  for each in parsed if each.is_interval_sweep()}  # fmt: skip
+        words = [lowest.get(each.key_or_group, str(each.input_line)) for each in parsed]
         return [of_job(job) for job in combinations(parser.parse_overrides(words))]
+
+
+def sweeper(overrides: Sequence[str]) -> str:
+    """Return the sweeper of a command: that of `hydra/sweeper=NAME`, or of a named sweep.
+
+    Raises:
+        ConfigError: there is no such sweep.
+    """
+    overrides = readable(overrides)
+    chosen = [word.partition("=")[2] for word in overrides if word.startswith("hydra/sweeper=")]
+    defaults = (_named_sweep(overrides)[0] or {}).get("defaults") or []
+    named = [str(each["override /hydra/sweeper"]) for each in defaults if "override /hydra/sweeper" in each]
+    return ["grid", *named, *chosen][-1]
+
+
+def _named_sweep(overrides: Sequence[str]) -> tuple[Any, Path | None]:
+    """Return what the file of `sweep=NAME` has, and the file; None if there is no such word.
+
+    Raises:
+        ConfigError: there is no such sweep, or it cannot be read.
+    """
+    name = next((word.split("=", 1)[1] for word in reversed(overrides) if word.startswith("sweep=")), None)
+    if name is None:
+        return None, None
+    found = {file.stem: file for folder in (own_options.get(), conf_dir()) if folder
+             for file in sorted((folder / "sweep").glob("*.yaml"))}  # fmt: skip
+    if name not in found:
+        raise ConfigError(f"sweep: no option '{name}'{did_you_mean(name, found)}")
+    try:
+        return yaml.safe_load(found[name].read_text("utf-8")), found[name]
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{found[name]}: cannot be read: {error}") from error
 
 
 def check(composed: DictConfig) -> Config:

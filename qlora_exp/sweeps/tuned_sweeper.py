@@ -9,7 +9,7 @@ from hydra.core.override_parser.types import Override
 
 from qlora_exp.config.overrides import combinations, of_job
 from qlora_exp.config.schema import Config
-from qlora_exp.sweeps import jobs
+from qlora_exp.sweeps import jobs, rungs
 from qlora_exp.sweeps.hydra_sweepers import (
     JobSweeper,
     refuse_idle_keys,
@@ -21,7 +21,8 @@ from qlora_exp.utils.display import say
 from qlora_exp.utils.errors import ConfigError, SweepError
 
 if TYPE_CHECKING:
-    from qlora_exp.sweeps.tuning import Row, Rung
+    from qlora_exp.sweeps.rungs import Rung
+    from qlora_exp.sweeps.tuning import Row
 
 
 class TunedSweeper(JobSweeper):
@@ -48,7 +49,7 @@ class TunedSweeper(JobSweeper):
         settings, how = configs[0].tuning, configs[0].sweep
         folder = self.folder(overrides, how, "tuned")
         trials_folder = folder.with_name(f"{folder.name}_trials")
-        rungs = tuning.rungs(configs[0], settings)
+        steps = rungs.rungs(configs[0], settings)
 
         def row(words: Sequence[str], config: Config) -> "Row":
             def trial(values: Mapping[str, Any], rung: "Rung") -> jobs.Job:
@@ -62,14 +63,14 @@ class TunedSweeper(JobSweeper):
 
         rows = [row(words, of_row[0]) for words, of_row in zip(chosen, finals, strict=True)]
         trials = [(each, values) for each in rows for values in tuning.proposed(each, space, settings)]
-        first, _ = ([each.job(values, rung) for each, values in trials] for rung in (rungs[0], rungs[-1]))
+        first, _ = ([each.job(values, rung) for each, values in trials] for rung in (steps[0], steps[-1]))
         with self.begin(trials_folder, how, is_part=True) as running:
             if how.dry_run:
                 running.run(first)
-                then = [f"{rung.trials} with {rung.length}" for rung in rungs[1:]]
+                then = [f"{rung.trials} with {rung.length}" for rung in steps[1:]]
                 say(f"then for each of {len(rows)} rows: {', '.join([*then, f'{len(seeds)} final runs'])}")
                 return
-            results = tuning.tune(running, rows, space, rungs, settings)
+            results = tuning.tune(running, rows, space, steps, settings)
         tuning.write({each.label: result for each, result in zip(rows, results, strict=True) if result}, trials_folder)
         final_jobs = []
         for words, each, result in zip(chosen, rows, results, strict=True):

@@ -28,9 +28,10 @@ from qlora_exp.libraries.optuna import reopened
 from qlora_exp.results.tuned import TAG, Tuned
 from qlora_exp.sweeps import search
 from qlora_exp.sweeps.jobs import UNFINISHED, Job
+from qlora_exp.sweeps.rungs import Rung
 from qlora_exp.sweeps.sweep import Sweep
 from qlora_exp.utils.display import say
-from qlora_exp.utils.errors import ConfigError, SweepError
+from qlora_exp.utils.errors import SweepError
 from qlora_exp.utils.files import write_atomically
 
 log = logging.getLogger(__name__)
@@ -39,16 +40,6 @@ Values = Mapping[str, Any]
 _OF_LOSSES = ("after/loss", "after/perplexity")
 _WEIGHTS = ("model", "checkpoints")
 """Folders of a trial that hold weights: they are removed, because only its metric is used."""
-
-
-@dataclass(frozen=True)
-class Rung:
-    """Trials of one length."""
-
-    trials: int
-    """Number of trials of each row."""
-    length: str
-    """Override that sets the length of its runs, such as `training.max_steps=5`."""
 
 
 @dataclass
@@ -65,29 +56,6 @@ class Row:
     """For each rung the metric of each trial; infinite or -infinite for a trial that failed."""
     seconds: float = 0.0
     """Time that its trials took together."""
-
-
-def rungs(config: Config, settings: TuningConfig) -> list[Rung]:
-    """Return the rungs, shortest runs first; the last has runs as long as the final ones.
-
-    Raises:
-        ConfigError: the runs have too few steps to be shortened so often.
-    """
-    training, eta = config.training, settings.reduction_factor
-    count = 1
-    while eta ** (count + 1) <= settings.n_trials:
-        count += 1
-    shares = [eta ** (count - 1 - index) for index in range(count)]
-    if training.max_steps > 0:
-        if training.max_steps < shares[0]:
-            raise ConfigError(
-                f"training.max_steps={training.max_steps}: too few to try runs of 1/{shares[0]} of them; lower "
-                "tuning.n_trials"
-            )
-        lengths = [f"training.max_steps={round(training.max_steps / share)}" for share in shares]
-    else:
-        lengths = [f"training.num_train_epochs={training.num_train_epochs / share:.6g}" for share in shares]
-    return [Rung(settings.n_trials // eta**index, length) for index, length in enumerate(lengths)]
 
 
 def trial_words(config: Config, rung: Rung) -> list[str]:

@@ -402,7 +402,7 @@ class Stages:
         """Which trials a tuned row gets, and which of them wins."""
         from optuna.distributions import FloatDistribution
 
-        from qlora_exp.sweeps import tuning
+        from qlora_exp.sweeps import rungs, tuning
 
         space = {key: FloatDistribution(0.0, 1.0) for key in config.tuning.tuned_keys}
         asked: list[Any] = []
@@ -412,11 +412,11 @@ class Stages:
             return {"outcome": "ok", "seconds": 1.0, "metrics": metrics}
 
         stand_in = SimpleNamespace(folder=self.new_folder(), run=lambda jobs: asked.append(len(jobs)), ended=ended)
-        rungs = tuning.rungs(config.model_copy(update={"training": SimpleNamespace(max_steps=9)}), config.tuning)
+        steps = rungs.rungs(config.model_copy(update={"training": SimpleNamespace(max_steps=9)}), config.tuning)
 
         def job(values: Any, rung: Any) -> Any:
             return SimpleNamespace(x=next(iter(values.values())), words=tuning.trial_words(config, rung), folder=Path())
 
         row = tuning.Row("row", {}, job)
-        (tuned,) = tuning.tune(stand_in, [row], space, rungs, config.tuning)
-        return asked, tuned, job({"x": 1.0}, rungs[0]).words
+        (tuned,) = tuning.tune(stand_in, [row], space, steps, config.tuning)
+        return asked, tuned, job({"x": 1.0}, steps[0]).words

@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from qlora_exp.config import conf_folder
-from qlora_exp.config.hydra_compose import check_command, compose, conf_dir, grid, options
+from qlora_exp.config.hydra_compose import check_command, compose, conf_dir, grid, options, sweeper
 from qlora_exp.utils.errors import ConfigError
 
 GROUPS = [
@@ -186,6 +186,27 @@ def test_missing_config_folder_is_an_error(monkeypatch):
     monkeypatch.setattr(conf_folder, "__file__", "/nowhere/qlora_exp/config/hydra_compose.py")
     with pytest.raises(ConfigError, match="incomplete"):
         conf_dir()
+
+
+def test_grid_has_the_lowest_value_of_an_interval():
+    words = ["training.learning_rate=tag(log,interval(1e-5,1e-2))", "method.r=int(interval(4,64))", "seed=1,2"]
+    rate, r = "training.learning_rate=1e-05", "method.r=4"
+    assert grid(words) == [[rate, r, "seed=1"], [rate, r, "seed=2"]]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "grid"),
+        (["sweep=null"], "grid"),
+        (["sweep=rank_scaling"], "grid"),
+        (["sweep=tuned_methods"], "tuned"),
+        (["sweep=tuned_methods", "hydra/sweeper=grid"], "grid"),
+        (["hydra/sweeper=optuna"], "optuna"),
+    ],
+)
+def test_sweeper_is_that_of_the_words_or_the_named_sweep(words: list[str], expected: str):
+    assert sweeper(words) == expected
 
 
 def test_grid_expands_lists_and_named_sweeps():

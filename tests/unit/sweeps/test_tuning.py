@@ -2,48 +2,18 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.sweep import TuningConfig
 from qlora_exp.sweeps import tuning
-from qlora_exp.utils.errors import ConfigError
+from qlora_exp.sweeps.rungs import Rung
 
 RATES = {"training.learning_rate": FloatDistribution(1e-5, 1e-2, log=True)}
 
 
 def config(**training: float) -> Config:
     return Config.model_validate({"training": training})
-
-
-@given(n_trials=st.integers(1, 200), eta=st.integers(2, 5), steps=st.integers(1, 1000))
-def test_rungs_keep_the_best_share_for_runs_that_are_as_many_times_as_long(n_trials: int, eta: int, steps: int):
-    settings = TuningConfig(n_trials=n_trials, reduction_factor=eta)
-    try:
-        rungs = tuning.rungs(config(max_steps=steps), settings)
-    except ConfigError:
-        assert steps < n_trials / eta
-        return
-    lengths = [int(rung.length.removeprefix("training.max_steps=")) for rung in rungs]
-    assert (rungs[0].trials, lengths[-1]) == (n_trials, steps)
-    assert rungs[-1].trials < eta**2
-    for index, rung in enumerate(rungs):
-        assert rung.trials == n_trials // eta**index
-        assert rung.trials >= min(eta, n_trials)  # the winner is chosen among several, at full length
-        assert lengths[index] == max(1, round(steps / eta ** (len(rungs) - 1 - index)))
-
-
-def test_epochs_are_shortened_like_steps():
-    rungs = tuning.rungs(config(num_train_epochs=3), TuningConfig())
-    lengths = [(rung.trials, rung.length) for rung in rungs]
-    assert lengths == [(9, "training.num_train_epochs=1"), (3, "training.num_train_epochs=3")]
-
-
-def test_too_few_steps_for_short_runs_are_refused():
-    with pytest.raises(ConfigError, match=r"max_steps=2: too few .* lower tuning\.n_trials"):
-        tuning.rungs(config(max_steps=2), TuningConfig())
 
 
 def test_all_rows_try_the_same_values_after_their_own():
@@ -76,7 +46,7 @@ def test_values_out_of_the_range_and_choices_are_proposed_too():
 )
 def test_trials_measure_what_they_are_judged_by_on_validation_rows(metric: str, there: list, missing: list):
     settings = Config.model_validate({"tuning": {"metric": metric, "seed": 7}})
-    words = tuning.trial_words(settings, tuning.Rung(9, "training.max_steps=5"))
+    words = tuning.trial_words(settings, Rung(9, "training.max_steps=5", 1 / 3))
     assert {"dataset.evaluate_on=validation", "seed=7", "training.max_steps=5", *there} <= {*words}
     assert not {*missing} & {*words}
 
@@ -103,6 +73,6 @@ def test_best_value_at_the_edge_of_the_range_is_noticed(distribution, edges: boo
         folder=tmp_path, run=lambda jobs: None,
         ended=lambda job: {"outcome": "ok", "seconds": 1.0, "metrics": {"after/loss": job.metric}},
     )  # fmt: skip
-    rungs = [tuning.Rung(9, "training.max_steps=1")]
+    rungs = [Rung(9, "training.max_steps=1", 1.0)]
     (tuned,) = tuning.tune(stand_in, [tuning.Row("row", {}, job)], {"key": distribution}, rungs, TuningConfig())
     assert tuned.at_edge == ["key"] * edges
