@@ -77,6 +77,8 @@ def add_parsers(commands: Commands) -> None:
     parser.add_argument("--api-key-env", metavar="NAME", help=key)
     parser.add_argument("--host", default="127.0.0.1", help="address to serve on; default: this machine only")
     parser.add_argument("--port", type=int, default=8000, help="port to serve on; default: 8000")
+    names = "further name in the Host header of requests, such as that of a proxy; default: only names of this machine"
+    parser.add_argument("--allowed-host", metavar="NAME", action="append", default=[], help=names)
 
 
 _LESS_MEMORY = "less is taken with --quantization nf4_double, a smaller --max-new-tokens or --device cpu"
@@ -220,7 +222,7 @@ def serve(options: argparse.Namespace) -> None:
     header = f' -H "Authorization: Bearer ${options.api_key_env}"' if key else ""
     say(f"models: {', '.join(endpoint.names)}. Ctrl-C ends the server. To try it:")
     print(visible(f"{example}{header}"), flush=True)  # the variable's name is no secret
-    server.run(endpoint, options.host, options.port)
+    server.run(endpoint, options.host, options.port, options.allowed_host)
 
 
 _HERE_ONLY: dict[str, object] = {
@@ -234,6 +236,7 @@ _HERE_ONLY: dict[str, object] = {
     "seed": None,
     "device": "auto",
     "api_key_env": None,
+    "allowed_host": [],
 }
 """Options that other programs do not get, with their defaults."""
 

@@ -52,6 +52,7 @@ _TOKENS = re.compile(
     | A(?:KIA|SIA|GPA|IDA|ROA)[A-Z0-9]{12,}
     | xox[a-z]-[\w-]{8,} | xapp-[\w-]{10,}
     | AIza[\w-]{30,} | ya29\.[\w.-]{20,} | SG\.[\w-]{16,99}\.[\w-]{16,}
+    | dckr_[a-z]{3}_[\w-]{16,} | do[opr]_v1_[0-9a-f]{16,} | shp(?:at|ca|pa|ss|ua)_[0-9a-fA-F]{16,}
     | npm_\w{30,} | pypi-[\w-]{30,} | dapi[0-9a-f]{32} | nvapi-[\w-]{20,} | gsk_\w{20,} | r8_\w{30,}
     | eyJ[\w-]{8,2000}\.eyJ[\w-]{8,}(?:\.[\w-]*)?
     )""",

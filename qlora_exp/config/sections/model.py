@@ -54,6 +54,15 @@ class ModelConfig(Section):
             raise ValueError(f"has {', '.join(twice)} twice")
         return texts
 
+    @field_validator("architecture")
+    @classmethod
+    def _has_sizes(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Refuse what makes transformers fetch code or kernels: only a key of its own may ask for that."""
+        for name in fields:
+            if (name.startswith("_") and name != "_name_or_path") or name.endswith(("auto_map", "_implementation")):
+                raise ValueError(f"{name} is no size of a model; leave it out")
+        return fields
+
     _location = field_validator("model_name_or_path", "adapter")(check_location)
 
     @property

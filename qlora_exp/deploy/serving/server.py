@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
@@ -19,6 +19,7 @@ import uvicorn
 from peft import PeftModel
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
@@ -33,6 +34,8 @@ _LONGEST_BODY = 8 * MIB
 _MOST_CONNECTIONS = 100
 """More are answered with the status 503."""
 _SECONDS_TO_END = 5
+_SECONDS_FOR_A_BODY = 30
+_OF_THIS_MACHINE = ("localhost", "127.0.0.1", "::1", "[::1]")
 _CLIENT_IS_GONE = 499
 """Status in the log; nobody reads it."""
 
@@ -280,11 +283,19 @@ async def _content(request: Request) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "The header Content-Type must be application/json")
+    too_long = ApiError(413, f"The body is longer than {_LONGEST_BODY // MIB} MiB")
+    told = request.headers.get("content-length", "")
+    if told.isdecimal() and (len(told) > 20 or int(told) > _LONGEST_BODY):
+        raise too_long
     content = b""
-    async for part in request.stream():
-        content += part
-        if len(content) > _LONGEST_BODY:
-            raise ApiError(413, f"The body is longer than {_LONGEST_BODY // MIB} MiB")
+    try:
+        async with asyncio.timeout(_SECONDS_FOR_A_BODY):
+            async for part in request.stream():
+                content += part
+                if len(content) > _LONGEST_BODY:
+                    raise too_long
+    except TimeoutError as error:
+        raise ApiError(408, f"The body did not come within {_SECONDS_FOR_A_BODY} seconds") from error
     return content
 
 
@@ -325,8 +336,22 @@ async def _left(_: Request, __: ClientDisconnect) -> Response:
     return Response(status_code=_CLIENT_IS_GONE)
 
 
-def run(endpoint: Endpoint, host: str, port: int) -> None:
-    """Answer requests until Ctrl-C."""
+def guarded(endpoint: Endpoint, host: str, more_hosts: Sequence[str] = ()) -> TrustedHostMiddleware:
+    """Return the application, which a server for this machine answers only if it is asked for as this machine.
+
+    So a page in a browser whose name leads here (DNS rebinding) gets no answer.
+
+    Args:
+        endpoint: the server's routes.
+        host: the address to listen on.
+        more_hosts: further names by which clients may ask for it, such as that of a proxy.
+    """
+    names = [*_OF_THIS_MACHINE, *more_hosts] if host in _OF_THIS_MACHINE else ["*"]
+    return TrustedHostMiddleware(endpoint.app, names)
+
+
+def run(endpoint: Endpoint, host: str, port: int, more_hosts: Sequence[str] = ()) -> None:
+    """Answer requests until Ctrl-C; the arguments are those of `guarded`, and the port."""
 
     class Uvicorn(uvicorn.Server):
         def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -334,7 +359,7 @@ def run(endpoint: Endpoint, host: str, port: int) -> None:
             super().handle_exit(sig, frame)
 
     settings = uvicorn.Config(
-        endpoint.app,
+        guarded(endpoint, host, more_hosts),
         host,
         port,
         ws="none",

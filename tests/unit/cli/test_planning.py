@@ -14,5 +14,5 @@ def test_a_tuned_comparison_is_planned_with_its_trials(capsys):
     words += ["training.learning_rate=tag(log,interval(1e-4,1e-1))", "tuning.n_trials=9", "training.max_steps=30"]
     assert exit_code("plan", "method=lora", *words, "--gpu", "a10") == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "trials, 9 with 1/3 of the steps and 3 with all, which take as long as 6 final runs" in shown
+    assert "trials, 9 with 1/3 of the steps and 3 with all steps, which take as long as 6 final runs" in shown
     assert "the whole comparison takes 4 times the hours" in shown

@@ -18,6 +18,9 @@ TOKENS = {
     "gitlab": "glpat-abcdefghij1234567890",
     "aws": "AKIAIOSFODNN7EXAMPLE",
     "slack": "xoxb-123456789-abcdefghij",
+    "docker": "dckr_pat_abcdefghijklmnop_0123456789",
+    "digitalocean": "dop_v1_" + "0123456789abcdef" * 4,
+    "shopify": "shpat_" + "0123456789abcdef" * 2,
     "jwt": "eyJhbGciOiJIUzI1.eyJzdWIiOiIxMjM0.abc-_def",
     "key": "-----BEGIN RSA PRIVATE KEY-----\nMIIEow\n-----END RSA PRIVATE KEY-----",
 }

@@ -15,8 +15,10 @@ import uvicorn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from openai import OpenAI
+from starlette.testclient import TestClient
 
 from qlora_exp.deploy.chat import Request, Sampling, asked, load_chat_model
+from qlora_exp.deploy.serving import server
 from qlora_exp.deploy.serving.server import Endpoint
 
 pytestmark = pytest.mark.slow
@@ -39,15 +41,15 @@ def serve() -> Iterator[Callable[[Endpoint], str]]:
 
     def start(endpoint: Endpoint) -> str:
         listening = socket.create_server(("127.0.0.1", 0))
-        server = uvicorn.Server(uvicorn.Config(endpoint.app, log_level="critical", timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        running = uvicorn.Server(uvicorn.Config(endpoint.app, log_level="critical", timeout_graceful_shutdown=1))
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
         thread.start()
-        started.append((server, thread))
+        started.append((running, thread))
         return f"127.0.0.1:{listening.getsockname()[1]}"
 
     yield start
-    for server, _ in started:
-        server.should_exit = True
+    for running, _ in started:
+        running.should_exit = True
     for _, thread in started:
         thread.join(30)
         assert not thread.is_alive()
@@ -291,6 +293,44 @@ def test_other_requests_are_answered_with_error_objects(address):
     connection = http.client.HTTPConnection(address, timeout=60)
     connection.request("GET", "/health")
     assert json.loads(connection.getresponse().read()) == {"status": "ok"}
+
+
+def test_a_body_that_is_announced_as_too_long_is_refused_before_it_comes(address):
+    for length in ("99999999999", "9" * 40):
+        connection = http.client.HTTPConnection(address, timeout=20)
+        connection.putrequest("POST", "/v1/completions")
+        connection.putheader("Content-Type", "application/json")
+        connection.putheader("Content-Length", length)
+        connection.endheaders(b"{")
+        assert connection.getresponse().status in (400, 413)
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(address, monkeypatch):
+    monkeypatch.setattr(server, "_SECONDS_FOR_A_BODY", 0.2)
+    connection = http.client.HTTPConnection(address, timeout=20)
+    connection.putrequest("POST", "/v1/completions")
+    connection.putheader("Content-Type", "application/json")
+    connection.putheader("Content-Length", "1000")
+    connection.endheaders(b"{")
+    assert connection.getresponse().status == 408
+
+
+@pytest.mark.parametrize(
+    ("listens", "more", "asked_for", "status"),
+    [
+        ("127.0.0.1", [], "127.0.0.1:8000", 200),
+        ("127.0.0.1", [], "LOCALHOST:8000", 200),
+        ("localhost", [], "[::1]:8000", 200),
+        ("127.0.0.1", [], "evil.example:8000", 400),
+        ("127.0.0.1", [], "localhost.evil.example", 400),
+        ("127.0.0.1", ["models.example"], "models.example", 200),
+        ("0.0.0.0", [], "models.example", 200),
+    ],
+)
+def test_a_server_for_this_machine_is_not_asked_for_by_other_names(talker, listens, more, asked_for, status):
+    app = server.guarded(Endpoint(talker, Sampling()), listens, more)
+    with TestClient(app, base_url="http://localhost") as asking:
+        assert asking.get("/v1/models", headers={"Host": asked_for}).status_code == status
 
 
 @pytest.mark.parametrize("stream", [True, False])
