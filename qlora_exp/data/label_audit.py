@@ -9,7 +9,7 @@ import numpy as np
 from datasets import Dataset
 
 from qlora_exp.config.sections.mixture import REPLAY
-from qlora_exp.data.columns import lists
+from qlora_exp.data.columns import lengths, lists
 from qlora_exp.data.end_of_turn import EndOfTurn
 from qlora_exp.data.tokenization import IGNORED
 from qlora_exp.utils.errors import DataError
@@ -48,7 +48,7 @@ class LabelAudit:
 def audit(tokens: Dataset, max_length: int, tokenizer: Any, end: EndOfTurn, source: str | None = None) -> LabelAudit:
     """Count the tokens and rows that carry loss, and mark these tokens in a sample row.
 
-    Warn if most rows do not teach the model where an answer ends.
+    Warn if many rows that are learned do not teach the model where an answer ends.
 
     Args:
         tokens: rows as tokens, not truncated.
@@ -60,7 +60,7 @@ def audit(tokens: Dataset, max_length: int, tokenizer: Any, end: EndOfTurn, sour
     Raises:
         DataError: no token of any row would carry loss.
     """
-    total = supervised = truncated = dropped = ended = cut = first = 0
+    total = supervised = truncated = shortened = dropped = ended = cut = first = 0
     where = f"{source}: " if source else ""
     sample = ""
     token = tokenizer.eos_token_id if end.token is None else end.token
@@ -70,6 +70,7 @@ def audit(tokens: Dataset, max_length: int, tokenizer: Any, end: EndOfTurn, sour
         learned = (labels.values != IGNORED) & (places > 0) & (places < max_length)
         learns = np.bincount(row_of[learned], minlength=count) > 0
         truncated += int((ids.lengths > max_length).sum())
+        shortened += int((learns & (ids.lengths > max_length)).sum())
         dropped += count - int(learns.sum())
         total += int(np.minimum(ids.lengths, max_length).sum())
         supervised += int(learned.sum())
@@ -85,13 +86,15 @@ def audit(tokens: Dataset, max_length: int, tokenizer: Any, end: EndOfTurn, sour
             sample = _mark(row["input_ids"][:max_length], row["labels"][:max_length], tokenizer)
         first += count
     if not supervised:
+        found = lengths(tokens)
         raise DataError(
             f"{where}no token of the {len(tokens)} training rows carries loss: every prompt fills "
-            f"training.max_length={max_length}; raise it, or shorten the prompts"
+            f"training.max_length={max_length}, and rows have {found.min():,} to {found.max():,} tokens; raise it, or "
+            "shorten the prompts"
         )
     count = len(tokens)
-    if ended < _FEW * count and source != REPLAY:  # general text need not end
-        log.warning("%s%s", where, _endless(ended / count, truncated / count, tokenizer, end))
+    if ended < _FEW * (used := count - dropped) and source != REPLAY:  # general text need not end
+        log.warning("%s%s", where, _endless(ended / used, shortened / used, tokenizer, end))
     if cut:
         log.warning(
             "%slabels: the answers of %d of %d rows contain %r, the text that ends an answer, so that generated "
@@ -147,8 +150,9 @@ def _endless(share: float, truncated: float, tokenizer: Any, end: EndOfTurn) -> 
         )
     what = repr(end.stop) if end.token is None else tokenizer.convert_ids_to_tokens(end.token)
     return (
-        f"labels: {what}, which ends an answer, carries loss in only {share:.0%} of rows ({truncated:.0%} are "
-        "truncated): the model does not learn where an answer ends; raise training.max_length, or shorten the rows"
+        f"labels: {what}, which ends an answer, carries loss in only {share:.0%} of the rows that are learned "
+        f"({truncated:.0%} are truncated): the model does not learn where an answer ends; raise training.max_length, "
+        "or shorten the rows"
     )
 
 

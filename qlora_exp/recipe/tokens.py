@@ -2,6 +2,8 @@
 
 import logging
 import re
+
+import numpy as np
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -132,7 +134,14 @@ def _log_steps(config: Config, rows: int) -> None:
     seen = steps * together
     part = f", so {seen:,} of {rows:,}" if seen < rows else ""
     more = ": training.max_steps=-1 trains on all" if part and most > 0 else ""
-    log.info("%s steps of %s rows%s%s", f"{steps:,}", f"{together:,}", part, more)
+    log.info("%s steps of %s rows%s%s", f"{steps:,}", f"{min(together, rows):,}", part, more)
+    if together > rows:
+        log.warning(
+            "a step is to have %s rows, and an epoch has %s: each step has these, all of them; lower "
+            "training.per_device_train_batch_size",
+            f"{together:,}",
+            f"{rows:,}",
+        )
     if steps >= _MANY_STEPS and config.training.save_strategy == "no":
         log.warning(
             "no checkpoint is saved in %s steps, so the run begins again if it is interrupted: set "
@@ -192,8 +201,15 @@ def _log_rows(inputs: Inputs, tokens: Tokens, config: Config) -> None:
     """Log how many rows there are, how many were left out or changed, and why."""
     for level, line in inputs.rows.report.lines(config.dataset.name):
         log.log(level, "%s", line)
-    train, heldout = (f"{len(part):,}" for part in (tokens.train, tokens.heldout))
+    unused = round(tokens.audit.dropped_rows_share * tokens.audit.rows)
+    train, heldout = f"{len(tokens.train) - unused:,}", f"{len(tokens.heldout):,}"
     log.info("%s: %s training rows in an epoch, %s held-out rows", config.dataset.name, train, heldout)
+    found = lengths(tokens.train)
+    log.info(
+        "lengths: the longest training row has %s tokens, 95%% have at most %s, half at most %s; training.max_length=%s",
+        *(f"{round(value):,}" for value in np.quantile(found, (1, 0.95, 0.5), method="inverted_cdf")),
+        f"{config.training.max_length:,}",
+    )
     if unseen := _unseen(config, tokens):
         log.warning(
             "model.new_tokens: no training row has %s within training.max_length, so that its embedding is not trained",
@@ -201,10 +217,7 @@ def _log_rows(inputs: Inputs, tokens: Tokens, config: Config) -> None:
         )
     _warn_of_glued(inputs.rows.train, config)
     too_long = len(inputs.rows.heldout) - len(tokens.heldout_rows)
-    for kind, count in (
-        ("held-out", too_long),
-        ("training", round(tokens.audit.dropped_rows_share * tokens.audit.rows)),
-    ):
+    for kind, count in (("held-out", too_long), ("training", unused)):
         if count:
             log.warning(
                 "%s: %d %s rows have no answer token within training.max_length=%d, so they are not used; raise it",

@@ -103,11 +103,13 @@ def _interrupted_at_time_limit() -> Iterator[None]:
 
     def handle(received: int, frame: Any) -> None:
         assert callable(told)
+        signal.signal(number, signal.SIG_IGN)  # it may come twice, and submitit's handler is not made for that
         try:
             told(received, frame)
         except submitit.core.utils.UncompletedJobError as error:
             log.warning("the cluster's time limit is over (%s); the same command resumes the job", error)
             raise KeyboardInterrupt from error
+        signal.signal(number, handle)
 
     if callable(told):
         signal.signal(number, handle)
