@@ -2,12 +2,11 @@
 
 import logging
 import re
-
-import numpy as np
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 
 from qlora_exp.config.schema import Config
@@ -206,7 +205,7 @@ def _log_rows(inputs: Inputs, tokens: Tokens, config: Config) -> None:
     log.info("%s: %s training rows in an epoch, %s held-out rows", config.dataset.name, train, heldout)
     found = lengths(tokens.train)
     log.info(
-        "lengths: the longest training row has %s tokens, 95%% have at most %s, half at most %s; training.max_length=%s",
+        "lengths: the longest training row has %s tokens, 95%% at most %s, half at most %s; training.max_length=%s",
         *(f"{round(value):,}" for value in np.quantile(found, (1, 0.95, 0.5), method="inverted_cdf")),
         f"{config.training.max_length:,}",
     )

@@ -99,10 +99,12 @@ def _interrupted_at_time_limit() -> Iterator[None]:
     Submitit raises an error in the job, which would count as one of its own.
     """
     number = getattr(signal, f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}")
-    told = signal.getsignal(number)
+    told, own = signal.getsignal(number), os.getpid()
 
     def handle(received: int, frame: Any) -> None:
         assert callable(told)
+        if os.getpid() != own:  # SLURM tells all processes of the job, forked ones too
+            return
         signal.signal(number, signal.SIG_IGN)  # it may come twice, and submitit's handler is not made for that
         try:
             told(received, frame)

@@ -73,7 +73,7 @@ def test_audit_counts_the_end_of_the_chat_template(after: str, end: str | None, 
 
 def test_rows_without_supervised_tokens_are_rejected(tiny_tokenizer):
     tokens = tokenized([{"prompt": "p" * 100, "input": "", "completion": "c"}], tiny_tokenizer)
-    with pytest.raises(DataError, match="no token of the 1 training rows carries loss: .* rows have 102 to 102 tokens"):
+    with pytest.raises(DataError, match="no token of the 1 training rows carries loss: .* rows have 242 to 242 tokens"):
         label_audit.audit(tokens, 50, tiny_tokenizer, end_of_turn(tiny_tokenizer, None))
     with pytest.raises(DataError, match="no held-out row"):
         tokenization.cut(Dataset.from_list([{"prompt": "p"}]), tokens, 50)

@@ -56,6 +56,10 @@ def test_a_job_that_is_not_queued_again_at_the_time_limit_is_interrupted():
         raise UncompletedJobError("Job not requeued because: timed-out too many times.")
 
     def job() -> None:
+        if not (child := os.fork()):  # it is told too
+            os.kill(os.getpid(), signal.SIGUSR2)
+            os._exit(7 + len(told))
+        assert os.waitpid(child, 0)[1] >> 8 == 7
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGUSR2)
         pytest.fail("it went on")
