@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -235,10 +236,13 @@ def advise(options: argparse.Namespace) -> None:
     from qlora_exp.planning.guidance import tables as advice
 
     cards = advisor.cards(gpu)
-    with Console(stderr=True).status("planning") as status:
+    console, done = Console(stderr=True), itertools.count(1)
+    with console.status("planning") as status:
 
         def report(what: str) -> None:
             status.update(f"planning: {what}")
+            if next(done) % 20 == 0 and not console.is_terminal:
+                console.print(f"planning: {what}", highlight=False, markup=False)
 
         if options.models:
             sized, why = advisor.models(options.overrides, gpu, report)

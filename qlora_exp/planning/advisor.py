@@ -6,10 +6,10 @@ runs, and it imports heavy libraries only when it starts to plan.
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -23,6 +23,7 @@ from qlora_exp.planning.fit import room
 from qlora_exp.planning.gpus import Gpu
 from qlora_exp.utils.errors import ConfigError, UserError
 from qlora_exp.utils.processes import workers
+from qlora_exp.utils.units import GIB
 
 if TYPE_CHECKING:
     from qlora_exp.planning.planner import Planner, Prediction
@@ -43,6 +44,8 @@ METHODS = {
     "QLoRA": ["method=qlora"],
 }
 """Methods that are compared if the user names none, with the overrides that select each."""
+_BYTES = {"full, float32": 4.0, "full, bfloat16": 2.0, "LoRA": 2.0, "DoRA": 2.0, "QLoRA": 0.5}
+"""Bytes of a weight of the base."""
 _APART = {word.split("=")[0] for words in METHODS.values() for word in words} | {"quantization"}
 """Config keys that differ between METHODS."""
 _START = "fork" if sys.platform == "linux" else "spawn"  # on other systems the libraries do not survive a fork
@@ -232,12 +235,24 @@ class Sized:
     """Number of GPUs that share the run, each of which needs that."""
 
 
+def at_least(architecture: Mapping[str, Any]) -> int:
+    """Return a number of parameters that a model has at least: embedding, two matrices of each MLP, and attention's."""
+    text = architecture.get("text_config", architecture)
+    hidden, layers = text.get("hidden_size", 0), text.get("num_hidden_layers", 0)
+    heads = text.get("num_attention_heads", 0)
+    queries = heads * (text.get("head_dim") or (hidden // heads if heads else 0))
+    mlp = text.get("intermediate_size") or text.get("ffn_dim") or 0
+    return int(hidden * (text.get("vocab_size", 0) + 2 * layers * (mlp + queries)))
+
+
 def models(overrides: Sequence[str], gpu: Gpu, report: Callable[[str], None]) -> tuple[list[Sized], dict[str, str]]:
     """Plan each of METHODS for each shipped model whose config file describes its architecture.
 
+    Models whose weights alone exceed the largest card are not planned.
+
     Args:
         overrides: config overrides of the runs.
-        gpu: the GPU that the runs are planned for; its memory size is not used.
+        gpu: the GPU that the runs are planned for, or, if its memory is not given, each size of `cards`.
         report: called with a progress message after each plan.
 
     Returns:
@@ -248,11 +263,15 @@ def models(overrides: Sequence[str], gpu: Gpu, report: Callable[[str], None]) ->
         UserError: nothing can be planned.
     """
     files = {name: conf_dir() / "model" / f"{name}.yaml" for name in configs.options("model")}
-    names = [name for name, file in files.items() if yaml.safe_load(file.read_text("utf-8")).get("architecture")]
+    described = {name: yaml.safe_load(file.read_text("utf-8")).get("architecture") for name, file in files.items()}
+    names = [name for name, architecture in described.items() if architecture]
+    shared = any(word.startswith("distributed") for word in overrides)
+    most = math.inf if shared else GIB * max(card.memory_gib for card in cards(gpu))
     jobs = [
         (f"{name}, {method}", [f"model={name}", *words, *overrides], gpu, ())
         for name in names
         for method, words in METHODS.items()
+        if _BYTES[method] * at_least(described[name]) <= most
     ]
     options, why = _plan_in_parallel(jobs, report)
     if not options:

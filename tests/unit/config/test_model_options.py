@@ -6,6 +6,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_exp.config.conf_folder import conf_dir
+from qlora_exp.planning import advisor
 
 PARAMETERS = {
     "codellama_34b": 33_743_970_304,
@@ -68,3 +69,4 @@ def test_architecture_has_the_parameters_of_its_model(name: str):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
     model.tie_weights()
     assert model.num_parameters() == PARAMETERS[name]
+    assert 0.05 * PARAMETERS[name] < advisor.at_least(option["architecture"]) <= PARAMETERS[name]
