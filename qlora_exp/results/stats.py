@@ -78,6 +78,8 @@ class Difference:
     """Number of seeds of each configuration."""
     items: int
     """Number of held-out items that are paired; 0 if items were not recorded."""
+    of_other_items: bool = False
+    """Whether the two were measured on different held-out items: then it is not theirs alone, and not tested."""
 
     @property
     def error(self) -> float:

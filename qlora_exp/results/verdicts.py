@@ -50,15 +50,18 @@ def verdicts(rows: Sequence[Row], baseline: Row, metric: str, lower_is_better: b
 
 
 def ties(rows: Sequence[Row], metric: str, lower_is_better: bool) -> dict[str, str]:
-    """Test every pair (Holm) and return each row's letters of ties; empty if there are more than `TIED` rows."""
+    """Test every pair (Holm) and return each row's letters of ties; empty if there are more than `TIED` rows.
+
+    Rows that were scored on different held-out rows have no letter in common.
+    """
     if len(rows) > TIED:
         return {}
     pairs = [(first, second) for first in range(len(rows)) for second in range(first)]
     differences = stats.moderated([difference(rows[first], rows[second], metric) for first, second in pairs])
     adjusted = _adjusted(differences)
     differ = [[False] * len(rows) for _ in rows]
-    for (first, second), p in zip(pairs, adjusted, strict=True):
-        differ[first][second] = differ[second][first] = p < ALPHA
+    for (first, second), each, p in zip(pairs, differences, adjusted, strict=True):
+        differ[first][second] = differ[second][first] = p < ALPHA or each.of_other_items
     means = [row.mean(f"after/{metric}") for row in rows]
     sign = 1 if lower_is_better else -1
     order = sorted(range(len(rows)), key=lambda index: sign * means[index].value)  # type: ignore[union-attr]
@@ -92,9 +95,12 @@ def difference(ours: Row, theirs: Row, metric: str) -> stats.Difference:
     values = [
         {record.params["seed"]: record.metrics[f"after/{metric}"] for record in row.records} for row in (ours, theirs)
     ]
+    (mine, rows), (other, other_rows) = _items(ours, metric), _items(theirs, metric)
+    if rows and other_rows and rows != other_rows:
+        means = [sum(each.values()) / len(each) for each in values]
+        return stats.Difference(means[0] - means[1], (), (len(values[0]), len(values[1])), 0, of_other_items=True)
     common = values[0].keys() & values[1].keys()
     seeds = [sorted(each, key=lambda seed: (seed not in common, seed)) for each in values]
-    (mine, rows), (other, other_rows) = _items(ours, metric), _items(theirs, metric)
     items = [[each[seed] for seed in own if seed in each] for each, own in zip((mine, other), seeds, strict=True)]
     paired = None
     if all(items) and rows and rows == other_rows and _alike([*items[0], *items[1]]):
@@ -142,6 +148,8 @@ def _items(row: Row, metric: str) -> tuple[dict[str, stats.Items], str]:
 
 
 def _text(difference: stats.Difference, p: float, level: float, lower_is_better: bool) -> str:
+    if difference.of_other_items:
+        return f"{NOT_TESTED} {difference.value:+.4f}; scored on other held-out rows than the baseline"
     if not difference.sources and difference.value:
         return (
             f"{NOT_TESTED} {difference.value:+.4f}; one seed each, and not several held-out rows on which both were "

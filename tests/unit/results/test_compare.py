@@ -371,7 +371,7 @@ def test_runs_that_nothing_makes_comparable_are_not_tested(past_runs):
     past_runs(shifted(0.0), method__r=4)
     past_runs(shifted(4.0), method__r=8, data__evaluation_fingerprint="other rows")
     (verdict,) = compare(find(past_runs.uri, experiment=past_runs.experiment)).verdicts.values()
-    assert verdict.text.startswith("not tested +4.0000; one seed each, and not several held-out rows on which both")
+    assert verdict.text == "not tested +4.0000; scored on other held-out rows than the baseline"
     past_runs(shifted(0.5), method__r=16)
     alone, among = (
         compare(find(past_runs.uri, experiment=past_runs.experiment, where=where)).verdicts["method.r=16"]
@@ -380,3 +380,15 @@ def test_runs_that_nothing_makes_comparable_are_not_tested(past_runs):
     assert alone.p == among.p  # what is not tested is no comparison to correct for
     found = compare(find(past_runs.uri, experiment=past_runs.experiment))
     assert report._counts(found.rows[1:], found) == "1 not tested, 1 significantly different"
+    (own,) = {*found.ties["method.r=8"]}
+    assert own not in found.ties["method.r=4"] + found.ties["method.r=16"]
+
+
+def test_rows_with_several_seeds_on_other_held_out_rows_are_not_tested_either(past_runs):
+    for seed in (1, 2, 3):
+        past_runs(shifted(seed / 50), seed=seed, method__r=4)
+        past_runs(shifted(4.0 + seed / 50), seed=seed, method__r=8, data__evaluation_fingerprint="other rows")
+    found = compare(find(past_runs.uri, experiment=past_runs.experiment))
+    (verdict,) = found.verdicts.values()
+    assert verdict.text == "not tested +4.0000; scored on other held-out rows than the baseline"
+    assert found.ties == {"method.r=4": "a", "method.r=8": "b"}

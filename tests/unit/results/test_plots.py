@@ -113,7 +113,7 @@ def test_report_is_logged_with_its_sweep(compare_grid, past_runs):
     assert report.log(compare(find(past_runs.uri, [past_runs.experiment])), past_runs.uri) == parent
     kept = {one.path for one in past_runs.mlflow.list_artifacts(parent, "report")}
     figures = "report/comparison_figures"
-    assert kept == {*(f"report/comparison.{kind}" for kind in ("csv", "json", "md", "html")), figures}
+    assert kept == {*(f"report/comparison.{kind}" for kind in ("csv", "json", "md", "tex", "html")), figures}
     pictures = {one.path for one in past_runs.mlflow.list_artifacts(parent, figures)}
     assert pictures == {f"{figures}/ranked.svg", f"{figures}/ranked.png"}
 
