@@ -204,8 +204,8 @@ def refuse_user_only_settings(config: Config, changes: Mapping[str, Any]) -> Non
         looks_local = _exists(local) or path.startswith(("/", "~", ".")) or ".." in local.parts
         if any(not place.resolve().is_relative_to(Path.cwd()) for place in _places(local, looks_local)):
             raise ConfigError(
-                f"the recorded config names {path}, which is outside of this folder; to allow it, "
-                f"add {key}=PATH with its path on this machine"
+                f"the recorded config names {path}, which is outside of this folder (records have no rows and no "
+                f"models: ask whoever trained it for them); to allow it, add {key}=PATH with its path on this machine"
             )
 
 

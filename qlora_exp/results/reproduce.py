@@ -5,6 +5,7 @@ files of this machine. This module does not import the internals of training.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from qlora_exp.results.records import find
 from qlora_exp.tracking import run_key
 from qlora_exp.tracking.journal import FILE as JOURNAL_FILE
 from qlora_exp.tracking.journal import LOCK_FILE, has_ended, last_message
-from qlora_exp.utils.errors import ConfigError, TrackingError
+from qlora_exp.utils.errors import ConfigError, DataError, TrackingError
 
 BIT_IDENTICAL = "bit-identical"
 WITHIN_NOISE = "within the noise over seeds"
@@ -64,13 +65,14 @@ def find_run(uri: str | None, word: str) -> Record:
     return matches[0]
 
 
-def recorded_config(record: Record, changes: Mapping[str, Any], uri: str | None) -> Config:
+def recorded_config(record: Record, changes: Mapping[str, Any], uri: str | None, to_run: bool = True) -> Config:
     """Return the config of a recorded run, without the parts that a record must not decide.
 
     Args:
         record: the run.
         changes: dotted keys with the user's values; they replace the recorded values.
         uri: MLflow tracking URI of the new run.
+        to_run: whether it is to be run: then files that the user names must exist, and else they differ.
 
     Raises:
         ConfigError: the config is invalid, or uses a setting that only the user may allow.
@@ -82,17 +84,19 @@ def recorded_config(record: Record, changes: Mapping[str, Any], uri: str | None)
     values |= {"tracking": {"uri": uri, "experiment_name": name}, "sweep": {}, "search": {}, "tuning": {}}
     config = changed(values, changes, f"run {record.run_id}")
     refuse_plugins(config, changes)
-    for section, source in config.sections_of_rows.items():
+    for section, source in config.sections_of_rows.items() if to_run else ():
         sections = {section, section.partition(".")[0]}
         given = {f"{name}.{key}" for name in sections for key in ("path", "eval_path")} & changes.keys()
         for path in filter(looks_local, source.paths if given else ()):
             data_files.check(path, f"{section}.path")
-    return recognized(config)
+    with suppress(*[DataError] * (not to_run)):
+        return recognized(config)
+    return config
 
 
 def differences(record: Record, config: Config) -> list[str]:
     """List what has changed since the recorded run, most likely cause first; empty if nothing recorded differs."""
-    now, lines = run_key.digests(config), []
+    now, lines = run_key.digests(config, may_lack_data=True), []
     if record.tags.get("identity.config") != now["config"]:
         lines.append(f"config: {_changed_keys(record, config)}")
     for part in ("data", "model", "adapter", "plugins"):

@@ -17,7 +17,7 @@ from qlora_exp.config.sections.dataset import is_url, looks_local, saved_dataset
 from qlora_exp.config.values import result_values
 from qlora_exp.environment import data_files, hub, provenance
 from qlora_exp.utils.digests import file_digest, json_digest
-from qlora_exp.utils.errors import ModelError
+from qlora_exp.utils.errors import DataError, ModelError
 from qlora_exp.utils.units import MIB
 
 BASE_FILE = "base.json"
@@ -35,19 +35,26 @@ def combine(digests: Mapping[str, str]) -> str:
     return json_digest(digests)
 
 
-def digests(config: Config) -> dict[str, str]:
-    """Return a digest of each thing that a run's result depends on, so that one can say what differs between runs."""
+def digests(config: Config, may_lack_data: bool = False) -> dict[str, str]:
+    """Return a digest of each thing that a run's result depends on, so that one can say what differs between runs.
+
+    Raises:
+        DataError: files of rows cannot be found, unless they may be missing.
+    """
+    try:
+        data = [
+            data_version(_absolute(path), rows.revision, f"{section}.path")
+            for section, rows in config.sections_of_rows.items()
+            for path in rows.paths
+        ]
+    except DataError:
+        if not may_lack_data:
+            raise
+        data = ["missing"]
     return {
         "config": json_digest(result_values(config.model_dump(mode="json"))),
         "model": model_version(config.model.model_name_or_path, config.model.revision),
-        "data": "+".join(
-            [
-                data_version(_absolute(path), rows.revision, f"{section}.path")
-                for section, rows in config.sections_of_rows.items()
-                for path in rows.paths
-            ]
-            + ([_folder(Path(tasks))] if (tasks := config.evaluation.lm_eval_include_path) else [])
-        ),
+        "data": "+".join(data + ([_folder(Path(tasks))] if (tasks := config.evaluation.lm_eval_include_path) else [])),
         "code": code_digest(),
         "libraries": json_digest(provenance.libraries(config.quantization.quant_method)),
         **({"adapter": adapter_version(config)} if config.model.adapter else {}),

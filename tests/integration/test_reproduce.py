@@ -124,6 +124,10 @@ def test_bundle_command_writes_what_reproduce_reads(recorded_run, mlflow_uri, tm
     assert not (tmp_path / "mlruns").exists()
     assert exit_code("reproduce", "other.zip", "--check-only") == 1
     assert capsys.readouterr().err == "error: other.zip: there is no such file or folder\n"
+    assert exit_code("reproduce", "it.zip", "--check-only", "dataset.path=not_here.jsonl") == 0
+    assert "differs  data: " in capsys.readouterr().out
+    assert exit_code("reproduce", "it.zip", "dataset.path=not_here.jsonl") == 1
+    assert "no file not_here.jsonl" in capsys.readouterr().err
 
 
 def test_bundle_of_own_rows_says_that_they_are_needed_too(run_quick, mlflow_uri, tmp_path, capsys, monkeypatch):
