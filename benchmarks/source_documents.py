@@ -14,6 +14,8 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+from qlora_exp.utils.quiet import quiet
+
 PROJECTIONS = 16 * (4096 + 14336)
 """Parameters of LoRA with r=16 on a layer of 4096 to 14336, such as Llama 3 8B's `up_proj`."""
 
@@ -21,7 +23,9 @@ PROJECTIONS = 16 * (4096 + 14336)
 def tiny(**settings: Any) -> Any:
     """Save and load a Llama of two layers, with `from_pretrained`'s settings."""
     from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         config = LlamaConfig(
             vocab_size=100, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
@@ -191,6 +195,16 @@ def counts_and_merge() -> None:
     print(next(str(one.message) for one in said if "Merge" in str(one.message)))
 
 
+def parameters_of_dora() -> None:
+    """Claim 29: what DoRA adds to LoRA r=16 in the tutorial's own code, and with layers of Llama 2 7B's real shape."""
+    attention, up, down = [(4096, 4096)] * 4, [(4096, 11008)] * 2, [(11008, 4096)]
+    shapes = {"tutorial, layers of 4096 x 4096": [(4096, 4096)] * 7, "Llama 2 7B": attention + up + down}
+    for name, layers in shapes.items():
+        lora = 32 * sum(16 * (inputs + outputs) for inputs, outputs in layers)
+        more = 32 * sum(outputs for _, outputs in layers)
+        print(f"{name}: {lora:,} of LoRA, {more:,} more of DoRA, {100 * more / lora:.1f} %")
+
+
 CLAIMS = {
     12: smaller,
     15: forgotten_config,
@@ -202,6 +216,7 @@ CLAIMS = {
     24: renamed,
     25: speeds,
     26: counts_and_merge,
+    29: parameters_of_dora,
 }
 
 
@@ -212,6 +227,7 @@ def main() -> None:
     chosen = parser.parse_args().claims
     if unknown := {*chosen} - {*CLAIMS}:
         parser.error(f"no claim {min(unknown)}; there are {', '.join(map(str, CLAIMS))}")
+    quiet()  # before the libraries are imported
     for number in chosen or CLAIMS:
         print(f"\n{number}. {(CLAIMS[number].__doc__ or '').partition(': ')[2]}")
         CLAIMS[number]()
