@@ -154,7 +154,7 @@ def export(
     write = _writer(saved, form, type_, rows_of)  # refuse what cannot be written before loading anything
     asked = _asked(saved, form, dtype, base, type_)
     log.info("loading the base and the adapter, writing, and reading back: minutes for a large model")
-    whole = merge.whole(saved, dtype, _base_for(saved, form, type_, base))
+    whole = merge.whole(saved, dtype, _base_for(saved, form, type_, base), _existing(out.absolute()))
     dtype = whole.dtype
     size = sum(tensor.nbytes for tensor in whole.model.state_dict().values())
     # For a while both the quantized and the unquantized files exist, and a float32 file may be twice its model's size.
@@ -179,6 +179,11 @@ def export(
             file.chmod((part / EXPORT_FILE).stat().st_mode)
         _log_to_run(saved, facts)  # before the folder appears: if this process is killed, the next one does both
     return made
+
+
+def _existing(folder: Path) -> Path:
+    """Return the nearest folder above that exists."""
+    return next(parent for parent in folder.parents if parent.is_dir())
 
 
 def _base_for(saved: Saved, form: str, type_: str, base: Base) -> Base:

@@ -3,8 +3,13 @@
 Works on the CPU, one layer at a time. Reads what a run saved, and writes no files.
 """
 
+import logging
+import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -14,11 +19,12 @@ from transformers import GenerationConfig
 
 from qlora_exp.config.schema import Config
 from qlora_exp.config.tables import compatibility
-from qlora_exp.data.prompts import render_chat, served_template
+from qlora_exp.data.prompts import end_renderer, render_chat, served_template
 from qlora_exp.data.tokenization import prompt_tokens
 from qlora_exp.deploy.formats import why_one_base
 from qlora_exp.deploy.load import Saved, load_complete_model, stored_as, with_adapter
 from qlora_exp.environment.device import Device, resolve
+from qlora_exp.environment.memory import free
 from qlora_exp.models import quantization
 from qlora_exp.models.base import (
     load_model,
@@ -30,7 +36,10 @@ from qlora_exp.models.base import (
 )
 from qlora_exp.utils.errors import ConfigError, DataError, ModelError, is_out_of_memory
 
+log = logging.getLogger(__name__)
+
 Base = Literal["auto", "files", "trained"]
+Keep = Callable[[torch.Tensor], torch.Tensor]
 _TEXT = (
     "The bridge was closed for two years. When it opened again, the people of both towns came to see what had been "
     "done: new stone, new lamps, and a narrow path for bicycles. How long does concrete need before it can carry load? "
@@ -61,7 +70,7 @@ class Whole:
         return str(self.model.dtype).removeprefix("torch.")
 
 
-def whole(saved: Saved, dtype: str = "auto", base: Base = "auto") -> Whole:
+def whole(saved: Saved, dtype: str = "auto", base: Base = "auto", beside: Path | None = None) -> Whole:
     """Return what a run trained as a model without an adapter.
 
     Args:
@@ -70,6 +79,8 @@ def whole(saved: Saved, dtype: str = "auto", base: Base = "auto") -> Whole:
         base: weights to merge the adapter into. `trained`: those that it was trained on, dequantized if they were
             quantized, so that the result is the model that the run measured; `files`: those in the base model's files,
             which make another model of it after QLoRA; auto: `trained`.
+        beside: folder of files without a name that hold merged weights where memory is short for them; None: memory
+            holds them.
 
     Raises:
         ConfigError: the model cannot be merged.
@@ -95,7 +106,8 @@ def whole(saved: Saved, dtype: str = "auto", base: Base = "auto") -> Whole:
     kind = compatibility.kind_of(config.method.kind, config.lora_variant.name)
     if why := compatibility.refusal(kind, "plain", "merge"):
         raise ConfigError(f"method={config.method.name} cannot be merged: {why}")
-    model, description = _base(config, dtype, base)
+    keep = _keeper(config, beside)
+    model, description = _base(config, dtype, base, keep)
     stop_at_end_of_turn(model, config.dataset, tokenizer)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
@@ -104,11 +116,30 @@ def whole(saved: Saved, dtype: str = "auto", base: Base = "auto") -> Whole:
         )
     adapted = with_adapter(model, saved).eval()
     expected, answered = logits(adapted, ids), answer(adapted, tokenizer)
-    model = _merged(adapted)
+    end_renderer()  # it was forked with the model, so that what merging changes would be in memory twice
+    model = _merged(adapted, keep)
     return Whole(model, tokenizer, description + _settle_tying(model), ids, expected, answered)
 
 
-def _base(config: Config, dtype: str, base: Base) -> tuple[Any, str]:
+def _keeper(config: Config, beside: Path | None) -> Keep:
+    """Return what keeps a new weight: as it is, or in a file, which the system can take out of memory."""
+    bare = skeleton(config.model)
+    needed = sum(weight.numel() for weight in bare.parameters()) * (getattr(bare.config.dtype, "itemsize", 4) + 1)
+    if beside is None or needed < free():
+        return lambda weight: weight
+    log.info("memory is short for %.1f GB: merged weights are kept in files in %s until they are written",
+             needed / 1e9, beside)  # fmt: skip
+    return partial(_in_file, beside)
+
+
+def _in_file(folder: Path, weight: torch.Tensor) -> torch.Tensor:
+    """Return a copy of a weight in the pages of a file, which has no name and ends with the tensor."""
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
+        kept = torch.from_file(file.name, shared=True, size=weight.numel(), dtype=weight.dtype)
+    return kept.view(weight.shape).copy_(weight)
+
+
+def _base(config: Config, dtype: str, base: Base, keep: Keep) -> tuple[Any, str]:
     """Return the base model to merge into, and a description of which weights it has and why."""
     name, stored = config.model.model_name_or_path, config.quantization
     if not stored.quantized:
@@ -124,13 +155,13 @@ def _base(config: Config, dtype: str, base: Base) -> tuple[Any, str]:
     model = load_model(config.model, stored, resolve(config, Device("cpu", "CPU", bf16=False, paging=False)))
     wanted = str(of_files).removeprefix("torch.") if dtype == "auto" else dtype
     only = f" ({why})" if why else ""
-    return quantization.dequantized(model, getattr(torch, wanted)), (
+    return quantization.dequantized(model, getattr(torch, wanted), keep), (
         f"{name}, what its weights stored as {stored.name} stand for: what the adapter was trained on{only}"
     )
 
 
 @torch.no_grad()
-def _merged(adapted: PeftModel) -> Any:
+def _merged(adapted: PeftModel, keep: Keep) -> Any:
     """Return the base model with the adapter merged in; each layer is merged in float32 and rounded once."""
     tuner: Any = adapted.base_model
     if adapted.active_peft_config.is_prompt_learning or not hasattr(tuner, "merge_and_unload"):
@@ -146,7 +177,7 @@ def _merged(adapted: PeftModel) -> Any:
                 getattr(base_layer, name).data = getattr(base_layer, name).data.float()
             layer.merge(safe_merge=True)
             for name, dtype in dtypes.items():
-                getattr(base_layer, name).data = getattr(base_layer, name).data.to(dtype)
+                getattr(base_layer, name).data = keep(getattr(base_layer, name).data.to(dtype))
         merged = tuner.unload()
     except (RuntimeError, ValueError) as error:
         if is_out_of_memory(error):

@@ -173,16 +173,25 @@ def weight_of(layer: Any) -> torch.Tensor | None:
 
 
 @torch.no_grad()
-def dequantized(model: Any, dtype: torch.dtype) -> Any:
-    """Replace quantized layers and experts by ordinary ones of `dtype`, one at a time; return the model."""
+def dequantized(
+    model: Any, dtype: torch.dtype, keep: Callable[[torch.Tensor], torch.Tensor] = lambda weight: weight
+) -> Any:
+    """Replace quantized layers and experts by ordinary ones of `dtype`, one at a time; return the model.
+
+    Args:
+        model: the model; it is changed.
+        dtype: dtype of all weights.
+        keep: called with each new weight of a layer, (outputs, inputs); returns the tensor to keep it in.
+    """
     unpack(model, dtype)
     for name, layer in [*model.named_modules()]:
         if (weight := weight_of(layer)) is None:
             continue
-        ordinary = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, dtype=dtype)
-        ordinary.weight.data = weight.to(dtype)
+        with torch.device("meta"):
+            ordinary = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=layer.bias is not None, dtype=dtype)
+        ordinary.weight = torch.nn.Parameter(keep(weight.to(dtype)))
         if layer.bias is not None:
-            ordinary.bias.data = layer.bias.data.to(dtype)
+            ordinary.bias = torch.nn.Parameter(layer.bias.data.to(dtype))
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, ordinary)
     del model.config.quantization_config

@@ -1,9 +1,12 @@
 """Which weights an adapter goes into."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import tiny_models
 
+from qlora_exp.data import prompts
 from qlora_exp.deploy import load, merge
 from qlora_exp.deploy.merge import whole
 from qlora_exp.deploy.serving import commands as serve
@@ -46,6 +49,37 @@ def test_expected_logits_are_those_of_base_and_adapter(words, trained_adapters):
     with torch.no_grad():
         assert torch.allclose(made.expected, apart(made.ids).logits[0], atol=1e-5)
         assert torch.allclose(made.expected, made.model(made.ids).logits[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("words", [("method=qlora",), ("lora_variant=dora",)], ids=" ".join)
+def test_where_memory_is_short_weights_are_kept_in_files_and_are_the_same(
+    words, trained_adapters, monkeypatch, tmp_path, caplog
+):
+    saved = load.find(str(trained_adapters(*words)), device="cpu")
+    in_memory, before = whole(saved, beside=tmp_path).model.state_dict(), Path("/proc/self/maps").read_text()
+    assert str(tmp_path) not in before
+    monkeypatch.setattr(merge, "free", lambda: 0)
+    made = whole(saved, beside=tmp_path)
+    assert "memory is short" in caplog.text
+    kept = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    assert len(kept) >= 14  # two layers of seven matrices each
+    assert all(line.endswith("(deleted)") for line in kept)  # so they end with the process, whatever happens
+    assert not list(tmp_path.iterdir())
+    for name, weight in made.model.state_dict().items():
+        assert torch.equal(weight, in_memory[name])
+
+
+def test_what_renders_prompts_has_ended_before_weights_change(trained_adapters, monkeypatch):
+    running: list[bool] = []
+    merged = merge._merged
+
+    def observed(*arguments):
+        running.append(prompts._renderer._pipe is not None)
+        return merged(*arguments)
+
+    monkeypatch.setattr(merge, "_merged", observed)
+    whole(load.find(str(trained_adapters("dataset.format=chat", "model=tiny_llama")), device="cpu"))
+    assert running == [False]
 
 
 def test_full_model_is_used_as_it_is(trained_adapters):
