@@ -58,8 +58,13 @@ def clean(source: Source, config: DatasetConfig, path: str) -> tuple[Dataset, Re
     columns = _columns(config)
     if not source.columns:
         raise DataError(f"{path}: it has no rows")
-    if missing := [column for column in columns.values() if column not in source.columns]:
-        raise DataError(_no_column(path, missing[0], source))
+    if missing := {role: column for role, column in columns.items() if column not in source.columns}:
+        if [*missing] == ["input"]:
+            raise DataError(
+                f"{path}: no column {missing['input']!r} (dataset.input_column), which is added to the prompt; set "
+                f"dataset.input_column=null if there is none. It has {', '.join(map(visible, source.columns))}"
+            )
+        raise DataError(_no_column(path, next(iter(missing.values())), source))
     settings = [columns, config.format, config.drop_matching, config.drop_duplicates, bool(config.system_message)]
     settings += [config.prompt_template] if config.prompt_template else []
     name = f"rows-{json_digest([CACHE_LAYOUT, source.key, *settings])}"

@@ -211,8 +211,27 @@ class GridSweeper(JobSweeper):
         self.try_out(configs)
         settings = configs[0].sweep
         folder = self.folder(overrides, settings)
+        if few := few_seeds(swept):
+            log.warning("%s", few)
         with self.begin(folder, settings) as running:
             running.run(jobs.jobs(configs, swept, job_overrides, folder))
+
+
+def few_seeds(swept: Sequence[Mapping[str, str]]) -> str:
+    """Say that jobs with several seeds have too few to be told apart; empty if they have one, or enough.
+
+    Args:
+        swept: swept keys and values of each job.
+    """
+    seeds = {values["seed"] for values in swept if "seed" in values}
+    rows = {tuple(pair for pair in values.items() if pair[0] != "seed") for values in swept}
+    if min(len(seeds), len(rows)) < 2:
+        return ""
+    from qlora_exp.results import stats  # imports SciPy
+
+    enough = stats.seeds_needed(len(rows) - 1)
+    few = f"{len(seeds)} seeds are too few to tell {len(rows)} rows apart where results vary with the seed; {enough} do"
+    return few if len(seeds) < enough else ""
 
 
 class OptunaSweeper(JobSweeper):

@@ -275,6 +275,8 @@ def test_prompt_template_takes_the_values_of_its_columns(form: str, write_jsonl)
     assert (report.dropped["empty"], report.unused) == (1, [])
     with pytest.raises(DataError, match="no column 'question'; it has q, context"):
         cleaned(write_jsonl(rows), prompt_template="{question}")
+    with pytest.raises(DataError, match=r"no column 'input' \(dataset.input_column\).* set dataset.input_column=null"):
+        cleaned(write_jsonl(rows), prompt_column="q", input_column="input", format="prompt_completion")
     with pytest.raises(DataError, match="column 'q' is a list of messages, which needs"):
         cleaned(write_jsonl([{"q": [{"role": "user", "content": "a"}], "completion": "x"}]), prompt_template="{q}")
 

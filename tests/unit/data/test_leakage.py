@@ -160,7 +160,8 @@ def test_processes_find_the_same_leaks(monkeypatch):
     assert {leak.kind for leak in expected} == {"exact", "near"}
 
 
-def test_leaks_of_many_rows_are_found_once(monkeypatch):
+def test_leaks_of_many_rows_are_found_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("QLORA_EXP_CACHE", str(tmp_path))
     monkeypatch.setattr(leakage, "_WORTH_KEEPING", 4)
     train = Dataset.from_list([row(f"question {number} of many") for number in range(4)])
     heldout = Dataset.from_list([row("Question 2 of many?"), row("quite another one")])

@@ -1,6 +1,8 @@
 import pytest
 from support import exit_code
 
+from qlora_exp.sweeps.hydra_sweepers import few_seeds
+
 
 @pytest.mark.parametrize(
     ("words", "jobs"),
@@ -107,3 +109,21 @@ def test_users_files_choose_sweeper_and_launcher(tmp_path, capsys):
     shown = capsys.readouterr().err
     assert "hydra.launcher: must be the same for all jobs" in shown
     assert "experiment=on_ray" in shown
+
+
+@pytest.mark.parametrize(
+    ("ranks", "seeds", "says"),
+    [
+        (4, ["1", "2"], "2 seeds are too few to tell 4 rows apart where results vary with the seed; 3 do"),
+        (4, ["1", "2", "3", "4"], ""),
+        (4, ["1"], ""),
+        (1, ["1", "2"], ""),
+    ],
+)
+def test_too_few_seeds_are_said_before_they_are_trained(ranks: int, seeds: list[str], says: str):
+    swept = [{"method.r": str(r), "seed": seed} for r in range(ranks) for seed in seeds]
+    assert few_seeds(swept) == says
+
+
+def test_sweeps_without_seeds_are_not_warned_of():
+    assert few_seeds([{"method.r": "4"}, {"method.r": "8"}]) == ""
