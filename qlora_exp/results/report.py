@@ -146,7 +146,8 @@ def _seconds(row: Row) -> float | None:
 
 def _scaling(row: Row) -> str:
     """Return the factor of what LoRA adds, alpha / r or alpha / sqrt(r); empty for other methods and older runs."""
-    return row.records[0].params.get("resolved.lora_scaling", "")
+    return next((each.params["resolved.lora_scaling"] for each in (*row.records, *row.failed)
+                 if "resolved.lora_scaling" in each.params), "")  # fmt: skip
 
 
 def _verdict(row: Row, comparison: Comparison) -> str:

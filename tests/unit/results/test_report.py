@@ -89,6 +89,21 @@ def test_of_many_rows_the_best_and_the_worst_are_shown(past_runs, capsys, monkey
     assert "not shown" not in capsys.readouterr().out
 
 
+def test_rows_without_a_successful_run_are_in_tables_with_every_column(past_runs, tmp_path):
+    everything = {
+        "step_seconds_mean": 1.0, "steps": 3.0, "tokens_per_second": 9.0, "trainable_parameters": 1.0,
+        "forgetting": 0.1, "memory/rss_peak_mib": 1.0, "after/rougeL": 0.1, "model_flops_utilization": 0.1, "saved_mb": 1.0,
+    }  # fmt: skip
+    for r, outcome in ((4, "ok"), (8, "ok"), (16, "killed"), (32, "running")):
+        more = {"outcome": outcome} | ({} if outcome == "ok" else {"metrics": {}})
+        past_runs(shifted(r), method__r=r, resolved__lora_scaling=str(16 / r), **{"metrics": everything} | more)
+    comparison = compare(find(past_runs.uri, experiment=past_runs.experiment))
+    for preset in report.PRESETS:
+        assert len(report.table(comparison, preset)[1]) == 4
+    assert "LoRA scaling" in report.table(comparison)[0]
+    report.write(comparison, tmp_path)
+
+
 def test_run_that_goes_on_is_not_called_failed(past_runs):
     past_runs(shifted(0.0), method__r=4)
     past_runs(method__r=8, outcome="running")
