@@ -9,6 +9,7 @@ import pytest
 from qlora_exp.config.describe import entries, presets
 
 ROOT = Path(__file__).parents[2]
+ADDED = ("dataset", "key", "launcher", "method", "metric")
 METHODS = (ROOT / "docs" / "how_to" / "methods.md").read_text("utf-8")
 
 
@@ -48,3 +49,15 @@ def test_every_variant_of_lora_is_in_the_table():
 def test_every_method_is_named():
     missing = [name for name in presets.options()["method"] if not re.search(rf"`(method=)?{name}`", METHODS)]
     assert not missing, f"name in docs/how_to/methods.md: {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", *(f"docs/how_to/add_a_{what}.md" for what in ADDED)])
+def test_places_that_contributors_are_sent_to_exist(page: str):
+    text = (ROOT / page).read_text("utf-8")
+    files = {*re.findall(r"`((?:qlora_exp|tests|conf|docs|benchmarks)/[\w/]+\.\w+)`", text)}
+    real = {file for file in files if not re.search("NAME|ROOM|MODULE", file)}
+    assert sorted(file for file in real if not (ROOT / file).is_file()) == []
+    named = re.findall(r"`(\w+)`\s+(?:in|of)\s+`([\w/]+\.py)`", text)
+    assert [(name, file) for name, file in named if name not in (ROOT / file).read_text("utf-8")] == []
+    tests = "".join(file.read_text("utf-8") for file in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name in re.findall(r"`(test_\w+)`", text) if f"def {name}(" not in tests] == []
