@@ -38,7 +38,7 @@ def test_stale_page_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 OTHER_WORDS = {
-    "BAD_REQUEST", "CERTIFICATE_VERIFY_FAILED", "FP8_DYNAMIC", "INVALID_PARAMETER_VALUE", "PER_HOUR",
+    "BAD_REQUEST", "CERTIFICATE_VERIFY_FAILED", "FP8_DYNAMIC", "INVALID_PARAMETER_VALUE", "OUT_OF_MEMORY", "PER_HOUR",
     "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST", "SC_OPEN_MAX", "STRICT_SPREAD",
 }  # fmt: skip
 """Texts in capitals that are no environment variables."""
