@@ -93,17 +93,18 @@ def unit(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Ruff, mypy, spelling, and the import contracts of the rooms."""
+    """Ruff, mypy, spelling, the import contracts of the rooms, and whether the generated pages are up to date."""
     style(session)
     session.run(sys.executable, *MYPY)
 
 
 def style(session: nox.Session) -> None:
-    """Check what takes seconds: ruff, spelling, import contracts."""
+    """Check what takes seconds: ruff, spelling, import contracts, generated pages."""
     session.run(sys.executable, "-m", "ruff", "check", ".")
     session.run(sys.executable, "-m", "ruff", "format", "--check", ".")
     session.run(sys.executable, "-m", "codespell_lib")
     session.run(str(Path(sys.executable).with_name("lint-imports")), "--no-cache")
+    session.run(sys.executable, "benchmarks/reference.py", "--check")
 
 
 @nox.session
@@ -174,7 +175,10 @@ def team(session: nox.Session) -> None:
 
 @nox.session
 def compatibility(session: nox.Session) -> None:
-    """Try every method on every kind of base, engine and family of models; write what works (most of an hour)."""
+    """Try every method on every kind of base, engine and family of models; write what works (most of an hour).
+
+    `-- ia3 'lora dora'` tries only these: a variant of LoRA is one word, in quotes.
+    """
     install(session, "quantizers")
     session.run(sys.executable, "benchmarks/compatibility.py", *session.posargs)
 

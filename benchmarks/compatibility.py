@@ -2,6 +2,7 @@
 
     nox -s compatibility                         # all (most of an hour)
     nox -s compatibility -- lora ia3             # only these methods; results of others stay
+    nox -s compatibility -- 'lora dora'          # a variant of LoRA: one word, in quotes
     nox -s compatibility -- --families gpt2      # only this family, no kinds of base, no engines
     nox -s compatibility -- --engines fsdp       # only this engine
 
@@ -16,7 +17,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from qlora_exp.config.tables.compatibility import (
 )
 from qlora_exp.models.builtin import TINY
 from qlora_exp.studies.probe import kinds, name_of
+from qlora_exp.utils.errors import did_you_mean
 from qlora_exp.utils.quiet import quiet
 
 TABLE = Path(__file__).parent.parent / "docs" / "reference" / "compatibility.md"
@@ -226,7 +228,10 @@ def main() -> None:
     names = sorted(map(name_of, methods.values()))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "methods", nargs="*", metavar="METHOD", help=f"methods to test; default: all of {', '.join(names)}"
+        "methods",
+        nargs="*",
+        metavar="METHOD",
+        help=f"methods to test, and variants of LoRA in quotes ('lora dora'); default: all of {', '.join(names)}",
     )
     parser.add_argument(
         "--bases", nargs="+", choices=[*BASES], help="kinds of base to test; no families unless they are named too"
@@ -242,8 +247,8 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true", help="only print the changes, write no file")
     options = parser.parse_args()
-    if unknown := {*options.methods} - {*names}:
-        parser.error(f"no such method: {', '.join(sorted(unknown))}")
+    if problem := unknown(options.methods, names) or missing_packages():
+        parser.exit(2, f"{problem}\n")
     wanted = {
         kind: words for kind, words in methods.items() if not options.methods or name_of(words) in options.methods
     }
@@ -275,6 +280,31 @@ def main() -> None:
         if not options.check:
             write(merged, families)
     print(f"{len(ASPECTS)} aspects of {len(jobs)} combinations, {len(trained)} methods on {len(chosen)} families")
+
+
+def unknown(chosen: Sequence[str], names: Sequence[str]) -> str:
+    """Return what is wrong with the first name that is no method's; empty if all are."""
+    for name in chosen:
+        if name not in names:
+            form = "A variant of LoRA is one word, in quotes: nox -s compatibility -- 'lora dora'"
+            is_variant = f"lora {name}" in names
+            hint = f"; did you mean 'lora {name}'?" if is_variant else did_you_mean(name, names)
+            return f"no such method: '{name}'{hint} {form}"
+    return ""
+
+
+def missing_packages() -> str:
+    """Return what to install of LIBRARIES; empty if all are there. Without one, verdicts would be about its absence."""
+    missing = []
+    for name in LIBRARIES:
+        try:
+            version(name)
+        except PackageNotFoundError:
+            missing.append(name)
+    if not missing:
+        return ""
+    install = "pip install -c constraints.txt -e '.[quantizers]'"
+    return f"not installed: {', '.join(missing)}: `nox -s compatibility` installs them, as does {install}"
 
 
 def update(merged: Verdicts, kind: str, base: str, verdicts: dict[str, str]) -> None:

@@ -1,10 +1,12 @@
 """Write the generated pages of docs/reference/: keys, PEFT's settings, options and commands.
 
 Run `nox -s reference` after a change of a key, an option file, a command or its help, or another version of PEFT.
+With `--check` it writes nothing, and fails if a page is not up to date; `nox -s lint` does that.
 """
 
 import argparse
 import re
+import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,10 +23,14 @@ _WRITTEN = "<!-- Written by `nox -s reference`. -->"
 
 
 def main() -> None:
-    """Write the pages, and say how many entries they have."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    """Write the pages, and say how many entries they have; or only check them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is not up to date")
+    made = pages()
+    if parser.parse_args().check:
+        sys.exit("\n".join(filter(None, map(stale, made))) or None)
     total = 0
-    for name, text in pages().items():
+    for name, text in made.items():
         (FOLDER / name).write_text(text, "utf-8")
         count = sum(line.startswith("| `") for line in text.splitlines())
         print(f"docs/reference/{name}: {count} entries")
@@ -36,6 +42,18 @@ def pages() -> dict[str, str]:
     """Return the text of each page by its file name."""
     made = {"keys.md": _keys(), "peft_settings.md": _settings(), "options.md": _options(), "commands.md": _commands()}
     return {name: "\n".join([*lines, ""]) for name, lines in made.items()}
+
+
+def stale(name: str) -> str:
+    """Return what to do about a page that is not what the code says; empty if it is."""
+    file = FOLDER / name
+    written = file.read_text("utf-8").splitlines() if file.is_file() else []
+    made = pages()[name].splitlines()
+    if written == made:
+        return ""
+    place = next((number for number, (old, new) in enumerate(zip(written, made, strict=False)) if old != new), 0)
+    line = min(place, len(made) - 1)
+    return f"docs/reference/{name}: not up to date; run `nox -s reference` (line {line + 1}: {made[line]:.100})"
 
 
 def _keys() -> Iterator[str]:
@@ -102,7 +120,8 @@ def _options() -> Iterator[str]:
     yield from ("# Options of the config groups", "", _WRITTEN, "")
     yield (
         "`qlora-exp train GROUP=OPTION` chooses one option of each group: a file in `conf/GROUP/`, which sets keys.\n"
-        "Options of your own go into a folder with the same layout: `--config-dir FOLDER`."
+        "`qlora-exp keys GROUP=OPTION` prints what an option sets. Options of your own go into a folder with the same\n"
+        "layout: `--config-dir FOLDER`."
     )
     default = dict(re.findall(r"^  - (\w+): (\w+)", (presets.root_file()).read_text("utf-8"), re.MULTILINE))
     for group, names in presets.options().items():

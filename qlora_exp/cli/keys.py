@@ -23,26 +23,32 @@ def add_parsers(commands: Commands) -> None:
     """Add `keys`."""
     parser = add_command(commands, "keys", keys)
     what = (
-        "sections of the config, such as training, or keys, such as training.max_steps; default: all. method=NAME: the "
-        "method whose settings to explain, as an option of the group method; default: LoRA, and how others differ"
+        "sections of the config, such as training, keys, such as training.max_steps, or options, such as tracking=local"
+        "; default: all keys. method=NAME with keys of method: the method whose settings to explain; default: LoRA, "
+        "and how others differ"
     )
-    chosen = parser.add_argument("chosen", nargs="*", metavar="SECTION|KEY|method=NAME", help=what)
+    chosen = parser.add_argument("chosen", nargs="*", metavar="SECTION|KEY|GROUP=OPTION", help=what)
     chosen.completer = _completed  # type: ignore[attr-defined]
 
 
 def _completed(prefix: str, **_: Any) -> list[str]:
-    """List the sections and keys that begin with a prefix."""
+    """List the sections and keys, or the options of a group, that begin with a prefix."""
+    from qlora_exp.config.describe import presets
+
+    if "=" in prefix and prefix.partition("=")[0] in presets.options():
+        return completed(prefix)
     words = [word.removesuffix("=") for word in completed(prefix.partition("=")[0])]
     return [*dict.fromkeys(word if "." in prefix else word.removesuffix(".") for word in words)]
 
 
 def keys(options: argparse.Namespace) -> None:
-    """Explain the keys of the config: type, default and meaning.
+    """Explain the keys of the config: type, default and meaning; and what its options are.
 
     Prints `KEY: TYPE = DEFAULT`, then the value in the default run (plain
     `qlora-exp train`) if it differs, then the meaning. Of one key also: range,
     unit, the options and experiments that set it, and advice with its basis
-    (measured here, published, or rule of thumb).
+    (measured here, published, or rule of thumb). Of an option: what its file
+    says of it, the options of other groups that it chooses, and its values.
 
     examples:
       qlora-exp keys                        every section and key
@@ -53,11 +59,15 @@ def keys(options: argparse.Namespace) -> None:
       qlora-exp keys method method=loha     every setting of a method
       qlora-exp keys method.r method=loha   one of them
       qlora-exp keys training.sft_config    further arguments of TRL's SFTConfig
+      qlora-exp keys tracking=local         an option: what it is, and what it sets
+      qlora-exp keys hydra/launcher         the options of a group
     """
-    methods = [word.removeprefix("method=") for word in options.chosen if word.startswith("method=")]
+    # Alone it is an option like others; with keys it says whose settings to explain.
+    of_keys = any("=" not in word for word in options.chosen)
+    methods = [word.removeprefix("method=") for word in options.chosen if of_keys and word.startswith("method=")]
     if len(methods) > 1:
         raise ConfigError(f"method={' method='.join(methods)}: name one method")
-    words = dict.fromkeys(word for word in options.chosen if not word.startswith("method="))
+    words = dict.fromkeys(word for word in options.chosen if not (of_keys and word.startswith("method=")))
     explained = [_explained(word, *methods) for word in words or [""]]  # a mistake in one is reported before the others
     print("\n".join(explained), end="")
 
@@ -79,6 +89,15 @@ def _explain(word: str, method: str | None = None) -> None:
     chosen = re.sub(r"^dataset\.sources\.[^.]+\.weight$", "dataset.sources", word)
     chosen = re.sub(r"^dataset\.sources\.[^.]+\.", "dataset.", chosen)
     section, _, name = chosen.partition(".")
+    group, equals, option = word.partition("=")
+    if equals and group in presets.options():
+        _print_option(group, option)
+        return
+    if word in presets.options() and word not in entries.sections():
+        names = ", ".join(presets.options()[word])
+        print(textwrap.fill(f"options: {names}", 120, **_INDENTED))
+        print(f"  `qlora-exp keys {word}=NAME` explains one")
+        return
     if method is not None:
         types = presets.peft_types()
         if method not in types:
@@ -110,11 +129,48 @@ def _unknown(chosen: str, known: list[str]) -> str:
 
     if chosen.startswith(f"{SFT_CONFIG}."):
         return no_such_key(chosen)
+    if chosen.partition(".")[0] == "hydra":
+        return _of_hydra(chosen)
+    key, equals, _ = chosen.partition("=")
+    if equals and key in known:
+        return f"{chosen}: no option, but the value of a key, which `qlora-exp keys {key}` explains"
     settings = {name: None for kind in peft_methods.trainable() for name in peft_methods.of_options(kind)}
     names = [*known, *(f"{section}.{name}" for section in OPEN_SECTIONS for name in settings)]
     same_name = [key for key in names if key.endswith(f".{chosen}")]
     hint = f"; did you mean '{same_name[0]}'?" if same_name else did_you_mean(chosen, names)
     return f"no section or key '{chosen}'{hint} Sections: {', '.join(entries.sections())}"
+
+
+def _of_hydra(key: str) -> str:
+    """Return the message for a key of Hydra, with the command that prints it."""
+    from qlora_exp.config.describe import presets
+
+    part = ".".join(key.partition("=")[0].split(".")[:2])
+    group, command = part.replace(".", "/"), "qlora-exp train --cfg hydra"
+    if (names := presets.options().get(group)) is not None:
+        shown = f"`{command} -p {part} {group}=NAME` prints it (NAME: {', '.join(names)})"
+        return f"{key}: a key of Hydra; {shown}, and `qlora-exp keys {group}=NAME` explains an option"
+    return f"{key}: a key of Hydra; `{command}{f' -p {part}' if part != 'hydra' else ''}` prints it"
+
+
+def _print_option(group: str, option: str) -> None:
+    """Print what an option is: the comment in its file, what it chooses, and the values that it sets."""
+    from qlora_exp.config.describe import presets
+    from qlora_exp.config.describe.types import shown_value
+
+    names = presets.options()[group]
+    if option not in names:
+        hint = did_you_mean(option, names)
+        raise ConfigError(f"{group}: no option '{option}'{hint} Options: {', '.join(names)}")
+    text = f"{group}={option}: {presets.comment(group, option)}".removesuffix(": ")
+    print(textwrap.fill(text, 120, **(_INDENTED | {"initial_indent": ""})))
+    for name, chosen in presets.chosen_by(group, option).items():
+        print(f"  {name}={chosen}")
+    for key, value in presets.values_of(group, option).items():
+        if not key.rpartition(".")[2].startswith("_"):  # Hydra's own, such as _target_
+            is_group = key in presets.options()  # a sweep over options
+            name = f"{key}=" if is_group else f"{key.replace('/', '.')}: "
+            print(textwrap.fill(f"{name}{shown_value(value)}", 120, **_INDENTED))
 
 
 def _print_sections(section: str, default_run: "Config") -> None:

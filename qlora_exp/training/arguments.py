@@ -7,37 +7,28 @@ from trl.trainer.sft_config import SFTConfig
 
 from qlora_exp.config.plugins import BUILT_IN
 from qlora_exp.config.schema import Config
+from qlora_exp.config.tables import sft_arguments
 from qlora_exp.config.tables.optimizers import OWN
 from qlora_exp.environment.device import Resolved
 from qlora_exp.models.adapters import LEAVES_UNUSED
 
-# Keys that TrainingConfig and SFTConfig share, with the same meaning.
-_SAME = (
-    "num_train_epochs",
-    "max_steps",
-    "per_device_eval_batch_size",
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "weight_decay",
-    "max_grad_norm",
-    "max_length",
-    "packing",
-    "packing_strategy",
-    "train_sampling_strategy",
-    "neftune_noise_alpha",
-    "logging_steps",
-    "logging_first_step",
-    "eval_strategy",
-    "eval_steps",
-    "save_strategy",
-    "save_steps",
-    "save_total_limit",
-    "load_best_model_at_end",
-    "dataloader_num_workers",
-    "torch_compile",
+_NOT_AS_SET = frozenset(
+    {
+        "activation_offloading",
+        "assistant_only_loss",  # these two decide the labels, which `data.tokenization` writes
+        "completion_only_loss",
+        "bf16",
+        "fp16",
+        "gradient_accumulation_steps",
+        "gradient_checkpointing",
+        "loss_type",
+        "per_device_train_batch_size",
+        "resume_from_checkpoint",  # an argument of the trainer's method `train`
+    }
 )
+"""Keys of `training` with the name of an argument that TRL does not get as the user set it."""
+_SAME = [name for name, key in sft_arguments.OWN_KEYS.items() if key == f"training.{name}" and name not in _NOT_AS_SET]
+"""Keys of `training` that TRL gets as they are: those in `_OF_TRAINING` of `config.tables.sft_arguments` but these."""
 
 
 class _Arguments(SFTConfig):

@@ -385,7 +385,7 @@ class Stages:
         asked: list[Any] = []
         stand_in = SimpleNamespace(
             folder=self.new_folder(), register=lambda _: None,
-            run=lambda _, pruning: asked.append([each["pruner"] for each in pruning.values()]),
+            run=lambda _, pruning, *__: asked.append([each["pruner"] for each in pruning.values()]),
             ended=lambda job: {"outcome": "ok", "metrics": {"after/loss": job.x, "after/rougeL": 1.0}},
         )  # fmt: skip
         space = {"x": FloatDistribution(0.0, 1.0)}

@@ -34,7 +34,8 @@ def test_only_the_code_differs_from_an_older_run(run: str, older_uri, capsys):
     differences = [line for line in capsys.readouterr().out.splitlines() if line.startswith("differs")]
     causes = {line.split()[1].rstrip(":") for line in differences}
     assert "code" in causes
-    assert not causes & {"config", "data", "model"}
+    why = "a new key changes run keys of older runs: see _EMPTY_IN_OLDER_RECORDS in config/values.py"
+    assert not causes & {"config", "data", "model"}, f"{why} (docs/how_to/add_a_key.md)"
 
 
 @pytest.mark.parametrize("source", ["outputs/lora", "outputs/qlora", LORA_RUN, QLORA_RUN])

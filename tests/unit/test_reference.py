@@ -17,11 +17,28 @@ PAGES = ("keys.md", "peft_settings.md", "options.md", "commands.md")
 @pytest.mark.parametrize("name", PAGES)
 def test_generated_page_is_up_to_date(name: str):
     """If this fails: `nox -s reference`, and read the diff."""
-    assert script("reference").pages()[name] == (FOLDER / name).read_text("utf-8")
+    if problem := script("reference").stale(name):
+        pytest.fail(problem, pytrace=False)
+
+
+def test_stale_page_is_told_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    reference = script("reference")
+    monkeypatch.setattr(reference, "FOLDER", tmp_path)
+    monkeypatch.setattr(reference, "pages", lambda: {"keys.md": "# Keys\n\n| `seed` |\n"})
+    assert "not up to date; run `nox -s reference` (line 1: # Keys)" in reference.stale("keys.md")  # no file yet
+    for written, line in {"# Keys\n\n| `sed` |\n": "line 3: | `seed` |", "# Keys\n": "run `nox -s reference`"}.items():
+        (tmp_path / "keys.md").write_text(written, "utf-8")
+        assert line in reference.stale("keys.md")
+    (tmp_path / "keys.md").write_text("# Keys\n\n| `seed` |\n", "utf-8")
+    assert reference.stale("keys.md") == ""
+    monkeypatch.setattr("sys.argv", ["reference.py", "--check"])
+    with pytest.raises(SystemExit) as ended:
+        reference.main()
+    assert ended.value.code is None
 
 
 OTHER_WORDS = {
-    "BAD_REQUEST", "CERTIFICATE_VERIFY_FAILED", "FP8_DYNAMIC", "INVALID_PARAMETER_VALUE", "PER_HOUR",
+    "BAD_REQUEST", "CERTIFICATE_VERIFY_FAILED", "FP8_DYNAMIC", "INVALID_PARAMETER_VALUE", "OUT_OF_MEMORY", "PER_HOUR",
     "RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST", "SC_OPEN_MAX", "STRICT_SPREAD",
 }  # fmt: skip
 """Texts in capitals that are no environment variables."""

@@ -68,6 +68,18 @@ def _flat(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
+def chosen_by(group: str, option: str) -> dict[str, str]:
+    """Return the options of other groups that an option chooses: by group, such as `quantization`."""
+    found = yaml.load((conf_dir() / group / f"{option}.yaml").read_text("utf-8"), _LOADER) or {}
+    chosen: dict[str, str] = {}
+    for entry in found.get("defaults", []):
+        if isinstance(entry, dict):
+            chosen |= {name.removeprefix("override ").lstrip("/"): str(value) for name, value in entry.items()}
+        elif entry != "_self_":
+            chosen |= chosen_by(group, entry)
+    return chosen
+
+
 def setting(key: str) -> dict[str, dict[str, list[str]]]:
     """Return the values that options give a key: by group, each value as text with the options that have it.
 

@@ -91,7 +91,7 @@ class TrainingConfig(Section):
     no generation marks."""
     loss_type: PluginName = "nll"
     """nll: negative log-likelihood (cross-entropy); dft: the loss of Dynamic Fine-Tuning; or the name of an installed
-    package's loss (docs/how_to/metrics.md). Held-out losses are always nll."""
+    package's loss (docs/how_to/add_a_metric.md). Held-out losses are always nll."""
     neftune_noise_alpha: Annotated[float, Field(ge=0)] | None = None
     """NEFTune: strength of the noise on embeddings during training. null: none."""
     logging_steps: PositiveInt = 1

@@ -98,6 +98,9 @@ _OF_TRAINING = (
     "warmup_steps",
     "weight_decay",
 )
+"""Arguments for which section `training` has a key of the same name.
+
+`training.arguments` hands them to TRL as they are set, but for those in its `_NOT_AS_SET`."""
 OWN_KEYS = {name: f"training.{name}" for name in _OF_TRAINING} | {
     "activation_checkpointing": "training.gradient_checkpointing",
     "activation_checkpointing_kwargs": "training.sft_config.gradient_checkpointing_kwargs",

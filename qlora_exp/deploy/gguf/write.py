@@ -1,7 +1,7 @@
 """Write a model of a family that llama.cpp has as a GGUF file, and read the file back.
 
-Uses the `gguf` library. `families` and `tokenizers` contain what llama.cpp (github.com/ggml-org/llama.cpp; docs/gguf.md
-of ggml-org/ggml) expects. Does not deal with runs or adapters.
+Uses the `gguf` library. `families` and `tokenizers` contain what llama.cpp (github.com/ggml-org/llama.cpp; the format:
+ggml-org/ggml/docs/gguf.md) expects. Does not deal with runs or adapters.
 """
 
 import importlib.util

@@ -29,6 +29,7 @@ def answer(line: str, out: Path, code: str = "") -> list[str]:
         ("qlora-exp train -m seed=1 method=lor", ["lora "]),  # bash has split the word at "="
         ("qlora-exp plan method.use_rs", ["method.use_rslora="]),
         ("qlora-exp keys training.learning", ["training.learning_rate "]),
+        ("qlora-exp keys tracking=lo", ["local "]),
     ],
 )
 def test_a_line_is_completed(line: str, words: list[str], tmp_path: Path):

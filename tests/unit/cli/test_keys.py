@@ -1,6 +1,8 @@
 import pytest
 from support import exit_code
 
+from qlora_exp.config.describe import presets
+
 
 @pytest.mark.parametrize("section", [None, "method", "training"])
 def test_keys_says_what_keys_mean(section: str | None, capsys):
@@ -102,4 +104,57 @@ def test_keys_lists_the_settings_of_one_method(capsys):
 )
 def test_keys_refuses_what_does_not_exist(words: list[str], problem: str, capsys):
     assert exit_code("keys", *words) == 1
+    assert problem in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("word", "parts"),
+    [
+        ("tracking=local", ["tracking=local: MLflow in an SQLite file", "\n  tracking.uri: sqlite:///"]),
+        ("method=qlora", ["method=qlora: QLoRA (Dettmers", "\n  quantization=nf4_double\n", "\n  method.r: 16\n"]),
+        ("model=codellama_34b", ["model=codellama_34b\n", "\n  model.model_name_or_path: codellama/"]),
+        ("sweep=rank_scaling", ["\n  lora_variant=lora,rslora\n", "\n  method.r: 8,16,32,64,128\n"]),
+        ("hydra/launcher=slurm", ["SLURM, through submitit", "\n  hydra.launcher.parameters: {timeout_min: "]),
+        ("hydra/sweeper", ["options: grid, optuna, tuned\n", "`qlora-exp keys hydra/sweeper=NAME` explains one"]),
+        ("experiment", ["options: ", "smollm2_faq_qlora"]),
+    ],
+)
+def test_keys_explains_an_option_or_lists_those_of_a_group(word: str, parts: list[str], capsys):
+    assert exit_code("keys", word) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(word) or "=" not in word
+    for part in parts:
+        assert part in text
+    assert "_target_" not in text
+
+
+def test_keys_explains_every_option(capsys):
+    words = [f"{group}={name}" for group, names in presets.options().items() for name in names]
+    assert exit_code("keys", *words) == 0
+    text = capsys.readouterr().out
+    assert [word for word in words if f"\n{word}" not in f"\n{text}"] == []
+
+
+def test_method_is_an_option_alone_and_whose_settings_to_explain_with_a_key(capsys):
+    assert exit_code("keys", "method=loha", "method=lokr") == 0
+    text = capsys.readouterr().out
+    assert text.index("method=loha: LoHa") < text.index("method=lokr: LoKr")
+    assert exit_code("keys", "method.r", "method=loha") == 0
+    assert "LoHa rank" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("word", "problem"),
+    [
+        ("tracking=locl", "tracking: no option 'locl'; did you mean 'local'? Options: auto, local, server"),
+        ("hydra/launcher=", "hydra/launcher: no option ''. Options: local, ray, slurm"),
+        ("training.max_steps=3", "the value of a key, which `qlora-exp keys training.max_steps` explains"),
+        ("hydra.launcher", "`qlora-exp train --cfg hydra -p hydra.launcher hydra/launcher=NAME` prints it (NAME: "),
+        ("hydra.sweeper.params", "`qlora-exp train --cfg hydra -p hydra.sweeper hydra/sweeper=NAME` prints it"),
+        ("hydra.run.dir", "`qlora-exp train --cfg hydra -p hydra.run` prints it"),
+        ("hydra", "`qlora-exp train --cfg hydra` prints it"),
+    ],
+)
+def test_keys_says_what_to_type_for_what_is_no_key(word: str, problem: str, capsys):
+    assert exit_code("keys", word) == 1
     assert problem in capsys.readouterr().err

@@ -92,7 +92,7 @@ def test_of_many_rows_the_best_and_the_worst_are_shown(past_runs, capsys, monkey
 def test_rows_without_a_successful_run_are_in_tables_with_every_column(past_runs, tmp_path):
     everything = {
         "step_seconds_mean": 1.0, "steps": 3.0, "tokens_per_second": 9.0, "trainable_parameters": 1.0,
-        "forgetting": 0.1, "memory/rss_peak_mib": 1.0, "after/rougeL": 0.1, "model_flops_utilization": 0.1, "saved_mb": 1.0,
+        "forgetting": 0.1, "memory/rss_peak_mib": 1.0, "after/rougeL": 0.1, "saved_mb": 1.0,
     }  # fmt: skip
     for r, outcome in ((4, "ok"), (8, "ok"), (16, "killed"), (32, "running")):
         more = {"outcome": outcome} | ({} if outcome == "ok" else {"metrics": {}})

@@ -42,7 +42,13 @@ SHOWN = {
 
 
 def test_each_accepted_argument_is_shown_to_act_or_needs_a_gpu():
-    assert SHOWN | {*sft_arguments.GPU_ONLY} == sft_arguments.ACCEPTED.keys()
+    shown = SHOWN | {*sft_arguments.GPU_ONLY}
+    assert not (missing := sorted(sft_arguments.ACCEPTED.keys() - shown)), (
+        "accepted by ACCEPTED of qlora_exp/config/tables/sft_arguments.py; show in a test of this file that each acts, "
+        f"and add it to SHOWN, or to GPU_ONLY there: {', '.join(missing)}"
+    )
+    gone = sorted(shown - sft_arguments.ACCEPTED.keys())
+    assert not gone, f"not in ACCEPTED any more, so remove from SHOWN or GPU_ONLY: {', '.join(gone)}"
 
 
 def config_with(*words: str, **given: Any) -> Config:

@@ -29,7 +29,17 @@ def test_the_options_that_set_a_key_are_listed_by_value():
     assert groups["method"]["16"][:1] == ["deft"]
     assert {"lora", "qlora"} <= {*groups["method"]["16"]}
     assert groups["sweep"]["4,8,16"] == ["rank_alpha_quant"]
-    assert presets.setting("lora_variant.use_dora") == {"lora_variant": {"true": ["dora", "dora_rslora"]}}
+    (variants,) = presets.setting("lora_variant.use_dora").values()
+    assert {"dora", "dora_rslora"} <= {*variants["true"]}
+
+
+def test_the_options_that_an_option_chooses_are_listed():
+    assert presets.chosen_by("method", "qlora") == {"quantization": "nf4_double", "optimizer": "paged_adamw_32bit"}
+    assert presets.chosen_by("method", "lora") == {}
+    for group, names in presets.options().items():
+        for name in names:
+            chosen = presets.chosen_by(group, name).items()
+            assert [(other, option) for other, option in chosen if option not in presets.options()[other]] == []
 
 
 def test_only_the_files_that_may_set_a_key_are_read_and_none_is_missed():

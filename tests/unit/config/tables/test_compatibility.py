@@ -1,17 +1,18 @@
 """The verdicts that are kept refuse what fails, before anything is loaded; what nobody tried is not refused."""
 
-import importlib.util
 import itertools
 import json
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
+from helpers.scripts import script
 
 from qlora_exp.config import crosschecks
 from qlora_exp.config.hydra_compose import compose
 from qlora_exp.config.tables import compatibility
 from qlora_exp.config.tables.compatibility import ASPECTS, BASES, DIFFERS, ENGINE_BASES, ENGINES, WORKS
-from qlora_exp.studies.probe import kinds
+from qlora_exp.studies.probe import kinds, name_of
 from qlora_exp.utils.errors import ConfigError
 
 ROOT = Path(__file__).parents[4]
@@ -19,22 +20,61 @@ KEPT = json.loads(compatibility.FILE.read_text("utf-8"))
 
 
 def test_every_method_and_variant_was_tried_on_every_base():
-    assert KEPT["verdicts"].keys() == kinds().keys()
-    for kind, bases in KEPT["verdicts"].items():
-        assert bases.keys() == BASES.keys(), kind
-        for base, verdicts in bases.items():
+    kept, lacking = KEPT["verdicts"], set()
+    for kind in kinds():
+        bases = kept.get(kind, {})
+        for base in BASES:
+            verdicts = bases.get(base, {})
             tried = {*ASPECTS, *(ENGINES if base in ENGINE_BASES else ())}
-            assert verdicts.keys() == (tried if verdicts["trains"] == WORKS else {"trains"}), (kind, base)
+            if verdicts.keys() != (tried if verdicts.get("trains") == WORKS else {"trains"}):
+                lacking.add(kind)
+    commands = [f"'{name_of(words)}'" for kind, words in kinds().items() if kind in lacking]
+    assert not commands, f"not tried on every base: run nox -s compatibility -- {' '.join(commands)}"
+    gone = sorted(kept.keys() - kinds().keys())
+    assert not gone, f"no file in conf/ any more: {', '.join(gone)}; any run of nox -s compatibility drops them"
+    assert {base for bases in kept.values() for base in bases} == BASES.keys()
 
 
 def test_compatibility_page_matches_the_verdicts():
-    spec = importlib.util.spec_from_file_location("table", ROOT / "benchmarks" / "compatibility.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    text = module.table(KEPT["verdicts"], KEPT["libraries"], KEPT["families"])
-    assert (ROOT / "docs" / "reference" / "compatibility.md").read_text("utf-8") == text
+    text = script("compatibility").table(KEPT["verdicts"], KEPT["libraries"], KEPT["families"])
+    if (ROOT / "docs" / "reference" / "compatibility.md").read_text("utf-8") != text:
+        why = "docs/reference/compatibility.md is not what compatibility.json says"
+        pytest.fail(f"{why}: run nox -s compatibility -- NAME, with the method that you changed", pytrace=False)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "hint"),
+    [
+        (["lora", "dora"], "no such method: 'dora'; did you mean 'lora dora'?"),
+        (["lora drora"], "did you mean 'lora dora'"),
+        (["IA3"], "did you mean 'ia3'?"),
+        (["LORA+dora"], "did you mean 'lora dora'?"),
+    ],
+)
+def test_unknown_name_is_answered_with_the_nearest_and_the_form(chosen: list[str], hint: str):
+    compatible = script("compatibility")
+    problem = compatible.unknown(chosen, [*map(name_of, kinds().values())])
+    assert hint in problem
+    assert problem.endswith("in quotes: nox -s compatibility -- 'lora dora'")
+    assert compatible.unknown(["ia3", "lora dora"], ["ia3", "lora dora"]) == ""
+
+
+def test_missing_packages_are_told_before_anything_is_tried(monkeypatch: pytest.MonkeyPatch, capsys):
+    compatible = script("compatibility")
+
+    def found(name: str) -> str:
+        if name in ("torchao", "optimum-quanto"):
+            raise PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(compatible, "version", found)
+    monkeypatch.setattr("sys.argv", ["compatibility.py", "ia3", "--check"])
+    with pytest.raises(SystemExit) as ended:
+        compatible.main()
+    printed = capsys.readouterr()
+    assert ended.value.code == 2
+    assert printed.err.startswith("not installed: torchao, optimum-quanto: `nox -s compatibility` installs them")
+    assert len((printed.out + printed.err).splitlines()) == 1
 
 
 def test_no_method_is_refused_on_a_whole_family_for_the_sizes_of_its_tiny_model():

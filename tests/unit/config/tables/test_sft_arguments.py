@@ -24,8 +24,12 @@ def test_the_file_is_what_the_installed_libraries_declare():
 def test_every_argument_of_sftconfig_is_in_exactly_one_class():
     """A new one is passed on only after somebody read what it does."""
     counted = Counter(name for names in CLASSES for name in names)
-    assert counted.keys() == sft_arguments.declared().keys()
-    assert {name for name, count in counted.items() if count > 1} == set()
+    declared, file = sft_arguments.declared().keys(), "qlora_exp/config/tables/sft_arguments.py"
+    tables = f"ACCEPTED, OWN_KEYS (by _OF_TRAINING), DECIDED, NO_EFFECT of {file}"
+    assert not (new := sorted(declared - counted.keys())), f"in none of {tables}: {', '.join(new)}"
+    assert not (gone := sorted(counted.keys() - declared)), f"SFTConfig has no more, so remove: {', '.join(gone)}"
+    several = sorted(name for name, count in counted.items() if count > 1)
+    assert not several, f"in more than one of {tables}: {', '.join(several)}"
 
 
 def test_narrowed_types_accept_what_the_library_does():
@@ -44,7 +48,9 @@ def test_every_key_of_training_with_a_name_of_sftconfig_is_named_for_it():
     from qlora_exp.config.sections.training import TrainingConfig
 
     shared = TrainingConfig.model_fields.keys() & sft_arguments.declared().keys()
-    assert {name: sft_arguments.OWN_KEYS.get(name) for name in shared} == {name: f"training.{name}" for name in shared}
+    missing = sorted(name for name in shared if sft_arguments.OWN_KEYS.get(name) != f"training.{name}")
+    where = "_OF_TRAINING of qlora_exp/config/tables/sft_arguments.py (docs/how_to/add_a_key.md)"
+    assert not missing, f"add to {where}: {', '.join(missing)}"
 
 
 @pytest.mark.parametrize("name", sorted(sft_arguments.declared().keys() - sft_arguments.ACCEPTED.keys()))
