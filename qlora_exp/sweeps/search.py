@@ -128,7 +128,7 @@ class _Trials:
     @property
     def proposed(self) -> int:
         """Number of trials that were proposed, here and earlier."""
-        return sum(trial.number not in self._replaced for trial in self._study.trials)
+        return sum(trial.number not in self._replaced for trial in self._study.get_trials(deepcopy=False))
 
     def next(self, size: int) -> Proposal | None:
         """Return the jobs of so many trials, or of those that are left; None if none is."""
@@ -154,10 +154,11 @@ class _Trials:
 
     def tell(self, leave: str = "") -> None:
         """Tell Optuna the results of trials that have ended, but not of those with a job of the outcome `leave`."""
-        for number, repeats in self._begun.items():
+        trials = self._study.get_trials(deepcopy=False)
+        untold = {number: jobs for number, jobs in self._begun.items() if not trials[number].state.is_finished()}
+        for number, repeats in untold.items():  # the jobs of others have told
             endings = [self._sweep.ended(job) for job in repeats]
-            told = self._study.trials[number].state.is_finished()  # by its job
-            if not told and leave not in {ending["outcome"] for ending in endings}:
+            if leave not in {ending["outcome"] for ending in endings}:
                 _tell(self._study, number, endings, self._settings.metrics)
 
     def _ask(self, size: int) -> list[FrozenTrial]:

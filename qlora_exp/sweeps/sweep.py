@@ -241,7 +241,7 @@ class Sweep:
     def _launch_all(self, waiting: Sequence[Job], more: MoreJobs = lambda place: ()) -> None:
         not_started = self._launch_some(waiting, more) if waiting else []
         # If the launcher failed before it started all jobs, launch the others, as long as that starts at least one.
-        while not_started and len(not_started) < len(waiting) and not stopped(self.folder):
+        while not_started and any(job not in not_started for job in waiting) and not stopped(self.folder):
             waiting, not_started = not_started, self._launch_some(not_started, more)
 
     def _groups(self, waiting: Sequence[Job]) -> tuple[dict[str, Group], dict[str, str]]:

@@ -182,7 +182,7 @@ def test_table_of_a_sweep_is_logged(make_jobs, read_runs, mlflow_uri):
 def test_sweep_writes_its_comparison_to_its_folder_and_mlflow(make_jobs, read_runs, mlflow_uri, tmp_path):
     execute(make_jobs("method.r", ["4", "8"]))
     files = {file.suffix: file for file in (tmp_path / "multirun" / "test").glob("comparison_*.*")}
-    assert files.keys() == {".csv", ".json", ".md", ".html"}
+    assert files.keys() == {".csv", ".json", ".md", ".tex", ".html"}
     with files[".csv"].open(encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines))
     assert [(row["method.r"], row["seeds"]) for row in rows] == [("4", "1"), ("8", "1")]

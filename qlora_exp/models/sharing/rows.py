@@ -314,10 +314,9 @@ def by_turns(model: Any, in_sequences: bool = False) -> str | None:
     config = model.config.get_text_config()
     if hasattr(config, "output_router_logits"):
         return "the loss of the experts' router is that of a batch"
+    # flash-linear-attention refuses `cu_seqlens` with more than one sequence.
     if in_sequences and "linear_attention" in (getattr(config, "layer_types", None) or ()):
-        return (
-            "its layers of linear attention keep rows apart in one sequence only"  # flash-linear-attention: cu_seqlens
-        )
+        return "its layers of linear attention keep rows apart in one sequence only"
     for name, value in vars(config).items():
         if _DROPOUT.search(name) and isinstance(value, float) and value:
             return f"{name} of the base would draw from the random numbers of one job"

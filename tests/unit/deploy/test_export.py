@@ -271,18 +271,18 @@ def test_merge_that_loses_half_of_the_adapter_is_rejected(dtype, broken_adapter,
     save_file(big, broken_adapter / "adapter_model.safetensors")
     merged = merge._merged
 
-    def forgetful(adapted):
+    def forgetful(adapted, keep):
         for name, one in adapted.named_parameters():
             if "layers.0" in name and "lora_B" in name:
                 one.data.zero_()
-        return merged(adapted)
+        return merged(adapted, keep)
 
     monkeypatch.setattr(merge, "_merged", forgetful)
     assert "gives other outputs" in refused(broken_adapter, tmp_path, dtype=dtype)
 
 
 def test_merge_that_changes_the_model_is_rejected(broken_adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr(merge, "_merged", lambda adapted: adapted.base_model.unload())  # forgets the adapter
+    monkeypatch.setattr(merge, "_merged", lambda adapted, _: adapted.base_model.unload())  # forgets the adapter
     assert "gives other outputs" in refused(broken_adapter, tmp_path)
 
 
