@@ -27,6 +27,7 @@ from qlora_exp.environment import turns
 from qlora_exp.environment.device import Resolved
 from qlora_exp.environment.efficiency import FlopCounter
 from qlora_exp.environment.memory import MemoryMonitor
+from qlora_exp.environment.ranks import ranks
 from qlora_exp.libraries import accelerate, deepspeed, trl
 from qlora_exp.models import transformers_4
 from qlora_exp.models.adapters import (
@@ -49,6 +50,7 @@ from qlora_exp.training.optimizers import KeepTrainableSet, chosen_optimizer
 from qlora_exp.training.plugins.user_losses import Loss
 from qlora_exp.training.plugins.user_losses import load as load_loss
 from qlora_exp.training.watcher import Log, Watcher
+from qlora_exp.utils.processes.signals import checkpoint_first
 
 log = logging.getLogger(__name__)
 
@@ -356,6 +358,7 @@ def train(
         trainer.memory.phase("load"),
         closing(watcher),
         trainer.beside_others(),
+        checkpoint_first() if ranks().size == 1 else nullcontext(),  # others would not know that this one stops
     ):  # loads the checkpoint; `watcher` opens the later phases
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = trainer.state

@@ -16,6 +16,7 @@ from qlora_exp.environment import turns
 from qlora_exp.environment.ranks import hides_bars
 from qlora_exp.libraries import trl
 from qlora_exp.utils.errors import DivergedError
+from qlora_exp.utils.processes import signals
 
 if TYPE_CHECKING:
     from qlora_exp.training.trainer import Trainer
@@ -104,6 +105,8 @@ class Watcher(TrainerCallback):
             self.untimed.append(len(self.step_seconds) - 1)
         can_count = bool(self._trainer.counted) and math.isfinite(self._trainer.counted[-1][0])
         self._trainer.counts_flops = can_count and state.global_step + 1 in _COUNTED_STEPS
+        if signals.is_ending():
+            control.should_save = control.should_training_stop = True
         self._restart()
 
     def on_evaluate(self, *_: Any, **__: Any) -> None:

@@ -2,9 +2,11 @@
 
 import pytest
 
+from qlora_exp.sweeps import jobs
 from qlora_exp.tracking.journal import FILE, metrics
 from qlora_exp.training import trainer
 from qlora_exp.utils.errors import ConfigError
+from qlora_exp.utils.processes import signals
 
 
 def test_resumed_run_ends_like_an_uninterrupted_one(run_quick, read_losses):
@@ -26,6 +28,29 @@ def test_output_folder_resumes_from_its_newest_complete_checkpoint(order: str, r
     (whole.output_dir / "checkpoints" / "checkpoint-12" / "trainer_state.json").unlink()  # as a kill would leave it
     resumed = run_quick(*saving, "training.max_steps=12", f"training.resume_from_checkpoint={whole.output_dir}")
     assert read_losses(resumed) == read_losses(whole)[10:]
+
+
+def test_a_run_that_a_scheduler_ends_saves_a_checkpoint_after_its_step_and_loses_nothing(
+    run_quick, read_losses, tmp_path, monkeypatch
+):
+    whole, asked = run_quick("training.max_steps=6"), []
+    step = trainer.Trainer.training_step
+
+    def told(self, *arguments, **more):
+        asked.append(len(asked))
+        if len(asked) == 4:
+            signals.end(signals.interrupt)  # as the signal of a scheduler, in the middle of a step
+        return step(self, *arguments, **more)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(trainer.Trainer, "training_step", told)
+        run_quick("training.max_steps=6", folder="told")
+    folder = tmp_path / "told"
+    assert [file.name for file in (folder / "checkpoints").iterdir()] == ["checkpoint-4"]
+    assert jobs.state(folder)[0] == "cut off"
+    resumed = run_quick("training.max_steps=6", folder="told")
+    assert read_losses(resumed) == read_losses(whole)
+    assert resumed.metrics["after/loss"] == whole.metrics["after/loss"]
 
 
 CONSTANT = (

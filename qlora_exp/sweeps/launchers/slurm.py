@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from submitit.helpers import DelayedSubmission
 from qlora_exp.sweeps.jobs import Ending
 from qlora_exp.sweeps.launchers.local import Task
 from qlora_exp.utils.errors import last_line
+from qlora_exp.utils.processes import signals
 
 log = logging.getLogger(__name__)
 FOLDER = ".submitit"
@@ -84,38 +86,42 @@ def _errors_in(file: Path) -> Iterator[None]:
 
 class _Call:
     def __call__(self, pickled: bytes) -> None:
-        with _interrupted_at_time_limit():
-            cloudpickle.loads(pickled)()
+        _save_at_time_limit()
+        cloudpickle.loads(pickled)()
 
     def checkpoint(self, pickled: bytes) -> DelayedSubmission:
         """Return what submitit queues again for a preempted job; the job resumes from its own checkpoint."""
         return DelayedSubmission(self, pickled)
 
 
-@contextmanager
-def _interrupted_at_time_limit() -> Iterator[None]:
-    """Interrupt a job that is not queued again at the cluster's time limit: then the same command resumes it.
+def _save_at_time_limit() -> None:
+    """At the cluster's time limit, end the job once it has saved a checkpoint, and let submitit queue it again.
 
-    Submitit raises an error in the job, which would count as one of its own.
+    Submitit's own handler ends the job at once, or, if it may not be queued again, raises an error in it, which would
+    count as one of its own. Here it is interrupted instead: the same command resumes it.
     """
     number = getattr(signal, f"SIG{os.environ.get('SUBMITIT_PREEMPT_SIGNAL', 'USR2')}")
     told, own = signal.getsignal(number), os.getpid()
 
     def handle(received: int, frame: Any) -> None:
-        assert callable(told)
         if os.getpid() != own:  # SLURM tells all processes of the job, forked ones too
             return
         signal.signal(number, signal.SIG_IGN)  # it may come twice, and submitit's handler is not made for that
+        log.warning("the cluster ends this job; a checkpoint is saved first if it trains")
+        signals.end(partial(finish, received, frame))
+        if not signals.is_ending():
+            signal.signal(number, handle)
+
+    def finish(received: int, frame: Any) -> None:
+        assert callable(told)
         try:
             told(received, frame)
         except submitit.core.utils.UncompletedJobError as error:
-            log.warning("the cluster's time limit is over (%s); the same command resumes the job", error)
-            raise KeyboardInterrupt from error
-        signal.signal(number, handle)
+            log.warning("%s; the same command resumes it", error)
+            signals.interrupt()
 
     if callable(told):
         signal.signal(number, handle)
-    yield
 
 
 def _ending(job: submitit.Job[None]) -> Ending | None:

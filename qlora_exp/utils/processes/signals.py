@@ -4,7 +4,7 @@ import faulthandler
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,17 @@ class _Deferred:
 
 
 _deferred = _Deferred()
+
+
+@dataclass
+class _Ending:
+    """What ends this process, and whether it waits until a checkpoint is saved."""
+
+    waits: bool = False
+    call: Callable[[], object] | None = None
+
+
+_ending = _Ending()
 
 
 @contextmanager
@@ -92,6 +103,37 @@ def defer_signals() -> Iterator[None]:
         if not _deferred.depth and (first := _deferred.first):
             _deferred.first = None
             raise first
+
+
+def end(call: Callable[[], object]) -> None:
+    """Call what ends this process: at once, or after `checkpoint_first`, if the process is inside."""
+    if _ending.waits and _ending.call is None:
+        _ending.call = call
+    else:
+        call()
+
+
+def interrupt() -> None:
+    """Raise KeyboardInterrupt, or defer it as a signal's."""
+    _raise_or_defer(KeyboardInterrupt())
+
+
+def is_ending() -> bool:
+    """Return whether something waits to end this process until a checkpoint is saved."""
+    return _ending.call is not None
+
+
+@contextmanager
+def checkpoint_first() -> Iterator[None]:
+    """Let `end` wait until the end of the block, which saves a checkpoint and stops once `is_ending`."""
+    _ending.waits = True
+    try:
+        yield
+        _ending.waits = False
+        if _ending.call is not None:
+            _ending.call()
+    finally:
+        _ending.waits, _ending.call = False, None
 
 
 @contextmanager

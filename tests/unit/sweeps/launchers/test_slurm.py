@@ -15,6 +15,7 @@ pytest.importorskip("submitit")
 from submitit.core.utils import UncompletedJobError
 
 from qlora_exp.sweeps.launchers import slurm
+from qlora_exp.utils.processes import signals
 
 
 def test_errors_of_processes_beside_the_jobs_go_to_a_file(tmp_path, capfd):
@@ -76,6 +77,27 @@ def test_a_job_that_is_not_queued_again_at_the_time_limit_is_interrupted(tmp_pat
             slurm._Call()(cloudpickle.dumps(job))
     finally:
         signal.signal(signal.SIGUSR2, previous)
+
+
+def test_a_job_that_trains_is_ended_by_submitit_after_its_checkpoint():
+    previous, order = signal.getsignal(signal.SIGUSR2), []
+
+    def queue_again(*_: object) -> None:
+        order.append("queued again")
+        sys.exit(-1)
+
+    try:
+        signal.signal(signal.SIGUSR2, queue_again)
+        slurm._save_at_time_limit()
+        with pytest.raises(SystemExit), signals.checkpoint_first():
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGUSR2)
+            assert signals.is_ending()
+            order.append("checkpoint")
+    finally:
+        signal.signal(signal.SIGUSR2, previous)
+    assert order == ["checkpoint", "queued again"]
+    assert not signals.is_ending()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from qlora_exp.utils.errors import TimeLimitError
+from qlora_exp.utils.processes import signals
 from qlora_exp.utils.processes.signals import OUT_OF_TIME, defer_signals, handle_signals, time_limit
 
 
@@ -84,3 +85,20 @@ def test_ignored_interrupt_stays_ignored():
             os.kill(os.getpid(), signal.SIGINT)
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_what_ends_the_process_waits_only_where_a_checkpoint_can_be_saved():
+    called: list[str] = []
+    signals.end(lambda: called.append("at once"))
+    with signals.checkpoint_first():
+        signals.end(lambda: called.append("later"))
+        assert (called, signals.is_ending()) == (["at once"], True)
+        signals.end(lambda: called.append("a second time"))  # whoever asks twice does not wait
+        called.append("checkpoint")
+    assert called == ["at once", "a second time", "checkpoint", "later"]
+    assert not signals.is_ending()
+    with pytest.raises(ValueError, match="its own"), signals.checkpoint_first():
+        signals.end(lambda: called.append("never"))
+        raise ValueError("its own")
+    assert "never" not in called
+    assert not signals.is_ending()
