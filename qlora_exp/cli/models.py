@@ -72,8 +72,8 @@ def add_parsers(commands: Commands) -> None:
 
 
 _LESS_MEMORY = (
-    "the merged model is held in memory whole: free some, use a machine with more, or --dtype bfloat16, which takes "
-    "half of float32; an adapter need not be merged to be used (qlora-exp serve)"
+    "the model does not fit into memory in this form: free some, use a machine with more, or --dtype bfloat16, which "
+    "takes half of float32; an adapter need not be merged to be used (qlora-exp serve)"
 )
 
 
