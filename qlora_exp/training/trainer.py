@@ -358,7 +358,8 @@ def train(
         trainer.memory.phase("load"),
         closing(watcher),
         trainer.beside_others(),
-        checkpoint_first() if ranks().size == 1 else nullcontext(),  # others would not know that this one stops
+        # Other processes, or jobs that take turns, would not know that this one stops.
+        checkpoint_first() if ranks().size == 1 and turns.current() is None else nullcontext(),
     ):  # loads the checkpoint; `watcher` opens the later phases
         result = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         state = trainer.state

@@ -43,6 +43,10 @@ def test_train_command_ended_by_a_signal_is_recorded_as_killed(signal_name: str,
     run = mlflow_client.get_run(run_id)
     assert (run.info.status, run.data.tags["outcome"]) == ("KILLED", "killed")
     assert run.data.metrics["train/loss"] > 0
+    saved = [file.name for file in (tmp_path / "killed").glob("checkpoints/checkpoint-*")]
+    last = max(one["step"] for one in metrics(tmp_path / "killed") if "train/loss" in one)
+    # A scheduler sends SIGTERM, and the step that it interrupts is finished and saved; Ctrl-C ends at once.
+    assert saved == ([f"checkpoint-{last}"] if signal_name == "SIGTERM" else [])
 
 
 def test_killed_run_resumes_from_its_checkpoint_with_equal_results(

@@ -44,21 +44,25 @@ _ending = _Ending()
 def handle_signals() -> Iterator[None]:
     """Raise KeyboardInterrupt on SIGTERM and Ctrl-C inside, and TimeLimitError on `OUT_OF_TIME`.
 
+    SIGTERM, with which schedulers announce the end, waits for a checkpoint (`checkpoint_first`); a second one does not.
     Does nothing outside the main thread. Leaves Ctrl-C alone if another handler is installed for it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def interrupt(_signal: int, _frame: FrameType | None) -> None:
-        _raise_or_defer(KeyboardInterrupt())
+    def interrupted(_signal: int, _frame: FrameType | None) -> None:
+        interrupt()
+
+    def terminated(_signal: int, _frame: FrameType | None) -> None:
+        end(interrupt)
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
         _raise_or_defer(TimeLimitError("the time limit of the job is over"))
 
-    handlers = {signal.SIGTERM: interrupt, OUT_OF_TIME: stop}
+    handlers = {signal.SIGTERM: terminated, OUT_OF_TIME: stop}
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        handlers[signal.SIGINT] = interrupt
+        handlers[signal.SIGINT] = interrupted
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield
