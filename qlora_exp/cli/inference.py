@@ -213,6 +213,8 @@ def serve(options: argparse.Namespace) -> None:
     key = None if options.api_key_env is None else os.environ.get(options.api_key_env)
     if options.api_key_env is not None and not key:
         raise ConfigError(f"--api-key-env {options.api_key_env}: this environment variable is not set")
+    if wild := [name for name in options.allowed_host if "*" in name or "/" in name]:
+        raise ConfigError(f"--allowed-host {wild[0]}: not a name as in the header Host, such as models.example.org")
     ports.require_free(options.host, options.port)
     talker, sampling = _talker(options)
     from qlora_exp.deploy.serving import commands, server

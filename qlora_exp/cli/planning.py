@@ -127,12 +127,15 @@ def _show_trials(planned: Sequence["Planned"]) -> None:
     from qlora_exp.planning import tables
     from qlora_exp.sweeps.rungs import rungs
 
-    one = next(run.config for run in planned if run.config)
+    one = next((run.config for run in planned if run.config), None)
+    if one is None:
+        return
     steps = rungs(one, one.tuning)
     share = sum(each.trials * each.share for each in steps)
     seeds = len({word for run in planned for word in run.words if word.startswith("seed=")}) or 1
-    *shorter, last = (f"{each.trials} with 1/{round(1 / each.share)} of the steps" for each in steps)
-    trials = " and ".join([", ".join(shorter), last.replace("1/1 of the", "all")] if shorter else [last])
+    *shorter, last = steps
+    parts = [f"{each.trials} with 1/{round(1 / each.share)} of the steps" for each in shorter]
+    trials = " and ".join([*filter(None, [", ".join(parts)]), f"{last.trials} with all steps"])
     tables.note(
         "trials",
         f"each row also has trials, {trials}, which take as long as {share:.3g} final runs: the whole comparison "

@@ -188,10 +188,10 @@ def grid(overrides: Sequence[str]) -> list[list[str]]:
     words = [*(f"{key}={value}" for key, value in params.items() if key not in overridden), *overrides]
     with errors_explained(), initialized(conf_dir(), own_options.get()):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-        parsed = parser.parse_overrides(words)
-        lowest = {each.key_or_group: f"{each.key_or_group}={cast(Any, each.value()).start}"
-                  for each in parsed if each.is_interval_sweep()}  # fmt: skip
-        words = [lowest.get(each.key_or_group, str(each.input_line)) for each in parsed]
+        words = [
+            f"{each.key_or_group}={cast(Any, each.value()).start}" if each.is_interval_sweep() else str(each.input_line)
+            for each in parser.parse_overrides(words)
+        ]
         return [of_job(job) for job in combinations(parser.parse_overrides(words))]
 
 

@@ -4,6 +4,7 @@ Works on the CPU, one layer at a time. Reads what a run saved, and writes no fil
 """
 
 import logging
+import os
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -70,7 +71,7 @@ class Whole:
         return str(self.model.dtype).removeprefix("torch.")
 
 
-def whole(saved: Saved, dtype: str = "auto", base: Base = "auto", beside: Path | None = None) -> Whole:
+def whole(saved: Saved, dtype: str = "auto", base: Base = "auto", scratch: Path | None = None) -> Whole:
     """Return what a run trained as a model without an adapter.
 
     Args:
@@ -79,7 +80,7 @@ def whole(saved: Saved, dtype: str = "auto", base: Base = "auto", beside: Path |
         base: weights to merge the adapter into. `trained`: those that it was trained on, dequantized if they were
             quantized, so that the result is the model that the run measured; `files`: those in the base model's files,
             which make another model of it after QLoRA; auto: `trained`.
-        beside: folder of files without a name that hold merged weights where memory is short for them; None: memory
+        scratch: folder of files without a name that hold merged weights where memory is short for them; None: memory
             holds them.
 
     Raises:
@@ -106,7 +107,7 @@ def whole(saved: Saved, dtype: str = "auto", base: Base = "auto", beside: Path |
     kind = compatibility.kind_of(config.method.kind, config.lora_variant.name)
     if why := compatibility.refusal(kind, "plain", "merge"):
         raise ConfigError(f"method={config.method.name} cannot be merged: {why}")
-    keep = _keeper(config, beside)
+    keep = _keeper(config, dtype, scratch)
     model, description = _base(config, dtype, base, keep)
     stop_at_end_of_turn(model, config.dataset, tokenizer)
     rows = model.get_input_embeddings().weight.shape[0]
@@ -121,20 +122,31 @@ def whole(saved: Saved, dtype: str = "auto", base: Base = "auto", beside: Path |
     return Whole(model, tokenizer, description + _settle_tying(model), ids, expected, answered)
 
 
-def _keeper(config: Config, beside: Path | None) -> Keep:
+def _keeper(config: Config, dtype: str, scratch: Path | None) -> Keep:
     """Return what keeps a new weight: as it is, or in a file, which the system can take out of memory."""
     bare = skeleton(config.model)
-    needed = sum(weight.numel() for weight in bare.parameters()) * (getattr(bare.config.dtype, "itemsize", 4) + 1)
-    if beside is None or needed < free():
+    wanted = bare.config.dtype if dtype == "auto" else getattr(torch, dtype)
+    # While it is merged, a base that was trained in 4 bits is in memory too, with the constants of its blocks.
+    bytes_of_a_weight = getattr(wanted, "itemsize", 4) + 0.6 * config.quantization.quantized
+    needed = sum(weight.numel() for weight in bare.parameters()) * bytes_of_a_weight
+    if scratch is None or needed < free():
         return lambda weight: weight
     log.info("memory is short for %.1f GB: merged weights are kept in files in %s until they are written",
-             needed / 1e9, beside)  # fmt: skip
-    return partial(_in_file, beside)
+             needed / 1e9, scratch)  # fmt: skip
+    return partial(_in_file, scratch)
 
 
 def _in_file(folder: Path, weight: torch.Tensor) -> torch.Tensor:
-    """Return a copy of a weight in the pages of a file, which has no name and ends with the tensor."""
+    """Return a copy of a weight in the pages of a file, which has no name and ends with the tensor.
+
+    Raises:
+        ConfigError: the disk has no room for it.
+    """
     with tempfile.NamedTemporaryFile(dir=folder) as file:
+        try:  # a page for which there is no room would kill this process
+            os.posix_fallocate(file.fileno(), 0, max(1, weight.nbytes))
+        except OSError as error:
+            raise ConfigError(f"{folder}: no room for merged weights, as memory is short: {error}") from error
         kept = torch.from_file(file.name, shared=True, size=weight.numel(), dtype=weight.dtype)
     return kept.view(weight.shape).copy_(weight)
 

@@ -72,6 +72,7 @@ class Turns:
         self._waiting = deque(range(len(self._jobs)))
         """Jobs that have not begun."""
         self._more = more
+        self._interrupted = False
         self._running: list[int] = []
         """Jobs that have begun and not ended, in the order of their turns; the first has its turn."""
         self._threads: list[threading.Thread] = []
@@ -115,7 +116,7 @@ class Turns:
         """Raise an exception in each job at its next turn, and begin no other."""
         with self._changed:
             self._waiting.clear()
-            self._more = lambda: ()
+            self._interrupted, self._more = True, lambda: ()
             for number in self._running:
                 job = self._jobs[number]
                 job.raised = job.raised or type(error)(*error.args)
@@ -139,6 +140,8 @@ class Turns:
         job.kept = None
         try:
             self._fill_places()
+        except Exception as error:  # what this process returns says so; the other jobs go on
+            job.error = job.error or error
         finally:
             with self._changed:
                 self._running.remove(number)
@@ -149,7 +152,8 @@ class Turns:
         while len(self._running) <= self.at_once:
             if not self._waiting:
                 _restore(self._begin)  # what is asked must not write into the ended job's output
-                for call, output in self._more():
+                more = self._more()
+                for call, output in () if self._interrupted else more:
                     self._waiting.append(len(self._jobs))
                     self._jobs.append(_Job(call, output))
             if not self._waiting:

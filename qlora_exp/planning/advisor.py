@@ -235,7 +235,7 @@ class Sized:
     """Number of GPUs that share the run, each of which needs that."""
 
 
-def at_least(architecture: Mapping[str, Any]) -> int:
+def least_parameters(architecture: Mapping[str, Any]) -> int:
     """Return a number of parameters that a model has at least: embedding, two matrices of each MLP, and attention's."""
     text = architecture.get("text_config", architecture)
     hidden, layers = text.get("hidden_size", 0), text.get("num_hidden_layers", 0)
@@ -271,8 +271,10 @@ def models(overrides: Sequence[str], gpu: Gpu, report: Callable[[str], None]) ->
         (f"{name}, {method}", [f"model={name}", *words, *overrides], gpu, ())
         for name in names
         for method, words in METHODS.items()
-        if _BYTES[method] * at_least(described[name]) <= most
+        if _BYTES[method] * least_parameters(described[name]) <= most
     ]
+    if not jobs:
+        raise UserError(f"the weights of the smallest model alone take more than {most / GIB:g} GiB")
     options, why = _plan_in_parallel(jobs, report)
     if not options:
         raise UserError("\n".join(dict.fromkeys(why.values())))

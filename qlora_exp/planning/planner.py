@@ -215,8 +215,10 @@ class Planner:
         rows, length = rows or self._resolved.per_device_train_batch_size, length or training.max_length
         evaluated = length if evaluated is None else evaluated
         self._check(max(length, evaluated))
-        if rows * length > _MOST_TOKENS:
-            raise ConfigError(f"a batch of {rows * length:,} tokens cannot be planned: set per_device_train_batch_size")
+        if jobs * rows * length > _MOST_TOKENS:
+            raise ConfigError(
+                f"a batch of {jobs * rows * length:,} tokens cannot be planned: set per_device_train_batch_size"
+            )
         batch = self._batch(jobs * rows, length)
         if training.packing or (self._resolved.padding == "free" and rows > 1):
             batch = Batch(jobs, rows * length, not self._flash)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_exp.config.schema import Config
 from qlora_exp.data.reading.recognize import recognized
 from qlora_exp.distributed import group
-from qlora_exp.environment.ranks import is_launched, take_place
+from qlora_exp.environment.ranks import is_launched, ranks, take_place
 from qlora_exp.planning.guidance.exhausted import explained
 from qlora_exp.recipe.inputs import Inputs, check_config, read_inputs
 from qlora_exp.recipe.launch import launch, with_processes
@@ -61,7 +61,7 @@ def run(
 
 def _run(config: Config, **arguments: Any) -> RunResult:
     """Run in this process; if the run has several, each of them calls this."""
-    if arguments["must_reach"]:
+    if arguments["must_reach"] and ranks().is_main:
         uris.check_answers(config.tracking.uri)
     inputs = read_inputs(config)
     # Imported here, because these modules import torch, which takes seconds.

@@ -135,11 +135,12 @@ def _log_steps(config: Config, rows: int) -> None:
     more = ": training.max_steps=-1 trains on all" if part and most > 0 else ""
     log.info("%s steps of %s rows%s%s", f"{steps:,}", f"{min(together, rows):,}", part, more)
     if together > rows:
+        keys = "training.per_device_train_batch_size", "training.gradient_accumulation_steps"
         log.warning(
-            "a step is to have %s rows, and an epoch has %s: each step has these, all of them; lower "
-            "training.per_device_train_batch_size",
+            "%s rows are asked for in a step, and there are only %s, so that each step is a whole epoch; lower %s",
             f"{together:,}",
             f"{rows:,}",
+            keys[config.training.per_device_train_batch_size <= rows],
         )
     if steps >= _MANY_STEPS and config.training.save_strategy == "no":
         log.warning(

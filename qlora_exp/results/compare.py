@@ -307,7 +307,7 @@ def _product(record: Record, *keys: str) -> float:
     return math.prod(float(record.params.get(key, "1")) for key in keys)
 
 
-def everything(comparison: Comparison) -> dict[str, Any]:
+def as_data(comparison: Comparison) -> dict[str, Any]:
     """Return a comparison as plain data, which JSON can represent: all metrics of all runs, and each verdict."""
     rows = []
     for row in comparison.rows:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from qlora_exp.recipe.summary import names_of_scores
 from qlora_exp.results import tuned
-from qlora_exp.results.compare import Comparison, everything
+from qlora_exp.results.compare import Comparison, as_data
 from qlora_exp.results.page import data, looks, page
 from qlora_exp.results.row import Row
 from qlora_exp.results.verdicts import ALPHA, NOT_TESTED
@@ -235,12 +235,14 @@ def _width(headings: list[str], rows: list[list[str]]) -> int:
 
 def _notes(comparison: Comparison) -> list[str]:
     intervals = any(len(row.records) > 1 for row in comparison.rows)
+    apart = any(verdict.difference.of_other_items for verdict in comparison.verdicts.values())
     lines = [f"{len([record for row in comparison.rows for record in (*row.records, *row.failed)])} runs"]
     lines[0] += "".join(f"; {name} {value}" for name, value in comparison.about.items())
     lines += [
         f"Differences of {comparison.metric} from {comparison.baseline.name}, on the same held-out items and seeds "
         "where both have them, with 95 % intervals; verdicts and letters are adjusted for the number of comparisons "
         "(Holm). Rows that share a letter do not differ significantly."
+        + (" Rows scored on different held-out rows share none, and are not tested." if apart else "")
     ]
     if comparison.too_few_seeds:
         lines.append(comparison.too_few_seeds)
@@ -311,7 +313,7 @@ def write(comparison: Comparison, folder: Path, preset: str = "all", name: str |
     name = name or f"comparison_{time.strftime('%Y-%m-%d_%H-%M-%S')}"
     contents = {
         "csv": text.getvalue(),
-        "json": json.dumps(redacted(everything(comparison)), indent=1),
+        "json": json.dumps(redacted(as_data(comparison)), indent=1),
         "md": markdown(comparison, preset),
         "tex": latex(comparison, preset),
         "html": _page(comparison, rows, headings),
@@ -334,7 +336,9 @@ def markdown(comparison: Comparison, preset: str = "all") -> str:
 def latex(comparison: Comparison, preset: str = "all") -> str:
     """Return the table for a paper, which has no room for all columns, and the notes as comments."""
     headings, rows = table(comparison, "short" if preset == "all" else preset)
-    without_reasons = [[*row[:-2], row[-2].partition(";")[0], row[-1]] for row in rows]
+    without_reasons = [
+        [*row[:-2], row[-2] if row[-2].startswith(NOT_TESTED) else row[-2].partition(";")[0], row[-1]] for row in rows
+    ]
     return latex_table(headings, without_reasons, _notes(comparison))
 
 

@@ -5,7 +5,6 @@ files of this machine. This module does not import the internals of training.
 """
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,9 +88,12 @@ def recorded_config(record: Record, changes: Mapping[str, Any], uri: str | None,
         given = {f"{name}.{key}" for name in sections for key in ("path", "eval_path")} & changes.keys()
         for path in filter(looks_local, source.paths if given else ()):
             data_files.check(path, f"{section}.path")
-    with suppress(*[DataError] * (not to_run)):
+    try:
         return recognized(config)
-    return config
+    except DataError:  # the rows are not here
+        if to_run:
+            raise
+        return config
 
 
 def differences(record: Record, config: Config) -> list[str]:

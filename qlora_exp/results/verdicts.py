@@ -77,14 +77,15 @@ def _adjusted(differences: Sequence[stats.Difference]) -> list[float]:
 
 def too_few_seeds(judged: Mapping[str, Verdict]) -> str:
     """Say that ties had to be expected, because so many comparisons need more seeds; empty if there are enough."""
-    tied = [verdict.difference.seeds for verdict in judged.values() if verdict.p >= ALPHA]
+    tested = [verdict for verdict in judged.values() if not verdict.difference.of_other_items]
+    tied = [verdict.difference.seeds for verdict in tested if verdict.p >= ALPHA]
     seeds = min((min(each) for each in tied if min(each) > 1), default=None)
-    if seeds is None or seeds >= (enough := stats.seeds_needed(len(judged))):
+    if seeds is None or seeds >= (enough := stats.seeds_needed(len(tested))):
         return ""
     some = ", as some rows have," if any(min(each) > seeds for each in tied) else ""
-    now, then = (stats.spread_needed(count, len(judged)) for count in (seeds, enough))
+    now, then = (stats.spread_needed(count, len(tested)) for count in (seeds, enough))
     return (
-        f"{seeds} seeds{some} are too few for {len(judged)} verdict{'s' * (len(judged) > 1)} where results vary with "
+        f"{seeds} seeds{some} are too few for {len(tested)} verdict{'s' * (len(tested) > 1)} where results vary with "
         f"the seed: a difference is significant only beyond {now:.0f} times the standard deviation over seeds; "
         f"with {enough} seeds, beyond {then:.1f} times."
     )

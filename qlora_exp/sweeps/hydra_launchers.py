@@ -60,14 +60,14 @@ class JobLauncher(Launcher):
             For each job how its process died as the return value; None if it did not die.
         """
         tasks = self._tasks(job_overrides, initial_job_idx)
-        known = len(tasks)
+        count = len(tasks)
         parent_folder = tasks[0].folder.parent
         fail_fast = self.config.sweep.fail_fast
 
         def more(place: Place | None) -> list[local.Task]:
-            nonlocal known
-            added = self._tasks(self.more(place), initial_job_idx + known)
-            known += len(added)
+            nonlocal count
+            added = self._tasks(self.more(place), initial_job_idx + count)
+            count += len(added)
             return added
 
         endings = self.run_all(

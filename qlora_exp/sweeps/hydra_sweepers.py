@@ -7,7 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -151,7 +151,8 @@ class JobSweeper(Sweeper):
             ]
 
         def launch(waiting: Sequence[jobs.Job], more: jobs.MoreJobs) -> list[Any]:
-            cast(Any, self.launcher).more = lambda place: words(more(place))
+            if isinstance(self.launcher, JobLauncher):
+                self.launcher.more = lambda place: words(more(place))
             return [job_return.return_value for job_return in self.launcher.launch(words(waiting), initial_job_idx=0)]
 
         local = isinstance(self.launcher, LocalLauncher)

@@ -3,7 +3,6 @@
 This module does not depend on Hydra, nor on how jobs are launched.
 """
 
-import itertools
 import json
 import logging
 import time
@@ -49,8 +48,7 @@ log = logging.getLogger(__name__)
 
 _ORPHAN_SECONDS = 15.0
 """Seconds to wait for jobs of an earlier sweep that was killed, because they are about to end as well."""
-_IDS_IN_A_TAG = 100
-"""MLflow's tags have a greatest length."""
+_IDS_IN_A_TAG = 100  # MLflow's tags have a greatest length
 
 
 class Sweep:
@@ -146,33 +144,41 @@ class Sweep:
         """
         waiting, grouped = self._prepared(jobs, pruning := {**pruning})
         apart: list[Proposal] = []  # they cannot join the group that has a free place
+        failures: list[Exception] = []
 
         def added(place: Place | None) -> list[Job]:
             group = next((each for each in grouped.values() if each.place == place), None)
-            new: list[Job] = []
-            alone = group is None and self._settings.fuse != "off"
-            while not (new or apart or alone) and (proposed := more()) is not None:
-                if group is not None and not all(fused.joins(job.config, group) for job in proposed.jobs):
-                    apart.append(proposed)
-                    break
-                twins = [job for job in waiting if job.key in {each.key for each in proposed.jobs}]
-                if any(self.ended(job)["outcome"] in UNFINISHED for job in twins):
-                    break  # another trial with these values is running
-                pruning.update(proposed.pruning)
-                new, _ = self._prepared(proposed.jobs, pruning, group)
-                grouped.update({job.key: group for job in new} if group else {})
-                waiting.extend(new)
-            return new
+            if apart or failures or (group is None and self._settings.fuse != "off"):
+                return []
+            try:
+                while (proposed := more()) is not None:
+                    if group is not None and not all(fused.joins(job.config, group) for job in proposed.jobs):
+                        apart.append(proposed)
+                        break
+                    twins = [job for job in waiting if job.key in {each.key for each in proposed.jobs}]
+                    if any(self.ended(job)["outcome"] in UNFINISHED for job in twins):
+                        break  # another trial with these values is running
+                    pruning.update(proposed.pruning)
+                    if new := self._prepared(proposed.jobs, pruning, group)[0]:
+                        grouped.update({job.key: group for job in new} if group else {})
+                        waiting.extend(new)
+                        return new
+            except Exception as error:  # raised below, once they have ended
+                failures.append(error)
+            return []
 
         with handle_signals():
             self._launch_all(waiting, added)
-            again = [job for job in waiting if job.key in grouped and self.ended(job)["outcome"] == "oom"]
+            beside = {job.key: job for job in waiting if job.key in grouped}.values()
+            again = [job for job in beside if self.ended(job)["outcome"] == "oom"]
             if again and not stopped(self.folder):
                 log.warning("%d jobs ran out of memory beside others; they run again, alone", len(again))
                 for job in again:
                     keep_under_other_name(job.folder)
                     self._prepare(job, None, pruning.get(job.key))
                 self._launch_all(again)
+        for error in failures:
+            raise error
         for proposed in apart:
             self.run(proposed.jobs, proposed.pruning)
 
@@ -207,7 +213,7 @@ class Sweep:
             grouped, together = self._groups(waiting)
         else:
             grouped = {job.key: group for job in waiting}
-            together = {job.key: fused.described(job, grouped) for job in waiting}
+            together = {job.key: f"joins group {group.place.group + 1}" for job in waiting}
         tables.show_plan(jobs, plan, self.folder, together)
         if not waiting or self._settings.dry_run:
             return [], {}
@@ -245,11 +251,7 @@ class Sweep:
             waiting, not_started = not_started, self._launch_some(not_started, more)
 
     def _groups(self, waiting: Sequence[Job]) -> tuple[dict[str, Group], dict[str, str]]:
-        """Group jobs that share a base model, as `sweep.fuse` asks.
-
-        Returns:
-            By run key, the groups of jobs that are not alone; and with which others each job is trained, or why alone.
-        """
+        """Return by run key the groups of jobs that are not alone; and with which others each is, or why alone."""
         if self._settings.fuse == "off" or not waiting:
             return {}, {}
         found = fused.groups(waiting, self._settings)
@@ -302,7 +304,7 @@ class Sweep:
         """Launch jobs, record those whose process died, and return the jobs that were not started."""
         from qlora_exp.tracking import lifecycle
 
-        waiting, endings = [*waiting], cast(Sequence[Ending | None], ())
+        waiting, endings = [*waiting], cast(Sequence[Ending | None] | None, None)
 
         def added(place: Place | None) -> Sequence[Job]:
             waiting.extend(new := more(place))
@@ -313,7 +315,7 @@ class Sweep:
         except Exception as error:  # a launcher may fail when it loses a job; each job's progress is on disk
             log.error("the launcher failed: %s: %s", type(error).__name__, error)  # noqa: TRY400
         finally:  # also if the sweep is interrupted
-            for job, ending in itertools.zip_longest(waiting, endings):
+            for job, ending in zip(waiting, [None] * len(waiting) if endings is None else endings, strict=True):
                 if ending is not None or state(job.folder)[0] == "cut off":
                     died = ending or Ending("killed", "its process is gone")
                     if exceeded_time_limit(job.folder):

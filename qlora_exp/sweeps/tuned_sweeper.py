@@ -1,5 +1,6 @@
 """Implement Hydra's sweeper `tuned`: tune each row of a comparison, then train its best values with every seed."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
@@ -12,6 +13,7 @@ from qlora_exp.config.schema import Config
 from qlora_exp.sweeps import jobs, rungs
 from qlora_exp.sweeps.hydra_sweepers import (
     JobSweeper,
+    few_seeds,
     refuse_idle_keys,
     refuse_settings_of_others,
     require_optuna,
@@ -19,6 +21,8 @@ from qlora_exp.sweeps.hydra_sweepers import (
 )
 from qlora_exp.utils.display import say
 from qlora_exp.utils.errors import ConfigError, SweepError
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from qlora_exp.sweeps.rungs import Rung
@@ -43,6 +47,8 @@ class TunedSweeper(JobSweeper):
         chosen = [of_job(words[shared:]) for words in combined]
         finals = [[self.check(self._fixed, [*words, *seed]) for seed in seeds] for words in chosen]
         configs = [config for of_row in finals for config in of_row]
+        if few := few_seeds([_swept([*words, *seed]) for words in chosen for seed in seeds]):
+            log.warning("%s", few)
         _check(configs)
         refuse_idle_keys(configs, arguments)
         self.try_out(configs)

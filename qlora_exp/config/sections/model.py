@@ -56,11 +56,13 @@ class ModelConfig(Section):
 
     @field_validator("architecture")
     @classmethod
-    def _has_sizes(cls, fields: dict[str, Any]) -> dict[str, Any]:
+    def _asks_for_no_code(cls, fields: dict[str, Any]) -> dict[str, Any]:
         """Refuse what makes transformers fetch code or kernels: only a key of its own may ask for that."""
-        for name in fields:
+        for name, value in fields.items():
             if (name.startswith("_") and name != "_name_or_path") or name.endswith(("auto_map", "_implementation")):
                 raise ValueError(f"{name} is no size of a model; leave it out")
+            if isinstance(value, dict):
+                cls._asks_for_no_code(value)
         return fields
 
     _location = field_validator("model_name_or_path", "adapter")(check_location)

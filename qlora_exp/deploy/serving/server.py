@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import ipaddress
 import json
 import logging
 import threading
@@ -284,8 +285,8 @@ async def _content(request: Request) -> bytes:
     if kind != "application/json":
         raise ApiError(415, "The header Content-Type must be application/json")
     too_long = ApiError(413, f"The body is longer than {_LONGEST_BODY // MIB} MiB")
-    told = request.headers.get("content-length", "")
-    if told.isdecimal() and (len(told) > 20 or int(told) > _LONGEST_BODY):
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and (len(length) > 20 or int(length) > _LONGEST_BODY):  # Python refuses very long numbers
         raise too_long
     content = b""
     try:
@@ -346,8 +347,16 @@ def guarded(endpoint: Endpoint, host: str, more_hosts: Sequence[str] = ()) -> Tr
         host: the address to listen on.
         more_hosts: further names by which clients may ask for it, such as that of a proxy.
     """
-    names = [*_OF_THIS_MACHINE, *more_hosts] if host in _OF_THIS_MACHINE else ["*"]
+    names = [*_OF_THIS_MACHINE, host, *more_hosts] if more_hosts or is_this_machine(host) else ["*"]
     return TrustedHostMiddleware(endpoint.app, names)
+
+
+def is_this_machine(host: str) -> bool:
+    """Return whether an address to listen on is reached from this machine only."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def run(endpoint: Endpoint, host: str, port: int, more_hosts: Sequence[str] = ()) -> None:

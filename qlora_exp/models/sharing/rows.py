@@ -139,7 +139,7 @@ class Rows:
             self._waiting.pop(number, None)
 
     def _forward(self, number: int, alone: Any, input_ids: Any, attention_mask: Any = None, **others: Any) -> Any:
-        if unknown := layout.more_than_rows(others):
+        if unknown := layout.more_than_rows({**others, "attention_mask": attention_mask}):
             raise TypeError(f"rows of several jobs cannot go together with {', '.join(unknown)}")
         device, trains = input_ids.device, torch.is_grad_enabled()
         dtype = str(torch.get_autocast_dtype(device.type)) if torch.is_autocast_enabled(device.type) else ""

@@ -239,8 +239,11 @@ class _Group:
         from qlora_exp.environment.turns import Turns
 
         def more() -> list[tuple[Callable[[], object], Path]]:
-            questions.send(None)
-            return [(cloudpickle.loads(call), output) for call, output in questions.recv()]
+            try:
+                questions.send(None)
+                return [(cloudpickle.loads(call), output) for call, output in questions.recv()]
+            except (EOFError, OSError):  # the sweep is being ended
+                return []
 
         with handle_signals():
             calls = [*map(cloudpickle.loads, self.calls)]
@@ -252,6 +255,8 @@ class _Group:
 
 def _end(running: Sequence[_Running]) -> None:
     for job in running:
+        if job.questions is not None:
+            job.questions.close()  # else a job could wait for an answer, and its process could not record its end
         job.process.terminate()
     deadline = time.monotonic() + GRACE_SECONDS
     for job in running:
@@ -295,7 +300,7 @@ def warm(n_jobs: int) -> Any:
     return fork_server()
 
 
-def _call(pickled: bytes, output: Path | None, environment: dict[str, str], *questions: Connection | None) -> None:
+def _call(pickled: bytes, output: Path | None, environment: dict[str, str], questions: Connection | None) -> None:
     """Call the task; runs in the job's process."""
     import cloudpickle
 
@@ -305,4 +310,5 @@ def _call(pickled: bytes, output: Path | None, environment: dict[str, str], *que
     if output is not None:
         write_into(output)
     end_with_parent()
-    cloudpickle.loads(pickled)(*filter(None, questions))
+    call = cloudpickle.loads(pickled)
+    _ = call() if questions is None else call(questions)

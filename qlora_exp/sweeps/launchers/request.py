@@ -45,8 +45,8 @@ def check(config: Config, cluster: str, parameters: Mapping[str, Any]) -> str:
             f"{_ASKS}.gpus_per_node={gpus}: a job here has {on_a_node} processes on a node, and each needs a GPU; "
             f"set it to {on_a_node}, or distributed.num_processes={gpus * nodes}"
         )
-    more = str(parameters.get("slurm_additional_parameters")) + str(parameters.get("slurm_gpus_per_task") or "")
-    if not gpus and "gpu" not in more and "gres" not in more:
+    asked = str({name: value for name, value in parameters.items() if value})
+    if "gpu" not in asked and "gres" not in asked:
         return f"jobs ask SLURM for no GPU and use CPUs, unless the partition gives them one: {_ASKS}.gpus_per_node=1"
     return ""
 
@@ -55,5 +55,6 @@ def described(settings: Mapping[str, Any]) -> str:
     """Return what each job asks for, by the settings of the launcher."""
     parameters = settings["parameters"].items()
     asked = " ".join(f"{name}={value}" for name, value in parameters if value not in (None, {}, ""))
-    again = f"is queued again {count} times" if (count := settings["max_num_timeout"]) else "is not queued again"
+    count = settings["max_num_timeout"]
+    again = f"is queued again, at most {count} times" if count else "is not queued again"
     return f"each job asks for {asked}; at its time limit it {again} (hydra.launcher.max_num_timeout)"

@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import socket
+from http.client import HTTPException
 from pathlib import Path
 from urllib.error import URLError
 from urllib.parse import unquote, urlsplit
@@ -64,6 +65,8 @@ def store_uri(uri: str | None) -> str:
         database = make_url(given)
     except ArgumentError:  # not the URI of a database
         return given
+    except ValueError as error:
+        raise ConfigError(f"{origin(uri)}: {redact(given)} is no address: {first_line(error)}") from error
     if database.get_backend_name() != "sqlite":
         return given
     if not database.database or database.database.startswith((":", "file:")):
@@ -152,7 +155,7 @@ def check_answers(uri: str | None) -> None:
                 f"{origin(uri)}: nothing answers at {redact(address)} ({error.reason}); to train without it: "
                 f"tracking=local, and later `qlora-exp sync --uri {redact(address)}`"
             ) from error
-    except (OSError, ValueError):  # a slow server, a proxy of its own, ...: MLflow's client may still reach it
+    except (OSError, ValueError, HTTPException):  # slow, behind a proxy, ...: MLflow's client may still reach it
         return
 
 

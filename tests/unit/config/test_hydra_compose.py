@@ -192,11 +192,14 @@ def test_missing_config_folder_is_an_error(monkeypatch):
 def test_an_architecture_cannot_ask_for_code_or_kernels(name: str):
     with pytest.raises(ConfigError, match=f"{name} is no size of a model"):
         compose(["model=tiny_llama", "method=lora", f"+model.architecture={{model_type: llama, {name}: a/b}}"])
+    with pytest.raises(ConfigError, match=f"{name} is no size of a model"):
+        compose(["model=tiny_llama", "method=lora", f"+model.architecture={{text_config: {{{name}: a/b}}}}"])
 
 
 def test_grid_has_the_lowest_value_of_an_interval():
     words = ["training.learning_rate=tag(log,interval(1e-5,1e-2))", "method.r=int(interval(4,64))", "seed=1,2"]
     rate, r = "training.learning_rate=1e-05", "method.r=4"
+    assert grid([words[0], "training.learning_rate=5"]) == [["training.learning_rate=5"]]
     assert grid(words) == [[rate, r, "seed=1"], [rate, r, "seed=2"]]
 
 

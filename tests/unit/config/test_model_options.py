@@ -69,4 +69,4 @@ def test_architecture_has_the_parameters_of_its_model(name: str):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(fields.pop("model_type"), **fields))
     model.tie_weights()
     assert model.num_parameters() == PARAMETERS[name]
-    assert 0.05 * PARAMETERS[name] < advisor.at_least(option["architecture"]) <= PARAMETERS[name]
+    assert 0.05 * PARAMETERS[name] < advisor.least_parameters(option["architecture"]) <= PARAMETERS[name]

@@ -56,10 +56,10 @@ def test_where_memory_is_short_weights_are_kept_in_files_and_are_the_same(
     words, trained_adapters, monkeypatch, tmp_path, caplog
 ):
     saved = load.find(str(trained_adapters(*words)), device="cpu")
-    in_memory, before = whole(saved, beside=tmp_path).model.state_dict(), Path("/proc/self/maps").read_text()
+    in_memory, before = whole(saved, scratch=tmp_path).model.state_dict(), Path("/proc/self/maps").read_text()
     assert str(tmp_path) not in before
     monkeypatch.setattr(merge, "free", lambda: 0)
-    made = whole(saved, beside=tmp_path)
+    made = whole(saved, scratch=tmp_path)
     assert "memory is short" in caplog.text
     kept = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
     assert len(kept) >= 14  # two layers of seven matrices each

@@ -255,13 +255,28 @@ def test_a_free_place_is_filled_with_what_is_asked_for_then(take, tmp_path, caps
     assert jobs.running == ()
 
 
-def test_if_asking_fails_the_other_jobs_go_on(take, monkeypatch):
-    monkeypatch.setattr(threading, "excepthook", lambda _: None)
-
+def test_if_asking_fails_the_other_jobs_go_on_and_it_is_said(take):
     def more():
-        raise EOFError
+        raise ValueError("no answer")
 
     done: list[int] = []
     jobs = take(lambda: None, lambda: (turns.pass_on(), done.append(1)), more=more)
-    assert jobs.run() == [None, None]
+    assert [str(error) for error in jobs.run()] == ["no answer", "no answer"]
     assert done == [1]
+
+
+def test_what_is_asked_for_during_an_interrupt_does_not_begin(take, tmp_path):
+    def interrupt() -> None:
+        turns.pass_on()
+        raise KeyboardInterrupt
+
+    begun: list[int] = []
+
+    def more():
+        jobs._interrupt(KeyboardInterrupt())
+        return [(lambda: begun.append(1), tmp_path / "more.log")]
+
+    jobs = take(lambda: None, turns.pass_on, at_once=2, more=more)
+    errors = jobs.run()
+    assert begun == []
+    assert isinstance(errors[1], KeyboardInterrupt)

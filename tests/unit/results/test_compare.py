@@ -392,3 +392,7 @@ def test_rows_with_several_seeds_on_other_held_out_rows_are_not_tested_either(pa
     (verdict,) = found.verdicts.values()
     assert verdict.text == "not tested +4.0000; scored on other held-out rows than the baseline"
     assert found.ties == {"method.r=4": "a", "method.r=8": "b"}
+    assert found.too_few_seeds == ""  # more seeds would not help
+    notes = report.markdown(found)
+    assert "scored on different held-out rows share none, and are not tested" in notes
+    assert "scored on other held-out rows than the baseline" in report.latex(found)

@@ -126,3 +126,18 @@ def test_as_many_as_are_planned_to_fit_go_together(make_jobs, monkeypatch):
 @pytest.mark.parametrize(("settings", "count"), [({}, 1), ({"fuse": 3}, 3), ({"fuse": "auto", "n_jobs": 2}, 16)])
 def test_a_search_proposes_as_many_trials_as_train_at_once(settings: dict[str, Any], count: int):
     assert fused.jobs_at_once(SweepConfig(**settings)) == count
+
+
+@pytest.mark.parametrize(
+    ("words", "joins"),
+    [
+        ("method=lora seed=9 method.r=64", True),
+        ("method=ia3", False),
+        ("method=qlora", False),
+        ("method=full", False),
+        ("method=lora training.bf16=true", False),
+    ],
+)
+def test_a_further_job_joins_a_group_with_its_base_only(make_jobs, make_config, words: str, joins: bool):
+    (group,) = fused.groups(make_jobs("method=lora", "method=lora seed=2"), SweepConfig(fuse=2, fused_rows=True))
+    assert fused.joins(make_config(*words.split()), group) is joins

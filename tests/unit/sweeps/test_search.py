@@ -53,6 +53,7 @@ def _no_comparison(monkeypatch):
 def run_search(make_config, mlflow_uri, tmp_path, request):
     """Search over `training.warmup_steps` with a made-up loss in place of training; what was run, in order."""
     ran: list[dict] = []
+    launched: list[int] = []
     space = {"training.warmup_steps": IntDistribution(0, 1000), "method.r": CategoricalDistribution([2, 4])}
 
     def ends(job: jobs.Job) -> None:
@@ -75,6 +76,7 @@ def run_search(make_config, mlflow_uri, tmp_path, request):
         folder = tmp_path / "search"
 
         def launch(waiting, more):
+            launched.append(len(waiting))
             endings, waiting = [], deque(waiting)
             while waiting:
                 job = waiting.popleft()
@@ -86,8 +88,9 @@ def run_search(make_config, mlflow_uri, tmp_path, request):
                 else:
                     ends(job)
                     endings.append(None)
-                if refills and len(waiting) < how.n_jobs:
-                    waiting.extend(more(None))
+                if refills and len(waiting) < how.n_jobs * (1 if how.fuse == "off" else how.fuse):
+                    place = json.loads((job.folder / jobs.JOB_FILE).read_text())["group"]
+                    waiting.extend(more(place and jobs.Place(**place)))
             return endings
 
         def jobs_of(values):
@@ -99,7 +102,7 @@ def run_search(make_config, mlflow_uri, tmp_path, request):
         with Sweep(folder, how, launch) as running:
             return search.search(running, space, jobs_of, SearchConfig(**settings), how)
 
-    start.ran = ran
+    start.ran, start.launched = ran, launched
     start.storage = lambda: optuna.storages.JournalStorage(
         optuna.storages.journal.JournalFileBackend(str(tmp_path / "search" / search.STUDY_FILE))
     )
@@ -172,6 +175,37 @@ def test_equal_values_do_not_run_twice_at_once_and_the_search_ends(run_search):
     assert sorted(job["method.r"] for job in run_search.ran) == ["2", "4", "8"]
     assert {trial.state for trial in run_search.trials()} == {TrialState.COMPLETE}
     assert len(run_search.trials()) == 16
+
+
+def test_a_trial_that_cannot_join_the_group_runs_when_it_has_ended(run_search):
+    space = {
+        "training.warmup_steps": IntDistribution(0, 1_000_000),
+        "training.gradient_checkpointing": CategoricalDistribution([True, False]),
+    }
+    run_search(n_trials=22, how=SweepConfig(fuse=2), space=space, refills=True)
+    assert {trial.state for trial in run_search.trials()} == {TrialState.COMPLETE}
+    assert len(run_search.trials()) == len(run_search.ran) == 22
+    assert run_search.launched[0] == search.STARTUP_TRIALS
+    assert 1 in run_search.launched  # its base is computed in another way than the group's
+
+
+def test_what_fails_while_a_place_is_filled_ends_no_job_and_is_raised_then(run_search, monkeypatch):
+    first, asked = search.STARTUP_TRIALS, []
+    prepared = Sweep._prepared
+
+    def fails(self, *arguments):
+        asked.append(len(run_search.ran))
+        if len(asked) == 3:
+            raise ConfigError("the store is away")
+        return prepared(self, *arguments)
+
+    monkeypatch.setattr(Sweep, "_prepared", fails)
+    with pytest.raises(ConfigError, match="the store is away"):
+        run_search(n_trials=first + 6, how=SweepConfig(n_jobs=2), refills=True)
+    assert asked == [0, first - 1, first]
+    assert len(run_search.ran) == first + 1  # the trial that was running has ended
+    run_search(n_trials=first + 6, how=SweepConfig(n_jobs=2), refills=True)
+    assert len(run_search.ran) == first + 6
 
 
 def test_a_failure_to_tell_while_others_run_is_raised_when_they_have_ended(run_search):

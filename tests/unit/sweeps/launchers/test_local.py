@@ -242,7 +242,17 @@ def test_when_a_group_is_killed_for_lack_of_memory_its_further_jobs_go_on_too(gr
     further = [tasks[2]]
     endings = local.run_groups(tasks[:2], more=lambda place: [further.pop()] if place and further else [])
     assert endings == [None] * 3
-    assert [len(group.processes()[name]) for name in "abc"] in ([1, 1, 2], [1, 2, 2], [2, 1, 2], [2, 2, 2])
+    assert len(group.processes()["c"]) == 2  # it was killed, and went on
+
+
+def test_a_group_that_waits_for_an_answer_is_ended_at_once(group):
+    def more(place: Place | None) -> list[Task]:
+        raise KeyboardInterrupt  # as Ctrl-C while the answer is made
+
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        local.run_groups(group("a", "b", at_once=2), more=more)
+    assert time.monotonic() - begin < local.GRACE_SECONDS / 2
 
 
 def test_a_free_process_gets_further_jobs(tmp_path):

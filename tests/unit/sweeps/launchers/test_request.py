@@ -47,6 +47,9 @@ def test_requests_that_do_not_fit_the_processes_of_a_run_are_refused(job, cluste
         ([], "slurm", {"gpus_per_node": 1}, False),
         ([], "slurm", {"gpus_per_node": "a100:1"}, False),
         ([], "slurm", {"slurm_additional_parameters": {"gres": "gpu:1"}}, False),
+        ([], "slurm", {"slurm_gpus_per_task": 1}, False),
+        ([], "slurm", {"slurm_gres": "gpu:1"}, False),
+        ([], "slurm", {"gpus_per_node": 0, "slurm_gres": None}, True),
         (["device=cpu"], "slurm", {}, False),
         ([], "local", {}, False),
     ],
@@ -57,7 +60,7 @@ def test_jobs_that_ask_for_no_gpu_are_warned_of(job, words, cluster, parameters:
     assert not warns or "gpus_per_node=1" in found
 
 
-@pytest.mark.parametrize(("count", "says"), [(0, "is not queued again"), (3, "is queued again 3 times")])
+@pytest.mark.parametrize(("count", "says"), [(0, "is not queued again"), (3, "is queued again, at most 3 times")])
 def test_what_jobs_ask_for_is_said(count: int, says: str):
     parameters = {"timeout_min": 240, "nodes": None, "slurm_additional_parameters": {}}
     said = request.described({"parameters": parameters, "max_num_timeout": count})

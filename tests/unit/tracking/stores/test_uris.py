@@ -1,5 +1,8 @@
 import os
+import socket
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ from qlora_exp.config.hydra_compose import compose
 from qlora_exp.recipe.inputs import check_config
 from qlora_exp.tracking.stores import uris
 from qlora_exp.tracking.stores.sqlite_store import sqlite_file
-from qlora_exp.utils.errors import ConfigError
+from qlora_exp.utils.errors import ConfigError, TrackingError
 
 
 @pytest.mark.parametrize("name", ["a b", "My%20Project", "100%", "a?b", "a#b", "a@b:c;d", "it's", "ü+&=", "%3F"])
@@ -168,3 +171,52 @@ def test_store_and_experiment_of_mlflows_variables_reach_runs_and_jobs(tmp_path,
     (config,) = folder.rglob("multirun/*/*/qlora_exp.yaml")
     assert "experiment_name: theirs" in config.read_text()
     assert not {"mlruns", "sub"} & {*os.listdir(config.parent)}
+
+
+@pytest.fixture
+def answers(request):
+    """Start a server on this machine that answers every connection with these bytes; its address."""
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = listening.accept()
+                connection.recv(1000)
+                connection.sendall(request.param)
+                connection.close()
+
+    listening = socket.create_server(("127.0.0.1", 0))
+    threading.Thread(target=serve, daemon=True).start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    listening.close()
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [b"HTTP/1.0 200 OK\r\n\r\nOK", b"HTTP/1.0 404 Not Found\r\n\r\n", b"SSH-2.0-other\r\n", b""],
+    indirect=True,
+    ids=["mlflow", "proxy", "other", "nothing"],
+)
+def test_whatever_answers_is_left_to_mlflow(answers: str):
+    uris.check_answers(answers)
+
+
+@pytest.mark.parametrize(("in_environment", "named"), [(True, "MLFLOW_TRACKING_URI"), (False, "tracking.uri")])
+def test_a_server_that_is_away_is_refused_with_a_way_on(in_environment: bool, named: str, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", address if in_environment else "http://other.example")
+    says = f"^{named}: nothing answers at .* tracking=local, and later .*--uri {address}"
+    with pytest.raises(TrackingError, match=says):
+        uris.check_answers(None if in_environment else address)
+
+
+@pytest.mark.parametrize("uri", ["http://127.0.0.1:port", "http://localhost:80a/x"])
+def test_an_address_without_a_number_as_its_port_is_refused(uri: str):
+    with pytest.raises(ConfigError, match="tracking.uri: .* is no address"):
+        uris.store_uri(uri)
+
+
+@pytest.mark.parametrize("uri", ["sqlite:///a.db", "http://a b"])
+def test_what_is_no_address_of_a_server_is_not_asked(uri: str):
+    uris.check_answers(uri)
