@@ -12,12 +12,14 @@ from qlora_exp.cli.parents import OWN_OPTIONS, URI, Commands, add_command, add_o
 from qlora_exp.libraries.imports import import_quickly
 from qlora_exp.planning import calibration, cost, gpus
 from qlora_exp.planning.gpus import Gpu
+from qlora_exp.utils.digests import json_digest
 from qlora_exp.utils.display import say
 from qlora_exp.utils.errors import ConfigError, UserError
 from qlora_exp.utils.quiet import quiet
 
 if TYPE_CHECKING:
     from qlora_exp.config.schema import Config
+    from qlora_exp.planning.planner import Prediction
     from qlora_exp.planning.tables import Planned
 
 
@@ -108,10 +110,11 @@ def plan(options: argparse.Namespace) -> None:
     from qlora_exp.planning import tables
 
     lengths = cost.Lengths(options.rows) if options.rows or prices else None
+    predictions: dict[str, Prediction] = {}  # of all runs: seeds and learning rates change no plan
     planned = [
         run
         for words, config in zip(jobs, composed, strict=True)
-        for run in _planned(words, config, cards, cpu, lengths, alone=len(jobs) == 1)
+        for run in _planned(words, config, cards, cpu, lengths, predictions, alone=len(jobs) == 1)
     ]
     if len(planned) == 1:
         tables.show_one(planned[0], prices.get(planned[0].gpu.name))
@@ -161,26 +164,26 @@ def _planned(
     cards: Sequence[Gpu],
     cpu: Gpu,
     lengths: cost.Lengths | None,
+    predictions: "dict[str, Prediction]",
     alone: bool,
 ) -> "Iterator[Planned]":
-    """Plan a run for each card; cards on which it resolves alike share a prediction.
+    """Plan a run for each card; runs that are planned alike on cards on which they resolve alike share a prediction.
 
     Raises:
         UserError: the only run cannot be planned.
     """
     from qlora_exp.planning import tables, tuning
-    from qlora_exp.planning.planner import Planner, Prediction, resolved_on
+    from qlora_exp.planning.planner import Planner, resolved_on
 
     if isinstance(config, UserError):
         yield tables.Planned(words, None, None, cards[0], why=str(config))
         return
-    predictions: dict[str, Prediction] = {}
     try:
         asked = lengths is not None or config.training.max_steps > 0
         amount = (lengths or cost.Lengths()).of(config) if asked else tables.UNASKED
         for card in [cpu] if config.device == "cpu" else cards:
             resolved = tuning.planned(config, resolved_on(config, card.device), card)
-            alike = repr(replace(resolved, device_name=""))
+            alike = json_digest([calibration.planned_values(config), repr(replace(resolved, device_name=""))])
             if alike not in predictions:
                 predictions[alike] = Planner(config, resolved).predict()
             yield tables.Planned(words, config, predictions[alike], card, amount, resolved.tuned)
