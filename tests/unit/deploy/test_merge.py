@@ -40,7 +40,12 @@ def test_adapter_that_makes_up_for_quantization_goes_only_into_what_it_was_train
 
 @pytest.mark.parametrize(
     "words",
-    [("method=qlora",), ("lora_variant=dora",), ("quantization=torchao_int8",), ("quantization=quanto_int4",)],
+    [
+        ("method=qlora",),
+        ("lora_variant=dora",),
+        ("quantization=torchao_int8",),
+        pytest.param(("quantization=quanto_int4",), marks=pytest.mark.thorough),  # it compiles for most of a minute
+    ],
     ids=" ".join,
 )
 def test_expected_logits_are_those_of_base_and_adapter(words, trained_adapters):

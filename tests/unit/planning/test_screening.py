@@ -52,6 +52,7 @@ def test_damaged_calibration_is_reported_before_planning(tmp_path, monkeypatch):
         unfit([compose(TINY)], 4.0)
 
 
+@pytest.mark.thorough
 def test_evaluation_batches_of_jobs_in_one_pass_are_planned_too():
     words = [*TINY, "training.per_device_train_batch_size=1", "training.per_device_eval_batch_size=64"]
     config, gpu = compose([*words, "training.max_length=256"]), Gpu("GPU", 0.0)
@@ -60,6 +61,15 @@ def test_evaluation_batches_of_jobs_in_one_pass_are_planned_too():
     gib = needed_for((one.peak + two.peak) / 2, gpu)
     assert most_together([config, config], gib, rows_together=True, most=2) == 1
     assert most_together([config, config], gib, rows_together=False, most=2) == 2
+
+
+def test_a_plan_of_several_jobs_in_one_pass_has_the_batches_of_all():
+    config = compose([*TINY, "training.per_device_train_batch_size=1", "training.per_device_eval_batch_size=64"])
+    made = planner(config, Gpu("GPU", 0.0).device)
+    one, two = (made.predict(jobs=jobs).phases for jobs in (1, 2))
+    assert two["steady"].tensors > one["steady"].tensors
+    activations = one["evaluation"].kinds["activations"], two["evaluation"].kinds["activations"]
+    assert activations[1] == pytest.approx(2 * activations[0], rel=0.02)
 
 
 @pytest.mark.parametrize("kind", ["training.packing=true", "training.padding=free"])
