@@ -245,14 +245,23 @@ def test_when_a_group_is_killed_for_lack_of_memory_its_further_jobs_go_on_too(gr
     assert len(group.processes()["c"]) == 2  # it was killed, and went on
 
 
-def test_a_group_that_waits_for_an_answer_is_ended_at_once(group):
+def test_a_group_that_waits_for_an_answer_ends_by_itself(group, monkeypatch):
     def more(place: Place | None) -> list[Task]:
         raise KeyboardInterrupt  # as Ctrl-C while the answer is made
 
-    begin = time.monotonic()
+    codes: list[int | None] = []
+    end = local._end
+
+    def observed(running) -> None:
+        end(running)
+        codes.extend(job.process.exitcode for job in running)
+
+    monkeypatch.setattr(local, "GRACE_SECONDS", 60.0)
+    monkeypatch.setattr(local, "_end", observed)
     with pytest.raises(KeyboardInterrupt):
         local.run_groups(group("a", "b", at_once=2), more=more)
-    assert time.monotonic() - begin < local.GRACE_SECONDS / 2
+    assert len(codes) == 1
+    assert codes[0] != -signal.SIGKILL  # it was not killed for waiting
 
 
 def test_a_free_process_gets_further_jobs(tmp_path):
