@@ -207,7 +207,7 @@ def reproduce(options: argparse.Namespace) -> None:
     from qlora_exp.results import reproduce as reproducing
 
     record = reproducing.find_run(options.uri, options.run)
-    config = reproducing.recorded_config(record, given(options.overrides), options.uri, not options.check_only)
+    config = reproducing.recorded_config(record, given(options.overrides), options.uri, to_run=not options.check_only)
     say(f"run {record.run_id} {record.name}")
     differences = reproducing.differences(record, config)
     say(*(f"differs  {line}" for line in differences))

@@ -181,7 +181,7 @@ def grid(overrides: Sequence[str]) -> list[list[str]]:
     overrides = readable(overrides)
     named, file = _named_sweep(overrides)
     try:
-        params = named["hydra"]["sweeper"]["params"] if named else {}
+        params = named["hydra"]["sweeper"]["params"] if file else {}
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{file}: has no hydra.sweeper.params that can be read") from error
     overridden = {word.split("=", 1)[0] for word in overrides}

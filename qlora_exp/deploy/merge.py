@@ -1,6 +1,7 @@
 """Merge an adapter into its base model, in memory, and record the outputs before merging, to check the result against.
 
-Works on the CPU, one layer at a time. Reads what a run saved, and writes no files.
+Works on the CPU, one layer at a time. Reads what a run saved; where memory is short, merged weights are kept in files
+without a name until the model is written.
 """
 
 import logging
@@ -107,8 +108,9 @@ def whole(saved: Saved, dtype: str = "auto", base: Base = "auto", scratch: Path 
     kind = compatibility.kind_of(config.method.kind, config.lora_variant.name)
     if why := compatibility.refusal(kind, "plain", "merge"):
         raise ConfigError(f"method={config.method.name} cannot be merged: {why}")
-    keep = _keeper(config, dtype, scratch)
-    model, description = _base(config, dtype, base, keep)
+    bare = skeleton(config.model)
+    keep = _keeper(bare, config, dtype, scratch)
+    model, description = _base(bare, config, dtype, base, keep)
     stop_at_end_of_turn(model, config.dataset, tokenizer)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
@@ -122,9 +124,8 @@ def whole(saved: Saved, dtype: str = "auto", base: Base = "auto", scratch: Path 
     return Whole(model, tokenizer, description + _settle_tying(model), ids, expected, answered)
 
 
-def _keeper(config: Config, dtype: str, scratch: Path | None) -> Keep:
+def _keeper(bare: Any, config: Config, dtype: str, scratch: Path | None) -> Keep:
     """Return what keeps a new weight: as it is, or in a file, which the system can take out of memory."""
-    bare = skeleton(config.model)
     wanted = bare.config.dtype if dtype == "auto" else getattr(torch, dtype)
     # While it is merged, a base that was trained in 4 bits is in memory too, with the constants of its blocks.
     bytes_of_a_weight = getattr(wanted, "itemsize", 4) + 0.6 * config.quantization.quantized
@@ -144,15 +145,19 @@ def _in_file(folder: Path, weight: torch.Tensor) -> torch.Tensor:
     """
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         try:  # a page for which there is no room would kill this process
-            os.posix_fallocate(file.fileno(), 0, max(1, weight.nbytes))
+            if hasattr(os, "posix_fallocate"):  # macOS has none
+                os.posix_fallocate(file.fileno(), 0, max(1, weight.nbytes))
         except OSError as error:
             raise ConfigError(f"{folder}: no room for merged weights, as memory is short: {error}") from error
         kept = torch.from_file(file.name, shared=True, size=weight.numel(), dtype=weight.dtype)
     return kept.view(weight.shape).copy_(weight)
 
 
-def _base(config: Config, dtype: str, base: Base, keep: Keep) -> tuple[Any, str]:
-    """Return the base model to merge into, and a description of which weights it has and why."""
+def _base(bare: Any, config: Config, dtype: str, base: Base, keep: Keep) -> tuple[Any, str]:
+    """Return the base model to merge into, and a description of which weights it has and why.
+
+    `bare` is the base model without weights.
+    """
     name, stored = config.model.model_name_or_path, config.quantization
     if not stored.quantized:
         return load_unquantized(config.model, dtype), f"{name}, as its files are"
@@ -163,7 +168,7 @@ def _base(config: Config, dtype: str, base: Base, keep: Keep) -> tuple[Any, str]
         return load_unquantized(config.model, dtype), (
             f"{name}, as its files are, not as {stored.name} stored them for training"
         )
-    of_files = skeleton(config.model).config.dtype or "float32"
+    of_files = bare.config.dtype or "float32"
     model = load_model(config.model, stored, resolve(config, Device("cpu", "CPU", bf16=False, paging=False)))
     wanted = str(of_files).removeprefix("torch.") if dtype == "auto" else dtype
     only = f" ({why})" if why else ""

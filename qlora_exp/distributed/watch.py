@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from qlora_exp.environment import provenance
 from qlora_exp.environment.ranks import Ranks
@@ -32,6 +33,11 @@ GRACE_SECONDS = 15.0
 """Seconds that a process gets to end by itself after another one has failed."""
 _LOST = re.compile(r"connection (was )?(closed|reset|refused)|broken pipe|socket|timed? ?out", re.IGNORECASE)
 """What torch's errors say when another process ended or hangs; libraries that use the network have other types."""
+
+
+reasons: Path | None = None
+"""Folder for a file `RANK.silent` with why this process killed another one. The parent reads it: this one may be ended
+before it can say so."""
 
 
 class _Watch:
@@ -116,6 +122,8 @@ class _Watch:
             where = f"its process {process['pid']} on {process['host']}"
             self._frozen[rank] = f"{where} gave no sign of life for {self._silent_seconds:.0f} s"
             if provenance.is_of_this_boot(process):  # or it would stay for ever, with what it holds
+                if reasons is not None:
+                    (reasons / f"{rank}.silent").write_text(self._frozen[rank], "utf-8")
                 with suppress(ProcessLookupError, PermissionError):
                     os.kill(int(process["pid"]), signal.SIGKILL)
             return self._frozen[rank]

@@ -21,6 +21,7 @@ from typing import Any
 
 from qlora_exp.config.schema import Config
 from qlora_exp.config.sections.distributed import DistributedConfig
+from qlora_exp.distributed import watch
 from qlora_exp.environment import ranks
 from qlora_exp.environment.device import visible_gpus
 from qlora_exp.recipe.result import RunResult
@@ -206,11 +207,12 @@ def _first_failure(request: _Request, failures: Mapping[int, Any]) -> BaseExcept
         cause = known.get(known[0].rank) if isinstance(known[0], RankError) else None
         return cause if isinstance(cause, UserError) else known[0]
     own = {rank: error for rank, error in sorted(known.items()) if not isinstance(error, KeyboardInterrupt)}
-    killed = {rank: f"its process {failure.pid} ended with {_code(failure.exitcode)}"
+    silent = {int(file.stem): file.read_text("utf-8") for file in request.scratch.glob("*.silent")}
+    killed = {rank: silent.get(rank, f"its process {failure.pid} ended with {_code(failure.exitcode)}")
               for rank, failure in sorted(failures.items()) if rank not in known}  # fmt: skip
     first: BaseException | None = None
     if killed:
-        rank, why = next(iter(killed.items()))
+        rank, why = min(killed.items(), key=lambda each: each[0] not in silent)
         error = RankError(rank, why, "error")
     elif own:
         rank, first = next(iter(own.items()))
@@ -232,6 +234,7 @@ def _main(request: _Request) -> RunResult:
     os.environ.update({name: value for name, value in request.environment.items() if name not in _OF_LAUNCHER})
     os.chdir(request.working_folder)
     place = ranks.ranks()
+    watch.reasons = request.scratch
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher passes it on as SIGTERM
     end_with_parent()
     gc.enable()

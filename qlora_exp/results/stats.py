@@ -79,7 +79,7 @@ class Difference:
     items: int
     """Number of held-out items that are paired; 0 if items were not recorded."""
     of_other_items: bool = False
-    """Whether the two were measured on different held-out items: then it is not theirs alone, and not tested."""
+    """Whether the two were measured on different held-out items, so that the difference is not tested."""
 
     @property
     def error(self) -> float:

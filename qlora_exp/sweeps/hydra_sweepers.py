@@ -219,7 +219,7 @@ class GridSweeper(JobSweeper):
 
 
 def few_seeds(swept: Sequence[Mapping[str, str]]) -> str:
-    """Say that jobs with several seeds have too few to be told apart; empty if they have one, or enough.
+    """Return a warning if there are too few seeds to compare the rows; empty if there is one, or enough.
 
     Args:
         swept: swept keys and values of each job.
@@ -231,7 +231,7 @@ def few_seeds(swept: Sequence[Mapping[str, str]]) -> str:
     from qlora_exp.results import stats  # imports SciPy
 
     enough = stats.seeds_needed(len(rows) - 1)
-    few = f"{len(seeds)} seeds are too few to tell {len(rows)} rows apart where results vary with the seed; {enough} do"
+    few = f"{len(seeds)} seeds are too few to compare {len(rows)} rows whose results vary with the seed: use {enough}"
     return few if len(seeds) < enough else ""
 
 

@@ -45,8 +45,8 @@ def check(config: Config, cluster: str, parameters: Mapping[str, Any]) -> str:
             f"{_ASKS}.gpus_per_node={gpus}: a job here has {on_a_node} processes on a node, and each needs a GPU; "
             f"set it to {on_a_node}, or distributed.num_processes={gpus * nodes}"
         )
-    asked = str({name: value for name, value in parameters.items() if value})
-    if "gpu" not in asked and "gres" not in asked:
+    wanted = {**parameters, **(parameters.get("slurm_additional_parameters") or {})}
+    if not any(value for name, value in wanted.items() if "gpu" in name or "gres" in name or "tres" in name):
         return f"jobs ask SLURM for no GPU and use CPUs, unless the partition gives them one: {_ASKS}.gpus_per_node=1"
     return ""
 

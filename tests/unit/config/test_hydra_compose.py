@@ -4,7 +4,7 @@ import sys
 import pytest
 
 from qlora_exp.config import conf_folder
-from qlora_exp.config.hydra_compose import check_command, compose, conf_dir, grid, options, sweeper
+from qlora_exp.config.hydra_compose import check_command, compose, conf_dir, grid, options, own_options, sweeper
 from qlora_exp.utils.errors import ConfigError
 
 GROUPS = [
@@ -194,6 +194,17 @@ def test_an_architecture_cannot_ask_for_code_or_kernels(name: str):
         compose(["model=tiny_llama", "method=lora", f"+model.architecture={{model_type: llama, {name}: a/b}}"])
     with pytest.raises(ConfigError, match=f"{name} is no size of a model"):
         compose(["model=tiny_llama", "method=lora", f"+model.architecture={{text_config: {{{name}: a/b}}}}"])
+
+
+def test_a_named_sweep_of_ones_own_without_values_is_refused(tmp_path):
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "mine.yaml").write_text("# nothing yet\n")
+    token = own_options.set(tmp_path)
+    try:
+        with pytest.raises(ConfigError, match=r"mine.yaml: has no hydra.sweeper.params"):
+            grid(["sweep=mine"])
+    finally:
+        own_options.reset(token)
 
 
 def test_grid_has_the_lowest_value_of_an_interval():

@@ -118,8 +118,9 @@ def test_process_that_has_left_is_not_dead(join, monkeypatch):
     assert mine.look() is None
 
 
-def test_frozen_process_is_killed(join, monkeypatch):
+def test_frozen_process_is_killed_for_a_reason_that_outlives_this_process(join, monkeypatch, tmp_path):
     killed = []
+    monkeypatch.setattr(watch, "reasons", tmp_path)
     monkeypatch.setattr(os, "kill", lambda pid, number: killed.append((pid, number)))
     mine, other = join(0, timeout=0.2), join(1)
     other.ended.set()  # no more signs of life
@@ -128,6 +129,7 @@ def test_frozen_process_is_killed(join, monkeypatch):
         time.sleep(0.02)
     assert "gave no sign of life for 0 s" in str(mine.failure)
     assert killed == [(os.getpid(), 9)]
+    assert "gave no sign of life for 0 s" in (tmp_path / "1.silent").read_text()
 
 
 def test_process_that_cannot_end_by_itself_records_the_failure_and_is_ended(join, monkeypatch):

@@ -64,3 +64,20 @@ def test_mistake_of_the_user_is_raised_as_it_is_whichever_process_finds_it(
     failures = {rank: SimpleNamespace(pid=7, exitcode=1 if rank in errors else -9) for rank in (0, 1)}
     assert str(launch._first_failure(request_, failures)) == raised
     assert told == ([] if recorded is None else [recorded])
+
+
+@pytest.mark.parametrize("errors", [{0: KeyboardInterrupt()}, {}], ids=["interrupted", "ended without a word"])
+def test_why_a_process_was_killed_is_not_lost_if_the_one_that_killed_it_ends_first(
+    errors, request_, tmp_path, monkeypatch
+):
+    recorded = []
+    monkeypatch.setattr("qlora_exp.tracking.lifecycle.record_dead_main", lambda *words: recorded.append(str(words[-1])))
+    for rank, error in errors.items():
+        (tmp_path / f"{rank}.error").write_bytes(pickle.dumps(error))
+    why = "its process 7 on host gave no sign of life for 5 s"
+    (tmp_path / "1.silent").write_text(why)
+    failures = {rank: SimpleNamespace(pid=7, exitcode=1 if rank == 0 else -9) for rank in (0, 1)}
+    assert (
+        str(launch._first_failure(request_, failures)) == "rank 1: its process 7 on host gave no sign of life for 5 s"
+    )
+    assert recorded == ["rank 1: its process 7 on host gave no sign of life for 5 s"]

@@ -114,7 +114,7 @@ def test_users_files_choose_sweeper_and_launcher(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("ranks", "seeds", "says"),
     [
-        (4, ["1", "2"], "2 seeds are too few to tell 4 rows apart where results vary with the seed; 3 do"),
+        (4, ["1", "2"], "2 seeds are too few to compare 4 rows whose results vary with the seed: use 3"),
         (4, ["1", "2", "3", "4"], ""),
         (4, ["1"], ""),
         (1, ["1", "2"], ""),

@@ -50,6 +50,7 @@ def test_requests_that_do_not_fit_the_processes_of_a_run_are_refused(job, cluste
         ([], "slurm", {"slurm_gpus_per_task": 1}, False),
         ([], "slurm", {"slurm_gres": "gpu:1"}, False),
         ([], "slurm", {"gpus_per_node": 0, "slurm_gres": None}, True),
+        ([], "slurm", {"slurm_partition": "gpu", "slurm_setup": ["module load gpu"]}, True),
         (["device=cpu"], "slurm", {}, False),
         ([], "local", {}, False),
     ],
